@@ -1,0 +1,23 @@
+"""The console script ``tensornet``.
+
+It lives in the core because the script is installed even when the extras are not: importing the
+command line's own package would already fail there, with a traceback instead of advice. The plugin
+is named by a string and loaded only after its dependencies are known to be installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from tensornet._optional import missing_hint
+
+# What the extra ``cli`` brings; an architecture test compares this with pyproject.toml.
+CLI_MODULES = ("accelerate", "jinja2", "matplotlib", "rich", "safetensors", "transformers", "typer")
+
+
+def main() -> None:
+    """Run the command line, or say in one line which pip command is missing and exit with 1."""
+    hint = missing_hint(CLI_MODULES, extra="cli", user="the tensornet command")
+    if hint is not None:
+        raise SystemExit(f"tensornet: {hint}")
+    import_module("tensornet_hf.cli").app()

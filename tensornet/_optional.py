@@ -1,0 +1,39 @@
+"""The one place that knows how to ask for an optional dependency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+DISTRIBUTION = "tensornet-torch"
+
+
+def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None:
+    """One line that names the pip command to run, or None when every module is there.
+
+    Looks the modules up without importing them, so that a failure *inside* an installed package
+    is never mistaken for an absent one.
+
+    Args:
+        modules: top-level module names, as imported.
+        extra: the extra of this distribution that brings them.
+        user: what needs them, as the reader knows it ("the command line", "tensornet_hf").
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"{user} needs {', '.join(missing)}, not installed here: run  pip install '{DISTRIBUTION}[{extra}]'"
+    )
+
+
+def require(modules: Sequence[str], *, extra: str, user: str) -> None:
+    """Raise an ImportError with the pip command when one of ``modules`` is not installed.
+
+    Args: as in :func:`missing_hint`.
+    Raises:
+        ImportError: names the missing modules and the extra that brings them.
+    """
+    hint = missing_hint(modules, extra=extra, user=user)
+    if hint is not None:
+        raise ImportError(hint)

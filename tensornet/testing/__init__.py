@@ -1,0 +1,1 @@
+"""Hypothesis strategies, laws and slow references for property-testing tensor networks."""
