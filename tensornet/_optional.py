@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from tensornet.errors import MissingDependencyError
+
 DISTRIBUTION = "tensornet-torch"
 
 
@@ -28,12 +30,12 @@ def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None
 
 
 def require(modules: Sequence[str], *, extra: str, user: str) -> None:
-    """Raise an ImportError with the pip command when one of ``modules`` is not installed.
+    """Raise an error with the pip command when one of ``modules`` is not installed.
 
     Args: as in :func:`missing_hint`.
     Raises:
-        ImportError: names the missing modules and the extra that brings them.
+        MissingDependencyError: names the missing modules and the extra that brings them.
     """
     hint = missing_hint(modules, extra=extra, user=user)
     if hint is not None:
-        raise ImportError(hint)
+        raise MissingDependencyError(hint)
