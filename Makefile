@@ -1,0 +1,71 @@
+# Everything a person or a CI machine does here is one of these targets; `make` alone lists them.
+# pip reads the package index as it is set up on the machine.
+
+PYTHON ?= python3
+WORKERS ?= 2
+HYPOTHESIS_PROFILE ?= ci
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per test worker: more would only wait for one another.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE) $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format wheel-test docs-test names clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@echo
+	@echo "  PYTHON=python3.12  another interpreter (after 'make clean')   ARGS='-k svd'  more for pytest"
+
+demo: $(VENV)/.made-cli ## compress the embedded GPT-2, evaluate, reload, generate, write demo_out/
+	$(BIN)/tensornet demo --output demo_out
+
+test: $(VENV)/.made-dev ## run the tests
+	$(PYTEST) -n $(WORKERS) -m "not docs" $(ARGS)
+
+lint: $(VENV)/.made-dev ## linter, formatter, types: only report
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.made-dev ## let the linter and the formatter mend what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-test: $(VENV)/.made-dev ## build the wheel and install it away from here: core, then each extra
+	$(BIN)/python tests/wheel/check_wheel.py
+
+docs-test: $(VENV)/.made-dev ## run the code blocks of README.md and docs/
+	$(PYTEST) tests/test_docs_code.py $(ARGS)
+
+names: $(VENV)/.made-dev ## record the public names after changing them on purpose
+	$(BIN)/python tests/test_architecture.py --update
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) demo_out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: set-up runs once, and again when pyproject.toml changes.
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: no $(PYTHON) on this machine; install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $$($(PYTHON) --version) is too old, 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.made-cli: pyproject.toml $(VENV)/.made
+	@echo "Setting up $(VENV), once: the first time PyTorch is downloaded, which can take some minutes."
+	$(BIN)/python -m pip install -e '.[cli]'
+	@touch $@
+
+# One environment for tests and linters, so that types are checked against the packages that are tested.
+$(VENV)/.made-dev: pyproject.toml $(VENV)/.made
+	@echo "Setting up $(VENV), once: the first time PyTorch is downloaded, which can take some minutes."
+	$(BIN)/python -m pip install -e '.[all,test,lint]'
+	@touch $@
