@@ -1,0 +1,46 @@
+"""Modular tensor networks for PyTorch.
+
+Compress linear layers, build mixture-of-experts variants whose experts share cores, property-test
+decompositions. Start with `tensornet.MPO.from_matrix` or `tensornet.compress`.
+"""
+
+from tensornet import nn, topologies
+from tensornet.budget import Budget
+from tensornet.errors import (
+    BudgetError,
+    FormatError,
+    MissingDependencyError,
+    NonFiniteError,
+    ShapeError,
+    TargetError,
+    TensorNetError,
+    TopologyError,
+)
+from tensornet.mpo import MPO
+from tensornet.network import TensorNetwork
+from tensornet.svd import TruncatedSVD, truncated_svd
+from tensornet.topologies import register_topology
+from tensornet.topology import CoreSpec, Topology
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MPO",
+    "Budget",
+    "BudgetError",
+    "CoreSpec",
+    "FormatError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "ShapeError",
+    "TargetError",
+    "TensorNetError",
+    "TensorNetwork",
+    "Topology",
+    "TopologyError",
+    "TruncatedSVD",
+    "nn",
+    "register_topology",
+    "topologies",
+    "truncated_svd",
+]

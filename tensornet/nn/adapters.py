@@ -1,0 +1,125 @@
+"""Stock layers that can be replaced: how to read their matrix and how to build them again.
+
+A layer kind is matched by its exact type. Subclasses are left alone on purpose: `nn.MultiheadAttention`,
+for example, reads `out_proj.weight` itself and would silently compute with a core.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._optional import require
+from tensornet.errors import TargetError
+
+
+class LayerKind(ABC):
+    """One kind of stock layer. Subclass and `register_layer_kind` to make another kind compressible."""
+
+    #: Name stored in files.
+    name: str
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this kind describes the module."""
+
+    @abstractmethod
+    def matrix(self, module: nn.Module) -> Tensor:
+        """The operator, shape `(out_features, in_features)`; a view of the weight where possible."""
+
+    @abstractmethod
+    def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        """A stock layer with this matrix and bias, on their device and in their dtype."""
+
+
+class _Linear(LayerKind):
+    name = "linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module) is nn.Linear
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        return module.weight  # type: ignore[return-value]
+
+    def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        out_features, in_features = matrix.shape
+        layer = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        return _fill(layer, weight=matrix, bias=bias)
+
+
+class _Conv1D(LayerKind):
+    """Hugging Face `Conv1D` (GPT-2): weight `(in, out)`, always a bias."""
+
+    name = "conv1d"
+
+    def matches(self, module: nn.Module) -> bool:
+        # By name, so that the core does not import transformers.
+        return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        return module.weight.T  # type: ignore[union-attr, return-value]
+
+    def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        utils = require("transformers.pytorch_utils", extra="hf", purpose="rebuilding a Conv1D layer")
+        out_features, in_features = matrix.shape
+        with torch.device("meta"):
+            layer = utils.Conv1D(out_features, in_features)
+        zeros = matrix.new_zeros(out_features)
+        return _fill(layer, weight=matrix.T.contiguous(), bias=zeros if bias is None else bias)
+
+
+class _Embedding(LayerKind):
+    """`nn.Embedding`: row `v` of the matrix is the vector of token `v`."""
+
+    name = "embedding"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module) is nn.Embedding
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        return module.weight  # type: ignore[return-value]
+
+    def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        return _fill(nn.Embedding(*matrix.shape, device="meta"), weight=matrix, bias=None)
+
+
+def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+_KINDS: dict[str, LayerKind] = {}
+
+
+def register_layer_kind(kind: LayerKind) -> LayerKind:
+    """Make another kind of stock layer compressible.
+
+    Raises:
+        TargetError: the name is taken.
+    """
+    if kind.name in _KINDS:
+        raise TargetError(f"A layer kind named {kind.name!r} is already registered.")
+    _KINDS[kind.name] = kind
+    return kind
+
+
+def layer_kind(name: str) -> LayerKind:
+    """Look a kind up by name.
+
+    Raises:
+        TargetError: listing the kinds that exist.
+    """
+    if name not in _KINDS:
+        raise TargetError(f"Unknown layer kind {name!r}; registered are {', '.join(sorted(_KINDS))}.")
+    return _KINDS[name]
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind that describes a module, or None if it cannot be compressed."""
+    return next((kind for kind in _KINDS.values() if kind.matches(module)), None)
+
+
+for _kind in (_Linear(), _Conv1D(), _Embedding()):
+    register_layer_kind(_kind)

@@ -1,0 +1,85 @@
+"""Descriptions of layers made of cores, and empty layers made from descriptions.
+
+A checkpoint holds the description of each compressed module beside its cores. Plugins register their own
+module types here, so one loader serves them all.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensornet.errors import FormatError
+from tensornet.nn.embedding import MPOEmbedding
+from tensornet.nn.linear import empty_linear
+from tensornet.topology import Topology
+
+#: Makes an empty module from its description: `(spec, device, dtype) -> module`.
+Builder = Callable[[Mapping[str, Any], torch.device | str | None, torch.dtype | None], nn.Module]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_module_type(name: str, builder: Builder) -> None:
+    """Let `build_module` make modules whose `spec()["type"]` is `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _BUILDERS:
+        raise ValueError(f"A module type named {name!r} is already registered.")
+    _BUILDERS[name] = builder
+
+
+def module_spec(module: nn.Module) -> dict[str, Any] | None:
+    """The description of a module of a registered type, None for any other module."""
+    spec = getattr(module, "spec", None)
+    described = spec() if callable(spec) else None
+    return described if isinstance(described, dict) and described.get("type") in _BUILDERS else None
+
+
+def build_module(
+    spec: Mapping[str, Any],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """An empty module for a description; on `device="meta"` nothing is allocated.
+
+    Raises:
+        FormatError: unknown type, or a description that is incomplete or inconsistent.
+    """
+    kind = spec.get("type")
+    if kind not in _BUILDERS:
+        raise FormatError(
+            f"Unknown module type {kind!r} in the stored description; known are "
+            f"{', '.join(sorted(_BUILDERS))}. A plugin may have to be imported first."
+        )
+    try:
+        return _BUILDERS[kind](spec, device, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"Bad description of a {kind!r} module: {error}") from error
+
+
+def _build_linear(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Module:
+    return empty_linear(
+        Topology.from_dict(spec["topology"]),
+        bias=bool(spec["bias"]),
+        source=spec["source"],
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _build_embedding(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Module:
+    topology = Topology.from_dict(spec["topology"])
+    return MPOEmbedding(topology, padding_idx=spec["padding_idx"], device=device, dtype=dtype)
+
+
+register_module_type("linear", _build_linear)
+register_module_type("embedding", _build_embedding)

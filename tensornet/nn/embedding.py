@@ -1,0 +1,137 @@
+"""Embedding tables whose rows are read straight from the cores."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.budget import Budget
+from tensornet.contraction import TOKENS, ContractionPlan, plan_contraction, run
+from tensornet.errors import TargetError
+from tensornet.network import TensorNetwork
+from tensornet.nn.adapters import kind_of, layer_kind
+from tensornet.nn.module import NetworkModule
+from tensornet.nn.strategy import Strategy
+from tensornet.topologies import topology_family
+from tensornet.topology import Topology
+
+
+class MPOEmbedding(NetworkModule):
+    """Lookup of rows of `W: (num_embeddings, embedding_dim)` without building `W`.
+
+    A token's index is split into its digits over the out-legs; each core gives the slice of its digit and
+    the slices are contracted for all tokens at once. Any topology works whose out-legs each sit on one
+    or more cores.
+
+    Args:
+        topology: out-legs carry the vocabulary, in-legs the embedding dimension.
+        padding_idx: kept for information; the row is an ordinary one.
+        strategy, device, dtype: see `NetworkModule`. `"factorized"` reads slices, `"reconstruct"` builds
+            the table, `"auto"` reads slices.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        padding_idx: int | None = None,
+        strategy: Strategy = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(topology, source="embedding", strategy=strategy, device=device, dtype=dtype)
+        self.num_embeddings, self.embedding_dim = topology.shape
+        self.padding_idx = padding_idx
+        self.lookup = plan_lookup(topology)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Map token indices of shape `(...)` to vectors `(..., embedding_dim)`."""
+        if self.strategy == "reconstruct":
+            return nn.functional.embedding(indices, self.to_matrix())
+        return lookup_rows(self.topology, self.lookup, self.cores, indices)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        layer: nn.Embedding,
+        *,
+        topology: str = "mpo",
+        max_bond: int | None = None,
+        rel_error: float | None = None,
+        param_ratio: float | None = None,
+        **options: Any,
+    ) -> "MPOEmbedding":
+        """Decompose a stock embedding; the original is left as it is.
+
+        Raises:
+            TargetError: the layer is of another type.
+            BudgetError, NonFiniteError, TopologyError: from the decomposition.
+        """
+        kind = kind_of(layer)
+        if kind is None or kind.name != "embedding":
+            raise TargetError(f"from_embedding takes nn.Embedding, got {type(layer).__name__}.")
+        budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
+        result = topology_family(topology).decompose(layer.weight, budget, **options)
+        return embedding_from_network(result.network.to(layer.weight.dtype), padding_idx=layer.padding_idx)
+
+    def to_embedding(self) -> nn.Embedding:
+        """The stock layer with the rebuilt table."""
+        with torch.no_grad():
+            layer = layer_kind("embedding").build(self.to_matrix(), None)
+        assert isinstance(layer, nn.Embedding)
+        layer.padding_idx = self.padding_idx
+        return layer
+
+    def spec(self) -> dict[str, Any]:
+        """See `NetworkModule.spec`."""
+        return {
+            "type": "embedding",
+            "source": self.source,
+            "padding_idx": self.padding_idx,
+            "topology": self.topology.to_dict(),
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        bonds = list(self.topology.bond_dims.values())
+        return f"{self.num_embeddings}, {self.embedding_dim}, topology={self.topology.family}, bonds={bonds}"
+
+
+def lookup_rows(
+    topology: Topology, plan: ContractionPlan, cores: tuple[Tensor, ...], indices: Tensor
+) -> Tensor:
+    """Rows of the operator, shape `(*indices.shape, in_features)`, by slicing cores at the index digits."""
+    flat = indices.reshape(-1)
+    digits, rest = {}, flat
+    for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
+        digits[label] = rest % size
+        rest = torch.div(rest, size, rounding_mode="floor")
+    slices = [_take(core, spec.labels, digits) for spec, core in zip(topology.cores, cores, strict=True)]
+    rows = run(plan, slices).reshape(flat.shape[0], -1)[:, : topology.in_features]
+    return rows.reshape(*indices.shape, topology.in_features)
+
+
+def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> Tensor:
+    """Index every out-leg of a core with its digits: shape `(tokens, remaining labels)`."""
+    legs = [axis for axis, label in enumerate(labels) if label in digits]
+    if not legs:
+        return core
+    rest = [axis for axis in range(core.ndim) if axis not in legs]
+    return core.permute(*legs, *rest)[tuple(digits[labels[axis]] for axis in legs)]
+
+
+def plan_lookup(topology: Topology) -> ContractionPlan:
+    """Plan of `digit slices -> (tokens, *in_dims)`."""
+    legs = set(topology.out_labels)
+    operands = []
+    for core in topology.cores:
+        rest = tuple(x for x in core.labels if x not in legs)
+        operands.append((TOKENS, *rest) if len(rest) < len(core.labels) else rest)
+    return plan_contraction(operands, (TOKENS, *topology.in_labels), {**topology.size_of, TOKENS: 256})
+
+
+def embedding_from_network(network: TensorNetwork, *, padding_idx: int | None = None) -> MPOEmbedding:
+    """An embedding with these cores."""
+    layer = MPOEmbedding(network.topology, padding_idx=padding_idx, device="meta")
+    layer.set_cores(network.cores)
+    return layer

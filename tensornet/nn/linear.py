@@ -1,0 +1,201 @@
+"""Linear layers whose weight is a tensor network."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.budget import Budget
+from tensornet.errors import TargetError
+from tensornet.network import TensorNetwork
+from tensornet.nn.adapters import kind_of, layer_kind
+from tensornet.nn.module import NetworkModule, require_linear_shape
+from tensornet.nn.strategy import Strategy, apply_network, cost_model
+from tensornet.topologies import topology_family
+from tensornet.topology import Topology
+
+
+class TensorNetworkLinear(NetworkModule):
+    """`y = x W^T + b` with `W: (out_features, in_features)` given by any topology.
+
+    Args:
+        topology: describes `W`.
+        bias: whether there is a bias of shape `(out_features,)`.
+        source: `"linear"` or `"conv1d"`, the stock layer that `to_linear` returns to.
+        strategy: how to apply `W`; see `tensornet.nn.strategy`.
+        device, dtype: as in `nn.Linear`.
+
+    A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        bias: bool = True,
+        source: str = "linear",
+        strategy: Strategy = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(topology, source=source, strategy=strategy, device=device, dtype=dtype)
+        self.out_features, self.in_features = topology.shape
+        self.costs = cost_model(self.plan)
+        zeros = torch.zeros(self.out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", nn.Parameter(zeros) if zeros is not None else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x: (..., in_features)` to `(..., out_features)`."""
+        y = apply_network(self.plan, self.costs, self.cores, x, self.strategy)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        *,
+        topology: str = "mpo",
+        max_bond: int | None = None,
+        rel_error: float | None = None,
+        param_ratio: float | None = None,
+        strategy: Strategy = "auto",
+        **options: Any,
+    ) -> "TensorNetworkLinear":
+        """Decompose a stock layer; the original is left as it is and shares nothing with the result.
+
+        Args:
+            layer: an `nn.Linear` or a Hugging Face `Conv1D`.
+            topology: name of a registered family.
+            max_bond, rel_error, param_ratio: budget, see `Budget`.
+            strategy: how the new layer is applied.
+            options: passed to the family, for example `sites=`, `out_dims=`, `in_dims=`.
+
+        Raises:
+            TargetError: the layer is of another type.
+            BudgetError, NonFiniteError, TopologyError: from the decomposition.
+        """
+        kind = kind_of(layer)
+        if kind is None or kind.name == "embedding":
+            raise TargetError(
+                f"from_linear takes nn.Linear or Conv1D, got {type(layer).__name__}; subclasses are refused "
+                "because their own code may read the dense weight."
+            )
+        budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
+        matrix = kind.matrix(layer)
+        result = topology_family(topology).decompose(matrix, budget, **options)
+        return linear_from_network(
+            result.network.to(matrix.dtype), bias=layer.bias, source=kind.name, strategy=strategy
+        )
+
+    def to_linear(self) -> nn.Module:
+        """The stock layer with the rebuilt dense weight, of the type this layer was made from."""
+        with torch.no_grad():
+            bias = None if self.bias is None else self.bias.detach().clone()
+            return layer_kind(self.source).build(self.to_matrix(), bias)
+
+    def spec(self) -> dict[str, Any]:
+        """See `NetworkModule.spec`."""
+        return {
+            "type": "linear",
+            "source": self.source,
+            "bias": self.bias is not None,
+            "topology": self.topology.to_dict(),
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
+            f"strategy={self.strategy}"
+        )
+
+
+class MPOLinear(TensorNetworkLinear):
+    """A linear layer whose weight is a matrix product operator; drop-in for `nn.Linear`.
+
+    Args:
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether there is a bias.
+        out_dims, in_dims: leg sizes; balanced factors if absent.
+        sites: number of cores where dims are absent, 3 by default.
+        bond_dims: the inner bonds.
+        max_bond: cap on every bond.
+        topology: an MPO topology, instead of the five above.
+        source, strategy, device, dtype: see `TensorNetworkLinear`.
+
+    Raises:
+        TopologyError: the dims do not fit.
+        ShapeError: `topology` describes another shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        bond_dims: Sequence[int] | None = None,
+        max_bond: int | None = None,
+        topology: Topology | None = None,
+        source: str = "linear",
+        strategy: Strategy = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if topology is None:
+            topology = topology_family("mpo").build(
+                out_features,
+                in_features,
+                out_dims=out_dims,
+                in_dims=in_dims,
+                sites=sites,
+                bond_dims=bond_dims,
+                max_bond=max_bond,
+            )
+        require_linear_shape(topology, out_features, in_features)
+        super().__init__(topology, bias=bias, source=source, strategy=strategy, device=device, dtype=dtype)
+
+
+def empty_linear(
+    topology: Topology,
+    *,
+    bias: bool,
+    source: str = "linear",
+    strategy: Strategy = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TensorNetworkLinear:
+    """A layer for this topology: `MPOLinear` for chains, `TensorNetworkLinear` otherwise."""
+    if topology.family == "mpo":
+        return MPOLinear(
+            topology.in_features,
+            topology.out_features,
+            bias,
+            topology=topology,
+            source=source,
+            strategy=strategy,
+            device=device,
+            dtype=dtype,
+        )
+    return TensorNetworkLinear(
+        topology, bias=bias, source=source, strategy=strategy, device=device, dtype=dtype
+    )
+
+
+def linear_from_network(
+    network: TensorNetwork, *, bias: Tensor | None, source: str, strategy: Strategy = "auto"
+) -> TensorNetworkLinear:
+    """A layer with these cores and a copy of this bias, in the dtype and on the device of the cores."""
+    layer = empty_linear(
+        network.topology, bias=bias is not None, source=source, strategy=strategy, device="meta"
+    )
+    layer.set_cores(network.cores)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(network.cores[0].dtype).clone())
+    return layer

@@ -1,0 +1,56 @@
+"""Plain low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.network import TensorNetwork
+from tensornet.svd import Method, truncated_svd
+from tensornet.topologies.base import Decomposition, TopologyFamily, register_topology
+from tensornet.topologies.mpo import mpo, refuse_options
+from tensornet.topology import Topology
+from tensornet.tt_svd import cap_bonds
+
+
+def low_rank(*, out_features: int, in_features: int, rank: int | None = None) -> Topology:
+    """Two cores `(1, out, 1, rank)` and `(rank, 1, in, 1)`.
+
+    Args:
+        out_features: rows.
+        in_features: columns.
+        rank: the bond; `min(out_features, in_features)` if absent or larger.
+    """
+    return mpo(out_dims=(out_features, 1), in_dims=(1, in_features), max_bond=rank, family="low_rank")
+
+
+class LowRankFamily(TopologyFamily):
+    """Truncated SVD. Singular values are split evenly, `U sqrt(S)` and `sqrt(S) Vh`."""
+
+    name = "low_rank"
+
+    def build(
+        self, out_features: int, in_features: int, *, max_bond: int | None = None, **options: Any
+    ) -> Topology:
+        """See `low_rank`."""
+        refuse_options(self.name, options)
+        return low_rank(out_features=out_features, in_features=in_features, rank=max_bond)
+
+    def decompose(
+        self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any
+    ) -> Decomposition:
+        """Optimal in the Frobenius norm (Eckart-Young)."""
+        refuse_options(self.name, options)
+        rows, columns = matrix.shape
+        caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
+        result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error, method=method)
+        rank = result.S.numel()
+        if rank < caps[0]:
+            bound_by = "rel_error"
+        root = result.S.sqrt().to(result.U.dtype)
+        cores = ((result.U * root)[None, :, None, :], (root[:, None] * result.Vh)[:, None, :, None])
+        topology = low_rank(out_features=rows, in_features=columns, rank=rank)
+        return Decomposition(TensorNetwork(topology, cores), result.error, bound_by)
+
+
+register_topology(LowRankFamily())

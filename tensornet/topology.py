@@ -1,0 +1,187 @@
+"""A topology is data: which cores a network has, how they are connected, and how large each index is."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tensornet.errors import TopologyError
+
+
+@dataclass(frozen=True)
+class CoreSpec:
+    """One core: its name and the label of each of its indices, in storage order.
+
+    Args:
+        name: a Python identifier or number, unique in its topology.
+        labels: one label for each dimension of the core's tensor.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A linear operator `(out_features, in_features)` as a network of named cores with labelled indices.
+
+    Labels listed in `out_labels` are the out-legs (row-major, most significant first), those in
+    `in_labels` the in-legs; every other label is a bond and is summed. A label may occur in any number
+    of cores (einsum semantics), which is what block tensor trains need.
+
+    The product of the out-legs may exceed `out_features`: the operator is then the leading block of the
+    padded one, and the padding counts as parameters. The same holds for the in-legs.
+
+    Args:
+        family: name of the builder that made it, for example `"mpo"`.
+        cores: the cores, in contraction order of the drawing.
+        sizes: `(label, size)` pairs, one for each label in use.
+        out_labels: labels of the out-legs.
+        in_labels: labels of the in-legs.
+        out_features: rows of the operator, at most the product of the out-leg sizes.
+        in_features: columns of the operator, at most the product of the in-leg sizes.
+
+    Raises:
+        TopologyError: a label has no size, a leg is missing, names repeat, or features exceed the legs.
+    """
+
+    family: str
+    cores: tuple[CoreSpec, ...]
+    sizes: tuple[tuple[str, int], ...]
+    out_labels: tuple[str, ...]
+    in_labels: tuple[str, ...]
+    out_features: int
+    in_features: int
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def size_of(self) -> dict[str, int]:
+        """Size of every label."""
+        return dict(self.sizes)
+
+    @property
+    def core_names(self) -> tuple[str, ...]:
+        """Names of the cores, in order."""
+        return tuple(core.name for core in self.cores)
+
+    @property
+    def core_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every core, by name."""
+        size_of = self.size_of
+        return {core.name: tuple(size_of[label] for label in core.labels) for core in self.cores}
+
+    @property
+    def out_dims(self) -> tuple[int, ...]:
+        """Sizes of the out-legs; their product is the padded number of rows."""
+        return tuple(self.size_of[label] for label in self.out_labels)
+
+    @property
+    def in_dims(self) -> tuple[int, ...]:
+        """Sizes of the in-legs; their product is the padded number of columns."""
+        return tuple(self.size_of[label] for label in self.in_labels)
+
+    @property
+    def bond_dims(self) -> dict[str, int]:
+        """Size of every bond, by label."""
+        legs = {*self.out_labels, *self.in_labels}
+        return {label: size for label, size in self.sizes if label not in legs}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)` of the operator."""
+        return self.out_features, self.in_features
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """Shape before padding is cut off."""
+        return math.prod(self.out_dims), math.prod(self.in_dims)
+
+    @property
+    def num_params(self) -> int:
+        """Number of stored elements, padding included."""
+        return sum(math.prod(shape) for shape in self.core_shapes.values())
+
+    @property
+    def central_core(self) -> str:
+        """Name of the core with the most parameters (the first of them): MPOE's shared center."""
+        shapes = self.core_shapes
+        return max(self.core_names, key=lambda name: math.prod(shapes[name]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; `from_dict` is its inverse."""
+        return {
+            "family": self.family,
+            "cores": {core.name: list(core.labels) for core in self.cores},
+            "sizes": self.size_of,
+            "out": list(self.out_labels),
+            "in": list(self.in_labels),
+            "shape": [self.out_features, self.in_features],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Topology":
+        """Rebuild a topology from `to_dict`, validating everything.
+
+        Raises:
+            TopologyError: the description is incomplete or inconsistent.
+        """
+        try:
+            return cls(
+                family=_typed(data["family"], str),
+                cores=tuple(
+                    CoreSpec(_typed(name, str), tuple(_typed(label, str) for label in labels))
+                    for name, labels in data["cores"].items()
+                ),
+                sizes=tuple((_typed(label, str), _typed(size, int)) for label, size in data["sizes"].items()),
+                out_labels=tuple(_typed(label, str) for label in data["out"]),
+                in_labels=tuple(_typed(label, str) for label in data["in"]),
+                out_features=_typed(data["shape"][0], int),
+                in_features=_typed(data["shape"][1], int),
+            )
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise TopologyError(f"Not a topology description: {type(error).__name__}: {error}.") from error
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _validate(topology: Topology) -> None:
+    size_of = topology.size_of
+    if len(size_of) != len(topology.sizes):
+        raise TopologyError(f"A label has two sizes: {topology.sizes}.")
+    for label, size in topology.sizes:
+        if size < 1:
+            raise TopologyError(f"Label {label!r} has size {size}; every size must be at least 1.")
+    names = topology.core_names
+    if not names or len(set(names)) != len(names):
+        raise TopologyError(f"Core names must be unique and at least one is needed, got {names}.")
+    used = {label for core in topology.cores for label in core.labels}
+    for core in topology.cores:
+        if not core.name.isidentifier() and not core.name.isdigit():
+            raise TopologyError(f"Core name {core.name!r} must be an identifier or a number.")
+        if len(set(core.labels)) != len(core.labels):
+            raise TopologyError(f"Core {core.name!r} repeats a label: {core.labels}.")
+    legs = (*topology.out_labels, *topology.in_labels)
+    if len(set(legs)) != len(legs):
+        raise TopologyError(f"A leg is listed twice: out {topology.out_labels}, in {topology.in_labels}.")
+    if unsized := used - size_of.keys():
+        raise TopologyError(f"Labels without a size: {sorted(unsized)}.")
+    if unused := (size_of.keys() | set(legs)) - used:
+        raise TopologyError(f"Labels that no core carries: {sorted(unused)}.")
+    for label, size in topology.bond_dims.items():
+        if size > 1 and sum(label in core.labels for core in topology.cores) < 2:
+            raise TopologyError(f"Bond {label!r} of size {size} ends in nothing: only one core carries it.")
+    for what, features, dims in (
+        ("out_features", topology.out_features, topology.out_dims),
+        ("in_features", topology.in_features, topology.in_dims),
+    ):
+        if not 1 <= features <= math.prod(dims):
+            raise TopologyError(
+                f"{what}={features} does not fit legs {dims} with product {math.prod(dims)}: "
+                "the product must be at least the number of features."
+            )
