@@ -6,6 +6,17 @@ decompositions. Start with `tensornet.MPO.from_matrix` or `tensornet.compress`.
 
 from tensornet import nn, topologies
 from tensornet.budget import Budget
+from tensornet.compression import (
+    CompressionConfig,
+    CompressionPlan,
+    CompressionReport,
+    LayerPlan,
+    LayerReport,
+    apply_plan,
+    compress,
+    decompress,
+    plan,
+)
 from tensornet.errors import (
     BudgetError,
     FormatError,
@@ -28,8 +39,13 @@ __all__ = [
     "MPO",
     "Budget",
     "BudgetError",
+    "CompressionConfig",
+    "CompressionPlan",
+    "CompressionReport",
     "CoreSpec",
     "FormatError",
+    "LayerPlan",
+    "LayerReport",
     "MissingDependencyError",
     "NonFiniteError",
     "ShapeError",
@@ -39,7 +55,11 @@ __all__ = [
     "Topology",
     "TopologyError",
     "TruncatedSVD",
+    "apply_plan",
+    "compress",
+    "decompress",
     "nn",
+    "plan",
     "register_topology",
     "topologies",
     "truncated_svd",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 from tensornet.errors import MissingDependencyError
 
@@ -39,3 +41,14 @@ def require(modules: Sequence[str], *, extra: str, user: str) -> None:
     hint = missing_hint(modules, extra=extra, user=user)
     if hint is not None:
         raise MissingDependencyError(hint)
+
+
+def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
+    """Import and return a dotted module of an optional package.
+
+    Args: the dotted name, and the rest as in :func:`missing_hint`.
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
+    require((module.partition(".")[0],), extra=extra, user=user)
+    return import_module(module)

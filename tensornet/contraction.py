@@ -119,7 +119,7 @@ def _find_path(
 ) -> list[tuple[int, int]]:
     if len(operands) == 1:
         return []
-    symbol = {}
+    symbol: dict[str, str] = {}
     for labels in (*operands, output):
         for label in labels:
             symbol.setdefault(label, opt_einsum.get_symbol(len(symbol)))

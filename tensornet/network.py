@@ -119,9 +119,9 @@ class TensorNetwork:
         """Floating-point operations of `apply` for that many tokens (a multiply-add counts as two)."""
         return 2 * plan_operator(self.topology, max(tokens, 1)).apply.multiply_adds
 
-    def to(self, *args: torch.device | torch.dtype | str) -> "TensorNetwork":
-        """A copy with every core moved or cast, as `Tensor.to`."""
-        return TensorNetwork(self.topology, [core.to(*args) for core in self.cores])
+    def to(self, dtype: torch.dtype) -> "TensorNetwork":
+        """A copy with every core cast to `dtype`."""
+        return TensorNetwork(self.topology, [core.to(dtype) for core in self.cores])
 
 
 def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from tensornet._optional import require
+from tensornet._optional import import_optional
 from tensornet.errors import TargetError
 
 
@@ -57,10 +57,12 @@ class _Conv1D(LayerKind):
         return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
     def matrix(self, module: nn.Module) -> Tensor:
-        return module.weight.T  # type: ignore[union-attr, return-value]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.T
 
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
-        utils = require("transformers.pytorch_utils", extra="hf", purpose="rebuilding a Conv1D layer")
+        utils = import_optional("transformers.pytorch_utils", extra="hf", user="Rebuilding a Conv1D layer")
         out_features, in_features = matrix.shape
         with torch.device("meta"):
             layer = utils.Conv1D(out_features, in_features)
@@ -80,7 +82,7 @@ class _Embedding(LayerKind):
         return module.weight  # type: ignore[return-value]
 
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
-        return _fill(nn.Embedding(*matrix.shape, device="meta"), weight=matrix, bias=None)
+        return _fill(nn.Embedding(matrix.shape[0], matrix.shape[1], device="meta"), weight=matrix, bias=None)
 
 
 def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -119,6 +121,12 @@ def layer_kind(name: str) -> LayerKind:
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind that describes a module, or None if it cannot be compressed."""
     return next((kind for kind in _KINDS.values() if kind.matches(module)), None)
+
+
+def layer_bias(module: nn.Module) -> Tensor | None:
+    """The bias of a stock layer, None if it has none (embeddings never have)."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
 
 
 for _kind in (_Linear(), _Conv1D(), _Embedding()):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tensornet.budget import Budget
 from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
-from tensornet.nn.adapters import kind_of, layer_kind
+from tensornet.nn.adapters import kind_of, layer_bias, layer_kind
 from tensornet.nn.module import NetworkModule, require_linear_shape
 from tensornet.nn.strategy import Strategy, apply_network, cost_model
 from tensornet.topologies import topology_family
@@ -28,6 +28,8 @@ class TensorNetworkLinear(NetworkModule):
 
     A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class TensorNetworkLinear(NetworkModule):
         matrix = kind.matrix(layer)
         result = topology_family(topology).decompose(matrix, budget, **options)
         return linear_from_network(
-            result.network.to(matrix.dtype), bias=layer.bias, source=kind.name, strategy=strategy
+            result.network.to(matrix.dtype), bias=layer_bias(layer), source=kind.name, strategy=strategy
         )
 
     def to_linear(self) -> nn.Module:

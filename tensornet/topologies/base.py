@@ -66,6 +66,31 @@ class TopologyFamily(ABC):
             TopologyError: the options do not fit the shape.
         """
 
+    @abstractmethod
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """Write `matrix` as a network of exactly this topology, dims and bonds included.
+
+        A plan fixes topologies first and decomposes later; bonds the matrix does not need are filled
+        with zeros, so that shapes are those of the plan.
+
+        Raises:
+            NonFiniteError: the matrix holds NaN or infinity.
+            TopologyError: the topology is of another family or for another shape.
+        """
+
+
+def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
+    """Refuse a topology of another family or for another shape.
+
+    Raises:
+        TopologyError: saying what was got and what was expected.
+    """
+    if topology.family != family or topology.shape != tuple(matrix.shape):
+        raise TopologyError(
+            f"Expected a {family!r} topology for a matrix of shape {tuple(matrix.shape)}, got a "
+            f"{topology.family!r} topology for {topology.shape}."
+        )
+
 
 _FAMILIES: dict[str, TopologyFamily] = {}
 

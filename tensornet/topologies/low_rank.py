@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.network import TensorNetwork
-from tensornet.svd import Method, truncated_svd
-from tensornet.topologies.base import Decomposition, TopologyFamily, register_topology
+from tensornet.svd import Method, TruncatedSVD, truncated_svd
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
 from tensornet.topologies.mpo import mpo, refuse_options
 from tensornet.topology import Topology
 from tensornet.tt_svd import cap_bonds
@@ -47,10 +47,24 @@ class LowRankFamily(TopologyFamily):
         rank = result.S.numel()
         if rank < caps[0]:
             bound_by = "rel_error"
-        root = result.S.sqrt().to(result.U.dtype)
-        cores = ((result.U * root)[None, :, None, :], (root[:, None] * result.Vh)[:, None, :, None])
-        topology = low_rank(out_features=rows, in_features=columns, rank=rank)
-        return Decomposition(TensorNetwork(topology, cores), result.error, bound_by)
+        return Decomposition(_network(result, rows, columns), result.error, bound_by)
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """Truncated SVD at the rank of the topology."""
+        check_topology(self.name, topology, matrix)
+        rank = max(topology.bond_dims.values())
+        result = truncated_svd(matrix, max_rank=rank)
+        exact = rank == min(topology.shape)
+        return Decomposition(
+            _network(result, *topology.shape), result.error, "exact" if exact else "max_bond"
+        )
+
+
+def _network(result: TruncatedSVD, rows: int, columns: int) -> TensorNetwork:
+    root = result.S.sqrt().to(result.U.dtype)
+    cores = ((result.U * root)[None, :, None, :], (root[:, None] * result.Vh)[:, None, :, None])
+    topology = low_rank(out_features=rows, in_features=columns, rank=result.S.numel())
+    return TensorNetwork(topology, cores)
 
 
 register_topology(LowRankFamily())

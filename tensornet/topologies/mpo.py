@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
@@ -10,7 +11,7 @@ from tensornet.dims import balanced_factors
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
 from tensornet.svd import Method
-from tensornet.topologies.base import Decomposition, TopologyFamily, register_topology
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import check_dims, max_bonds, tt_svd
 
@@ -142,6 +143,23 @@ class MPOFamily(TopologyFamily):
         return Decomposition(
             TensorNetwork(topology, balance_norms(result.cores)), result.error, result.bound_by
         )
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """TT-SVD at the bonds of the topology."""
+        check_topology(self.name, topology, matrix)
+        bonds = list(topology.bond_dims.values())[1:-1]
+        result = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
+        # TT-SVD keeps fewer than asked where an earlier cut left a block of smaller rank.
+        shapes = topology.core_shapes.values()
+        cores = [pad_core(core, shape) for core, shape in zip(result.cores, shapes, strict=True)]
+        network = TensorNetwork(topology, balance_norms(cores))
+        return Decomposition(network, result.error, result.bound_by)
+
+
+def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zero-pad every dimension of a core at its end."""
+    padding = [amount for have, want in zip(core.shape, shape, strict=True) for amount in (want - have, 0)]
+    return torch.nn.functional.pad(core, padding[::-1])
 
 
 def balance_norms(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,0 +1,164 @@
+"""A compression plan: which layer becomes which network. Printable, editable, saveable."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tensornet.errors import FormatError
+from tensornet.topology import Topology
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one weight.
+
+    Args:
+        name: module name of the (first) layer that uses the weight.
+        shape: `(out_features, in_features)`.
+        topology: the network that replaces it, bonds included; None keeps it dense.
+        bound_by: the cap that decided, or `"dense"`.
+        error: expected relative Frobenius error.
+        baseline_error: error of the plain truncated SVD with the same number of parameters.
+        singular_values: spectrum of the weight in descending order, for pictures.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    topology: Topology | None
+    bound_by: str
+    error: float
+    baseline_error: float
+    singular_values: tuple[float, ...] = ()
+
+    @property
+    def params_before(self) -> int:
+        """Dense parameters of the weight (bias not counted)."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the planned form, padding included."""
+        return self.topology.num_params if self.topology is not None else self.params_before
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Plans of all targeted layers, in model order.
+
+    Iterate over it, look layers up by name, `replace_layer` to edit, `save`/`load` to keep.
+    """
+
+    layers: tuple[LayerPlan, ...]
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"No layer {name!r} in the plan; it has {[layer.name for layer in self.layers]}.")
+
+    @property
+    def params_before(self) -> int:
+        """Dense parameters of all targeted weights."""
+        return sum(layer.params_before for layer in self.layers)
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of all targeted weights in their planned form."""
+        return sum(layer.params_after for layer in self.layers)
+
+    def replace_layer(self, name: str, topology: Topology | None) -> "CompressionPlan":
+        """A plan in which one layer becomes `topology` (None: stays dense).
+
+        Raises:
+            KeyError: no such layer.
+        """
+        bound_by = "dense" if topology is None else "edited"
+        edited = replace(self[name], topology=topology, bound_by=bound_by)
+        return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [f"{'layer':<{width}}  {'form':<28} {'parameters':>24} {'error':>8} {'plain SVD':>9}"]
+        for layer in self.layers:
+            form = "dense" if layer.topology is None else describe(layer.topology)
+            size = f"{layer.params_before:,} -> {layer.params_after:,}"
+            errors = f"{layer.error:>8.4f} {layer.baseline_error:>9.4f}"
+            lines.append(f"{layer.name:<{width}}  {form:<28} {size:>24} {errors}")
+        lines.append(f"total: {self.params_before:,} -> {self.params_after:,} parameters")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {"version": PLAN_VERSION, "layers": [_layer_to_dict(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "CompressionPlan":
+        """Inverse of `to_dict`.
+
+        Raises:
+            FormatError: not a plan, or of an unknown version.
+        """
+        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
+            raise FormatError(f"Not a compression plan of version {PLAN_VERSION}.")
+        try:
+            return cls(tuple(_layer_from_dict(layer) for layer in data["layers"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"Bad compression plan: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CompressionPlan":
+        """Read a plan written by `save`.
+
+        Raises:
+            FormatError: not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise FormatError(f"Cannot read a compression plan from {path}: {error}") from error
+        return cls.from_dict(data)
+
+
+def describe(topology: Topology) -> str:
+    """Family and bonds in a few characters, boundary bonds of 1 left out."""
+    bonds = [size for size in topology.bond_dims.values() if size > 1] or [1]
+    return f"{topology.family} {'x'.join(map(str, bonds))}"
+
+
+def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "topology": None if layer.topology is None else layer.topology.to_dict(),
+        "bound_by": layer.bound_by,
+        "error": layer.error,
+        "baseline_error": layer.baseline_error,
+        "singular_values": list(layer.singular_values),
+    }
+
+
+def _layer_from_dict(data: dict[str, Any]) -> LayerPlan:
+    topology = data["topology"]
+    return LayerPlan(
+        name=data["name"],
+        shape=(data["shape"][0], data["shape"][1]),
+        topology=None if topology is None else Topology.from_dict(topology),
+        bound_by=data["bound_by"],
+        error=data["error"],
+        baseline_error=data["baseline_error"],
+        singular_values=tuple(data["singular_values"]),
+    )

@@ -1,0 +1,99 @@
+"""What a compression did and what it cost."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from tensornet.compression.plan import CompressionPlan, describe
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One targeted layer after compression.
+
+    Args:
+        name: module name.
+        shape: `(out_features, in_features)`.
+        form: family and bonds, or `"dense"`.
+        params_before, params_after: elements of the weight before and after, padding included.
+        error: certified relative Frobenius error.
+        baseline_error: error of the plain truncated SVD with the same number of parameters.
+        bound_by: the cap that decided.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    form: str
+    params_before: int
+    params_after: int
+    error: float
+    baseline_error: float
+    bound_by: str
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """Result of `compress`. `str(report)` is a table; `report.plan` holds topologies and spectra.
+
+    Args:
+        layers: one entry for each targeted weight.
+        model_params_before, model_params_after: elements of all parameters of the model.
+        model_bytes_before, model_bytes_after: their size in memory.
+        seconds: wall time.
+        plan: the plan that was carried out.
+    """
+
+    layers: tuple[LayerReport, ...]
+    model_params_before: int
+    model_params_after: int
+    model_bytes_before: int
+    model_bytes_after: int
+    seconds: float
+    plan: CompressionPlan
+
+    @property
+    def param_ratio(self) -> float:
+        """Parameters of the targeted weights after, as a share of before."""
+        return sum(x.params_after for x in self.layers) / sum(x.params_before for x in self.layers)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.plan}\nmodel: {self.model_params_before:,} -> {self.model_params_after:,} parameters, "
+            f"{self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
+            f"{self.seconds:.1f} s"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, without spectra."""
+        data = asdict(self)
+        del data["plan"]
+        return data | {"param_ratio": self.param_ratio}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+
+def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[LayerReport, ...]:
+    """Reports of the layers of a plan, with the errors that carrying it out certified."""
+    return tuple(
+        LayerReport(
+            name=layer.name,
+            shape=layer.shape,
+            form="dense" if layer.topology is None else describe(layer.topology),
+            params_before=layer.params_before,
+            params_after=layer.params_after,
+            error=errors.get(layer.name, 0.0),
+            baseline_error=layer.baseline_error,
+            bound_by=layer.bound_by,
+        )
+        for layer in plan
+    )
+
+
+def model_size(model: nn.Module) -> tuple[int, int]:
+    """`(elements, bytes)` of all distinct parameters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

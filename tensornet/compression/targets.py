@@ -1,0 +1,120 @@
+"""Which modules of a model are compressed, and which of them share one weight."""
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tensornet.compression.config import CompressionConfig
+from tensornet.errors import TargetError
+from tensornet.nn.adapters import LayerKind, kind_of
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to compress, with every place it is used in.
+
+    Args:
+        names: module names that use the weight; the first stands for the group in plans and reports.
+        modules: the modules, in the same order (one object may appear under several names).
+        kinds: the layer kind of each module.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    kinds: tuple[LayerKind, ...]
+
+    @property
+    def name(self) -> str:
+        """Name that stands for the group."""
+        return self.names[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The shared parameter, in the orientation of its layers."""
+        weight = self.modules[0].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """The operator, shape `(out_features, in_features)`."""
+        return self.kinds[0].matrix(self.modules[0]).detach()
+
+
+def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
+    """Weights that a configuration selects, in the order of the model.
+
+    Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
+
+    Raises:
+        TargetError: a pattern matches no compressible module, or nothing is left to compress.
+    """
+    groups = _group_by_weight(model)
+    included, excluded = _patterns(config.target_modules), _patterns(config.exclude_modules)
+    heads = {id(module) for module in (output_head(model),) if module is not None}
+    chosen = []
+    for group in groups:
+        if included is None:
+            embeds = any(kind.name == "embedding" for kind in group.kinds)
+            wanted = not embeds and all(id(module) not in heads for module in group.modules)
+        else:
+            wanted = included == [ALL] or _matches_any(group, included)
+        if wanted and not (excluded and _matches_any(group, excluded)):
+            chosen.append(group)
+    for pattern in [*(included or []), *(excluded or [])]:
+        if pattern != ALL and not any(_matches_any(group, [pattern]) for group in groups):
+            raise TargetError(
+                f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
+                f"{_summary(groups)}. Patterns match a whole name, a suffix after a dot, a glob, or, with "
+                "the prefix 're:', a regular expression."
+            )
+    if not chosen:
+        raise TargetError(f"Nothing to compress. Compressible layers: {_summary(groups)}.")
+    return chosen
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits, for models that can name it (Hugging Face)."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name matches one pattern (see `CompressionConfig.target_modules`)."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
+    return None if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _matches_any(target: Target, patterns: Sequence[str]) -> bool:
+    return any(matches(name, pattern) for name in target.names for pattern in patterns)
+
+
+def _group_by_weight(model: nn.Module) -> list[Target]:
+    groups: dict[int, list[tuple[str, nn.Module, LayerKind]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = kind_of(module)
+        if kind is not None:
+            groups.setdefault(id(module.weight), []).append((name, module, kind))
+    return [
+        Target(
+            tuple(n for n, _, _ in members), tuple(m for _, m, _ in members), tuple(k for _, _, k in members)
+        )
+        for members in groups.values()
+    ]
+
+
+def _summary(groups: Sequence[Target], limit: int = 8) -> str:
+    names = [group.name for group in groups]
+    shown = ", ".join(names[:limit]) or "none (supported: nn.Linear, Hugging Face Conv1D, nn.Embedding)"
+    return shown + (f", and {len(names) - limit} more" if len(names) > limit else "")
