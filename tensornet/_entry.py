@@ -1,4 +1,4 @@
-"""The console script ``tensornet``.
+"""The console script `tensornet`.
 
 It lives in the core because the script is installed even when the extras are not: importing the
 command line's own package would already fail there, with a traceback instead of advice. The plugin
@@ -11,7 +11,7 @@ from importlib import import_module
 
 from tensornet._optional import missing_hint
 
-# What the extra ``cli`` brings; an architecture test compares this with pyproject.toml.
+# What the extra `cli` brings; an architecture test compares this with pyproject.toml.
 CLI_MODULES = ("accelerate", "jinja2", "matplotlib", "rich", "safetensors", "transformers", "typer")
 
 

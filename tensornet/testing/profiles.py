@@ -6,14 +6,14 @@ from hypothesis import HealthCheck, settings
 
 
 def register_profiles() -> None:
-    """Register the profiles ``default``, ``ci`` and ``nightly`` with hypothesis.
+    """Register the profiles `default`, `ci` and `nightly` with hypothesis.
 
-    Select one with ``settings.load_profile(name)``; this project's own tests read the name from the
-    environment variable ``HYPOTHESIS_PROFILE``.
+    Select one with `settings.load_profile(name)`; this project's own tests read the name from the
+    environment variable `HYPOTHESIS_PROFILE`.
 
-    - ``default``: 50 random examples, for work at the desk.
-    - ``ci``: 25 examples, derandomised, so that the same commit always gives the same verdict.
-    - ``nightly``: 1000 random examples, to look for what the others miss.
+    - `default`: 50 random examples, for work at the desk.
+    - `ci`: 25 examples, derandomised, so that the same commit always gives the same verdict.
+    - `nightly`: 1000 random examples, to look for what the others miss.
 
     None has a deadline: the first call of an operation plans or compiles and is slower than the rest.
     """
