@@ -1,0 +1,121 @@
+"""What every benchmark shares: pairing both sides in one run, and records that say where they come from.
+
+A record is one JSON file in `benchmarks/records/`; the tables of the documentation are generated from it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+PACKAGES = ("torch", "numpy", "opt_einsum", "transformers", "torchTT", "tensorly", "tensorly-torch", "quimb")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Args:
+        median: over the repeats.
+        low: fastest repeat.
+        high: slowest repeat.
+        repeats: how many.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+def paired_medians(
+    functions: Mapping[str, Callable[[], Any]], repeats: int = 5, *, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time functions in turn, all of them once for each repeat, so that a busy machine hits all alike.
+
+    Args:
+        functions: calls by name.
+        repeats: rounds that are counted.
+        warmup: rounds before those.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: Timing(statistics.median(values), min(values), max(values), repeats)
+        for name, values in seconds.items()
+    }
+
+
+def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
+    """Commit, dirty flag, machine, device, dtype and versions of what is being measured."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
+        "dtype": dtype,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECORDS, **meta: Any) -> Path:
+    """Write `folder/name.json` with rows, provenance and whatever else the benchmark wants to say.
+
+    Args:
+        name: of the benchmark; one record each, the newest replaces the one before.
+        rows: one mapping for each measured case.
+        folder: where records live.
+        meta: `device=` and `dtype=` go to `provenance`, everything else into the record.
+
+    Returns:
+        The file written.
+    """
+    where = {key: meta.pop(key) for key in ("device", "dtype") if key in meta}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    content = {"name": name, **provenance(**where), **meta, "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def processor() -> str:
+    """Name of the processor, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
