@@ -71,7 +71,8 @@ class Recipe:
 
 
 GPT2_RECIPE = Recipe(steps=3500, batch=16, learning_rate=5e-3)
-T5_RECIPE = Recipe(steps=3000, batch=128, learning_rate=3e-3, weight_decay=0.01)
+# Many small steps: at equal time, batches of 32 restored twice as many phrases as batches of 128.
+T5_RECIPE = Recipe(steps=7000, batch=32, learning_rate=2e-3, weight_decay=0.01)
 PAIRS = 400
 WINDOWS = f"non-overlapping, {CONTEXT} tokens, each predicts its last {CONTEXT - 1}, the tail is dropped"
 
@@ -319,7 +320,7 @@ def train_gpt2(split: Split, recipe: Recipe, folder: Path, provenance: dict[str,
             n_layer=4,
             n_head=4,
             n_inner=512,
-            # The stock 0.02 is meant for width 768; at width 128 it costs 10 points of perplexity after 350 steps.
+            # The stock 0.02 suits width 768: after 350 steps it stood at perplexity 53, this at 41.
             initializer_range=0.06,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
