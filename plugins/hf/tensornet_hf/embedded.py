@@ -1,0 +1,82 @@
+"""The two small trained models that ship with the package, and the text to calibrate and judge them on.
+
+A GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible; what they are,
+and how well they do, is in ``data/README.md`` and in the ``training.json`` of each folder. With them the demo
+and the tests need no model hub.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["calibration_text", "gpt2_path", "heldout_text", "t5_pairs", "t5_path"]
+
+
+def _data(name: str) -> Path:
+    path = Path(str(files("tensornet_hf") / "data" / name))
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the embedded data {name!r} is missing: expected {path}; "
+            "install tensornet-torch again, unpacked (it does not work from inside a zip file)"
+        )
+    return path
+
+
+def gpt2_path() -> Path:
+    """Return the folder of the embedded GPT-2, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+
+    The context is 128 tokens; the language model head is tied to the embedding.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    return _data("gpt2")
+
+
+def t5_path() -> Path:
+    """Return the folder of the embedded T5, for ``AutoModelForSeq2SeqLM`` and ``AutoTokenizer``.
+
+    It restores the vowels of phrases of one to three words, one token per character.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    return _data("t5")
+
+
+def calibration_text() -> str:
+    """Return about 215 kB of the chapters the models were trained on, to calibrate a compression with.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    return _data("calibration.txt").read_text(encoding="utf-8")
+
+
+def heldout_text() -> str:
+    """Return about 100 kB of chapters neither trained nor calibrated on, to measure perplexity with.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    return _data("heldout.txt").read_text(encoding="utf-8")
+
+
+def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
+    """Return 400 pairs ``(source, target)`` for the T5, such as ``("sstr nd", "sister and")``.
+
+    Args:
+        split: ``"calibration"`` (from chapters trained on) or ``"heldout"`` (from the others).
+
+    Raises:
+        ValueError: another split.
+        FileNotFoundError: the package was installed without its data.
+    """
+    if split not in ("calibration", "heldout"):
+        raise ValueError(f"unknown split {split!r}: expected 'calibration' or 'heldout'")
+    lines = _data(f"t5_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(record["source"], record["target"]) for record in records]
