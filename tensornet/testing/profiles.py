@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import HealthCheck, settings
 
 
@@ -17,15 +19,13 @@ def register_profiles() -> None:
 
     None has a deadline: the first call of an operation plans or compiles and is slower than the rest.
     """
-    slow_data = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    settings.register_profile("default", max_examples=50, deadline=None, suppress_health_check=slow_data)
+    # Each option is written out: on a CI machine hypothesis changes the defaults it would inherit.
+    common: dict[str, Any] = {
+        "deadline": None,
+        "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    }
+    settings.register_profile("default", max_examples=50, derandomize=False, **common)
     settings.register_profile(
-        "ci",
-        max_examples=25,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        print_blob=True,
-        suppress_health_check=slow_data,
+        "ci", max_examples=25, derandomize=True, database=None, print_blob=True, **common
     )
-    settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=slow_data)
+    settings.register_profile("nightly", max_examples=1000, derandomize=False, **common)
