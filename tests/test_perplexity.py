@@ -1,0 +1,119 @@
+"""Windowed perplexity against a token-by-token truth, and the promises about its windows."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tensornet.errors import NonFiniteError, ShapeError
+from tensornet_hf.perplexity import perplexity, windows
+
+VOCABULARY = 11
+
+
+class Running(nn.Module):
+    """A causal model without a library: logits depend on the mean embedding of all tokens so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 6)
+        self.head = nn.Linear(6, VOCABULARY)
+        self.config = SimpleNamespace(max_position_embeddings=64, vocab_size=VOCABULARY)
+        self.batches: list[tuple[int, ...]] = []
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        self.batches.append(tuple(input_ids.shape))
+        total = self.embed(input_ids).cumsum(1)
+        count = torch.arange(1, input_ids.shape[1] + 1)[None, :, None]
+        return SimpleNamespace(logits=self.head(3 * total / count))
+
+
+@pytest.fixture
+def model() -> Running:
+    return Running()
+
+
+@torch.no_grad()
+def slow_perplexity(model: Running, tokens: Tensor, context: int, stride: int) -> tuple[float, int]:
+    """Every token by a run of its own, over its prefix in the first window that holds both."""
+    losses = []
+    for position in range(1, len(tokens)):
+        start = 0
+        while position >= start + context:
+            start += stride
+        if position == start:
+            continue  # first of its window: nothing to predict it from
+        logits = model(tokens[None, start:position]).logits[0, -1]
+        losses.append(-float(torch.log_softmax(logits.double(), 0)[tokens[position]]))
+    return math.exp(sum(losses) / len(losses)), len(losses)
+
+
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 33, 50])
+@pytest.mark.parametrize(("context", "stride"), [(8, 8), (8, 3), (8, 1), (2, 2), (2, 1), (60, 60)])
+def test_agrees_with_the_slow_truth(model: Running, length: int, context: int, stride: int) -> None:
+    tokens = torch.randint(VOCABULARY, (length,))
+    truth, count = slow_perplexity(model, tokens, context, stride)
+    got = perplexity(model, tokens, context=context, stride=stride, batch_size=3)
+    assert got.tokens == count
+    assert got.perplexity == pytest.approx(truth, rel=1e-5)
+    assert got.loss == pytest.approx(math.log(truth), rel=1e-5)
+
+
+@given(length=st.integers(2, 200), context=st.integers(2, 40), data=st.data())
+def test_windows_score_each_token_once(length: int, context: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, context))
+    scored = [
+        t for w in windows(length, context=context, stride=stride) for t in range(w.first_scored, w.end)
+    ]
+    assert scored == sorted(set(scored))
+    if stride < context:
+        assert scored == list(range(1, length))
+    else:
+        assert scored == [t for t in range(length) if t % context != 0]
+    for window in cut:
+        assert window.start < window.first_scored < window.end <= window.start + context
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(model: Running) -> None:
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    assert perplexity(model, torch.arange(30) % 11, context=8).perplexity == pytest.approx(VOCABULARY)
+
+
+def test_batches_do_not_change_the_number(model: Running) -> None:
+    tokens = torch.randint(VOCABULARY, (100,))
+    one, many = (perplexity(model, tokens, context=16, stride=5, batch_size=b) for b in (1, 7))
+    assert one.perplexity == pytest.approx(many.perplexity, rel=1e-6)
+    assert max(rows for rows, _ in model.batches) == 7
+
+
+def test_states_how_it_was_measured_and_puts_the_training_flag_back(model: Running) -> None:
+    model.train()
+    result = perplexity(model, torch.arange(40) % 11, context=16)
+    assert model.training
+    assert result.how == "37 tokens scored in 3 windows of 16, stride 16"
+    assert str(result) == f"{result.perplexity:.3f} ({result.how})"
+    assert result.to_dict()["stride"] == 16
+
+
+def test_bad_input(model: Running) -> None:
+    tokens = torch.arange(10)
+    with pytest.raises(ShapeError, match="at least two token ids"):
+        perplexity(model, tokens[:1], context=4)
+    with pytest.raises(ShapeError, match="at least two token ids"):
+        perplexity(model, tokens[None], context=4)
+    with pytest.raises(ValueError, match=r"context 65 is more than the 64 positions"):
+        perplexity(model, tokens, context=65)
+    with pytest.raises(ValueError, match="context must be at least 2"):
+        perplexity(model, tokens, context=1)
+    with pytest.raises(ValueError, match="stride must lie between 1 and the context 4, got 5"):
+        perplexity(model, tokens, context=4, stride=5)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        perplexity(model, tokens, context=4, batch_size=0)
+    nn.init.constant_(model.head.bias, float("nan"))
+    with pytest.raises(NonFiniteError, match="loss over this text is nan"):
+        perplexity(model, tokens, context=4)
