@@ -1,19 +1,21 @@
 """Matrix product operators as objects: what only chains can do.
 
-Every function here is exact linear algebra on cores `(left, out, in, right)`; nothing forms the matrix
-except `to_matrix`.
+The mathematics is in `tensornet.mpo_algebra`; nothing forms the matrix except `to_matrix`.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
+from tensornet import interop
+from tensornet import mpo_algebra as algebra
 from tensornet.budget import Budget
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork
 from tensornet.svd import Method
-from tensornet.topologies.mpo import choose_dims, mpo
+from tensornet.topologies.mpo import chain, choose_dims
 from tensornet.topology import Topology
 from tensornet.tt_svd import tt_svd
 
@@ -124,13 +126,7 @@ class MPO:
     @property
     def topology(self) -> Topology:
         """The chain as data."""
-        return mpo(
-            out_dims=self.out_dims,
-            in_dims=self.in_dims,
-            bond_dims=self.bond_dims,
-            out_features=self.shape[0],
-            in_features=self.shape[1],
-        )
+        return chain(self.out_dims, self.in_dims, self.bond_dims, self.shape)
 
     @property
     def network(self) -> TensorNetwork:
@@ -144,6 +140,175 @@ class MPO:
     def apply(self, x: Tensor) -> Tensor:
         """Apply to `x: (..., in_features)`, giving `(..., out_features)`."""
         return self.network.apply(x)
+
+    # --- algebra ---------------------------------------------------------------------------------
+
+    def __add__(self, other: "MPO") -> "MPO":
+        """Sum; bonds add up. The certificate of the result combines both."""
+        self._check_same_dims(other, "added")
+        total = self._like(algebra.add(self.cores, other.cores))
+        if self.error or other.error:
+            total.error = _relative(_absolute(self) + _absolute(other), total)
+        return total
+
+    def __sub__(self, other: "MPO") -> "MPO":
+        """Difference; bonds add up."""
+        return self + (-other)
+
+    def __neg__(self) -> "MPO":
+        return self * -1
+
+    def __mul__(self, factor: complex | Tensor) -> "MPO":
+        """Product with a number. For the product of two operators use `@`."""
+        if isinstance(factor, MPO):
+            return NotImplemented
+        return self._like(algebra.scale(self.cores, factor), error=self.error)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: complex) -> "MPO":
+        """Quotient by a number."""
+        return self * (1 / factor)
+
+    def __matmul__(self, other: "MPO") -> "MPO":
+        """Product of two operators; bonds multiply. Padding of the shared legs is cut out exactly.
+
+        Raises:
+            ShapeError: the in-dims of the left are not the out-dims of the right.
+        """
+        if not isinstance(other, MPO):
+            return NotImplemented
+        if self.in_dims != other.out_dims or self.shape[1] != other.shape[0]:
+            raise ShapeError(
+                f"Cannot multiply {self.shape} by {other.shape}: in_dims {self.in_dims} of the left must be "
+                f"out_dims {other.out_dims} of the right."
+            )
+        left = self.cores
+        keep = algebra.leading_projector(self.in_dims, self.shape[1], like=left[0])
+        if keep is not None:
+            left = algebra.multiply(left, keep)
+        cores = algebra.multiply(left, other.cores)
+        product = MPO(cores, out_features=self.shape[0], in_features=other.shape[1])
+        if self.error or other.error:
+            # |A0 B0 - A B| <= |A0 - A| |B0| + |A| |B0 - B|
+            bound = _absolute(self) * (float(other.norm()) + _absolute(other))
+            product.error = _relative(bound + float(self.norm()) * _absolute(other), product)
+        return product
+
+    def transpose(self) -> "MPO":
+        """The transposed operator, shape `(in_features, out_features)`."""
+        return MPO(
+            algebra.transpose(self.cores),
+            out_features=self.shape[1],
+            in_features=self.shape[0],
+            error=self.error,
+        )
+
+    def conj(self) -> "MPO":
+        """The complex conjugate."""
+        return self._like([core.conj() for core in self.cores], error=self.error)
+
+    def adjoint(self) -> "MPO":
+        """The conjugate transpose."""
+        return self.transpose().conj()
+
+    def canonicalize(self, *, center: int = -1) -> "MPO":
+        """The same operator, orthonormal on both sides of `center`. See `mpo_algebra.canonicalize`."""
+        return self._like(algebra.canonicalize(self.cores, center), error=self.error)
+
+    def round(self, *, max_bond: int | None = None, rel_error: float | None = None) -> "MPO":
+        """Cut the bonds, at most `max_bond` and at most `rel_error` away from *this* operator.
+
+        Returns:
+            A left-canonical MPO. Its `error` counts from the matrix this one was made from: with `e` the
+            certificate here and `d` of the cut, `e + d (1 + e)`.
+
+        Raises:
+            BudgetError: a cap is out of range.
+        """
+        Budget(max_bond=max_bond, rel_error=rel_error)
+        cores, cut = algebra.round_chain(self._masked, max_bond=max_bond, rel_error=rel_error)
+        return self._like(cores, error=self.error + cut * (1 + self.error))
+
+    def norm(self) -> Tensor:
+        """Frobenius norm, a 0-dimensional tensor."""
+        return algebra.norm(self._masked)
+
+    def inner(self, other: "MPO") -> Tensor:
+        """Frobenius inner product `sum conj(self) * other`, a 0-dimensional tensor.
+
+        Raises:
+            ShapeError: dims or shapes differ.
+        """
+        self._check_same_dims(other, "compared")
+        return algebra.inner(self._masked, other.cores)
+
+    def bond_spectrum(self, k: int) -> Tensor:
+        """Singular values across bond `k` (on the right of core `k`), descending."""
+        return algebra.bond_spectrum(self._masked, k)
+
+    def bond_entropy(self, k: int) -> Tensor:
+        """Entanglement entropy across bond `k` in nats. See `mpo_algebra.bond_entropy`."""
+        return algebra.bond_entropy(self._masked, k)
+
+    # --- other libraries -------------------------------------------------------------------------
+
+    def to_quimb(self) -> Any:
+        """A quimb `MatrixProductOperator`. See `tensornet.interop`."""
+        return interop.to_quimb(self.cores)
+
+    @classmethod
+    def from_quimb(cls, operator: Any) -> "MPO":
+        """From a quimb `MatrixProductOperator`, rectangular sites included."""
+        return cls(interop.from_quimb(operator))
+
+    def to_tensorly(self) -> Any:
+        """A TensorLy `TTMatrix`."""
+        return interop.to_tensorly(self.cores)
+
+    @classmethod
+    def from_tensorly(cls, operator: Any) -> "MPO":
+        """From a TensorLy `TTMatrix`."""
+        return cls(interop.from_tensorly(operator))
+
+    def to_torchtt(self) -> Any:
+        """A `torchtt.TT` matrix."""
+        return interop.to_torchtt(self.cores)
+
+    @classmethod
+    def from_torchtt(cls, operator: Any) -> "MPO":
+        """From a `torchtt.TT` matrix."""
+        return cls(interop.from_torchtt(operator))
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    @property
+    def _masked(self) -> tuple[Tensor, ...]:
+        """Cores of the same operator with zeros in the padding, so that padding has no norm."""
+        return algebra.mask_padding(self.cores, *self.shape)
+
+    def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
+        return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
+
+    def _check_same_dims(self, other: "MPO", what: str) -> None:
+        mine = (self.shape, self.out_dims, self.in_dims)
+        if mine != (theirs := (other.shape, other.out_dims, other.in_dims)):
+            raise ShapeError(
+                f"Only MPOs with equal shape, out_dims and in_dims can be {what}: {mine} and {theirs}."
+            )
+
+
+def _absolute(operator: MPO) -> float:
+    """Bound of the Frobenius distance to the origin: `|W0 - W| <= e |W0|` and `|W0| <= |W| / (1 - e)`."""
+    if operator.error == 0:
+        return 0.0
+    return operator.error * float(operator.norm()) / (1 - operator.error) if operator.error < 1 else math.inf
+
+
+def _relative(distance: float, operator: MPO) -> float:
+    """The same bound relative to the origin of `operator`, whose norm is at least `|W| - distance`."""
+    size = float(operator.norm()) - distance
+    return distance / size if size > 0 else math.inf
 
 
 def _check_chain(cores: Sequence[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Matrix product operators (tensor-train matrices): a chain of cores `(left, out, in, right)`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,15 +43,29 @@ def mpo(
     Raises:
         TopologyError: the dims do not fit each other or the features.
     """
-    rows, columns = _product(out_dims), _product(in_dims)
+    rows, columns = math.prod(out_dims), math.prod(in_dims)
     shape = (out_features or rows, in_features or columns)
     check_dims(shape, out_dims, in_dims)
     full = max_bonds(out_dims, in_dims)
     if bond_dims is not None and len(bond_dims) != len(full):
         raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {len(full)} entries, one for each bond.")
-    bonds = [min(b, f) for b, f in zip(bond_dims or full, full, strict=True)]
-    bonds = [1, *(min(b, max_bond or b) for b in bonds), 1]
-    sites = len(out_dims)
+    bonds = [min(b, f, max_bond or b) for b, f in zip(bond_dims or full, full, strict=True)]
+    return chain(out_dims, in_dims, bonds, shape, family=family)
+
+
+def chain(
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    bond_dims: Sequence[int],
+    shape: tuple[int, int],
+    *,
+    family: str = "mpo",
+) -> Topology:
+    """The topology of an existing chain: as `mpo`, but bonds are taken as they are.
+
+    Sums and products of chains have bonds above the largest useful ones until they are rounded.
+    """
+    bonds, sites = [1, *bond_dims, 1], len(out_dims)
     sizes = {f"b{k}": bonds[k] for k in range(sites + 1)}
     sizes |= {f"o{k}": out_dims[k] for k in range(sites)} | {f"i{k}": in_dims[k] for k in range(sites)}
     return Topology(
@@ -184,13 +199,6 @@ def refuse_options(name: str, options: dict[str, Any]) -> None:
     """
     if unknown := sorted(key for key, value in options.items() if value is not None):
         raise TopologyError(f"Topology {name!r} does not know the options {', '.join(unknown)}.")
-
-
-def _product(dims: Sequence[int]) -> int:
-    result = 1
-    for dim in dims:
-        result *= dim
-    return result
 
 
 register_topology(MPOFamily())

@@ -1,0 +1,83 @@
+"""Matrix product operators to and from quimb, TensorLy and torchTT.
+
+All three store a chain of the same cores; they differ in the order of the indices, in what they do with
+the end bonds, and in that none of them knows padding. Converting a padded operator gives the padded one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet._optional import import_optional
+from tensornet.errors import ShapeError
+
+
+def to_quimb(cores: Sequence[Tensor]) -> Any:
+    """A `quimb.tensor.TensorNetwork` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
+
+    A `MatrixProductOperator` where every leg has size above 0, rectangular sites included; `to_dense`
+    takes the two lists of legs. Arrays are NumPy's.
+    """
+    quimb = import_optional("quimb.tensor", extra="interop", user="to_quimb")
+    arrays = [core.detach().cpu().permute(0, 3, 1, 2).numpy() for core in cores]  # quimb: (l, r, k, b)
+    if len(arrays) == 1:
+        arrays = [arrays[0][0, 0]]
+    else:
+        arrays[0], arrays[-1] = arrays[0][0], arrays[-1][:, 0]
+    return quimb.MatrixProductOperator(arrays, shape="lrud", upper_ind_id="k{}", lower_ind_id="b{}")
+
+
+def from_quimb(operator: Any) -> tuple[Tensor, ...]:
+    """Cores of a quimb `MatrixProductOperator` with open ends.
+
+    Raises:
+        ShapeError: the operator is cyclic.
+    """
+    if operator.cyclic:
+        raise ShapeError("A cyclic quimb operator has no open chain; use topology 'tensor_ring' for rings.")
+    cores = []
+    for site in range(operator.L):
+        tensor = operator[site]
+        legs = (operator.upper_ind(site), operator.lower_ind(site))
+        bonds = [
+            *((operator.bond(site - 1, site),) if site > 0 else ()),
+            *((operator.bond(site, site + 1),) if site < operator.L - 1 else ()),
+        ]
+        order = [*bonds[: 1 if site > 0 else 0], *legs, *bonds[1 if site > 0 else 0 :]]
+        data = torch.as_tensor(tensor.transpose(*order).data)
+        data = data if site > 0 else data.unsqueeze(0)
+        cores.append(data if site < operator.L - 1 else data.unsqueeze(-1))
+    return tuple(cores)
+
+
+def to_tensorly(cores: Sequence[Tensor]) -> Any:
+    """A `tensorly.tt_matrix.TTMatrix`, whose factors have our order `(left, out, in, right)`.
+
+    TensorLy computes with them if its backend is set to PyTorch.
+    """
+    tensorly = import_optional("tensorly.tt_matrix", extra="interop", user="to_tensorly")
+    return tensorly.TTMatrix(list(cores))
+
+
+def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
+    """Cores of a TensorLy `TTMatrix` of any backend."""
+    return tuple(torch.as_tensor(factor) for factor in operator)
+
+
+def to_torchtt(cores: Sequence[Tensor]) -> Any:
+    """A `torchtt.TT` matrix, whose cores have our order `(left, out, in, right)`."""
+    torchtt = import_optional("torchtt", extra="interop", user="to_torchtt")
+    return torchtt.TT(list(cores))
+
+
+def from_torchtt(operator: Any) -> tuple[Tensor, ...]:
+    """Cores of a `torchtt.TT` matrix.
+
+    Raises:
+        ShapeError: it is a tensor train of a tensor, not of a matrix.
+    """
+    if not operator.is_ttm:
+        raise ShapeError("Expected a torchtt TT matrix (4-dimensional cores), got the train of a tensor.")
+    return tuple(operator.cores)
