@@ -3,6 +3,7 @@
 from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.hooks import register_structure_hook, structure_changed
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.planner import plan
 from tensornet.compression.report import CompressionReport, LayerReport
@@ -20,4 +21,6 @@ __all__ = [
     "decompress",
     "find_targets",
     "plan",
+    "register_structure_hook",
+    "structure_changed",
 ]

@@ -7,6 +7,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.hooks import structure_changed
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.targets import Target, find_targets
 from tensornet.errors import TargetError
@@ -45,6 +46,7 @@ def apply_plan(model: nn.Module, plan: CompressionPlan, *, progress: bool = Fals
     for names, modules in replacements:
         for name, module in zip(names, modules, strict=True):
             set_submodule(model, name, module)
+    structure_changed(model)
     return errors
 
 
@@ -71,7 +73,10 @@ def decompress(model: nn.Module) -> nn.Module:
         twin = dense.setdefault(id(module.cores[0]), stock)
         if twin is not stock:
             stock.weight = twin.weight
+        if getattr(module, "bias", None) is not None:
+            stock.bias = module.bias  # the parameter itself, as in `apply_plan`
         set_submodule(model, name, stock)
+    structure_changed(model)
     return model
 
 
@@ -105,11 +110,12 @@ def _compressed(target: Target, layer: LayerPlan) -> tuple[list[nn.Module], floa
         if isinstance(module, nn.Embedding):
             new = embedding_from_network(network, padding_idx=module.padding_idx)
         else:
-            new = linear_from_network(network, bias=layer_bias(module), source=kind.name)
+            new = linear_from_network(network, bias=None, source=kind.name)
+            new.bias = layer_bias(module)  # the parameter itself: another module may be tied to it
         if first is not None:
             new.set_cores(first.cores)
         first = first or new
-        for parameter in new.parameters():
-            parameter.requires_grad_(trainable)
+        for core in new.cores:
+            core.requires_grad_(trainable)
         made[id(module)] = new
     return [made[id(module)] for module in target.modules], result.error
