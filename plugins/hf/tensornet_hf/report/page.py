@@ -1,0 +1,149 @@
+"""The report page: what goes on it, and writing it as one file that needs nothing else."""
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tensornet._optional import require
+from tensornet.compression import CompressionReport
+from tensornet_hf.perplexity import Perplexity
+from tensornet_hf.report.spectra import BondSpectrum
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One column of the comparison.
+
+    Args:
+        name: how the page calls this model.
+        params: elements of all its parameters.
+        file_bytes: size of its weight files, None if it was not saved.
+        perplexity: on the held-out text, None if not measured.
+        sample: text it generated, None if none was.
+    """
+
+    name: str
+    params: int
+    file_bytes: int | None = None
+    perplexity: Perplexity | None = None
+    sample: str | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the report shows.
+
+    Args:
+        title: heading, for example the name of the model.
+        models: the columns of the comparison: the original first, then the compressed model, then baselines.
+        report: what was done to each layer.
+        spectra: by layer name (see `bond_spectra`); empty leaves the picture out.
+        prompt: what the samples continue.
+        curve: predicted perplexity over all budgets, `(share of targeted parameters kept, perplexity)`.
+        made: how the page was made, label and text.
+        notes: remarks shown below the comparison.
+    """
+
+    title: str
+    models: Sequence[ModelFacts]
+    report: CompressionReport
+    spectra: Mapping[str, Sequence[BondSpectrum]] = field(default_factory=dict)
+    prompt: str | None = None
+    curve: Sequence[tuple[float, float]] = ()
+    made: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+
+
+def write_report(page: Page, path: str | Path) -> Path:
+    """Write the page; an older file of that name is replaced only by a finished one.
+
+    Raises:
+        MissingDependencyError: matplotlib or jinja2 is not installed.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    path.write_text(render(page), encoding="utf-8")
+    return path
+
+
+def render(page: Page) -> str:
+    """The page as HTML: styles and pictures inside, no script, no request to anywhere.
+
+    Raises:
+        MissingDependencyError: matplotlib or jinja2 is not installed.
+    """
+    require(("jinja2", "matplotlib"), extra="viz", user="the HTML report")
+    import jinja2
+    from markupsafe import Markup
+
+    from tensornet_hf.report import pictures
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"count": compact_count, "size": compact_bytes}
+    template = environment.from_string(
+        (files("tensornet_hf.report") / "page.html.j2").read_text(encoding="utf-8")
+    )
+    layers = list(page.report.plan)
+    shown = min(len(page.spectra), pictures.PANELS)
+    return template.render(
+        page=page,
+        report=page.report,
+        original=page.models[0],
+        compressed=page.models[1],
+        layers_picture=Markup(pictures.layers_picture(layers)),
+        spectra_picture=Markup(pictures.spectra_picture(page.spectra)) if page.spectra else None,
+        curve_picture=Markup(pictures.curve_picture(page.curve, page.report.param_ratio))
+        if page.curve
+        else None,
+        spectra_shown=shown,
+    )
+
+
+def versions() -> str:
+    """Versions of everything that decides the numbers, in one line."""
+    names = ("tensornet-torch", "torch", "transformers", "safetensors")
+    python = f"Python {platform.python_version()}"
+    return ", ".join([*(f"{name} {version(name)}" for name in names), python, sys.platform])
+
+
+def compact_count(value: float) -> str:
+    """`940800` -> `941k`, three digits that matter."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{_three_digits(value / size)}{unit}"
+    return f"{value:g}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
+
+
+def compact_bytes(value: float) -> str:
+    """`1234567` -> `1.23 MB`, three digits that matter."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{_three_digits(value / size)} {unit}"
+    return f"{value:g} B"
+
+
+def plain(page: Page) -> dict[str, Any]:
+    """The numbers of the page, JSON-ready."""
+    return {
+        "models": [
+            {
+                "name": model.name,
+                "parameters": model.params,
+                "file_bytes": model.file_bytes,
+                "perplexity": None if model.perplexity is None else model.perplexity.to_dict(),
+                "sample": model.sample,
+            }
+            for model in page.models
+        ],
+        "compression": page.report.to_dict(),
+        "made": dict(page.made),
+    }
