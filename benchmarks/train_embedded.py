@@ -11,7 +11,7 @@ The text is in the public domain. On Debian 13::
     python benchmarks/train_embedded.py --text kjv.txt
 
 writes both Hugging Face folders, the text slices and the pairs to ``plugins/hf/tensornet_hf/data``; beside
-each model a ``training.json`` records what made it. About 20 minutes on one core. The file has one verse
+each model a ``training.json`` records what made it. 20 to 30 minutes on one core. The file has one verse
 per line, ``Ge1:1 In the beginning ...``. ``--toy`` runs the same road in seconds (a few steps, tiny batches)
 and proves nothing but that the road is open.
 """
