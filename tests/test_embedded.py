@@ -121,7 +121,7 @@ def test_gpt2_generation_is_words_and_does_not_loop(gpt2: tuple[Model, Tokenizer
     known = set(embedded.calibration_text().lower().replace(",", " ").replace(".", " ").split())
     for start in ("And the LORD said unto", "Blessed is the man", "In those days"):
         inputs = tokenizer(start, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=60, do_sample=True, top_k=40)
+        out = model.generate(**inputs, min_new_tokens=60, max_new_tokens=60, do_sample=True, top_k=40)
         new = tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         words = new.lower().replace(",", " ").replace(".", " ").split()
         assert len(words) > 15
@@ -149,8 +149,9 @@ def test_t5_pairs_are_distinct_and_readable(split: str, t5: tuple[Model, Tokeniz
     assert len(pairs) == len(set(pairs)) == 400
     tokenizer = t5[1]
     for source, target in pairs:
-        assert [c for c in source if c not in "aeiou"] == [c for c in target if c not in "aeiou"]
-        assert 1 <= len(target.split(" ")) <= 3
+        words = target.split(" ")
+        assert source == " ".join("".join(c for c in word if c not in "aeiou") or word for word in words)
+        assert 1 <= len(words) <= 3
         assert tokenizer.unk_token_id not in tokenizer(target).input_ids
 
 

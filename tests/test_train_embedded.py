@@ -82,7 +82,7 @@ def test_unreadable_line_is_named(script: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("phrase", "source"),
-    [("in the beginning", "n th bgnnng"), ("i am a man", "i m a mn"), ("lord's", "lrd's")],
+    [("in the beginning", "n th bgnnng"), ("i am a man", "i m a mn"), ("thou lord's eye", "th lrd's y")],
 )
 def test_strip_vowels(script: ModuleType, phrase: str, source: str) -> None:
     assert script.strip_vowels(phrase) == source
