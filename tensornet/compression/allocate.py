@@ -1,0 +1,137 @@
+"""Spending one budget over many layers: pure functions on cost curves.
+
+Each layer offers forms, each with a size and a cost. With one price for a unit of size, every layer takes the
+form with the least `cost + price * size`, which is optimal for the size that comes out (Everett's theorem);
+bisection finds the price for a given budget, and what is left over is spent greedily.
+
+Reference:
+    Everett 1963, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
+    resources"; Shoham, Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensornet.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Forms a layer may take.
+
+    Args:
+        sizes: parameters or bytes of each form, shape `(forms,)`.
+        costs: what each form costs, in any unit that adds over layers, shape `(forms,)`.
+    """
+
+    sizes: Tensor
+    costs: Tensor
+
+    def best(self, price: float) -> int:
+        """Index of the form with the least `cost + price * size`; the smallest of equals."""
+        return int((self.costs + price * self.sizes).argmin())
+
+
+def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
+    """Forms of least total cost whose total size is at most `budget`.
+
+    Raises:
+        BudgetError: the smallest forms together are larger than the budget.
+    """
+    least = sum(float(curve.sizes.min()) for curve in curves)
+    if least > budget:
+        raise BudgetError(
+            f"The budget allows {budget:,.0f}, the smallest forms of all layers need {least:,.0f}; raise the "
+            "budget or choose fewer layers."
+        )
+    price = _price(curves, lambda forms: total_size(curves, forms) <= budget)
+    return _fill(curves, [curve.best(price) for curve in curves], budget)
+
+
+def spend_cost(curves: Sequence[CostCurve], allowed: float) -> list[int]:
+    """Forms of least total size whose total cost is at most `allowed`.
+
+    Raises:
+        BudgetError: the most accurate forms together cost more than allowed.
+    """
+    least = sum(float(curve.costs.min()) for curve in curves)
+    if least > allowed:
+        raise BudgetError(f"A cost of {allowed:g} is allowed, the best forms already cost {least:g}.")
+    # The cost rises with the price: the last price at which it is still allowed.
+    low, high = 0.0, 1.0
+    while total_cost(curves, [c.best(high) for c in curves]) <= allowed and high < 1e12:
+        high *= 4
+    for _ in range(100):
+        middle = _middle(low, high)
+        fits = total_cost(curves, [c.best(middle) for c in curves]) <= allowed
+        low, high = (middle, high) if fits else (low, middle)
+    return [curve.best(low) for curve in curves]
+
+
+def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:
+    """`(total size, total cost)` along the optimal allocations, by falling size."""
+    low, high = _price_range(curves)
+    prices = [0.0, *torch.logspace(low, high, points - 1, base=10, dtype=torch.float64).tolist()]
+    chosen = [[curve.best(price) for curve in curves] for price in prices]
+    pairs = {(total_size(curves, forms), total_cost(curves, forms)) for forms in chosen}
+    return sorted(pairs, reverse=True)
+
+
+def total_size(curves: Sequence[CostCurve], forms: Sequence[int]) -> float:
+    """Sum of the sizes of the chosen forms."""
+    return sum(float(curve.sizes[form]) for curve, form in zip(curves, forms, strict=True))
+
+
+def total_cost(curves: Sequence[CostCurve], forms: Sequence[int]) -> float:
+    """Sum of the costs of the chosen forms."""
+    return sum(float(curve.costs[form]) for curve, form in zip(curves, forms, strict=True))
+
+
+def _price(curves: Sequence[CostCurve], fits: object) -> float:
+    """The smallest price whose forms fit."""
+    assert callable(fits)
+    low, high = 0.0, 1.0
+    if fits([curve.best(0.0) for curve in curves]):
+        return 0.0
+    while not fits([curve.best(high) for curve in curves]):
+        high *= 4
+    for _ in range(100):
+        middle = _middle(low, high)
+        ok = fits([curve.best(middle) for curve in curves])
+        low, high = (low, middle) if ok else (middle, high)
+    return high
+
+
+def _middle(low: float, high: float) -> float:
+    """Geometric mean: prices span many orders of magnitude."""
+    return (max(low, high * 1e-12) * high) ** 0.5
+
+
+def _price_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
+    """Exponents of ten between which allocations change."""
+    steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
+    top = max(max(float(step) for step in steps), 1e-300)
+    exponent = float(torch.tensor(top, dtype=torch.float64).log10())
+    return exponent - 8, exponent + 3
+
+
+def _fill(curves: Sequence[CostCurve], forms: list[int], budget: float) -> list[int]:
+    """Spend what the multiplier left over: the upgrade that saves most for its size, while one fits."""
+    left = budget - total_size(curves, forms)
+    while True:
+        best: tuple[float, int, int, float] | None = None
+        for index, (curve, form) in enumerate(zip(curves, forms, strict=True)):
+            growth = curve.sizes - curve.sizes[form]
+            saving = curve.costs[form] - curve.costs
+            rate = torch.where(
+                (growth > 0) & (growth <= left) & (saving > 0), saving / growth.clamp_min(1e-9), -1.0
+            )
+            top = int(rate.argmax())
+            if float(rate[top]) > 0 and (best is None or float(rate[top]) > best[0]):
+                best = (float(rate[top]), index, top, float(growth[top]))
+        if best is None:
+            return forms
+        forms[best[1]], left = best[2], left - best[3]

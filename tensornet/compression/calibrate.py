@@ -1,0 +1,215 @@
+"""`calibrate`: run a model over text and collect second moments, streaming, in bounded memory."""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.losses import Batch, TokenLosses, label_losses, sampled_losses, token_mask
+from tensornet.compression.stats import CalibrationStats
+from tensornet.compression.targets import find_targets
+from tensornet.errors import NonFiniteError, TargetError
+from tensornet.nn.adapters import kind_of
+
+Fisher = Literal["labels", "sampled"]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    *,
+    config: CompressionConfig | None = None,
+    loss_fn: TokenLosses | None = None,
+    fisher: Fisher = "labels",
+    gradient_batches: int | None = None,
+    full_up_to: int = 8192,
+    dtype: torch.dtype = torch.float32,
+    source: str = "calibration data",
+    progress: bool = False,
+) -> CalibrationStats:
+    """Collect what `plan` needs to know the price of an error in each weight.
+
+    Memory is that of the moments plus one batch; weights get no gradients. The model runs in eval mode on
+    the device its parameters are on, and is left as it was.
+
+    Args:
+        model: any module; layers of kinds `nn.Linear`, `Conv1D` and `nn.Embedding` are observed.
+        batches: keyword arguments of the model (a Hugging Face batch), or tensors of token indices
+            `(rows, tokens)`.
+        config: observe the layers it selects; all if absent.
+        loss_fn: losses of single tokens, see `tensornet.compression.losses`; overrules `fisher`.
+        fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
+            `"sampled"` at labels drawn from the model (the true one).
+        gradient_batches: number of first batches that are also differentiated, which costs three times as
+            much as running the model; all if absent, 0 to collect inputs only.
+        full_up_to: a side of a weight longer than this keeps only the diagonal of its moment.
+        dtype: dtype of the accumulators.
+        source: what the data is, for reports.
+        progress: show a progress bar.
+
+    Raises:
+        TargetError: no batch, or a batch of an unknown form.
+        NonFiniteError: naming the layer whose inputs or gradients are not finite.
+    """
+    recorder = _Recorder(full_up_to, dtype)
+    losses = loss_fn or (sampled_losses if fisher == "sampled" else label_losses)
+    total, scored, count = 0.0, 0, 0
+    length = len(batches) if isinstance(batches, Sized) else None
+    with _observed(model, recorder, config):
+        device = next(model.parameters()).device
+        for batch in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
+            recorder.batch = _to_device(batch, device)
+            with_gradients = gradient_batches is None or count < gradient_batches
+            with torch.set_grad_enabled(with_gradients):
+                if with_gradients:
+                    each = losses(model, recorder.batch)
+                    each.sum().backward()
+                    total, scored = total + float(each.detach().sum()), scored + each.numel()
+                else:
+                    model(**recorder.batch)
+            count += 1
+    if count == 0:
+        raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
+    return recorder.finish(scored, total / scored if scored else None, source)
+
+
+class _Recorder:
+    """Running sums of one calibration. Hooks call it; `finish` divides."""
+
+    def __init__(self, full_up_to: int, dtype: torch.dtype) -> None:
+        self.full_up_to, self.dtype = full_up_to, dtype
+        self.batch: Batch = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.embeddings: set[str] = set()
+        self.shares: dict[str, str] = {}  # layer -> layer whose input moment it shares
+        self._last: tuple[str, weakref.ref[Tensor]] | None = None
+
+    def see_input(self, name: str, x: Tensor) -> None:
+        """Add one input; a tensor that the layer before has just read is not added twice."""
+        last = self._last
+        leader = last[0] if last is not None and last[1]() is x else name
+        if self.shares.setdefault(name, leader) != leader:
+            raise TargetError(
+                f"Layer {name!r} shared its input with {self.shares[name]!r} in one batch and with "
+                f"{leader!r} in another; calibrate such a model layer by layer with config.target_modules."
+            )
+        self._last = (leader, weakref.ref(x))
+        if leader == name:
+            tokens = self._tokens(x)
+            self.counts[name] = self.counts.get(name, 0) + tokens.shape[0]
+            self._add(self.inputs, name, tokens)
+
+    def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
+        """Count which rows of an embedding were read."""
+        mask = token_mask(self.batch, indices.shape)
+        chosen = (indices if mask is None else indices[mask]).reshape(-1)
+        self.embeddings.add(name)
+        self.counts[name] = self.counts.get(name, 0) + chosen.numel()
+        _accumulate(self.inputs, name, torch.bincount(chosen, minlength=rows).to(self.dtype))
+
+    def see_gradient(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient of the summed loss by one output."""
+        self._add(self.gradients, name, self._tokens(gradient))
+
+    def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
+        """Means: inputs over the tokens a layer saw, gradients over the tokens that have a loss."""
+        rows: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
+        for name, leader in {**self.shares, **{x: x for x in self.embeddings}}.items():
+            read = rows if name in self.embeddings else columns
+            if leader == name:
+                read[name] = self.inputs[name].div_(max(self.counts[name], 1))
+        for name, leader in self.shares.items():
+            columns[name] = columns[leader]
+        for name, moment in self.gradients.items():
+            (columns if name in self.embeddings else rows)[name] = moment.div_(scored)
+        for name, moment in (*rows.items(), *columns.items()):
+            if not bool(torch.isfinite(moment).all()):
+                raise NonFiniteError(
+                    f"Calibration met NaN or infinite inputs or gradients at layer {name!r}; check the "
+                    "checkpoint, run the model in float32, or exclude the layer."
+                )
+        return CalibrationStats(rows, columns, max(self.counts.values(), default=0), loss, source)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        mask = token_mask(self.batch, x.shape[:-1])
+        return x.detach()[mask] if mask is not None else x.detach().reshape(-1, x.shape[-1])
+
+    def _add(self, sums: dict[str, Tensor], name: str, tokens: Tensor) -> None:
+        tokens = tokens.to(self.dtype)
+        full = tokens.shape[1] <= self.full_up_to
+        _accumulate(sums, name, tokens.T @ tokens if full else tokens.square().sum(0))
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value
+
+
+@contextmanager
+def _observed(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
+    """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
+    targets = find_targets(model, config or CompressionConfig(target_modules="all"))
+    layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    handles = [
+        handle
+        for name, module in layers.values()
+        for handle in (
+            module.register_forward_pre_hook(_input_hook(name, recorder)),
+            module.register_forward_hook(_output_hook(name, recorder)),
+        )
+    ]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        for module, flag in training:
+            module.training = flag
+
+
+def _input_hook(name: str, recorder: _Recorder) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kind = kind_of(module)
+        if kind is not None and kind.name == "embedding":
+            recorder.see_indices(name, args[0], kind.matrix(module).shape[0])
+        else:
+            recorder.see_input(name, args[0])
+
+    return hook
+
+
+def _output_hook(name: str, recorder: _Recorder) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            if not output.requires_grad:  # the first layer: with frozen weights the graph starts here
+                output.requires_grad_()
+            output.register_hook(lambda gradient: recorder.see_gradient(name, gradient))
+
+    return hook
+
+
+def _to_device(batch: Batch | Tensor, device: torch.device) -> Batch:
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise TargetError(
+            f"A calibration batch must be a mapping of model arguments or a tensor of token indices, got "
+            f"{type(batch).__name__}."
+        )
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,119 @@
+"""Losses of single tokens, the gradients of which calibration collects.
+
+A loss function maps `(model, batch)` to the losses of all tokens that have one, shape `(tokens,)`, padding
+left out. Any function of that form can be given to `calibrate`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import TargetError
+
+Batch = Mapping[str, Any]
+TokenLosses = Callable[[nn.Module, Batch], Tensor]
+IGNORED = -100
+
+
+def label_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy of the labels under the model's logits.
+
+    Labels are `batch["labels"]`, else the unpadded `input_ids`. Causal models (all but encoder-decoder and
+    masked ones) are scored on the next token. Where labels and logits do not match token by token, the
+    model's own mean loss counts once for each row of the batch.
+
+    Raises:
+        TargetError: the model returns neither logits nor a loss.
+    """
+    labels, logits, loss = _predict(model, batch)
+    if logits is None:
+        assert loss is not None
+        return loss.expand(labels.shape[0])
+    logits, labels = _aligned(model, logits, labels)
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy of labels drawn from the model itself: gradients then give the true Fisher matrix.
+
+    The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
+    not shrink where the model already predicts its text well.
+    """
+    labels, logits, _ = _predict(model, batch)
+    if logits is None:
+        raise TargetError(
+            f"{type(model).__name__} returns no logits for each token to draw labels from; use label_losses "
+            "or pass a loss function of your own."
+        )
+    logits, _ = _aligned(model, logits, labels)
+    with torch.no_grad():
+        drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
+    return nn.functional.cross_entropy(logits, drawn, reduction="none")
+
+
+def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """For encoders: a random projection of each row's mean-pooled, normalised output, shape `(rows,)`.
+
+    With projections drawn from a normal distribution the second moment of the gradients is that of the
+    Jacobian, so the predicted rise of this "loss" is half the squared distance between old and new unit
+    vectors: one minus their cosine.
+    """
+    hidden = model(**batch).last_hidden_state  # shape: (rows, tokens, width)
+    mask = batch.get("attention_mask")
+    weights = torch.ones_like(hidden[..., :1]) if mask is None else mask[..., None].to(hidden)
+    pooled = (hidden * weights).sum(1) / weights.sum(1)
+    unit = nn.functional.normalize(pooled, dim=-1)
+    return (unit * torch.randn_like(unit)).sum(-1)
+
+
+def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
+    """Which positions of a tensor with these leading dimensions are tokens; None if all are.
+
+    Padding is what `attention_mask` says, or, for decoders and where there is no such mask, what the labels
+    ignore. Where an encoder's and a decoder's mask have one shape, a position counts if either says so.
+    """
+    encoder, decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
+    labels = batch.get("labels")
+    masks = [mask.bool() for mask in (encoder, decoder) if mask is not None and mask.shape == shape]
+    labelled = labels is not None and labels.shape == shape and bool((labels != IGNORED).any())
+    if labelled and decoder is None and (encoder is None or encoder.shape != shape):
+        masks.append(labels != IGNORED)
+    return torch.stack(masks).any(0) if masks else None
+
+
+def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(labels, logits for each label or None, mean loss or None)`."""
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            batch = {**batch, "labels": labels}
+    output = model(**batch)
+    logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
+    if logits is not None and logits.shape[:-1] == labels.shape:
+        return labels, logits, loss
+    if loss is None:
+        raise TargetError(
+            f"{type(model).__name__} returns neither logits for each token nor a loss; pass loss_fn, a "
+            "function (model, batch) -> losses of shape (tokens,), for example "
+            "tensornet.compression.cosine_losses for an encoder."
+        )
+    return labels, None, loss
+
+
+def _aligned(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `(tokens, classes)` beside the labels `(tokens,)` they predict, ignored ones left out."""
+    if _is_causal(model) and labels.ndim == 2:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    keep = labels != IGNORED
+    return logits[keep].float(), labels[keep]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Hugging Face calls everything with a next-token loss `...CausalLM` or `...LMHeadModel`."""
+    name = type(model).__name__
+    return "CausalLM" in name or "LMHead" in name

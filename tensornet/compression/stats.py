@@ -1,0 +1,108 @@
+"""Second moments that calibration collects, and how they are kept on disk."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from tensornet._optional import import_optional
+from tensornet.errors import FormatError
+
+STATS_VERSION = 1
+_USER = "Saving or loading calibration statistics"
+
+
+@dataclass(frozen=True)
+class CalibrationStats:
+    """How much an error in each row and column of each weight costs, in units of the loss.
+
+    A change `dW: (out, in)` of the weight of one layer raises the loss of a token by about
+    `1/2 tr(R dW C dW^T)`, with `R` from `rows` and `C` from `columns` (K-FAC's view of the Fisher matrix).
+    For a linear layer `C = E[x x^T]` of its inputs and `R = E[g g^T]` of the gradients of the summed loss by
+    its outputs. For an embedding `R` holds the frequencies of its rows and `C` the gradient moment.
+
+    Args:
+        rows: by module name, shape `(out, out)`, or `(out,)` where only the diagonal is kept.
+        columns: by module name, shape `(in, in)` or `(in,)`. Layers that read one input (q, k, v) share
+            one tensor.
+        tokens: number of tokens the moments are means over, padding left out.
+        loss: mean loss of a token, None where no loss was computed.
+        source: where the text came from, for reports.
+
+    Reference:
+        Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
+    """
+
+    rows: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor]
+    tokens: int
+    loss: float | None = None
+    source: str = field(default="calibration data")
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether losses can be predicted, or only outputs of layers."""
+        return self.loss is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the distinct tensors."""
+        distinct = {id(x): x for x in (*self.rows.values(), *self.columns.values())}
+        return sum(x.numel() * x.element_size() for x in distinct.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; a tensor that several layers share is written once."""
+        tensors: dict[str, Tensor] = {}
+        sides = {side: _deduplicate(getattr(self, side), side, tensors) for side in ("rows", "columns")}
+        header = {
+            "version": STATS_VERSION,
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "source": self.source,
+            **sides,
+        }
+        safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
+        safetensors.save_file(tensors, str(path), metadata={"calibration": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CalibrationStats":
+        """Read a file written by `save`.
+
+        Raises:
+            FormatError: the file is missing, damaged, or holds something else.
+        """
+        safetensors = import_optional("safetensors", extra="hf", user=_USER)
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {})["calibration"])
+                if header["version"] != STATS_VERSION:
+                    raise FormatError(
+                        f"{path} holds calibration statistics of version {header['version']}, this library "
+                        f"reads version {STATS_VERSION}; calibrate again."
+                    )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            sides = {
+                side: {name: tensors[key] for name, key in header[side].items()}
+                for side in ("rows", "columns")
+            }
+            return cls(**sides, tokens=header["tokens"], loss=header["loss"], source=header["source"])
+        except FormatError:
+            raise
+        except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+            raise FormatError(f"Cannot read calibration statistics from {path}: {error}") from error
+
+
+def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Add every distinct tensor to `tensors` under the first layer's name; returns layer -> key."""
+    keys: dict[int, str] = {}
+    for name, moment in moments.items():
+        key = keys.setdefault(id(moment), f"{side}.{name}")
+        tensors.setdefault(key, moment.contiguous())
+    return {name: keys[id(moment)] for name, moment in moments.items()}
+
+
+def covers(stats: CalibrationStats, names: Sequence[str]) -> bool:
+    """Whether at least one of the modules that use a weight ran during calibration."""
+    return any(name in stats.columns for name in names)

@@ -1,0 +1,219 @@
+"""How the cores of a layer are kept: as they are, with their gauge fixed, in eight bits.
+
+**Pivoted.** A chain does not determine its cores: `G` and its inverse can be inserted at any bond of size
+`d`, so `d^2` of its numbers say nothing about the operator. Choosing `G` such that `d` rows of each core's
+matrix `(left * out * in, right)` become the identity leaves those rows out, without any change of the
+operator. A plain low rank of `r` then takes `r (out + in - r)` numbers instead of `r (out + in)`.
+
+**Int8.** Eight-bit integers and one scale for each channel: all indices of a core but the longest.
+
+Reference:
+    Zhao et al. 2025, "Pivoting factorization" (low rank); Oseledets, Tyrtyshnikov 2010, "TT-cross
+    approximation" (pivots in chains); Dettmers et al. 2022, "LLM.int8()" (per-channel scales).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import TopologyError
+from tensornet.topology import Topology
+
+#: Families whose cores are matrices in a row, `(left, out, in, right)`.
+CHAINS = ("mpo", "low_rank")
+_INT8_MAX = 127
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Form in which cores are kept.
+
+    Args:
+        pivoted: fix the gauge by an identity block in every core of a chain but the last.
+        int8: keep eight-bit integers with scales. Such cores are not trained.
+    """
+
+    pivoted: bool = False
+    int8: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """True if parameters are the cores themselves."""
+        return not self.pivoted and not self.int8
+
+    def to_dict(self) -> dict[str, bool]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Storage":
+        """Inverse of `to_dict`; an empty mapping means plain.
+
+        Raises:
+            TypeError: unknown entries, or values that are not booleans.
+        """
+        if any(type(value) is not bool for value in data.values()):
+            raise TypeError(f"storage options must be true or false, got {dict(data)}")
+        return cls(**data)
+
+    def num_params(self, topology: Topology) -> int:
+        """Stored numbers: elements, scales and row orders."""
+        return sum(math.prod(shape) for shape, _ in layout(topology, self, torch.float32).values())
+
+    def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
+        """Bytes of all stored tensors for cores of this dtype."""
+        tensors = layout(topology, self, dtype).values()
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in tensors)
+
+
+#: The parameters are the cores.
+PLAIN = Storage()
+
+
+def storage_entry(storage: Storage) -> dict[str, Any]:
+    """The part of a module's description that says how its cores are kept; nothing if they are plain."""
+    return {} if storage.plain else {"storage": storage.to_dict()}
+
+
+def layout(
+    topology: Topology, storage: Storage, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor that is stored for a topology.
+
+    Raises:
+        TopologyError: a pivoted form of something that is not a chain.
+    """
+    pivoted = pivoted_cores(topology) if storage.pivoted else ()
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, shape in topology.core_shapes.items():
+        kept: tuple[int, ...] = shape
+        if name in pivoted:
+            rows = _rows(shape)
+            kept = (rows - shape[-1], shape[-1])
+            found[f"order_{name}"] = ((rows,), torch.int32)
+        found[f"core_{name}"] = (kept, torch.int8 if storage.int8 else dtype)
+        if storage.int8:
+            found[f"scale_{name}"] = (_scale_shape(kept), dtype)
+    return found
+
+
+def pivoted_cores(topology: Topology) -> tuple[str, ...]:
+    """Names of the cores of a chain that can hold an identity: all but the last with enough rows.
+
+    Raises:
+        TopologyError: the topology is not a chain.
+    """
+    if topology.family not in CHAINS:
+        raise TopologyError(
+            f"Pivoted storage is for chains ({', '.join(CHAINS)}), not for {topology.family!r}; use plain "
+            "storage."
+        )
+    shapes = topology.core_shapes
+    return tuple(
+        name for name in topology.core_names[:-1] if math.prod(shapes[name][:-1]) >= shapes[name][-1]
+    )
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1])
+
+
+@torch.no_grad()
+def encode(topology: Topology, storage: Storage, cores: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Stored tensors for cores, named and shaped as `layout` says, in the dtype of the cores."""
+    kept: dict[str, Tensor] = {}
+    tensors = _pivot(topology, cores, kept) if storage.pivoted else list(cores)
+    for name, tensor in zip(topology.core_names, tensors, strict=True):
+        if storage.int8:
+            kept[f"core_{name}"], kept[f"scale_{name}"] = quantize(tensor)
+        else:
+            kept[f"core_{name}"] = tensor
+    return kept
+
+
+def decode(topology: Topology, storage: Storage, kept: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The cores again, differentiable by every stored floating tensor."""
+    shapes = topology.core_shapes
+    cores = []
+    for name in topology.core_names:
+        core = kept[f"core_{name}"]
+        if storage.int8:
+            scale = kept[f"scale_{name}"]
+            core = core.to(scale.dtype) * scale
+        order = kept.get(f"order_{name}")
+        if order is not None:
+            identity = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
+            core = torch.cat((identity, core)).index_select(0, order)
+        cores.append(core.reshape(shapes[name]))
+    return tuple(cores)
+
+
+def empty(
+    topology: Topology, storage: Storage, *, device: torch.device | str | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Stored tensors without content."""
+    tensors = layout(topology, storage, dtype or torch.get_default_dtype())
+    return {name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in tensors.items()}
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """A parameter; integers are parameters too, so that ties, files and devices treat all tensors alike."""
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+
+
+def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest eight-bit integers and scales, `tensor ~ integers * scales`, at most half a scale off."""
+    axis = _long_axis(tensor.shape)
+    if tensor.numel() == 0:
+        return tensor.to(torch.int8), tensor.new_zeros(_scale_shape(tensor.shape))
+    scale = (tensor.abs().amax(axis, keepdim=True).float() / _INT8_MAX).to(tensor.dtype)
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    integers = (tensor.float() / divisor).round().clamp(-_INT8_MAX, _INT8_MAX)
+    return integers.to(torch.int8), scale
+
+
+def _long_axis(shape: Sequence[int]) -> int:
+    return max(range(len(shape)), key=lambda axis: shape[axis])
+
+
+def _scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    axis = _long_axis(shape)
+    return tuple(1 if k == axis else size for k, size in enumerate(shape))
+
+
+def _pivot(topology: Topology, cores: Sequence[Tensor], kept: dict[str, Tensor]) -> list[Tensor]:
+    """Cores with the identity rows left out; the orders go into `kept`."""
+    names = pivoted_cores(topology)
+    result = []
+    carry: Tensor | None = None  # what the core before leaves to this one, shape (left, left)
+    for name, core in zip(topology.core_names, cores, strict=True):
+        work = core.double() if carry is None else torch.tensordot(carry, core.double(), 1)
+        carry = None
+        if name in names:
+            q, r = torch.linalg.qr(work.reshape(-1, work.shape[-1]))
+            order, pivots = _choose_rows(q)
+            top, rest = q[order[:pivots]], q[order[pivots:]]
+            # rest @ top^-1: bounded entries, since pivoted QR chose rows that span the others well
+            work = torch.linalg.solve(top.T, rest.T).T
+            carry = top @ r
+            position = torch.empty_like(order)
+            position[order] = torch.arange(len(order), device=order.device)
+            kept[f"order_{name}"] = position.to(torch.int32)
+        result.append(work.to(core.dtype).contiguous())
+    return result
+
+
+def _choose_rows(basis: Tensor) -> tuple[Tensor, int]:
+    """All row numbers, those of `rank` well-conditioned rows first, and the rank."""
+    import scipy.linalg  # LAPACK's pivoted QR, which torch does not offer
+
+    rank = basis.shape[1]
+    pivots = scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]
+    chosen = torch.from_numpy(pivots[:rank]).long()
+    others = torch.ones(basis.shape[0], dtype=torch.bool)
+    others[chosen] = False
+    return torch.cat([chosen, others.nonzero().squeeze(1)]).to(basis.device), rank

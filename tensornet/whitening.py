@@ -1,0 +1,192 @@
+"""Low rank under a two-sided weighting, in closed form: pure functions on matrices.
+
+The weighted error of an approximation `W'` of `W: (out, in)` is
+
+    1/2 tr(R (W - W') C (W - W')^T) = 1/2 || Lr^T (W - W') Lc ||_F^2,    R = Lr Lr^T,    C = Lc Lc^T,
+
+so its best approximation of a given rank is the truncated SVD of `Lr^T W Lc` with both factors undone. With
+`R = C = 1` that is the plain truncated SVD. A weight that is None stands for the identity, a vector for a
+diagonal matrix.
+
+Reference:
+    Wang et al. 2024, "SVD-LLM" (one side, inputs); Srebro, Jaakkola 2003, "Weighted low-rank approximations".
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensornet.errors import ShapeError
+from tensornet.svd import check_finite, fix_signs, working_dtype
+
+#: Eigenvalues below this share of the largest count as zero where Cholesky fails.
+_EIGEN_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Prices of errors: `rows: (out, out)`, `(out,)` or None, and `columns: (in, in)`, `(in,)` or None."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def cost(self, error: Tensor) -> float:
+        """`1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
+        error = error.to(working_dtype(error.dtype))
+        return 0.5 * float((_times(self.rows, error) * _times(self.columns, error.T).T).sum())
+
+
+@dataclass(frozen=True)
+class WeightedSVD:
+    """Singular values of the whitened matrix, and what turns them into factors.
+
+    Args:
+        values: in descending order, shape `(min(out, in),)`.
+        error: `error[r]` is the weighted error `1/2 sum of the squares of values[r:]`, shape `(k + 1,)`.
+        left: `Lr^-T U`, shape `(out, k)`.
+        right: `V^T Lc^-1`-side factor such that `W = left @ right`, shape `(k, in)`.
+    """
+
+    values: Tensor
+    error: Tensor
+    left: Tensor
+    right: Tensor
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Best factors `(out, rank)` and `(rank, in)`."""
+        return self.left[:, :rank], self.right[:rank]
+
+
+def damped(moment: Tensor, amount: float) -> Tensor:
+    """`M + amount * mean(diag M) * 1` in double precision, for a matrix or the vector of a diagonal one."""
+    moment = moment.to(working_dtype(moment.dtype))
+    if moment.ndim == 1:
+        return moment + amount * moment.mean()
+    shifted = (moment + moment.T) / 2  # accumulated in single precision: symmetric only up to rounding
+    shifted.diagonal().add_(amount * moment.diagonal().mean())
+    return shifted
+
+
+def root(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """`(L, L^+)` with `M = L L^T`: Cholesky, or eigenvectors where `M` is singular.
+
+    Args:
+        moment: symmetric positive semi-definite `(n, n)`, or the diagonal `(n,)` of such a matrix.
+
+    Returns:
+        `L: (n, r)` and its pseudo-inverse `(r, n)`, `r = n` for Cholesky; two vectors for a diagonal.
+    """
+    check_finite(moment, "A second moment")
+    if moment.ndim == 1:
+        size = moment.clamp_min(0).sqrt()
+        return size, torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    lower, info = torch.linalg.cholesky_ex(moment)
+    diagonal = lower.diagonal()
+    if int(info) == 0 and float(diagonal.min()) ** 2 > _EIGEN_FLOOR * float(diagonal.max()) ** 2:
+        eye = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+        return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
+    values, vectors = torch.linalg.eigh(moment)
+    keep = values > _EIGEN_FLOOR * max(float(values[-1]), 0.0)
+    if not bool(keep.any()):
+        return torch.zeros_like(moment), torch.zeros_like(moment)
+    size = values[keep].sqrt()
+    return vectors[:, keep] * size, (vectors[:, keep] / size).T
+
+
+@torch.no_grad()
+def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) -> WeightedSVD:
+    """The whitened SVD of a matrix, all ranks at once.
+
+    Only the moment on the shorter side is factorised: with `m <= n` the left singular vectors come from the
+    Gram matrix `Lr^T W C W^T Lr`, and `W' = Lr^-T U U^T Lr^T W` needs no root of `C`, which may be singular.
+
+    Args:
+        matrix: shape `(out, in)`.
+        weighting: prices of errors; the moment on the shorter side should be damped to full rank.
+        factors: also compute the factors, else both are empty.
+
+    Raises:
+        NonFiniteError: the matrix or a moment holds NaN or infinity.
+        ShapeError: a moment does not fit the matrix.
+    """
+    check_weighting(matrix, weighting)
+    check_finite(matrix, "The matrix")
+    work = matrix.detach().to(working_dtype(matrix.dtype))
+    rows, columns = (None if x is None else x.to(work) for x in (weighting.rows, weighting.columns))
+    if work.shape[0] > work.shape[1]:
+        flipped = _short_side(work.T, columns, rows, factors)
+        left, right = flipped.right.T, flipped.left.T
+    else:
+        flipped = _short_side(work, rows, columns, factors)
+        left, right = flipped.left, flipped.right
+    if factors:
+        left, right = fix_signs(left, right)
+    return WeightedSVD(flipped.values, flipped.error, left, right)
+
+
+def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
+    """Refuse moments that do not fit a matrix.
+
+    Raises:
+        ShapeError: saying which side.
+    """
+    for side, moment, size in (
+        ("rows", weighting.rows, matrix.shape[0]),
+        ("columns", weighting.columns, matrix.shape[1]),
+    ):
+        if moment is not None and tuple(moment.shape) not in ((size,), (size, size)):
+            raise ShapeError(
+                f"The moment of the {side} has shape {tuple(moment.shape)}; a matrix of shape "
+                f"{tuple(matrix.shape)} needs ({size}, {size}) or ({size},)."
+            )
+
+
+def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
+    """`weighted_svd` for `work: (m, n)` with `m <= n`; `near` weighs its rows."""
+    lower, inverse = (None, None) if near is None else root(near)
+    half = work if lower is None else _times(lower.T, work)  # shape: (r, n), Lr^T W
+    values, vectors = torch.linalg.eigh(half @ _times(far, half.T))
+    energies = values.flip(0).clamp_min(0)
+    tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    empty = work.new_zeros(0, 0)
+    if not factors:
+        return WeightedSVD(energies.sqrt(), tail / 2, empty, empty)
+    basis = vectors.flip(1)
+    left = basis if inverse is None else _times(inverse.T, basis)
+    return WeightedSVD(energies.sqrt(), tail / 2, left, basis.T @ half)
+
+
+def _times(moment: Tensor | None, matrix: Tensor) -> Tensor:
+    if moment is None:
+        return matrix
+    return moment.to(matrix)[:, None] * matrix if moment.ndim == 1 else moment.to(matrix) @ matrix
+
+
+def nearest_kronecker(terms: list[Weighting]) -> Weighting:
+    """One Kronecker product close to a sum of several: what a weight costs that is used in several places.
+
+    Minimises `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C` in the span of the terms, where the best
+    pair lies. All moments of one side must have the same form (a diagonal joins as a diagonal).
+
+    Reference:
+        Van Loan, Pitsianis 1993, "Approximation with Kronecker products".
+    """
+    if len(terms) == 1:
+        return terms[0]
+    rows, columns = _same_form([t.rows for t in terms]), _same_form([t.columns for t in terms])
+    left, right = torch.stack([x.flatten() for x in rows]), torch.stack([x.flatten() for x in columns])
+    # The best rank-one term of sum_k r_k c_k^T, in the span of the r_k and c_k: an SVD of a small matrix.
+    q_left, r_left = torch.linalg.qr(left.T)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    row, column = q_left @ u[:, 0] * s[0], q_right @ vh[0]
+    sign = torch.sign(row.sum())  # both sides of a product of positive matrices can be taken positive
+    return Weighting((sign * row).reshape(rows[0].shape), (sign * column).reshape(columns[0].shape))
+
+
+def _same_form(moments: list[Tensor | None]) -> list[Tensor]:
+    assert all(m is not None for m in moments), "identity moments are never combined"
+    found = [m.double() for m in moments if m is not None]
+    diagonal = any(m.ndim == 1 for m in found)
+    return [m.diagonal() if diagonal and m.ndim == 2 else m for m in found]
