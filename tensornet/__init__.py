@@ -19,6 +19,7 @@ from tensornet.compression import (
 )
 from tensornet.errors import (
     BudgetError,
+    DestinationError,
     FormatError,
     MissingDependencyError,
     NonFiniteError,
@@ -43,6 +44,7 @@ __all__ = [
     "CompressionPlan",
     "CompressionReport",
     "CoreSpec",
+    "DestinationError",
     "FormatError",
     "LayerPlan",
     "LayerReport",

@@ -33,5 +33,9 @@ class FormatError(TensorNetError, ValueError):
     """A stored file or folder does not follow the format it claims to follow."""
 
 
+class DestinationError(TensorNetError, OSError):
+    """A destination exists already, or cannot be written: what was asked for is not there."""
+
+
 class MissingDependencyError(TensorNetError, ImportError):
     """An optional package is needed; the message holds the pip line that installs it."""

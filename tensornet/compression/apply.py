@@ -73,8 +73,8 @@ def decompress(model: nn.Module) -> nn.Module:
         twin = dense.setdefault(id(module.cores[0]), stock)
         if twin is not stock:
             stock.weight = twin.weight
-        if getattr(module, "bias", None) is not None:
-            stock.bias = module.bias  # the parameter itself, as in `apply_plan`
+        if (bias := layer_bias(module)) is not None:
+            stock.bias = bias  # the parameter itself, as in `apply_plan`
         set_submodule(model, name, stock)
     structure_changed(model)
     return model

@@ -1,7 +1,30 @@
-"""Tensor networks for Hugging Face models: compressing, checkpoints, mixtures of experts, command line."""
+"""Tensor networks for Hugging Face models: compressing, checkpoints, mixtures of experts, command line.
+
+Importing this package registers the quantization method "tensornet" with transformers.
+"""
 
 from tensornet._optional import require
 
 require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
 
-__all__: list[str] = []
+from tensornet_hf.atomic import check_free, write_folder
+from tensornet_hf.checkpoint import Checkpoint, StoredTensor, read_checkpoint
+from tensornet_hf.config import TensorNetworkConfig
+from tensornet_hf.loading import load, resolve_folder
+from tensornet_hf.quantizer import TensorNetworkQuantizer, prepare_for_saving
+from tensornet_hf.saving import decompress, save_model
+
+__all__ = [
+    "Checkpoint",
+    "StoredTensor",
+    "TensorNetworkConfig",
+    "TensorNetworkQuantizer",
+    "check_free",
+    "decompress",
+    "load",
+    "prepare_for_saving",
+    "read_checkpoint",
+    "resolve_folder",
+    "save_model",
+    "write_folder",
+]

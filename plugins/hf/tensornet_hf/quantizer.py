@@ -1,0 +1,150 @@
+"""The quantization method "tensornet": how transformers loads and saves compressed models."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
+
+from tensornet.compression import compress, decompress, register_structure_hook
+from tensornet.errors import FormatError
+from tensornet_hf import ties
+from tensornet_hf.attach import attach, detach
+from tensornet_hf.checkpoint import check_layers, read_headers
+from tensornet_hf.config import METHOD, TensorNetworkConfig
+from tensornet_hf.placing import place_layers, rename
+from tensornet_hf.structure import describe, is_inside
+
+
+class TensorNetworkQuantizer(HfQuantizer):
+    """Loads cores into modules made for them, or compresses what was loaded dense; saves cores only.
+
+    transformers makes one for each model it loads, and `tensornet.compress` one for each model it compresses.
+    """
+
+    quantization_config: TensorNetworkConfig
+
+    def __init__(self, quantization_config: TensorNetworkConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._ties: dict[str, str] = {}
+        self._layers: list[str] = []
+
+    @property
+    def is_trainable(self) -> bool:
+        """Cores are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without this as well, `Trainer` asks for an adapter."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Contractions are planned when a layer is built, so `forward` is plain tensor code."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Everything can be saved."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put empty modules, on the meta device, where the cores will be loaded."""
+        files = [Path(file) for file in checkpoint_files or []]
+        if pickles := [file.name for file in files if file.suffix != ".safetensors"]:
+            raise FormatError(
+                f"{', '.join(pickles)}: only safetensors files are loaded, pickles can run code when they "
+                "are opened. Convert the model where you trust it, with model.save_pretrained(folder)."
+            )
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        if files:
+            check_layers(config, read_headers(files), where=str(files[0].parent))
+        names = place_layers(model, config.layers, dtype=dtype)
+        self._layers = list(names.values())
+        renamed = {rename(k, names): rename(v, names) for k, v in config.ties.items()}
+        self._ties = {k: v for k, v in renamed.items() if k and v and is_inside(k, self._layers)}
+        ties.hand_over(model, self._layers, {})
+        ties.detach_targets(model, self._ties)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Tie shared cores; or compress, if the model was stored dense."""
+        if not self.pre_quantized:
+            detach(model)  # what `postprocess_model` put on describes nothing yet
+            options = self.quantization_config.compression_config
+            compress(model, options, progress=logging.is_progress_bar_enabled())
+            _prepare(model, compression=self.quantization_config.compression)
+            return
+        _refuse_unloaded(model, self._layers)
+        ties.attach_targets(model, self._ties)
+        _prepare(model, compression=self.quantization_config.compression)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
+        """What `save_pretrained` writes: every tensor once. Called before the configuration is written."""
+        config = describe(model, compression=self.quantization_config.compression)
+        if not config.layers:
+            detach(model)
+            return None, {}
+        self.quantization_config = config
+        attach(model, config, self)
+        return {k: v for k, v in model.state_dict().items() if k not in config.ties}, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Behind `model.dequantize()`."""
+        decompress(model)
+        return model
+
+
+def prepare_for_saving(model: nn.Module) -> bool:
+    """Make a Hugging Face model describe itself as what it is now: compressed or not.
+
+    `tensornet.compress`, `tensornet.decompress` and `tensornet_hf.upcycle` do this themselves. Call it after
+    replacing layers by hand.
+
+    Args:
+        model: a Hugging Face model, or a module that holds one.
+
+    Returns:
+        Whether there was a Hugging Face model.
+    """
+    found = _outermost(model)
+    for part in found:
+        _prepare(part)
+    return bool(found)
+
+
+def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) -> None:
+    config = describe(model, compression=compression)
+    if config.layers:
+        attach(model, config, TensorNetworkQuantizer(config))
+    elif isinstance(getattr(model, "hf_quantizer", None), TensorNetworkQuantizer):
+        detach(model)
+
+
+def _outermost(module: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _outermost(child)]
+
+
+def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
+    """transformers only reports a parameter that it found nowhere, and fills it with something."""
+    for name, parameter in model.named_parameters():
+        # Set by transformers on everything that it loaded.
+        if is_inside(name, set(layers)) and not getattr(parameter, "_is_hf_initialized", False):
+            raise FormatError(f"{name} was not among the weights that were given; every core is needed.")
+
+
+register_quantization_config(METHOD)(TensorNetworkConfig)
+register_quantizer(METHOD)(TensorNetworkQuantizer)
+register_structure_hook(prepare_for_saving)
