@@ -1,3 +1,33 @@
 """Mixtures of experts that share cores: experts, routers, losses, gradient mask."""
 
-__all__: list[str] = []
+import tensornet_moe.build  # noqa: F401  (registers what checkpoints describe)
+from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.experts import SharedCoreExperts
+from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.joint import JointFit
+from tensornet_moe.losses import load_balancing_loss, router_z_loss
+from tensornet_moe.mask import GradientMask, linear_fade
+from tensornet_moe.moe import AuxLosses, RoutingStats, SharedCoreMoE, collect_aux_losses
+from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
+from tensornet_moe.routing import Router, Routing
+
+__all__ = [
+    "AuxLosses",
+    "ExpertBank",
+    "ExpertChoiceRouter",
+    "ExpertFFN",
+    "GradientMask",
+    "JointFit",
+    "Router",
+    "Routing",
+    "RoutingStats",
+    "SharedCoreExperts",
+    "SharedCoreMoE",
+    "SharedCores",
+    "SwitchRouter",
+    "TopKRouter",
+    "collect_aux_losses",
+    "linear_fade",
+    "load_balancing_loss",
+    "router_z_loss",
+]

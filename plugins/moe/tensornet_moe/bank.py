@@ -1,0 +1,104 @@
+"""The contract of a bank of expert matrices, and the owner of cores that several banks use."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import TopologyError
+from tensornet.network import random_cores
+from tensornet.topology import Topology
+from tensornet_moe.stack import resolve_shared
+
+
+class ExpertBank(nn.Module, ABC):
+    """Contract: the matrices `(out_features, in_features)` of `num_experts` experts.
+
+    Subclass it to invent experts; `ExpertFFN` and `SharedCoreMoE` need nothing else. Laws to keep: the
+    result is differentiable with respect to every parameter, *every* expert's parameters stay in the graph
+    whichever experts are asked for (data-parallel training needs a gradient for each), and
+    `expert_matrices(experts)` equals `expert_matrices()[experts]`.
+
+    Args:
+        num_experts: at least 1.
+        shape: `(out_features, in_features)` of each matrix.
+
+    Raises:
+        ValueError: `num_experts` is below 1.
+    """
+
+    def __init__(self, num_experts: int, shape: tuple[int, int]) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+        self.num_experts = num_experts
+        self.out_features, self.in_features = shape
+
+    @abstractmethod
+    def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Matrices of the experts asked for, shape `(len(experts), out_features, in_features)`.
+
+        Args:
+            experts: indices, repetition allowed; all experts in order if absent.
+        """
+
+    @abstractmethod
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """What every expert uses, by name: the parameters a `GradientMask` is about."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+
+    def matrix_list(self, experts: Sequence[int]) -> Sequence[Tensor]:
+        """The same matrices one by one; a bank that keeps them need not copy."""
+        return self.expert_matrices(experts).unbind(0)
+
+    def keeps_matrices(self) -> bool:
+        """Whether all matrices are kept between calls, so that asking for all of them costs nothing."""
+        return False
+
+    @property
+    def num_params(self) -> int:
+        """Number of elements this bank owns; cores it borrows count where they are owned."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class SharedCores(nn.Module):
+    """Owner of cores that several banks use, for example one center for all layers.
+
+    A parameter must be owned once: state dicts, safetensors, optimizers and FSDP units then see it once.
+    Put the owner into the model beside the layers that borrow from it (under FSDP: in the root unit).
+
+    Args:
+        topology: the operator; only the shared cores of it are stored here.
+        shared: which cores, see `resolve_shared`.
+        device, dtype: of the cores.
+
+    Raises:
+        TopologyError: no core is chosen, or an unknown one.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        shared: str | Sequence[str] = "center",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.names = resolve_shared(topology, shared)
+        if not self.names:
+            raise TopologyError(f"shared={shared!r} chooses no core: there is nothing to own.")
+        cores = dict(
+            zip(topology.core_names, random_cores(topology, device=device, dtype=dtype), strict=True)
+        )
+        for name in self.names:
+            self.register_parameter(f"core_{name}", nn.Parameter(cores[name]))
+
+    def core(self, name: str) -> nn.Parameter:
+        """The parameter of a core."""
+        return getattr(self, f"core_{name}")

@@ -1,0 +1,82 @@
+"""Making empty parts of a mixture from their descriptions, for checkpoints."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensornet.nn import build_module, register_module_type
+from tensornet.topology import Topology
+from tensornet_moe.bank import ExpertBank
+from tensornet_moe.experts import SharedCoreExperts
+from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.moe import SharedCoreMoE
+from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
+from tensornet_moe.routing import Router
+
+_Device = torch.device | str | None
+
+
+def _typed(module: nn.Module, kind: type) -> Any:
+    if not isinstance(module, kind):
+        raise TypeError(f"expected a {kind.__name__}, the description makes a {type(module).__name__}")
+    return module
+
+
+def _router(kind: type[Router]) -> Callable[[Mapping[str, Any], _Device, torch.dtype | None], nn.Module]:
+    def build(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+        options = {key: value for key, value in spec.items() if key != "type"}
+        return kind(**options, device=device, dtype=dtype)
+
+    return build
+
+
+def _experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    if spec["borrowed"]:
+        raise ValueError(
+            "these experts borrow cores that another layer owns; build the layers with their SharedCores and "
+            "load the state dict instead"
+        )
+    topologies = [Topology.from_dict(data) for data in spec["topologies"]]
+    return SharedCoreExperts(
+        topologies[0] if len(topologies) == 1 else topologies,
+        spec["num_experts"],
+        shared=spec["shared"],
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _ffn(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    banks = {
+        name: _typed(build_module(spec["matrices"][name], device=device, dtype=dtype), ExpertBank)
+        for name in spec["names"]
+    }
+    return ExpertFFN(
+        banks,
+        activation=spec["activation"],
+        bias=spec["bias"],
+        dropout=spec["dropout"],
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _moe(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    return SharedCoreMoE(
+        _typed(build_module(spec["router"], device=device, dtype=dtype), Router),
+        _typed(build_module(spec["experts"], device=device, dtype=dtype), ExpertFFN),
+        capacity_factor=spec["capacity_factor"],
+        balance_coef=spec["balance_coef"],
+        z_coef=spec["z_coef"],
+        dropout=spec["dropout"],
+    )
+
+
+register_module_type("switch_router", _router(SwitchRouter))
+register_module_type("topk_router", _router(TopKRouter))
+register_module_type("expert_choice_router", _router(ExpertChoiceRouter))
+register_module_type("shared_core_experts", _experts)
+register_module_type("expert_ffn", _ffn)
+register_module_type("shared_core_moe", _moe)

@@ -1,0 +1,341 @@
+"""Experts that share cores."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.budget import Budget
+from tensornet.errors import ShapeError
+from tensornet.network import random_cores
+from tensornet.topologies import topology_family
+from tensornet.topologies.mpo import pad_core
+from tensornet.topology import Topology
+from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.cache import MatrixCache
+from tensornet_moe.joint import JointFit, fit_jointly
+from tensornet_moe.stack import build_matrices, enclosing_topology, plan_stack, resolve_shared
+from tensornet_moe.start import Start, start_from_dense
+
+#: Memory one bank may spend on rebuilt matrices in eval, in bytes.
+DEFAULT_CACHE_BYTES = 2**30
+
+
+class SharedCoreExperts(ExpertBank):
+    """Matrices of experts that share some cores of their network and keep the others to themselves.
+
+    A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. Where
+    the experts' bonds differ, a private core is stored for each expert at its true size
+    (`core_<name>_expert_<e>`), and an expert uses the leading block of a shared core that is larger than its
+    bonds: nothing is padded in storage, so parameters count honestly and a small expert stays small when
+    trained.
+
+    Args:
+        topology: the operator of one expert, or a sequence of topologies, one for each expert, that differ
+            in their bonds only.
+        num_experts: number of experts.
+        shared: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores` that owns them.
+        cache_bytes: memory for rebuilt matrices in eval without gradients. All matrices are kept or none.
+        device, dtype: of the cores.
+
+    A new bank has Gaussian cores with `Var(W) = 1 / in_features` for every expert.
+
+    Raises:
+        TopologyError: unknown cores, or topologies that differ in more than bonds.
+        ShapeError: a borrowed core has another shape.
+        ValueError: `num_experts` is below 1 or is not the number of topologies.
+
+    Reference:
+        Gao et al. 2022, "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language
+        Models", section 4.1. Sharing other cores than the center, different bonds and sharing across layers
+        are our extensions.
+    """
+
+    def __init__(
+        self,
+        topology: Topology | Sequence[Topology],
+        num_experts: int,
+        *,
+        shared: str | Sequence[str] | SharedCores = "center",
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
+        if len(topologies) != num_experts:
+            raise ValueError(f"Got {len(topologies)} topologies for num_experts={num_experts}.")
+        if not topologies:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+        enclosing = enclosing_topology(topologies)
+        super().__init__(num_experts, enclosing.shape)
+        self.topology, self.topologies = enclosing, topologies
+        owner = shared if isinstance(shared, SharedCores) else None
+        # In a tuple, so that the owner is not registered here as well.
+        self._owner = () if owner is None else (owner,)
+        self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
+        self.plan = plan_stack(enclosing, self.shared, num_experts)
+        self._cache = MatrixCache(cache_bytes)
+        #: Relative Frobenius error against what the bank was made from; None for a new one.
+        self.error: float | None = None
+        #: How `from_experts` went.
+        self.fit: JointFit | None = None
+        if owner is not None:
+            _check_borrowed(owner, enclosing)
+        for name, core in _initial_cores(topologies, enclosing, self.shared, device, dtype).items():
+            if not (owner is not None and name in self.shared):
+                self._store(name, core)
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        *,
+        num_experts: int,
+        topology: Topology | Sequence[Topology] | str = "mpo",
+        shared: str | Sequence[str] = "center",
+        noise: float = 0.0,
+        seed: int = 0,
+        max_bond: int | None = None,
+        rel_error: float | None = None,
+        param_ratio: float | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        **options: Any,
+    ) -> "SharedCoreExperts":
+        """Upcycling: every expert starts as the same decomposition of one dense matrix.
+
+        `.error` of the result is the relative Frobenius error of the first expert before noise.
+
+        Args:
+            weight: shape `(out, in)`.
+            num_experts: number of experts.
+            topology: an explicit topology; one for each expert (bonds may differ: smaller ones keep the
+                leading part of each bond, for chains the largest singular values); or a family's name.
+            shared: which cores are shared.
+            noise: standard deviation of the Gaussian added to each private core, relative to the root mean
+                square of that core; breaks the symmetry between experts (our addition to the paper).
+            seed: of the noise; the same on every device.
+            max_bond, rel_error, param_ratio: budget of the decomposition where `topology` is a name.
+            cache_bytes: see the class.
+            options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
+
+        Raises:
+            TopologyError: the weight does not fit the topology.
+            BudgetError, NonFiniteError: from the decomposition.
+            ValueError: noise below 0.
+        """
+        budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
+        start = start_from_dense(weight, topology, budget, num_experts, shared, noise, seed, options)
+        return cls._from_start(start, cache_bytes, weight.dtype)
+
+    @classmethod
+    def from_experts(
+        cls,
+        weights: Tensor,
+        *,
+        topology: Topology | str = "mpo",
+        shared: str | Sequence[str] = "center",
+        max_bond: int | None = None,
+        max_sweeps: int = 30,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        **options: Any,
+    ) -> "SharedCoreExperts":
+        """Joint decomposition of given, different experts into shared and private cores (our addition).
+
+        Never worse than decomposing each expert alone with the same number of parameters in all: where that
+        is the better way, its result is returned, with nothing shared, and `.fit.fell_back` says so.
+
+        Args:
+            weights: shape `(num_experts, out, in)`.
+            topology: an explicit topology, or a family's name.
+            shared: which cores are shared.
+            max_bond: cap on the bonds where `topology` is a name.
+            max_sweeps: limit of alternating least squares.
+            cache_bytes: see the class.
+            options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
+
+        Returns:
+            The bank; `.fit` is a `JointFit` with the errors of both ways, `.error` the one reached.
+
+        Raises:
+            ShapeError: `weights` is no stack of matrices of the topology's shape.
+            NonFiniteError: NaN or infinity in `weights`.
+        """
+        if weights.ndim != 3:
+            raise ShapeError(
+                f"from_experts needs weights of shape (num_experts, out, in), got {tuple(weights.shape)}."
+            )
+        if isinstance(topology, str):
+            rows, columns = weights.shape[1:]
+            topology = topology_family(topology).build(rows, columns, max_bond=max_bond, **options)
+        fit = fit_jointly(weights, topology, resolve_shared(topology, shared), max_sweeps=max_sweeps)
+        start = Start(fit.topologies, fit.shared, fit.cores, fit.error)
+        bank = cls._from_start(start, cache_bytes, weights.dtype)
+        bank.fit = fit
+        return bank
+
+    @classmethod
+    def _from_start(cls, start: Start, cache_bytes: int, dtype: torch.dtype) -> "SharedCoreExperts":
+        count = len(start.topologies)
+        bank = cls(start.topologies, count, shared=start.shared, cache_bytes=cache_bytes, device="meta")
+        for name, core in start.cores.items():
+            pieces = [core] if isinstance(core, Tensor) else list(core)
+            pieces = [piece.detach().to(dtype).contiguous() for piece in pieces]
+            same = len({piece.shape for piece in pieces}) == 1
+            whole = pieces[0] if isinstance(core, Tensor) else torch.stack(pieces) if same else pieces
+            bank._store(name, whole)
+        bank.error = start.error
+        return bank
+
+    def _store(self, name: str, core: Tensor | Sequence[Tensor]) -> None:
+        """Register a core: a tensor as one parameter, one tensor for each expert as that many."""
+        if isinstance(core, Tensor):
+            self.register_parameter(f"core_{name}", nn.Parameter(core))
+            return
+        for expert, piece in enumerate(core):
+            self.register_parameter(f"core_{name}_expert_{expert}", nn.Parameter(piece))
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """See `ExpertBank`; borrowed cores included."""
+        source: nn.Module = self._owner[0] if self._owner else self
+        return {name: getattr(source, f"core_{name}") for name in self.shared}
+
+    def private_core(self, name: str) -> Tensor:
+        """A private core of all experts, `(num_experts, *shape)`, padded with zeros where bonds differ."""
+        stacked = getattr(self, f"core_{name}", None)
+        if stacked is not None:
+            return stacked
+        shape = self.topology.core_shapes[name]
+        pieces = [getattr(self, f"core_{name}_expert_{e}") for e in range(self.num_experts)]
+        return torch.stack([pad_core(piece, shape) for piece in pieces])
+
+    def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
+        """See `ExpertBank`; cost about `(l + r) * out * in` multiply-adds an expert, none when kept.
+
+        Raises:
+            IndexError: an index outside `[0, num_experts)`, or no index at all.
+        """
+        kept = self._kept()
+        if experts is None:
+            return self._rebuild(None) if kept is None else kept
+        index = self._index(experts)
+        return self._rebuild(index) if kept is None else kept.index_select(0, index)
+
+    def matrix_list(self, experts: Sequence[int]) -> Sequence[Tensor]:
+        """See `ExpertBank`; views where the matrices are kept."""
+        kept = self._kept()
+        if kept is not None:
+            return [kept[e] for e in experts]
+        # Asked for all in order there is nothing to select: no copy of the private cores.
+        everything = list(experts) == list(range(self.num_experts))
+        return self.expert_matrices(None if everything else experts).unbind(0)
+
+    def keeps_matrices(self) -> bool:
+        """See `ExpertBank`: in eval, without gradients, within `cache_bytes`."""
+        return self._kept() is not None
+
+    def _kept(self) -> Tensor | None:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        parameters = [*self.parameters(), *self.shared_parameters().values()]
+        elements = self.num_experts * self.out_features * self.in_features
+        return self._cache.get(parameters, elements, lambda: self._rebuild(None))
+
+    def _rebuild(self, index: Tensor | None) -> Tensor:
+        cores: dict[str, Tensor] = dict(self.shared_parameters())
+        for name in self.topology.core_names:
+            if name not in self.shared:
+                core = self.private_core(name)
+                cores[name] = core if index is None else core.index_select(0, index)
+        return build_matrices(self.plan, cores, self.num_experts if index is None else len(index))
+
+    def _index(self, experts: Sequence[int] | Tensor) -> Tensor:
+        index = torch.as_tensor(experts, dtype=torch.long)
+        if index.ndim != 1 or len(index) == 0 or not bool(((index >= 0) & (index < self.num_experts)).all()):
+            raise IndexError(
+                f"experts must be a non-empty list of indices in [0, {self.num_experts}), got {experts}."
+            )
+        return index.to(next(iter([*self.parameters(), *self.shared_parameters().values()])).device)
+
+    def train(self, mode: bool = True) -> "SharedCoreExperts":
+        """Switching to training drops kept matrices."""
+        if mode:
+            self._cache.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SharedCoreExperts":
+        self._cache.drop()  # .to() and friends: give the memory back now, not at the next call
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.topology.core_names:
+            stored = state_dict.get(f"{prefix}core_{name}")
+            if name in self.shared or stored is None or f"core_{name}" not in self._parameters:
+                continue
+            if len(stored) != self.num_experts and stored.shape[1:] == self.topology.core_shapes[name]:
+                raise ShapeError(
+                    f"{prefix}core_{name} holds {len(stored)} experts, this module has {self.num_experts}. "
+                    f"Build the model with num_experts={len(stored)}, or upcycle again from the dense model."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def spec(self) -> dict[str, Any]:
+        """See `ExpertBank`."""
+        same = len(set(self.topologies)) == 1
+        return {
+            "type": "shared_core_experts",
+            "num_experts": self.num_experts,
+            "shared": list(self.shared),
+            "borrowed": bool(self._owner),
+            "topologies": [t.to_dict() for t in (self.topologies[:1] if same else self.topologies)],
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return (
+            f"{self.num_experts} x ({self.out_features}, {self.in_features}), "
+            f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
+            f"shared={list(self.shared)}{' (borrowed)' if self._owner else ''}"
+        )
+
+
+def _check_borrowed(owner: SharedCores, topology: Topology) -> None:
+    for name in owner.names:
+        have, want = tuple(owner.core(name).shape), topology.core_shapes[name]
+        if have != want:
+            raise ShapeError(
+                f"The borrowed core {name!r} has shape {have}, the topology says {want}: layers that share a "
+                "core need the same legs and bonds around it."
+            )
+
+
+def _initial_cores(
+    topologies: Sequence[Topology],
+    enclosing: Topology,
+    shared: Sequence[str],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor | list[Tensor]]:
+    def draw(topology: Topology) -> dict[str, Tensor]:
+        cores = random_cores(topology, device=device, dtype=dtype)
+        return dict(zip(topology.core_names, cores, strict=True))
+
+    def bonds(topology: Topology) -> int:
+        return math.prod(topology.bond_dims.values())
+
+    count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
+    common = draw(enclosing)
+    experts = [draw(topology) for topology in topologies]
+    # random_cores gives every core of a network the standard deviation (in * bonds)^(-1/2n). A smaller expert
+    # meets the shared cores of the enclosing network, and its private ones make up for the difference.
+    gains = [
+        (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
+        for topology in topologies
+    ]
+    cores: dict[str, Tensor | list[Tensor]] = {}
+    for name in enclosing.core_names:
+        pieces = [expert[name] * gain for expert, gain in zip(experts, gains, strict=True)]
+        same = len({piece.shape for piece in pieces}) == 1
+        cores[name] = common[name] if name in shared else (torch.stack(pieces) if same else pieces)
+    return cores

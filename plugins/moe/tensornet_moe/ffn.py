@@ -1,0 +1,140 @@
+"""The feed-forward network of every expert, on rows sorted by expert."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensornet.errors import ShapeError
+from tensornet_moe.bank import ExpertBank
+from tensornet_moe.compiled import expert_linear
+from tensornet_moe.grouped import Groups, grouped_linear, looped_linear, takes_grouped_mm
+
+#: Activations by name; names of the common model configurations included.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+class ExpertFFN(nn.Module):
+    """`y = W_down act(W_up x)`, or gated `y = W_down (act(W_gate x) * W_up x)`, with matrices by expert.
+
+    Args:
+        matrices: the banks by name, in order: `up, down`, or gated `gate, up, down`. The names become the
+            names of submodules, for example `{"wi": ..., "wo": ...}`.
+        activation: a name in `ACTIVATIONS`.
+        bias: whether each expert has a bias after each matrix, shape `(num_experts, out)`.
+        dropout: of the hidden layer, in training.
+        device, dtype: of the biases.
+
+    Raises:
+        ValueError: unknown activation, or other than two or three banks.
+        ShapeError: the banks do not fit each other.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, ExpertBank],
+        *,
+        activation: str = "gelu",
+        bias: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Unknown activation {activation!r}; known are {', '.join(sorted(ACTIVATIONS))}."
+            )
+        if len(matrices) not in (2, 3):
+            raise ValueError(f"An expert has two matrices, or three if gated; got {list(matrices)}.")
+        _check_fit(matrices)
+        self.names = tuple(matrices)
+        self.activation, self.dropout = activation, dropout
+        self.gated = len(matrices) == 3
+        for name, bank in matrices.items():
+            self.add_module(name, bank)
+            zeros = torch.zeros(bank.num_experts, bank.out_features, device=device, dtype=dtype)
+            self.register_parameter(f"{name}_bias", nn.Parameter(zeros) if bias else None)
+
+    def bank(self, name: str) -> ExpertBank:
+        """The matrices of that name."""
+        return getattr(self, name)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return self.bank(self.names[0]).num_experts
+
+    @property
+    def in_features(self) -> int:
+        """Size of a token."""
+        return self.bank(self.names[0]).in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of a result."""
+        return self.bank(self.names[-1]).out_features
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        """Map rows `(rows, in_features)`, sorted by expert as `groups` says, to `(rows, out_features)`."""
+        hidden = ACTIVATIONS[self.activation](self._linear(self.names[0], x, groups))
+        if self.gated:
+            hidden = hidden * self._linear(self.names[1], x, groups)
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        return self._linear(self.names[-1], hidden, groups)
+
+    def _linear(self, name: str, x: Tensor, groups: Groups) -> Tensor:
+        bank = self.bank(name)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        else:
+            # Mixed storage, such as T5's output matrix that stays in float32 in a half-precision model.
+            x = x.to(next(iter([*bank.parameters(), *bank.shared_parameters().values()])).dtype)
+        if takes_grouped_mm(x, bank.out_features, groups):
+            everything = groups.active is None or bank.keeps_matrices()
+            matrices = bank.expert_matrices(None if everything else groups.active)
+            y = grouped_linear(x, matrices.to(x.dtype), groups)
+        elif groups.active is not None:
+            y = looped_linear(x, bank.matrix_list(groups.active), groups)
+        else:
+            y = expert_linear(x, bank.expert_matrices().to(x.dtype), groups.counts)
+        bias = getattr(self, f"{name}_bias")
+        return y if bias is None else y + bias.index_select(0, groups.expert_of_row).to(y.dtype)
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        return {
+            "type": "expert_ffn",
+            "names": list(self.names),  # the order of a mapping does not survive every JSON writer
+            "matrices": {name: self.bank(name).spec() for name in self.names},
+            "activation": self.activation,
+            "bias": getattr(self, f"{self.names[0]}_bias") is not None,
+            "dropout": self.dropout,
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}"
+
+
+def _check_fit(matrices: Mapping[str, ExpertBank]) -> None:
+    shapes = {name: (b.num_experts, b.out_features, b.in_features) for name, b in matrices.items()}
+    *first, (experts, _, hidden) = shapes.values()
+    fits = all(shape == (experts, hidden, first[0][2]) for shape in first)
+    if not fits:
+        raise ShapeError(
+            f"The matrices do not fit each other: (experts, out, in) are {shapes}. All but the last map a "
+            "token to the hidden layer, the last maps back, and the number of experts is the same."
+        )

@@ -1,0 +1,105 @@
+"""Many small matrix products at once: rows sorted by expert, one matrix for each expert.
+
+Two ways. `grouped_mm` is one kernel, needs no sizes on the host and compiles whole; a loop calls matmul for
+each expert. Measured on one CPU core, forward and backward, 8 experts of 768 x 3072: at 2048 rows the loop
+takes 0.64 s and `grouped_mm` 0.80 s, at 64 rows 0.22 s and 0.15 s. So on CPUs the loop is used from
+`_LOOP_ROWS` rows an expert on; elsewhere `grouped_mm` wherever its kernel takes the shapes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LOOP_ROWS = 32
+_ALIGNMENT = 16  # bytes; the kernel wants every row to start at a multiple
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How rows sorted by expert fall into groups.
+
+    Args:
+        counts: rows of each expert, shape `(E,)`, integer.
+        expert_of_row: expert of each row, ascending, shape `(rows,)`.
+        sizes: `counts` as integers on the host; None in compiled code, where they are not known.
+    """
+
+    counts: Tensor
+    expert_of_row: Tensor
+    sizes: tuple[int, ...] | None
+
+    @property
+    def active(self) -> list[int] | None:
+        """Experts with rows, None if unknown; expert 0 if no row exists, so that gradients stay defined."""
+        if self.sizes is None:
+            return None
+        return [e for e, size in enumerate(self.sizes) if size] or [0]
+
+
+def group_rows(expert_of_row: Tensor, num_experts: int) -> Groups:
+    """Groups of rows that are sorted by expert."""
+    experts = torch.arange(num_experts, device=expert_of_row.device)
+    counts = (expert_of_row.unsqueeze(-1) == experts).sum(0)
+    # One synchronisation a layer on GPUs: it is what lets inactive experts go unbuilt.
+    sizes = None if torch.compiler.is_compiling() else tuple(counts.tolist())
+    return Groups(counts, expert_of_row, sizes)
+
+
+def takes_grouped_mm(x: Tensor, out_features: int, groups: Groups) -> bool:
+    """Whether `grouped_mm` is to be used: it must take the shapes and be the faster way.
+
+    Args:
+        x: rows, shape `(rows, in_features)`, in the dtype of the product.
+        out_features: columns of the result.
+        groups: how the rows are grouped.
+    """
+    if not hasattr(torch.nn.functional, "grouped_mm") or x.dtype not in _DTYPES:
+        return False
+    if any(size * x.element_size() % _ALIGNMENT for size in (x.shape[-1], out_features)):
+        return False
+    if groups.sizes is None:
+        return x.dtype is torch.bfloat16  # all that it compiles for
+    if x.device.type == "cpu":
+        return 0 < len(x) < _LOOP_ROWS * len(groups.sizes) and torch.is_grad_enabled()
+    return len(x) > 0
+
+
+def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
+    """`y_r = W_e(r) x_r` by `grouped_mm`.
+
+    Args:
+        x: rows sorted by expert, shape `(rows, in_features)`.
+        matrices: of the active experts (all where that is unknown), shape `(active, out, in)`.
+        groups: how the rows are grouped.
+
+    Returns:
+        Shape `(rows, out)`.
+    """
+    active = groups.active
+    counts = groups.counts
+    if active is not None and len(active) == len(matrices) < len(counts):
+        counts = counts[torch.tensor(active, device=counts.device)]
+    ends = counts.cumsum(0).to(torch.int32)
+    return torch.nn.functional.grouped_mm(x, matrices.transpose(-1, -2), offs=ends)
+
+
+def looped_linear(x: Tensor, matrices: Sequence[Tensor], groups: Groups) -> Tensor:
+    """`y_r = W_e(r) x_r` by one product for each active expert.
+
+    Args:
+        x: rows sorted by expert, shape `(rows, in_features)`.
+        matrices: of the active experts in order, each `(out, in)`.
+        groups: how the rows are grouped.
+
+    Returns:
+        Shape `(rows, out)`.
+    """
+    assert groups.sizes is not None
+    assert groups.active is not None
+    pieces = x.split([groups.sizes[e] for e in groups.active])
+    return torch.cat(
+        [torch.nn.functional.linear(piece, w) for piece, w in zip(pieces, matrices, strict=True)]
+    )

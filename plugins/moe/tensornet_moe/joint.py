@@ -1,0 +1,229 @@
+"""Fitting given, different expert matrices by shared and private cores: alternating least squares.
+
+The model `W_e ~ network(shared, private_e)` is linear in each core. One sweep solves for every core in turn;
+each solve is a few steps of conjugate gradients on the least-squares problem (CGLS), which needs only the
+contraction and its transpose. Environments are never formed, any topology works, no step raises the error.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.errors import BudgetError, ShapeError
+from tensornet.network import random_cores
+from tensornet.svd import check_finite, working_dtype
+from tensornet.topologies import topology_family, topology_names
+from tensornet.topology import Topology
+from tensornet_moe.stack import StackPlan, build_matrices, plan_stack
+
+#: CGLS steps for one core in one sweep. More make a sweep dearer and save few sweeps.
+_INNER_STEPS = 8
+#: Sweeps after which the better of the starts is continued and the others are given up.
+_TRIAL_SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class JointFit:
+    """Cores found for a stack of matrices.
+
+    Args:
+        topologies: one for each expert; they differ only where the fit fell back on separate experts.
+        shared: names of the shared cores, empty after falling back.
+        cores: shared cores by name, private ones `(E, *shape)`, or a list where the bonds differ.
+        error: relative Frobenius error over all experts, `|W - W'| / |W|`, measured.
+        alone_error: error of decomposing each expert alone at the same total number of parameters, the best
+            of the same family and plain low rank; None if neither fits that budget.
+        fell_back: whether `alone_error` was smaller, so that the separate decompositions are returned.
+        sweeps: sweeps of alternating least squares.
+        converged: whether the error settled before the sweep limit.
+    """
+
+    topologies: tuple[Topology, ...]
+    shared: tuple[str, ...]
+    cores: Mapping[str, Tensor | list[Tensor]]
+    error: float
+    alone_error: float | None
+    fell_back: bool
+    sweeps: int
+    converged: bool
+
+
+@torch.no_grad()
+def fit_jointly(
+    weights: Tensor,
+    topology: Topology,
+    shared: tuple[str, ...],
+    *,
+    max_sweeps: int = 30,
+    tolerance: float = 1e-4,
+) -> JointFit:
+    """Fit `weights: (E, out, in)` by shared and private cores, or by separate ones where that is better.
+
+    Two starts are tried for a few sweeps, and the better continues: the decomposition of the mean expert
+    (right where experts grew from one matrix), and each expert's own with the shared cores averaged. The
+    problem is not convex: for unrelated experts the result is a local minimum.
+
+    Args:
+        weights: given experts.
+        topology: the operator of one expert.
+        shared: names of shared cores.
+        max_sweeps: limit of alternating least squares.
+        tolerance: stop when a sweep lowers the relative error by less than this share of it.
+
+    Raises:
+        ShapeError: `weights` is not a stack of matrices of the topology's shape.
+        NonFiniteError: NaN or infinity in `weights`.
+    """
+    if weights.ndim != 3 or tuple(weights.shape[1:]) != topology.shape or len(weights) == 0:
+        raise ShapeError(
+            f"Expected weights of shape (num_experts, {topology.out_features}, {topology.in_features}) for "
+            f"this topology, got {tuple(weights.shape)}."
+        )
+    check_finite(weights, "The stack of expert matrices")
+    target = weights.detach().to(working_dtype(weights.dtype))
+    plan = plan_stack(topology, shared, len(target))
+    starts = list(_starts(target, topology, shared))
+    for _ in range(_TRIAL_SWEEPS):
+        starts = [_sweep(plan, start, target) for start in starts]
+    errors = [_error(plan, start, target) for start in starts]
+    best = min(range(len(starts)), key=errors.__getitem__)
+    cores, error, sweeps, converged = starts[best], errors[best], _TRIAL_SWEEPS, False
+    while sweeps < max_sweeps and not converged:
+        cores = _sweep(plan, cores, target)
+        before, error = error, _error(plan, cores, target)
+        sweeps += 1
+        converged = before - error <= tolerance * before
+    budget = sum(core.numel() for core in cores.values())
+    alone = _alone(target, topology, budget)
+    if alone is not None and alone.error < error:
+        return JointFit(alone.topologies, (), alone.cores, alone.error, alone.error, True, sweeps, converged)
+    return JointFit(
+        (topology,) * len(target),
+        shared,
+        cores,
+        error,
+        None if alone is None else alone.error,
+        False,
+        sweeps,
+        converged,
+    )
+
+
+def least_squares(
+    plan: StackPlan, cores: Mapping[str, Tensor], name: str, target: Tensor, steps: int
+) -> Tensor:
+    """Improve one core by CGLS on `|target - network|^2`, starting from its present value.
+
+    A private core is a separate problem for each expert and gets its own step sizes.
+
+    Args:
+        plan: the stack.
+        cores: all cores by name.
+        name: the core to solve for.
+        target: matrices, shape `(E, out, in)`.
+        steps: conjugate gradient steps.
+
+    Reference:
+        Björck 1996, "Numerical Methods for Least Squares Problems", section 7.4.
+    """
+
+    def apply(core: Tensor) -> Tensor:
+        return build_matrices(plan, {**cores, name: core}, len(target))
+
+    # The network is linear in this core, so one recorded graph gives the transpose for every residual.
+    with torch.enable_grad():
+        probe = torch.zeros_like(cores[name], requires_grad=True)
+        output = apply(probe)
+
+    def transpose(residual: Tensor) -> Tensor:
+        return torch.autograd.grad(output, probe, residual, retain_graph=True)[0]
+
+    def energy(x: Tensor) -> Tensor:
+        """Squared norm: of everything for a shared core, for each expert `(E, 1, ...)` for a private one."""
+        if name in plan.shared:
+            return x.square().sum()
+        return x.square().flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))
+
+    def fit(scale: Tensor, like: Tensor) -> Tensor:
+        return scale if scale.ndim == 0 else scale.reshape(-1, *[1] * (like.ndim - 1))
+
+    x = cores[name].clone()
+    residual = target - apply(x)
+    gradient = transpose(residual)
+    direction, strength = gradient, energy(gradient)
+    for _ in range(steps):
+        image = apply(direction)
+        # A direction of zero (solved already) must give a step of zero, not NaN.
+        step = strength / energy(image).reshape(strength.shape).clamp_min(torch.finfo(x.dtype).tiny)
+        x = x + step * direction
+        residual = residual - fit(step, residual) * image
+        gradient = transpose(residual)
+        before, strength = strength, energy(gradient)
+        direction = gradient + strength / before.clamp_min(torch.finfo(x.dtype).tiny) * direction
+    return x
+
+
+def _sweep(plan: StackPlan, cores: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+    cores = dict(cores)
+    for name in plan.topology.core_names:
+        cores[name] = least_squares(plan, cores, name, target, _INNER_STEPS)
+    return cores
+
+
+def _error(plan: StackPlan, cores: Mapping[str, Tensor], target: Tensor) -> float:
+    total = float(target.norm())
+    return float((target - build_matrices(plan, cores, len(target))).norm()) / total if total > 0 else 0.0
+
+
+def _starts(target: Tensor, topology: Topology, shared: Sequence[str]) -> list[dict[str, Tensor]]:
+    count, names = len(target), topology.core_names
+
+    def combine(experts: list[Sequence[Tensor]]) -> dict[str, Tensor]:
+        stacks = [torch.stack([cores[k] for cores in experts]).to(target) for k in range(len(names))]
+        return {n: s.mean(0) if n in shared else s for n, s in zip(names, stacks, strict=True)}
+
+    if topology.family not in topology_names():  # a hand-made topology has no decomposition to start from
+        generator = torch.Generator().manual_seed(0)
+        return [combine([random_cores(topology, generator=generator) for _ in range(count)])]
+    family = topology_family(topology.family)
+    mean = family.decompose_to(target.mean(0), topology).network.cores
+    each = [family.decompose_to(matrix, topology).network.cores for matrix in target]
+    return [combine([mean] * count), combine(list(each))]
+
+
+@dataclass(frozen=True)
+class _Alone:
+    topologies: tuple[Topology, ...]
+    cores: Mapping[str, list[Tensor]]
+    error: float
+
+
+def _alone(target: Tensor, topology: Topology, parameters: int) -> _Alone | None:
+    """The best separate decompositions that use at most `parameters` elements in all."""
+    count, rows, columns = target.shape
+    budget = Budget(param_ratio=parameters / (count * rows * columns))
+    options = {"out_dims": topology.out_dims, "in_dims": topology.in_dims}
+    candidates = {"mpo": options} if topology.family == "mpo" else {topology.family: {}}
+    results = []
+    for name, family_options in {**candidates, "low_rank": {}}.items():
+        if name not in topology_names():
+            continue
+        try:
+            family = topology_family(name)
+            networks = [family.decompose(matrix, budget, **family_options).network for matrix in target]
+        except BudgetError:
+            continue
+        residual = sum(
+            float((w - n.to_matrix()).square().sum()) for w, n in zip(target, networks, strict=True)
+        )
+        cores = {
+            core: [network.cores[k] for network in networks]
+            for k, core in enumerate(networks[0].topology.core_names)
+        }
+        total = float(target.square().sum())
+        error = (residual / total) ** 0.5 if total > 0 else 0.0
+        results.append(_Alone(tuple(network.topology for network in networks), cores, error))
+    return min(results, key=lambda result: result.error, default=None)

@@ -1,0 +1,254 @@
+"""Random masking of the gradients of shared cores."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import FormatError, TargetError
+from tensornet_moe.bank import ExpertBank, SharedCores
+
+Granularity = Literal["core", "element"]
+GRANULARITIES = ("core", "element")
+
+
+class GradientMask:
+    """At each optimizer step, leave each shared core alone with probability `p`.
+
+    In one step a shared core collects the gradients of all tokens, a private one only those routed to its
+    expert; masking evens out how much they move. For each core `b ~ Bernoulli(1 - p)` is drawn at each step:
+
+    - `granularity="core"`: with `b = 0` its gradient is set to None, so that the step leaves it
+      **bit-identical**, momentum and weight decay included, under every optimizer that skips parameters
+      without a gradient, as all of torch do; with `b = 1` it gets its full gradient. `p=0` is exactly no
+      mask, `p=1` exactly a frozen core.
+    - `granularity="element"`: each element of the gradient is zeroed with probability `p`. Momentum and
+      weight decay still act on the zeroed elements.
+
+    Draws come from an own generator on the CPU: one a core and step, the same on every rank (all ranks must
+    build the same model and take the same steps) and independent of the model's own randomness.
+
+    Either call `apply()` before each `optimizer.step()`, or `attach(optimizer)` once. Attached, it draws when
+    the optimizer really steps: once for many micro-batches under gradient accumulation, and not at all for a
+    step that `GradScaler` skips. Clip gradients before; the norm then counts the gradients that are masked.
+    Compile the model, not the optimizer's step: which gradients exist is part of what is compiled.
+
+    Args:
+        module_or_parameters: a module, whose banks' shared cores are masked (borrowed ones too, each once),
+            or parameters.
+        p: probability of leaving a core alone, in `[0, 1]`.
+        granularity: `"core"` or `"element"`.
+        seed: of the generator.
+        schedule: factor on `p` by the number of steps taken before, for example `linear_fade(1000)`.
+        compensate: scale the *update* of a core that is not masked by `1 / (1 - p)`, so that it moves as far
+            on average as without a mask. (Scaling the gradient would do nothing under Adam.) Needs `attach`
+            and granularity `"core"`.
+
+    Raises:
+        TargetError: there is no shared core, or one of them has a mask already.
+        ValueError: an option out of its range.
+
+    Reference:
+        Gao et al. 2022, section 4.2, masks the gradient of the central core at random. The draw for each core
+        and step, bit-identity, the elementwise variant, schedules and compensation are our definition.
+    """
+
+    def __init__(
+        self,
+        module_or_parameters: nn.Module | Iterable[nn.Parameter],
+        *,
+        p: float,
+        granularity: Granularity = "core",
+        seed: int = 0,
+        schedule: Callable[[int], float] | None = None,
+        compensate: bool = False,
+    ) -> None:
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must lie in [0, 1], got {p}: it is the probability of leaving a core alone.")
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"Unknown granularity {granularity!r}; choose one of {', '.join(GRANULARITIES)}."
+            )
+        if compensate and granularity != "core":
+            raise ValueError('compensate=True needs granularity="core": elements share their step.')
+        self.parameters = _targets(module_or_parameters)
+        self.p, self.granularity, self.schedule, self.compensate = p, granularity, schedule, compensate
+        self.steps = 0
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._hooks: list[Any] = []
+        self._before: list[tuple[nn.Parameter, Tensor, float]] = []
+        _claim(self, self.parameters)
+
+    def apply(self) -> int:
+        """Draw, and mask gradients; call it right before `optimizer.step()`.
+
+        Returns:
+            How many cores were left alone (0 for elementwise masks).
+
+        Raises:
+            RuntimeError: the mask is attached and draws by itself, or it compensates.
+        """
+        if self._hooks:
+            raise RuntimeError(
+                "This mask is attached to an optimizer and draws by itself: do not call apply()."
+            )
+        if self.compensate:
+            raise RuntimeError("compensate=True has to see the update: use attach(optimizer).")
+        return self._draw()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> "GradientMask":
+        """Have every `optimizer.step()` draw and mask first; `detach` undoes it.
+
+        Raises:
+            TargetError: the optimizer does not hold all masked cores.
+            RuntimeError: the mask is attached already.
+        """
+        if self._hooks:
+            raise RuntimeError("This mask is attached to an optimizer already; detach() it first.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = sum(id(p) not in held for p in self.parameters)
+        if missing:
+            raise TargetError(
+                f"The optimizer does not hold {missing} of the {len(self.parameters)} masked cores. Attach "
+                "it to the optimizer that trains them, after wrapping the model: FSDP replaces parameters."
+            )
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._pre_step()))
+        if self.compensate:
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._post_step()))
+        return self
+
+    def detach(self) -> None:
+        """Stop masking: remove the hooks, and let another mask have the cores."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for parameter in self.parameters:
+            parameter.__dict__.pop(_CLAIM, None)
+
+    @property
+    def current_p(self) -> float:
+        """The probability of the next draw."""
+        return self.p if self.schedule is None else min(max(self.p * self.schedule(self.steps), 0.0), 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator and step count: with them a resumed run repeats the uninterrupted one exactly."""
+        return {"generator": self._generator.get_state(), "steps": self.steps, "cores": len(self.parameters)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            FormatError: the state is of a mask over another number of cores, or no state of a mask.
+        """
+        if state.keys() != {"generator", "steps", "cores"}:
+            raise FormatError(f"Not the state of a GradientMask: it has the entries {sorted(state)}.")
+        if state["cores"] != len(self.parameters):
+            raise FormatError(
+                f"The state is of a mask over {state['cores']} cores, this one has {len(self.parameters)}: "
+                "draws would not line up."
+            )
+        self._generator.set_state(state["generator"].cpu())
+        self.steps = state["steps"]
+
+    def _draw(self) -> int:
+        p = self.current_p
+        self.steps += 1
+        if self.granularity == "element":
+            for parameter in self.parameters:
+                self._mask_elements(parameter, p)
+            return 0
+        # u lies in [0, 1): u < 0 never holds and u < 1 always does, so both ends are exact.
+        masked = (
+            torch.rand(len(self.parameters), generator=self._generator, dtype=torch.float64) < p
+        ).tolist()
+        for parameter, drop in zip(self.parameters, masked, strict=True):
+            if drop:
+                parameter.grad = None
+        return sum(masked)
+
+    def _mask_elements(self, parameter: nn.Parameter, p: float) -> None:
+        # Drawn whether or not there is a gradient, so that the sequence does not depend on it.
+        keep = torch.rand(parameter.shape, generator=self._generator) >= p
+        if parameter.grad is not None:
+            if type(parameter.grad) is not Tensor:
+                raise TargetError(
+                    f"Elementwise masks need whole gradients, got a {type(parameter.grad).__name__}; sharded "
+                    'cores can be masked with granularity="core".'
+                )
+            parameter.grad.mul_(keep.to(parameter.grad.device))
+
+    def _pre_step(self) -> None:
+        p = self.current_p
+        self._draw()
+        if self.compensate and p > 0:
+            moving = [x for x in self.parameters if x.grad is not None]
+            self._before = [(x, x.detach().clone(), 1 / (1 - p)) for x in moving]
+
+    @torch.no_grad()
+    def _post_step(self) -> None:
+        for parameter, before, scale in self._before:
+            parameter.copy_(before + scale * (parameter - before))
+        self._before = []
+
+
+def linear_fade(steps: int) -> Callable[[int], float]:
+    """A schedule for `GradientMask`: the full `p` at first, falling linearly to none after `steps` steps.
+
+    Raises:
+        ValueError: `steps` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"linear_fade needs at least 1 step, got {steps}.")
+    return lambda step: max(0.0, 1 - step / steps)
+
+
+def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Every core of a module that experts share, each once, in the order of the module's parts."""
+    found: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        if isinstance(part, ExpertBank):
+            found.update((id(p), p) for p in part.shared_parameters().values())
+        elif isinstance(part, SharedCores):
+            found.update((id(p), p) for p in part.parameters())
+    return list(found.values())
+
+
+def _targets(module_or_parameters: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    if isinstance(module_or_parameters, nn.Module):
+        if found := shared_parameters(module_or_parameters):
+            return found
+        raise TargetError(
+            f"{type(module_or_parameters).__name__} has no core that experts share: looked for expert banks "
+            "(SharedCoreExperts) with shared cores. Give the parameters themselves to mask others."
+        )
+    parameters = list(module_or_parameters)
+    if not parameters:
+        raise TargetError("A GradientMask over no parameters would mask nothing.")
+    return parameters
+
+
+_CLAIM = "_tensornet_gradient_mask"
+
+
+class _Claim:
+    """Says on a parameter which mask it has. Weak, and empty after pickling: a mask is no part of a model."""
+
+    def __init__(self, mask: GradientMask | None = None) -> None:
+        self.mask = weakref.ref(mask) if mask is not None else lambda: None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Claim, ()
+
+
+def _claim(mask: GradientMask, parameters: Iterable[nn.Parameter]) -> None:
+    parameters = list(parameters)
+    taken = sum(p.__dict__[_CLAIM].mask() is not None for p in parameters if _CLAIM in p.__dict__)
+    if taken or len({id(p) for p in parameters}) != len(parameters):
+        raise TargetError(
+            f"{taken or 'Some'} of the {len(parameters)} cores have a GradientMask already; two masks on one "
+            "core would multiply. Use one mask, or detach() the other first."
+        )
+    for parameter in parameters:
+        parameter.__dict__[_CLAIM] = _Claim(mask)

@@ -1,0 +1,240 @@
+"""The mixture: a router, experts, and the auxiliary losses of the last step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import ShapeError
+from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.grouped import group_rows
+from tensornet_moe.losses import load_balancing_loss, router_z_loss
+from tensornet_moe.routing import Router, Routing, limit_capacity
+
+
+@dataclass(frozen=True)
+class AuxLosses:
+    """Auxiliary losses of one layer, or summed over layers.
+
+    Args:
+        total: weighted by the coefficients of each layer; what is added to the loss. A scalar.
+        balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
+        z: router z-loss, unweighted, shape `(layers,)`.
+    """
+
+    total: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """What happened to the tokens of the last forward of one layer; detached.
+
+    Args:
+        load: tokens computed by each expert, shape `(E,)`.
+        dropped: tokens computed by no expert, a scalar.
+        entropy: entropy of the load in nats: `log(E)` when even, 0 when one expert gets everything.
+        router_entropy: mean entropy of a token's router probabilities in nats.
+    """
+
+    load: Tensor
+    dropped: Tensor
+    entropy: Tensor
+    router_entropy: Tensor
+
+
+class SharedCoreMoE(nn.Module):
+    """`y_t = sum over the experts e chosen for token t of  w_te * FFN_e(x_t)`.
+
+    Each active expert's matrices are rebuilt once a step; in eval without gradients they are kept. The parts
+    are replaceable: any `Router`, any `ExpertFFN` over any `ExpertBank`.
+
+    Args:
+        router: chooses experts.
+        experts: the feed-forward networks.
+        capacity_factor: None computes every choice (dropless); a number drops what exceeds
+            `ceil(capacity_factor * k * tokens / E)` choices of an expert, see `limit_capacity`: a dropped
+            token gets 0 here and passes through the residual connection alone.
+        balance_coef: weight of `load_balancing_loss`.
+        z_coef: weight of `router_z_loss`.
+        dropout: of the result, in training.
+
+    Raises:
+        ShapeError: router and experts do not fit.
+        ValueError: capacity with a router that limits its experts itself, or a factor of at most 0.
+
+    After a forward `.stats` holds `RoutingStats`, and `.aux_losses` what `collect_aux_losses` gathers. Both
+    are replaced by the next forward, and not touched by the second forward of gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: ExpertFFN,
+        *,
+        capacity_factor: float | None = None,
+        balance_coef: float = 0.01,
+        z_coef: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        have, want = (router.num_experts, router.num_features), (experts.num_experts, experts.in_features)
+        if have != want:
+            raise ShapeError(
+                f"The router is for {have[0]} experts and tokens of size {have[1]}, the experts are "
+                f"{want[0]} for tokens of size {want[1]}."
+            )
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor must be above 0, got {capacity_factor}; None drops nothing.")
+        self.router, self.experts = router, experts
+        self.capacity_factor = capacity_factor
+        self.balance_coef, self.z_coef, self.dropout = balance_coef, z_coef, dropout
+        #: Used where `forward` gets no mask: for callers that cannot pass one. It stays until replaced:
+        #: gradient checkpointing runs the forward again after the model's own has returned.
+        self.token_mask: Tensor | None = None
+        self.aux_losses: AuxLosses | None = None
+        self.stats: RoutingStats | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return self.experts.num_experts
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map `x: (..., in_features)` to `(..., out_features)`.
+
+        Args:
+            x: tokens.
+            mask: shape `(...)`, False or 0 for padding: padding is computed too, but counts in no loss and
+                no statistic and never takes a real token's place in an expert.
+
+        Raises:
+            NonFiniteError: the router was fed NaN or infinity.
+            ShapeError: the mask has another shape than the tokens.
+        """
+        mask = self.token_mask if mask is None else mask
+        if mask is not None:
+            if mask.shape != x.shape[:-1]:
+                raise ShapeError(f"The mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:-1])}.")
+            mask = mask.reshape(-1).to(torch.bool)
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.router(flat, mask)
+        if self.capacity_factor is not None and routing.kept is None:
+            routing = limit_capacity(routing, self.capacity_factor)
+        self._remember(routing)
+        y = dispatch(flat, routing, self.experts)
+        y = nn.functional.dropout(y, self.dropout, self.training)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _remember(self, routing: Routing) -> None:
+        if _is_recomputing():
+            return
+        balance = load_balancing_loss(
+            routing.probs, routing.expert_indices, num_experts=self.num_experts, mask=routing.mask
+        )
+        z = router_z_loss(routing.logits, routing.mask)
+        total = self.balance_coef * balance + self.z_coef * z
+        self.aux_losses = AuxLosses(total, balance.detach()[None], z.detach()[None])
+        self.stats = routing_stats(routing)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last step left belongs to its graph: it can be neither copied nor pickled.
+        return {**self.__dict__, "aux_losses": None, "stats": None, "token_mask": None}
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        return {
+            "type": "shared_core_moe",
+            "router": self.router.spec(),
+            "experts": self.experts.spec(),
+            "capacity_factor": self.capacity_factor,
+            "balance_coef": self.balance_coef,
+            "z_coef": self.z_coef,
+            "dropout": self.dropout,
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return (
+            f"capacity_factor={self.capacity_factor}, balance_coef={self.balance_coef}, z_coef={self.z_coef}"
+        )
+
+
+def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
+    """Send tokens to their experts and sum what comes back.
+
+    Args:
+        x: tokens, shape `(tokens, in_features)`.
+        routing: which expert computes which token.
+        experts: the networks.
+
+    Returns:
+        Shape `(tokens, out_features)`; 0 for tokens that no expert computes.
+    """
+    tokens, k = routing.expert_indices.shape
+    expert, weight = routing.expert_indices.reshape(-1), routing.weights.reshape(-1)
+    if routing.kept is None:
+        choice = expert.argsort(stable=True)
+    else:
+        kept = routing.kept.reshape(-1).nonzero().squeeze(-1)
+        choice = kept[expert[kept].argsort(stable=True)]
+    token = torch.div(choice, k, rounding_mode="floor")
+    y = experts(x[token], group_rows(expert[choice], routing.num_experts))
+    y = y * weight[choice].to(y.dtype).unsqueeze(-1)
+    return y.new_zeros(tokens, experts.out_features).index_add(0, token, y)
+
+
+@torch.no_grad()
+def routing_stats(routing: Routing) -> RoutingStats:
+    """Statistics of one decision."""
+    load = routing.load()
+    share = load / load.sum().clamp_min(1)
+    real = torch.ones_like(routing.probs[:, 0]) if routing.mask is None else routing.mask.float()
+    uncertainty = torch.where(real > 0, torch.special.entr(routing.probs).sum(-1), 0)
+    return RoutingStats(
+        load=load,
+        dropped=routing.dropped(),
+        entropy=torch.special.entr(share).sum(),
+        router_entropy=uncertainty.sum() / real.sum().clamp_min(1),
+    )
+
+
+def collect_aux_losses(model: nn.Module) -> AuxLosses:
+    """Take the auxiliary losses of the last forward out of every mixture of a model.
+
+    Taking them out clears them, so that no step can count the losses of another: call it once after each
+    forward in training, and add `.total` to the loss.
+
+    Raises:
+        RuntimeError: there is no mixture; none has run since the last call; or the losses carry no gradient
+            in training because of reentrant gradient checkpointing.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SharedCoreMoE)]
+    if not layers:
+        raise RuntimeError("collect_aux_losses: the model has no SharedCoreMoE.")
+    losses = [layer.aux_losses for layer in layers if layer.aux_losses is not None]
+    if not losses:
+        raise RuntimeError("collect_aux_losses: no mixture has run since the losses were last collected.")
+    for layer in layers:
+        layer.aux_losses = None
+    total = torch.stack([loss.total for loss in losses]).sum()
+    trained = any(layer.training and layer.router.weight.requires_grad for layer in layers)
+    if trained and torch.is_grad_enabled() and not total.requires_grad:
+        raise RuntimeError(
+            "The auxiliary losses carry no gradient: reentrant gradient checkpointing runs the forward "
+            "without one. Use it with use_reentrant=False (Trainer: gradient_checkpointing_kwargs="
+            '{"use_reentrant": False}).'
+        )
+    return AuxLosses(
+        total, torch.cat([loss.balance for loss in losses]), torch.cat([loss.z for loss in losses])
+    )
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward is the second one of gradient checkpointing, which runs inside backward.
+
+    Its routing has been counted already, and its graph ends where the recomputation stops.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,156 @@
+"""The routers: Switch, top-k, expert choice."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet_moe.routing import Combine, Router, Routing
+
+
+class TopKRouter(Router):
+    """Each token goes to its `top_k` most probable experts.
+
+    With `combine="unit"` the weights of the chosen are `p_i / sum_j p_j`; for `top_k=1`, where that would be
+    a constant without gradient, `p / stop_gradient(p)`.
+
+    Args:
+        top_k: experts for each token.
+        num_features, num_experts, jitter, combine, device, dtype: see `Router`.
+
+    Raises:
+        ValueError: `top_k` is not in `[1, num_experts]`.
+
+    Reference:
+        Shazeer et al. 2017 (noisy top-k); Lepikhin et al. 2020 (GShard, k = 2).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        jitter: float = 0.0,
+        combine: Combine = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"top_k={top_k} with num_experts={num_experts}: a token can go to at least 1 and at most "
+                "num_experts experts."
+            )
+        super().__init__(
+            num_features, num_experts, jitter=jitter, combine=combine, device=device, dtype=dtype
+        )
+        self.top_k = top_k
+
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
+        """See `Router`."""
+        chosen, indices = probs.topk(self.top_k, dim=-1)
+        if self.combine == "unit":
+            total = chosen.sum(-1, keepdim=True)
+            chosen = chosen / (total.detach() if self.top_k == 1 else total)
+        return Routing(indices, chosen, probs, logits, mask)
+
+    def spec(self) -> dict[str, Any]:
+        """See `Router`."""
+        return {**_common_spec("topk_router", self), "top_k": self.top_k}
+
+
+class SwitchRouter(TopKRouter):
+    """Each token goes to its one most probable expert (Switch). See `Router` for the arguments.
+
+    Reference:
+        Fedus, Zoph, Shazeer 2021, "Switch Transformers", section 2.1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_experts: int,
+        *,
+        jitter: float = 0.0,
+        combine: Combine = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, num_experts, top_k=1, jitter=jitter, combine=combine, device=device, dtype=dtype
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """See `Router`."""
+        return _common_spec("switch_router", self)
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert chooses its `ceil(capacity_factor * tokens / E)` most probable tokens: load is always even.
+
+    A token may be chosen by several experts or by none. Which tokens are chosen depends on the *other* tokens
+    of the batch, later ones included: right for encoders, not for autoregressive decoding, where the result
+    with a cache would differ from the one without.
+
+    Args:
+        capacity_factor: experts for each token on average.
+        num_features, num_experts, jitter, combine, device, dtype: see `Router`. `"unit"` divides by the
+            summed probability of the experts that chose a token, without gradient through the sum.
+
+    Raises:
+        ValueError: `capacity_factor` is not in `(0, num_experts]`.
+
+    Reference:
+        Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing".
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 1.0,
+        jitter: float = 0.0,
+        combine: Combine = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 0 < capacity_factor <= num_experts:
+            raise ValueError(
+                f"capacity_factor must lie in (0, num_experts={num_experts}], got {capacity_factor}: it is "
+                "the average number of experts for each token."
+            )
+        super().__init__(
+            num_features, num_experts, jitter=jitter, combine=combine, device=device, dtype=dtype
+        )
+        self.capacity_factor = capacity_factor
+
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
+        """See `Router`; every expert is listed for every token, `kept` says which chose it."""
+        tokens = len(probs) if mask is None else int(mask.sum())
+        slots = min(math.ceil(self.capacity_factor * tokens / self.num_experts), tokens)
+        ranked = probs.detach() if mask is None else probs.detach().masked_fill(~mask[:, None], -1.0)
+        chosen = ranked.topk(slots, dim=0).indices  # shape: (slots, E)
+        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(0, chosen, True)
+        weights = probs * kept
+        if self.combine == "unit":
+            weights = weights / weights.detach().sum(-1, keepdim=True).clamp_min(
+                torch.finfo(probs.dtype).tiny
+            )
+        indices = torch.arange(self.num_experts, device=probs.device).expand_as(probs)
+        return Routing(indices, weights, probs, logits, mask, kept)
+
+    def spec(self) -> dict[str, Any]:
+        """See `Router`."""
+        return {**_common_spec("expert_choice_router", self), "capacity_factor": self.capacity_factor}
+
+
+def _common_spec(kind: str, router: Router) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "num_features": router.num_features,
+        "num_experts": router.num_experts,
+        "jitter": router.jitter,
+        "combine": router.combine,
+    }

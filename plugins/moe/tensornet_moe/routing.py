@@ -1,0 +1,167 @@
+"""Routers: which experts compute which tokens, and with what weight."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import NonFiniteError
+
+Combine = Literal["unit", "prob"]
+COMBINE = ("unit", "prob")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided for `tokens` tokens with up to `k` experts each.
+
+    Args:
+        expert_indices: shape `(tokens, k)`, integer.
+        weights: combine weight of each choice, shape `(tokens, k)`, float32.
+        probs: softmax over experts, shape `(tokens, E)`, float32.
+        logits: shape `(tokens, E)`, float32.
+        mask: shape `(tokens,)`, False for padding; None if there is none.
+        kept: shape `(tokens, k)`, False where a choice is not computed (over capacity, or not chosen by the
+            expert); None if all are.
+    """
+
+    expert_indices: Tensor
+    weights: Tensor
+    probs: Tensor
+    logits: Tensor
+    mask: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """`E`."""
+        return self.probs.shape[-1]
+
+    def load(self) -> Tensor:
+        """Number of real tokens each expert computes, shape `(E,)`."""
+        chosen = self.expert_indices.unsqueeze(-1) == torch.arange(self.num_experts, device=self.probs.device)
+        counted = chosen & self._real().unsqueeze(-1)
+        return counted.sum((0, 1))
+
+    def dropped(self) -> Tensor:
+        """Number of real tokens that no expert computes: they pass through the residual alone. A scalar."""
+        tokens = torch.ones_like(self.probs[:, 0], dtype=torch.bool) if self.mask is None else self.mask
+        return (tokens & ~self._real().any(-1)).sum()
+
+    def _real(self) -> Tensor:
+        real = torch.ones_like(self.expert_indices, dtype=torch.bool) if self.kept is None else self.kept
+        return real if self.mask is None else real & self.mask[:, None]
+
+
+class Router(nn.Module, ABC):
+    """Contract and the common part: jitter, float32 logits and softmax, the check for NaN.
+
+    Subclasses define `select`, and `spec` if they are to be saved. Logits are `x @ weight^T` in float32
+    whatever the model's dtype and autocast say: a router in half precision is unstable (Switch, section 2.4).
+
+    Args:
+        num_features: size of a token.
+        num_experts: number of experts.
+        jitter: in training, tokens are multiplied by uniform noise in `[1 - jitter, 1 + jitter]` before the
+            router sees them.
+        combine: `"unit"`: weights sum to one in value, so that experts that all compute the same function
+            compute it together (for one expert `p / stop_gradient(p)`); `"prob"`: the probabilities.
+        device, dtype: of the weight, shape `(num_experts, num_features)`; it starts at standard deviation
+            `0.1 / sqrt(num_features)`.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_experts: int,
+        *,
+        jitter: float = 0.0,
+        combine: Combine = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
+        if combine not in COMBINE:
+            raise ValueError(f"Unknown combine={combine!r}; choose one of {', '.join(COMBINE)}.")
+        self.num_features, self.num_experts = num_features, num_experts
+        self.jitter, self.combine = jitter, combine
+        weight = torch.randn(num_experts, num_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight * (0.1 / math.sqrt(num_features)))
+
+    @abstractmethod
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
+        """Choose experts from float32 `logits` and `probs`, both `(tokens, E)`; `mask: (tokens,)` bool."""
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        raise TypeError(f"{type(self).__name__} must define spec() to be saved.")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """Route `x: (tokens, features)`; `mask: (tokens,)` is False or 0 for padding.
+
+        Raises:
+            NonFiniteError: a token that is not padding has NaN or infinite logits. (RuntimeError when
+                compiled: compiled code cannot choose its exception.)
+        """
+        mask = None if mask is None else mask.to(torch.bool)
+        with torch.autocast(x.device.type, enabled=False):
+            seen = x.float()
+            if self.training and self.jitter > 0:
+                seen = seen * torch.empty_like(seen).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits = nn.functional.linear(seen, self.weight.float())
+            self._refuse_nonfinite(logits, mask)
+            return self.select(logits, logits.softmax(-1), mask)
+
+    def _refuse_nonfinite(self, logits: Tensor, mask: Tensor | None) -> None:
+        finite = torch.isfinite(logits).all(-1)
+        if mask is not None:
+            finite = finite | ~mask
+        if torch.compiler.is_compiling():
+            torch._assert_async(finite.all(), "a router was fed NaN or infinity")
+        elif not bool(finite.all()):
+            raise NonFiniteError(
+                f"The router was fed NaN or infinity: {int((~finite).sum())} of {len(finite)} tokens have "
+                "non-finite logits. Look at the layer before it, the learning rate and, in float16, the loss "
+                "scale; mask padding if the values are there."
+            )
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"{self.num_features}, {self.num_experts}, jitter={self.jitter}, combine={self.combine}"
+
+
+def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
+    """Let each expert compute at most `ceil(capacity_factor * k * tokens / E)` choices; the rest are dropped.
+
+    First choices of all tokens come before second choices, earlier tokens before later ones, padding last. A
+    dropped choice contributes nothing; weights of the others stay as they are, so that a token all of whose
+    choices are dropped passes through the residual connection alone.
+
+    Args:
+        routing: a decision without `kept`.
+        capacity_factor: 1 gives every expert exactly its share of an even load.
+
+    Reference:
+        Fedus et al. 2021, equation 3; GShard, algorithm 1 for the order.
+    """
+    tokens, k = routing.expert_indices.shape
+    experts = torch.arange(routing.num_experts, device=routing.expert_indices.device)
+    chosen = routing.expert_indices.T.reshape(-1, 1) == experts  # shape: (k * tokens, E), first choices first
+    real = None if routing.mask is None else routing.mask.repeat(k)
+    counted = chosen if real is None else chosen & real[:, None]
+    position = (counted.cumsum(0) * chosen).sum(-1)  # 1-based place in the queue of its expert
+    if real is not None:
+        position = torch.where(real, position, (counted.sum(0) + (chosen & ~real[:, None]).cumsum(0))[chosen])
+    count = tokens if routing.mask is None else int(routing.mask.sum())
+    capacity = math.ceil(capacity_factor * k * count / routing.num_experts)
+    return replace(routing, kept=(position <= capacity).reshape(k, tokens).T)

@@ -1,0 +1,100 @@
+"""The cores experts start from when they are upcycled from one dense matrix."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.errors import TopologyError
+from tensornet.network import TensorNetwork
+from tensornet.topologies import topology_family
+from tensornet.topology import Topology
+from tensornet_moe.stack import enclosing_topology, resolve_shared
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything a bank of experts is made of.
+
+    Args:
+        topologies: one for each expert.
+        shared: names of the shared cores.
+        cores: a shared core as it is, a private one `(E, *shape)` or one tensor for each expert.
+        error: relative Frobenius error against the given matrix or matrices.
+    """
+
+    topologies: tuple[Topology, ...]
+    shared: tuple[str, ...]
+    cores: Mapping[str, Tensor | Sequence[Tensor]]
+    error: float
+
+
+@torch.no_grad()
+def start_from_dense(
+    weight: Tensor,
+    topology: Topology | Sequence[Topology] | str,
+    budget: Budget,
+    num_experts: int,
+    shared: str | Sequence[str],
+    noise: float,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Start:
+    """See `SharedCoreExperts.from_dense`."""
+    if noise < 0:
+        raise ValueError(f"noise must be at least 0, got {noise}: it is relative to the size of the cores.")
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+    if isinstance(topology, str):
+        result = topology_family(topology).decompose(weight, budget, **options)
+        topologies = (result.network.topology,) * num_experts
+    else:
+        if not budget.unlimited or options:
+            raise TopologyError(
+                "An explicit topology fixes dims and bonds: drop max_bond, rel_error, param_ratio and "
+                f"{', '.join(options) or 'family options'}, or give the name of a family instead."
+            )
+        topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
+        if len(topologies) != num_experts:
+            raise ValueError(f"Got {len(topologies)} topologies for num_experts={num_experts}.")
+        enclosing = enclosing_topology(topologies)
+        result = topology_family(enclosing.family).decompose_to(weight, enclosing)
+    network = result.network
+    names = resolve_shared(network.topology, shared)
+    generator = torch.Generator().manual_seed(seed)
+    cores: dict[str, Tensor | Sequence[Tensor]] = {}
+    for name, core in zip(network.topology.core_names, network.cores, strict=True):
+        if name in names:
+            cores[name] = core
+        else:
+            pieces = [_leading(core, t.core_shapes[name]) for t in topologies]
+            cores[name] = [_with_noise(piece, noise, generator) for piece in pieces]
+    error = result.error
+    if topologies[0] != network.topology:
+        error = _first_error(weight, topologies[0], network)
+    return Start(topologies, names, cores, error)
+
+
+def _leading(core: Tensor, shape: Sequence[int]) -> Tensor:
+    return core[tuple(slice(size) for size in shape)]
+
+
+def _with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    if noise == 0:
+        return core
+    size = core.square().mean().sqrt()
+    drawn = torch.randn(core.shape, generator=generator)  # on the CPU, so that every device starts alike
+    return core + noise * size * drawn.to(core)
+
+
+def _first_error(weight: Tensor, topology: Topology, network: TensorNetwork) -> float:
+    cores = [
+        _leading(core, shape)
+        for core, shape in zip(network.cores, topology.core_shapes.values(), strict=True)
+    ]
+    difference = TensorNetwork(topology, cores).to_matrix() - weight
+    norm = float(weight.norm())
+    return float(difference.norm()) / norm if norm > 0 else 0.0
