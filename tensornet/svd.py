@@ -2,29 +2,28 @@
 
 Everything is computed in double precision and returned in the dtype of the input (float32 for half
 types). For float32 input that makes the Gram route *more* accurate than a float32 SVD: squaring the
-condition number costs half of the 16 digits and float32 only ever had 7.
+condition number costs half of the 16 digits and float32 only ever had 7. What a route cannot resolve it
+notices, and hands over to the exact one.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.subspace import iterated_basis, worth_iterating
 
 Method = Literal["auto", "exact", "gram", "randomized"]
 METHODS = ("auto", "exact", "gram", "randomized")
 
-#: Randomized range finding pays off when the wanted rank is below this share of the smaller dimension.
-_RANDOMIZED_SHARE = 0.08
-_RANDOMIZED_MIN_SIZE = 512
-_OVERSAMPLING = 10
-_POWER_ITERATIONS = 2
-#: The captured energy must have settled to this relative accuracy, else the exact route takes over.
-_RANDOMIZED_TOLERANCE = 1e-3
+#: Blocks longer than this many times their width are reduced by QR before the SVD.
+_TALL = 2
+#: Elements outside this range are rescaled, so that squares neither overflow nor vanish.
+_SAFE_RANGE = (1e-8, 1e8)
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,20 @@ class TruncatedSVD:
     method: str
 
 
+class Factors(NamedTuple):
+    """A truncated SVD of a stack of blocks in double precision, before signs are fixed.
+
+    `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`, and the discarded energy
+    `sum of discarded S^2: (*batch)`.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    discarded: Tensor
+    method: str
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Double precision of the same kind: complex128 for complex dtypes, float64 otherwise."""
     return torch.complex128 if dtype.is_complex else torch.float64
@@ -56,19 +69,36 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_complex or dtype in (torch.float32, torch.float64) else torch.float32
 
 
+def is_single(dtype: torch.dtype) -> bool:
+    """Whether numbers of this dtype carry at most single precision."""
+    return dtype not in (torch.float64, torch.complex128)
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Refuse NaN and infinity by name.
 
     Raises:
         NonFiniteError: with the count of offending elements and what to do.
     """
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
+    if not math.isfinite(largest_element(tensor)):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{name} holds {bad} NaN or infinite value{'s' if bad > 1 else ''} of {tensor.numel()}; "
             "a decomposition needs finite numbers. Check the checkpoint or exclude this layer."
         )
+
+
+def largest_element(tensor: Tensor) -> float:
+    """Largest absolute value of a real or imaginary part; NaN if there is one. One fast pass."""
+    parts = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    low, high = torch.aminmax(parts.detach())
+    return max(abs(float(low)), abs(float(high))) if not math.isnan(float(low)) else math.nan
+
+
+def safe_scale(tensor: Tensor) -> float:
+    """The number to divide by so that squares of the elements neither overflow nor vanish, mostly 1."""
+    size = largest_element(tensor)
+    return size if size > 0 and not _SAFE_RANGE[0] <= size <= _SAFE_RANGE[1] else 1.0
 
 
 @torch.no_grad()
@@ -87,12 +117,16 @@ def truncated_svd(
         matrix: shape `(m, n)`, real or complex, any floating dtype.
         max_rank: largest rank to keep, at least 1; values above `min(m, n)` are clipped.
         rel_error: keep the relative Frobenius error at or below this, in `[0, 1)`.
-        method: `"exact"` (LAPACK on the matrix), `"gram"` (eigenvectors of the smaller Gram matrix),
-            `"randomized"` (range finder with power iterations, for small `max_rank`; checked a
-            posteriori and redone exactly if the captured energy has not settled), or `"auto"`.
+        method: `"exact"` (LAPACK, after a QR of tall blocks), `"gram"` (eigenvectors of the smaller Gram
+            matrix in double precision; redone exactly if it cannot resolve the smallest singular value
+            kept), `"randomized"` (subspace iteration, for ranks far below the size; checked a posteriori
+            and redone exactly if the captured energy has not settled or `rel_error` is missed), or
+            `"auto"`: randomized for ranks below an eighth of a dimension of at least 256, else Gram for
+            single and half precision and exact for double.
 
     Returns:
-        Factors in the input's dtype (float32 for half types) and on its device.
+        Factors in the input's dtype (float32 for half types) and on its device. The same input gives the
+        same output: signs are fixed and the random block has a fixed seed.
 
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
@@ -108,69 +142,94 @@ def truncated_svd(
             "truncated_svd needs a non-empty floating or complex matrix of shape (m, n), "
             f"got {tuple(matrix.shape)} {matrix.dtype}."
         )
+    check_method(method)
+    Budget(max_bond=max_rank, rel_error=rel_error)
+    check_finite(matrix, "The matrix")
+    scale = safe_scale(matrix)
+    work = matrix.detach().to(working_dtype(matrix.dtype)) / scale
+    total = energy(work)
+    allowed = None if rel_error is None else rel_error**2 * total
+    single = is_single(matrix.dtype)
+    found = factorize(work, max_rank or min(work.shape), allowed, method=method, single=single)
+    U, Vh = fix_signs(found.U, found.Vh)
+    dtype = result_dtype(matrix.dtype)
+    error = relative(float(found.discarded), float(total))
+    S = (found.S * scale).to(torch.float32 if single else torch.float64)
+    return TruncatedSVD(U.to(dtype), S, Vh.to(dtype), error, found.method)
+
+
+def check_method(method: str) -> None:
+    """Refuse an unknown method, listing those that exist."""
     if method not in METHODS:
         raise ValueError(f"Unknown SVD method {method!r}; choose one of {', '.join(METHODS)}.")
-    budget = Budget(max_bond=max_rank, rel_error=rel_error)
-    check_finite(matrix, "The matrix")
-    work = matrix.detach().to(working_dtype(matrix.dtype))
-    cap = min(*work.shape, max_rank or min(work.shape))
-    route = _choose(work, matrix.dtype, cap, budget) if method == "auto" else method
-    if route == "randomized":
-        result = _randomized(work, cap, budget.rel_error)
-    elif route == "gram":
-        result = _gram(work, cap, budget.rel_error)
-    else:
-        result = _exact(work, cap, budget.rel_error)
-    dtype = result_dtype(matrix.dtype)
-    real = torch.float32 if dtype in (torch.float32, torch.complex64) else torch.float64
-    return replace(result, U=result.U.to(dtype), S=result.S.to(real), Vh=result.Vh.to(dtype))
 
 
-def keep_rank(energies: Tensor, total: float, cap: int, rel_error: float | None) -> int:
-    """Smallest rank whose discarded energy is at most `rel_error^2 * total`, cut at `cap`, at least 1.
+def factorize(work: Tensor, cap: int, allowed: Tensor | None, *, method: Method, single: bool) -> Factors:
+    """Truncated SVD of a stack of double-precision blocks, all cut at the same rank.
 
     Args:
-        energies: squared singular values in descending order, shape `(k,)`.
-        total: squared Frobenius norm of the matrix.
+        work: shape `(*batch, m, n)`.
+        cap: largest rank.
+        allowed: energy that may be discarded, shape `(*batch)`; the largest rank needed is kept for all.
+        method: see `truncated_svd`.
+        single: whether the numbers carry single precision only.
     """
-    if rel_error is None:
+    size = min(work.shape[-2:])
+    cap = min(cap, size)
+    iterate = method == "randomized" or (method == "auto" and worth_iterating(size, cap))
+    if iterate and (found := _randomized(work, cap, allowed, single)) is not None:
+        return found
+    if method == "gram" or (method == "auto" and single):
+        return _gram(work, cap, allowed, single)
+    return _exact(work, cap, allowed)
+
+
+def keep_rank(energies: Tensor, cap: int, allowed: Tensor | None) -> int:
+    """Smallest rank whose discarded energy is at most `allowed` everywhere, cut at `cap`, at least 1.
+
+    Args:
+        energies: squared singular values in descending order, shape `(*batch, k)`.
+        cap: largest rank.
+        allowed: energy that may be discarded, shape `(*batch)`; None keeps `cap`.
+    """
+    if allowed is None:
         return cap
     # tail[r] = energy discarded when r values are kept, summed from the small end for accuracy
-    tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-    rank = int((tail > rel_error**2 * total).sum())
+    tail = energies.flip(-1).cumsum(-1).flip(-1)
+    rank = int((tail > allowed[..., None]).sum(-1).max())
     return max(1, min(rank, cap))
 
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Make the largest element of each left vector real and positive, so every device agrees."""
-    pivot = U.gather(0, U.abs().argmax(dim=0, keepdim=True))  # shape: (1, rank)
+    pivot = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))  # shape: (*batch, 1, rank)
     phase = torch.where(pivot == 0, torch.ones_like(pivot), pivot / pivot.abs())
-    return U * phase.conj(), Vh * phase.T
+    return U * phase.conj(), Vh * phase.transpose(-1, -2)
 
 
-def _choose(work: Tensor, dtype: torch.dtype, cap: int, budget: Budget) -> str:
-    small = min(work.shape)
-    if budget.max_bond is not None and small >= _RANDOMIZED_MIN_SIZE and cap <= _RANDOMIZED_SHARE * small:
-        return "randomized"
-    # Double-precision input may carry singular values below 1e-8 of the largest, which a Gram matrix loses.
-    return "exact" if dtype in (torch.float64, torch.complex128) else "gram"
+def energy(block: Tensor) -> Tensor:
+    """Squared Frobenius norm of each block, shape `(*batch)`, in double precision."""
+    norm = torch.linalg.vector_norm(block, dim=(-2, -1), dtype=working_dtype(block.dtype))
+    return norm.square()
 
 
-def _energy(work: Tensor) -> float:
-    return float(torch.linalg.vector_norm(work)) ** 2
-
-
-def _relative(discarded: float, total: float) -> float:
+def relative(discarded: float, total: float) -> float:
+    """Relative error of a discarded energy."""
     return math.sqrt(max(discarded, 0.0) / total) if total > 0 else 0.0
 
 
-def _exact(work: Tensor, cap: int, rel_error: float | None) -> TruncatedSVD:
+def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> Factors:
+    rows, columns = work.shape[-2:]
+    if columns >= _TALL * rows:
+        return _flip(_exact(work.mH, cap, allowed))
+    if rows >= _TALL * columns:
+        Q, R = torch.linalg.qr(work)
+        inner = _exact(R, cap, allowed)
+        return inner._replace(U=Q @ inner.U)
     U, S, Vh = _lapack_svd(work)
     energies = S.square()
-    total = float(energies.sum())
-    rank = keep_rank(energies, total, cap, rel_error)
-    U, Vh = fix_signs(U[:, :rank], Vh[:rank])
-    return TruncatedSVD(U, S[:rank], Vh, _relative(float(energies[rank:].sum()), total), "exact")
+    rank = keep_rank(energies, cap, allowed)
+    return Factors(U[..., :rank], S[..., :rank], Vh[..., :rank, :], energies[..., rank:].sum(-1), "exact")
 
 
 def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,71 +242,60 @@ def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pass
     import scipy.linalg  # slower but convergent driver, wanted only here
 
-    U, S, Vh = scipy.linalg.svd(work.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
-    return tuple(torch.from_numpy(x).to(work.device) for x in (U, S, Vh))  # type: ignore[return-value]
+    blocks = work.reshape(-1, *work.shape[-2:]).cpu().numpy()
+    parts = [scipy.linalg.svd(block, full_matrices=False, lapack_driver="gesvd") for block in blocks]
+    U, S, Vh = (torch.stack([torch.from_numpy(part[k]) for part in parts]).to(work.device) for k in range(3))
+    batch = work.shape[:-2]
+    return U.reshape(*batch, *U.shape[1:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[1:])
 
 
-def _gram(work: Tensor, cap: int, rel_error: float | None) -> TruncatedSVD:
-    if work.shape[0] > work.shape[1]:
-        flipped = _gram(work.mH, cap, rel_error)
-        U, Vh = fix_signs(flipped.Vh.mH, flipped.U.mH)
-        return replace(flipped, U=U, Vh=Vh)
+def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors:
+    if work.shape[-2] > work.shape[-1]:
+        return _flip(_gram(work.mH, cap, allowed, single))
     values, vectors = torch.linalg.eigh(work @ work.mH)
-    energies = values.flip(0).clamp_min(0)
-    total = _energy(work)
-    rank = keep_rank(energies, total, cap, rel_error)
-    U = vectors.flip(1)[:, :rank]
-    # Rounding leaves the eigenvalues an absolute error of about eps * total; the exact residual of the
-    # projection decides, and is what gets certified.
-    return _from_left_basis(work, U, total, "gram")
+    energies = values.flip(-1).clamp_min(0)
+    rank = keep_rank(energies, cap, allowed)
+    found = _project(work, vectors.flip(-1)[..., :rank], "gram")
+    # A Gram matrix knows S^2 to eps * S_max^2, so vectors of small S are orthogonal to eps * (S_max / S)^2
+    # only. Asked for: 1e-6 in single precision, 1e-10 in double.
+    resolution = math.sqrt(torch.finfo(torch.float64).eps / (1e-6 if single else 1e-10))
+    unresolved = bool((found.S[..., -1] < resolution * found.S[..., 0]).any()) or bool(
+        (found.S[..., 0] == 0).any()
+    )
+    missed = allowed is not None and rank < cap and bool((found.discarded > allowed).any())
+    return _exact(work, cap, allowed) if unresolved or missed else found
 
 
-def _from_left_basis(work: Tensor, U: Tensor, total: float, method: str) -> TruncatedSVD:
-    """SVD of the projection of `work` onto the orthonormal columns of `U` that diagonalise it."""
-    projected = U.mH @ work  # shape: (rank, n), rows orthogonal up to rounding
-    S = torch.linalg.vector_norm(projected, dim=1)
-    floor = 1e-7 * float(S.max()) if S.numel() else 0.0
-    if float(S.min()) > floor:
-        Vh = projected / S[:, None]
-    else:
-        # Rows of nearly zero norm have no direction of their own: QR completes them orthonormally.
-        Q, R = torch.linalg.qr(projected.mH)
-        diagonal = R.diagonal()
-        phase = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal / diagonal.abs())
-        Vh = (Q * phase).mH
-    U, Vh = fix_signs(U, Vh)
-    error = _relative(total - float(S.square().sum()), total)
-    if error < 1e-6:  # the difference of two equal energies has lost its digits: measure the residual
-        error = _relative(_energy(work - (U * S) @ Vh), total)
-    return TruncatedSVD(U, S, Vh, error, method)
-
-
-def _randomized(work: Tensor, cap: int, rel_error: float | None) -> TruncatedSVD:
-    total = _energy(work)
-    width = min(cap + _OVERSAMPLING, *work.shape)
-    generator = torch.Generator(device="cpu").manual_seed(0)  # deterministic and the same on every device
-    probe = torch.randn(work.shape[1], width, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(work @ probe.to(work)).Q
-    captured = [_captured(work, basis, cap)]
-    for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(work @ torch.linalg.qr(work.mH @ basis).Q).Q
-        captured.append(_captured(work, basis, cap))
-    residual = max(total - captured[-1], 0.0)
-    if captured[-1] - captured[-2] > _RANDOMIZED_TOLERANCE * max(residual, 1e-12 * total):
-        return _exact(work, cap, rel_error)
-    inner = _exact(basis.mH @ work, cap, None)
-    energies = inner.S.square()
+def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors | None:
+    if work.shape[-2] > work.shape[-1]:
+        flipped = _randomized(work.mH, cap, allowed, single)
+        return None if flipped is None else _flip(flipped)
+    basis = iterated_basis(work, cap, slack=1e-4 if single else 1e-8)
+    if basis is None:
+        return None
+    total, sketch = energy(work), basis.mH @ work
     # Energy outside the sketch counts as discarded whatever rank is kept.
-    outside = max(total - float(energies.sum()), 0.0)
-    rank = cap
-    if rel_error is not None:
-        allowed = rel_error**2 * total - outside
-        tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-        rank = max(1, min(cap, int((tail > max(allowed, 0.0)).sum())))
-    U, Vh = fix_signs(basis @ inner.U[:, :rank], inner.Vh[:rank])
-    discarded = outside + float(energies[rank:].sum())
-    return TruncatedSVD(U, inner.S[:rank], Vh, _relative(discarded, total), "randomized")
+    outside = (total - energy(sketch)).clamp_min(0)
+    if bool((outside < 1e-6 * total).any()):  # a difference without digits: measure it
+        outside = energy(work - basis @ sketch)
+    inside = None if allowed is None else (allowed - outside).clamp_min(0)
+    inner = _gram(sketch, cap, inside, single)
+    found = inner._replace(U=basis @ inner.U, discarded=inner.discarded + outside, method="randomized")
+    missed = allowed is not None and bool((found.discarded > allowed).any())
+    return None if missed else found
 
 
-def _captured(work: Tensor, basis: Tensor, cap: int) -> float:
-    return float(torch.linalg.svdvals(basis.mH @ work)[:cap].square().sum())
+def _project(work: Tensor, U: Tensor, method: str) -> Factors:
+    """Factors of the projection of `work` onto orthonormal columns `U` that diagonalise it."""
+    projected = U.mH @ work  # shape: (*batch, rank, n), rows orthogonal up to rounding
+    S = torch.linalg.vector_norm(projected, dim=-1)
+    Vh = projected / S.clamp_min(torch.finfo(S.dtype).tiny)[..., None]
+    total = energy(work)
+    discarded = total - S.square().sum(-1)
+    if bool((discarded < 1e-6 * total).any()):  # a difference without digits: measure it
+        discarded = energy(work - U @ projected)
+    return Factors(U, S, Vh, discarded, method)
+
+
+def _flip(factors: Factors) -> Factors:
+    return factors._replace(U=factors.Vh.mH, Vh=factors.U.mH)

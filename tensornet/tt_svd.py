@@ -1,5 +1,8 @@
 """TT-SVD of a matrix into matrix-product-operator cores, with a certificate.
 
+Bonds that nothing cuts cost nothing: their cores are identities, and the sweep runs only over the bonds
+that are cut, from the end with the smaller legs.
+
 Reference: Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 and theorem 2.2.
 """
 
@@ -12,22 +15,35 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
-from tensornet.svd import Method, check_finite, result_dtype, truncated_svd, working_dtype
+from tensornet.split import split_block
+from tensornet.svd import Method, check_finite, check_method, energy, is_single, result_dtype, safe_scale
 
 
 @dataclass(frozen=True)
 class TTResult:
-    """Cores `(left, out, in, right)`, all but the last left-orthonormal, and what was cut.
+    """Cores `(left, out, in, right)` and what was cut.
 
     Args:
-        cores: the chain.
+        cores: the chain, canonical around `center`: left-orthonormal before it, right-orthonormal after.
         error: certified relative Frobenius error, `sqrt(sum over bonds of discarded energy) / |W|`.
         bound_by: the cap that decided (see `Decomposition.bound_by`).
+        center: the site that holds the norm.
     """
 
     cores: tuple[Tensor, ...]
     error: float
     bound_by: str
+    center: int
+
+
+@dataclass(frozen=True)
+class TTStack:
+    """As `TTResult` for a stack: cores `(batch, left, out, in, right)` and an error for each item."""
+
+    cores: tuple[Tensor, ...]
+    errors: tuple[float, ...]
+    bound_by: str
+    center: int
 
 
 def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int]) -> None:
@@ -98,8 +114,8 @@ def cap_bonds(
 
 
 def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """Zero-pad to `(rows, columns)`."""
-    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+    """Zero-pad the last two dimensions to `(rows, columns)`."""
+    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[-1], 0, rows - matrix.shape[-2]))
 
 
 @torch.no_grad()
@@ -114,55 +130,121 @@ def tt_svd(
 ) -> TTResult:
     """Decompose `matrix: (out, in)` into a chain of cores `(left, out_k, in_k, right)`.
 
+    Args: as in `tt_svd_stack`, for one matrix.
+    Raises:
+        BudgetError, NonFiniteError, TopologyError: see `cap_bonds`, `check_finite`, `check_dims`.
+    """
+    stack = tt_svd_stack(matrix[None], out_dims, in_dims, budget, bonds=bonds, method=method)
+    return TTResult(tuple(core[0] for core in stack.cores), stack.errors[0], stack.bound_by, stack.center)
+
+
+@torch.no_grad()
+def tt_svd_stack(
+    matrices: Tensor,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    budget: Budget,
+    *,
+    bonds: Sequence[int] | None = None,
+    method: Method = "auto",
+) -> TTStack:
+    """Decompose a stack `(batch, out, in)` in one sweep; all items get the same bonds.
+
     Args:
-        matrix: real or complex; padded with zeros to the product of the dims.
+        matrices: real or complex; padded with zeros to the product of the dims.
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, as many as out-legs.
-        budget: caps. `rel_error` is spent bond by bond, what one bond leaves over goes to the next.
+        budget: caps. `rel_error` holds for every item and is spent bond by bond, what one bond leaves
+            over goes to the next.
         bonds: an explicit cap for each bond, on top of the budget.
-        method: see `truncated_svd`.
+        method: see `truncated_svd`; `"auto"` also computes single-precision input in single precision
+            where the energy cut is far above its rounding.
 
     Raises:
         BudgetError, NonFiniteError, TopologyError: see `cap_bonds`, `check_finite`, `check_dims`.
     """
-    check_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims)
-    check_finite(matrix, "The matrix")
-    caps, bound_by = cap_bonds((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, budget)
+    shape = (matrices.shape[1], matrices.shape[2])
+    check_dims(shape, out_dims, in_dims)
+    check_method(method)
+    check_finite(matrices, "The matrix")
+    caps, bound_by = cap_bonds(shape, out_dims, in_dims, budget)
     if bonds is not None:
         if len(bonds) != len(caps):
             raise TopologyError(f"bonds {tuple(bonds)} must have {len(caps)} entries, one for each bond.")
         if any(b < c for b, c in zip(bonds, caps, strict=True)):
             bound_by = "max_bond"
         caps = tuple(min(b, c) for b, c in zip(bonds, caps, strict=True))
-    dtype, sites = result_dtype(matrix.dtype), len(out_dims)
-    rest = pad_matrix(matrix.detach(), math.prod(out_dims), math.prod(in_dims)).to(
-        working_dtype(matrix.dtype)
-    )
-    order = [axis for k in range(sites) for axis in (k, sites + k)]
-    rest = rest.reshape(*out_dims, *in_dims).permute(order).reshape(1, -1)
-    total = float(torch.linalg.vector_norm(rest)) ** 2
-    spent, left, cores = 0.0, 1, []
-    for site in range(sites - 1):
-        rest = rest.reshape(left * out_dims[site] * in_dims[site], -1)
-        energy = float(torch.linalg.vector_norm(rest)) ** 2
-        tolerance = None
-        if budget.rel_error is not None:
-            share = max(budget.rel_error**2 * total - spent, 0.0) / (sites - 1 - site)
-            tolerance = min(math.sqrt(share / energy), 1 - 1e-12) if energy > 0 else None
-        # The SVD sees double precision either way; the original dtype tells "auto" what accuracy is asked.
-        factors = truncated_svd(rest, max_rank=caps[site], rel_error=tolerance, method=_route(method, dtype))
-        if factors.S.numel() < min(caps[site], *rest.shape):
-            bound_by = "rel_error"
-        spent += factors.error**2 * energy
-        left_legs = (left, out_dims[site], in_dims[site])
-        left = factors.S.numel()
-        cores.append(factors.U.reshape(*left_legs, left))
-        rest = factors.S[:, None].to(rest.dtype) * factors.Vh
-    cores.append(rest.reshape(left, out_dims[-1], in_dims[-1], 1))
-    error = math.sqrt(spent / total) if total > 0 else 0.0
-    return TTResult(tuple(core.to(dtype).contiguous() for core in cores), error, bound_by)
+    dtype, sites = result_dtype(matrices.dtype), len(out_dims)
+    dims = list(zip(out_dims, in_dims, strict=True))
+    order = list(range(sites))
+    # Decided by the dims alone, so that a larger budget never changes the sweep and so never the error.
+    backwards = [o * i for o, i in dims] > [o * i for o, i in reversed(dims)]
+    if backwards:
+        order, dims, caps = order[::-1], dims[::-1], caps[::-1]
+    scale = safe_scale(matrices)
+    rest = pad_matrix(matrices.detach().to(dtype), math.prod(out_dims), math.prod(in_dims))
+    rest = rest.reshape(-1, *out_dims, *in_dims)
+    rest = rest.permute(0, *(1 + axis for k in order for axis in (k, sites + k))).flatten(1)
+    sweep = _sweep(rest if scale == 1 else rest / scale, dims, caps, budget.rel_error, method)
+    cores = [core.to(dtype).contiguous() for core in sweep.cores]
+    center = sweep.center
+    cores[center] = cores[center] * scale if scale != 1 else cores[center]
+    if backwards:
+        cores, center = [core.permute(0, 4, 2, 3, 1).contiguous() for core in cores[::-1]], sites - 1 - center
+    return TTStack(tuple(cores), sweep.errors, "rel_error" if sweep.below_caps else bound_by, center)
 
 
-def _route(method: Method, dtype: torch.dtype) -> Method:
-    # Single-precision weights carry no singular values that a double-precision Gram matrix would lose.
-    return "gram" if method == "auto" and dtype in (torch.float32, torch.complex64) else method
+@dataclass(frozen=True)
+class _Sweep:
+    cores: list[Tensor]
+    errors: tuple[float, ...]
+    center: int
+    below_caps: bool
+
+
+def _sweep(
+    rest: Tensor,
+    dims: Sequence[tuple[int, int]],
+    caps: Sequence[int],
+    rel_error: float | None,
+    method: Method,
+) -> _Sweep:
+    """Left-to-right TT-SVD of `rest: (batch, product of all legs)`."""
+    batch, sites, single = rest.shape[0], len(dims), is_single(rest.dtype)
+    sizes = [o * i for o, i in dims]
+    first, last = (0, sites - 1) if rel_error is not None else _cut_range(sizes, caps)
+    right = math.prod(sizes[last + 1 :])  # bond on the right of the last core that is not an identity
+    total = energy(rest[:, None])
+    spent, left, cores, below = torch.zeros_like(total), math.prod(sizes[:first]), [], False
+    for k in range(first):
+        cores.append(_identity(math.prod(sizes[: k + 1]), rest, (math.prod(sizes[:k]), *dims[k], -1)))
+    for k in range(first, last):
+        block = rest.reshape(batch, left * sizes[k], -1)
+        allowed = None
+        if rel_error is not None:
+            allowed = (rel_error**2 * total - spent).clamp_min(0) / (sites - 1 - k)
+        split = split_block(block, caps[k], allowed, method=method, single=single)
+        below |= split.left.shape[-1] < min(caps[k], *block.shape[1:])
+        spent = spent + split.discarded
+        cores.append(split.left.reshape(batch, left, *dims[k], -1))
+        left, rest = split.left.shape[-1], split.rest
+    cores.append(rest.reshape(batch, left, *dims[last], right))
+    for k in range(last + 1, sites):
+        cores.append(_identity(math.prod(sizes[k:]), rest, (-1, *dims[k], math.prod(sizes[k + 1 :]))))
+    errors = torch.where(total > 0, (spent / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt(), 0)
+    return _Sweep(cores, tuple(errors.tolist()), last, below)
+
+
+def _cut_range(sizes: Sequence[int], caps: Sequence[int]) -> tuple[int, int]:
+    """First and last site of the part of the chain whose inner bonds are cut; the rest are identities."""
+    first, last = 0, len(sizes) - 1
+    while first < last and caps[first] == math.prod(sizes[: first + 1]):
+        first += 1
+    while last > first and caps[last - 1] == math.prod(sizes[last:]):
+        last -= 1
+    return first, last
+
+
+def _identity(size: int, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    core = torch.eye(size, dtype=like.dtype, device=like.device).reshape(shape)
+    return core.expand(like.shape[0], *core.shape)

@@ -1,0 +1,64 @@
+"""The leading left singular subspace of a wide block, by iteration: for ranks far below the size.
+
+Subspace iteration started from a seeded Gaussian block. It multiplies by the Gram matrix where forming it
+is cheaper, and by the block and its adjoint otherwise. It watches the captured energy and gives up, rather
+than return a bad basis, if that does not settle.
+
+Reference: Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithm 4.4.
+"""
+
+import torch
+from torch import Tensor
+
+#: Below this size an eigendecomposition of the Gram matrix is as fast.
+MIN_SIZE = 256
+#: Above this share of the smaller dimension an eigendecomposition is as fast.
+MAX_SHARE = 1 / 8
+_MAX_ITERATIONS = 10
+#: Forming the Gram matrix costs size/width iterations of the direct product; six are typical.
+_GRAM_PAYS_BELOW = 12
+
+
+def worth_iterating(size: int, rank: int) -> bool:
+    """Whether iteration beats an eigendecomposition for `rank` leading vectors of `size`."""
+    return size >= MIN_SIZE and rank <= MAX_SHARE * size
+
+
+def iterated_basis(block: Tensor, rank: int, *, slack: float) -> Tensor | None:
+    """Orthonormal basis of the `rank` leading left singular vectors, in descending order.
+
+    Args:
+        block: shape `(*batch, m, n)` with `m <= n`.
+        rank: number of vectors, at most `m`.
+        slack: stop when an iteration lowers the energy left outside by less than this share of it.
+
+    Returns:
+        Basis of shape `(*batch, m, rank)`, or None if the energy has not settled.
+    """
+    size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
+    gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
+    total = torch.linalg.vector_norm(block, dim=(-2, -1), dtype=_double(block)).square()
+    generator = torch.Generator(device="cpu").manual_seed(0)  # the same numbers on every device
+    probe = torch.randn(size, width, generator=generator, dtype=torch.float64).to(block)
+    basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
+    before = torch.zeros_like(total)
+    for _ in range(_MAX_ITERATIONS):
+        image = _square(block, gram, basis)
+        values, vectors = torch.linalg.eigh(basis.mH @ image)
+        captured = values[..., -rank:].double().sum(-1)
+        outside = (total - captured).clamp_min(0)
+        resolution = 10 * torch.finfo(block.dtype).eps * total
+        if bool((captured - before <= slack * outside + resolution).all()):
+            return basis @ vectors[..., -rank:].flip(-1)
+        before = captured
+        basis = torch.linalg.qr(image).Q
+    return None
+
+
+def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
+    """`block @ block^H @ vectors`."""
+    return block @ (block.mH @ vectors) if gram is None else gram @ vectors
+
+
+def _double(block: Tensor) -> torch.dtype:
+    return torch.complex128 if block.is_complex() else torch.float64
