@@ -1,48 +1,103 @@
 """A topology with tensors in it: the operator itself."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from tensornet.contraction import TOKENS, ContractionPlan, plan_contraction, run
+from tensornet.contraction import TOKENS, ContractionPlan, find_path, run
+from tensornet.cost import plan_seconds
 from tensornet.errors import ShapeError
+from tensornet.lowering import lower_path
+from tensornet.machine import CPU, Machine, default_machine
 from tensornet.topology import Topology
 
-#: Token count that contraction orders are optimised for. The order seldom depends on it, the choice
-#: between the strategies does, and that is made for the actual count.
+#: Token count assumed where the actual one is not known, as in an exported program.
 PLANNED_TOKENS = 256
+
+#: Token counts for which the cheapest order is looked for; sweeps over the cores are tried besides.
+_PATH_TOKENS = (1, 16, 256, 4096)
 
 
 @dataclass(frozen=True)
 class OperatorPlan:
-    """Both contractions of an operator, planned once.
+    """The contractions of an operator, planned once.
 
     Args:
         topology: the operator.
-        apply: `x: (tokens, *in_dims) -> (tokens, *out_dims)`; operands are x, then the cores.
+        applies: candidates for `x: (tokens, *in_dims) -> (tokens, *out_dims)`; operands are x, then the
+            cores. None builds the whole matrix. Which is fastest depends on the tokens and the machine.
         matrix: the padded matrix `(*out_dims, *in_dims)`; operands are the cores.
     """
 
     topology: Topology
-    apply: ContractionPlan
+    applies: tuple[ContractionPlan, ...]
     matrix: ContractionPlan
+
+    def cheapest_apply(self, tokens: int, machine: Machine, itemsize: int = 4) -> int:
+        """Position of the fastest candidate for that many tokens."""
+        return min(
+            range(len(self.applies)),
+            key=lambda k: plan_seconds(self.applies[k], tokens, machine, itemsize),
+        )
 
 
 @lru_cache(maxsize=4096)
-def plan_operator(topology: Topology, tokens: int = PLANNED_TOKENS) -> OperatorPlan:
-    """Plan an operator; layers call this when they are built, never in `forward`."""
+def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
+    """Plan an operator; layers call this when they are built, never in `forward`.
+
+    Args:
+        topology: the operator.
+        optimize: how orders are found, see `tensornet.contraction.Optimize`.
+    """
     cores = [core.labels for core in topology.cores]
-    sizes = {**topology.size_of, TOKENS: tokens}
-    ins, outs = topology.in_labels, topology.out_labels
+    operands = [(TOKENS, *topology.in_labels), *cores]
+    output = (TOKENS, *topology.out_labels)
+    applies: dict[tuple[tuple[int, int], ...], ContractionPlan] = {}
+    for tokens, path in _candidate_paths(operands, output, topology, optimize):
+        if tuple(path) not in applies and (len(cores) == 1 or not _builds_matrix(path)):
+            sizes = {**topology.size_of, TOKENS: tokens}
+            applies[tuple(path)] = lower_path(operands, output, sizes, path)
     return OperatorPlan(
         topology=topology,
-        apply=plan_contraction([(TOKENS, *ins), *cores], (TOKENS, *outs), sizes),
-        matrix=plan_contraction(cores, (*outs, *ins), sizes),
+        applies=tuple(applies.values()),
+        matrix=plan_matrix(topology, optimize),
     )
+
+
+def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
+    """Plan the padded matrix `(*out_dims, *in_dims)`: the cheapest of several orders."""
+    cores = [core.labels for core in topology.cores]
+    output = (*topology.out_labels, *topology.in_labels)
+    paths = [find_path(cores, output, topology.size_of, optimize), *_sweeps(len(cores))]
+    plans = [lower_path(cores, output, topology.size_of, path) for path in dict.fromkeys(map(tuple, paths))]
+    return min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
+
+
+def _candidate_paths(
+    operands: list[tuple[str, ...]], output: tuple[str, ...], topology: Topology, optimize: str
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    for tokens in _PATH_TOKENS:
+        yield tokens, find_path(operands, output, {**topology.size_of, TOKENS: tokens}, optimize)
+    for path in _sweeps(len(operands)):
+        yield _PATH_TOKENS[1], path
+
+
+def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
+    """Start with the first operand and take in the others one by one, in order or in reverse."""
+    if count == 1:
+        return ([],)
+    forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
+    backward = [(0, count - 1), *((left - 2, left - 1) for left in range(count - 1, 1, -1))]
+    return forward, backward
+
+
+def _builds_matrix(path: Sequence[tuple[int, int]]) -> bool:
+    """Whether the input, operand 0, is only touched by the last step."""
+    return all(0 not in step for step in path[:-1])
 
 
 def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
@@ -54,25 +109,37 @@ def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
     return dense
 
 
-def contract_with_input(plan: OperatorPlan, cores: Sequence[Tensor], x: Tensor) -> Tensor:
+def contract_with_input(
+    plan: OperatorPlan,
+    cores: Sequence[Tensor],
+    x: Tensor,
+    *,
+    candidate: int = 0,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Apply the operator core by core, without building its matrix.
 
     Args:
         plan: the planned operator.
         cores: tensors in the order of its topology.
         x: input, shape `(..., in_features)`.
+        candidate: which of `plan.applies` to run.
+        bias: shape `(out_features,)`.
 
     Returns:
         Output of shape `(..., out_features)`.
     """
     topology = plan.topology
-    flat = x.reshape(-1, topology.in_features)
     padded_out, padded_in = topology.padded_shape
+    flat = x.reshape(-1, topology.in_features)
     if padded_in != topology.in_features:
         flat = torch.nn.functional.pad(flat, (0, padded_in - topology.in_features))
-    y = run(plan.apply, [flat, *cores]).reshape(-1, padded_out)
-    if padded_out != topology.out_features:
+    whole = padded_out == topology.out_features
+    y = run(plan.applies[candidate], [flat, *cores], bias=bias if whole else None)
+    y = y.reshape(-1, padded_out)
+    if not whole:
         y = y[:, : topology.out_features]
+        y = y if bias is None else y + bias.to(y.dtype)
     return y.reshape(*x.shape[:-1], topology.out_features)
 
 
@@ -113,11 +180,14 @@ class TensorNetwork:
 
     def apply(self, x: Tensor) -> Tensor:
         """Apply to `x: (..., in_features)`, giving `(..., out_features)`, without building the matrix."""
-        return contract_with_input(plan_operator(self.topology), self.cores, x)
+        plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
+        core = self.cores[0]
+        candidate = plan.cheapest_apply(tokens, default_machine(core.device), core.element_size())
+        return contract_with_input(plan, self.cores, x, candidate=candidate)
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations of `apply` for that many tokens (a multiply-add counts as two)."""
-        return 2 * plan_operator(self.topology, max(tokens, 1)).apply.multiply_adds
+        return 2 * min(plan.multiply_adds(tokens) for plan in plan_operator(self.topology).applies)
 
     def to(self, dtype: torch.dtype) -> "TensorNetwork":
         """A copy with every core cast to `dtype`."""

@@ -13,6 +13,7 @@ from torch import nn
 from tensornet.errors import FormatError
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.linear import empty_linear
+from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 
 #: Makes an empty module from its description: `(spec, device, dtype) -> module`.
@@ -69,6 +70,7 @@ def _build_linear(
         Topology.from_dict(spec["topology"]),
         bias=bool(spec["bias"]),
         source=spec["source"],
+        storage=Storage.from_dict(spec.get("storage", {})),
         device=device,
         dtype=dtype,
     )
@@ -78,7 +80,10 @@ def _build_embedding(
     spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module:
     topology = Topology.from_dict(spec["topology"])
-    return MPOEmbedding(topology, padding_idx=spec["padding_idx"], device=device, dtype=dtype)
+    storage = Storage.from_dict(spec.get("storage", {}))
+    return MPOEmbedding(
+        topology, padding_idx=spec["padding_idx"], storage=storage, device=device, dtype=dtype
+    )
 
 
 register_module_type("linear", _build_linear)

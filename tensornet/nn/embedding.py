@@ -11,7 +11,8 @@ from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn.adapters import kind_of, layer_kind
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.strategy import Strategy
+from tensornet.nn.storage import PLAIN, Storage, storage_entry
+from tensornet.nn.strategy import CACHED, Strategy
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -26,8 +27,8 @@ class MPOEmbedding(NetworkModule):
     Args:
         topology: out-legs carry the vocabulary, in-legs the embedding dimension.
         padding_idx: kept for information; the row is an ordinary one.
-        strategy, device, dtype: see `NetworkModule`. `"factorized"` reads slices, `"reconstruct"` builds
-            the table, `"auto"` reads slices.
+        strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` reads slices, `"reconstruct"`
+            builds the table, `"cached"` keeps it in eval, `"auto"` reads slices.
     """
 
     def __init__(
@@ -36,10 +37,13 @@ class MPOEmbedding(NetworkModule):
         *,
         padding_idx: int | None = None,
         strategy: Strategy = "auto",
+        storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(topology, source="embedding", strategy=strategy, device=device, dtype=dtype)
+        super().__init__(
+            topology, source="embedding", strategy=strategy, storage=storage, device=device, dtype=dtype
+        )
         self.num_embeddings, self.embedding_dim = topology.shape
         self.padding_idx = padding_idx
         self.lookup = plan_lookup(topology)
@@ -48,6 +52,8 @@ class MPOEmbedding(NetworkModule):
         """Map token indices of shape `(...)` to vectors `(..., embedding_dim)`."""
         if self.strategy == "reconstruct":
             return nn.functional.embedding(indices, self.to_matrix())
+        if self.strategy == "cached" and self.route(indices.numel()) == CACHED:
+            return nn.functional.embedding(indices, self.kept_matrix())
         return lookup_rows(self.topology, self.lookup, self.cores, indices)
 
     @classmethod
@@ -89,6 +95,7 @@ class MPOEmbedding(NetworkModule):
             "source": self.source,
             "padding_idx": self.padding_idx,
             "topology": self.topology.to_dict(),
+            **storage_entry(self.storage),
         }
 
     def extra_repr(self) -> str:
@@ -130,8 +137,10 @@ def plan_lookup(topology: Topology) -> ContractionPlan:
     return plan_contraction(operands, (TOKENS, *topology.in_labels), {**topology.size_of, TOKENS: 256})
 
 
-def embedding_from_network(network: TensorNetwork, *, padding_idx: int | None = None) -> MPOEmbedding:
+def embedding_from_network(
+    network: TensorNetwork, *, padding_idx: int | None = None, storage: Storage = PLAIN
+) -> MPOEmbedding:
     """An embedding with these cores."""
-    layer = MPOEmbedding(network.topology, padding_idx=padding_idx, device="meta")
+    layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
     layer.set_cores(network.cores)
     return layer

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from tensornet.budget import Budget
 from tensornet.errors import TargetError
-from tensornet.network import TensorNetwork
+from tensornet.network import PLANNED_TOKENS, TensorNetwork, contract_with_input
 from tensornet.nn.adapters import kind_of, layer_bias, layer_kind
 from tensornet.nn.module import NetworkModule, require_linear_shape
-from tensornet.nn.strategy import Strategy, apply_network, cost_model
+from tensornet.nn.storage import PLAIN, Storage, storage_entry
+from tensornet.nn.strategy import CACHED, Strategy, is_exporting
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -23,7 +24,7 @@ class TensorNetworkLinear(NetworkModule):
         topology: describes `W`.
         bias: whether there is a bias of shape `(out_features,)`.
         source: `"linear"` or `"conv1d"`, the stock layer that `to_linear` returns to.
-        strategy: how to apply `W`; see `tensornet.nn.strategy`.
+        strategy, cache_limit, optimize, storage: how to apply `W`; see `NetworkModule`.
         device, dtype: as in `nn.Linear`.
 
     A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
@@ -38,19 +39,35 @@ class TensorNetworkLinear(NetworkModule):
         bias: bool = True,
         source: str = "linear",
         strategy: Strategy = "auto",
+        cache_limit: int | None = None,
+        optimize: str = "auto",
+        storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(topology, source=source, strategy=strategy, device=device, dtype=dtype)
+        super().__init__(
+            topology,
+            source=source,
+            strategy=strategy,
+            cache_limit=cache_limit,
+            optimize=optimize,
+            storage=storage,
+            device=device,
+            dtype=dtype,
+        )
         self.out_features, self.in_features = topology.shape
-        self.costs = cost_model(self.plan)
         zeros = torch.zeros(self.out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", nn.Parameter(zeros) if zeros is not None else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., in_features)` to `(..., out_features)`."""
-        y = apply_network(self.plan, self.costs, self.cores, x, self.strategy)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        # An exported program must not depend on the token count: it would be guarded against all others.
+        tokens = PLANNED_TOKENS if is_exporting() else x.numel() // self.in_features
+        route = self.route(tokens)
+        if route >= 0:
+            return contract_with_input(self.plan, self.cores, x, candidate=route, bias=self.bias)
+        matrix = self.kept_matrix() if route == CACHED else self.to_matrix()
+        return nn.functional.linear(x, matrix, self.bias)
 
     @classmethod
     def from_linear(
@@ -62,6 +79,7 @@ class TensorNetworkLinear(NetworkModule):
         rel_error: float | None = None,
         param_ratio: float | None = None,
         strategy: Strategy = "auto",
+        cache_limit: int | None = None,
         **options: Any,
     ) -> "TensorNetworkLinear":
         """Decompose a stock layer; the original is left as it is and shares nothing with the result.
@@ -70,7 +88,7 @@ class TensorNetworkLinear(NetworkModule):
             layer: an `nn.Linear` or a Hugging Face `Conv1D`.
             topology: name of a registered family.
             max_bond, rel_error, param_ratio: budget, see `Budget`.
-            strategy: how the new layer is applied.
+            strategy, cache_limit: how the new layer is applied, see `NetworkModule`.
             options: passed to the family, for example `sites=`, `out_dims=`, `in_dims=`.
 
         Raises:
@@ -86,9 +104,9 @@ class TensorNetworkLinear(NetworkModule):
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         matrix = kind.matrix(layer)
         result = topology_family(topology).decompose(matrix, budget, **options)
-        return linear_from_network(
-            result.network.to(matrix.dtype), bias=layer_bias(layer), source=kind.name, strategy=strategy
-        )
+        network = result.network.to(matrix.dtype)
+        made = linear_from_network(network, bias=layer_bias(layer), source=kind.name, strategy=strategy)
+        return made.configure(cache_limit=cache_limit)
 
     def to_linear(self) -> nn.Module:
         """The stock layer with the rebuilt dense weight, of the type this layer was made from."""
@@ -103,6 +121,7 @@ class TensorNetworkLinear(NetworkModule):
             "source": self.source,
             "bias": self.bias is not None,
             "topology": self.topology.to_dict(),
+            **storage_entry(self.storage),
         }
 
     def extra_repr(self) -> str:
@@ -126,7 +145,7 @@ class MPOLinear(TensorNetworkLinear):
         bond_dims: the inner bonds.
         max_bond: cap on every bond.
         topology: an MPO topology, instead of the five above.
-        source, strategy, device, dtype: see `TensorNetworkLinear`.
+        source, strategy, cache_limit, optimize, storage, device, dtype: see `TensorNetworkLinear`.
 
     Raises:
         TopologyError: the dims do not fit.
@@ -147,6 +166,9 @@ class MPOLinear(TensorNetworkLinear):
         topology: Topology | None = None,
         source: str = "linear",
         strategy: Strategy = "auto",
+        cache_limit: int | None = None,
+        optimize: str = "auto",
+        storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -161,7 +183,17 @@ class MPOLinear(TensorNetworkLinear):
                 max_bond=max_bond,
             )
         require_linear_shape(topology, out_features, in_features)
-        super().__init__(topology, bias=bias, source=source, strategy=strategy, device=device, dtype=dtype)
+        super().__init__(
+            topology,
+            bias=bias,
+            source=source,
+            strategy=strategy,
+            cache_limit=cache_limit,
+            optimize=optimize,
+            storage=storage,
+            device=device,
+            dtype=dtype,
+        )
 
 
 def empty_linear(
@@ -170,6 +202,7 @@ def empty_linear(
     bias: bool,
     source: str = "linear",
     strategy: Strategy = "auto",
+    storage: Storage = PLAIN,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> TensorNetworkLinear:
@@ -182,20 +215,37 @@ def empty_linear(
             topology=topology,
             source=source,
             strategy=strategy,
+            storage=storage,
             device=device,
             dtype=dtype,
         )
     return TensorNetworkLinear(
-        topology, bias=bias, source=source, strategy=strategy, device=device, dtype=dtype
+        topology,
+        bias=bias,
+        source=source,
+        strategy=strategy,
+        storage=storage,
+        device=device,
+        dtype=dtype,
     )
 
 
 def linear_from_network(
-    network: TensorNetwork, *, bias: Tensor | None, source: str, strategy: Strategy = "auto"
+    network: TensorNetwork,
+    *,
+    bias: Tensor | None,
+    source: str,
+    strategy: Strategy = "auto",
+    storage: Storage = PLAIN,
 ) -> TensorNetworkLinear:
     """A layer with these cores and a copy of this bias, in the dtype and on the device of the cores."""
     layer = empty_linear(
-        network.topology, bias=bias is not None, source=source, strategy=strategy, device="meta"
+        network.topology,
+        bias=bias is not None,
+        source=source,
+        strategy=strategy,
+        storage=storage,
+        device="meta",
     )
     layer.set_cores(network.cores)
     if bias is not None:

@@ -8,22 +8,33 @@ from torch import Tensor, nn
 
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork, check_cores, contract_to_matrix, plan_operator, random_cores
-from tensornet.nn.strategy import STRATEGIES, Strategy
+from tensornet.nn.routing import RoutedModule
+from tensornet.nn.storage import PLAIN, Storage, as_parameter, decode, empty, encode, layout
+from tensornet.nn.strategy import Strategy
 from tensornet.topology import Topology
 
 
-class NetworkModule(nn.Module):
+class NetworkModule(RoutedModule):
     """Abstract base: cores registered as parameters `core_<name>`, and a topology that describes them.
+
+    With another than plain storage the parameters are what `tensornet.nn.storage` derives from the cores.
 
     Args:
         topology: the operator `(out_features, in_features)`.
         source: kind of stock layer this stands for (see `adapters`), to which `to_dense` returns.
-        strategy: `"factorized"`, `"reconstruct"`, `"cached"` or `"auto"`.
+        strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix for
+            each call, `"cached"` keeps the rebuilt matrix in eval while no gradient of a core is wanted,
+            `"auto"` takes the fastest by the cost model. See `explain`.
+        cache_limit: largest matrix to keep, in bytes. None means `DEFAULT_CACHE_LIMIT` (64 MiB) under
+            `"auto"` and no limit under `"cached"`; 0 keeps none. For a limit on a whole model see
+            `set_strategy`.
+        optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or a name `opt_einsum` knows.
+        storage: form in which the cores are kept.
         device: where the cores are allocated; `"meta"` allocates nothing.
         dtype: dtype of the cores.
 
     Raises:
-        ValueError: unknown strategy.
+        ValueError: unknown strategy, negative limit.
     """
 
     def __init__(
@@ -32,25 +43,38 @@ class NetworkModule(nn.Module):
         *,
         source: str,
         strategy: Strategy = "auto",
+        cache_limit: int | None = None,
+        optimize: str = "auto",
+        storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if strategy not in STRATEGIES:
-            raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
         self.topology = topology
-        self.plan = plan_operator(topology)  # planned here: opt_einsum in forward breaks torch.compile
+        # Planned here: opt_einsum in forward breaks torch.compile.
+        self.plan = plan_operator(topology, optimize)
         self.source = source
-        self.strategy: Strategy = strategy
-        for name, core in zip(
-            topology.core_names, random_cores(topology, device=device, dtype=dtype), strict=True
-        ):
-            self.register_parameter(f"core_{name}", nn.Parameter(core))
+        self.storage = storage
+        if device is not None and torch.device(device).type == "meta":
+            kept = empty(topology, storage, device=device, dtype=dtype)
+        else:
+            kept = encode(topology, storage, random_cores(topology, device=device, dtype=dtype))
+        for name, tensor in kept.items():
+            self.register_parameter(name, as_parameter(tensor))
+        self._start_routing(strategy, cache_limit)
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
-        """The core parameters, in the order of the topology."""
-        return tuple(getattr(self, f"core_{name}") for name in self.topology.core_names)
+        """The cores, in the order of the topology: the parameters themselves if storage is plain."""
+        if self.storage.plain:
+            return tuple(getattr(self, f"core_{name}") for name in self.topology.core_names)
+        return decode(self.topology, self.storage, self.stored)
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The parameters that hold the cores, by name."""
+        names = layout(self.topology, self.storage, torch.float32)
+        return {name: getattr(self, name) for name in names}
 
     def set_cores(self, cores: Sequence[Tensor]) -> None:
         """Replace the core parameters, keeping dtype and device of the tensors given.
@@ -60,9 +84,25 @@ class NetworkModule(nn.Module):
         Raises:
             ShapeError: a core does not have the shape its topology says.
         """
-        for name, core in zip(self.topology.core_names, check_cores(self.topology, cores), strict=True):
-            shared = core if isinstance(core, nn.Parameter) else nn.Parameter(core)
-            self.register_parameter(f"core_{name}", shared)
+        kept = encode(self.topology, self.storage, check_cores(self.topology, cores))
+        for name, tensor in kept.items():
+            shared = tensor if isinstance(tensor, nn.Parameter) else as_parameter(tensor)
+            self.register_parameter(name, shared)
+        self.drop_cache()
+        self._plan_dispatch()
+
+    def share_cores(self, other: "NetworkModule") -> None:
+        """Use the parameters of another module of the same topology and storage: tied weights.
+
+        Raises:
+            ShapeError: topology or storage differ.
+        """
+        if (self.topology, self.storage) != (other.topology, other.storage):
+            raise ShapeError("Only modules of the same topology and storage can share cores.")
+        for name, tensor in other.stored.items():
+            self.register_parameter(name, tensor)  # type: ignore[arg-type]
+        self.drop_cache()
+        self._plan_dispatch()
 
     @property
     def network(self) -> TensorNetwork:
@@ -76,11 +116,14 @@ class NetworkModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The first core: a view of dtype and device for code that reads `layer.weight.dtype`.
+        """A stored floating tensor: dtype and device for code that reads `layer.weight.dtype`.
 
         Never the dense matrix, which would bring back what was compressed; use `to_matrix` for that.
         """
-        return self.cores[0]
+        first = self.topology.core_names[0]
+        stored = getattr(self, f"scale_{first}" if self.storage.int8 else f"core_{first}")
+        assert isinstance(stored, Tensor)
+        return stored
 
     def to_matrix(self) -> Tensor:
         """Dense matrix, shape `(out_features, in_features)`, differentiable."""

@@ -1,55 +1,122 @@
-"""How a layer is applied: core by core, or by rebuilding its matrix; and which is cheaper when."""
+"""How a layer is applied: core by core, by rebuilding its matrix, or with a kept one; what is fastest when.
 
+The decision for every token count is made once, when a layer is built or moved; `forward` only compares
+the number of tokens with a few bounds, which compilers can trace.
+"""
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from tensornet.network import PLANNED_TOKENS, OperatorPlan, contract_to_matrix, contract_with_input
+from tensornet.cost import dense_seconds, plan_seconds
+from tensornet.machine import Machine
+from tensornet.network import OperatorPlan
 
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
 STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
 
-#: Cost of moving one element by a permuting copy, in multiply-adds. Measured on CPUs: a strided copy
-#: runs at about 1 element/ns, a matmul at about 30 multiply-adds/ns for each core.
-COPY_COST = 30
+#: Under `"auto"` a layer keeps its matrix in eval only up to this many bytes, unless told otherwise:
+#: a 4096 x 4096 matrix in single precision.
+DEFAULT_CACHE_LIMIT = 64 * 2**20
+
+#: Routes that are not a candidate of `OperatorPlan.applies`.
+RECONSTRUCT, CACHED = -1, -2
+
+#: `(largest token count, route)` in ascending order; the last entry holds for all larger counts.
+Bounds = tuple[tuple[float, int], ...]
+
+#: A kept matrix is preferred to a contraction that is predicted to be this much faster at most: the dense
+#: product is the one cost that is known exactly.
+_CACHED_PREFERENCE = 1.1
 
 
 @dataclass(frozen=True)
-class CostModel:
-    """Predicted costs in equivalent multiply-adds, linear in the number of tokens.
+class Dispatch:
+    """Fastest route for every token count.
 
     Args:
-        factorized: per token, core by core.
-        rebuild: once, for the dense matrix.
-        dense: per token, with the dense matrix.
+        factorized: among the contractions with the input.
+        uncached: those and rebuilding the matrix.
+        cached: those and a matrix that is there already.
     """
 
-    factorized: float
-    rebuild: float
-    dense: float
-
-    def choose(self, tokens: int) -> Strategy:
-        """The cheaper of `"factorized"` and `"reconstruct"`."""
-        factorized = self.factorized * tokens <= self.rebuild + self.dense * tokens
-        return "factorized" if factorized else "reconstruct"
+    factorized: Bounds
+    uncached: Bounds
+    cached: Bounds
 
 
-def cost_model(plan: OperatorPlan) -> CostModel:
-    """Costs of a planned operator."""
-    # The plan's totals are for PLANNED_TOKENS; parts that do not depend on tokens are small there.
-    per_token = (plan.apply.multiply_adds + COPY_COST * plan.apply.moved) / PLANNED_TOKENS
-    rebuild = plan.matrix.multiply_adds + COPY_COST * plan.matrix.moved
-    return CostModel(per_token, rebuild, plan.topology.out_features * plan.topology.in_features)
+def check_options(strategy: str, cache_limit: int | None) -> None:
+    """Refuse options no layer knows.
+
+    Raises:
+        ValueError: unknown strategy, or a negative limit.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
+    if cache_limit is not None and cache_limit < 0:
+        raise ValueError(f"cache_limit must be at least 0 bytes, got {cache_limit}; 0 keeps no matrix.")
 
 
-def apply_network(
-    plan: OperatorPlan, costs: CostModel, cores: tuple[Tensor, ...], x: Tensor, strategy: Strategy
-) -> Tensor:
-    """Apply the operator to `x: (..., in_features)` by `"factorized"`, `"reconstruct"` or the cheaper."""
-    if strategy == "auto":
-        strategy = costs.choose(x.numel() // plan.topology.in_features)
-    if strategy == "factorized":
-        return contract_with_input(plan, cores, x)
-    return torch.nn.functional.linear(x, contract_to_matrix(plan, cores))
+def route_seconds(plan: OperatorPlan, route: int, tokens: int, machine: Machine, itemsize: int) -> float:
+    """Predicted seconds of one forward pass by a route."""
+    out_features, in_features = plan.topology.shape
+    if route >= 0:
+        return plan_seconds(plan.applies[route], tokens, machine, itemsize)
+    dense = dense_seconds(out_features, in_features, tokens, machine, itemsize)
+    return dense if route == CACHED else dense + plan_seconds(plan.matrix, 1, machine, itemsize)
+
+
+@lru_cache(maxsize=4096)
+def dispatch(plan: OperatorPlan, machine: Machine, itemsize: int) -> Dispatch:
+    """Compare all routes over a grid of token counts."""
+    candidates = range(len(plan.applies))
+
+    def fastest(routes: Sequence[int]) -> Bounds:
+        chosen = []
+        for tokens in _GRID:
+            seconds = {
+                route: route_seconds(plan, route, tokens, machine, itemsize)
+                / (_CACHED_PREFERENCE if route == CACHED else 1)
+                for route in routes
+            }
+            chosen.append(min(seconds, key=lambda route: seconds[route]))
+        return _bounds(chosen)
+
+    return Dispatch(fastest(candidates), fastest([*candidates, RECONSTRUCT]), fastest([*candidates, CACHED]))
+
+
+def choose(bounds: Bounds, tokens: int) -> int:
+    """The route for that many tokens."""
+    for largest, route in bounds[:-1]:
+        if tokens <= largest:
+            return route
+    return bounds[-1][1]
+
+
+def _grid() -> tuple[int, ...]:
+    sizes = {round(2 ** (k / 2)) for k in range(33)}
+    return tuple(sorted(sizes | set(range(1, 9))))
+
+
+_GRID = _grid()
+
+
+def _bounds(chosen: Sequence[int]) -> Bounds:
+    """Run-length form; between two grid points the bound is their geometric mean."""
+    bounds: list[tuple[float, int]] = []
+    for k, route in enumerate(chosen):
+        last = k + 1 == len(chosen)
+        if last or chosen[k + 1] != route:
+            largest = math.inf if last else math.floor(math.sqrt(_GRID[k] * _GRID[k + 1]))
+            bounds.append((largest, route))
+    return tuple(bounds)
+
+
+def is_exporting() -> bool:
+    """Whether a program is being exported, where a comparison with the token count would restrict it."""
+    check = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # from torch 2.7 on
+    return bool(check())

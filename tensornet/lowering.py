@@ -1,0 +1,272 @@
+"""From a contraction order to permutations, reshapes and matrix products, with few copies.
+
+A path says which operands meet; it leaves open which of the two comes first and in which order the indices of
+each product are written. Those choices decide how much is copied, which for small bonds costs more than the
+arithmetic. A beam search over them keeps the cheapest few by the cost model.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tensornet.cost import copy_seconds, product_seconds
+from tensornet.machine import CPU
+from tensornet.plans import TOKENS, ContractionPlan, Copy, PairStep, Product
+
+Labels = tuple[str, ...]
+
+#: Partial lowerings kept after each step.
+_BEAM = 4
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """A lowering of the first steps: its cost so far and the operands it leaves."""
+
+    seconds: float
+    operands: tuple[Labels, ...]
+    steps: tuple[PairStep, ...]
+
+
+def lower_path(
+    operands: Sequence[Labels],
+    output: Labels,
+    size_of: Mapping[str, int],
+    path: Sequence[tuple[int, int]],
+) -> ContractionPlan:
+    """Lower a pairwise path; `size_of[TOKENS]` is the token count it is made fast for.
+
+    Args:
+        operands: labels of each operand.
+        output: labels of the result.
+        size_of: size of each label.
+        path: pairs of positions in the working list, as `opt_einsum` counts them.
+    """
+    squeezed = tuple(_squeeze(labels, size_of) for labels in operands)
+    kept = _squeeze(output, size_of)
+    tokens = size_of.get(TOKENS, 1)
+    beam = [_Partial(0.0, squeezed, ())]
+    for k, (left, right) in enumerate(path):
+        extended = [
+            _extend(partial, left, right, choice, size_of, tokens)
+            for partial in beam
+            for choice in _choices(partial.operands, path, k, kept)
+        ]
+        cheapest: dict[tuple[Labels, ...], _Partial] = {}
+        for partial in sorted(extended, key=lambda x: x.seconds):
+            cheapest.setdefault(partial.operands, partial)
+        beam = list(cheapest.values())[:_BEAM]
+    best = min(beam, key=lambda x: x.seconds + _output_seconds(x, kept, size_of, tokens))
+    result = best.operands[0]
+    shapes, steps = _without_needless_reshapes([_shape(labels, size_of) for labels in squeezed], best.steps)
+    return ContractionPlan(
+        operand_shapes=tuple(shapes),
+        steps=steps,
+        output_permutation=None if result == kept else tuple(result.index(x) for x in kept),
+        output_shape=_shape(output, size_of),
+        output_copy=_output_copy(result, kept, size_of),
+        path=tuple(path),
+    )
+
+
+def _without_needless_reshapes(
+    shapes: Sequence[tuple[int, ...]], steps: Sequence[PairStep]
+) -> tuple[list[tuple[int, ...] | None], tuple[PairStep, ...]]:
+    """Leave out a reshape where the step that uses the tensor reshapes it again without a permutation."""
+    operand_shapes: list[tuple[int, ...] | None] = list(shapes)
+    kept = list(steps)
+    work = [("operand", k) for k in range(len(shapes))]
+    for k, step in enumerate(steps):
+        for position, permutation, shape in (
+            (step.left, step.left_permutation, step.left_shape),
+            (step.right, step.right_permutation, step.right_shape),
+        ):
+            kind, made = work[position]
+            if permutation is None and shape is not None:
+                if kind == "operand":
+                    operand_shapes[made] = None
+                else:
+                    kept[made] = replace(kept[made], result_shape=None)
+        work = [x for i, x in enumerate(work) if i not in (step.left, step.right)] + [("step", k)]
+    return operand_shapes, tuple(kept)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How one step is written: operands in order, and the labels of each group."""
+
+    left: int
+    right: int
+    batch: Labels
+    left_free: Labels
+    summed: Labels
+    right_free: Labels
+
+
+def _choices(
+    operands: tuple[Labels, ...], path: Sequence[tuple[int, int]], k: int, output: Labels
+) -> Iterator[_Choice]:
+    first, second = path[k]
+    rest = [labels for i, labels in enumerate(operands) if i not in (first, second)]
+    wanted = {*output, *(x for labels in rest for x in labels)}
+    pairs = [(first, second), (second, first)]
+    if TOKENS in operands[first] or TOKENS in operands[second]:
+        # The token operand goes left: its result then keeps tokens first and stays contiguous.
+        pairs = [(a, b) for a, b in pairs if TOKENS in operands[a]]
+    shared = set(operands[first]) & set(operands[second])
+    next_summed = _next_summed(operands, path, k, wanted, output)
+    for left, right in pairs:
+        batch = tuple(x for x in operands[left] if x in shared and x in wanted)
+        left_free = tuple(x for x in operands[left] if x not in shared)
+        right_free = tuple(x for x in operands[right] if x not in shared)
+        summed = {tuple(x for x in operands[i] if x in shared and x not in wanted) for i in (left, right)}
+        for a in _orders(left_free, output, next_summed):
+            for b in _orders(right_free, output, next_summed):
+                for c in summed:
+                    yield _Choice(left, right, batch, a, c, b)
+
+
+def _next_summed(
+    operands: tuple[Labels, ...], path: Sequence[tuple[int, int]], k: int, wanted: set[str], output: Labels
+) -> set[str]:
+    """Labels of this step's result that the step using it will sum."""
+    first, second = path[k]
+    position = len(operands) - 2  # of the result, appended to what remains
+    current = [set(labels) for i, labels in enumerate(operands) if i not in (first, second)]
+    current.append((set(operands[first]) | set(operands[second])) & wanted)
+    for a, b in path[k + 1 :]:
+        merged, others = (
+            current[a] | current[b],
+            [labels for i, labels in enumerate(current) if i not in (a, b)],
+        )
+        remaining = {*output, *(x for labels in others for x in labels)}
+        if position in (a, b):
+            return (current[a] & current[b]) - remaining
+        position -= (a < position) + (b < position)
+        current = [*others, merged & remaining]
+    return set()
+
+
+def _orders(labels: Labels, output: Labels, summed_next: set[str]) -> list[Labels]:
+    """Orders worth trying: as it is, as the output wants it, next step's summed labels last or first."""
+    by_output = tuple(sorted(labels, key=lambda x: output.index(x) if x in output else len(output)))
+    later = tuple(x for x in by_output if x not in summed_next)
+    soon = tuple(x for x in labels if x in summed_next)
+    return list(dict.fromkeys((labels, by_output, later + soon, soon + later)))
+
+
+def _extend(
+    partial: _Partial, first: int, second: int, choice: _Choice, size_of: Mapping[str, int], tokens: int
+) -> _Partial:
+    step, result = _lower(partial.operands, choice, size_of)
+    rest = tuple(labels for i, labels in enumerate(partial.operands) if i not in (first, second))
+    seconds = product_seconds(step.product, tokens, CPU)
+    seconds += sum(copy_seconds(copy, tokens, CPU) for copy in step.copies)
+    return _Partial(partial.seconds + seconds, (*rest, result), (*partial.steps, step))
+
+
+def _lower(
+    operands: tuple[Labels, ...], choice: _Choice, size_of: Mapping[str, int]
+) -> tuple[PairStep, Labels]:
+    left, right = operands[choice.left], operands[choice.right]
+    left_groups = (choice.batch, choice.left_free, choice.summed)
+    right_groups = (choice.batch, choice.summed, choice.right_free)
+    result = (*choice.batch, *choice.left_free, *choice.right_free)
+    copies = (_copy(left, left_groups, size_of), _copy(right, right_groups, size_of))
+    step = PairStep(
+        left=choice.left,
+        right=choice.right,
+        left_permutation=_permutation(left, left_groups),
+        right_permutation=_permutation(right, right_groups),
+        left_shape=_grouped(size_of, left_groups),
+        right_shape=_grouped(size_of, right_groups),
+        result_shape=_result_shape(size_of, choice),
+        product=Product(
+            batch=_size(choice.batch, size_of),
+            rows=_size(choice.left_free, size_of),
+            inner=_size(choice.summed, size_of),
+            columns=_size(choice.right_free, size_of),
+            tokens_in=_tokens_in(choice),
+        ),
+        copies=tuple(copy for copy in copies if copy is not None),
+    )
+    return step, result
+
+
+def _tokens_in(choice: _Choice) -> str | None:
+    groups = {
+        "batch": choice.batch,
+        "rows": choice.left_free,
+        "inner": choice.summed,
+        "columns": choice.right_free,
+    }
+    return next((name for name, group in groups.items() if TOKENS in group), None)
+
+
+def _copy(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Copy | None:
+    """What bringing `labels` into `groups` copies: nothing where every group stays in one piece.
+
+    A matrix product reads a transposed operand as it is, but not one whose innermost index counts batches.
+    """
+    filled = [group for group in groups if group]
+    whole = all(_contains(labels, group) for group in filled)
+    if whole and not (groups[0] and labels and labels[-1] in groups[0]):
+        return None
+    return _written(labels, tuple(x for group in groups for x in group), size_of)
+
+
+def _contains(labels: Labels, group: Labels) -> bool:
+    start = labels.index(group[0])
+    return labels[start : start + len(group)] == group
+
+
+def _written(labels: Labels, target: Labels, size_of: Mapping[str, int]) -> Copy:
+    run = 1
+    for a, b in zip(reversed(labels), reversed(target), strict=True):
+        if a != b or a == TOKENS:
+            break
+        run *= size_of[a]
+    return Copy(_size(labels, size_of), run, TOKENS in labels)
+
+
+def _output_copy(result: Labels, output: Labels, size_of: Mapping[str, int]) -> Copy | None:
+    return None if result == output else _written(result, output, size_of)
+
+
+def _output_seconds(partial: _Partial, output: Labels, size_of: Mapping[str, int], tokens: int) -> float:
+    copy = _output_copy(partial.operands[0], output, size_of)
+    return 0.0 if copy is None else copy_seconds(copy, tokens, CPU)
+
+
+def _squeeze(labels: Sequence[str], size_of: Mapping[str, int]) -> Labels:
+    return tuple(x for x in labels if x == TOKENS or size_of[x] > 1)
+
+
+def _size(labels: Sequence[str], size_of: Mapping[str, int]) -> int:
+    """Product of the sizes, tokens left out."""
+    return math.prod(size_of[x] for x in labels if x != TOKENS)
+
+
+def _shape(labels: Sequence[str], size_of: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(-1 if x == TOKENS else size_of[x] for x in labels)
+
+
+def _permutation(labels: Labels, groups: Sequence[Labels]) -> tuple[int, ...] | None:
+    order = tuple(labels.index(x) for group in groups for x in group)
+    return None if order == tuple(range(len(order))) else order
+
+
+def _grouped(size_of: Mapping[str, int], groups: Sequence[Labels]) -> tuple[int, ...] | None:
+    """One dimension for each group, none for an empty batch; None if the operand has them already."""
+    kept = groups if groups[0] else groups[1:]
+    if all(len(group) == 1 for group in kept):
+        return None
+    return tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
+
+
+def _result_shape(size_of: Mapping[str, int], choice: _Choice) -> tuple[int, ...] | None:
+    groups = (choice.left_free, choice.right_free)
+    kept = (choice.batch, *groups) if choice.batch else groups
+    if all(len(group) == 1 for group in kept):
+        return None
+    return _shape((*choice.batch, *choice.left_free, *choice.right_free), size_of)

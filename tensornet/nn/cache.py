@@ -1,0 +1,74 @@
+"""A rebuilt matrix that is kept between forward passes in eval, and the test that it is still true.
+
+The matrix belongs to the cores it was built from: the same parameter objects, at the same addresses, at the
+same version. PyTorch raises a tensor's version at every in-place change, so an optimizer step, `copy_`
+and `load_state_dict` are seen; a new parameter object and an assignment to `.data` are seen by identity and
+address. Writing *into* `parameter.data` or into a NumPy view raises no version and cannot be seen: call
+`train()`, `eval()` or `drop_cache()` on the layer or model after it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CachedMatrix:
+    """A dense matrix `(out_features, in_features)` and what it was made from.
+
+    Args:
+        matrix: without gradient, in the dtype that products are computed in.
+        cores: the parameters.
+        aliases: tensors on the same storage, which keep its address from being used again.
+        versions: of the parameters when the matrix was built.
+    """
+
+    matrix: Tensor
+    cores: tuple[Tensor, ...]
+    aliases: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, matrix: Tensor, cores: Sequence[Tensor | None]) -> "CachedMatrix":
+        """Bind a matrix to the present state of the cores."""
+        assert all(core is not None for core in cores)
+        known = tuple(core for core in cores if core is not None)
+        aliases = tuple(core.detach() for core in known)
+        return cls(matrix, known, aliases, tuple(core._version for core in known))
+
+    def holds_for(self, cores: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
+        """Whether rebuilding from these cores would give this matrix."""
+        if self.matrix.dtype != dtype:
+            return False
+        for core, known, alias, version in zip(cores, self.cores, self.aliases, self.versions, strict=True):
+            if core is not known or known._version != version or known.data_ptr() != alias.data_ptr():
+                return False
+        return True
+
+
+def may_cache(cores: Sequence[Tensor | None]) -> bool:
+    """Whether a matrix built from these cores may be kept, and used for this call.
+
+    Not where gradients of the cores are recorded, not inside a `torch.func` transform (its tensors die with
+    it), and only for ordinary parameters: substitutes of `functional_call`, parametrizations, sharded and
+    fake tensors have no identity or version that would tell when they change.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    recording = torch.is_grad_enabled()
+    for core in cores:
+        if type(core) is not nn.Parameter or core.is_inference() or core.is_meta:
+            return False
+        if recording and core.requires_grad:
+            return False
+    return True
+
+
+def compute_dtype(core: Tensor) -> torch.dtype:
+    """The dtype in which a product with this core is computed: autocast's where that is on."""
+    kind = core.device.type
+    if core.dtype != torch.float64 and not core.is_complex() and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return core.dtype

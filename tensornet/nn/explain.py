@@ -1,0 +1,149 @@
+"""Why a layer is applied the way it is: the predicted cost of every strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tensornet.cost import dense_seconds
+from tensornet.machine import default_machine
+from tensornet.network import OperatorPlan
+from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, choose, route_seconds
+
+if TYPE_CHECKING:
+    from tensornet.nn.routing import RoutedModule
+
+
+@dataclass(frozen=True)
+class StrategyCost:
+    """Predicted cost of one forward pass.
+
+    Args:
+        strategy: `"factorized"`, `"reconstruct"` or `"cached"`.
+        milliseconds: by the cost model.
+        multiply_adds: arithmetic.
+        moved: elements copied by permutations.
+        memory_bytes: largest tensor made on the way, or the matrix that is kept.
+        refused: why the layer does not use it now; empty if it may.
+    """
+
+    strategy: str
+    milliseconds: float
+    multiply_adds: int
+    moved: int
+    memory_bytes: int
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Costs of all strategies at one token count; print it.
+
+    Args:
+        description: shape and form of the operator.
+        machine: whose constants were used.
+        tokens: for which it was asked.
+        costs: one for each strategy.
+        choice: the strategy the layer takes now.
+        dense_milliseconds: a dense layer of this shape, for comparison.
+    """
+
+    description: str
+    machine: str
+    tokens: int
+    costs: tuple[StrategyCost, ...]
+    choice: str
+    dense_milliseconds: float
+
+    def __getitem__(self, strategy: str) -> StrategyCost:
+        for cost in self.costs:
+            if cost.strategy == strategy:
+                return cost
+        raise KeyError(f"No strategy {strategy!r}; there are {[cost.strategy for cost in self.costs]}.")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.description}, {self.tokens} tokens, predicted for {self.machine}",
+            f"  {'strategy':<12} {'ms':>10} {'multiply-adds':>16} {'moved':>14} {'memory':>12}",
+        ]
+        for cost in self.costs:
+            mark = "*" if cost.strategy == self.choice else " "
+            note = f"  ({cost.refused})" if cost.refused else ""
+            lines.append(
+                f"{mark} {cost.strategy:<12} {cost.milliseconds:>10.3f} {cost.multiply_adds:>16,} "
+                f"{cost.moved:>14,} {cost.memory_bytes / 2**20:>8.2f} MiB{note}"
+            )
+        lines.append(f"  {'dense layer':<12} {self.dense_milliseconds:>10.3f}")
+        return "\n".join(lines)
+
+
+def explain(layer: RoutedModule, tokens: int) -> Explanation:
+    """Costs for a layer, and its choice in its present mode.
+
+    Raises:
+        ValueError: `tokens` is below 1.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}.")
+    plan, weight = layer.plan, layer.weight
+    machine, itemsize = layer.machine or default_machine(weight.device), weight.element_size()
+    factorized = choose(layer.dispatch.factorized, tokens)
+    routes = {"factorized": factorized, "reconstruct": RECONSTRUCT, "cached": CACHED}
+    seconds = {name: route_seconds(plan, route, tokens, machine, itemsize) for name, route in routes.items()}
+    work = {"factorized": _factorized(plan, factorized, tokens), **_by_matrix(plan, tokens)}
+    refused = dict.fromkeys(routes, "")
+    refused["cached"] = _why_not_cached(layer)
+    if layer.strategy in ("factorized", "reconstruct"):
+        refused = {name: "" if name == layer.strategy else "not the strategy set" for name in routes}
+    taken = layer.route(tokens)
+    choice = {RECONSTRUCT: "reconstruct", CACHED: "cached"}.get(taken, "factorized")
+    topology = plan.topology
+    return Explanation(
+        description=f"{topology.family} {topology.shape}, bonds {list(topology.bond_dims.values())}",
+        machine=machine.name,
+        tokens=tokens,
+        costs=tuple(
+            StrategyCost(
+                name,
+                seconds[name] * 1e3,
+                work[name][0],
+                work[name][1],
+                work[name][2] * itemsize,
+                refused[name],
+            )
+            for name in routes
+        ),
+        choice=choice,
+        dense_milliseconds=dense_seconds(*topology.shape, tokens, machine, itemsize) * 1e3,
+    )
+
+
+def _factorized(plan: OperatorPlan, route: int, tokens: int) -> tuple[int, int, int]:
+    contraction = plan.applies[route]
+    return (
+        contraction.multiply_adds(tokens),
+        contraction.moved(tokens),
+        contraction.largest_intermediate(tokens),
+    )
+
+
+def _by_matrix(plan: OperatorPlan, tokens: int) -> dict[str, tuple[int, int, int]]:
+    out_features, in_features = plan.topology.shape
+    elements = out_features * in_features
+    rebuild = plan.matrix.multiply_adds(1)
+    largest = max(plan.matrix.largest_intermediate(1), elements)
+    return {
+        "reconstruct": (rebuild + tokens * elements, plan.matrix.moved(1), largest),
+        "cached": (tokens * elements, 0, elements),
+    }
+
+
+def _why_not_cached(layer: RoutedModule) -> str:
+    if layer.training:
+        return "only in eval"
+    if not layer.may_keep_matrix:
+        limit = DEFAULT_CACHE_LIMIT if layer.cache_limit is None else layer.cache_limit
+        return f"over cache_limit={limit / 2**20:.2f} MiB"
+    if layer.records_gradients():
+        return "gradients of the cores are recorded; use torch.no_grad()"
+    return ""

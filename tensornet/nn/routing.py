@@ -1,0 +1,190 @@
+"""The part of a layer that decides how its operator is applied, and keeps the rebuilt matrix in eval."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tensornet.machine import Machine, default_machine
+from tensornet.network import PLANNED_TOKENS, OperatorPlan
+from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache
+from tensornet.nn.explain import Explanation, explain
+from tensornet.nn.strategy import (
+    CACHED,
+    DEFAULT_CACHE_LIMIT,
+    RECONSTRUCT,
+    Dispatch,
+    Strategy,
+    check_options,
+    choose,
+    dispatch,
+)
+
+
+class RoutedModule(nn.Module):
+    """Abstract base of modules that apply a planned operator by one of several routes.
+
+    Subclasses call `_start_routing` at the end of `__init__` and define `stored`, `weight` and `to_matrix`.
+
+    A kept matrix is no part of the state: it is not saved, copied, pickled or moved. It is dropped by
+    `train()`, `eval()`, `.to()` and `set_cores`, and built again when a core has changed (see
+    `tensornet.nn.cache`). Compiled and exported programs never use one.
+    """
+
+    plan: OperatorPlan
+    strategy: Strategy
+    cache_limit: int | None
+    machine: Machine | None
+    _cached: CachedMatrix | None
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """The parameters that hold the cores, by name."""
+        raise TypeError(f"{type(self).__name__} must define stored.")
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor with the dtype and device of the cores."""
+        raise TypeError(f"{type(self).__name__} must define weight.")
+
+    def to_matrix(self) -> Tensor:
+        """Dense matrix, shape `(out_features, in_features)`, differentiable."""
+        raise TypeError(f"{type(self).__name__} must define to_matrix().")
+
+    def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
+        """What each strategy costs for that many tokens, and which one the layer takes as it is now.
+
+        Raises:
+            ValueError: `tokens` is below 1.
+        """
+        return explain(self, tokens)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of the dense matrix in the dtype of the cores."""
+        out_features, in_features = self.plan.topology.shape
+        return out_features * in_features * self.weight.element_size()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Size of the matrix that is kept at the moment, 0 if there is none."""
+        return 0 if self._cached is None else self._cached.matrix.nbytes
+
+    @property
+    def may_keep_matrix(self) -> bool:
+        """Whether strategy and memory limit allow to keep the matrix in eval."""
+        if self.strategy not in ("auto", "cached"):
+            return False
+        limit = self.cache_limit
+        if limit is None:
+            return self.strategy == "cached" or self.matrix_bytes <= DEFAULT_CACHE_LIMIT
+        return self.matrix_bytes <= limit
+
+    def drop_cache(self) -> None:
+        """Free the kept matrix; the next forward pass that wants one builds it again."""
+        self._cached = None
+
+    def configure(
+        self,
+        *,
+        strategy: Strategy | None = None,
+        cache_limit: int | None = None,
+        machine: Machine | None = None,
+    ) -> Self:
+        """Change how the layer is applied; None leaves an option as it is. See `set_strategy` for a model.
+
+        Args:
+            strategy: see `NetworkModule`.
+            cache_limit: bytes.
+            machine: constants to decide by, see `tensornet.measure_machine`.
+
+        Raises:
+            ValueError: unknown strategy, negative limit.
+        """
+        check_options(strategy or self.strategy, cache_limit)
+        self.strategy = strategy or self.strategy
+        self.cache_limit = self.cache_limit if cache_limit is None else cache_limit
+        self.machine = machine or self.machine
+        self.drop_cache()
+        self._plan_dispatch()
+        return self
+
+    def route(self, tokens: int) -> int:
+        """How to apply the operator to that many tokens now.
+
+        Returns:
+            The position of a candidate in `plan.applies`, `RECONSTRUCT` or `CACHED`.
+        """
+        strategy = self.strategy
+        if strategy == "reconstruct":
+            return RECONSTRUCT
+        table = self.dispatch
+        if strategy == "factorized":
+            return choose(table.factorized, tokens)
+        # Tracers see the route without a kept matrix: it would become a constant that no update reaches.
+        if not torch.compiler.is_compiling() and not self.training and self.may_keep_matrix:
+            route = CACHED if strategy == "cached" else choose(table.cached, tokens)
+            if route != CACHED or may_cache(self._parameters_of_cores()):
+                return route
+        return choose(table.uncached, tokens)
+
+    def records_gradients(self) -> bool:
+        """Whether a forward pass would now record gradients of the cores, which a kept matrix has not."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.stored.values())
+
+    def kept_matrix(self) -> Tensor:
+        """The kept matrix, built if it is absent or out of date; only where `route` gives `CACHED`."""
+        parameters = self._parameters_of_cores()
+        weight = self.weight
+        dtype = compute_dtype(weight)
+        if self._cached is None or not self._cached.holds_for(parameters, dtype):
+            self.drop_cache()  # frees the old one before the new one is built
+            # An inference tensor could not serve a later pass that records gradients of its input.
+            off = torch.autocast(weight.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), off:
+                matrix = self.to_matrix().to(dtype).contiguous()
+            self._cached = CachedMatrix.of(matrix, parameters)
+        return self._cached.matrix
+
+    @property
+    def dispatch(self) -> Dispatch:
+        """The table of routes for the device the cores are on."""
+        return self._dispatch[0 if self.weight.device.type == "cpu" else 1]
+
+    def train(self, mode: bool = True) -> Self:
+        """As in `nn.Module`; drops the kept matrix."""
+        self.drop_cache()
+        return super().train(mode)
+
+    def _start_routing(self, strategy: Strategy, cache_limit: int | None) -> None:
+        check_options(strategy, cache_limit)
+        self.strategy = strategy
+        self.cache_limit = cache_limit
+        self.machine = None
+        self._cached = None
+        self._stored_names = tuple(self.stored)
+        self._plan_dispatch()
+
+    def _plan_dispatch(self) -> None:
+        """Decide the routes, for the CPU and for any other device, in the present dtype."""
+        itemsize = self.weight.element_size()
+        self._dispatch: tuple[Dispatch, Dispatch] = (
+            dispatch(self.plan, self.machine or default_machine("cpu"), itemsize),
+            dispatch(self.plan, self.machine or default_machine("cuda"), itemsize),
+        )
+
+    def _parameters_of_cores(self) -> tuple[Tensor | None, ...]:
+        # Straight from the dictionary: a parametrized tensor is then not taken for a parameter.
+        parameters = self._parameters
+        return tuple(parameters.get(name) for name in self._stored_names)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.drop_cache()
+        super()._apply(fn, recurse)
+        self._plan_dispatch()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}

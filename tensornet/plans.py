@@ -1,0 +1,184 @@
+"""A lowered contraction as data, and how it is run.
+
+Every step is a permutation, a reshape and one (batched) matrix product, so running a plan works under
+`torch.compile(fullgraph=True)`, `torch.export`, autocast and `torch.func`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: The label of the token index, the only one whose size may change between calls.
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A permutation that has to be written out before its operand can enter a matrix product.
+
+    Args:
+        elements: elements moved, for each token if `per_token`.
+        run: elements that stay together; 1 if the innermost index changes.
+        per_token: whether the operand carries the token index.
+    """
+
+    elements: int
+    run: int
+    per_token: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """Sizes of a batched matrix product `(batch, rows, inner) @ (batch, inner, columns)`.
+
+    Args:
+        batch, rows, inner, columns: sizes; the group that carries the token index counts without it.
+        tokens_in: `"batch"`, `"rows"`, `"inner"`, `"columns"`, or None if no operand carries tokens.
+    """
+
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    tokens_in: str | None
+
+    def at(self, tokens: int) -> tuple[int, int, int, int]:
+        """`(batch, rows, inner, columns)` for that many tokens."""
+        return (
+            self.batch * (tokens if self.tokens_in == "batch" else 1),
+            self.rows * (tokens if self.tokens_in == "rows" else 1),
+            self.inner * (tokens if self.tokens_in == "inner" else 1),
+            self.columns * (tokens if self.tokens_in == "columns" else 1),
+        )
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """One pairwise product: operands `left` and `right` of the working list are replaced by the result.
+
+    Shapes hold -1 where the token index takes part, so one step serves every token count. A permutation or
+    shape of None is left out: it would change nothing.
+
+    Args:
+        left, right: positions in the working list; the result is appended to what remains.
+        left_permutation, right_permutation: bring the operand into the order of its shape.
+        left_shape: `(batch, rows, inner)`, without batch where there is none.
+        right_shape: `(batch, inner, columns)`, likewise.
+        result_shape: one dimension for each label of the result.
+        product: what the step multiplies, for the cost model.
+        copies: what it copies, for the cost model.
+    """
+
+    left: int
+    right: int
+    left_permutation: tuple[int, ...] | None
+    right_permutation: tuple[int, ...] | None
+    left_shape: tuple[int, ...] | None
+    right_shape: tuple[int, ...] | None
+    result_shape: tuple[int, ...] | None
+    product: Product
+    copies: tuple[Copy, ...]
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """A lowered contraction.
+
+    Args:
+        operand_shapes: shape of each operand with size-1 indices removed; None where its step does it.
+        steps: pairwise products in order.
+        output_permutation: brings the last result into the requested order; None if it is in it.
+        output_shape: shape of the output, size-1 indices restored.
+        output_copy: what writing the output out costs, if its permutation is not a view.
+        path: the contraction order, as `opt_einsum` writes it.
+    """
+
+    operand_shapes: tuple[tuple[int, ...] | None, ...]
+    steps: tuple[PairStep, ...]
+    output_permutation: tuple[int, ...] | None
+    output_shape: tuple[int, ...]
+    output_copy: Copy | None
+    path: tuple[tuple[int, int], ...]
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """All copies, the output's included."""
+        inner = tuple(copy for step in self.steps for copy in step.copies)
+        return inner if self.output_copy is None else (*inner, self.output_copy)
+
+    def multiply_adds(self, tokens: int) -> int:
+        """Multiply-add operations for that many tokens."""
+        total = 0
+        for step in self.steps:
+            batch, rows, inner, columns = step.product.at(tokens)
+            total += batch * rows * inner * columns
+        return total
+
+    def moved(self, tokens: int) -> int:
+        """Elements copied by permutations for that many tokens."""
+        return sum(copy.elements * (tokens if copy.per_token else 1) for copy in self.copies)
+
+    def largest_intermediate(self, tokens: int) -> int:
+        """Elements of the largest result of a step."""
+        sizes = [0]
+        for step in self.steps:
+            batch, rows, _, columns = step.product.at(tokens)
+            sizes.append(batch * rows * columns)
+        return max(sizes)
+
+
+def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | None = None) -> Tensor:
+    """Execute a plan.
+
+    Args:
+        plan: from `plan_contraction`.
+        operands: tensors of the shapes and in the order they were planned with.
+        bias: added to the output, shape of its last dimensions flattened: `(columns of the output,)`.
+            Free where the last product can add it.
+
+    Returns:
+        The output, shape `plan.output_shape`.
+    """
+    work = [
+        x if shape is None else x.reshape(shape)
+        for x, shape in zip(operands, plan.operand_shapes, strict=True)
+    ]
+    last = len(plan.steps) - 1
+    fused = False
+    for k, step in enumerate(plan.steps):
+        left, right = work[step.left], work[step.right]
+        if step.left_permutation is not None:
+            left = left.permute(step.left_permutation)
+        if step.left_shape is not None:
+            left = left.reshape(step.left_shape)
+        if step.right_permutation is not None:
+            right = right.permute(step.right_permutation)
+        if step.right_shape is not None:
+            right = right.reshape(step.right_shape)
+        if k == last and bias is not None and adds_bias(plan):
+            result = torch.addmm(bias, left, right)
+            fused = True
+        else:
+            result = torch.matmul(left, right)
+        if step.result_shape is not None:
+            result = result.reshape(step.result_shape)
+        work = [x for i, x in enumerate(work) if i != step.left and i != step.right]
+        work.append(result)
+    output = work[0]
+    if plan.output_permutation is not None:
+        output = output.permute(plan.output_permutation)
+    output = output.reshape(plan.output_shape)
+    if bias is None or fused:
+        return output
+    tail = plan.output_shape[1:]
+    return output + bias.reshape(tail).to(output.dtype)
+
+
+def adds_bias(plan: ContractionPlan) -> bool:
+    """Whether the last product is `(tokens, inner) @ (inner, columns)` with nothing left to permute."""
+    if not plan.steps or plan.output_permutation is not None:
+        return False
+    product = plan.steps[-1].product
+    return product.tokens_in == "rows" and product.rows == 1 and product.batch == 1
