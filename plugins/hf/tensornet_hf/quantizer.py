@@ -74,7 +74,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._layers = list(names.values())
         renamed = {rename(k, names): rename(v, names) for k, v in config.ties.items()}
         self._ties = {k: v for k, v in renamed.items() if k and v and is_inside(k, self._layers)}
-        ties.hand_over(model, self._layers, {})
+        ties.hand_over(model, self._layers, {}, loading=True)
         ties.detach_targets(model, self._ties)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

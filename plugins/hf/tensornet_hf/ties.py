@@ -13,36 +13,42 @@ from transformers import PreTrainedModel
 
 from tensornet_hf.structure import is_inside
 
+#: Where the pairs that transformers knows of the dense model are kept meanwhile, on the model.
+DENSE = "_dense_ties"
 
-def hand_over(model: PreTrainedModel, layers: Iterable[str], ties: Mapping[str, str]) -> None:
+
+def hand_over(
+    model: PreTrainedModel, layers: Iterable[str], ties: Mapping[str, str], *, loading: bool = False
+) -> None:
     """Take pairs that touch compressed modules from transformers' lists, and list the shared cores instead.
 
     Args:
-        model: changed in place; `take_back` undoes it.
+        model: changed in place; `take_back` undoes it. May have been handed over before.
         layers: names of the compressed modules.
         ties: shared parameters, `{name: owner}`; they are listed in `all_tied_weights_keys`, which says
             what is stored once and belongs on one device, and not in `_tied_weights_keys`, from which
             `tie_weights` works.
+        loading: the model is a skeleton, in which nothing is tied yet.
     """
     names = set(layers)
-    for prefix, part in _parts(model):
-        part.__dict__.pop("_tied_weights_keys", None)
-        stock = part.get_expanded_tied_weights_keys()
-        kept = _apart_from(stock, names, prefix)
-        if kept != stock:
-            part._tied_weights_keys = kept
+    dense = model.__dict__.setdefault(DENSE, dict(model.all_tied_weights_keys))
+    kept = {t: s for t, s in dense.items() if not is_inside(t, names) and not is_inside(s, names)}
+    if not loading:
+        kept = _one_tensor(model, kept)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and type(part)._tied_weights_keys:
+            part._tied_weights_keys = kept if part is model else {}
     listed = {target: source for target, source in ties.items() if not _has_bias(model, target)}
-    model.all_tied_weights_keys = _apart_from(model.all_tied_weights_keys, names) | listed
+    model.all_tied_weights_keys = kept | listed
 
 
 def take_back(model: PreTrainedModel) -> None:
     """Give transformers its own lists again, once no compressed module is left."""
-    for _, part in _parts(model):
-        part.__dict__.pop("_tied_weights_keys", None)
-    pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
-    get = model.get_parameter_or_buffer
-    # Only what is one tensor now: a configuration may claim ties that the weights do not have (T5 v1.1).
-    model.all_tied_weights_keys = {t: s for t, s in pairs.items() if get(t) is get(s)}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__dict__.pop("_tied_weights_keys", None)
+    if (dense := model.__dict__.pop(DENSE, None)) is not None:
+        model.all_tied_weights_keys = _one_tensor(model, dense)
 
 
 def detach_targets(model: nn.Module, ties: Mapping[str, str]) -> None:
@@ -59,18 +65,10 @@ def attach_targets(model: nn.Module, ties: Mapping[str, str]) -> None:
         module.register_parameter(name, model.get_parameter(source))
 
 
-def _parts(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
-    named = model.named_modules(remove_duplicate=False)
-    return [(name, part) for name, part in named if isinstance(part, PreTrainedModel)]
-
-
-def _apart_from(pairs: Mapping[str, str], layers: set[str], prefix: str = "") -> dict[str, str]:
-    full = f"{prefix}." if prefix else ""
-    return {
-        target: source
-        for target, source in pairs.items()
-        if not is_inside(full + target, layers) and not is_inside(full + source, layers)
-    }
+def _one_tensor(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, str]:
+    """The pairs that are tied: a configuration may claim ties that the weights do not have (T5 v1.1)."""
+    get = model.get_parameter_or_buffer
+    return {target: source for target, source in pairs.items() if get(target) is get(source)}
 
 
 def _has_bias(model: nn.Module, parameter: str) -> bool:
