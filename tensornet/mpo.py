@@ -17,7 +17,7 @@ from tensornet.network import TensorNetwork
 from tensornet.svd import Method
 from tensornet.topologies.mpo import chain, choose_dims
 from tensornet.topology import Topology
-from tensornet.tt_svd import tt_svd
+from tensornet.tt_svd import tt_svd, tt_svd_stack
 
 
 class MPO:
@@ -75,7 +75,8 @@ class MPO:
             method: see `truncated_svd`.
 
         Returns:
-            A left-canonical MPO whose `error` is the certificate.
+            An MPO whose `error` is the certificate; canonical around one site, the others orthonormal
+            (`canonicalize` moves that site). Bonds that nothing cuts have identities as cores.
 
         Raises:
             BudgetError: a cap is out of range or cannot be met.
@@ -91,6 +92,46 @@ class MPO:
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         result = tt_svd(w, rows, columns, budget, method=method)
         return cls(result.cores, out_features=w.shape[0], in_features=w.shape[1], error=result.error)
+
+    @classmethod
+    def from_matrices(
+        cls,
+        batch: Tensor,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        max_bond: int | None = None,
+        rel_error: float | None = None,
+        param_ratio: float | None = None,
+        method: Method = "auto",
+    ) -> "list[MPO]":
+        """Decompose a stack of matrices in one batched call; all get the same bonds.
+
+        Args:
+            batch: shape `(items, out, in)`.
+            out_dims, in_dims, sites, max_bond, param_ratio, method: as in `from_matrix`.
+            rel_error: holds for every item; bonds are the largest that one of them needs.
+
+        Returns:
+            One MPO for each item, with its own certificate.
+
+        Raises: as in `from_matrix`.
+        """
+        if batch.ndim != 3 or batch.shape[0] == 0:
+            raise ShapeError(
+                f"MPO.from_matrices needs a stack of shape (items, out, in), got {tuple(batch.shape)}."
+            )
+        shape = (batch.shape[1], batch.shape[2])
+        rows, columns = choose_dims(shape, out_dims, in_dims, sites)
+        budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
+        stack = tt_svd_stack(batch, rows, columns, budget, method=method)
+        return [
+            cls(
+                [core[item] for core in stack.cores], out_features=shape[0], in_features=shape[1], error=error
+            )
+            for item, error in enumerate(stack.errors)
+        ]
 
     def __repr__(self) -> str:
         return (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensornet.subspace import iterated_basis, worth_iterating
-from tensornet.svd import Method, energy, factorize, fix_signs, working_dtype
+from tensornet.svd import Method, factorize, fix_signs, working_dtype
 
 #: Smallest share of the energy cut away, in units of rounding, for which the fast step is trusted.
 _TRUSTED = 1e5
@@ -21,78 +21,86 @@ _SLACK = 3e-3
 
 
 class Split(NamedTuple):
-    """`block ~ left @ rest` with orthonormal columns `left: (*batch, m, r)`, `rest: (*batch, r, n)`.
+    """`block ~ left @ rest` with `left: (*batch, m, r)` and `rest: (*batch, r, n)`.
 
-    `discarded: (*batch)` is the energy `|block - left @ rest|^2`.
+    Orthonormal are the columns of `left`, or, where `centered` says so, the rows of `rest`. The energies
+    `kept = |left @ rest|^2` and `discarded = |block - left @ rest|^2` have shape `(*batch)`.
     """
 
     left: Tensor
     rest: Tensor
+    kept: Tensor
     discarded: Tensor
+    centered: bool = False
 
 
-def split_block(block: Tensor, cap: int, allowed: Tensor | None, *, method: Method, single: bool) -> Split:
+def split_block(
+    block: Tensor,
+    total: Tensor,
+    cap: int,
+    allowed: Tensor | None,
+    *,
+    method: Method,
+    single: bool,
+    last: bool = False,
+) -> Split:
     """Split blocks at rank `cap`, or at the smallest rank that discards at most `allowed`.
 
     Args:
         block: shape `(*batch, m, n)`, finite, elements of moderate size.
+        total: energy of the blocks, shape `(*batch)`, double precision.
         cap: largest rank.
         allowed: energy that may be discarded, shape `(*batch)`, or None.
         method: see `truncated_svd`.
         single: whether the numbers carry single precision only, whatever their dtype.
+        last: no step follows, so `left` may take the norm where that saves a QR.
     """
     rows, columns = block.shape[-2:]
     if allowed is None and cap >= min(rows, columns):
-        return _whole(block)
-    if method == "auto" and allowed is None and (fast := _fast(block, cap)) is not None:
+        return _whole(block, total, last)
+    if method == "auto" and allowed is None and (fast := _fast(block, total, cap, last)) is not None:
         return fast
     found = factorize(block.to(working_dtype(block.dtype)), cap, allowed, method=method, single=single)
     U, Vh = fix_signs(found.U, found.Vh)
-    return Split(U, found.S[..., None] * Vh, found.discarded)
+    return Split(U, found.S[..., None] * Vh, found.S.square().sum(-1), found.discarded)
 
 
-def _whole(block: Tensor) -> Split:
-    rows, columns = block.shape[-2:]
-    nothing = torch.zeros(block.shape[:-2], dtype=torch.float64, device=block.device)
-    if rows <= columns:
-        eye = torch.eye(rows, dtype=block.dtype, device=block.device).expand(*block.shape[:-2], rows, rows)
-        return Split(eye, block, nothing)
+def _whole(block: Tensor, total: Tensor, last: bool) -> Split:
+    size, nothing = min(block.shape[-2:]), torch.zeros_like(total)
+    eye = torch.eye(size, dtype=block.dtype, device=block.device).expand(*block.shape[:-2], size, size)
+    if block.shape[-2] <= block.shape[-1]:
+        return Split(eye, block, total, nothing)
+    if last:
+        return Split(block, eye, total, nothing, centered=True)
     Q, R = torch.linalg.qr(block)
-    return Split(Q, R, nothing)
+    return Split(Q, R, total, nothing)
 
 
-def _fast(block: Tensor, cap: int) -> Split | None:
+def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
     """In the dtype of the block; None if what was cut is not far above the rounding of that dtype."""
     tall = block.shape[-2] > block.shape[-1]
     wide = block.mH if tall else block  # shape: (*batch, short, long)
     basis = None
     if worth_iterating(wide.shape[-2], cap):
-        basis = iterated_basis(wide, cap, slack=_SLACK)
+        basis = iterated_basis(wide, total, cap, slack=_SLACK)
     if basis is None:
         basis = torch.linalg.eigh(wide @ wide.mH).eigenvectors[..., -cap:].flip(-1)
     projected = basis.mH @ wide
-    total = energy(block)
-    discarded = _residual(total, basis, projected)
+    # |block - B P|^2 = |block|^2 - |P|^2 + tr((B^H B - 1) P P^H); the rows of P are orthogonal, and B is
+    # orthonormal, both up to rounding, so only the diagonal of the correction counts.
+    double = working_dtype(block.dtype)
+    rows = torch.linalg.vector_norm(projected, dim=-1, dtype=double).square()
+    columns = torch.linalg.vector_norm(basis, dim=-2, dtype=double).square()
+    kept = (rows * columns).sum(-1)
+    discarded = total - (rows * (2 - columns)).sum(-1)
     rounding = torch.finfo(block.dtype).eps * total
     if bool((discarded < _TRUSTED * rounding).any()):
         return None
     discarded = discarded + rounding
     if not tall:
-        basis, projected = fix_signs(basis, projected)
-        return Split(basis, projected, discarded)
-    Q, R = torch.linalg.qr(projected.mH)
-    Q, rest = fix_signs(Q, R @ basis.mH)
-    return Split(Q, rest, discarded)
-
-
-def _residual(total: Tensor, basis: Tensor, projected: Tensor) -> Tensor:
-    """`|block - basis @ projected|^2`, with the rounding of the basis accounted for.
-
-    With `G` the Gram matrix of the basis, the identity up to rounding, and `P = projected`, it is
-    `|block|^2 - |P|^2 + tr((G - 1) P P^H)`.
-    """
-    double = basis.to(working_dtype(basis.dtype))
-    skew = double.mH @ double
-    skew.diagonal(dim1=-2, dim2=-1).sub_(1)
-    correction = (skew.mT * (projected @ projected.mH)).sum((-2, -1))
-    return total - energy(projected) + (correction.real if correction.is_complex() else correction)
+        return Split(*fix_signs(basis, projected), kept, discarded)
+    left, rest = projected.mH, basis.mH
+    if not last:
+        left, R = torch.linalg.qr(left)
+        rest = R @ rest
+    return Split(*fix_signs(left, rest), kept, discarded, centered=last)

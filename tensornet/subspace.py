@@ -24,11 +24,12 @@ def worth_iterating(size: int, rank: int) -> bool:
     return size >= MIN_SIZE and rank <= MAX_SHARE * size
 
 
-def iterated_basis(block: Tensor, rank: int, *, slack: float) -> Tensor | None:
+def iterated_basis(block: Tensor, total: Tensor, rank: int, *, slack: float) -> Tensor | None:
     """Orthonormal basis of the `rank` leading left singular vectors, in descending order.
 
     Args:
         block: shape `(*batch, m, n)` with `m <= n`.
+        total: energy of the blocks, shape `(*batch)`, double precision.
         rank: number of vectors, at most `m`.
         slack: stop when an iteration lowers the energy left outside by less than this share of it.
 
@@ -37,7 +38,6 @@ def iterated_basis(block: Tensor, rank: int, *, slack: float) -> Tensor | None:
     """
     size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
     gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
-    total = torch.linalg.vector_norm(block, dim=(-2, -1), dtype=_double(block)).square()
     generator = torch.Generator(device="cpu").manual_seed(0)  # the same numbers on every device
     probe = torch.randn(size, width, generator=generator, dtype=torch.float64).to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
@@ -58,7 +58,3 @@ def iterated_basis(block: Tensor, rank: int, *, slack: float) -> Tensor | None:
 def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
     """`block @ block^H @ vectors`."""
     return block @ (block.mH @ vectors) if gram is None else gram @ vectors
-
-
-def _double(block: Tensor) -> torch.dtype:
-    return torch.complex128 if block.is_complex() else torch.float64

@@ -270,10 +270,11 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
     if work.shape[-2] > work.shape[-1]:
         flipped = _randomized(work.mH, cap, allowed, single)
         return None if flipped is None else _flip(flipped)
-    basis = iterated_basis(work, cap, slack=1e-4 if single else 1e-8)
+    total = energy(work)
+    basis = iterated_basis(work, total, cap, slack=1e-4 if single else 1e-8)
     if basis is None:
         return None
-    total, sketch = energy(work), basis.mH @ work
+    sketch = basis.mH @ work
     # Energy outside the sketch counts as discarded whatever rank is kept.
     outside = (total - energy(sketch)).clamp_min(0)
     if bool((outside < 1e-6 * total).any()):  # a difference without digits: measure it

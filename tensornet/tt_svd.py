@@ -215,24 +215,26 @@ def _sweep(
     first, last = (0, sites - 1) if rel_error is not None else _cut_range(sizes, caps)
     right = math.prod(sizes[last + 1 :])  # bond on the right of the last core that is not an identity
     total = energy(rest[:, None])
-    spent, left, cores, below = torch.zeros_like(total), math.prod(sizes[:first]), [], False
-    for k in range(first):
-        cores.append(_identity(math.prod(sizes[: k + 1]), rest, (math.prod(sizes[:k]), *dims[k], -1)))
+    inside, spent, below = total, torch.zeros_like(total), False
+    left, center = math.prod(sizes[:first]), last
+    cores = [
+        _identity(math.prod(sizes[: k + 1]), rest, (math.prod(sizes[:k]), *dims[k], -1)) for k in range(first)
+    ]
     for k in range(first, last):
         block = rest.reshape(batch, left * sizes[k], -1)
         allowed = None
         if rel_error is not None:
             allowed = (rel_error**2 * total - spent).clamp_min(0) / (sites - 1 - k)
-        split = split_block(block, caps[k], allowed, method=method, single=single)
+        split = split_block(block, inside, caps[k], allowed, method=method, single=single, last=k == last - 1)
         below |= split.left.shape[-1] < min(caps[k], *block.shape[1:])
-        spent = spent + split.discarded
+        spent, inside = spent + split.discarded, split.kept
         cores.append(split.left.reshape(batch, left, *dims[k], -1))
-        left, rest = split.left.shape[-1], split.rest
+        left, rest, center = split.left.shape[-1], split.rest, last - split.centered
     cores.append(rest.reshape(batch, left, *dims[last], right))
     for k in range(last + 1, sites):
         cores.append(_identity(math.prod(sizes[k:]), rest, (-1, *dims[k], math.prod(sizes[k + 1 :]))))
     errors = torch.where(total > 0, (spent / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt(), 0)
-    return _Sweep(cores, tuple(errors.tolist()), last, below)
+    return _Sweep(cores, tuple(errors.tolist()), center, below)
 
 
 def _cut_range(sizes: Sequence[int], caps: Sequence[int]) -> tuple[int, int]:
