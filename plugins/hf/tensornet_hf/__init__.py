@@ -13,18 +13,23 @@ from tensornet_hf.config import TensorNetworkConfig
 from tensornet_hf.loading import load, resolve_folder
 from tensornet_hf.quantizer import TensorNetworkQuantizer, prepare_for_saving
 from tensornet_hf.saving import decompress, save_model
+from tensornet_hf.sharded import CheckpointReport, WorkerError, compress_checkpoint, verify_manifest
 
 __all__ = [
     "Checkpoint",
+    "CheckpointReport",
     "StoredTensor",
     "TensorNetworkConfig",
     "TensorNetworkQuantizer",
+    "WorkerError",
     "check_free",
+    "compress_checkpoint",
     "decompress",
     "load",
     "prepare_for_saving",
     "read_checkpoint",
     "resolve_folder",
     "save_model",
+    "verify_manifest",
     "write_folder",
 ]

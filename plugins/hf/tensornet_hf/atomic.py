@@ -39,7 +39,7 @@ def write_folder(
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
-        _take_place(folder, target)
+        take_place(folder, target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, DestinationError) or not _is_about(error, folder):
             raise
@@ -76,7 +76,8 @@ def check_free(
         )
 
 
-def _take_place(folder: Path, target: Path) -> None:
+def take_place(folder: Path, target: Path) -> None:
+    """Rename a finished folder to its destination; what was there is removed, or put back on failure."""
     if not target.exists():
         folder.rename(target)
         return

@@ -1,0 +1,101 @@
+"""From cores and untouched tensors to the files of the new folder: names, shards, index, configuration."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensornet.compression import CompressionConfig
+from tensornet.compression.apply import set_submodule
+from tensornet.nn.build import build_module
+from tensornet.nn.module import NetworkModule
+from tensornet_hf.checkpoint import DTYPES, WEIGHTS
+from tensornet_hf.config import TensorNetworkConfig
+from tensornet_hf.sharded.header import Slice
+from tensornet_hf.sharded.piece import Piece
+from tensornet_hf.sharded.source import total_bytes
+from tensornet_hf.structure import describe
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that stay together in one file: the cores of a layer, or one tensor that is not changed.
+
+    Args:
+        key: name of the layer or tensor.
+        tensors: where each lies now, by the name it gets.
+    """
+
+    key: str
+    tensors: Mapping[str, Slice]
+
+
+def layout(parts: Iterable[Part], max_bytes: int) -> dict[str, list[Part]]:
+    """Spread parts over files of at most `max_bytes` (one part may be larger), in order.
+
+    Returns:
+        The parts of each file, by the file names that transformers uses.
+    """
+    shards: list[list[Part]] = [[]]
+    size = 0
+    for part in parts:
+        more = total_bytes(part.tensors.values())
+        if shards[-1] and size + more > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(part)
+        size += more
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": s for k, s in enumerate(shards, start=1)}
+
+
+def index_text(shards: Mapping[str, Sequence[Part]]) -> str:
+    """Content of `model.safetensors.index.json`."""
+    parts = [(file, part) for file, content in shards.items() for part in content]
+    weight_map = {name: file for file, part in parts for name in part.tensors}
+    total = sum(total_bytes(part.tensors.values()) for _, part in parts)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def config_text(
+    source: Mapping[str, Any],
+    skeleton: nn.Module,
+    pieces: Iterable[Piece],
+    tensors: Mapping[str, Slice],
+    config: CompressionConfig,
+) -> str:
+    """Content of `config.json`: that of the source, and the description of the compressed layers.
+
+    Args:
+        source: content of the old `config.json`.
+        skeleton: the model on the meta device; its compressed layers are replaced.
+        pieces: the finished layers.
+        tensors: all tensors of the new folder by name, for their dtypes.
+        config: options to record.
+    """
+    for piece in pieces:
+        _put_in_place(skeleton, piece, tensors)
+    described: TensorNetworkConfig = describe(skeleton, compression=config.to_dict())
+    return json.dumps({**source, "quantization_config": described.to_dict()}, indent=2, sort_keys=True) + "\n"
+
+
+def _put_in_place(skeleton: nn.Module, piece: Piece, tensors: Mapping[str, Slice]) -> None:
+    first: NetworkModule | None = None
+    for name, spec in piece.specs.items():
+        module = build_module(spec, device="meta")
+        assert isinstance(module, NetworkModule)
+        owner = next(iter(piece.specs))
+        for key, parameter in list(module.named_parameters()):
+            part = tensors.get(f"{name if key == 'bias' else owner}.{key}")
+            if part is not None:
+                dtype = getattr(torch, DTYPES[part.dtype])
+                module.register_parameter(key, nn.Parameter(parameter.to(dtype)))
+        if first is not None:
+            module.set_cores(first.cores)
+        first = first or module
+        set_submodule(skeleton, name, module)

@@ -1,0 +1,184 @@
+"""The work of one worker: one stored weight becomes the cores of one layer, in a file of its own.
+
+Everything a worker needs travels in a `PieceTask` of a few hundred bytes; what comes back is the plan, the
+descriptions and a checksum. Tensors go through the file system only.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from os import getpid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan, apply_plan, plan
+from tensornet.errors import FormatError
+from tensornet.nn.adapters import layer_kind
+from tensornet.nn.build import module_spec
+from tensornet_hf.sharded.header import Slice, load_slice, read_header
+from tensornet_hf.sharded.skeleton import place
+from tensornet_hf.sharded.writer import Written, write_tensors
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place in the model where a weight is used.
+
+    Args:
+        name: of the module.
+        kind: name of its layer kind.
+        bias: whether it has one.
+        padding_idx: of an embedding.
+    """
+
+    name: str
+    kind: str
+    bias: bool = False
+    padding_idx: int | None = None
+
+
+@dataclass(frozen=True)
+class PieceTask:
+    """One weight to compress.
+
+    Args:
+        uses: where it is used; the first stands for all.
+        weight: where the weight lies.
+        config: how far to compress.
+        planned: the form to use, instead of planning.
+        device: where to compute.
+        path: file to write.
+    """
+
+    uses: tuple[Use, ...]
+    weight: Slice
+    config: CompressionConfig
+    planned: LayerPlan | None
+    device: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A finished weight.
+
+    Args:
+        plan: the plan of the layer, without its spectrum; no topology means that it stays dense.
+        error: certified relative Frobenius error.
+        specs: description of the module for every use, by name.
+        written: the file with the cores, None where the layer stays dense.
+        tensors: where each core lies in it, by name.
+        peak_memory: largest resident size of the worker so far, in bytes; 0 if taken over.
+        worker: process id.
+    """
+
+    plan: LayerPlan
+    error: float
+    specs: Mapping[str, dict[str, Any]]
+    written: Written | None
+    tensors: Mapping[str, Slice]
+    peak_memory: int = 0
+    worker: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, for the journal; `from_dict` is the inverse."""
+        return {
+            "plan": CompressionPlan((self.plan,)).to_dict(),
+            "error": self.error,
+            "specs": dict(self.specs),
+            "written": asdict(self.written) if self.written is not None else None,
+            "tensors": {k: [x.dtype, list(x.shape), x.start, x.stop] for k, x in self.tensors.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], folder: Path) -> "Piece":
+        """Rebuild a piece whose file lies in `folder`.
+
+        Raises:
+            FormatError: not a description of a piece.
+        """
+        try:
+            (layer,) = CompressionPlan.from_dict(data["plan"])
+            written = Written(**data["written"]) if data["written"] is not None else None
+            path = folder / (written.name if written is not None else "")
+            tensors = {
+                k: Slice(path, d, tuple(shape), a, b) for k, (d, shape, a, b) in data["tensors"].items()
+            }
+            return cls(layer, float(data["error"]), dict(data["specs"]), written, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"Bad description of a finished layer: {error!s:.200}") from error
+
+
+@torch.no_grad()
+def compress_piece(task: PieceTask) -> Piece:
+    """Plan and decompose one weight, and write its cores.
+
+    The arithmetic uses one thread: sums in another order would give other bits, and the processor is kept
+    busy by other workers.
+
+    Raises:
+        NonFiniteError, BudgetError, TopologyError: naming the layer.
+        OSError: it cannot be read or written.
+    """
+    with one_thread():
+        root, everything = _stand_in(task), replace(task.config, target_modules="all", exclude_modules=None)
+        made = plan(root, everything) if task.planned is None else CompressionPlan((task.planned,))
+        errors = apply_plan(root, made)
+        layer = replace(made.layers[0], singular_values=())
+        written, specs, tensors = None, {}, {}
+        if layer.topology is not None:
+            specs = {use.name: module_spec(root.get_submodule(use.name)) or {} for use in task.uses}
+            written = write_tensors(task.path, _cores(root, task.uses[0].name))
+            tensors = read_header(task.path)
+    error = errors.get(layer.name, 0.0)
+    return Piece(layer, error, specs, written, tensors, peak_memory(), getpid())
+
+
+def peak_memory() -> int:
+    """Largest resident size this process has had, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource  # absent there
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread inside the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stand_in(task: PieceTask) -> nn.Module:
+    """A model that consists of the layers that use the weight."""
+    root, shared = nn.Module(), None
+    for use in task.uses:
+        kind = layer_kind(use.kind)
+        if shared is None:
+            weight = load_slice(task.weight).to(task.device)
+            matrix = weight.T if use.kind == "conv1d" else weight
+        # Biases are copied from the source file; the layer only has to know that it has one.
+        bias = torch.empty(matrix.shape[0], dtype=matrix.dtype, device="meta") if use.bias else None
+        layer = kind.build(matrix, bias)
+        if shared is None:
+            shared = layer.weight
+        layer.weight = shared
+        if isinstance(layer, nn.Embedding):
+            layer.padding_idx = use.padding_idx
+        place(root, use.name, layer)
+    return root
+
+
+def _cores(root: nn.Module, name: str) -> dict[str, Tensor]:
+    own = root.get_submodule(name).state_dict().items()
+    return {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in own if key != "bias"}

@@ -1,0 +1,110 @@
+"""Running independent tasks: here, in processes of our own, or on any `concurrent.futures.Executor`."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TypeVar
+
+from tensornet.errors import TensorNetError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: How often a task may be in flight when a worker dies before it is blamed.
+ATTEMPTS = 3
+
+
+class WorkerError(TensorNetError, RuntimeError):
+    """Worker processes die again and again over the same work."""
+
+
+def run_tasks(
+    function: Callable[[T], R],
+    tasks: Iterable[tuple[str, T]],
+    done: Callable[[str, R], None],
+    *,
+    workers: int = 1,
+    executor: Executor | None = None,
+) -> None:
+    """Run a function on every task, in no particular order.
+
+    Args:
+        function: at the top level of a module, so that other processes find it.
+        tasks: names and arguments; names are for messages.
+        done: called here with the name and result of each, as they come.
+        workers: 1 runs in this process; more start as many processes, and start them again if one dies.
+        executor: runs the tasks instead, and stays open.
+
+    Raises:
+        WorkerError: a worker died three times over the same tasks, or an executor of the caller broke.
+        Exception: the first that a task raises; tasks that have not begun are dropped.
+    """
+    pending = dict(tasks)
+    if executor is not None:
+        try:
+            _drain(executor, function, pending, done, window=len(pending))
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                f"A worker of the executor died ({error}). What is finished is kept; run again with a new "
+                "executor."
+            ) from error
+    elif workers == 1:
+        for name, task in pending.items():
+            done(name, function(task))
+    else:
+        _own_pool(function, pending, done, workers)
+
+
+def _own_pool(
+    function: Callable[[T], R], pending: dict[str, T], done: Callable[[str, R], None], workers: int
+) -> None:
+    deaths: Counter[str] = Counter()
+    while pending:
+        flying: set[str] = set()
+        # Spawned, not forked: a fork copies the locks of the threads that torch keeps.
+        pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=get_context("spawn"))
+        try:
+            # No more in flight than can run, so that few are suspected when a worker dies.
+            _drain(pool, function, pending, done, window=workers, flying=flying)
+        except BrokenProcessPool as error:
+            deaths.update(flying)
+            if worst := sorted(name for name in flying if deaths[name] >= ATTEMPTS):
+                raise WorkerError(
+                    f"Workers died {ATTEMPTS} times while at work on {', '.join(worst)} ({error}). Most "
+                    "likely "
+                    "memory ran out: use fewer workers. What is finished is kept; run again to continue."
+                ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(
+    pool: Executor,
+    function: Callable[[T], R],
+    pending: dict[str, T],
+    done: Callable[[str, R], None],
+    *,
+    window: int,
+    flying: set[str] | None = None,
+) -> None:
+    """Run all pending tasks; what is finished leaves `pending`, what is in flight is in `flying`."""
+    flying = set() if flying is None else flying
+    queue = list(pending.items())[::-1]
+    futures: dict[Future[R], str] = {}
+    try:
+        while queue or futures:
+            while queue and len(futures) < window:
+                name, task = queue.pop()
+                flying.add(name)
+                futures[pool.submit(function, task)] = name
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                result = future.result()
+                name = futures.pop(future)
+                flying.discard(name)
+                del pending[name]
+                done(name, result)
+    finally:
+        for future in futures:
+            future.cancel()

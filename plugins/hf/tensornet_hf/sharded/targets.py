@@ -1,0 +1,120 @@
+"""From the targets of a skeleton to tasks: which stored weight each of them is, and where it is used."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tensornet.compression import CompressionConfig, CompressionPlan, Target, find_targets
+from tensornet.errors import TargetError
+from tensornet.nn.adapters import layer_bias
+from tensornet_hf.sharded.header import FLOATS, Slice
+from tensornet_hf.sharded.piece import PieceTask, Use
+from tensornet_hf.sharded.writer import CHUNK
+
+
+def find_tasks(
+    skeleton: nn.Module,
+    stored: Mapping[str, Slice],
+    config: CompressionConfig,
+    plan: CompressionPlan | None,
+    *,
+    device: str,
+    folder: Path,
+) -> dict[str, PieceTask]:
+    """One task for each weight to compress, by the name of its layer.
+
+    Args:
+        skeleton: the model on the meta device.
+        stored: where its parameters lie, by their names in the skeleton.
+        config: what to compress.
+        plan: forms to use, instead of planning; layers it does not name stay dense.
+        device: where to compute.
+        folder: where the pieces are written.
+
+    Raises:
+        TargetError: a pattern matches nothing, the plan names no layer of this model, or a weight is stored
+            in another form than its layer's.
+    """
+    untie_different(skeleton, stored)
+    targets = find_targets(skeleton, config)
+    if plan is not None:
+        targets = _planned(find_targets(skeleton, CompressionConfig(target_modules="all")), plan)
+    tasks = {}
+    for index, target in enumerate(targets):
+        weight = _stored_weight(target, stored)
+        path = folder / f"{index:06d}.safetensors"
+        planned = plan[target.name] if plan is not None else None
+        tasks[target.name] = PieceTask(_uses(target), weight, config, planned, device, path)
+    return tasks
+
+
+def untie_different(skeleton: nn.Module, stored: Mapping[str, Slice]) -> None:
+    """Give tied layers weights of their own where the checkpoint holds different ones.
+
+    A configuration may claim a tie that the weights do not have (T5 v1.1); loading decides as we do here.
+    """
+    if not isinstance(skeleton, PreTrainedModel):
+        return
+    for target, source in skeleton.all_tied_weights_keys.items():
+        if target in stored and source in stored and not _equal(stored[target], stored[source]):
+            path, _, name = target.rpartition(".")
+            own = torch.empty_like(skeleton.get_parameter(target))
+            setattr(skeleton.get_submodule(path), name, nn.Parameter(own))
+
+
+def _planned(targets: list[Target], plan: CompressionPlan) -> list[Target]:
+    known = {target.name: target for target in targets}
+    for layer in plan:
+        target = known.get(layer.name)
+        if target is None:
+            raise TargetError(f"The plan names a layer {layer.name!r} that this checkpoint does not have.")
+        if tuple(target.matrix.shape) != layer.shape:
+            raise TargetError(
+                f"The plan was made for {layer.name!r} of shape {layer.shape}, this checkpoint has shape "
+                f"{tuple(target.matrix.shape)} there."
+            )
+    return [known[layer.name] for layer in plan]
+
+
+def _uses(target: Target) -> tuple[Use, ...]:
+    return tuple(
+        Use(name, kind.name, layer_bias(module) is not None, getattr(module, "padding_idx", None))
+        for name, module, kind in zip(target.names, target.modules, target.kinds, strict=True)
+    )
+
+
+def _stored_weight(target: Target, stored: Mapping[str, Slice]) -> Slice:
+    found = [stored[name] for use in target.names if (name := f"{use}.weight") in stored]
+    if not found:
+        raise TargetError(
+            f"The weight of {target.name!r} is not stored under its own name: this checkpoint keeps it in "
+            "another "
+            f"form, or lacks it. Exclude the layer (exclude_modules=[{target.name!r}]), or load the model "
+            "and use "
+            "tensornet.compress."
+        )
+    if found[0].dtype not in FLOATS:
+        raise TargetError(
+            f"The weight of {target.name!r} is stored as {found[0].dtype}; weights of dtype "
+            f"{', '.join(FLOATS)} can "
+            "be compressed. Use the model before quantization, or exclude the layer."
+        )
+    return found[0]
+
+
+def _equal(first: Slice, second: Slice) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.file.open("rb") as one, second.file.open("rb") as two:
+        one.seek(first.start)
+        two.seek(second.start)
+        left = first.nbytes
+        while left > 0:
+            chunk = one.read(min(left, CHUNK))
+            if not chunk or chunk != two.read(len(chunk)):
+                return False
+            left -= len(chunk)
+    return True
