@@ -21,6 +21,8 @@ from tensornet_moe.stack import StackPlan, build_matrices, plan_stack
 
 #: CGLS steps for one core in one sweep. More make a sweep dearer and save few sweeps.
 _INNER_STEPS = 8
+#: A gradient this small, relative to the one of the zero core, counts as zero.
+_SOLVED = 1e-12
 #: Sweeps after which the better of the starts is continued and the others are given up.
 _TRIAL_SWEEPS = 3
 
@@ -154,15 +156,17 @@ def least_squares(
     residual = target - apply(x)
     gradient = transpose(residual)
     direction, strength = gradient, energy(gradient)
+    # Below this the gradient is rounding, and so would be a step along it: solved, move no more.
+    floor = (_SOLVED**2 * energy(transpose(target))).clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(steps):
         image = apply(direction)
-        # A direction of zero (solved already) must give a step of zero, not NaN.
-        step = strength / energy(image).reshape(strength.shape).clamp_min(torch.finfo(x.dtype).tiny)
+        length = energy(image).reshape(strength.shape).clamp_min(torch.finfo(x.dtype).tiny)
+        step = torch.where(strength > floor, strength / length, 0)
         x = x + step * direction
         residual = residual - fit(step, residual) * image
         gradient = transpose(residual)
         before, strength = strength, energy(gradient)
-        direction = gradient + strength / before.clamp_min(torch.finfo(x.dtype).tiny) * direction
+        direction = gradient + torch.where(before > floor, strength / before, 0) * direction
     return x
 
 

@@ -129,13 +129,13 @@ class SharedCoreMoE(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _remember(self, routing: Routing) -> None:
-        if _is_recomputing():
-            return
         balance = load_balancing_loss(
             routing.probs, routing.expert_indices, num_experts=self.num_experts, mask=routing.mask
         )
         z = router_z_loss(routing.logits, routing.mask)
         total = self.balance_coef * balance + self.z_coef * z
+        if _is_recomputing():  # only here: the second forward must save the same tensors as the first
+            return
         self.aux_losses = AuxLosses(total, balance.detach()[None], z.detach()[None])
         self.stats = routing_stats(routing)
 

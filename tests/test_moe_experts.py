@@ -1,0 +1,384 @@
+"""Experts that share cores: counts, the dense truth, gradients, upcycling, sharing across layers."""
+
+from __future__ import annotations
+
+import copy
+import string
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tensornet as tn
+import tensornet_moe as tm
+from tensornet.errors import FormatError, NonFiniteError, ShapeError, TopologyError
+from tensornet.nn import build_module
+from tensornet_moe.experts import DEFAULT_CACHE_BYTES
+
+E = 3
+CHAIN = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(3, 2, 2), max_bond=4)
+RING = tn.Topology(
+    family="hand_made",
+    cores=(
+        tn.CoreSpec("a", ("x", "o0", "y")),
+        tn.CoreSpec("b", ("y", "i0", "o1", "z")),
+        tn.CoreSpec("c", ("z", "i1", "x")),
+    ),
+    sizes=(("x", 2), ("y", 3), ("z", 2), ("o0", 3), ("o1", 2), ("i0", 4), ("i1", 2)),
+    out_labels=("o0", "o1"),
+    in_labels=("i0", "i1"),
+    out_features=5,  # padded: the legs hold 6
+    in_features=7,  # padded: the legs hold 8
+)
+STAR = tn.Topology(  # one bond in three cores
+    family="hand_made",
+    cores=(
+        tn.CoreSpec("p", ("o", "s")),
+        tn.CoreSpec("q", ("i", "s")),
+        tn.CoreSpec("scale", ("s",)),
+    ),
+    sizes=(("o", 5), ("i", 4), ("s", 3)),
+    out_labels=("o",),
+    in_labels=("i",),
+    out_features=5,
+    in_features=4,
+)
+TOPOLOGIES = {
+    "chain": CHAIN,
+    "ring": RING,
+    "star": STAR,
+    "low_rank": tn.topologies.low_rank(out_features=6, in_features=5, rank=2),
+    "dense": tn.topologies.mpo(out_dims=(6,), in_dims=(5,)),
+}
+SHARED = ("center", "ends", "none", "all")
+
+
+def truth(bank: tm.SharedCoreExperts, expert: int) -> Tensor:
+    """One einsum over all cores of one expert, straight from the definition."""
+    topology = bank.topologies[expert]
+    letters = dict(zip(bank.topology.size_of, string.ascii_letters, strict=False))
+    terms, operands = [], []
+    for core in topology.cores:
+        parameters = dict(bank.named_parameters())
+        if core.name in bank.shared:
+            tensor = bank.shared_parameters()[core.name]
+        elif f"core_{core.name}" in parameters:
+            tensor = parameters[f"core_{core.name}"][expert]
+        else:
+            tensor = parameters[f"core_{core.name}_expert_{expert}"]
+        shape = topology.core_shapes[core.name]
+        operands.append(tensor[tuple(slice(size) for size in shape)])
+        terms.append("".join(letters[x] for x in core.labels))
+    output = "".join(letters[x] for x in (*topology.out_labels, *topology.in_labels))
+    full = torch.einsum(",".join(terms) + "->" + output, *operands).reshape(topology.padded_shape)
+    return full[: topology.out_features, : topology.in_features]
+
+
+def make(name: str, shared: str | Sequence[str] = "center", num_experts: int = E) -> tm.SharedCoreExperts:
+    return tm.SharedCoreExperts(TOPOLOGIES[name], num_experts, shared=shared, dtype=torch.float64)
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+BASE = {"out_dims": (3, 4, 4, 4, 4), "in_dims": (4, 4, 8, 6, 4)}
+LARGE = {"out_dims": (4, 4, 4, 4, 4), "in_dims": (4, 4, 8, 8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "parameters", "dense", "ratio"),
+    [
+        (4, 3_098_176, 9_437_184, 0.328),
+        (8, 3_837_056, 18_874_368, 0.203),
+        (12, 4_575_936, 28_311_552, 0.162),
+        (16, 5_314_816, 37_748_736, 0.141),
+    ],
+)
+def test_parameter_table(num_experts: int, parameters: int, dense: int, ratio: float) -> None:
+    bank = tm.SharedCoreExperts(tn.topologies.mpo(**BASE), num_experts, device="meta")
+    assert (bank.out_features, bank.in_features) == (768, 3072)
+    assert bank.num_params == sum(p.numel() for p in bank.parameters()) == parameters
+    assert num_experts * 768 * 3072 == dense
+    assert parameters / dense == pytest.approx(ratio, abs=5e-4)
+
+
+def test_check_values_of_base_and_large() -> None:
+    base, large = tn.topologies.mpo(**BASE), tn.topologies.mpo(**LARGE)
+    assert [base.bond_dims[f"b{k}"] for k in range(1, 5)] == [12, 192, 384, 16]
+    cores = tm.SharedCoreExperts(base, 2, device="meta").named_parameters()
+    assert {name: p.numel() // (1 if name == "core_2" else 2) for name, p in cores} == {
+        "core_0": 144,
+        "core_1": 36_864,
+        "core_2": 2_359_296,
+        "core_3": 147_456,
+        "core_4": 256,
+    }
+    one = tm.SharedCoreExperts(large, 1, device="meta")
+    center = one.shared_parameters()["2"].numel()
+    assert (center, one.num_params - center) == (4_194_304, 328_192)
+
+
+def test_rebuild_costs_what_the_bonds_say() -> None:
+    bank = tm.SharedCoreExperts(tn.topologies.mpo(**BASE), 8, device="meta")
+    per_expert = bank.plan.contraction.multiply_adds / (8 * 768 * 3072)
+    assert 576 <= per_expert < 580
+
+
+# --- the matrices --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_matrices_and_gradients_are_those_of_one_einsum(name: str, shared: str) -> None:
+    bank = make(name, shared)
+    probe = torch.randn(E, bank.out_features, bank.in_features, dtype=torch.float64)
+    ours = bank.expert_matrices()
+    theirs = torch.stack([truth(bank, e) for e in range(E)])
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    parameters = list(bank.parameters())
+    for got, want in zip(
+        torch.autograd.grad((ours * probe).sum(), parameters),
+        torch.autograd.grad((theirs * probe).sum(), parameters),
+        strict=True,
+    ):
+        assert torch.allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [*SHARED, ["1"], ["0", "2"]])
+def test_shared_cores_have_their_own_shape(shared: str | list[str]) -> None:
+    bank = make("chain", shared)
+    names = {"center": ["1"], "ends": ["0", "2"], "none": [], "all": ["0", "1", "2"]}
+    wanted = names[shared] if isinstance(shared, str) else shared
+    for name, shape in CHAIN.core_shapes.items():
+        expected = shape if name in wanted else (E, *shape)
+        assert getattr(bank, f"core_{name}").shape == expected
+    assert list(bank.shared_parameters()) == wanted
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_subset_is_an_index_and_keeps_everyone_in_the_graph(shared: str) -> None:
+    bank = make("chain", shared)
+    picked = bank.expert_matrices([2, 0, 2])
+    assert torch.allclose(picked, bank.expert_matrices()[[2, 0, 2]], atol=1e-14)
+    assert torch.equal(picked, bank.expert_matrices(torch.tensor([2, 0, 2])))
+    bank.expert_matrices([1]).sum().backward()
+    assert all(p.grad is not None for p in bank.parameters())
+
+
+def test_new_experts_differ_and_have_unit_gain() -> None:
+    topology = tn.topologies.mpo(out_dims=(8, 8), in_dims=(8, 8))
+    matrices = tm.SharedCoreExperts(topology, 8, shared=["0"]).expert_matrices().detach()
+    assert float(matrices.var() * 64) == pytest.approx(1, rel=0.3)
+    assert not torch.allclose(matrices[0], matrices[1])
+
+
+# --- bonds that differ ---------------------------------------------------------------------------
+
+SMALL = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(3, 2, 2), max_bond=2)
+
+
+@pytest.mark.parametrize("shared", ["center", "ends", "none"])
+def test_bonds_may_differ_and_nothing_is_padded_in_storage(shared: str) -> None:
+    bank = tm.SharedCoreExperts([CHAIN, SMALL], 2, shared=shared, dtype=torch.float64)
+    assert torch.allclose(bank.expert_matrices()[1], truth(bank, 1), atol=1e-12)
+    assert torch.allclose(bank.expert_matrices([1, 0])[1], truth(bank, 0), atol=1e-12)
+    own = [sum(p.numel() for n, p in bank.named_parameters() if n.endswith(f"_expert_{e}")) for e in (0, 1)]
+    shared_size = sum(p.numel() for p in bank.shared_parameters().values())
+    assert bank.num_params == shared_size + sum(own)
+    private = [n for n in CHAIN.core_names if n not in bank.shared]
+    expected = sum(torch.Size(SMALL.core_shapes[n]).numel() for n in private)
+    assert own[1] == expected < own[0]
+
+
+def test_a_smaller_expert_keeps_the_leading_singular_values() -> None:
+    full = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(3, 2, 2))
+    weight = torch.randn(12, 12, dtype=torch.float64)
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=2, topology=[full, SMALL])
+    matrices = bank.expert_matrices()
+    assert torch.allclose(matrices[0], weight, atol=1e-10)
+    error = float((matrices[1] - weight).norm().detach() / weight.norm())
+    alone = tn.MPO.from_matrix(weight, out_dims=(2, 3, 2), in_dims=(3, 2, 2), max_bond=2).error
+    assert error <= 1.2 * alone
+
+
+def test_topologies_that_differ_in_more_than_bonds_are_refused() -> None:
+    other = tn.topologies.mpo(out_dims=(3, 2, 2), in_dims=(3, 2, 2), max_bond=4)
+    with pytest.raises(TopologyError, match="experts 0 and 1 differ in more than their bonds"):
+        tm.SharedCoreExperts([CHAIN, other], 2)
+    with pytest.raises(ValueError, match="Got 2 topologies for num_experts=3"):
+        tm.SharedCoreExperts([CHAIN, SMALL], 3)
+
+
+# --- upcycling -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_upcycled_experts_are_the_dense_matrix(shared: str) -> None:
+    weight = torch.randn(12, 10)
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=E, shared=shared, sites=3)
+    assert torch.allclose(bank.expert_matrices(), weight.expand(E, 12, 10), atol=1e-5)
+    assert bank.error is not None
+    assert bank.error < 1e-6
+
+
+def test_truncated_upcycling_reports_its_error() -> None:
+    weight = torch.randn(12, 12)
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=2, topology="mpo", sites=2, max_bond=5)
+    assert bank.error is not None
+    true = float((bank.expert_matrices()[0].detach() - weight).norm() / weight.norm())
+    assert 0 < true <= bank.error * (1 + 1e-5)
+    assert max(bank.topology.bond_dims.values()) == 5
+
+
+def test_noise_is_relative_private_and_reproducible() -> None:
+    weight = 100 * torch.randn(16, 16)
+    kwargs = {"num_experts": E, "topology": "mpo", "sites": 3}
+    plain = tm.SharedCoreExperts.from_dense(weight, **kwargs)
+    noisy = tm.SharedCoreExperts.from_dense(weight, **kwargs, noise=0.1, seed=5)
+    assert torch.equal(plain.core_1, noisy.core_1)  # the center
+    difference = (noisy.core_0 - plain.core_0).detach()
+    assert float(difference.std() / plain.core_0.detach().square().mean().sqrt()) == pytest.approx(
+        0.1, rel=0.3
+    )
+    assert not torch.equal(noisy.core_0[0], noisy.core_0[1])
+    again = tm.SharedCoreExperts.from_dense(weight, **kwargs, noise=0.1, seed=5)
+    assert torch.equal(noisy.core_0, again.core_0)
+    with pytest.raises(ValueError, match="noise must be at least 0"):
+        tm.SharedCoreExperts.from_dense(weight, num_experts=2, noise=-0.1)
+
+
+def test_half_precision_weights_give_half_precision_cores() -> None:
+    weight = torch.randn(12, 12, dtype=torch.bfloat16)
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=2)
+    assert {p.dtype for p in bank.parameters()} == {torch.bfloat16}
+    assert torch.allclose(bank.expert_matrices()[0], weight, atol=0.1)
+
+
+def test_a_weight_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(TopologyError, match=r"shape \(10, 12\)"):
+        tm.SharedCoreExperts.from_dense(torch.randn(10, 12), num_experts=2, topology=CHAIN)
+    weight = torch.randn(12, 12)
+    weight[3, 4] = torch.nan
+    with pytest.raises(NonFiniteError, match="1 NaN or infinite"):
+        tm.SharedCoreExperts.from_dense(weight, num_experts=2)
+    with pytest.raises(TopologyError, match="drop max_bond"):
+        tm.SharedCoreExperts.from_dense(torch.randn(12, 12), num_experts=2, topology=CHAIN, max_bond=3)
+
+
+def test_unknown_shared_cores_are_refused() -> None:
+    with pytest.raises(TopologyError, match="is not one of center, ends, none, all"):
+        make("chain", "middle")
+    with pytest.raises(TopologyError, match=r"No core is named \['7'\]"):
+        make("chain", ["7"])
+    with pytest.raises(ValueError, match="num_experts must be at least 1"):
+        tm.SharedCoreExperts(CHAIN, 0)
+    with pytest.raises(IndexError, match=r"in \[0, 3\)"):
+        make("chain").expert_matrices([3])
+
+
+# --- one center for several layers ---------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.center = tm.SharedCores(CHAIN)
+        self.layers = nn.ModuleList(tm.SharedCoreExperts(CHAIN, E, shared=self.center) for _ in range(2))
+
+
+def test_a_borrowed_center_is_owned_once() -> None:
+    model = Layers()
+    assert [n for n in model.state_dict() if n.endswith("core_1")] == ["center.core_1"]
+    assert sum("core_1" in n for n, _ in model.named_parameters()) == 1
+    first, second = model.layers
+    assert first.shared_parameters()["1"] is second.shared_parameters()["1"] is model.center.core_1
+    total = sum(p.numel() for p in model.parameters())
+    assert total == model.center.core_1.numel() + first.num_params + second.num_params
+    (first.expert_matrices().sum() + second.expert_matrices().sum()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_copies_and_moves_keep_the_center_shared() -> None:
+    model = Layers()
+    twin = copy.deepcopy(model).to(torch.float64)
+    assert twin.layers[0].shared_parameters()["1"] is twin.center.core_1
+    assert twin.center.core_1 is not model.center.core_1
+    before = twin.layers[1].expert_matrices()
+    with torch.no_grad():
+        twin.center.core_1.mul_(2)
+    assert torch.allclose(twin.layers[1].expert_matrices(), 2 * before)
+    other = Layers()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.layers[0].expert_matrices(), model.layers[0].expert_matrices())
+
+
+def test_a_center_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ShapeError, match="borrowed core '1' has shape"):
+        tm.SharedCoreExperts(SMALL, E, shared=tm.SharedCores(CHAIN))
+    with pytest.raises(TopologyError, match="chooses no core"):
+        tm.SharedCores(CHAIN, "none")
+
+
+# --- kept matrices -------------------------------------------------------------------------------
+
+
+def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
+    bank = make("chain").eval()
+    with torch.no_grad():
+        kept = bank.expert_matrices()
+        assert bank.expert_matrices() is kept
+        assert bank.matrix_list([1])[0].data_ptr() == kept[1].data_ptr()
+        bank.core_0.mul_(2)
+        assert torch.allclose(bank.expert_matrices(), 2 * kept)
+        bank.core_1.data = bank.core_1.data * 2
+        assert torch.allclose(bank.expert_matrices(), 4 * kept)
+        assert bank.train().expert_matrices() is not bank.expert_matrices()
+        assert bank.to(torch.float32).eval().expert_matrices().dtype == torch.float32
+    assert bank.expert_matrices().requires_grad  # gradients in eval are not lost
+    assert copy.deepcopy(bank)._cache._value is None
+
+
+def test_kept_matrices_know_autocast_and_their_limit() -> None:
+    bank = tm.SharedCoreExperts(CHAIN, E).eval()
+    with torch.no_grad():
+        plain = bank.expert_matrices()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert bank.expert_matrices().dtype == torch.bfloat16
+        assert torch.equal(bank.expert_matrices(), plain)
+    exact = E * 12 * 12 * 4
+    for limit, keeps in ((exact, True), (exact - 1, False), (0, False), (DEFAULT_CACHE_BYTES, True)):
+        bank = tm.SharedCoreExperts(CHAIN, E, cache_bytes=limit).eval()
+        with torch.no_grad():
+            assert bank.keeps_matrices() is keeps
+            assert (bank.expert_matrices() is bank.expert_matrices()) is keeps
+
+
+def test_a_borrowed_center_that_changes_drops_kept_matrices() -> None:
+    model = Layers().eval()
+    with torch.no_grad():
+        kept = model.layers[0].expert_matrices()
+        model.center.core_1.mul_(2)
+        assert torch.allclose(model.layers[0].expert_matrices(), 2 * kept)
+
+
+# --- storage -------------------------------------------------------------------------------------
+
+
+def test_another_number_of_experts_is_one_clear_error() -> None:
+    state = make("chain", num_experts=4).state_dict()
+    with pytest.raises(ShapeError, match="holds 4 experts, this module has 3.*num_experts=4"):
+        make("chain").load_state_dict(state)
+
+
+@pytest.mark.parametrize("topologies", [CHAIN, RING, [CHAIN, SMALL, CHAIN]])
+def test_a_description_makes_an_empty_twin(topologies: tn.Topology | list[tn.Topology]) -> None:
+    bank = tm.SharedCoreExperts(topologies, E, shared="ends")
+    twin = build_module(bank.spec(), device="meta")
+    assert {p.device.type for p in twin.parameters()} == {"meta"}
+    twin.to_empty(device="cpu").load_state_dict(bank.state_dict())
+    assert torch.equal(twin.expert_matrices(), bank.expert_matrices())
+
+
+def test_a_borrowing_bank_cannot_be_built_alone() -> None:
+    with pytest.raises(FormatError, match="borrow cores that another layer owns"):
+        build_module(Layers().layers[0].spec())

@@ -1,0 +1,129 @@
+"""Joint decomposition: given, different experts become one shared center and private cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tensornet as tn
+import tensornet_moe as tm
+from tensornet.errors import NonFiniteError, ShapeError
+from tensornet_moe.joint import least_squares
+from tensornet_moe.stack import build_matrices, plan_stack
+
+DIMS = {"out_dims": (2, 3, 2), "in_dims": (3, 2, 2)}
+CHAIN = tn.topologies.mpo(**DIMS, max_bond=4)
+
+
+def relative(bank: tm.SharedCoreExperts, weights: Tensor) -> float:
+    return float((bank.expert_matrices().detach() - weights).norm() / weights.norm())
+
+
+def best_alone(weights: Tensor, parameters: int) -> float:
+    """Error of the better of MPO and plain SVD for each expert with an equal share of the parameters."""
+    experts, rows, columns = weights.shape
+    ratio = parameters / (experts * rows * columns)
+    mpo = [tn.MPO.from_matrix(w, **DIMS, param_ratio=ratio).to_matrix() for w in weights]
+    rank = max(1, parameters // experts // (rows + columns))
+    svd = []
+    for w in weights:
+        f = tn.truncated_svd(w, max_rank=rank)
+        svd.append((f.U * f.S) @ f.Vh)
+    errors = [float((torch.stack(fit) - weights).norm() / weights.norm()) for fit in (mpo, svd)]
+    return min(errors)
+
+
+def related(experts: int, spread: float) -> Tensor:
+    """Experts that grew apart from one matrix."""
+    base = torch.randn(12, 12, dtype=torch.float64)
+    return base + spread * torch.randn(experts, 12, 12, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shared", [("1",), (), ("0", "2"), ("0", "1", "2")])
+@pytest.mark.parametrize("name", ["0", "1", "2"])
+def test_a_step_solves_the_least_squares_problem(name: str, shared: tuple[str, ...]) -> None:
+    """Against the normal equations of the explicit design matrix."""
+    plan, target = plan_stack(CHAIN, shared, 3), related(3, 0.5)
+    bank = tm.SharedCoreExperts(CHAIN, 3, shared=shared, dtype=torch.float64)
+    cores = {n: getattr(bank, f"core_{n}").detach() for n in CHAIN.core_names}
+    size = cores[name].numel()
+    design = torch.stack(
+        [
+            build_matrices(plan, {**cores, name: unit.reshape(cores[name].shape)}, 3).reshape(-1)
+            for unit in torch.eye(size, dtype=torch.float64)
+        ],
+        dim=1,
+    )
+    exact = torch.linalg.lstsq(design, target.reshape(-1), driver="gelsd").solution
+    wanted = float((design @ exact - target.reshape(-1)).norm())
+    solved = least_squares(plan, cores, name, target, steps=400)
+    got = float((build_matrices(plan, {**cores, name: solved}, 3) - target).norm())
+    assert got == pytest.approx(wanted, rel=1e-3)
+
+
+def test_equal_experts_are_found_exactly() -> None:
+    weights = related(1, 0.0).expand(4, 12, 12)
+    bank = tm.SharedCoreExperts.from_experts(weights, topology=tn.topologies.mpo(**DIMS))
+    assert relative(bank, weights) < 1e-10
+    assert bank.fit is not None
+    assert not bank.fit.fell_back
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+@pytest.mark.parametrize("spread", [0.1, 0.5, 5.0])
+def test_never_worse_than_each_expert_alone(experts: int, spread: float) -> None:
+    weights = related(experts, spread)
+    for shared in ("center", "ends", "all", "none"):
+        bank = tm.SharedCoreExperts.from_experts(weights, topology=CHAIN, shared=shared)
+        budget = tm.SharedCoreExperts(CHAIN, experts, shared=shared, device="meta").num_params
+        assert bank.fit is not None
+        assert bank.num_params <= budget
+        assert relative(bank, weights) == pytest.approx(bank.error, rel=1e-6)
+        assert bank.error <= best_alone(weights, budget) * (1 + 1e-9)
+
+
+def test_falling_back_is_said_and_kept() -> None:
+    """Nothing is left private, and the experts have nothing in common: sharing all is the mean."""
+    weights = torch.randn(2, 12, 12)
+    weights[1] = -weights[0]
+    bank = tm.SharedCoreExperts.from_experts(weights, topology=CHAIN, shared="all")
+    assert bank.fit is not None
+    assert bank.fit.fell_back
+    assert bank.shared == ()
+    assert bank.error == bank.fit.alone_error
+    assert relative(bank, weights) == pytest.approx(bank.fit.error, rel=1e-5)
+
+
+def test_sharing_pays_for_related_experts() -> None:
+    weights = related(6, 0.2)
+    bank = tm.SharedCoreExperts.from_experts(weights, topology=CHAIN)
+    assert bank.fit is not None
+    assert bank.fit.alone_error is not None
+    assert bank.error < 0.9 * bank.fit.alone_error
+
+
+def test_topologies_without_a_family_start_at_random() -> None:
+    chain = tn.Topology.from_dict({**CHAIN.to_dict(), "family": "hand_made"})
+    weights = related(3, 0.1)
+    bank = tm.SharedCoreExperts.from_experts(weights, topology=chain)
+    assert relative(bank, weights) == pytest.approx(bank.error)
+    assert bank.error < 0.9
+
+
+def test_names_of_families_are_taken() -> None:
+    weights = related(2, 0.1).to(torch.float32)
+    bank = tm.SharedCoreExperts.from_experts(weights, topology="mpo", sites=2, max_bond=6)
+    assert bank.num_experts == 2
+    assert {p.dtype for p in bank.parameters()} == {torch.float32}
+
+
+def test_bad_stacks_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"\(num_experts, out, in\), got \(12, 12\)"):
+        tm.SharedCoreExperts.from_experts(torch.randn(12, 12))
+    with pytest.raises(ShapeError, match=r"\(num_experts, 12, 12\)"):
+        tm.SharedCoreExperts.from_experts(torch.randn(2, 12, 10), topology=CHAIN)
+    weights = related(2, 0.1)
+    weights[1, 3, 3] = torch.inf
+    with pytest.raises(NonFiniteError, match="stack of expert matrices holds 1"):
+        tm.SharedCoreExperts.from_experts(weights, topology=CHAIN)

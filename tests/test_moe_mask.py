@@ -1,0 +1,309 @@
+"""GradientMask: bit-identity of masked cores, draws, schedules, resuming, bad input."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tensornet as tn
+import tensornet_moe as tm
+from tensornet.errors import FormatError, TargetError
+
+TOPOLOGY = tn.topologies.mpo(out_dims=(2, 2, 2), in_dims=(2, 2, 2), max_bond=3)
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "sgd_foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True),
+    "sgd_fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+}
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(tm.SharedCoreExperts(TOPOLOGY, 2) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(x @ layer.expert_matrices().sum(0))
+        return x
+
+    @property
+    def centers(self) -> list[nn.Parameter]:
+        return [layer.core_1 for layer in self.layers]  # type: ignore[misc]
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    model(x).square().sum().backward()
+
+
+def train(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> list[list[bool]]:
+    """Step, and say which centers each step left bit-identical."""
+    left = []
+    for step in steps:
+        optimizer.zero_grad()
+        backward(model, step)
+        before = [c.detach().clone() for c in model.centers]
+        optimizer.step()
+        left.append([torch.equal(a, b) for a, b in zip(before, model.centers, strict=True)])
+    return left
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_masked_core_is_bit_identical_and_the_rest_moves(name: str) -> None:
+    model = Model()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, range(3))  # momentum there is, which a zero gradient would not stop
+    mask = tm.GradientMask(model, p=0.5, seed=3).attach(optimizer)
+    twin = torch.Generator().manual_seed(3)
+    left = train(model, optimizer, range(3, 15))
+    wanted = [(torch.rand(3, generator=twin, dtype=torch.float64) < 0.5).tolist() for _ in range(12)]
+    assert left == wanted
+    assert {value for row in left for value in row} == {True, False}
+    assert mask.steps == 12
+    private = [p.detach().clone() for p in model.parameters() if p.ndim == 5]
+    train(model, optimizer, range(1))
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(private, (p for p in model.parameters() if p.ndim == 5), strict=True)
+    ]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_both_ends_are_exact(name: str, p: float) -> None:
+    masked, other = Model(), Model()
+    other.load_state_dict(masked.state_dict())
+    if p == 1.0:
+        for center in other.centers:
+            center.requires_grad_(False)
+    first = OPTIMIZERS[name](masked.parameters())
+    second = OPTIMIZERS[name]([x for x in other.parameters() if x.requires_grad])
+    tm.GradientMask(masked, p=p).attach(first)
+    train(masked, first, range(6))
+    train(other, second, range(6))
+    assert all(torch.equal(a, b) for a, b in zip(masked.parameters(), other.parameters(), strict=True))
+
+
+def test_apply_and_attach_do_the_same() -> None:
+    one, two = Model(), Model()
+    two.load_state_dict(one.state_dict())
+    first, second = (OPTIMIZERS["adamw"](m.parameters()) for m in (one, two))
+    mask = tm.GradientMask(one, p=0.5)
+    tm.GradientMask(two, p=0.5).attach(second)
+    for step in range(8):
+        first.zero_grad()
+        backward(one, step)
+        mask.apply()
+        first.step()
+    train(two, second, range(8))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_the_rate_is_p() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    mask = tm.GradientMask([parameter], p=0.3)
+    assert sum(mask.apply() for _ in range(3000)) / 3000 == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_draw_is_apart_from_the_models_randomness_and_the_same_everywhere() -> None:
+    left = []
+    for rank in range(2):
+        model = Model()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        tm.GradientMask(model, p=0.5, seed=9).attach(optimizer)
+        torch.manual_seed(rank)
+        left.append(train(model, optimizer, range(10)))
+        assert float(torch.rand(1)) == float(torch.rand(1, generator=torch.Generator().manual_seed(rank)))
+    assert left[0] == left[1]
+
+
+def test_one_draw_for_many_micro_batches() -> None:
+    model = Model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    mask = tm.GradientMask(model, p=0.5).attach(optimizer)
+    for micro in range(4):
+        backward(model, micro)
+    assert mask.steps == 0
+    optimizer.step()
+    assert mask.steps == 1
+
+
+def test_grad_scaler_draws_only_for_steps_that_happen() -> None:
+    model = Model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    mask = tm.GradientMask(model, p=1.0).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [c.detach().clone() for c in model.centers]
+    for broken in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 8)).square().sum()).backward()
+        if broken:
+            model.layers[0].core_0.grad.fill_(torch.inf)  # type: ignore[union-attr]
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert mask.steps == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, model.centers, strict=True))
+
+
+def test_a_compiled_model_is_masked_too() -> None:
+    model = Model()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    tm.GradientMask(compiled, p=0.5, seed=3).attach(optimizer)
+    left = []
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(compiled, step)
+        before = [c.detach().clone() for c in model.centers]
+        optimizer.step()
+        left.append([torch.equal(a, b) for a, b in zip(before, model.centers, strict=True)])
+    twin = torch.Generator().manual_seed(3)
+    assert left == [(torch.rand(3, generator=twin, dtype=torch.float64) < 0.5).tolist() for _ in range(4)]
+
+
+@pytest.mark.parametrize("granularity", ["core", "element"])
+def test_a_resumed_run_repeats_the_uninterrupted_one(granularity: tm.mask.Granularity) -> None:
+    options = {"p": 0.5, "granularity": granularity, "schedule": tm.linear_fade(30)}
+    model = Model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    mask = tm.GradientMask(model, **options).attach(optimizer)
+    train(model, optimizer, range(5))
+    buffer = io.BytesIO()
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "mask": mask.state_dict()}, buffer
+    )
+    train(model, optimizer, range(5, 12))
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    resumed = Model()
+    resumed.load_state_dict(state["model"])
+    second = OPTIMIZERS["adamw"](resumed.parameters())
+    second.load_state_dict(state["optimizer"])
+    tm.GradientMask(resumed, **options, seed=77).attach(second).load_state_dict(state["mask"])
+    train(resumed, second, range(5, 12))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_elements_are_masked_one_by_one() -> None:
+    parameter = nn.Parameter(torch.zeros(40, 50))
+    for p in (0.0, 0.3, 1.0):
+        mask = tm.GradientMask([parameter], p=p, granularity="element")
+        parameter.grad = torch.ones_like(parameter)
+        assert mask.apply() == 0
+        assert float((parameter.grad == 0).float().mean()) == pytest.approx(p, abs=0.04)
+        parameter.grad = None
+        mask.apply()
+        mask.detach()
+
+
+def test_schedule_fades_and_is_clipped() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    mask = tm.GradientMask([parameter], p=0.8, schedule=tm.linear_fade(4))
+    seen = []
+    for _ in range(6):
+        seen.append(mask.current_p)
+        mask.apply()
+    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0])
+    with pytest.raises(ValueError, match="at least 1 step"):
+        tm.linear_fade(0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_compensation_scales_the_update_under_every_optimizer(name: str) -> None:
+    plain, scaled = Model(1), Model(1)
+    scaled.load_state_dict(plain.state_dict())
+    first, second = (OPTIMIZERS[name](m.parameters()) for m in (plain, scaled))
+    tm.GradientMask(scaled, p=0.5, compensate=True).attach(second)
+    before = plain.centers[0].detach().clone()
+    for model, optimizer in ((plain, first), (scaled, second)):
+        backward(model)
+        optimizer.step()
+    moved = scaled.centers[0] - before
+    if not bool(moved.any()):  # this draw masked it: the next that does not must be twice as far
+        pytest.fail("choose a seed whose first draw keeps the core")
+    assert torch.allclose(moved, 2 * (plain.centers[0] - before), rtol=1e-4, atol=1e-7)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_a_mask_attached_to_nothing_says_what_it_looked_for() -> None:
+    with pytest.raises(TargetError, match="Linear has no core that experts share: looked for expert banks"):
+        tm.GradientMask(nn.Linear(2, 2), p=0.5)
+    private = tm.SharedCoreExperts(TOPOLOGY, 2, shared="none")
+    with pytest.raises(TargetError, match="has no core that experts share"):
+        tm.GradientMask(private, p=0.5)
+    with pytest.raises(TargetError, match="over no parameters"):
+        tm.GradientMask([], p=0.5)
+    model = Model()
+    with pytest.raises(TargetError, match="does not hold 3 of the 3 masked cores"):
+        tm.GradientMask(model, p=0.5).attach(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+
+
+def test_two_masks_on_one_core_are_refused_until_one_is_gone() -> None:
+    model = Model()
+    mask = tm.GradientMask(model, p=0.5)
+    with pytest.raises(TargetError, match="1 of the 1 cores have a GradientMask already"):
+        tm.GradientMask([model.centers[1]], p=0.1)
+    with pytest.raises(TargetError, match="two masks on one"):
+        tm.GradientMask([model.centers[1], model.centers[1]], p=0.1)
+    mask.detach()
+    second = tm.GradientMask(model, p=0.5)
+    del second
+    gc.collect()
+    tm.GradientMask(model, p=0.5)
+
+
+def test_a_masked_model_can_be_copied_and_saved_whole() -> None:
+    model = Model()
+    mask = tm.GradientMask(model, p=0.5)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        tm.GradientMask(twin, p=0.5)
+    assert mask.parameters == model.centers
+
+
+def test_bad_options_are_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    for p in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]"):
+            tm.GradientMask([parameter], p=p)
+    with pytest.raises(ValueError, match="choose one of core, element"):
+        tm.GradientMask([parameter], p=0.5, granularity="row")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='needs granularity="core"'):
+        tm.GradientMask([parameter], p=0.5, granularity="element", compensate=True)
+    mask = tm.GradientMask([parameter], p=0.5, compensate=True)
+    with pytest.raises(RuntimeError, match="has to see the update"):
+        mask.apply()
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    mask.attach(optimizer)
+    with pytest.raises(RuntimeError, match="draws by itself"):
+        mask.apply()
+    with pytest.raises(RuntimeError, match="attached to an optimizer already"):
+        mask.attach(optimizer)
+
+
+def test_a_state_of_another_mask_is_refused() -> None:
+    mask = tm.GradientMask(Model(3), p=0.5)
+    other = tm.GradientMask(Model(2), p=0.5)
+    with pytest.raises(FormatError, match="over 2 cores, this one has 3"):
+        mask.load_state_dict(other.state_dict())
+    with pytest.raises(FormatError, match="Not the state of a GradientMask"):
+        mask.load_state_dict({"steps": 3})
