@@ -183,15 +183,16 @@ def check_layers(
     for layer, spec in compression.layers.items():
         expected |= {f"{layer}.{name}": shape for name, shape in promised_shapes(layer, spec).items()}
     stored = {name: shape for name, shape in expected.items() if name not in compression.ties}
-    if lost := [
-        pair for pair in compression.ties.items() if pair[0] not in expected or pair[1] in compression.ties
-    ]:
-        raise FormatError(f"{where}: ties in quantization_config that lead nowhere: {dict(lost)}.")
-    if not stored:
-        return
     in_file = _renaming(list(stored), tensors)
     for name, shape in stored.items():
         _check_tensor(tensors.get(in_file(name)), name, shape, compression.stored_dtype(name), where)
+    for name, owner in compression.ties.items():
+        there = tensors.get(in_file(owner))
+        if there is None or owner in compression.ties or there.shape != expected.get(name):
+            raise FormatError(
+                f"{where}: quantization_config ties {name} to {owner}, which is not a stored tensor of that "
+                "shape."
+            )
     known = {in_file(name) for name in stored}
     layers = {in_file(layer) for layer in compression.layers}
     if surplus := sorted(k for k in tensors.keys() - known if is_inside(k, layers) or _names_a_core(k)):
@@ -222,7 +223,7 @@ def _renaming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Callable
 
     They differ by a prefix if one was written for a part of the model and the other for the whole.
     """
-    if any(name in tensors for name in names):
+    if not names or any(name in tensors for name in names):
         return str
     longer = next((key for key in tensors if key.endswith("." + names[0])), None)
     if longer is not None:

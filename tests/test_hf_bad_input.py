@@ -1,0 +1,369 @@
+"""Damaged, contradictory and hostile model folders: one clear error each, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import ARCHITECTURES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import FormatError, NonFiniteError
+
+CORE = "transformer.h.0.mlp.c_fc.core_1"
+LAYER = "transformer.h.0.mlp.c_fc"
+
+load_either_way = pytest.mark.parametrize(
+    "load", [th.load, AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"]
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    ARCHITECTURES["gpt2"].compressed.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def spec(config: dict[str, Any]) -> dict[str, Any]:
+    return config["quantization_config"]["layers"][LAYER]
+
+
+# --- not a model ---------------------------------------------------------------------------------
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="not a model folder: it does not exist"):
+        th.load(tmp_path / "nowhere")
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(FormatError, match="not a model folder: it is a file"):
+        th.load(tmp_path / "x")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"has no config\.json"):
+        th.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nobody-has-this/model", "not a hub id!", "gpt2-nowhere"])
+def test_neither_folder_nor_hub_id(name: str) -> None:
+    with pytest.raises(FormatError, match="not a folder here, and as a hub id"):
+        th.load(name)
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"holds no weights.*model\.safetensors"):
+        th.load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": ' * 100_000, "\xff"])
+def test_config_that_is_not_json(folder: Path, content: str) -> None:
+    (folder / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(FormatError, match=r"config\.json"):
+        th.load(folder)
+
+
+@pytest.mark.parametrize("names", [None, [], ["NoSuchModel"], ["GPT2Config"], [7]])
+def test_a_class_that_transformers_does_not_have(folder: Path, names: object) -> None:
+    edit_config(folder, lambda config: config.update(architectures=names))
+    with pytest.raises(FormatError, match="architectures"):
+        th.load(folder)
+
+
+# --- damaged files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1, -1000])
+@load_either_way
+def test_truncated_weights(folder: Path, load: Callable[[Path], object], keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(FormatError, match=r"model\.safetensors is truncated or damaged"):
+        load(folder)
+
+
+@load_either_way
+def test_corrupted_header(folder: Path, load: Callable[[Path], object]) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[20:40] = b"\x00" * 20
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="truncated or damaged"):
+        load(folder)
+
+
+def test_header_that_claims_to_be_huge(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(FormatError, match="truncated or damaged"):
+        th.load(folder)
+
+
+def test_cores_that_are_not_finite(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors[CORE].view(-1)[3:4].fill_(float("nan")))
+    with pytest.raises(NonFiniteError, match=rf"{re.escape(CORE)} contains NaN"):
+        th.load(folder)
+
+
+def test_a_shard_is_missing(tmp_path: Path) -> None:
+    ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FormatError, match=rf"lacks {shard.name}"):
+        th.load(tmp_path)
+
+
+def test_an_index_that_leads_out_of_the_folder(tmp_path: Path) -> None:
+    ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(iter(content["weight_map"]))
+    shutil.copy(tmp_path / "model" / content["weight_map"][name], tmp_path / "outside.safetensors")
+    content["weight_map"][name] = "../outside.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"lacks outside\.safetensors"):
+        th.load(tmp_path / "model")
+
+
+# --- configuration and weights that do not belong together ---------------------------------------
+
+
+@load_either_way
+def test_missing_core(folder: Path, load: Callable[[Path], object]) -> None:
+    edit_weights(folder, lambda tensors: tensors.pop(CORE))
+    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is missing"):
+        load(folder)
+
+
+@load_either_way
+def test_missing_bias_of_a_compressed_layer(folder: Path, load: Callable[[Path], object]) -> None:
+    edit_weights(folder, lambda tensors: tensors.pop(f"{LAYER}.bias"))
+    with pytest.raises(FormatError, match=rf"{re.escape(LAYER)}\.bias is missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [f"{LAYER}.core_7", f"{LAYER}.weight", "transformer.h.0.ln_1.core_0"])
+@load_either_way
+def test_surplus_core(folder: Path, load: Callable[[Path], object], name: str) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
+    with pytest.raises(FormatError, match=rf"{re.escape(name)} stored, but not described"):
+        load(folder)
+
+
+def test_tie_to_a_core_of_another_shape(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.pop(CORE))
+    edit_config(folder, lambda c: c["quantization_config"]["ties"].update({CORE: f"{LAYER}.core_0"}))
+    with pytest.raises(FormatError, match=rf"ties {re.escape(CORE)} to .*core_0, which is not a stored"):
+        th.load(folder)
+
+
+def test_surplus_weight_elsewhere(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({"transformer.extra": torch.zeros(2)}))
+    with pytest.raises(FormatError, match=r"does not have: transformer\.extra"):
+        th.load(folder)
+
+
+def test_missing_weight_elsewhere(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.pop("transformer.ln_f.weight"))
+    with pytest.raises(FormatError, match=r"lacks weights: transformer\.ln_f\.weight"):
+        th.load(folder)
+
+
+@load_either_way
+def test_wrong_shape_of_a_core(folder: Path, load: Callable[[Path], object]) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({CORE: tensors[CORE][..., :-1].contiguous()}))
+    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is stored with shape .* description says"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float64])
+@load_either_way
+def test_wrong_dtype_of_a_core(folder: Path, load: Callable[[Path], object], dtype: torch.dtype) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({CORE: tensors[CORE].to(dtype)}))
+    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is stored as {str(dtype)[6:]}.*float32"):
+        load(folder)
+
+
+def test_config_without_its_cores(folder: Path) -> None:
+    ARCHITECTURES["gpt2"].dense.save_pretrained(folder / "dense")
+    shutil.copy(folder / "dense" / "model.safetensors", folder)
+    with pytest.raises(FormatError, match=r"core_\w+ is missing.*another save"):
+        th.load(folder)
+
+
+def test_cores_without_their_config(folder: Path) -> None:
+    edit_config(folder, lambda config: config.pop("quantization_config"))
+    with pytest.raises(FormatError, match=r"stores cores .* but its config\.json has no quantization_config"):
+        th.load(folder)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+@load_either_way
+def test_unknown_version(folder: Path, load: Callable[[Path], object], version: object) -> None:
+    edit_config(folder, lambda config: config["quantization_config"].update(format_version=version))
+    with pytest.raises(FormatError, match=rf"format version {re.escape(repr(version))}.*reads version 1"):
+        load(folder)
+
+
+def test_another_quantization_method(folder: Path) -> None:
+    edit_config(folder, lambda config: config["quantization_config"].update(quant_method="gptq"))
+    with pytest.raises(FormatError, match="quantized by 'gptq'"):
+        th.load(folder)
+
+
+# --- hostile descriptions ------------------------------------------------------------------------
+
+
+def _size(size: object) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        sizes = spec(config)["topology"]["sizes"]
+        sizes[list(sizes)[1]] = size
+
+    return change
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "negative size": _size(-3),
+    "zero size": _size(0),
+    "huge size": _size(10**12),
+    "absurd size": _size(10**400),
+    "fraction": _size(2.5),
+    "text": _size("7"),
+    "no topology": lambda config: spec(config).pop("topology"),
+    "topology is a list": lambda config: spec(config).update(topology=[1]),
+    "no cores": lambda config: spec(config)["topology"].update(cores={}),
+    "huge features": lambda config: spec(config)["topology"].update(shape=[10**15, 24]),
+    "unknown type": lambda config: spec(config).update(type="os.system"),
+    "unknown source": lambda config: spec(config).update(source="nonsense"),
+    "no such module": lambda config: config["quantization_config"]["layers"].update(nowhere=spec(config)),
+    "a module of another kind": lambda config: config["quantization_config"]["layers"].update(
+        {"transformer.h.0.ln_1": spec(config)}
+    ),
+    "layers is a list": lambda config: config["quantization_config"].update(layers=[1, 2]),
+    "a layer is a number": lambda config: config["quantization_config"]["layers"].update({LAYER: 7}),
+    "ties is a list": lambda config: config["quantization_config"].update(ties=["a"]),
+    "ties to nowhere": lambda config: config["quantization_config"]["ties"].update(a="b"),
+    "ties to itself": lambda config: config["quantization_config"]["ties"].update({CORE: CORE}),
+    "tied to another shape": lambda config: config["quantization_config"]["ties"].update(
+        {CORE: f"{LAYER}.core_0"}
+    ),
+    "an option of no meaning": lambda config: config["quantization_config"].update(compression={"a": 1}),
+    "an entry of no meaning": lambda config: config["quantization_config"].update(surprise=1),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+@load_either_way
+def test_hostile_descriptions(
+    folder: Path, load: Callable[[Path], object], change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit_config(folder, change)
+    with pytest.raises((FormatError, ValueError)) as raised:
+        load(folder)
+    assert len(str(raised.value)) < 1000
+    if load is th.load:
+        assert isinstance(raised.value, FormatError)
+
+
+# --- pickles -------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return Path.touch, (self.trace,)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_pickles_are_never_opened(folder: Path, tmp_path: Path, compressed: bool) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
+    if not compressed:
+        edit_config(folder, lambda config: config.pop("quantization_config"))
+    with pytest.raises(FormatError, match=r"pickles \(pytorch_model\.bin\).*Convert"):
+        th.load(folder)
+    options = {} if compressed else {"quantization_config": th.TensorNetworkConfig(max_bond=4)}
+    with pytest.raises(FormatError, match=r"pytorch_model\.bin: only safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert not (tmp_path / "trace").exists()
+
+
+# --- compressing while loading -------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[0, 0] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=th.TensorNetworkConfig(max_bond=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_bonds": 4}, "max_bonds.*known are.*max_bond"),
+        ({"param_ratio": -1.0}, "param_ratio"),
+        ({"topology": "moebius"}, "moebius"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        th.TensorNetworkConfig(**options)
+
+
+def test_state_dict_without_a_core(folder: Path) -> None:
+    """No file to check beforehand: what was not given is noticed afterwards."""
+    state = load_file(folder / "model.safetensors")
+    del state[CORE]
+    config = GPT2Config.from_pretrained(folder)
+    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} was not among the weights"):
+        GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=state)
+
+
+def test_nothing_to_compress_is_an_error() -> None:
+    with pytest.raises(tn.TargetError, match="matches no layer"):
+        tn.compress(
+            ARCHITECTURES["gpt2"].dense,
+            tn.CompressionConfig(target_modules="nope", max_bond=2),
+            progress=False,
+        )
