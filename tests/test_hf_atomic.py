@@ -1,0 +1,151 @@
+"""Folders are written completely or not at all, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hf_models import ARCHITECTURES, logits
+from safetensors import SafetensorError
+
+import tensornet_hf as th
+from tensornet.errors import DestinationError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_and_fail(target: Path, failure: Exception, *, force: bool = False) -> None:
+    with th.write_folder(target, force=force) as folder:
+        (folder / "half").write_text("half")
+        raise failure
+
+
+@pytest.fixture
+def old_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "old").write_text("old")
+    return folder
+
+
+def test_takes_its_place_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with th.write_folder(target) as folder:
+        (folder / "a").write_text("a")
+        assert not target.exists()
+        assert folder.parent == target.parent
+    assert contents(tmp_path) == {"deep/model/a": b"a"}
+    assert target.stat().st_mode & 0o777 == tmp_path.joinpath("deep").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_error_leaves_nothing_and_loses_nothing(tmp_path: Path, old_model: Path, force: bool) -> None:
+    target = old_model if force else tmp_path / "new"
+    before = contents(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(target, ZeroDivisionError(), force=force)
+    assert contents(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_existing_destination_is_refused_unless_forced(old_model: Path) -> None:
+    for refuse in (th.check_free, lambda path: th.write_folder(path).__enter__()):
+        with pytest.raises(DestinationError, match=r"exists already.*force"):
+            refuse(old_model)
+    assert contents(old_model).keys() == {"config.json", "old"}
+    with th.write_folder(old_model, force=True) as folder:
+        (folder / "a").write_text("a")
+    assert contents(old_model.parent) == {"model/a": b"a"}
+
+
+def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DestinationError, match="no model folder"):
+        th.check_free(tmp_path / "home", force=True)
+    with pytest.raises(DestinationError, match="is a file"):
+        th.check_free(tmp_path / "file", force=True)
+    (tmp_path / "empty").mkdir()
+    th.check_free(tmp_path / "empty", force=True)
+
+
+def test_the_source_is_never_replaced(old_model: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(old_model)
+    for target in (old_model, link, tmp_path):
+        with pytest.raises(DestinationError, match="is or holds the source"):
+            th.check_free(target, force=True, sources=(old_model,))
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")],
+    ids=["OSError", "SafetensorError"],
+)
+def test_full_disk(tmp_path: Path, failure: Exception) -> None:
+    with pytest.raises(DestinationError, match=r"Writing .*model failed: .*No space left.*Nothing was left"):
+        write_and_fail(tmp_path / "model", failure)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_while_a_model_is_saved(tmp_path: Path) -> None:
+    """A limit on the size of files makes the write of the weights fail for real."""
+    ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path / "source")
+    before = contents(tmp_path)
+    code = f"""
+import resource, tensornet as tn, tensornet_hf as th
+model = th.load({str(tmp_path / "source")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    th.save_model(model, {str(tmp_path / "small")!r}, source={str(tmp_path / "source")!r})
+except tn.DestinationError as error:
+    raise SystemExit(0 if "failed" in str(error) else f"unclear: {{error}}")
+raise SystemExit("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DestinationError, match="Cannot write"), th.write_folder(tmp_path / "file" / "model"):
+        pass
+
+
+def test_save_model_copies_what_belongs_to_the_model(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    source = tmp_path / "source"
+    architecture.dense.save_pretrained(source)
+    for name in ("tokenizer.json", "vocab.txt", "LICENSE", "chat_template.jinja"):
+        (source / name).write_text(name)
+    for name in ("pytorch_model.bin", "code.py", "model.safetensors.index.json", "README.md"):
+        (source / name).write_text("do not copy")
+    before = contents(source)
+    model = architecture.compressed
+    assert th.save_model(model, tmp_path / "small", source=source) == tmp_path / "small"
+    assert contents(source) == before
+    got = contents(tmp_path / "small")
+    assert got.keys() == {
+        "tokenizer.json",
+        "vocab.txt",
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert b"import tensornet_hf" in got["README.md"]
+    assert logits(th.load(tmp_path / "small"), architecture).equal(logits(model, architecture))
+    with pytest.raises(DestinationError, match="exists already"):
+        th.save_model(model, tmp_path / "small", source=source)
+    th.save_model(th.decompress(model), tmp_path / "small", source=source, force=True)
+    assert "README.md" not in contents(tmp_path / "small")  # an ordinary model again
