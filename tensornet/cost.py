@@ -1,23 +1,27 @@
 """How long a planned contraction takes on a machine.
 
-A matrix product takes the longer of its arithmetic, at a rate that falls for small sizes, and of reading and
-writing its operands. A permuting copy costs by the element and by the contiguous run. Each operation has
-a fixed overhead. Counting floating-point operations alone would be wrong by more than an order of magnitude
-for few tokens, where copies and overheads decide.
+Cores and weights come from memory once. A matrix product takes its arithmetic, at a rate that falls for small
+sizes; a permuting copy costs by the element and by the contiguous run; large results cost fresh pages; each
+operation has a fixed overhead. Counting floating-point operations alone would be wrong by more than an order
+of magnitude for few tokens, where memory, copies and overheads decide.
 """
+
+import math
 
 from tensornet.machine import Machine
 from tensornet.plans import ContractionPlan, Copy, Product
 
+#: Results below this size, in bytes, come from memory the process holds already.
+_LARGE = 2**20
+
 
 def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predicted time of one (batched) matrix product."""
+    """Predicted time of one (batched) matrix product whose operands are in a cache."""
     batch, rows, inner, columns = product.at(tokens)
-    efficiency = machine.efficiency(rows, inner, columns)
     peak = machine.half_peak if itemsize == 2 else machine.peak * 4 / itemsize
-    compute = batch * rows * inner * columns / (peak * efficiency)
-    traffic = itemsize * batch * (rows * inner + inner * columns + rows * columns) / machine.bandwidth
-    return machine.overhead + (batch - 1) * machine.batch_overhead + max(compute, traffic)
+    compute = batch * rows * inner * columns / (peak * machine.efficiency(rows, inner, columns))
+    overhead = machine.overhead + (batch - 1) * machine.batch_overhead
+    return overhead + compute + _fresh_seconds(batch * rows * columns * itemsize, machine)
 
 
 def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
@@ -26,18 +30,30 @@ def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -
     scale = max(itemsize, 2) / 4
     each = machine.copy_element * scale
     each += machine.copy_run / copy.run if copy.run > 1 else machine.copy_strided * scale
-    return machine.copy_overhead + elements * each
+    return machine.copy_overhead + elements * each + _fresh_seconds(elements * itemsize, machine)
 
 
 def plan_seconds(plan: ContractionPlan, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predicted time of a contraction for that many tokens."""
+    """Predicted time of a contraction for that many tokens, operands without tokens coming from memory."""
+    read = sum(math.prod(shape) for shape in plan.stored_shapes) * itemsize / machine.bandwidth
     products = sum(product_seconds(step.product, tokens, machine, itemsize) for step in plan.steps)
-    return products + sum(copy_seconds(copy, tokens, machine, itemsize) for copy in plan.copies)
+    return read + products + sum(copy_seconds(copy, tokens, machine, itemsize) for copy in plan.copies)
 
 
 def dense_seconds(
-    out_features: int, in_features: int, tokens: int, machine: Machine, itemsize: int = 4
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    machine: Machine,
+    itemsize: int = 4,
+    *,
+    from_memory: bool = True,
 ) -> float:
-    """Predicted time of `nn.Linear`."""
+    """Predicted time of `nn.Linear`; a weight that was just rebuilt does not come from memory."""
     product = Product(1, 1, in_features, out_features, "rows")
-    return product_seconds(product, tokens, machine, itemsize)
+    read = out_features * in_features * itemsize / machine.bandwidth if from_memory else 0.0
+    return read + product_seconds(product, tokens, machine, itemsize)
+
+
+def _fresh_seconds(size: int, machine: Machine) -> float:
+    return size * machine.fresh_byte if size >= _LARGE else 0.0

@@ -61,6 +61,7 @@ def lower_path(
     shapes, steps = _without_needless_reshapes([_shape(labels, size_of) for labels in squeezed], best.steps)
     return ContractionPlan(
         operand_shapes=tuple(shapes),
+        stored_shapes=tuple(_shape(labels, size_of) for labels in squeezed if TOKENS not in labels),
         steps=steps,
         output_permutation=None if result == kept else tuple(result.index(x) for x in kept),
         output_shape=_shape(output, size_of),

@@ -16,7 +16,9 @@ class Machine:
         name: for reports.
         peak: multiply-adds per second of a large matrix product.
         half_peak: the same in a 16-bit dtype.
-        bandwidth: bytes per second a matrix product reads and writes when it has little to compute.
+        bandwidth: bytes per second at which weights arrive from memory; in a model of many layers they are
+            never in a cache when they are needed.
+        fresh_byte: per byte of a large result, for pages the system hands out anew.
         overhead: per matrix product, the reshapes around it included.
         batch_overhead: per matrix of a batched product.
         copy_overhead: per permuting copy.
@@ -31,6 +33,7 @@ class Machine:
     peak: float
     half_peak: float
     bandwidth: float
+    fresh_byte: float
     overhead: float
     batch_overhead: float
     copy_overhead: float
@@ -54,7 +57,8 @@ CPU = Machine(
     name="cpu",
     peak=51e9,
     half_peak=51e9,
-    bandwidth=50e9,
+    bandwidth=12e9,
+    fresh_byte=0.13e-9,
     overhead=4e-6,
     batch_overhead=0.06e-6,
     copy_overhead=2e-6,
@@ -72,6 +76,7 @@ GPU = Machine(
     peak=8e12,
     half_peak=100e12,
     bandwidth=1.2e12,
+    fresh_byte=0.0,
     overhead=10e-6,
     batch_overhead=0.0,
     copy_overhead=8e-6,
@@ -118,7 +123,8 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
     """Measure the constants of a device with the current number of threads; takes about a second.
 
     Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. The sizes at which products reach half
-    of their peak are taken from the shipped machine: they belong to the kernels, not to the clock.
+    of their peak, and the price of fresh pages, are those of the shipped machine: they belong to the kernels
+    and the allocator, not to the clock.
 
     Args:
         device: where to measure.
@@ -143,7 +149,7 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         return torch.ones(shape, device=where, dtype=dtype)
 
     small, vector, large = ones(8, 8), ones(1, 4096), ones(1024, 1024)
-    tall, long = ones(4096, 1024), ones(64, 64, 256)
+    tall, long = ones(4096, 8192), ones(64, 64, 256)  # 128 MiB: no cache holds it
     half = ones(1024, 1024, dtype=torch.bfloat16)
     overhead = fastest(lambda: (small @ small.reshape(8, 8)).reshape(64), calls=50)
     copy_overhead = fastest(lambda: small.permute(1, 0).reshape(64), calls=50)

@@ -88,6 +88,7 @@ class ContractionPlan:
 
     Args:
         operand_shapes: shape of each operand with size-1 indices removed; None where its step does it.
+        stored_shapes: full shapes of the operands that carry no token index.
         steps: pairwise products in order.
         output_permutation: brings the last result into the requested order; None if it is in it.
         output_shape: shape of the output, size-1 indices restored.
@@ -96,6 +97,7 @@ class ContractionPlan:
     """
 
     operand_shapes: tuple[tuple[int, ...] | None, ...]
+    stored_shapes: tuple[tuple[int, ...], ...]
     steps: tuple[PairStep, ...]
     output_permutation: tuple[int, ...] | None
     output_shape: tuple[int, ...]
@@ -145,35 +147,34 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
         x if shape is None else x.reshape(shape)
         for x, shape in zip(operands, plan.operand_shapes, strict=True)
     ]
+    fused = bias if bias is not None and adds_bias(plan) else None
     last = len(plan.steps) - 1
-    fused = False
     for k, step in enumerate(plan.steps):
-        left, right = work[step.left], work[step.right]
-        if step.left_permutation is not None:
-            left = left.permute(step.left_permutation)
-        if step.left_shape is not None:
-            left = left.reshape(step.left_shape)
-        if step.right_permutation is not None:
-            right = right.permute(step.right_permutation)
-        if step.right_shape is not None:
-            right = right.reshape(step.right_shape)
-        if k == last and bias is not None and adds_bias(plan):
-            result = torch.addmm(bias, left, right)
-            fused = True
+        # An operand leaves the list before it is copied: nothing is kept longer than it is needed, and
+        # the allocator need not ask the system for fresh pages, which costs more than the copy.
+        first, second = max(step.left, step.right), min(step.left, step.right)
+        popped = work.pop(first), work.pop(second)
+        left, right = popped if step.left == first else popped[::-1]
+        del popped
+        left = _arrange(left, step.left_permutation, step.left_shape)
+        right = _arrange(right, step.right_permutation, step.right_shape)
+        if k == last and fused is not None:
+            result = torch.addmm(fused, left, right)
         else:
             result = torch.matmul(left, right)
-        if step.result_shape is not None:
-            result = result.reshape(step.result_shape)
-        work = [x for i, x in enumerate(work) if i != step.left and i != step.right]
-        work.append(result)
-    output = work[0]
-    if plan.output_permutation is not None:
-        output = output.permute(plan.output_permutation)
-    output = output.reshape(plan.output_shape)
-    if bias is None or fused:
+        del left, right
+        work.append(result if step.result_shape is None else result.reshape(step.result_shape))
+        del result
+    output = _arrange(work.pop(), plan.output_permutation, plan.output_shape)
+    if bias is None or fused is not None:
         return output
-    tail = plan.output_shape[1:]
-    return output + bias.reshape(tail).to(output.dtype)
+    return output + bias.reshape(plan.output_shape[1:]).to(output.dtype)
+
+
+def _arrange(x: Tensor, permutation: tuple[int, ...] | None, shape: tuple[int, ...] | None) -> Tensor:
+    if permutation is not None:
+        x = x.permute(permutation)
+    return x if shape is None else x.reshape(shape)
 
 
 def adds_bias(plan: ContractionPlan) -> bool:

@@ -66,8 +66,9 @@ def route_seconds(plan: OperatorPlan, route: int, tokens: int, machine: Machine,
     out_features, in_features = plan.topology.shape
     if route >= 0:
         return plan_seconds(plan.applies[route], tokens, machine, itemsize)
-    dense = dense_seconds(out_features, in_features, tokens, machine, itemsize)
-    return dense if route == CACHED else dense + plan_seconds(plan.matrix, 1, machine, itemsize)
+    cached = route == CACHED
+    dense = dense_seconds(out_features, in_features, tokens, machine, itemsize, from_memory=cached)
+    return dense if cached else dense + plan_seconds(plan.matrix, 1, machine, itemsize)
 
 
 @lru_cache(maxsize=4096)
