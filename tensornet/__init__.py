@@ -28,6 +28,7 @@ from tensornet.errors import (
     TensorNetError,
     TopologyError,
 )
+from tensornet.machine import Machine, measure_machine
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
 from tensornet.svd import TruncatedSVD, truncated_svd
@@ -48,6 +49,7 @@ __all__ = [
     "FormatError",
     "LayerPlan",
     "LayerReport",
+    "Machine",
     "MissingDependencyError",
     "NonFiniteError",
     "ShapeError",
@@ -60,6 +62,7 @@ __all__ = [
     "apply_plan",
     "compress",
     "decompress",
+    "measure_machine",
     "nn",
     "plan",
     "register_topology",

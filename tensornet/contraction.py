@@ -57,12 +57,11 @@ def find_path(
     """The pairwise order with the fewest multiply-adds that `optimize` finds."""
     if len(operands) == 1:
         return []
-    optimizer: Any = optimize
-    if optimize == "cotengra":
-        cotengra = import_optional("cotengra", extra="interop", user='optimize="cotengra"')
-        optimizer = cotengra.AutoOptimizer()
     squeezed = [tuple(x for x in labels if x == TOKENS or size_of[x] > 1) for labels in operands]
     kept = tuple(x for x in output if x == TOKENS or size_of[x] > 1)
+    if optimize == "cotengra":
+        cotengra = import_optional("cotengra", extra="interop", user='optimize="cotengra"')
+        return _pairs(cotengra.array_contract_path(squeezed, kept, dict(size_of)))
     symbol: dict[str, str] = {}
     for labels in (*squeezed, kept):
         for label in labels:
@@ -70,7 +69,11 @@ def find_path(
     terms = ["".join(symbol[x] for x in labels) for labels in squeezed]
     equation = ",".join(terms) + "->" + "".join(symbol[x] for x in kept)
     shapes = [tuple(size_of[x] for x in labels) for labels in squeezed]
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
+    return _pairs(path)
+
+
+def _pairs(path: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
     if any(len(step) != 2 for step in path):
         raise TopologyError(f"A contraction path must be pairwise, got {path}; use another `optimize`.")
     return [(min(step), max(step)) for step in path]

@@ -1,0 +1,392 @@
+"""Strategies give the same numbers, the kept matrix is never out of date, and choices follow the cost model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
+import opt_einsum
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.contraction import TOKENS, plan_contraction, run
+from tensornet.machine import CPU, GPU, default_machine, machine_with_threads, measure_machine
+from tensornet.network import contract_with_input
+from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, STRATEGIES, choose, route_seconds
+from tensornet.topologies import low_rank, mpo
+
+TOPOLOGIES = {
+    "mpo": mpo(out_dims=(2, 3, 4), in_dims=(4, 2, 2), max_bond=5),
+    "padded": mpo(out_dims=(3, 4), in_dims=(4, 3), max_bond=4, out_features=11, in_features=10),
+    "one site": mpo(out_dims=(6,), in_dims=(8,)),
+    "low rank": low_rank(out_features=12, in_features=8, rank=3),
+}
+
+
+def layer_for(name: str, **options: object) -> tn.nn.TensorNetworkLinear:
+    return tn.nn.TensorNetworkLinear(TOPOLOGIES[name], **options)  # type: ignore[arg-type]
+
+
+def small(**options: object) -> tn.nn.MPOLinear:
+    return tn.nn.MPOLinear(16, 24, topology=TOPOLOGIES["mpo"], **options)  # type: ignore[arg-type]
+
+
+# --- the contraction ----------------------------------------------------------------------------
+
+
+@st.composite
+def contractions(draw: st.DrawFn) -> tuple[list[tuple[str, ...]], tuple[str, ...], dict[str, int]]:
+    """Random networks: hyperedges, outer products, size-1 labels, tokens on one operand."""
+    labels = [f"l{k}" for k in range(draw(st.integers(2, 6)))]
+    sizes = {label: draw(st.integers(1, 3)) for label in labels}
+    groups = st.lists(st.sampled_from(labels), min_size=1, max_size=3, unique=True).map(tuple)
+    operands = draw(st.lists(groups, min_size=1, max_size=4))
+    operands[0] = (TOKENS, *operands[0])
+    used = [x for x in labels if any(x in labels_of for labels_of in operands)]
+    single = [x for x in used if sum(x in labels_of for labels_of in operands) == 1]
+    kept = draw(st.permutations(sorted(set(single) | set(draw(st.lists(st.sampled_from(used)))))))
+    return operands, (TOKENS, *kept), {TOKENS: 3} | {x: sizes[x] for x in used}
+
+
+@given(contractions(), st.integers(0, 2**31))
+def test_lowered_contraction_is_the_einsum(
+    case: tuple[list[tuple[str, ...]], tuple[str, ...], dict[str, int]], seed: int
+) -> None:
+    operands, output, sizes = case
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randn([sizes[x] for x in labels], generator=generator, dtype=torch.float64)
+        for labels in operands
+    ]
+    symbol = {label: opt_einsum.get_symbol(k) for k, label in enumerate(sizes)}
+    terms = ",".join("".join(symbol[x] for x in labels) for labels in operands)
+    expected = torch.einsum(terms + "->" + "".join(symbol[x] for x in output), *tensors)
+    torch.testing.assert_close(run(plan_contraction(operands, output, sizes), tensors), expected)
+
+
+def test_no_candidate_builds_the_matrix() -> None:
+    topology = mpo(out_dims=(8, 8, 8), in_dims=(8, 8, 8), max_bond=32)
+    for plan in tn.network.plan_operator(topology).applies:
+        assert any(0 in step for step in plan.path[:-1])
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_every_candidate_gives_the_dense_result(name: str) -> None:
+    layer = layer_for(name, dtype=torch.float64)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
+    expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
+    for candidate in range(len(layer.plan.applies)):
+        y = contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)
+        torch.testing.assert_close(y, expected)
+
+
+def test_cotengra_finds_a_path() -> None:
+    pytest.importorskip("cotengra")
+    topology = mpo(out_dims=(2, 2, 2, 2), in_dims=(2, 2, 2, 2), max_bond=4)
+    layer = tn.nn.TensorNetworkLinear(topology, optimize="cotengra", strategy="factorized")
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(layer(x), x @ layer.to_matrix().T, rtol=1e-4, atol=1e-5)
+
+
+# --- strategies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_strategies_agree_with_the_dense_layer(name: str, strategy: str, training: bool) -> None:
+    layer = layer_for(name, dtype=torch.float64, strategy=strategy)
+    nn.init.normal_(layer.bias)
+    layer.train(training)
+    for shape in ((), (1,), (7,), (2, 3), (0,)):
+        x = torch.randn(*shape, layer.in_features, dtype=torch.float64)
+        expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_are_those_of_the_dense_layer(strategy: str) -> None:
+    layer = small(dtype=torch.float64, strategy=strategy).eval()
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        layer(x)  # a matrix kept from before must not cut the graph
+    wanted = [x, *layer.parameters()]
+    target = torch.randn(5, 24, dtype=torch.float64)
+    got = torch.autograd.grad((layer(x) * target).sum(), wanted)
+    dense = nn.functional.linear(x, layer.to_matrix(), layer.bias)
+    for a, b in zip(got, torch.autograd.grad((dense * target).sum(), wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="Unknown strategy 'fast'; choose one of auto, factorized"):
+        small(strategy="fast")
+    with pytest.raises(ValueError, match="cache_limit must be at least 0 bytes, got -1"):
+        small().configure(cache_limit=-1)
+
+
+def test_embedding_strategies_agree() -> None:
+    topology = mpo(out_dims=(3, 4), in_dims=(2, 4), max_bond=4, out_features=11)
+    layer = tn.nn.MPOEmbedding(topology, dtype=torch.float64).eval()
+    indices = torch.tensor([[0, 10], [3, 3]])
+    with torch.no_grad():
+        expected = layer.to_matrix()[indices]
+        for strategy in STRATEGIES:
+            torch.testing.assert_close(layer.configure(strategy=strategy)(indices), expected)
+            assert (layer.cached_bytes > 0) == (strategy == "cached")
+
+
+# --- the kept matrix ----------------------------------------------------------------------------
+
+
+def kept(layer: tn.nn.MPOLinear) -> Tensor:
+    """Run the layer so that it keeps a matrix, and return that matrix."""
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.randn(3, 16))
+    assert layer._cached is not None
+    return layer._cached.matrix
+
+
+def _optimizer_step(layer: tn.nn.MPOLinear) -> None:
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def _in_place(layer: tn.nn.MPOLinear) -> None:
+    with torch.no_grad():
+        layer.cores[1].mul_(2)
+
+
+def _in_place_in_inference_mode(layer: tn.nn.MPOLinear) -> None:
+    with torch.inference_mode():
+        layer.cores[1].mul_(2)
+
+
+def _through_a_detached_view(layer: tn.nn.MPOLinear) -> None:
+    layer.cores[1].detach().mul_(2)
+
+
+def _load(layer: tn.nn.MPOLinear) -> None:
+    layer.load_state_dict(small().state_dict())
+
+
+def _load_by_assignment(layer: tn.nn.MPOLinear) -> None:
+    layer.load_state_dict(small().state_dict(), assign=True)
+
+
+def _data(layer: tn.nn.MPOLinear) -> None:
+    layer.cores[1].data = torch.randn_like(layer.cores[1])
+
+
+def _data_twice(layer: tn.nn.MPOLinear) -> None:
+    for _ in range(4):  # the allocator likes to give a freed address again
+        layer.cores[1].data = torch.randn_like(layer.cores[1])
+
+
+def _set_cores(layer: tn.nn.MPOLinear) -> None:
+    layer.set_cores(small().cores)
+
+
+def _new_parameter(layer: tn.nn.MPOLinear) -> None:
+    layer.core_1 = nn.Parameter(torch.randn_like(layer.core_1))
+
+
+def _double(layer: tn.nn.MPOLinear) -> None:
+    layer.double()
+
+
+CHANGES = (
+    _optimizer_step,
+    _in_place,
+    _in_place_in_inference_mode,
+    _through_a_detached_view,
+    _load,
+    _load_by_assignment,
+    _data,
+    _data_twice,
+    _set_cores,
+    _new_parameter,
+    _double,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_a_change_of_a_core_is_seen(change: Callable[[tn.nn.MPOLinear], None]) -> None:
+    layer = small(strategy="cached")
+    before = kept(layer).clone()
+    change(layer)
+    x = torch.randn(3, 16, dtype=layer.weight.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
+        if change is not _double:
+            assert not torch.allclose(layer.to_matrix(), before), "the change changed nothing"
+
+
+def test_the_matrix_is_kept_between_passes() -> None:
+    layer = small(strategy="cached")
+    first = kept(layer)
+    with torch.no_grad():
+        layer(torch.randn(3, 16))
+        assert layer._cached is not None
+        assert layer._cached.matrix is first
+    with torch.inference_mode():
+        layer(torch.randn(3, 16))
+        assert layer._cached.matrix is first
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_train_and_eval_drop_it(mode: bool) -> None:
+    layer = small(strategy="cached")
+    kept(layer)
+    nn.Sequential(layer).train(mode)
+    assert layer.cached_bytes == 0
+
+
+def test_it_is_not_used_where_it_must_not_be() -> None:
+    layer = small(strategy="cached")
+    layer(torch.randn(3, 16))
+    assert layer.cached_bytes == 0, "training"
+    layer.eval()(torch.randn(3, 16))
+    assert layer.cached_bytes == 0, "gradients of the cores are recorded"
+    with torch.inference_mode():
+        layer.configure(strategy="auto", cache_limit=0)(torch.randn(3, 16))
+    assert layer.cached_bytes == 0, "over the limit"
+
+
+def test_it_serves_frozen_layers_whose_input_wants_a_gradient() -> None:
+    layer = small(strategy="cached", dtype=torch.float64).eval().requires_grad_(False)
+    with torch.inference_mode():
+        layer(torch.randn(3, 16, dtype=torch.float64))  # built here, used outside
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(grad, layer.to_matrix().sum(0).expand(3, -1))
+    assert layer.cached_bytes > 0
+
+
+def test_it_is_no_state() -> None:
+    layer = small(strategy="cached")
+    kept(layer)
+    assert set(layer.state_dict()) == {"core_0", "core_1", "core_2", "bias"}
+    assert copy.deepcopy(layer).cached_bytes == 0
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    assert len(pickle.dumps(layer)) < len(pickle.dumps(layer.state_dict())) + 40_000
+    buffer.seek(0)
+    twin = torch.load(buffer, weights_only=False)
+    assert twin.cached_bytes == 0
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), layer(x))
+
+
+def test_loading_keeps_nothing() -> None:
+    layer = small(strategy="cached").eval()
+    layer.load_state_dict(small().state_dict())
+    assert layer.cached_bytes == 0
+
+
+def test_autocast_keeps_the_low_precision_matrix() -> None:
+    layer = small(strategy="cached").eval()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+            assert layer.cached_bytes == 16 * 24 * 2
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), layer(x), rtol=3e-2, atol=3e-2)
+        assert layer.cached_bytes == 16 * 24 * 4
+
+
+def test_auto_keeps_no_matrix_above_the_default_limit() -> None:
+    layer = tn.nn.MPOLinear(4096, 4097, max_bond=2, device="meta").eval()
+    assert layer.matrix_bytes > DEFAULT_CACHE_LIMIT
+    assert not layer.may_keep_matrix
+    assert layer.configure(strategy="cached").may_keep_matrix
+    assert not layer.configure(cache_limit=DEFAULT_CACHE_LIMIT).may_keep_matrix
+
+
+# --- choices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 100, 1024, 4096, 10**6])
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+def test_auto_takes_the_cheapest_by_the_model(tokens: int, machine: tn.Machine) -> None:
+    layer = tn.nn.MPOLinear(768, 768, max_bond=24).configure(machine=machine)
+    routes = [*range(len(layer.plan.applies)), RECONSTRUCT]
+    seconds = {r: route_seconds(layer.plan, r, tokens, machine, 4) for r in routes}
+    # Between two points of the grid of token counts the neighbours' choice may be a little off.
+    assert seconds[layer.route(tokens)] <= 1.15 * min(seconds.values())
+
+
+def test_few_tokens_are_contracted_and_many_rebuild() -> None:
+    layer = tn.nn.MPOLinear(768, 768, max_bond=16)
+    assert layer.route(1) >= 0
+    assert layer.route(4096) == RECONSTRUCT
+    layer.eval()
+    with torch.no_grad():
+        assert layer.route(4096) == CACHED
+
+
+def test_bounds() -> None:
+    bounds = ((3, 0), (10, 1), (float("inf"), RECONSTRUCT))
+    assert [choose(bounds, tokens) for tokens in (1, 3, 4, 10, 11, 10**9)] == [0, 0, 1, 1, -1, -1]
+
+
+def test_explanation() -> None:
+    layer = small()
+    told = layer.explain(tokens=7)
+    assert told.choice == ("reconstruct" if layer.route(7) == RECONSTRUCT else "factorized")
+    assert told["cached"].refused == "only in eval"
+    assert told["cached"].multiply_adds == 7 * 16 * 24
+    assert told["cached"].memory_bytes == 16 * 24 * 4
+    layer.eval()
+    assert "gradients" in layer.explain(7)["cached"].refused
+    with torch.no_grad():
+        assert layer.explain(7)["cached"].refused == ""
+        assert "cache_limit=0.00 MiB" in layer.configure(cache_limit=0).explain(7)["cached"].refused
+    text = str(told)
+    assert "7 tokens" in text
+    assert all(name in text for name in ("factorized", "reconstruct", "cached", "dense layer"))
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        layer.explain(0)
+    with pytest.raises(KeyError, match="No strategy 'fast'"):
+        told["fast"]
+
+
+def test_limit_of_a_model_goes_where_it_gains_most() -> None:
+    model = nn.Sequential(
+        tn.nn.MPOLinear(256, 256, max_bond=64), tn.nn.MPOLinear(256, 256, max_bond=1), nn.Linear(2, 2)
+    )
+    allowed = tn.nn.set_strategy(model, "auto", cache_limit=256 * 256 * 4 + 100)
+    assert allowed == {"0": 256 * 256 * 4}
+    assert tn.nn.set_strategy(model, cache_limit=0) == {}
+    assert tn.nn.set_strategy(model, "cached", cache_limit=10**9) == {"0": 262144, "1": 262144}
+    with torch.no_grad():
+        model[:2].eval()(torch.randn(1, 256))
+    assert tn.nn.cached_bytes(model) == 2 * 262144
+    with pytest.raises(tn.TargetError, match="Linear has no layer made of cores"):
+        tn.nn.set_strategy(nn.Linear(2, 2))
+
+
+def test_machines() -> None:
+    assert default_machine("cuda") == GPU
+    assert default_machine("cpu") == machine_with_threads(CPU, torch.get_num_threads())
+    two = machine_with_threads(CPU, 2)
+    assert 1 < two.peak / CPU.peak <= 2
+    measured = measure_machine(repeats=1)
+    numbers = {name: value for name, value in vars(measured).items() if name != "name"}
+    assert all(value >= 0 for value in numbers.values())
+    assert measured.peak > 1e8
+    assert replace(measured, name="x").name == "x"
