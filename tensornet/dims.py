@@ -8,6 +8,9 @@ from tensornet.errors import TopologyError
 #: A padded size may exceed the true one by this share. More padding would cost more parameters than
 #: a slightly less balanced factorisation does.
 MAX_PADDING = 0.05
+#: Padding at all costs a copy of the input and one of the output, so exact factors win unless they are
+#: clearly less balanced.
+_ANY_PADDING = 0.5
 
 
 def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
@@ -15,7 +18,8 @@ def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
 
     The product of the factors is `size` where it has balanced divisors, else the nearest larger number
     that has (50257 = 29 * 1733 becomes 36 * 37 * 38 - the excess rows are zero and are counted).
-    Minimises `log(max/min) + 8 * log(product/size)` over all products up to 5 % above `size`.
+    Minimises `log(max/min) + 8 * log(product/size) + (0.5 where product > size)` over all products up to
+    5 % above `size`.
 
     Args:
         size: the dimension to split, at least 1.
@@ -47,7 +51,8 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
 
 
 def _imbalance(factors: tuple[int, ...], size: int) -> float:
-    return math.log(factors[-1] / factors[0]) + 8 * math.log(math.prod(factors) / size)
+    padding = math.log(math.prod(factors) / size)
+    return math.log(factors[-1] / factors[0]) + 8 * padding + (_ANY_PADDING if padding > 0 else 0)
 
 
 def _exact_factors(size: int, sites: int) -> tuple[int, ...]:

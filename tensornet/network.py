@@ -4,16 +4,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tensornet.contraction import TOKENS, ContractionPlan, find_path, run
 from tensornet.cost import plan_seconds
+from tensornet.drawing import draw_topology
 from tensornet.errors import ShapeError
 from tensornet.lowering import lower_path
 from tensornet.machine import CPU, Machine, default_machine
 from tensornet.topology import Topology
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Token count assumed where the actual one is not known, as in an exported program.
 PLANNED_TOKENS = 256
@@ -188,6 +193,10 @@ class TensorNetwork:
     def flops(self, tokens: int) -> int:
         """Floating-point operations of `apply` for that many tokens (a multiply-add counts as two)."""
         return 2 * min(plan.multiply_adds(tokens) for plan in plan_operator(self.topology).applies)
+
+    def draw(self) -> "Figure":
+        """A picture of the network, a `matplotlib.figure.Figure`. See `tensornet.drawing`."""
+        return draw_topology(self.topology)
 
     def to(self, dtype: torch.dtype) -> "TensorNetwork":
         """A copy with every core cast to `dtype`."""

@@ -1,7 +1,10 @@
 """What a topology family must offer, and the registry of families."""
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torch import Tensor
@@ -92,6 +95,9 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
         )
 
 
+#: Group of entry points by which an installed package offers families: each names an instance.
+ENTRY_POINTS = "tensornet.topologies"
+
 _FAMILIES: dict[str, TopologyFamily] = {}
 
 
@@ -115,16 +121,42 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
 
 
 def topology_family(name: str) -> TopologyFamily:
-    """Look a family up by name.
+    """Look a family up by name; the entry points of installed packages are searched last.
 
     Raises:
         TopologyError: listing the names that exist.
     """
     if name not in _FAMILIES:
-        raise TopologyError(f"Unknown topology {name!r}; registered are {', '.join(topology_names())}.")
+        _load_entry_points()
+    if name not in _FAMILIES:
+        raise TopologyError(f"Unknown topology {name!r}; registered are {', '.join(sorted(_FAMILIES))}.")
     return _FAMILIES[name]
 
 
 def topology_names() -> tuple[str, ...]:
-    """Names of all registered families, sorted."""
+    """Names of all families, those of installed packages included, sorted."""
+    _load_entry_points()
     return tuple(sorted(_FAMILIES))
+
+
+@cache
+def _load_entry_points() -> None:
+    """Register what installed packages offer, once; what cannot be loaded is named in a warning."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            register_topology(_load(entry))
+        except Exception as error:  # whatever a foreign package raises must not break this one
+            package = entry.dist.name if entry.dist is not None else "an unknown package"
+            warnings.warn(
+                f"The topology {entry.name!r} of {package} could not be loaded from {entry.value!r}: "
+                f"{type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _load(entry: EntryPoint) -> TopologyFamily:
+    family = entry.load()
+    if not isinstance(family, TopologyFamily):
+        raise TypeError(f"expected an instance of a TopologyFamily subclass, got {family!r}")
+    return family

@@ -84,6 +84,7 @@ def choose_dims(
     out_dims: Sequence[int] | None,
     in_dims: Sequence[int] | None,
     sites: int | None,
+    default_sites: int = DEFAULT_SITES,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Fill in what the caller left open: balanced dims, out ascending and in descending.
 
@@ -93,7 +94,7 @@ def choose_dims(
         TopologyError: `sites` contradicts the given dims, or the dims do not fit.
     """
     given = [len(dims) for dims in (out_dims, in_dims) if dims is not None]
-    count = given[0] if given else (sites or DEFAULT_SITES)
+    count = given[0] if given else (sites or default_sites)
     if sites is not None and sites != count:
         raise TopologyError(f"sites={sites} contradicts the given dims, which have {count} sites.")
     rows = tuple(out_dims) if out_dims is not None else balanced_factors(shape[0], count)

@@ -1,0 +1,218 @@
+"""Block tensor trains: a chain whose cores also depend on the legs they do not contract."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.errors import TopologyError
+from tensornet.network import TensorNetwork
+from tensornet.svd import (
+    Method,
+    check_finite,
+    check_method,
+    energy,
+    factorize,
+    fix_signs,
+    is_single,
+    keep_rank,
+    result_dtype,
+    safe_scale,
+    working_dtype,
+)
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.caps import uniform_cap
+from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topology import CoreSpec, Topology
+from tensornet.tt_svd import check_dims, pad_matrix
+
+DEFAULT_SITES = 2
+
+
+def block_tt(
+    *,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    bond_dims: Sequence[int] | None = None,
+    max_bond: int | None = None,
+    out_features: int | None = None,
+    in_features: int | None = None,
+) -> Topology:
+    """Cores `"0" ... "n-1"`; core `k` carries `(b_k, o_k ... o_{n-1}, i_0 ... i_k, b_{k+1})`.
+
+    `W[o, i] = sum over bonds of prod_k core_k[b_k, o_k.., ..i_k, b_{k+1}]`, `b_0 = b_n = 1`. Of these legs
+    core `k` maps `i_k` to `o_k`; the others only select which matrix it uses. Applying it costs as many
+    multiply-adds for each token as the network has parameters. Two cores with bond 1 are a Monarch
+    matrix.
+
+    Args:
+        out_dims: sizes of the out-legs, most significant first.
+        in_dims: sizes of the in-legs, as many.
+        bond_dims: the `n - 1` inner bonds; exact ones where absent, larger ones are clipped to those.
+        max_bond: cap on every bond.
+        out_features, in_features: shape before padding, the products of the dims if absent.
+
+    Raises:
+        TopologyError: the dims do not fit each other or the features, or another number of bonds.
+
+    Reference:
+        Qiu, Potapczynski, Finzi, Goldblum, Wilson 2024, "Compute Better Spent: Replacing Dense Layers
+        with Structured Matrices", section 3.
+    """
+    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
+    check_dims(shape, out_dims, in_dims)
+    sites = len(out_dims)
+    if bond_dims is not None and len(bond_dims) != sites - 1:
+        raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {sites - 1} entries, one for each bond.")
+    wanted = bond_dims or [math.prod(out_dims) * math.prod(in_dims)] * (sites - 1)
+    bonds = [1, *_ranks(out_dims, in_dims, [min(b, max_bond or b) for b in wanted]), 1]
+    sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
+    sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
+        f"i{k}": dim for k, dim in enumerate(in_dims)
+    }
+    outs, ins = tuple(f"o{k}" for k in range(sites)), tuple(f"i{k}" for k in range(sites))
+    return Topology(
+        family="block_tt",
+        cores=tuple(CoreSpec(str(k), (f"b{k}", *outs[k:], *ins[: k + 1], f"b{k + 1}")) for k in range(sites)),
+        sizes=tuple(sizes.items()),
+        out_labels=outs,
+        in_labels=ins,
+        out_features=shape[0],
+        in_features=shape[1],
+    )
+
+
+class BlockTTFamily(TopologyFamily):
+    """Block tensor trains by one truncated SVD for each block of each bond.
+
+    For fixed selecting legs the two sides of a bond are a plain low-rank product, so the leading singular
+    pairs of every block are optimal for two cores; more cores are split off from the right one by one.
+    Right factors are orthonormal, so the certificate is `sqrt(sum of cut energies) / |W|`.
+
+    Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
+    """
+
+    name = "block_tt"
+
+    def build(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | None = None,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        bond_dims: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Topology:
+        """See `block_tt`; balanced dims where not given, with `sites` (default 2) cores."""
+        refuse_options(self.name, options)
+        rows, columns = choose_dims((out_features, in_features), out_dims, in_dims, sites, DEFAULT_SITES)
+        return block_tt(
+            out_dims=rows,
+            in_dims=columns,
+            bond_dims=bond_dims,
+            max_bond=max_bond,
+            out_features=out_features,
+            in_features=in_features,
+        )
+
+    def decompose(
+        self,
+        matrix: Tensor,
+        budget: Budget,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        method: Method = "auto",
+        **options: Any,
+    ) -> Decomposition:
+        """All blocks of a bond get the same rank."""
+        refuse_options(self.name, options)
+        shape = (matrix.shape[0], matrix.shape[1])
+        rows, columns = choose_dims(shape, out_dims, in_dims, sites, DEFAULT_SITES)
+
+        def at(bonds: Sequence[int]) -> Topology:
+            return block_tt(
+                out_dims=rows, in_dims=columns, bond_dims=bonds, out_features=shape[0], in_features=shape[1]
+            )
+
+        count = len(rows) - 1
+        limit = max(_ranks(rows, columns, [shape[0] * shape[1]] * count), default=1)
+        cap, bound_by = uniform_cap(
+            budget, shape, limit, lambda cap: at([cap] * count).num_params, f"a block tensor train {shape}"
+        )
+        caps = _ranks(rows, columns, [cap] * count)
+        cores, error = _block_svd(matrix, rows, columns, caps, budget.rel_error, method)
+        bonds = [core.shape[0] for core in cores[1:]]
+        network = TensorNetwork(at(bonds), balance_norms(cores))
+        return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """The ranks of the topology."""
+        check_topology(self.name, topology, matrix)
+        bonds = list(topology.bond_dims.values())[1:-1]
+        cores, error = _block_svd(matrix, topology.out_dims, topology.in_dims, bonds)
+        shapes = topology.core_shapes.values()
+        padded = [pad_core(core, shape) for core, shape in zip(cores, shapes, strict=True)]
+        exact = bonds == _ranks(topology.out_dims, topology.in_dims, [math.prod(topology.shape)] * len(bonds))
+        network = TensorNetwork(topology, balance_norms(padded))
+        return Decomposition(network, error, "exact" if exact else "max_bond")
+
+
+def _ranks(out_dims: Sequence[int], in_dims: Sequence[int], caps: Sequence[int]) -> list[int]:
+    """Bonds that are of use at these caps: `b_k <= min(prod of o_m before k, i_k * b_{k+1})`."""
+    ranks: list[int] = []
+    right = 1
+    for k in range(len(out_dims) - 1, 0, -1):
+        right = min(caps[k - 1], math.prod(out_dims[:k]), in_dims[k] * right)
+        ranks.insert(0, right)
+    return ranks
+
+
+@torch.no_grad()
+def _block_svd(
+    matrix: Tensor,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    caps: Sequence[int],
+    rel_error: float | None = None,
+    method: Method = "auto",
+) -> tuple[list[Tensor], float]:
+    check_finite(matrix, "The matrix")
+    check_method(method)
+    sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
+    work = matrix.detach().to(working_dtype(matrix.dtype)) / scale
+    rest = pad_matrix(work, math.prod(out_dims), math.prod(in_dims))
+    total = energy(rest)
+    cores: list[Tensor] = []
+    spent, right = torch.zeros_like(total), 1
+    for k in range(sites - 1, 0, -1):
+        left, mine = math.prod(out_dims[:k]), in_dims[k]
+        # rows: out-legs before k; columns: in-leg k and the bond; blocks: all other legs that are left
+        blocks = rest.reshape(left, -1, math.prod(in_dims[:k]), mine * right).permute(1, 2, 0, 3)
+        full = min(blocks.shape[-2:])
+        found = factorize(blocks, full, None, method=method, single=is_single(dtype))
+        energies = found.S.square().sum((0, 1))
+        allowed = None
+        if rel_error is not None:
+            allowed = (rel_error**2 * total - spent).clamp_min(0) / k
+        rank = keep_rank(energies, min(caps[k - 1], full), allowed)
+        spent = spent + energies[rank:].sum()
+        U, Vh = fix_signs(found.U[..., :rank], found.Vh[..., :rank, :])
+        # shape: (bond k, out-legs from k, in-legs up to k - 1, in-leg k, bond k + 1)
+        core = Vh.movedim(2, 0).reshape(rank, *out_dims[k:], *in_dims[:k], mine, right)
+        cores.insert(0, core)
+        rest = (U * found.S[..., None, :rank]).permute(2, 0, 1, 3)  # shape: (left, outs, ins, rank)
+        rest, right = rest.reshape(left * math.prod(out_dims[k:]), -1), rank
+    cores.insert(0, rest.reshape(1, *out_dims, in_dims[0], right) * scale)
+    error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
+    return [core.to(dtype).contiguous() for core in cores], error
+
+
+register_topology(BlockTTFamily())

@@ -1,0 +1,143 @@
+"""Sums of Kronecker products, `W = sum_t A_t (x) B_t`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.errors import TopologyError
+from tensornet.network import TensorNetwork
+from tensornet.svd import Method
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topology import CoreSpec, Topology
+from tensornet.tt_svd import TTResult, check_dims, max_bonds, tt_svd
+
+
+def kronecker(
+    *,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    terms: int | None = None,
+    max_bond: int | None = None,
+    out_features: int | None = None,
+    in_features: int | None = None,
+) -> Topology:
+    """Two cores `left: (terms, o_0, i_0)` and `right: (terms, o_1, i_1)`, the matrices `A_t` and `B_t`.
+
+    Args:
+        out_dims: rows of `A` and of `B`.
+        in_dims: columns of `A` and of `B`.
+        terms: number of products; as many as an exact sum needs if absent, more are clipped to that.
+        max_bond: another cap on the number of terms.
+        out_features, in_features: shape before padding, the products of the dims if absent.
+
+    Raises:
+        TopologyError: not two dims each, or they do not fit the features.
+    """
+    if len(out_dims) != 2 or len(in_dims) != 2:
+        raise TopologyError(
+            f"A Kronecker product has two factors, got out_dims {tuple(out_dims)} and in_dims "
+            f"{tuple(in_dims)}; for more factors use the topology 'mpo'."
+        )
+    shape = (out_features or out_dims[0] * out_dims[1], in_features or in_dims[0] * in_dims[1])
+    check_dims(shape, out_dims, in_dims)
+    caps = [cap for cap in (*max_bonds(out_dims, in_dims), terms, max_bond) if cap is not None]
+    return Topology(
+        family="kronecker",
+        cores=(CoreSpec("left", ("t", "o0", "i0")), CoreSpec("right", ("t", "o1", "i1"))),
+        sizes=(
+            ("t", min(caps)),
+            *((f"o{k}", dim) for k, dim in enumerate(out_dims)),
+            *((f"i{k}", dim) for k, dim in enumerate(in_dims)),
+        ),
+        out_labels=("o0", "o1"),
+        in_labels=("i0", "i1"),
+        out_features=shape[0],
+        in_features=shape[1],
+    )
+
+
+class KroneckerFamily(TopologyFamily):
+    """Optimal sums of Kronecker products: a truncated SVD of Van Loan's rearrangement.
+
+    Rearranged to `(o_0 i_0, o_1 i_1)` a Kronecker product is a matrix of rank 1, so the best `t` terms are
+    the `t` leading singular pairs, and the certificate is the exact error.
+
+    Reference: Van Loan, Pitsianis 1993, "Approximation with Kronecker Products".
+    """
+
+    name = "kronecker"
+
+    def build(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | None = None,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        **options: Any,
+    ) -> Topology:
+        """See `kronecker`; balanced dims where not given."""
+        refuse_options(self.name, options)
+        rows, columns = _two_dims((out_features, in_features), out_dims, in_dims, sites)
+        return kronecker(
+            out_dims=rows,
+            in_dims=columns,
+            max_bond=max_bond,
+            out_features=out_features,
+            in_features=in_features,
+        )
+
+    def decompose(
+        self,
+        matrix: Tensor,
+        budget: Budget,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        method: Method = "auto",
+        **options: Any,
+    ) -> Decomposition:
+        """`max_bond` caps the number of terms."""
+        refuse_options(self.name, options)
+        rows, columns = _two_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
+        result = tt_svd(matrix, rows, columns, budget, method=method)
+        topology = kronecker(
+            out_dims=rows,
+            in_dims=columns,
+            terms=result.cores[0].shape[3],
+            out_features=matrix.shape[0],
+            in_features=matrix.shape[1],
+        )
+        return _decomposition(topology, result)
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """The terms of the topology."""
+        check_topology(self.name, topology, matrix)
+        bonds = list(topology.bond_dims.values())
+        return _decomposition(
+            topology, tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
+        )
+
+
+def _two_dims(
+    shape: tuple[int, int], out_dims: Sequence[int] | None, in_dims: Sequence[int] | None, sites: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if sites not in (None, 2):
+        raise TopologyError(f"A Kronecker product has two factors, got sites={sites}.")
+    return choose_dims(shape, out_dims, in_dims, 2)
+
+
+def _decomposition(topology: Topology, result: TTResult) -> Decomposition:
+    left, right = result.cores[0][0].permute(2, 0, 1), result.cores[1][..., 0]
+    shapes = topology.core_shapes.values()
+    cores = [pad_core(core, shape) for core, shape in zip((left, right), shapes, strict=True)]
+    return Decomposition(TensorNetwork(topology, balance_norms(cores)), result.error, result.bound_by)
+
+
+register_topology(KroneckerFamily())

@@ -1,0 +1,253 @@
+"""Tensor rings: a chain whose ends are joined by a bond."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.errors import BudgetError, TopologyError
+from tensornet.network import TensorNetwork
+from tensornet.split import split_block
+from tensornet.svd import Method, check_finite, check_method, energy, is_single, result_dtype, safe_scale
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.caps import uniform_cap
+from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topology import CoreSpec, Topology
+from tensornet.tt_svd import check_dims, max_bonds, pad_matrix
+
+#: Closing bonds that are tried where the caller does not fix one; 1 is the open chain.
+RING_BONDS = (1, 2, 4, 8)
+
+
+def tensor_ring(
+    *,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    bond_dims: Sequence[int] | None = None,
+    max_bond: int | None = None,
+    out_features: int | None = None,
+    in_features: int | None = None,
+) -> Topology:
+    """Ring of `n >= 2` cores `"0" ... "n-1"` of shapes `(b_{k-1}, o_k, i_k, b_k)` with `b_{-1} = b_{n-1}`.
+
+    Args:
+        out_dims: sizes of the out-legs, most significant first.
+        in_dims: sizes of the in-legs, as many.
+        bond_dims: the `n` bonds on the right of each core, the closing one last. If absent, all are
+            `max_bond`, clipped to what a chain could use; without that the exact open chain.
+        max_bond: cap on every bond.
+        out_features, in_features: shape before padding, the products of the dims if absent.
+
+    Raises:
+        TopologyError: fewer than two sites, dims that do not fit, or another number of bonds.
+    """
+    sites = len(out_dims)
+    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
+    check_dims(shape, out_dims, in_dims)
+    if sites < 2:
+        raise TopologyError(f"A ring needs at least two sites, got {sites}; use the topology 'mpo'.")
+    full = max_bonds(out_dims, in_dims)
+    if bond_dims is None:
+        bond_dims = (*full, 1) if max_bond is None else (*full, min(full))
+    elif len(bond_dims) != sites:
+        raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {sites} entries, the closing bond last.")
+    bonds = [min(b, max_bond or b) for b in bond_dims]
+    bonds = [*(min(b, f * bonds[-1]) for b, f in zip(bonds, full, strict=False)), bonds[-1]]
+    sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
+    sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
+        f"i{k}": dim for k, dim in enumerate(in_dims)
+    }
+    return Topology(
+        family="tensor_ring",
+        cores=tuple(
+            CoreSpec(str(k), (f"b{(k - 1) % sites}", f"o{k}", f"i{k}", f"b{k}")) for k in range(sites)
+        ),
+        sizes=tuple(sizes.items()),
+        out_labels=tuple(f"o{k}" for k in range(sites)),
+        in_labels=tuple(f"i{k}" for k in range(sites)),
+        out_features=shape[0],
+        in_features=shape[1],
+    )
+
+
+@dataclass(frozen=True)
+class _Ring:
+    cores: list[Tensor]
+    error: float
+    bound_by: str
+
+    @property
+    def num_params(self) -> int:
+        return sum(core.numel() for core in self.cores)
+
+
+class TensorRingFamily(TopologyFamily):
+    """Tensor rings by sequential SVD.
+
+    The first SVD is cut at `ring_bond * bond`, and its index split into the two; the rest is TT-SVD. All
+    left factors are orthonormal, so the certificate is `sqrt(sum of cut energies) / |W|`. Where
+    `ring_bond` is not given several are tried and the best is kept: the closing bond is 1, an open
+    chain, where a ring does not pay.
+
+    Reference: Zhao, Zhou, Xie, Zhang, Cichocki 2016, "Tensor Ring Decomposition", algorithm 1.
+    """
+
+    name = "tensor_ring"
+
+    def build(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | None = None,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        bond_dims: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Topology:
+        """See `tensor_ring`; balanced dims where not given, with `sites` (default 3) cores."""
+        refuse_options(self.name, options)
+        rows, columns = choose_dims((out_features, in_features), out_dims, in_dims, sites)
+        return tensor_ring(
+            out_dims=rows,
+            in_dims=columns,
+            bond_dims=bond_dims,
+            max_bond=max_bond,
+            out_features=out_features,
+            in_features=in_features,
+        )
+
+    def decompose(
+        self,
+        matrix: Tensor,
+        budget: Budget,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        ring_bond: int | None = None,
+        method: Method = "auto",
+        **options: Any,
+    ) -> Decomposition:
+        """The smallest error within the caps, or under `rel_error` the fewest parameters that keep it."""
+        refuse_options(self.name, options)
+        shape = (matrix.shape[0], matrix.shape[1])
+        rows, columns = choose_dims(shape, out_dims, in_dims, sites)
+        if len(rows) < 2:
+            raise TopologyError(f"A ring needs at least two sites, got {len(rows)}; use the topology 'mpo'.")
+        rings, refused = [], None
+        for bond in RING_BONDS if ring_bond is None else (ring_bond,):
+            if ring_bond is None and bond > min(budget.max_bond or bond, *max_bonds(rows, columns)):
+                break
+            try:
+                rings.append(_decompose(matrix, rows, columns, bond, budget, method))
+            except BudgetError as error:
+                refused = refused or error
+            if budget.unlimited:
+                break  # the open chain is exact
+        if not rings:
+            assert refused is not None
+            raise refused
+        kept = [ring for ring in rings if budget.rel_error is not None and ring.error <= budget.rel_error]
+        best = min(kept, key=lambda r: r.num_params) if kept else min(rings, key=lambda r: r.error)
+        return _decomposition(best, shape)
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """Sequential SVD at the bonds of the topology."""
+        check_topology(self.name, topology, matrix)
+        *bonds, closing = topology.bond_dims.values()
+        ring = _tr_svd(matrix, topology.out_dims, topology.in_dims, closing, bonds)
+        shapes = topology.core_shapes.values()
+        cores = [pad_core(core, shape) for core, shape in zip(ring.cores, shapes, strict=True)]
+        return Decomposition(TensorNetwork(topology, balance_norms(cores)), ring.error, ring.bound_by)
+
+
+def _decompose(
+    matrix: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    closing: int,
+    budget: Budget,
+    method: Method,
+) -> _Ring:
+    shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
+
+    def params(cap: int) -> int:
+        bonds = [closing, *_ranks(legs, closing, [cap] * (len(legs) - 1)), closing]
+        return sum(bonds[k] * leg * bonds[k + 1] for k, leg in enumerate(legs))
+
+    limit = max(_ranks(legs, closing, [math.prod(legs)] * (len(legs) - 1)))
+    cap, bound_by = uniform_cap(budget, shape, limit, params, f"a ring closed by a bond of {closing}")
+    ring = _tr_svd(matrix, rows, columns, closing, [cap] * (len(legs) - 1), budget.rel_error, method)
+    return ring if ring.bound_by == "rel_error" else _Ring(ring.cores, ring.error, bound_by)
+
+
+def _ranks(legs: Sequence[int], closing: int, caps: Sequence[int]) -> list[int]:
+    """Bonds that the sequential SVD gives at these caps where no error is allowed for."""
+    right = math.prod(legs[1:])
+    ranks = [min(caps[0], -(-min(legs[0], right) // closing))]
+    for k in range(1, len(legs) - 1):
+        right //= legs[k]
+        ranks.append(min(caps[k], ranks[-1] * legs[k], right * closing))
+    return ranks
+
+
+@torch.no_grad()
+def _tr_svd(
+    matrix: Tensor,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    closing: int,
+    caps: Sequence[int],
+    rel_error: float | None = None,
+    method: Method = "auto",
+) -> _Ring:
+    check_finite(matrix, "The matrix")
+    check_method(method)
+    sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
+    rest = pad_matrix(matrix.detach().to(dtype) / scale, math.prod(out_dims), math.prod(in_dims))
+    pairs = [axis for k in range(sites) for axis in (k, sites + k)]
+    rest = rest.reshape(*out_dims, *in_dims).permute(pairs)
+    total = inside = energy(rest.reshape(1, -1))
+    spent, left, cores, bound_by = torch.zeros_like(total), 1, [], "exact"
+    for k in range(sites - 1):
+        block = rest.reshape(left * out_dims[k] * in_dims[k], -1)
+        cap = min(caps[k] * (closing if k == 0 else 1), *block.shape)
+        bound_by = "max_bond" if cap < min(block.shape) and bound_by == "exact" else bound_by
+        allowed = None
+        if rel_error is not None:
+            allowed = (rel_error**2 * total - spent).clamp_min(0) / (sites - 1 - k)
+        split = split_block(block, inside, cap, allowed, method=method, single=is_single(dtype))
+        bound_by = "rel_error" if split.left.shape[1] < cap else bound_by
+        spent, inside = spent + split.discarded, split.kept
+        U, rest = split.left, split.rest
+        if k == 0:
+            left = -(-U.shape[1] // closing)
+            U = pad_core(U, (U.shape[0], left * closing)).reshape(-1, left, closing)
+            cores.append(U.permute(2, 0, 1).reshape(closing, out_dims[0], in_dims[0], left))
+            rest = pad_core(rest, (left * closing, rest.shape[1])).reshape(left, closing, -1).transpose(1, 2)
+        else:
+            cores.append(U.reshape(left, out_dims[k], in_dims[k], -1))
+            left = U.shape[1]
+    cores.append(rest.reshape(left, out_dims[-1], in_dims[-1], closing) * scale)
+    error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
+    return _Ring([core.to(dtype).contiguous() for core in cores], error, bound_by)
+
+
+def _decomposition(ring: _Ring, shape: tuple[int, int]) -> Decomposition:
+    topology = tensor_ring(
+        out_dims=[core.shape[1] for core in ring.cores],
+        in_dims=[core.shape[2] for core in ring.cores],
+        bond_dims=[core.shape[3] for core in ring.cores],
+        out_features=shape[0],
+        in_features=shape[1],
+    )
+    return Decomposition(TensorNetwork(topology, balance_norms(ring.cores)), ring.error, ring.bound_by)
+
+
+register_topology(TensorRingFamily())

@@ -1,0 +1,211 @@
+"""Tucker networks: one small matrix for every leg, and a core tensor that joins them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.errors import TopologyError
+from tensornet.network import TensorNetwork
+from tensornet.split import split_block
+from tensornet.svd import Method, check_finite, check_method, energy, is_single, result_dtype, safe_scale
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.caps import uniform_cap
+from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topology import CoreSpec, Topology
+from tensornet.tt_svd import check_dims, pad_matrix
+
+DEFAULT_SITES = 2
+
+
+def tucker(
+    *,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    ranks: Sequence[int] | None = None,
+    max_bond: int | None = None,
+    out_features: int | None = None,
+    in_features: int | None = None,
+) -> Topology:
+    """A core `(r_0, ..., r_{2n-1})` and, for each leg that is cut, a factor `(leg, rank)`.
+
+    `W[o_0.., i_0..] = sum over ranks of core[...] * prod_k out_k[o_k, p_k] * prod_k in_k[i_k, q_k]`. A leg
+    whose rank is its full size sits on the core itself, without a factor.
+
+    Args:
+        out_dims: sizes of the out-legs, most significant first.
+        in_dims: sizes of the in-legs, as many.
+        ranks: one for each out-leg, then one for each in-leg; full where absent, clipped to the leg.
+        max_bond: cap on every rank.
+        out_features, in_features: shape before padding, the products of the dims if absent.
+
+    Raises:
+        TopologyError: the dims do not fit each other or the features, or another number of ranks.
+    """
+    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
+    check_dims(shape, out_dims, in_dims)
+    legs = (*out_dims, *in_dims)
+    if ranks is not None and len(ranks) != len(legs):
+        raise TopologyError(f"ranks {tuple(ranks)} must have {len(legs)} entries, one for each leg.")
+    kept = [min(r, leg, max_bond or leg) for r, leg in zip(ranks or legs, legs, strict=True)]
+    names = [f"{side}{k}" for side in ("out", "in") for k in range(len(out_dims))]
+    labels = [f"{side}{k}" for side in ("o", "i") for k in range(len(out_dims))]
+    bonds = [label if r == leg else f"r{label}" for label, r, leg in zip(labels, kept, legs, strict=True)]
+    cut = [k for k in range(len(legs)) if kept[k] < legs[k]]
+    return Topology(
+        family="tucker",
+        cores=(
+            CoreSpec("core", tuple(bonds)),
+            *(CoreSpec(names[k], (labels[k], bonds[k])) for k in cut),
+        ),
+        sizes=(*zip(labels, legs, strict=True), *((bonds[k], kept[k]) for k in cut)),
+        out_labels=tuple(labels[: len(out_dims)]),
+        in_labels=tuple(labels[len(out_dims) :]),
+        out_features=shape[0],
+        in_features=shape[1],
+    )
+
+
+class TuckerFamily(TopologyFamily):
+    """Sequentially truncated higher-order SVD.
+
+    Each leg in turn is projected on its leading subspace; what is cut adds up in squares, so the
+    certificate `sqrt(sum of cut energies) / |W|` is the exact error.
+
+    Reference: Vannieuwenhoven, Vandebril, Meerbergen 2012, "A New Truncation Strategy for the
+    Higher-Order Singular Value Decomposition".
+    """
+
+    name = "tucker"
+
+    def build(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | None = None,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        ranks: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Topology:
+        """See `tucker`; balanced dims where not given, `sites` (default 2) of each kind."""
+        refuse_options(self.name, options)
+        rows, columns = choose_dims((out_features, in_features), out_dims, in_dims, sites, DEFAULT_SITES)
+        return tucker(
+            out_dims=rows,
+            in_dims=columns,
+            ranks=ranks,
+            max_bond=max_bond,
+            out_features=out_features,
+            in_features=in_features,
+        )
+
+    def decompose(
+        self,
+        matrix: Tensor,
+        budget: Budget,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        method: Method = "auto",
+        **options: Any,
+    ) -> Decomposition:
+        """All ranks share the cap that `max_bond` and `param_ratio` imply."""
+        refuse_options(self.name, options)
+        shape = (matrix.shape[0], matrix.shape[1])
+        rows, columns = choose_dims(shape, out_dims, in_dims, sites, DEFAULT_SITES)
+
+        def at(cap: int) -> Topology:
+            return tucker(
+                out_dims=rows, in_dims=columns, max_bond=cap, out_features=shape[0], in_features=shape[1]
+            )
+
+        cap, bound_by = uniform_cap(
+            budget, shape, max(*rows, *columns), lambda cap: at(cap).num_params, f"a Tucker network {shape}"
+        )
+        caps = [min(cap, leg) for leg in (*rows, *columns)]
+        core, factors, error = st_hosvd(matrix, rows, columns, caps, budget.rel_error, method)
+        ranks = [factor.shape[1] for factor in factors]
+        topology = tucker(
+            out_dims=rows, in_dims=columns, ranks=ranks, out_features=shape[0], in_features=shape[1]
+        )
+        if ranks != caps:
+            bound_by = "rel_error"
+        return Decomposition(_network(topology, core, factors), error, bound_by)
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """Projection to the ranks of the topology."""
+        check_topology(self.name, topology, matrix)
+        caps = topology.core_shapes["core"]
+        core, factors, error = st_hosvd(matrix, topology.out_dims, topology.in_dims, caps)
+        bound_by = "exact" if len(topology.cores) == 1 else "max_bond"
+        return Decomposition(_network(topology, core, factors), error, bound_by)
+
+
+@torch.no_grad()
+def st_hosvd(
+    matrix: Tensor,
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    caps: Sequence[int],
+    rel_error: float | None = None,
+    method: Method = "auto",
+) -> tuple[Tensor, list[Tensor], float]:
+    """Core tensor, one orthonormal factor `(leg, rank)` for each leg, and the certified error.
+
+    Args:
+        matrix: shape `(out, in)`, padded with zeros to the product of the dims.
+        out_dims, in_dims: sizes of the legs.
+        caps: largest rank of each leg, out-legs first.
+        rel_error: promise, spent leg by leg.
+        method: see `truncated_svd`.
+
+    Raises:
+        NonFiniteError: the matrix holds NaN or infinity.
+    """
+    check_finite(matrix, "The matrix")
+    check_method(method)
+    dtype, scale = result_dtype(matrix.dtype), safe_scale(matrix)
+    core = pad_matrix(matrix.detach().to(dtype) / scale, math.prod(out_dims), math.prod(in_dims))
+    core = core.reshape(*out_dims, *in_dims)
+    total = inside = energy(core.reshape(1, -1))
+    spent, factors, single = torch.zeros_like(total), [], is_single(dtype)
+    for axis, cap in enumerate(caps):
+        block = core.movedim(axis, 0).flatten(1)
+        allowed = None
+        if rel_error is not None:
+            allowed = (rel_error**2 * total - spent).clamp_min(0) / (len(caps) - axis)
+        # Above this rank the other legs cannot tell the rows apart; the family still keeps the cap.
+        split = split_block(block, inside, min(cap, *block.shape), allowed, method=method, single=single)
+        spent, inside = spent + split.discarded, split.kept
+        rank = split.left.shape[1] if rel_error is not None else cap
+        factors.append(pad_core(split.left, (block.shape[0], rank)))
+        rest = pad_core(split.rest, (rank, block.shape[1]))
+        core = rest.reshape(rank, *_without(core.shape, axis)).movedim(0, axis)
+    error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
+    return (core * scale).to(dtype), [factor.to(dtype) for factor in factors], error
+
+
+def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def _network(topology: Topology, core: Tensor, factors: Sequence[Tensor]) -> TensorNetwork:
+    """Factors of legs that are not cut are square and orthogonal; they go back into the core."""
+    legs = (*topology.out_dims, *topology.in_dims)
+    kept = []
+    for axis, factor in enumerate(factors):
+        if factor.shape[1] < legs[axis]:
+            kept.append(factor)
+        else:
+            core = torch.tensordot(factor, core, dims=([1], [axis])).movedim(0, axis)
+    return TensorNetwork(topology, balance_norms([core.contiguous(), *kept]))
+
+
+register_topology(TuckerFamily())
