@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 import tensornet as tn
 from tensornet_hf.perplexity import Perplexity
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, versions, write_report
-from tensornet_hf.report.page import compact_bytes, compact_count
+from tensornet_hf.report.page import compact_bytes, compact_count, predicted_curve
 from tensornet_hf.report.pictures import curve_picture, layers_picture, short_names, spectra_picture, spread
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -78,7 +79,7 @@ def parsed(path: Path) -> Balanced:
 
 
 def test_shows_every_number(tmp_path: Path) -> None:
-    content = a_page(curve=[(0.25, 90.0), (0.5, 45.0), (1.0, 33.0)])
+    content = a_page()
     page = parsed(write_report(content, tmp_path / "report.html"))
     for layer in content.report.layers:
         assert layer.form in page.text
@@ -88,7 +89,7 @@ def test_shows_every_number(tmp_path: Path) -> None:
     windows = "990 tokens scored in 10 windows of 100"
     for expected in ("33.25", "44.50", windows, "8.00 kB", "not saved", "torch"):
         assert expected in page.text
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 2
 
 
 def test_is_one_file_that_fetches_and_runs_nothing(tmp_path: Path) -> None:
@@ -131,6 +132,23 @@ def test_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 1
     for absent in ("Perplexity", "Singular values", "What they write", "price of every budget"):
         assert absent not in page.text
+
+
+def test_price_of_every_budget(tmp_path: Path) -> None:
+    content = a_page()
+    priced = [
+        replace(layer, loss_increase=0.1, curve=((layer.params_after, 0.1), (layer.params_before, 0.0)))
+        for layer in content.report.plan
+    ]
+    plan = tn.CompressionPlan(tuple(priced), objective="curvature", dense_loss=math.log(20.0))
+    points = predicted_curve(plan)
+    assert points[0] == (1.0, pytest.approx(20.0))
+    assert points[-1] == (pytest.approx(content.report.param_ratio), pytest.approx(20.0 * math.exp(0.2)))
+    page = parsed(
+        write_report(replace(content, report=replace(content.report, plan=plan)), tmp_path / "r.html")
+    )
+    assert page.tags.count("svg") == 3
+    assert f"{20.0 * math.exp(0.2):.2f} for this model" in page.text
 
 
 def planned(matrix: torch.Tensor, **options: object) -> tn.LayerPlan:

@@ -1,5 +1,6 @@
 """The report page: what goes on it, and writing it as one file that needs nothing else."""
 
+import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tensornet._optional import require
-from tensornet.compression import CompressionReport
+from tensornet.compression import CompressionPlan, CompressionReport
 from tensornet_hf.perplexity import Perplexity
 from tensornet_hf.report.spectra import BondSpectrum
+
+#: Nats. Beyond, the perplexity is so far off that no budget worth having is left.
+_MEANINGFUL_RISE = 3.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,6 @@ class Page:
         report: what was done to each layer.
         spectra: by layer name (see `bond_spectra`); empty leaves the picture out.
         prompt: what the samples continue.
-        curve: predicted perplexity over all budgets, `(share of targeted parameters kept, perplexity)`.
         made: how the page was made, label and text.
         notes: remarks shown below the comparison.
     """
@@ -54,7 +57,6 @@ class Page:
     report: CompressionReport
     spectra: Mapping[str, Sequence[BondSpectrum]] = field(default_factory=dict)
     prompt: str | None = None
-    curve: Sequence[tuple[float, float]] = ()
     made: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
 
@@ -89,6 +91,7 @@ def render(page: Page) -> str:
         (files("tensornet_hf.report") / "page.html.j2").read_text(encoding="utf-8")
     )
     layers = list(page.report.plan)
+    curve = predicted_curve(page.report.plan)
     shown = min(len(page.spectra), pictures.PANELS)
     return template.render(
         page=page,
@@ -97,11 +100,22 @@ def render(page: Page) -> str:
         compressed=page.models[1],
         layers_picture=Markup(pictures.layers_picture(layers)),
         spectra_picture=Markup(pictures.spectra_picture(page.spectra)) if page.spectra else None,
-        curve_picture=Markup(pictures.curve_picture(page.curve, page.report.param_ratio))
-        if page.curve
-        else None,
+        curve_picture=Markup(pictures.curve_picture(curve, page.report.param_ratio)) if curve else None,
+        predicted=page.report.plan.predicted_perplexity,
         spectra_shown=shown,
     )
+
+
+def predicted_curve(plan: CompressionPlan) -> list[tuple[float, float]]:
+    """Predicted perplexity over all budgets, `(share of targeted parameters kept, perplexity)`.
+
+    Empty for a plan made without calibrated gradients. Ends where the prediction means nothing any more: it
+    is second order in the errors.
+    """
+    if plan.dense_loss is None:
+        return []
+    points = ((size / plan.params_before, rise) for size, rise in plan.curve())
+    return [(share, math.exp(plan.dense_loss + rise)) for share, rise in points if rise < _MEANINGFUL_RISE]
 
 
 def versions() -> str:

@@ -1,0 +1,163 @@
+"""`tensornet compress`: a model folder becomes a smaller one."""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import PreTrainedModel
+
+import tensornet as tn
+from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
+from tensornet.errors import BudgetError
+from tensornet_hf import conversion
+from tensornet_hf.cli import shared
+from tensornet_hf.destinations import HUB, require_free, save_to
+from tensornet_hf.inspection import weight_bytes
+from tensornet_hf.loading import resolve_folder
+from tensornet_hf.report import ModelFacts, Page, versions, write_report
+from tensornet_hf.report.page import compact_bytes
+
+
+def run(
+    source: shared.Source,
+    destination: Annotated[
+        str | None,
+        typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
+    ] = None,
+    param_ratio: Annotated[
+        float | None, typer.Option(help="Share of the parameters of the chosen layers to keep, such as 0.5.")
+    ] = None,
+    max_bond: Annotated[int | None, typer.Option(help="Largest bond.")] = None,
+    rel_error: Annotated[
+        float | None, typer.Option(help="Largest relative Frobenius error of each weight.")
+    ] = None,
+    topology: Annotated[
+        str, typer.Option(help="Family of networks, or auto for the best of each layer.")
+    ] = "auto",
+    sites: Annotated[int | None, typer.Option(help="Cores of a chain.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers to compress: name, end of a name, glob, or re:REGEX; repeatable."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave alone; repeatable.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="What decides: weight, curvature (needs --calibration), or auto.")
+    ] = "auto",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 32_768,
+    dtype: shared.Dtype = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Carry out this plan (the output of --dry-run --json, edited or not).")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page about it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and the sizes, write nothing.")
+    ] = False,
+    force: shared.Force = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Compress a model: decompose its linear layers within a budget and save what is left.
+
+    Budgets may be combined, the tightest decides for each layer.
+    """
+    progress = shared.wants_progress()
+    started = time.perf_counter()
+    budget = {"param_ratio": param_ratio, "max_bond": max_bond, "rel_error": rel_error}
+    _check_usage(destination, budget, plan, dry_run)
+    text = None if calibration is None else shared.read_text(calibration)
+    config = CompressionConfig(
+        target_modules=target or None,
+        exclude_modules=exclude or None,
+        topology=topology,
+        sites=sites,
+        objective=objective,  # type: ignore[arg-type]  # checked by the class
+        **budget,  # type: ignore[arg-type]
+    )
+    stored = conversion.dtype_of(dtype)
+    folder = resolve_folder(source)
+    if destination is not None and not dry_run:
+        require_free(destination, source=folder, force=force)
+    model = conversion.open_dense(folder)
+    planned = None if plan is None else CompressionPlan.load(plan)
+    stats = None
+    if text is not None:
+        observed = config if planned is None else CompressionConfig(target_modules=[x.name for x in planned])
+        stats = conversion.collect_stats(
+            model, folder, text, config=observed, tokens=calibration_tokens, progress=progress
+        )
+    if planned is None:
+        planned = tn.plan(model, config, stats, progress=progress)
+    elif planned.objective != "weight" and stats is None:
+        raise BudgetError(
+            f"{plan} was made with --calibration: give the same text again, its cores depend on it."
+        )
+    if dry_run:
+        _show_plan(model, planned, as_json)
+        return
+    assert destination is not None
+    spectra = conversion.plan_spectra(model, planned, progress=progress) if report is not None else {}
+    done = conversion.carry_out(model, planned, stats, started=started, progress=progress)
+    save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
+    before, after = weight_bytes(folder), _written_bytes(destination, done)
+    if report is not None:
+        models = (
+            ModelFacts("original", done.model_params_before, before),
+            ModelFacts("compressed", done.model_params_after, after),
+        )
+        made = (("Command", shlex.join(["tensornet", *sys.argv[1:]])), ("Versions", versions()))
+        write_report(Page(f"{source}, compressed", models, done, spectra, made=made), report)
+    if as_json:
+        sizes = {"file_bytes_before": before, "file_bytes_after": after}
+        shared.print_json({"source": source, "destination": destination, **sizes, **done.to_dict()})
+    else:
+        _show_result(destination, done, before, after)
+        if text is None and plan is None and rel_error is None:
+            shared.note("the weights alone decided; --calibration TEXT makes a far better model")
+
+
+def _check_usage(
+    destination: str | None, budget: dict[str, float | None], plan: Path | None, dry_run: bool
+) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in budget.items() if value is not None]
+    if plan is not None and given:
+        raise BudgetError(f"--plan says already what every layer becomes; leave out {' and '.join(given)}.")
+    if plan is None and not given:
+        raise BudgetError(
+            "Say how far to compress: --param-ratio 0.5, --max-bond, --rel-error, or --plan with a file."
+        )
+    if destination is None and not dry_run:
+        raise typer.BadParameter("Name a destination, or ask for --dry-run.")
+
+
+def _show_plan(model: PreTrainedModel, planned: CompressionPlan, as_json: bool) -> None:
+    sizes = conversion.plan_summary(model, planned)
+    if as_json:
+        shared.print_json({**planned.to_dict(), **sizes})
+        return
+    shared.print_lines(
+        str(planned),
+        f"model: {sizes['model_params_before']:,} -> {sizes['model_params_after']:,} parameters, "
+        f"{compact_bytes(sizes['model_bytes_before'])} -> {compact_bytes(sizes['model_bytes_after'])}",
+    )
+
+
+def _show_result(destination: str, done: CompressionReport, before: int, after: int) -> None:
+    dense = sum(layer.form == "dense" for layer in done.layers)
+    left = f" ({dense} of them stay dense)" if dense else ""
+    shared.print_lines(
+        f"layers      {len(done.layers)}{left}, kept {done.param_ratio:.1%} of their parameters",
+        f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
+        f"files       {compact_bytes(before)} -> {compact_bytes(after)}",
+        f"seconds     {done.seconds:.1f}",
+        f"written to  {destination}",
+    )
+
+
+def _written_bytes(destination: str, done: CompressionReport) -> int:
+    """Size of the weight files; of an upload, which is not here any more, that of the weights."""
+    return done.model_bytes_after if destination.startswith(HUB) else weight_bytes(destination)

@@ -1,0 +1,37 @@
+"""`tensornet decompress`: an ordinary model again."""
+
+from tensornet_hf import conversion
+from tensornet_hf.cli import shared
+from tensornet_hf.destinations import HUB, require_free, save_to
+from tensornet_hf.inspection import weight_bytes
+from tensornet_hf.loading import resolve_folder
+from tensornet_hf.report.page import compact_bytes
+from tensornet_hf.saving import decompress
+
+
+def run(
+    source: shared.Source,
+    destination: shared.Destination,
+    dtype: shared.Dtype = None,
+    force: shared.Force = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Multiply all cores out and save an ordinary model, which needs nothing of this library.
+
+    What compression cut away does not come back.
+    """
+    stored = conversion.dtype_of(dtype)
+    folder = resolve_folder(source)
+    require_free(destination, source=folder, force=force)
+    model = conversion.open_compressed(folder)
+    before = model.num_parameters()
+    decompress(model)
+    save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
+    after = model.num_parameters()
+    size = None if destination.startswith(HUB) else weight_bytes(destination)
+    if as_json:
+        numbers = {"params_before": before, "params_after": after, "file_bytes_after": size}
+        shared.print_json({"source": source, "destination": destination, **numbers})
+    else:
+        files = "" if size is None else f", {compact_bytes(size)} of weight files"
+        shared.print_lines(f"{before:,} -> {after:,} parameters{files}", f"written to {destination}")

@@ -1,0 +1,109 @@
+"""The commands, and how the program fails: one line on stderr and a status that is not zero."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+from transformers.utils import logging
+
+from tensornet_hf.cli import compress, decompress, demo, evaluate, generate, inspect
+
+# Name -> function. A new command is a new file beside this one and a line here.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "compress": compress.run,
+    "inspect": inspect.run,
+    "eval": evaluate.run,
+    "generate": generate.run,
+    "decompress": decompress.run,
+    "demo": demo.run,
+}
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+# typer carries its own copy of click or uses the installed one, depending on its version.
+_click = sys.modules[typer.BadParameter.__module__]
+
+
+def _program() -> typer.Typer:
+    program = typer.Typer(
+        no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+
+    @program.callback()
+    def options(
+        debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    ) -> None:
+        """Compress language models into tensor networks, look into the result, and use it.
+
+        A model is a folder as transformers writes it, or a hub id. Destinations are folders, or
+        hf://owner/name to upload.
+        """
+
+    for name, function in COMMANDS.items():
+        program.command(name)(function)
+    return program
+
+
+def app() -> None:
+    """Run the command line on the arguments of this process and exit with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the name of the program. `--debug` is accepted in any place.
+
+    Returns:
+        0, or 1 (failed), 2 (wrong usage), 130 (interrupted).
+    """
+    debug = "--debug" in arguments
+    _quiet(debug)
+    command = typer.main.get_command(_program())
+    rest = [argument for argument in arguments if argument != "--debug"]
+    try:
+        status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
+    except _click.ClickException as error:
+        _say(f"{error.format_message()} See tensornet --help, or --help after the command.")
+        return WRONG_USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:  # whatever it is, a user gets a line and a way to see more
+        if debug:
+            raise
+        _say(_one_line(error))
+        return FAILED
+    return status if isinstance(status, int) else 0
+
+
+def _quiet(debug: bool) -> None:
+    """Leave stderr to our own lines: other libraries warn about things a user here cannot change."""
+    if debug:
+        return
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # loading has bars of its own for each file
+    warnings.simplefilter("ignore")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
+    text = " ".join(text.split())
+    # Errors meant for users say what to do; for others, their class and the way to more is all there is.
+    if type(error).__module__.startswith("tensornet") or isinstance(error, OSError | ValueError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text} (add --debug to see where)"
+
+
+def _say(text: str) -> None:
+    typer.echo(f"tensornet: {text}", err=True)

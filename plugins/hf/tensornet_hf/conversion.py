@@ -1,0 +1,161 @@
+"""A model folder on its way to another form: open, plan, carry out."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tensornet.compression import (
+    CompressionConfig,
+    CompressionPlan,
+    CompressionReport,
+    apply_plan,
+    find_targets,
+)
+from tensornet.compression.calibrate import calibrate
+from tensornet.compression.report import layer_reports, model_size
+from tensornet.compression.stats import CalibrationStats
+from tensornet.errors import TargetError
+from tensornet_hf.checkpoint import read_checkpoint
+from tensornet_hf.loading import load
+from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
+from tensornet_hf.text import load_tokenizer, require_causal, token_ids, usual_context
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_dense(folder: Path) -> PreTrainedModel:
+    """Load a model that is to be compressed, in the dtype it is stored in.
+
+    Raises:
+        FormatError: the folder is not a model, or damaged.
+        TargetError: it is compressed already.
+    """
+    if read_checkpoint(folder).compression is not None:
+        raise TargetError(
+            f"{folder} is compressed already. Compress the original again, or run tensornet decompress first."
+        )
+    return load(folder)
+
+
+def open_compressed(folder: Path) -> PreTrainedModel:
+    """Load a model that is to be made dense again.
+
+    Raises:
+        FormatError: the folder is not a model, or damaged.
+        TargetError: it is not compressed.
+    """
+    if read_checkpoint(folder).compression is None:
+        raise TargetError(f"{folder} is an ordinary model; there is nothing to decompress.")
+    return load(folder)
+
+
+def collect_stats(
+    model: PreTrainedModel,
+    folder: Path,
+    text: str,
+    *,
+    config: CompressionConfig,
+    tokens: int,
+    progress: bool = False,
+) -> CalibrationStats:
+    """Run a model over a text and collect what decides where parameters are spent.
+
+    Args:
+        model: a causal language model.
+        folder: holds its tokenizer.
+        text: like what the model will see; windows of at most 512 tokens are cut from its beginning.
+        config: observe the layers it selects.
+        tokens: how much of the text to use; a few ten thousand are enough.
+        progress: show a progress bar.
+
+    Raises:
+        TargetError: not a causal language model.
+        ValueError: the text is shorter than one window.
+    """
+    require_causal(model)
+    context = usual_context(model, limit=512)
+    ids = token_ids(load_tokenizer(folder), text)[:tokens]
+    count = len(ids) // context
+    if count == 0:
+        raise ValueError(
+            f"The calibration text has {len(ids)} tokens, less than one window of {context}; give more text."
+        )
+    batches = ids[: count * context].reshape(count, context).split(max(1, 1024 // context))
+    return calibrate(model, batches, config=config, source=f"{count * context:,} tokens", progress=progress)
+
+
+def plan_spectra(
+    model: PreTrainedModel, planned: CompressionPlan, *, progress: bool = False
+) -> dict[str, tuple[BondSpectrum, ...]]:
+    """What each bond of a plan cuts, by layer; to be asked before the plan is carried out."""
+    matrices = {x.name: x.matrix for x in find_targets(model, CompressionConfig(target_modules="all"))}
+    layers = tqdm(planned, desc="spectra", unit="layer", disable=not progress)
+    return {layer.name: bond_spectra(matrices[layer.name], layer) for layer in layers}
+
+
+def carry_out(
+    model: PreTrainedModel,
+    planned: CompressionPlan,
+    stats: CalibrationStats | None = None,
+    *,
+    started: float,
+    progress: bool = False,
+) -> CompressionReport:
+    """Carry a plan out and report as `tensornet.compress` does.
+
+    Args:
+        model: changed in place.
+        planned: made for it.
+        stats: what the plan was made with.
+        started: `time.perf_counter()` when the work began, planning included.
+        progress: show a progress bar.
+
+    Raises: as `tensornet.apply_plan`.
+    """
+    before = model_size(model)
+    errors = apply_plan(model, planned, stats, progress=progress)
+    after = model_size(model)
+    return CompressionReport(
+        layers=layer_reports(planned, errors),
+        model_params_before=before[0],
+        model_params_after=after[0],
+        model_bytes_before=before[1],
+        model_bytes_after=after[1],
+        seconds=time.perf_counter() - started,
+        plan=planned,
+    )
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of that name; None stays None.
+
+    Raises:
+        ValueError: listing the names.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"Unknown dtype {name!r}; choose one of {', '.join(DTYPES)}.")
+    return None if name is None else DTYPES[name]
+
+
+def stored_as(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model converted to a dtype in place; None leaves it as it is."""
+    if dtype is not None:
+        torch.nn.Module.to(model, dtype=dtype)
+    return model
+
+
+def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[str, int]:
+    """Sizes before and after a plan, without carrying it out."""
+    params, size = model_size(model)
+    saved = {layer.name: layer.params_before - layer.params_after for layer in planned}
+    weights = {x.name: x.weight for x in find_targets(model, CompressionConfig(target_modules="all"))}
+    return {
+        "model_params_before": params,
+        "model_params_after": params - sum(saved.values()),
+        "model_bytes_before": size,
+        "model_bytes_after": size - sum(n * weights[name].element_size() for name, n in saved.items()),
+    }

@@ -1,0 +1,156 @@
+"""The main job from end to end on the embedded GPT-2: compress, judge, save, load again, write, report."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import tensornet as tn
+from tensornet_hf import conversion
+from tensornet_hf.atomic import check_free
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
+from tensornet_hf.inspection import weight_bytes
+from tensornet_hf.perplexity import Perplexity, perplexity
+from tensornet_hf.report import ModelFacts, Page, versions, write_report
+from tensornet_hf.report.page import plain
+from tensornet_hf.saving import save_model
+from tensornet_hf.text import continue_text, load_tokenizer, token_ids, usual_context
+
+PROMPT = "And it came to pass in those days, that"
+_NEW_TOKENS = 60
+_TEMPERATURE = 0.7
+_CALIBRATION_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made and measured.
+
+    Args:
+        page: everything that stands in the report.
+        folder: the saved compressed model.
+        report: the HTML page.
+        seconds: of each step, by name.
+    """
+
+    page: Page
+    folder: Path
+    report: Path
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        files = {"folder": str(self.folder), "report": str(self.report)}
+        return {**plain(self.page), **files, "seconds": self.seconds}
+
+
+def run_demo(
+    output: Path,
+    *,
+    param_ratio: float = 0.5,
+    seed: int = 0,
+    force: bool = False,
+    command: str = "tensornet demo",
+    progress: bool = False,
+) -> Demo:
+    """Compress the embedded GPT-2 and write `model/` and `report.html` below `output`.
+
+    Beside it stands the plain SVD: every layer cut by its own singular values to the same share of its
+    parameters, with no look at any text.
+
+    Args:
+        output: folder, made if it is not there.
+        param_ratio: share of the parameters of the linear layers to keep.
+        seed: of the generated samples.
+        force: replace a model that is there.
+        command: named in the report.
+        progress: show progress bars.
+
+    Raises:
+        DestinationError: `output/model` exists already.
+    """
+    source, folder = gpt2_path(), output / "model"
+    check_free(folder, force=force, sources=(source,))
+    clock = _Clock()
+    tokenizer = load_tokenizer(source)
+    tokens = token_ids(tokenizer, heldout_text())
+
+    def judge(model: PreTrainedModel) -> tuple[Perplexity, str]:
+        measured = perplexity(model, tokens, context=usual_context(model), progress=progress)
+        sample = continue_text(
+            model, tokenizer, PROMPT, max_new_tokens=_NEW_TOKENS, temperature=_TEMPERATURE, seed=seed
+        )
+        return measured, sample
+
+    original = conversion.open_dense(source)
+    original_facts = judge(original)
+    clock.lap("measure the original")
+
+    model = conversion.open_dense(source)
+    config = tn.CompressionConfig(param_ratio=param_ratio)
+    stats = conversion.collect_stats(
+        model, source, calibration_text(), config=config, tokens=_CALIBRATION_TOKENS, progress=progress
+    )
+    planned = tn.plan(model, config, stats, progress=progress)
+    spectra = conversion.plan_spectra(model, planned)
+    done = conversion.carry_out(model, planned, stats, started=clock.last, progress=progress)
+    clock.lap("compress")
+
+    save_model(model, folder, source=source, force=force)
+    # Whoever gets the folder has only this: transformers, and one import of tensornet_hf.
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    clock.lap("save and load again")
+    facts = judge(reloaded)
+    clock.lap("measure the compressed model")
+
+    svd = conversion.open_dense(source)
+    share = tn.CompressionConfig(topology="low_rank", param_ratio=done.param_ratio, objective="weight")
+    svd_report = tn.compress(svd, share, progress=progress)
+    svd_facts = judge(svd)
+    clock.lap("plain SVD at the same size")
+
+    models = (
+        ModelFacts("original", done.model_params_before, weight_bytes(source), *original_facts),
+        ModelFacts("compressed", done.model_params_after, weight_bytes(folder), *facts),
+        ModelFacts("plain SVD", svd_report.model_params_after, None, *svd_facts),
+    )
+    page = Page(
+        title="The embedded GPT-2, compressed",
+        models=models,
+        report=done,
+        spectra=spectra,
+        prompt=PROMPT,
+        made=(
+            ("Command", command),
+            ("Model", "tensornet_hf.embedded.gpt2_path(), trained on the King James Bible"),
+            ("Held-out text", "30 chapters that neither training nor calibration saw"),
+            (
+                "Calibration",
+                f"{stats.source} of the training text",
+            ),
+            ("Samples", f"temperature {_TEMPERATURE:g}, seed {seed}"),
+            ("Versions", versions()),
+        ),
+        notes=(
+            "Plain SVD: every layer cut by its own singular values to the same share of its parameters, "
+            "without looking at any text.",
+        ),
+    )
+    written = write_report(page, output / "report.html")
+    clock.lap("write the report")
+    return Demo(page, folder, written, clock.laps)
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now

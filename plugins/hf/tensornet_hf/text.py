@@ -1,0 +1,119 @@
+"""Text in and out of a causal language model: token ids of a long text, and continuing a prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from tensornet.errors import FormatError, TargetError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        FormatError: there is none that transformers can read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise FormatError(
+            f"{folder} has no tokenizer that can be read: {first_line(error)}. "
+            "Copy the tokenizer files of the original model into it."
+        ) from error
+    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
+        # What transformers makes where the files are missing: it reads every text as nothing.
+        raise FormatError(
+            f"{folder} has no tokenizer: its files are missing. Copy them from the original model."
+        )
+    return tokenizer
+
+
+def token_ids(tokenizer: Any, text: str) -> Tensor:
+    """Ids of a whole text, shape `(length,)`; no special token is added.
+
+    Args:
+        tokenizer: of transformers.
+        text: may be longer than the model's context.
+    """
+    # verbose=False: the length is not a mistake here, windows are cut from it.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
+    """Tokens of a window where none is asked for: all positions of the model, but no more than `limit`."""
+    return min(limit, getattr(model.config, "max_position_embeddings", None) or limit)
+
+
+def require_causal(model: PreTrainedModel) -> None:
+    """Refuse a model that does not continue text.
+
+    Raises:
+        TargetError: naming the class and what would do.
+    """
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise TargetError(
+            f"{type(model).__name__} is not a causal language model, which this needs; one is, for "
+            "example, GPT2LMHeadModel or LlamaForCausalLM."
+        )
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """What the model writes after a prompt; for an encoder-decoder, what it answers.
+
+    Args:
+        model: anything that can `generate`.
+        tokenizer: its tokenizer.
+        prompt: at least one token.
+        max_new_tokens: length of the continuation, at least 1.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        seed: of the drawing; the state of the global generator is put back afterwards.
+
+    Raises:
+        TargetError: the model cannot generate.
+        ValueError: an empty prompt, or a value out of range.
+    """
+    if not model.can_generate():
+        raise TargetError(f"{type(model).__name__} cannot generate text.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}.")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = inputs.input_ids.shape[1]
+    if length == 0:
+        raise ValueError("The prompt is empty; give the model at least one token to go on from.")
+    decoder_only = not model.config.is_encoder_decoder
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if decoder_only and positions is not None and length + max_new_tokens > positions:
+        raise ValueError(
+            f"The prompt has {length} tokens and {max_new_tokens} more are asked for, but this model has "
+            f"{positions} positions; shorten the prompt or ask for at most {max(0, positions - length)}."
+        )
+    drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature}
+    generate: Any = model.generate
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        tokens = generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **drawing
+        )
+    new = tokens[0, length if decoder_only else 0 :]
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, which of many libraries is the one that says something."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

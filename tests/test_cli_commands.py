@@ -1,0 +1,266 @@
+"""What the commands do, called in this process."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers.utils import logging
+
+import tensornet as tn
+from tensornet_hf import load
+from tensornet_hf.cli.main import run
+from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
+from tensornet_hf.text import load_tokenizer
+
+TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tensornet(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Run]:
+    """Run the program in an empty folder: status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    yield call
+    logging.set_verbosity(verbosity)  # the program sets both for its whole process
+    if bars:
+        logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def logits(model: GPT2LMHeadModel) -> torch.Tensor:
+    return model(torch.arange(40)[None]).logits
+
+
+def test_compress_inspect_decompress(tensornet: Run) -> None:
+    status, out, err = tensornet(
+        "compress", gpt2_path(), "small", "--param-ratio", 0.5, *TWO_LAYERS, "--report", "r.html"
+    )
+    assert status == 0
+    assert "layers      2, kept" in out
+    assert "written to  small" in out
+    assert "--calibration" in err
+    assert Path("r.html").read_text().count("<svg") == 2
+    small = load("small")
+    changed = {n for n, m in small.named_modules() if isinstance(m, tn.nn.TensorNetworkLinear)}
+    assert changed == {"transformer.h.0.mlp.c_fc", "transformer.h.2.attn.c_attn"}
+
+    status, out, _ = tensornet("inspect", "small", "--json")
+    found = json.loads(out)
+    assert (status, found["format_version"], found["architecture"]) == (0, 1, "GPT2LMHeadModel")
+    assert found["params"] == sum(p.numel() for p in small.parameters())
+    assert {layer["name"] for layer in found["layers"]} == changed
+    sizes = {layer["name"]: layer["params"] for layer in found["layers"]}
+    for name in changed:
+        assert sizes[name] == sum(p.numel() for p in small.get_submodule(name).parameters())
+    assert found["bytes"] == Path("small/model.safetensors").stat().st_size
+    status, out, _ = tensornet("inspect", "small")
+    assert status == 0
+    assert "transformer.h.0.mlp.c_fc" in out
+    assert "512 x 128" in out
+
+    assert tensornet("decompress", "small", "dense")[0] == 0
+    dense = GPT2LMHeadModel.from_pretrained("dense")  # by transformers alone
+    assert not any(isinstance(m, tn.nn.TensorNetworkLinear) for m in dense.modules())
+    assert torch.allclose(logits(dense), logits(small), atol=1e-4)
+    status, out, err = tensornet("decompress", "dense", "again")
+    assert (status, out) == (1, "")
+    assert "nothing to decompress" in err
+    status, _, err = tensornet("compress", "small", "again", "--max-bond", 4)
+    assert status == 1
+    assert "compressed already" in err
+
+
+def test_json_is_all_that_stdout_holds(tensornet: Run) -> None:
+    status, out, _ = tensornet(
+        "compress", gpt2_path(), "small", "--rel-error", 0.3, *TWO_LAYERS, "--json", "--dtype", "bfloat16"
+    )
+    data = json.loads(out)
+    assert status == 0
+    assert all(layer["error"] <= 0.3 for layer in data["layers"])
+    assert data["file_bytes_after"] == Path("small/model.safetensors").stat().st_size
+    assert load("small").dtype == torch.bfloat16
+    status, out, _ = tensornet("generate", "small", "--prompt", "In the", "--max-new-tokens", 5, "--json")
+    assert (status, json.loads(out)["prompt"]) == (0, "In the")
+
+
+def test_dry_run_is_a_plan_that_can_be_edited_and_carried_out(tensornet: Run) -> None:
+    arguments = ("compress", gpt2_path(), "--param-ratio", 0.25, *TWO_LAYERS, "--dry-run")
+    status, out, _ = tensornet(*arguments)
+    assert status == 0
+    assert "transformer.h.0.mlp.c_fc" in out
+    assert list(Path().iterdir()) == []
+    status, out, _ = tensornet(*arguments, "--json")
+    data = json.loads(out)
+    planned = tn.CompressionPlan.from_dict(data).replace_layer("transformer.h.0.mlp.c_fc", None)
+    planned.save("plan.json")
+    assert tensornet("compress", gpt2_path(), "small", "--plan", "plan.json")[0] == 0
+    small = load("small")
+    changed = {n for n, m in small.named_modules() if isinstance(m, tn.nn.TensorNetworkLinear)}
+    assert changed == {"transformer.h.2.attn.c_attn"}
+    cut = data["model_params_before"] - data["model_params_after"]
+    kept = {layer.name: layer.params_before - layer.params_after for layer in planned}
+    dense = tn.CompressionPlan.from_dict(data)["transformer.h.0.mlp.c_fc"]
+    assert cut == kept["transformer.h.2.attn.c_attn"] + dense.params_before - dense.params_after
+    assert small.num_parameters() == data["model_params_before"] - kept["transformer.h.2.attn.c_attn"]
+
+
+def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
+    Path("text.txt").write_text(heldout_text()[:20_000])
+    arguments = ("--param-ratio", 0.4, "--target", "*.mlp.c_fc", "--json")
+    losses = {}
+    for name, more in {"blind": (), "seeing": ("--calibration", "text.txt")}.items():
+        assert tensornet("compress", gpt2_path(), name, *arguments, *more)[0] == 0
+        status, out, _ = tensornet("eval", name, "--text", "text.txt", "--context", 64, "--json")
+        assert status == 0
+        losses[name] = json.loads(out)["loss"]
+    assert losses["seeing"] < losses["blind"] - 0.1
+    plan = ("compress", gpt2_path(), "--dry-run", *arguments, "--calibration", "text.txt")
+    Path("plan.json").write_text(tensornet(*plan)[1])
+    status, _, err = tensornet("compress", gpt2_path(), "third", "--plan", "plan.json")
+    assert status == 1
+    assert "give the same text" in err
+
+
+def test_eval_states_its_windows_and_agrees_with_transformers(tensornet: Run) -> None:
+    text = heldout_text()[:3000]
+    Path("text.txt").write_text(text)
+    status, out, _ = tensornet("eval", gpt2_path(), "--text", "text.txt", "--context", 100, "--json")
+    data = json.loads(out)
+    model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+    ids = load_tokenizer(gpt2_path())(text, return_tensors="pt").input_ids
+    losses = [
+        model(chunk, labels=chunk).loss.item() * (chunk.shape[1] - 1) for chunk in ids.split(100, dim=1)
+    ]
+    count = sum(chunk.shape[1] - 1 for chunk in ids.split(100, dim=1))
+    assert (status, data["tokens"], data["windows"]) == (0, count, len(losses))
+    assert data["perplexity"] == pytest.approx(math.exp(sum(losses) / count), rel=1e-4)
+    status, out, _ = tensornet("eval", gpt2_path(), "--text", "text.txt", "--stride", 50)
+    assert status == 0
+    assert "of 128, stride 50" in out
+
+
+def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: Run) -> None:
+    words = ("generate", gpt2_path(), "--prompt", "And God said", "--max-new-tokens", 12)
+    status, out, _ = tensornet(*words)
+    tokenizer, model = load_tokenizer(gpt2_path()), AutoModelForCausalLM.from_pretrained(gpt2_path())
+    inputs = tokenizer("And God said", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+    assert (status, out.rstrip("\n")) == (0, tokenizer.decode(expected).rstrip("\n"))
+    drawn = [tensornet(*words, "--temperature", 1.0, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    status, out, _ = tensornet("generate", t5_path(), "--prompt", "n th bgnnng")
+    assert (status, out.startswith("n th")) == (0, False)  # an encoder-decoder answers, it does not continue
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", t5_path(), "--text", "text.txt"), "not a causal language model"),
+        (("eval", gpt2_path(), "--text", "text.txt", "--context", 500), "more than the 128 positions"),
+        (("eval", gpt2_path(), "--text", "text.txt", "--stride", 500), "stride must lie between 1 and"),
+        (("eval", gpt2_path(), "--text", "absent.txt"), "There is no file absent.txt"),
+        (("eval", gpt2_path(), "--text", "empty.txt"), "empty.txt holds no text"),
+        (("eval", gpt2_path(), "--text", "latin.txt"), "latin.txt is not UTF-8 text"),
+        (("generate", gpt2_path(), "--prompt", ""), "prompt is empty"),
+        (
+            ("generate", gpt2_path(), "--prompt", "a", "--max-new-tokens", 0),
+            "max_new_tokens must be at least 1",
+        ),
+        (("generate", gpt2_path(), "--prompt", "a", "--max-new-tokens", 500), "has 128 positions"),
+        (("generate", gpt2_path(), "--prompt", "a", "--temperature", -1), "temperature must be at least 0"),
+        (("compress", gpt2_path(), "out"), "Say how far to compress"),
+        (("compress", gpt2_path(), "out", "--param-ratio", -1), "param_ratio must be above 0"),
+        (("compress", gpt2_path(), "out", "--max-bond", 4, "--dtype", "int3"), "Unknown dtype 'int3'"),
+        (("compress", gpt2_path(), "out", "--max-bond", 4, "--topology", "x"), "x.*low_rank.*mpo"),
+        (("compress", gpt2_path(), "out", "--plan", "empty.txt"), "Cannot read a compression plan"),
+        (
+            ("compress", gpt2_path(), "out", "--max-bond", 4, "--calibration", "short.txt"),
+            "less than one window",
+        ),
+        (("compress", "bare", "out", "--max-bond", 4, "--calibration", "text.txt"), "has no tokenizer"),
+        (("compress", gpt2_path(), "hf://a/b/c", "--max-bond", 4), "not an address on the hub"),
+    ],
+)
+def test_bad_input(tensornet: Run, arguments: tuple[object, ...], message: str) -> None:
+    Path("text.txt").write_text("In the beginning God created the heaven and the earth. " * 30)
+    Path("short.txt").write_text("In the beginning")
+    Path("empty.txt").write_text("\n")
+    Path("latin.txt").write_bytes("Käse".encode("latin-1"))
+    shutil.copytree(gpt2_path(), "bare", ignore=shutil.ignore_patterns("token*"))
+    status, out, err = tensornet(*arguments)
+    assert (status, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("tensornet: ")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(line)
+    assert not Path("out").exists()
+
+
+def test_wrong_usage_is_a_line_and_status_2(tensornet: Run) -> None:
+    for arguments in (
+        ("frobnicate",),
+        ("compress",),
+        ("inspect", "x", "--what"),
+        ("compress", "x", "--max-bond", "y"),
+    ):
+        status, out, err = tensornet(*arguments)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+    status, _, err = tensornet("compress", gpt2_path(), "--max-bond", 4)
+    assert status == 2
+    assert "--dry-run" in err
+
+
+def test_debug_lets_the_error_through(tensornet: Run) -> None:
+    with pytest.raises(tn.FormatError, match=r"no config\.json"):
+        tensornet("inspect", "--debug", ".")
+
+
+def test_help_lists_every_command(tensornet: Run) -> None:
+    status, out, _ = tensornet("--help")
+    assert status == 0
+    for name in ("compress", "inspect", "eval", "generate", "decompress", "demo"):
+        assert name in out
+        assert tensornet(name, "--help")[0] == 0
+
+
+def test_a_hub_destination_is_uploaded_complete(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, set[str]] = {}
+
+    def upload(repo_id: str, folder_path: Path) -> None:
+        uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(huggingface_hub, "repo_exists", lambda name: name == "me/taken")
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, exist_ok: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    arguments = ("--max-bond", 4, *TWO_LAYERS)
+    assert tensornet("compress", gpt2_path(), "hf://me/new", *arguments)[0] == 0
+    assert uploaded["me/new"] >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    status, _, err = tensornet("compress", gpt2_path(), "hf://me/taken", *arguments)
+    assert status == 1
+    assert "hf://me/taken exists already" in err
+    assert tensornet("compress", gpt2_path(), "hf://me/taken", *arguments, "--force")[0] == 0
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("403 Forbidden\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
+    status, _, err = tensornet("compress", gpt2_path(), "hf://me/new", *arguments)
+    assert (status, err.splitlines()[-1]) == (1, "tensornet: Cannot upload to hf://me/new: 403 Forbidden")
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,140 @@
+"""The program fails as promised: one line on stderr, a status, the source untouched, nothing half-written."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tensornet_hf.embedded import gpt2_path
+
+# As the console script does, in a process that cannot reach a network.
+PROGRAM = """
+import socket, sys
+def offline(*args): raise RuntimeError("the program must not reach for the network")
+socket.socket.connect = offline
+{before}
+from tensornet._entry import main
+main()
+"""
+
+
+def tensornet(*arguments: str, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(before=before), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file, by relative path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def put_nan(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1_000_000)
+
+
+def scribble(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(40)
+        file.write(b"\xff" * 30)
+
+
+def take_place(folder: Path) -> None:
+    (folder.parent / "out").mkdir()
+    (folder.parent / "out" / "precious.txt").write_text("mine")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def nothing(folder: Path) -> None:
+    """The source is sound."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A way to fail: what happens before, the arguments after `compress source out`, the message."""
+
+    message: str
+    arguments: tuple[str, ...] = ("--param-ratio", "0.5")
+    spoil: Callable[[Path], None] = nothing
+    before: str = ""
+    status: int = 1
+
+
+FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+FAILURES = {
+    "destination exists": Failure("out exists already", spoil=take_place),
+    "not a model": Failure("is not a model folder: it has no config.json", spoil=no_config),
+    "no such layer": Failure(
+        "Pattern 'nosuch' matches no layer", ("--param-ratio", "0.5", "--target", "nosuch")
+    ),
+    "plan and budget": Failure("leave out --max-bond", ("--plan", "plan.json", "--max-bond", "4")),
+    "impossible budget": Failure("'transformer.h.0.attn.c_attn'.*budget", ("--param-ratio", "0.0001")),
+    "NaN": Failure("'transformer.h.1.mlp.c_fc' holds 1 NaN", spoil=put_nan),
+    "truncated file": Failure("model.safetensors is truncated or damaged", spoil=cut_short),
+    "damaged header": Failure("model.safetensors is truncated or damaged", spoil=scribble),
+    "full disk": Failure("Writing .*out failed: .*[Nn]othing was left", before=FULL_DISK),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_compress_fails_in_one_line(name: str, tmp_path: Path) -> None:
+    failure = FAILURES[name]
+    source = shutil.copytree(gpt2_path(), tmp_path / "source")
+    failure.spoil(source)
+    before = contents(tmp_path)
+    done = tensornet("compress", "source", "out", *failure.arguments, cwd=tmp_path, before=failure.before)
+    assert done.returncode == failure.status
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tensornet: ")
+    assert re.search(failure.message, line)
+    assert contents(tmp_path) == before  # neither changed nor added, no hidden partial folder either
+    assert {path.name for path in tmp_path.iterdir()} <= {"source", "out"}
+    assert (tmp_path / "out").exists() == (failure.spoil is take_place)
+
+
+def test_hub_id_that_cannot_be_had_and_wrong_usage(tmp_path: Path) -> None:
+    done = tensornet("compress", "nobody/nothing", "out", "--max-bond", "4", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tensornet: nobody/nothing is not a folder here")
+    done = tensornet("compress", "x", "--frobnicate", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "No such option: --frobnicate" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where(tmp_path: Path) -> None:
+    done = tensornet("inspect", "--debug", ".", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "FormatError" in done.stderr
