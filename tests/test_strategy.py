@@ -1,4 +1,4 @@
-"""Strategies give the same numbers, the kept matrix is never out of date, and choices follow the cost model."""
+"""Strategies agree, the kept matrix is never out of date, choices follow the cost model."""
 
 from __future__ import annotations
 
