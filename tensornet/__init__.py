@@ -7,18 +7,21 @@ decompositions. Start with `tensornet.MPO.from_matrix` or `tensornet.compress`.
 from tensornet import nn, topologies
 from tensornet.budget import Budget
 from tensornet.compression import (
+    CalibrationStats,
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
     LayerPlan,
     LayerReport,
     apply_plan,
+    calibrate,
     compress,
     decompress,
     plan,
 )
 from tensornet.errors import (
     BudgetError,
+    CalibrationWarning,
     DestinationError,
     FormatError,
     MissingDependencyError,
@@ -41,6 +44,8 @@ __all__ = [
     "MPO",
     "Budget",
     "BudgetError",
+    "CalibrationStats",
+    "CalibrationWarning",
     "CompressionConfig",
     "CompressionPlan",
     "CompressionReport",
@@ -60,6 +65,7 @@ __all__ = [
     "TopologyError",
     "TruncatedSVD",
     "apply_plan",
+    "calibrate",
     "compress",
     "decompress",
     "measure_machine",

@@ -37,5 +37,9 @@ class DestinationError(TensorNetError, OSError):
     """A destination exists already, or cannot be written: what was asked for is not there."""
 
 
+class CalibrationWarning(UserWarning):
+    """A model is compressed without calibration data of the caller's: say what is used instead."""
+
+
 class MissingDependencyError(TensorNetError, ImportError):
     """An optional package is needed; the message holds the pip line that installs it."""

@@ -1,26 +1,37 @@
 """Compressing whole models: targets, plans, reports."""
 
 from tensornet.compression.apply import apply_plan, decompress
+from tensornet.compression.calibrate import calibrate
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.hooks import register_structure_hook, structure_changed
+from tensornet.compression.losses import cosine_losses, label_losses, sampled_losses
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.planner import plan
+from tensornet.compression.providers import ProvidedData, register_calibration_provider
 from tensornet.compression.report import CompressionReport, LayerReport
+from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
 
 __all__ = [
+    "CalibrationStats",
     "CompressionConfig",
     "CompressionPlan",
     "CompressionReport",
     "LayerPlan",
     "LayerReport",
+    "ProvidedData",
     "Target",
     "apply_plan",
+    "calibrate",
     "compress",
+    "cosine_losses",
     "decompress",
     "find_targets",
+    "label_losses",
     "plan",
+    "register_calibration_provider",
     "register_structure_hook",
+    "sampled_losses",
     "structure_changed",
 ]

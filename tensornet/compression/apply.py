@@ -7,32 +7,48 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.global_plan import layer_weighting
 from tensornet.compression.hooks import structure_changed
 from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
+from tensornet.compression.weighted import decompose_weighted
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import layer_bias
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
-from tensornet.topologies import topology_family
+from tensornet.topologies import Decomposition, topology_family
+from tensornet.whitening import Weighting
 
 
 @torch.no_grad()
-def apply_plan(model: nn.Module, plan: CompressionPlan, *, progress: bool = False) -> dict[str, float]:
+def apply_plan(
+    model: nn.Module,
+    plan: CompressionPlan,
+    stats: CalibrationStats | None = None,
+    *,
+    progress: bool = False,
+) -> dict[str, float]:
     """Replace the planned layers in place. Nothing is replaced if any decomposition fails.
 
     Args:
         model: the model the plan was made for.
         plan: may have been edited or loaded.
+        stats: what the plan was made with; a plan holds forms, not the moments that the cores depend on.
         progress: show a progress bar.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
 
     Raises:
-        TargetError: the model has no layer of a planned name or shape.
+        TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
     """
+    if stats is None and plan.objective != "weight":
+        raise TargetError(
+            f"This plan was made with objective={plan.objective!r}: pass the calibration statistics it was "
+            "made with, apply_plan(model, plan, stats)."
+        )
     work = [layer for layer in plan if layer.topology is not None]
     targets = {target.name: target for target in _all_targets(model)}
     for layer in work:
@@ -41,7 +57,8 @@ def apply_plan(model: nn.Module, plan: CompressionPlan, *, progress: bool = Fals
     errors = {}
     for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
         target = targets[layer.name]
-        modules, errors[layer.name] = _compressed(target, layer)
+        result = _decomposed(target, layer, plan, stats)
+        modules, errors[layer.name] = _compressed(target, layer, result)
         replacements.append((target.names, modules))
     for names, modules in replacements:
         for name, module in zip(names, modules, strict=True):
@@ -70,7 +87,7 @@ def decompress(model: nn.Module) -> nn.Module:
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
         stock = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
-        twin = dense.setdefault(id(module.cores[0]), stock)
+        twin = dense.setdefault(id(module.weight), stock)
         if twin is not stock:
             stock.weight = twin.weight
         if (bias := layer_bias(module)) is not None:
@@ -94,11 +111,20 @@ def _check_fits(layer: LayerPlan, target: Target | None) -> None:
         )
 
 
-def _compressed(target: Target, layer: LayerPlan) -> tuple[list[nn.Module], float]:
-    """New modules for every name of a target, sharing the cores, and the certified error."""
+def _decomposed(
+    target: Target, layer: LayerPlan, plan: CompressionPlan, stats: CalibrationStats | None
+) -> Decomposition:
+    """The cores of one layer, at the prices that the plan was made with."""
     assert layer.topology is not None
+    weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
+    if weighting == Weighting():
+        return topology_family(layer.topology.family).decompose_to(target.matrix, layer.topology)
+    return decompose_weighted(target.matrix, layer.topology, weighting)
+
+
+def _compressed(target: Target, layer: LayerPlan, result: Decomposition) -> tuple[list[nn.Module], float]:
+    """New modules for every name of a target, sharing the cores, and the certified error."""
     matrix = target.matrix
-    result = topology_family(layer.topology.family).decompose_to(matrix, layer.topology)
     network = result.network.to(matrix.dtype)
     trainable = target.weight.requires_grad
     made: dict[int, nn.Module] = {}  # one object used under several names stays one object
@@ -108,14 +134,23 @@ def _compressed(target: Target, layer: LayerPlan) -> tuple[list[nn.Module], floa
             continue
         new: NetworkModule
         if isinstance(module, nn.Embedding):
-            new = embedding_from_network(network, padding_idx=module.padding_idx)
+            new = embedding_from_network(network, padding_idx=module.padding_idx, storage=layer.storage)
         else:
-            new = linear_from_network(network, bias=None, source=kind.name)
+            new = linear_from_network(network, bias=None, source=kind.name, storage=layer.storage)
             new.bias = layer_bias(module)  # the parameter itself: another module may be tied to it
         if first is not None:
-            new.set_cores(first.cores)
+            new.share_cores(first)
         first = first or new
-        for core in new.cores:
-            core.requires_grad_(trainable)
+        for stored in new.stored.values():
+            stored.requires_grad_(trainable and stored.is_floating_point())
         made[id(module)] = new
-    return [made[id(module)] for module in target.modules], result.error
+    assert first is not None
+    error = result.error if layer.storage.plain else _measured_error(matrix, first)
+    return [made[id(module)] for module in target.modules], error
+
+
+def _measured_error(matrix: torch.Tensor, module: NetworkModule) -> float:
+    """Relative Frobenius error of what is stored, rounding of the storage included."""
+    exact = matrix.double()
+    gap = torch.linalg.vector_norm(exact - module.to_matrix().double())
+    return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))

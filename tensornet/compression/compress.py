@@ -1,4 +1,4 @@
-"""`compress`: plan, carry out, report."""
+"""`compress`: calibrate, plan, carry out, report."""
 
 import time
 
@@ -7,27 +7,38 @@ from torch import nn
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.planner import plan
+from tensornet.compression.providers import Calibration, gather_statistics
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
 
 
-def compress(model: nn.Module, config: CompressionConfig, *, progress: bool = True) -> CompressionReport:
+def compress(
+    model: nn.Module,
+    config: CompressionConfig,
+    *,
+    calibration: Calibration | None = None,
+    progress: bool = True,
+) -> CompressionReport:
     """Replace the targeted layers of a model by layers made of cores, in place.
 
     Args:
         model: any module.
         config: what to compress and how far.
+        calibration: batches of the model's arguments (see `calibrate`), or statistics already collected.
+            Without, a plugin may offer text of its own; else the error of the weights decides. Either is
+            said in a `CalibrationWarning`.
         progress: show progress bars.
 
     Returns:
-        What was done to each layer, with certified errors and the plain-SVD baseline.
+        What was done to each layer, with certified errors, the plain-SVD baseline and the predicted loss.
 
     Raises:
         TargetError, BudgetError, NonFiniteError, TopologyError: before anything is replaced.
     """
     start = time.perf_counter()
     params_before, bytes_before = model_size(model)
-    made = plan(model, config, progress=progress)
-    errors = apply_plan(model, made, progress=progress)
+    stats = gather_statistics(model, config, calibration, progress=progress)
+    made = plan(model, config, stats, progress=progress)
+    errors = apply_plan(model, made, stats, progress=progress)
     params_after, bytes_after = model_size(model)
     return CompressionReport(
         layers=layer_reports(made, errors),

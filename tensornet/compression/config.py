@@ -8,8 +8,8 @@ from tensornet.budget import Budget
 from tensornet.errors import BudgetError
 from tensornet.topologies import topology_family, topology_names
 
-Objective = Literal["auto", "weight", "curvature"]
-OBJECTIVES = ("auto", "weight", "curvature")
+Objective = Literal["auto", "weight", "activation", "curvature"]
+OBJECTIVES = ("auto", "weight", "activation", "curvature")
 AUTO = "auto"
 
 
@@ -27,12 +27,23 @@ class CompressionConfig:
         sites: number of cores for families that can choose it.
         max_bond: cap on every bond.
         rel_error: largest relative Frobenius error of each layer.
-        param_ratio: share of the parameters of the targeted layers to keep.
-        objective: what decides where parameters are spent: `"weight"` (Frobenius error of each layer),
-            `"curvature"` (predicted loss, needs calibration data), or `"auto"` (curvature if there is data).
+        param_ratio: share of the parameters of the targeted layers to keep; of all together with the
+            curvature objective, of each layer with the others.
+        max_bytes: size of the targeted layers together. Curvature only.
+        loss_increase: predicted rise of the loss of a token that all layers together may cause. Curvature
+            only; alone it asks for the smallest such model.
+        objective: what an error costs: `"weight"` (Frobenius norm of each layer), `"activation"` (squared
+            error of each layer's outputs, needs calibrated inputs), `"curvature"` (predicted loss, spent
+            over all layers together, needs calibrated gradients), or `"auto"` (the last for which there is
+            calibration data).
+        damping: share of the mean diagonal that is added to gradient moments. Smaller trusts the
+            calibration text more; predictions then come out lower.
+        pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
+            data if None.
+        int8: keep cores as eight-bit integers.
 
     Raises:
-        BudgetError: a cap is out of range.
+        BudgetError: a cap is out of range, or does not go with the objective.
         TopologyError: unknown topology.
         ValueError: unknown objective.
     """
@@ -44,10 +55,15 @@ class CompressionConfig:
     max_bond: int | None = None
     rel_error: float | None = None
     param_ratio: float | None = None
+    max_bytes: int | None = None
+    loss_increase: float | None = None
     objective: Objective = "auto"
+    damping: float = 0.1
+    pivoted: bool | None = None
+    int8: bool = False
 
     def __post_init__(self) -> None:
-        if self.budget.unlimited and self.topology == AUTO:
+        if self.budget.unlimited and not self.needs_curvature and self.topology == AUTO:
             object.__setattr__(self, "topology", "mpo")  # without a budget every family is exact
         if self.topology != AUTO:
             topology_family(self.topology)
@@ -55,6 +71,22 @@ class CompressionConfig:
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         if self.sites is not None and self.sites < 1:
             raise BudgetError(f"sites must be at least 1, got {self.sites}.")
+        for name in ("max_bytes", "loss_increase"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BudgetError(f"{name} must be above 0, got {value!r}.")
+        if self.needs_curvature and self.objective not in ("auto", "curvature"):
+            raise BudgetError(
+                "max_bytes and loss_increase are spent over all layers together, which needs the price of an "
+                f"error in each: use objective='curvature' with calibration data, not {self.objective!r}."
+            )
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping must be at least 0, got {self.damping!r}.")
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether a budget is set that only the curvature objective can keep."""
+        return self.max_bytes is not None or self.loss_increase is not None
 
     @property
     def budget(self) -> Budget:

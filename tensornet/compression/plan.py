@@ -1,15 +1,21 @@
 """A compression plan: which layer becomes which network. Printable, editable, saveable."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.errors import FormatError
+from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topology import Topology
 
 PLAN_VERSION = 1
+_HEADER = ("objective", "damping", "dense_loss", "calibration")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,9 @@ class LayerPlan:
         error: expected relative Frobenius error.
         baseline_error: error of the plain truncated SVD with the same number of parameters.
         singular_values: spectrum of the weight in descending order, for pictures.
+        storage: how the cores are kept.
+        loss_increase: predicted rise of the loss of a token, None without calibrated gradients.
+        curve: `(parameters, predicted rise)` of the forms worth taking, by rising size.
     """
 
     name: str
@@ -33,6 +42,9 @@ class LayerPlan:
     error: float
     baseline_error: float
     singular_values: tuple[float, ...] = ()
+    storage: Storage = PLAIN
+    loss_increase: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()
 
     @property
     def params_before(self) -> int:
@@ -41,8 +53,8 @@ class LayerPlan:
 
     @property
     def params_after(self) -> int:
-        """Parameters of the planned form, padding included."""
-        return self.topology.num_params if self.topology is not None else self.params_before
+        """Stored numbers of the planned form, padding, scales and row orders included."""
+        return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,21 @@ class CompressionPlan:
     """Plans of all targeted layers, in model order.
 
     Iterate over it, look layers up by name, `replace_layer` to edit, `save`/`load` to keep.
+
+    Args:
+        layers: the plans.
+        objective: what an error was taken to cost, see `CompressionConfig`. All but `"weight"` need the
+            calibration statistics again when the plan is carried out.
+        damping: of the gradient moments.
+        dense_loss: mean loss of a token during calibration.
+        calibration: what the statistics were collected on.
     """
 
     layers: tuple[LayerPlan, ...]
+    objective: str = "weight"
+    damping: float = 0.0
+    dense_loss: float | None = None
+    calibration: str | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -76,14 +100,45 @@ class CompressionPlan:
         """Parameters of all targeted weights in their planned form."""
         return sum(layer.params_after for layer in self.layers)
 
+    @property
+    def predicted_loss_increase(self) -> float | None:
+        """Rise of the loss of a token that all layers together will cause; None if nothing was calibrated.
+
+        Second order in the errors and without interplay between layers: close for small rises, low for
+        large ones.
+        """
+        known = [layer.loss_increase for layer in self.layers]
+        return None if None in known or not known else sum(x for x in known if x is not None)
+
+    @property
+    def predicted_perplexity(self) -> float | None:
+        """Of the calibration text after compression."""
+        rise = self.predicted_loss_increase
+        return None if rise is None or self.dense_loss is None else math.exp(self.dense_loss + rise)
+
+    def curve(self, points: int = 64) -> list[tuple[int, float]]:
+        """`(parameters of all targeted layers, predicted rise of the loss)` over all budgets, largest first.
+
+        Empty without calibrated gradients.
+        """
+        if any(not layer.curve for layer in self.layers):
+            return []
+        hulls = [torch.tensor(layer.curve, dtype=torch.float64) for layer in self.layers]
+        pairs = frontier([CostCurve(hull[:, 0], hull[:, 1]) for hull in hulls], points)
+        return [(int(size), cost) for size, cost in pairs]
+
     def replace_layer(self, name: str, topology: Topology | None) -> "CompressionPlan":
         """A plan in which one layer becomes `topology` (None: stays dense).
+
+        The predicted rise of that layer is no longer known, 0 where it stays dense.
 
         Raises:
             KeyError: no such layer.
         """
         bound_by = "dense" if topology is None else "edited"
-        edited = replace(self[name], topology=topology, bound_by=bound_by)
+        old = self[name]
+        rise = None if topology is not None or old.loss_increase is None else 0.0
+        edited = replace(old, topology=topology, bound_by=bound_by, loss_increase=rise)
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def __str__(self) -> str:
@@ -95,11 +150,14 @@ class CompressionPlan:
             errors = f"{layer.error:>8.4f} {layer.baseline_error:>9.4f}"
             lines.append(f"{layer.name:<{width}}  {form:<28} {size:>24} {errors}")
         lines.append(f"total: {self.params_before:,} -> {self.params_after:,} parameters")
+        if self.predicted_loss_increase is not None:
+            lines.append(f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return {"version": PLAN_VERSION, "layers": [_layer_to_dict(layer) for layer in self.layers]}
+        data = {name: getattr(self, name) for name in _HEADER}
+        return {"version": PLAN_VERSION, **data, "layers": [_layer_to_dict(x) for x in self.layers]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CompressionPlan":
@@ -111,7 +169,8 @@ class CompressionPlan:
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}.")
         try:
-            return cls(tuple(_layer_from_dict(layer) for layer in data["layers"]))
+            layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
+            return cls(layers, **{name: data[name] for name in _HEADER})
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"Bad compression plan: {error}") from error
 
@@ -148,6 +207,9 @@ def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
         "error": layer.error,
         "baseline_error": layer.baseline_error,
         "singular_values": list(layer.singular_values),
+        "storage": layer.storage.to_dict(),
+        "loss_increase": layer.loss_increase,
+        "curve": [list(point) for point in layer.curve],
     }
 
 
@@ -161,4 +223,7 @@ def _layer_from_dict(data: dict[str, Any]) -> LayerPlan:
         error=data["error"],
         baseline_error=data["baseline_error"],
         singular_values=tuple(data["singular_values"]),
+        storage=Storage.from_dict(data["storage"]),
+        loss_increase=data["loss_increase"],
+        curve=tuple((int(size), cost) for size, cost in data["curve"]),
     )

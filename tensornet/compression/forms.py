@@ -1,0 +1,120 @@
+"""The forms one layer may take, with the size and the price of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tensornet.compression.allocate import CostCurve
+from tensornet.compression.weighted import frobenius_errors
+from tensornet.nn.storage import PLAIN, Storage
+from tensornet.topologies import low_rank
+from tensornet.topology import Topology
+from tensornet.whitening import Weighting, weighted_svd
+
+
+@dataclass(frozen=True)
+class LayerForms:
+    """Forms of one layer, the dense one last where it is allowed.
+
+    Args:
+        params: stored numbers of each form, shape `(forms,)`.
+        num_bytes: their bytes, shape `(forms,)`.
+        costs: predicted rise of the loss (or another objective that adds), shape `(forms,)`.
+        errors: relative Frobenius error of each, shape `(forms,)`.
+        make: topology (None for dense) and storage of a form, by its index.
+    """
+
+    params: Tensor
+    num_bytes: Tensor
+    costs: Tensor
+    errors: Tensor
+    make: Callable[[int], tuple[Topology | None, Storage]]
+
+    def curve(self, unit: str) -> CostCurve:
+        """Costs over parameters (`unit="params"`) or bytes (`"bytes"`)."""
+        return CostCurve(self.params if unit == "params" else self.num_bytes, self.costs)
+
+    def hull(self) -> tuple[tuple[int, float], ...]:
+        """Lower convex hull of costs over parameters: the only forms a global budget ever takes."""
+        points = sorted(zip(self.params.tolist(), self.costs.tolist(), strict=True))
+        hull: list[tuple[float, float]] = []
+        for point in points:
+            while len(hull) > 1 and _above(hull[-2], hull[-1], point):
+                hull.pop()
+            if not hull or point[1] < hull[-1][1]:
+                hull.append(point)
+        return tuple((int(size), cost) for size, cost in hull)
+
+
+def low_rank_forms(
+    matrix: Tensor,
+    weighting: Weighting,
+    storage: Storage,
+    *,
+    max_rank: int | None = None,
+    rel_error: float | None = None,
+) -> LayerForms:
+    """Every rank, priced by the whitened singular values, and dense.
+
+    Args:
+        matrix: shape `(out, in)`.
+        weighting: prices of errors.
+        storage: how the factors would be kept.
+        max_rank: largest rank; dense is then no choice.
+        rel_error: forms with a larger relative Frobenius error are no choice.
+    """
+    result = weighted_svd(matrix, weighting)
+    errors = frobenius_errors(result)[1:]
+    params, sizes = low_rank_sizes((matrix.shape[0], matrix.shape[1]), storage, matrix.dtype)
+    ranks = torch.arange(1, len(errors) + 1)
+    keep = torch.ones_like(ranks, dtype=torch.bool)
+    if max_rank is not None:
+        keep &= ranks <= max_rank
+    if rel_error is not None:
+        keep &= errors.cpu() <= rel_error
+    dense = [] if max_rank is not None and max_rank < len(errors) else [float(matrix.numel())]
+    kept = ranks[keep]
+
+    def with_dense(values: Tensor, last: float) -> Tensor:
+        chosen = values.cpu().double()[keep]
+        return torch.cat([chosen, chosen.new_tensor([last] * len(dense))])
+
+    def make(index: int) -> tuple[Topology | None, Storage]:
+        if index == len(kept):
+            return None, PLAIN
+        rows, columns = matrix.shape
+        return low_rank(out_features=rows, in_features=columns, rank=int(kept[index])), storage
+
+    return LayerForms(
+        params=with_dense(params, float(matrix.numel())),
+        num_bytes=with_dense(sizes, float(matrix.numel() * matrix.element_size())),
+        costs=with_dense(result.error[1:], 0.0),
+        errors=with_dense(errors, 0.0),
+        make=make,
+    )
+
+
+def dense_form(matrix: Tensor) -> LayerForms:
+    """No choice but to stay dense."""
+    count = torch.tensor([float(matrix.numel())], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    return LayerForms(count, count * matrix.element_size(), zero, zero, lambda index: (None, PLAIN))
+
+
+@lru_cache(maxsize=256)
+def low_rank_sizes(shape: tuple[int, int], storage: Storage, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Stored numbers and bytes of every rank from 1 to the full one."""
+    topologies = [
+        low_rank(out_features=shape[0], in_features=shape[1], rank=rank) for rank in range(1, min(shape) + 1)
+    ]
+    params = torch.tensor([storage.num_params(t) for t in topologies], dtype=torch.float64)
+    sizes = torch.tensor([storage.num_bytes(t, dtype) for t in topologies], dtype=torch.float64)
+    return params, sizes
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether `b` lies on or above the line from `a` to `c`."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

@@ -1,0 +1,109 @@
+"""Planning with calibrated prices: forms of each layer, and one budget spent over all of them."""
+
+from collections.abc import Sequence
+
+from tensornet.compression.allocate import spend_cost, spend_size, total_cost
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.forms import LayerForms, dense_form, low_rank_forms
+from tensornet.compression.stats import CalibrationStats
+from tensornet.compression.targets import Target
+from tensornet.compression.weighted import weighting_of
+from tensornet.errors import BudgetError
+from tensornet.nn.storage import Storage
+from tensornet.whitening import Weighting
+
+
+def storage_of(config: CompressionConfig, objective: str) -> Storage:
+    """How cores are kept: pivoted with calibration data unless the configuration says otherwise."""
+    pivoted = objective != "weight" if config.pivoted is None else config.pivoted
+    return Storage(pivoted=pivoted, int8=config.int8)
+
+
+def layer_weighting(
+    target: Target, objective: str, stats: CalibrationStats | None, damping: float
+) -> Weighting | None:
+    """Prices of errors in one layer; None where errors cost nothing because no gradient arrives."""
+    if objective == "weight" or stats is None:
+        return Weighting()
+    weighting = weighting_of(target, stats, damping)
+    if objective == "curvature" or weighting is None:
+        return weighting
+    return Weighting(None, weighting.columns)
+
+
+def layer_forms(
+    target: Target, config: CompressionConfig, objective: str, stats: CalibrationStats | None
+) -> LayerForms:
+    """All forms of one layer that the caps on single layers allow.
+
+    Raises:
+        BudgetError: none is left.
+    """
+    weighting = layer_weighting(target, objective, stats, config.damping)
+    if weighting is None:
+        return dense_form(target.matrix)
+    forms = low_rank_forms(
+        target.matrix,
+        weighting,
+        storage_of(config, objective),
+        max_rank=config.max_bond,
+        rel_error=config.rel_error,
+    )
+    if len(forms.params) == 0:
+        raise BudgetError(
+            f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
+            f"most rel_error={config.rel_error}."
+        )
+    return forms
+
+
+def choose_forms(
+    targets: Sequence[Target], forms: Sequence[LayerForms], config: CompressionConfig, objective: str
+) -> tuple[list[int], str]:
+    """Index of the form of each layer, and the cap that decided.
+
+    With several caps on the whole, the one that leaves least wins.
+
+    Raises:
+        BudgetError: the caps cannot be kept.
+    """
+    if objective != "curvature" or (config.param_ratio is None and not config.needs_curvature):
+        alone = [_alone(target, form, config) for target, form in zip(targets, forms, strict=True)]
+        return alone, _cap(config)
+    curves = [form.curve("params") for form in forms]
+    choices = []
+    if config.param_ratio is not None:
+        allowed = config.param_ratio * sum(target.matrix.numel() for target in targets)
+        choices.append((spend_size(curves, allowed), "param_ratio"))
+    if config.max_bytes is not None:
+        choices.append((spend_size([f.curve("bytes") for f in forms], config.max_bytes), "max_bytes"))
+    if config.loss_increase is not None:
+        chosen = spend_cost(curves, config.loss_increase)
+        if not choices:
+            return chosen, "loss_increase"
+        cheapest = max(choices, key=lambda choice: total_cost(curves, choice[0]))
+        predicted = total_cost(curves, cheapest[0])
+        if predicted > config.loss_increase:
+            raise BudgetError(
+                f"{cheapest[1]} and loss_increase={config.loss_increase} contradict each other: the best "
+                f"plan of that size raises the loss by {predicted:.4g}. Drop one of them or raise it."
+            )
+        return cheapest
+    return max(choices, key=lambda choice: total_cost(curves, choice[0]))
+
+
+def _alone(target: Target, forms: LayerForms, config: CompressionConfig) -> int:
+    """The best form of one layer under the caps on single layers."""
+    if config.param_ratio is not None:
+        try:
+            return spend_size([forms.curve("params")], config.param_ratio * target.matrix.numel())[0]
+        except BudgetError as error:
+            raise BudgetError(f"Layer {target.name!r}: {error}") from error
+    if config.rel_error is not None:
+        return int(forms.params.argmin())
+    return int(forms.costs.argmin())
+
+
+def _cap(config: CompressionConfig) -> str:
+    names = ("param_ratio", "rel_error", "max_bond")
+    return next((name for name in names if getattr(config, name) is not None), "exact")

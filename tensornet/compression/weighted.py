@@ -1,0 +1,94 @@
+"""Decomposing one weight at the prices that calibration found."""
+
+import torch
+from torch import Tensor
+
+from tensornet.compression.stats import CalibrationStats
+from tensornet.compression.targets import Target
+from tensornet.errors import TargetError
+from tensornet.network import TensorNetwork
+from tensornet.svd import result_dtype
+from tensornet.topologies import Decomposition, low_rank, topology_family
+from tensornet.topology import Topology
+from tensornet.whitening import WeightedSVD, Weighting, damped, nearest_kronecker, weighted_svd
+
+#: Damping of the input moment, as a share of its mean diagonal: only against rounding and dead inputs.
+INPUT_DAMPING = 1e-4
+#: Damping of token frequencies: rows that the calibration text never read must keep a price.
+FREQUENCY_DAMPING = 0.1
+
+
+def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
+    """Damped prices of errors in one weight, summed over all its uses.
+
+    Args:
+        target: the weight; uses that the calibration did not reach are left out.
+        stats: what calibration collected.
+        damping: share of the mean diagonal that is added to gradient moments.
+
+    Returns:
+        None where no gradient arrived: the weight has no influence on the loss.
+
+    Raises:
+        TargetError: the calibration text never ran any layer that uses this weight.
+    """
+    terms = []
+    for name, kind in zip(target.names, target.kinds, strict=True):
+        if name not in stats.rows and name not in stats.columns:
+            continue
+        rows, columns = stats.rows.get(name), stats.columns.get(name)
+        if kind.name == "embedding":
+            row_damping, column_damping = FREQUENCY_DAMPING, damping
+        else:
+            row_damping, column_damping = damping, INPUT_DAMPING
+        if stats.has_gradients and (rows is None or columns is None):
+            continue
+        terms.append(
+            Weighting(
+                None if rows is None else damped(rows, row_damping),
+                None if columns is None else damped(columns, column_damping),
+            )
+        )
+    if not terms and not any(name in stats.columns or name in stats.rows for name in target.names):
+        raise TargetError(
+            f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
+            "Calibrate with data that reaches it, or exclude it."
+        )
+    return nearest_kronecker(terms) if terms else None
+
+
+def decompose_weighted(matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
+    """Cores of a given topology with little weighted error; the least there is for low rank.
+
+    The error that is reported is the relative Frobenius error, as of every decomposition.
+    """
+    if topology.family == "low_rank":
+        return _low_rank(matrix, max(topology.bond_dims.values()), weighting)
+    return topology_family(topology.family).decompose_to(matrix, topology)
+
+
+def _low_rank(matrix: Tensor, rank: int, weighting: Weighting) -> Decomposition:
+    result = weighted_svd(matrix, weighting)
+    left, right = result.factors(rank)
+    error = float(frobenius_errors(result)[rank])
+    balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
+    balance = torch.where(balance > 0, balance, torch.ones_like(balance))
+    dtype = result_dtype(matrix.dtype)
+    cores = (
+        (left * balance)[None, :, None, :].to(dtype),
+        (right / balance[:, None])[:, None, :, None].to(dtype),
+    )
+    topology = low_rank(out_features=matrix.shape[0], in_features=matrix.shape[1], rank=rank)
+    return Decomposition(TensorNetwork(topology, cores), error, "curvature")
+
+
+def frobenius_errors(result: WeightedSVD) -> Tensor:
+    """Relative Frobenius error at every rank from 0 on, shape `(k + 1,)`.
+
+    What rank `r` leaves out is `L_> R_>`, the product of the trailing columns and rows, and
+    `|L_> R_>|^2` is the sum of the trailing block of `(L^T L) * (R R^T)`, elementwise.
+    """
+    overlaps = (result.left.T @ result.left) * (result.right @ result.right.T)
+    tails = overlaps.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0)
+    full = torch.cat([tails, tails.new_zeros(1)])
+    return (full / full[0].clamp_min(1e-300)).sqrt()
