@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensornet.compression import CompressionConfig
 from tensornet.compression.apply import set_submodule
 from tensornet.nn.build import build_module
+from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
-from tensornet_hf.checkpoint import DTYPES, WEIGHTS
+from tensornet_hf.checkpoint import WEIGHTS
 from tensornet_hf.config import TensorNetworkConfig
 from tensornet_hf.sharded.header import Slice
 from tensornet_hf.sharded.piece import Piece
@@ -66,7 +66,6 @@ def config_text(
     source: Mapping[str, Any],
     skeleton: nn.Module,
     pieces: Iterable[Piece],
-    tensors: Mapping[str, Slice],
     config: CompressionConfig,
 ) -> str:
     """Content of `config.json`: that of the source, and the description of the compressed layers.
@@ -75,26 +74,24 @@ def config_text(
         source: content of the old `config.json`.
         skeleton: the model on the meta device; its compressed layers are replaced.
         pieces: the finished layers.
-        tensors: all tensors of the new folder by name, for their dtypes.
         config: options to record.
     """
     for piece in pieces:
-        _put_in_place(skeleton, piece, tensors)
+        _put_in_place(skeleton, piece)
     described: TensorNetworkConfig = describe(skeleton, compression=config.to_dict())
     return json.dumps({**source, "quantization_config": described.to_dict()}, indent=2, sort_keys=True) + "\n"
 
 
-def _put_in_place(skeleton: nn.Module, piece: Piece, tensors: Mapping[str, Slice]) -> None:
+def _put_in_place(skeleton: nn.Module, piece: Piece) -> None:
     first: NetworkModule | None = None
     for name, spec in piece.specs.items():
-        module = build_module(spec, device="meta")
+        stock = skeleton.get_submodule(name)
+        assert isinstance(stock.weight, Tensor)
+        module = build_module(spec, device="meta", dtype=stock.weight.dtype)
         assert isinstance(module, NetworkModule)
-        owner = next(iter(piece.specs))
-        for key, parameter in list(module.named_parameters()):
-            part = tensors.get(f"{name if key == 'bias' else owner}.{key}")
-            if part is not None:
-                dtype = getattr(torch, DTYPES[part.dtype])
-                module.register_parameter(key, nn.Parameter(parameter.to(dtype)))
+        if isinstance(module, TensorNetworkLinear) and module.bias is not None:
+            assert isinstance(stock.bias, nn.Parameter)
+            module.bias = stock.bias  # the parameter itself: a tied bias stays tied
         if first is not None:
             module.set_cores(first.cores)
         first = first or module

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def compress_checkpoint(
         shards = layout(parts, max_shard_bytes)
         files = _write_shards(work, shards, past, pool, progress)
         tensors = {name: part for x in parts for name, part in x.tensors.items()}
-        rest = {"config.json": config_text(source.config, skeleton, pieces.values(), tensors, config)}
+        rest = {"config.json": config_text(source.config, skeleton, pieces.values(), config)}
         if len(shards) > 1:
             rest[INDEX] = index_text(shards)
         written = _finish(work, source, type(skeleton).__name__, files, rest)
@@ -215,7 +215,11 @@ def _write_shards(
                 used.unlink(missing_ok=True)
             bar.update()
 
-        run_tasks(write_shard, todo.items(), done, **pool)
+        if pool["executor"] is None:  # copying leaves the interpreter free: threads do, and start at once
+            with ThreadPoolExecutor(pool["workers"]) as threads:
+                run_tasks(write_shard, todo.items(), done, executor=threads)
+        else:
+            run_tasks(write_shard, todo.items(), done, executor=pool["executor"])
     return [written[file] for file in shards]
 
 

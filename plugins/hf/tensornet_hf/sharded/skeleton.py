@@ -19,8 +19,8 @@ from tensornet_hf.sharded.header import FLOATS, Slice
 CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 HEADS = ("lm_head", "embed_out", "output")
-#: Read as plain parameters by every architecture that has them, never as layers.
-ROUTERS = {"gate", "router"}
+#: Routers are plain parameters, and these positions are tables with rules of their own: never layers.
+NO_LAYERS = {"gate", "router", "embed_positions"}
 
 _EMBEDDING = re.compile(r"(^|_)(wte|wpe|shared|embed|embeddings?|embd|relative_attention_bias)(_|$)")
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
@@ -67,14 +67,17 @@ def model_skeleton(
             )
         return skeleton_from_names(str(config.get("model_type")), tensors), {name: name for name in tensors}
     stored = _stored_names(model, tensors)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, source in stored.items():
-        if name in parameters and tuple(parameters[name].shape) != tensors[source].shape:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        part = tensors.get(stored.get(name, ""))
+        if part is None:
+            continue
+        if tuple(parameter.shape) != part.shape:
             raise FormatError(
-                f"config.json describes {name} with shape {list(parameters[name].shape)}, it is stored with "
-                "shape "
-                f"{list(tensors[source].shape)}. One of the two belongs to another model."
+                f"config.json describes {name} with shape {list(parameter.shape)}, it is stored with shape "
+                f"{list(part.shape)}. One of the two belongs to another model."
             )
+        if part.dtype in FLOATS:
+            parameter.data = parameter.data.to(FLOATS[part.dtype])
     return model, stored
 
 
@@ -114,7 +117,7 @@ def skeleton_from_names(model_type: str, tensors: Mapping[str, Slice]) -> NamedL
     """Linear layers, `Conv1D` and embeddings told by name, shape and model type.
 
     A two-dimensional floating `NAME.weight` is a layer: an embedding if its name says so, a `Conv1D` for
-    the model types that use it, a linear layer otherwise. Routers of experts stay plain parameters.
+    the model types that use it, a linear layer otherwise. See also `NO_LAYERS`.
     """
     root = NamedLayers()
     for name, part in tensors.items():
@@ -125,11 +128,11 @@ def skeleton_from_names(model_type: str, tensors: Mapping[str, Slice]) -> NamedL
             or len(part.shape) != 2
             or part.dtype not in FLOATS
             or not layer
-            or own in ROUTERS
+            or own in NO_LAYERS
         ):
             continue
         weight = torch.empty(part.shape, dtype=FLOATS[part.dtype], device="meta")
-        bias = torch.empty(weight.shape[0], device="meta") if f"{layer}.bias" in tensors else None
+        bias = _empty_bias(tensors.get(f"{layer}.bias"))
         kind = _kind_by_name(own, model_type)
         place(root, layer, kind.build(weight.T if kind.name == "conv1d" else weight, bias))
     return root
@@ -143,6 +146,10 @@ def place(root: nn.Module, name: str, module: nn.Module) -> None:
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     root.add_module(last, module)
+
+
+def _empty_bias(part: Slice | None) -> torch.Tensor | None:
+    return None if part is None else torch.empty(part.shape, dtype=FLOATS.get(part.dtype), device="meta")
 
 
 def _kind_by_name(own: str, model_type: str) -> LayerKind:

@@ -1,7 +1,7 @@
 """Where a run keeps its work until it is complete: a folder beside the destination, a lock, a journal.
 
     .NAME.partial/lock           held while a run writes here
-    .NAME.partial/journal.jsonl  one line for each finished piece or file, flushed to the disk
+    .NAME.partial/journal        one line for each finished piece or file, with its checksum
     .NAME.partial/pieces/        cores of single layers
     .NAME.partial/out/           becomes NAME by one rename, when everything is in it
 
@@ -9,6 +9,7 @@ A process killed at any moment leaves at most files that no line of the journal 
 its end. Both are ignored by the next run.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,19 +39,16 @@ class Staging:
     @property
     def journal(self) -> Path:
         """The file with one line for each finished piece."""
-        return self.folder / "journal.jsonl"
+        return self.folder / "journal"
 
     def entries(self) -> list[dict[str, Any]]:
-        """Lines of the journal in order, up to the first torn one."""
+        """Lines of the journal in order, up to the first torn or changed one."""
         if not self.journal.is_file():
             return []
         entries = []
         for line in self.journal.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
+            entry = _entry(line)
+            if entry is None:
                 break
             entries.append(entry)
         return entries
@@ -134,7 +132,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+    text = json.dumps(entry).encode()
+    return hashlib.sha256(text).hexdigest().encode() + b" " + text + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line, None if the line is not as it was written."""
+    checksum, _, text = line.partition(b" ")
+    if not line.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest().encode() != checksum:
+        return None
+    entry = json.loads(text)
+    assert isinstance(entry, dict)
+    return entry
 
 
 def _try_lock(file: IO[bytes]) -> bool:
