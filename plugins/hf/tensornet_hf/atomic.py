@@ -68,7 +68,9 @@ def check_free(
     if not target.is_dir():
         raise DestinationError(f"{target} is a file; a folder is to be written there. Choose another name.")
     if not force:
-        raise DestinationError(f"{target} exists already. Choose another name, or replace it with force.")
+        raise DestinationError(
+            f"{target} exists already. Choose another name, or replace it with force (--force)."
+        )
     if any(target.iterdir()) and not (target / "config.json").is_file():
         raise DestinationError(
             f"{target} is no model folder (it has no config.json) and is not replaced, not even with force. "

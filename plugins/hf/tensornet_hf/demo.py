@@ -135,7 +135,7 @@ def run_demo(
         ),
         notes=(
             "Plain SVD: every layer cut by its own singular values to the same share of its parameters, "
-            "without looking at any text.",
+            "rounded down to a whole rank, without looking at any text.",
         ),
     )
     written = write_report(page, output / "report.html")

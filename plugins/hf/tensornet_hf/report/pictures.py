@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from tensornet.compression import LayerPlan
 from tensornet.compression.plan import describe
@@ -137,11 +137,12 @@ def curve_picture(points: Sequence[tuple[float, float]], kept: float) -> str:
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("parameters of the compressed layers kept")
         axes.set_ylabel("predicted perplexity")
         _plain(axes)
-        axes.grid(axis="both", which="both")
+        axes.grid(axis="both")
         return _svg(figure)
 
 
