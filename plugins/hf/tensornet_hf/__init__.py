@@ -8,9 +8,11 @@ from tensornet._optional import require
 require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
 
 from tensornet_hf.atomic import check_free, write_folder
+from tensornet_hf.callbacks import GradientMaskCallback, RouterStatsCallback
 from tensornet_hf.checkpoint import Checkpoint, StoredTensor, read_checkpoint
 from tensornet_hf.config import TensorNetworkConfig
 from tensornet_hf.loading import load, resolve_folder
+from tensornet_hf.moe import MoEConfig, UpcycleReport, upcycle
 from tensornet_hf.quantizer import TensorNetworkQuantizer, prepare_for_saving
 from tensornet_hf.saving import decompress, save_model
 from tensornet_hf.sharded import CheckpointReport, WorkerError, compress_checkpoint, verify_manifest
@@ -18,9 +20,13 @@ from tensornet_hf.sharded import CheckpointReport, WorkerError, compress_checkpo
 __all__ = [
     "Checkpoint",
     "CheckpointReport",
+    "GradientMaskCallback",
+    "MoEConfig",
+    "RouterStatsCallback",
     "StoredTensor",
     "TensorNetworkConfig",
     "TensorNetworkQuantizer",
+    "UpcycleReport",
     "WorkerError",
     "check_free",
     "compress_checkpoint",
@@ -30,6 +36,7 @@ __all__ = [
     "read_checkpoint",
     "resolve_folder",
     "save_model",
+    "upcycle",
     "verify_manifest",
     "write_folder",
 ]

@@ -13,6 +13,7 @@ from tensornet.compression import compress, decompress, register_structure_hook
 from tensornet.errors import FormatError
 from tensornet_hf import ties
 from tensornet_hf.attach import attach, detach
+from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.checkpoint import check_layers, read_headers
 from tensornet_hf.config import METHOD, TensorNetworkConfig
 from tensornet_hf.placing import place_layers, rename
@@ -127,6 +128,7 @@ def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) 
     config = describe(model, compression=compression)
     if config.layers:
         attach(model, config, TensorNetworkQuantizer(config))
+        join_aux_losses(model)
     elif isinstance(getattr(model, "hf_quantizer", None), TensorNetworkQuantizer):
         detach(model)
 

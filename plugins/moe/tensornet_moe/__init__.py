@@ -6,7 +6,7 @@ from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.joint import JointFit
 from tensornet_moe.losses import load_balancing_loss, router_z_loss
-from tensornet_moe.mask import GradientMask, linear_fade
+from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.moe import AuxLosses, RoutingStats, SharedCoreMoE, collect_aux_losses
 from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
 from tensornet_moe.routing import Router, Routing
@@ -30,4 +30,5 @@ __all__ = [
     "linear_fade",
     "load_balancing_loss",
     "router_z_loss",
+    "shared_parameters",
 ]

@@ -83,6 +83,8 @@ def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     if active is not None and len(active) == len(matrices) < len(counts):
         counts = counts[torch.tensor(active, device=counts.device)]
     ends = counts.cumsum(0).to(torch.int32)
+    # The matrices of a padded topology are slices, whose rows start anywhere.
+    matrices = matrices.contiguous()
     return torch.nn.functional.grouped_mm(x, matrices.transpose(-1, -2), offs=ends)
 
 

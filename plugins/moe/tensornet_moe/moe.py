@@ -37,12 +37,18 @@ class RoutingStats:
         dropped: tokens computed by no expert, a scalar.
         entropy: entropy of the load in nats: `log(E)` when even, 0 when one expert gets everything.
         router_entropy: mean entropy of a token's router probabilities in nats.
+        tokens: tokens that are not padding, a scalar.
+        balance: load-balancing loss, unweighted.
+        z: router z-loss, unweighted.
     """
 
     load: Tensor
     dropped: Tensor
     entropy: Tensor
     router_entropy: Tensor
+    tokens: Tensor
+    balance: Tensor
+    z: Tensor
 
 
 class SharedCoreMoE(nn.Module):
@@ -114,7 +120,10 @@ class SharedCoreMoE(nn.Module):
             NonFiniteError: the router was fed NaN or infinity.
             ShapeError: the mask has another shape than the tokens.
         """
-        mask = self.token_mask if mask is None else mask
+        if mask is None and self.token_mask is not None:
+            # The caller that set it may not know how the model lays its tokens out; their order is the same.
+            fits = self.token_mask.numel() == x[..., 0].numel()
+            mask = self.token_mask.reshape(x.shape[:-1]) if fits else self.token_mask
         if mask is not None:
             if mask.shape != x.shape[:-1]:
                 raise ShapeError(f"The mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:-1])}.")
@@ -137,7 +146,7 @@ class SharedCoreMoE(nn.Module):
         if _is_recomputing():  # only here: the second forward must save the same tensors as the first
             return
         self.aux_losses = AuxLosses(total, balance.detach()[None], z.detach()[None])
-        self.stats = routing_stats(routing)
+        self.stats = routing_stats(routing, balance.detach(), z.detach())
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last step left belongs to its graph: it can be neither copied nor pickled.
@@ -187,8 +196,8 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
 
 
 @torch.no_grad()
-def routing_stats(routing: Routing) -> RoutingStats:
-    """Statistics of one decision."""
+def routing_stats(routing: Routing, balance: Tensor, z: Tensor) -> RoutingStats:
+    """Statistics of one decision with these losses."""
     load = routing.load()
     share = load / load.sum().clamp_min(1)
     real = torch.ones_like(routing.probs[:, 0]) if routing.mask is None else routing.mask.float()
@@ -198,6 +207,9 @@ def routing_stats(routing: Routing) -> RoutingStats:
         dropped=routing.dropped(),
         entropy=torch.special.entr(share).sum(),
         router_entropy=uncertainty.sum() / real.sum().clamp_min(1),
+        tokens=real.sum(),
+        balance=balance,
+        z=z,
     )
 
 

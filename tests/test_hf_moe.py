@@ -1,0 +1,359 @@
+"""Upcycling Hugging Face models: same function, saved and loaded, losses that respect padding."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import ARCHITECTURES, logits
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+import tensornet_hf as th
+import tensornet_moe as tm
+from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
+
+CONFIG = th.MoEConfig(num_experts=4, sites=3)
+MODELS = ("gpt2", "t5_relu", "t5_gated", "llama", "qwen2")
+
+
+def upcycled(name: str, config: th.MoEConfig = CONFIG) -> PreTrainedModel:
+    model = ARCHITECTURES[name].dense
+    th.upcycle(model, config)
+    return model
+
+
+def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
+    return [module for module in model.modules() if isinstance(module, tm.SharedCoreMoE)]
+
+
+# --- the same function ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_upcycled_model_computes_what_the_dense_one_did(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = upcycled(name)
+    torch.testing.assert_close(
+        logits(model, architecture), logits(architecture.dense, architecture), atol=1e-4, rtol=1e-4
+    )
+    assert len(mixtures(model)) == (4 if name.startswith("t5") else 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router": "topk", "top_k": 2},
+        {"router": "expert_choice", "capacity_factor": 4.0},
+        {"shared": "none", "sites": 1},  # Switch: dense experts
+        {"shared": "none"},
+        {"shared": "ends"},
+        {"shared": "all"},
+        {"capacity_factor": 4.0},
+        {"combine": "unit", "model_dims": (2, 3, 4), "hidden_dims": (4, 4, 6), "sites": None},
+    ],
+)
+def test_every_variant_computes_what_the_dense_one_did(options: dict[str, Any]) -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    config = th.MoEConfig(**{"num_experts": 4, "sites": 3, **options})
+    model = upcycled("gpt2", config)
+    torch.testing.assert_close(
+        logits(model, architecture), logits(architecture.dense, architecture), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_biases_and_dropout_come_along() -> None:
+    gpt2 = ARCHITECTURES["gpt2"].dense
+    gpt2.transformer.h[0].mlp.dropout.p = 0.25
+    nn.init.normal_(gpt2.transformer.h[0].mlp.c_fc.bias)
+    bias = gpt2.transformer.h[0].mlp.c_fc.bias.detach().clone()
+    th.upcycle(gpt2, CONFIG)
+    moe = gpt2.transformer.h[0].mlp
+    assert torch.equal(moe.experts.c_fc_bias.detach(), bias.expand(4, -1))
+    assert (moe.dropout, moe.experts.dropout) == (0.25, 0.0)
+    t5 = ARCHITECTURES["t5_relu"].dense
+    t5.encoder.block[0].layer[1].DenseReluDense.dropout.p = 0.25
+    th.upcycle(t5, CONFIG)
+    moe = t5.encoder.block[0].layer[1].DenseReluDense
+    assert (moe.dropout, moe.experts.dropout) == (0.0, 0.25)
+
+
+def test_the_report_counts() -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    before = sum(p.numel() for p in model.parameters())
+    report = th.upcycle(model, CONFIG)
+    after = sum(p.numel() for p in model.parameters())
+    assert report.params - report.dense_params == after - before
+    assert len(report.layers) == 2
+    assert report.layers[0].shared_params == sum(p.numel() for p in tm.shared_parameters(mixtures(model)[0]))
+    assert report.dense_experts_ratio == report.params / (4 * report.dense_params)
+    assert report.to_dict()["layers"][1]["name"] == "transformer.h.1.mlp"
+    assert "2 feed-forward networks became 4 experts each" in str(report)
+
+
+def test_noise_and_routers_are_drawn_from_the_seed() -> None:
+    config = th.MoEConfig(num_experts=4, sites=3, noise=0.1, seed=3)
+    torch.manual_seed(1)
+    first = upcycled("gpt2", config)
+    torch.manual_seed(2)
+    second = upcycled("gpt2", config)
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    routers = [m.router.weight for m in mixtures(first)]
+    assert not torch.equal(routers[0], routers[1])
+
+
+def test_a_shared_network_stays_shared() -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    model.transformer.h[1].mlp = model.transformer.h[0].mlp
+    report = th.upcycle(model, CONFIG)
+    assert len(report.layers) == 1
+    assert model.transformer.h[1].mlp is model.transformer.h[0].mlp
+
+
+# --- saving, loading, generating -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5_relu", "t5_gated", "llama"])
+def test_saved_and_loaded_by_both_doors(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, noise=0.1, top_k=2, router="topk"))
+    model.save_pretrained(tmp_path)
+    auto = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
+    for loaded in (th.load(tmp_path), auto.from_pretrained(tmp_path)):
+        torch.testing.assert_close(logits(loaded, architecture), logits(model, architecture), atol=0, rtol=0)
+        assert [m.spec() for m in mixtures(loaded)] == [m.spec() for m in mixtures(model)]
+        loaded.train()
+        inputs = architecture.inputs(labels=True)
+        loaded(**inputs).loss.backward()
+        assert float(mixtures(loaded)[0].router.weight.grad.abs().sum()) > 0
+
+
+def test_a_checkpoint_with_another_number_of_experts_is_one_clear_error(tmp_path: Path) -> None:
+    upcycled("gpt2").save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"num_experts": 4', '"num_experts": 6'))
+    with pytest.raises(
+        FormatError, match=r"router.weight is stored with shape \[4, 24\], its description says \[6, 24\]"
+    ):
+        th.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5_gated"])
+def test_generates_the_same_with_and_without_cache(name: str) -> None:
+    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, noise=0.3)).eval()
+    inputs = ARCHITECTURES[name].inputs(labels=False)
+    inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
+    with_cache, without = (
+        model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    with torch.no_grad():
+        assert all(m.keeps_matrices() for m in model.modules() if isinstance(m, tm.SharedCoreExperts))
+
+
+# torch's own: dynamo looks at .grad of whatever enters a graph, here of the losses the hook collects.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_copies_in_half_precision_and_compiles() -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    model = upcycled("gpt2")
+    model.loss_type = "ForCausalLM"  # transformers logs a warning otherwise, which cannot be compiled
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    inputs = architecture.inputs(labels=True)
+    for run in (model, compiled):
+        run.train()
+        run(**inputs).loss.backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half.eval()(**inputs).logits.dtype == torch.bfloat16
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def task_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's own loss, its mixtures silenced."""
+    quiet = copy.deepcopy(model)
+    for moe in mixtures(quiet):
+        moe.balance_coef = moe.z_coef = 0.0
+    return quiet(**inputs).loss
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5_relu"])
+def test_auxiliary_losses_join_in_training_only(name: str) -> None:
+    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, aux_loss_coef=0.5, z_loss_coef=0.25))
+    inputs = ARCHITECTURES[name].inputs(labels=True)
+    model.train()
+    loss = model(**inputs).loss
+    stats = [m.stats for m in mixtures(model)]
+    wanted = sum(0.5 * s.balance + 0.25 * s.z for s in stats)
+    torch.testing.assert_close(loss - task_loss(model, inputs), wanted, atol=1e-5, rtol=1e-5)
+    as_tuple = model(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(as_tuple, loss)
+    share = 0.25
+    items = inputs["labels"].ne(-100).sum() / share
+    part = model(**inputs, num_items_in_batch=items).loss if name == "gpt2" else None
+    if part is not None:
+        quiet = task_loss(model, {**inputs, "num_items_in_batch": items})
+        torch.testing.assert_close(part - quiet, share * wanted, atol=1e-5, rtol=1e-5)
+    model.eval()
+    torch.testing.assert_close(model(**inputs).loss, task_loss(model, inputs), atol=0, rtol=0)
+
+
+def test_padding_of_a_decoder_counts_for_nothing() -> None:
+    model = upcycled("gpt2").train()
+    ids = torch.randint(3, 100, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # padded left
+    model(input_ids=ids, attention_mask=mask, labels=ids)
+    assert [int(m.stats.load.sum()) for m in mixtures(model)] == [14, 14]
+    model(
+        ids, None, mask, labels=ids
+    )  # by position, as in forward(input_ids, past_key_values, attention_mask)
+    assert [int(m.stats.load.sum()) for m in mixtures(model)] == [14, 14]
+    model(input_ids=ids, labels=ids)
+    assert [int(m.stats.load.sum()) for m in mixtures(model)] == [18, 18]
+    model.transformer(input_ids=ids, attention_mask=mask)  # the body alone
+    assert [int(m.stats.load.sum()) for m in mixtures(model)] == [14, 14]
+
+
+def test_padding_of_encoder_and_decoder_counts_for_nothing() -> None:
+    model = upcycled("t5_relu").train()
+    ids, labels = torch.randint(3, 100, (2, 7)), torch.randint(3, 100, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    labels[0, 3:] = -100
+    model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert [int(m.stats.load.sum()) for m in mixtures(model)] == [12, 12, 10, 10]
+    model(input_ids=ids, decoder_input_ids=labels.clamp_min(0), decoder_attention_mask=(labels >= 0).long())
+    assert [int(m.stats.load.sum()) for m in mixtures(model)] == [14, 14, 10, 10]
+    model.get_encoder()(input_ids=ids, attention_mask=mask)
+    assert [int(m.stats.load.sum()) for m in mixtures(model)][:2] == [12, 12]
+    model.eval().generate(ids[:, :5], max_new_tokens=3)  # other shapes than the call before
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    inputs = ARCHITECTURES["gpt2"].inputs(labels=True)
+    plain = upcycled("gpt2").train()
+    checked = copy.deepcopy(plain)
+    checked.activation_checkpointing_enable()
+    for model in (plain, checked):
+        model(**inputs, use_cache=False).loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), checked.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b[1].grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
+# --- any model whose network the caller names ----------------------------------------------------
+
+
+class Own(nn.Module):
+    def __init__(self, plus: float = 0.0) -> None:
+        super().__init__()
+        self.expand, self.shrink, self.activation = nn.Linear(8, 12), nn.Linear(12, 8), nn.SiLU()
+        self.plus = plus
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shrink(self.activation(self.expand(x))) + self.plus
+
+
+def test_a_network_that_the_caller_names() -> None:
+    model = nn.Sequential(Own(), Own())
+    x = torch.randn(5, 8)
+    wanted = model(x)
+    config = th.MoEConfig(num_experts=2, sites=2, target_modules=["0"], matrices=("expand", "shrink"))
+    th.upcycle(model, config)
+    assert isinstance(model[0], tm.SharedCoreMoE)
+    assert isinstance(model[1], Own)
+    torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
+    tm.collect_aux_losses(model).total.backward()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 4)),
+            {},
+            "no feed-forward network that can become experts.*Looked for modules",
+        ),
+        (nn.Sequential(Own()), {"target_modules": ["mlp"]}, "Pattern 'mlp' matches no feed-forward network"),
+        (
+            nn.Sequential(Own(plus=1.0)),
+            {"matrices": ("expand", "shrink"), "target_modules": ["0"]},
+            "0 computes something else than expand and shrink alone",
+        ),
+        (
+            nn.Sequential(Own(plus=1.0)),
+            {"matrices": ("expand", "shrink")},
+            "Looked at, and not such a network: 0",
+        ),
+    ],
+)
+def test_no_expert_network_is_one_clear_error(
+    model: nn.Module, options: dict[str, Any], message: str
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TargetError, match=message):
+        th.upcycle(model, th.MoEConfig(num_experts=2, **options))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_bert_is_refused_with_what_was_looked_for() -> None:
+    with pytest.raises(TargetError, match="BertForMaskedLM has no feed-forward network"):
+        th.upcycle(ARCHITECTURES["bert"].dense, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"top_k": 9}, ValueError, "top_k=9 with num_experts=8"),
+        ({"top_k": 2}, ValueError, 'top_k=2 needs router="topk"'),
+        ({"router": "hash"}, ValueError, "Unknown router 'hash'"),
+        ({"num_experts": 0}, ValueError, "num_experts must be at least 1"),
+        ({"aux_loss_coef": -1.0}, ValueError, "must be at least 0"),
+        ({"max_bond": 0}, BudgetError, "max_bond"),
+        ({"combine": "x"}, ValueError, "choose one of unit, prob"),
+        ({"target_modules": "mlp"}, ValueError, r"write \['mlp'\]"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        th.MoEConfig(**options)
+
+
+# --- the embedded models -------------------------------------------------------------------------
+
+
+def test_the_embedded_gpt2_keeps_its_perplexity(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
+    assert isinstance(model.transformer.h[0].mlp, GPT2MLP)
+    ids = torch.randint(0, model.config.vocab_size, (2, 64))
+    with torch.no_grad():
+        before = model(ids).logits
+        report = th.upcycle(model, th.MoEConfig(num_experts=8))
+        torch.testing.assert_close(model(ids).logits, before, atol=1e-3, rtol=1e-3)
+    assert report.layers[0].error < 1e-5
+    model.save_pretrained(tmp_path)
+    prompt = ids[:1, :8]
+    loaded = th.load(tmp_path).eval()
+    assert torch.equal(loaded.generate(prompt, max_new_tokens=8), model.generate(prompt, max_new_tokens=8))
+
+
+def test_the_embedded_t5_still_restores_vowels() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(t5_path())
+    model = AutoModelForSeq2SeqLM.from_pretrained(t5_path()).eval()
+    sources = [source for source, _ in t5_pairs("heldout")[:8]]
+    batch = tokenizer(sources, return_tensors="pt", padding=True)
+    before = model.generate(**batch, max_new_tokens=24, do_sample=False)
+    th.upcycle(model, th.MoEConfig(num_experts=4))
+    assert torch.equal(model.generate(**batch, max_new_tokens=24, do_sample=False), before)
