@@ -121,22 +121,28 @@ class TuckerFamily(TopologyFamily):
         shape = (matrix.shape[0], matrix.shape[1])
         rows, columns = choose_dims(shape, out_dims, in_dims, sites, DEFAULT_SITES)
 
-        def at(cap: int) -> Topology:
+        legs = (*rows, *columns)
+
+        def at(ranks: Sequence[int]) -> Topology:
             return tucker(
-                out_dims=rows, in_dims=columns, max_bond=cap, out_features=shape[0], in_features=shape[1]
+                out_dims=rows, in_dims=columns, ranks=ranks, out_features=shape[0], in_features=shape[1]
             )
 
         cap, bound_by = uniform_cap(
-            budget, shape, max(*rows, *columns), lambda cap: at(cap).num_params, f"a Tucker network {shape}"
+            budget,
+            shape,
+            max(legs),
+            lambda cap: at([cap] * len(legs)).num_params,
+            f"a Tucker network {shape}",
         )
-        caps = [min(cap, leg) for leg in (*rows, *columns)]
+        caps = [min(cap, leg) for leg in legs]
         core, factors, error = st_hosvd(matrix, rows, columns, caps, budget.rel_error, method)
         ranks = [factor.shape[1] for factor in factors]
-        topology = tucker(
-            out_dims=rows, in_dims=columns, ranks=ranks, out_features=shape[0], in_features=shape[1]
-        )
         if ranks != caps:
             bound_by = "rel_error"
+        # A lower rank can cost more than it saves, by its factor; the second choice never exceeds the caps.
+        whole = [leg if cap == leg else rank for rank, cap, leg in zip(ranks, caps, legs, strict=True)]
+        topology = min(at(ranks), at(whole), key=lambda topology: topology.num_params)
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
@@ -197,14 +203,15 @@ def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
 
 
 def _network(topology: Topology, core: Tensor, factors: Sequence[Tensor]) -> TensorNetwork:
-    """Factors of legs that are not cut are square and orthogonal; they go back into the core."""
-    legs = (*topology.out_dims, *topology.in_dims)
+    """Factors of legs without one in the topology go back into the core."""
     kept = []
-    for axis, factor in enumerate(factors):
-        if factor.shape[1] < legs[axis]:
-            kept.append(factor)
-        else:
+    for axis, (label, factor) in enumerate(
+        zip((*topology.out_labels, *topology.in_labels), factors, strict=True)
+    ):
+        if label in topology.cores[0].labels:
             core = torch.tensordot(factor, core, dims=([1], [axis])).movedim(0, axis)
+        else:
+            kept.append(factor)
     return TensorNetwork(topology, balance_norms([core.contiguous(), *kept]))
 
 

@@ -1,0 +1,343 @@
+"""Laws of decompositions and networks, to call or to subclass.
+
+Every law is a function `check_...` that raises `AssertionError` with the numbers in the message. The
+classes at the end draw examples by hypothesis and call them: subclass one, say how your decomposition is
+called, and pytest collects the laws.
+
+A decomposition is a callable `(matrix, budget) -> Outcome`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.errors import BudgetError, NonFiniteError
+from tensornet.mpo import MPO
+from tensornet.network import TensorNetwork
+from tensornet.svd import result_dtype
+from tensornet.testing import reference, strategies
+from tensornet.topologies import Decomposition, TopologyFamily
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a decomposition says about itself.
+
+    Args:
+        matrix: what it stands for, same shape as the input.
+        error: its certificate, an upper bound of the relative Frobenius error.
+        params: stored elements, None if `param_ratio` is not supported.
+        bonds: its bonds.
+        tensors: what it stores, for the checks of dtype and device.
+    """
+
+    matrix: Tensor
+    error: float
+    params: int | None = None
+    bonds: tuple[int, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, result: Decomposition | MPO) -> "Outcome":
+        """Of what this library returns."""
+        network = result.network
+        return cls(
+            matrix=network.to_matrix(),
+            error=result.error,
+            params=network.num_params,
+            bonds=tuple(network.topology.bond_dims.values()),
+            tensors=network.cores,
+        )
+
+
+Decompose = Callable[[Tensor, Budget], Outcome]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative rounding that results stored in this dtype may show: some hundred units."""
+    return 300 * torch.finfo(result_dtype(dtype)).eps
+
+
+# --- decompositions ------------------------------------------------------------------------------
+
+
+def check_exact(decompose: Decompose, matrix: Tensor) -> None:
+    """Without a budget the matrix comes back, to rounding, and the certificate says so."""
+    outcome = decompose(matrix, Budget())
+    assert outcome.matrix.shape == matrix.shape, (
+        f"got {tuple(outcome.matrix.shape)} for {tuple(matrix.shape)}"
+    )
+    error = reference.relative_error(matrix, outcome.matrix)
+    assert error <= tolerance(matrix.dtype), f"relative error {error:.3g} without a budget"
+    assert outcome.error <= tolerance(matrix.dtype), f"certificate {outcome.error:.3g} without a budget"
+
+
+def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
+    """The true error is at most the certificate, and the certificate at most the promise."""
+    outcome = _within(decompose, matrix, budget)
+    error = reference.relative_error(matrix, outcome.matrix)
+    slack = tolerance(matrix.dtype)
+    assert error <= outcome.error * (1 + 1e-5) + slack, (
+        f"true error {error:.6g} exceeds the certificate {outcome.error:.6g} under {budget}"
+    )
+    assert 0 <= outcome.error <= 1 + slack, f"certificate {outcome.error} outside [0, 1]"
+    if budget.rel_error is not None and budget.max_bond is None and budget.param_ratio is None:
+        assert outcome.error <= budget.rel_error + slack, (
+            f"certificate {outcome.error:.6g} exceeds the promise rel_error={budget.rel_error}"
+        )
+
+
+def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
+    """No bond exceeds `max_bond`, and no more parameters are stored than `param_ratio` allows."""
+    outcome = _within(decompose, matrix, budget)
+    if budget.max_bond is not None:
+        assert max(outcome.bonds, default=1) <= budget.max_bond, f"bonds {outcome.bonds} under {budget}"
+    if budget.param_ratio is not None and outcome.params is not None:
+        allowed = budget.param_ratio * matrix.numel()
+        assert outcome.params <= allowed, f"{outcome.params} parameters, {allowed:.1f} allowed by {budget}"
+
+
+def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = (1, 2, 3, 5, 8)) -> None:
+    """A larger `max_bond` never gives a larger error, neither certified nor true."""
+    before: tuple[int, float, float] | None = None
+    for cap in caps:
+        outcome = decompose(matrix, Budget(max_bond=cap))
+        error = reference.relative_error(matrix, outcome.matrix)
+        slack = tolerance(matrix.dtype)
+        if before is not None:
+            assert outcome.error <= before[1] + slack, (
+                f"certificate {before[1]:.6g} at max_bond={before[0]}, but {outcome.error:.6g} at {cap}"
+            )
+            assert error <= before[2] + slack, (
+                f"true error {before[2]:.6g} at max_bond={before[0]}, but {error:.6g} at {cap}"
+            )
+        before = (cap, outcome.error, error)
+
+
+def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
+    """The input is not changed and shares no memory with the result."""
+    before = matrix.clone()
+    outcome = _within(decompose, matrix, budget)
+    assert torch.equal(matrix, before), "the input was changed"
+    for tensor in outcome.tensors:
+        tensor.detach().add_(1)
+    assert torch.equal(matrix, before), "the result shares memory with the input"
+
+
+def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
+    """Stored tensors have the dtype of the input (float32 for half types) and lie on its device."""
+    outcome = _within(decompose, matrix, budget)
+    for tensor in (outcome.matrix, *outcome.tensors):
+        expected = (result_dtype(matrix.dtype), matrix.device)
+        assert (tensor.dtype, tensor.device) == expected, f"got {tensor.dtype} on {tensor.device}"
+
+
+def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
+    """The same input gives bit for bit the same tensors."""
+    first, second = _within(decompose, matrix, budget), _within(decompose, matrix, budget)
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors, second.tensors, strict=True)), (
+        "not reproducible"
+    )
+
+
+def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float) -> None:
+    """NaN and infinity are refused by name."""
+    broken = matrix.clone()
+    broken[-1, 0] = value
+    message = None
+    try:
+        decompose(broken, Budget(max_bond=1))
+    except NonFiniteError as error:
+        message = str(error)
+    assert message is not None, f"a matrix with {value} was accepted; raise NonFiniteError"
+    assert "NaN or infinite" in message, f"the message does not name the trouble: {message}"
+
+
+def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> Outcome:
+    """The outcome; examples that no network of the family fits say nothing about it."""
+    try:
+        return decompose(matrix, budget)
+    except BudgetError:
+        assume(False)
+        raise
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+def check_matrix(network: TensorNetwork) -> None:
+    """`to_matrix` is the sum over all bonds, written out."""
+    expected = reference.network_matrix(network.topology, network.cores)
+    _assert_close(network, network.to_matrix(), expected, "the matrix")
+
+
+def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
+    """`apply` multiplies by the matrix along the last dimension, whatever the batch shape."""
+    x = torch.randn(*batch, network.shape[1], dtype=network.cores[0].dtype)
+    y = network.apply(x)
+    assert y.shape == (*batch, network.shape[0]), f"got {tuple(y.shape)}"
+    expected = reference.to_numpy(x) @ reference.network_matrix(network.topology, network.cores).T
+    _assert_close(network, y, expected, "the output")
+
+
+def check_gradients(network: TensorNetwork, tokens: int = 3) -> None:
+    """Gradients for the input and every core are those of the dense operator (real networks)."""
+    cores = [core.detach().clone().requires_grad_() for core in network.cores]
+    x = torch.randn(tokens, network.shape[1], dtype=cores[0].dtype, requires_grad=True)
+    pull = torch.randn(tokens, network.shape[0], dtype=cores[0].dtype)
+    TensorNetwork(network.topology, cores).apply(x).backward(pull)
+    matrix = reference.network_matrix(network.topology, network.cores)
+    assert x.grad is not None
+    _assert_close(network, x.grad, reference.to_numpy(pull) @ matrix, "the gradient of the input")
+    expected = reference.network_gradients(network.topology, network.cores, pull.mT @ x.detach())
+    for name, core, gradient in zip(network.topology.core_names, cores, expected, strict=True):
+        assert core.grad is not None, f"core {name!r} got no gradient"
+        _assert_close(network, core.grad, gradient, f"the gradient of core {name!r}")
+
+
+def _assert_close(network: TensorNetwork, actual: Tensor, expected: reference.Array, what: str) -> None:
+    rounding = tolerance(network.cores[0].dtype)
+    np.testing.assert_allclose(
+        reference.to_numpy(actual),
+        expected,
+        rtol=rounding,
+        atol=rounding * math.sqrt(network.shape[1]),
+        err_msg=what,
+    )
+
+
+# --- chains --------------------------------------------------------------------------------------
+
+
+def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
+    """An invertible matrix and its inverse put into a bond change neither matrix, norm nor spectrum."""
+    left, right = operator.cores[bond], operator.cores[bond + 1]
+    size = left.shape[3]
+    generator = torch.Generator().manual_seed(seed)
+    gauge = torch.eye(size, dtype=left.dtype) * 2
+    gauge = gauge + 0.3 * torch.randn(size, size, generator=generator, dtype=left.dtype)
+    assume(float(torch.linalg.cond(gauge)) < 100)
+    cores = list(operator.cores)
+    cores[bond] = left @ gauge
+    cores[bond + 1] = torch.tensordot(torch.linalg.inv(gauge), right, dims=1)
+    turned = MPO(cores, out_features=operator.shape[0], in_features=operator.shape[1])
+    rounding = 100 * tolerance(left.dtype)
+    size_of_it = float(operator.norm())
+    assert reference.relative_error(operator.to_matrix(), turned.to_matrix()) <= rounding
+    assert abs(float(turned.norm()) - size_of_it) <= rounding * max(size_of_it, 1)
+    spectra = torch.stack([x.bond_spectrum(bond).double() for x in (operator, turned)])
+    assert float((spectra[0] - spectra[1]).abs().max()) <= rounding * max(size_of_it, 1)
+
+
+def check_canonical(operator: MPO, center: int) -> None:
+    """The canonical form is the same operator, orthonormal on both sides, its norm in the center."""
+    moved = operator.canonicalize(center=center)
+    rounding = tolerance(operator.cores[0].dtype)
+    assert reference.relative_error(operator.to_matrix(), moved.to_matrix()) <= 10 * rounding
+    for k, core in enumerate(moved.cores):
+        block = core.flatten(0, 2) if k < center else core.flatten(1).mH
+        if k != center:
+            gap = float((block.mH @ block - torch.eye(block.shape[1], dtype=core.dtype)).abs().max())
+            assert gap <= rounding, f"core {k} misses orthonormality by {gap:.3g}"
+
+
+# --- classes to subclass -------------------------------------------------------------------------
+
+
+class _Laws:
+    """Binds laws to a subclass as test methods that draw from the strategies of that subclass."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, (check, drawn) in cls._laws().items():
+            if name not in cls.__dict__:
+                setattr(cls, name, _test(check, drawn))
+
+    @classmethod
+    def _laws(cls) -> dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]]:
+        return {}
+
+    def subject(self) -> tuple[Any, ...]:
+        """Leading arguments of every law."""
+        return ()
+
+
+def _test(check: Callable[..., None], drawn: dict[str, SearchStrategy[Any]]) -> Callable[..., None]:
+    def test(self: _Laws, **example: Any) -> None:
+        check(*self.subject(), **example)
+
+    test.__doc__ = check.__doc__
+    return given(**drawn)(test)
+
+
+class DecompositionLaws(_Laws):
+    """Subclass as `class TestMine(DecompositionLaws)`, define `decompose`, and narrow what is drawn.
+
+    Set a law to None in the subclass if it does not hold, for example `test_monotone = None`.
+    """
+
+    #: Matrices to decompose.
+    matrices: SearchStrategy[Tensor] = strategies.matrices()
+    #: Budgets to decompose under; narrow it if not all caps are supported.
+    budgets: SearchStrategy[Budget] = strategies.budgets()
+
+    def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:
+        """The decomposition under test."""
+        raise NotImplementedError(f"{type(self).__name__} must define decompose(matrix, budget).")
+
+    def subject(self) -> tuple[Any, ...]:
+        """The decomposition."""
+        return (self.decompose,)
+
+    @classmethod
+    def _laws(cls) -> dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]]:
+        matrix: dict[str, SearchStrategy[Any]] = {"matrix": cls.matrices}
+        both = {**matrix, "budget": cls.budgets}
+        broken = {**matrix, "value": st.sampled_from((math.nan, math.inf, -math.inf))}
+        return {
+            "test_exact": (check_exact, matrix),
+            "test_certificate": (check_certificate, both),
+            "test_caps": (check_caps, both),
+            "test_monotone": (check_monotone, matrix),
+            "test_input_kept": (check_input_kept, both),
+            "test_dtype_and_device": (check_dtype_and_device, both),
+            "test_deterministic": (check_deterministic, both),
+            "test_refuses_non_finite": (check_refuses_non_finite, broken),
+        }
+
+
+class FamilyLaws(DecompositionLaws):
+    """The laws of `TopologyFamily`: set `family` to an instance and, if needed, `options`."""
+
+    family: TopologyFamily
+    #: Passed to `decompose`.
+    options: ClassVar[dict[str, Any]] = {}
+
+    def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:
+        """By the family."""
+        return Outcome.of(self.family.decompose(matrix, budget, **self.options))
+
+
+class NetworkLaws(_Laws):
+    """Matrix, application and gradients of the networks that `networks` draws."""
+
+    networks: SearchStrategy[TensorNetwork] = strategies.networks()
+
+    @classmethod
+    def _laws(cls) -> dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]]:
+        network: dict[str, SearchStrategy[Any]] = {"network": cls.networks}
+        batches = st.sampled_from(((), (1,), (3,), (0,), (2, 3)))
+        return {
+            "test_matrix": (check_matrix, network),
+            "test_apply": (check_apply, {**network, "batch": batches}),
+            "test_gradients": (check_gradients, network),
+        }

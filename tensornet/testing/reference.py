@@ -1,0 +1,94 @@
+"""Slow and obviously right: NumPy, double precision, no planning, no tricks.
+
+Everything the library computes cleverly is here computed by one `numpy.einsum` over all indices at once,
+or by a dense SVD. Meant for small operators.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tensornet.topology import Topology
+
+Array = NDArray[Any]
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """A double-precision copy on the CPU."""
+    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy()
+
+
+def network_matrix(topology: Topology, cores: Sequence[Tensor]) -> Array:
+    """Dense matrix of a network, shape `(out_features, in_features)`, from the definition."""
+    number = {label: k for k, label in enumerate(topology.size_of)}
+    operands: list[Any] = []
+    for spec, core in zip(topology.cores, cores, strict=True):
+        operands += [to_numpy(core), [number[label] for label in spec.labels]]
+    legs = [number[label] for label in (*topology.out_labels, *topology.in_labels)]
+    dense = np.einsum(*operands, legs).reshape(topology.padded_shape)
+    return dense[: topology.out_features, : topology.in_features]
+
+
+def chain_matrix(cores: Sequence[Tensor]) -> Array:
+    """Dense matrix of a chain of cores `(left, out, in, right)`, one element at a time."""
+    arrays = [to_numpy(core) for core in cores]
+    out_dims, in_dims = [a.shape[1] for a in arrays], [a.shape[2] for a in arrays]
+    dense = np.zeros((int(np.prod(out_dims)), int(np.prod(in_dims))), dtype=arrays[0].dtype)
+    for row, outs in enumerate(np.ndindex(*out_dims)):
+        for column, ins in enumerate(np.ndindex(*in_dims)):
+            product = np.eye(1)
+            for core, o, i in zip(arrays, outs, ins, strict=True):
+                product = product @ core[:, o, i, :]
+            dense[row, column] = product[0, 0]
+    return dense
+
+
+def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradient: Tensor) -> list[Array]:
+    """Gradients of a real loss for every core, given its gradient for the matrix (real networks).
+
+    The derivative of the matrix for one core is the network without that core, so the gradient is that
+    network contracted with the gradient of the matrix.
+    """
+    number = {label: k for k, label in enumerate(topology.size_of)}
+    padded = np.zeros(topology.padded_shape)
+    padded[: topology.out_features, : topology.in_features] = to_numpy(dense_gradient)
+    legs = [number[label] for label in (*topology.out_labels, *topology.in_labels)]
+    gradients = []
+    for left_out in topology.cores:
+        operands: list[Any] = [padded.reshape(*topology.out_dims, *topology.in_dims), legs]
+        shape = [topology.size_of[label] for label in left_out.labels]
+        # Bonds of size 1 may end at this core alone; a factor of ones carries every label of it.
+        operands += [np.ones(shape), [number[label] for label in left_out.labels]]
+        for spec, core in zip(topology.cores, cores, strict=True):
+            if spec is not left_out:
+                operands += [to_numpy(core), [number[label] for label in spec.labels]]
+        gradients.append(np.einsum(*operands, [number[label] for label in left_out.labels]))
+    return gradients
+
+
+def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], bond: int) -> Array:
+    """The matrix `(legs of sites up to bond, legs after it)` of an operator that needs no padding."""
+    sites = len(out_dims)
+    order = [axis for k in range(sites) for axis in (k, sites + k)]
+    tensor = to_numpy(matrix).reshape(*out_dims, *in_dims).transpose(order)
+    rows = int(np.prod([out_dims[k] * in_dims[k] for k in range(bond + 1)]))
+    return tensor.reshape(rows, -1)
+
+
+def best_error(matrix: Tensor | Array, rank: int) -> float:
+    """Relative Frobenius error of the best approximation of that rank (Eckart-Young)."""
+    array = to_numpy(matrix) if isinstance(matrix, Tensor) else matrix
+    values = np.linalg.svd(array, compute_uv=False)
+    total = float(np.sum(values**2))
+    return float(np.sqrt(np.sum(values[rank:] ** 2) / total)) if total > 0 else 0.0
+
+
+def relative_error(matrix: Tensor | Array, approximation: Tensor | Array) -> float:
+    """`|W - W'|_F / |W|_F`, and `|W'|_F` where W is zero."""
+    true, other = (to_numpy(x) if isinstance(x, Tensor) else x for x in (matrix, approximation))
+    size = float(np.linalg.norm(true))
+    return float(np.linalg.norm(true - other)) / (size or 1.0)

@@ -1,0 +1,174 @@
+"""Hypothesis strategies for what this library works on.
+
+Numbers come from a seeded generator rather than from hypothesis itself: hypothesis chooses shapes, kinds,
+dtypes and seeds, which it can shrink, and not thousands of floats, which it cannot.
+"""
+
+import math
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.mpo import MPO
+from tensornet.network import TensorNetwork, random_cores
+from tensornet.topologies import topology_family, topology_names
+from tensornet.topology import Topology
+
+#: What the singular values of a generated matrix look like.
+SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
+
+REAL = (torch.float32, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.dtype]:
+    """Floating dtypes; complex and half ones on request."""
+    return st.sampled_from((*REAL, *(COMPLEX if complex else ()), *(HALF if half else ())))
+
+
+@st.composite
+def dims(
+    draw: DrawFn, *, min_sites: int = 1, max_sites: int = 4, max_dim: int = 4
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Leg sizes `(out_dims, in_dims)` with equal numbers of sites; sizes of 1 are frequent."""
+    sites = draw(st.integers(min_sites, max_sites))
+    legs = st.tuples(*[st.integers(1, max_dim)] * sites)
+    return draw(legs), draw(legs)
+
+
+@st.composite
+def matrices(
+    draw: DrawFn,
+    *,
+    shape: tuple[int, int] | None = None,
+    max_size: int = 24,
+    dtype: SearchStrategy[torch.dtype] | torch.dtype | None = None,
+    spectrum: str | None = None,
+    rank: int | None = None,
+    scales: bool = True,
+) -> Tensor:
+    """A matrix of chosen shape, dtype, spectrum, rank and scale.
+
+    Args:
+        shape: `(out, in)`; any up to `max_size` if absent, one row or one column included.
+        max_size: largest size where the shape is free.
+        dtype: a dtype or a strategy; real and complex ones if absent.
+        spectrum: one of `SPECTRA`; any if absent.
+        rank: exact rank, cut at the smaller size; full if absent, except for `"low_rank"`.
+        scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
+    """
+    sizes = st.integers(1, max_size)
+    rows, columns = shape or (draw(sizes), draw(sizes))
+    kind = dtype if isinstance(dtype, torch.dtype) else draw(dtype if dtype is not None else dtypes())
+    name = spectrum or draw(st.sampled_from(SPECTRA))
+    scale = draw(st.sampled_from((1.0, 1.0, 1e-12, 1e12))) if scales and kind not in HALF else 1.0
+    matrix = matrix_with_spectrum((rows, columns), name, seed=draw(st.integers(0, 2**16)), rank=rank)
+    if kind.is_complex and name not in ("zero", "constant"):
+        angles = torch.linspace(0, 3, columns, dtype=torch.float64)
+        return (matrix * torch.exp(1j * angles) * scale).to(kind)  # a unitary diagonal keeps the spectrum
+    return (matrix * scale).to(kind)
+
+
+def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: int | None = None) -> Tensor:
+    """A float64 matrix whose singular values follow one of `SPECTRA`; reproducible by its seed."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(shape)
+    if name in ("zero", "constant"):
+        return torch.full(shape, 0.0 if name == "zero" else 1.0, dtype=torch.float64)
+    gaussian = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if name == "gaussian" and rank is None:
+        return gaussian
+    U, S, Vh = torch.linalg.svd(gaussian, full_matrices=False)
+    k = torch.arange(size, dtype=torch.float64)
+    if name == "flat":
+        S = torch.ones(size, dtype=torch.float64)
+    elif name == "power":
+        S = 1 / (k + 1)
+    elif name == "exponential":
+        S = torch.exp(-k)
+    if name == "low_rank" and rank is None:
+        rank = max(1, size // 3)
+    if rank is not None:
+        S = torch.where(k < rank, S, 0)
+    return (U * S) @ Vh
+
+
+@st.composite
+def budgets(draw: DrawFn, *, max_bond: int = 8) -> Budget:
+    """Any combination of caps, none at all included."""
+    return Budget(
+        max_bond=draw(st.none() | st.integers(1, max_bond)),
+        rel_error=draw(st.none() | st.sampled_from((0.0, 0.01, 0.1, 0.5, 0.9))),
+        param_ratio=draw(st.none() | st.sampled_from((0.3, 0.6, 1.0, 2.0))),
+    )
+
+
+@st.composite
+def mpos(
+    draw: DrawFn,
+    *,
+    dims: SearchStrategy[tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    max_bond: int = 4,
+    dtype: SearchStrategy[torch.dtype] | torch.dtype | None = None,
+    padded: bool = True,
+) -> MPO:
+    """A random chain, sometimes with padding, bonds free (also above the useful ones).
+
+    Args:
+        dims: strategy of `(out_dims, in_dims)`.
+        max_bond: largest bond.
+        dtype: a dtype or a strategy; real and complex ones if absent.
+        padded: whether some rows and columns may be padding.
+    """
+    rows, columns = draw(dims if dims is not None else _default_dims)
+    kind = dtype if isinstance(dtype, torch.dtype) else draw(dtype if dtype is not None else dtypes())
+    bonds = [1, *(draw(st.integers(1, max_bond)) for _ in rows[1:]), 1]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    cores = [
+        torch.randn(bonds[k], o, i, bonds[k + 1], generator=generator, dtype=kind)
+        for k, (o, i) in enumerate(zip(rows, columns, strict=True))
+    ]
+    full_out, full_in = math.prod(rows), math.prod(columns)
+    cut = st.integers(0, 2) if padded else st.just(0)
+    return MPO(
+        cores,
+        out_features=max(1, full_out - draw(cut)),
+        in_features=max(1, full_in - draw(cut)),
+    )
+
+
+@st.composite
+def topologies(
+    draw: DrawFn, *, families: tuple[str, ...] | None = None, max_size: int = 16, max_bond: int = 4
+) -> Topology:
+    """A topology of a registered family, built for a random shape.
+
+    Args:
+        families: names to choose from, all registered ones if absent.
+        max_size: largest number of rows and columns.
+        max_bond: largest bond.
+    """
+    family = topology_family(draw(st.sampled_from(families or topology_names())))
+    rows, columns = draw(st.integers(1, max_size)), draw(st.integers(1, max_size))
+    return family.build(rows, columns, max_bond=draw(st.integers(1, max_bond)))
+
+
+@st.composite
+def networks(
+    draw: DrawFn,
+    *,
+    topology: SearchStrategy[Topology] | None = None,
+    dtype: SearchStrategy[torch.dtype] | torch.dtype = torch.float64,
+) -> TensorNetwork:
+    """A topology with variance-correct Gaussian cores."""
+    drawn = draw(topology if topology is not None else topologies())
+    kind = dtype if isinstance(dtype, torch.dtype) else draw(dtype)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    return TensorNetwork(drawn, random_cores(drawn, generator=generator, dtype=kind))
+
+
+_default_dims = dims()

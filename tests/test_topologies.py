@@ -1,0 +1,343 @@
+"""Every registered family against the shipped laws, and what each family promises of its own."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tensornet as tn
+from tensornet.network import random_cores
+from tensornet.testing import laws, reference, strategies
+from tensornet.topologies import register_topology, topology_family, topology_names
+
+FAMILIES = ("block_tt", "kronecker", "low_rank", "mpo", "tensor_ring", "tucker")
+small = strategies.matrices(max_size=12)
+
+
+class TestMPO(laws.FamilyLaws):
+    family = topology_family("mpo")
+    matrices = small
+
+
+class TestLowRank(laws.FamilyLaws):
+    family = topology_family("low_rank")
+    matrices = small
+
+
+class TestKronecker(laws.FamilyLaws):
+    family = topology_family("kronecker")
+    matrices = small
+
+
+class TestBlockTT(laws.FamilyLaws):
+    family = topology_family("block_tt")
+    matrices = small
+
+
+class TestBlockTTOfThree(laws.FamilyLaws):
+    family = topology_family("block_tt")
+    matrices = small
+    options = {"sites": 3}  # noqa: RUF012
+
+
+class TestTensorRing(laws.FamilyLaws):
+    family = topology_family("tensor_ring")
+    matrices = small
+
+
+class TestTucker(laws.FamilyLaws):
+    family = topology_family("tucker")
+    matrices = small
+
+
+class TestNetworks(laws.NetworkLaws):
+    networks = strategies.networks(topology=strategies.topologies(families=FAMILIES))
+
+
+def test_builtin_families_are_registered() -> None:
+    assert set(FAMILIES) <= set(topology_names())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(topology=st.data())
+def test_decompose_to_gives_the_asked_topology(name: str, topology: st.DataObject) -> None:
+    drawn = topology.draw(strategies.topologies(families=(name,)))
+    matrix = topology.draw(strategies.matrices(shape=drawn.shape, scales=False))
+    result = topology_family(name).decompose_to(matrix, drawn)
+    assert result.network.topology == drawn
+    error = reference.relative_error(matrix, result.network.to_matrix())
+    assert error <= result.error + laws.tolerance(matrix.dtype)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decompose_to_agrees_with_decompose(name: str) -> None:
+    matrix = torch.randn(24, 18, dtype=torch.float64)
+    family = topology_family(name)
+    cut = family.decompose(matrix, tn.Budget(max_bond=3))
+    again = family.decompose_to(matrix, cut.network.topology)
+    assert again.error == pytest.approx(cut.error, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decompose_to_refuses_another_shape(name: str) -> None:
+    family = topology_family(name)
+    with pytest.raises(tn.TopologyError, match=r"for a matrix of shape \(5, 4\)"):
+        family.decompose_to(torch.randn(5, 4), family.build(4, 5, max_bond=2))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_cores_give_the_variance_of_a_linear_layer(name: str) -> None:
+    topology = topology_family(name).build(24, 20, max_bond=3)
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        tn.TensorNetwork(topology, random_cores(topology, generator=generator)).to_matrix()
+        for _ in range(300)
+    ]
+    matrices = torch.stack(draws)
+    # Elements of one draw share cores, so the mean over draws, not over elements, sets the spread.
+    per_draw = matrices.square().mean((1, 2)) * 20
+    spread = float(per_draw.std()) / math.sqrt(len(draws))
+    assert abs(float(per_draw.mean()) - 1) < 4 * spread
+    assert spread < 0.12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_topology_survives_json(name: str) -> None:
+    topology = topology_family(name).build(24, 18, max_bond=3)
+    assert tn.Topology.from_dict(topology.to_dict()) == topology
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_impossible_budget_is_refused(name: str) -> None:
+    with pytest.raises(tn.BudgetError, match="param_ratio=1e-05 allows 0 parameters"):
+        topology_family(name).decompose(torch.randn(16, 16), tn.Budget(param_ratio=1e-5))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unknown_option_is_refused(name: str) -> None:
+    with pytest.raises(tn.TopologyError, match=f"{name!r} does not know the options colour"):
+        topology_family(name).build(8, 8, colour="red")
+
+
+def test_unknown_topology_lists_what_exists() -> None:
+    with pytest.raises(tn.TopologyError, match=r"Unknown topology 'mps'; registered are block_tt, kronecker"):
+        topology_family("mps")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "low_rank"])
+def test_dims_that_do_not_multiply_are_refused(name: str) -> None:
+    with pytest.raises(tn.TopologyError, match=r"out_dims \(2, 3\) multiply to 6, which does not hold 8"):
+        topology_family(name).build(8, 6, out_dims=(2, 3), in_dims=(2, 3))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bonds_beyond_the_useful_ones_are_clipped(name: str) -> None:
+    family = topology_family(name)
+    largest = max(family.build(12, 10).bond_dims.values(), default=1)
+    clipped = max(family.build(12, 10, max_bond=10**6).bond_dims.values(), default=1)
+    assert clipped <= max(largest**2, 12 * 10)
+
+
+# --- one by one ----------------------------------------------------------------------------------
+
+
+def test_kronecker_finds_a_kronecker_product() -> None:
+    a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    matrix = torch.kron(a, b)
+    result = topology_family("kronecker").decompose(
+        matrix, tn.Budget(max_bond=1), out_dims=(3, 5), in_dims=(4, 2)
+    )
+    assert result.error < 1e-7
+    assert result.network.num_params == 12 + 10
+    left, right = result.network.cores
+    torch.testing.assert_close(torch.kron(left[0], right[0]), matrix)
+
+
+def test_kronecker_of_three_factors_is_refused() -> None:
+    with pytest.raises(tn.TopologyError, match="two factors"):
+        tn.topologies.kronecker(out_dims=(2, 2, 2), in_dims=(2, 2, 2))
+    with pytest.raises(tn.TopologyError, match="two factors, got sites=3"):
+        topology_family("kronecker").build(8, 8, sites=3)
+
+
+def test_block_tt_of_bond_one_is_the_monarch_projection() -> None:
+    """Each block of a Monarch matrix is the best rank-1 approximation of the block of the matrix."""
+    matrix = torch.randn(6, 8, dtype=torch.float64)
+    result = topology_family("block_tt").decompose(
+        matrix, tn.Budget(max_bond=1), out_dims=(2, 3), in_dims=(4, 2)
+    )
+    blocks = matrix.reshape(2, 3, 4, 2)
+    cut = sum(
+        np.sum(np.linalg.svd(blocks[:, o, i, :].numpy(), compute_uv=False)[1:] ** 2)
+        for o in range(3)
+        for i in range(4)
+    )
+    assert result.error == pytest.approx(math.sqrt(cut) / float(matrix.norm()), rel=1e-12)
+    assert reference.relative_error(matrix, result.network.to_matrix()) == pytest.approx(result.error)
+
+
+def test_block_tt_costs_one_multiply_add_for_each_parameter() -> None:
+    topology = tn.topologies.block_tt(out_dims=(8, 8), in_dims=(8, 8), max_bond=2)
+    network = tn.TensorNetwork(topology, random_cores(topology))
+    assert network.flops(16) == 2 * 16 * network.num_params
+
+
+RING = {"out_dims": (3, 3, 3), "in_dims": (3, 3, 3)}
+
+
+@pytest.fixture
+def ring_matrix() -> torch.Tensor:
+    """A matrix that is a ring of bonds 4, 4 and 2, and no small chain."""
+    topology = tn.topologies.tensor_ring(bond_dims=(4, 4, 2), **RING)
+    generator = torch.Generator().manual_seed(3)
+    cores = random_cores(topology, generator=generator, dtype=torch.float64)
+    return tn.TensorNetwork(topology, cores).to_matrix()
+
+
+def test_least_squares_finds_the_ring_that_no_chain_is(ring_matrix: torch.Tensor) -> None:
+    budget = tn.Budget(max_bond=4)
+    ring = topology_family("tensor_ring").decompose(ring_matrix, budget, ring_bond=2, sweeps=200, **RING)
+    chain = topology_family("mpo").decompose(ring_matrix, budget, **RING)
+    assert ring.error < 0.2 * chain.error
+    assert ring.iterations > 1
+    true = reference.relative_error(ring_matrix, ring.network.to_matrix())
+    assert true == pytest.approx(ring.error, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_least_squares_never_raises_the_error(dtype: torch.dtype) -> None:
+    matrix, family = torch.randn(23, 26, dtype=dtype), topology_family("tensor_ring")
+    budget = tn.Budget(max_bond=3)
+    errors = [family.decompose(matrix, budget, ring_bond=2, sweeps=sweeps).error for sweeps in range(5)]
+    assert all(later <= earlier for earlier, later in pairwise(errors))
+    refined = family.decompose(matrix, budget, ring_bond=2, sweeps=4)
+    true = reference.relative_error(matrix, refined.network.to_matrix())
+    assert true <= refined.error + laws.tolerance(dtype)
+
+
+def test_unsettled_least_squares_says_so(ring_matrix: torch.Tensor) -> None:
+    result = topology_family("tensor_ring").decompose(
+        ring_matrix, tn.Budget(max_bond=3), ring_bond=2, sweeps=1, **RING
+    )
+    assert (result.iterations, result.converged) == (1, False)
+
+
+def test_tensor_ring_of_one_site_is_refused() -> None:
+    with pytest.raises(tn.TopologyError, match="at least two sites, got 1"):
+        tn.topologies.tensor_ring(out_dims=(4,), in_dims=(4,))
+
+
+def test_tucker_leg_that_is_not_cut_has_no_factor() -> None:
+    topology = tn.topologies.tucker(out_dims=(2, 6), in_dims=(6, 2), max_bond=3)
+    assert topology.core_names == ("core", "out1", "in0")
+    assert topology.core_shapes["core"] == (2, 3, 3, 2)
+
+
+def test_tucker_finds_its_own_ranks() -> None:
+    topology = tn.topologies.tucker(out_dims=(4, 5), in_dims=(5, 4), ranks=(2, 3, 2, 3))
+    matrix = tn.TensorNetwork(topology, random_cores(topology, dtype=torch.float64)).to_matrix()
+    result = topology_family("tucker").decompose(
+        matrix, tn.Budget(rel_error=1e-7), out_dims=(4, 5), in_dims=(5, 4)
+    )
+    assert result.network.topology == topology
+    assert result.bound_by == "rel_error"
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drawing_names_every_core_and_size(name: str, tmp_path: Path) -> None:
+    topology = topology_family(name).build(12, 10, max_bond=3)
+    figure = tn.TensorNetwork(topology, random_cores(topology)).draw()
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert set(topology.core_names) <= set(texts)
+    assert {str(size) for _, size in topology.sizes if size > 1} <= set(texts)
+    figure.savefig(tmp_path / "network.png")
+    assert (tmp_path / "network.png").stat().st_size > 2000
+
+
+# --- families of other packages ------------------------------------------------------------------
+
+
+def test_registering_a_name_twice_is_refused() -> None:
+    with pytest.raises(tn.TopologyError, match=r"'mpo' is already registered; pass replace=True"):
+        register_topology(topology_family("mpo"))
+    register_topology(topology_family("mpo"), replace=True)
+
+
+PLUGIN = """
+from tensornet.topologies import LowRankFamily
+
+class Fancy(LowRankFamily):
+    name = "fancy"
+
+family = Fancy()
+"""
+
+
+def install(folder: Path, package: str, code: str, target: str) -> None:
+    """What pip would leave behind: a module and a dist-info with an entry point."""
+    (folder / f"{package}.py").write_text(code)
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[tensornet.topologies]\n{target}\n")
+
+
+def run(folder: Path, code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout + done.stderr
+
+
+def test_installed_package_adds_a_topology(tmp_path: Path) -> None:
+    install(tmp_path, "fancy_networks", PLUGIN, "fancy = fancy_networks:family")
+    said = run(
+        tmp_path,
+        "import tensornet as tn\n"
+        "assert 'fancy_networks' not in sys.modules, 'loaded before it was asked for'\n"
+        "print(tn.topologies.topology_family('fancy').build(4, 3).shape)\n"
+        "print(tn.topologies.topology_names())",
+    )
+    assert "(4, 3)" in said
+    assert "'fancy'" in said
+    assert "Warning" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "trouble"),
+    [("raise ImportError('no such compiler')", "ImportError: no such compiler"), ("family = 3", "got 3")],
+    ids=["import", "type"],
+)
+def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, trouble: str) -> None:
+    install(tmp_path, "broken_networks", code, "broken = broken_networks:family")
+    said = run(tmp_path, "import tensornet as tn\nprint(tn.topologies.topology_names())")
+    assert "RuntimeWarning: The topology 'broken' of broken_networks could not be loaded" in said
+    assert trouble in said
+    assert "'mpo'" in said
+
+
+def test_broken_package_cannot_replace_a_builtin(tmp_path: Path) -> None:
+    code = PLUGIN.replace('"fancy"', '"mpo"')
+    install(tmp_path, "rude_networks", code, "mpo = rude_networks:family")
+    said = run(
+        tmp_path,
+        "import tensornet as tn\ntn.topologies.topology_names()\n"
+        "print(type(tn.topologies.topology_family('mpo')))",
+    )
+    assert "already registered" in said
+    assert "MPOFamily" in said
