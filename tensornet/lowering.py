@@ -65,9 +65,14 @@ def lower_path(
         steps=steps,
         output_permutation=None if result == kept else tuple(result.index(x) for x in kept),
         output_shape=_shape(output, size_of),
+        adds_bias=result == kept and bool(steps) and _is_linear(steps[-1].product),
         output_copy=_output_copy(result, kept, size_of),
         path=tuple(path),
     )
+
+
+def _is_linear(product: Product) -> bool:
+    return product.tokens_in == "rows" and product.rows == 1 and product.batch == 1
 
 
 def _without_needless_reshapes(

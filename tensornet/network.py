@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,16 @@ class OperatorPlan:
 
     Args:
         topology: the operator.
-        applies: candidates for `x: (tokens, *in_dims) -> (tokens, *out_dims)`; operands are x, then the
+        applies: candidates for `x: (tokens, padded in) -> (tokens, padded out)`; operands are x, then the
             cores. None builds the whole matrix. Which is fastest depends on the tokens and the machine.
-        matrix: the padded matrix `(*out_dims, *in_dims)`; operands are the cores.
+        matrix: the padded matrix; operands are the cores.
+        padded_shape: of the matrix before padding is cut off.
     """
 
     topology: Topology
     applies: tuple[ContractionPlan, ...]
     matrix: ContractionPlan
+    padded_shape: tuple[int, int]
 
     def cheapest_apply(self, tokens: int, machine: Machine, itemsize: int = 4) -> int:
         """Position of the fastest candidate for that many tokens."""
@@ -65,11 +67,13 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
     for tokens, path in _candidate_paths(operands, output, topology, optimize):
         if tuple(path) not in applies and (len(cores) == 1 or not _builds_matrix(path)):
             sizes = {**topology.size_of, TOKENS: tokens}
-            applies[tuple(path)] = lower_path(operands, output, sizes, path)
+            lowered = lower_path(operands, output, sizes, path)
+            applies[tuple(path)] = replace(lowered, output_shape=(-1, topology.padded_shape[0]))
     return OperatorPlan(
         topology=topology,
         applies=tuple(applies.values()),
-        matrix=plan_matrix(topology, optimize),
+        matrix=replace(plan_matrix(topology, optimize), output_shape=topology.padded_shape),
+        padded_shape=topology.padded_shape,
     )
 
 
@@ -107,9 +111,9 @@ def _builds_matrix(path: Sequence[tuple[int, int]]) -> bool:
 
 def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
     """Dense matrix of the operator, shape `(out_features, in_features)`, differentiable."""
+    dense = run(plan.matrix, cores)
     topology = plan.topology
-    dense = run(plan.matrix, cores).reshape(topology.padded_shape)
-    if topology.padded_shape != topology.shape:
+    if plan.padded_shape != topology.shape:
         dense = dense[: topology.out_features, : topology.in_features]
     return dense
 
@@ -135,17 +139,16 @@ def contract_with_input(
         Output of shape `(..., out_features)`.
     """
     topology = plan.topology
-    padded_out, padded_in = topology.padded_shape
-    flat = x.reshape(-1, topology.in_features)
+    padded_out, padded_in = plan.padded_shape
+    flat = x if x.ndim == 2 else x.reshape(-1, topology.in_features)
     if padded_in != topology.in_features:
         flat = torch.nn.functional.pad(flat, (0, padded_in - topology.in_features))
     whole = padded_out == topology.out_features
     y = run(plan.applies[candidate], [flat, *cores], bias=bias if whole else None)
-    y = y.reshape(-1, padded_out)
     if not whole:
         y = y[:, : topology.out_features]
         y = y if bias is None else y + bias.to(y.dtype)
-    return y.reshape(*x.shape[:-1], topology.out_features)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], topology.out_features)
 
 
 class TensorNetwork:

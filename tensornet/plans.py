@@ -92,6 +92,8 @@ class ContractionPlan:
         steps: pairwise products in order.
         output_permutation: brings the last result into the requested order; None if it is in it.
         output_shape: shape of the output, size-1 indices restored.
+        adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and gives the output as it
+            is, so that it can add a bias at no cost.
         output_copy: what writing the output out costs, if its permutation is not a view.
         path: the contraction order, as `opt_einsum` writes it.
     """
@@ -101,6 +103,7 @@ class ContractionPlan:
     steps: tuple[PairStep, ...]
     output_permutation: tuple[int, ...] | None
     output_shape: tuple[int, ...]
+    adds_bias: bool
     output_copy: Copy | None
     path: tuple[tuple[int, int], ...]
 
@@ -147,7 +150,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
         x if shape is None else x.reshape(shape)
         for x, shape in zip(operands, plan.operand_shapes, strict=True)
     ]
-    fused = bias if bias is not None and adds_bias(plan) else None
+    fused = bias if plan.adds_bias else None
     last = len(plan.steps) - 1
     for k, step in enumerate(plan.steps):
         # An operand leaves the list before it is copied: nothing is kept longer than it is needed, and
@@ -175,11 +178,3 @@ def _arrange(x: Tensor, permutation: tuple[int, ...] | None, shape: tuple[int, .
     if permutation is not None:
         x = x.permute(permutation)
     return x if shape is None else x.reshape(shape)
-
-
-def adds_bias(plan: ContractionPlan) -> bool:
-    """Whether the last product is `(tokens, inner) @ (inner, columns)` with nothing left to permute."""
-    if not plan.steps or plan.output_permutation is not None:
-        return False
-    product = plan.steps[-1].product
-    return product.tokens_in == "rows" and product.rows == 1 and product.batch == 1

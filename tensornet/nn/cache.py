@@ -23,12 +23,16 @@ class CachedMatrix:
         cores: the parameters.
         aliases: tensors on the same storage, which keep its address from being used again.
         versions: of the parameters when the matrix was built.
+        kind: device type.
+        autocast: the dtype of autocast when it was built, None if that was off.
     """
 
     matrix: Tensor
     cores: tuple[Tensor, ...]
     aliases: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    kind: str
+    autocast: torch.dtype | None
 
     @classmethod
     def of(cls, matrix: Tensor, cores: Sequence[Tensor | None]) -> "CachedMatrix":
@@ -36,11 +40,13 @@ class CachedMatrix:
         assert all(core is not None for core in cores)
         known = tuple(core for core in cores if core is not None)
         aliases = tuple(core.detach() for core in known)
-        return cls(matrix, known, aliases, tuple(core._version for core in known))
+        kind = matrix.device.type
+        versions = tuple(core._version for core in known)
+        return cls(matrix, known, aliases, versions, kind, autocast_dtype(kind))
 
-    def holds_for(self, cores: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
+    def holds_for(self, cores: Sequence[Tensor | None]) -> bool:
         """Whether rebuilding from these cores would give this matrix."""
-        if self.matrix.dtype != dtype:
+        if autocast_dtype(self.kind) != self.autocast:
             return False
         for core, known, alias, version in zip(cores, self.cores, self.aliases, self.versions, strict=True):
             if core is not known or known._version != version or known.data_ptr() != alias.data_ptr():
@@ -68,7 +74,12 @@ def may_cache(cores: Sequence[Tensor | None]) -> bool:
 
 def compute_dtype(core: Tensor) -> torch.dtype:
     """The dtype in which a product with this core is computed: autocast's where that is on."""
-    kind = core.device.type
-    if core.dtype != torch.float64 and not core.is_complex() and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return core.dtype
+    lowered = autocast_dtype(core.device.type)
+    if lowered is None or core.dtype == torch.float64 or core.is_complex():
+        return core.dtype
+    return lowered
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype of autocast on a device type, None where it is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

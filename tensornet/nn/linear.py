@@ -63,7 +63,7 @@ class TensorNetworkLinear(NetworkModule):
         """Map `x: (..., in_features)` to `(..., out_features)`."""
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else x.numel() // self.in_features
-        route = self.route(tokens)
+        route = self.route(tokens, on_cpu=x.is_cpu)
         if route >= 0:
             return contract_with_input(self.plan, self.cores, x, candidate=route, bias=self.bias)
         matrix = self.kept_matrix() if route == CACHED else self.to_matrix()

@@ -64,8 +64,7 @@ class RoutedModule(nn.Module):
     @property
     def matrix_bytes(self) -> int:
         """Size of the dense matrix in the dtype of the cores."""
-        out_features, in_features = self.plan.topology.shape
-        return out_features * in_features * self.weight.element_size()
+        return self._matrix_bytes
 
     @property
     def cached_bytes(self) -> int:
@@ -79,8 +78,8 @@ class RoutedModule(nn.Module):
             return False
         limit = self.cache_limit
         if limit is None:
-            return self.strategy == "cached" or self.matrix_bytes <= DEFAULT_CACHE_LIMIT
-        return self.matrix_bytes <= limit
+            return self.strategy == "cached" or self._matrix_bytes <= DEFAULT_CACHE_LIMIT
+        return self._matrix_bytes <= limit
 
     def drop_cache(self) -> None:
         """Free the kept matrix; the next forward pass that wants one builds it again."""
@@ -111,8 +110,12 @@ class RoutedModule(nn.Module):
         self._plan_dispatch()
         return self
 
-    def route(self, tokens: int) -> int:
+    def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
         """How to apply the operator to that many tokens now.
+
+        Args:
+            tokens: number of input vectors.
+            on_cpu: whether it is done on the CPU; asks the cores if absent.
 
         Returns:
             The position of a candidate in `plan.applies`, `RECONSTRUCT` or `CACHED`.
@@ -120,7 +123,7 @@ class RoutedModule(nn.Module):
         strategy = self.strategy
         if strategy == "reconstruct":
             return RECONSTRUCT
-        table = self.dispatch
+        table = self.dispatch if on_cpu is None else self._dispatch[0 if on_cpu else 1]
         if strategy == "factorized":
             return choose(table.factorized, tokens)
         # Tracers see the route without a kept matrix: it would become a constant that no update reaches.
@@ -137,12 +140,11 @@ class RoutedModule(nn.Module):
     def kept_matrix(self) -> Tensor:
         """The kept matrix, built if it is absent or out of date; only where `route` gives `CACHED`."""
         parameters = self._parameters_of_cores()
-        weight = self.weight
-        dtype = compute_dtype(weight)
-        if self._cached is None or not self._cached.holds_for(parameters, dtype):
+        if self._cached is None or not self._cached.holds_for(parameters):
             self.drop_cache()  # frees the old one before the new one is built
+            kind, dtype = self.weight.device.type, compute_dtype(self.weight)
             # An inference tensor could not serve a later pass that records gradients of its input.
-            off = torch.autocast(weight.device.type, enabled=False)
+            off = torch.autocast(kind, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), off:
                 matrix = self.to_matrix().to(dtype).contiguous()
             self._cached = CachedMatrix.of(matrix, parameters)
@@ -170,6 +172,8 @@ class RoutedModule(nn.Module):
     def _plan_dispatch(self) -> None:
         """Decide the routes, for the CPU and for any other device, in the present dtype."""
         itemsize = self.weight.element_size()
+        out_features, in_features = self.plan.topology.shape
+        self._matrix_bytes = out_features * in_features * itemsize
         self._dispatch: tuple[Dispatch, Dispatch] = (
             dispatch(self.plan, self.machine or default_machine("cpu"), itemsize),
             dispatch(self.plan, self.machine or default_machine("cuda"), itemsize),
