@@ -9,15 +9,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tensornet.compression import (
+    CalibrationStats,
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
     apply_plan,
+    calibrate,
     find_targets,
 )
-from tensornet.compression.calibrate import calibrate
 from tensornet.compression.report import layer_reports, model_size
-from tensornet.compression.stats import CalibrationStats
 from tensornet.errors import TargetError
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.loading import load

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
+from tensornet.compression.providers import gather_statistics
 from tensornet.errors import BudgetError
 from tensornet_hf import conversion
 from tensornet_hf.cli import shared
@@ -34,6 +35,12 @@ def run(
     rel_error: Annotated[
         float | None, typer.Option(help="Largest relative Frobenius error of each weight.")
     ] = None,
+    loss_increase: Annotated[
+        float | None, typer.Option(help="Predicted rise of the loss to allow, in nats; needs --calibration.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Size of the chosen layers together; needs --calibration.")
+    ] = None,
     topology: Annotated[
         str, typer.Option(help="Family of networks, or auto for the best of each layer.")
     ] = "auto",
@@ -50,6 +57,7 @@ def run(
         Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 32_768,
+    int8: Annotated[bool, typer.Option("--int8", help="Keep cores as eight-bit integers.")] = False,
     dtype: shared.Dtype = None,
     plan: Annotated[
         Path | None, typer.Option(help="Carry out this plan (the output of --dry-run --json, edited or not).")
@@ -67,7 +75,13 @@ def run(
     """
     progress = shared.wants_progress()
     started = time.perf_counter()
-    budget = {"param_ratio": param_ratio, "max_bond": max_bond, "rel_error": rel_error}
+    budget = {
+        "param_ratio": param_ratio,
+        "max_bond": max_bond,
+        "rel_error": rel_error,
+        "loss_increase": loss_increase,
+        "max_bytes": max_bytes,
+    }
     _check_usage(destination, budget, plan, dry_run)
     text = None if calibration is None else shared.read_text(calibration)
     config = CompressionConfig(
@@ -75,6 +89,7 @@ def run(
         exclude_modules=exclude or None,
         topology=topology,
         sites=sites,
+        int8=int8,
         objective=objective,  # type: ignore[arg-type]  # checked by the class
         **budget,  # type: ignore[arg-type]
     )
@@ -91,6 +106,7 @@ def run(
             model, folder, text, config=observed, tokens=calibration_tokens, progress=progress
         )
     if planned is None:
+        stats = gather_statistics(model, config, stats, progress=progress)
         planned = tn.plan(model, config, stats, progress=progress)
     elif planned.objective != "weight" and stats is None:
         raise BudgetError(
@@ -116,8 +132,12 @@ def run(
         shared.print_json({"source": source, "destination": destination, **sizes, **done.to_dict()})
     else:
         _show_result(destination, done, before, after)
-        if text is None and plan is None and rel_error is None:
-            shared.note("the weights alone decided; --calibration TEXT makes a far better model")
+    if text is None and planned.objective != "weight":
+        shared.note(
+            f"calibrated on {planned.calibration}; --calibration with text of your own serves it better"
+        )
+    elif text is None and plan is None and config.objective == "auto" and rel_error is None:
+        shared.note("the weights alone decided; --calibration TEXT makes a far better model")
 
 
 def _check_usage(
@@ -128,7 +148,8 @@ def _check_usage(
         raise BudgetError(f"--plan says already what every layer becomes; leave out {' and '.join(given)}.")
     if plan is None and not given:
         raise BudgetError(
-            "Say how far to compress: --param-ratio 0.5, --max-bond, --rel-error, or --plan with a file."
+            "Say how far to compress: --param-ratio 0.5, --max-bond, --rel-error, --loss-increase or "
+            "--max-bytes, or --plan with a file."
         )
     if destination is None and not dry_run:
         raise typer.BadParameter("Name a destination, or ask for --dry-run.")

@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         0, or 1 (failed), 2 (wrong usage), 130 (interrupted).
     """
     debug = "--debug" in arguments
-    _quiet(debug)
+    notes = _quiet(debug)
     command = typer.main.get_command(_program())
     rest = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -81,16 +81,30 @@ def run(arguments: Sequence[str]) -> int:
             raise
         _say(_one_line(error))
         return FAILED
+    for note in notes:
+        _say(f"note: {note}")
     return status if isinstance(status, int) else 0
 
 
-def _quiet(debug: bool) -> None:
-    """Leave stderr to our own lines: other libraries warn about things a user here cannot change."""
+def _quiet(debug: bool) -> list[str]:
+    """Leave stderr to our own lines: other libraries warn about things a user here cannot change.
+
+    Returns:
+        A list that fills with our own warnings, which are shown after a success; a failure is one line.
+    """
+    notes: list[str] = []
     if debug:
-        return
+        return notes
+
+    def keep(message: Warning | str, *_: object, **__: object) -> None:
+        notes.append(" ".join(str(message).split()))
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # loading has bars of its own for each file
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", category=UserWarning, module="tensornet")
+    warnings.showwarning = keep
+    return notes
 
 
 def _one_line(error: Exception) -> str:

@@ -39,7 +39,8 @@ def bond_spectra(matrix: Tensor, layer: LayerPlan) -> tuple[BondSpectrum, ...]:
     topology = layer.topology
     if topology is not None and topology.family == "mpo":
         return _chain_spectra(matrix, topology)
-    values = _relative(singular_values(matrix))
+    known = layer.singular_values
+    values = _relative(torch.tensor(known, dtype=torch.float64) if known else singular_values(matrix))
     if topology is None:
         return (BondSpectrum(values, len(values)),)
     if topology.family == "low_rank":
