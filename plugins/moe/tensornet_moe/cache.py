@@ -1,16 +1,15 @@
-"""Rebuilt matrices, kept while nothing they were built from has changed."""
+"""Rebuilt matrices of a bank, kept while nothing they were built from has changed."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache
+
 
 class MatrixCache:
-    """Holds one tensor built from parameters, for inference, within a memory limit.
-
-    The key is the identity, storage and version of every parameter, the autocast dtype included: an in-place
-    update, a reassignment or a move to another device or dtype makes the next call build anew.
+    """Holds one tensor built from parameters, within a memory limit (see `tensornet.nn.cache`).
 
     Args:
         limit: bytes it may hold; 0 keeps nothing.
@@ -18,46 +17,32 @@ class MatrixCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.drop()
+        self._held: CachedMatrix | None = None
 
     def drop(self) -> None:
         """Forget what is held."""
-        self._key: Hashable = None
-        self._value: Tensor | None = None
+        self._held = None
 
     def get(self, parameters: Sequence[Tensor], elements: int, build: Callable[[], Tensor]) -> Tensor | None:
-        """The tensor, built if needed; None if it is too large to be kept or could become stale unnoticed.
+        """The tensor, built if needed; None if it may not be kept or is too large.
 
         Args:
             parameters: everything `build` reads.
             elements: size of the result.
             build: makes it.
         """
-        key = _key(parameters)
-        if key == self._key:
-            return self._value
-        self.drop()  # before building: the old and the new tensor need not exist at once
-        if any(p.is_inference() for p in parameters):
-            return None  # made under inference_mode: such tensors do not count their in-place updates
-        if elements * _built_dtype(parameters[0]).itemsize > self.limit:
+        if not may_cache(parameters):
             return None
-        self._key, self._value = key, build()
-        return self._value
+        if self._held is None or not self._held.holds_for(parameters):
+            self.drop()  # before building: the old and the new tensor need not exist at once
+            if elements * compute_dtype(parameters[0]).itemsize > self.limit:
+                return None
+            with torch.no_grad():
+                self._held = CachedMatrix.of(build(), parameters)
+        return self._held.matrix
 
     def __deepcopy__(self, memo: object) -> "MatrixCache":
         return MatrixCache(self.limit)
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return MatrixCache, (self.limit,)
-
-
-def _key(parameters: Sequence[Tensor]) -> Hashable:
-    state = tuple(
-        (id(p), p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in parameters
-    )
-    return state, _built_dtype(parameters[0])
-
-
-def _built_dtype(parameter: Tensor) -> torch.dtype:
-    kind = parameter.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype

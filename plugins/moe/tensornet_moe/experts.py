@@ -232,11 +232,11 @@ class SharedCoreExperts(ExpertBank):
         return self.expert_matrices(None if everything else experts).unbind(0)
 
     def keeps_matrices(self) -> bool:
-        """See `ExpertBank`: in eval, without gradients, within `cache_bytes`."""
+        """See `ExpertBank`: in eval, where no gradient of the cores is recorded, within `cache_bytes`."""
         return self._kept() is not None
 
     def _kept(self) -> Tensor | None:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.compiler.is_compiling():
             return None
         parameters = [*self.parameters(), *self.shared_parameters().values()]
         elements = self.num_experts * self.out_features * self.in_features

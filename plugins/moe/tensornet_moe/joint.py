@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.errors import BudgetError, ShapeError
+from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.svd import check_finite, working_dtype
 from tensornet.topologies import topology_family, topology_names
@@ -209,16 +209,13 @@ def _alone(target: Tensor, topology: Topology, parameters: int) -> _Alone | None
     """The best separate decompositions that use at most `parameters` elements in all."""
     count, rows, columns = target.shape
     budget = Budget(param_ratio=parameters / (count * rows * columns))
-    options = {"out_dims": topology.out_dims, "in_dims": topology.in_dims}
-    candidates = {"mpo": options} if topology.family == "mpo" else {topology.family: {}}
+    dims = {"out_dims": topology.out_dims, "in_dims": topology.in_dims}
     results = []
-    for name, family_options in {**candidates, "low_rank": {}}.items():
-        if name not in topology_names():
-            continue
+    for name in sorted({topology.family, "low_rank"} & set(topology_names())):
+        options = {} if name == "low_rank" else dims
         try:
-            family = topology_family(name)
-            networks = [family.decompose(matrix, budget, **family_options).network for matrix in target]
-        except BudgetError:
+            networks = [topology_family(name).decompose(m, budget, **options).network for m in target]
+        except (BudgetError, TopologyError):  # does not fit, or takes no dims: no rival
             continue
         residual = sum(
             float((w - n.to_matrix()).square().sum()) for w, n in zip(target, networks, strict=True)
