@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from transformers.utils import logging
 
-from tensornet_hf.cli import compress, decompress, demo, evaluate, generate, inspect
+from tensornet_hf.cli import compress, decompress, demo, evaluate, generate, inspect, upcycle
 
 # Name -> function. A new command is a new file beside this one and a line here.
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.run,
     "generate": generate.run,
     "decompress": decompress.run,
+    "upcycle": upcycle.run,
     "demo": demo.run,
 }
 

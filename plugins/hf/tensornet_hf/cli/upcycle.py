@@ -1,0 +1,112 @@
+"""`tensornet upcycle`: the feed-forward networks of a model become mixtures of experts."""
+
+from typing import Annotated
+
+import typer
+
+from tensornet_hf import conversion
+from tensornet_hf.cli import shared
+from tensornet_hf.destinations import require_free, save_to
+from tensornet_hf.loading import resolve_folder
+from tensornet_hf.moe import MoEConfig, UpcycleReport, upcycle
+
+
+def run(
+    source: shared.Source,
+    destination: Annotated[
+        str | None,
+        typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
+    ] = None,
+    experts: Annotated[int, typer.Option(help="Experts of each network.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts for each token, with --router topk.")] = 1,
+    router: Annotated[str, typer.Option(help="switch, topk or expert_choice (encoders only).")] = "switch",
+    share: Annotated[
+        list[str] | None,
+        typer.Option("--shared", help="center, ends, none, all, or a core's name; repeatable for names."),
+    ] = None,
+    topology: Annotated[str, typer.Option(help="Family of networks.")] = "mpo",
+    sites: Annotated[int | None, typer.Option(help="Cores of a chain. [default: 5]")] = None,
+    max_bond: Annotated[int | None, typer.Option(help="Largest bond. [default: exact]")] = None,
+    rel_error: Annotated[float | None, typer.Option(help="Largest error of each weight.")] = None,
+    param_ratio: Annotated[
+        float | None, typer.Option(help="Share of a weight's parameters that one expert has.")
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Relative noise on private cores.")] = 0.0,
+    aux_loss_coef: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.01,
+    z_loss_coef: Annotated[float, typer.Option(help="Weight of the router z-loss.")] = 0.0,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="Slots of an expert relative to an even load. [default: no limit]")
+    ] = None,
+    jitter: Annotated[float, typer.Option(help="Noise on what routers see in training.")] = 0.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Networks to change: name, end of a name, glob, or re:REGEX; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of routers and noise.")] = 0,
+    dtype: shared.Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes, write nothing.")] = False,
+    force: shared.Force = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Turn a dense model into a mixture of experts that share cores, ready to be trained.
+
+    Every expert starts as the dense network, so that the new model computes what the old one did.
+    """
+    config = MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        router=router,  # type: ignore[arg-type]  # checked by the class
+        shared=_shared(share),
+        topology=topology,
+        sites=sites,
+        max_bond=max_bond,
+        rel_error=rel_error,
+        param_ratio=param_ratio,
+        noise=noise,
+        aux_loss_coef=aux_loss_coef,
+        z_loss_coef=z_loss_coef,
+        capacity_factor=capacity_factor,
+        jitter=jitter,
+        target_modules=target or None,
+        seed=seed,
+    )
+    if destination is None and not dry_run:
+        raise typer.BadParameter("Name a destination, or ask for --dry-run.")
+    stored = conversion.dtype_of(dtype)
+    folder = resolve_folder(source)
+    if destination is not None and not dry_run:
+        require_free(destination, source=folder, force=force)
+    model = conversion.open_dense(folder)
+    report = upcycle(model, config, progress=shared.wants_progress())
+    if destination is not None and not dry_run:
+        save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
+    if as_json:
+        shared.print_json(
+            {"source": source, "destination": None if dry_run else destination, **report.to_dict()}
+        )
+    else:
+        _show(report, None if dry_run else destination)
+
+
+def _shared(names: list[str] | None) -> str | list[str]:
+    if not names:
+        return "center"
+    keyword = len(names) == 1 and names[0] in ("center", "ends", "none", "all")
+    return names[0] if keyword else names
+
+
+def _show(report: UpcycleReport, destination: str | None) -> None:
+    rows = [
+        (
+            layer.name,
+            f"{layer.dense_params:,}",
+            f"{layer.params:,}",
+            f"{layer.shared_params:,}",
+            f"{layer.error:.1e}",
+        )
+        for layer in report.layers
+    ]
+    shared.print_table(("network", "dense", "mixture", "of it shared", "error"), rows)
+    shared.print_lines(str(report))
+    if destination is not None:
+        shared.print_lines(f"written to {destination}")

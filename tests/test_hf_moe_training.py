@@ -1,0 +1,184 @@
+"""Trainer with mixtures: the gradient mask, what the router statistics say, resuming, the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import ARCHITECTURES
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import tensornet_hf as th
+import tensornet_moe as tm
+from tensornet.errors import TargetError
+from tensornet_hf.cli.main import run
+from tensornet_hf.embedded import gpt2_path
+
+CONFIG = th.MoEConfig(num_experts=4, sites=3, noise=0.05)
+
+
+class Sentences(torch.utils.data.Dataset):
+    """The inputs of an architecture, row by row."""
+
+    def __init__(self, name: str) -> None:
+        self.columns = ARCHITECTURES[name].inputs(labels=True, rows=8)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+class Watch(TrainerCallback):
+    """Which shared cores each step left bit-identical."""
+
+    def __init__(self) -> None:
+        self.left: list[list[bool]] = []
+
+    def on_pre_optimizer_step(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+        self.before = [p.detach().clone() for p in tm.shared_parameters(model)]
+
+    def on_optimizer_step(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+        now = tm.shared_parameters(model)
+        self.left.append([torch.equal(a, b) for a, b in zip(self.before, now, strict=True)])
+
+
+def model_of(name: str = "gpt2") -> nn.Module:
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name].dense
+    th.upcycle(model, CONFIG)
+    return model
+
+
+def trainer_of(
+    model: nn.Module, folder: Path, callbacks: list[TrainerCallback], **options: object
+) -> Trainer:
+    settings: dict[str, object] = {
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "max_steps": 6,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        **options,
+    }
+    arguments = TrainingArguments(str(folder), **settings)  # type: ignore[arg-type]
+    return Trainer(model, arguments, train_dataset=Sentences("gpt2"), callbacks=callbacks)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_callback_masks_one_draw_a_step(accumulation: int, tmp_path: Path) -> None:
+    model, watch = model_of(), Watch()
+    callback = th.GradientMaskCallback(0.5, seed=4)
+    trainer_of(model, tmp_path, [callback, watch], gradient_accumulation_steps=accumulation).train()
+    twin = torch.Generator().manual_seed(4)
+    assert watch.left == [
+        (torch.rand(4, generator=twin, dtype=torch.float64) < 0.5).tolist() for _ in range(6)
+    ]
+    assert callback.mask is not None
+    tm.GradientMask(model, p=0.5)  # taken off when training ended
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    results = []
+    for interrupted in (False, True):
+        model, folder = model_of(), tmp_path / str(interrupted)
+        options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+        if interrupted:
+            first = {**options, "max_steps": 3}
+            trainer_of(model, folder, [th.GradientMaskCallback(0.5)], **first).train()
+            model = model_of()
+        trainer = trainer_of(model, folder, [th.GradientMaskCallback(0.5)], **options)
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if interrupted else None)
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_router_statistics_are_measured_and_logged(tmp_path: Path) -> None:
+    model, stats = model_of(), th.RouterStatsCallback()
+    trainer = trainer_of(model, tmp_path, [th.GradientMaskCallback(1.0), stats])
+    trainer.train()
+    assert [row["step"] for row in stats.history] == [2, 4, 6]
+    for row in stats.history:
+        loads = list(row["load"].values())
+        assert len(loads) == 2
+        share = [max(load) / sum(load) for load in loads]
+        entropy = [
+            -sum(x / sum(load) * math.log(x / sum(load)) for x in load if x) / math.log(4) for load in loads
+        ]
+        assert row["moe/load_max"] == pytest.approx(sum(share) / 2)
+        assert row["moe/load_entropy"] == pytest.approx(sum(entropy) / 2, abs=1e-5)
+        assert row["moe/dropped"] == 0
+        assert row["moe/balance_loss"] >= 1 - 1e-5
+        assert row["moe/update_shared"] == 0  # p = 1: frozen
+        assert row["moe/update_private"] > 0
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["moe/update_private"] for entry in logged] == [
+        row["moe/update_private"] for row in stats.history
+    ]
+
+
+def test_without_a_mask_the_center_moves(tmp_path: Path) -> None:
+    stats = th.RouterStatsCallback()
+    trainer_of(model_of(), tmp_path, [stats], logging_steps=1, max_steps=2).train()
+    assert all(row["moe/update_shared"] > 0 for row in stats.history)
+
+
+def test_the_trained_loss_holds_the_auxiliary_ones(tmp_path: Path) -> None:
+    """Under accumulation the auxiliary losses of all micro-batches make one mean, not a sum."""
+    logged = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        model = model_of()
+        for part in model.modules():
+            if isinstance(part, tm.SharedCoreMoE):
+                part.balance_coef = 0.0
+                part.z_coef = 10.0  # a mean over tokens, so exact under any split
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = trainer_of(model, tmp_path, [], max_steps=1, logging_steps=1, **options)
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["loss"])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+    assert logged[0] > 10
+
+
+def test_callbacks_on_a_model_without_mixtures_say_so(tmp_path: Path) -> None:
+    for callback, message in (
+        (th.GradientMaskCallback(0.5), "has no core that experts share"),
+        (th.RouterStatsCallback(), "has no mixture to watch"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            trainer_of(ARCHITECTURES["gpt2"].dense, tmp_path, [callback]).train()
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    destination = tmp_path / "moe"
+    command = ["upcycle", str(gpt2_path()), str(destination), "--experts", "4", "--json"]
+    assert run([*command, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not destination.exists()
+    assert run(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["params"] == plan["params"]
+    model = th.load(destination)
+    assert (
+        sum(p.numel() for m in model.modules() if isinstance(m, tm.SharedCoreMoE) for p in m.parameters())
+        == report["params"]
+    )
+    assert (destination / "tokenizer.json").is_file()
+    assert run(command) == 1
+    assert "exists" in capsys.readouterr().err
+    assert run([*command[:3], "--force", "--experts", "2", "--top-k", "3", "--router", "topk"]) == 1
+    assert "top_k=3 with num_experts=2" in capsys.readouterr().err
