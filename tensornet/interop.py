@@ -21,7 +21,9 @@ def to_quimb(cores: Sequence[Tensor]) -> Any:
     takes the two lists of legs. Arrays are NumPy's.
     """
     quimb = import_optional("quimb.tensor", extra="interop", user="to_quimb")
-    arrays = [core.detach().cpu().permute(0, 3, 1, 2).numpy() for core in cores]  # quimb: (l, r, k, b)
+    arrays = [
+        core.detach().cpu().resolve_conj().permute(0, 3, 1, 2).numpy() for core in cores
+    ]  # quimb: (l, r, k, b)
     if len(arrays) == 1:
         arrays = [arrays[0][0, 0]]
     else:

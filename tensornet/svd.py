@@ -289,7 +289,11 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
 def _project(work: Tensor, U: Tensor, method: str) -> Factors:
     """Factors of the projection of `work` onto orthonormal columns `U` that diagonalise it."""
     projected = U.mH @ work  # shape: (*batch, rank, n), rows orthogonal up to rounding
-    S = torch.linalg.vector_norm(projected, dim=-1)
+    S, order = torch.linalg.vector_norm(projected, dim=-1).sort(dim=-1, descending=True, stable=True)
+    U, projected = (
+        torch.take_along_dim(U, order[..., None, :], -1),
+        torch.take_along_dim(projected, order[..., None], -2),
+    )
     Vh = projected / S.clamp_min(torch.finfo(S.dtype).tiny)[..., None]
     total = energy(work)
     discarded = total - S.square().sum(-1)

@@ -19,7 +19,8 @@ Array = NDArray[Any]
 
 def to_numpy(tensor: Tensor) -> Array:
     """A double-precision copy on the CPU."""
-    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy()
+    double = tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return double.resolve_conj().resolve_neg().numpy()
 
 
 def network_matrix(topology: Topology, cores: Sequence[Tensor]) -> Array:

@@ -1,0 +1,106 @@
+"""Conversion to and from other libraries, each checked by what that library computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import tensornet as tn
+from tensornet.testing import reference
+
+CASES = {
+    "square": ((2, 3), (2, 3)),
+    "rectangular": ((2, 3, 4), (3, 1, 2)),
+    "one site": ((3,), (4,)),
+}
+cases = pytest.mark.parametrize(("out_dims", "in_dims"), CASES.values(), ids=CASES)
+
+
+def operator(out_dims: tuple[int, ...], in_dims: tuple[int, ...], dtype: torch.dtype) -> tn.MPO:
+    matrix = torch.randn(int(np.prod(out_dims)), int(np.prod(in_dims)), dtype=dtype)
+    return tn.MPO.from_matrix(matrix, out_dims=out_dims, in_dims=in_dims, max_bond=3)
+
+
+def same(ours: tn.MPO, theirs: np.ndarray) -> None:
+    np.testing.assert_allclose(theirs, reference.to_numpy(ours.to_matrix()), rtol=0, atol=1e-12)
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside quimb's dependencies at import
+def test_quimb(out_dims: tuple[int, ...], in_dims: tuple[int, ...], dtype: torch.dtype) -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    ours = operator(out_dims, in_dims, dtype)
+    theirs = ours.to_quimb()
+    assert isinstance(theirs, quimb.MatrixProductOperator)
+    sites = range(len(out_dims))
+    same(ours, theirs.to_dense([f"k{k}" for k in sites], [f"b{k}" for k in sites]))
+    back = tn.MPO.from_quimb(theirs)
+    assert [core.shape for core in back.cores] == [core.shape for core in ours.cores]
+    same(back, reference.to_numpy(ours.to_matrix()))
+
+
+def test_quimb_operators_of_its_own() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    theirs = quimb.MPO_rand(4, bond_dim=3, phys_dim=2, seed=0)
+    same(tn.MPO.from_quimb(theirs), theirs.to_dense())
+    summed = theirs + theirs  # quimb orders the indices of a sum differently
+    same(tn.MPO.from_quimb(summed), summed.to_dense())
+
+
+def test_cyclic_quimb_operator_is_refused() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    with pytest.raises(tn.ShapeError, match="topology 'tensor_ring'"):
+        tn.MPO.from_quimb(quimb.MPO_rand(4, bond_dim=3, phys_dim=2, cyclic=True, seed=0))
+
+
+@pytest.fixture
+def tensorly_on_torch() -> Iterator[None]:
+    tensorly = pytest.importorskip("tensorly")
+    with tensorly.backend_context("pytorch"):
+        yield
+
+
+@cases
+@pytest.mark.usefixtures("tensorly_on_torch")
+def test_tensorly(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> None:
+    ours = operator(out_dims, in_dims, torch.float64)
+    theirs = ours.to_tensorly()
+    same(ours, theirs.to_matrix().numpy())
+    same(tn.MPO.from_tensorly(theirs), theirs.to_matrix().numpy())
+
+
+@pytest.mark.usefixtures("tensorly_on_torch")
+def test_tensorly_decomposition_of_its_own() -> None:
+    from tensorly.decomposition import tensor_train_matrix
+
+    tensor = torch.randn(2, 3, 3, 2, dtype=torch.float64)
+    theirs = tensor_train_matrix(tensor, [1, 4, 1])
+    same(tn.MPO.from_tensorly(theirs), theirs.to_matrix().numpy())
+
+
+@cases
+def test_torchtt(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> None:
+    torchtt = pytest.importorskip("torchtt")
+    ours = operator(out_dims, in_dims, torch.float64)
+    theirs = ours.to_torchtt()
+    same(ours, theirs.full().reshape(ours.shape).numpy())
+    back = tn.MPO.from_torchtt(theirs)
+    same(back, reference.to_numpy(ours.to_matrix()))
+    doubled = tn.MPO.from_torchtt(torchtt.TT(theirs.cores) * 2.0)
+    same(doubled, 2 * reference.to_numpy(ours.to_matrix()))
+
+
+def test_torchtt_tensor_is_refused() -> None:
+    torchtt = pytest.importorskip("torchtt")
+    with pytest.raises(tn.ShapeError, match="the train of a tensor"):
+        tn.MPO.from_torchtt(torchtt.TT([torch.zeros(1, 2, 3), torch.zeros(3, 2, 1)]))
+
+
+def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensornet._optional.find_spec", lambda name: None)
+    with pytest.raises(tn.MissingDependencyError, match=r"to_quimb needs quimb.*tensornet-torch\[interop\]"):
+        operator((2, 3), (2, 3), torch.float64).to_quimb()

@@ -1,0 +1,271 @@
+"""`truncated_svd` by every method against NumPy, and the routes that must notice what they cannot do."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tensornet as tn
+from tensornet import subspace, svd
+from tensornet.split import split_block
+from tensornet.subspace import iterated_basis
+from tensornet.svd import METHODS, energy, result_dtype
+from tensornet.testing import laws, reference, strategies
+
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+def svd_as_outcome(method: str, matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    found = tn.truncated_svd(matrix, max_rank=budget.max_bond, rel_error=budget.rel_error, method=method)
+    product = (found.U * found.S.to(found.U.dtype)) @ found.Vh
+    return laws.Outcome(product, found.error, bonds=(found.S.numel(),), tensors=(found.U, found.Vh))
+
+
+class _SVDLaws(laws.DecompositionLaws):
+    method = "auto"
+    budgets = st.builds(
+        tn.Budget,
+        max_bond=st.none() | st.integers(1, 8),
+        rel_error=st.none() | st.sampled_from((0.0, 1e-3, 0.1, 0.9)),
+    )
+    matrices = strategies.matrices(dtype=strategies.dtypes(half=True))
+
+    def decompose(self, matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+        return svd_as_outcome(self.method, matrix, budget)
+
+
+class TestAuto(_SVDLaws):
+    method = "auto"
+
+
+class TestExact(_SVDLaws):
+    method = "exact"
+
+
+class TestGram(_SVDLaws):
+    method = "gram"
+
+
+class TestRandomized(_SVDLaws):
+    method = "randomized"
+
+
+@methods
+@given(matrix=strategies.matrices(), rank=st.integers(1, 6))
+def test_is_the_best_approximation(method: str, matrix: Tensor, rank: int) -> None:
+    found = tn.truncated_svd(matrix, max_rank=rank, method=method)
+    best = reference.best_error(matrix, rank)
+    assert found.error == pytest.approx(best, rel=2e-4, abs=laws.tolerance(matrix.dtype))
+
+
+@methods
+@given(matrix=strategies.matrices(scales=False), rank=st.integers(1, 6))
+def test_factors_are_orthonormal_and_sorted(method: str, matrix: Tensor, rank: int) -> None:
+    found = tn.truncated_svd(matrix, max_rank=rank, method=method)
+    eye = torch.eye(found.S.numel(), dtype=found.U.dtype)
+    slack = laws.tolerance(matrix.dtype)
+    assert float((found.U.mH @ found.U - eye).abs().max()) < slack
+    assert float((found.Vh @ found.Vh.mH - eye).abs().max()) < slack
+    assert bool((found.S[1:] <= found.S[:-1]).all())
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_singular_values_are_numpys(method: str, dtype: torch.dtype) -> None:
+    matrix = strategies.matrix_with_spectrum((40, 25), "power", seed=1).to(dtype)
+    found = tn.truncated_svd(matrix, max_rank=10, method=method)
+    expected = np.linalg.svd(reference.to_numpy(matrix), compute_uv=False)[:10]
+    np.testing.assert_allclose(found.S.numpy(), expected, rtol=1e-5 if dtype != torch.float64 else 1e-8)
+
+
+@methods
+def test_signs_are_fixed(method: str) -> None:
+    matrix = torch.randn(30, 20, dtype=torch.complex128)
+    found = tn.truncated_svd(matrix, max_rank=5, method=method)
+    pivots = found.U.gather(0, found.U.abs().argmax(0, keepdim=True))
+    assert float(pivots.imag.abs().max()) < 1e-14
+    assert float(pivots.real.min()) > 0
+
+
+@methods
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_scale_does_not_matter(method: str, scale: float) -> None:
+    matrix = torch.randn(20, 12)
+    plain = tn.truncated_svd(matrix, max_rank=4, method=method)
+    scaled = tn.truncated_svd(matrix * scale, max_rank=4, method=method)
+    assert scaled.error == pytest.approx(plain.error, rel=1e-5)
+    np.testing.assert_allclose(scaled.S / scale, plain.S, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_squares_neither_overflow_nor_vanish(scale: float) -> None:
+    matrix = torch.randn(20, 12, dtype=torch.float64) * scale
+    found = tn.truncated_svd(matrix, max_rank=4)
+    assert found.error == pytest.approx(reference.best_error(matrix / scale, 4), rel=1e-9)
+
+
+# --- routes that hand over -----------------------------------------------------------------------
+
+
+def graded(size: int, dtype: torch.dtype) -> Tensor:
+    """Singular values from 1 to 1e-12: a Gram matrix knows none below 1e-8."""
+    generator = torch.Generator().manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return ((U * torch.logspace(0, -12, size, dtype=torch.float64)) @ Vh).to(dtype)
+
+
+def test_gram_that_cannot_resolve_is_redone_exactly() -> None:
+    matrix = graded(24, torch.float64)
+    found = tn.truncated_svd(matrix, max_rank=20, method="gram")
+    assert found.method == "exact"
+    expected = np.linalg.svd(matrix.numpy(), compute_uv=False)[:20]
+    np.testing.assert_allclose(found.S.numpy(), expected, rtol=1e-3)
+
+
+def test_gram_that_resolves_is_kept() -> None:
+    assert (
+        tn.truncated_svd(torch.randn(24, 24, dtype=torch.float64), max_rank=4, method="gram").method == "gram"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_keeps_a_small_promise(dtype: torch.dtype) -> None:
+    found = tn.truncated_svd(graded(24, dtype), rel_error=1e-9, method="gram")
+    assert found.error <= 1e-9
+
+
+def test_iteration_that_does_not_settle_is_redone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subspace, "_MAX_ITERATIONS", 1)
+    found = tn.truncated_svd(torch.randn(64, 64), max_rank=4, method="randomized")
+    assert found.method == "exact"
+
+
+def test_iteration_that_settles_is_kept() -> None:
+    matrix = strategies.matrix_with_spectrum((300, 400), "exponential", seed=0).float()
+    found = tn.truncated_svd(matrix, max_rank=8)
+    assert found.method == "randomized"
+    assert found.error == pytest.approx(reference.best_error(matrix, 8), rel=1e-3)
+
+
+@pytest.mark.parametrize("spectrum", ["gaussian", "flat", "power"])
+def test_large_matrix_is_best_by_auto(spectrum: str) -> None:
+    matrix = strategies.matrix_with_spectrum((280, 320), spectrum, seed=2).float()
+    found = tn.truncated_svd(matrix, max_rank=16)
+    assert found.error <= reference.best_error(matrix, 16) * (1 + 1e-3)
+    product = (found.U * found.S) @ found.Vh
+    assert reference.relative_error(matrix, product) <= found.error * (1 + 1e-5)
+
+
+def test_randomized_keeps_a_promise_within_its_rank() -> None:
+    matrix = strategies.matrix_with_spectrum((300, 300), "power", seed=0)
+    best = reference.best_error(matrix, 20)
+    found = tn.truncated_svd(matrix, max_rank=20, rel_error=best * (1 + 1e-9), method="randomized")
+    assert found.error <= best * (1 + 1e-9)
+
+
+def test_diverging_driver_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*args: object, **options: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    matrix = torch.randn(9, 7, dtype=torch.float64)
+    expected = tn.truncated_svd(matrix, method="exact")
+    monkeypatch.setattr(torch.linalg, "svd", diverge)
+    found = tn.truncated_svd(matrix, method="exact")
+    torch.testing.assert_close(found.S, expected.S)
+    torch.testing.assert_close(found.U, expected.U)
+
+
+# --- the step of TT-SVD --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("last", [False, True])
+def test_split_measures_what_it_cuts(shape: tuple[int, int], dtype: torch.dtype, last: bool) -> None:
+    blocks = torch.randn(3, *shape, dtype=dtype)
+    split = split_block(blocks, energy(blocks), 6, None, method="auto", single=True, last=last)
+    left_over = energy(blocks.to(torch.complex128) - (split.left @ split.rest).to(torch.complex128))
+    torch.testing.assert_close(split.discarded, left_over, rtol=1e-5, atol=0)
+    frame = split.rest.mH if split.centered else split.left
+    eye = torch.eye(6, dtype=dtype).expand(3, 6, 6)
+    torch.testing.assert_close(frame.mH @ frame, eye, rtol=0, atol=1e-5)
+    best = [reference.best_error(block, 6) for block in blocks]
+    torch.testing.assert_close(
+        (split.discarded / energy(blocks)).sqrt(), torch.tensor(best, dtype=torch.float64), rtol=1e-5, atol=0
+    )
+
+
+def test_split_goes_to_double_where_little_is_cut() -> None:
+    """In single precision the Gram matrix cannot see singular values below 3e-4 of the largest."""
+    block = graded(24, torch.float32)
+    split = split_block(block, energy(block), 18, None, method="auto", single=True)
+    cut = math.sqrt(float(split.discarded) / float(energy(block)))
+    assert split.left.dtype == torch.float64
+    assert cut == pytest.approx(reference.best_error(block, 18), rel=1e-3)
+
+
+def test_iterated_basis_of_a_stack() -> None:
+    blocks = torch.stack([strategies.matrix_with_spectrum((60, 80), "power", seed=s) for s in range(3)])
+    basis = iterated_basis(blocks, energy(blocks), 5, slack=1e-6)
+    assert basis is not None
+    kept = energy(basis.mH @ blocks)
+    for block, inside in zip(blocks, kept, strict=True):
+        outside = math.sqrt(1 - float(inside / energy(block)))
+        assert outside == pytest.approx(reference.best_error(block, 5), rel=1e-4)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(tn.ShapeError, match="non-empty floating or complex matrix"):
+        tn.truncated_svd(torch.zeros(shape))
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(tn.ShapeError, match=r"torch\.int64"):
+        tn.truncated_svd(torch.ones(3, 3, dtype=torch.int64))
+
+
+def test_unknown_method_lists_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="Unknown SVD method 'qr'; choose one of auto, exact, gram"):
+        tn.truncated_svd(torch.ones(3, 3), method="qr")
+
+
+@pytest.mark.parametrize(("cap", "message"), [(0, "max_bond must be"), (-1, "max_bond must be")])
+def test_bad_rank_is_refused(cap: int, message: str) -> None:
+    with pytest.raises(tn.BudgetError, match=message):
+        tn.truncated_svd(torch.ones(3, 3), max_rank=cap)
+
+
+def test_non_finite_elements_are_counted() -> None:
+    matrix = torch.ones(3, 3, dtype=torch.complex64)
+    matrix[0, 0] = complex(0, math.inf)
+    matrix[1, 1] = math.nan
+    with pytest.raises(tn.NonFiniteError, match="2 NaN or infinite values of 9"):
+        tn.truncated_svd(matrix)
+
+
+def test_half_types_come_back_in_single() -> None:
+    assert result_dtype(torch.bfloat16) == torch.float32
+    found = tn.truncated_svd(torch.ones(3, 3, dtype=torch.float16))
+    assert (found.U.dtype, found.S.dtype) == (torch.float32, torch.float32)
+
+
+def test_zero_matrix() -> None:
+    found = tn.truncated_svd(torch.zeros(4, 3), rel_error=0.1)
+    assert (found.error, found.S.tolist()) == (0.0, [0.0])
+
+
+def test_private_threshold_is_what_the_docstring_says() -> None:
+    assert subspace.worth_iterating(256, 32)
+    assert not subspace.worth_iterating(256, 33)
+    assert not subspace.worth_iterating(255, 1)
+    assert "eighth" in (svd.truncated_svd.__doc__ or "")
