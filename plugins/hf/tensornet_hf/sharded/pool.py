@@ -1,10 +1,12 @@
 """Running independent tasks: here, in processes of our own, or on any `concurrent.futures.Executor`."""
 
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 from tensornet.errors import TensorNetError
@@ -27,6 +29,7 @@ def run_tasks(
     *,
     workers: int = 1,
     executor: Executor | None = None,
+    start_method: str = "spawn",
 ) -> None:
     """Run a function on every task, in no particular order.
 
@@ -36,6 +39,7 @@ def run_tasks(
         done: called here with the name and result of each, as they come.
         workers: 1 runs in this process; more start as many processes, and start them again if one dies.
         executor: runs the tasks instead, and stays open.
+        start_method: of our processes; a plain fork would copy the locks of the threads that torch keeps.
 
     Raises:
         WorkerError: a worker died three times over the same tasks, or an executor of the caller broke.
@@ -54,17 +58,22 @@ def run_tasks(
         for name, task in pending.items():
             done(name, function(task))
     else:
-        _own_pool(function, pending, done, workers)
+        _own_pool(function, pending, done, workers, start_method)
 
 
 def _own_pool(
-    function: Callable[[T], R], pending: dict[str, T], done: Callable[[str, R], None], workers: int
+    function: Callable[[T], R],
+    pending: dict[str, T],
+    done: Callable[[str, R], None],
+    workers: int,
+    start_method: str,
 ) -> None:
     deaths: Counter[str] = Counter()
     while pending:
         flying: set[str] = set()
-        # Spawned, not forked: a fork copies the locks of the threads that torch keeps.
-        pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=get_context("spawn"))
+        pool = ProcessPoolExecutor(
+            min(workers, len(pending)), mp_context=get_context(start_method), initializer=_end_with_parent
+        )
         try:
             # No more in flight than can run, so that few are suspected when a worker dies.
             _drain(pool, function, pending, done, window=workers, flying=flying)
@@ -78,6 +87,18 @@ def _own_pool(
                 ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent is gone: a pool's workers would wait for its next task for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _drain(

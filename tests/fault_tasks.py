@@ -1,0 +1,69 @@
+"""What other processes run in the tests of faults; imports little, so that they start quickly."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+def die_first_time(place: tuple[str, int]) -> int:
+    """Kill this process the first time a number is asked for; count the attempts in files."""
+    folder, number = place
+    attempts = [name for name in os.listdir(folder) if name.startswith(f"{number}-")]
+    Path(folder, f"{number}-{len(attempts)}").touch()
+    if not attempts and number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def die_always(number: int) -> int:
+    """Kill this process when asked for 3."""
+    if number == 3:
+        time.sleep(0.2)  # until the others are through
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def process_id_then_wait(folder: str) -> int:
+    """Leave a file named after this process, and stay."""
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(60)
+    return 0
+
+
+def hold_pool(folder: str) -> None:
+    """A parent with two workers that wait."""
+    from tensornet_hf.sharded.pool import run_tasks
+
+    run_tasks(process_id_then_wait, [("a", folder), ("b", folder)], print, workers=2, start_method="fork")
+
+
+def hold_destination(destination: str, ready: Connection) -> None:
+    """Keep a destination locked until killed."""
+    from tensornet_hf.sharded.staging import staging
+
+    with staging(Path(destination)):
+        ready.send("locked")
+        time.sleep(60)
+
+
+def compress_and_tell(
+    answer: Connection, arguments: tuple[Any, ...], options: dict[str, Any], limits: dict[str, int]
+) -> None:
+    """Compress a checkpoint within resource limits (names as in `resource`), and tell how it went."""
+    from tensornet_hf.sharded import compress_checkpoint
+
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    try:
+        report = compress_checkpoint(*arguments, **options)
+    except BaseException as error:
+        answer.send((type(error).__name__, str(error), traceback.format_exc()))
+    else:
+        answer.send(("done", report.to_dict(), str(report)))
