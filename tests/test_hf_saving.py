@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import pickle
 from pathlib import Path
@@ -200,3 +201,19 @@ def test_metadata_says_which_library_reads_it(tmp_path: Path) -> None:
     assert entry["quant_method"] == "tensornet"
     assert entry["format_version"] == 1
     assert "import tensornet_hf" in entry["load_with"]
+
+
+def test_hub_ids_are_fetched_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    architecture.compressed.save_pretrained(tmp_path / "snapshot" / "part")
+    asked = {}
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("tensornet_hf.loading.snapshot_download", snapshot_download)
+    loaded = th.load("someone/model", revision="v2", subfolder="part", device_map="cpu")
+    assert_same(loaded, architecture.compressed, architecture)
+    assert (asked["name"], asked["revision"]) == ("someone/model", "v2")
+    assert not any(fnmatch.fnmatch("pytorch_model.bin", pattern) for pattern in asked["allow_patterns"])

@@ -17,6 +17,8 @@ from tensornet_hf.structure import is_inside
 
 #: What a model needs, and nothing that has to be unpickled.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+#: Options of `from_pretrained` that say which files on the hub are meant.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -27,13 +29,15 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: a folder written by `save_pretrained`, or a hub id.
-        kwargs: passed to `from_pretrained`. The dtype is the stored one unless given.
+        kwargs: passed to `from_pretrained`. The dtype is the stored one unless given. `revision`, `token`,
+            `cache_dir`, `local_files_only` and `force_download` say which files on the hub are meant.
 
     Raises:
         FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
         NonFiniteError: a stored core contains NaN or infinity.
     """
-    folder = resolve_folder(path)
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    folder = resolve_folder(path, **hub) / kwargs.pop("subfolder", "")
     checkpoint = read_checkpoint(folder)
     options = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
     loaded: Any = model_class(checkpoint, **kwargs).from_pretrained(folder, **options)
@@ -43,8 +47,12 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def resolve_folder(path: str | Path) -> Path:
+def resolve_folder(path: str | Path, **hub: Any) -> Path:
     """A local folder for a path or hub id; files from the hub are downloaded, or taken from its cache.
+
+    Args:
+        path: a folder, or a hub id; a folder wins.
+        hub: `revision`, `token` and the like, passed to `huggingface_hub.snapshot_download`.
 
     Raises:
         FormatError: neither a folder nor a model that the hub or its cache has.
@@ -52,7 +60,7 @@ def resolve_folder(path: str | Path) -> Path:
     if Path(path).exists() or not isinstance(path, str) or path.startswith((".", "/", "~")):
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(path, allow_patterns=list(HUB_FILES), **hub))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FormatError(
