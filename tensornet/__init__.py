@@ -34,6 +34,7 @@ from tensornet.errors import (
 from tensornet.machine import Machine, measure_machine
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
+from tensornet.search import SearchPoint, TopologySearch, search_topology
 from tensornet.svd import TruncatedSVD, truncated_svd
 from tensornet.topologies import register_topology
 from tensornet.topology import CoreSpec, Topology
@@ -57,12 +58,14 @@ __all__ = [
     "Machine",
     "MissingDependencyError",
     "NonFiniteError",
+    "SearchPoint",
     "ShapeError",
     "TargetError",
     "TensorNetError",
     "TensorNetwork",
     "Topology",
     "TopologyError",
+    "TopologySearch",
     "TruncatedSVD",
     "apply_plan",
     "calibrate",
@@ -72,6 +75,7 @@ __all__ = [
     "nn",
     "plan",
     "register_topology",
+    "search_topology",
     "topologies",
     "truncated_svd",
 ]

@@ -60,13 +60,14 @@ def _exact_factors(size: int, sites: int) -> tuple[int, ...]:
     factors, rest = [], size
     for left in range(sites, 1, -1):
         root = rest ** (1 / left)
-        factor = min(_divisors(rest), key=lambda d: abs(math.log(d / root)))
+        factor = min(divisors(rest), key=lambda d: abs(math.log(d / root)))
         factors.append(factor)
         rest //= factor
     return tuple(sorted([*factors, rest]))
 
 
 @lru_cache(maxsize=65536)
-def _divisors(size: int) -> tuple[int, ...]:
+def divisors(size: int) -> tuple[int, ...]:
+    """All divisors of a positive size, in ascending order."""
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return tuple(sorted({*small, *(size // d for d in small)}))

@@ -1,0 +1,158 @@
+"""What a search found: points of parameters, error and time, and their Pareto front."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tensornet.errors import BudgetError
+from tensornet.topology import Topology
+
+Objective = Literal["error", "time", "params"]
+OBJECTIVES = ("error", "time", "params")
+
+#: "time" compares candidates that use at least this share of the parameter budget: fewer numbers are always
+#: faster, and were not asked for.
+FULL_USE = 0.9
+
+#: "time" accepts this multiple of the smallest error among those.
+TIME_SLACK = 1.25
+
+
+@dataclass(frozen=True)
+class SearchPoint:
+    """One candidate.
+
+    Args:
+        topology: the network.
+        params: stored numbers.
+        milliseconds: predicted for one forward pass at the token count of the search.
+        error: relative Frobenius error; exact or certified by the decomposition. None without a matrix.
+        error_bound: error that no matrix of this shape exceeds, None where the family has no such bound.
+    """
+
+    topology: Topology
+    params: int
+    milliseconds: float
+    error: float | None
+    error_bound: float | None
+
+    @property
+    def ranked_error(self) -> float:
+        """The error, else its bound, else 1."""
+        found = self.error if self.error is not None else self.error_bound
+        return 1.0 if found is None else found
+
+
+@dataclass(frozen=True)
+class TopologySearch:
+    """Result of `search_topology`: iterate over the Pareto front, print it, ask for the `best`.
+
+    Args:
+        shape: `(out_features, in_features)`.
+        tokens: token count of the predicted times.
+        max_params: the budget.
+        dense_milliseconds: prediction for a dense layer.
+        points: everything that was evaluated, by parameters.
+        front: points that no other point beats in parameters, error and time at once.
+        pruned: candidates that a bound ruled out before they were decomposed.
+    """
+
+    shape: tuple[int, int]
+    tokens: int
+    max_params: int
+    dense_milliseconds: float
+    points: tuple[SearchPoint, ...]
+    front: tuple[SearchPoint, ...]
+    pruned: int
+
+    def __iter__(self) -> Iterator[SearchPoint]:
+        return iter(self.front)
+
+    def __len__(self) -> int:
+        return len(self.front)
+
+    def best(
+        self, objective: Objective = "error", *, max_error: float | None = None, max_ms: float | None = None
+    ) -> SearchPoint:
+        """The best point under the limits.
+
+        Args:
+            objective: `"error"`: smallest error. `"params"`: fewest parameters. `"time"`: fastest among those
+                that use at least 90 % of the parameter budget (or of the largest point that meets the limits)
+                and whose error is at most 1.25 times the smallest of those; with `max_error`, the fastest
+                that keeps it.
+            max_error: largest error to accept. Without a matrix the bound is compared.
+            max_ms: largest predicted time to accept.
+
+        Raises:
+            ValueError: unknown objective.
+            BudgetError: nothing meets the limits.
+        """
+        if objective not in OBJECTIVES:
+            raise ValueError(f"Unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        allowed = [
+            point
+            for point in self.points
+            if point.ranked_error <= (math.inf if max_error is None else max_error)
+            and point.milliseconds <= (math.inf if max_ms is None else max_ms)
+        ]
+        if not allowed:
+            least = min(point.ranked_error for point in self.points)
+            fastest = min(point.milliseconds for point in self.points)
+            raise BudgetError(
+                f"None of {len(self.points)} candidates meets max_error={max_error}, max_ms={max_ms}; the "
+                f"smallest error is {least:.4g}, the fastest takes {fastest:.4g} ms. Raise a limit or the "
+                "budget."
+            )
+        if objective == "error":
+            return min(allowed, key=lambda point: (point.ranked_error, point.milliseconds))
+        if objective == "params":
+            return min(allowed, key=lambda point: (point.params, point.ranked_error))
+        if max_error is None:
+            largest = max(point.params for point in allowed)
+            allowed = [point for point in allowed if point.params >= FULL_USE * largest]
+            limit = TIME_SLACK * min(point.ranked_error for point in allowed)
+            allowed = [point for point in allowed if point.ranked_error <= limit]
+        return min(allowed, key=lambda point: (point.milliseconds, point.ranked_error))
+
+    def __str__(self) -> str:
+        known = any(point.error is not None for point in self.points)
+        what = "error" if known else "error at most"
+        lines = [
+            f"{self.shape[0]} x {self.shape[1]}, at most {self.max_params:,} parameters, "
+            f"{self.tokens} tokens: {len(self.points)} candidates kept, {self.pruned} ruled out",
+            f"  {'form':<44} {'parameters':>12} {what:>14} {'ms':>10}",
+        ]
+        for point in self.front:
+            error = "" if point.ranked_error == 1.0 and not known else f"{point.ranked_error:.5f}"
+            lines.append(
+                f"  {form(point.topology):<44} {point.params:>12,} {error:>14} {point.milliseconds:>10.4f}"
+            )
+        total = self.shape[0] * self.shape[1]
+        lines.append(f"  {'dense':<44} {total:>12,} {'0':>14} {self.dense_milliseconds:>10.4f}")
+        return "\n".join(lines)
+
+
+def form(topology: Topology) -> str:
+    """Family, dims and bonds in a few characters."""
+    bonds = "x".join(str(size) for size in topology.bond_dims.values() if size > 1) or "1"
+    if topology.family == "low_rank":
+        return f"low_rank {bonds}"
+    outs = "x".join(map(str, topology.out_dims))
+    ins = "x".join(map(str, topology.in_dims))
+    return f"{topology.family} ({outs})x({ins}) {bonds}"
+
+
+def pareto_front(points: Sequence[SearchPoint]) -> tuple[SearchPoint, ...]:
+    """Points to which no other is equal or better in parameters, error and time alike; by parameters."""
+    front: list[SearchPoint] = []
+    for point in sorted(points, key=_key):
+        mine = _key(point)
+        if not any(all(a <= b for a, b in zip(_key(other), mine, strict=True)) for other in front):
+            front.append(point)
+    return tuple(front)
+
+
+def _key(point: SearchPoint) -> tuple[float, float, float]:
+    return point.params, point.ranked_error, point.milliseconds

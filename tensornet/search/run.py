@@ -1,0 +1,197 @@
+"""The search itself: propose, bound, predict, and decompose only what no bound rules out."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tensornet.cost import dense_seconds
+from tensornet.errors import BudgetError, ShapeError
+from tensornet.machine import Machine, default_machine
+from tensornet.network import plan_operator
+from tensornet.nn.strategy import RECONSTRUCT, route_seconds
+from tensornet.search.candidates import (
+    Candidate,
+    block_tt_candidates,
+    built_candidate,
+    low_rank_candidate,
+    mpo_candidates,
+)
+from tensornet.search.result import SearchPoint, TopologySearch, pareto_front
+from tensornet.search.spectra import CutSpectra
+from tensornet.svd import check_finite
+from tensornet.topologies import topology_family
+from tensornet.topology import Topology
+
+#: Families that are searched by default: their errors are known from spectra, without decomposing.
+FAMILIES = ("low_rank", "mpo", "block_tt")
+
+#: Shares of the parameter budget at which candidates are made, so that the front has more than one end.
+_LEVELS = (1.0, 0.7, 0.5, 0.35, 0.25)
+
+
+@torch.no_grad()
+def search_topology(
+    matrix_or_shape: Tensor | tuple[int, int],
+    *,
+    param_ratio: float | None = None,
+    max_params: int | None = None,
+    tokens: int = 256,
+    families: Sequence[str] = FAMILIES,
+    max_sites: int = 3,
+    machine: Machine | None = None,
+) -> TopologySearch:
+    """Which family, dims and bonds suit a matrix under a parameter budget.
+
+    Times are predicted by the cost model for the faster of contracting and rebuilding; a matrix kept in eval
+    takes the time of a dense layer whatever the topology. Errors of plain low rank, of two-site chains and of
+    two-core block tensor trains are exact, from singular values across cuts; longer chains are bounded by
+    those of their cuts and decomposed only if the bounds leave them a chance. With a shape only, errors are
+    unknown and points are ranked by the largest error any matrix of that shape can have: a bond `d` of at
+    most `r` loses at most the share `1 - d/r` of the energy.
+
+    Args:
+        matrix_or_shape: matrix `(out_features, in_features)`, or its shape.
+        param_ratio: largest share of the dense parameters.
+        max_params: largest number of parameters; the tighter of the two decides.
+        tokens: token count for which times are predicted.
+        families: names of registered families. Others than the default ones are decomposed outright.
+        max_sites: most cores of a chain.
+        machine: constants for the prediction; those shipped for the device if absent.
+
+    Returns:
+        The Pareto front in parameters, error and milliseconds; see `TopologySearch.best`.
+
+    Raises:
+        BudgetError: no limit given, a limit out of range, or nothing fits.
+        NonFiniteError: the matrix holds NaN or infinity.
+        ShapeError: not a matrix and not a shape.
+        TopologyError: unknown family.
+        ValueError: `tokens` below 1 or `max_sites` below 2.
+    """
+    matrix, shape = _operand(matrix_or_shape)
+    budget = _budget(shape, param_ratio, max_params)
+    if tokens < 1 or max_sites < 2:
+        raise ValueError(f"tokens must be at least 1 and max_sites at least 2, got {tokens} and {max_sites}.")
+    for family in families:
+        topology_family(family)
+    device = matrix.device if matrix is not None else torch.device("cpu")
+    clock = _Clock(tokens, machine or default_machine(device), 4 if matrix is None else matrix.element_size())
+    spectra = None if matrix is None else CutSpectra(matrix)
+    candidates = [
+        candidate
+        for level in _LEVELS
+        for family in families
+        for candidate in _propose(family, shape, int(level * budget), spectra, max_sites)
+    ]
+    points, pruned = _evaluate(candidates, matrix, clock)
+    if not points:
+        raise BudgetError(
+            f"No network of the families {', '.join(families)} for shape {shape} fits {budget:,} parameters; "
+            f"raise the budget (plain low rank needs {sum(shape):,} at rank 1)."
+        )
+    return TopologySearch(
+        shape=shape,
+        tokens=tokens,
+        max_params=budget,
+        dense_milliseconds=dense_seconds(*shape, tokens, clock.machine, clock.itemsize) * 1e3,
+        points=tuple(sorted(points, key=lambda point: point.params)),
+        front=pareto_front(points),
+        pruned=pruned,
+    )
+
+
+class _Clock:
+    """Predicted milliseconds of topologies."""
+
+    def __init__(self, tokens: int, machine: Machine, itemsize: int) -> None:
+        self.tokens, self.machine, self.itemsize = tokens, machine, itemsize
+
+    def milliseconds(self, topology: Topology) -> float:
+        plan = plan_operator(topology)
+        routes = [*range(len(plan.applies)), RECONSTRUCT]
+        return 1e3 * min(
+            route_seconds(plan, route, self.tokens, self.machine, self.itemsize) for route in routes
+        )
+
+    def at_least(self, topology: Topology) -> float:
+        """Every stored number is read once and takes part in one multiply-add for each token."""
+        read = topology.num_params * self.itemsize / self.machine.bandwidth
+        fastest = max(self.machine.peak, self.machine.half_peak)
+        return 1e3 * (read + topology.num_params * self.tokens / fastest)
+
+
+def _evaluate(
+    candidates: Sequence[Candidate], matrix: Tensor | None, clock: _Clock
+) -> tuple[list[SearchPoint], int]:
+    """Points of all candidates that neither bounds nor the points before them rule out, and how many were."""
+    points: list[SearchPoint] = []
+    pruned = 0
+    unique = {candidate.topology: candidate for candidate in candidates}
+    for candidate in sorted(unique.values(), key=lambda x: (x.upper, x.topology.num_params)):
+        topology = candidate.topology
+        if _beaten(candidate, clock.at_least(topology), points):
+            pruned += 1
+            continue
+        milliseconds = clock.milliseconds(topology)
+        if _beaten(candidate, milliseconds, points):
+            pruned += 1
+            continue
+        error = _error(candidate, matrix)
+        points.append(SearchPoint(topology, topology.num_params, milliseconds, error, candidate.worst))
+    return points, pruned
+
+
+def _beaten(candidate: Candidate, milliseconds: float, points: Sequence[SearchPoint]) -> bool:
+    return any(
+        point.params <= candidate.topology.num_params
+        and point.ranked_error <= candidate.lower
+        and point.milliseconds <= milliseconds
+        for point in points
+    )
+
+
+def _error(candidate: Candidate, matrix: Tensor | None) -> float | None:
+    if matrix is None:
+        return None
+    if candidate.lower == candidate.upper:
+        return candidate.upper
+    family = topology_family(candidate.topology.family)
+    return min(family.decompose_to(matrix, candidate.topology).error, candidate.upper)
+
+
+def _propose(
+    family: str, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
+) -> Iterator[Candidate]:
+    if family == "low_rank":
+        return low_rank_candidate(shape, params, spectra)
+    if family == "mpo":
+        return mpo_candidates(shape, params, spectra, max_sites)
+    if family == "block_tt":
+        return block_tt_candidates(shape, params, spectra)
+    return built_candidate(family, shape, params)
+
+
+def _operand(matrix_or_shape: Tensor | tuple[int, int]) -> tuple[Tensor | None, tuple[int, int]]:
+    matrix = matrix_or_shape if isinstance(matrix_or_shape, Tensor) else None
+    shape = tuple(matrix_or_shape.shape if isinstance(matrix_or_shape, Tensor) else matrix_or_shape)
+    if len(shape) != 2 or min(shape) < 1:
+        raise ShapeError(
+            "search_topology needs a matrix (out, in) or its shape, two numbers of at least 1; got shape "
+            f"{shape}."
+        )
+    if matrix is not None:
+        check_finite(matrix, "The matrix")
+    return matrix, (int(shape[0]), int(shape[1]))
+
+
+def _budget(shape: tuple[int, int], param_ratio: float | None, max_params: int | None) -> int:
+    if param_ratio is None and max_params is None:
+        raise BudgetError("search_topology needs a budget: param_ratio= or max_params=.")
+    if param_ratio is not None and not 0 < param_ratio < math.inf:
+        raise BudgetError(f"param_ratio must be above 0, got {param_ratio!r}.")
+    if max_params is not None and max_params < 1:
+        raise BudgetError(f"max_params must be at least 1, got {max_params!r}.")
+    limits = [] if param_ratio is None else [int(param_ratio * shape[0] * shape[1])]
+    return min([*limits, *([] if max_params is None else [max_params])])

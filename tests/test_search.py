@@ -1,0 +1,184 @@
+"""The search finds planted structure, keeps its promises, and never loses to plain low rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tensornet as tn
+from tensornet.cost import dense_seconds
+from tensornet.machine import CPU, GPU
+from tensornet.network import TensorNetwork, random_cores
+from tensornet.search.candidates import mpo_candidates
+from tensornet.search.spectra import CutSpectra
+from tensornet.topologies import block_tt, low_rank, mpo, topology_family
+
+
+def true_error(matrix: torch.Tensor, point: tn.SearchPoint) -> float:
+    found = topology_family(point.topology.family).decompose_to(matrix, point.topology)
+    difference = found.network.to_matrix().double() - matrix.double()
+    return float(difference.norm() / matrix.double().norm())
+
+
+PLANTED = {
+    "mpo": mpo(out_dims=(4, 4, 4), in_dims=(4, 4, 4), bond_dims=(5, 6)),
+    "low_rank": low_rank(out_features=64, in_features=64, rank=7),
+    "block_tt": block_tt(out_dims=(8, 8), in_dims=(8, 8), max_bond=2),
+}
+
+
+@pytest.mark.parametrize("family", PLANTED)
+def test_planted_structure_is_found(family: str) -> None:
+    topology = PLANTED[family]
+    matrix = TensorNetwork(topology, random_cores(topology, dtype=torch.float64)).to_matrix()
+    found = tn.search_topology(matrix, max_params=topology.num_params).best("error")
+    assert found.topology.family == family
+    assert found.params <= topology.num_params
+    assert found.error is not None
+    assert found.error < 1e-6
+    assert true_error(matrix, found) < 1e-6
+
+
+@given(
+    st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    st.floats(0.05, 1.2),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 2**31),
+)
+def test_points_keep_their_promises(
+    shape: tuple[int, int], ratio: float, dtype: torch.dtype, seed: int
+) -> None:
+    matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    limit = int(ratio * shape[0] * shape[1])
+    try:
+        found = tn.search_topology(matrix, param_ratio=ratio, tokens=3)
+    except tn.BudgetError:
+        assert limit < sum(shape)
+        return
+    assert found.points
+    best = found.best("error")
+    for point in found.points:
+        assert point.params == point.topology.num_params <= limit
+        assert point.topology.shape == shape
+        assert point.error is not None
+        assert point.milliseconds > 0
+        assert point.error >= (best.error or 0) - 1e-12
+        if point.error_bound is not None:
+            assert point.error <= point.error_bound + 1e-5
+    # Single precision leaves about the square root of its rounding where nothing is cut.
+    allowed = 1e-3 if dtype == torch.float32 else 1e-6
+    assert true_error(matrix, best) <= best.ranked_error + allowed
+
+
+def test_never_worse_than_plain_low_rank() -> None:
+    matrix = torch.randn(48, 32)
+    for ratio in (0.2, 0.5):
+        rank = int(ratio * matrix.numel()) // sum(matrix.shape)
+        plain = tn.truncated_svd(matrix, max_rank=rank).error
+        best = tn.search_topology(matrix, param_ratio=ratio).best("error")
+        assert best.error is not None
+        assert best.error <= plain + 1e-5
+
+
+def test_bounds_hold_for_chains() -> None:
+    matrix = torch.randn(24, 36, dtype=torch.float64)
+    for candidate in mpo_candidates((24, 36), 400, CutSpectra(matrix), 4):
+        found = topology_family("mpo").decompose_to(matrix, candidate.topology)
+        difference = found.network.to_matrix() - matrix
+        assert candidate.topology.num_params <= 400
+        assert candidate.lower - 1e-9 <= float(difference.norm() / matrix.norm()) <= candidate.upper + 1e-9
+        assert candidate.worst is not None
+        assert candidate.upper <= candidate.worst + 1e-9
+
+
+def test_pruning_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(32, 24, dtype=torch.float64)
+    found = tn.search_topology(matrix, param_ratio=0.4)
+    assert found.pruned > 0
+    monkeypatch.setattr("tensornet.search.run._beaten", lambda *_: False)
+    everything = tn.search_topology(matrix, param_ratio=0.4)
+    assert everything.pruned == 0
+
+    def coordinates(result: tn.TopologySearch) -> set[tuple[int, float, float]]:
+        return {(p.params, round(p.ranked_error, 9), round(p.milliseconds, 9)) for p in result}
+
+    assert coordinates(found) == coordinates(everything)
+
+
+def test_front_holds_no_beaten_point() -> None:
+    found = tn.search_topology(torch.randn(48, 32), param_ratio=0.5)
+    front = [(point.params, point.ranked_error, point.milliseconds) for point in found]
+    assert len(found) == len(front) > 1
+    for point in found.points:
+        mine = (point.params, point.ranked_error, point.milliseconds)
+        assert any(all(a <= b for a, b in zip(other, mine, strict=True)) for other in front)
+    for one in front:
+        others = [other for other in front if other != one]
+        assert not any(all(a <= b for a, b in zip(other, one, strict=True)) for other in others)
+
+
+def test_shape_alone_ranks_by_the_worst_case() -> None:
+    found = tn.search_topology((48, 32), param_ratio=0.5)
+    assert all(point.error is None for point in found.points)
+    assert "error at most" in str(found)
+    plain = next(point for point in found.points if point.topology.family == "low_rank")
+    rank = max(plain.topology.bond_dims.values())
+    assert plain.error_bound == pytest.approx(math.sqrt(1 - rank / 32))
+    assert found.best("error").error_bound == min(point.ranked_error for point in found.points)
+
+
+def test_limits_of_best() -> None:
+    found = tn.search_topology(torch.randn(48, 32), param_ratio=0.6)
+    assert found.best("params").params == min(point.params for point in found.points)
+    fast = found.best("time")
+    assert fast.params >= 0.9 * max(point.params for point in found.points)
+    promised = found.best("time", max_error=0.9)
+    assert promised.ranked_error <= 0.9
+    assert all(p.milliseconds >= promised.milliseconds for p in found.points if p.ranked_error <= 0.9)
+    assert found.best("error", max_ms=fast.milliseconds).milliseconds <= fast.milliseconds
+    with pytest.raises(tn.BudgetError, match=r"meets max_error=1e-09"):
+        found.best(max_error=1e-9)
+    with pytest.raises(ValueError, match="Unknown objective 'speed'; choose one of error, time, params"):
+        found.best("speed")  # type: ignore[arg-type]
+
+
+def test_other_families_and_machines() -> None:
+    matrix = torch.randn(12, 12)
+    found = tn.search_topology(matrix, param_ratio=0.8, families=("kronecker", "low_rank"), machine=GPU)
+    assert {point.topology.family for point in found.points} == {"kronecker", "low_rank"}
+    assert found.dense_milliseconds == dense_seconds(12, 12, 256, GPU) * 1e3
+    shapes = tn.search_topology((12, 12), param_ratio=0.8, families=("kronecker",), machine=CPU)
+    assert shapes.points[0].error_bound is None
+    assert shapes.points[0].ranked_error == 1.0
+
+
+def test_the_input_is_not_changed() -> None:
+    matrix = torch.randn(16, 12, requires_grad=True)
+    before = matrix.detach().clone()
+    tn.search_topology(matrix, param_ratio=0.5)
+    assert torch.equal(matrix, before)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(tn.BudgetError, match="needs a budget: param_ratio= or max_params="):
+        tn.search_topology((4, 4))
+    with pytest.raises(tn.BudgetError, match="param_ratio must be above 0, got 0"):
+        tn.search_topology((4, 4), param_ratio=0)
+    with pytest.raises(tn.BudgetError, match="max_params must be at least 1, got 0"):
+        tn.search_topology((4, 4), max_params=0)
+    with pytest.raises(tn.BudgetError, match=r"fits 3 parameters; raise the budget \(plain low rank needs 8"):
+        tn.search_topology((4, 4), max_params=3)
+    with pytest.raises(tn.ShapeError, match=r"got shape \(2, 2, 2\)"):
+        tn.search_topology(torch.zeros(2, 2, 2), param_ratio=0.5)
+    with pytest.raises(tn.ShapeError, match="needs a matrix"):
+        tn.search_topology((0, 4), param_ratio=0.5)
+    with pytest.raises(tn.NonFiniteError, match="The matrix"):
+        tn.search_topology(torch.full((4, 4), math.nan), param_ratio=0.5)
+    with pytest.raises(tn.TopologyError, match="Unknown topology 'tree'"):
+        tn.search_topology((4, 4), param_ratio=0.5, families=("tree",))
+    with pytest.raises(ValueError, match="tokens must be at least 1"):
+        tn.search_topology((4, 4), param_ratio=0.5, tokens=0)
