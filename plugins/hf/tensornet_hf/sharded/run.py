@@ -94,7 +94,7 @@ def compress_checkpoint(
     skeleton, stored = model_skeleton(source.config, source.tensors)
     slices = {name: source.tensors[key] for name, key in stored.items()}
     options = {"plan": plan.to_dict() if plan else None, "device": device, "shard": max_shard_bytes}
-    with _writing(target), staging(target) as work:
+    with _told_apart(folder, target), staging(target) as work:
         tasks = find_tasks(skeleton, slices, config, plan, device=device, folder=work.pieces)
         me = identity(source, config.to_dict() | options)
         past = take_over(work, me, source) if resume else Past({}, {})
@@ -256,18 +256,16 @@ def _refuse_quantized(source: Source) -> None:
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Tell a failure to write from a failure to read."""
+def _told_apart(source: Path, target: Path) -> Iterator[None]:
+    """Say of a failure whether it was in reading or in writing."""
     try:
         yield
     except TensorNetError:
         raise
     except OSError as error:
-        place = str(error.filename or "")
-        if place and not place.startswith(str(target.parent)):
-            raise FormatError(f"Reading the source failed: {error}.") from error
+        if str(error.filename or "").startswith(str(source)):
+            raise FormatError(f"Reading {source} failed: {error}. What is finished is kept.") from error
         raise DestinationError(
             f"Writing {target} failed: {error}. What is finished is kept in {staging_folder(target)}: free "
-            "some "
-            "space and run the same command again, or delete that folder."
+            "some space and run the same command again, or delete that folder."
         ) from error

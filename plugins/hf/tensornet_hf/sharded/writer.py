@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tensornet.errors import FormatError
 from tensornet_hf.sharded.header import FLOATS, Slice, in_file_order, make_header
 
 #: Bytes copied at a time.
@@ -51,7 +52,8 @@ def write_shard(task: ShardTask) -> Written:
     The file is what the safetensors library writes for the same tensors.
 
     Raises:
-        OSError: it cannot be read or written, or a source file has become shorter.
+        FormatError: a source file has become shorter.
+        OSError: it cannot be read or written.
     """
     names = in_file_order({name: part.dtype for name, part in task.tensors.items()})
     parts = {name: task.tensors[name] for name in names}
@@ -131,6 +133,6 @@ def _with_contents(header: bytes, parts: Iterable[Slice]) -> Iterator[bytes]:
             while left:
                 chunk = file.read(min(left, CHUNK))
                 if not chunk:
-                    raise OSError(f"{part.file} has become shorter while it was being read")
+                    raise FormatError(f"{part.file} has become shorter while it was being read.")
                 left -= len(chunk)
                 yield chunk
