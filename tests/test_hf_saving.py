@@ -16,6 +16,7 @@ from torch import nn
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import FormatError
 from tensornet.nn import NetworkModule
 
 each = pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.name)
@@ -120,8 +121,11 @@ def test_a_model_without_its_head(tmp_path: Path) -> None:
     torch.testing.assert_close(base(ids)[0], model.transformer(ids)[0], atol=0, rtol=0)
     base.save_pretrained(tmp_path / "base")
     torch.testing.assert_close(th.load(tmp_path / "base")(ids)[0], base(ids)[0], atol=0, rtol=0)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")
     torch.testing.assert_close(again.transformer(ids)[0], base(ids)[0], atol=0, rtol=0)
+    # transformers would tie a head to the table; with none stored it would be random
+    with pytest.raises(FormatError, match=r"lm_head\.weight .* transformer\.wte.*made of cores"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
 
 def test_compressing_a_part_describes_that_part(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The quantization method "tensornet": how transformers loads and saves compressed models."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ class TensorNetworkQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
+        stored = read_headers(files)
         if files:
-            check_layers(config, read_headers(files), where=str(files[0].parent))
+            check_layers(config, stored, where=str(files[0].parent))
         names = place_layers(model, config.layers, dtype=dtype)
         self._layers = list(names.values())
+        if files:
+            _refuse_random_head(model, self._layers, stored)
         renamed = {rename(k, names): rename(v, names) for k, v in config.ties.items()}
         self._ties = {k: v for k, v in renamed.items() if k and v and is_inside(k, self._layers)}
         ties.hand_over(model, self._layers, {}, loading=True)
@@ -137,6 +141,18 @@ def _outermost(module: nn.Module) -> list[PreTrainedModel]:
     if isinstance(module, PreTrainedModel):
         return [module]
     return [model for child in module.children() for model in _outermost(child)]
+
+
+def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Iterable[str]) -> None:
+    """A model saved without its head has none to load where the head was tied to a table of cores."""
+    stored = set(stored)
+    for target, source in model.all_tied_weights_keys.items():
+        if is_inside(source, set(layers)) and not is_inside(target, set(layers)) and target not in stored:
+            raise FormatError(
+                f"{target} of {type(model).__name__} would be the table {source.removesuffix('.weight')}, which "
+                "is made of cores here, and no head was saved. Load the model without a head (AutoModel), or "
+                "compress and save the class that has one."
+            )
 
 
 def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
