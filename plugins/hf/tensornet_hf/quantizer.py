@@ -149,9 +149,9 @@ def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Itera
     for target, source in model.all_tied_weights_keys.items():
         if is_inside(source, set(layers)) and not is_inside(target, set(layers)) and target not in stored:
             raise FormatError(
-                f"{target} of {type(model).__name__} would be the table {source.removesuffix('.weight')}, which "
-                "is made of cores here, and no head was saved. Load the model without a head (AutoModel), or "
-                "compress and save the class that has one."
+                f"{target} of {type(model).__name__} would be the table {source.removesuffix('.weight')}, "
+                "which is made of cores here, and no head was saved. Load the model without a head "
+                "(AutoModel), or compress and save the class that has one."
             )
 
 
