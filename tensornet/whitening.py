@@ -145,7 +145,7 @@ def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
 def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
     """`weighted_svd` for `work: (m, n)` with `m <= n`; `near` weighs its rows."""
     lower, inverse = (None, None) if near is None else root(near)
-    half = work if lower is None else _times(lower.T, work)  # shape: (r, n), Lr^T W
+    half = work if lower is None else _times(_transposed(lower), work)  # shape: (r, n), Lr^T W
     values, vectors = torch.linalg.eigh(half @ _times(far, half.T))
     energies = values.flip(0).clamp_min(0)
     tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
@@ -153,8 +153,12 @@ def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: 
     if not factors:
         return WeightedSVD(energies.sqrt(), tail / 2, empty, empty)
     basis = vectors.flip(1)
-    left = basis if inverse is None else _times(inverse.T, basis)
+    left = basis if inverse is None else _times(_transposed(inverse), basis)
     return WeightedSVD(energies.sqrt(), tail / 2, left, basis.T @ half)
+
+
+def _transposed(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.T
 
 
 def _times(moment: Tensor | None, matrix: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ def calibrate(
                     each = losses(model, recorder.batch)
                     each.sum().backward()
                     total, scored = total + float(each.detach().sum()), scored + each.numel()
+                elif loss_fn is not None:  # it knows how this model is called
+                    loss_fn(model, recorder.batch)
                 else:
                     model(**recorder.batch)
             count += 1
@@ -130,7 +132,7 @@ class _Recorder:
             columns[name] = columns[leader]
         for name, moment in self.gradients.items():
             (columns if name in self.embeddings else rows)[name] = moment.div_(scored)
-        for name, moment in (*rows.items(), *columns.items()):
+        for name, moment in (*columns.items(), *rows.items()):  # inputs first: where it began
             if not bool(torch.isfinite(moment).all()):
                 raise NonFiniteError(
                     f"Calibration met NaN or infinite inputs or gradients at layer {name!r}; check the "

@@ -69,7 +69,7 @@ def low_rank_forms(
     result = weighted_svd(matrix, weighting)
     errors = frobenius_errors(result)[1:]
     params, sizes = low_rank_sizes((matrix.shape[0], matrix.shape[1]), storage, matrix.dtype)
-    ranks = torch.arange(1, len(errors) + 1)
+    ranks = torch.arange(1, len(errors) + 1)  # fewer than the full rank where a moment is singular
     keep = torch.ones_like(ranks, dtype=torch.bool)
     if max_rank is not None:
         keep &= ranks <= max_rank
@@ -79,7 +79,7 @@ def low_rank_forms(
     kept = ranks[keep]
 
     def with_dense(values: Tensor, last: float) -> Tensor:
-        chosen = values.cpu().double()[keep]
+        chosen = values.cpu().double()[: len(keep)][keep]
         return torch.cat([chosen, chosen.new_tensor([last] * len(dense))])
 
     def make(index: int) -> tuple[Topology | None, Storage]:

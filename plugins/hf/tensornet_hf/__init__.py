@@ -11,6 +11,7 @@ from tensornet_hf.atomic import check_free, write_folder
 from tensornet_hf.callbacks import GradientMaskCallback, RouterStatsCallback
 from tensornet_hf.checkpoint import Checkpoint, StoredTensor, read_checkpoint
 from tensornet_hf.config import TensorNetworkConfig
+from tensornet_hf.default_calibration import embedded_text
 from tensornet_hf.loading import load, resolve_folder
 from tensornet_hf.moe import MoEConfig, UpcycleReport, upcycle
 from tensornet_hf.quantizer import TensorNetworkQuantizer, prepare_for_saving
@@ -31,6 +32,7 @@ __all__ = [
     "check_free",
     "compress_checkpoint",
     "decompress",
+    "embedded_text",
     "load",
     "prepare_for_saving",
     "read_checkpoint",

@@ -1,0 +1,264 @@
+"""Second moments: against sums over single tokens, with padding, sharing, and everything put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import gpt2, llama, t5_relu
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.compression import CalibrationStats, cosine_losses, label_losses, sampled_losses
+from tensornet.compression.losses import token_mask
+
+BATCH = {
+    "input_ids": torch.tensor([[5, 7, 9, 11, 13], [6, 8, 10, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+}
+
+
+class Classifier(nn.Module):
+    """Two linear layers on vectors; returns logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def class_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def vectors(count: int = 12) -> dict[str, Tensor]:
+    return {"x": torch.randn(count, 4), "y": torch.randint(3, (count,))}
+
+
+def test_moments_are_means_over_single_samples() -> None:
+    model, data = Classifier(), vectors()
+    stats = tn.calibrate(model, [data], loss_fn=class_losses)
+    inputs, gradients, losses = torch.zeros(6, 6), torch.zeros(3, 3), 0.0
+    for x, y in zip(data["x"], data["y"], strict=True):
+        hidden = torch.tanh(model.first(x)).detach()
+        logits = model.second(hidden).detach().requires_grad_()
+        loss = nn.functional.cross_entropy(logits, y)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        inputs += torch.outer(hidden, hidden) / 12
+        gradients += torch.outer(gradient, gradient) / 12
+        losses += loss.item() / 12
+    torch.testing.assert_close(stats.columns["second"], inputs)
+    torch.testing.assert_close(stats.rows["second"], gradients)
+    assert stats.loss == pytest.approx(losses)
+    assert stats.tokens == 12
+
+
+def test_batches_add_up_to_one_batch() -> None:
+    model, data = Classifier(), vectors()
+    parts = [{k: v[i : i + 4] for k, v in data.items()} for i in (0, 4, 8)]
+    whole = tn.calibrate(model, [data], loss_fn=class_losses)
+    split = tn.calibrate(model, iter(parts), loss_fn=class_losses)
+    for side in ("rows", "columns"):
+        for name, moment in getattr(whole, side).items():
+            torch.testing.assert_close(getattr(split, side)[name], moment)
+
+
+def test_gradients_of_the_first_batches_only() -> None:
+    model, data = Classifier(), vectors()
+    stats = tn.calibrate(model, [data, vectors()], loss_fn=class_losses, gradient_batches=1)
+    alone = tn.calibrate(model, [data], loss_fn=class_losses)
+    torch.testing.assert_close(stats.rows["first"], alone.rows["first"])
+    assert not torch.allclose(stats.columns["first"], alone.columns["first"])
+
+
+def test_without_gradients_there_is_no_loss() -> None:
+    stats = tn.calibrate(gpt2(), [BATCH], gradient_batches=0)
+    assert not stats.has_gradients
+    assert "transformer.h.0.mlp.c_fc" in stats.columns
+    assert "transformer.h.0.mlp.c_fc" not in stats.rows
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_padding_counts_for_nothing(build: object) -> None:
+    model = build()  # type: ignore[operator]
+    padded = tn.calibrate(model, [BATCH])
+    rows = [
+        {"input_ids": BATCH["input_ids"][:1]},
+        {"input_ids": BATCH["input_ids"][1:, :3]},
+    ]
+    alone = tn.calibrate(model, rows)
+    assert padded.tokens == alone.tokens == 8
+    assert padded.loss == pytest.approx(alone.loss, rel=1e-5)
+    for side in ("rows", "columns"):
+        for name, moment in getattr(alone, side).items():
+            if "wpe" not in name:  # one row of positions serves all rows of a batch
+                torch.testing.assert_close(getattr(padded, side)[name], moment, rtol=1e-4, atol=1e-7)
+
+
+def test_conv1d_is_seen_like_linear() -> None:
+    model = gpt2()
+    seen: list[Tensor] = []
+    layer = model.transformer.h[1].mlp.c_proj
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    stats = tn.calibrate(model, [BATCH["input_ids"][:1]])
+    handle.remove()
+    x = seen[0][0]
+    torch.testing.assert_close(stats.columns["transformer.h.1.mlp.c_proj"], x.T @ x / 5)
+    assert stats.rows["transformer.h.1.mlp.c_proj"].shape == (24, 24)
+
+
+def test_layers_with_one_input_share_one_moment() -> None:
+    stats = tn.calibrate(llama(), [BATCH])
+    q, k, v = (stats.columns[f"model.layers.0.self_attn.{x}_proj"] for x in "qkv")
+    assert q is k
+    assert k is v
+    assert q is not stats.columns["model.layers.0.self_attn.o_proj"]
+    assert stats.columns["model.layers.0.mlp.gate_proj"] is stats.columns["model.layers.0.mlp.up_proj"]
+
+
+def test_embedding_counts_tokens_and_sees_gradients() -> None:
+    model = llama()
+    stats = tn.calibrate(model, [BATCH])
+    expected = torch.zeros(model.config.vocab_size)
+    expected[torch.tensor([5, 7, 9, 11, 13, 6, 8, 10])] = 1 / 8
+    torch.testing.assert_close(stats.rows["model.embed_tokens"], expected)
+    assert stats.columns["model.embed_tokens"].shape == (24, 24)
+
+
+def test_long_sides_keep_the_diagonal() -> None:
+    model = llama()
+    full, short = tn.calibrate(model, [BATCH]), tn.calibrate(model, [BATCH], full_up_to=30)
+    name = "model.layers.0.mlp.down_proj"
+    torch.testing.assert_close(short.columns[name], full.columns[name].diagonal())
+    torch.testing.assert_close(short.rows[name], full.rows[name])
+
+
+def test_ignored_labels_have_no_loss() -> None:
+    model = gpt2()
+    labels = BATCH["input_ids"].clone()
+    labels[:, :3] = -100
+    losses = label_losses(model, {"input_ids": BATCH["input_ids"], "labels": labels})
+    assert losses.shape == (4,)
+    reference = model(input_ids=BATCH["input_ids"], labels=labels).loss
+    assert losses.mean().item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_encoder_decoder_is_scored_without_shift() -> None:
+    model = t5_relu().eval()
+    batch = {"input_ids": BATCH["input_ids"], "labels": torch.tensor([[4, 5, -100], [6, -100, -100]])}
+    losses = label_losses(model, batch)
+    assert losses.shape == (3,)
+    assert losses.mean().item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+def test_mask_of_the_labels_where_there_is_no_attention_mask() -> None:
+    labels = torch.tensor([[1, 2, -100]])
+    assert token_mask({"labels": labels}, labels.shape).tolist() == [[True, True, False]]  # type: ignore[union-attr]
+    attention = torch.tensor([[1, 1, 1]])
+    assert token_mask({"labels": labels, "attention_mask": attention}, labels.shape).all()  # type: ignore[union-attr]
+    assert token_mask({"labels": labels}, torch.Size([3])) is None
+
+
+def test_sampled_labels_give_the_true_fisher_matrix() -> None:
+    model = gpt2().eval()
+    ids = torch.tensor([[5, 7]])
+    probabilities = model(input_ids=ids).logits[0, 0].softmax(0).detach()
+    expected = torch.diag(probabilities) - torch.outer(probabilities, probabilities)
+    batch = ids.expand(500, 2)
+    stats = tn.calibrate(
+        model, [batch] * 4, loss_fn=sampled_losses, config=tn.CompressionConfig(target_modules="lm_head")
+    )
+    found = stats.rows["lm_head"]
+    assert float((found - expected).norm() / expected.norm()) < 0.35  # 2,000 draws of 101 classes
+    labels = tn.calibrate(model, [batch] * 4, config=tn.CompressionConfig(target_modules="lm_head"))
+    assert float((labels.rows["lm_head"] - expected).norm() / expected.norm()) > 1
+
+
+def test_cosine_losses_predict_the_turning_of_outputs() -> None:
+    model = llama().model.eval()
+    batch = {"input_ids": torch.randint(1, 90, (64, 6))}
+    stats = tn.calibrate(model, [batch] * 6, loss_fn=cosine_losses)
+    name = "layers.1.mlp.down_proj"
+    layer = model.get_submodule(name)
+    before = _pooled(model, batch)
+    error = 0.1 * torch.randn_like(layer.weight)
+    with torch.no_grad():
+        layer.weight += error
+    turned = float(1 - nn.functional.cosine_similarity(before, _pooled(model, batch)).mean())
+    # Each of the 6 tokens of a row counts alone, so the prediction lacks what they do together.
+    predicted = 0.5 * float(torch.trace(stats.rows[name] @ error @ stats.columns[name] @ error.T))
+    assert turned / 6 < predicted < turned * 2
+
+
+@torch.no_grad()
+def _pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.normalize(model(**batch).last_hidden_state.mean(1), dim=-1)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = gpt2()
+    model.train()
+    model.transformer.h[0].eval()
+    model.transformer.wte.weight.requires_grad_(False)
+    tn.calibrate(model, [BATCH])
+    assert model.training
+    assert not model.transformer.h[0].training
+    assert not model.transformer.wte.weight.requires_grad
+    assert model.transformer.h[0].mlp.c_fc.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_hooks_go_when_a_batch_fails() -> None:
+    model = gpt2()
+    with pytest.raises(IndexError):
+        tn.calibrate(model, [torch.tensor([[1, 100_000]])])
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert model.transformer.h[0].mlp.c_fc.weight.requires_grad
+
+
+def test_save_and_load_keep_moments_and_sharing(tmp_path: Path) -> None:
+    stats = tn.calibrate(llama(), [BATCH], source="five words")
+    stats.save(tmp_path / "stats.safetensors")
+    loaded = CalibrationStats.load(tmp_path / "stats.safetensors")
+    assert (loaded.tokens, loaded.loss, loaded.source) == (stats.tokens, stats.loss, "five words")
+    for side in ("rows", "columns"):
+        assert getattr(loaded, side).keys() == getattr(stats, side).keys()
+        for name, moment in getattr(stats, side).items():
+            assert torch.equal(getattr(loaded, side)[name], moment)
+    assert loaded.num_bytes == stats.num_bytes
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a file of tensors", b"\x10" * 64])
+def test_bad_statistics_file(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "stats.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(tn.FormatError, match="Cannot read calibration statistics"):
+        CalibrationStats.load(path)
+
+
+def test_no_batches() -> None:
+    with pytest.raises(tn.TargetError, match="got no batches"):
+        tn.calibrate(gpt2(), [])
+
+
+def test_batch_of_an_unknown_form() -> None:
+    with pytest.raises(tn.TargetError, match=r"must be a mapping .* got str"):
+        tn.calibrate(gpt2(), ["In the beginning"])  # type: ignore[list-item]
+
+
+def test_model_without_a_loss_names_what_to_pass() -> None:
+    with pytest.raises(tn.TargetError, match="pass loss_fn"):
+        tn.calibrate(llama().model, [BATCH])
+
+
+def test_not_finite_inputs_name_the_layer() -> None:
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.weight[0] = torch.nan
+    with pytest.raises(tn.NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_fc"):
+        tn.calibrate(model, [BATCH], config=tn.CompressionConfig(target_modules="*.mlp.*"))

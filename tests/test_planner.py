@@ -1,0 +1,289 @@
+"""Spending one budget over all layers: against brute force, and against the loss that comes out."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hf_models import gpt2, llama
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.compression import CalibrationStats, CompressionConfig, sampled_losses
+from tensornet.compression.allocate import (
+    CostCurve,
+    frontier,
+    spend_cost,
+    spend_size,
+    total_cost,
+    total_size,
+)
+from tensornet.compression.report import model_size
+
+MLP = "*.mlp.*"
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> list[CostCurve]:
+    """One to four layers with up to five forms each; larger forms never cost more."""
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        count = draw(st.integers(1, 5))
+        sizes = sorted(draw(st.lists(st.integers(1, 40), min_size=count, max_size=count, unique=True)))
+        costs = sorted(draw(st.lists(st.integers(0, 100), min_size=count, max_size=count)), reverse=True)
+        found.append(CostCurve(torch.tensor(sizes).double(), torch.tensor(costs).double()))
+    return found
+
+
+def every_choice(layers: list[CostCurve]) -> list[list[int]]:
+    return [list(choice) for choice in itertools.product(*(range(len(c.sizes)) for c in layers))]
+
+
+@given(curves(), st.integers(1, 160))
+def test_a_size_is_never_exceeded_and_nearly_as_well_spent_as_possible(
+    layers: list[CostCurve], budget: int
+) -> None:
+    least = sum(float(c.sizes[0]) for c in layers)
+    if least > budget:
+        with pytest.raises(tn.BudgetError, match="raise the budget"):
+            spend_size(layers, budget)
+        return
+    chosen = spend_size(layers, budget)
+    assert total_size(layers, chosen) <= budget
+    best = min(total_cost(layers, x) for x in every_choice(layers) if total_size(layers, x) <= budget)
+    # Only forms on the lower hull are found by a multiplier: the gap is at most one step of one layer.
+    step = max(float(c.costs.max() - c.costs.min()) for c in layers)
+    assert total_cost(layers, chosen) <= best + step
+    larger = spend_size(layers, budget + 10)
+    assert total_size(layers, larger) <= budget + 10
+
+
+@given(curves(), st.integers(0, 300))
+def test_a_cost_is_never_exceeded(layers: list[CostCurve], allowed: int) -> None:
+    least = sum(float(c.costs.min()) for c in layers)
+    if least > allowed:
+        with pytest.raises(tn.BudgetError, match="already cost"):
+            spend_cost(layers, allowed)
+        return
+    assert total_cost(layers, spend_cost(layers, allowed)) <= allowed
+
+
+@given(curves())
+def test_the_frontier_falls(layers: list[CostCurve]) -> None:
+    points = frontier(layers)
+    sizes, costs = [p[0] for p in points], [p[1] for p in points]
+    assert sizes == sorted(sizes, reverse=True)
+    assert costs == sorted(costs)
+    for size, cost in points:  # no choice of that size is cheaper
+        assert cost <= min(
+            total_cost(layers, x) for x in every_choice(layers) if total_size(layers, x) <= size
+        )
+
+
+@cache
+def gpt2_stats() -> tuple[nn.Module, CalibrationStats]:
+    model = gpt2().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # random models predict nothing; larger weights make their opinions strong
+    return model, tn.calibrate(model, list(tokens()), loss_fn=sampled_losses)
+
+
+def tokens() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, 100, (96, 16), generator=generator).split(16)
+
+
+def test_one_budget_for_all_layers() -> None:
+    model, stats = gpt2_stats()
+    plan = tn.plan(model, CompressionConfig(param_ratio=0.7), stats)
+    assert plan.params_after <= 0.7 * plan.params_before
+    assert plan.params_after >= 0.69 * plan.params_before
+    shares = {layer.params_after / layer.params_before for layer in plan}
+    assert len(shares) > 3  # not the same share everywhere
+    assert plan.objective == "curvature"
+    assert plan.calibration == "calibration data"
+
+
+def test_global_costs_less_than_uniform() -> None:
+    model, stats = gpt2_stats()
+    best = tn.plan(model, CompressionConfig(param_ratio=0.7), stats)
+    uniform = [
+        tn.plan(model, CompressionConfig(target_modules=layer.name, param_ratio=0.7), stats) for layer in best
+    ]
+    total = sum(plan.predicted_loss_increase or 0 for plan in uniform)
+    assert best.predicted_loss_increase is not None
+    assert best.predicted_loss_increase < total
+
+
+def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
+    """The predicted rise is `1/2 tr(R E C E^T)` of the errors that are made."""
+    model, stats = gpt2_stats()
+    config = CompressionConfig(target_modules=MLP, param_ratio=0.7, damping=0.0)
+    plan = tn.plan(model, config, stats)
+    twin = gpt2()
+    twin.load_state_dict(model.state_dict())
+    dense = {layer.name: model.get_submodule(layer.name).weight.detach().T for layer in plan}
+    tn.apply_plan(twin, plan, stats)
+    for layer in plan:
+        if layer.topology is None:
+            continue
+        made = twin.get_submodule(layer.name)
+        error = (dense[layer.name] - made.to_matrix().detach()).double()
+        rows, columns = stats.rows[layer.name].double(), stats.columns[layer.name].double()
+        cost = 0.5 * float(torch.trace(rows @ error @ columns @ error.T))
+        assert layer.loss_increase == pytest.approx(cost, rel=0.02, abs=1e-6)
+        assert layer.params_after == sum(p.numel() for n, p in made.named_parameters() if n != "bias")
+
+
+def test_the_prediction_is_of_the_right_size() -> None:
+    """Against the divergence from the dense model's own predictions, whose curvature the moments are."""
+    model, stats = gpt2_stats()
+    plan = tn.plan(model, CompressionConfig(target_modules=MLP, param_ratio=0.93), stats)
+    twin = gpt2().eval()
+    twin.load_state_dict(model.state_dict())
+    tn.apply_plan(twin, plan, stats)
+    batch = torch.cat(tokens()[:3])
+    with torch.no_grad():
+        old, new = model(input_ids=batch).logits, twin(input_ids=batch).logits
+    rise = nn.functional.kl_div(
+        new[:, :-1].log_softmax(-1), old[:, :-1].log_softmax(-1), log_target=True, reduction="sum"
+    )
+    measured = float(rise) / (batch.shape[0] * (batch.shape[1] - 1))
+    assert plan.predicted_loss_increase is not None
+    assert measured / 3 < plan.predicted_loss_increase < measured * 3
+
+
+def test_bytes_are_a_budget() -> None:
+    model, stats = gpt2_stats()
+    twin = gpt2()
+    twin.load_state_dict(model.state_dict())
+    plan = tn.plan(model, CompressionConfig(max_bytes=60_000), stats)
+    _, before = model_size(twin)
+    tn.apply_plan(twin, plan, stats)
+    _, after = model_size(twin)
+    dense = sum(layer.params_before for layer in plan) * 4
+    assert after - (before - dense) <= 60_000
+    assert {layer.bound_by for layer in plan} <= {"max_bytes", "dense"}
+
+
+def test_int8_buys_more_for_the_same_bytes() -> None:
+    model, stats = gpt2_stats()
+    config = CompressionConfig(max_bytes=30_000)
+    plain, small = (tn.plan(model, replace(config, int8=int8), stats) for int8 in (False, True))
+    assert small.predicted_loss_increase < plain.predicted_loss_increase  # type: ignore[operator]
+
+
+def test_a_rise_of_the_loss_is_a_budget() -> None:
+    model, stats = gpt2_stats()
+    plans = [tn.plan(model, CompressionConfig(loss_increase=rise), stats) for rise in (0.001, 0.01, 0.1)]
+    sizes = [plan.params_after for plan in plans]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+    for plan, rise in zip(plans, (0.001, 0.01, 0.1), strict=True):
+        assert plan.predicted_loss_increase <= rise  # type: ignore[operator]
+
+
+def test_the_curve_runs_through_every_budget() -> None:
+    model, stats = gpt2_stats()
+    curve = tn.plan(model, CompressionConfig(param_ratio=0.7), stats).curve()
+    assert len(curve) > 10
+    assert curve == sorted(curve, reverse=True)
+    for ratio in (0.8, 0.5):
+        plan = tn.plan(model, CompressionConfig(param_ratio=ratio), stats)
+        below = max(cost for size, cost in curve if size >= plan.params_after)
+        above = min(cost for size, cost in curve if size <= plan.params_after)
+        assert below <= plan.predicted_loss_increase + 1e-9 <= above + 2e-9  # type: ignore[operator]
+
+
+def test_contradicting_budgets() -> None:
+    model, stats = gpt2_stats()
+    with pytest.raises(tn.BudgetError, match=r"param_ratio and loss_increase=0\.0001 contradict"):
+        tn.plan(model, CompressionConfig(param_ratio=0.3, loss_increase=1e-4), stats)
+
+
+def test_caps_on_single_layers_hold_in_a_global_plan() -> None:
+    model, stats = gpt2_stats()
+    plan = tn.plan(model, CompressionConfig(param_ratio=0.8, max_bond=9), stats)
+    assert all(layer.topology is not None for layer in plan)
+    assert max(max(x.topology.bond_dims.values()) for x in plan if x.topology) <= 9
+    exact = tn.plan(model, CompressionConfig(param_ratio=0.9, rel_error=0.5), stats)
+    assert all(layer.error <= 0.5 for layer in exact)
+    with pytest.raises(tn.BudgetError, match=r"no rank up to max_bond=1 .* rel_error=0.01"):
+        tn.plan(model, CompressionConfig(max_bond=1, rel_error=0.01), stats)
+
+
+def test_activation_objective_is_spent_layer_by_layer() -> None:
+    model, stats = gpt2_stats()
+    plan = tn.plan(model, CompressionConfig(param_ratio=0.6, objective="activation", pivoted=False), stats)
+    assert plan.predicted_loss_increase is None
+    for layer in plan:
+        assert layer.topology is not None
+        assert layer.params_after == layer.topology.num_params
+        rank = max(layer.topology.bond_dims.values())
+        assert rank == int(0.6 * layer.params_before // sum(layer.shape))
+
+
+def test_pivoted_weight_objective_keeps_more_rank() -> None:
+    model, _ = gpt2_stats()
+    plain = tn.plan(model, CompressionConfig(param_ratio=0.6, objective="weight", topology="low_rank"))
+    pivoted = tn.plan(
+        model, CompressionConfig(param_ratio=0.6, objective="weight", topology="low_rank", pivoted=True)
+    )
+    for old, new in zip(plain, pivoted, strict=True):
+        assert new.params_after <= 0.6 * new.params_before
+        assert new.error <= old.error + 1e-9
+    assert sum(x.error for x in pivoted) < 0.95 * sum(x.error for x in plain)
+
+
+def test_layers_that_no_gradient_reaches_stay_dense() -> None:
+    model, stats = gpt2_stats()
+    name = "transformer.h.0.mlp.c_fc"
+    blind = replace(stats, rows={key: value for key, value in stats.rows.items() if key != name})
+    plan = tn.plan(model, CompressionConfig(param_ratio=0.8), blind)
+    assert plan[name].topology is None
+    assert plan[name].loss_increase == 0
+
+
+def test_layers_that_never_ran() -> None:
+    model, stats = gpt2_stats()
+    half = replace(stats, rows={}, columns={})
+    with pytest.raises(
+        tn.TargetError, match=r"'transformer\.h\.0\.attn\.c_attn' never ran during calibration"
+    ):
+        tn.plan(model, CompressionConfig(param_ratio=0.8), half)
+
+
+@pytest.mark.parametrize(("objective", "missing"), [("curvature", "gradients"), ("activation", "inputs")])
+def test_objective_without_statistics(objective: str, missing: str) -> None:
+    with pytest.raises(tn.TargetError, match=f"needs calibrated {missing}"):
+        tn.plan(gpt2(), CompressionConfig(param_ratio=0.5, objective=objective))  # type: ignore[arg-type]
+
+
+def test_embedding_and_head_of_their_own_take_part() -> None:
+    model = llama().eval()
+    model.config.tie_word_embeddings = False
+    stats = tn.calibrate(model, list(tokens())[:2])
+    config = CompressionConfig(target_modules=["embed_tokens", "lm_head"], param_ratio=0.5)
+    plan = tn.plan(model, config, stats)
+    assert {layer.name for layer in plan} >= {"model.embed_tokens"}
+    assert plan.params_after <= 0.5 * plan.params_before
+    tn.apply_plan(model, plan, stats)
+    assert isinstance(model.model.embed_tokens, tn.nn.MPOEmbedding | nn.Embedding)
+
+
+def test_tied_embedding_and_head_are_one_layer_with_both_prices() -> None:
+    model = gpt2().eval()
+    stats = tn.calibrate(model, list(tokens())[:2])
+    plan = tn.plan(model, CompressionConfig(target_modules="wte", param_ratio=0.6), stats)
+    assert len(plan) == 1
+    tn.apply_plan(model, plan, stats)
+    assert model.transformer.wte.core_0 is model.lm_head.core_0
+    ids = tokens()[0]
+    rows = model.transformer.wte(ids)
+    torch.testing.assert_close(rows, model.lm_head.to_matrix()[ids])
