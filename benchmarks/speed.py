@@ -1,0 +1,94 @@
+"""What the three speed benchmarks share: chains of the shapes of transformer layers, options, means."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RECORDS
+
+import tensornet as tn
+
+
+@dataclass(frozen=True)
+class Case:
+    """A chain.
+
+    Args:
+        name: shown in the table.
+        out_dims: out-legs.
+        in_dims: in-legs.
+        max_bond: cap on every bond.
+    """
+
+    name: str
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    max_bond: int
+
+    def layer(self, **options: Any) -> tn.nn.MPOLinear:
+        """A random layer."""
+        topology = tn.topologies.mpo(out_dims=self.out_dims, in_dims=self.in_dims, max_bond=self.max_bond)
+        return tn.nn.MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
+
+
+CASES = (
+    Case("768x768, 3 sites, bond 59 (40 %)", (8, 8, 12), (12, 8, 8), 59),
+    Case("768x768, 3 sites, bond 16 (3 %)", (8, 8, 12), (12, 8, 8), 16),
+    Case("3072x768, 3 sites, bond 59 (20 %)", (12, 16, 16), (12, 8, 8), 59),
+    Case("3072x768, 2 sites, bond 64 (6 %)", (48, 64), (32, 24), 64),
+    Case("768x3072, 5 sites, bond 64 (5 %)", (4, 4, 4, 4, 3), (4, 4, 4, 8, 6), 64),
+    Case("1024x4096, 4 sites, bond 32 (2 %)", (4, 4, 8, 8), (8, 8, 8, 8), 32),
+)
+TOY = (Case("24x16, 3 sites, bond 4", (2, 3, 4), (4, 2, 2), 4),)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+TOY_TOKENS = (1, 8)
+
+
+def options_of(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of a speed benchmark."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="one tiny case, to see that it runs")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=1.0, help="about this long for each comparison")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    return parser.parse_args(arguments)
+
+
+def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
+    """Repeats that take about so long, 3 to 51."""
+    import time
+
+    start = time.perf_counter()
+    for function in functions:
+        function()
+    return max(3, min(51, int(seconds / max(time.perf_counter() - start, 1e-9)) | 1))
+
+
+def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of `work(threads)` for each number of threads, which is put back afterwards."""
+    before, rows = torch.get_num_threads(), []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            rows += work(threads)
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The mean for ratios."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle value, the lower of two."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]
