@@ -2,9 +2,9 @@
 
     python benchmarks/search_speed.py [--toy] [--threads 1 2] [--seconds 1]
 
-For every shape one search with objective time, for 256 tokens and without a matrix, then the chosen layer in
-eval against `nn.Linear` over all token counts, in turn in one process. Asked is a median of 2 and nowhere
-under 1.4. Writes the record `search_speed.json`.
+For every shape one search with objective time, for all these token counts and without a matrix, then the
+chosen layer in eval against `nn.Linear` at each of them, in turn in one process. Asked is a median of 2 and
+nowhere under 1.4. Writes the record `search_speed.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of one shape."""
     start = time.perf_counter()
-    found = tn.search_topology(shape, param_ratio=PARAM_RATIO, tokens=256).best("time")
+    found = tn.search_topology(shape, param_ratio=PARAM_RATIO, tokens=tokens).best("time")
     searched = time.perf_counter() - start
     layer = tn.nn.TensorNetworkLinear(found.topology).eval()
     dense = torch.nn.Linear(shape[1], shape[0])

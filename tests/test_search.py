@@ -150,10 +150,22 @@ def test_other_families_and_machines() -> None:
     matrix = torch.randn(12, 12)
     found = tn.search_topology(matrix, param_ratio=0.8, families=("kronecker", "low_rank"), machine=GPU)
     assert {point.topology.family for point in found.points} == {"kronecker", "low_rank"}
-    assert found.dense_milliseconds == dense_seconds(12, 12, 256, GPU) * 1e3
+    assert found.dense_milliseconds == pytest.approx(dense_seconds(12, 12, 256, GPU) * 1e3)
     shapes = tn.search_topology((12, 12), param_ratio=0.8, families=("kronecker",), machine=CPU)
     assert shapes.points[0].error_bound is None
     assert shapes.points[0].ranked_error == 1.0
+
+
+def test_several_token_counts_weigh_the_same() -> None:
+    one, many = (tn.search_topology((48, 32), param_ratio=0.5, tokens=t) for t in (1, 1000))
+    both = tn.search_topology((48, 32), param_ratio=0.5, tokens=(1, 1000))
+    assert both.tokens == (1, 1000)
+    assert both.dense_milliseconds**2 == pytest.approx(one.dense_milliseconds * many.dense_milliseconds)
+    times = [{p.topology: p.milliseconds for p in found.points} for found in (one, many, both)]
+    shared = times[0].keys() & times[1].keys() & times[2].keys()
+    assert shared
+    for topology in shared:
+        assert times[2][topology] ** 2 == pytest.approx(times[0][topology] * times[1][topology])
 
 
 def test_the_input_is_not_changed() -> None:

@@ -26,7 +26,7 @@ class SearchPoint:
     Args:
         topology: the network.
         params: stored numbers.
-        milliseconds: predicted for one forward pass at the token count of the search.
+        milliseconds: predicted for one forward pass; the geometric mean over the token counts of the search.
         error: relative Frobenius error; exact or certified by the decomposition. None without a matrix.
         error_bound: error that no matrix of this shape exceeds, None where the family has no such bound.
     """
@@ -50,7 +50,7 @@ class TopologySearch:
 
     Args:
         shape: `(out_features, in_features)`.
-        tokens: token count of the predicted times.
+        tokens: token counts of the predicted times.
         max_params: the budget.
         dense_milliseconds: prediction for a dense layer.
         points: everything that was evaluated, by parameters.
@@ -59,7 +59,7 @@ class TopologySearch:
     """
 
     shape: tuple[int, int]
-    tokens: int
+    tokens: tuple[int, ...]
     max_params: int
     dense_milliseconds: float
     points: tuple[SearchPoint, ...]
@@ -121,7 +121,8 @@ class TopologySearch:
         what = "error" if known else "error at most"
         lines = [
             f"{self.shape[0]} x {self.shape[1]}, at most {self.max_params:,} parameters, "
-            f"{self.tokens} tokens: {len(self.points)} candidates kept, {self.pruned} ruled out",
+            f"{', '.join(map(str, self.tokens))} tokens: {len(self.points)} candidates kept, "
+            f"{self.pruned} ruled out",
             f"  {'form':<44} {'parameters':>12} {what:>14} {'ms':>10}",
         ]
         for point in self.front:

@@ -1,7 +1,7 @@
 """The search itself: propose, bound, predict, and decompose only what no bound rules out."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def search_topology(
     *,
     param_ratio: float | None = None,
     max_params: int | None = None,
-    tokens: int = 256,
+    tokens: int | Sequence[int] = 256,
     families: Sequence[str] = FAMILIES,
     max_sites: int = 3,
     machine: Machine | None = None,
@@ -55,7 +55,8 @@ def search_topology(
         matrix_or_shape: matrix `(out_features, in_features)`, or its shape.
         param_ratio: largest share of the dense parameters.
         max_params: largest number of parameters; the tighter of the two decides.
-        tokens: token count for which times are predicted.
+        tokens: token count for which times are predicted, or several: then times are geometric means, so
+            that every count weighs the same.
         families: names of registered families. Others than the default ones are decomposed outright.
         max_sites: most cores of a chain.
         machine: constants for the prediction; those shipped for the device if absent.
@@ -72,12 +73,13 @@ def search_topology(
     """
     matrix, shape = _operand(matrix_or_shape)
     budget = _budget(shape, param_ratio, max_params)
-    if tokens < 1 or max_sites < 2:
+    counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    if min(counts, default=0) < 1 or max_sites < 2:
         raise ValueError(f"tokens must be at least 1 and max_sites at least 2, got {tokens} and {max_sites}.")
     for family in families:
         topology_family(family)
     device = matrix.device if matrix is not None else torch.device("cpu")
-    clock = _Clock(tokens, machine or default_machine(device), 4 if matrix is None else matrix.element_size())
+    clock = _Clock(counts, machine or default_machine(device), 4 if matrix is None else matrix.element_size())
     spectra = None if matrix is None else CutSpectra(matrix)
     candidates = [
         candidate
@@ -93,9 +95,9 @@ def search_topology(
         )
     return TopologySearch(
         shape=shape,
-        tokens=tokens,
+        tokens=counts,
         max_params=budget,
-        dense_milliseconds=dense_seconds(*shape, tokens, clock.machine, clock.itemsize) * 1e3,
+        dense_milliseconds=clock.dense(shape),
         points=tuple(sorted(points, key=lambda point: point.params)),
         front=pareto_front(points),
         pruned=pruned,
@@ -103,23 +105,32 @@ def search_topology(
 
 
 class _Clock:
-    """Predicted milliseconds of topologies."""
+    """Predicted milliseconds of topologies, the geometric mean over the token counts."""
 
-    def __init__(self, tokens: int, machine: Machine, itemsize: int) -> None:
+    def __init__(self, tokens: Sequence[int], machine: Machine, itemsize: int) -> None:
         self.tokens, self.machine, self.itemsize = tokens, machine, itemsize
 
     def milliseconds(self, topology: Topology) -> float:
         plan = plan_operator(topology)
         routes = [*range(len(plan.applies)), RECONSTRUCT]
-        return 1e3 * min(
-            route_seconds(plan, route, self.tokens, self.machine, self.itemsize) for route in routes
+        return self._mean(
+            lambda count: min(
+                route_seconds(plan, route, count, self.machine, self.itemsize) for route in routes
+            )
         )
 
     def at_least(self, topology: Topology) -> float:
         """Every stored number is read once and takes part in one multiply-add for each token."""
         read = topology.num_params * self.itemsize / self.machine.bandwidth
         fastest = max(self.machine.peak, self.machine.half_peak)
-        return 1e3 * (read + topology.num_params * self.tokens / fastest)
+        return self._mean(lambda count: read + topology.num_params * count / fastest)
+
+    def dense(self, shape: tuple[int, int]) -> float:
+        return self._mean(lambda count: dense_seconds(*shape, count, self.machine, self.itemsize))
+
+    def _mean(self, seconds: Callable[[int], float]) -> float:
+        logs = [math.log(seconds(count)) for count in self.tokens]
+        return 1e3 * math.exp(sum(logs) / len(logs))
 
 
 def _evaluate(
