@@ -8,7 +8,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread per test worker: more would only wait for one another.
+# One thread per test worker: more would only wait for one another. The demo's model is too small for two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE) $(BIN)/python -m pytest
 
@@ -22,7 +22,7 @@ help: ## list the targets
 	@echo "  PYTHON=python3.12  another interpreter (after 'make clean')   ARGS='-k svd'  more for pytest"
 
 demo: $(VENV)/.made-cli ## compress the embedded GPT-2, evaluate, reload, generate, write demo_out/
-	$(BIN)/tensornet demo --output demo_out --force
+	$(ONE_THREAD) $(BIN)/tensornet demo --output demo_out --force
 
 test: $(VENV)/.made-dev ## run the tests
 	$(PYTEST) -n $(WORKERS) -m "not docs" $(ARGS)

@@ -55,8 +55,9 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
     assert status == 0
     assert "layers      2, kept" in out
     assert "written to  small" in out
-    assert "--calibration" in err
-    assert Path("r.html").read_text().count("<svg") == 2
+    assert "note: calibrated on" in err
+    assert "King James Bible" in err
+    assert Path("r.html").read_text().count("<svg") == 3
     small = load("small")
     changed = {n for n, m in small.named_modules() if isinstance(m, tn.nn.TensorNetworkLinear)}
     assert changed == {"transformer.h.0.mlp.c_fc", "transformer.h.2.attn.c_attn"}
@@ -88,8 +89,9 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
 
 
 def test_json_is_all_that_stdout_holds(tensornet: Run) -> None:
+    how = ("--rel-error", 0.3, "--objective", "weight")
     status, out, _ = tensornet(
-        "compress", gpt2_path(), "small", "--rel-error", 0.3, *TWO_LAYERS, "--json", "--dtype", "bfloat16"
+        "compress", gpt2_path(), "small", *how, *TWO_LAYERS, "--json", "--dtype", "bfloat16"
     )
     data = json.loads(out)
     assert status == 0
@@ -101,7 +103,8 @@ def test_json_is_all_that_stdout_holds(tensornet: Run) -> None:
 
 
 def test_dry_run_is_a_plan_that_can_be_edited_and_carried_out(tensornet: Run) -> None:
-    arguments = ("compress", gpt2_path(), "--param-ratio", 0.25, *TWO_LAYERS, "--dry-run")
+    how = ("--param-ratio", 0.25, *TWO_LAYERS, "--objective", "weight")
+    arguments = ("compress", gpt2_path(), *how, "--dry-run")
     status, out, _ = tensornet(*arguments)
     assert status == 0
     assert "transformer.h.0.mlp.c_fc" in out
@@ -121,11 +124,25 @@ def test_dry_run_is_a_plan_that_can_be_edited_and_carried_out(tensornet: Run) ->
     assert small.num_parameters() == data["model_params_before"] - kept["transformer.h.2.attn.c_attn"]
 
 
+def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
+    arguments = ("--param-ratio", 0.5, *TWO_LAYERS, "--objective", "weight")
+    assert tensornet("compress", gpt2_path(), "whole", *arguments)[0] == 0
+    status, out, err = tensornet("compress", gpt2_path(), "streamed", *arguments, "--workers", 1, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["file_bytes_after"] == Path("streamed/model.safetensors").stat().st_size
+    assert torch.allclose(logits(load("streamed")), logits(load("whole")), atol=1e-5)
+    for more in (("--dtype", "bfloat16"), ("--dry-run",), ("--calibration", "x")):
+        status, out, err = tensornet("compress", gpt2_path(), "other", *arguments, "--workers", 1, *more)
+        assert (status, out) == (2, "")
+        assert f"which {more[0]} would need" in err
+    assert not Path("other").exists()
+
+
 def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
     Path("text.txt").write_text(heldout_text()[:20_000])
     arguments = ("--param-ratio", 0.4, "--target", "*.mlp.c_fc", "--json")
     losses = {}
-    for name, more in {"blind": (), "seeing": ("--calibration", "text.txt")}.items():
+    for name, more in {"blind": ("--objective", "weight"), "seeing": ("--calibration", "text.txt")}.items():
         assert tensornet("compress", gpt2_path(), name, *arguments, *more)[0] == 0
         status, out, _ = tensornet("eval", name, "--text", "text.txt", "--context", 64, "--json")
         assert status == 0
@@ -133,9 +150,12 @@ def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
     assert losses["seeing"] < losses["blind"] - 0.1
     plan = ("compress", gpt2_path(), "--dry-run", *arguments, "--calibration", "text.txt")
     Path("plan.json").write_text(tensornet(*plan)[1])
-    status, _, err = tensornet("compress", gpt2_path(), "third", "--plan", "plan.json")
+    carried_out = ("compress", gpt2_path(), "third", "--plan", "plan.json")
+    status, _, err = tensornet(*carried_out)
     assert status == 1
-    assert "give the same text" in err
+    assert "tokens of text.txt, on which the cores depend" in err
+    assert tensornet(*carried_out, "--calibration", "text.txt")[0] == 0
+    assert torch.allclose(logits(load("third")), logits(load("seeing")), atol=1e-4)
 
 
 def test_eval_states_its_windows_and_agrees_with_transformers(tensornet: Run) -> None:
@@ -249,7 +269,7 @@ def test_a_hub_destination_is_uploaded_complete(tensornet: Run, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "repo_exists", lambda name: name == "me/taken")
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, exist_ok: SimpleNamespace(repo_id=name))
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
-    arguments = ("--max-bond", 4, *TWO_LAYERS)
+    arguments = ("--max-bond", 4, "--objective", "weight", *TWO_LAYERS)
     assert tensornet("compress", gpt2_path(), "hf://me/new", *arguments)[0] == 0
     assert uploaded["me/new"] >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
     status, _, err = tensornet("compress", gpt2_path(), "hf://me/taken", *arguments)

@@ -58,6 +58,7 @@ def collect_stats(
     folder: Path,
     text: str,
     *,
+    name: str,
     config: CompressionConfig,
     tokens: int,
     progress: bool = False,
@@ -68,6 +69,7 @@ def collect_stats(
         model: a causal language model.
         folder: holds its tokenizer.
         text: like what the model will see; windows of at most 512 tokens are cut from its beginning.
+        name: how reports call the text.
         config: observe the layers it selects.
         tokens: how much of the text to use; a few ten thousand are enough.
         progress: show a progress bar.
@@ -85,7 +87,8 @@ def collect_stats(
             f"The calibration text has {len(ids)} tokens, less than one window of {context}; give more text."
         )
     batches = ids[: count * context].reshape(count, context).split(max(1, 1024 // context))
-    return calibrate(model, batches, config=config, source=f"{count * context:,} tokens", progress=progress)
+    source = f"{count * context:,} tokens of {name}"
+    return calibrate(model, batches, config=config, source=source, progress=progress)
 
 
 def plan_spectra(

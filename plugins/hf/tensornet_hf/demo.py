@@ -91,7 +91,13 @@ def run_demo(
     model = conversion.open_dense(source)
     config = tn.CompressionConfig(param_ratio=param_ratio)
     stats = conversion.collect_stats(
-        model, source, calibration_text(), config=config, tokens=_CALIBRATION_TOKENS, progress=progress
+        model,
+        source,
+        calibration_text(),
+        name="the training text",
+        config=config,
+        tokens=_CALIBRATION_TOKENS,
+        progress=progress,
     )
     planned = tn.plan(model, config, stats, progress=progress)
     spectra = conversion.plan_spectra(model, planned)
@@ -128,7 +134,7 @@ def run_demo(
             ("Held-out text", "30 chapters that neither training nor calibration saw"),
             (
                 "Calibration",
-                f"{stats.source} of the training text",
+                stats.source,
             ),
             ("Samples", f"temperature {_TEMPERATURE:g}, seed {seed}"),
             ("Versions", versions()),

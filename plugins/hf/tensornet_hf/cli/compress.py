@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from tensornet_hf.inspection import weight_bytes
 from tensornet_hf.loading import resolve_folder
 from tensornet_hf.report import ModelFacts, Page, versions, write_report
 from tensornet_hf.report.page import compact_bytes
+from tensornet_hf.sharded import compress_checkpoint
 
 
 def run(
@@ -62,6 +64,13 @@ def run(
     plan: Annotated[
         Path | None, typer.Option(help="Carry out this plan (the output of --dry-run --json, edited or not).")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Never load the model: compress weight by weight in this many processes. An interrupted run "
+            "goes on where it was."
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the sizes, write nothing.")
@@ -83,6 +92,14 @@ def run(
         "max_bytes": max_bytes,
     }
     _check_usage(destination, budget, plan, dry_run)
+    if workers is not None:
+        needs_model = {
+            "--calibration": calibration,
+            "--dtype": dtype,
+            "--report": report,
+            "--dry-run": dry_run,
+        }
+        _check_usage_of_workers(destination, needs_model)
     text = None if calibration is None else shared.read_text(calibration)
     config = CompressionConfig(
         target_modules=target or None,
@@ -97,20 +114,33 @@ def run(
     folder = resolve_folder(source)
     if destination is not None and not dry_run:
         require_free(destination, source=folder, force=force)
-    model = conversion.open_dense(folder)
     planned = None if plan is None else CompressionPlan.load(plan)
-    stats = None
-    if text is not None:
-        observed = config if planned is None else CompressionConfig(target_modules=[x.name for x in planned])
-        stats = conversion.collect_stats(
-            model, folder, text, config=observed, tokens=calibration_tokens, progress=progress
+    if workers is not None and destination is not None:
+        streamed = compress_checkpoint(
+            folder, destination, config, workers=workers, plan=planned, force=force, progress=progress
         )
+        _finish(source, destination, streamed.compression, weight_bytes(folder), as_json)
+        return
+    model = conversion.open_dense(folder)
+    observed = config if planned is None else _observed(planned)
+    stats = None
+    if calibration is not None and text is not None:
+        stats = conversion.collect_stats(
+            model,
+            folder,
+            text,
+            name=calibration.name,
+            config=observed,
+            tokens=calibration_tokens,
+            progress=progress,
+        )
+    stats = gather_statistics(model, observed, stats, progress=progress)
     if planned is None:
-        stats = gather_statistics(model, config, stats, progress=progress)
         planned = tn.plan(model, config, stats, progress=progress)
-    elif planned.objective != "weight" and stats is None:
+    elif planned.objective != "weight" and (stats is None or stats.source != planned.calibration):
         raise BudgetError(
-            f"{plan} was made with --calibration: give the same text again, its cores depend on it."
+            f"{plan} was made with {planned.calibration}, on which the cores depend; give the same with "
+            "--calibration and --calibration-tokens."
         )
     if dry_run:
         _show_plan(model, planned, as_json)
@@ -119,25 +149,36 @@ def run(
     spectra = conversion.plan_spectra(model, planned, progress=progress) if report is not None else {}
     done = conversion.carry_out(model, planned, stats, started=started, progress=progress)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
-    before, after = weight_bytes(folder), _written_bytes(destination, done)
+    before = weight_bytes(folder)
     if report is not None:
         models = (
             ModelFacts("original", done.model_params_before, before),
-            ModelFacts("compressed", done.model_params_after, after),
+            ModelFacts("compressed", done.model_params_after, _written_bytes(destination, done)),
         )
         made = (("Command", shlex.join(["tensornet", *sys.argv[1:]])), ("Versions", versions()))
         write_report(Page(f"{source}, compressed", models, done, spectra, made=made), report)
-    if as_json:
-        sizes = {"file_bytes_before": before, "file_bytes_after": after}
-        shared.print_json({"source": source, "destination": destination, **sizes, **done.to_dict()})
-    else:
-        _show_result(destination, done, before, after)
+    _finish(source, destination, done, before, as_json)
     if text is None and planned.objective != "weight":
         shared.note(
             f"calibrated on {planned.calibration}; --calibration with text of your own serves it better"
         )
     elif text is None and plan is None and config.objective == "auto" and rel_error is None:
         shared.note("the weights alone decided; --calibration TEXT makes a far better model")
+
+
+def _observed(planned: CompressionPlan) -> CompressionConfig:
+    """Names the layers and the objective of a plan for calibration; the budget is never read."""
+    names = [layer.name for layer in planned]
+    return CompressionConfig(target_modules=names, objective=planned.objective, max_bond=1)  # type: ignore[arg-type]
+
+
+def _check_usage_of_workers(destination: str | None, needs_model: Mapping[str, object]) -> None:
+    if given := [name for name, value in needs_model.items() if value]:
+        raise typer.BadParameter(
+            f"--workers never loads the model, which {' and '.join(given)} would need; leave one of them out."
+        )
+    if destination is None or destination.startswith(HUB):
+        raise typer.BadParameter("--workers writes to a local folder; name one.")
 
 
 def _check_usage(
@@ -167,7 +208,12 @@ def _show_plan(model: PreTrainedModel, planned: CompressionPlan, as_json: bool) 
     )
 
 
-def _show_result(destination: str, done: CompressionReport, before: int, after: int) -> None:
+def _finish(source: str, destination: str, done: CompressionReport, before: int, as_json: bool) -> None:
+    after = _written_bytes(destination, done)
+    if as_json:
+        sizes = {"file_bytes_before": before, "file_bytes_after": after}
+        shared.print_json({"source": source, "destination": destination, **sizes, **done.to_dict()})
+        return
     dense = sum(layer.form == "dense" for layer in done.layers)
     left = f" ({dense} of them stay dense)" if dense else ""
     shared.print_lines(
