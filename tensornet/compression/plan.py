@@ -171,7 +171,7 @@ class CompressionPlan:
         try:
             layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
             return cls(layers, **{name: data[name] for name in _HEADER})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise FormatError(f"Bad compression plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -187,7 +187,7 @@ class CompressionPlan:
         """
         try:
             data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FormatError(f"Cannot read a compression plan from {path}: {error}") from error
         return cls.from_dict(data)
 

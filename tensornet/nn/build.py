@@ -52,7 +52,7 @@ def build_module(
         FormatError: unknown type, or a description that is incomplete or inconsistent.
     """
     kind = spec.get("type")
-    if kind not in _BUILDERS:
+    if not isinstance(kind, str) or kind not in _BUILDERS:
         raise FormatError(
             f"Unknown module type {kind!r} in the stored description; known are "
             f"{', '.join(sorted(_BUILDERS))}. A plugin may have to be imported first."

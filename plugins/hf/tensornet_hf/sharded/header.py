@@ -183,7 +183,7 @@ _WIDEST_FIRST = (
 
 
 def _slice(entry: Any, path: Path, data: int) -> Slice:
-    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("expected dtype, shape and data_offsets")
     shape, (start, stop), bits = entry["shape"], entry["data_offsets"], BITS[entry["dtype"]]
     if len(shape) > 64 or not all(type(x) is int and 0 <= x < 2**62 for x in (*shape, start, stop)):

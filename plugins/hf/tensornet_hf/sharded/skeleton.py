@@ -116,6 +116,9 @@ def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
 def skeleton_from_names(model_type: str, tensors: Mapping[str, Slice]) -> NamedLayers:
     """Linear layers, `Conv1D` and embeddings told by name, shape and model type.
 
+    Raises:
+        FormatError: a name that no model can have.
+
     A two-dimensional floating `NAME.weight` is a layer: an embedding if its name says so, a `Conv1D` for
     the model types that use it, a linear layer otherwise. See also `NO_LAYERS`.
     """
@@ -134,7 +137,10 @@ def skeleton_from_names(model_type: str, tensors: Mapping[str, Slice]) -> NamedL
         weight = torch.empty(part.shape, dtype=FLOATS[part.dtype], device="meta")
         bias = _empty_bias(tensors.get(f"{layer}.bias"))
         kind = _kind_by_name(own, model_type)
-        place(root, layer, kind.build(weight.T if kind.name == "conv1d" else weight, bias))
+        try:
+            place(root, layer, kind.build(weight.T if kind.name == "conv1d" else weight, bias))
+        except (KeyError, AttributeError) as error:  # empty parts, or names of methods
+            raise FormatError(f"No model has a layer named {layer!r:.200}: {error!s:.200}.") from error
     return root
 
 
