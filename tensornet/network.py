@@ -77,6 +77,7 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
     )
 
 
+@lru_cache(maxsize=4096)
 def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
     """Plan the padded matrix `(*out_dims, *in_dims)`: the cheapest of several orders."""
     cores = [core.labels for core in topology.cores]
@@ -184,7 +185,8 @@ class TensorNetwork:
 
     def to_matrix(self) -> Tensor:
         """Dense matrix, shape `(out_features, in_features)`."""
-        return contract_to_matrix(plan_operator(self.topology), self.cores)
+        dense = run(plan_matrix(self.topology), self.cores).reshape(self.topology.padded_shape)
+        return dense[: self.shape[0], : self.shape[1]]
 
     def apply(self, x: Tensor) -> Tensor:
         """Apply to `x: (..., in_features)`, giving `(..., out_features)`, without building the matrix."""

@@ -114,7 +114,7 @@ def lookup_rows(
         digits[label] = rest % size
         rest = torch.div(rest, size, rounding_mode="floor")
     slices = [_take(core, spec.labels, digits) for spec, core in zip(topology.cores, cores, strict=True)]
-    rows = run(plan, slices).reshape(flat.shape[0], -1)[:, : topology.in_features]
+    rows = run(plan, slices).reshape(flat.shape[0], topology.padded_shape[1])[:, : topology.in_features]
     return rows.reshape(*indices.shape, topology.in_features)
 
 

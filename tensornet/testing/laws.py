@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from hypothesis import assume, given
+from hypothesis import currently_in_test_context, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
@@ -167,7 +167,8 @@ def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> Outcome:
     try:
         return decompose(matrix, budget)
     except BudgetError:
-        assume(False)
+        if currently_in_test_context():
+            reject()
         raise
 
 
@@ -223,9 +224,10 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
     left, right = operator.cores[bond], operator.cores[bond + 1]
     size = left.shape[3]
     generator = torch.Generator().manual_seed(seed)
-    gauge = torch.eye(size, dtype=left.dtype) * 2
-    gauge = gauge + 0.3 * torch.randn(size, size, generator=generator, dtype=left.dtype)
-    assume(float(torch.linalg.cond(gauge)) < 100)
+    noise = torch.randn(size, size, generator=generator, dtype=left.dtype)
+    gauge = 2 * torch.eye(size, dtype=left.dtype) + noise / torch.linalg.matrix_norm(
+        noise, 2
+    )  # condition < 3
     cores = list(operator.cores)
     cores[bond] = left @ gauge
     cores[bond + 1] = torch.tensordot(torch.linalg.inv(gauge), right, dims=1)
@@ -276,7 +278,8 @@ def _test(check: Callable[..., None], drawn: dict[str, SearchStrategy[Any]]) -> 
         check(*self.subject(), **example)
 
     test.__doc__ = check.__doc__
-    return given(**drawn)(test)
+    # No deadline: the first call of an operation plans and is slower than the rest.
+    return settings(deadline=None)(given(**drawn)(test))
 
 
 class DecompositionLaws(_Laws):

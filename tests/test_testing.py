@@ -1,0 +1,302 @@
+"""The shipped laws must be able to fail: each is shown a decomposition that breaks it, and only it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tensornet as tn
+from tensornet.network import random_cores
+from tensornet.testing import laws, reference, register_profiles, strategies
+from tensornet.topologies import topology_family
+
+LAWS = (
+    "test_exact",
+    "test_certificate",
+    "test_caps",
+    "test_monotone",
+    "test_input_kept",
+    "test_dtype_and_device",
+    "test_deterministic",
+    "test_refuses_non_finite",
+)
+
+
+def honest(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    found = tn.truncated_svd(matrix, max_rank=budget.max_bond, rel_error=budget.rel_error, method="exact")
+    product = (found.U * found.S.to(found.U.dtype)) @ found.Vh
+    return laws.Outcome(product, found.error, bonds=tuple(found.S.shape), tensors=(found.U, found.Vh))
+
+
+def inexact(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    outcome = honest(matrix, budget)
+    return replace(outcome, matrix=outcome.matrix * 0.99, error=min(outcome.error + 0.02, 1.0))
+
+
+def proud(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    outcome = honest(matrix, budget)
+    return replace(outcome, error=outcome.error * 0.9)
+
+
+def greedy(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    larger = None if budget.max_bond is None else budget.max_bond + 1
+    return honest(matrix, replace(budget, max_bond=larger))
+
+
+def zigzag(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    even = None if budget.max_bond is None else max(1, budget.max_bond - 3 * (budget.max_bond % 2))
+    return honest(matrix, replace(budget, max_bond=even))
+
+
+def careless(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    outcome = honest(matrix, budget)
+    matrix.mul_(2)
+    return outcome
+
+
+def sharing(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    return replace(honest(matrix, budget), tensors=(matrix[:1],))
+
+
+def widening(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    outcome = honest(matrix, budget)
+    return replace(outcome, tensors=tuple(tensor.to(torch.complex128) for tensor in outcome.tensors))
+
+
+def moody(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    outcome = honest(matrix, budget)
+    return replace(outcome, tensors=tuple(t + 1e-6 * torch.randn_like(t.real) for t in outcome.tensors))
+
+
+def blind(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    return honest(torch.nan_to_num(matrix), budget)
+
+
+BROKEN = {
+    inexact: "test_exact",
+    proud: "test_certificate",
+    greedy: "test_caps",
+    zigzag: "test_monotone",
+    careless: "test_input_kept",
+    sharing: "test_input_kept",
+    widening: "test_dtype_and_device",
+    moody: "test_deterministic",
+    blind: "test_refuses_non_finite",
+}
+
+
+def suite(decomposition: Callable[[Tensor, tn.Budget], laws.Outcome]) -> laws.DecompositionLaws:
+    class Suite(laws.DecompositionLaws):
+        budgets = st.builds(tn.Budget, max_bond=st.none() | st.integers(1, 6))
+        matrices = strategies.matrices(max_size=12, scales=False)
+
+        def decompose(self, matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+            return decomposition(matrix, budget)
+
+    return Suite()
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_honest_decomposition_keeps_every_law(law: str) -> None:
+    getattr(suite(honest), law)()
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("decomposition", BROKEN, ids=lambda function: function.__name__)
+def test_broken_decomposition_breaks_its_law(
+    decomposition: Callable[[Tensor, tn.Budget], laws.Outcome], law: str
+) -> None:
+    if law == BROKEN[decomposition]:
+        with pytest.raises(BaseException) as caught:  # a group of errors where it is broken in two ways
+            getattr(suite(decomposition), law)()
+        assert {type(error) for error in getattr(caught.value, "exceptions", [caught.value])} == {
+            AssertionError
+        }
+    elif decomposition in (greedy, widening, sharing, proud):
+        getattr(suite(decomposition), law)()  # the other laws hold
+
+
+def test_promise_that_is_broken_is_caught() -> None:
+    def lax(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+        return honest(matrix, tn.Budget(rel_error=min(0.99, 3 * (budget.rel_error or 0))))
+
+    matrix = strategies.matrix_with_spectrum((10, 10), "power", seed=0)
+    with pytest.raises(AssertionError, match=r"exceeds the promise rel_error=0\.1"):
+        laws.check_certificate(lax, matrix, tn.Budget(rel_error=0.1))
+
+
+def test_undefined_decomposition_says_what_to_do() -> None:
+    class Empty(laws.DecompositionLaws):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Empty must define decompose\(matrix, budget\)"):
+        Empty().test_exact()
+
+
+def test_law_can_be_switched_off() -> None:
+    class WithoutOne(laws.DecompositionLaws):
+        test_monotone = None
+
+    assert WithoutOne.test_monotone is None
+    assert callable(WithoutOne.test_exact)
+
+
+def test_suite_is_collected_by_pytest(tmp_path: Path) -> None:
+    """As a user would run it: a file of ten lines, here with a decomposition that proves too much."""
+    (tmp_path / "conftest.py").write_text(
+        "from hypothesis import settings\n"
+        "settings.register_profile('few', max_examples=10, derandomize=True, database=None)\n"
+        "settings.load_profile('few')\n"
+    )
+    (tmp_path / "test_mine.py").write_text(
+        "import tensornet as tn\n"
+        "from tensornet.testing import laws, strategies\n\n"
+        "class TestMine(laws.DecompositionLaws):\n"
+        "    matrices = strategies.matrices(max_size=8)\n\n"
+        "    def decompose(self, matrix, budget):\n"
+        "        result = tn.topologies.topology_family('mpo').decompose(matrix, budget)\n"
+        "        outcome = laws.Outcome.of(result)\n"
+        "        return laws.Outcome(outcome.matrix, outcome.error * 0.8, outcome.params, outcome.bonds)\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(tmp_path),
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert "exceeds the certificate" in done.stdout
+    assert "1 failed, 7 passed" in done.stdout
+
+
+# --- laws of networks ----------------------------------------------------------------------------
+
+
+class Skewed(tn.TensorNetwork):
+    """A network whose `apply` is off by a little, and so are its gradients."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        return super().apply(x) * 1.001
+
+    def to_matrix(self) -> Tensor:
+        return super().to_matrix().flip(0)
+
+
+@pytest.mark.parametrize("check", [laws.check_matrix, laws.check_apply])
+def test_wrong_network_is_caught(check: Callable[[tn.TensorNetwork], None]) -> None:
+    topology = topology_family("tucker").build(6, 5, max_bond=2)
+    cores = random_cores(topology, dtype=torch.float64)
+    check(tn.TensorNetwork(topology, cores))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(Skewed(topology, cores))
+
+
+def test_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = topology_family("block_tt").build(6, 5, max_bond=2)
+    network = tn.TensorNetwork(topology, random_cores(topology, dtype=torch.float64))
+    laws.check_gradients(network)
+    straight = tn.TensorNetwork.apply
+    straight = tn.TensorNetwork.apply
+
+    def without_the_last(self: tn.TensorNetwork, x: Tensor) -> Tensor:
+        cores = [*self.cores[:-1], 0.5 * self.cores[-1] + 0.5 * self.cores[-1].detach()]
+        return straight(tn.TensorNetwork(self.topology, cores), x)
+
+    monkeypatch.setattr(tn.TensorNetwork, "apply", without_the_last)
+    with pytest.raises(AssertionError, match="the gradient of core '1'"):
+        laws.check_gradients(network)
+
+
+def test_wrong_canonical_form_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = tn.MPO([torch.randn(1, 2, 2, 3), torch.randn(3, 2, 2, 1)])
+    laws.check_canonical(operator, 1)
+    monkeypatch.setattr(tn.MPO, "canonicalize", lambda self, center: self)
+    with pytest.raises(AssertionError, match="core 0 misses orthonormality"):
+        laws.check_canonical(operator, 1)
+
+
+def test_wrong_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = tn.MPO([torch.randn(1, 2, 2, 3), torch.randn(3, 2, 2, 1)])
+    laws.check_gauge(operator, 0)
+    monkeypatch.setattr(tn.MPO, "norm", lambda self: self.cores[-1].norm())
+    with pytest.raises(AssertionError):
+        laws.check_gauge(operator, 0)
+
+
+# --- strategies and references -------------------------------------------------------------------
+
+
+@given(matrix=strategies.matrices(spectrum="low_rank", rank=2, dtype=torch.float64, scales=False))
+def test_matrices_have_the_rank_asked_for(matrix: Tensor) -> None:
+    assert int(torch.linalg.matrix_rank(matrix)) == min(2, *matrix.shape)
+
+
+@given(matrix=strategies.matrices(shape=(3, 4), dtype=strategies.dtypes(complex=False, half=True)))
+def test_matrices_have_the_shape_and_dtype_asked_for(matrix: Tensor) -> None:
+    assert matrix.shape == (3, 4)
+    assert matrix.is_floating_point()
+    assert bool(torch.isfinite(matrix).all())
+
+
+@pytest.mark.parametrize("spectrum", strategies.SPECTRA)
+def test_spectra_are_what_they_are_called(spectrum: str) -> None:
+    S = torch.linalg.svdvals(strategies.matrix_with_spectrum((6, 9), spectrum, seed=0))
+    expected = {
+        "flat": torch.ones(6),
+        "power": 1 / torch.arange(1.0, 7),
+        "exponential": torch.exp(-torch.arange(6.0)),
+        "zero": torch.zeros(6),
+        "constant": torch.tensor([54**0.5, 0, 0, 0, 0, 0]),
+    }
+    if spectrum in expected:
+        torch.testing.assert_close(S, expected[spectrum].double(), rtol=1e-6, atol=1e-6)
+    elif spectrum == "low_rank":
+        assert int((S > 1e-9).sum()) == 2
+
+
+@given(operator=strategies.mpos(max_bond=3))
+def test_operators_are_chains(operator: tn.MPO) -> None:
+    assert max(operator.bond_dims, default=1) <= 3
+    assert operator.shape[0] <= int(np.prod(operator.out_dims))
+
+
+@given(topology=strategies.topologies(families=("mpo", "tucker"), max_bond=2))
+def test_topologies_are_of_the_families_asked_for(topology: tn.Topology) -> None:
+    assert topology.family in ("mpo", "tucker")
+    assert max(topology.bond_dims.values(), default=1) <= 2
+
+
+def test_references_agree_with_each_other() -> None:
+    operator = tn.MPO([torch.randn(1, 2, 3, 2), torch.randn(2, 3, 2, 1)])
+    by_elements = reference.chain_matrix(operator.cores)
+    np.testing.assert_allclose(by_elements, reference.network_matrix(operator.topology, operator.cores))
+
+
+def test_profiles() -> None:
+    register_profiles()
+    assert [settings.get_profile(name).max_examples for name in ("default", "ci", "nightly")] == [
+        50,
+        25,
+        1000,
+    ]
+    assert settings.get_profile("ci").derandomize
