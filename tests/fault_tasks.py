@@ -56,14 +56,40 @@ def hold_destination(destination: str, ready: Connection) -> None:
 def compress_and_tell(
     answer: Connection, arguments: tuple[Any, ...], options: dict[str, Any], limits: dict[str, int]
 ) -> None:
-    """Compress a checkpoint within resource limits (names as in `resource`), and tell how it went."""
+    """Compress a checkpoint and tell how it went.
+
+    Args:
+        answer: gets the name of an error, its text and its traceback, or `"done"` and the report.
+        arguments, options: of `compress_checkpoint`.
+        limits: `file_size`: bytes beyond which no file grows; `data_growth`: bytes that this process may
+            allocate on top of what it has.
+    """
     from tensornet_hf.sharded import compress_checkpoint
 
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+    if "file_size" in limits:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_size"],) * 2)
+    if "data_growth" in limits:
+        resource.setrlimit(resource.RLIMIT_DATA, (data_size() + limits["data_growth"],) * 2)
     try:
         report = compress_checkpoint(*arguments, **options)
     except BaseException as error:
         answer.send((type(error).__name__, str(error), traceback.format_exc()))
     else:
         answer.send(("done", report.to_dict(), str(report)))
+
+
+def data_size() -> int:
+    """Bytes of private writable memory of this process, what RLIMIT_DATA limits."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData")))
+
+
+def allocate_and_tell(answer: Connection, size: int, growth: int) -> None:
+    """Allocate so many bytes where only `growth` are allowed, and tell how it went."""
+    resource.setrlimit(resource.RLIMIT_DATA, (data_size() + growth,) * 2)
+    try:
+        held = bytearray(size)
+    except MemoryError:
+        answer.send("MemoryError")
+    else:
+        answer.send(f"allocated {len(held)}")

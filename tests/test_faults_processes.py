@@ -141,7 +141,7 @@ def test_a_task_that_kills_its_workers_is_named(processes: Any) -> None:
 def test_no_space_left(processes: Any, source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """Files cannot grow beyond a limit, as on a full disk; the system enforces it for root as well."""
     out = tmp_path / "out"
-    kind, text, _ = Run(processes, source, out, CONFIG, limits={"RLIMIT_FSIZE": 9_000}, **SMALL).result()
+    kind, text, _ = Run(processes, source, out, CONFIG, limits={"file_size": 9_000}, **SMALL).result()
     assert kind == "DestinationError"
     assert "What is finished is kept in" in text
     assert not out.exists()
