@@ -42,7 +42,11 @@ class Timing:
 
 
 def paired_medians(
-    functions: Mapping[str, Callable[[], Any]], repeats: int = 5, *, warmup: int = 1
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int = 5,
+    *,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions in turn, all of them once for each repeat, so that a busy machine hits all alike.
 
@@ -50,16 +54,17 @@ def paired_medians(
         functions: calls by name.
         repeats: rounds that are counted.
         warmup: rounds before those.
+        clock: seconds; `time.thread_time` counts what one thread works and not what others take from it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {
         name: Timing(statistics.median(values), min(values), max(values), repeats)
         for name, values in seconds.items()

@@ -4,7 +4,8 @@
 
 For every shape one search with objective time, for all these token counts and without a matrix, then the
 chosen layer in eval against `nn.Linear` at each of them, in turn in one process. Asked is a median of 2 and
-nowhere under 1.4. Writes the record `search_speed.json`.
+nowhere under 1.4. With one thread processor time is compared, with more the wall clock. Writes the record
+`search_speed.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import paired_medians, record
-from speed import median, options_of, rounds, with_threads
+from speed import clock_for, median, options_of, rounds, with_threads
 
 import tensornet as tn
 from tensornet.search.result import form
@@ -43,7 +44,9 @@ def measure(
     for count in tokens:
         x = torch.randn(count, shape[1])
         functions = {"dense": lambda x=x: dense(x), "chosen": lambda x=x: layer(x)}
-        times = paired_medians(functions, rounds(functions.values(), seconds), warmup=2)
+        times = paired_medians(
+            functions, rounds(functions.values(), seconds), warmup=2, clock=clock_for(threads)
+        )
         rows.append(
             {
                 "shape": list(shape),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,15 @@ def options_of(description: str, arguments: Sequence[str] | None) -> argparse.Na
 
 def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
     """Repeats that take about so long, 3 to 51."""
-    import time
-
     start = time.perf_counter()
     for function in functions:
         function()
     return max(3, min(51, int(seconds / max(time.perf_counter() - start, 1e-9)) | 1))
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """Processor time of the thread where there is one, so that a busy machine spoils nothing; else the wall."""
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
