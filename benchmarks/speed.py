@@ -70,7 +70,7 @@ def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
 
 
 def clock_for(threads: int) -> Callable[[], float]:
-    """Processor time of the thread where there is one, so that a busy machine spoils nothing; else the wall."""
+    """Processor time where one thread works, so that a busy machine spoils nothing; else the wall clock."""
     return time.thread_time if threads == 1 else time.perf_counter
 
 
