@@ -1,0 +1,118 @@
+"""Write the tables and the picture of docs/mpoe.md from the record of mpoe_vs_switch.py.
+
+    python benchmarks/mpoe_page.py
+
+The text of the page is written by hand; what lies between `<!-- table NAME -->` and `<!-- end -->` is
+replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import RECORDS, ROOT
+
+PAGE, PICTURE = ROOT / "docs" / "mpoe.md", ROOT / "docs" / "mpoe.svg"
+TITLES = {
+    "gpt2": "GPT-2, quotations",
+    "t5": "T5, vowels of quotations",
+    "t5-few": "T5, 400 phrases",
+}
+HEADER = (
+    "| row | in experts | of Switch | total | held-out loss | accuracy | s/step | load entropy | rate |",
+    "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of one table as Markdown; the lowest loss of a mixture is bold."""
+    switch = next((r["expert_parameters"] for r in rows if r["row"] == "Switch"), None)
+    best = min((r["loss"] for r in rows if r["row"] != "dense"), default=None)
+    lines = list(HEADER)
+    for r in rows:
+        share = "-" if switch is None else f"1/{switch / r['expert_parameters']:.1f}"
+        loss = f"{r['loss']:.4f} ± {r['loss_spread']:.4f}"
+        cells = (
+            r["row"],
+            f"{r['expert_parameters']:,}",
+            "1" if r["row"] == "Switch" else share,
+            f"{r['parameters']:,}",
+            f"**{loss}**" if r["loss"] == best else loss,
+            f"{100 * r['accuracy']:.2f} ± {100 * r['accuracy_spread']:.2f} %",
+            f"{r['seconds_per_step']:.3f}",
+            "-" if r["entropy"] is None else f"{r['entropy']:.2f}",
+            f"{r['rate']:g}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of the record by table, in the order of the record."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in record["rows"]:
+        found.setdefault(row["table"], []).append(row)
+    return found
+
+
+def fill(page: str, record: Mapping[str, Any]) -> str:
+    """The page with its tables replaced.
+
+    Raises:
+        KeyError: the page asks for a table that the record lacks.
+    """
+    by_name = tables(record)
+
+    def replacement(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{table(by_name[match[2]])}\n<!-- end -->"
+
+    return re.sub(r"(<!-- table ([\w-]+) -->)\n.*?<!-- end -->", replacement, page, flags=re.DOTALL)
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Held-out loss against parameters in experts, one panel for each table."""
+    by_name = tables(record)
+    with plt.rc_context({"svg.hashsalt": "mpoe", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = plt.subplots(1, len(by_name), figsize=(5 * len(by_name), 4.4), squeeze=False)
+        for axis, (name, rows) in zip(axes[0], by_name.items(), strict=True):
+            for number, r in enumerate(rows):
+                group = "dense" if r["row"] == "dense" else "Switch" if "Switch" in r["row"] else "MPOE"
+                colour = {"dense": "black", "Switch": "tab:red", "MPOE": "tab:blue"}[group]
+                x, y = r["expert_parameters"], r["loss"]
+                axis.errorbar(x, y, yerr=r["loss_spread"], fmt="o", color=colour, capsize=2, markersize=4)
+                axis.annotate(
+                    str(number + 1), (x, y), xytext=(4, 3), textcoords="offset points", color=colour
+                )
+            key = "\n".join(f"{number + 1} {r['row']}" for number, r in enumerate(rows))
+            axis.text(0.98, 0.98, key, transform=axis.transAxes, ha="right", va="top", fontsize=6.5)
+            axis.set_xscale("log")
+            axis.set_xlabel("parameters in experts")
+            axis.set_ylabel("held-out loss (nats a token)")
+            axis.set_title(TITLES[name])
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+
+
+def main() -> None:
+    """Rewrite the page and the picture."""
+    record = json.loads((RECORDS / "mpoe_vs_switch.json").read_text())
+    PAGE.write_text(fill(PAGE.read_text(), record))
+    draw(record, PICTURE)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The two tasks of mpoe_vs_switch.py: the embedded models learn the language of short quotations.
+
+The text is the Debian package `fortunes`: 14,000 quotations in files separated by lines of `%`. It is
+fetched and unpacked, not installed, on any machine with apt:
+
+    apt-get download fortunes && dpkg-deb -x fortunes_*.deb texts
+    # then --text texts/usr/share/games/fortunes
+
+Every split is by quotation, so that no phrase is seen in training and judged later.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from tensornet_hf.embedded import gpt2_path, t5_path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from embedded_text import sample_phrases, strip_vowels, verse_words
+
+CONTEXT = 128
+PICTURES = ("art", "ascii-art", "translate-me")  # drawings and other languages
+
+
+@dataclass(frozen=True)
+class Quotations:
+    """The three parts: weights are fitted on `train`, rates chosen on `tune`, results read on `test`."""
+
+    train: list[str]
+    tune: list[str]
+    test: list[str]
+
+
+def fetch(cache: Path) -> Path:
+    """Folder of the quotations, downloaded with apt unless it lies in the cache."""
+    folder = cache / "texts" / "usr" / "share" / "games" / "fortunes"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "download", "fortunes"], cwd=cache, check=True)
+        for package in cache.glob("fortunes_*.deb"):
+            subprocess.run(["dpkg-deb", "-x", str(package), str(cache / "texts")], check=True)
+    return folder
+
+
+def read_quotations(folder: Path) -> Quotations:
+    """Read and split: of every twenty quotations in file order one is for tuning, two for the test.
+
+    Raises:
+        SystemExit: no quotation is found.
+    """
+    files = [p for p in sorted(folder.glob("*")) if p.is_file() and not p.is_symlink() and not p.suffix]
+    texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if p.name not in PICTURES]
+    found = list(dict.fromkeys(q.strip() for text in texts for q in text.split("\n%\n") if q.strip()))
+    if len(found) < 20:
+        raise SystemExit(f"{len(found)} quotations under {folder}; see the top of {Path(__file__).name}")
+    quotations = Quotations(
+        train=[q for i, q in enumerate(found) if i % 20 not in (3, 7, 17)],
+        tune=[q for i, q in enumerate(found) if i % 20 == 3],
+        test=[q for i, q in enumerate(found) if i % 20 in (7, 17)],
+    )
+    for part in (quotations.train, quotations.tune, quotations.test):
+        random.Random(0).shuffle(part)
+    return quotations
+
+
+class Task(ABC):
+    """What a row is trained and judged on.
+
+    Attributes:
+        name: key in the record.
+        d_model, d_ff: sizes of the feed-forward network.
+    """
+
+    name: str
+    d_model: int
+    d_ff: int
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A fresh copy of the trained dense model."""
+
+    @abstractmethod
+    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Training batches for ever, in an order that the seed decides."""
+
+    @abstractmethod
+    def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
+        """Batches of a part (`"tune"` or `"test"`), each with the number of tokens it predicts."""
+
+
+class LanguageModelling(Task):
+    """GPT-2, trained on the King James Bible, continues on quotations.
+
+    Args:
+        quotations: the text.
+        train_size: how many tokens of it are trained on.
+        judge_size: how many are judged on (half as many for tuning).
+        batch: windows of 128 tokens in a batch.
+    """
+
+    name, d_model, d_ff = "gpt2", 128, 512
+
+    def __init__(self, quotations: Quotations, *, train_size: int, judge_size: int, batch: int) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(gpt2_path())
+        self.dense = AutoModelForCausalLM.from_pretrained(gpt2_path())
+        self.batch = batch
+        self.train = self._stream(quotations.train, train_size)
+        self.parts = {
+            "tune": self._stream(quotations.tune, judge_size // 2),
+            "test": self._stream(quotations.test, judge_size),
+        }
+
+    def _stream(self, quotations: Sequence[str], count: int) -> Tensor:
+        encode = self.tokenizer.backend_tokenizer.encode
+        ids: list[int] = []
+        for quotation in quotations:
+            ids += [self.tokenizer.eos_token_id, *encode(f"{quotation}\n\n").ids]
+            if len(ids) >= count:
+                break
+        return torch.tensor(ids[: max(count, CONTEXT)])
+
+    def model(self) -> nn.Module:
+        """See `Task`."""
+        return copy.deepcopy(self.dense)
+
+    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """See `Task`; each pass over the text starts its windows at another offset."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            offset = int(torch.randint(min(CONTEXT, len(self.train) - CONTEXT + 1), (), generator=generator))
+            count = (len(self.train) - offset) // CONTEXT
+            windows = self.train[offset : offset + count * CONTEXT].view(count, CONTEXT)
+            for rows in torch.randperm(count, generator=generator).split(self.batch):
+                yield {"input_ids": windows[rows], "labels": windows[rows]}
+
+    def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
+        """See `Task`; non-overlapping windows, each predicts its last 127 tokens."""
+        stream = self.parts[part]
+        windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(16)
+        return [({"input_ids": w, "labels": w}, len(w) * (CONTEXT - 1)) for w in windows]
+
+
+class VowelRestoration(Task):
+    """T5, trained to restore the vowels of phrases of the King James Bible, continues on quotations.
+
+    Args:
+        quotations: the text.
+        train_size: how many distinct phrases of two or three words are trained on.
+        judge_size: how many are judged on (half as many for tuning).
+        batch: phrases in a batch.
+    """
+
+    name, d_model, d_ff = "t5", 96, 384
+
+    def __init__(self, quotations: Quotations, *, train_size: int, judge_size: int, batch: int) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(t5_path())
+        self.dense = AutoModelForSeq2SeqLM.from_pretrained(t5_path())
+        self.batch = batch
+        self.train = phrases(quotations.train, train_size)
+        self.parts = {
+            "tune": phrases(quotations.tune, judge_size // 2),
+            "test": phrases(quotations.test, judge_size),
+        }
+
+    def model(self) -> nn.Module:
+        """See `Task`."""
+        return copy.deepcopy(self.dense)
+
+    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """See `Task`; phrases of about one length share a batch, which saves padding."""
+        rng = random.Random(seed)
+        while True:
+            order = sorted(self.train, key=lambda phrase: (len(phrase), rng.random()))
+            cuts = list(range(0, len(order), self.batch))
+            rng.shuffle(cuts)
+            for cut in cuts:
+                yield self.encode(order[cut : cut + self.batch])
+
+    def encode(self, targets: Sequence[str]) -> dict[str, Tensor]:
+        """One batch: phrases without vowels in, phrases out."""
+        inputs = self.tokenizer([strip_vowels(t) for t in targets], padding=True, return_tensors="pt")
+        labels = self.tokenizer(list(targets), padding=True, return_tensors="pt").input_ids
+        return {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+            "labels": labels.masked_fill(labels == self.tokenizer.pad_token_id, -100),
+        }
+
+    def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
+        """See `Task`."""
+        order = sorted(self.parts[part], key=len)
+        batches = [self.encode(order[i : i + 100]) for i in range(0, len(order), 100)]
+        return [(batch, int((batch["labels"] >= 0).sum())) for batch in batches]
+
+
+def phrases(quotations: Sequence[str], count: int) -> list[str]:
+    """Return up to `count` distinct phrases of two or three neighbouring words."""
+    words = verse_words(["\n".join(" ".join(q.split()) for q in quotations)])
+    drawn = sample_phrases(words, 4 * count, random.Random(1))
+    return [p for p in dict.fromkeys(drawn) if " " in p][:count]

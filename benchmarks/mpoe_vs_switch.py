@@ -1,0 +1,230 @@
+"""Do experts that share their center beat a Switch mixture, for each parameter, and does the mask help?
+
+    python benchmarks/mpoe_vs_switch.py [--text FOLDER] [--state FILE] [--tasks gpt2 t5] [--rows ...] [--toy]
+
+Two embedded models, trained on one book, are fine-tuned on quotations: a GPT-2 as a language model, a T5 that
+restores vowels (`mpoe_tasks.py`, which also says where the text comes from). Each row of the table is
+the same model with other feed-forward networks, all made from its trained ones (`mpoe_rows.py`).
+
+Every row gets the same number of steps, the same batches for a seed and the same tuning effort: each rate of
+the grid is tried once, with the first seed; the one with the lowest loss on the tuning part is used for all
+seeds, and the table shows the test part. Each run is written to the state file as it ends, and a run
+that is there is not repeated: the script can be stopped and called again. It writes the record
+`mpoe_vs_switch.json`; `mpoe_page.py` makes docs/mpoe.md of it. One core, 30 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import RECORDS, paired_medians, record
+from mpoe_rows import Recipe, Row, build, optimizer_of, stepper, train
+from mpoe_tasks import LanguageModelling, Quotations, Task, VowelRestoration, fetch, read_quotations
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks"
+
+MASK_ROWS = (
+    Row("dense", experts=0),
+    Row("Switch", ends=None),
+    Row("MPOE"),
+    Row("MPOE, mask 0.5", mask_p=0.5),
+    Row("MPOE, mask 0.9", mask_p=0.9),
+    Row("MPOE, center frozen", mask_p=1.0),
+)
+MASK_VARIANTS = (
+    Row("MPOE, mask 0.5, compensated", mask_p=0.5, mask=(("compensate", True),)),
+    Row("MPOE, mask 0.5 by element", mask_p=0.5, mask=(("granularity", "element"),)),
+)
+ROWS = (
+    *MASK_ROWS[:3],
+    Row("MPOE, ends 2x2", ends=(2, 2)),
+    Row("MPOE, bonds 8", max_bond=8),
+    *MASK_ROWS[3:],
+    Row("MPOE, E = 16", experts=16),
+    Row("every core private", shared="none"),
+    Row("MPOE, bonds 12", max_bond=12),
+    Row("MPOE, E = 32, ends 2x2", experts=32, ends=(2, 2)),
+    Row("Switch, E = 32", experts=32, ends=None),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table.
+
+    Args:
+        task: the class.
+        sizes: how much is trained and judged on.
+        recipe: steps and the rest.
+        rates: grid of learning rates.
+        rows: what is compared.
+        seeds: the rates are tried with the first.
+        repeats: steps that are timed.
+    """
+
+    task: type[LanguageModelling] | type[VowelRestoration]
+    sizes: dict[str, int]
+    recipe: Recipe
+    rates: tuple[float, ...]
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    repeats: int = 7
+
+
+SETTINGS = {
+    "gpt2": Setting(
+        LanguageModelling,
+        {"train_size": 48_000, "judge_size": 16_000, "batch": 4},
+        Recipe(steps=160),
+        (1.5e-3, 3e-3, 6e-3),
+        ROWS,
+    ),
+    "t5": Setting(
+        VowelRestoration,
+        {"train_size": 8_000, "judge_size": 1_000, "batch": 32},
+        Recipe(steps=200),
+        (5e-4, 1e-3, 2e-3),
+        ROWS,
+    ),
+    "t5-few": Setting(
+        VowelRestoration,
+        {"train_size": 400, "judge_size": 1_000, "batch": 32},
+        Recipe(steps=100),
+        (2e-4, 6e-4, 1.8e-3),
+        (*MASK_ROWS, *MASK_VARIANTS),
+    ),
+}
+
+
+class MissingRunError(Exception):
+    """A run is not in the state, and none are to be made."""
+
+
+class State:
+    """Finished runs of one table by key, on disk after each."""
+
+    def __init__(self, path: Path, *, frozen: bool) -> None:
+        self.path, self.frozen = path, frozen
+        self.runs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def run(self, setting: Setting, task: Task, row: Row, rate: float, seed: int) -> dict[str, Any]:
+        """The result of a run, from the file or made now; anything that changes it is part of the key."""
+        key = f"{setting.task.__name__} {setting.sizes} {setting.recipe} {row} rate {rate:g} seed {seed}"
+        if key not in self.runs:
+            if self.frozen:
+                raise MissingRunError(key)
+            result = train(task, row, rate=rate, seed=seed, recipe=setting.recipe)
+            self.runs[key] = result
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.runs, indent=1))
+            print(
+                f"{self.path.stem:7} {row.name:34} rate {rate:<7g} seed {seed}  {result['loss']:.4f}",
+                flush=True,
+            )
+        return self.runs[key]
+
+
+def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float]) -> dict[str, Any]:
+    """One line of a table: means and standard deviations over the seeds."""
+    losses, accuracies = [r["loss"] for r in runs], [r["accuracy"] for r in runs]
+    return {
+        "row": row.name,
+        "options": {k: v for k, v in row.__dict__.items() if k != "name"},
+        "expert_parameters": runs[0]["expert_parameters"],
+        "parameters": runs[0]["parameters"],
+        "rate": runs[0]["rate"],
+        "tune_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
+        "losses": losses,
+        "loss": statistics.mean(losses),
+        "loss_spread": statistics.stdev(losses),
+        "accuracy": statistics.mean(accuracies),
+        "accuracy_spread": statistics.stdev(accuracies),
+        "train_loss": statistics.mean(r["train_loss"] for r in runs),
+        "entropy": statistics.mean(r["entropy"] for r in runs) if "entropy" in runs[0] else None,
+    }
+
+
+def seconds_per_step(setting: Setting, task: Task, rows: Sequence[Row]) -> dict[str, float]:
+    """Median seconds of a step, all rows in turn in one process."""
+    steps = {}
+    for row in rows:
+        model = build(task, row, seed=0).train()
+        optimizer = optimizer_of(model, row, 1e-4, setting.recipe)
+        steps[row.name] = stepper(model, optimizer, task.batches(0))
+    return {name: timing.median for name, timing in paired_medians(steps, setting.repeats).items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Run what is missing, write the record, return its path."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, help="folder of quotations; fetched with apt if absent")
+    parser.add_argument("--state", type=Path, default=CACHE / "mpoe", help="folder of finished runs")
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    parser.add_argument("--tables", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
+    parser.add_argument("--finished", action="store_true", help="only rows all of whose runs are there")
+    parser.add_argument("--toy", action="store_true", help="a few steps of tiny batches, to test the script")
+    options = parser.parse_args(arguments)
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    quotations = read_quotations(options.text or fetch(CACHE))
+    lines: list[dict[str, Any]] = []
+    for name in options.tables:
+        setting = toy(SETTINGS[name]) if options.toy else SETTINGS[name]
+        state = State(options.state / f"{name}.json", frozen=options.finished)
+        lines += [{"table": name, **line} for line in table(setting, quotations, state)]
+    settings = {
+        name: {"rates": s.rates, "seeds": s.seeds, **dataclasses.asdict(s.recipe), **s.sizes}
+        for name, s in SETTINGS.items()
+    }
+    return record("mpoe_vs_switch", lines, folder=options.out, threads=1, settings=settings)
+
+
+def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[str, Any]]:
+    """Run what is missing of one table and return its lines."""
+    task = setting.task(quotations, **setting.sizes)
+    lines = {}
+    for row in setting.rows:
+        try:
+            tried = {
+                rate: state.run(setting, task, row, rate, setting.seeds[0])["tune_loss"]
+                for rate in setting.rates
+            }
+            best = min(tried, key=tried.__getitem__)
+            runs = [state.run(setting, task, row, best, seed) for seed in setting.seeds]
+        except MissingRunError:
+            continue
+        lines[row] = summary(row, runs, tried)
+    seconds = seconds_per_step(setting, task, list(lines))
+    return [{**line, "seconds_per_step": seconds[row.name]} for row, line in lines.items()]
+
+
+def toy(setting: Setting) -> Setting:
+    """The same table in seconds."""
+    return dataclasses.replace(
+        setting,
+        sizes={"train_size": 260, "judge_size": 260, "batch": 2},
+        recipe=Recipe(steps=1),
+        rates=setting.rates[:2],
+        rows=setting.rows[:3],
+        seeds=(0, 1),
+        repeats=1,
+    )
+
+
+if __name__ == "__main__":
+    print(main())
