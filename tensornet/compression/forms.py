@@ -1,16 +1,19 @@
 """The forms one layer may take, with the size and the price of each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tensornet.compression.allocate import CostCurve
+from tensornet.compression.networks import structured_start
 from tensornet.compression.weighted import frobenius_errors
 from tensornet.nn.storage import PLAIN, Storage
-from tensornet.topologies import low_rank
+from tensornet.topologies import low_rank, topology_family
 from tensornet.topology import Topology
 from tensornet.whitening import Weighting, weighted_svd
 
@@ -95,6 +98,83 @@ def low_rank_forms(
         errors=with_dense(errors, 0.0),
         make=make,
     )
+
+
+#: Shares of the largest bond at which networks other than low rank are tried; between them costs are
+#: interpolated.
+_TRIED = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def network_forms(
+    matrix: Tensor,
+    weighting: Weighting,
+    storage: Storage,
+    family: str,
+    *,
+    max_bond: int | None = None,
+    rel_error: float | None = None,
+    **options: Any,
+) -> LayerForms:
+    """Caps on the bonds of any family, priced by trying a dozen, and dense.
+
+    Costs are those before fitting (`decompose_network`), so they are upper bounds of what comes out.
+
+    Args: as `low_rank_forms`, and
+        family: a registered family.
+        options: passed to its `build`.
+    """
+    build = topology_family(family).build
+    rows, columns = matrix.shape
+    full = build(rows, columns, **options)
+    top = min(max(full.bond_dims.values(), default=1), max_bond or 10**9)
+    tried = sorted({max(1, round(share * top)) for share in _TRIED})
+    caps = sorted({max(1, round(k * top / 400)) for k in range(1, 401)} | set(tried))
+    topologies = [build(rows, columns, max_bond=cap, **options) for cap in caps]
+    costs, errors = [], []
+    norm = float(torch.linalg.vector_norm(matrix.double()))
+    for cap in tried:
+        error = matrix - structured_start(matrix, topologies[caps.index(cap)], weighting).to_matrix()
+        costs.append(weighting.cost(error))
+        errors.append(float(torch.linalg.vector_norm(error.double())) / max(norm, 1e-300))
+    every_cost, every_error = (_interpolated(caps, tried, values) for values in (costs, errors))
+    keep = [k for k in range(len(caps)) if rel_error is None or every_error[k] <= rel_error]
+    dense = max_bond is None
+    params = [float(storage.num_params(topologies[k])) for k in keep] + [float(matrix.numel())] * dense
+    sizes = [float(storage.num_bytes(topologies[k], matrix.dtype)) for k in keep]
+    sizes += [float(matrix.numel() * matrix.element_size())] * dense
+
+    def make(index: int) -> tuple[Topology | None, Storage]:
+        return (None, PLAIN) if index == len(keep) else (topologies[keep[index]], storage)
+
+    return LayerForms(
+        params=torch.tensor(params, dtype=torch.float64),
+        num_bytes=torch.tensor(sizes, dtype=torch.float64),
+        costs=torch.tensor([every_cost[k] for k in keep] + [0.0] * dense, dtype=torch.float64),
+        errors=torch.tensor([every_error[k] for k in keep] + [0.0] * dense, dtype=torch.float64),
+        make=make,
+    )
+
+
+def joined(forms: Sequence[LayerForms]) -> LayerForms:
+    """The choice between all forms of several families."""
+    starts = [0]
+    for form in forms:
+        starts.append(starts[-1] + len(form.params))
+
+    def make(index: int) -> tuple[Topology | None, Storage]:
+        family = next(k for k in range(len(forms)) if index < starts[k + 1])
+        return forms[family].make(index - starts[family])
+
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(form, name) for form in forms])
+
+    return LayerForms(together("params"), together("num_bytes"), together("costs"), together("errors"), make)
+
+
+def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
+    """Values at all caps, linear in their logarithm between those tried."""
+    logs = np.log(np.maximum(values, 1e-300))
+    return np.exp(np.interp(caps, tried, logs)).tolist()
 
 
 def dense_form(matrix: Tensor) -> LayerForms:

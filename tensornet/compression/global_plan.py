@@ -1,15 +1,18 @@
 """Planning with calibrated prices: forms of each layer, and one budget spent over all of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
 
 from tensornet.compression.allocate import spend_cost, spend_size, total_cost
-from tensornet.compression.config import CompressionConfig
-from tensornet.compression.forms import LayerForms, dense_form, low_rank_forms
+from tensornet.compression.config import AUTO, CompressionConfig, family_options
+from tensornet.compression.forms import LayerForms, dense_form, joined, low_rank_forms, network_forms
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
 from tensornet.compression.weighted import weighting_of
 from tensornet.errors import BudgetError
-from tensornet.nn.storage import Storage
+from tensornet.nn.storage import CHAINS, Storage
 from tensornet.whitening import Weighting
 
 
@@ -39,15 +42,12 @@ def layer_forms(
     Raises:
         BudgetError: none is left.
     """
+    families = ("low_rank",) if config.topology == AUTO else (config.topology,)
     weighting = layer_weighting(target, objective, stats, config.damping)
     if weighting is None:
         return dense_form(target.matrix)
-    forms = low_rank_forms(
-        target.matrix,
-        weighting,
-        storage_of(config, objective),
-        max_rank=config.max_bond,
-        rel_error=config.rel_error,
+    forms = joined(
+        [_family_forms(target.matrix, weighting, family, config, objective) for family in families]
     )
     if len(forms.params) == 0:
         raise BudgetError(
@@ -55,6 +55,27 @@ def layer_forms(
             f"most rel_error={config.rel_error}."
         )
     return forms
+
+
+def _family_forms(
+    matrix: Tensor, weighting: Weighting, family: str, config: CompressionConfig, objective: str
+) -> LayerForms:
+    storage = storage_of(config, objective)
+    if family not in CHAINS:  # only chains have a gauge that storage knows how to fix
+        storage = replace(storage, pivoted=False)
+    if family == "low_rank":
+        return low_rank_forms(
+            matrix, weighting, storage, max_rank=config.max_bond, rel_error=config.rel_error
+        )
+    return network_forms(
+        matrix,
+        weighting,
+        storage,
+        family,
+        max_bond=config.max_bond,
+        rel_error=config.rel_error,
+        **family_options(family, config),
+    )
 
 
 def choose_forms(

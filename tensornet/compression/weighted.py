@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from tensornet.compression.networks import decompose_network
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
 from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
 from tensornet.svd import result_dtype
-from tensornet.topologies import Decomposition, low_rank, topology_family
+from tensornet.topologies import Decomposition, low_rank
 from tensornet.topology import Topology
 from tensornet.whitening import WeightedSVD, Weighting, damped, nearest_kronecker, weighted_svd
 
@@ -64,7 +65,7 @@ def decompose_weighted(matrix: Tensor, topology: Topology, weighting: Weighting)
     """
     if topology.family == "low_rank":
         return _low_rank(matrix, max(topology.bond_dims.values()), weighting)
-    return topology_family(topology.family).decompose_to(matrix, topology)
+    return decompose_network(matrix, topology, weighting)
 
 
 def _low_rank(matrix: Tensor, rank: int, weighting: Weighting) -> Decomposition:

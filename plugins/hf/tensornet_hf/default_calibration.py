@@ -21,10 +21,11 @@ def embedded_text(model: nn.Module) -> ProvidedData | None:
     """
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
         return None
-    if not Path(model.name_or_path).is_dir() or not model.name_or_path:
+    folder = model.name_or_path
+    if not folder or not Path(folder).is_dir():
         return None
     try:
-        ids = token_ids(load_tokenizer(Path(model.name_or_path)), calibration_text())[:TOKENS]
+        ids = token_ids(load_tokenizer(Path(folder)), calibration_text())[:TOKENS]
     except FormatError:
         return None
     context = usual_context(model, limit=512)

@@ -1,0 +1,135 @@
+"""Weighted networks: never dearer than their start, exact where they can be, against a dense solution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tensornet as tn
+from tensornet.compression.forms import joined, low_rank_forms, network_forms
+from tensornet.compression.networks import decompose_network, leg_moments, structured_start
+from tensornet.fitting import fit_network
+from tensornet.nn.storage import PLAIN, Storage
+from tensornet.topologies import topology_family
+from tensornet.whitening import Weighting, weighted_svd
+
+FAMILIES = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {}), ("tensor_ring", {}), ("tucker", {})]
+
+
+def moment(size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(0, 1.5, size).double()[torch.randperm(size, generator=generator)]
+    sample = torch.randn(2 * size, size, generator=generator).double() * scales
+    return sample.T @ sample / sample.shape[0]
+
+
+def problem(shape: tuple[int, int] = (12, 16)) -> tuple[Tensor, Weighting]:
+    return torch.randn(shape), Weighting(moment(shape[0]), moment(shape[1], seed=1))
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES)
+def test_fitting_never_costs_more_than_the_plain_decomposition(family: str, options: dict[str, int]) -> None:
+    matrix, weighting = problem()
+    topology = topology_family(family).build(*matrix.shape, max_bond=4, **options)
+    plain = topology_family(family).decompose_to(matrix, topology).network
+    plain_cost = weighting.cost(matrix - plain.to_matrix())
+    result = decompose_network(matrix, topology, weighting, sweeps=2)
+    cost = weighting.cost(matrix - result.network.to_matrix())
+    assert cost <= plain_cost
+    assert cost < 0.9 * plain_cost or plain_cost == 0  # Tucker of this cap is exact
+    assert result.network.topology == topology
+    error = float((matrix - result.network.to_matrix()).norm() / matrix.norm())
+    assert result.error == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES)
+def test_identities_change_nothing(family: str, options: dict[str, int]) -> None:
+    matrix, _ = problem()
+    topology = topology_family(family).build(*matrix.shape, max_bond=4, **options)
+    plain = topology_family(family).decompose_to(matrix, topology).network
+    eyes = Weighting(torch.eye(12).double(), torch.eye(16).double())
+    start = structured_start(matrix, topology, eyes)
+    assert eyes.cost(matrix - start.to_matrix()) <= eyes.cost(matrix - plain.to_matrix()) * (1 + 1e-5)
+
+
+def test_low_rank_fit_reaches_the_closed_form() -> None:
+    matrix, weighting = problem()
+    topology = tn.topologies.low_rank(out_features=12, in_features=16, rank=5)
+    start = topology_family("low_rank").decompose_to(matrix, topology).network
+    fit = fit_network(matrix, start, weighting, sweeps=60, steps=30)
+    best = float(weighted_svd(matrix, weighting).error[5])
+    assert best * (1 - 1e-4) <= fit.cost <= best * 1.05
+    assert fit.start > 1.5 * best
+
+
+def test_cost_falls_with_every_sweep() -> None:
+    matrix, weighting = problem()
+    topology = topology_family("mpo").build(12, 16, max_bond=5, sites=3)
+    start = topology_family("mpo").decompose_to(matrix, topology).network
+    costs = [fit_network(matrix, start, weighting, sweeps=k, steps=4).cost for k in range(4)]
+    assert costs[0] == pytest.approx(weighting.cost(matrix - start.to_matrix()), rel=1e-4)
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_a_solved_problem_is_left_alone() -> None:
+    matrix, weighting = problem()
+    topology = topology_family("mpo").build(12, 16, sites=2)
+    start = topology_family("mpo").decompose_to(matrix, topology).network
+    fit = fit_network(matrix, start, weighting)
+    assert fit.cost <= max(fit.start, 1e-6)
+
+
+def test_a_product_moment_is_found_again() -> None:
+    legs = [moment(3), moment(4, seed=2)]
+    legs = [leg / leg.diagonal().mean() for leg in legs]
+    for found, leg in zip(leg_moments(torch.kron(*legs), (3, 4)), legs, strict=True):
+        torch.testing.assert_close(found, leg)
+
+
+def test_product_moments_make_the_start_optimal_for_two_sites() -> None:
+    """With moments that are products over the legs the whitened chain is the best two-site chain."""
+    matrix = torch.randn(12, 12)
+    legs = [moment(3), moment(4, seed=1), moment(4, seed=2), moment(3, seed=3)]
+    weighting = Weighting(torch.kron(legs[0], legs[1]), torch.kron(legs[2], legs[3]))
+    topology = topology_family("mpo").build(12, 12, out_dims=(3, 4), in_dims=(4, 3), max_bond=4)
+    start = structured_start(matrix, topology, weighting)
+    fitted = fit_network(matrix, start, weighting, sweeps=5, steps=20)
+    plain = topology_family("mpo").decompose_to(matrix, topology).network
+    cost = weighting.cost(matrix - start.to_matrix())
+    assert cost <= weighting.cost(matrix - plain.to_matrix())
+    assert fitted.cost == pytest.approx(cost, rel=0.02)  # legs are damped a little
+
+
+def test_padded_legs() -> None:
+    matrix, weighting = problem((11, 13))
+    topology = topology_family("mpo").build(11, 13, max_bond=4, sites=2)
+    assert topology.padded_shape != (11, 13)
+    result = decompose_network(matrix, topology, weighting)
+    plain = topology_family("mpo").decompose_to(matrix, topology).network
+    assert weighting.cost(matrix - result.network.to_matrix()) < weighting.cost(matrix - plain.to_matrix())
+
+
+def test_forms_of_networks_are_upper_bounds_of_the_fitted_cost() -> None:
+    matrix, weighting = problem()
+    forms = network_forms(matrix, weighting, Storage(pivoted=True), "mpo", sites=2)
+    assert forms.costs[-1] == 0
+    assert forms.params[-1] == matrix.numel()
+    for index in range(0, len(forms.params) - 1, 7):
+        topology, storage = forms.make(index)
+        assert topology is not None
+        assert storage.num_params(topology) == forms.params[index]
+        made = decompose_network(matrix, topology, weighting)
+        assert weighting.cost(matrix - made.network.to_matrix()) <= float(forms.costs[index]) * 1.1 + 1e-6
+
+
+def test_a_choice_of_families_is_never_worse_than_low_rank() -> None:
+    matrix, weighting = problem()
+    low = low_rank_forms(matrix, weighting, PLAIN)
+    both = joined([low, network_forms(matrix, weighting, PLAIN, "mpo", sites=2)])
+    for price in (1e-3, 1e-1, 1.0, 10.0):
+        best = float((both.costs + price * both.params).min())
+        assert best <= float((low.costs + price * low.params).min())
+    topology, _ = both.make(len(low.params))
+    assert topology is not None
+    assert topology.family == "mpo"
