@@ -58,6 +58,7 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
     assert "note: calibrated on" in err
     assert "King James Bible" in err
     assert Path("r.html").read_text().count("<svg") == 3
+    assert len({path.stat().st_mode for path in Path("small").iterdir()}) == 1  # weights readable as the rest
     small = load("small")
     changed = {n for n, m in small.named_modules() if isinstance(m, tn.nn.TensorNetworkLinear)}
     assert changed == {"transformer.h.0.mlp.c_fc", "transformer.h.2.attn.c_attn"}

@@ -39,6 +39,9 @@ def write_folder(
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # as safetensors makes files
         take_place(folder, target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, DestinationError) or not _is_about(error, folder):
