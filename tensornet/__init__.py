@@ -4,6 +4,9 @@ Compress linear layers, build mixture-of-experts variants whose experts share co
 decompositions. Start with `tensornet.MPO.from_matrix` or `tensornet.compress`.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from tensornet import nn, topologies
 from tensornet.budget import Budget
 from tensornet.compression import (
@@ -79,3 +82,10 @@ __all__ = [
     "topologies",
     "truncated_svd",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`tensornet.testing` on first use: it needs hypothesis, which the core does not."""
+    if name == "testing":
+        return import_module("tensornet.testing")
+    raise AttributeError(f"module 'tensornet' has no attribute {name!r}")

@@ -70,7 +70,7 @@ def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
 
 def to_torchtt(cores: Sequence[Tensor]) -> Any:
     """A `torchtt.TT` matrix, whose cores have our order `(left, out, in, right)`."""
-    torchtt = import_optional("torchtt", extra="interop", user="to_torchtt")
+    torchtt = import_optional("torchtt", extra="bench", user="to_torchtt")
     return torchtt.TT(list(cores))
 
 
