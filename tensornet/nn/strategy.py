@@ -6,7 +6,7 @@ the number of tokens with a few bounds, which compilers can trace.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -32,6 +32,10 @@ Bounds = tuple[tuple[float, int], ...]
 #: A kept matrix is preferred to a contraction that is predicted to be this much faster at most: the dense
 #: product is the one cost that is known exactly.
 _CACHED_PREFERENCE = 1.1
+
+#: A contraction must beat the kept matrix even where that happens to be in a cache, which delivers it so many
+#: times faster than memory: a layer shall not be slower than dense in a model that is small.
+_CACHE_OVER_MEMORY = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ def dispatch(plan: OperatorPlan, machine: Machine, itemsize: int) -> Dispatch:
     """Compare all routes over a grid of token counts."""
     candidates = range(len(plan.applies))
 
-    def fastest(routes: Sequence[int]) -> Bounds:
+    warm = replace(machine, bandwidth=_CACHE_OVER_MEMORY * machine.bandwidth)
+
+    def fastest(routes: Sequence[int], machine: Machine) -> Bounds:
         chosen = []
         for tokens in _GRID:
             seconds = {
