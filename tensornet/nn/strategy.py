@@ -93,7 +93,11 @@ def dispatch(plan: OperatorPlan, machine: Machine, itemsize: int) -> Dispatch:
             chosen.append(min(seconds, key=lambda route: seconds[route]))
         return _bounds(chosen)
 
-    return Dispatch(fastest(candidates), fastest([*candidates, RECONSTRUCT]), fastest([*candidates, CACHED]))
+    return Dispatch(
+        factorized=fastest(candidates, machine),
+        uncached=fastest([*candidates, RECONSTRUCT], machine),
+        cached=fastest([*candidates, CACHED], warm),
+    )
 
 
 def choose(bounds: Bounds, tokens: int) -> int:
