@@ -33,8 +33,9 @@ class Weighting:
 
     def cost(self, error: Tensor) -> float:
         """`1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
-        error = error.to(working_dtype(error.dtype))
-        return 0.5 * float((_times(self.rows, error) * _times(self.columns, error.T).T).sum())
+        # Products of prices and errors need no more digits than the error has; their sum does.
+        weighed = times(self.rows, error) * times(self.columns, error.T).T
+        return 0.5 * float(weighed.sum(dtype=working_dtype(error.dtype)))
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,15 @@ def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
 def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
     """`weighted_svd` for `work: (m, n)` with `m <= n`; `near` weighs its rows."""
     lower, inverse = (None, None) if near is None else root(near)
-    half = work if lower is None else _times(_transposed(lower), work)  # shape: (r, n), Lr^T W
-    values, vectors = torch.linalg.eigh(half @ _times(far, half.T))
+    half = work if lower is None else times(_transposed(lower), work)  # shape: (r, n), Lr^T W
+    values, vectors = torch.linalg.eigh(half @ times(far, half.T))
     energies = values.flip(0).clamp_min(0)
     tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
     empty = work.new_zeros(0, 0)
     if not factors:
         return WeightedSVD(energies.sqrt(), tail / 2, empty, empty)
     basis = vectors.flip(1)
-    left = basis if inverse is None else _times(_transposed(inverse), basis)
+    left = basis if inverse is None else times(_transposed(inverse), basis)
     return WeightedSVD(energies.sqrt(), tail / 2, left, basis.T @ half)
 
 
@@ -161,7 +162,8 @@ def _transposed(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 1 else factor.T
 
 
-def _times(moment: Tensor | None, matrix: Tensor) -> Tensor:
+def times(moment: Tensor | None, matrix: Tensor) -> Tensor:
+    """Product of a moment, the vector of a diagonal one, or None for the identity, with a matrix."""
     if moment is None:
         return matrix
     return moment.to(matrix)[:, None] * matrix if moment.ndim == 1 else moment.to(matrix) @ matrix

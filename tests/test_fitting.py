@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.compression.forms import joined, low_rank_forms, network_forms
+from tensornet.compression.forms import Prices, joined, low_rank_forms, network_forms
 from tensornet.compression.networks import decompose_network, leg_moments, structured_start
 from tensornet.fitting import fit_network
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topologies import topology_family
 from tensornet.whitening import Weighting, weighted_svd
 
-FAMILIES = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {}), ("tensor_ring", {}), ("tucker", {})]
+CHAINS = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {})]
+FAMILIES = [*CHAINS, ("tensor_ring", {}), ("tucker", {})]
 
 
 def moment(size: int, seed: int = 0) -> Tensor:
@@ -112,7 +113,7 @@ def test_padded_legs() -> None:
 
 def test_forms_of_networks_are_upper_bounds_of_the_fitted_cost() -> None:
     matrix, weighting = problem()
-    forms = network_forms(matrix, weighting, Storage(pivoted=True), "mpo", sites=2)
+    forms = network_forms(matrix, Prices(weighting, weighting), Storage(pivoted=True), "mpo", sites=2)
     assert forms.costs[-1] == 0
     assert forms.params[-1] == matrix.numel()
     for index in range(0, len(forms.params) - 1, 7):
@@ -125,8 +126,9 @@ def test_forms_of_networks_are_upper_bounds_of_the_fitted_cost() -> None:
 
 def test_a_choice_of_families_is_never_worse_than_low_rank() -> None:
     matrix, weighting = problem()
-    low = low_rank_forms(matrix, weighting, PLAIN)
-    both = joined([low, network_forms(matrix, weighting, PLAIN, "mpo", sites=2)])
+    prices = Prices(weighting, weighting)
+    low = low_rank_forms(matrix, prices, PLAIN)
+    both = joined([low, network_forms(matrix, prices, PLAIN, "mpo", sites=2)])
     for price in (1e-3, 1e-1, 1.0, 10.0):
         best = float((both.costs + price * both.params).min())
         assert best <= float((low.costs + price * low.params).min())

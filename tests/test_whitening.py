@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.compression.weighted import decompose_weighted, frobenius_errors
+from tensornet.compression.weighted import decompose_weighted, frobenius_errors, tail_costs
 from tensornet.whitening import Weighting, damped, nearest_kronecker, root, weighted_svd
 
 SHAPES = [(7, 11), (11, 7), (8, 8), (1, 5)]
@@ -54,6 +54,8 @@ def test_error_is_the_weighted_cost_of_what_is_cut(shape: tuple[int, int]) -> No
         assert weighting.cost(error) == pytest.approx(expected, abs=1e-8)
         relative = float(error.norm() / matrix.double().norm())
         assert float(frobenius_errors(result)[rank]) == pytest.approx(relative, abs=1e-6)
+        other = Weighting(moment(shape[0], seed=5), torch.rand(shape[1]).double())
+        assert float(tail_costs(result, other)[rank]) == pytest.approx(other.cost(error), rel=1e-6, abs=1e-9)
 
 
 @given(

@@ -51,23 +51,34 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
     return _fill(curves, [curve.best(price) for curve in curves], budget)
 
 
-def spend_cost(curves: Sequence[CostCurve], allowed: float) -> list[int]:
+def spend_cost(
+    curves: Sequence[CostCurve], allowed: float, counted: Sequence[Tensor] | None = None
+) -> list[int]:
     """Forms of least total size whose total cost is at most `allowed`.
+
+    Args:
+        curves: forms of each layer.
+        allowed: the budget.
+        counted: costs that count against the budget, where they are others than those that decide.
 
     Raises:
         BudgetError: the most accurate forms together cost more than allowed.
     """
-    least = sum(float(curve.costs.min()) for curve in curves)
+    charged = counted if counted is not None else [curve.costs for curve in curves]
+
+    def charge(price: float) -> float:
+        return sum(float(x[c.best(price)]) for x, c in zip(charged, curves, strict=True))
+
+    least = charge(0.0)
     if least > allowed:
         raise BudgetError(f"A cost of {allowed:g} is allowed, the best forms already cost {least:g}.")
     # The cost rises with the price: the last price at which it is still allowed.
     low, high = 0.0, 1.0
-    while total_cost(curves, [c.best(high) for c in curves]) <= allowed and high < 1e12:
+    while charge(high) <= allowed and high < 1e12:
         high *= 4
     for _ in range(100):
         middle = _middle(low, high)
-        fits = total_cost(curves, [c.best(middle) for c in curves]) <= allowed
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if charge(middle) <= allowed else (low, middle)
     return [curve.best(low) for curve in curves]
 
 

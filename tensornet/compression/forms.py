@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from tensornet.compression.allocate import CostCurve
-from tensornet.compression.networks import structured_start
-from tensornet.compression.weighted import frobenius_errors
+from tensornet.compression.networks import starts_of
+from tensornet.compression.weighted import frobenius_errors, tail_costs
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topologies import low_rank, topology_family
 from tensornet.topology import Topology
 from tensornet.whitening import Weighting, weighted_svd
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What errors in a weight cost: when a form is chosen, and when the loss is forecast."""
+
+    choice: Weighting
+    forecast: Weighting
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class LayerForms:
     Args:
         params: stored numbers of each form, shape `(forms,)`.
         num_bytes: their bytes, shape `(forms,)`.
-        costs: predicted rise of the loss (or another objective that adds), shape `(forms,)`.
+        costs: what decides; adds over layers, shape `(forms,)`.
+        forecasts: predicted rise of the loss of a token, shape `(forms,)`.
         errors: relative Frobenius error of each, shape `(forms,)`.
         make: topology (None for dense) and storage of a form, by its index.
     """
@@ -33,6 +42,7 @@ class LayerForms:
     params: Tensor
     num_bytes: Tensor
     costs: Tensor
+    forecasts: Tensor
     errors: Tensor
     make: Callable[[int], tuple[Topology | None, Storage]]
 
@@ -41,8 +51,8 @@ class LayerForms:
         return CostCurve(self.params if unit == "params" else self.num_bytes, self.costs)
 
     def hull(self) -> tuple[tuple[int, float], ...]:
-        """Lower convex hull of costs over parameters: the only forms a global budget ever takes."""
-        points = sorted(zip(self.params.tolist(), self.costs.tolist(), strict=True))
+        """Lower convex hull of forecasts over parameters: the only forms a global budget ever takes."""
+        points = sorted(zip(self.params.tolist(), self.forecasts.tolist(), strict=True))
         hull: list[tuple[float, float]] = []
         for point in points:
             while len(hull) > 1 and _above(hull[-2], hull[-1], point):
@@ -54,7 +64,7 @@ class LayerForms:
 
 def low_rank_forms(
     matrix: Tensor,
-    weighting: Weighting,
+    prices: Prices,
     storage: Storage,
     *,
     max_rank: int | None = None,
@@ -64,12 +74,12 @@ def low_rank_forms(
 
     Args:
         matrix: shape `(out, in)`.
-        weighting: prices of errors.
+        prices: of errors.
         storage: how the factors would be kept.
         max_rank: largest rank; dense is then no choice.
         rel_error: forms with a larger relative Frobenius error are no choice.
     """
-    result = weighted_svd(matrix, weighting)
+    result = weighted_svd(matrix, prices.choice)
     errors = frobenius_errors(result)[1:]
     params, sizes = low_rank_sizes((matrix.shape[0], matrix.shape[1]), storage, matrix.dtype)
     ranks = torch.arange(1, len(errors) + 1)  # fewer than the full rank where a moment is singular
@@ -95,6 +105,7 @@ def low_rank_forms(
         params=with_dense(params, float(matrix.numel())),
         num_bytes=with_dense(sizes, float(matrix.numel() * matrix.element_size())),
         costs=with_dense(result.error[1:], 0.0),
+        forecasts=with_dense(tail_costs(result, prices.forecast)[1:], 0.0),
         errors=with_dense(errors, 0.0),
         make=make,
     )
@@ -102,12 +113,12 @@ def low_rank_forms(
 
 #: Shares of the largest bond at which networks other than low rank are tried; between them costs are
 #: interpolated.
-_TRIED = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 
 
 def network_forms(
     matrix: Tensor,
-    weighting: Weighting,
+    prices: Prices,
     storage: Storage,
     family: str,
     *,
@@ -115,7 +126,7 @@ def network_forms(
     rel_error: float | None = None,
     **options: Any,
 ) -> LayerForms:
-    """Caps on the bonds of any family, priced by trying a dozen, and dense.
+    """Caps on the bonds of any family, priced by trying a few, and dense.
 
     Costs are those before fitting (`decompose_network`), so they are upper bounds of what comes out.
 
@@ -130,18 +141,20 @@ def network_forms(
     tried = sorted({max(1, round(share * top)) for share in _TRIED})
     caps = sorted({max(1, round(k * top / 400)) for k in range(1, 401)} | set(tried))
     topologies = [build(rows, columns, max_bond=cap, **options) for cap in caps]
-    costs, errors = [], []
-    norm = float(torch.linalg.vector_norm(matrix.double()))
-    for cap in tried:
-        error = matrix - structured_start(matrix, topologies[caps.index(cap)], weighting).to_matrix()
-        costs.append(weighting.cost(error))
-        errors.append(float(torch.linalg.vector_norm(error.double())) / max(norm, 1e-300))
-    every_cost, every_error = (_interpolated(caps, tried, values) for values in (costs, errors))
-    keep = [k for k in range(len(caps)) if rel_error is None or every_error[k] <= rel_error]
+    starts = starts_of(matrix, [topologies[caps.index(cap)] for cap in tried], prices.choice)
+    gaps = [matrix - start.to_matrix() for start in starts]
+    costs = _interpolated(caps, tried, [prices.choice.cost(gap) for gap in gaps])
+    forecasts = _interpolated(caps, tried, [prices.forecast.cost(gap) for gap in gaps])
+    norm = max(float(matrix.norm()), 1e-300)
+    errors = _interpolated(caps, tried, [float(gap.norm()) / norm for gap in gaps])
+    keep = [k for k in range(len(caps)) if rel_error is None or errors[k] <= rel_error]
     dense = max_bond is None
     params = [float(storage.num_params(topologies[k])) for k in keep] + [float(matrix.numel())] * dense
     sizes = [float(storage.num_bytes(topologies[k], matrix.dtype)) for k in keep]
     sizes += [float(matrix.numel() * matrix.element_size())] * dense
+
+    def kept(values: list[float]) -> Tensor:
+        return torch.tensor([values[k] for k in keep] + [0.0] * dense, dtype=torch.float64)
 
     def make(index: int) -> tuple[Topology | None, Storage]:
         return (None, PLAIN) if index == len(keep) else (topologies[keep[index]], storage)
@@ -149,8 +162,9 @@ def network_forms(
     return LayerForms(
         params=torch.tensor(params, dtype=torch.float64),
         num_bytes=torch.tensor(sizes, dtype=torch.float64),
-        costs=torch.tensor([every_cost[k] for k in keep] + [0.0] * dense, dtype=torch.float64),
-        errors=torch.tensor([every_error[k] for k in keep] + [0.0] * dense, dtype=torch.float64),
+        costs=kept(costs),
+        forecasts=kept(forecasts),
+        errors=kept(errors),
         make=make,
     )
 
@@ -165,10 +179,10 @@ def joined(forms: Sequence[LayerForms]) -> LayerForms:
         family = next(k for k in range(len(forms)) if index < starts[k + 1])
         return forms[family].make(index - starts[family])
 
-    def together(name: str) -> Tensor:
-        return torch.cat([getattr(form, name) for form in forms])
-
-    return LayerForms(together("params"), together("num_bytes"), together("costs"), together("errors"), make)
+    names = ("params", "num_bytes", "costs", "forecasts", "errors")
+    return LayerForms(
+        **{name: torch.cat([getattr(form, name) for form in forms]) for name in names}, make=make
+    )
 
 
 def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
@@ -181,7 +195,7 @@ def dense_form(matrix: Tensor) -> LayerForms:
     """No choice but to stay dense."""
     count = torch.tensor([float(matrix.numel())], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    return LayerForms(count, count * matrix.element_size(), zero, zero, lambda index: (None, PLAIN))
+    return LayerForms(count, count * matrix.element_size(), zero, zero, zero, lambda index: (None, PLAIN))
 
 
 @lru_cache(maxsize=256)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tensornet.compression.allocate import spend_cost, spend_size, total_cost
 from tensornet.compression.config import AUTO, CompressionConfig, family_options
-from tensornet.compression.forms import LayerForms, dense_form, joined, low_rank_forms, network_forms
+from tensornet.compression.forms import LayerForms, Prices, dense_form, joined, low_rank_forms, network_forms
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
-from tensornet.compression.weighted import weighting_of
+from tensornet.compression.weighted import FORECAST_DAMPING, weighting_of
 from tensornet.errors import BudgetError
 from tensornet.nn.storage import CHAINS, Storage
 from tensornet.whitening import Weighting
@@ -34,6 +34,20 @@ def layer_weighting(
     return Weighting(None, weighting.columns)
 
 
+def layer_prices(
+    target: Target, objective: str, stats: CalibrationStats | None, damping: float
+) -> Prices | None:
+    """`layer_weighting` with little damping for the choice, and with more for the forecast."""
+    choice = layer_weighting(target, objective, stats, damping)
+    if choice is None:
+        return None
+    if objective != "curvature":
+        return Prices(choice, choice)
+    forecast = layer_weighting(target, objective, stats, max(damping, FORECAST_DAMPING))
+    assert forecast is not None
+    return Prices(choice, forecast)
+
+
 def layer_forms(
     target: Target, config: CompressionConfig, objective: str, stats: CalibrationStats | None
 ) -> LayerForms:
@@ -43,12 +57,10 @@ def layer_forms(
         BudgetError: none is left.
     """
     families = ("low_rank",) if config.topology == AUTO else (config.topology,)
-    weighting = layer_weighting(target, objective, stats, config.damping)
-    if weighting is None:
+    prices = layer_prices(target, objective, stats, config.damping)
+    if prices is None:
         return dense_form(target.matrix)
-    forms = joined(
-        [_family_forms(target.matrix, weighting, family, config, objective) for family in families]
-    )
+    forms = joined([_family_forms(target.matrix, prices, family, config, objective) for family in families])
     if len(forms.params) == 0:
         raise BudgetError(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
@@ -58,18 +70,16 @@ def layer_forms(
 
 
 def _family_forms(
-    matrix: Tensor, weighting: Weighting, family: str, config: CompressionConfig, objective: str
+    matrix: Tensor, prices: Prices, family: str, config: CompressionConfig, objective: str
 ) -> LayerForms:
     storage = storage_of(config, objective)
     if family not in CHAINS:  # only chains have a gauge that storage knows how to fix
         storage = replace(storage, pivoted=False)
     if family == "low_rank":
-        return low_rank_forms(
-            matrix, weighting, storage, max_rank=config.max_bond, rel_error=config.rel_error
-        )
+        return low_rank_forms(matrix, prices, storage, max_rank=config.max_bond, rel_error=config.rel_error)
     return network_forms(
         matrix,
-        weighting,
+        prices,
         storage,
         family,
         max_bond=config.max_bond,
@@ -99,11 +109,11 @@ def choose_forms(
     if config.max_bytes is not None:
         choices.append((spend_size([f.curve("bytes") for f in forms], config.max_bytes), "max_bytes"))
     if config.loss_increase is not None:
-        chosen = spend_cost(curves, config.loss_increase)
+        chosen = spend_cost(curves, config.loss_increase, [form.forecasts for form in forms])
         if not choices:
             return chosen, "loss_increase"
         cheapest = max(choices, key=lambda choice: total_cost(curves, choice[0]))
-        predicted = total_cost(curves, cheapest[0])
+        predicted = sum(float(f.forecasts[k]) for f, k in zip(forms, cheapest[0], strict=True))
         if predicted > config.loss_increase:
             raise BudgetError(
                 f"{cheapest[1]} and loss_increase={config.loss_increase} contradict each other: the best "

@@ -52,6 +52,26 @@ def structured_start(matrix: Tensor, topology: Topology, weighting: Weighting) -
     return plain if costs[0] <= costs[1] else whitened
 
 
+def starts_of(matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting) -> list[TensorNetwork]:
+    """A start for each topology, which differ only in bonds.
+
+    For chains one decomposition serves all: the leading slices of its bonds.
+    """
+    first = topologies[0]
+    if first.family != "mpo":
+        return [structured_start(matrix, topology, weighting) for topology in topologies]
+    full = topology_family("mpo").build(*matrix.shape, out_dims=first.out_dims, in_dims=first.in_dims)
+    exact = _leg_whitened(matrix, full, weighting)
+    return [_sliced(exact, topology) for topology in topologies]
+
+
+def _sliced(network: TensorNetwork, topology: Topology) -> TensorNetwork:
+    """A chain cut to smaller bonds; the bonds of a fresh TT-SVD are sorted by importance."""
+    sizes = topology.core_shapes.values()
+    cut = [core[tuple(slice(n) for n in shape)] for core, shape in zip(network.cores, sizes, strict=True)]
+    return TensorNetwork(topology, [core.contiguous() for core in cut])
+
+
 def _leg_whitened(matrix: Tensor, topology: Topology, weighting: Weighting) -> TensorNetwork:
     """Whiten every leg with its own moment, decompose, undo in the cores: bonds are not affected."""
     sides = (

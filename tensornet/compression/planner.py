@@ -60,7 +60,7 @@ def plan(
             baseline_error=0.0,
             singular_values=tuple(singular_values(target.matrix).tolist()),
             storage=storage,
-            loss_increase=float(form.costs[index]) if objective == "curvature" else None,
+            loss_increase=float(form.forecasts[index]) if objective == "curvature" else None,
             curve=form.hull() if objective == "curvature" else (),
         )
         layers.append(_with_baseline(made))

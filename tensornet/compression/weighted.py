@@ -11,10 +11,14 @@ from tensornet.network import TensorNetwork
 from tensornet.svd import result_dtype
 from tensornet.topologies import Decomposition, low_rank
 from tensornet.topology import Topology
-from tensornet.whitening import WeightedSVD, Weighting, damped, nearest_kronecker, weighted_svd
+from tensornet.whitening import WeightedSVD, Weighting, damped, nearest_kronecker, times, weighted_svd
 
 #: Damping of the input moment, as a share of its mean diagonal: only against rounding and dead inputs.
 INPUT_DAMPING = 1e-4
+#: Damping of gradient moments for the forecast of the loss. Decomposing is best with little damping, but what
+#: it leaves out then looks cheaper than it is: on another text, and with all layers compressed at once, errors
+#: also cost where this text's gradients are small. With 1 forecasts met measurements (docs/quality.md).
+FORECAST_DAMPING = 1.0
 #: Damping of token frequencies: rows that the calibration text never read must keep a price.
 FREQUENCY_DAMPING = 0.1
 
@@ -84,12 +88,18 @@ def _low_rank(matrix: Tensor, rank: int, weighting: Weighting) -> Decomposition:
 
 
 def frobenius_errors(result: WeightedSVD) -> Tensor:
-    """Relative Frobenius error at every rank from 0 on, shape `(k + 1,)`.
+    """Relative Frobenius error at every rank from 0 on, shape `(k + 1,)`."""
+    squares = tail_costs(result, Weighting())
+    return (squares / squares[0].clamp_min(1e-300)).sqrt()
 
-    What rank `r` leaves out is `L_> R_>`, the product of the trailing columns and rows, and
-    `|L_> R_>|^2` is the sum of the trailing block of `(L^T L) * (R R^T)`, elementwise.
+
+def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
+    """`1/2 tr(R E C E^T)` of what every rank leaves out, under any weighting, shape `(k + 1,)`.
+
+    Rank `r` leaves out `L_> Q_>`, the product of the trailing columns and rows, whose cost is half the sum of
+    the trailing block of `(L^T R L) * (Q C Q^T)`, elementwise.
     """
-    overlaps = (result.left.T @ result.left) * (result.right @ result.right.T)
+    left, right = result.left, result.right
+    overlaps = left.T @ times(weighting.rows, left) * (right @ times(weighting.columns, right.T))
     tails = overlaps.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0)
-    full = torch.cat([tails, tails.new_zeros(1)])
-    return (full / full[0].clamp_min(1e-300)).sqrt()
+    return torch.cat([tails, tails.new_zeros(1)]) / 2
