@@ -8,6 +8,7 @@ from tensornet_moe.joint import JointFit
 from tensornet_moe.losses import load_balancing_loss, router_z_loss
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.moe import AuxLosses, RoutingStats, SharedCoreMoE, collect_aux_losses
+from tensornet_moe.parallel import ParallelExperts, average_gradients, gather_experts, shard_experts
 from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
 from tensornet_moe.routing import Router, Routing
 
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertFFN",
     "GradientMask",
     "JointFit",
+    "ParallelExperts",
     "Router",
     "Routing",
     "RoutingStats",
@@ -26,9 +28,12 @@ __all__ = [
     "SharedCores",
     "SwitchRouter",
     "TopKRouter",
+    "average_gradients",
     "collect_aux_losses",
+    "gather_experts",
     "linear_fade",
     "load_balancing_loss",
     "router_z_loss",
+    "shard_experts",
     "shared_parameters",
 ]

@@ -1,0 +1,269 @@
+"""Expert parallelism: a process keeps the private cores of some experts, and all keep the shared ones.
+
+Tokens travel to the process of their expert and back (two all-to-all exchanges a layer). The gradients of
+private cores then hold the tokens of all processes already; those of shared cores and of everything else
+are averaged over processes, as data parallelism does.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tensornet.errors import TargetError, TopologyError
+from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.experts import SharedCoreExperts
+from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.grouped import Groups, group_rows
+from tensornet_moe.moe import SharedCoreMoE
+
+
+class ParallelExperts(nn.Module):
+    """The experts of one layer, spread over the processes of a group; stands in for their `ExpertFFN`.
+
+    Process `r` of `R` holds experts `r * E / R` to `(r + 1) * E / R - 1`. Every process must run the layer
+    equally often, forward and backward, be it with tokens or without.
+
+    Args:
+        local: the experts of this process.
+        shared: owners of the cores that all experts share, by the name of the bank; replicated.
+        group: the processes.
+
+    See `shard_experts`, which makes it.
+    """
+
+    def __init__(self, local: ExpertFFN, shared: nn.ModuleDict, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.local, self.shared = local, shared
+        self._group = (group,)  # in a tuple: a group can be neither copied nor pickled
+        self.num_experts = local.num_experts * dist.get_world_size(group)
+        self.in_features, self.out_features = local.in_features, local.out_features
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes that share the experts."""
+        return self._group[0]
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        """Map rows `(rows, in_features)`, sorted by expert, to `(rows, out_features)`."""
+        ranks, here = dist.get_world_size(self.group), self.local.num_experts
+        # A matrix of counts: rows that each process sends to each of my experts.
+        counts = groups.counts.reshape(ranks, here)
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts.contiguous(), group=self.group)
+        sent, received = counts.sum(1).tolist(), arriving.sum(1).tolist()
+        rows = _Exchange.apply(x, sent, received, self.group)
+        expert = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(arriving.reshape(-1))
+        order = expert.argsort(stable=True)  # they arrive by process, and within each by expert
+        y = self.local(rows[order], group_rows(expert[order], here))
+        return _Exchange.apply(torch.empty_like(y).index_copy(0, order, y), received, sent, self.group)
+
+    def spec(self) -> dict[str, Any]:
+        """Refused: a checkpoint is that of the whole layer.
+
+        Raises:
+            TargetError: always; see `gather_experts`.
+        """
+        raise TargetError(
+            "These experts are spread over processes. Call tensornet_moe.gather_experts(model) on every "
+            "process, then save on one: the result loads on any number of processes."
+        )
+
+
+def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Spread the experts of every `SharedCoreMoE` in a module over processes, in place.
+
+    Every process must hold the same weights when it calls this, and keeps its share. Call it before the
+    optimizer is made. Then either wrap the model with `DistributedDataParallel`, or call
+    `average_gradients(model)` before each `optimizer.step()`.
+
+    Args:
+        module: holds the mixtures.
+        group: the processes; all if absent.
+
+    Returns:
+        Names of the parameters that differ between processes, which `DistributedDataParallel` is told to
+        leave alone (this function does it for `module`).
+
+    Raises:
+        TargetError: there is no mixture, or its experts are no `SharedCoreExperts`, or are spread already.
+        TopologyError: the number of experts is no multiple of that of processes, or their bonds differ.
+    """
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    found = {name: part for name, part in module.named_modules() if isinstance(part, SharedCoreMoE)}
+    if not found:
+        raise TargetError(f"{type(module).__name__} holds no SharedCoreMoE whose experts could be spread.")
+    for name, moe in found.items():
+        _check(name, moe, dist.get_world_size(group))
+    for moe in found.values():
+        moe.experts = _shard(moe.experts, group)  # type: ignore[assignment]  # same interface
+    own = {id(p) for p in _private_parameters(module)}
+    names = [name for name, p in module.named_parameters() if id(p) in own]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    return names
+
+
+@torch.no_grad()
+def gather_experts(module: nn.Module) -> None:
+    """Undo `shard_experts`: every process gets all experts again, in place. Gradients are dropped.
+
+    Raises:
+        TargetError: no experts are spread.
+    """
+    found = [part for part in module.modules() if isinstance(getattr(part, "experts", None), ParallelExperts)]
+    if not found:
+        raise TargetError(f"{type(module).__name__} holds no experts that are spread over processes.")
+    for part in found:
+        part.experts = _gather(part.experts)  # type: ignore[arg-type]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [])
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Average over processes the gradients of all parameters but those of private cores.
+
+    What `DistributedDataParallel` does during the backward; for loops without it. A parameter without a
+    gradient on some process counts as zero there.
+    """
+    own = {id(p) for p in _private_parameters(module)}
+    replicated = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
+    has = torch.tensor([p.grad is not None for p in replicated], dtype=torch.int32)
+    dist.all_reduce(has, group=group)
+    for parameter, count in zip(replicated, has.tolist(), strict=True):
+        if count:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= dist.get_world_size(group)
+
+
+class _Exchange(torch.autograd.Function):
+    """Send rows to processes, so many to each; the gradient goes the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        y = x.new_empty(sum(received), x.shape[1])
+        dist.all_to_all_single(y, x.contiguous(), received, sent, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        back = grad.new_empty(sum(ctx.sent), grad.shape[1])
+        dist.all_to_all_single(back, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
+        return back, None, None, None
+
+
+def _check(name: str, moe: SharedCoreMoE, ranks: int) -> None:
+    if not isinstance(moe.experts, ExpertFFN):
+        raise TargetError(f"The experts of {name!r} are spread over processes already.")
+    if moe.num_experts % ranks:
+        raise TopologyError(
+            f"{moe.num_experts} experts of {name!r} cannot be spread evenly over {ranks} processes; use a "
+            "number of processes that divides them, or a smaller group."
+        )
+    for bank in _banks(moe.experts).values():
+        if not isinstance(bank, SharedCoreExperts):
+            raise TargetError(
+                f"{name!r} has experts of type {type(bank).__name__}; only SharedCoreExperts spread."
+            )
+        if len(set(bank.topologies)) > 1:
+            raise TopologyError(f"The bonds of the experts of {name!r} differ; only equal ones spread.")
+
+
+def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    here = slice(rank * experts.num_experts // ranks, (rank + 1) * experts.num_experts // ranks)
+    shared = nn.ModuleDict()
+    banks = {}
+    for name, bank in _banks(experts).items():
+        assert isinstance(bank, SharedCoreExperts)
+        banks[name], owner = _slice_bank(bank, here)
+        if owner is not None:
+            shared[name] = owner
+    local = _ffn_like(experts, banks, {k: b if b is None else b[here] for k, b in _biases(experts).items()})
+    made = ParallelExperts(local, shared, group)
+    for parameter in _private_of(made):
+        # They see the tokens of all processes: the average over processes is their gradient over R.
+        frozen = not parameter.requires_grad
+        parameter.requires_grad_(True).register_hook(lambda grad: grad / ranks)
+        parameter.requires_grad_(not frozen)
+    return made
+
+
+def _gather(experts: ParallelExperts) -> ExpertFFN:
+    group, local = experts.group, experts.local
+    banks: dict[str, ExpertBank] = {}
+    for name, bank in _banks(local).items():
+        assert isinstance(bank, SharedCoreExperts)
+        own = name in experts.shared
+        whole = SharedCoreExperts(
+            bank.topology,
+            experts.num_experts,
+            shared=bank._owner[0] if bank._owner and not own else bank.shared,
+            device="meta",
+        )
+        cores = {
+            core: bank.private_core(core) for core in bank.topology.core_names if core not in bank.shared
+        }
+        for core, part in cores.items():
+            whole._store(core, _gather_rows(part, group))
+            whole.get_parameter(f"core_{core}").requires_grad_(part.requires_grad)
+        if own:
+            for core, parameter in bank.shared_parameters().items():
+                whole.register_parameter(f"core_{core}", parameter)
+        banks[name] = whole
+    biases = {name: b if b is None else _gather_rows(b, group) for name, b in _biases(local).items()}
+    return _ffn_like(local, banks, biases)
+
+
+def _slice_bank(bank: SharedCoreExperts, here: slice) -> tuple[SharedCoreExperts, SharedCores | None]:
+    """The bank of some experts, and the new owner of the shared cores (None if another layer owns them)."""
+    owner = None
+    shared: Any = bank._owner[0] if bank._owner else bank.shared
+    if bank.shared and not bank._owner:
+        shared = owner = SharedCores(bank.topology, bank.shared, device="meta")
+        for core, parameter in bank.shared_parameters().items():
+            owner.register_parameter(f"core_{core}", parameter)
+    part = SharedCoreExperts(bank.topology, here.stop - here.start, shared=shared, device="meta")
+    for core in bank.topology.core_names:
+        if core not in bank.shared:
+            part._store(core, bank.private_core(core).detach()[here].clone())
+            part.get_parameter(f"core_{core}").requires_grad_(bank.private_core(core).requires_grad)
+    return part, owner
+
+
+def _ffn_like(like: ExpertFFN, banks: dict[str, Any], biases: dict[str, Tensor | None]) -> ExpertFFN:
+    has_bias = any(bias is not None for bias in biases.values())
+    made = ExpertFFN(banks, activation=like.activation, bias=has_bias, dropout=like.dropout, device="meta")
+    for name, bias in biases.items():
+        if bias is not None:
+            made.register_parameter(f"{name}_bias", nn.Parameter(bias.detach().clone()))
+    return made.train(like.training)
+
+
+def _gather_rows(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.detach().contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _banks(experts: ExpertFFN) -> dict[str, ExpertBank]:
+    return {name: experts.bank(name) for name in experts.names}
+
+
+def _biases(experts: ExpertFFN) -> dict[str, Tensor | None]:
+    return {name: getattr(experts, f"{name}_bias") for name in experts.names}
+
+
+def _private_of(experts: ParallelExperts) -> Iterable[nn.Parameter]:
+    return experts.local.parameters()  # shared cores are borrowed: they are not among these
+
+
+def _private_parameters(module: nn.Module) -> Sequence[nn.Parameter]:
+    return [p for part in module.modules() if isinstance(part, ParallelExperts) for p in _private_of(part)]
