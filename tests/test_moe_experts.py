@@ -14,6 +14,7 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import FormatError, NonFiniteError, ShapeError, TopologyError
 from tensornet.nn import build_module
+from tensornet_moe import experts as experts_module
 from tensornet_moe.experts import DEFAULT_CACHE_BYTES
 
 E = 3
@@ -124,7 +125,7 @@ def test_check_values_of_base_and_large() -> None:
 
 def test_rebuild_costs_what_the_bonds_say() -> None:
     bank = tm.SharedCoreExperts(tn.topologies.mpo(**BASE), 8, device="meta")
-    per_expert = bank.plan.contraction.multiply_adds(8) / (8 * 768 * 3072)
+    per_expert = bank.plan.multiply_adds(8) / (8 * 768 * 3072)
     assert 576 <= per_expert < 580
 
 
@@ -167,6 +168,29 @@ def test_a_subset_is_an_index_and_keeps_everyone_in_the_graph(shared: str) -> No
     assert torch.equal(picked, bank.expert_matrices(torch.tensor([2, 0, 2])))
     bank.expert_matrices([1]).sum().backward()
     assert all(p.grad is not None for p in bank.parameters())
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("name", ["chain", "ring", "block_tt"])
+def test_large_matrices_are_built_one_by_one(name: str, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = make(name, shared)
+    probe = torch.randn(2, bank.out_features, bank.in_features, dtype=torch.float64)
+    results = []
+    for limit in (1, 10**9):
+        monkeypatch.setattr(experts_module, "_BUILT_ALONE", limit)
+        bank.zero_grad()
+        matrices = bank.matrix_list([2, 1])
+        (torch.stack(list(matrices)) * probe).sum().backward()
+        results.append([*(m.detach() for m in matrices), *(p.grad for p in bank.parameters())])
+    for alone, together in zip(*results, strict=True):
+        assert alone is not None
+        assert torch.allclose(alone, together, atol=1e-12)
+
+
+def test_small_private_cores_are_merged_first() -> None:
+    bank = tm.SharedCoreExperts(tn.topologies.mpo(**BASE), 8, device="meta")
+    assert sorted(group.cores for group in bank.plan.groups) == [("0", "1"), ("2",), ("3", "4")]
+    assert len(bank.plan.contraction.steps) == 2
 
 
 def test_new_experts_differ_and_have_unit_gain() -> None:

@@ -1,0 +1,224 @@
+"""How near a mixture with one shared center comes to the speed that its arithmetic allows.
+
+1. A training step (forward and backward) of one feed-forward mixture: base shapes 768 x 3072, 8 experts,
+   dims of the paper, top-1, 2,048 tokens, against the time its multiply-adds need at the speed of one plain
+   product of 2048 x 768 by 768 x 3072, measured in turn with it. Asked: at most 1.15 times.
+2. Inference with kept experts against the same mixture with dense expert matrices, for a few tokens at a
+   time. Asked: at most 1.1 times.
+
+Seconds are processor seconds with one thread: what else the machine does then counts least.
+
+    python benchmarks/moe_step.py            # a minute or two; writes benchmarks/records/moe_step.json
+    python benchmarks/moe_step.py --toy      # seconds; proves only that the road is open
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tensornet as tn
+import tensornet_moe as tm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import RECORDS, paired_medians, record
+
+TRAINING_LIMIT, INFERENCE_LIMIT = 1.15, 1.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of the mixture.
+
+    Args:
+        model_dims: factors of the width of the model.
+        hidden_dims: factors of the width of the hidden layer.
+        experts: number of experts.
+        tokens: tokens of a training step.
+        decode_tokens: tokens of an inference call.
+        repeats: timed rounds.
+    """
+
+    model_dims: tuple[int, ...]
+    hidden_dims: tuple[int, ...]
+    experts: int
+    tokens: int
+    decode_tokens: tuple[int, ...]
+    repeats: int
+
+    @property
+    def model(self) -> int:
+        """Width of the model."""
+        return torch.Size(self.model_dims).numel()
+
+    @property
+    def hidden(self) -> int:
+        """Width of the hidden layer."""
+        return torch.Size(self.hidden_dims).numel()
+
+
+BASE = Case((3, 4, 4, 4, 4), (4, 4, 8, 6, 4), 8, 2048, (1, 8, 32), 7)
+TOY = Case((2, 2, 2), (2, 4, 2), 2, 32, (1, 4), 1)
+
+
+class DenseExperts(tm.ExpertBank):
+    """One dense matrix for each expert, nothing shared: the mixture to compare with."""
+
+    def __init__(self, num_experts: int, out_features: int, in_features: int) -> None:
+        super().__init__(num_experts, (out_features, in_features))
+        self.weight = nn.Parameter(torch.randn(num_experts, out_features, in_features) / in_features**0.5)
+
+    def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
+        """See `ExpertBank`."""
+        return self.weight if experts is None else self.weight[torch.as_tensor(experts)]
+
+    def matrix_list(self, experts: Sequence[int]) -> Sequence[Tensor]:
+        """See `ExpertBank`."""
+        every = self.weight.unbind(0)
+        return [every[e] for e in experts]
+
+    def keeps_matrices(self) -> bool:
+        """See `ExpertBank`."""
+        return True
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """See `ExpertBank`."""
+        return {}
+
+    def spec(self) -> dict[str, Any]:
+        """See `ExpertBank`."""
+        return {"type": "dense_experts"}
+
+
+def mixture(case: Case, *, dense: bool) -> tm.SharedCoreMoE:
+    """One feed-forward mixture, MPOE or with dense experts."""
+    up = tn.topologies.mpo(out_dims=case.hidden_dims, in_dims=case.model_dims)
+    down = tn.topologies.mpo(out_dims=case.model_dims, in_dims=case.hidden_dims)
+    banks: dict[str, tm.ExpertBank] = {
+        name: DenseExperts(case.experts, *topology.shape)
+        if dense
+        else tm.SharedCoreExperts(topology, case.experts)
+        for name, topology in (("wi", up), ("wo", down))
+    }
+    return tm.SharedCoreMoE(tm.SwitchRouter(case.model, case.experts), tm.ExpertFFN(banks, activation="relu"))
+
+
+def training_multiply_adds(case: Case, moe: tm.SharedCoreMoE) -> int:
+    """Forward and backward: each product is done once forward and twice backward."""
+    rebuild = sum(
+        bank.plan.multiply_adds(case.experts)
+        for bank in moe.experts.modules()
+        if isinstance(bank, tm.SharedCoreExperts)
+    )
+    return 3 * (rebuild + 2 * case.tokens * case.model * case.hidden)
+
+
+def time_training(case: Case) -> dict[str, Any]:
+    """One training step beside the plain product that sets the speed."""
+    torch.manual_seed(0)
+    moe = mixture(case, dense=False).train()
+    x = torch.randn(case.tokens, case.model, requires_grad=True)
+    grad = torch.randn(case.tokens, case.model)
+    weight = torch.randn(case.hidden, case.model)
+    optimizer = torch.optim.AdamW(moe.parameters(), fused=True)
+
+    def step() -> None:
+        moe.zero_grad()
+        y = moe(x)
+        torch.autograd.backward([y, tm.collect_aux_losses(moe).total], [grad, torch.ones(())])
+
+    def product() -> Tensor:
+        return x.detach() @ weight.T
+
+    active = int((moe(x), moe.stats)[1].load.count_nonzero())  # type: ignore[union-attr]
+    times = paired_medians(
+        {"step": step, "product": product, "optimizer": optimizer.step}, case.repeats, clock=time.process_time
+    )
+    speed = case.tokens * case.model * case.hidden / times["product"].median
+    needed = training_multiply_adds(case, moe) / speed
+    return {
+        "what": "training step",
+        "tokens": case.tokens,
+        "active_experts": active,
+        "seconds": times["step"].median,
+        "seconds_low": times["step"].low,
+        "seconds_high": times["step"].high,
+        "compared_with": needed,
+        "ratio": times["step"].median / needed,
+        "asked": TRAINING_LIMIT,
+        "giga_multiply_adds_per_second": speed / 1e9,
+        "optimizer_seconds": times["optimizer"].median,
+    }
+
+
+@torch.inference_mode()
+def time_inference(case: Case, tokens: int) -> dict[str, Any]:
+    """A call with kept experts beside the same with dense experts."""
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        ours, dense = mixture(case, dense=False).eval(), mixture(case, dense=True).eval()
+        dense.router.load_state_dict(ours.router.state_dict())
+    batches = [torch.randn(tokens, case.model) for _ in range(10 if case.repeats > 1 else 1)]
+
+    def run(moe: tm.SharedCoreMoE) -> Callable[[], None]:
+        def call() -> None:
+            for batch in batches:
+                moe(batch)
+
+        return call
+
+    times = paired_medians(
+        {"ours": run(ours), "dense": run(dense)}, 5 * case.repeats, warmup=2, clock=time.process_time
+    )
+    assert all(b.keeps_matrices() for b in ours.experts.modules() if isinstance(b, tm.SharedCoreExperts))
+    return {
+        "what": "inference",
+        "tokens": tokens,
+        "seconds": times["ours"].median / len(batches),
+        "seconds_low": times["ours"].low / len(batches),
+        "seconds_high": times["ours"].high / len(batches),
+        "compared_with": times["dense"].median / len(batches),
+        "ratio": times["ours"].median / times["dense"].median,
+        "asked": INFERENCE_LIMIT,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, for the tests")
+    parser.add_argument("--output", type=Path, default=RECORDS, help="folder of the record")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    case = TOY if options.toy else BASE
+    rows = [time_training(case), *(time_inference(case, tokens) for tokens in case.decode_tokens)]
+    for row in rows:
+        print(
+            f"{row['what']:14} {row['tokens']:5} tokens: {row['seconds']:.5f} s against "
+            f"{row['compared_with']:.5f} s, {row['ratio']:.3f} times (asked: {row['asked']})"
+        )
+    record(
+        "moe_step",
+        rows,
+        folder=options.output,
+        threads=1,
+        clock="processor seconds",
+        experts=case.experts,
+        model=case.model,
+        hidden=case.hidden,
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
