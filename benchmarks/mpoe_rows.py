@@ -80,7 +80,7 @@ def build(task: Task, row: Row, *, seed: int, balance: float = 0.01) -> nn.Modul
 
 def moe_config(row: Row, task: Task, balance: float) -> th.MoEConfig:
     """A long middle core between two small ends, or, for Switch, each matrix as it is."""
-    common = {"num_experts": row.experts, "aux_loss_coef": balance, "noise": row.noise}
+    common: dict[str, Any] = {"num_experts": row.experts, "aux_loss_coef": balance, "noise": row.noise}
     if row.ends is None:
         return th.MoEConfig(**common, sites=1, shared="none")
     a, b = row.ends

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +50,16 @@ MASK_VARIANTS = (
 )
 ROWS = (
     *MASK_ROWS[:3],
-    Row("MPOE, ends 2x2", ends=(2, 2)),
-    Row("MPOE, bonds 8", max_bond=8),
-    *MASK_ROWS[3:],
+    Row("MPOE, bonds 12", max_bond=12),
+    *MASK_ROWS[4:],
     Row("MPOE, E = 16", experts=16),
     Row("every core private", shared="none"),
-    Row("MPOE, bonds 12", max_bond=12),
-    Row("MPOE, E = 32, ends 2x2", experts=32, ends=(2, 2)),
+    MASK_ROWS[3],
+    Row("MPOE, ends 2x2", ends=(2, 2)),
+    Row("MPOE, bonds 8", max_bond=8),
+    Row("MPOE, bonds 14", max_bond=14),
     Row("Switch, E = 32", experts=32, ends=None),
+    Row("MPOE, E = 32, ends 2x2", experts=32, ends=(2, 2)),
 )
 
 
@@ -141,12 +144,12 @@ def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float])
     losses, accuracies = [r["loss"] for r in runs], [r["accuracy"] for r in runs]
     return {
         "row": row.name,
-        "options": {k: v for k, v in row.__dict__.items() if k != "name"},
+        "options": {k: str(v) for k, v in dataclasses.asdict(row).items() if k != "name"},
         "expert_parameters": runs[0]["expert_parameters"],
         "parameters": runs[0]["parameters"],
         "rate": runs[0]["rate"],
         "tune_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
-        "losses": losses,
+        "loss_by_seed": {str(r["seed"]): r["loss"] for r in runs},
         "loss": statistics.mean(losses),
         "loss_spread": statistics.stdev(losses),
         "accuracy": statistics.mean(accuracies),
@@ -157,13 +160,16 @@ def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float])
 
 
 def seconds_per_step(setting: Setting, task: Task, rows: Sequence[Row]) -> dict[str, float]:
-    """Median seconds of a step, all rows in turn in one process."""
+    """Median processor seconds of a step, all rows in turn in one process."""
     steps = {}
     for row in rows:
         model = build(task, row, seed=0).train()
         optimizer = optimizer_of(model, row, 1e-4, setting.recipe)
         steps[row.name] = stepper(model, optimizer, task.batches(0))
-    return {name: timing.median for name, timing in paired_medians(steps, setting.repeats).items()}
+    return {
+        name: timing.median
+        for name, timing in paired_medians(steps, setting.repeats, clock=time.process_time).items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -187,11 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         setting = toy(SETTINGS[name]) if options.toy else SETTINGS[name]
         state = State(options.state / f"{name}.json", frozen=options.finished)
         lines += [{"table": name, **line} for line in table(setting, quotations, state)]
+    found = {f"{name}: {k}": v for name in options.tables for k, v in claims(lines, name).items()}
     settings = {
         name: {"rates": s.rates, "seeds": s.seeds, **dataclasses.asdict(s.recipe), **s.sizes}
         for name, s in SETTINGS.items()
     }
-    return record("mpoe_vs_switch", lines, folder=options.out, threads=1, settings=settings)
+    return record("mpoe_vs_switch", lines, folder=options.out, threads=1, summary=found, settings=settings)
 
 
 def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[str, Any]]:
@@ -211,6 +218,24 @@ def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[s
         lines[row] = summary(row, runs, tried)
     seconds = seconds_per_step(setting, task, list(lines))
     return [{**line, "seconds_per_step": seconds[row.name]} for row, line in lines.items()]
+
+
+def claims(lines: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
+    """What one table says: Switch, and the best mixtures within a part of its parameters."""
+    rows = [line for line in lines if line["table"] == name and line["row"] != "dense"]
+    switch = next((line for line in rows if line["row"] == "Switch"), None)
+    if switch is None:
+        return {}
+    found = {"Switch": f"{switch['loss']:.4f} ± {switch['loss_spread']:.4f}"}
+    for part in (7, 14, 20):
+        small = [x for x in rows if part * x["expert_parameters"] <= switch["expert_parameters"]]
+        if small:
+            best = min(small, key=lambda line: line["loss"])
+            found[f"best with 1/{part} of its experts' parameters or less"] = (
+                f"{best['loss']:.4f} ± {best['loss_spread']:.4f} "
+                f"({best['row']}, 1/{switch['expert_parameters'] / best['expert_parameters']:.1f})"
+            )
+    return found
 
 
 def toy(setting: Setting) -> Setting:
