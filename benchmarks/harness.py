@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -72,13 +73,14 @@ def paired_medians(
 
 
 def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
-    """Commit, dirty flag, machine, device, dtype and versions of what is being measured."""
+    """Commit, dirty flag, device, dtype, load of the machine and versions of what is being measured."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
         "dtype": dtype,
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }

@@ -38,11 +38,12 @@ def section(record: Mapping[str, Any]) -> str:
     question, details = asked(record["name"])
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     state = "with uncommitted changes" if record["dirty"] else "clean"
+    load = f", load average {record['load']}" if "load" in record else ""
     parts = [
         f"## {question or record['name']}",
         details,
         f"Measured {record['date'][:10]} at commit `{record['commit'][:10]}` ({state}) on "
-        f"{record['device']}, {record['dtype']}, Python {record['python']}, {versions}.",
+        f"{record['device']}, {record['dtype']}{load}, Python {record['python']}, {versions}.",
     ]
     if summary := record.get("summary"):
         parts.append(table([{"": key.replace("_", " "), "value": value} for key, value in summary.items()]))
