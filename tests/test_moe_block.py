@@ -251,9 +251,9 @@ def test_reentrant_checkpointing_is_refused() -> None:
         tm.collect_aux_losses(moe)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ["switch", "choice"])  # top2 is compiled above
 def test_compiles_into_one_graph(router: str) -> None:
-    moe = make_moe(router, gated=True, dtype=torch.float32)
+    moe = make_moe(router, dtype=torch.float32)
     compiled = torch.compile(copy.deepcopy(moe), fullgraph=True, backend="aot_eager")
     for tokens in (12, 7):
         x = torch.randn(tokens, FEATURES)
