@@ -88,6 +88,17 @@ def test_decompose_to_agrees_with_decompose(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("promise", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_promise_is_kept_and_used(name: str, promise: float) -> None:
+    matrix = torch.randn(24, 24, dtype=torch.float64)
+    options = {} if name in ("low_rank", "kronecker") else {"sites": 3}
+    result = topology_family(name).decompose(matrix, tn.Budget(rel_error=promise), **options)
+    assert result.error <= promise
+    assert result.error > 0.4 or promise < 0.9, "an allowance that large must be used"
+    assert reference.relative_error(matrix, result.network.to_matrix()) <= promise
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_decompose_to_refuses_another_shape(name: str) -> None:
     family = topology_family(name)
     with pytest.raises(tn.TopologyError, match=r"for a matrix of shape \(5, 4\)"):
