@@ -1,21 +1,18 @@
-"""Experts that share cores: counts, the dense truth, gradients, upcycling, sharing across layers."""
+"""Experts that share cores: counts, the dense truth, gradients, bonds that differ, upcycling."""
 
 from __future__ import annotations
 
-import copy
 import string
 from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.errors import FormatError, NonFiniteError, ShapeError, TopologyError
-from tensornet.nn import build_module
+from tensornet.errors import NonFiniteError, TopologyError
 from tensornet_moe import experts as experts_module
-from tensornet_moe.experts import DEFAULT_CACHE_BYTES
 
 E = 3
 CHAIN = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(3, 2, 2), max_bond=4)
@@ -311,111 +308,3 @@ def test_unknown_shared_cores_are_refused() -> None:
         tm.SharedCoreExperts(CHAIN, 0)
     with pytest.raises(IndexError, match=r"in \[0, 3\)"):
         make("chain").expert_matrices([3])
-
-
-# --- one center for several layers ---------------------------------------------------------------
-
-
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.center = tm.SharedCores(CHAIN)
-        self.layers = nn.ModuleList(tm.SharedCoreExperts(CHAIN, E, shared=self.center) for _ in range(2))
-
-
-def test_a_borrowed_center_is_owned_once() -> None:
-    model = Layers()
-    assert [n for n in model.state_dict() if n.endswith("core_1")] == ["center.core_1"]
-    assert sum("core_1" in n for n, _ in model.named_parameters()) == 1
-    first, second = model.layers
-    assert first.shared_parameters()["1"] is second.shared_parameters()["1"] is model.center.core_1
-    total = sum(p.numel() for p in model.parameters())
-    assert total == model.center.core_1.numel() + first.num_params + second.num_params
-    (first.expert_matrices().sum() + second.expert_matrices().sum()).backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_copies_and_moves_keep_the_center_shared() -> None:
-    model = Layers()
-    twin = copy.deepcopy(model).to(torch.float64)
-    assert twin.layers[0].shared_parameters()["1"] is twin.center.core_1
-    assert twin.center.core_1 is not model.center.core_1
-    before = twin.layers[1].expert_matrices()
-    with torch.no_grad():
-        twin.center.core_1.mul_(2)
-    assert torch.allclose(twin.layers[1].expert_matrices(), 2 * before)
-    other = Layers()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other.layers[0].expert_matrices(), model.layers[0].expert_matrices())
-
-
-def test_a_center_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ShapeError, match="borrowed core '1' has shape"):
-        tm.SharedCoreExperts(SMALL, E, shared=tm.SharedCores(CHAIN))
-    with pytest.raises(TopologyError, match="chooses no core"):
-        tm.SharedCores(CHAIN, "none")
-
-
-# --- kept matrices -------------------------------------------------------------------------------
-
-
-def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
-    bank = make("chain").eval()
-    with torch.no_grad():
-        kept = bank.expert_matrices()
-        assert bank.expert_matrices() is kept
-        assert bank.matrix_list([1])[0].data_ptr() == kept[1].data_ptr()
-        bank.core_0.mul_(2)
-        assert torch.allclose(bank.expert_matrices(), 2 * kept)
-        bank.core_1.data = bank.core_1.data * 2
-        assert torch.allclose(bank.expert_matrices(), 4 * kept)
-        assert bank.train().expert_matrices() is not bank.expert_matrices()
-        assert bank.to(torch.float32).eval().expert_matrices().dtype == torch.float32
-    assert bank.expert_matrices().requires_grad  # gradients in eval are not lost
-    assert copy.deepcopy(bank)._cache._held is None
-
-
-def test_kept_matrices_know_autocast_and_their_limit() -> None:
-    bank = tm.SharedCoreExperts(CHAIN, E).eval()
-    with torch.no_grad():
-        plain = bank.expert_matrices()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert bank.expert_matrices().dtype == torch.bfloat16
-        assert torch.equal(bank.expert_matrices(), plain)
-    exact = E * 12 * 12 * 4
-    for limit, keeps in ((exact, True), (exact - 1, False), (0, False), (DEFAULT_CACHE_BYTES, True)):
-        bank = tm.SharedCoreExperts(CHAIN, E, cache_bytes=limit).eval()
-        with torch.no_grad():
-            assert bank.keeps_matrices() is keeps
-            assert (bank.expert_matrices() is bank.expert_matrices()) is keeps
-
-
-def test_a_borrowed_center_that_changes_drops_kept_matrices() -> None:
-    model = Layers().eval()
-    with torch.no_grad():
-        kept = model.layers[0].expert_matrices()
-        model.center.core_1.mul_(2)
-        assert torch.allclose(model.layers[0].expert_matrices(), 2 * kept)
-
-
-# --- storage -------------------------------------------------------------------------------------
-
-
-def test_another_number_of_experts_is_one_clear_error() -> None:
-    state = make("chain", num_experts=4).state_dict()
-    with pytest.raises(ShapeError, match=r"holds 4 experts, this module has 3.*num_experts=4"):
-        make("chain").load_state_dict(state)
-
-
-@pytest.mark.parametrize("topologies", [CHAIN, RING, [CHAIN, SMALL, CHAIN]])
-def test_a_description_makes_an_empty_twin(topologies: tn.Topology | list[tn.Topology]) -> None:
-    bank = tm.SharedCoreExperts(topologies, E, shared="ends")
-    twin = build_module(bank.spec(), device="meta")
-    assert {p.device.type for p in twin.parameters()} == {"meta"}
-    twin.to_empty(device="cpu").load_state_dict(bank.state_dict())
-    assert torch.equal(twin.expert_matrices(), bank.expert_matrices())
-
-
-def test_a_borrowing_bank_cannot_be_built_alone() -> None:
-    with pytest.raises(FormatError, match="borrow cores that another layer owns"):
-        build_module(Layers().layers[0].spec())
