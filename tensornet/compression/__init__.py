@@ -4,6 +4,7 @@ from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.calibrate import calibrate
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.hooks import register_structure_hook, structure_changed
 from tensornet.compression.losses import cosine_losses, label_losses, sampled_losses
 from tensornet.compression.plan import CompressionPlan, LayerPlan
@@ -18,6 +19,7 @@ __all__ = [
     "CompressionConfig",
     "CompressionPlan",
     "CompressionReport",
+    "HealReport",
     "LayerPlan",
     "LayerReport",
     "ProvidedData",
@@ -28,6 +30,7 @@ __all__ = [
     "cosine_losses",
     "decompress",
     "find_targets",
+    "heal",
     "label_losses",
     "plan",
     "register_calibration_provider",

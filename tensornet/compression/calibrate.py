@@ -63,7 +63,7 @@ def calibrate(
     with _observed(model, recorder, config):
         device = next(model.parameters()).device
         for batch in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
-            recorder.batch = _to_device(batch, device)
+            recorder.batch = to_device(batch, device)
             with_gradients = gradient_batches is None or count < gradient_batches
             with torch.set_grad_enabled(with_gradients):
                 if with_gradients:
@@ -206,7 +206,12 @@ def _output_hook(name: str, recorder: _Recorder) -> Any:
     return hook
 
 
-def _to_device(batch: Batch | Tensor, device: torch.device) -> Batch:
+def to_device(batch: Batch | Tensor, device: torch.device) -> Batch:
+    """A batch as keyword arguments on a device; a tensor stands for token indices.
+
+    Raises:
+        TargetError: it is neither a mapping nor a tensor.
+    """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):

@@ -90,6 +90,7 @@ def low_rank_forms(
         keep &= errors.cpu() <= rel_error
     dense = [] if max_rank is not None and max_rank < len(errors) else [float(matrix.numel())]
     kept = ranks[keep]
+    rows, columns = matrix.shape  # not in `make`, which would keep the whole matrix alive
 
     def with_dense(values: Tensor, last: float) -> Tensor:
         chosen = values.cpu().double()[: len(keep)][keep]
@@ -98,7 +99,6 @@ def low_rank_forms(
     def make(index: int) -> tuple[Topology | None, Storage]:
         if index == len(kept):
             return None, PLAIN
-        rows, columns = matrix.shape
         return low_rank(out_features=rows, in_features=columns, rank=int(kept[index])), storage
 
     return LayerForms(

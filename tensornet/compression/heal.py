@@ -1,0 +1,294 @@
+"""`heal`: train the cores of a compressed model to do what the dense one did."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tensornet._optional import import_optional
+from tensornet.compression.calibrate import to_device
+from tensornet.compression.losses import Batch, token_mask
+from tensornet.errors import FormatError, NonFiniteError, TargetError
+from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.nn.module import NetworkModule
+
+#: Distance between the outputs of the dense and the compressed model on a batch: a scalar.
+Distance = Callable[[Any, Any, Batch], Tensor]
+_USER = "Resuming tensornet.heal"
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """What healing did.
+
+    Args:
+        losses: distance to the dense model at each end-to-end step made in this call.
+        layer_losses: mean relative squared error of the layers' outputs at each layer-wise step.
+        steps: steps made in all, earlier calls that were resumed included.
+        trained: number of parameters that were trained.
+        seconds: wall time of this call.
+    """
+
+    losses: tuple[float, ...]
+    layer_losses: tuple[float, ...]
+    steps: int
+    trained: int
+    seconds: float
+
+
+def heal(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Batch | Tensor],
+    *,
+    steps: int = 300,
+    layer_steps: int = 0,
+    lr: float = 5e-4,
+    temperature: float = 1.0,
+    distance: Distance | None = None,
+    max_seconds: float | None = None,
+    checkpoint: str | Path | None = None,
+    save_every: int = 50,
+    progress: bool = False,
+) -> HealReport:
+    """Distil a dense model into the cores of its compressed twin; everything else stays frozen.
+
+    First layer by layer (each compressed layer learns the dense layer's outputs for the dense layer's
+    inputs, without a pass backwards through the model), then end to end. AdamW without weight decay,
+    gradients clipped to norm 1, the learning rate rises for a twentieth of the way and falls to zero.
+
+    Args:
+        model: compressed, changed in place.
+        teacher: the dense model, on the same device; not changed.
+        data: batches as for `calibrate`; walked through again when they end. At least as varied as what the
+            model will see, and much of it: a few ten thousand tokens heal well, a hundred overfit.
+        steps: end-to-end steps, one batch each.
+        layer_steps: layer-wise steps before them.
+        lr: largest learning rate.
+        temperature: of the softmax whose divergence is lowered.
+        distance: of the two outputs; divergence of the logits, or one minus the cosine of the last hidden
+            states where there are none.
+        max_seconds: end earlier; the learning rate then falls by time.
+        checkpoint: safetensors file for cores and optimizer. Where it exists, healing goes on from it, so
+            the same call can be repeated after an interruption.
+        save_every: steps between two writes of it.
+        progress: show a progress bar.
+
+    Raises:
+        TargetError: nothing to train, or no data.
+        NonFiniteError: the distance became NaN or infinite; the checkpoint holds an earlier state.
+        FormatError: the checkpoint is damaged or of another model.
+
+    Reference:
+        Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+    """
+    start = time.perf_counter()
+    layers = compressed_layers(model)
+    trained = trainable_cores(layers)
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = (model.training, teacher.training)
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    path = None if checkpoint is None else Path(checkpoint)
+    done = _resume(path, trained, optimizer) if path is not None and path.is_file() else 0
+    total = layer_steps + steps
+    losses: list[float] = []
+    layer_losses: list[float] = []
+    batches = _forever(data, skip=done)
+    device = next(model.parameters()).device
+    try:
+        model.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        model.eval()
+        teacher.eval()
+        bar = tqdm(total=total, initial=done, desc="healing", disable=not progress, unit="step")
+        while done < total:
+            share = _share(done, total, start, max_seconds)
+            if share >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (share + 1 / total) * 20) * (1 - share)
+            batch = to_device(next(batches), device)
+            if done < layer_steps:
+                loss = layer_step(layers, teacher, batch)
+                layer_losses.append(loss)
+            else:
+                loss = _end_to_end(model, teacher, batch, distance or _distance(temperature))
+                losses.append(loss)
+            if not loss < float("inf"):
+                raise NonFiniteError(
+                    f"The distance to the dense model became {loss} at step {done}; use a smaller lr than "
+                    f"{lr}."
+                )
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}")
+            if path is not None and (done % save_every == 0 or done == total):
+                _save(path, trained, optimizer, done)
+        bar.close()
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        model.train(training[0])
+        teacher.train(training[1])
+    count = sum(parameter.numel() for parameter in trained.values())
+    return HealReport(tuple(losses), tuple(layer_losses), done, count, time.perf_counter() - start)
+
+
+def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
+    """Layers made of cores, by name; one that is used under several names comes once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NetworkModule)}
+
+
+def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
+    """Floating tensors that hold cores, by name; tied ones once.
+
+    Raises:
+        TargetError: there are none.
+    """
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, module in layers.items():
+        for part, tensor in module.stored.items():
+            if tensor.is_floating_point() and not module.storage.int8:
+                assert isinstance(tensor, nn.Parameter)
+                found.setdefault(id(tensor), (f"{name}.{part}", tensor))
+    if not found:
+        raise TargetError(
+            "Nothing to heal: the model has no layer made of trainable cores. Compress it first; eight-bit "
+            "cores are not trained, so heal before storing them so."
+        )
+    return dict(found.values())
+
+
+def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: Batch) -> float:
+    """Gradients of the relative squared error of every layer's outputs; returns their mean.
+
+    Every layer reads the dense layer's input, so nothing is kept for a pass backwards through the model.
+    """
+    found: list[float] = []
+    handles = []
+
+    def compare(layer: NetworkModule) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            mask = token_mask(batch, output.shape[:-1])
+            with torch.enable_grad():
+                gap = layer(args[0].detach()) - output.detach()
+                gap, wanted = (x if mask is None else x[mask] for x in (gap, output.detach()))
+                error = gap.square().mean() / wanted.square().mean().clamp_min(1e-12)
+            error.backward()
+            found.append(float(error.detach()))
+
+        return hook
+
+    for name, layer in layers.items():
+        if isinstance(layer, TensorNetworkLinear):  # embeddings have no inputs to learn from
+            handles.append(teacher.get_submodule(name).register_forward_hook(compare(layer)))
+    try:
+        with torch.no_grad():
+            teacher(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(found) / max(len(found), 1)
+
+
+def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Mean divergence of the predicted distributions of all tokens, in nats.
+
+    Where the model has no logits: one minus the cosine of the last hidden states.
+    """
+    logits = getattr(student, "logits", None)
+    new = logits if logits is not None else student.last_hidden_state
+    old = teacher.logits if logits is not None else teacher.last_hidden_state
+    mask = token_mask(batch, new.shape[:-1])
+    new, old = (x.float() if mask is None else x[mask].float() for x in (new, old))
+    if logits is None:
+        return (1 - nn.functional.cosine_similarity(new, old, dim=-1)).mean()
+    new, old = (x.reshape(-1, x.shape[-1]) / temperature for x in (new, old))
+    divergence = nn.functional.kl_div(
+        new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    return divergence * temperature**2
+
+
+def _distance(temperature: float) -> Distance:
+    return lambda student, teacher, batch: output_distance(student, teacher, batch, temperature)
+
+
+def _end_to_end(model: nn.Module, teacher: nn.Module, batch: Batch, distance: Distance) -> float:
+    with torch.no_grad():
+        wanted = teacher(**batch)
+    loss = distance(model(**batch), wanted, batch)
+    loss.backward()
+    return float(loss.detach())
+
+
+def _share(done: int, total: int, start: float, max_seconds: float | None) -> float:
+    """How far healing has come, by steps or by time, whichever is further."""
+    by_time = 0.0 if max_seconds is None else (time.perf_counter() - start) / max_seconds
+    return max(done / total, by_time)
+
+
+def _forever(data: Iterable[Batch | Tensor], *, skip: int) -> Iterator[Batch | Tensor]:
+    """Batches without end, from where an earlier run stopped."""
+    position = 0
+    while True:
+        before = position
+        for batch in data:
+            if position >= skip:
+                yield batch
+            position += 1
+        if position == before:
+            raise TargetError(
+                "heal ran out of batches; pass a list or another collection that can be walked again, "
+                "not an iterator."
+            )
+
+
+def _save(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, done: int) -> None:
+    tensors = {}
+    for name, parameter in trained.items():
+        tensors[name] = parameter.detach().contiguous()
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
+    safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
+    beside = path.with_name(path.name + ".part")  # a crash while writing leaves the earlier file
+    safetensors.save_file(tensors, str(beside), metadata={"heal": json.dumps({"step": done})})
+    beside.replace(path)
+
+
+def _resume(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> int:
+    """Read cores and optimizer state back; returns the number of steps made."""
+    safetensors = import_optional("safetensors", extra="hf", user=_USER)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            done = int(json.loads(file.metadata()["heal"])["step"])
+            for name, parameter in trained.items():
+                stored = file.get_tensor(name)
+                if stored.shape != parameter.shape:
+                    raise FormatError(
+                        f"{path} belongs to another compression: {name} has shape {tuple(stored.shape)} "
+                        f"there, {tuple(parameter.shape)} here."
+                    )
+                with torch.no_grad():
+                    parameter.copy_(stored)
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(done)),
+                    "exp_avg": file.get_tensor(f"{name}/exp_avg").to(parameter),
+                    "exp_avg_sq": file.get_tensor(f"{name}/exp_avg_sq").to(parameter),
+                }
+        return done
+    except FormatError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise FormatError(f"Cannot resume healing from {path}: {error}") from error

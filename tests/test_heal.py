@@ -1,0 +1,203 @@
+"""Healing: the compressed model comes closer to the dense one, only cores move, and it can be resumed."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import gpt2, llama, t5_relu
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
+
+CONFIG = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank", pivoted=True)
+
+
+def batches(count: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 100, (8, 12), generator=generator) for _ in range(count)]
+
+
+@cache
+def _pair(build: object) -> tuple[nn.Module, nn.Module]:
+    teacher = build().eval()  # type: ignore[operator]
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "wte" not in name:
+                parameter.mul_(3)
+    student = copy.deepcopy(teacher)
+    tn.compress(student, CONFIG, progress=False)
+    return teacher, student
+
+
+def pair(build: object = gpt2) -> tuple[nn.Module, nn.Module]:
+    teacher, student = _pair(build)
+    return teacher, copy.deepcopy(student)
+
+
+@torch.no_grad()
+def divergence(student: nn.Module, teacher: nn.Module) -> float:
+    batch = {"input_ids": batches()[0]}
+    return float(output_distance(student(**batch), teacher(**batch), batch))
+
+
+def test_end_to_end_healing_brings_the_models_together() -> None:
+    teacher, student = pair()
+    before = divergence(student, teacher)
+    report = tn.heal(student, teacher, batches(), steps=40, lr=3e-3)
+    assert divergence(student, teacher) < 0.7 * before
+    assert report.steps == len(report.losses) == 40
+    assert report.layer_losses == ()
+
+
+def test_layer_wise_healing_helps_without_an_end_to_end_pass() -> None:
+    teacher, student = pair()
+    before = divergence(student, teacher)
+    report = tn.heal(student, teacher, batches(), steps=0, layer_steps=40, lr=3e-3)
+    assert report.layer_losses[-1] < 0.9 * report.layer_losses[0]
+    assert divergence(student, teacher) < before
+
+
+def test_layer_step_has_the_gradient_of_each_layer_alone() -> None:
+    teacher, student = pair()
+    layers = compressed_layers(student)
+    batch = {"input_ids": batches()[0]}
+    name = "transformer.h.1.mlp.c_fc"
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = teacher.get_submodule(name).register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+    with torch.no_grad():
+        teacher(**batch)
+    handle.remove()
+    (x, y) = seen[0]
+    loss = (layers[name](x) - y).square().mean() / y.square().mean()
+    (expected,) = torch.autograd.grad(loss, layers[name].core_0)
+    layer_step(layers, teacher, batch)
+    torch.testing.assert_close(layers[name].core_0.grad, expected)
+
+
+def test_only_cores_move() -> None:
+    teacher, student = pair()
+    cores = set(trainable_cores(compressed_layers(student)))
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    dense = copy.deepcopy(teacher.state_dict())
+    report = tn.heal(student, teacher, batches(), steps=3, layer_steps=2)
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in cores), name
+        assert parameter.grad is None
+    assert all(torch.equal(value, dense[name]) for name, value in teacher.state_dict().items())
+    assert report.trained == sum(before[name].numel() for name in cores)
+
+
+def test_flags_are_put_back() -> None:
+    teacher, student = pair()
+    student.train()
+    student.transformer.wpe.weight.requires_grad_(False)
+    tn.heal(student, teacher, batches(), steps=1)
+    assert student.training
+    assert not student.transformer.wpe.weight.requires_grad
+    assert student.transformer.wte.weight.requires_grad
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    teacher, whole = pair()
+    halves = copy.deepcopy(whole)
+    tn.heal(whole, teacher, batches(), steps=8, layer_steps=4)
+    path = tmp_path / "heal.safetensors"
+
+    class StopError(Exception):
+        pass
+
+    def stopping(student: object, wanted: object, batch: object) -> Tensor:
+        stopping.calls += 1  # type: ignore[attr-defined]
+        if stopping.calls == 5:  # type: ignore[attr-defined]
+            raise StopError
+        return output_distance(student, wanted, batch)  # type: ignore[arg-type]
+
+    stopping.calls = 0  # type: ignore[attr-defined]
+    options = {"steps": 8, "layer_steps": 4, "checkpoint": path, "save_every": 2}
+    with pytest.raises(StopError):
+        tn.heal(halves, teacher, batches(), distance=stopping, **options)  # type: ignore[arg-type]
+    _, fresh = pair()
+    report = tn.heal(fresh, teacher, batches(), **options)  # type: ignore[arg-type]
+    assert len(report.losses) == 4  # 8 steps were on file
+    assert report.steps == 12
+    for (name, a), (_, b) in zip(whole.named_parameters(), fresh.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
+    teacher, student = pair()
+    (tmp_path / "heal.safetensors").write_bytes(content)
+    with pytest.raises(tn.FormatError, match="Cannot resume healing"):
+        tn.heal(student, teacher, batches(), steps=2, checkpoint=tmp_path / "heal.safetensors")
+
+
+def test_checkpoint_of_another_compression(tmp_path: Path) -> None:
+    teacher, student = pair()
+    path = tmp_path / "heal.safetensors"
+    tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
+    other = copy.deepcopy(teacher)
+    tn.compress(other, tn.CompressionConfig(param_ratio=0.3, objective="weight", topology="low_rank"))
+    with pytest.raises(tn.FormatError, match="belongs to another compression"):
+        tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
+
+
+def test_time_is_a_limit() -> None:
+    teacher, student = pair()
+    report = tn.heal(student, teacher, batches(), steps=100_000, max_seconds=1.0)
+    assert 0 < report.steps < 100_000
+    assert report.seconds < 10
+
+
+def test_padding_has_no_distance() -> None:
+    teacher, student = pair()
+    ids = batches()[0][:1]
+    padded = torch.cat([ids, torch.zeros_like(ids)], 1)
+    mask = (torch.arange(24) < 12).long()[None]
+    short, long = {"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}
+    with torch.no_grad():
+        distances = [float(output_distance(student(**b), teacher(**b), b)) for b in (short, long)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+
+
+def test_encoder_decoder() -> None:
+    teacher, student = pair(t5_relu)
+    batch = {"input_ids": batches()[0], "labels": batches()[1][:, :5].contiguous()}
+    report = tn.heal(student, teacher, [batch], steps=10, layer_steps=2, lr=3e-3)
+    assert report.losses[-1] < report.losses[0]
+
+
+def test_encoder_by_the_cosine_of_hidden_states() -> None:
+    teacher, student = pair(llama)
+    report = tn.heal(student.model, teacher.model, batches(), steps=20, lr=3e-3)
+    assert report.losses[-1] < report.losses[0]
+    assert 0 <= report.losses[-1] < 2
+
+
+def test_nothing_to_heal() -> None:
+    teacher, _ = pair()
+    with pytest.raises(tn.TargetError, match="no layer made of trainable cores"):
+        tn.heal(copy.deepcopy(teacher), teacher, batches(), steps=1)
+    eight = copy.deepcopy(teacher)
+    tn.compress(eight, tn.CompressionConfig(param_ratio=0.5, objective="weight", pivoted=True, int8=True))
+    with pytest.raises(tn.TargetError, match="heal before storing"):
+        tn.heal(eight, teacher, batches(), steps=1)
+
+
+def test_no_data() -> None:
+    teacher, student = pair()
+    with pytest.raises(tn.TargetError, match="ran out of batches"):
+        tn.heal(student, teacher, [], steps=1)
+    with pytest.raises(tn.TargetError, match="ran out of batches"):
+        tn.heal(student, teacher, iter(batches(2)), steps=3)
+
+
+def test_a_distance_that_is_not_finite() -> None:
+    teacher, student = pair()
+    with pytest.raises(tn.NonFiniteError, match="smaller lr"):
+        tn.heal(student, teacher, batches(), steps=1, distance=lambda s, t, b: s.logits.sum() * torch.inf)
