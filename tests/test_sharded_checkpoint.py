@@ -24,6 +24,7 @@ from tensornet_hf.sharded.writer import ShardTask, write_shard, write_tensors
 
 EVERYTHING = tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6)
 LINEARS = tn.CompressionConfig(**HALF)
+PACKED = tn.CompressionConfig(pivoted=True, int8=True, objective="weight", **HALF)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,7 +36,7 @@ def described(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-@pytest.mark.parametrize("config", [LINEARS, EVERYTHING], ids=["linears", "everything"])
+@pytest.mark.parametrize("config", [LINEARS, EVERYTHING, PACKED], ids=["linears", "everything", "packed"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_same_folder_as_compressing_the_model(
     name: str, config: tn.CompressionConfig, tmp_path: Path

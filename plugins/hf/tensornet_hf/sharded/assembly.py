@@ -93,6 +93,6 @@ def _put_in_place(skeleton: nn.Module, piece: Piece) -> None:
             assert isinstance(stock.bias, nn.Parameter)
             module.bias = stock.bias  # the parameter itself: a tied bias stays tied
         if first is not None:
-            module.set_cores(first.cores)
+            module.share_cores(first)
         first = first or module
         set_submodule(skeleton, name, module)

@@ -46,6 +46,8 @@ BITS = {
     "F6_E3M2": 6,
     "F4": 4,
 }
+#: Dtypes of what is stored in place of a weight.
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 #: Dtypes in which weights can be decomposed.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tensornet.errors import FormatError
-from tensornet_hf.sharded.header import FLOATS, Slice, in_file_order, make_header
+from tensornet_hf.sharded.header import FLOATS, INTEGERS, Slice, in_file_order, make_header
 
 #: Bytes copied at a time.
 CHUNK = 1 << 24
 
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_NAMES = {dtype: name for name, dtype in (FLOATS | INTEGERS).items()}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_shard(task: ShardTask) -> Written:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Write contiguous floating tensors into one safetensors file.
+    """Write contiguous tensors, floating or integer, into one safetensors file.
 
     Raises:
         OSError: it cannot be written.
