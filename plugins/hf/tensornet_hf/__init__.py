@@ -16,7 +16,13 @@ from tensornet_hf.loading import load, resolve_folder
 from tensornet_hf.moe import MoEConfig, UpcycleReport, upcycle
 from tensornet_hf.quantizer import TensorNetworkQuantizer, prepare_for_saving
 from tensornet_hf.saving import decompress, save_model
-from tensornet_hf.sharded import CheckpointReport, WorkerError, compress_checkpoint, verify_manifest
+from tensornet_hf.sharded import (
+    CheckpointReport,
+    WorkerError,
+    calibrate_checkpoint,
+    compress_checkpoint,
+    verify_manifest,
+)
 
 __all__ = [
     "Checkpoint",
@@ -29,6 +35,7 @@ __all__ = [
     "TensorNetworkQuantizer",
     "UpcycleReport",
     "WorkerError",
+    "calibrate_checkpoint",
     "check_free",
     "compress_checkpoint",
     "decompress",

@@ -1,8 +1,15 @@
 """Compressing checkpoints of any size: shard by shard, with many workers, across interruptions."""
 
+from tensornet_hf.sharded.calibrate import calibrate_checkpoint
 from tensornet_hf.sharded.manifest import verify_manifest
 from tensornet_hf.sharded.pool import WorkerError
 from tensornet_hf.sharded.report import CheckpointReport
 from tensornet_hf.sharded.run import compress_checkpoint
 
-__all__ = ["CheckpointReport", "WorkerError", "compress_checkpoint", "verify_manifest"]
+__all__ = [
+    "CheckpointReport",
+    "WorkerError",
+    "calibrate_checkpoint",
+    "compress_checkpoint",
+    "verify_manifest",
+]

@@ -23,6 +23,9 @@ from tensornet.errors import FormatError
 #: Largest header read, the limit of the safetensors library.
 MAX_HEADER = 100_000_000
 
+#: Metadata that transformers looks for.
+PYTORCH = {"format": "pt"}
+
 #: Bits of an element, by name in a header.
 BITS = {
     "F64": 64,
@@ -131,13 +134,16 @@ def parse_header(text: bytes, path: Path) -> dict[str, Any]:
     return entries
 
 
-def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+def make_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str] = PYTORCH
+) -> bytes:
     """Length and JSON of a header, as the safetensors library writes them.
 
     Args:
         tensors: `{name: (dtype, shape, bytes)}` in the order of the buffer; see `in_file_order`.
+        metadata: of the file.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape, nbytes) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}

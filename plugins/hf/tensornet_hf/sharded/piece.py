@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan, apply_plan, plan
+from tensornet.compression import (
+    CalibrationStats,
+    CompressionConfig,
+    CompressionPlan,
+    LayerPlan,
+    apply_plan,
+    plan,
+)
 from tensornet.errors import FormatError
 from tensornet.nn.adapters import layer_kind
 from tensornet.nn.build import module_spec
@@ -49,7 +56,8 @@ class PieceTask:
         uses: where it is used; the first stands for all.
         weight: where the weight lies.
         config: how far to compress.
-        planned: the form to use, instead of planning.
+        planned: a plan of this layer alone, instead of planning.
+        stats: file of the statistics that the plan was made with.
         device: where to compute.
         path: file to write.
     """
@@ -57,7 +65,8 @@ class PieceTask:
     uses: tuple[Use, ...]
     weight: Slice
     config: CompressionConfig
-    planned: LayerPlan | None
+    planned: CompressionPlan | None
+    stats: Path | None
     device: str
     path: Path
 
@@ -126,8 +135,10 @@ def compress_piece(task: PieceTask) -> Piece:
     """
     with one_thread():
         root, everything = _stand_in(task), replace(task.config, target_modules="all", exclude_modules=None)
-        made = plan(root, everything) if task.planned is None else CompressionPlan((task.planned,))
-        errors = apply_plan(root, made)
+        made = plan(root, everything) if task.planned is None else task.planned
+        # Read from the file as they are needed: those of one layer.
+        stats = None if task.stats is None else CalibrationStats.load(task.stats)
+        errors = apply_plan(root, made, stats)
         layer = replace(made.layers[0], singular_values=())
         written, specs, tensors = None, {}, {}
         if layer.topology is not None:

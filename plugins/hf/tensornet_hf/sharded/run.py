@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
+import tensornet.compression
+from tensornet.compression import CalibrationStats, CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet_hf.atomic import check_free
@@ -20,7 +22,8 @@ from tensornet_hf.card import CARD, write_card
 from tensornet_hf.checkpoint import INDEX
 from tensornet_hf.sharded.assembly import Part, config_text, index_text, layout
 from tensornet_hf.sharded.manifest import MANIFEST, manifest_text
-from tensornet_hf.sharded.piece import Piece, PieceTask, compress_piece, peak_memory
+from tensornet_hf.sharded.mapped import mapped_model
+from tensornet_hf.sharded.piece import Piece, PieceTask, compress_piece, one_thread, peak_memory
 from tensornet_hf.sharded.pool import run_tasks
 from tensornet_hf.sharded.report import CheckpointReport
 from tensornet_hf.sharded.resume import Past, identity, take_over
@@ -44,6 +47,7 @@ def compress_checkpoint(
     device: str = "cpu",
     resume: bool = True,
     plan: CompressionPlan | None = None,
+    stats: str | os.PathLike[str] | CalibrationStats | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     progress: bool = False,
@@ -67,7 +71,10 @@ def compress_checkpoint(
             system, for example `dask.distributed.Client(...).get_executor()`.
         device: where weights are decomposed.
         resume: continue an interrupted run; otherwise its work is thrown away.
-        plan: forms to use, for example from calibration, instead of planning each layer by itself.
+        plan: forms to use, instead of planning; layers it does not name stay dense.
+        stats: from `calibrate_checkpoint` or `tensornet.calibrate`, better as a file. With them and without
+            a plan, one is made here, in this process, over all layers together. Without, each layer is
+            planned by the error of its weight alone.
         max_shard_bytes: files of weights are filled up to this size; one tensor may be larger.
         force: replace a model folder that is at the destination, once the new one is complete.
         progress: show progress bars.
@@ -93,9 +100,18 @@ def compress_checkpoint(
     _refuse_quantized(source)
     skeleton, stored = model_skeleton(source.config, source.tensors)
     slices = {name: source.tensors[key] for name, key in stored.items()}
-    options = {"plan": plan.to_dict() if plan else None, "device": device, "shard": max_shard_bytes}
     with _told_apart(folder, target), staging(target) as work:
-        tasks = find_tasks(skeleton, slices, config, plan, device=device, folder=work.pieces)
+        options: dict[str, Any] = {"device": device, "shard": max_shard_bytes}
+        measured = _stats_file(stats, work)
+        if measured is not None:
+            options["stats"] = file_digest(measured).sha256
+            if plan is None:
+                with one_thread():
+                    known = CalibrationStats.load(measured)
+                    plan = tensornet.compression.plan(mapped_model(folder), config, known, progress=progress)
+        if plan is not None:
+            options["plan"] = plan.to_dict()
+        tasks = find_tasks(skeleton, slices, config, plan, measured, device=device, folder=work.pieces)
         me = identity(source, config.to_dict() | options)
         past = take_over(work, me, source) if resume else Past({}, {})
         work.begin([me, *past.entries()])
@@ -111,7 +127,7 @@ def compress_checkpoint(
         written = _finish(work, source, type(skeleton).__name__, files, rest)
         check_unchanged(source, marks_now(source), since="this run began")
         work.publish(target)
-    made = CompressionPlan(tuple(piece.plan for piece in pieces.values()))
+    made = replace(plan or CompressionPlan(()), layers=tuple(piece.plan for piece in pieces.values()))
     kept = [source.tensors[key] for key in source.tensors if key not in left_out]
     compression = CompressionReport(
         layers=layer_reports(made, {name: piece.error for name, piece in pieces.items()}),
@@ -137,6 +153,15 @@ def compress_checkpoint(
             (piece.peak_memory for piece in pieces.values() if piece.worker in remote), default=0
         ),
     )
+
+
+def _stats_file(stats: str | os.PathLike[str] | CalibrationStats | None, work: Staging) -> Path | None:
+    """Where workers find the statistics."""
+    if not isinstance(stats, CalibrationStats):
+        return None if stats is None else Path(stats)
+    path = work.folder / "stats.safetensors"
+    stats.save(path)
+    return path
 
 
 def _make_pieces(

@@ -1,6 +1,7 @@
 """From the targets of a skeleton to tasks: which stored weight each of them is, and where it is used."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ def find_tasks(
     stored: Mapping[str, Slice],
     config: CompressionConfig,
     plan: CompressionPlan | None,
+    stats: Path | None,
     *,
     device: str,
     folder: Path,
@@ -31,6 +33,7 @@ def find_tasks(
         stored: where its parameters lie, by their names in the skeleton.
         config: what to compress.
         plan: forms to use, instead of planning; layers it does not name stay dense.
+        stats: file of the statistics that the plan was made with.
         device: where to compute.
         folder: where the pieces are written.
 
@@ -46,8 +49,8 @@ def find_tasks(
     for index, target in enumerate(targets):
         weight = _stored_weight(target, stored)
         path = folder / f"{index:06d}.safetensors"
-        planned = plan[target.name] if plan is not None else None
-        tasks[target.name] = PieceTask(_uses(target), weight, config, planned, device, path)
+        planned = replace(plan, layers=(plan[target.name],)) if plan is not None else None
+        tasks[target.name] = PieceTask(_uses(target), weight, config, planned, stats, device, path)
     return tasks
 
 

@@ -3,14 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tensornet.errors import FormatError
-from tensornet_hf.sharded.header import FLOATS, INTEGERS, Slice, in_file_order, make_header
+from tensornet_hf.sharded.header import FLOATS, INTEGERS, PYTORCH, Slice, in_file_order, make_header
 
 #: Bytes copied at a time.
 CHUNK = 1 << 24
@@ -40,10 +40,12 @@ class ShardTask:
     Args:
         path: file to write.
         tensors: where the content of each tensor lies now, by name.
+        metadata: of the file.
     """
 
     path: Path
     tensors: Mapping[str, Slice]
+    metadata: Mapping[str, str] = field(default_factory=lambda: PYTORCH)
 
 
 def write_shard(task: ShardTask) -> Written:
@@ -57,7 +59,7 @@ def write_shard(task: ShardTask) -> Written:
     """
     names = in_file_order({name: part.dtype for name, part in task.tensors.items()})
     parts = {name: task.tensors[name] for name in names}
-    header = make_header({name: (x.dtype, x.shape, x.nbytes) for name, x in parts.items()})
+    header = make_header({name: (x.dtype, x.shape, x.nbytes) for name, x in parts.items()}, task.metadata)
     return write_file(task.path, _with_contents(header, parts.values()))
 
 

@@ -1,0 +1,44 @@
+"""Moments of many layers on the disk, and the one file of statistics that is made of them."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from tensornet.compression import CalibrationStats
+from tensornet.compression.stats import STATS_VERSION
+from tensornet_hf.sharded.header import Slice, read_header
+from tensornet_hf.sharded.writer import ShardTask, write_shard, write_tensors
+
+
+class Moments:
+    """Collects statistics of a few layers at a time; each is written at once and forgotten.
+
+    Args:
+        folder: where they are kept until `write`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.sides: dict[str, dict[str, str]] = {"rows": {}, "columns": {}}
+        self.stored: dict[str, Slice] = {}
+
+    def add(self, stats: CalibrationStats) -> None:
+        """Keep the moments of some layers. Those that share one tensor keep sharing it."""
+        tensors: dict[str, Tensor] = {}
+        keys: dict[int, str] = {}
+        for side, moments in (("rows", stats.rows), ("columns", stats.columns)):
+            for name, moment in moments.items():
+                key = keys.setdefault(id(moment), f"{side}.{name}")
+                tensors[key] = moment.contiguous()
+                self.sides[side][name] = key
+        if tensors:
+            path = self.folder / f"{len(self.stored)}.safetensors"
+            write_tensors(path, tensors)
+            self.stored |= read_header(path)
+
+    def write(self, path: Path, *, tokens: int, loss: float, source: str) -> None:
+        """Write the file that `CalibrationStats.load` reads, byte for byte from what was kept."""
+        header = {"version": STATS_VERSION, "tokens": tokens, "loss": loss, "source": source, **self.sides}
+        write_shard(ShardTask(path, self.stored, {"calibration": json.dumps(header)}))

@@ -1,0 +1,104 @@
+"""Calibration, planning and compression of a model that is never in memory, against one that is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import ARCHITECTURES, VOCAB
+from safetensors.torch import load_file
+from sharded_folders import save
+from torch import Tensor
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import TargetError
+from tensornet_hf.sharded.mapped import mapped_model
+
+ONE_STACK = ["gpt2", "llama", "qwen2", "opt", "bert"]
+
+
+def batches(name: str, count: int = 3) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(3, VOCAB, (2, 9), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, 6:] = 0  # padding counts nowhere
+        made.append({"input_ids": ids, "attention_mask": mask})
+        if name == "bert":
+            made[-1]["labels"] = ids
+    return made
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_mapped_model_computes_what_a_loaded_one_does(name: str, tmp_path: Path) -> None:
+    model, inputs = ARCHITECTURES[name].dense, ARCHITECTURES[name].inputs()
+    save(name, tmp_path / "dense")
+    with torch.no_grad():
+        assert torch.equal(mapped_model(tmp_path / "dense")(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ONE_STACK)
+def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
+    source, config = save(name, tmp_path / "dense"), tn.CompressionConfig(max_bond=1)
+    inside = "re:.*(layers?|h|block)\\.\\d+\\..*"
+    expected = tn.calibrate(ARCHITECTURES[name].dense, batches(name), config=config)
+    ours = th.calibrate_checkpoint(source, batches(name), tmp_path / "stats", source="made up")
+    names = {x for x in expected.rows if tn.compression.targets.matches(x, inside)}
+    assert names
+    assert (ours.loss, ours.tokens) == (pytest.approx(expected.loss, rel=1e-6), expected.tokens)
+    assert ours.source == "made up"
+    for side in ("rows", "columns"):
+        mine, theirs = getattr(ours, side), getattr(expected, side)
+        assert set(mine) == names
+        for layer in names:
+            torch.testing.assert_close(
+                mine[layer], theirs[layer], rtol=1e-4, atol=1e-7 * float(theirs[layer].max())
+            )
+    assert os.listdir(tmp_path) == ["dense", "stats"] or sorted(os.listdir(tmp_path)) == ["dense", "stats"]
+
+
+def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
+    source, config = save("gpt2", tmp_path / "dense"), tn.CompressionConfig(param_ratio=0.6)
+    stats = th.calibrate_checkpoint(source, batches("gpt2"), tmp_path / "stats")
+    report = th.compress_checkpoint(source, tmp_path / "ours", config, stats=tmp_path / "stats", workers=1)
+    model = th.load(source)
+    expected = tn.compress(model, config, calibration=stats, progress=False)
+    model.save_pretrained(tmp_path / "reference")
+    assert str(report.compression.plan) == str(expected.plan)
+    assert report.compression.plan.objective == "curvature"
+    ours, reference = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "reference"))
+    assert ours.keys() == reference.keys()
+    assert all(torch.equal(ours[key], reference[key]) for key in ours)
+    with pytest.raises(TargetError, match="pass the calibration statistics"):
+        th.compress_checkpoint(source, tmp_path / "none", config, plan=expected.plan)
+
+
+def test_statistics_in_memory_may_be_given_too(tmp_path: Path) -> None:
+    source, config = save("llama", tmp_path / "dense"), tn.CompressionConfig(param_ratio=0.6)
+    stats = tn.calibrate(ARCHITECTURES["llama"].dense, batches("llama"))
+    stats.save(tmp_path / "stats")
+    th.compress_checkpoint(source, tmp_path / "a", config, stats=stats)
+    th.compress_checkpoint(source, tmp_path / "b", config, stats=tmp_path / "stats")
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_half_precision_is_calibrated_in_single(tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    ours = th.calibrate_checkpoint(source, batches("llama"), tmp_path / "stats")
+    expected = tn.calibrate(
+        th.load(source).float(), batches("llama"), config=tn.CompressionConfig(max_bond=1)
+    )
+    for layer, moment in expected.rows.items():
+        torch.testing.assert_close(ours.rows[layer], moment, rtol=1e-3, atol=1e-5 * float(moment.max()))
+
+
+def test_models_that_cannot_be_streamed(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"has 2 stacks of blocks \(encoder.block, decoder.block\)"):
+        th.calibrate_checkpoint(save("t5_relu", tmp_path / "t5"), batches("t5"), tmp_path / "stats")
+    with pytest.raises(TargetError, match="no batches"):
+        th.calibrate_checkpoint(save("gpt2", tmp_path / "gpt2"), [], tmp_path / "stats")
