@@ -60,7 +60,7 @@ def asked(name: str) -> tuple[str, str]:
         return "", ""
     text = ast.get_docstring(ast.parse(script.read_text())) or ""
     question, _, rest = text.partition("\n")
-    paragraphs = [part for part in rest.strip().split("\n\n") if not part.startswith("    python ")]
+    paragraphs = [part for part in rest.strip().split("\n\n") if not part.lstrip().startswith("python ")]
     return question, "\n\n".join(paragraphs)
 
 
