@@ -1,11 +1,12 @@
 """`heal`: train the cores of a compressed model to do what the dense one did."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ def heal(
     lr: float = 5e-4,
     temperature: float = 1.0,
     distance: Distance | None = None,
+    parameters: Literal["cores", "trainable"] = "cores",
     max_seconds: float | None = None,
     checkpoint: str | Path | None = None,
     save_every: int = 50,
@@ -74,6 +76,8 @@ def heal(
         temperature: of the softmax whose divergence is lowered.
         distance: of the two outputs; divergence of the logits, or one minus the cosine of the last hidden
             states where there are none.
+        parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters beside
+            frozen cores do.
         max_seconds: end earlier; the learning rate then falls by time.
         checkpoint: safetensors file for cores and optimizer. Where it exists, healing goes on from it, so
             the same call can be repeated after an interruption.
@@ -90,7 +94,10 @@ def heal(
     """
     start = time.perf_counter()
     layers = compressed_layers(model)
-    trained = trainable_cores(layers)
+    if parameters == "cores":
+        trained = trainable_cores(layers)
+    else:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = (model.training, teacher.training)
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
@@ -121,7 +128,7 @@ def heal(
             else:
                 loss = _end_to_end(model, teacher, batch, distance or _distance(temperature))
                 losses.append(loss)
-            if not loss < float("inf"):
+            if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"The distance to the dense model became {loss} at step {done}; use a smaller lr than "
                     f"{lr}."

@@ -1,0 +1,158 @@
+"""Healing through transformers' `Trainer`: its schedules, precision, devices, logging and checkpoints."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from tensornet.compression.calibrate import to_device
+from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
+from tensornet_hf.text import load_tokenizer, token_ids
+
+#: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
+DEFAULTS: Mapping[str, Any] = {
+    "learning_rate": 5e-4,
+    "weight_decay": 0.0,
+    "warmup_steps": 0.05,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 2,
+    "report_to": [],
+}
+
+
+class HealingTrainer(Trainer):
+    """A `Trainer` whose loss is the divergence from the dense model's outputs.
+
+    Args:
+        teacher: the dense model; kept in eval mode, moved to the device of the training model.
+        temperature: of the softmax whose divergence is lowered.
+        kwargs: of `Trainer`. The model's parameters that require gradients are trained: the cores after
+            `freeze_all_but_cores`, or adapters.
+    """
+
+    def __init__(self, *, teacher: nn.Module, temperature: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.temperature = temperature
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over each batch already
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """See `tensornet.compression.heal.output_distance`."""
+        batch = {key: value for key, value in inputs.items() if key != "labels"}
+        device = next(model.parameters()).device
+        self.teacher.to(device)
+        with torch.no_grad():
+            wanted = self.teacher(**batch)
+        outputs = model(**batch)
+        loss = output_distance(outputs, wanted, inputs, self.temperature)
+        return (loss, outputs) if return_outputs else loss
+
+
+def heal(
+    model: PreTrainedModel,
+    teacher: nn.Module,
+    data: Dataset[Any],
+    *,
+    steps: int = 300,
+    layer_steps: int = 0,
+    output_dir: str,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    resume: bool = False,
+    **arguments: Any,
+) -> float:
+    """Distil the dense model into the cores, through `Trainer`.
+
+    Args:
+        model: compressed, changed in place.
+        teacher: the dense model.
+        data: of examples with `input_ids`, for example `TextWindows`.
+        steps: end-to-end steps.
+        layer_steps: layer-wise steps before them (see `tensornet.heal`); not repeated when resuming.
+        output_dir: for checkpoints.
+        collate: puts examples together; transformers' default if absent.
+        resume: go on from the last checkpoint in `output_dir`.
+        arguments: of `TrainingArguments`, on top of `DEFAULTS`.
+
+    Returns:
+        The mean divergence over the steps of this call.
+
+    Raises:
+        TargetError: the model has no trainable cores.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    freeze_all_but_cores(model)
+    options = TrainingArguments(output_dir=output_dir, max_steps=steps, **{**DEFAULTS, **arguments})
+    trainer = HealingTrainer(
+        model=model, teacher=teacher, args=options, train_dataset=data, data_collator=collate
+    )
+    try:
+        if layer_steps and not resume:
+            _layer_wise(trainer, teacher, layer_steps)
+        return float(trainer.train(resume_from_checkpoint=resume or None).training_loss)
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def freeze_all_but_cores(model: nn.Module) -> None:
+    """Let only the cores require gradients.
+
+    Raises:
+        TargetError: there are none that can be trained.
+    """
+    cores = trainable_cores(compressed_layers(model))
+    model.requires_grad_(False)
+    for parameter in cores.values():
+        parameter.requires_grad_(True)
+
+
+class TextWindows(Dataset[dict[str, Tensor]]):
+    """Windows of a long text as examples, `{"input_ids": (length,)}`.
+
+    Args:
+        folder: holds the tokenizer of the model.
+        text: cut into windows that do not overlap.
+        length: tokens of each.
+    """
+
+    def __init__(self, folder: Any, text: str, *, length: int = 256) -> None:
+        ids = token_ids(load_tokenizer(folder), text)
+        self.windows = ids[: len(ids) // length * length].reshape(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index]}
+
+
+def _layer_wise(trainer: HealingTrainer, teacher: nn.Module, steps: int) -> None:
+    """Layer-wise steps with the optimizer settings of the trainer."""
+    assert trainer.model is not None
+    layers = compressed_layers(trainer.model)
+    optimizer = torch.optim.AdamW(
+        trainable_cores(layers).values(), lr=trainer.args.learning_rate, weight_decay=0
+    )
+    device = next(trainer.model.parameters()).device
+    teacher.to(device)
+    done = 0
+    while done < steps:
+        for batch in trainer.get_train_dataloader():
+            if done == steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = trainer.args.learning_rate * (1 - done / steps)
+            layer_step(layers, teacher, to_device(batch, device))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1

@@ -1,0 +1,198 @@
+"""LoRA on compressed layers, through the door PEFT has for layers it does not know.
+
+config = lora_config(model, target_modules="all-linear", r=8)
+adapted = peft.get_peft_model(model, config)          # train, adapted.save_pretrained(folder)
+adapted = load_adapters(model, folder)
+model = merge_adapters(adapted)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._optional import require
+
+require(("peft",), extra="peft", user="LoRA on compressed layers")
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from transformers import PreTrainedModel
+
+from tensornet.compression import structure_changed
+from tensornet.errors import TargetError
+from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
+from tensornet.nn.adapters import layer_bias
+from tensornet.nn.linear import linear_from_network
+from tensornet.topologies import low_rank, topology_family
+
+ALL_LINEAR = "all-linear"
+
+
+class LoraNetworkLinear(nn.Module, LoraLayer):
+    """A compressed linear layer with low-rank adapters beside it: `y = W x + b + s B A x`.
+
+    Merging a layer of low rank `r` gives one of rank `r + r_adapter`, without loss. Layers of another
+    topology cannot take the adapter in and become dense.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, **options: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        if config.use_dora:
+            raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self._unmerged: nn.Module | None = None
+        rank, alpha = options.pop("r", config.r), options.pop("lora_alpha", config.lora_alpha)
+        self.update_layer(adapter_name, rank, lora_alpha=alpha, config=config, **options)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Known, so PEFT need not guess (and warn)."""
+        assert isinstance(module, TensorNetworkLinear)
+        return module.in_features, module.out_features
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `x: (..., in_features)` to `(..., out_features)`."""
+        self._check_forward_args(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                up, down = self._factors(name)
+                hidden = nn.functional.linear(self.lora_dropout[name](x.to(down.dtype)), down)
+                result = result + (nn.functional.linear(hidden, up) * self.scaling[name]).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`s B A`, shape `(out_features, in_features)`."""
+        up, down = self._factors(adapter)
+        return up @ down * float(self.scaling[adapter])
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """`B: (out, r)` and `A: (r, in)`."""
+        up, down = self.lora_B[adapter].weight, self.lora_A[adapter].weight
+        assert isinstance(up, Tensor)
+        assert isinstance(down, Tensor)
+        return up, down
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Take adapters into the layer; `unmerge` puts the old layer back.
+
+        Raises:
+            ValueError: an adapter holds NaN or infinity.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        base = self.get_base_layer()
+        kind = kind_of(base)  # none for a compressed layer; a layer merged before may be a stock one
+        if kind is not None:
+            matrix = kind.matrix(base)
+        else:
+            assert isinstance(base, TensorNetworkLinear)
+            matrix = base.to_matrix()
+        rank = 0
+        for name in names:
+            delta = self.get_delta_weight(name).to(matrix)
+            if not bool(torch.isfinite(delta).all()):
+                raise ValueError(f"Adapter {name!r} holds NaN or infinite values; it is not merged.")
+            matrix, rank = matrix + delta, rank + self.r[name]
+        self._unmerged = self._unmerged or base
+        self.base_layer = _with_matrix(base, matrix, rank)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the layer back that was there before merging."""
+        if self._unmerged is not None:
+            self.base_layer, self._unmerged = self._unmerged, None
+        self.merged_adapters.clear()
+
+
+def lora_config(
+    model: nn.Module, *, target_modules: str | list[str] = ALL_LINEAR, **options: Any
+) -> LoraConfig:
+    """A LoRA configuration that reaches compressed layers.
+
+    Args:
+        model: compressed or not.
+        target_modules: as in PEFT; `"all-linear"` takes stock and compressed linear layers, no output head.
+        options: passed to `LoraConfig`.
+
+    Raises:
+        TargetError: `"all-linear"` finds no layer.
+    """
+    if target_modules == ALL_LINEAR:
+        target_modules = linear_layers(model)
+    return register_layers(LoraConfig(target_modules=target_modules, **options))
+
+
+def register_layers(config: LoraConfig) -> LoraConfig:
+    """Teach a LoRA configuration about compressed layers; files do not keep this. Returns the same one."""
+    config._register_custom_module({TensorNetworkLinear: LoraNetworkLinear})
+    return config
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of all linear layers, stock or compressed, without the output head.
+
+    Raises:
+        TargetError: there is none.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    found = []
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        linear = isinstance(module, TensorNetworkLinear) or (kind is not None and kind.name != "embedding")
+        if linear and module is not head:
+            found.append(name)
+    if not found:
+        raise TargetError(f"{type(model).__name__} has no linear layer, stock or compressed.")
+    return found
+
+
+def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) -> PeftModel:
+    """Adapters from a folder that PEFT wrote, on a compressed model.
+
+    Args:
+        model: of the same form as the one the adapters were trained on.
+        folder: from `PeftModel.save_pretrained`.
+        options: passed to `PeftModel.from_pretrained`, for example `is_trainable=True`.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config, LoraConfig):
+        register_layers(config)
+    return PeftModel.from_pretrained(model, str(folder), config=config, **options)
+
+
+def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
+    """The model with its adapters taken in, ready to be saved as a compressed model."""
+    model = adapted.merge_and_unload()
+    structure_changed(model)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
+    """A layer like `base` with this matrix, whose rank is at most `added` larger."""
+    kind = kind_of(base)
+    if kind is not None:
+        return kind.build(matrix, layer_bias(base))
+    assert isinstance(base, TensorNetworkLinear)
+    if base.topology.family != "low_rank":
+        return layer_kind(base.source).build(matrix, base.bias)
+    rank = max(base.topology.bond_dims.values()) + added
+    topology = low_rank(out_features=base.out_features, in_features=base.in_features, rank=rank)
+    network = topology_family("low_rank").decompose_to(matrix, topology).network.to(matrix.dtype)
+    storage = base.storage
+    return linear_from_network(
+        network, bias=base.bias, source=base.source, strategy=base.strategy, storage=storage
+    )

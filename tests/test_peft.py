@@ -1,0 +1,204 @@
+"""LoRA beside cores: reached by name and by "all-linear", trained, saved, loaded, merged."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import gpt2, llama
+from peft import get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet_hf.peft import LoraNetworkLinear, linear_layers, load_adapters, lora_config, merge_adapters
+
+# PEFT asks transformers for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+IDS = torch.tensor([[5, 7, 9, 11, 13, 6]])
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@cache
+def _compressed(topology: str, pivoted: bool) -> PreTrainedModel:
+    model = llama().eval()
+    config = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology=topology, pivoted=pivoted)
+    tn.compress(model, config, progress=False)
+    return model
+
+
+def compressed(topology: str = "low_rank", *, pivoted: bool = False) -> PreTrainedModel:
+    return copy.deepcopy(_compressed(topology, pivoted))
+
+
+def disturb(model: nn.Module) -> None:
+    """Adapters start at zero; give them something to say."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+
+
+def adapted(model: PreTrainedModel, **options: object) -> nn.Module:
+    made = get_peft_model(model, lora_config(model, r=3, lora_alpha=6, **options))  # type: ignore[arg-type]
+    disturb(made)
+    return made.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_all_linear_means_compressed_layers_too() -> None:
+    model = compressed()
+    names = linear_layers(model)
+    assert LAYER in names
+    assert "lm_head" not in names
+    made = adapted(model)
+    reached = [name for name, module in made.named_modules() if isinstance(module, LoraNetworkLinear)]
+    assert len(reached) == len(names) == 14
+
+
+def test_layers_by_name() -> None:
+    made = adapted(compressed(), target_modules=["q_proj", "down_proj"])
+    assert sum(isinstance(module, LoraNetworkLinear) for module in made.modules()) == 4
+
+
+def test_stock_layers_beside_compressed_ones() -> None:
+    model = llama().eval()
+    config = tn.CompressionConfig(target_modules="*.mlp.*", param_ratio=0.5, objective="weight")
+    tn.compress(model, config, progress=False)
+    made = adapted(model)
+    assert sum(isinstance(module, LoraNetworkLinear) for module in made.modules()) == 6
+    assert len([name for name, _ in made.named_parameters() if "lora_A" in name]) == 14
+
+
+def test_output_is_base_plus_adapter() -> None:
+    model = compressed()
+    x = torch.randn(3, 24)
+    base = model.get_submodule(LAYER)
+    made = adapted(model).get_submodule(f"base_model.model.{LAYER}")
+    expected = base(x) + 2.0 * x @ made.lora_A["default"].weight.T @ made.lora_B["default"].weight.T
+    torch.testing.assert_close(made(x), expected)
+    torch.testing.assert_close(made.get_delta_weight("default") @ x.T, (expected - base(x)).T)
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_disabled_one_neither() -> None:
+    model = compressed()
+    before = logits(model)
+    made = get_peft_model(model, lora_config(model, r=3)).eval()
+    torch.testing.assert_close(logits(made), before)
+    disturb(made)
+    assert not torch.allclose(logits(made), before, atol=1e-4)
+    with made.disable_adapter():
+        torch.testing.assert_close(logits(made), before)
+
+
+def test_training_moves_adapters_and_leaves_cores() -> None:
+    model = compressed()
+    made = get_peft_model(model, lora_config(model, r=3))
+    cores = {name: p.detach().clone() for name, p in made.named_parameters() if "core_" in name}
+    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(4):
+        loss = made(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, parameter in made.named_parameters():
+        if name in cores:
+            assert torch.equal(parameter, cores[name])
+            assert parameter.grad is None
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model = compressed()
+    made = adapted(model)
+    made.save_pretrained(tmp_path)
+    assert "base_layer" not in str(sorted(p.name for p in tmp_path.iterdir()))
+    loaded = load_adapters(compressed(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(made))
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_merging_low_rank_is_exact_and_stays_compressed(tmp_path: Path, pivoted: bool) -> None:
+    made = adapted(compressed(pivoted=pivoted))
+    before = logits(made)
+    rank = max(made.get_submodule(f"base_model.model.{LAYER}").base_layer.topology.bond_dims.values())
+    merged = merge_adapters(made)
+    layer = merged.get_submodule(LAYER)
+    assert isinstance(layer, tn.nn.TensorNetworkLinear)
+    assert max(layer.topology.bond_dims.values()) == rank + 3
+    torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(th.load(tmp_path).eval()), before, atol=1e-4, rtol=1e-4)
+
+
+def test_merging_another_topology_makes_it_dense() -> None:
+    made = adapted(compressed("mpo"))
+    before = logits(made)
+    merged = merge_adapters(made)
+    assert type(merged.get_submodule(LAYER)) is nn.Linear
+    torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)
+
+
+def test_conv1d_models() -> None:
+    model = gpt2().eval()
+    tn.compress(
+        model, tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="mpo"), progress=False
+    )
+    made = adapted(model)
+    before = logits(made)
+    merged = merge_adapters(made)
+    torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)
+
+
+def test_unmerging_gives_the_layers_back() -> None:
+    made = adapted(compressed())
+    before = logits(made)
+    base = made.get_submodule(f"base_model.model.{LAYER}").base_layer
+    made.merge_adapter()
+    torch.testing.assert_close(logits(made), before, atol=1e-4, rtol=1e-4)
+    made.unmerge_adapter()
+    assert made.get_submodule(f"base_model.model.{LAYER}").base_layer is base
+    torch.testing.assert_close(logits(made), before)
+
+
+def test_broken_adapter_is_not_merged() -> None:
+    made = adapted(compressed())
+    layer = made.get_submodule(f"base_model.model.{LAYER}")
+    with torch.no_grad():
+        layer.lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_dora_is_refused() -> None:
+    model = compressed()
+    with pytest.raises(tn.TargetError, match="DoRA needs"):
+        get_peft_model(model, lora_config(model, r=3, use_dora=True))
+
+
+def test_no_linear_layer() -> None:
+    with pytest.raises(tn.TargetError, match="no linear layer"):
+        lora_config(nn.Embedding(3, 4))
+
+
+def test_healing_with_adapters() -> None:
+    """Cores frozen, adapters trained to the dense model's outputs."""
+    model = compressed()
+    teacher = llama().eval()
+    made = get_peft_model(model, lora_config(model, r=3))
+    batch = {"input_ids": IDS}
+    report = tn.heal(made, teacher, [batch], steps=10, lr=1e-2, parameters="trainable")
+    assert report.losses[-1] < report.losses[0]
+    assert report.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
