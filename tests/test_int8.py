@@ -1,0 +1,216 @@
+"""How cores are kept: identity blocks left out, eight-bit integers; sizes, errors, gradients, files."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.compression.report import model_size
+from tensornet.nn.linear import linear_from_network
+from tensornet.nn.storage import PLAIN, Storage, decode, encode, layout, pivoted_cores, quantize
+from tensornet.topologies import topology_family
+from tensornet.topology import Topology
+
+PIVOTED, INT8, BOTH = Storage(pivoted=True), Storage(int8=True), Storage(pivoted=True, int8=True)
+FORMS = [PIVOTED, INT8, BOTH]
+CHAINS = [("low_rank", {}), ("mpo", {"sites": 2}), ("mpo", {"sites": 3})]
+
+
+def network(family: str, options: dict[str, int], shape: tuple[int, int] = (12, 20)) -> tn.TensorNetwork:
+    return topology_family(family).decompose(torch.randn(shape), tn.Budget(max_bond=6), **options).network
+
+
+@pytest.mark.parametrize(("family", "options"), CHAINS)
+def test_a_fixed_gauge_is_the_same_operator_in_fewer_numbers(family: str, options: dict[str, int]) -> None:
+    made = network(family, options)
+    kept = encode(made.topology, PIVOTED, made.cores)
+    cores = decode(made.topology, PIVOTED, kept)
+    torch.testing.assert_close(tn.TensorNetwork(made.topology, cores).to_matrix(), made.to_matrix())
+    floats = sum(x.numel() for x in kept.values() if x.is_floating_point())
+    bonds = [b for b in made.topology.bond_dims.values() if b > 1]
+    assert floats == made.num_params - sum(bond**2 for bond in bonds)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
+def test_any_low_rank_matrix_is_pivoted_without_loss(rows: int, columns: int, rank: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    matrix[: rows // 2] = 0  # rows without content must not be chosen as pivots
+    topology = tn.topologies.low_rank(out_features=rows, in_features=columns, rank=rank)
+    made = topology_family("low_rank").decompose_to(matrix, topology).network
+    cores = decode(topology, PIVOTED, encode(topology, PIVOTED, made.cores))
+    torch.testing.assert_close(
+        tn.TensorNetwork(topology, cores).to_matrix(), made.to_matrix(), atol=1e-9, rtol=1e-7
+    )
+
+
+def test_low_rank_is_never_larger_than_dense_by_more_than_the_order() -> None:
+    for rank in range(1, 13):
+        topology = tn.topologies.low_rank(out_features=12, in_features=20, rank=rank)
+        assert PIVOTED.num_params(topology) == rank * (12 + 20 - rank) + 12
+        assert PIVOTED.num_params(topology) - 12 <= 12 * 20
+
+
+def test_entries_stay_small() -> None:
+    """Pivoted QR chooses rows that span the others with coefficients of moderate size."""
+    made = network("low_rank", {}, (200, 100))
+    kept = encode(made.topology, PIVOTED, made.cores)
+    assert float(kept["core_0"].abs().max()) < 10
+
+
+@pytest.mark.parametrize("storage", FORMS)
+@pytest.mark.parametrize(("family", "options"), CHAINS)
+def test_sizes_are_those_of_the_stored_tensors(
+    family: str, options: dict[str, int], storage: Storage
+) -> None:
+    made = network(family, options)
+    layer = linear_from_network(made, bias=None, source="linear", storage=storage)
+    assert model_size(layer) == (
+        storage.num_params(made.topology),
+        storage.num_bytes(made.topology, torch.float32),
+    )
+    shapes = {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()}
+    assert shapes == layout(made.topology, storage, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (1, 4, 7, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_at_most_half_a_scale(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    integers, scale = quantize(tensor)
+    assert integers.dtype == torch.int8
+    assert scale.dtype == dtype
+    gap = (integers.float() * scale.float() - tensor.float()).abs()
+    room = 1.02 if dtype == torch.float32 else 1.6  # a scale in bfloat16 is itself rounded
+    assert bool((gap <= scale.float() / 2 * room + 1e-7).all())
+    assert scale.numel() == tensor.numel() // max(shape)
+
+
+def test_zeros_and_nothing_have_no_scale() -> None:
+    integers, scale = quantize(torch.zeros(3, 5))
+    assert not integers.any()
+    assert not scale.any()
+    assert quantize(torch.zeros(0, 5))[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("storage", FORMS)
+def test_layers_are_described_and_built_again(storage: Storage) -> None:
+    layer = linear_from_network(
+        network("mpo", {"sites": 3}), bias=torch.randn(12), source="linear", storage=storage
+    )
+    spec = tn.nn.module_spec(layer)
+    assert spec is not None
+    twin = tn.nn.build_module(spec, device="meta")
+    assert all(parameter.is_meta for parameter in twin.parameters())
+    twin.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(3, 20)
+    assert torch.equal(twin(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_a_bad_description_of_storage() -> None:
+    spec = tn.nn.module_spec(linear_from_network(network("mpo", {}), bias=None, source="linear"))
+    assert spec is not None
+    assert "storage" not in spec
+    for storage in ({"int8": "yes"}, {"int4": True}):
+        with pytest.raises(tn.FormatError, match="Bad description"):
+            tn.nn.build_module({**spec, "storage": storage})
+
+
+@pytest.mark.parametrize("storage", [PIVOTED, BOTH])
+def test_only_chains_have_a_gauge_that_can_be_fixed(storage: Storage) -> None:
+    topology = topology_family("tucker").build(12, 20, max_bond=3)
+    with pytest.raises(tn.TopologyError, match="Pivoted storage is for chains"):
+        pivoted_cores(topology)
+    with pytest.raises(tn.TopologyError, match="use plain storage"):
+        tn.nn.TensorNetworkLinear(topology, storage=storage)
+
+
+def test_a_core_with_fewer_rows_than_its_bond_is_left_as_it_is() -> None:
+    topology: Topology = tn.topologies.mpo(out_dims=(4, 2, 4), in_dims=(4, 2, 4), bond_dims=(2, 16))
+    assert pivoted_cores(topology) == ("0",)
+    cores = [torch.randn(shape) for shape in topology.core_shapes.values()]
+    again = decode(topology, PIVOTED, encode(topology, PIVOTED, cores))
+    expected = tn.TensorNetwork(topology, cores).to_matrix()
+    torch.testing.assert_close(tn.TensorNetwork(topology, again).to_matrix(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", [PLAIN, PIVOTED])
+def test_gradients_reach_every_stored_tensor(storage: Storage) -> None:
+    layer = linear_from_network(network("mpo", {"sites": 3}), bias=None, source="linear", storage=storage)
+    x, y = torch.randn(5, 20), torch.randn(5, 12)
+    layer.train()
+    (layer(x) - y).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.is_floating_point():
+            assert parameter.grad is not None, name
+            index = tuple(size // 2 for size in parameter.shape)
+            with torch.no_grad():
+                values = []
+                for step in (1e-2, -1e-2):
+                    parameter[index] += step
+                    values.append(float((layer(x) - y).square().sum()))
+                    parameter[index] -= step
+            assert float(parameter.grad[index]) == pytest.approx(
+                (values[0] - values[1]) / 2e-2, rel=0.02, abs=0.02
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("storage", FORMS)
+def test_dtypes(dtype: torch.dtype, storage: Storage) -> None:
+    layer = linear_from_network(network("low_rank", {}), bias=None, source="linear", storage=storage).to(
+        dtype
+    )
+    assert layer.weight.dtype == dtype
+    assert layer(torch.randn(2, 20, dtype=dtype)).dtype == dtype
+    assert {p.dtype for p in layer.parameters()} <= {dtype, torch.int8, torch.int32}
+
+
+def test_the_error_of_what_is_stored_is_certified() -> None:
+    model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 20))
+    dense = [layer.weight.detach().clone() for layer in model]
+    config = tn.CompressionConfig(param_ratio=0.7, objective="weight", pivoted=True, int8=True)
+    report = tn.compress(model, config, progress=False)
+    for entry, layer, weight in zip(report.layers, model, dense, strict=True):
+        gap = float((layer.to_matrix().detach() - weight).norm() / weight.norm())
+        assert entry.error == pytest.approx(gap, rel=1e-5)
+        plain = report.plan[entry.name]
+        assert entry.error > plain.error  # rounding is in it
+        assert entry.error < plain.error + 0.05
+    assert report.model_bytes_after < 0.35 * report.model_bytes_before
+
+
+def test_tied_layers_share_what_is_stored() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    model = Tied()
+    config = tn.CompressionConfig(
+        target_modules="all", param_ratio=0.6, objective="weight", pivoted=True, int8=True
+    )
+    tn.compress(model, config, progress=False)
+    assert all(a is b for a, b in zip(model.embed.parameters(), model.head.parameters(), strict=True))
+    ids = torch.arange(30)
+    torch.testing.assert_close(model.embed(ids), model.head.to_matrix())
+    tn.decompress(model)
+    assert model.head.weight is model.embed.weight
+
+
+def test_sharing_between_different_forms() -> None:
+    made = network("low_rank", {})
+    layers = [linear_from_network(made, bias=None, source="linear", storage=s) for s in (PLAIN, INT8)]
+    with pytest.raises(tn.ShapeError, match="same topology and storage"):
+        layers[0].share_cores(layers[1])

@@ -1,0 +1,149 @@
+"""Plans as objects: printed, edited, kept on disk, carried out, refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import gpt2
+from torch import nn
+
+import tensornet as tn
+from tensornet.compression import CalibrationStats
+
+NAME = "transformer.h.0.mlp.c_fc"
+
+
+@cache
+def _prepared() -> tuple[nn.Module, CalibrationStats, tn.CompressionPlan]:
+    model = gpt2().eval()
+    stats = tn.calibrate(model, [torch.randint(1, 100, (4, 12))], source="random words")
+    return model, stats, tn.plan(model, tn.CompressionConfig(param_ratio=0.6), stats)
+
+
+def prepared() -> tuple[nn.Module, CalibrationStats, tn.CompressionPlan]:
+    model, stats, plan = _prepared()
+    return copy.deepcopy(model), stats, plan
+
+
+def test_a_plan_changes_nothing() -> None:
+    model, stats, _ = prepared()
+    before = copy.deepcopy(model.state_dict())
+    tn.plan(model, tn.CompressionConfig(param_ratio=0.5), stats)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_printing_shows_every_layer_and_the_forecast() -> None:
+    _, _, plan = prepared()
+    text = str(plan)
+    for layer in plan:
+        assert layer.name in text
+    assert f"{plan.params_before:,} -> {plan.params_after:,}" in text
+    assert f"{plan.predicted_loss_increase:.4f}" in text
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    _, _, plan = prepared()
+    plan.save(tmp_path / "plan.json")
+    loaded = tn.CompressionPlan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert loaded.curve() == plan.curve()
+    assert loaded.calibration == "random words"
+    assert loaded.predicted_perplexity == pytest.approx(plan.predicted_perplexity)
+
+
+def test_a_loaded_plan_gives_the_same_model(tmp_path: Path) -> None:
+    model, stats, plan = prepared()
+    twin = copy.deepcopy(model)
+    plan.save(tmp_path / "plan.json")
+    tn.apply_plan(model, plan, stats)
+    tn.apply_plan(twin, tn.CompressionPlan.load(tmp_path / "plan.json"), stats)
+    for (name, a), (_, b) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_editing_a_layer() -> None:
+    model, stats, plan = prepared()
+    topology = tn.topologies.mpo(out_dims=(8, 12), in_dims=(6, 4), max_bond=5)
+    edited = plan.replace_layer(NAME, topology)
+    assert edited[NAME].topology == topology
+    assert edited[NAME].bound_by == "edited"
+    assert edited.predicted_loss_increase is None  # not known for this layer any more
+    assert plan[NAME].topology != topology
+    tn.apply_plan(model, edited, stats)
+    assert model.get_submodule(NAME).topology == topology
+
+
+def test_leaving_a_layer_dense() -> None:
+    model, stats, plan = prepared()
+    edited = plan.replace_layer(NAME, None)
+    assert edited[NAME].loss_increase == 0
+    assert edited.predicted_loss_increase < plan.predicted_loss_increase  # type: ignore[operator]
+    weight = model.get_submodule(NAME).weight
+    tn.apply_plan(model, edited, stats)
+    assert model.get_submodule(NAME).weight is weight
+
+
+def test_editing_an_unknown_layer() -> None:
+    _, _, plan = prepared()
+    with pytest.raises(KeyError, match="No layer 'nowhere'"):
+        plan.replace_layer("nowhere", None)
+
+
+def test_a_calibrated_plan_needs_its_statistics_again() -> None:
+    model, _, plan = prepared()
+    with pytest.raises(tn.TargetError, match=r"made with objective='curvature': pass the calibration"):
+        tn.apply_plan(model, plan)
+
+
+def test_a_plan_for_another_model() -> None:
+    _, stats, plan = prepared()
+    with pytest.raises(tn.TargetError, match="that this model does not have"):
+        tn.apply_plan(nn.Sequential(nn.Linear(3, 4)), plan, stats)
+    wide = nn.ModuleDict({"layer": nn.Linear(5, 7)})
+    narrow = nn.ModuleDict({"layer": nn.Linear(5, 6)})
+    made = tn.plan(wide, tn.CompressionConfig(max_bond=2, objective="weight"))
+    with pytest.raises(tn.TargetError, match=r"of shape \(7, 5\), the model's has shape \(6, 5\)"):
+        tn.apply_plan(narrow, made)
+
+
+def test_nothing_is_replaced_when_a_layer_fails() -> None:
+    model, stats, plan = prepared()
+    with torch.no_grad():
+        model.get_submodule("transformer.h.1.mlp.c_proj").weight[0, 0] = torch.nan
+    with pytest.raises(tn.NonFiniteError):
+        tn.apply_plan(model, plan, stats)
+    assert not any(isinstance(module, tn.nn.TensorNetworkLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(version=99),
+        lambda data: data.pop("layers"),
+        lambda data: data["layers"][0].pop("shape"),
+        lambda data: data["layers"][0].update(topology={"family": "mpo"}),
+        lambda data: data["layers"][0].update(storage={"pivoted": "yes"}),
+        lambda data: data["layers"][0].update(storage={"holographic": True}),
+    ],
+)
+def test_a_damaged_plan(change: Any) -> None:
+    _, _, plan = prepared()
+    data = json.loads(json.dumps(plan.to_dict()))
+    change(data)
+    with pytest.raises(tn.FormatError, match="compression plan"):
+        tn.CompressionPlan.from_dict(data)
+
+
+def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(tn.FormatError, match="Cannot read a compression plan"):
+        tn.CompressionPlan.load(path)
+    path.write_text("[]")
+    with pytest.raises(tn.FormatError, match="Not a compression plan"):
+        tn.CompressionPlan.load(path)
