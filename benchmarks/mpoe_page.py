@@ -2,8 +2,8 @@
 
     python benchmarks/mpoe_page.py
 
-The text of the page is written by hand; what lies between `<!-- table NAME -->` and `<!-- end -->` is
-replaced.
+The text of the page is written by hand; what lies between `<!-- table NAME -->` or
+`<!-- rates NAME -->` and `<!-- end -->` is replaced.
 """
 
 from __future__ import annotations
@@ -58,6 +58,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rates(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Loss on the tuning part at every rate, first seed; the rate that was chosen is bold."""
+    columns = list(rows[0]["tune_loss_by_rate"])
+    lines = ["| row | " + " | ".join(f"rate {c}" for c in columns) + " |", "|---|" + "--:|" * len(columns)]
+    for r in rows:
+        cells = [
+            f"**{loss:.4f}**" if float(rate) == r["rate"] else f"{loss:.4f}"
+            for rate, loss in r["tune_loss_by_rate"].items()
+        ]
+        lines.append("| " + " | ".join([r["row"], *cells]) + " |")
+    return "\n".join(lines)
+
+
 def tables(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """Rows of the record by table, in the order of the record."""
     found: dict[str, list[Mapping[str, Any]]] = {}
@@ -75,9 +88,11 @@ def fill(page: str, record: Mapping[str, Any]) -> str:
     by_name = tables(record)
 
     def replacement(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{table(by_name[match[2]])}\n<!-- end -->"
+        kind = {"table": table, "rates": rates}[match[2]]
+        return f"{match[1]}\n{kind(by_name[match[3]])}\n<!-- end -->"
 
-    return re.sub(r"(<!-- table ([\w-]+) -->)\n.*?<!-- end -->", replacement, page, flags=re.DOTALL)
+    pattern = r"(<!-- (table|rates) ([\w-]+) -->)\n.*?<!-- end -->"
+    return re.sub(pattern, replacement, page, flags=re.DOTALL)
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
@@ -95,14 +110,15 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
                     str(number + 1), (x, y), xytext=(4, 3), textcoords="offset points", color=colour
                 )
             key = "\n".join(f"{number + 1} {r['row']}" for number, r in enumerate(rows))
-            axis.text(0.98, 0.98, key, transform=axis.transAxes, ha="right", va="top", fontsize=6.5)
+            axis.text(0, -0.2, key, transform=axis.transAxes, va="top", fontsize=8)
             axis.set_xscale("log")
             axis.set_xlabel("parameters in experts")
             axis.set_ylabel("held-out loss (nats a token)")
             axis.set_title(TITLES[name])
             axis.grid(alpha=0.3)
         figure.tight_layout()
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, metadata=metadata, bbox_inches="tight")
         plt.close(figure)
 
 
