@@ -1,0 +1,315 @@
+"""Compressing whole models: which layers, how far, tied weights, calibration data, bad input, and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from hf_models import gpt2, llama
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import tensornet as tn
+from tensornet.compression import find_targets
+from tensornet.compression.targets import matches
+from tensornet_hf.embedded import gpt2_path, heldout_text
+from tensornet_hf.text import load_tokenizer, token_ids
+
+HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    """Embedding, two blocks, a tied head, and things that must be left alone."""
+
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 8, padding_idx=3)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2)
+        self.head = nn.Linear(8, 30, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+IDS = torch.arange(12).reshape(3, 4)
+
+
+def names(model: nn.Module, **options: object) -> list[str]:
+    return [target.name for target in find_targets(model, tn.CompressionConfig(**options))]  # type: ignore[arg-type]
+
+
+# --- which layers --------------------------------------------------------------------------------
+
+
+def test_linear_layers_but_no_head_by_default() -> None:
+    assert names(Model()) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert names(Model(tied=False)) == names(Model())
+
+
+def test_all_takes_embeddings_and_heads() -> None:
+    assert names(Model(), target_modules="all")[0] == "embed"
+    assert "head" not in names(Model(), target_modules="all")  # it is the embedding's weight
+    assert "head" in names(Model(tied=False), target_modules="all")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("up", ["blocks.0.up", "blocks.1.up"]),
+        ("blocks.0.up", ["blocks.0.up"]),
+        ("blocks.0.*", ["blocks.0.up", "blocks.0.down"]),
+        (r"re:blocks\.\d\.down", ["blocks.0.down", "blocks.1.down"]),
+        (["head"], ["embed"]),  # a tied weight is found under any of its names
+        (["up", "embed"], ["embed", "blocks.0.up", "blocks.1.up"]),
+    ],
+)
+def test_patterns(pattern: str | list[str], expected: list[str]) -> None:
+    assert names(Model(), target_modules=pattern) == expected
+
+
+def test_a_suffix_is_a_whole_name() -> None:
+    assert matches("a.c_fc", "c_fc")
+    assert not matches("a.xc_fc", "c_fc")
+    assert not matches("a.c_fc.b", "re:c_fc")
+
+
+def test_exclusion_wins() -> None:
+    assert names(Model(), exclude_modules="down") == ["blocks.0.up", "blocks.1.up"]
+    assert names(Model(), target_modules="blocks.0.*", exclude_modules=["up"]) == ["blocks.0.down"]
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
+def test_a_pattern_without_a_layer_is_an_error(option: str) -> None:
+    with pytest.raises(tn.TargetError, match=r"'c_fc' matches no layer .*blocks\.0\.up.*'re:'"):
+        names(Model(), **{option: "c_fc"})
+
+
+def test_nothing_left() -> None:
+    with pytest.raises(tn.TargetError, match="Nothing to compress"):
+        names(Model(), exclude_modules="blocks.*")
+    with pytest.raises(tn.TargetError, match=r"supported: nn\.Linear"):
+        names(nn.Sequential(nn.ReLU()))
+
+
+def test_subclasses_of_linear_are_left_alone() -> None:
+    assert all("attention" not in name for name in names(Model(), target_modules="all"))
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", ["mpo", "low_rank"])
+def test_without_a_budget_nothing_is_lost(topology: str) -> None:
+    model = Model()
+    expected = model(IDS)
+    report = tn.compress(model, tn.CompressionConfig(target_modules="all", topology=topology), progress=False)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)
+    assert max(layer.error for layer in report.layers) < 1e-5
+    assert isinstance(model.embed, tn.nn.MPOEmbedding)
+    assert isinstance(model.blocks[0].up, tn.nn.TensorNetworkLinear)
+
+
+def test_the_share_is_kept_and_reported() -> None:
+    model = Model()
+    total = sum(p.numel() for p in model.parameters())
+    report = tn.compress(model, HALF, progress=False)
+    assert report.param_ratio <= 0.5
+    assert report.model_params_before == total
+    assert report.model_params_after == sum(p.numel() for p in model.parameters())
+    saved = sum(layer.params_before - layer.params_after for layer in report.layers)
+    assert report.model_params_before - report.model_params_after == saved
+    data = json.loads(report.to_json())
+    assert len(data["layers"]) == 4
+    assert "blocks.1.down" in str(report)
+
+
+def test_auto_never_loses_to_the_plain_svd() -> None:
+    report = tn.compress(Model(), HALF, progress=False)
+    for layer in report.layers:
+        assert layer.error <= layer.baseline_error + 1e-6
+
+
+def test_an_error_cap_is_kept_or_the_layer_stays_dense() -> None:
+    model = Model()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    report = tn.compress(model, tn.CompressionConfig(rel_error=0.3, objective="weight"), progress=False)
+    for layer in report.layers:
+        assert layer.error <= 0.3
+        module = model.get_submodule(layer.name)
+        if layer.form == "dense":
+            assert type(module) is nn.Linear
+            continue
+        weight = weights[f"{layer.name}.weight"]
+        gap = float((module.to_matrix().detach() - weight).norm() / weight.norm())
+        assert gap <= layer.error * (1 + 1e-4) + 1e-6
+
+
+def test_ties_flags_and_biases_survive() -> None:
+    model = Model()
+    model.blocks[0].up.weight.requires_grad_(False)
+    bias = model.blocks[0].up.bias
+    model.eval()
+    config = tn.CompressionConfig(target_modules="all", param_ratio=0.7, objective="weight")
+    tn.compress(model, config, progress=False)
+    assert model.embed.core_0 is model.head.core_0
+    assert model.blocks[0].up.bias is bias
+    assert not model.blocks[0].up.core_0.requires_grad
+    assert model.blocks[1].up.core_0.requires_grad
+    assert not model.embed.training
+    assert model.embed.padding_idx == 3
+
+
+def test_a_module_used_twice_stays_one_module() -> None:
+    shared = nn.Linear(12, 12)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(12, 12)})
+    report = tn.compress(model, HALF, progress=False)
+    assert model["a"] is model["b"]
+    assert len(report.layers) == 2
+
+
+def test_decompressing_gives_stock_layers_back() -> None:
+    model = Model()
+    expected = model(IDS)
+    tn.compress(model, tn.CompressionConfig(target_modules="all"), progress=False)
+    assert tn.decompress(model) is model
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)
+    assert {type(module) for module in model.modules()} == {type(module) for module in Model().modules()}
+    assert model.head.weight is model.embed.weight
+    assert model.embed.padding_idx == 3
+
+
+def test_conv1d_comes_back_as_conv1d() -> None:
+    model = gpt2().eval()
+    expected = model(IDS).logits
+    kind = type(model.transformer.h[0].mlp.c_fc)
+    tn.compress(model, tn.CompressionConfig(), progress=False)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    tn.decompress(model)
+    assert type(model.transformer.h[0].mlp.c_fc) is kind
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_is_kept() -> None:
+    model = Model().to(torch.bfloat16)
+    tn.compress(model, HALF, progress=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+def test_batches_and_statistics_are_the_same_thing() -> None:
+    batches = list(torch.randint(1, 100, (8, 10)).split(4))
+    config = tn.CompressionConfig(param_ratio=0.6)
+    first, second = (llama().eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    stats = tn.calibrate(second, batches)
+    a = tn.compress(first, config, calibration=batches, progress=False)
+    b = tn.compress(second, config, calibration=stats, progress=False)
+    assert a.plan == b.plan
+    assert a.plan.predicted_loss_increase is not None
+    assert a.layers == b.layers
+
+
+def test_without_data_a_warning_says_what_to_pass() -> None:
+    with pytest.warns(tn.CalibrationWarning, match="error of its weights alone.*Pass calibration=batches"):
+        report = tn.compress(Model(), tn.CompressionConfig(param_ratio=0.5), progress=False)
+    assert report.plan.objective == "weight"
+
+
+@pytest.mark.parametrize("config", [HALF, tn.CompressionConfig()])
+def test_nothing_is_said_where_data_would_change_nothing(config: tn.CompressionConfig) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tn.compress(Model(), config, progress=False)
+
+
+@pytest.mark.parametrize("option", [{"loss_increase": 0.1}, {"max_bytes": 1000}, {"objective": "curvature"}])
+def test_data_that_is_needed_is_asked_for(option: dict[str, object]) -> None:
+    with pytest.raises(tn.TargetError, match="needs calibrated gradients: pass calibration=batches"):
+        tn.compress(Model(), tn.CompressionConfig(**option), progress=False)  # type: ignore[arg-type]
+
+
+def test_a_language_model_is_calibrated_on_the_embedded_text() -> None:
+    """And is then far better than by the error of its weights, on text that neither saw."""
+    dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
+    ids = token_ids(load_tokenizer(gpt2_path()), heldout_text())[: 24 * 128].reshape(24, 128)
+    models = [copy.deepcopy(dense) for _ in range(2)]
+    options = {"param_ratio": 0.5}
+    with pytest.warns(tn.CalibrationWarning, match="using 16,384 tokens of the embedded text"):
+        report = tn.compress(models[0], tn.CompressionConfig(**options), progress=False)  # type: ignore[arg-type]
+    assert report.plan.calibration is not None
+    assert "King James" in report.plan.calibration
+    tn.compress(models[1], tn.CompressionConfig(**options, objective="weight"), progress=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        losses = [float(model(input_ids=ids, labels=ids).loss) for model in (dense, *models)]
+    rise, plain = losses[1] - losses[0], losses[2] - losses[0]
+    assert rise < 0.5 * plain
+    assert report.plan.predicted_loss_increase == pytest.approx(rise, rel=1.0)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    model = Model()
+    with torch.no_grad():
+        model.blocks[1].up.weight[2, 3] = value
+    with pytest.raises(tn.NonFiniteError, match=r"Layer 'blocks\.1\.up' holds 1 NaN or infinite"):
+        tn.compress(model, HALF, progress=False)
+    assert type(model.blocks[0].up) is nn.Linear  # nothing was replaced
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"param_ratio": 0}, "param_ratio must be above 0"),
+        ({"rel_error": 1.5}, r"rel_error must lie in \[0, 1\)"),
+        ({"max_bond": 0}, "max_bond must be an integer of at least 1"),
+        ({"sites": 0}, "sites must be at least 1"),
+        ({"max_bytes": 0}, "max_bytes must be above 0"),
+        ({"loss_increase": -1.0}, "loss_increase must be above 0"),
+        ({"topology": "mobius"}, "Unknown topology 'mobius'"),
+        ({"objective": "luck"}, "Unknown objective 'luck'"),
+        ({"damping": -1.0}, "damping must be at least 0"),
+        ({"max_bytes": 9, "objective": "weight"}, "needs the price of an error"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tn.CompressionConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_budget_no_network_can_meet_names_the_layer() -> None:
+    with pytest.raises(tn.BudgetError, match=r"Layer 'blocks\.0\.up' cannot meet the budget"):
+        tn.compress(Model(), tn.CompressionConfig(param_ratio=0.001, objective="weight"), progress=False)
+
+
+def test_options_as_a_dictionary() -> None:
+    config = tn.CompressionConfig(target_modules=("a", "b"), param_ratio=0.5, int8=True)
+    again = tn.CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="Unknown compression options colour; known are"):
+        tn.CompressionConfig.from_dict({"colour": "red"})
