@@ -13,7 +13,25 @@ import torch
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "every word of this quotation was chosen so that nobody could object to any part of it".split()
+WORDS = [
+    "every",
+    "word",
+    "of",
+    "this",
+    "quotation",
+    "was",
+    "chosen",
+    "so",
+    "that",
+    "nobody",
+    "could",
+    "object",
+    "to",
+    "any",
+    "part",
+    "of",
+    "it",
+]
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
