@@ -10,6 +10,7 @@ from tensornet.compression.losses import cosine_losses, label_losses, sampled_lo
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.planner import plan
 from tensornet.compression.providers import ProvidedData, register_calibration_provider
+from tensornet.compression.refine import RefineReport, refine
 from tensornet.compression.report import CompressionReport, LayerReport
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
@@ -23,6 +24,7 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "ProvidedData",
+    "RefineReport",
     "Target",
     "apply_plan",
     "calibrate",
@@ -33,6 +35,7 @@ __all__ = [
     "heal",
     "label_losses",
     "plan",
+    "refine",
     "register_calibration_provider",
     "register_structure_hook",
     "sampled_losses",
