@@ -117,6 +117,7 @@ def measure(
             batches,
             steps=arguments.heal_steps,
             max_seconds=arguments.heal,
+            autocast=torch.bfloat16,
             checkpoint=arguments.cache / f"heal-{name}-{arguments.layers}-{ratio}.safetensors",
             save_every=10,
             progress=True,

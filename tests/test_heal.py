@@ -147,6 +147,13 @@ def test_checkpoint_of_another_compression(tmp_path: Path) -> None:
         tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
 
 
+def test_half_precision_heals_as_well() -> None:
+    teacher, student = pair()
+    report = tn.heal(student, teacher, batches(), steps=20, layer_steps=4, lr=3e-3, autocast=torch.bfloat16)
+    assert report.losses[-1] < 0.8 * report.losses[0]
+    assert student.transformer.h[0].mlp.c_fc.core_0.dtype == torch.float32
+
+
 def test_time_is_a_limit() -> None:
     teacher, student = pair()
     report = tn.heal(student, teacher, batches(), steps=100_000, max_seconds=1.0)

@@ -54,6 +54,7 @@ def heal(
     temperature: float = 1.0,
     distance: Distance | None = None,
     parameters: Literal["cores", "trainable"] = "cores",
+    autocast: torch.dtype | None = None,
     max_seconds: float | None = None,
     checkpoint: str | Path | None = None,
     save_every: int = 50,
@@ -78,6 +79,8 @@ def heal(
             states where there are none.
         parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters beside
             frozen cores do.
+        autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
+            recent processors and makes no difference to the result worth mentioning.
         max_seconds: end earlier; the learning rate then falls by time.
         checkpoint: safetensors file for cores and optimizer. Where it exists, healing goes on from it, so
             the same call can be repeated after an interruption.
@@ -122,12 +125,13 @@ def heal(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (share + 1 / total) * 20) * (1 - share)
             batch = to_device(next(batches), device)
-            if done < layer_steps:
-                loss = layer_step(layers, teacher, batch)
-                layer_losses.append(loss)
-            else:
-                loss = _end_to_end(model, teacher, batch, distance or _distance(temperature))
-                losses.append(loss)
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                if done < layer_steps:
+                    loss = layer_step(layers, teacher, batch)
+                    layer_losses.append(loss)
+                else:
+                    loss = _end_to_end(model, teacher, batch, distance or _distance(temperature))
+                    losses.append(loss)
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"The distance to the dense model became {loss} at step {done}; use a smaller lr than "
