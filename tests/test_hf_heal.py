@@ -12,11 +12,13 @@ import torch
 from hf_models import gpt2
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
+import tensornet_hf as th
 from tensornet.compression.heal import compressed_layers, output_distance, trainable_cores
-from tensornet_hf.embedded import calibration_text, gpt2_path
+from tensornet_hf.cli.main import run
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.heal import TextWindows, heal
 
 OPTIONS: dict[str, Any] = {
@@ -91,6 +93,34 @@ def test_windows_of_a_text() -> None:
     windows = TextWindows(gpt2_path(), calibration_text()[:20_000], length=64)
     assert len(windows) > 10
     assert windows[0]["input_ids"].shape == (64,)
+
+
+def test_command_line_heals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(calibration_text()[:30_000])
+    common = ["compress", str(gpt2_path()), "--param-ratio", "0.4", "--calibration", str(text)]
+    made = []
+    for steps in ("0", "30"):
+        folder = tmp_path / f"healed-{steps}"
+        assert run([*common[:2], str(folder), *common[2:], "--heal", steps]) == 0
+        made.append(th.load(folder).eval())
+    dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
+    batch = {"input_ids": TextWindows(gpt2_path(), heldout_text()[:20_000], length=128).windows[:16]}
+    with torch.no_grad():
+        gaps = [float(output_distance(model(**batch), dense(**batch), batch)) for model in made]
+    assert gaps[1] < 0.9 * gaps[0]
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "give one"), (["--calibration", "text.txt", "--int8"], "leave one of them out")],
+)
+def test_command_line_says_what_does_not_go_with_healing(
+    options: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["compress", str(gpt2_path()), "out", "--param-ratio", "0.5", "--heal", "3", *options]) != 0
+    assert message in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_model_without_cores(tmp_path: Path) -> None:

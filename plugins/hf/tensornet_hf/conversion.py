@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from tensornet.compression import (
     calibrate,
     find_targets,
 )
+from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
 from tensornet_hf.checkpoint import read_checkpoint
@@ -79,16 +81,50 @@ def collect_stats(
         ValueError: the text is shorter than one window.
     """
     require_causal(model)
-    context = usual_context(model, limit=512)
+    windows = text_windows(model, folder, text, tokens=tokens, limit=512)
+    batches = windows.split(max(1, 1024 // windows.shape[1]))
+    source = f"{windows.numel():,} tokens of {name}"
+    return calibrate(model, batches, config=config, source=source, progress=progress)
+
+
+def text_windows(
+    model: PreTrainedModel, folder: Path, text: str, *, limit: int, tokens: int | None = None
+) -> Tensor:
+    """The beginning of a text in windows of at most `limit` tokens that do not overlap, one in each row.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    context = usual_context(model, limit=limit)
     ids = token_ids(load_tokenizer(folder), text)[:tokens]
     count = len(ids) // context
     if count == 0:
         raise ValueError(
             f"The calibration text has {len(ids)} tokens, less than one window of {context}; give more text."
         )
-    batches = ids[: count * context].reshape(count, context).split(max(1, 1024 // context))
-    source = f"{count * context:,} tokens of {name}"
-    return calibrate(model, batches, config=config, source=source, progress=progress)
+    return ids[: count * context].reshape(count, context)
+
+
+def heal_on(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    text: str,
+    *,
+    steps: int,
+    progress: bool = False,
+) -> HealReport:
+    """Train the cores to the dense model's outputs on a whole text, 512 tokens in a step, in mixed order.
+
+    Raises:
+        TargetError: there are no cores to train.
+        ValueError: the text is shorter than one window.
+    """
+    windows = text_windows(model, folder, text, limit=256)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    return heal(
+        model, teacher, windows.split(max(1, 512 // windows.shape[1])), steps=steps, progress=progress
+    )
 
 
 def plan_spectra(

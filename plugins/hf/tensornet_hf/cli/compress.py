@@ -1,5 +1,6 @@
 """`tensornet compress`: a model folder becomes a smaller one."""
 
+import copy
 import shlex
 import sys
 import time
@@ -59,6 +60,13 @@ def run(
         Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 32_768,
+    heal: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Steps of training the cores to the dense model's outputs afterwards, on --calibration.",
+        ),
+    ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Keep cores as eight-bit integers.")] = False,
     dtype: shared.Dtype = None,
     plan: Annotated[
@@ -92,12 +100,14 @@ def run(
         "max_bytes": max_bytes,
     }
     _check_usage(destination, budget, plan, dry_run)
+    _check_heal(heal, calibration, int8)
     if workers is not None:
         needs_model = {
             "--calibration": calibration,
             "--dtype": dtype,
             "--report": report,
             "--dry-run": dry_run,
+            "--heal": heal,
         }
         _check_usage_of_workers(destination, needs_model)
     text = None if calibration is None else shared.read_text(calibration)
@@ -147,7 +157,10 @@ def run(
         return
     assert destination is not None
     spectra = conversion.plan_spectra(model, planned, progress=progress) if report is not None else {}
+    teacher = copy.deepcopy(model) if heal else None
     done = conversion.carry_out(model, planned, stats, started=started, progress=progress)
+    if teacher is not None and text is not None:
+        conversion.heal_on(model, teacher, folder, text, steps=heal, progress=progress)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
     before = weight_bytes(folder)
     if report is not None:
@@ -170,6 +183,13 @@ def _observed(planned: CompressionPlan) -> CompressionConfig:
     """Names the layers and the objective of a plan for calibration; the budget is never read."""
     names = [layer.name for layer in planned]
     return CompressionConfig(target_modules=names, objective=planned.objective, max_bond=1)  # type: ignore[arg-type]
+
+
+def _check_heal(heal: int, calibration: Path | None, int8: bool) -> None:
+    if heal and calibration is None:
+        raise typer.BadParameter("--heal trains on the text of --calibration; give one.")
+    if heal and int8:
+        raise typer.BadParameter("--heal trains cores, --int8 keeps them as integers; leave one of them out.")
 
 
 def _check_usage_of_workers(destination: str | None, needs_model: Mapping[str, object]) -> None:
