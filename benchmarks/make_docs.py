@@ -87,10 +87,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text: four significant digits, no bars that would end the cell."""
+    """A value as text: four significant digits, nothing that would end the cell or open a code block."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else " ".join(str(value).replace("|", "/").replace("`", "'").split())
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
