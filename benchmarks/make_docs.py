@@ -90,11 +90,9 @@ def cell(value: Any) -> str:
     """A value as text: four significant digits, nothing that would end the cell or open a code block."""
     if value is None:
         return ""
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else " ".join(str(value).replace("|", "/").replace("`", "'").split())
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(str(value).replace("|", "/").replace("`", "'").split())
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
