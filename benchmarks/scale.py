@@ -1,0 +1,282 @@
+"""Does sharded compression use the processors, keep its memory flat, and resume for nothing?
+
+1. Two workers against one, on weights of equal size. Asked: 1.7 times on two cores. Workers that are up
+   already (an executor of the caller) are shown beside workers that are started for the run.
+2. Peak memory of one worker over the size of the checkpoint. Asked: flat.
+3. A run interrupted half way and resumed, against one that is not, in processor seconds. Asked: 2 % more.
+4. Tokens per second of a training step of one mixture, experts spread over two processes, against one.
+
+    python benchmarks/scale.py            # some minutes; writes benchmarks/records/scale.json
+    python benchmarks/scale.py --toy      # seconds; proves only that the road is open
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+import tensornet as tn
+import tensornet_hf as th
+import tensornet_moe as tm
+from tensornet.topologies import mpo
+from tensornet_hf.sharded.piece import peak_memory
+from tensornet_hf.sharded.staging import Staging
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import RECORDS, record
+
+#: Forked from a process that has everything imported: what a start costs is measured for itself.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tensornet_hf", "tensornet_moe", "torch.distributed"])
+HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Args:
+        width: rows and columns of each weight.
+        weights: weights of the checkpoint for speed and resuming.
+        growth: numbers of weights of the checkpoints for memory.
+        repeats: rounds; the median counts.
+        tokens: of a training step of the mixture.
+        model_dims, hidden_dims: factors of the widths of the mixture.
+        starts: also measure workers that are started for the run.
+    """
+
+    width: int
+    weights: int
+    growth: tuple[int, ...]
+    repeats: int
+    tokens: int
+    model_dims: tuple[int, ...]
+    hidden_dims: tuple[int, ...]
+    starts: bool
+
+
+FULL = Sizes(768, 24, (8, 32, 128), 3, 2048, (4, 4, 8, 6), (4, 4, 12, 16), True)
+TOY = Sizes(32, 6, (2, 4), 1, 32, (2, 4), (4, 4), False)
+
+
+class Stop(Exception):
+    """Ends a run half way."""
+
+
+@contextmanager
+def interrupted_after(lines: int) -> Iterator[None]:
+    """Let runs end with `Stop` when their journal has so many lines more."""
+    original, left = Staging.note, iter(range(lines))
+
+    def note(self: Staging, entry: dict[str, Any]) -> None:
+        original(self, entry)
+        if next(left, lines) + 1 >= lines:
+            raise Stop
+
+    with mock.patch.object(Staging, "note", note), suppress(Stop):
+        yield
+
+
+def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> Path:
+    """A folder with so many random square weights in bfloat16, of no model in particular."""
+    folder.mkdir(parents=True)
+    index = {}
+    for number in range(files):
+        names = [f"layers.{k}.weight" for k in range(weights) if k % files == number]
+        tensors = {name: torch.randn(width, width).bfloat16() for name in names}
+        save_file(tensors, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(names, f"model-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text('{"model_type": "random"}')
+    return folder
+
+
+def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
+    """Question 1."""
+    source = make_checkpoint(folder / "speed", sizes.width, sizes.weights)
+    seconds: dict[str, list[float]] = {}
+    with (
+        ProcessPoolExecutor(1, mp_context=PROCESSES) as one,
+        ProcessPoolExecutor(2, mp_context=PROCESSES) as two,
+    ):
+        for number, pool in enumerate((one, two, two)):  # up and with everything imported
+            th.compress_checkpoint(source, folder / f"warm{number}", HALF, executor=pool)
+        for number in range(sizes.repeats):
+            cases: dict[str, dict[str, Any]] = {"1 worker": {"executor": one}, "2 workers": {"executor": two}}
+            if sizes.starts:
+                cases["2 workers, started for the run"] = {"workers": 2}
+            for name, options in cases.items():
+                start = time.perf_counter()
+                th.compress_checkpoint(source, folder / f"{name}{number}", HALF, **options)
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    return [
+        {
+            "question": 1,
+            "case": name,
+            "seconds": round(value, 3),
+            "speed_up": round(medians["1 worker"] / value, 2),
+        }
+        for name, value in medians.items()
+    ]
+
+
+def memory(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
+    """Question 2: each size in a fresh process."""
+    rows = []
+    for count in sizes.growth:
+        source = make_checkpoint(folder / f"memory{count}", sizes.width, count)
+        with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
+            before, after = pool.submit(_peak_of_a_run, source, folder / f"memory{count}-out").result()
+        size = count * sizes.width**2 * 2
+        rows.append(
+            {
+                "question": 2,
+                "case": f"{count} weights",
+                "width": sizes.width,
+                "checkpoint_mb": round(size / 1e6, 1),
+                "peak_mb": round(after / 1e6, 1),
+                "above_idle_mb": round((after - before) / 1e6, 1),
+            }
+        )
+    return rows
+
+
+def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
+    before = peak_memory()
+    return before, th.compress_checkpoint(source, out, HALF).peak_memory
+
+
+def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
+    """Question 3."""
+    source = make_checkpoint(folder / "resume", sizes.width, sizes.weights)
+    ratios = []
+    for number in range(sizes.repeats):
+        start = time.process_time()
+        th.compress_checkpoint(source, folder / f"whole{number}", HALF)
+        whole = time.process_time() - start
+        start = time.process_time()
+        with interrupted_after(sizes.weights // 2):
+            th.compress_checkpoint(source, folder / f"parts{number}", HALF)
+        report = th.compress_checkpoint(source, folder / f"parts{number}", HALF)
+        assert report.resumed == sizes.weights // 2
+        ratios.append((time.process_time() - start) / whole - 1)
+    return [
+        {
+            "question": 3,
+            "case": "interrupted half way",
+            "overhead": round(sorted(ratios)[len(ratios) // 2], 4),
+        }
+    ]
+
+
+def mixture(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
+    """Question 4."""
+    rows = []
+    for ranks in (1, 2):
+        store = folder / f"store{ranks}"
+        processes = [
+            PROCESSES.Process(target=_train, args=(rank, ranks, str(store), sizes)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+        seconds = float(Path(f"{store}-seconds").read_text())
+        rows.append(
+            {
+                "question": 4,
+                "case": f"experts on {ranks} process{'es' if ranks > 1 else ''}",
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(sizes.tokens / seconds, 1),
+            }
+        )
+    return rows
+
+
+def _train(rank: int, ranks: int, store: str, sizes: Sizes) -> None:
+    """Time training steps of one mixture; the tokens are shared among processes."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    up = mpo(out_dims=sizes.hidden_dims, in_dims=sizes.model_dims, max_bond=64)
+    down = mpo(out_dims=sizes.model_dims, in_dims=sizes.hidden_dims, max_bond=64)
+    experts = tm.ExpertFFN({"up": tm.SharedCoreExperts(up, 8), "down": tm.SharedCoreExperts(down, 8)})
+    moe = tm.SharedCoreMoE(tm.SwitchRouter(experts.in_features, 8), experts)
+    if ranks > 1:
+        tm.shard_experts(moe)
+    x = torch.randn(sizes.tokens // ranks, experts.in_features)
+    seconds = []
+    for _ in range(1 + sizes.repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        loss = moe(x).square().mean() + tm.collect_aux_losses(moe).total
+        loss.backward()
+        if ranks > 1:
+            tm.average_gradients(moe)
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+    if rank == 0:
+        Path(f"{store}-seconds").write_text(str(sorted(seconds[1:])[sizes.repeats // 2]))
+    dist.destroy_process_group()
+
+
+def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
+    """The answers."""
+    by_case = {row["case"]: row for row in rows}
+    flat = [row["above_idle_mb"] for row in rows if row["question"] == 2]
+    speed = [row["tokens_per_second"] for row in rows if row["question"] == 4]
+    return {
+        "speed-up of 2 workers (asked 1.7)": by_case["2 workers"]["speed_up"],
+        "memory of the largest over the smallest checkpoint (asked flat)": round(
+            flat[-1] / max(flat[0], 0.1), 2
+        ),
+        "size of the largest over the smallest checkpoint": sizes.growth[-1] // sizes.growth[0],
+        "overhead of resuming (asked 0.02)": by_case["interrupted half way"]["overhead"],
+        "speed-up of a training step with experts on 2 processes": round(speed[1] / speed[0], 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure and record.
+
+    Returns:
+        The record written.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--output", type=Path, default=RECORDS)
+    options = parser.parse_args(arguments)
+    sizes = TOY if options.toy else FULL
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (workers, memory, resume, mixture):
+            rows += part(Path(folder), sizes)
+            print(*(row for row in rows if row["question"] == rows[-1]["question"]), sep="\n")
+    answers = summary(rows, sizes)
+    print(json.dumps(answers, indent=1))
+    return record("scale", rows, folder=options.output, summary=answers, dtype="bfloat16")
+
+
+if __name__ == "__main__":
+    main()
