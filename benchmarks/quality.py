@@ -152,7 +152,8 @@ def sample(model: nn.Module, folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)  # type: ignore[operator]
-    return str(tokenizer.decode(made[0], skip_special_tokens=True))
+    text = str(tokenizer.decode(made[0], skip_special_tokens=True))
+    return " ".join(text.split()).replace("`", "'")  # goes into tables
 
 
 def load(folder: Path) -> Any:
