@@ -55,6 +55,11 @@ def test_one_checkpoint_for_any_number_of_processes(ranks: int, tmp_path: Path) 
         torch.testing.assert_close(output, truth.outputs, rtol=1e-5, atol=1e-6)
 
 
+def test_no_processes_at_all() -> None:
+    with pytest.raises(TargetError, match="Start the script with torchrun"):
+        tm.shard_experts(tasks.Model())
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> object:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

@@ -88,11 +88,17 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         leave alone (this function does it for `module`).
 
     Raises:
-        TargetError: there is no mixture, or its experts are no `SharedCoreExperts`, or are spread already.
+        TargetError: there are no processes or no mixture, or its experts are no `SharedCoreExperts`, or are
+            spread already.
         TopologyError: the number of experts is no multiple of that of processes, or their bonds differ.
     """
     group = group if group is not None else dist.group.WORLD
-    assert group is not None
+    if group is None:
+        raise TargetError(
+            "There is no group of processes to spread experts over. Start the script with torchrun or "
+            "accelerate, "
+            "and call torch.distributed.init_process_group() (or make an Accelerator) first."
+        )
     found = {name: part for name, part in module.named_modules() if isinstance(part, SharedCoreMoE)}
     if not found:
         raise TargetError(f"{type(module).__name__} holds no SharedCoreMoE whose experts could be spread.")

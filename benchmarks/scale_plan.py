@@ -1,0 +1,267 @@
+"""How long would a checkpoint of 7B, 70B or 1T take to compress, and what would it need?
+
+Processor seconds of one worker are measured for square weights of growing size; everything else is
+arithmetic from the shapes of the models. A weight of shape (m, n), m the smaller, costs about `m^2 n`
+multiply-adds a few dozen times over (Gram matrices, eigenvectors, projections), in double precision; the
+rate of the largest size measured is used for all that are larger.
+
+    python benchmarks/scale_plan.py                 # measure, record, write docs/scale.md
+    python benchmarks/scale_plan.py --write-only    # docs/scale.md from the record that is there
+    python benchmarks/scale_plan.py --toy           # seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+import tensornet as tn
+import tensornet_hf as th
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import RECORDS, ROOT, record
+
+SIZES, TOY = (256, 512, 1024), (16, 32)
+CONFIGS = {
+    "auto": tn.CompressionConfig(param_ratio=0.5, objective="weight"),
+    "low rank": tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank"),
+}
+KEPT = 0.5
+CORES = (2, 16, 256, 4096)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes of a model: what is compressed, and what is only copied.
+
+    Args:
+        name: what it is.
+        weights: `(out_features, in_features, how many)`.
+        copied: parameters that stay as they are: embeddings, heads, norms, routers.
+    """
+
+    name: str
+    weights: tuple[tuple[int, int, int], ...]
+    copied: int
+
+    @property
+    def compressed(self) -> int:
+        """Parameters of the weights to compress."""
+        return sum(m * n * count for m, n, count in self.weights)
+
+    @property
+    def params(self) -> int:
+        """All parameters."""
+        return self.compressed + self.copied
+
+    @property
+    def work(self) -> float:
+        """Sum of `m^2 n` over all weights."""
+        return float(sum(min(m, n) ** 2 * max(m, n) * count for m, n, count in self.weights))
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest weight to compress."""
+        return max(m * n for m, n, _ in self.weights)
+
+
+#: Layers times shapes, from the published configurations of Llama 2 7B, Llama 3 70B, and of a mixture with
+#: the shapes of Kimi K2 (61 layers of which 60 with 384 experts of 2048, hidden size 7168).
+MODELS = (
+    Model("7B, dense", ((4096, 4096, 4 * 32), (11008, 4096, 3 * 32)), 2 * 32000 * 4096),
+    Model(
+        "70B, dense",
+        ((8192, 8192, 2 * 80), (1024, 8192, 2 * 80), (28672, 8192, 3 * 80)),
+        2 * 128256 * 8192,
+    ),
+    Model(
+        "1T, mixture of 384 experts",
+        ((2048, 7168, 3 * 60 * 385), (18432, 7168, 3), (7168, 8192, 61), (12288, 1536, 61), (1536, 7168, 61)),
+        2 * 163840 * 7168,
+    ),
+)
+
+
+def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
+    """Processor seconds and gigabytes of bfloat16 weights a minute, by size and configuration."""
+    rows = []
+    for name, config in CONFIGS.items():
+        for size in sizes:
+            source = folder / f"{name}{size}"
+            source.mkdir()
+            weight = torch.randn(size, size).bfloat16()
+            save_file({"layer.weight": weight}, source / "model.safetensors", metadata={"format": "pt"})
+            (source / "config.json").write_text('{"model_type": "random"}')
+            start = time.process_time()
+            th.compress_checkpoint(source, folder / f"{name}{size}-out", config)
+            seconds = time.process_time() - start
+            rows.append(
+                {
+                    "search": name,
+                    "size": size,
+                    "cpu_seconds": round(seconds, 3),
+                    "gb_a_minute": round(2 * size**2 / 1e9 / seconds * 60, 4),
+                    "ns_for_each_m2n": round(seconds / size**3 * 1e9, 3),
+                }
+            )
+            print(rows[-1])
+    return rows
+
+
+def memory_factor(size: int, folder: Path) -> float:
+    """Peak memory of a worker above what it has at rest, over its weight in double precision."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensornet_hf"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool.submit(_peak_of_a_run, folder / f"auto{size}", folder / "once").result()
+        before, after = pool.submit(_peak_of_a_run, folder / f"auto{size}", folder / "twice").result()
+    return (after - before) / (8 * size**2)
+
+
+def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
+    resting = psutil.Process().memory_info().rss
+    return resting, th.compress_checkpoint(source, out, CONFIGS["auto"]).peak_memory
+
+
+def extrapolate(rows: Sequence[Mapping[str, Any]], factor: float) -> list[dict[str, Any]]:
+    """What each model needs."""
+    made = []
+    rate = {}
+    for row in rows:
+        rate[row["search"]] = row["ns_for_each_m2n"] * 1e-9  # the last, of the largest size
+    for model in MODELS:
+        before = 2 * model.params
+        pieces = 2 * KEPT * model.compressed
+        after = pieces + 2 * model.copied
+        made.append(
+            {
+                "model": model.name,
+                "checkpoint_gb": round(before / 1e9, 1),
+                **{
+                    f"core_hours, {search}": round(seconds * model.work / 3600, 1)
+                    for search, seconds in rate.items()
+                },
+                **{
+                    f"hours on {cores} cores": round(rate["auto"] * model.work / 3600 / cores, 2)
+                    for cores in CORES
+                },
+                "memory_of_a_worker_gb": round(factor * 8 * model.largest / 1e9, 1),
+                "read_gb": round((before + pieces) / 1e9, 1),
+                "written_gb": round((after + pieces) / 1e9, 1),
+                "result_gb": round(after / 1e9, 1),
+            }
+        )
+    return made
+
+
+PAGE = """# Compressing at scale: a plan on paper
+
+Generated by `python benchmarks/scale_plan.py` from `benchmarks/records/scale_plan.json`; do not edit.
+
+What is measured is the first table, on {device}, one core, load average {load}. The rest is arithmetic from
+it and from the shapes of the models, in that script. It was not run at that size.
+
+## Measured: one worker, square weights in bfloat16, half of the parameters kept
+
+{measured}
+
+`auto` plans each weight over low rank and chains of three cores and carries the better one out; `low rank`
+leaves the search out. The last column is flat once the matrices are large: the cost of a weight `(m, n)` is a
+constant times `m^2 n`, so a checkpoint of few large weights takes longer than one of many small ones of the
+same size.
+
+## Extrapolated: bfloat16 checkpoints, all linear layers, half of their parameters kept
+
+{models}
+
+- **Time.** Eigenvectors and products in double precision are nearly all of it: a core works through {rate} GB
+  of weights of {size} x {size} in a minute, and any disk gives it more than that. With as many workers as
+  weights, the largest weight decides.
+- **Memory.** A worker holds one weight in double precision about {factor} times over, whatever the size of
+  the checkpoint (`benchmarks/scale.py`, question 2). Take as many workers as fit into the machine.
+- **Disk.** Every tensor is read once. Cores are written twice, as pieces and into their final file, and
+  pieces go as files are finished: what is needed at any time is the result and one file of weights (5 GB).
+- **Network.** With workers on many machines the same bytes travel to and from the shared file system: divided
+  by the hours above, {network} MB a second for 1T on {cores} cores. Between processes only descriptions of a
+  few hundred bytes travel, one each way for each weight.
+- **Faults.** A weight is the unit of loss: a machine that dies costs the weights it was working on.
+- **GPU.** `device="cuda"` moves the arithmetic of a worker there; nothing else changes. Not measured here.
+"""
+
+
+def write_page(path: Path) -> None:
+    """docs/scale.md, from the record."""
+    kept = json.loads((RECORDS / "scale_plan.json").read_text())
+    last = kept["rows"][len(SIZES) - 1]
+    biggest = kept["models"][-1]
+    hours = biggest[f"hours on {CORES[-1]} cores"]
+    traffic = (biggest["read_gb"] + biggest["written_gb"]) * 1e3 / max(hours * 3600, 1e-9)
+    text = PAGE.format(
+        device=kept["device"],
+        load=kept["load"],
+        measured=table(kept["rows"]),
+        models=table(
+            [{"": key.replace("_", " "), **{m["model"]: m[key] for m in kept["models"]}} for key in biggest][
+                1:
+            ]
+        ),
+        rate=last["gb_a_minute"],
+        size=last["size"],
+        factor=round(kept["memory_factor"]),
+        network=f"{traffic:,.0f}",
+        cores=CORES[-1],
+    )
+    path.write_text(text)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table in Markdown."""
+    names = list(rows[0])
+    cells = [[f"{x:,}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    lines = [names, ["---"] * len(names), *cells]
+    return "\n".join(f"| {' | '.join(cell.replace('_', ' ') for cell in line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, record, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("--output", type=Path, default=RECORDS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if not options.write_only:
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = TOY if options.toy else SIZES
+            rows = measure(sizes, Path(folder))
+            factor = memory_factor(sizes[-1], Path(folder))
+        models = extrapolate(rows, factor)
+        print(table(models))
+        record(
+            "scale_plan",
+            rows,
+            folder=options.output,
+            models=models,
+            memory_factor=round(factor, 1),
+            dtype="bfloat16",
+        )
+    if not options.toy:
+        write_page(ROOT / "docs" / "scale.md")
+
+
+if __name__ == "__main__":
+    main()
