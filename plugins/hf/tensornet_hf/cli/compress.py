@@ -79,6 +79,9 @@ def run(
             "goes on where it was."
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an interrupted run of --workers, or start again.")
+    ] = True,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the sizes, write nothing.")
@@ -127,8 +130,17 @@ def run(
     planned = None if plan is None else CompressionPlan.load(plan)
     if workers is not None and destination is not None:
         streamed = compress_checkpoint(
-            folder, destination, config, workers=workers, plan=planned, force=force, progress=progress
+            folder,
+            destination,
+            config,
+            workers=workers,
+            resume=resume,
+            plan=planned,
+            force=force,
+            progress=progress,
         )
+        if not as_json:
+            shared.note(streamed.memory)
         _finish(source, destination, streamed.compression, weight_bytes(folder), as_json)
         return
     model = conversion.open_dense(folder)

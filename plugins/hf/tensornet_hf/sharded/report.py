@@ -44,13 +44,17 @@ class CheckpointReport:
             )
         if self.left_out:
             lines.append(f"left out, not part of the model: {', '.join(self.left_out)}")
+        return "\n".join([*lines, self.memory])
+
+    @property
+    def memory(self) -> str:
+        """What memory the run took, in a line."""
         largest = f"largest tensor {self.largest_tensor / 1e6:,.1f} MB"
         workers = f", {self.worker_memory / 1e6:,.0f} MB in the largest of {self.workers} workers"
-        lines.append(
+        return (
             f"peak memory: {self.peak_memory / 1e6:,.0f} MB in this process"
             f"{workers if self.worker_memory else ''} ({largest})"
         )
-        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
