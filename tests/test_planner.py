@@ -253,6 +253,8 @@ def test_layers_that_no_gradient_reaches_stay_dense() -> None:
     plan = tn.plan(model, CompressionConfig(param_ratio=0.8), blind)
     assert plan[name].topology is None
     assert plan[name].loss_increase == 0
+    by_inputs = tn.plan(model, CompressionConfig(param_ratio=0.8, objective="activation"), blind)
+    assert by_inputs[name].topology is not None  # its inputs are known
 
 
 def test_layers_that_never_ran() -> None:

@@ -10,7 +10,7 @@ from tensornet.compression.config import AUTO, CompressionConfig, family_options
 from tensornet.compression.forms import LayerForms, Prices, dense_form, joined, low_rank_forms, network_forms
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
-from tensornet.compression.weighted import FORECAST_DAMPING, weighting_of
+from tensornet.compression.weighted import FORECAST_DAMPING, input_weighting, weighting_of
 from tensornet.errors import BudgetError
 from tensornet.nn.storage import CHAINS, Storage
 from tensornet.whitening import Weighting
@@ -28,10 +28,9 @@ def layer_weighting(
     """Prices of errors in one layer; None where errors cost nothing because no gradient arrives."""
     if objective == "weight" or stats is None:
         return Weighting()
-    weighting = weighting_of(target, stats, damping)
-    if objective == "curvature" or weighting is None:
-        return weighting
-    return Weighting(None, weighting.columns)
+    return (
+        weighting_of(target, stats, damping) if objective == "curvature" else input_weighting(target, stats)
+    )
 
 
 def layer_prices(

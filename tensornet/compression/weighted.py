@@ -26,6 +26,20 @@ _LEAST_DAMPING = 1e-6
 FREQUENCY_DAMPING = 0.1
 
 
+def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
+    """What the inputs alone say of errors in one weight, in the first of its uses that ran.
+
+    Raises:
+        TargetError: the calibration text never ran any layer that uses this weight.
+    """
+    for name, kind in zip(target.names, target.kinds, strict=True):
+        if kind.name == "embedding" and name in stats.rows:
+            return Weighting(damped(stats.rows[name], FREQUENCY_DAMPING), None)
+        if kind.name != "embedding" and name in stats.columns:
+            return Weighting(None, damped(stats.columns[name], INPUT_DAMPING))
+    raise _never_ran(target)
+
+
 def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
     """Damped prices of errors in one weight, summed over all its uses.
 
@@ -50,20 +64,18 @@ def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Wei
             row_damping, column_damping = FREQUENCY_DAMPING, damping
         else:
             row_damping, column_damping = damping, INPUT_DAMPING
-        if stats.has_gradients and (rows is None or columns is None):
-            continue
-        terms.append(
-            Weighting(
-                None if rows is None else damped(rows, row_damping),
-                None if columns is None else damped(columns, column_damping),
-            )
-        )
+        if rows is not None and columns is not None:
+            terms.append(Weighting(damped(rows, row_damping), damped(columns, column_damping)))
     if not terms and not any(name in stats.columns or name in stats.rows for name in target.names):
-        raise TargetError(
-            f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
-            "Calibrate with data that reaches it, or exclude it."
-        )
+        raise _never_ran(target)
     return nearest_kronecker(terms) if terms else None
+
+
+def _never_ran(target: Target) -> TargetError:
+    return TargetError(
+        f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
+        "Calibrate with data that reaches it, or exclude it."
+    )
 
 
 def decompose_weighted(matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
