@@ -50,7 +50,7 @@ def heal(
     *,
     steps: int = 300,
     layer_steps: int = 0,
-    lr: float = 5e-4,
+    lr: float = 1e-4,
     temperature: float = 1.0,
     distance: Distance | None = None,
     parameters: Literal["cores", "trainable"] = "cores",
@@ -73,7 +73,8 @@ def heal(
             model will see, and much of it: a few ten thousand tokens heal well, a hundred overfit.
         steps: end-to-end steps, one batch each.
         layer_steps: layer-wise steps before them.
-        lr: largest learning rate.
+        lr: largest learning rate. The default suits models of a hundred million parameters and more; small
+            ones take five times as much.
         temperature: of the softmax whose divergence is lowered.
         distance: of the two outputs; divergence of the logits, or one minus the cosine of the last hidden
             states where there are none.

@@ -14,7 +14,7 @@ from tensornet_hf.text import load_tokenizer, token_ids
 
 #: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
 DEFAULTS: Mapping[str, Any] = {
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-4,
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
     "lr_scheduler_type": "linear",
