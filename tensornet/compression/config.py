@@ -23,7 +23,8 @@ class CompressionConfig:
             whole name. None takes every linear layer except output heads; `"all"` takes embeddings and
             heads too.
         exclude_modules: patterns of module names to leave dense.
-        topology: name of a registered family, or `"auto"` to let the planner choose for each layer.
+        topology: name of a registered family, or `"auto"`: the best of low rank and MPO for each layer by
+            its weight, low rank with calibration data (chains lose to it on pretrained layers).
         sites: number of cores for families that can choose it.
         max_bond: cap on every bond.
         rel_error: largest relative Frobenius error of each layer.
