@@ -15,7 +15,8 @@ from tensornet.budget import Budget
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork
 from tensornet.svd import Method
-from tensornet.topologies.mpo import chain, choose_dims
+from tensornet.topologies.factored import choose_dims
+from tensornet.topologies.mpo import chain
 from tensornet.topology import Topology
 from tensornet.tt_svd import tt_svd, tt_svd_stack
 

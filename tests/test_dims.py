@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tensornet as tn
 from tensornet.dims import MAX_PADDING, balanced_factors
-from tensornet.topologies.mpo import choose_dims
+from tensornet.topologies.factored import choose_dims
 
 
 @given(size=st.integers(1, 60_000), sites=st.integers(1, 6))

@@ -10,7 +10,7 @@ from tensornet.errors import BudgetError, TopologyError
 from tensornet.search.spectra import CutSpectra, rank_for
 from tensornet.topologies import low_rank, mpo, topology_family
 from tensornet.topologies.block_tt import block_tt
-from tensornet.topologies.mpo import choose_dims
+from tensornet.topologies.factored import choose_dims
 from tensornet.topology import Topology
 from tensornet.tt_svd import cap_bonds, max_bonds, mpo_params
 

@@ -8,6 +8,7 @@ from tensornet.topologies.base import (
     topology_names,
 )
 from tensornet.topologies.block_tt import BlockTTFamily, block_tt
+from tensornet.topologies.factored import FactoredFamily
 from tensornet.topologies.kronecker import KroneckerFamily, kronecker
 from tensornet.topologies.low_rank import LowRankFamily, low_rank
 from tensornet.topologies.mpo import MPOFamily, mpo
@@ -17,6 +18,7 @@ from tensornet.topologies.tucker import TuckerFamily, tucker
 __all__ = [
     "BlockTTFamily",
     "Decomposition",
+    "FactoredFamily",
     "KroneckerFamily",
     "LowRankFamily",
     "MPOFamily",

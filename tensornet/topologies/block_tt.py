@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
-from tensornet.network import TensorNetwork
 from tensornet.svd import (
     Method,
     check_finite,
@@ -23,13 +21,11 @@ from tensornet.svd import (
     safe_scale,
     working_dtype,
 )
-from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topologies.factored import FactoredFamily, fitted_network, padded_shape
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import check_dims, pad_matrix
-
-DEFAULT_SITES = 2
+from tensornet.tt_svd import pad_matrix
 
 
 def block_tt(
@@ -62,8 +58,7 @@ def block_tt(
         Qiu, Potapczynski, Finzi, Goldblum, Wilson 2024, "Compute Better Spent: Replacing Dense Layers
         with Structured Matrices", section 3.
     """
-    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
-    check_dims(shape, out_dims, in_dims)
+    shape = padded_shape(out_dims, in_dims, out_features, in_features)
     sites = len(out_dims)
     if bond_dims is not None and len(bond_dims) != sites - 1:
         raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {sites - 1} entries, one for each bond.")
@@ -85,7 +80,7 @@ def block_tt(
     )
 
 
-class BlockTTFamily(TopologyFamily):
+class BlockTTFamily(FactoredFamily):
     """Block tensor trains by one truncated SVD for each block of each bond.
 
     For fixed selecting legs the two sides of a bond are a plain low-rank product, so the leading singular
@@ -96,73 +91,47 @@ class BlockTTFamily(TopologyFamily):
     """
 
     name = "block_tt"
+    default_sites = 2
+    builder = block_tt
 
-    def build(
-        self,
-        out_features: int,
-        in_features: int,
-        *,
-        max_bond: int | None = None,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
-        bond_dims: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Topology:
-        """See `block_tt`; balanced dims where not given, with `sites` (default 2) cores."""
-        refuse_options(self.name, options)
-        rows, columns = choose_dims((out_features, in_features), out_dims, in_dims, sites, DEFAULT_SITES)
-        return block_tt(
-            out_dims=rows,
-            in_dims=columns,
-            bond_dims=bond_dims,
-            max_bond=max_bond,
-            out_features=out_features,
-            in_features=in_features,
-        )
-
-    def decompose(
+    def decompose_at(
         self,
         matrix: Tensor,
+        out_dims: tuple[int, ...],
+        in_dims: tuple[int, ...],
         budget: Budget,
         *,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
-        method: Method = "auto",
-        **options: Any,
+        method: Method,
     ) -> Decomposition:
         """All blocks of a bond get the same rank."""
-        refuse_options(self.name, options)
-        shape = (matrix.shape[0], matrix.shape[1])
-        rows, columns = choose_dims(shape, out_dims, in_dims, sites, DEFAULT_SITES)
+        shape, count = (matrix.shape[0], matrix.shape[1]), len(out_dims) - 1
 
         def at(bonds: Sequence[int]) -> Topology:
             return block_tt(
-                out_dims=rows, in_dims=columns, bond_dims=bonds, out_features=shape[0], in_features=shape[1]
+                out_dims=out_dims,
+                in_dims=in_dims,
+                bond_dims=bonds,
+                out_features=shape[0],
+                in_features=shape[1],
             )
 
-        count = len(rows) - 1
-        limit = max(_ranks(rows, columns, [shape[0] * shape[1]] * count), default=1)
+        limit = max(_ranks(out_dims, in_dims, [shape[0] * shape[1]] * count), default=1)
         cap, bound_by = uniform_cap(
             budget, shape, limit, lambda cap: at([cap] * count).num_params, f"a block tensor train {shape}"
         )
-        caps = _ranks(rows, columns, [cap] * count)
-        cores, error = _block_svd(matrix, rows, columns, caps, budget.rel_error, method)
+        caps = _ranks(out_dims, in_dims, [cap] * count)
+        cores, error = _block_svd(matrix, out_dims, in_dims, caps, budget.rel_error, method)
         bonds = [core.shape[0] for core in cores[1:]]
-        network = TensorNetwork(at(bonds), balance_norms(cores))
+        network = fitted_network(at(bonds), cores)
         return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
 
-    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """The ranks of the topology."""
-        check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())[1:-1]
         cores, error = _block_svd(matrix, topology.out_dims, topology.in_dims, bonds)
-        shapes = topology.core_shapes.values()
-        padded = [pad_core(core, shape) for core, shape in zip(cores, shapes, strict=True)]
         exact = bonds == _ranks(topology.out_dims, topology.in_dims, [math.prod(topology.shape)] * len(bonds))
-        network = TensorNetwork(topology, balance_norms(padded))
-        return Decomposition(network, error, "exact" if exact else "max_bond")
+        bound_by = "exact" if exact else "max_bond"
+        return Decomposition(fitted_network(topology, cores), error, bound_by)
 
 
 def _ranks(out_dims: Sequence[int], in_dims: Sequence[int], caps: Sequence[int]) -> list[int]:

@@ -1,18 +1,16 @@
 """Sums of Kronecker products, `W = sum_t A_t (x) B_t`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
-from tensornet.network import TensorNetwork
 from tensornet.svd import Method
-from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
-from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topologies.base import Decomposition, register_topology
+from tensornet.topologies.factored import FactoredFamily, fitted_network, padded_shape
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import TTResult, check_dims, max_bonds, tt_svd
+from tensornet.tt_svd import TTResult, max_bonds, tt_svd
 
 
 def kronecker(
@@ -41,8 +39,7 @@ def kronecker(
             f"A Kronecker product has two factors, got out_dims {tuple(out_dims)} and in_dims "
             f"{tuple(in_dims)}; for more factors use the topology 'mpo'."
         )
-    shape = (out_features or out_dims[0] * out_dims[1], in_features or in_dims[0] * in_dims[1])
-    check_dims(shape, out_dims, in_dims)
+    shape = padded_shape(out_dims, in_dims, out_features, in_features)
     caps = [cap for cap in (*max_bonds(out_dims, in_dims), terms, max_bond) if cap is not None]
     return Topology(
         family="kronecker",
@@ -59,7 +56,7 @@ def kronecker(
     )
 
 
-class KroneckerFamily(TopologyFamily):
+class KroneckerFamily(FactoredFamily):
     """Optimal sums of Kronecker products: a truncated SVD of Van Loan's rearrangement.
 
     Rearranged to `(o_0 i_0, o_1 i_1)` a Kronecker product is a matrix of rank 1, so the best `t` terms are
@@ -69,75 +66,55 @@ class KroneckerFamily(TopologyFamily):
     """
 
     name = "kronecker"
+    builder = kronecker
+    build_options = ("terms",)
 
-    def build(
+    def choose_dims(
         self,
-        out_features: int,
-        in_features: int,
-        *,
-        max_bond: int | None = None,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
-        **options: Any,
-    ) -> Topology:
-        """See `kronecker`; balanced dims where not given."""
-        refuse_options(self.name, options)
-        rows, columns = _two_dims((out_features, in_features), out_dims, in_dims, sites)
-        return kronecker(
-            out_dims=rows,
-            in_dims=columns,
-            max_bond=max_bond,
-            out_features=out_features,
-            in_features=in_features,
-        )
+        shape: tuple[int, int],
+        out_dims: Sequence[int] | None,
+        in_dims: Sequence[int] | None,
+        sites: int | None,
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Two dims each.
 
-    def decompose(
+        Raises:
+            TopologyError: `sites` is another number.
+        """
+        if sites not in (None, 2):
+            raise TopologyError(f"A Kronecker product has two factors, got sites={sites}.")
+        return super().choose_dims(shape, out_dims, in_dims, 2)
+
+    def decompose_at(
         self,
         matrix: Tensor,
+        out_dims: tuple[int, ...],
+        in_dims: tuple[int, ...],
         budget: Budget,
         *,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
-        method: Method = "auto",
-        **options: Any,
+        method: Method,
     ) -> Decomposition:
         """`max_bond` caps the number of terms."""
-        refuse_options(self.name, options)
-        rows, columns = _two_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
-        result = tt_svd(matrix, rows, columns, budget, method=method)
+        result = tt_svd(matrix, out_dims, in_dims, budget, method=method)
         topology = kronecker(
-            out_dims=rows,
-            in_dims=columns,
+            out_dims=out_dims,
+            in_dims=in_dims,
             terms=result.cores[0].shape[3],
             out_features=matrix.shape[0],
             in_features=matrix.shape[1],
         )
         return _decomposition(topology, result)
 
-    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """The terms of the topology."""
-        check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())
-        return _decomposition(
-            topology, tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
-        )
-
-
-def _two_dims(
-    shape: tuple[int, int], out_dims: Sequence[int] | None, in_dims: Sequence[int] | None, sites: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if sites not in (None, 2):
-        raise TopologyError(f"A Kronecker product has two factors, got sites={sites}.")
-    return choose_dims(shape, out_dims, in_dims, 2)
+        result = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
+        return _decomposition(topology, result)
 
 
 def _decomposition(topology: Topology, result: TTResult) -> Decomposition:
     left, right = result.cores[0][0].permute(2, 0, 1), result.cores[1][..., 0]
-    shapes = topology.core_shapes.values()
-    cores = [pad_core(core, shape) for core, shape in zip((left, right), shapes, strict=True)]
-    return Decomposition(TensorNetwork(topology, balance_norms(cores)), result.error, result.bound_by)
+    return Decomposition(fitted_network(topology, (left, right)), result.error, result.bound_by)
 
 
 register_topology(KroneckerFamily())

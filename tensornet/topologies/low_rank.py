@@ -8,7 +8,8 @@ from tensornet.budget import Budget
 from tensornet.network import TensorNetwork
 from tensornet.svd import Method, TruncatedSVD, truncated_svd
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
-from tensornet.topologies.mpo import mpo, refuse_options
+from tensornet.topologies.factored import refuse_options
+from tensornet.topologies.mpo import mpo
 from tensornet.topology import Topology
 from tensornet.tt_svd import cap_bonds
 

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
-from tensornet.network import TensorNetwork
 from tensornet.split import split_block
 from tensornet.svd import (
     Method,
@@ -22,12 +20,12 @@ from tensornet.svd import (
     safe_scale,
     working_dtype,
 )
-from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topologies.factored import FactoredFamily, fitted_network, pad_core, padded_shape
 from tensornet.topologies.ring_als import refine_ring
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import check_dims, max_bonds, pad_matrix
+from tensornet.tt_svd import max_bonds, pad_matrix
 
 #: Closing bonds that are tried where the caller does not fix one; 1 is the open chain.
 RING_BONDS = (1, 2, 4, 8)
@@ -56,8 +54,7 @@ def tensor_ring(
         TopologyError: fewer than two sites, dims that do not fit, or another number of bonds.
     """
     sites = len(out_dims)
-    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
-    check_dims(shape, out_dims, in_dims)
+    shape = padded_shape(out_dims, in_dims, out_features, in_features)
     if sites < 2:
         raise TopologyError(f"A ring needs at least two sites, got {sites}; use the topology 'mpo'.")
     full = max_bonds(out_dims, in_dims)
@@ -97,7 +94,7 @@ class _Ring:
         return sum(core.numel() for core in self.cores)
 
 
-class TensorRingFamily(TopologyFamily):
+class TensorRingFamily(FactoredFamily):
     """Tensor rings by sequential SVD.
 
     The first SVD is cut at `ring_bond * bond`, and its index split into the two; the rest is TT-SVD. All
@@ -113,57 +110,31 @@ class TensorRingFamily(TopologyFamily):
     """
 
     name = "tensor_ring"
+    builder = tensor_ring
+    decompose_options = ("ring_bond", "sweeps")
 
-    def build(
-        self,
-        out_features: int,
-        in_features: int,
-        *,
-        max_bond: int | None = None,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
-        bond_dims: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Topology:
-        """See `tensor_ring`; balanced dims where not given, with `sites` (default 3) cores."""
-        refuse_options(self.name, options)
-        rows, columns = choose_dims((out_features, in_features), out_dims, in_dims, sites)
-        return tensor_ring(
-            out_dims=rows,
-            in_dims=columns,
-            bond_dims=bond_dims,
-            max_bond=max_bond,
-            out_features=out_features,
-            in_features=in_features,
-        )
-
-    def decompose(
+    def decompose_at(
         self,
         matrix: Tensor,
+        out_dims: tuple[int, ...],
+        in_dims: tuple[int, ...],
         budget: Budget,
         *,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
+        method: Method,
         ring_bond: int | None = None,
         sweeps: int = 0,
-        method: Method = "auto",
-        **options: Any,
     ) -> Decomposition:
         """The smallest error within the caps, or under `rel_error` the fewest parameters that keep it.
 
         Args:
             matrix: shape `(out_features, in_features)`.
+            out_dims, in_dims: sizes of the legs.
             budget: caps.
-            out_dims, in_dims, sites: as in `build`.
+            method: see `truncated_svd`.
             ring_bond: the closing bond; several are tried if absent.
             sweeps: most sweeps of alternating least squares, each time over all cores.
-            method: see `truncated_svd`.
         """
-        refuse_options(self.name, options)
-        shape = (matrix.shape[0], matrix.shape[1])
-        rows, columns = choose_dims(shape, out_dims, in_dims, sites)
+        rows, columns, shape = out_dims, in_dims, (matrix.shape[0], matrix.shape[1])
         if len(rows) < 2:
             raise TopologyError(f"A ring needs at least two sites, got {len(rows)}; use the topology 'mpo'.")
         rings, refused = [], None
@@ -184,14 +155,11 @@ class TensorRingFamily(TopologyFamily):
         best = min(kept, key=lambda r: r.num_params) if kept else min(rings, key=lambda r: r.error)
         return _decomposition(best, shape)
 
-    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Sequential SVD at the bonds of the topology."""
-        check_topology(self.name, topology, matrix)
         *bonds, closing = topology.bond_dims.values()
         ring = _tr_svd(matrix, topology.out_dims, topology.in_dims, closing, bonds)
-        shapes = topology.core_shapes.values()
-        cores = [pad_core(core, shape) for core, shape in zip(ring.cores, shapes, strict=True)]
-        return Decomposition(TensorNetwork(topology, balance_norms(cores)), ring.error, ring.bound_by)
+        return Decomposition(fitted_network(topology, ring.cores), ring.error, ring.bound_by)
 
 
 def _decompose(
@@ -299,7 +267,7 @@ def _decomposition(ring: _Ring, shape: tuple[int, int]) -> Decomposition:
         out_features=shape[0],
         in_features=shape[1],
     )
-    network = TensorNetwork(topology, balance_norms(ring.cores))
+    network = fitted_network(topology, ring.cores)
     return Decomposition(network, ring.error, ring.bound_by, ring.iterations, ring.converged)
 
 

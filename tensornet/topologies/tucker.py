@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +11,11 @@ from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
 from tensornet.split import split_block
 from tensornet.svd import Method, check_finite, check_method, energy, is_single, result_dtype, safe_scale
-from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.mpo import balance_norms, choose_dims, pad_core, refuse_options
+from tensornet.topologies.factored import FactoredFamily, balance_norms, pad_core, padded_shape
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import check_dims, pad_matrix
-
-DEFAULT_SITES = 2
+from tensornet.tt_svd import pad_matrix
 
 
 def tucker(
@@ -45,8 +42,7 @@ def tucker(
     Raises:
         TopologyError: the dims do not fit each other or the features, or another number of ranks.
     """
-    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
-    check_dims(shape, out_dims, in_dims)
+    shape = padded_shape(out_dims, in_dims, out_features, in_features)
     legs = (*out_dims, *in_dims)
     if ranks is not None and len(ranks) != len(legs):
         raise TopologyError(f"ranks {tuple(ranks)} must have {len(legs)} entries, one for each leg.")
@@ -69,7 +65,7 @@ def tucker(
     )
 
 
-class TuckerFamily(TopologyFamily):
+class TuckerFamily(FactoredFamily):
     """Sequentially truncated higher-order SVD.
 
     Each leg in turn is projected on its leading subspace; what is cut adds up in squares, so the
@@ -80,52 +76,29 @@ class TuckerFamily(TopologyFamily):
     """
 
     name = "tucker"
+    default_sites = 2
+    builder = tucker
+    build_options = ("ranks",)
 
-    def build(
-        self,
-        out_features: int,
-        in_features: int,
-        *,
-        max_bond: int | None = None,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
-        ranks: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Topology:
-        """See `tucker`; balanced dims where not given, `sites` (default 2) of each kind."""
-        refuse_options(self.name, options)
-        rows, columns = choose_dims((out_features, in_features), out_dims, in_dims, sites, DEFAULT_SITES)
-        return tucker(
-            out_dims=rows,
-            in_dims=columns,
-            ranks=ranks,
-            max_bond=max_bond,
-            out_features=out_features,
-            in_features=in_features,
-        )
-
-    def decompose(
+    def decompose_at(
         self,
         matrix: Tensor,
+        out_dims: tuple[int, ...],
+        in_dims: tuple[int, ...],
         budget: Budget,
         *,
-        out_dims: Sequence[int] | None = None,
-        in_dims: Sequence[int] | None = None,
-        sites: int | None = None,
-        method: Method = "auto",
-        **options: Any,
+        method: Method,
     ) -> Decomposition:
         """All ranks share the cap that `max_bond` and `param_ratio` imply."""
-        refuse_options(self.name, options)
-        shape = (matrix.shape[0], matrix.shape[1])
-        rows, columns = choose_dims(shape, out_dims, in_dims, sites, DEFAULT_SITES)
-
-        legs = (*rows, *columns)
+        shape, legs = (matrix.shape[0], matrix.shape[1]), (*out_dims, *in_dims)
 
         def at(ranks: Sequence[int]) -> Topology:
             return tucker(
-                out_dims=rows, in_dims=columns, ranks=ranks, out_features=shape[0], in_features=shape[1]
+                out_dims=out_dims,
+                in_dims=in_dims,
+                ranks=ranks,
+                out_features=shape[0],
+                in_features=shape[1],
             )
 
         cap, bound_by = uniform_cap(
@@ -136,7 +109,7 @@ class TuckerFamily(TopologyFamily):
             f"a Tucker network {shape}",
         )
         caps = [min(cap, leg) for leg in legs]
-        core, factors, error = st_hosvd(matrix, rows, columns, caps, budget.rel_error, method)
+        core, factors, error = st_hosvd(matrix, out_dims, in_dims, caps, budget.rel_error, method)
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:
             bound_by = "rel_error"
@@ -145,9 +118,8 @@ class TuckerFamily(TopologyFamily):
         topology = min(at(ranks), at(whole), key=lambda topology: topology.num_params)
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
-    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Projection to the ranks of the topology."""
-        check_topology(self.name, topology, matrix)
         caps = topology.core_shapes["core"]
         core, factors, error = st_hosvd(matrix, topology.out_dims, topology.in_dims, caps)
         bound_by = "exact" if len(topology.cores) == 1 else "max_bond"

@@ -11,7 +11,7 @@ from tensornet.budget import Budget
 from tensornet.errors import ShapeError
 from tensornet.network import random_cores
 from tensornet.topologies import topology_family
-from tensornet.topologies.mpo import pad_core
+from tensornet.topologies.factored import pad_core
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.cache import MatrixCache

@@ -1,0 +1,188 @@
+"""Families that factor both features into legs: the options they share, and helpers for their cores."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tensornet.budget import Budget
+from tensornet.dims import balanced_factors
+from tensornet.errors import TopologyError
+from tensornet.network import TensorNetwork
+from tensornet.svd import Method
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology
+from tensornet.topology import Topology
+from tensornet.tt_svd import check_dims
+
+DEFAULT_SITES = 3
+
+
+class FactoredFamily(TopologyFamily):
+    """A family with the options `out_dims`, `in_dims` and `sites`; dims are balanced where not given.
+
+    A subclass says how a topology is built from dims and how a matrix is cut at given dims; options of its
+    own are named in `build_options` and `decompose_options` and passed on as keywords.
+    """
+
+    #: Sites where neither dims nor `sites` are given.
+    default_sites: ClassVar[int] = DEFAULT_SITES
+    #: Builder with keywords `out_dims, in_dims, max_bond, out_features, in_features` and `build_options`.
+    builder: ClassVar[Callable[..., Topology]]
+    build_options: ClassVar[tuple[str, ...]] = ("bond_dims",)
+    decompose_options: ClassVar[tuple[str, ...]] = ()
+
+    def build(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | None = None,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        **options: Any,
+    ) -> Topology:
+        """The builder's topology at the chosen dims."""
+        own = self._own(options, self.build_options)
+        shape = (out_features, in_features)
+        rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
+        return type(self).builder(
+            out_dims=rows,
+            in_dims=columns,
+            max_bond=max_bond,
+            out_features=out_features,
+            in_features=in_features,
+            **own,
+        )
+
+    def decompose(
+        self,
+        matrix: Tensor,
+        budget: Budget,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        method: Method = "auto",
+        **options: Any,
+    ) -> Decomposition:
+        """`decompose_at` the chosen dims."""
+        own = self._own(options, self.decompose_options)
+        rows, columns = self.choose_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
+        return self.decompose_at(matrix, rows, columns, budget, method=method, **own)
+
+    @abstractmethod
+    def decompose_at(
+        self,
+        matrix: Tensor,
+        out_dims: tuple[int, ...],
+        in_dims: tuple[int, ...],
+        budget: Budget,
+        *,
+        method: Method,
+    ) -> Decomposition:
+        """Write `matrix: (out_features, in_features)` as a network with these legs, see `decompose`."""
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """`decompose_into` after a check that family and shape agree."""
+        check_topology(self.name, topology, matrix)
+        return self.decompose_into(matrix, topology)
+
+    @abstractmethod
+    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """Write `matrix` as a network of exactly this topology, which is of this family and shape."""
+
+    def choose_dims(
+        self,
+        shape: tuple[int, int],
+        out_dims: Sequence[int] | None,
+        in_dims: Sequence[int] | None,
+        sites: int | None,
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Fill in what the caller left open; a family with fixed sites refuses others here."""
+        return choose_dims(shape, out_dims, in_dims, sites, self.default_sites)
+
+    def _own(self, options: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+        refuse_options(self.name, options, (*known, "out_dims", "in_dims", "sites"))
+        return {key: value for key, value in options.items() if value is not None}
+
+
+def choose_dims(
+    shape: tuple[int, int],
+    out_dims: Sequence[int] | None,
+    in_dims: Sequence[int] | None,
+    sites: int | None,
+    default_sites: int = DEFAULT_SITES,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Fill in what the caller left open: balanced dims, out ascending and in descending.
+
+    Opposite orders keep the legs of each site, and so the bonds, balanced.
+
+    Raises:
+        TopologyError: `sites` contradicts the given dims, or the dims do not fit.
+    """
+    given = [len(dims) for dims in (out_dims, in_dims) if dims is not None]
+    count = given[0] if given else (sites or default_sites)
+    if sites is not None and sites != count:
+        raise TopologyError(f"sites={sites} contradicts the given dims, which have {count} sites.")
+    rows = tuple(out_dims) if out_dims is not None else balanced_factors(shape[0], count)
+    columns = tuple(in_dims) if in_dims is not None else balanced_factors(shape[1], count)[::-1]
+    check_dims(shape, rows, columns)
+    return rows, columns
+
+
+def padded_shape(
+    out_dims: Sequence[int], in_dims: Sequence[int], out_features: int | None, in_features: int | None
+) -> tuple[int, int]:
+    """`(out_features, in_features)` of a builder's arguments, the products of the dims where absent.
+
+    Raises:
+        TopologyError: the dims do not fit each other or the features.
+    """
+    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
+    check_dims(shape, out_dims, in_dims)
+    return shape
+
+
+def refuse_options(name: str, options: dict[str, Any], known: Sequence[str] = ()) -> None:
+    """Refuse options that a family does not know.
+
+    Raises:
+        TopologyError: naming them, and those that exist.
+    """
+    if unknown := sorted(key for key, value in options.items() if value is not None and key not in known):
+        exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"
+        raise TopologyError(f"Topology {name!r} does not know the options {', '.join(unknown)}; {exist}.")
+
+
+def fitted_network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:
+    """A network of exactly this topology: cores padded with zeros to its bonds, their norms balanced.
+
+    Decompositions keep fewer than asked where an earlier cut left a block of smaller rank.
+    """
+    shapes = topology.core_shapes.values()
+    padded = [pad_core(core, shape) for core, shape in zip(cores, shapes, strict=True)]
+    return TensorNetwork(topology, balance_norms(padded))
+
+
+def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zero-pad every dimension of a core at its end."""
+    padding = [amount for have, want in zip(core.shape, shape, strict=True) for amount in (want - have, 0)]
+    return torch.nn.functional.pad(core, padding[::-1])
+
+
+def balance_norms(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Rescale the cores to equal root-mean-square elements without changing the operator.
+
+    A chain from TT-SVD keeps the whole norm in its last core; one learning rate would then not suit all.
+    """
+    scales = [float(core.norm()) / core.numel() ** 0.5 for core in cores]
+    if min(scales) == 0:
+        return tuple(cores)
+    mean = 1.0
+    for scale in scales:
+        mean *= scale ** (1 / len(scales))
+    return tuple(core * (mean / scale) for core, scale in zip(cores, scales, strict=True))
