@@ -1,0 +1,117 @@
+"""The built-in routers keep the laws, and each law is broken once by a router made for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import tensornet_moe as tm
+from tensornet_moe.testing import RouterLaws
+
+
+class TestSwitch(RouterLaws):
+    def router(self, num_features: int, num_experts: int) -> tm.Router:
+        return tm.SwitchRouter(num_features, num_experts)
+
+
+class TestTop2(RouterLaws):
+    def router(self, num_features: int, num_experts: int) -> tm.Router:
+        return tm.TopKRouter(num_features, num_experts, top_k=2)
+
+
+class TestExpertChoice(RouterLaws):
+    test_causal = None  # type: ignore[assignment]  # it looks at the whole batch, and says so
+
+    def router(self, num_features: int, num_experts: int) -> tm.Router:
+        return tm.ExpertChoiceRouter(num_features, num_experts, capacity_factor=1.5)
+
+
+Select = Callable[[tm.Routing], tm.Routing]
+
+
+class _Bent(tm.SwitchRouter):
+    """Switch, with its decision bent before it is returned."""
+
+    bend: Select
+
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> tm.Routing:
+        return self.bend(super().select(logits, probs, mask))
+
+
+def _off_by_one(r: tm.Routing) -> tm.Routing:
+    return replace(r, expert_indices=r.expert_indices + 1)
+
+
+def _twice(r: tm.Routing) -> tm.Routing:
+    return replace(r, expert_indices=r.expert_indices.repeat(1, 2), weights=r.weights.repeat(1, 2) / 2)
+
+
+def _half(r: tm.Routing) -> tm.Routing:
+    return replace(r, weights=r.weights / 2)
+
+
+def _detached(r: tm.Routing) -> tm.Routing:
+    return replace(r, weights=r.weights.detach())
+
+
+def _by_place(r: tm.Routing) -> tm.Routing:
+    """Round robin: depends on how many tokens came before, padding included."""
+    return replace(r, expert_indices=torch.arange(len(r.expert_indices))[:, None] % r.num_experts)
+
+
+def _by_the_last(r: tm.Routing) -> tm.Routing:
+    return replace(r, expert_indices=r.expert_indices[-1:].expand_as(r.expert_indices))
+
+
+def _at_random(r: tm.Routing) -> tm.Routing:
+    return replace(r, expert_indices=torch.randint(r.num_experts, r.expert_indices.shape))
+
+
+@pytest.mark.parametrize(
+    ("bend", "law"),
+    [
+        (_off_by_one, lambda laws: laws.test_shapes(13)),
+        (_twice, lambda laws: laws.test_no_expert_twice()),
+        (_half, lambda laws: laws.test_equal_experts_act_as_one()),
+        (_detached, lambda laws: laws.test_trains()),
+        (_by_place, lambda laws: laws.test_padding_decides_nothing()),
+        (_by_the_last, lambda laws: laws.test_causal()),
+        (_at_random, lambda laws: laws.test_deterministic_in_eval()),
+    ],
+)
+def test_a_bent_router_breaks_its_law(bend: Select, law: Callable[[RouterLaws], None]) -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        law(_laws(type("Bent", (_Bent,), {"bend": staticmethod(bend)})))
+
+
+class _Careless(tm.SwitchRouter):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tm.Routing:
+        logits = torch.nn.functional.linear(x, self.weight)
+        return self.select(logits, logits.softmax(-1), mask)
+
+
+class _Unnamed(tm.SwitchRouter):
+    """Inherits the description of another type."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "law"),
+    [
+        (_Careless, lambda laws: laws.test_refuses_non_finite(torch.nan)),
+        (_Careless, lambda laws: laws.test_float32_whatever_the_model()),
+        (_Unnamed, lambda laws: laws.test_survives_a_checkpoint()),
+    ],
+)
+def test_a_careless_router_breaks_its_law(kind: type[tm.Router], law: Callable[[RouterLaws], None]) -> None:
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        law(_laws(kind))
+
+
+def _laws(kind: type[tm.Router]) -> RouterLaws:
+    laws = RouterLaws()
+    laws.router = kind  # type: ignore[method-assign, assignment]
+    return laws
