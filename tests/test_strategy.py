@@ -246,6 +246,41 @@ def test_the_matrix_is_kept_between_passes() -> None:
         assert layer._cached.matrix is first
 
 
+def test_the_short_way_to_it_is_taken_only_where_the_long_one_leads_there() -> None:
+    layer = small(strategy="cached")
+    first, x = kept(layer), torch.randn(3, 16)
+    other = {f"core_{k}": torch.randn_like(core) for k, core in enumerate(layer.cores)}
+    with torch.no_grad():
+        assert layer.ready_matrix(3) is first
+        layer.training = True  # neither this nor the next two go through a method
+        assert layer.ready_matrix(3) is None
+        layer.training, layer.strategy = False, "reconstruct"
+        assert layer.ready_matrix(3) is None
+        layer.strategy, layer.cache_limit = "cached", 0
+        assert layer.ready_matrix(3) is None
+        layer.cache_limit = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer.ready_matrix(3) is None
+        with torch.enable_grad():
+            assert layer.ready_matrix(3) is None
+        seen: list[Tensor | None] = []
+        torch.func.vmap(lambda row: seen.append(layer.ready_matrix(1)) or row)(x)
+        assert seen == [None]
+        expected = x @ tn.TensorNetwork(layer.topology, list(other.values())).to_matrix().T + layer.bias
+        torch.testing.assert_close(torch.func.functional_call(layer, other, (x,)), expected)
+        bias = torch.ones(24)
+        expected = x @ first.T + bias
+        torch.testing.assert_close(torch.func.functional_call(layer, {"bias": bias}, (x,)), expected)
+        nn.utils.parametrize.register_parametrization(layer, "bias", _Ones())
+        assert layer.ready_matrix(3) is first
+        torch.testing.assert_close(layer(x), expected)
+
+
+class _Ones(nn.Module):
+    def forward(self, bias: Tensor) -> Tensor:
+        return torch.ones_like(bias)
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_train_and_eval_drop_it(mode: bool) -> None:
     layer = small(strategy="cached")

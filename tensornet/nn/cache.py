@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active as transforms_active
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,15 @@ class CachedMatrix:
 
     Args:
         matrix: without gradient, in the dtype that products are computed in.
-        cores: the parameters.
+        states: of each core the parameter, its version and its address when the matrix was built.
         aliases: tensors on the same storage, which keep its address from being used again.
-        versions: of the parameters when the matrix was built.
         kind: device type.
         autocast: the dtype of autocast when it was built, None if that was off.
     """
 
     matrix: Tensor
-    cores: tuple[Tensor, ...]
+    states: tuple[tuple[Tensor, int, int], ...]
     aliases: tuple[Tensor, ...]
-    versions: tuple[int, ...]
     kind: str
     autocast: torch.dtype | None
 
@@ -41,15 +40,15 @@ class CachedMatrix:
         known = tuple(core for core in cores if core is not None)
         aliases = tuple(core.detach() for core in known)
         kind = matrix.device.type
-        versions = tuple(core._version for core in known)
-        return cls(matrix, known, aliases, versions, kind, autocast_dtype(kind))
+        states = tuple((core, core._version, core.data_ptr()) for core in known)
+        return cls(matrix, states, aliases, kind, autocast_dtype(kind))
 
     def holds_for(self, cores: Sequence[Tensor | None]) -> bool:
         """Whether rebuilding from these cores would give this matrix."""
         if autocast_dtype(self.kind) != self.autocast:
             return False
-        for core, known, alias, version in zip(cores, self.cores, self.aliases, self.versions, strict=True):
-            if core is not known or known._version != version or known.data_ptr() != alias.data_ptr():
+        for core, (known, version, address) in zip(cores, self.states, strict=True):
+            if core is not known or known._version != version or known.data_ptr() != address:
                 return False
         return True
 
@@ -61,9 +60,9 @@ def may_cache(cores: Sequence[Tensor | None]) -> bool:
     it), and only for ordinary parameters: substitutes of `functional_call`, parametrizations, sharded and
     fake tensors have no identity or version that would tell when they change.
     """
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return False
-    recording = torch.is_grad_enabled()
+    recording = is_grad_enabled()
     for core in cores:
         if type(core) is not nn.Parameter or core.is_inference() or core.is_meta:
             return False

@@ -1,10 +1,12 @@
 """The part of a layer that decides how its operator is applied, and keeps the rebuilt matrix in eval."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _is_any_autocast_enabled as any_autocast
 from typing_extensions import Self
 
 from tensornet.machine import Machine, default_machine
@@ -15,12 +17,26 @@ from tensornet.nn.strategy import (
     CACHED,
     DEFAULT_CACHE_LIMIT,
     RECONSTRUCT,
+    Bounds,
     Dispatch,
     Strategy,
     check_options,
     choose,
     dispatch,
 )
+
+
+class _Ready(NamedTuple):
+    """A kept matrix, the state of each core it is true for, and the table and options it is used under.
+
+    The table is None where every number of tokens takes the matrix.
+    """
+
+    matrix: Tensor
+    states: tuple[tuple[str, Tensor, int, int], ...]  # name, core, version, address
+    bounds: Bounds | None
+    strategy: Strategy
+    cache_limit: int | None
 
 
 class RoutedModule(nn.Module):
@@ -38,6 +54,7 @@ class RoutedModule(nn.Module):
     cache_limit: int | None
     machine: Machine | None
     _cached: CachedMatrix | None
+    _ready: "_Ready | None"
 
     @property
     def stored(self) -> Mapping[str, Tensor]:
@@ -83,7 +100,7 @@ class RoutedModule(nn.Module):
 
     def drop_cache(self) -> None:
         """Free the kept matrix; the next forward pass that wants one builds it again."""
-        self._cached = None
+        self._cached = self._ready = None
 
     def configure(
         self,
@@ -137,6 +154,27 @@ class RoutedModule(nn.Module):
         """Whether a forward pass would now record gradients of the cores, which a kept matrix has not."""
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.stored.values())
 
+    def ready_matrix(self, tokens: int) -> Tensor | None:
+        """The kept matrix where it is true and `route` would take it; not for compiled programs.
+
+        None also where only a closer look could tell. A forward pass on one token takes some dozens of
+        microseconds and this comes on top of it, so it is one frame that takes less than one.
+        """
+        if self._ready is None:
+            return None
+        matrix, states, bounds, strategy, limit = self._ready
+        if self.training or self.strategy is not strategy or self.cache_limit != limit:
+            return None
+        if bounds is not None and choose(bounds, tokens) != CACHED:
+            return None
+        if is_grad_enabled() or transforms_active() or any_autocast():
+            return None
+        parameters = self._parameters
+        for name, core, version, address in states:
+            if parameters.get(name) is not core or core._version != version or core.data_ptr() != address:
+                return None
+        return matrix
+
     def kept_matrix(self) -> Tensor:
         """The kept matrix, built if it is absent or out of date; only where `route` gives `CACHED`."""
         parameters = self._parameters_of_cores()
@@ -148,6 +186,12 @@ class RoutedModule(nn.Module):
             with torch.inference_mode(False), torch.no_grad(), off:
                 matrix = self.to_matrix().to(dtype).contiguous()
             self._cached = CachedMatrix.of(matrix, parameters)
+            if self._cached.autocast is None:
+                states = zip(self._stored_names, self._cached.states, strict=True)
+                named = tuple((name, *state) for name, state in states)
+                always = self.strategy == "cached" or len(self.dispatch.cached) == 1
+                bounds = None if always else self.dispatch.cached
+                self._ready = _Ready(matrix, named, bounds, self.strategy, self.cache_limit)
         return self._cached.matrix
 
     @property
@@ -165,7 +209,7 @@ class RoutedModule(nn.Module):
         self.strategy = strategy
         self.cache_limit = cache_limit
         self.machine = None
-        self._cached = None
+        self._cached = self._ready = None
         self._stored_names = tuple(self.stored)
         self._plan_dispatch()
 
@@ -191,4 +235,4 @@ class RoutedModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_ready": None}
