@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.errors import BudgetError, NonFiniteError, ShapeError
 from tensornet.subspace import iterated_basis, worth_iterating
 
 Method = Literal["auto", "exact", "gram", "randomized"]
@@ -143,7 +143,9 @@ def truncated_svd(
             f"got {tuple(matrix.shape)} {matrix.dtype}."
         )
     check_method(method)
-    Budget(max_bond=max_rank, rel_error=rel_error)
+    if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
+        raise BudgetError(f"max_rank must be an integer of at least 1, got {max_rank!r}.")
+    Budget(rel_error=rel_error)
     check_finite(matrix, "The matrix")
     scale = safe_scale(matrix)
     work = matrix.detach().to(working_dtype(matrix.dtype)) / scale

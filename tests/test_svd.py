@@ -269,3 +269,9 @@ def test_private_threshold_is_what_the_docstring_says() -> None:
     assert not subspace.worth_iterating(256, 33)
     assert not subspace.worth_iterating(255, 1)
     assert "eighth" in (svd.truncated_svd.__doc__ or "")
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5])
+def test_a_rank_out_of_range_is_named(rank: int) -> None:
+    with pytest.raises(tn.BudgetError, match=f"max_rank must be an integer of at least 1, got {rank}"):
+        tn.truncated_svd(torch.randn(4, 3), max_rank=rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +18,18 @@ from hypothesis import strategies as st
 import tensornet as tn
 from tensornet.network import random_cores
 from tensornet.testing import laws, reference, strategies
-from tensornet.topologies import register_topology, topology_family, topology_names
+from tensornet.topologies import (
+    block_tt,
+    kronecker,
+    mpo,
+    register_topology,
+    tensor_ring,
+    topology_family,
+    topology_names,
+    tucker,
+)
 
+DIMS = {"out_dims": (3, 8), "in_dims": (4, 5)}
 FAMILIES = ("block_tt", "kronecker", "low_rank", "mpo", "tensor_ring", "tucker")
 small = strategies.matrices(max_size=12)
 
@@ -135,8 +146,28 @@ def test_impossible_budget_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_unknown_option_is_refused(name: str) -> None:
-    with pytest.raises(tn.TopologyError, match=f"{name!r} does not know the options colour; it (knows|takes)"):
+    with pytest.raises(
+        tn.TopologyError, match=f"{name!r} does not know the options colour; it (knows|takes)"
+    ):
         topology_family(name).build(8, 8, colour="red")
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: mpo(**DIMS, bond_dims=(99,)), r"bond_dims \(99,\) .* clipped to \(12,\)"),
+        (lambda: tensor_ring(**DIMS, bond_dims=(99, 2)), r"bond_dims \(99, 2\) .* clipped to \(24, 2\)"),
+        (lambda: block_tt(**DIMS, bond_dims=(99,)), r"bond_dims \(99,\) .* clipped to \(3,\)"),
+        (lambda: tucker(**DIMS, ranks=(3, 9, 4, 5)), r"ranks \(3, 9, 4, 5\) .* clipped to \(3, 8, 4, 5\)"),
+        (lambda: kronecker(**DIMS, terms=99), r"terms \(99,\) .* clipped to \(12,\)"),
+    ],
+)
+def test_bonds_beyond_the_maximum_are_clipped_and_that_is_said(
+    build: Callable[[], tn.Topology], said: str
+) -> None:
+    with pytest.warns(UserWarning, match=said) as warned:
+        build()
+    assert warned[0].filename == __file__  # it points at the caller
 
 
 def test_unknown_topology_lists_what_exists() -> None:

@@ -23,7 +23,7 @@ from tensornet.svd import (
 )
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.factored import FactoredFamily, fitted_network, padded_shape
+from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, padded_shape
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import pad_matrix
 
@@ -62,7 +62,9 @@ def block_tt(
     sites = len(out_dims)
     if bond_dims is not None and len(bond_dims) != sites - 1:
         raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {sites - 1} entries, one for each bond.")
-    wanted = bond_dims or [math.prod(out_dims) * math.prod(in_dims)] * (sites - 1)
+    wanted = [math.prod(out_dims) * math.prod(in_dims)] * (sites - 1)
+    if bond_dims is not None:
+        wanted = clip_bonds("bond_dims", bond_dims, _ranks(out_dims, in_dims, bond_dims))
     bonds = [1, *_ranks(out_dims, in_dims, [min(b, max_bond or b) for b in wanted]), 1]
     sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
     sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
@@ -117,7 +119,11 @@ class BlockTTFamily(FactoredFamily):
 
         limit = max(_ranks(out_dims, in_dims, [shape[0] * shape[1]] * count), default=1)
         cap, bound_by = uniform_cap(
-            budget, shape, limit, lambda cap: at([cap] * count).num_params, f"a block tensor train {shape}"
+            budget,
+            shape,
+            limit,
+            lambda cap: at(_ranks(out_dims, in_dims, [cap] * count)).num_params,
+            f"a block tensor train {shape}",
         )
         caps = _ranks(out_dims, in_dims, [cap] * count)
         cores, error = _block_svd(matrix, out_dims, in_dims, caps, budget.rel_error, method)

@@ -1,6 +1,7 @@
 """Families that factor both features into legs: the options they share, and helpers for their cores."""
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -145,6 +146,24 @@ def padded_shape(
     shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
     check_dims(shape, out_dims, in_dims)
     return shape
+
+
+def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[int]:
+    """`wanted` cut down to `useful`, said by a warning where the two differ.
+
+    Args:
+        name: the argument of the builder, for the warning.
+        wanted: what the caller asked for.
+        useful: the largest bonds that the dims, and the bonds beside them, can make use of.
+    """
+    kept = [min(pair) for pair in zip(wanted, useful, strict=True)]
+    if kept != list(wanted):
+        warnings.warn(
+            f"{name} {tuple(wanted)} exceed what these dims can use and are clipped to {tuple(kept)}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return kept
 
 
 def refuse_options(name: str, options: dict[str, Any], known: Sequence[str] = ()) -> None:

@@ -8,7 +8,7 @@ from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.svd import Method
 from tensornet.topologies.base import Decomposition, register_topology
-from tensornet.topologies.factored import FactoredFamily, fitted_network, padded_shape
+from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, padded_shape
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import TTResult, max_bonds, tt_svd
 
@@ -40,12 +40,14 @@ def kronecker(
             f"{tuple(in_dims)}; for more factors use the topology 'mpo'."
         )
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
-    caps = [cap for cap in (*max_bonds(out_dims, in_dims), terms, max_bond) if cap is not None]
+    bonds = list(max_bonds(out_dims, in_dims))
+    if terms is not None:
+        bonds = clip_bonds("terms", [terms], bonds)
     return Topology(
         family="kronecker",
         cores=(CoreSpec("left", ("t", "o0", "i0")), CoreSpec("right", ("t", "o1", "i1"))),
         sizes=(
-            ("t", min(caps)),
+            ("t", min(*bonds, max_bond or bonds[0])),
             *((f"o{k}", dim) for k, dim in enumerate(out_dims)),
             *((f"i{k}", dim) for k, dim in enumerate(in_dims)),
         ),

@@ -8,7 +8,7 @@ from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.svd import Method
 from tensornet.topologies.base import Decomposition, register_topology
-from tensornet.topologies.factored import FactoredFamily, fitted_network, padded_shape
+from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, padded_shape
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import max_bonds, tt_svd
 
@@ -41,7 +41,8 @@ def mpo(
     full = max_bonds(out_dims, in_dims)
     if bond_dims is not None and len(bond_dims) != len(full):
         raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {len(full)} entries, one for each bond.")
-    bonds = [min(b, f, max_bond or b) for b, f in zip(bond_dims or full, full, strict=True)]
+    bonds = full if bond_dims is None else clip_bonds("bond_dims", bond_dims, full)
+    bonds = [min(bond, max_bond or bond) for bond in bonds]
     return chain(out_dims, in_dims, bonds, shape, family=family)
 
 

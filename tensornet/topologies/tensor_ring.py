@@ -22,7 +22,7 @@ from tensornet.svd import (
 )
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.factored import FactoredFamily, fitted_network, pad_core, padded_shape
+from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, pad_core, padded_shape
 from tensornet.topologies.ring_als import refine_ring
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import max_bonds, pad_matrix
@@ -62,7 +62,8 @@ def tensor_ring(
         bond_dims = (*full, 1) if max_bond is None else (*full, min(full))
     elif len(bond_dims) != sites:
         raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {sites} entries, the closing bond last.")
-    bonds = [min(b, max_bond or b) for b in bond_dims]
+    bonds = clip_bonds("bond_dims", bond_dims, [*(f * bond_dims[-1] for f in full), bond_dims[-1]])
+    bonds = [min(b, max_bond or b) for b in bonds]
     bonds = [*(min(b, f * bonds[-1]) for b, f in zip(bonds, full, strict=False)), bonds[-1]]
     sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
     sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {

@@ -13,7 +13,7 @@ from tensornet.split import split_block
 from tensornet.svd import Method, check_finite, check_method, energy, is_single, result_dtype, safe_scale
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.factored import FactoredFamily, balance_norms, pad_core, padded_shape
+from tensornet.topologies.factored import FactoredFamily, balance_norms, clip_bonds, pad_core, padded_shape
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import pad_matrix
 
@@ -46,7 +46,8 @@ def tucker(
     legs = (*out_dims, *in_dims)
     if ranks is not None and len(ranks) != len(legs):
         raise TopologyError(f"ranks {tuple(ranks)} must have {len(legs)} entries, one for each leg.")
-    kept = [min(r, leg, max_bond or leg) for r, leg in zip(ranks or legs, legs, strict=True)]
+    kept = list(legs) if ranks is None else clip_bonds("ranks", ranks, legs)
+    kept = [min(rank, max_bond or rank) for rank in kept]
     names = [f"{side}{k}" for side in ("out", "in") for k in range(len(out_dims))]
     labels = [f"{side}{k}" for side in ("o", "i") for k in range(len(out_dims))]
     bonds = [label if r == leg else f"r{label}" for label, r, leg in zip(labels, kept, legs, strict=True)]
@@ -105,7 +106,7 @@ class TuckerFamily(FactoredFamily):
             budget,
             shape,
             max(legs),
-            lambda cap: at([cap] * len(legs)).num_params,
+            lambda cap: at([min(cap, leg) for leg in legs]).num_params,
             f"a Tucker network {shape}",
         )
         caps = [min(cap, leg) for leg in legs]
