@@ -1,13 +1,13 @@
 """Question: how much of a real model's language is left at a given size, and was that foreseen?
 
-SmolLM2-135M-Instruct, calibrated on the Python tutorials, judged on the Debian handbook: perplexity over
-evenly spread windows of 512 tokens. All methods use the same moments. Rows are added to the record one by
-one, so a run can be cut short, repeated and extended:
+SmolLM2-135M-Instruct, calibrated on the Python tutorials, judged on the Debian handbook: perplexity over 40
+evenly spread windows of 512 tokens. All methods use the same moments. `TABLE` holds the rows; those that the
+record has already are skipped, so a run can be cut short and repeated:
 
-    python benchmarks/quality.py CACHE --rows ours svd_llm --ratios 0.8 0.6
-    python benchmarks/quality.py CACHE --layers all --rows ours --heal 600
+    OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
 
-`CACHE` holds models, texts and statistics (see `real_data.py`).
+`CACHE` holds models, texts and statistics (see `real_data.py`). Forward passes run in bfloat16, of the dense
+model as well. Ten minutes of healing are ten minutes of processor time, since the machine has other users.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from real_data import prepare_models, read_text, token_windows
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import sampled_losses
+from tensornet.compression import PreparedPlan, forms, prepare, refine, sampled_losses, weighted
 from tensornet.compression.report import model_size
 
 PROMPT = "To install a package on Debian, you first need to"
 LAYERS = {"mlp": "*.mlp.*", "all": None}
+TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: a name for people, and the options that make it."""
+    """A way to compress: a name for people, and the options that make it."""
 
     title: str
     options: dict[str, Any]
@@ -57,149 +59,239 @@ METHODS = {
 }
 
 
-def main() -> None:
-    """Measure the rows asked for and add them to the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("--rows", nargs="+", choices=[*METHODS, "dense"], default=["dense", "ours"])
-    parser.add_argument("--layers", choices=list(LAYERS), default="mlp")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.6, 0.4])
-    parser.add_argument("--windows", type=int, default=40, help="held-out windows of 512 tokens")
-    parser.add_argument("--calibration", type=int, default=64, help="calibration windows of 512 tokens")
-    parser.add_argument("--heal", type=float, default=0.0, help="seconds of healing after compression")
-    parser.add_argument("--heal-steps", type=int, default=10_000)
-    arguments = parser.parse_args()
-    folder, _ = prepare_models(arguments.cache)
-    heldout = windows_of(arguments.cache, folder, "heldout", 512, arguments.windows)
-    if "dense" in arguments.rows:
-        model = load(folder)
-        add({"method": "dense", "layers": "-", "ratio": 1.0, **judged(model, folder, heldout)})
-    stats = statistics(arguments.cache, folder, arguments.calibration)
-    for name in arguments.rows:
-        for ratio in arguments.ratios if name != "dense" else []:
-            row = measure(name, ratio, arguments, folder, heldout, stats)
-            add(row)
-            print(json.dumps({k: v for k, v in row.items() if k != "sample"}), flush=True)
+@dataclass(frozen=True)
+class Job:
+    """One row of the table: a method at a share of the parameters, and what comes `after` compression."""
+
+    method: str
+    layers: str
+    ratio: float
+    after: str = ""  # or "refined", "healed"
 
 
-def measure(
-    name: str,
-    ratio: float,
-    arguments: argparse.Namespace,
-    folder: Path,
-    heldout: Tensor,
-    stats: tn.CalibrationStats,
-) -> dict[str, Any]:
-    """One row: compress, judge, and heal if asked."""
-    model = load(folder)
-    config = tn.CompressionConfig(
-        target_modules=LAYERS[arguments.layers], param_ratio=ratio, **METHODS[name].options
-    )
-    start = time.perf_counter()
-    plan = tn.plan(model, config, stats)
-    tn.apply_plan(model, plan, stats)
-    row: dict[str, Any] = {
-        "method": name,
-        "layers": arguments.layers,
-        "ratio": ratio,
-        "kept": plan.params_after / plan.params_before,
-        "predicted_rise": plan.predicted_loss_increase,
-        "seconds": time.perf_counter() - start,
-        "healed": arguments.heal,
-    }
-    if arguments.heal:
-        text = windows_of(arguments.cache, folder, "training", 256, None)
+def jobs(method: str, layers: str, *percents: int, after: str = "") -> list[Job]:
+    """Rows that differ in size only."""
+    return [Job(method, layers, percent / 100, after) for percent in percents]
+
+
+#: In the order in which they are measured: what matters most comes first.
+TABLE = [
+    Job("dense", "-", 1.0),
+    *jobs("ours", "mlp", 90, 80, 60, 40, 30),
+    *jobs("ours", "all", 90, 80, 60, 40, 30),
+    *jobs("mpo2", "mlp", 90, 80),
+    *jobs("ours", "mlp", 80, 60, 40, after="healed"),
+    *jobs("svd_llm", "mlp", 90, 80, 60, 40, 30),
+    *jobs("svd_llm", "all", 90, 80, 60, 40, 30),
+    *jobs("svd", "mlp", 90, 80, 60),
+    *jobs("ours", "mlp", 80, 60, 40, after="refined"),
+    *jobs("ours_int8", "mlp", 80),
+    *jobs("ours_int8", "all", 80),
+    *jobs("mpo3", "mlp", 90, 80),
+    *jobs("mpo", "mlp", 90, 80),
+    *jobs("ours", "all", 80, 60, after="refined"),
+    *jobs("ours", "all", 60, after="healed"),
+]
+
+
+@dataclass
+class Bench:
+    """The model, the texts, and what rows share."""
+
+    cache: Path
+    windows: int
+    calibration: int
+    heal_seconds: float
+    refine_windows: int
+    prepared: dict[tuple[str, str], PreparedPlan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder, _ = prepare_models(self.cache)
+        self.heldout = self.text("heldout", self.windows)
+        self.unseen = self.unseen_windows(12)
+        self.stats = self.statistics()
+        share_svds()
+
+    def model(self) -> Any:
+        """The dense model in float32."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def text(self, use: str, count: int | None, length: int = TOKENS) -> Tensor:
+        """Evenly spread windows of one text, tokenised once and kept in the cache."""
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoTokenizer
+
+        path = self.cache / f"{use}-{length}.safetensors"
+        if not path.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            text = read_text(self.cache / "texts", use)
+            save_file({"windows": token_windows(tokenizer, text, length=length)}, path)
+        windows = load_file(path)["windows"]
+        return windows if count is None or count >= len(windows) else windows[spread(len(windows), count)]
+
+    def unseen_windows(self, count: int) -> Tensor:
+        """Windows of the calibration text that the statistics have not seen."""
+        windows = self.text("calibration", None)
+        seen = set(spread(len(windows), self.calibration).tolist())
+        rest = [k for k in range(len(windows)) if k not in seen] or list(range(len(windows)))
+        return windows[[rest[int(k)] for k in spread(len(rest), min(count, len(rest)))]]
+
+    def statistics(self) -> tn.CalibrationStats:
+        """Moments of the calibration text, collected once and kept in the cache."""
+        path = self.cache / f"moments-{self.calibration}.safetensors"
+        if not path.is_file():
+            torch.manual_seed(0)
+            source = f"{self.calibration} x {TOKENS} tokens of the Python tutorials"
+            batches = self.text("calibration", self.calibration).split(2)
+            tn.calibrate(self.model(), batches, loss_fn=sampled_losses, source=source, progress=True).save(
+                path
+            )
+        return tn.CalibrationStats.load(path)
+
+    def measure(self, job: Job) -> dict[str, Any]:
+        """One row: compress, correct or heal if asked, judge."""
+        model = self.model()
+        row: dict[str, Any] = {
+            "method": job.method,
+            "layers": job.layers,
+            "ratio": job.ratio,
+            "after": job.after,
+        }
+        if job.method != "dense":
+            start = time.process_time()
+            plan = self.prepare(job, model).plan(param_ratio=job.ratio)
+            tn.apply_plan(model, plan, self.stats)
+            row["kept"] = plan.params_after / plan.params_before
+            row["predicted_rise"] = plan.predicted_loss_increase if not job.after else None
+            row["seconds"] = time.process_time() - start
+        if job.after == "healed":
+            row |= self.heal(model)
+        elif job.after == "refined":
+            row |= self.refine(model)
+        if job.method == "dense" or row["predicted_rise"] is not None:
+            row["calibration_loss"] = mean_loss(model, self.unseen)
+        row["loss"] = mean_loss(model, self.heldout)
+        params, size = model_size(model)
+        return row | {
+            "perplexity": math.exp(row["loss"]),
+            "tokens": self.heldout[:, 1:].numel(),
+            "model_params": params,
+            "model_bytes": size,
+            "sample": self.sample(model),
+        }
+
+    def prepare(self, job: Job, model: nn.Module) -> PreparedPlan:
+        """Prices of all forms, once for all sizes of a method."""
+        key = (job.method, job.layers)
+        if key not in self.prepared:
+            config = tn.CompressionConfig(
+                target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
+            )
+            self.prepared[key] = prepare(model, config, self.stats)
+        return self.prepared[key]
+
+    def heal(self, model: nn.Module) -> dict[str, Any]:
+        """Distil for a fixed time on a third text."""
+        text = self.text("training", None, 256)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
-        batches = list(text[order].split(2))
         report = tn.heal(
             model,
-            load(folder),
-            batches,
-            steps=arguments.heal_steps,
-            max_seconds=arguments.heal,
+            self.model(),
+            list(text[order].split(2)),
+            steps=10_000,
+            max_seconds=self.heal_seconds,
+            clock=time.process_time,
             autocast=torch.bfloat16,
-            checkpoint=arguments.cache / f"heal-{name}-{arguments.layers}-{ratio}.safetensors",
-            save_every=10,
-            progress=True,
         )
-        row |= {"heal_steps": report.steps, "heal_tokens": report.steps * 512, "heal_seconds": report.seconds}
-    return row | judged(model, folder, heldout)
+        return {
+            "heal_steps": report.steps,
+            "heal_tokens": report.steps * 512,
+            "heal_seconds": report.seconds,
+        }
+
+    def refine(self, model: nn.Module) -> dict[str, Any]:
+        """Refit the layers behind one another on calibration text."""
+        start = time.process_time()
+        batches = self.text("calibration", self.refine_windows).split(2)
+        refine(model, self.model(), batches, self.stats, passes=2)
+        tokens = self.refine_windows * TOKENS
+        return {"refine_tokens": tokens, "refine_seconds": time.process_time() - start}
+
+    def sample(self, model: nn.Module) -> str:
+        """A greedy continuation of the prompt: perplexity alone would not show loops and noise."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)  # type: ignore[operator]
+        text = str(tokenizer.decode(made[0], skip_special_tokens=True))
+        return " ".join(text.split()).replace("`", "'")  # goes into tables
 
 
-@torch.no_grad()
-def judged(model: nn.Module, folder: Path, heldout: Tensor) -> dict[str, Any]:
-    """Perplexity, size and a sample: perplexity alone would not show loops and noise."""
+def main(arguments: Sequence[str] | None = None, table: Sequence[Job] = TABLE) -> Path:
+    """Measure the rows that are missing, and add each to the record at once."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--windows", type=int, default=40, help="held-out windows of 512 tokens")
+    parser.add_argument("--calibration", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--heal-seconds", type=float, default=600.0)
+    parser.add_argument("--refine-windows", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    given = parser.parse_args(arguments)
+    path = given.out / "quality.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    missing = [job for job in table if not any(is_row_of(row, job) for row in rows)]
+    if not missing:
+        return path
+    bench = Bench(given.cache, given.windows, given.calibration, given.heal_seconds, given.refine_windows)
+    for job in missing:
+        row = bench.measure(job)
+        rows.append(row)
+        record("quality", rows, folder=given.out, prompt=PROMPT, threads=torch.get_num_threads())
+        print(json.dumps({k: v for k, v in row.items() if k != "sample"}), flush=True)
+    return path
+
+
+def is_row_of(row: dict[str, Any], job: Job) -> bool:
+    """Whether a recorded row answers a job."""
+    return all(row.get(key) == getattr(job, key) for key in ("method", "layers", "ratio", "after"))
+
+
+@torch.inference_mode()
+def mean_loss(model: nn.Module, windows: Tensor) -> float:
+    """Mean loss of the tokens of windows, forward passes in bfloat16."""
     total, count = 0.0, 0
-    for batch in heldout.split(2):
-        logits = model(input_ids=batch).logits[:, :-1].float().flatten(0, 1)
+    for batch in windows.split(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
         total += float(nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
         count += batch[:, 1:].numel()
-    params, size = model_size(model)
-    return {
-        "perplexity": math.exp(total / count),
-        "loss": total / count,
-        "tokens": count,
-        "model_params": params,
-        "model_bytes": size,
-        "sample": sample(model, folder),
-    }
+    return total / count
 
 
-def sample(model: nn.Module, folder: Path) -> str:
-    """A greedy continuation of the prompt."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)  # type: ignore[operator]
-    text = str(tokenizer.decode(made[0], skip_special_tokens=True))
-    return " ".join(text.split()).replace("`", "'")  # goes into tables
+def spread(length: int, count: int) -> Tensor:
+    """Evenly spread positions."""
+    return torch.linspace(0, length - 1, min(count, length)).long()
 
 
-def load(folder: Path) -> Any:
-    """The dense model in float32."""
-    from transformers import AutoModelForCausalLM
+def share_svds() -> None:
+    """Compute the whitened SVD of a weight once: all sizes of a method cut the same one.
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    The library keeps none, since for a large model they are larger than the model.
+    """
+    original: Callable[..., Any] = weighted.weighted_svd
+    known: dict[tuple[Any, ...], Any] = {}
 
+    def remembered(matrix: Tensor, weighting: Any, **options: Any) -> Any:
+        sides = (weighting.rows is None, weighting.columns is None)
+        key = (tuple(matrix.shape), float(matrix.double().sum()), float(matrix[0, 0]), *sides)
+        if options or key not in known:
+            known[key] = original(matrix, weighting, **options)
+        return known[key]
 
-def windows_of(cache: Path, folder: Path, use: str, length: int, count: int | None) -> Tensor:
-    """Windows of one text, tokenised once and kept in the cache."""
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
-
-    path = cache / f"{use}-{length}.safetensors"
-    if not path.is_file():
-        text = read_text(cache / "texts", use)
-        save_file(
-            {"windows": token_windows(AutoTokenizer.from_pretrained(folder), text, length=length)}, path
-        )
-    windows = load_file(path)["windows"]
-    if count is None or count >= len(windows):
-        return windows
-    return windows[torch.linspace(0, len(windows) - 1, count).long()]
-
-
-def statistics(cache: Path, folder: Path, count: int) -> tn.CalibrationStats:
-    """Moments of the calibration text, collected once and kept in the cache."""
-    path = cache / f"moments-{count}.safetensors"
-    if path.is_file():
-        return tn.CalibrationStats.load(path)
-    batches = windows_of(cache, folder, "calibration", 512, count).split(2)
-    torch.manual_seed(0)
-    source = f"{count} x 512 tokens of the Python tutorials"
-    stats = tn.calibrate(load(folder), batches, loss_fn=sampled_losses, source=source, progress=True)
-    stats.save(path)
-    return stats
-
-
-def add(row: dict[str, Any]) -> None:
-    """Put a row into the record in place of an earlier one of the same kind."""
-    path = RECORDS / "quality.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    key = ("method", "layers", "ratio", "healed", "tokens")
-    rows = [old for old in rows if any(old.get(k) != row.get(k) for k in key)]
-    record("quality", [*rows, row], prompt=PROMPT)
+    weighted.weighted_svd = forms.weighted_svd = remembered
 
 
 if __name__ == "__main__":

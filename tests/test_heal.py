@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -159,6 +160,16 @@ def test_time_is_a_limit() -> None:
     report = tn.heal(student, teacher, batches(), steps=100_000, max_seconds=1.0)
     assert 0 < report.steps < 100_000
     assert report.seconds < 10
+
+
+def test_time_is_what_the_clock_says() -> None:
+    teacher, student = pair()
+    ticks = itertools.count()
+    report = tn.heal(
+        student, teacher, batches(), steps=100, max_seconds=7.5, clock=lambda: float(next(ticks))
+    )
+    assert report.steps == 7  # one look at the clock before each step
+    assert report.seconds == 9
 
 
 def test_padding_has_no_distance() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import CalibrationStats, CompressionConfig, sampled_losses
+from tensornet.compression import CalibrationStats, CompressionConfig, prepare, sampled_losses
 from tensornet.compression.allocate import (
     CostCurve,
     frontier,
@@ -204,6 +204,29 @@ def test_the_curve_runs_through_every_budget() -> None:
         below = max(cost for size, cost in curve if size >= plan.params_after)
         above = min(cost for size, cost in curve if size <= plan.params_after)
         assert below <= plan.predicted_loss_increase + 1e-9 <= above + 2e-9  # type: ignore[operator]
+
+
+def test_one_preparation_serves_all_budgets() -> None:
+    model, stats = gpt2_stats()
+    prepared = prepare(model, CompressionConfig(param_ratio=0.7), stats)
+    assert prepared.plan() == tn.plan(model, CompressionConfig(param_ratio=0.7), stats)
+    for budget in ({"param_ratio": 0.5}, {"max_bytes": 60_000}, {"loss_increase": 0.01}):
+        assert prepared.plan(**budget) == tn.plan(model, CompressionConfig(**budget), stats)
+    plain = prepare(model, CompressionConfig(param_ratio=0.7, objective="weight"))
+    assert plain.plan(param_ratio=0.5) == tn.plan(
+        model, CompressionConfig(param_ratio=0.5, objective="weight")
+    )
+
+
+def test_what_forms_depend_on_is_no_budget() -> None:
+    model, stats = gpt2_stats()
+    with pytest.raises(
+        tn.BudgetError, match=r"takes the budgets param_ratio, .*, got max_bond; prepare again"
+    ):
+        prepare(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
+    inputs = prepare(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
+    with pytest.raises(tn.BudgetError, match="max_bytes needs objective='curvature', not 'activation'"):
+        inputs.plan(max_bytes=60_000)
 
 
 def test_contradicting_budgets() -> None:

@@ -8,7 +8,7 @@ from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.hooks import register_structure_hook, structure_changed
 from tensornet.compression.losses import cosine_losses, label_losses, sampled_losses
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.planner import plan
+from tensornet.compression.planner import PreparedPlan, plan, prepare
 from tensornet.compression.providers import ProvidedData, register_calibration_provider
 from tensornet.compression.refine import RefineReport, refine
 from tensornet.compression.report import CompressionReport, LayerReport
@@ -23,6 +23,7 @@ __all__ = [
     "HealReport",
     "LayerPlan",
     "LayerReport",
+    "PreparedPlan",
     "ProvidedData",
     "RefineReport",
     "Target",
@@ -35,6 +36,7 @@ __all__ = [
     "heal",
     "label_losses",
     "plan",
+    "prepare",
     "refine",
     "register_calibration_provider",
     "register_structure_hook",

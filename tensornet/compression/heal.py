@@ -33,7 +33,7 @@ class HealReport:
         layer_losses: mean relative squared error of the layers' outputs at each layer-wise step.
         steps: steps made in all, earlier calls that were resumed included.
         trained: number of parameters that were trained.
-        seconds: wall time of this call.
+        seconds: time of this call, by its clock.
     """
 
     losses: tuple[float, ...]
@@ -56,6 +56,7 @@ def heal(
     parameters: Literal["cores", "trainable"] = "cores",
     autocast: torch.dtype | None = None,
     max_seconds: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     checkpoint: str | Path | None = None,
     save_every: int = 50,
     progress: bool = False,
@@ -83,6 +84,8 @@ def heal(
         autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
             recent processors and makes no difference to the result worth mentioning.
         max_seconds: end earlier; the learning rate then falls by time.
+        clock: what `max_seconds` and the report count: wall time, or `time.process_time` for the work of this
+            process on a machine that others use too.
         checkpoint: safetensors file for cores and optimizer. Where it exists, healing goes on from it, so
             the same call can be repeated after an interruption.
         save_every: steps between two writes of it.
@@ -96,7 +99,7 @@ def heal(
     Reference:
         Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
     """
-    start = time.perf_counter()
+    start = clock()
     layers = compressed_layers(model)
     if parameters == "cores":
         trained = trainable_cores(layers)
@@ -120,7 +123,7 @@ def heal(
         teacher.eval()
         bar = tqdm(total=total, initial=done, desc="healing", disable=not progress, unit="step")
         while done < total:
-            share = _share(done, total, start, max_seconds)
+            share = _share(done, total, clock() - start, max_seconds)
             if share >= 1:
                 break
             for group in optimizer.param_groups:
@@ -154,7 +157,7 @@ def heal(
         model.train(training[0])
         teacher.train(training[1])
     count = sum(parameter.numel() for parameter in trained.values())
-    return HealReport(tuple(losses), tuple(layer_losses), done, count, time.perf_counter() - start)
+    return HealReport(tuple(losses), tuple(layer_losses), done, count, clock() - start)
 
 
 def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
@@ -245,9 +248,9 @@ def _end_to_end(model: nn.Module, teacher: nn.Module, batch: Batch, distance: Di
     return float(loss.detach())
 
 
-def _share(done: int, total: int, start: float, max_seconds: float | None) -> float:
+def _share(done: int, total: int, seconds: float, max_seconds: float | None) -> float:
     """How far healing has come, by steps or by time, whichever is further."""
-    by_time = 0.0 if max_seconds is None else (time.perf_counter() - start) / max_seconds
+    by_time = 0.0 if max_seconds is None else seconds / max_seconds
     return max(done / total, by_time)
 
 

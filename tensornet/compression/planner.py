@@ -1,7 +1,8 @@
 """From a configuration to a plan: which family and which bonds for every layer."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from tqdm.auto import tqdm
 
 from tensornet.budget import Budget
 from tensornet.compression.config import CompressionConfig, family_options
+from tensornet.compression.expansion import expanded
+from tensornet.compression.forms import LayerForms
 from tensornet.compression.global_plan import choose_forms, layer_forms, storage_of
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stats import CalibrationStats
@@ -17,8 +20,83 @@ from tensornet.errors import BudgetError, TargetError
 from tensornet.svd import check_finite, working_dtype
 from tensornet.topologies import Decomposition, topology_family
 
+#: Budgets that are spent after preparation.
+BUDGETS = ("param_ratio", "max_bytes", "loss_increase")
 
-@torch.no_grad()
+
+@dataclass(frozen=True)
+class PreparedPlan:
+    """Every form that every layer may take, with its price: what takes long, and serves all budgets.
+
+    Made by `prepare`. It holds references to the weights, but no copies.
+
+    Args:
+        config: what it was made with.
+        objective: what an error was taken to cost.
+        targets: the weights, in model order.
+        forms: of each; empty where layers are planned one by one by the error of their weights.
+        spectra: singular values of each, likewise.
+        dense_loss: mean loss of a token during calibration.
+        calibration: what the statistics were collected on.
+    """
+
+    config: CompressionConfig
+    objective: str
+    targets: tuple[Target, ...]
+    forms: tuple[LayerForms, ...]
+    spectra: tuple[tuple[float, ...], ...]
+    dense_loss: float | None
+    calibration: str | None
+
+    @torch.no_grad()
+    def plan(self, *, progress: bool = False, **budget: Any) -> CompressionPlan:
+        """The best plan for one budget.
+
+        Args:
+            progress: show a progress bar where layers are decomposed one by one.
+            budget: any of `param_ratio`, `max_bytes` and `loss_increase`, in place of the configuration's.
+
+        Raises:
+            BudgetError: the budget cannot be met, or a cap was named that forms depend on.
+        """
+        if unknown := sorted(budget.keys() - set(BUDGETS)):
+            raise BudgetError(
+                f"A prepared plan takes the budgets {', '.join(BUDGETS)}, got {', '.join(unknown)}; prepare "
+                "again for other options."
+            )
+        caps: dict[str, Any] = {**dict.fromkeys(BUDGETS), **budget}
+        config = replace(self.config, **caps) if budget else self.config
+        if not self.forms:
+            bar = tqdm(self.targets, desc="planning", disable=not progress, unit="layer")
+            return CompressionPlan(tuple(plan_layer(target, config) for target in bar))
+        if config.needs_curvature and self.objective != "curvature":
+            raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
+        chosen, bound_by = choose_forms(self.targets, self.forms, config, self.objective)
+        layers = []
+        for target, form, index, spectrum in zip(self.targets, self.forms, chosen, self.spectra, strict=True):
+            topology, storage = form.make(index)
+            made = LayerPlan(
+                name=target.name,
+                shape=(target.matrix.shape[0], target.matrix.shape[1]),
+                topology=topology,
+                bound_by="dense" if topology is None else bound_by,
+                error=float(form.errors[index]),
+                baseline_error=0.0,
+                singular_values=spectrum,
+                storage=storage,
+                loss_increase=float(form.forecasts[index]) if self.objective == "curvature" else None,
+                curve=form.hull() if self.objective == "curvature" else (),
+            )
+            layers.append(_with_baseline(made))
+        return CompressionPlan(
+            tuple(layers),
+            objective=self.objective,
+            damping=config.damping,
+            dense_loss=self.dense_loss,
+            calibration=self.calibration,
+        )
+
+
 def plan(
     model: nn.Module,
     config: CompressionConfig,
@@ -39,37 +117,36 @@ def plan(
         NonFiniteError: naming the layer that holds NaN or infinity.
         BudgetError: naming the layer that cannot meet the budget.
     """
+    return prepare(model, config, stats, progress=progress).plan(progress=progress)
+
+
+@torch.no_grad()
+def prepare(
+    model: nn.Module,
+    config: CompressionConfig,
+    stats: CalibrationStats | None = None,
+    *,
+    progress: bool = False,
+) -> PreparedPlan:
+    """Price the forms of every targeted layer, once for all budgets; arguments and errors of `plan`."""
     objective = resolve_objective(config, stats)
-    targets = find_targets(model, config)
+    with expanded(model):
+        targets = tuple(find_targets(model, config))
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
-    bar = tqdm(targets, desc="planning", disable=not progress, unit="layer")
-    if objective == "weight" and storage_of(config, objective).plain:
-        return CompressionPlan(tuple(plan_layer(target, config) for target in bar))
-    forms = [layer_forms(target, config, objective, stats) for target in bar]
-    chosen, bound_by = choose_forms(targets, forms, config, objective)
-    layers = []
-    for target, form, index in zip(targets, forms, chosen, strict=True):
-        topology, storage = form.make(index)
-        made = LayerPlan(
-            name=target.name,
-            shape=(target.matrix.shape[0], target.matrix.shape[1]),
-            topology=topology,
-            bound_by="dense" if topology is None else bound_by,
-            error=float(form.errors[index]),
-            baseline_error=0.0,
-            singular_values=tuple(singular_values(target.matrix).tolist()),
-            storage=storage,
-            loss_increase=float(form.forecasts[index]) if objective == "curvature" else None,
-            curve=form.hull() if objective == "curvature" else (),
-        )
-        layers.append(_with_baseline(made))
-    return CompressionPlan(
-        tuple(layers),
-        objective=objective,
-        damping=config.damping,
-        dense_loss=stats.loss if stats is not None else None,
-        calibration=stats.source if stats is not None else None,
+    forms, spectra = [], []
+    if objective != "weight" or not storage_of(config, objective).plain:
+        for target in tqdm(targets, desc="planning", disable=not progress, unit="layer"):
+            forms.append(layer_forms(target, config, objective, stats))
+            spectra.append(tuple(singular_values(target.matrix).tolist()))
+    return PreparedPlan(
+        config,
+        objective,
+        targets,
+        tuple(forms),
+        tuple(spectra),
+        stats.loss if stats is not None else None,
+        stats.source if stats is not None else None,
     )
 
 
