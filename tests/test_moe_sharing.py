@@ -127,6 +127,102 @@ def test_a_description_makes_an_empty_twin(topologies: tn.Topology | list[tn.Top
     assert torch.equal(twin.expert_matrices(), bank.expert_matrices())
 
 
-def test_a_borrowing_bank_cannot_be_built_alone() -> None:
-    with pytest.raises(FormatError, match="borrow cores that another layer owns"):
-        build_module(Layers().layers[0].spec())
+def twin_of(model: nn.Module) -> nn.Module:
+    """The model built again from the descriptions of its parts."""
+    twin = nn.Module()
+    twin.center = build_module(model.center.spec())
+    twin.layers = nn.ModuleList(build_module(layer.spec()) for layer in model.layers)
+    return twin
+
+
+def test_borrowing_banks_are_built_again_with_their_owner() -> None:
+    model = Layers()
+    twin = twin_of(model)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert tm.lend_shared_cores(twin) == 2
+    assert tm.lend_shared_cores(twin) == 0
+    twin.load_state_dict(model.state_dict())
+    assert twin.layers[1].owner is twin.center
+    for ours, theirs in zip(model.layers, twin.layers, strict=True):
+        assert ours.spec() == theirs.spec()
+        assert torch.equal(ours.expert_matrices(), theirs.expert_matrices())
+
+
+def test_a_bank_without_its_owner_says_whom_it_misses() -> None:
+    twin = twin_of(Layers())
+    with pytest.raises(
+        RuntimeError, match=r"borrow core '1' from the SharedCores labelled 'shared'.*lend_shared_cores"
+    ):
+        twin.layers[0].expert_matrices()
+    twin.second = tm.SharedCores(CHAIN)
+    with pytest.raises(
+        FormatError, match=r"labelled 'shared', of which Module has 2; its labels are \['shared'\]"
+    ):
+        tm.lend_shared_cores(twin)
+    twin.center.label = twin.second.label = "other"
+    with pytest.raises(FormatError, match=r"has 0; its labels are \['other'\]"):
+        tm.lend_shared_cores(twin)
+    for owner, error, message in (
+        (
+            tm.SharedCores(CHAIN, "ends"),
+            TopologyError,
+            r"has the cores \['0', '2'\], these experts share \['1'\]",
+        ),
+        (tm.SharedCores(SMALL), ShapeError, "borrowed core '1' has shape"),
+    ):
+        with pytest.raises(error, match=message):
+            twin.layers[0].borrow(owner)
+    with pytest.raises(RuntimeError, match="owns its shared cores"):
+        make().borrow(tm.SharedCores(CHAIN))
+
+
+# --- upcycling several layers to one center ------------------------------------------------------
+
+
+def test_layers_with_one_center_are_found_again() -> None:
+    """Matrices that were made with a common center have no error."""
+    made = tm.SharedCoreExperts(SMALL, 3, dtype=torch.float64)
+    weights = made.expert_matrices().detach()
+    owner, banks = tm.share_across_layers(weights, num_experts=2, topology=SMALL, label="x", max_sweeps=400)
+    assert (owner.label, owner.names, len(banks)) == ("x", ("1",), 3)
+    for weight, bank in zip(weights, banks, strict=True):
+        assert bank.owner is owner
+        assert bank.error < 1e-3
+        for matrix in bank.expert_matrices().detach():
+            assert float((matrix - weight).norm() / weight.norm()) == pytest.approx(bank.error, rel=1e-4)
+
+
+def test_unrelated_layers_have_the_error_that_is_reported() -> None:
+    weights = torch.randn(3, 12, 12)
+    owner, banks = tm.share_across_layers(weights, num_experts=2, noise=0.1, seed=5, max_bond=4, **DIMS)
+    assert {name: tuple(p.shape) for name, p in owner.named_parameters()} == {"core_1": (4, 3, 2, 4)}
+    again = tm.share_across_layers(weights, num_experts=2, noise=0.1, seed=5, max_bond=4, **DIMS)[1]
+    quiet = tm.share_across_layers(weights, num_experts=2, max_bond=4, **DIMS)[1]
+    for weight, bank, same, plain in zip(weights, banks, again, quiet, strict=True):
+        assert torch.equal(bank.expert_matrices(), same.expert_matrices())
+        assert not torch.equal(*bank.expert_matrices())
+        first, second = plain.expert_matrices().detach()
+        assert torch.equal(first, second)
+        error = float((first - weight).norm() / weight.norm())
+        assert error == pytest.approx(bank.error, rel=1e-4)
+        assert 0.3 < error < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"shared": "none"}, TopologyError, "chooses no core"),
+        ({"noise": -1.0}, ValueError, "noise must be at least 0"),
+        ({"num_experts": 0}, ValueError, "num_experts must be at least 1"),
+        (
+            {"topology": tn.topologies.mpo(out_dims=(2, 2), in_dims=(2, 2))},
+            ShapeError,
+            r"\(num_experts, 4, 4\)",
+        ),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tm.share_across_layers(torch.randn(2, 12, 12), **{"num_experts": 2, **options})
+    with pytest.raises(ShapeError, match=r"\(layers, out, in\), got \(12, 12\)"):
+        tm.share_across_layers(torch.randn(12, 12), num_experts=2)

@@ -13,7 +13,8 @@ from tensornet_hf.checkpoint import Checkpoint, StoredTensor, read_checkpoint
 from tensornet_hf.config import TensorNetworkConfig
 from tensornet_hf.default_calibration import embedded_text
 from tensornet_hf.loading import load, resolve_folder
-from tensornet_hf.moe import MoEConfig, UpcycleReport, upcycle
+from tensornet_hf.moe import UpcycleReport, upcycle
+from tensornet_hf.moe_config import MoEConfig
 from tensornet_hf.quantizer import TensorNetworkQuantizer, prepare_for_saving
 from tensornet_hf.saving import decompress, save_model
 from tensornet_hf.sharded import (

@@ -12,6 +12,8 @@ from tensornet.errors import FormatError
 from tensornet.nn.adapters import kind_of
 from tensornet.nn.build import build_module
 from tensornet.topology import Topology
+from tensornet_hf.expert_banks import make_room
+from tensornet_moe import lend_shared_cores
 
 
 def place_layers(
@@ -31,6 +33,7 @@ def place_layers(
     Raises:
         FormatError: a module has no place in the model, or does not fit there.
     """
+    make_room(model, layers)
     names = {layer: name for layer in layers if (name := _name_in(model, layer)) is not None}
     saved_as = getattr(model.config, "architectures", None) or []
     absent = [layer for layer in layers if layer not in names]
@@ -43,6 +46,7 @@ def place_layers(
         _check_place(name, model.get_submodule(name), layers[layer])
     for layer, name in names.items():
         set_submodule(model, name, build_module(layers[layer], device="meta", dtype=dtype))
+    lend_shared_cores(model)
     return names
 
 

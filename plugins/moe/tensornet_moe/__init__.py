@@ -1,6 +1,7 @@
 """Mixtures of experts that share cores: experts, routers, losses, gradient mask."""
 
 import tensornet_moe.build  # noqa: F401  (registers what checkpoints describe)
+from tensornet_moe.across import lend_shared_cores, share_across_layers
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
@@ -31,9 +32,11 @@ __all__ = [
     "average_gradients",
     "collect_aux_losses",
     "gather_experts",
+    "lend_shared_cores",
     "linear_fade",
     "load_balancing_loss",
     "router_z_loss",
     "shard_experts",
+    "share_across_layers",
     "shared_parameters",
 ]

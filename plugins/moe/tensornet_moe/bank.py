@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.errors import TopologyError
+from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.topology import Topology
 from tensornet_moe.stack import resolve_shared
@@ -75,6 +75,7 @@ class SharedCores(nn.Module):
     Args:
         topology: the operator; only the shared cores of it are stored here.
         shared: which cores, see `resolve_shared`.
+        label: by which the descriptions of borrowers name it; give each owner in one model its own.
         device, dtype: of the cores.
 
     Raises:
@@ -86,10 +87,12 @@ class SharedCores(nn.Module):
         topology: Topology,
         shared: str | Sequence[str] = "center",
         *,
+        label: str = "shared",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.topology, self.label = topology, label
         self.names = resolve_shared(topology, shared)
         if not self.names:
             raise TopologyError(f"shared={shared!r} chooses no core: there is nothing to own.")
@@ -102,3 +105,49 @@ class SharedCores(nn.Module):
     def core(self, name: str) -> nn.Parameter:
         """The parameter of a core."""
         return getattr(self, f"core_{name}")
+
+    def check_fits(self, topology: Topology) -> None:
+        """Check that a bank of this topology can borrow every core.
+
+        Raises:
+            ShapeError: a core has another shape there.
+        """
+        for name in self.names:
+            have, want = self.topology.core_shapes[name], topology.core_shapes.get(name)
+            if have != want:
+                raise ShapeError(
+                    f"The borrowed core {name!r} has shape {have}, the topology says {want}: layers that "
+                    "share a core need the same legs and bonds around it."
+                )
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        return {
+            "type": "shared_cores",
+            "topology": self.topology.to_dict(),
+            "shared": list(self.names),
+            "label": self.label,
+        }
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"label={self.label!r}, cores={list(self.names)}, topology={self.topology.family}"
+
+
+class AbsentCores(SharedCores):
+    """Stands for an owner that a description names by its label, until `lend_shared_cores` finds it."""
+
+    def __init__(self, topology: Topology, shared: Sequence[str], *, label: str) -> None:
+        super().__init__(topology, shared, label=label, device="meta")
+
+    def core(self, name: str) -> nn.Parameter:
+        """Refused.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"These experts borrow core {name!r} from the SharedCores labelled {self.label!r}, which they "
+            "were not given: call tensornet_moe.lend_shared_cores(model) on the model that holds both, or "
+            "bank.borrow(owner)."
+        )

@@ -8,12 +8,13 @@ from torch import nn
 
 from tensornet.nn import build_module, register_module_type
 from tensornet.topology import Topology
-from tensornet_moe.bank import ExpertBank
+from tensornet_moe.bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.moe import SharedCoreMoE
 from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
 from tensornet_moe.routing import Router
+from tensornet_moe.stack import enclosing_topology
 
 _Device = torch.device | str | None
 
@@ -33,19 +34,20 @@ def _router(kind: type[Router]) -> Callable[[Mapping[str, Any], _Device, torch.d
 
 
 def _experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
-    if spec["borrowed"]:
-        raise ValueError(
-            "these experts borrow cores that another layer owns; build the layers with their SharedCores and "
-            "load the state dict instead"
-        )
     topologies = [Topology.from_dict(data) for data in spec["topologies"]]
+    shared, owner = spec["shared"], spec.get("owner")
     return SharedCoreExperts(
         topologies[0] if len(topologies) == 1 else topologies,
         spec["num_experts"],
-        shared=spec["shared"],
+        shared=shared if owner is None else AbsentCores(enclosing_topology(topologies), shared, label=owner),
         device=device,
         dtype=dtype,
     )
+
+
+def _shared_cores(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    topology = Topology.from_dict(spec["topology"])
+    return SharedCores(topology, spec["shared"], label=spec["label"], device=device, dtype=dtype)
 
 
 def _ffn(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
@@ -77,6 +79,7 @@ def _moe(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) ->
 register_module_type("switch_router", _router(SwitchRouter))
 register_module_type("topk_router", _router(TopKRouter))
 register_module_type("expert_choice_router", _router(ExpertChoiceRouter))
+register_module_type("shared_cores", _shared_cores)
 register_module_type("shared_core_experts", _experts)
 register_module_type("expert_ffn", _ffn)
 register_module_type("shared_core_moe", _moe)

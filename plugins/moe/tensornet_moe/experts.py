@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.budget import Budget
-from tensornet.errors import ShapeError
+from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.topologies import topology_family
 from tensornet.topologies.factored import pad_core
@@ -77,7 +77,7 @@ class SharedCoreExperts(ExpertBank):
         self.topology, self.topologies = enclosing, topologies
         owner = shared if isinstance(shared, SharedCores) else None
         # In a tuple, so that the owner is not registered here as well.
-        self._owner = () if owner is None else (owner,)
+        self._owner: tuple[SharedCores, ...] = () if owner is None else (owner,)
         self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
         self._cache = MatrixCache(cache_bytes)
@@ -86,7 +86,7 @@ class SharedCoreExperts(ExpertBank):
         #: How `from_experts` went.
         self.fit: JointFit | None = None
         if owner is not None:
-            _check_borrowed(owner, enclosing)
+            owner.check_fits(enclosing)
         for name, core in _initial_cores(topologies, enclosing, self.shared, device, dtype).items():
             if not (owner is not None and name in self.shared):
                 self._store(name, core)
@@ -180,9 +180,11 @@ class SharedCoreExperts(ExpertBank):
         return bank
 
     @classmethod
-    def _from_start(cls, start: Start, cache_bytes: int, dtype: torch.dtype) -> "SharedCoreExperts":
-        count = len(start.topologies)
-        bank = cls(start.topologies, count, shared=start.shared, cache_bytes=cache_bytes, device="meta")
+    def _from_start(
+        cls, start: Start, cache_bytes: int, dtype: torch.dtype, owner: SharedCores | None = None
+    ) -> "SharedCoreExperts":
+        count, shared = len(start.topologies), start.shared if owner is None else owner
+        bank = cls(start.topologies, count, shared=shared, cache_bytes=cache_bytes, device="meta")
         for name, core in start.cores.items():
             pieces = [core] if isinstance(core, Tensor) else list(core)
             pieces = [piece.detach().to(dtype).contiguous() for piece in pieces]
@@ -202,8 +204,32 @@ class SharedCoreExperts(ExpertBank):
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """See `ExpertBank`; borrowed cores included."""
-        source: nn.Module = self._owner[0] if self._owner else self
-        return {name: getattr(source, f"core_{name}") for name in self.shared}
+        if self._owner:
+            return {name: self._owner[0].core(name) for name in self.shared}
+        return {name: getattr(self, f"core_{name}") for name in self.shared}
+
+    @property
+    def owner(self) -> SharedCores | None:
+        """Who owns the shared cores, None if this bank does."""
+        return self._owner[0] if self._owner else None
+
+    def borrow(self, owner: SharedCores) -> None:
+        """Take the shared cores from another owner than now; for banks made from a description.
+
+        Raises:
+            RuntimeError: the bank owns its cores.
+            TopologyError: the owner has other cores.
+            ShapeError: or of other shapes.
+        """
+        if not self._owner:
+            raise RuntimeError("This bank owns its shared cores; make it with shared=owner to borrow them.")
+        if owner.names != self.shared:
+            raise TopologyError(
+                f"The owner {owner.label!r} has the cores {list(owner.names)}, these experts share "
+                f"{list(self.shared)}."
+            )
+        owner.check_fits(self.topology)
+        self._owner = (owner,)
 
     def private_core(self, name: str) -> Tensor:
         """A private core of all experts, `(num_experts, *shape)`, padded with zeros where bonds differ."""
@@ -249,7 +275,7 @@ class SharedCoreExperts(ExpertBank):
         return self._cache.get(parameters, elements, lambda: self._rebuild(None))
 
     def _rebuild(self, index: Tensor | None) -> Tensor:
-        cores: dict[str, Tensor] = dict(self.shared_parameters())
+        cores = self._shared_here()
         for name in self.topology.core_names:
             if name not in self.shared:
                 core = self.private_core(name)
@@ -260,11 +286,15 @@ class SharedCoreExperts(ExpertBank):
         # One expert is a stack that shares everything: plain products, faster than batches of one.
         plan = plan_stack(self.topology, self.topology.core_names, 1)
         private = {n: self.private_core(n).unbind() for n in self.topology.core_names if n not in self.shared}
-        shared = self.shared_parameters()
+        shared = self._shared_here()
         return [
             build_matrices(plan, {**shared, **{n: cores[e] for n, cores in private.items()}}, 1)[0]
             for e in experts
         ]
+
+    def _shared_here(self) -> dict[str, Tensor]:
+        # A model that is spread over devices may hold the owner on another one than this layer.
+        return {name: core.to(self._device) for name, core in self.shared_parameters().items()}
 
     @property
     def _device(self) -> torch.device:
@@ -307,7 +337,7 @@ class SharedCoreExperts(ExpertBank):
             "type": "shared_core_experts",
             "num_experts": self.num_experts,
             "shared": list(self.shared),
-            "borrowed": bool(self._owner),
+            "owner": self._owner[0].label if self._owner else None,
             "topologies": [t.to_dict() for t in (self.topologies[:1] if same else self.topologies)],
         }
 
@@ -316,18 +346,8 @@ class SharedCoreExperts(ExpertBank):
         return (
             f"{self.num_experts} x ({self.out_features}, {self.in_features}), "
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
-            f"shared={list(self.shared)}{' (borrowed)' if self._owner else ''}"
+            f"shared={list(self.shared)}{f' of {self._owner[0].label!r}' if self._owner else ''}"
         )
-
-
-def _check_borrowed(owner: SharedCores, topology: Topology) -> None:
-    for name in owner.names:
-        have, want = tuple(owner.core(name).shape), topology.core_shapes[name]
-        if have != want:
-            raise ShapeError(
-                f"The borrowed core {name!r} has shape {have}, the topology says {want}: layers that share a "
-                "core need the same legs and bonds around it."
-            )
 
 
 def _initial_cores(

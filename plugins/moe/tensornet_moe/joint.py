@@ -7,6 +7,7 @@ contraction and its transpose. Environments are never formed, any topology works
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,23 @@ class JointFit:
     converged: bool
 
 
+@dataclass(frozen=True)
+class SharedFit:
+    """Shared and private cores found by alternating least squares.
+
+    Args:
+        cores: shared cores by name, private ones `(E, *shape)`.
+        error: relative Frobenius error over the whole stack, measured.
+        sweeps: sweeps of alternating least squares.
+        converged: whether the error settled before the sweep limit.
+    """
+
+    cores: Mapping[str, Tensor]
+    error: float
+    sweeps: int
+    converged: bool
+
+
 @torch.no_grad()
 def fit_jointly(
     weights: Tensor,
@@ -64,13 +82,48 @@ def fit_jointly(
 ) -> JointFit:
     """Fit `weights: (E, out, in)` by shared and private cores, or by separate ones where that is better.
 
+    Args:
+        weights: given experts.
+        topology: the operator of one expert.
+        shared: names of shared cores.
+        max_sweeps: limit of alternating least squares.
+        tolerance: see `fit_shared`.
+
+    Raises:
+        ShapeError: `weights` is not a stack of matrices of the topology's shape.
+        NonFiniteError: NaN or infinity in `weights`.
+    """
+    fit = fit_shared(weights, topology, shared, max_sweeps=max_sweeps, tolerance=tolerance)
+    budget = sum(core.numel() for core in fit.cores.values())
+    alone = _alone(weights.detach().to(working_dtype(weights.dtype)), topology, budget)
+    how: dict[str, Any] = {
+        "alone_error": None if alone is None else alone.error,
+        "sweeps": fit.sweeps,
+        "converged": fit.converged,
+    }
+    if alone is not None and alone.error < fit.error:
+        return JointFit(alone.topologies, (), alone.cores, alone.error, fell_back=True, **how)
+    return JointFit((topology,) * len(weights), shared, fit.cores, fit.error, fell_back=False, **how)
+
+
+@torch.no_grad()
+def fit_shared(
+    weights: Tensor,
+    topology: Topology,
+    shared: tuple[str, ...],
+    *,
+    max_sweeps: int = 30,
+    tolerance: float = 1e-4,
+) -> SharedFit:
+    """Fit `weights: (E, out, in)` by shared and private cores.
+
     Two starts are tried for a few sweeps, and the better continues: the decomposition of the mean expert
     (right where experts grew from one matrix), and each expert's own with the shared cores averaged. The
     problem is not convex: for unrelated experts the result is a local minimum.
 
     Args:
-        weights: given experts.
-        topology: the operator of one expert.
+        weights: given matrices.
+        topology: the operator of one of them.
         shared: names of shared cores.
         max_sweeps: limit of alternating least squares.
         tolerance: stop when a sweep lowers the relative error by less than this share of it.
@@ -98,20 +151,7 @@ def fit_jointly(
         before, error = error, _error(plan, cores, target)
         sweeps += 1
         converged = before - error <= tolerance * before
-    budget = sum(core.numel() for core in cores.values())
-    alone = _alone(target, topology, budget)
-    if alone is not None and alone.error < error:
-        return JointFit(alone.topologies, (), alone.cores, alone.error, alone.error, True, sweeps, converged)
-    return JointFit(
-        (topology,) * len(target),
-        shared,
-        cores,
-        error,
-        None if alone is None else alone.error,
-        False,
-        sweeps,
-        converged,
-    )
+    return SharedFit(cores, error, sweeps, converged)
 
 
 def least_squares(

@@ -211,7 +211,7 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
         whole = SharedCoreExperts(
             bank.topology,
             experts.num_experts,
-            shared=bank._owner[0] if bank._owner and not own else bank.shared,
+            shared=bank.owner if bank.owner is not None and not own else bank.shared,
             device="meta",
         )
         cores = {
@@ -231,8 +231,8 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
 def _slice_bank(bank: SharedCoreExperts, here: slice) -> tuple[SharedCoreExperts, SharedCores | None]:
     """The bank of some experts, and the new owner of the shared cores (None if another layer owns them)."""
     owner = None
-    shared: Any = bank._owner[0] if bank._owner else bank.shared
-    if bank.shared and not bank._owner:
+    shared: Any = bank.shared if bank.owner is None else bank.owner
+    if bank.shared and bank.owner is None:
         shared = owner = SharedCores(bank.topology, bank.shared, device="meta")
         for core, parameter in bank.shared_parameters().items():
             owner.register_parameter(f"core_{core}", parameter)

@@ -71,7 +71,7 @@ def start_from_dense(
             cores[name] = core
         else:
             pieces = [_leading(core, t.core_shapes[name]) for t in topologies]
-            cores[name] = [_with_noise(piece, noise, generator) for piece in pieces]
+            cores[name] = [with_noise(piece, noise, generator) for piece in pieces]
     error = result.error
     if topologies[0] != network.topology:
         error = _first_error(weight, topologies[0], network)
@@ -82,7 +82,8 @@ def _leading(core: Tensor, shape: Sequence[int]) -> Tensor:
     return core[tuple(slice(size) for size in shape)]
 
 
-def _with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """A core with Gaussian noise of standard deviation `noise` relative to its root mean square."""
     if noise == 0:
         return core
     size = core.square().mean().sqrt()

@@ -8,7 +8,8 @@ from tensornet_hf import conversion
 from tensornet_hf.cli import shared
 from tensornet_hf.destinations import require_free, save_to
 from tensornet_hf.loading import resolve_folder
-from tensornet_hf.moe import MoEConfig, UpcycleReport, upcycle
+from tensornet_hf.moe import UpcycleReport, upcycle
+from tensornet_hf.moe_config import MoEConfig
 
 
 def run(
@@ -24,6 +25,13 @@ def run(
         list[str] | None,
         typer.Option("--shared", help="center, ends, none, all, or a core's name; repeatable for names."),
     ] = None,
+    across: Annotated[
+        bool,
+        typer.Option(
+            "--share-across-layers",
+            help="One owner of the shared cores for all layers of one shape; such a model must be trained.",
+        ),
+    ] = False,
     topology: Annotated[str, typer.Option(help="Family of networks.")] = "mpo",
     sites: Annotated[int | None, typer.Option(help="Cores of a chain. [default: 5]")] = None,
     max_bond: Annotated[int | None, typer.Option(help="Largest bond. [default: exact]")] = None,
@@ -57,6 +65,7 @@ def run(
         top_k=top_k,
         router=router,  # type: ignore[arg-type]  # checked by the class
         shared=_shared(share),
+        share_across_layers=across,
         topology=topology,
         sites=sites,
         max_bond=max_bond,

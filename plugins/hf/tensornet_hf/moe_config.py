@@ -1,0 +1,119 @@
+"""Options of upcycling."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from tensornet.budget import Budget
+from tensornet_moe import ExpertChoiceRouter, Router, SwitchRouter, TopKRouter
+from tensornet_moe.routing import COMBINE, Combine
+
+RouterName = Literal["switch", "topk", "expert_choice"]
+ROUTERS = ("switch", "topk", "expert_choice")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """How dense feed-forward networks become mixtures.
+
+    The variants of the paper's comparison: `shared="center"` is MPOE; `sites=1, shared="none"` gives every
+    expert dense matrices of its own (Switch); `shared="none"` alone gives it all cores of its own;
+    `max_bond=` truncates.
+
+    Args:
+        num_experts: experts of each network.
+        top_k: experts for each token.
+        router: `"switch"` (top-1), `"topk"`, or `"expert_choice"` (encoders only: it looks at later tokens).
+        shared: which cores are shared: `"center"`, `"ends"`, `"none"`, `"all"`, or core names.
+        share_across_layers: one owner of the shared cores for all layers whose matrices have one name and
+            shape. The model then starts far from what it was, because one core cannot fit unrelated layers:
+            see `tensornet_moe.share_across_layers`, and train it.
+        topology: family of the decomposition.
+        sites: number of cores, 5 as in the paper if no dims are given.
+        model_dims: factors of the model's width, for every matrix alike.
+        hidden_dims: factors of the width of the hidden layer.
+        max_bond, rel_error, param_ratio: budget of each matrix, exact if absent.
+        noise: relative noise on private cores, which breaks the symmetry between experts.
+        aux_loss_coef: weight of the load-balancing loss (0.01 as in Switch).
+        z_loss_coef: weight of the router z-loss.
+        capacity_factor: slots of an expert relative to an even load, None computes every token. For
+            `"expert_choice"`: average number of experts for each token, 1 if absent.
+        jitter: multiplicative noise on what the router sees, in training.
+        combine: `"unit"` or `"prob"`, see `tensornet_moe.Router`.
+        target_modules: patterns naming the networks; all that are recognised if absent.
+        matrices: names of the layers inside, for networks of another form than the known ones.
+        seed: of routers and noise.
+
+    Raises:
+        ValueError, BudgetError: an option out of its range.
+    """
+
+    num_experts: int = 8
+    top_k: int = 1
+    router: RouterName = "switch"
+    shared: str | Sequence[str] = "center"
+    share_across_layers: bool = False
+    topology: str = "mpo"
+    sites: int | None = None
+    model_dims: Sequence[int] | None = None
+    hidden_dims: Sequence[int] | None = None
+    max_bond: int | None = None
+    rel_error: float | None = None
+    param_ratio: float | None = None
+    noise: float = 0.0
+    aux_loss_coef: float = 0.01
+    z_loss_coef: float = 0.0
+    capacity_factor: float | None = None
+    jitter: float = 0.0
+    combine: Combine = "unit"
+    target_modules: Sequence[str] | None = None
+    matrices: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
+        if self.router not in ROUTERS:
+            raise ValueError(f"Unknown router {self.router!r}; choose one of {', '.join(ROUTERS)}.")
+        if self.combine not in COMBINE:
+            raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {self.num_experts}.")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} with num_experts={self.num_experts}: a token can go to at least 1 "
+                "and at most num_experts experts."
+            )
+        if self.top_k != 1 and self.router != "topk":
+            raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
+        if self.aux_loss_coef < 0 or self.z_loss_coef < 0:
+            raise ValueError(
+                f"Coefficients of losses must be at least 0, got aux_loss_coef={self.aux_loss_coef}, "
+                f"z_loss_coef={self.z_loss_coef}."
+            )
+        if self.share_across_layers and self.shared in ("none", (), []):
+            raise ValueError('share_across_layers=True with shared="none" shares nothing.')
+        if self.share_across_layers and (self.rel_error is not None or self.param_ratio is not None):
+            raise ValueError(
+                "share_across_layers=True fits all layers by the same bonds: limit them with max_bond, not "
+                "with rel_error or param_ratio, which would choose other bonds for each layer."
+            )
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules is a list of patterns; write [{self.target_modules!r}].")
+
+    def make_router(self, num_features: int, *, seed: int) -> Router:
+        """A router with weights drawn from `seed`, in float32 on the CPU."""
+        options: dict[str, Any] = {"jitter": self.jitter, "combine": self.combine}
+        router: Router
+        if self.router == "switch":
+            router = SwitchRouter(num_features, self.num_experts, **options)
+        elif self.router == "topk":
+            router = TopKRouter(num_features, self.num_experts, top_k=self.top_k, **options)
+        else:
+            factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+            router = ExpertChoiceRouter(num_features, self.num_experts, capacity_factor=factor, **options)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
+        return router

@@ -1,0 +1,127 @@
+"""Sharing across layers: one owner of the shared cores of several layers, and who borrows from whom."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import FormatError, ShapeError
+from tensornet.topologies import topology_family
+from tensornet.topology import Topology
+from tensornet_moe.bank import AbsentCores, SharedCores
+from tensornet_moe.experts import DEFAULT_CACHE_BYTES, SharedCoreExperts
+from tensornet_moe.joint import fit_shared
+from tensornet_moe.stack import build_matrices, plan_stack
+from tensornet_moe.start import Start, with_noise
+
+
+@torch.no_grad()
+def share_across_layers(
+    weights: Tensor,
+    *,
+    num_experts: int,
+    label: str = "shared",
+    topology: Topology | str = "mpo",
+    shared: str | Sequence[str] = "center",
+    noise: float = 0.0,
+    seed: int = 0,
+    max_bond: int | None = None,
+    max_sweeps: int = 10,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    **options: Any,
+) -> tuple[SharedCores, list[SharedCoreExperts]]:
+    """Upcycling of several layers at once: all experts of all layers share the same cores (our extension).
+
+    The matrices of the layers are fitted jointly (see `fit_shared`); the experts of one layer all start as
+    what the fit has for it. Unrelated layers are fitted badly by one center: `.error` of each bank says how
+    badly, and such a model has to be trained before it is of use.
+
+    Args:
+        weights: the dense matrix of each layer, shape `(layers, out, in)`.
+        num_experts: experts of each layer.
+        label: of the owner.
+        topology: an explicit topology, or a family's name.
+        shared: which cores are shared.
+        noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
+        max_bond: cap on the bonds where `topology` is a name.
+        max_sweeps: limit of alternating least squares.
+        cache_bytes: of each bank.
+        options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
+
+    Returns:
+        The owner, which belongs into the model beside the layers, and a bank for each layer, which borrows
+        from it. `.error` of a bank is the relative Frobenius error of that layer's matrix before noise.
+
+    Raises:
+        ShapeError: `weights` is no stack of matrices of the topology's shape.
+        NonFiniteError: NaN or infinity in `weights`.
+        TopologyError: `shared` chooses no core, or an unknown one.
+        ValueError: noise below 0, or no expert.
+    """
+    if weights.ndim != 3:
+        raise ShapeError(f"Expected weights of shape (layers, out, in), got {tuple(weights.shape)}.")
+    if noise < 0:
+        raise ValueError(f"noise must be at least 0, got {noise}: it is relative to the size of the cores.")
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+    if isinstance(topology, str):
+        topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)
+    owner = SharedCores(topology, shared, label=label, device="meta")
+    fit = fit_shared(weights, topology, owner.names, max_sweeps=max_sweeps)
+    for name in owner.names:
+        core = fit.cores[name].to(weights.dtype).contiguous()
+        owner.register_parameter(f"core_{name}", nn.Parameter(core, requires_grad=True))
+    banks = []
+    for layer, weight in enumerate(weights):
+        generator = torch.Generator().manual_seed(seed + layer)
+        own = {n: core[layer] for n, core in fit.cores.items() if n not in owner.names}
+        cores = {
+            name: [with_noise(core, noise, generator) for _ in range(num_experts)]
+            for name, core in own.items()
+        }
+        error = _error(weight, topology, {**fit.cores, **own})
+        start = Start((topology,) * num_experts, owner.names, cores, error)
+        banks.append(SharedCoreExperts._from_start(start, cache_bytes, weights.dtype, owner))
+    return owner, banks
+
+
+def lend_shared_cores(model: nn.Module) -> int:
+    """Give the banks that were made from a description the owner they borrow from, found by its label.
+
+    Args:
+        model: holds banks and owners.
+
+    Returns:
+        Number of banks that were waiting for an owner.
+
+    Raises:
+        FormatError: the model has no owner of a label, or several.
+        TopologyError, ShapeError: an owner has other cores than its borrower expects.
+    """
+    waiting = [m for m in model.modules() if isinstance(m, SharedCoreExperts) and _waits(m)]
+    owners: dict[str, list[SharedCores]] = {}
+    for module in model.modules():
+        if isinstance(module, SharedCores):
+            owners.setdefault(module.label, []).append(module)
+    for bank in waiting:
+        label = bank.owner.label if bank.owner is not None else ""
+        found = owners.get(label, [])
+        if len(found) != 1:
+            raise FormatError(
+                f"Experts borrow cores from the SharedCores labelled {label!r}, of which "
+                f"{type(model).__name__} has {len(found)}; its labels are {sorted(owners) or 'none'}. Put "
+                "the owner into the model, and give every owner a label of its own."
+            )
+        bank.borrow(found[0])
+    return len(waiting)
+
+
+def _waits(bank: SharedCoreExperts) -> bool:
+    return isinstance(bank.owner, AbsentCores)
+
+
+def _error(weight: Tensor, topology: Topology, cores: Mapping[str, Tensor]) -> float:
+    made = build_matrices(plan_stack(topology, topology.core_names, 1), cores, 1)[0]
+    norm = float(weight.norm())
+    return float((made - weight.to(made)).norm()) / norm if norm > 0 else 0.0

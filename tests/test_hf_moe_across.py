@@ -1,0 +1,220 @@
+"""One center for all layers of a Hugging Face model: owned once, saved, loaded by every class, trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import ARCHITECTURES, logits
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    T5EncoderModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import tensornet_hf as th
+import tensornet_moe as tm
+from tensornet.errors import FormatError, TargetError
+from tensornet_hf.cli.main import run
+from tensornet_hf.embedded import gpt2_path
+
+CONFIG = th.MoEConfig(num_experts=3, sites=3, share_across_layers=True, noise=0.1)
+
+
+def upcycled(name: str, config: th.MoEConfig = CONFIG) -> PreTrainedModel:
+    model = ARCHITECTURES[name].dense
+    th.upcycle(model, config)
+    return model.eval()
+
+
+def owners(model: nn.Module) -> dict[str, tm.SharedCores]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, tm.SharedCores)}
+
+
+def banks(model: nn.Module) -> dict[str, tm.SharedCoreExperts]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, tm.SharedCoreExperts)}
+
+
+def test_each_center_is_owned_once() -> None:
+    model = upcycled("gpt2")
+    up, down = owners(model).values()
+    assert list(owners(model)) == [
+        "transformer.shared_cores.c_fc_96x24",
+        "transformer.shared_cores.c_proj_24x96",
+    ]
+    assert {id(bank.owner) for name, bank in banks(model).items() if name.endswith("c_fc")} == {id(up)}
+    assert {id(bank.owner) for name, bank in banks(model).items() if name.endswith("c_proj")} == {id(down)}
+    names = [name for name, _ in model.named_parameters() if "core_1" in name]
+    assert names == [f"{name}.core_1" for name in owners(model)]
+    assert len(tm.shared_parameters(model)) == 2
+
+
+def test_the_report_counts_them_once() -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    before = sum(p.numel() for p in model.parameters())
+    report = th.upcycle(model, CONFIG)
+    assert report.params - report.dense_params == sum(p.numel() for p in model.parameters()) - before
+    assert report.across_params == report.layers[0].shared_params > 0
+    assert report.to_dict()["across_params"] == report.across_params
+    worst = max(bank.error for bank in banks(model).values())
+    assert max(layer.error for layer in report.layers) == worst > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5_relu", "t5_gated", "llama"])
+def test_saved_once_and_loaded_by_both_doors(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = upcycled(name)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        stored = [key for key in file.keys() if key.endswith("core_1")]  # noqa: SIM118
+    assert stored == sorted(f"{owner}.core_1" for owner in owners(model))
+    auto = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
+    for loaded in (th.load(tmp_path), auto.from_pretrained(tmp_path)):
+        torch.testing.assert_close(logits(loaded, architecture), logits(model, architecture), atol=0, rtol=0)
+        assert {k: b.spec() for k, b in banks(loaded).items()} == {
+            k: b.spec() for k, b in banks(model).items()
+        }
+        assert len(tm.shared_parameters(loaded)) == len(stored)
+        # Owned once, there is nothing to tie: transformers is told of its own pairs only.
+        assert loaded.all_tied_weights_keys == ARCHITECTURES[name].dense.all_tied_weights_keys
+
+
+def test_classes_with_and_without_a_head_share_checkpoints(tmp_path: Path) -> None:
+    model = upcycled("gpt2")
+    model.save_pretrained(tmp_path / "head")
+    body = AutoModel.from_pretrained(tmp_path / "head")
+    inputs = ARCHITECTURES["gpt2"].inputs(labels=False)
+    wanted = model.transformer(**inputs).last_hidden_state
+    torch.testing.assert_close(body(**inputs).last_hidden_state, wanted, atol=0, rtol=0)
+    assert list(owners(body)) == ["shared_cores.c_fc_96x24", "shared_cores.c_proj_24x96"]
+    body.save_pretrained(tmp_path / "body")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "body")
+    torch.testing.assert_close(back.transformer(**inputs).last_hidden_state, wanted, atol=0, rtol=0)
+
+
+def test_an_encoder_alone_brings_the_center_of_both_stacks(tmp_path: Path) -> None:
+    model = upcycled("t5_relu")
+    assert len(owners(model)) == 2  # encoder and decoder share them
+    model.save_pretrained(tmp_path)
+    ids = ARCHITECTURES["t5_relu"].inputs(labels=False)["input_ids"]
+    alone = T5EncoderModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(alone(ids).last_hidden_state, model.encoder(ids).last_hidden_state)
+
+
+def test_copies_share_their_own_center() -> None:
+    model = upcycled("gpt2")
+    twin = copy.deepcopy(model)
+    assert {id(bank.owner) for bank in banks(twin).values()} == {id(owner) for owner in owners(twin).values()}
+    inputs = ARCHITECTURES["gpt2"].inputs(labels=False)
+    before = model(**inputs).logits
+    with torch.no_grad():
+        for owner in owners(twin).values():
+            owner.core_1.mul_(2)
+    assert torch.equal(model(**inputs).logits, before)
+    assert not torch.equal(twin(**inputs).logits, before)
+
+
+def test_trainer_moves_the_center_and_a_mask_freezes_it(tmp_path: Path) -> None:
+    columns = ARCHITECTURES["gpt2"].inputs(labels=True, rows=8)
+    rows = [{key: value[index] for key, value in columns.items()} for index in range(8)]
+    for p in (0.0, 1.0):
+        model, stats = upcycled("gpt2"), th.RouterStatsCallback()
+        before = [core.detach().clone() for core in tm.shared_parameters(model)]
+        arguments = TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to=[],
+            max_steps=3,
+            logging_steps=1,
+            learning_rate=1e-2,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        Trainer(model, arguments, train_dataset=rows, callbacks=[th.GradientMaskCallback(p), stats]).train()
+        same = [torch.equal(a, b) for a, b in zip(before, tm.shared_parameters(model), strict=True)]
+        assert same == [p == 1.0] * 2
+        assert all((row["moe/update_shared"] == 0) is (p == 1.0) for row in stats.history)
+        assert all(row["moe/update_private"] > 0 for row in stats.history)
+        model.save_pretrained(tmp_path / str(p))
+        inputs = ARCHITECTURES["gpt2"].inputs(labels=False)
+        loaded = th.load(tmp_path / str(p))
+        assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_a_shape_that_stands_alone_is_not_shared(tmp_path: Path) -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    model.transformer.h = model.transformer.h[:1]
+    model.config.n_layer = 1
+    report = th.upcycle(model, CONFIG)
+    assert (report.across_params, owners(model)) == (0, {})
+    assert report.layers[0].error < 1e-5
+
+
+def test_layers_upcycled_one_after_the_other_keep_apart() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.ModuleList(network() for _ in range(2)) for _ in range(2))
+
+    def network() -> nn.Module:
+        part = nn.Sequential()
+        part.fc1, part.act, part.fc2 = nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)
+        return part
+
+    model = Two()
+    for target in ("first.*", "second.*"):
+        th.upcycle(
+            model, th.MoEConfig(num_experts=2, sites=2, share_across_layers=True, target_modules=[target])
+        )
+    labels = [owner.label for owner in owners(model).values()]
+    assert labels == ["fc1_12x8", "fc2_8x12", "fc1_12x8_2", "fc2_8x12_2"]
+    assert len({id(bank.owner) for bank in banks(model).values()}) == 4
+
+
+def test_a_container_is_refused() -> None:
+    part = nn.Sequential()
+    part.fc1, part.act, part.fc2 = nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)
+    with pytest.raises(TargetError, match="a Sequential would take them for a layer"):
+        th.upcycle(nn.Sequential(part, copy.deepcopy(part)), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shared": "none"}, "shares nothing"),
+        ({"shared": []}, "shares nothing"),
+        ({"rel_error": 0.1}, "limit them with max_bond"),
+        ({"param_ratio": 0.5}, "limit them with max_bond"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        th.MoEConfig(share_across_layers=True, **options)
+
+
+def test_a_checkpoint_without_its_owner_is_one_clear_error(tmp_path: Path) -> None:
+    upcycled("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    del layers["transformer.shared_cores.c_fc_96x24"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"shared_cores.c_fc_96x24.core_1 stored, but not described"):
+        th.load(tmp_path)
+
+
+def test_the_command_shares_across_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["upcycle", str(gpt2_path()), str(tmp_path / "moe"), "--experts", "2", "--sites", "3"]
+    assert run([*command, "--share-across-layers", "--max-bond", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = th.load(tmp_path / "moe")
+    assert report["across_params"] == sum(p.numel() for p in tm.shared_parameters(model)) > 0
