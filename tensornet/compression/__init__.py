@@ -4,6 +4,7 @@ from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.calibrate import calibrate
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.expansion import expanded, register_expansion
 from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.hooks import register_structure_hook, structure_changed
 from tensornet.compression.losses import cosine_losses, label_losses, sampled_losses
@@ -32,6 +33,7 @@ __all__ = [
     "compress",
     "cosine_losses",
     "decompress",
+    "expanded",
     "find_targets",
     "heal",
     "label_losses",
@@ -39,6 +41,7 @@ __all__ = [
     "prepare",
     "refine",
     "register_calibration_provider",
+    "register_expansion",
     "register_structure_hook",
     "sampled_losses",
     "structure_changed",

@@ -7,6 +7,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.expansion import expanded
 from tensornet.compression.global_plan import layer_weighting
 from tensornet.compression.hooks import structure_changed
 from tensornet.compression.plan import CompressionPlan, LayerPlan
@@ -50,19 +51,20 @@ def apply_plan(
             "made with, apply_plan(model, plan, stats)."
         )
     work = [layer for layer in plan if layer.topology is not None]
-    targets = {target.name: target for target in _all_targets(model)}
-    for layer in work:
-        _check_fits(layer, targets.get(layer.name))
     replacements: list[tuple[Sequence[str], list[nn.Module]]] = []
     errors = {}
-    for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
-        target = targets[layer.name]
-        result = _decomposed(target, layer, plan, stats)
-        modules, errors[layer.name] = _compressed(target, layer, result)
-        replacements.append((target.names, modules))
-    for names, modules in replacements:
-        for name, module in zip(names, modules, strict=True):
-            set_submodule(model, name, module)
+    with expanded(model):
+        targets = {target.name: target for target in _all_targets(model)}
+        for layer in work:
+            _check_fits(layer, targets.get(layer.name))
+        for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
+            target = targets[layer.name]
+            result = _decomposed(target, layer, plan, stats)
+            modules, errors[layer.name] = _compressed(target, layer, result)
+            replacements.append((target.names, modules))
+        for names, modules in replacements:
+            for name, module in zip(names, modules, strict=True):
+                set_submodule(model, name, module)
     structure_changed(model)
     return errors
 

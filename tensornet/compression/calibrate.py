@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.expansion import expanded
 from tensornet.compression.losses import Batch, TokenLosses, label_losses, sampled_losses, token_mask
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import find_targets
@@ -160,6 +161,12 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 @contextmanager
 def _observed(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
     """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
+    with expanded(model), _hooked(model, recorder, config):
+        yield
+
+
+@contextmanager
+def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
     targets = find_targets(model, config or CompressionConfig(target_modules="all"))
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
     wanted = [(p, p.requires_grad) for p in model.parameters()]

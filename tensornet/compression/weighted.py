@@ -37,7 +37,8 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
             return Weighting(damped(stats.rows[name], FREQUENCY_DAMPING), None)
         if kind.name != "embedding" and name in stats.columns:
             return Weighting(None, damped(stats.columns[name], INPUT_DAMPING))
-    raise _never_ran(target)
+    _, columns = _of_relatives(target, stats)
+    return Weighting(None, damped(columns, INPUT_DAMPING))
 
 
 def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
@@ -67,8 +68,26 @@ def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Wei
         if rows is not None and columns is not None:
             terms.append(Weighting(damped(rows, row_damping), damped(columns, column_damping)))
     if not terms and not any(name in stats.columns or name in stats.rows for name in target.names):
-        raise _never_ran(target)
+        rows, columns = _of_relatives(target, stats)
+        if rows is not None:
+            terms.append(Weighting(damped(rows, damping), damped(columns, INPUT_DAMPING)))
     return nearest_kronecker(terms) if terms else None
+
+
+def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
+    """Mean moments of gradients and inputs over the relatives of a weight that itself never ran.
+
+    Raises:
+        TargetError: it has none, or they never ran either.
+    """
+    names = target.kinds[0].relatives(target.name, stats.columns)
+    if not names:
+        raise _never_ran(target)
+    rows = [stats.rows[name] for name in names if name in stats.rows]
+    mean = sum(rows[1:], start=rows[0].clone()) / len(names) if rows else None
+    return mean, sum(
+        (stats.columns[name] for name in names[1:]), start=stats.columns[names[0]].clone()
+    ) / len(names)
 
 
 def _never_ran(target: Target) -> TargetError:

@@ -5,6 +5,7 @@ for example, reads `out_proj.weight` itself and would silently compute with a co
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ class LayerKind(ABC):
     @abstractmethod
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """A stock layer with this matrix and bias, on their device and in their dtype."""
+
+    def relatives(self, name: str, others: Iterable[str]) -> list[str]:
+        """Those of some layers that stand for one that saw no data, as experts of one mixture do."""
+        return []
 
 
 class _Linear(LayerKind):

@@ -18,6 +18,7 @@ from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.checkpoint import check_layers, read_headers
 from tensornet_hf.config import METHOD, TensorNetworkConfig
 from tensornet_hf.placing import place_layers, rename
+from tensornet_hf.split_experts import settle_experts, split_experts
 from tensornet_hf.structure import describe, is_inside
 
 
@@ -73,6 +74,10 @@ class TensorNetworkQuantizer(HfQuantizer):
         stored = read_headers(files)
         if files:
             check_layers(config, stored, where=str(files[0].parent))
+        prefix = f"{model.base_model_prefix}."  # with or without it: it depends on the head
+        split_experts(
+            model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))]
+        )
         names = place_layers(model, config.layers, dtype=dtype)
         self._layers = list(names.values())
         if files:
@@ -129,6 +134,7 @@ def prepare_for_saving(model: nn.Module) -> bool:
 
 
 def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) -> None:
+    settle_experts(model)
     config = describe(model, compression=compression)
     if config.layers:
         attach(model, config, TensorNetworkQuantizer(config))

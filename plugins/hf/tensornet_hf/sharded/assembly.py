@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tensornet.compression import CompressionConfig
 from tensornet.compression.apply import set_submodule
@@ -17,6 +17,7 @@ from tensornet_hf.config import TensorNetworkConfig
 from tensornet_hf.sharded.header import Slice
 from tensornet_hf.sharded.piece import Piece
 from tensornet_hf.sharded.source import total_bytes
+from tensornet_hf.split_experts import settle_experts
 from tensornet_hf.structure import describe
 
 
@@ -78,6 +79,7 @@ def config_text(
     """
     for piece in pieces:
         _put_in_place(skeleton, piece)
+    settle_experts(skeleton)
     described: TensorNetworkConfig = describe(skeleton, compression=config.to_dict())
     return json.dumps({**source, "quantization_config": described.to_dict()}, indent=2, sort_keys=True) + "\n"
 
@@ -85,8 +87,7 @@ def config_text(
 def _put_in_place(skeleton: nn.Module, piece: Piece) -> None:
     first: NetworkModule | None = None
     for name, spec in piece.specs.items():
-        stock = skeleton.get_submodule(name)
-        assert isinstance(stock.weight, Tensor)
+        stock: Any = skeleton.get_submodule(name)
         module = build_module(spec, device="meta", dtype=stock.weight.dtype)
         assert isinstance(module, NetworkModule)
         if isinstance(module, TensorNetworkLinear) and module.bias is not None:

@@ -61,7 +61,7 @@ def calibrate_checkpoint(
         FormatError: the folder is damaged.
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
     """
-    model = mapped_model(src)
+    model = mapped_model(src, spill=spill or Path(path).parent)
     for part in (model.config, model.config.get_text_config(decoder=True)):
         part.use_cache = False  # a block runs several times on the same batch
     _, blocks = find_blocks(model)

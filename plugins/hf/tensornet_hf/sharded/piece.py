@@ -26,7 +26,8 @@ from tensornet.compression import (
 from tensornet.errors import FormatError
 from tensornet.nn.adapters import layer_kind
 from tensornet.nn.build import module_spec
-from tensornet_hf.sharded.header import Slice, load_slice, read_header
+from tensornet_hf.sharded.header import Slice, read_header
+from tensornet_hf.sharded.matrix import StoredMatrix
 from tensornet_hf.sharded.skeleton import place
 from tensornet_hf.sharded.writer import Written, write_tensors
 
@@ -63,7 +64,7 @@ class PieceTask:
     """
 
     uses: tuple[Use, ...]
-    weight: Slice
+    weight: StoredMatrix
     config: CompressionConfig
     planned: CompressionPlan | None
     stats: Path | None
@@ -149,6 +150,18 @@ def compress_piece(task: PieceTask) -> Piece:
     return Piece(layer, error, specs, written, tensors, peak_memory(), getpid())
 
 
+def copy_matrix(task: PieceTask) -> Piece:
+    """Write the matrix of an expert as it is, out of its stack: others of its mixture became cores.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    use, matrix = task.uses[0], task.weight.load().contiguous()
+    written = write_tensors(task.path, {f"{use.name}.matrix": matrix})
+    layer = LayerPlan(use.name, task.weight.shape, None, "dense", 0.0, 0.0, ())
+    return Piece(layer, 0.0, {}, written, read_header(task.path), peak_memory(), getpid())
+
+
 def peak_memory() -> int:
     """Largest resident size this process has had, in bytes; 0 where the system does not tell."""
     if sys.platform == "win32":
@@ -176,14 +189,14 @@ def _stand_in(task: PieceTask) -> nn.Module:
     for use in task.uses:
         kind = layer_kind(use.kind)
         if shared is None:
-            weight = load_slice(task.weight).to(task.device)
-            matrix = weight.T if use.kind == "conv1d" else weight
+            matrix = task.weight.load().to(task.device)
         # Biases are copied from the source file; the layer only has to know that it has one.
         bias = torch.empty(matrix.shape[0], dtype=matrix.dtype, device="meta") if use.bias else None
         layer = kind.build(matrix, bias)
         if shared is None:
             shared = layer.weight
-        layer.weight = shared
+        if layer.weight is not shared:
+            layer.weight = shared
         if isinstance(layer, nn.Embedding):
             layer.padding_idx = use.padding_idx
         place(root, use.name, layer)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,9 +21,18 @@ from tensornet_hf.atomic import check_free
 from tensornet_hf.card import CARD, write_card
 from tensornet_hf.checkpoint import INDEX
 from tensornet_hf.sharded.assembly import Part, config_text, index_text, layout
+from tensornet_hf.sharded.experts import ExpertSource, take_experts_apart
 from tensornet_hf.sharded.manifest import MANIFEST, manifest_text
 from tensornet_hf.sharded.mapped import mapped_model
-from tensornet_hf.sharded.piece import Piece, PieceTask, compress_piece, one_thread, peak_memory
+from tensornet_hf.sharded.piece import (
+    Piece,
+    PieceTask,
+    Use,
+    compress_piece,
+    copy_matrix,
+    one_thread,
+    peak_memory,
+)
 from tensornet_hf.sharded.pool import run_tasks
 from tensornet_hf.sharded.report import CheckpointReport
 from tensornet_hf.sharded.resume import Past, identity, take_over
@@ -99,6 +108,7 @@ def compress_checkpoint(
     source = open_source(folder)
     _refuse_quantized(source)
     skeleton, stored = model_skeleton(source.config, source.tensors)
+    experts = take_experts_apart(skeleton, source.tensors, stored)
     slices = {name: source.tensors[key] for name, key in stored.items()}
     with _told_apart(folder, target), staging(target) as work:
         options: dict[str, Any] = {"device": device, "shard": max_shard_bytes}
@@ -108,16 +118,22 @@ def compress_checkpoint(
             if plan is None:
                 with one_thread():
                     known = CalibrationStats.load(measured)
-                    plan = tensornet.compression.plan(mapped_model(folder), config, known, progress=progress)
+                    dense = mapped_model(folder, spill=work.folder)
+                    plan = tensornet.compression.plan(dense, config, known, progress=progress)
         if plan is not None:
             options["plan"] = plan.to_dict()
-        tasks = find_tasks(skeleton, slices, config, plan, measured, device=device, folder=work.pieces)
+        tasks = find_tasks(
+            skeleton, slices, experts.matrices, config, plan, measured, device=device, folder=work.pieces
+        )
         me = identity(source, config.to_dict() | options)
         past = take_over(work, me, source) if resume else Past({}, {})
         work.begin([me, *past.entries()])
         pool: dict[str, Any] = {"workers": workers, "executor": executor}
-        pieces = _make_pieces(work, tasks, past, pool, progress)
-        parts, left_out = _parts(source, stored, skeleton, tasks, pieces)
+        pieces = _make_pieces(compress_piece, work, tasks, past, pool, progress)
+        beside = _make_pieces(
+            copy_matrix, work, _left_dense(experts, pieces, config, work), past, pool, progress
+        )
+        parts, left_out = _parts(source, stored, experts, skeleton, tasks, pieces | beside)
         shards = layout(parts, max_shard_bytes)
         files = _write_shards(work, shards, past, pool, progress)
         tensors = {name: part for x in parts for name, part in x.tensors.items()}
@@ -147,7 +163,11 @@ def compress_checkpoint(
         left_out=tuple(left_out),
         resumed=len(past.pieces),
         workers=max(1, len(remote)),
-        largest_tensor=max(part.nbytes for part in source.tensors.values()),
+        largest_tensor=max(
+            *(matrix.nbytes for matrix in experts.matrices.values()),
+            *(part.nbytes for key, part in source.tensors.items() if key not in experts.layers),
+            0,
+        ),
         peak_memory=peak_memory(),
         worker_memory=max(
             (piece.peak_memory for piece in pieces.values() if piece.worker in remote), default=0
@@ -165,10 +185,18 @@ def _stats_file(stats: str | os.PathLike[str] | CalibrationStats | None, work: S
 
 
 def _make_pieces(
-    work: Staging, tasks: dict[str, PieceTask], past: Past, pool: dict[str, Any], progress: bool
+    make: Callable[[PieceTask], Piece],
+    work: Staging,
+    tasks: dict[str, PieceTask],
+    past: Past,
+    pool: dict[str, Any],
+    progress: bool,
 ) -> dict[str, Piece]:
-    """Compress what is not finished; large weights first, so that no worker is left with one at the end."""
-    pieces = {name: past.pieces[name] for name in tasks if name in past.pieces}
+    """Make what is not finished; large weights first, so that no worker is left with one at the end."""
+    done_before = {name: past.pieces[name] for name in tasks if name in past.pieces}
+    if make is copy_matrix:
+        done_before = {name: piece for name, piece in done_before.items() if piece.written is not None}
+    pieces = dict(done_before)
     todo = [(name, task) for name, task in tasks.items() if name not in pieces]
     with tqdm(
         total=len(tasks), initial=len(pieces), desc="compressing", disable=not progress, unit="layer"
@@ -179,13 +207,27 @@ def _make_pieces(
             work.note({"piece": piece.to_dict()})
             bar.update()
 
-        run_tasks(compress_piece, sorted(todo, key=lambda x: -x[1].weight.nbytes), done, **pool)
+        run_tasks(make, sorted(todo, key=lambda x: -x[1].weight.nbytes), done, **pool)
     return {name: pieces[name] for name in tasks}
+
+
+def _left_dense(
+    experts: ExpertSource, pieces: Mapping[str, Piece], config: CompressionConfig, work: Staging
+) -> dict[str, PieceTask]:
+    """Matrices that leave their stack as they are: of mixtures of which others became cores."""
+    changed = {experts.module_of(name) for name in experts.matrices if name in pieces and pieces[name].specs}
+    tasks = {}
+    for index, (name, matrix) in enumerate(experts.matrices.items()):
+        if experts.module_of(name) in changed and not (name in pieces and pieces[name].specs):
+            path = work.pieces / f"dense-{index:06d}.safetensors"
+            tasks[name] = PieceTask((Use(name, "expert"),), matrix, config, None, None, "cpu", path)
+    return tasks
 
 
 def _parts(
     source: Source,
     stored: dict[str, str],
+    experts: ExpertSource,
     skeleton: nn.Module,
     tasks: dict[str, PieceTask],
     pieces: dict[str, Piece],
@@ -201,9 +243,14 @@ def _parts(
     ):
         name = name_of.get(key, key)  # stored in another form: loading converts it, under its old name
         layer = layer_of.get(name)
+        matrices = [x for x in experts.layers.get(key, ()) if x in pieces and pieces[x].written is not None]
+        for matrix in matrices:
+            parts.setdefault(matrix, Part(matrix, pieces[matrix].tensors))
+        if matrices:
+            continue
         if layer is not None and pieces[layer].written is not None:
             parts.setdefault(layer, Part(layer, pieces[layer].tensors))
-        elif key in name_of and name not in known:
+        elif key in name_of and name not in known and key not in experts.layers:
             left_out.append(key)
         else:
             parts[name] = Part(name, {name: part})

@@ -12,6 +12,7 @@ from tensornet.compression import CompressionConfig, CompressionPlan, Target, fi
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import layer_bias
 from tensornet_hf.sharded.header import FLOATS, Slice
+from tensornet_hf.sharded.matrix import StoredMatrix
 from tensornet_hf.sharded.piece import PieceTask, Use
 from tensornet_hf.sharded.writer import CHUNK
 
@@ -19,6 +20,7 @@ from tensornet_hf.sharded.writer import CHUNK
 def find_tasks(
     skeleton: nn.Module,
     stored: Mapping[str, Slice],
+    experts: Mapping[str, StoredMatrix],
     config: CompressionConfig,
     plan: CompressionPlan | None,
     stats: Path | None,
@@ -31,6 +33,7 @@ def find_tasks(
     Args:
         skeleton: the model on the meta device.
         stored: where its parameters lie, by their names in the skeleton.
+        experts: where the matrices of its experts lie, by the names of their layers.
         config: what to compress.
         plan: forms to use, instead of planning; layers it does not name stay dense.
         stats: file of the statistics that the plan was made with.
@@ -47,7 +50,7 @@ def find_tasks(
         targets = _planned(find_targets(skeleton, CompressionConfig(target_modules="all")), plan)
     tasks = {}
     for index, target in enumerate(targets):
-        weight = _stored_weight(target, stored)
+        weight = experts.get(target.name) or _stored_weight(target, stored)
         path = folder / f"{index:06d}.safetensors"
         planned = replace(plan, layers=(plan[target.name],)) if plan is not None else None
         tasks[target.name] = PieceTask(_uses(target), weight, config, planned, stats, device, path)
@@ -89,7 +92,7 @@ def _uses(target: Target) -> tuple[Use, ...]:
     )
 
 
-def _stored_weight(target: Target, stored: Mapping[str, Slice]) -> Slice:
+def _stored_weight(target: Target, stored: Mapping[str, Slice]) -> StoredMatrix:
     found = [stored[name] for use in target.names if (name := f"{use}.weight") in stored]
     if not found:
         raise TargetError(
@@ -105,7 +108,7 @@ def _stored_weight(target: Target, stored: Mapping[str, Slice]) -> Slice:
             f"{', '.join(FLOATS)} can "
             "be compressed. Use the model before quantization, or exclude the layer."
         )
-    return found[0]
+    return StoredMatrix((found[0],), transposed=target.kinds[0].name == "conv1d")
 
 
 def _equal(first: Slice, second: Slice) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def write_shard(task: ShardTask) -> Written:
     names = in_file_order({name: part.dtype for name, part in task.tensors.items()})
     parts = {name: task.tensors[name] for name in names}
     header = make_header({name: (x.dtype, x.shape, x.nbytes) for name, x in parts.items()}, task.metadata)
-    return write_file(task.path, _with_contents(header, parts.values()))
+    return write_file(task.path, chain([header], contents(parts.values())))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
@@ -126,8 +127,12 @@ def intact(path: Path, written: Written) -> bool:
         return False
 
 
-def _with_contents(header: bytes, parts: Iterable[Slice]) -> Iterator[bytes]:
-    yield header
+def contents(parts: Iterable[Slice]) -> Iterator[bytes]:
+    """The bytes of some tensors one after the other, in chunks.
+
+    Raises:
+        FormatError: a file has become shorter.
+    """
     for part in parts:
         with part.file.open("rb") as file:
             file.seek(part.start)

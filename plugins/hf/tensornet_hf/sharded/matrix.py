@@ -1,0 +1,47 @@
+"""The matrix of one layer, as it lies in the files of a checkpoint."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensornet_hf.sharded.header import Slice, load_slice
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One or more slices of files, one below the other.
+
+    Args:
+        parts: two-dimensional, of one dtype and width.
+        transposed: what they make is the transpose of the matrix `(out_features, in_features)`.
+    """
+
+    parts: tuple[Slice, ...]
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """As named in headers."""
+        return self.parts[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        rows, columns = sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def load(self) -> Tensor:
+        """The matrix `(out_features, in_features)`: mapped if it is one slice, else in memory.
+
+        Raises:
+            FormatError: a file has become shorter.
+        """
+        parts = [load_slice(part) for part in self.parts]
+        matrix = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return matrix.T if self.transposed else matrix
