@@ -27,9 +27,15 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         TargetError: the model returns neither logits nor a loss.
     """
-    labels, logits, loss = _predict(model, batch)
+    labels, logits, output = _predict(model, batch)
     if logits is None:
-        assert loss is not None
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            raise TargetError(
+                f"{type(model).__name__} returns neither logits for each token nor a loss; pass loss_fn, a "
+                "function (model, batch) -> losses of shape (tokens,), for example "
+                "tensornet.compression.cosine_losses for an encoder."
+            )
         return loss.expand(labels.shape[0])
     logits, labels = _aligned(model, logits, labels)
     return nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -39,15 +45,17 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of labels drawn from the model itself: gradients then give the true Fisher matrix.
 
     The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
-    not shrink where the model already predicts its text well.
+    not shrink where the model already predicts its text well. A classifier of whole rows has one loss for
+    each row.
     """
-    labels, logits, _ = _predict(model, batch)
-    if logits is None:
+    labels, logits, output = _predict(model, batch)
+    if logits is not None:
+        logits, _ = _aligned(model, logits, labels)
+    elif (logits := getattr(output, "logits", None)) is None or logits.ndim != 2 or logits.shape[1] < 2:
         raise TargetError(
-            f"{type(model).__name__} returns no logits for each token to draw labels from; use label_losses "
-            "or pass a loss function of your own."
+            f"{type(model).__name__} returns no logits for each token or row to draw labels from; use "
+            "label_losses or pass a loss function of your own."
         )
-    logits, _ = _aligned(model, logits, labels)
     with torch.no_grad():
         drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
     return nn.functional.cross_entropy(logits, drawn, reduction="none")
@@ -83,8 +91,8 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
     return torch.stack(masks).any(0) if masks else None
 
 
-def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(labels, logits for each label or None, mean loss or None)`."""
+def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Any]:
+    """`(labels, logits for each label or None, all that the model returns)`."""
     labels = batch.get("labels")
     if labels is None:
         labels = batch["input_ids"]
@@ -93,16 +101,9 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Ten
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             batch = {**batch, "labels": labels}
     output = model(**batch)
-    logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
-    if logits is not None and logits.shape[:-1] == labels.shape:
-        return labels, logits, loss
-    if loss is None:
-        raise TargetError(
-            f"{type(model).__name__} returns neither logits for each token nor a loss; pass loss_fn, a "
-            "function (model, batch) -> losses of shape (tokens,), for example "
-            "tensornet.compression.cosine_losses for an encoder."
-        )
-    return labels, None, loss
+    logits = getattr(output, "logits", None)
+    matches = logits is not None and logits.shape[:-1] == labels.shape
+    return labels, logits if matches else None, output
 
 
 def _aligned(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,16 +15,15 @@ from tensornet.compression import (
     CompressionReport,
     apply_plan,
     calibrate,
-    expanded,
     find_targets,
 )
 from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
+from tensornet_hf.calibration_data import calibration_data
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.loading import load
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
-from tensornet_hf.text import load_tokenizer, require_causal, token_ids, usual_context
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,41 +67,23 @@ def collect_stats(
     """Run a model over a text and collect what decides where parameters are spent.
 
     Args:
-        model: a causal language model.
+        model: dense; what it makes of a text is said in `tensornet_hf.calibration_data`.
         folder: holds its tokenizer.
-        text: like what the model will see; windows of at most 512 tokens are cut from its beginning.
+        text: like what the model will see; its beginning is used.
         name: how reports call the text.
         config: observe the layers it selects.
         tokens: how much of the text to use; a few ten thousand are enough.
         progress: show a progress bar.
 
     Raises:
-        TargetError: not a causal language model.
-        ValueError: the text is shorter than one window.
+        TargetError: a model for which text alone says too little.
+        ValueError: the text is too short.
     """
-    require_causal(model)
-    windows = text_windows(model, folder, text, tokens=tokens, limit=512)
-    batches = windows.split(max(1, 1024 // windows.shape[1]))
-    source = f"{windows.numel():,} tokens of {name}"
-    return calibrate(model, batches, config=config, source=source, progress=progress)
-
-
-def text_windows(
-    model: PreTrainedModel, folder: Path, text: str, *, limit: int, tokens: int | None = None
-) -> Tensor:
-    """The beginning of a text in windows of at most `limit` tokens that do not overlap, one in each row.
-
-    Raises:
-        ValueError: the text is shorter than one window.
-    """
-    context = usual_context(model, limit=limit)
-    ids = token_ids(load_tokenizer(folder), text)[:tokens]
-    count = len(ids) // context
-    if count == 0:
-        raise ValueError(
-            f"The calibration text has {len(ids)} tokens, less than one window of {context}; give more text."
-        )
-    return ids[: count * context].reshape(count, context)
+    data = calibration_data(model, folder, text, tokens=tokens)
+    source = f"{data.tokens:,} tokens of {name}"
+    return calibrate(
+        model, data.batches, config=config, loss_fn=data.loss_fn, source=source, progress=progress
+    )
 
 
 def heal_on(
@@ -115,25 +95,22 @@ def heal_on(
     steps: int,
     progress: bool = False,
 ) -> HealReport:
-    """Train the cores to the dense model's outputs on a whole text, 512 tokens in a step, in mixed order.
+    """Train the cores to the dense model's outputs on a whole text, a batch in a step, in mixed order.
 
     Raises:
         TargetError: there are no cores to train.
-        ValueError: the text is shorter than one window.
+        ValueError: the text is too short.
     """
-    windows = text_windows(model, folder, text, limit=256)
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-    return heal(
-        model, teacher, windows.split(max(1, 512 // windows.shape[1])), steps=steps, progress=progress
-    )
+    batches = calibration_data(teacher, folder, text, window=256, window_batch=512).batches
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
+    return heal(model, teacher, [batches[k] for k in order], steps=steps, progress=progress)
 
 
 def plan_spectra(
     model: PreTrainedModel, planned: CompressionPlan, *, progress: bool = False
 ) -> dict[str, tuple[BondSpectrum, ...]]:
     """What each bond of a plan cuts, by layer; to be asked before the plan is carried out."""
-    with expanded(model):
-        matrices = {x.name: x.matrix for x in find_targets(model, CompressionConfig(target_modules="all"))}
+    matrices = {x.name: x.matrix for x in find_targets(model, CompressionConfig(target_modules="all"))}
     layers = tqdm(planned, desc="spectra", unit="layer", disable=not progress)
     return {layer.name: bond_spectra(matrices[layer.name], layer) for layer in layers}
 
@@ -193,8 +170,7 @@ def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[st
     """Sizes before and after a plan, without carrying it out."""
     params, size = model_size(model)
     saved = {layer.name: layer.params_before - layer.params_after for layer in planned}
-    with expanded(model):
-        weights = {x.name: x.weight for x in find_targets(model, CompressionConfig(target_modules="all"))}
+    weights = {x.name: x.weight for x in find_targets(model, CompressionConfig(target_modules="all"))}
     return {
         "model_params_before": params,
         "model_params_after": params - sum(saved.values()),

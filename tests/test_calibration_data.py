@@ -1,0 +1,169 @@
+"""What a text is for each kind of model: windows, pairs, passages; and from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
+
+import tensornet as tn
+from tensornet.compression import cosine_losses, label_losses, sampled_losses
+from tensornet.compression.losses import IGNORED
+from tensornet_hf.calibration_data import calibration_data
+from tensornet_hf.cli.main import run
+from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
+from tensornet_hf.loading import load
+
+WORDS = ["the", "river", "runs", "past", "a", "mill", "and", "two", "old", "trees", "to", "sea"]
+TEXT = "\n\n".join(" ".join(WORDS[k % 12 :] + WORDS[: k % 5]) for k in range(40))
+SMALL = {
+    "vocab_size": 5 + len(WORDS),
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 44,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture
+def bert_folder(tmp_path: Path) -> Path:
+    """A folder with a word-by-word tokenizer."""
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def bert(kind: type[PreTrainedModel], folder: Path, **more: object) -> PreTrainedModel:
+    model = kind(BertConfig(**SMALL, **more)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_causal_models_read_windows() -> None:
+    data = calibration_data(load(gpt2_path()), gpt2_path(), "And he said unto them. " * 200, tokens=600)
+    assert data.loss_fn is label_losses
+    assert [tuple(batch.shape) for batch in data.batches] == [(4, 128)]
+    assert data.tokens == 512
+
+
+def test_encoder_decoders_answer_the_lines_themselves() -> None:
+    model = load(t5_path()).eval()
+    sources, answers = zip(*t5_pairs("calibration")[:20], strict=True)
+    data = calibration_data(model, t5_path(), "\n".join(sources))
+    assert data.loss_fn is sampled_losses
+    assert [len(batch["input_ids"]) for batch in data.batches] == [16, 4]
+    tokenizer = AutoTokenizer.from_pretrained(t5_path())
+    said = []
+    for batch in data.batches:
+        labels = batch["labels"]
+        ended = labels == model.generation_config.eos_token_id
+        assert bool((ended.sum(1) <= 1).all())  # nothing is asked behind the end
+        assert bool((labels[ended.cumsum(1) - ended.long() > 0] == IGNORED).all())
+        said += tokenizer.batch_decode(labels.masked_fill(labels == IGNORED, 0), skip_special_tokens=True)
+    with torch.no_grad():
+        first = tokenizer(sources[0], return_tensors="pt")
+        alone = tokenizer.decode(model.generate(**first, max_new_tokens=64)[0], skip_special_tokens=True)
+    assert said[0] == alone
+    assert sum(a == b for a, b in zip(said, answers, strict=True)) >= 3  # it is a model that can answer
+
+
+def test_answers_may_be_given() -> None:
+    pairs = t5_pairs("calibration")[:20]
+    model = load(t5_path()).eval()
+    data = calibration_data(model, t5_path(), "\n".join("\t".join(pair) for pair in pairs))
+    tokenizer = AutoTokenizer.from_pretrained(t5_path())
+    expected = tokenizer(pairs[3][1]).input_ids
+    found = data.batches[0]["labels"][3]  # type: ignore[index]
+    assert found[found != IGNORED].tolist() == expected
+
+
+def test_masked_models_are_scored_on_hidden_tokens(bert_folder: Path) -> None:
+    model = bert(BertForMaskedLM, bert_folder)
+    data = calibration_data(model, bert_folder, TEXT)
+    assert data.loss_fn is sampled_losses
+    shares = []
+    for batch in data.batches:
+        hidden = batch["input_ids"] == 4  # type: ignore[index]
+        assert bool((hidden == (batch["labels"] != IGNORED)).all())  # type: ignore[index]
+        assert int(batch["labels"].max()) > 4  # type: ignore[index]
+        shares.append(float(hidden.sum() / batch["attention_mask"].sum()))  # type: ignore[index]
+    assert 0.05 < sum(shares) / len(shares) < 0.2
+    again = calibration_data(model, bert_folder, TEXT)
+    assert torch.equal(data.batches[0]["input_ids"], again.batches[0]["input_ids"])  # type: ignore[index]
+    stats = tn.calibrate(model, data.batches, loss_fn=data.loss_fn)
+    assert "bert.encoder.layer.0.output.dense" in stats.rows
+
+
+def test_classifiers_are_scored_on_their_own_predictions(bert_folder: Path) -> None:
+    model = bert(BertForSequenceClassification, bert_folder, num_labels=3)
+    data = calibration_data(model, bert_folder, TEXT)
+    assert data.loss_fn is sampled_losses
+    assert sampled_losses(model, data.batches[0]).shape == (16,)  # type: ignore[arg-type]
+    assert tn.calibrate(model, data.batches, loss_fn=data.loss_fn).has_gradients
+
+
+def test_encoders_are_judged_by_the_cosine(bert_folder: Path) -> None:
+    model = bert(BertModel, bert_folder)
+    data = calibration_data(model, bert_folder, TEXT, tokens=100)
+    assert data.loss_fn is cosine_losses
+    assert len(data.batches) == 1  # the first holds enough
+    assert data.tokens == int(data.batches[0]["attention_mask"].sum())  # type: ignore[index]
+
+
+def test_what_a_text_cannot_calibrate(bert_folder: Path) -> None:
+    model = bert(BertForQuestionAnswering, bert_folder)
+    with pytest.raises(
+        tn.TargetError, match=r"neither classes nor hidden states.*tensornet\.calibrate"
+    ):
+        calibration_data(model, bert_folder, TEXT)
+    small = {k: v for k, v in SMALL.items() if "vocab" not in k and "position" not in k}
+    with pytest.raises(tn.TargetError, match=r"reads pixel_values, not text. Calibrate it in Python"):
+        calibration_data(ViTModel(ViTConfig(**small)), bert_folder, TEXT)
+
+
+def test_a_text_without_lines() -> None:
+    with pytest.raises(ValueError, match="no line that the model can read"):
+        calibration_data(load(t5_path()), t5_path(), "\n \n")
+
+
+def test_command_line_calibrates_and_heals_an_encoder_decoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "pairs.txt"
+    text.write_text("\n".join("\t".join(pair) for pair in t5_pairs("calibration")[:100]))
+    out = tmp_path / "out"
+    command = ["compress", str(t5_path()), str(out), "--param-ratio", "0.6", "--calibration", str(text)]
+    assert run([*command, "--heal", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["param_ratio"] <= 0.6
+    assert load(out).config.is_encoder_decoder
+
+
+def test_command_line_calibrates_an_encoder(
+    bert_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert(BertModel, bert_folder)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["compress", str(bert_folder), "--dry-run", "--json", "--param-ratio", "0.7"]
+    assert run([*command, "--calibration", str(text)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["objective"] == "curvature"
+    assert plan["calibration"].endswith("tokens of text.txt")
