@@ -138,8 +138,16 @@ def contract_with_input(
 
     Returns:
         Output of shape `(..., out_features)`.
+
+    Raises:
+        ShapeError: the last dimension of `x` is another.
     """
     topology = plan.topology
+    if x.shape[-1] != topology.in_features:
+        raise ShapeError(
+            f"The input has shape {tuple(x.shape)}; its last dimension must be in_features="
+            f"{topology.in_features}."
+        )
     padded_out, padded_in = plan.padded_shape
     flat = x if x.ndim == 2 else x.reshape(-1, topology.in_features)
     if padded_in != topology.in_features:

@@ -20,6 +20,7 @@ from tensornet.contraction import TOKENS, plan_contraction, run
 from tensornet.machine import CPU, GPU, default_machine, machine_with_threads, measure_machine
 from tensornet.network import contract_with_input
 from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, STRATEGIES, choose, route_seconds
+from tensornet.sweep import bind_sweep, is_sweep
 from tensornet.topologies import low_rank, mpo
 
 TOPOLOGIES = {
@@ -86,6 +87,58 @@ def test_every_candidate_gives_the_dense_result(name: str) -> None:
     for candidate in range(len(layer.plan.applies)):
         y = contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)
         torch.testing.assert_close(y, expected)
+
+
+SWEPT = {
+    **TOPOLOGIES,
+    "one sided": mpo(out_dims=(12, 1), in_dims=(2, 4), max_bond=2),
+    "four sites": mpo(out_dims=(2, 3, 2, 2), in_dims=(3, 2, 2, 2), max_bond=3),
+    "block tt": tn.topologies.block_tt(out_dims=(4, 3), in_dims=(2, 4), max_bond=2),
+    "tucker": tn.topologies.tucker(out_dims=(3, 4), in_dims=(2, 4), max_bond=2),
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_bound_sweeps_give_what_the_plan_gives(name: str) -> None:
+    layer = tn.nn.TensorNetworkLinear(SWEPT[name], dtype=torch.float64)
+    bound = 0
+    for plan in layer.plan.applies:
+        sweep = bind_sweep(plan, layer.cores)
+        assert (sweep is not None) == is_sweep(plan)
+        for tokens in (0, 1, 5):
+            x = torch.randn(tokens, layer.plan.padded_shape[1], dtype=torch.float64)
+            bias = torch.randn(layer.plan.padded_shape[0], dtype=torch.float64)
+            if sweep is not None:
+                bound += 1
+                torch.testing.assert_close(sweep(x, None), run(plan, [x, *layer.cores]))
+                torch.testing.assert_close(sweep(x, bias), run(plan, [x, *layer.cores], bias=bias))
+    assert bound > 0 or name == "one site"
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_the_second_pass_gives_what_the_first_gave(name: str) -> None:
+    layer = tn.nn.TensorNetworkLinear(SWEPT[name], dtype=torch.float64, strategy="factorized")
+    nn.init.normal_(layer.bias)
+    with torch.no_grad():
+        for shape in ((), (1,), (7,), (2, 3), (0,)):
+            x = torch.randn(*shape, layer.in_features, dtype=torch.float64)
+            expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
+            for _ in range(2):
+                torch.testing.assert_close(layer(x), expected)
+            with pytest.raises((ValueError, RuntimeError), match="shape"):
+                layer(torch.randn(6, layer.in_features * 2, dtype=torch.float64))
+        layer.load_state_dict(tn.nn.TensorNetworkLinear(SWEPT[name], dtype=torch.float64).state_dict())
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
+
+
+def test_views_of_cores_are_not_held_without_a_limit_to_hold_them_under() -> None:
+    held = {}
+    for limit in (None, 0):
+        layer = small(strategy="factorized", cache_limit=limit)
+        with torch.no_grad():
+            layer(torch.randn(3, 16))
+        held[limit] = layer._shortcut is not None
+    assert held == {None: True, 0: False}
 
 
 def test_cotengra_finds_a_path() -> None:
@@ -156,6 +209,12 @@ def kept(layer: tn.nn.MPOLinear) -> Tensor:
         layer(torch.randn(3, 16))
     assert layer._cached is not None
     return layer._cached.matrix
+
+
+def at_hand(layer: tn.nn.TensorNetworkLinear, tokens: int) -> object:
+    """What the shortcut of a layer finds."""
+    assert layer._shortcut is not None
+    return layer._shortcut.find(layer, tokens)
 
 
 def _optimizer_step(layer: tn.nn.MPOLinear) -> None:
@@ -251,20 +310,20 @@ def test_the_short_way_to_it_is_taken_only_where_the_long_one_leads_there() -> N
     first, x = kept(layer), torch.randn(3, 16)
     other = {f"core_{k}": torch.randn_like(core) for k, core in enumerate(layer.cores)}
     with torch.no_grad():
-        assert layer.ready_matrix(3) is first
+        assert at_hand(layer, 3) is first
         layer.training = True  # neither this nor the next two go through a method
-        assert layer.ready_matrix(3) is None
+        assert at_hand(layer, 3) is None
         layer.training, layer.strategy = False, "reconstruct"
-        assert layer.ready_matrix(3) is None
+        assert at_hand(layer, 3) is None
         layer.strategy, layer.cache_limit = "cached", 0
-        assert layer.ready_matrix(3) is None
+        assert at_hand(layer, 3) is None
         layer.cache_limit = None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert layer.ready_matrix(3) is None
+            assert at_hand(layer, 3) is None
         with torch.enable_grad():
-            assert layer.ready_matrix(3) is None
+            assert at_hand(layer, 3) is None
         seen: list[Tensor | None] = []
-        torch.func.vmap(lambda row: seen.append(layer.ready_matrix(1)) or row)(x)
+        torch.func.vmap(lambda row: seen.append(at_hand(layer, 1)) or row)(x)
         assert seen == [None]
         expected = x @ tn.TensorNetwork(layer.topology, list(other.values())).to_matrix().T + layer.bias
         torch.testing.assert_close(torch.func.functional_call(layer, other, (x,)), expected)
@@ -272,7 +331,7 @@ def test_the_short_way_to_it_is_taken_only_where_the_long_one_leads_there() -> N
         expected = x @ first.T + bias
         torch.testing.assert_close(torch.func.functional_call(layer, {"bias": bias}, (x,)), expected)
         nn.utils.parametrize.register_parametrization(layer, "bias", _Ones())
-        assert layer.ready_matrix(3) is first
+        assert at_hand(layer, 3) is first
         torch.testing.assert_close(layer(x), expected)
 
 

@@ -12,8 +12,10 @@ from tensornet.errors import TargetError
 from tensornet.network import PLANNED_TOKENS, TensorNetwork, contract_with_input
 from tensornet.nn.adapters import kind_of, layer_bias, layer_kind
 from tensornet.nn.module import NetworkModule, require_linear_shape
+from tensornet.nn.shortcut import make_shortcut
 from tensornet.nn.storage import PLAIN, Storage, storage_entry
 from tensornet.nn.strategy import CACHED, Strategy, is_exporting
+from tensornet.sweep import Sweep, is_sweep
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -62,17 +64,40 @@ class TensorNetworkLinear(NetworkModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., in_features)` to `(..., out_features)`."""
-        if not is_compiling() and (matrix := self.ready_matrix(x.numel() // self.in_features)) is not None:
-            # Straight from the dictionary unless the bias is parametrized: `self.bias` is ten times as slow.
+        if not is_compiling() and self._shortcut is not None:
+            way = self._shortcut.find(self, x.numel() // self.in_features)
+            # `self.bias` would take ten times as long; needed only where the bias is parametrized.
             bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
-            return nn.functional.linear(x, matrix, bias)
+            if isinstance(way, Sweep):
+                if x.ndim == 2 and x.shape[1] == self.in_features:
+                    return way(x, bias)
+                if x.shape[-1] == self.in_features:
+                    flat = x.reshape(-1, self.in_features)
+                    return way(flat, bias).reshape(*x.shape[:-1], self.out_features)
+            elif way is not None:
+                return nn.functional.linear(x, way, bias)
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else x.numel() // self.in_features
         route = self.route(tokens, on_cpu=x.is_cpu)
         if route >= 0:
-            return contract_with_input(self.plan, self.cores, x, candidate=route, bias=self.bias)
-        matrix = self.kept_matrix() if route == CACHED else self.to_matrix()
-        return nn.functional.linear(x, matrix, self.bias)
+            y = contract_with_input(self.plan, self.cores, x, candidate=route, bias=self.bias)
+        else:
+            matrix = self.kept_matrix() if route == CACHED else self.to_matrix()
+            y = nn.functional.linear(x, matrix, self.bias)
+        if not is_compiling():
+            self._remember(route)
+        return y
+
+    def _remember(self, route: int) -> None:
+        """Have a shortcut for the next pass, if it would take this route and may take one.
+
+        Views of the cores are not held under `cache_limit=0`: they would keep alive what a hook that offloads
+        parameters wants to free.
+        """
+        padded = self.plan.padded_shape != self.topology.shape
+        bind = self.cache_limit != 0 and self.storage.plain and not padded
+        if route == CACHED or (route >= 0 and bind and is_sweep(self.plan.applies[route])):
+            self._shortcut = make_shortcut(self, self._stored_names, bind=bind)
 
     @classmethod
     def from_linear(

@@ -1,22 +1,22 @@
 """The part of a layer that decides how its operator is applied, and keeps the rebuilt matrix in eval."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch._C import _are_functorch_transforms_active as transforms_active
-from torch._C import _is_any_autocast_enabled as any_autocast
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from tensornet.machine import Machine, default_machine
 from tensornet.network import PLANNED_TOKENS, OperatorPlan
 from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache
 from tensornet.nn.explain import Explanation, explain
+from tensornet.nn.shortcut import Shortcut
 from tensornet.nn.strategy import (
+    ALWAYS_CACHED,
+    ALWAYS_RECONSTRUCT,
     CACHED,
     DEFAULT_CACHE_LIMIT,
-    RECONSTRUCT,
     Bounds,
     Dispatch,
     Strategy,
@@ -24,19 +24,6 @@ from tensornet.nn.strategy import (
     choose,
     dispatch,
 )
-
-
-class _Ready(NamedTuple):
-    """A kept matrix, the state of each core it is true for, and the table and options it is used under.
-
-    The table is None where every number of tokens takes the matrix.
-    """
-
-    matrix: Tensor
-    states: tuple[tuple[str, Tensor, int, int], ...]  # name, core, version, address
-    bounds: Bounds | None
-    strategy: Strategy
-    cache_limit: int | None
 
 
 class RoutedModule(nn.Module):
@@ -54,7 +41,7 @@ class RoutedModule(nn.Module):
     cache_limit: int | None
     machine: Machine | None
     _cached: CachedMatrix | None
-    _ready: "_Ready | None"
+    _shortcut: Shortcut | None
 
     @property
     def stored(self) -> Mapping[str, Tensor]:
@@ -98,9 +85,14 @@ class RoutedModule(nn.Module):
             return self.strategy == "cached" or self._matrix_bytes <= DEFAULT_CACHE_LIMIT
         return self._matrix_bytes <= limit
 
+    @property
+    def matrix_at_hand(self) -> Tensor | None:
+        """The matrix that is kept at the moment, unless it is one for autocast; it may be out of date."""
+        return self._cached.matrix if self._cached is not None and self._cached.autocast is None else None
+
     def drop_cache(self) -> None:
         """Free the kept matrix; the next forward pass that wants one builds it again."""
-        self._cached = self._ready = None
+        self._cached = self._shortcut = None
 
     def configure(
         self,
@@ -137,43 +129,26 @@ class RoutedModule(nn.Module):
         Returns:
             The position of a candidate in `plan.applies`, `RECONSTRUCT` or `CACHED`.
         """
-        strategy = self.strategy
-        if strategy == "reconstruct":
-            return RECONSTRUCT
-        table = self.dispatch if on_cpu is None else self._dispatch[0 if on_cpu else 1]
-        if strategy == "factorized":
-            return choose(table.factorized, tokens)
         # Tracers see the route without a kept matrix: it would become a constant that no update reaches.
-        if not torch.compiler.is_compiling() and not self.training and self.may_keep_matrix:
-            route = CACHED if strategy == "cached" else choose(table.cached, tokens)
-            if route != CACHED or may_cache(self._parameters_of_cores()):
-                return route
-        return choose(table.uncached, tokens)
+        route = choose(self.bounds(on_cpu, may_keep=not torch.compiler.is_compiling()), tokens)
+        if route == CACHED and not may_cache(self._parameters_of_cores()):
+            return choose(self.bounds(on_cpu, may_keep=False), tokens)
+        return route
+
+    def bounds(self, on_cpu: bool | None = None, *, may_keep: bool = True) -> Bounds:
+        """The routes for all token counts in the present mode; `may_keep=False` counts kept matrices out."""
+        if self.strategy == "reconstruct":
+            return ALWAYS_RECONSTRUCT
+        table = self.dispatch if on_cpu is None else self._dispatch[0 if on_cpu else 1]
+        if self.strategy == "factorized":
+            return table.factorized
+        if may_keep and not self.training and self.may_keep_matrix:
+            return ALWAYS_CACHED if self.strategy == "cached" else table.cached
+        return table.uncached
 
     def records_gradients(self) -> bool:
         """Whether a forward pass would now record gradients of the cores, which a kept matrix has not."""
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.stored.values())
-
-    def ready_matrix(self, tokens: int) -> Tensor | None:
-        """The kept matrix where it is true and `route` would take it; not for compiled programs.
-
-        None also where only a closer look could tell. A forward pass on one token takes some dozens of
-        microseconds and this comes on top of it, so it is one frame that takes less than one.
-        """
-        if self._ready is None:
-            return None
-        matrix, states, bounds, strategy, limit = self._ready
-        if self.training or self.strategy is not strategy or self.cache_limit != limit:
-            return None
-        if bounds is not None and choose(bounds, tokens) != CACHED:
-            return None
-        if is_grad_enabled() or transforms_active() or any_autocast():
-            return None
-        parameters = self._parameters
-        for name, core, version, address in states:
-            if parameters.get(name) is not core or core._version != version or core.data_ptr() != address:
-                return None
-        return matrix
 
     def kept_matrix(self) -> Tensor:
         """The kept matrix, built if it is absent or out of date; only where `route` gives `CACHED`."""
@@ -186,12 +161,6 @@ class RoutedModule(nn.Module):
             with torch.inference_mode(False), torch.no_grad(), off:
                 matrix = self.to_matrix().to(dtype).contiguous()
             self._cached = CachedMatrix.of(matrix, parameters)
-            if self._cached.autocast is None:
-                states = zip(self._stored_names, self._cached.states, strict=True)
-                named = tuple((name, *state) for name, state in states)
-                always = self.strategy == "cached" or len(self.dispatch.cached) == 1
-                bounds = None if always else self.dispatch.cached
-                self._ready = _Ready(matrix, named, bounds, self.strategy, self.cache_limit)
         return self._cached.matrix
 
     @property
@@ -209,7 +178,7 @@ class RoutedModule(nn.Module):
         self.strategy = strategy
         self.cache_limit = cache_limit
         self.machine = None
-        self._cached = self._ready = None
+        self._cached = self._shortcut = None
         self._stored_names = tuple(self.stored)
         self._plan_dispatch()
 
@@ -235,4 +204,4 @@ class RoutedModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_ready": None}
+        return {**self.__dict__, "_cached": None, "_shortcut": None}

@@ -29,6 +29,9 @@ RECONSTRUCT, CACHED = -1, -2
 #: `(largest token count, route)` in ascending order; the last entry holds for all larger counts.
 Bounds = tuple[tuple[float, int], ...]
 
+ALWAYS_RECONSTRUCT: Bounds = ((math.inf, RECONSTRUCT),)
+ALWAYS_CACHED: Bounds = ((math.inf, CACHED),)
+
 #: A kept matrix is preferred to a contraction that is predicted to be this much faster at most: the dense
 #: product is the one cost that is known exactly.
 _CACHED_PREFERENCE = 1.1
