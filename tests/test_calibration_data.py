@@ -130,9 +130,7 @@ def test_encoders_are_judged_by_the_cosine(bert_folder: Path) -> None:
 
 def test_what_a_text_cannot_calibrate(bert_folder: Path) -> None:
     model = bert(BertForQuestionAnswering, bert_folder)
-    with pytest.raises(
-        tn.TargetError, match=r"neither classes nor hidden states.*tensornet\.calibrate"
-    ):
+    with pytest.raises(tn.TargetError, match=r"neither classes nor hidden states.*tensornet\.calibrate"):
         calibration_data(model, bert_folder, TEXT)
     small = {k: v for k, v in SMALL.items() if "vocab" not in k and "position" not in k}
     with pytest.raises(tn.TargetError, match=r"reads pixel_values, not text. Calibrate it in Python"):
@@ -167,3 +165,15 @@ def test_command_line_calibrates_an_encoder(
     plan = json.loads(capsys.readouterr().out)
     assert plan["objective"] == "curvature"
     assert plan["calibration"].endswith("tokens of text.txt")
+
+
+def test_command_line_plans_for_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("And he said unto them. " * 200)
+    command = ["compress", str(gpt2_path()), "--dry-run", "--json", "--calibration", str(text)]
+    assert run([*command, "--max-milliseconds", "1000", "--tokens", "64"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["tokens"] == 64
+    assert sum(layer["loss_increase"] for layer in plan["layers"]) < 1e-6  # there is time enough
+    assert run([*command, "--max-milliseconds", "1000"]) == 1
+    assert "give tokens=1 for generating" in capsys.readouterr().err

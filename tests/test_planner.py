@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 from functools import cache
@@ -317,3 +318,61 @@ def test_tied_embedding_and_head_are_one_layer_with_both_prices() -> None:
     ids = tokens()[0]
     rows = model.transformer.wte(ids)
     torch.testing.assert_close(rows, model.lm_head.to_matrix()[ids])
+
+
+@cache
+def wide_stats() -> tuple[nn.Module, CalibrationStats]:
+    """Two layers large enough for a smaller one to be faster."""
+    model = nn.Sequential(nn.Linear(384, 512), nn.Linear(512, 384))
+    rows = {"0": torch.rand(512), "1": torch.rand(384)}
+    columns = {"0": torch.rand(384), "1": torch.rand(512)}
+    return model, CalibrationStats(rows, columns, tokens=10, loss=1.0)
+
+
+def test_milliseconds_are_a_budget() -> None:
+    model, stats = wide_stats()
+    prepared = prepare(model, CompressionConfig(param_ratio=1.0, tokens=1), stats)
+    slow = prepared.plan().predicted_milliseconds
+    assert slow is not None
+    plans = [prepared.plan(max_milliseconds=share * slow) for share in (0.9, 0.6)]
+    for plan, share in zip(plans, (0.9, 0.6), strict=True):
+        assert 0.8 * share * slow < plan.predicted_milliseconds <= share * slow  # type: ignore[operator]
+        assert {layer.bound_by for layer in plan} <= {"max_milliseconds", "dense"}
+    assert plans[0].predicted_loss_increase < plans[1].predicted_loss_increase  # type: ignore[operator]
+    assert "predicted for 1 tokens" in str(plans[0])
+    assert tn.CompressionPlan.from_dict(plans[0].to_dict()) == plans[0]
+
+
+def test_predicted_times_are_those_that_layers_explain() -> None:
+    model, stats = wide_stats()
+    plan = tn.plan(model, CompressionConfig(param_ratio=0.4, tokens=7), stats)
+    twin = copy.deepcopy(model).eval()
+    tn.apply_plan(twin, plan, stats)
+    for layer in plan:
+        made = twin.get_submodule(layer.name)
+        if layer.topology is None:
+            continue
+        told = made.explain(7)
+        fastest = min(told["factorized"].milliseconds, told["cached"].milliseconds)
+        assert layer.milliseconds == pytest.approx(fastest, rel=0.05)
+
+
+def test_milliseconds_need_a_token_count() -> None:
+    with pytest.raises(tn.BudgetError, match="give tokens=1 for generating"):
+        CompressionConfig(max_milliseconds=1.0)
+    with pytest.raises(tn.BudgetError, match="tokens must be at least 1, got 0"):
+        CompressionConfig(param_ratio=0.5, tokens=0)
+
+
+def test_a_time_that_no_form_keeps() -> None:
+    model, stats = gpt2_stats()
+    with pytest.raises(tn.BudgetError, match="smallest forms of all layers need"):
+        tn.plan(model, CompressionConfig(max_milliseconds=1e-6, tokens=1), stats)
+
+
+def test_time_is_a_budget_of_networks_other_than_low_rank() -> None:
+    model, stats = gpt2_stats()
+    config = CompressionConfig(target_modules=MLP, topology="mpo", sites=2, param_ratio=0.6, tokens=1)
+    plan = tn.plan(model, config, stats)
+    assert plan.predicted_milliseconds is not None
+    assert plan.predicted_milliseconds > 0

@@ -44,7 +44,7 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
     least = sum(float(curve.sizes.min()) for curve in curves)
     if least > budget:
         raise BudgetError(
-            f"The budget allows {budget:,.0f}, the smallest forms of all layers need {least:,.0f}; raise the "
+            f"The budget allows {budget:,.6g}, the smallest forms of all layers need {least:,.6g}; raise the "
             "budget or choose fewer layers."
         )
     price = _price(curves, lambda forms: total_size(curves, forms) <= budget)

@@ -11,6 +11,8 @@ from tensornet.topologies import topology_family, topology_names
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
 AUTO = "auto"
+#: Budgets of all layers together, which need the price of an error in each.
+WHOLE_MODEL_BUDGETS = ("max_bytes", "loss_increase", "max_milliseconds")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class CompressionConfig:
         max_bytes: size of the targeted layers together. Curvature only.
         loss_increase: predicted rise of the loss of a token that all layers together may cause. Curvature
             only; alone it asks for the smallest such model.
+        max_milliseconds: predicted time of one forward pass through the targeted layers together, by the
+            cost model of `layer.explain`, in eval, on the device of the model. Curvature only.
+        tokens: number of tokens of the forward pass that `max_milliseconds` is for: 1 for generating, the
+            length of a text for reading it.
         objective: what an error costs: `"weight"` (Frobenius norm of each layer), `"activation"` (squared
             error of each layer's outputs, needs calibrated inputs), `"curvature"` (predicted loss, spent
             over all layers together, needs calibrated gradients), or `"auto"` (the last for which there is
@@ -58,6 +64,8 @@ class CompressionConfig:
     param_ratio: float | None = None
     max_bytes: int | None = None
     loss_increase: float | None = None
+    max_milliseconds: float | None = None
+    tokens: int | None = None
     objective: Objective = "auto"
     damping: float = 0.1
     pivoted: bool | None = None
@@ -72,14 +80,22 @@ class CompressionConfig:
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         if self.sites is not None and self.sites < 1:
             raise BudgetError(f"sites must be at least 1, got {self.sites}.")
-        for name in ("max_bytes", "loss_increase"):
+        if self.tokens is not None and self.tokens < 1:
+            raise BudgetError(f"tokens must be at least 1, got {self.tokens}.")
+        if self.max_milliseconds is not None and self.tokens is None:
+            raise BudgetError(
+                "max_milliseconds depends on how many tokens a forward pass has: give tokens=1 for "
+                "generating, or the length of a text."
+            )
+        for name in WHOLE_MODEL_BUDGETS:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BudgetError(f"{name} must be above 0, got {value!r}.")
         if self.needs_curvature and self.objective not in ("auto", "curvature"):
             raise BudgetError(
-                "max_bytes and loss_increase are spent over all layers together, which needs the price of an "
-                f"error in each: use objective='curvature' with calibration data, not {self.objective!r}."
+                f"{', '.join(WHOLE_MODEL_BUDGETS)} are spent over all layers together, which needs the price "
+                f"of an error in each: use objective='curvature' with calibration data, not "
+                f"{self.objective!r}."
             )
         if not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping must be at least 0, got {self.damping!r}.")
@@ -87,7 +103,7 @@ class CompressionConfig:
     @property
     def needs_curvature(self) -> bool:
         """Whether a budget is set that only the curvature objective can keep."""
-        return self.max_bytes is not None or self.loss_increase is not None
+        return any(getattr(self, name) is not None for name in WHOLE_MODEL_BUDGETS)
 
     @property
     def budget(self) -> Budget:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tensornet.compression.allocate import CostCurve
+from tensornet.compression.clock import Clock
 from tensornet.compression.networks import starts_of
 from tensornet.compression.weighted import frobenius_errors, tail_costs
 from tensornet.nn.storage import PLAIN, Storage
@@ -36,6 +37,7 @@ class LayerForms:
         costs: what decides; adds over layers, shape `(forms,)`.
         forecasts: predicted rise of the loss of a token, shape `(forms,)`.
         errors: relative Frobenius error of each, shape `(forms,)`.
+        milliseconds: predicted time of a forward pass, shape `(forms,)`; zeros where nobody asked.
         make: topology (None for dense) and storage of a form, by its index.
     """
 
@@ -44,11 +46,12 @@ class LayerForms:
     costs: Tensor
     forecasts: Tensor
     errors: Tensor
+    milliseconds: Tensor
     make: Callable[[int], tuple[Topology | None, Storage]]
 
     def curve(self, unit: str) -> CostCurve:
-        """Costs over parameters (`unit="params"`) or bytes (`"bytes"`)."""
-        return CostCurve(self.params if unit == "params" else self.num_bytes, self.costs)
+        """Costs over `"params"`, `"num_bytes"` or `"milliseconds"`."""
+        return CostCurve(getattr(self, unit), self.costs)
 
     def hull(self) -> tuple[tuple[int, float], ...]:
         """Lower convex hull of forecasts over parameters: the only forms a global budget ever takes."""
@@ -69,6 +72,7 @@ def low_rank_forms(
     *,
     max_rank: int | None = None,
     rel_error: float | None = None,
+    clock: Clock | None = None,
 ) -> LayerForms:
     """Every rank, priced by the whitened singular values, and dense.
 
@@ -78,6 +82,7 @@ def low_rank_forms(
         storage: how the factors would be kept.
         max_rank: largest rank; dense is then no choice.
         rel_error: forms with a larger relative Frobenius error are no choice.
+        clock: predicts times.
     """
     result = weighted_svd(matrix, prices.choice)
     errors = frobenius_errors(result)[1:]
@@ -91,6 +96,9 @@ def low_rank_forms(
     dense = [] if max_rank is not None and max_rank < len(errors) else [float(matrix.numel())]
     kept = ranks[keep]
     rows, columns = matrix.shape  # not in `make`, which would keep the whole matrix alive
+    times, dense_time = torch.zeros(len(ranks)), 0.0
+    if clock is not None:
+        times, dense_time = clock.low_ranks((rows, columns)), clock.dense((rows, columns))
 
     def with_dense(values: Tensor, last: float) -> Tensor:
         chosen = values.cpu().double()[: len(keep)][keep]
@@ -107,6 +115,7 @@ def low_rank_forms(
         costs=with_dense(result.error[1:], 0.0),
         forecasts=with_dense(tail_costs(result, prices.forecast)[1:], 0.0),
         errors=with_dense(errors, 0.0),
+        milliseconds=with_dense(times, dense_time),
         make=make,
     )
 
@@ -124,6 +133,7 @@ def network_forms(
     *,
     max_bond: int | None = None,
     rel_error: float | None = None,
+    clock: Clock | None = None,
     **options: Any,
 ) -> LayerForms:
     """Caps on the bonds of any family, priced by trying a few, and dense.
@@ -153,6 +163,12 @@ def network_forms(
     sizes = [float(storage.num_bytes(topologies[k], matrix.dtype)) for k in keep]
     sizes += [float(matrix.numel() * matrix.element_size())] * dense
 
+    times = [0.0] * (len(keep) + dense)
+    if clock is not None:
+        times = [clock.milliseconds(topologies[caps.index(cap)]) for cap in tried]
+        times = _interpolated(caps, tried, times)
+        times = [times[k] for k in keep] + [clock.dense((rows, columns))] * dense
+
     def kept(values: list[float]) -> Tensor:
         return torch.tensor([values[k] for k in keep] + [0.0] * dense, dtype=torch.float64)
 
@@ -165,6 +181,7 @@ def network_forms(
         costs=kept(costs),
         forecasts=kept(forecasts),
         errors=kept(errors),
+        milliseconds=torch.tensor(times, dtype=torch.float64),
         make=make,
     )
 
@@ -179,7 +196,7 @@ def joined(forms: Sequence[LayerForms]) -> LayerForms:
         family = next(k for k in range(len(forms)) if index < starts[k + 1])
         return forms[family].make(index - starts[family])
 
-    names = ("params", "num_bytes", "costs", "forecasts", "errors")
+    names = ("params", "num_bytes", "costs", "forecasts", "errors", "milliseconds")
     return LayerForms(
         **{name: torch.cat([getattr(form, name) for form in forms]) for name in names}, make=make
     )
@@ -191,11 +208,13 @@ def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[fl
     return np.exp(np.interp(caps, tried, logs)).tolist()
 
 
-def dense_form(matrix: Tensor) -> LayerForms:
+def dense_form(matrix: Tensor, clock: Clock | None = None) -> LayerForms:
     """No choice but to stay dense."""
     count = torch.tensor([float(matrix.numel())], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    return LayerForms(count, count * matrix.element_size(), zero, zero, zero, lambda index: (None, PLAIN))
+    time = zero if clock is None else zero + clock.dense((matrix.shape[0], matrix.shape[1]))
+    size = count * matrix.element_size()
+    return LayerForms(count, size, zero, zero, zero, time, lambda index: (None, PLAIN))
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from tensornet.compression.allocate import spend_cost, spend_size, total_cost
+from tensornet.compression.clock import Clock
 from tensornet.compression.config import AUTO, CompressionConfig, family_options
 from tensornet.compression.forms import LayerForms, Prices, dense_form, joined, low_rank_forms, network_forms
 from tensornet.compression.stats import CalibrationStats
@@ -48,9 +49,13 @@ def layer_prices(
 
 
 def layer_forms(
-    target: Target, config: CompressionConfig, objective: str, stats: CalibrationStats | None
+    target: Target,
+    config: CompressionConfig,
+    objective: str,
+    stats: CalibrationStats | None,
+    clock: Clock | None = None,
 ) -> LayerForms:
-    """All forms of one layer that the caps on single layers allow.
+    """All forms of one layer that the caps on single layers allow; `clock` predicts their times.
 
     Raises:
         BudgetError: none is left.
@@ -58,8 +63,11 @@ def layer_forms(
     families = ("low_rank",) if config.topology == AUTO else (config.topology,)
     prices = layer_prices(target, objective, stats, config.damping)
     if prices is None:
-        return dense_form(target.matrix)
-    forms = joined([_family_forms(target.matrix, prices, family, config, objective) for family in families])
+        return dense_form(target.matrix, clock)
+    storage = storage_of(config, objective)
+    forms = joined(
+        [_family_forms(target.matrix, prices, family, config, storage, clock) for family in families]
+    )
     if len(forms.params) == 0:
         raise BudgetError(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
@@ -69,13 +77,19 @@ def layer_forms(
 
 
 def _family_forms(
-    matrix: Tensor, prices: Prices, family: str, config: CompressionConfig, objective: str
+    matrix: Tensor,
+    prices: Prices,
+    family: str,
+    config: CompressionConfig,
+    storage: Storage,
+    clock: Clock | None,
 ) -> LayerForms:
-    storage = storage_of(config, objective)
     if family not in CHAINS:  # only chains have a gauge that storage knows how to fix
         storage = replace(storage, pivoted=False)
     if family == "low_rank":
-        return low_rank_forms(matrix, prices, storage, max_rank=config.max_bond, rel_error=config.rel_error)
+        return low_rank_forms(
+            matrix, prices, storage, max_rank=config.max_bond, rel_error=config.rel_error, clock=clock
+        )
     return network_forms(
         matrix,
         prices,
@@ -83,6 +97,7 @@ def _family_forms(
         family,
         max_bond=config.max_bond,
         rel_error=config.rel_error,
+        clock=clock,
         **family_options(family, config),
     )
 
@@ -105,8 +120,9 @@ def choose_forms(
     if config.param_ratio is not None:
         allowed = config.param_ratio * sum(target.matrix.numel() for target in targets)
         choices.append((spend_size(curves, allowed), "param_ratio"))
-    if config.max_bytes is not None:
-        choices.append((spend_size([f.curve("bytes") for f in forms], config.max_bytes), "max_bytes"))
+    for unit, name in (("num_bytes", "max_bytes"), ("milliseconds", "max_milliseconds")):
+        if (allowed := getattr(config, name)) is not None:
+            choices.append((spend_size([form.curve(unit) for form in forms], allowed), name))
     if config.loss_increase is not None:
         chosen = spend_cost(curves, config.loss_increase, [form.forecasts for form in forms])
         if not choices:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class LayerPlan:
         storage: how the cores are kept.
         loss_increase: predicted rise of the loss of a token, None without calibrated gradients.
         curve: `(parameters, predicted rise)` of the forms worth taking, by rising size.
+        milliseconds: predicted time of a forward pass, None where no token count was given.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerPlan:
     storage: Storage = PLAIN
     loss_increase: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    milliseconds: float | None = None
 
     @property
     def params_before(self) -> int:
@@ -70,6 +72,7 @@ class CompressionPlan:
         damping: of the gradient moments.
         dense_loss: mean loss of a token during calibration.
         calibration: what the statistics were collected on.
+        tokens: for which `milliseconds` were predicted.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -77,6 +80,7 @@ class CompressionPlan:
     damping: float = 0.0
     dense_loss: float | None = None
     calibration: str | None = None
+    tokens: int | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -107,8 +111,12 @@ class CompressionPlan:
         Second order in the errors and without interplay between layers: close for small rises, low for
         large ones.
         """
-        known = [layer.loss_increase for layer in self.layers]
-        return None if None in known or not known else sum(x for x in known if x is not None)
+        return _sum([layer.loss_increase for layer in self.layers])
+
+    @property
+    def predicted_milliseconds(self) -> float | None:
+        """Time of one forward pass of `tokens` tokens through all layers together, by the cost model."""
+        return _sum([layer.milliseconds for layer in self.layers])
 
     @property
     def predicted_perplexity(self) -> float | None:
@@ -138,7 +146,7 @@ class CompressionPlan:
         bound_by = "dense" if topology is None else "edited"
         old = self[name]
         rise = None if topology is not None or old.loss_increase is None else 0.0
-        edited = replace(old, topology=topology, bound_by=bound_by, loss_increase=rise)
+        edited = replace(old, topology=topology, bound_by=bound_by, loss_increase=rise, milliseconds=None)
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def __str__(self) -> str:
@@ -152,12 +160,19 @@ class CompressionPlan:
         lines.append(f"total: {self.params_before:,} -> {self.params_after:,} parameters")
         if self.predicted_loss_increase is not None:
             lines.append(f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}")
+        if self.predicted_milliseconds is not None:
+            lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         data = {name: getattr(self, name) for name in _HEADER}
-        return {"version": PLAN_VERSION, **data, "layers": [_layer_to_dict(x) for x in self.layers]}
+        return {
+            "version": PLAN_VERSION,
+            **data,
+            "tokens": self.tokens,
+            "layers": [_layer_to_dict(x) for x in self.layers],
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CompressionPlan":
@@ -170,7 +185,7 @@ class CompressionPlan:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}.")
         try:
             layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
-            return cls(layers, **{name: data[name] for name in _HEADER})
+            return cls(layers, **{name: data[name] for name in _HEADER}, tokens=data.get("tokens"))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise FormatError(f"Bad compression plan: {error}") from error
 
@@ -192,6 +207,12 @@ class CompressionPlan:
         return cls.from_dict(data)
 
 
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None where one is unknown, and of nothing."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
 def describe(topology: Topology) -> str:
     """Family and bonds in a few characters, boundary bonds of 1 left out."""
     bonds = [size for size in topology.bond_dims.values() if size > 1] or [1]
@@ -210,6 +231,7 @@ def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
         "storage": layer.storage.to_dict(),
         "loss_increase": layer.loss_increase,
         "curve": [list(point) for point in layer.curve],
+        "milliseconds": layer.milliseconds,
     }
 
 
@@ -226,4 +248,5 @@ def _layer_from_dict(data: dict[str, Any]) -> LayerPlan:
         storage=Storage.from_dict(data["storage"]),
         loss_increase=data["loss_increase"],
         curve=tuple((int(size), cost) for size, cost in data["curve"]),
+        milliseconds=data.get("milliseconds"),
     )

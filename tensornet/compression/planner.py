@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.budget import Budget
-from tensornet.compression.config import CompressionConfig, family_options
+from tensornet.compression.clock import Clock
+from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, family_options
 from tensornet.compression.expansion import expanded
 from tensornet.compression.forms import LayerForms
 from tensornet.compression.global_plan import choose_forms, layer_forms, storage_of
@@ -17,11 +18,12 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
 from tensornet.errors import BudgetError, TargetError
+from tensornet.machine import default_machine
 from tensornet.svd import check_finite, working_dtype
 from tensornet.topologies import Decomposition, topology_family
 
 #: Budgets that are spent after preparation.
-BUDGETS = ("param_ratio", "max_bytes", "loss_increase")
+BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class PreparedPlan:
 
         Args:
             progress: show a progress bar where layers are decomposed one by one.
-            budget: any of `param_ratio`, `max_bytes` and `loss_increase`, in place of the configuration's.
+            budget: any of `param_ratio`, `max_bytes`, `loss_increase` and `max_milliseconds` (for the token
+                count of the configuration), in place of the configuration's.
 
         Raises:
             BudgetError: the budget cannot be met, or a cap was named that forms depend on.
@@ -86,6 +89,7 @@ class PreparedPlan:
                 storage=storage,
                 loss_increase=float(form.forecasts[index]) if self.objective == "curvature" else None,
                 curve=form.hull() if self.objective == "curvature" else (),
+                milliseconds=float(form.milliseconds[index]) if config.tokens is not None else None,
             )
             layers.append(_with_baseline(made))
         return CompressionPlan(
@@ -94,6 +98,7 @@ class PreparedPlan:
             damping=config.damping,
             dense_loss=self.dense_loss,
             calibration=self.calibration,
+            tokens=config.tokens,
         )
 
 
@@ -135,9 +140,10 @@ def prepare(
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
     forms, spectra = [], []
+    clock = _clock(config, targets[0].weight)
     if objective != "weight" or not storage_of(config, objective).plain:
         for target in tqdm(targets, desc="planning", disable=not progress, unit="layer"):
-            forms.append(layer_forms(target, config, objective, stats))
+            forms.append(layer_forms(target, config, objective, stats, clock))
             spectra.append(tuple(singular_values(target.matrix).tolist()))
     return PreparedPlan(
         config,
@@ -148,6 +154,12 @@ def prepare(
         stats.loss if stats is not None else None,
         stats.source if stats is not None else None,
     )
+
+
+def _clock(config: CompressionConfig, weight: Tensor) -> Clock | None:
+    if config.tokens is None:
+        return None
+    return Clock(config.tokens, default_machine(weight.device), weight.element_size())
 
 
 def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None) -> str:

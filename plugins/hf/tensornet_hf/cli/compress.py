@@ -44,6 +44,16 @@ def run(
     max_bytes: Annotated[
         int | None, typer.Option(help="Size of the chosen layers together; needs --calibration.")
     ] = None,
+    max_milliseconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Predicted time of a forward pass of --tokens tokens through the chosen layers; needs "
+            "--calibration."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of that forward pass: 1 for generating, more for reading.")
+    ] = None,
     topology: Annotated[
         str, typer.Option(help="Family of networks, or auto for the best of each layer.")
     ] = "auto",
@@ -101,6 +111,7 @@ def run(
         "rel_error": rel_error,
         "loss_increase": loss_increase,
         "max_bytes": max_bytes,
+        "max_milliseconds": max_milliseconds,
     }
     _check_usage(destination, budget, plan, dry_run)
     _check_heal(heal, calibration, int8)
@@ -120,6 +131,7 @@ def run(
         topology=topology,
         sites=sites,
         int8=int8,
+        tokens=tokens,
         objective=objective,  # type: ignore[arg-type]  # checked by the class
         **budget,  # type: ignore[arg-type]
     )
@@ -221,8 +233,8 @@ def _check_usage(
         raise BudgetError(f"--plan says already what every layer becomes; leave out {' and '.join(given)}.")
     if plan is None and not given:
         raise BudgetError(
-            "Say how far to compress: --param-ratio 0.5, --max-bond, --rel-error, --loss-increase or "
-            "--max-bytes, or --plan with a file."
+            "Say how far to compress: --param-ratio 0.5, --max-bond, --rel-error, --loss-increase, "
+            "--max-bytes or --max-milliseconds, or --plan with a file."
         )
     if destination is None and not dry_run:
         raise typer.BadParameter("Name a destination, or ask for --dry-run.")
