@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -93,6 +95,13 @@ def opt() -> PreTrainedModel:
     )
 
 
+def falcon() -> PreTrainedModel:
+    """Its linear layers are a class of their own."""
+    return FalconForCausalLM(
+        FalconConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, **TOKENS)
+    )
+
+
 def vit() -> PreTrainedModel:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 44}
     return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5))
@@ -148,6 +157,7 @@ ARCHITECTURES = {
         Architecture("llama", llama),
         Architecture("qwen2", qwen2),
         Architecture("opt", opt),
+        Architecture("falcon", falcon),
         Architecture("vit", vit, generates=False),
     )
 }

@@ -100,7 +100,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 def _all_targets(model: nn.Module) -> list[Target]:
-    return find_targets(model, CompressionConfig(target_modules="all"))
+    return find_targets(model, CompressionConfig(target_modules="*"))
 
 
 def _check_fits(layer: LayerPlan, target: Target | None) -> None:

@@ -2,12 +2,14 @@
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.readers import weight_is_read
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import LayerKind, kind_of
 
@@ -50,6 +52,8 @@ def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
     """Weights that a configuration selects, in the order of the model.
 
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
+    A layer whose weight its owner reads past the layer is left dense, with a warning; a pattern that names
+    it takes it nevertheless.
 
     Raises:
         TargetError: a pattern matches no compressible module, or nothing is left to compress.
@@ -57,14 +61,19 @@ def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
     groups = _group_by_weight(model)
     included, excluded = _patterns(config.target_modules), _patterns(config.exclude_modules)
     heads = {id(module) for module in (output_head(model),) if module is not None}
-    chosen = []
+    chosen, read = [], []
     for group in groups:
         if included is None:
             embeds = any(kind.name == "embedding" for kind in group.kinds)
             wanted = not embeds and all(id(module) not in heads for module in group.modules)
         else:
             wanted = included == [ALL] or _matches_any(group, included)
-        if wanted and not (excluded and _matches_any(group, excluded)):
+        if not wanted or (excluded and _matches_any(group, excluded)):
+            continue
+        named = included is not None and included != [ALL]
+        if not named and any(weight_is_read(model, name) for name in group.names):
+            read.append(group)
+        else:
             chosen.append(group)
     for pattern in [*(included or []), *(excluded or [])]:
         if pattern != ALL and not any(_matches_any(group, [pattern]) for group in groups):
@@ -73,8 +82,17 @@ def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
                 f"{_summary(groups)}. Patterns match a whole name, a suffix after a dot, a glob, or, with "
                 "the prefix 're:', a regular expression."
             )
+    if read:
+        warnings.warn(
+            f"Left dense, because their weights are read by the module that holds them: {_summary(read)}. "
+            "Name them in target_modules to compress them nevertheless.",
+            UserWarning,
+            stacklevel=2,
+        )
     if not chosen:
-        raise TargetError(f"Nothing to compress. Compressible layers: {_summary(groups)}.")
+        raise TargetError(
+            f"Nothing to compress. Compressible layers: {_summary(groups)}.{_unknown_layers(model)}"
+        )
     return chosen
 
 
@@ -112,6 +130,18 @@ def _group_by_weight(model: nn.Module) -> list[Target]:
         )
         for members in groups.values()
     ]
+
+
+def _unknown_layers(model: nn.Module) -> str:
+    """A hint at subclasses of stock layers, which might compute something else and are left alone."""
+    stock = (nn.Linear, nn.Embedding)
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, stock) and kind_of(m) is None}
+    if not kinds:
+        return ""
+    return (
+        f" Layers of the types {', '.join(sorted(kinds))} are subclasses that may compute something else; "
+        "tensornet.nn.register_layer_kind makes a type compressible."
+    )
 
 
 def _summary(groups: Sequence[Target], limit: int = 8) -> str:

@@ -7,6 +7,7 @@ from tensornet._optional import require
 
 require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
 
+import tensornet_hf.layer_kinds  # noqa: F401  (registers layers of single architectures)
 from tensornet_hf.atomic import check_free, write_folder
 from tensornet_hf.callbacks import GradientMaskCallback, RouterStatsCallback
 from tensornet_hf.checkpoint import Checkpoint, StoredTensor, read_checkpoint

@@ -23,7 +23,7 @@ def write_folder(
 
     Args:
         destination: where the folder shall be.
-        force: replace a model folder, or an empty folder, that is there.
+        force: replace a model folder that is there; an empty folder is taken without it.
         sources: folders that are being read and must not be replaced.
 
     Raises:
@@ -70,11 +70,13 @@ def check_free(
         return
     if not target.is_dir():
         raise DestinationError(f"{target} is a file; a folder is to be written there. Choose another name.")
+    if not any(target.iterdir()):
+        return
     if not force:
         raise DestinationError(
-            f"{target} exists already. Choose another name, or replace it with force (--force)."
+            f"{target} exists already. Choose another name, or replace it with force=True (--force)."
         )
-    if any(target.iterdir()) and not (target / "config.json").is_file():
+    if not (target / "config.json").is_file():
         raise DestinationError(
             f"{target} is no model folder (it has no config.json) and is not replaced, not even with force. "
             "Remove it yourself, or choose another name."

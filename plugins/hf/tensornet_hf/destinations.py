@@ -61,7 +61,7 @@ def require_free(destination: str, *, source: Path, force: bool) -> None:
         raise DestinationError(f"Cannot ask the hub about {destination}: {first_line(error)}") from error
     if taken and not force:
         raise DestinationError(
-            f"{destination} exists already. Choose another name, or replace it with force (--force)."
+            f"{destination} exists already. Choose another name, or replace it with force=True (--force)."
         )
 
 

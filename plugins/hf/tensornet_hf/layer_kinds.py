@@ -1,0 +1,33 @@
+"""Linear layers of Hugging Face models that are no `nn.Linear`, made compressible."""
+
+from importlib import import_module
+
+from torch import Tensor, nn
+
+from tensornet.nn.adapters import LayerKind, register_layer_kind
+
+
+class _FalconLinear(LayerKind):
+    """Falcon's subclass of `nn.Linear`, which rounds product and bias apart in half precision."""
+
+    name = "falcon_linear"
+    _module = "transformers.models.falcon.modeling_falcon"
+
+    def matches(self, module: nn.Module) -> bool:
+        # By name, so that the model's file is not imported for everybody.
+        return type(module).__name__ == "FalconLinear" and type(module).__module__ == self._module
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        return module.weight  # type: ignore[return-value]
+
+    def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        out_features, in_features = matrix.shape
+        kind: type[nn.Linear] = import_module(self._module).FalconLinear
+        layer = kind(in_features, out_features, bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(matrix)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias)
+        return layer
+
+
+register_layer_kind(_FalconLinear())
