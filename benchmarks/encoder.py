@@ -10,11 +10,12 @@ outputs, so the forecast is of one minus the cosine.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import record
+from harness import RECORDS, record
 from real_data import prepare_models, read_text
 from torch import Tensor, nn
 
@@ -28,23 +29,24 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Path:
     """Compress by each method at each share, and record cosines and hits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.6, 0.4])
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--calibration", type=int, default=512, help="paragraphs")
-    arguments = parser.parse_args()
-    _, folder = prepare_models(arguments.cache)
-    texts = arguments.cache / "texts"
-    pairs = halves(read_text(texts, "heldout"), arguments.pairs)
-    known = paragraphs(read_text(texts, "calibration"))[: arguments.calibration]
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    given = parser.parse_args(arguments)
+    _, folder = prepare_models(given.cache)
+    texts = given.cache / "texts"
+    pairs = halves(read_text(texts, "heldout"), given.pairs)
+    known = paragraphs(read_text(texts, "calibration"))[: given.calibration]
     model = load(folder)
     stats = tn.calibrate(model, batches(folder, known), loss_fn=cosine_losses, source="Python tutorials")
     dense = [embed(model, folder, side) for side in pairs]
     rows = [{"method": "dense", "ratio": 1.0, "cosine": 1.0, "top1": hits(*dense)}]
-    for ratio in arguments.ratios:
+    for ratio in given.ratios:
         for name, options in METHODS.items():
             model = load(folder)
             plan = tn.plan(model, tn.CompressionConfig(param_ratio=ratio, **options), stats)
@@ -64,7 +66,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    record("encoder", rows)
+    return record("encoder", rows, folder=given.out)
 
 
 def paragraphs(text: str) -> list[str]:

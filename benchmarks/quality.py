@@ -17,7 +17,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from tensornet.compression.report import model_size
 
 PROMPT = "To install a package on Debian, you first need to"
 LAYERS = {"mlp": "*.mlp.*", "all": None}
-TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,28 @@ def jobs(method: str, layers: str, *percents: int, after: str = "") -> list[Job]
 #: In the order in which they are measured: what matters most comes first.
 TABLE = [
     Job("dense", "-", 1.0),
-    *jobs("ours", "mlp", 90, 80, 60, 40, 30),
-    *jobs("ours", "all", 90, 80, 60, 40, 30),
+    *jobs("ours", "mlp", 90, 80, 60, 40),
+    *jobs("ours", "all", 90, 80, 60, 40),
+    *jobs("ours", "mlp", 60, after="healed"),
     *jobs("mpo2", "mlp", 90, 80),
-    *jobs("ours", "mlp", 80, 60, 40, after="healed"),
-    *jobs("svd_llm", "mlp", 90, 80, 60, 40, 30),
-    *jobs("svd_llm", "all", 90, 80, 60, 40, 30),
-    *jobs("svd", "mlp", 90, 80, 60),
-    *jobs("ours", "mlp", 80, 60, 40, after="refined"),
+    *jobs("svd_llm", "mlp", 80, 60),
+    *jobs("ours", "mlp", 40, after="healed"),
+    *jobs("svd_llm", "all", 80, 60),
+    *jobs("ours", "mlp", 80, after="healed"),
+    *jobs("ours", "mlp", 60, after="refined"),
+    *jobs("svd", "mlp", 80),
     *jobs("ours_int8", "mlp", 80),
-    *jobs("ours_int8", "all", 80),
+    *jobs("svd_llm", "mlp", 90, 40, 30),
+    *jobs("ours", "mlp", 30),
+    *jobs("svd_llm", "all", 90, 40, 30),
+    *jobs("ours", "all", 30),
+    *jobs("svd", "mlp", 90, 60),
     *jobs("mpo3", "mlp", 90, 80),
     *jobs("mpo", "mlp", 90, 80),
-    *jobs("ours", "all", 80, 60, after="refined"),
+    *jobs("ours_int8", "all", 80),
+    *jobs("ours", "mlp", 80, 40, after="refined"),
     *jobs("ours", "all", 60, after="healed"),
+    *jobs("ours", "all", 80, 60, after="refined"),
 ]
 
 
@@ -103,12 +111,12 @@ class Bench:
     calibration: int
     heal_seconds: float
     refine_windows: int
+    length: int = 512
     prepared: dict[tuple[str, str], PreparedPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder, _ = prepare_models(self.cache)
         self.heldout = self.text("heldout", self.windows)
-        self.unseen = self.unseen_windows(12)
         self.stats = self.statistics()
         share_svds()
 
@@ -118,8 +126,9 @@ class Bench:
 
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
-    def text(self, use: str, count: int | None, length: int = TOKENS) -> Tensor:
+    def text(self, use: str, count: int | None, length: int | None = None) -> Tensor:
         """Evenly spread windows of one text, tokenised once and kept in the cache."""
+        length = length or self.length
         from safetensors.torch import load_file, save_file
         from transformers import AutoTokenizer
 
@@ -131,19 +140,12 @@ class Bench:
         windows = load_file(path)["windows"]
         return windows if count is None or count >= len(windows) else windows[spread(len(windows), count)]
 
-    def unseen_windows(self, count: int) -> Tensor:
-        """Windows of the calibration text that the statistics have not seen."""
-        windows = self.text("calibration", None)
-        seen = set(spread(len(windows), self.calibration).tolist())
-        rest = [k for k in range(len(windows)) if k not in seen] or list(range(len(windows)))
-        return windows[[rest[int(k)] for k in spread(len(rest), min(count, len(rest)))]]
-
     def statistics(self) -> tn.CalibrationStats:
         """Moments of the calibration text, collected once and kept in the cache."""
         path = self.cache / f"moments-{self.calibration}.safetensors"
         if not path.is_file():
             torch.manual_seed(0)
-            source = f"{self.calibration} x {TOKENS} tokens of the Python tutorials"
+            source = f"{self.calibration} x {self.length} tokens of the Python tutorials"
             batches = self.text("calibration", self.calibration).split(2)
             tn.calibrate(self.model(), batches, loss_fn=sampled_losses, source=source, progress=True).save(
                 path
@@ -170,8 +172,6 @@ class Bench:
             row |= self.heal(model)
         elif job.after == "refined":
             row |= self.refine(model)
-        if job.method == "dense" or row["predicted_rise"] is not None:
-            row["calibration_loss"] = mean_loss(model, self.unseen)
         row["loss"] = mean_loss(model, self.heldout)
         params, size = model_size(model)
         return row | {
@@ -185,6 +185,9 @@ class Bench:
     def prepare(self, job: Job, model: nn.Module) -> PreparedPlan:
         """Prices of all forms, once for all sizes of a method."""
         key = (job.method, job.layers)
+        whole = self.prepared.get((job.method, "all"))
+        if key not in self.prepared and whole is not None:
+            self.prepared[key] = part_of(whole, LAYERS[job.layers])
         if key not in self.prepared:
             config = tn.CompressionConfig(
                 target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
@@ -194,7 +197,7 @@ class Bench:
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
         """Distil for a fixed time on a third text."""
-        text = self.text("training", None, 256)
+        text = self.text("training", None, self.length // 2)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
         report = tn.heal(
             model,
@@ -207,7 +210,7 @@ class Bench:
         )
         return {
             "heal_steps": report.steps,
-            "heal_tokens": report.steps * 512,
+            "heal_tokens": report.steps * self.length,
             "heal_seconds": report.seconds,
         }
 
@@ -216,7 +219,7 @@ class Bench:
         start = time.process_time()
         batches = self.text("calibration", self.refine_windows).split(2)
         refine(model, self.model(), batches, self.stats, passes=2)
-        tokens = self.refine_windows * TOKENS
+        tokens = self.refine_windows * self.length
         return {"refine_tokens": tokens, "refine_seconds": time.process_time() - start}
 
     def sample(self, model: nn.Module) -> str:
@@ -234,8 +237,9 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Job] = TABLE) -
     """Measure the rows that are missing, and add each to the record at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--windows", type=int, default=40, help="held-out windows of 512 tokens")
-    parser.add_argument("--calibration", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=40, help="held-out windows")
+    parser.add_argument("--calibration", type=int, default=64, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--heal-seconds", type=float, default=600.0)
     parser.add_argument("--refine-windows", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
@@ -245,7 +249,14 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Job] = TABLE) -
     missing = [job for job in table if not any(is_row_of(row, job) for row in rows)]
     if not missing:
         return path
-    bench = Bench(given.cache, given.windows, given.calibration, given.heal_seconds, given.refine_windows)
+    bench = Bench(
+        given.cache,
+        given.windows,
+        given.calibration,
+        given.heal_seconds,
+        given.refine_windows,
+        given.length,
+    )
     for job in missing:
         row = bench.measure(job)
         rows.append(row)
@@ -269,6 +280,17 @@ def mean_loss(model: nn.Module, windows: Tensor) -> float:
         total += float(nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
         count += batch[:, 1:].numel()
     return total / count
+
+
+def part_of(whole: PreparedPlan, pattern: str | None) -> PreparedPlan:
+    """The preparation of some of its layers."""
+    assert pattern is not None
+    kept = [k for k, target in enumerate(whole.targets) if fnmatch(target.name, pattern)]
+    chosen = {
+        name: tuple(getattr(whole, name)[k] for k in kept if getattr(whole, name))
+        for name in ("targets", "forms", "spectra")
+    }
+    return replace(whole, **chosen)
 
 
 def spread(length: int, count: int) -> Tensor:

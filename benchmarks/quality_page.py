@@ -1,4 +1,4 @@
-"""Write the table and the picture of docs/quality.md from the records of quality.py and encoder.py.
+"""Write the tables and the picture of docs/quality.md from the records of quality.py and encoder.py.
 
     python benchmarks/quality_page.py
 
@@ -9,7 +9,6 @@ replaced.
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,117 +24,205 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, ROOT
 from quality import METHODS
 
+Row = Mapping[str, Any]
 PAGE, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality.svg"
 LAYERS = {"mlp": "MLPs", "all": "all linear layers"}
-STYLES = {"ours": "o-", "curvature": "s--", "svd_llm": "^--", "svd_llm_pivoted": "v:", "mpo2": "D-."}
+RATIOS = (0.9, 0.8, 0.6, 0.4, 0.3)
+#: Forecasts are held to account down to this share.
+FORECAST_FROM = 0.6
+#: How a method is drawn, by its key and what came after compression.
+STYLES = {
+    ("ours", ""): ("o-", "C0"),
+    ("ours", "refined"): ("x:", "C4"),
+    ("ours", "healed"): ("*-", "C2"),
+    ("svd_llm", ""): ("^--", "C1"),
+    ("svd", ""): ("v--", "C7"),
+    ("mpo2", ""): ("D-.", "C3"),
+    ("mpo3", ""): ("s-.", "C5"),
+}
 
 
 def main() -> None:
     """Replace the generated parts."""
-    rows = json.loads((RECORDS / "quality.json").read_text())["rows"]
-    parts = {"quality": quality_table(rows), "samples": samples(rows)}
-    if (RECORDS / "encoder.json").is_file():
-        parts["encoder"] = encoder_table(json.loads((RECORDS / "encoder.json").read_text())["rows"])
-    text = PAGE.read_text()
+    PAGE.write_text(filled(PAGE.read_text(), RECORDS))
+    draw(json.loads((RECORDS / "quality.json").read_text())["rows"], PICTURE)
+
+
+def filled(text: str, records: Path) -> str:
+    """The page with its tables made of the records of a folder."""
+    rows = json.loads((records / "quality.json").read_text())["rows"]
+    encoder = json.loads((records / "encoder.json").read_text())["rows"]
+    parts = {
+        "quality": quality_table(rows),
+        "forecast": forecast_table(rows),
+        "healing": healing_table(rows),
+        "samples": samples(rows),
+        "encoder": encoder_table(encoder),
+    }
     for name, content in parts.items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, c=content: m[1] + c + "\n" + m[2], text, flags=re.S)
-    PAGE.write_text(text)
-    draw(rows)
+    return text
 
 
-def rise(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
+def title(row: Row) -> str:
+    """A method and what came after it."""
+    name = METHODS[row["method"]].title if row["method"] in METHODS else "dense"
+    return name + (f", {row['after']}" if row["after"] else "")
+
+
+def dense_row(rows: Sequence[Row]) -> Row:
+    """The row of the model as it was."""
+    return next(row for row in rows if row["method"] == "dense")
+
+
+def rise(row: Row, rows: Sequence[Row]) -> float:
     """Measured rise of the loss over the dense model on the same text."""
-    dense = [x for x in rows if x["method"] == "dense" and x["tokens"] == row["tokens"]]
-    return row["loss"] - dense[0]["loss"] if dense else None
+    return float(row["loss"] - dense_row(rows)["loss"])
 
 
-def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All rows, by layers, method and size."""
+def quality_table(rows: Sequence[Row]) -> str:
+    """Perplexities, a line for each method and a column for each share."""
+    dense = dense_row(rows)
+    heads = " | ".join(f"{ratio:.0%}" for ratio in RATIOS)
     lines = [
-        "| layers | method | kept | perplexity | rise of the loss | foreseen | held-out tokens |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        f"Dense: {dense['perplexity']:.2f} on {dense['tokens']:,} tokens.",
+        "",
+        f"| layers | method | {heads} |",
+        "|---|---|" + "--:|" * len(RATIOS),
     ]
-    order = ["dense", *METHODS]
-    for row in sorted(rows, key=lambda x: (x["layers"], order.index(x["method"]), -x["ratio"])):
-        title = METHODS[row["method"]].title if row["method"] in METHODS else "dense"
-        if row.get("healed"):
-            title += f", healed {row['heal_steps']} steps ({row['heal_seconds']:.0f} s)"
-        foreseen = row.get("predicted_rise")
+    for layers, method, after in _kinds(rows):
+        found = {row["ratio"]: row for row in rows if _kind(row) == (layers, method, after)}
+        cells = [_perplexity(found[ratio]["perplexity"]) if ratio in found else "" for ratio in RATIOS]
+        name = title(next(iter(found.values())))
+        lines.append(f"| {LAYERS[layers]} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def forecast_table(rows: Sequence[Row]) -> str:
+    """Foreseen and measured rises, largest models first."""
+    lines = [
+        "| layers | method | kept | foreseen | measured | foreseen / measured - 1 |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in sorted(foreseen(rows), key=lambda row: (_kind(row), -row["ratio"])):
         measured = rise(row, rows)
         lines.append(
-            f"| {LAYERS.get(row['layers'], '')} | {title} | {row['ratio']:.0%} | {row['perplexity']:.4g} | "
-            f"{'' if measured is None else f'{measured:.3f}'} | "
-            f"{'' if foreseen is None else f'{foreseen:.3f}'} | {row['tokens']:,} |"
+            f"| {LAYERS[row['layers']]} | {title(row)} | {row['ratio']:.0%} | {row['predicted_rise']:.3f} | "
+            f"{measured:.3f} | {row['predicted_rise'] / measured - 1:+.0%} |"
         )
     return "\n".join(lines)
 
 
-def samples(rows: Sequence[Mapping[str, Any]]) -> str:
+def foreseen(rows: Sequence[Row], least: float = FORECAST_FROM) -> list[Row]:
+    """Rows with a forecast and at least that share kept."""
+    return [row for row in rows if row.get("predicted_rise") is not None and row["ratio"] >= least]
+
+
+def healing_table(rows: Sequence[Row]) -> str:
+    """What healing did, and what it took."""
+    lines = [
+        "| layers | kept | before | healed | steps | tokens | processor seconds |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        if row["after"] != "healed":
+            continue
+        same = {"layers": row["layers"], "method": row["method"], "ratio": row["ratio"], "after": ""}
+        before = next((x for x in rows if all(x[k] == v for k, v in same.items())), None)
+        lines.append(
+            f"| {LAYERS[row['layers']]} | {row['ratio']:.0%} | "
+            f"{'' if before is None else _perplexity(before['perplexity'])} | "
+            f"{_perplexity(row['perplexity'])} | {row['heal_steps']:,} | {row['heal_tokens']:,} | "
+            f"{row['heal_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def samples(rows: Sequence[Row]) -> str:
     """What the models say."""
     lines = ["| model | greedy continuation |", "|---|---|"]
     for row in rows:
-        if row["method"] in ("dense", "ours", "svd_llm", "mpo2"):
-            name = (
-                row["method"]
-                if row["method"] == "dense"
-                else f"{METHODS[row['method']].title}, {row['ratio']:.0%}"
-            )
-            where = "" if row["method"] == "dense" else f" of {LAYERS[row['layers']]}"
-            said = " ".join(row["sample"].split()).replace("|", "\\|")
-            lines.append(f"| {name}{where} | {said} |")
+        where = "" if row["method"] == "dense" else f", {row['ratio']:.0%} of {LAYERS[row['layers']]}"
+        said = " ".join(row["sample"].split()).replace("|", "\\|")
+        lines.append(f"| {title(row)}{where} | {said} |")
     return "\n".join(lines)
 
 
-def encoder_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def encoder_table(rows: Sequence[Row]) -> str:
     """Cosines and hits of the sentence encoder."""
     lines = ["| method | kept | cosine | foreseen | top-1 |", "|---|--:|--:|--:|--:|"]
     for row in rows:
-        title = METHODS[row["method"]].title if row["method"] in METHODS else "dense"
-        foreseen = row.get("predicted_cosine")
+        name = METHODS[row["method"]].title if row["method"] in METHODS else "dense"
+        known = row.get("predicted_cosine")
         lines.append(
-            f"| {title} | {row['ratio']:.0%} | {row['cosine']:.3f} | "
-            f"{'' if foreseen is None else f'{foreseen:.3f}'} | {row['top1']:.3f} |"
+            f"| {name} | {row['ratio']:.0%} | {row['cosine']:.3f} | "
+            f"{'' if known is None else f'{known:.3f}'} | {row['top1']:.3f} |"
         )
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The frontier, and foreseen against measured rises."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    dense = next((row["perplexity"] for row in rows if row["method"] == "dense"), None)
-    for axis, (layers, title) in zip(axes, LAYERS.items(), strict=False):
-        for method, style in STYLES.items():
-            points = sorted(
-                (row["ratio"], row["perplexity"])
-                for row in rows
-                if (row["method"], row["layers"]) == (method, layers) and not row.get("healed")
-            )
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=METHODS[method].title, markersize=5)
-        if dense is not None:
-            axis.axhline(dense, color="0.6", linewidth=1)
-            axis.annotate("dense", (0.42, dense), va="bottom", color="0.4")
-        axis.set(title=title, xlabel="share of parameters kept", ylabel="perplexity", yscale="log")
-        axis.set_yticks([30, 50, 100, 200, 400], ["30", "50", "100", "200", "400"])
-        axis.minorticks_off()
-        if len(axis.lines) > 1:
-            axis.legend(fontsize=7)
-    compared = [(row["predicted_rise"], rise(row, rows)) for row in rows if row.get("predicted_rise")]
-    points = [(a, b) for a, b in compared if b is not None and b > 0]
-    if points:
-        axes[2].loglog(*zip(*points, strict=True), "o")
-        low, high = (math.exp(f(math.log(v) for pair in points for v in pair)) for f in (min, max))
-        line = [low / 1.3, high * 1.3]
-        axes[2].plot(line, line, color="0.6")
-        axes[2].fill_between(line, [0.8 * v for v in line], [1.2 * v for v in line], color="0.9", zorder=0)
-    axes[2].set(title="rise of the loss (band: 20 %)", xlabel="foreseen", ylabel="measured")
-    ticks = [0.1, 0.2, 0.5, 1, 2]
-    axes[2].set_xticks(ticks, [str(tick) for tick in ticks])
-    axes[2].set_yticks(ticks, [str(tick) for tick in ticks])
-    axes[2].minorticks_off()
-    figure.savefig(PICTURE, metadata={"Date": None})
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The frontier of each method, and foreseen against measured rises."""
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.6), layout="constrained")
+    for axis, layers in zip(axes, LAYERS, strict=False):
+        _frontier(axis, rows, layers)
+    _forecasts(axes[2], rows)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
     plt.close(figure)
+
+
+def _frontier(axis: Any, rows: Sequence[Row], layers: str) -> None:
+    dense = dense_row(rows)["perplexity"]
+    top = 3000.0
+    for (method, after), (style, color) in STYLES.items():
+        points = sorted((r["ratio"], r["perplexity"]) for r in rows if _kind(r) == (layers, method, after))
+        if points:
+            name = title({"method": method, "after": after})
+            axis.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=6)
+            top = max(top, min(max(y for _, y in points), 1e4))
+    axis.axhline(dense, color="0.6", linewidth=1)
+    axis.annotate("dense", (0.9, dense), va="top", color="0.4")
+    axis.set(title=LAYERS[layers], xlabel="share of parameters kept", ylabel="perplexity", yscale="log")
+    axis.set(xlim=(0.27, 0.93), ylim=(0.85 * dense, top))
+    ticks = [30, 50, 100, 200, 500, 1000, 2000]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+
+
+def _forecasts(axis: Any, rows: Sequence[Row]) -> None:
+    known = foreseen(rows, least=0.0)
+    for layers, mark in (("mlp", "o"), ("all", "s")):
+        points = [(row["predicted_rise"], rise(row, rows)) for row in known if row["layers"] == layers]
+        if points:
+            axis.loglog(*zip(*points, strict=True), mark, label=LAYERS[layers])
+    line = [0.05, 4.0]
+    axis.plot(line, line, color="0.6")
+    axis.fill_between(line, [0.8 * v for v in line], [1.2 * v for v in line], color="0.9", zorder=0)
+    axis.set(title="rise of the loss (band: 20 %)", xlabel="foreseen", ylabel="measured")
+    ticks = [0.1, 0.2, 0.5, 1, 2]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    if known:
+        axis.legend(fontsize=8)
+
+
+def _kind(row: Row) -> tuple[str, str, str]:
+    return row["layers"], row["method"], row["after"]
+
+
+def _kinds(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Lines of the table: MLPs first, methods in their order, what was trained last."""
+    found = {_kind(row) for row in rows if row["method"] in METHODS}
+    layers, methods, after = list(LAYERS), list(METHODS), ["", "refined", "healed"]
+    return sorted(found, key=lambda k: (layers.index(k[0]), methods.index(k[1]), after.index(k[2])))
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
 
 
 if __name__ == "__main__":
