@@ -6,10 +6,12 @@
 2. Inference with kept experts against the same mixture with dense expert matrices, for a few tokens at a
    time. Asked: at most 1.1 times.
 
-Seconds are processor seconds with one thread: what else the machine does then counts least.
+Seconds are processor seconds with one thread, where what else the machine does counts least, and wall seconds
+with several.
 
-    python benchmarks/moe_step.py            # a minute or two; writes benchmarks/records/moe_step.json
-    python benchmarks/moe_step.py --toy      # seconds; proves only that the road is open
+    python benchmarks/moe_step.py                # two minutes; writes benchmarks/records/moe_step.json
+    python benchmarks/moe_step.py --threads 1 2  # with one thread, then with two, on a machine that has both
+    python benchmarks/moe_step.py --toy          # seconds; proves only that the road is open
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ class DenseExperts(tm.ExpertBank):
         """See `ExpertBank`."""
         return self.weight if experts is None else self.weight[torch.as_tensor(experts)]
 
-    def matrix_list(self, experts: Sequence[int]) -> Sequence[Tensor]:
+    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
         """See `ExpertBank`."""
         every = self.weight.unbind(0)
         return [every[e] for e in experts]
@@ -121,6 +123,11 @@ def training_multiply_adds(case: Case, moe: tm.SharedCoreMoE) -> int:
     return 3 * (rebuild + 2 * case.tokens * case.model * case.hidden)
 
 
+def clock() -> Callable[[], float]:
+    """Seconds as this number of threads is to be timed."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def time_training(case: Case) -> dict[str, Any]:
     """One training step beside the plain product that sets the speed."""
     torch.manual_seed(0)
@@ -140,7 +147,7 @@ def time_training(case: Case) -> dict[str, Any]:
 
     active = int((moe(x), moe.stats)[1].load.count_nonzero())  # type: ignore[union-attr]
     times = paired_medians(
-        {"step": step, "product": product, "optimizer": optimizer.step}, case.repeats, clock=time.process_time
+        {"step": step, "product": product, "optimizer": optimizer.step}, case.repeats, clock=clock()
     )
     speed = case.tokens * case.model * case.hidden / times["product"].median
     needed = training_multiply_adds(case, moe) / speed
@@ -176,7 +183,7 @@ def time_inference(case: Case, tokens: int) -> dict[str, Any]:
         return call
 
     times = paired_medians(
-        {"ours": run(ours), "dense": run(dense)}, 5 * case.repeats, warmup=2, clock=time.process_time
+        {"ours": run(ours), "dense": run(dense)}, 5 * case.repeats, warmup=2, clock=clock()
     )
     assert all(b.keeps_matrices() for b in ours.experts.modules() if isinstance(b, tm.SharedCoreExperts))
     return {
@@ -198,21 +205,24 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     )
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for the tests")
     parser.add_argument("--output", type=Path, default=RECORDS, help="folder of the record")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads, in turn")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     case = TOY if options.toy else BASE
-    rows = [time_training(case), *(time_inference(case, tokens) for tokens in case.decode_tokens)]
+    rows = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        found = [time_training(case), *(time_inference(case, tokens) for tokens in case.decode_tokens)]
+        rows += [{"threads": threads, **row} for row in found]
     for row in rows:
         print(
-            f"{row['what']:14} {row['tokens']:5} tokens: {row['seconds']:.5f} s against "
-            f"{row['compared_with']:.5f} s, {row['ratio']:.3f} times (asked: {row['asked']})"
+            f"threads {row['threads']}, {row['what']:14} {row['tokens']:5} tokens: {row['seconds']:.5f} s "
+            f"against {row['compared_with']:.5f} s, {row['ratio']:.3f} times (asked: {row['asked']})"
         )
     record(
         "moe_step",
         rows,
         folder=options.output,
-        threads=1,
-        clock="processor seconds",
+        clock="processor seconds with one thread, wall seconds with several",
         experts=case.experts,
         model=case.model,
         hidden=case.hidden,

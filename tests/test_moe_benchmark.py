@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "moe_step.py"
 
@@ -26,9 +27,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_toy_run_measures_and_records(script: ModuleType, tmp_path: Path) -> None:
-    rows = script.main(["--toy", "--output", str(tmp_path)])
+    before = torch.get_num_threads()
+    try:
+        rows = script.main(["--toy", "--output", str(tmp_path), "--threads", "1", "2"])
+    finally:
+        torch.set_num_threads(before)
     stored = json.loads((tmp_path / "moe_step.json").read_text())
-    assert [row["what"] for row in stored["rows"]] == ["training step", "inference", "inference"]
+    assert [row["what"] for row in stored["rows"]] == ["training step", "inference", "inference"] * 2
+    assert [row["threads"] for row in stored["rows"]] == [1] * 3 + [2] * 3
     assert stored["rows"] == json.loads(json.dumps(rows))
     assert all(row["ratio"] > 0 for row in rows)
 

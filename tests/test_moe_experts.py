@@ -176,8 +176,8 @@ def test_large_matrices_are_built_one_by_one(name: str, shared: str, monkeypatch
     for limit in (1, 10**9):
         monkeypatch.setattr(experts_module, "_BUILT_ALONE", limit)
         bank.zero_grad()
-        matrices = bank.matrix_list([2, 1])
-        (torch.stack(list(matrices)) * probe).sum().backward()
+        matrices = list(bank.matrix_list([2, 1]))
+        (torch.stack(matrices) * probe).sum().backward()
         results.append([*(m.detach() for m in matrices), *(p.grad for p in bank.parameters())])
     for alone, together in zip(*results, strict=True):
         assert alone is not None

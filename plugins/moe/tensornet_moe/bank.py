@@ -1,7 +1,7 @@
 """The contract of a bank of expert matrices, and the owner of cores that several banks use."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,12 @@ class ExpertBank(nn.Module, ABC):
     def spec(self) -> dict[str, Any]:
         """JSON-ready description, see `tensornet.nn.register_module_type`."""
 
-    def matrix_list(self, experts: Sequence[int]) -> Sequence[Tensor]:
-        """The same matrices one by one; a bank that keeps them need not copy."""
+    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
+        """The same matrices one by one, in order; a bank that keeps them need not copy.
+
+        Those that are built as they are asked for are used while the caches still hold them, and so are
+        their gradients, in the reverse order.
+        """
         return self.expert_matrices(experts).unbind(0)
 
     def keeps_matrices(self) -> bool:

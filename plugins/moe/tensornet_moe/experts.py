@@ -1,7 +1,7 @@
 """Experts that share cores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -252,7 +252,7 @@ class SharedCoreExperts(ExpertBank):
         index = self._index(experts)
         return self._rebuild(index) if kept is None else kept.index_select(0, index)
 
-    def matrix_list(self, experts: Sequence[int]) -> Sequence[Tensor]:
+    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
         """See `ExpertBank`; views where the matrices are kept."""
         kept = self._kept()
         if kept is not None:
@@ -282,15 +282,16 @@ class SharedCoreExperts(ExpertBank):
                 cores[name] = core if index is None else core.index_select(0, index)
         return build_matrices(self.plan, cores, self.num_experts if index is None else len(index))
 
-    def _one_by_one(self, experts: Sequence[int]) -> list[Tensor]:
+    def _one_by_one(self, experts: Sequence[int]) -> Iterable[Tensor]:
         # One expert is a stack that shares everything: plain products, faster than batches of one.
         plan = plan_stack(self.topology, self.topology.core_names, 1)
         private = {n: self.private_core(n).unbind() for n in self.topology.core_names if n not in self.shared}
         shared = self._shared_here()
-        return [
-            build_matrices(plan, {**shared, **{n: cores[e] for n, cores in private.items()}}, 1)[0]
+        # squeeze and not [0], whose backward would copy the gradient into zeros
+        return (
+            build_matrices(plan, {**shared, **{n: cores[e] for n, cores in private.items()}}, 1).squeeze(0)
             for e in experts
-        ]
+        )
 
     def _shared_here(self) -> dict[str, Tensor]:
         # A model that is spread over devices may hold the owner on another one than this layer.

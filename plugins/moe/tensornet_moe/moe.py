@@ -190,7 +190,7 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
         kept = routing.kept.reshape(-1).nonzero().squeeze(-1)
         choice = kept[expert[kept].argsort(stable=True)]
     token = torch.div(choice, k, rounding_mode="floor")
-    y = experts(x[token], group_rows(expert[choice], routing.num_experts))
+    y = experts(x.index_select(0, token), group_rows(expert[choice], routing.num_experts))
     y = y * weight[choice].to(y.dtype).unsqueeze(-1)
     return y.new_zeros(tokens, experts.out_features).index_add(0, token, y)
 

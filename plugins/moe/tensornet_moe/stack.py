@@ -176,7 +176,8 @@ def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: in
     ]
     dense = run(plan.contraction, operands)
     if len(plan.shared) == len(topology.cores):
-        dense = dense.expand(num_experts, *dense.shape)
+        # expand(1, ...) would make the backward sum over that one expert, which is a copy
+        dense = dense.unsqueeze(0) if num_experts == 1 else dense.expand(num_experts, *dense.shape)
     dense = dense.reshape(num_experts, rows, columns)
     if topology.padded_shape != topology.shape:
         dense = dense[:, : topology.out_features, : topology.in_features]
