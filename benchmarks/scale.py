@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
+from tensornet.pieces.piece import peak_memory
 from tensornet.topologies import mpo
-from tensornet_hf.sharded.piece import peak_memory
 from tensornet_hf.sharded.staging import Staging
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -23,13 +23,13 @@ from sharded_folders import save
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TensorNetError
+from tensornet.pieces.header import read_header
+from tensornet.pieces.writer import write_tensors
 from tensornet_hf.checkpoint import check_layers, read_compression, read_headers
 from tensornet_hf.safe_json import read_json
-from tensornet_hf.sharded.header import read_header
 from tensornet_hf.sharded.manifest import MANIFEST, read_manifest
 from tensornet_hf.sharded.skeleton import check_values, model_skeleton, skeleton_from_names
 from tensornet_hf.sharded.staging import Staging
-from tensornet_hf.sharded.writer import write_tensors
 
 HEADERS, CONFIGS, DESCRIPTIONS, MANIFESTS, JOURNALS, PLANS = 6_000, 5_000, 3_500, 3_000, 1_500, 2_000
 #: 100 us to read a small file would be slow; a second is a hang.

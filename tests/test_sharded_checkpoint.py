@@ -17,10 +17,10 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import find_targets
 from tensornet.errors import DestinationError, FormatError, TargetError
-from tensornet_hf.sharded.header import load_slice, read_header
+from tensornet.pieces.header import load_slice, read_header
+from tensornet.pieces.writer import ShardTask, write_shard, write_tensors
 from tensornet_hf.sharded.skeleton import skeleton_from_names
 from tensornet_hf.sharded.source import open_source
-from tensornet_hf.sharded.writer import ShardTask, write_shard, write_tensors
 
 EVERYTHING = tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6)
 LINEARS = tn.CompressionConfig(**HALF)
@@ -204,6 +204,7 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match="inside the source"):
         th.compress_checkpoint(source, source / "out", LINEARS)
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text("{}")
     with pytest.raises(DestinationError, match="exists already"):
         th.compress_checkpoint(source, tmp_path / "taken", LINEARS)
     th.compress_checkpoint(source, tmp_path / "taken", LINEARS, force=True)

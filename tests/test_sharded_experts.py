@@ -106,7 +106,9 @@ def test_same_bytes_from_workers_and_after_interruptions(
     assert contents(tmp_path / "out") == contents(tmp_path / "reference")
 
 
-def test_same_bytes_from_processes(source: Path, tmp_path: Path) -> None:
+def test_same_bytes_from_processes(tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    mixture("gpt_oss").save_pretrained(source, max_shard_size="15KB")
     th.compress_checkpoint(source, tmp_path / "one", ONE, **SMALL)
     th.compress_checkpoint(source, tmp_path / "two", ONE, workers=2, **SMALL)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from os import getpid
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,9 @@ from tensornet.compression import (
 from tensornet.errors import FormatError
 from tensornet.nn.adapters import layer_kind
 from tensornet.nn.build import module_spec
-from tensornet_hf.sharded.header import Slice, read_header
-from tensornet_hf.sharded.matrix import StoredMatrix
-from tensornet_hf.sharded.skeleton import place
-from tensornet_hf.sharded.writer import Written, write_tensors
+from tensornet.pieces.header import Slice, read_header
+from tensornet.pieces.matrix import StoredMatrix
+from tensornet.pieces.writer import Written, write_tensors
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ class Use:
     Args:
         name: of the module.
         kind: name of its layer kind.
+        registered_in: module that registers this kind; workers import it and nothing else.
         bias: whether it has one.
         padding_idx: of an embedding.
     """
 
     name: str
     kind: str
+    registered_in: str
     bias: bool = False
     padding_idx: int | None = None
 
@@ -162,6 +164,16 @@ def copy_matrix(task: PieceTask) -> Piece:
     return Piece(layer, 0.0, {}, written, read_header(task.path), peak_memory(), getpid())
 
 
+def place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a dotted name, making the containers on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(last, module)
+
+
 def peak_memory() -> int:
     """Largest resident size this process has had, in bytes; 0 where the system does not tell."""
     if sys.platform == "win32":
@@ -187,6 +199,7 @@ def _stand_in(task: PieceTask) -> nn.Module:
     """A model that consists of the layers that use the weight."""
     root, shared = nn.Module(), None
     for use in task.uses:
+        import_module(use.registered_in)
         kind = layer_kind(use.kind)
         if shared is None:
             matrix = task.weight.load().to(task.device)

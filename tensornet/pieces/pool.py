@@ -1,13 +1,15 @@
 """Running independent tasks: here, in processes of our own, or on any `concurrent.futures.Executor`."""
 
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 from tensornet.errors import TensorNetError
 
@@ -71,7 +73,7 @@ def _own_pool(
     deaths: Counter[str] = Counter()
     while pending:
         flying: set[str] = set()
-        pool = ProcessPoolExecutor(
+        pool = _Processes(
             min(workers, len(pending)), mp_context=get_context(start_method), initializer=_end_with_parent
         )
         try:
@@ -87,6 +89,22 @@ def _own_pool(
                 ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Processes(ProcessPoolExecutor):
+    """Processes that do not run the caller's script once more when they start.
+
+    They would, for the sake of functions defined in it; ours are not. What the script imports is saved, and
+    it needs no guard around its code.
+    """
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # has no file
+        try:
+            return super().submit(*args, **kwargs)  # starts processes
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _end_with_parent() -> None:

@@ -12,10 +12,10 @@ from tensornet.compression.apply import set_submodule
 from tensornet.nn.build import build_module
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
+from tensornet.pieces.header import Slice
+from tensornet.pieces.piece import Piece
 from tensornet_hf.checkpoint import WEIGHTS
 from tensornet_hf.config import TensorNetworkConfig
-from tensornet_hf.sharded.header import Slice
-from tensornet_hf.sharded.piece import Piece
 from tensornet_hf.sharded.source import total_bytes
 from tensornet_hf.split_experts import settle_experts
 from tensornet_hf.structure import describe

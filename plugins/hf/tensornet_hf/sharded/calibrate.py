@@ -21,10 +21,10 @@ from tensornet.compression import CalibrationStats, CompressionConfig
 from tensornet.compression.calibrate import _observed, _Recorder, to_device
 from tensornet.compression.losses import Batch, TokenLosses, label_losses
 from tensornet.errors import TargetError
-from tensornet_hf.sharded.header import load_slice, read_header
+from tensornet.pieces.header import load_slice, read_header
+from tensornet.pieces.writer import write_tensors
 from tensornet_hf.sharded.mapped import mapped_model
 from tensornet_hf.sharded.moments import Moments
-from tensornet_hf.sharded.writer import write_tensors
 
 #: Observes all linear layers but the head; nothing is compressed here, so the budget means nothing.
 LINEAR_LAYERS = CompressionConfig(max_bond=1)

@@ -24,10 +24,12 @@ from transformers.core_model_loading import (
 )
 
 from tensornet.errors import FormatError
-from tensornet_hf.sharded.header import FLOATS, Slice
-from tensornet_hf.sharded.matrix import StoredMatrix
-from tensornet_hf.sharded.skeleton import NamedLayers, place
-from tensornet_hf.split_experts import ExpertMatrix, split_experts, stack_names
+from tensornet.nn.expert_matrix import ExpertMatrix
+from tensornet.pieces.header import FLOATS, Slice
+from tensornet.pieces.matrix import StoredMatrix
+from tensornet.pieces.piece import place
+from tensornet_hf.sharded.skeleton import NamedLayers
+from tensornet_hf.split_experts import split_experts, stack_names
 
 #: No mixture of this form has more.
 MOST_EXPERTS = 4096

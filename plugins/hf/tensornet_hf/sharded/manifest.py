@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tensornet.errors import FormatError
+from tensornet.pieces.writer import Written, intact
 from tensornet_hf.safe_json import read_json
-from tensornet_hf.sharded.writer import Written, intact
 
 MANIFEST = "tensornet_manifest.json"
 MANIFEST_VERSION = 1

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
+from tensornet.pieces.header import FLOATS, load_slice
+from tensornet.pieces.matrix import StoredMatrix
+from tensornet.pieces.writer import contents
 from tensornet_hf.sharded.experts import take_experts_apart
-from tensornet_hf.sharded.header import FLOATS, load_slice
-from tensornet_hf.sharded.matrix import StoredMatrix
 from tensornet_hf.sharded.skeleton import model_skeleton
 from tensornet_hf.sharded.source import open_source
 from tensornet_hf.sharded.targets import untie_different
-from tensornet_hf.sharded.writer import contents
 
 _T = TypeVar("_T", bound=torch.Tensor)
 

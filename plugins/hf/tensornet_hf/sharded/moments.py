@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tensornet.compression import CalibrationStats
 from tensornet.compression.stats import STATS_VERSION
-from tensornet_hf.sharded.header import Slice, read_header
-from tensornet_hf.sharded.writer import ShardTask, write_shard, write_tensors
+from tensornet.pieces.header import Slice, read_header
+from tensornet.pieces.writer import ShardTask, write_shard, write_tensors
 
 
 class Moments:

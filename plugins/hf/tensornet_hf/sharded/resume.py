@@ -8,10 +8,10 @@ import torch
 
 import tensornet as tn
 from tensornet.errors import FormatError
-from tensornet_hf.sharded.piece import Piece
+from tensornet.pieces.piece import Piece
+from tensornet.pieces.writer import Written, intact
 from tensornet_hf.sharded.source import Mark, Source, check_unchanged, digest
 from tensornet_hf.sharded.staging import Staging
-from tensornet_hf.sharded.writer import Written, intact
 
 JOURNAL_VERSION = 1
 

@@ -17,14 +17,8 @@ import tensornet.compression
 from tensornet.compression import CalibrationStats, CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
-from tensornet_hf.atomic import check_free
-from tensornet_hf.card import CARD, write_card
-from tensornet_hf.checkpoint import INDEX
-from tensornet_hf.sharded.assembly import Part, config_text, index_text, layout
-from tensornet_hf.sharded.experts import ExpertSource, take_experts_apart
-from tensornet_hf.sharded.manifest import MANIFEST, manifest_text
-from tensornet_hf.sharded.mapped import mapped_model
-from tensornet_hf.sharded.piece import (
+from tensornet.nn.expert_matrix import ExpertMatrix
+from tensornet.pieces.piece import (
     Piece,
     PieceTask,
     Use,
@@ -33,14 +27,21 @@ from tensornet_hf.sharded.piece import (
     one_thread,
     peak_memory,
 )
-from tensornet_hf.sharded.pool import run_tasks
+from tensornet.pieces.pool import run_tasks
+from tensornet.pieces.writer import ShardTask, Written, copy_file, file_digest, write_file, write_shard
+from tensornet_hf.atomic import check_free
+from tensornet_hf.card import CARD, write_card
+from tensornet_hf.checkpoint import INDEX
+from tensornet_hf.sharded.assembly import Part, config_text, index_text, layout
+from tensornet_hf.sharded.experts import ExpertSource, take_experts_apart
+from tensornet_hf.sharded.manifest import MANIFEST, manifest_text
+from tensornet_hf.sharded.mapped import mapped_model
 from tensornet_hf.sharded.report import CheckpointReport
 from tensornet_hf.sharded.resume import Past, identity, take_over
 from tensornet_hf.sharded.skeleton import model_skeleton
 from tensornet_hf.sharded.source import Source, check_unchanged, marks_now, open_source
 from tensornet_hf.sharded.staging import Staging, staging, staging_folder
 from tensornet_hf.sharded.targets import find_tasks
-from tensornet_hf.sharded.writer import ShardTask, Written, copy_file, file_digest, write_file, write_shard
 
 #: Files are filled up to this size. Space on the disk is needed for the result and one more of them.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -220,7 +221,8 @@ def _left_dense(
     for index, (name, matrix) in enumerate(experts.matrices.items()):
         if experts.module_of(name) in changed and not (name in pieces and pieces[name].specs):
             path = work.pieces / f"dense-{index:06d}.safetensors"
-            tasks[name] = PieceTask((Use(name, "expert"),), matrix, config, None, None, "cpu", path)
+            use = Use(name, "expert", registered_in=ExpertMatrix.__module__)
+            tasks[name] = PieceTask((use,), matrix, config, None, None, "cpu", path)
     return tasks
 
 

@@ -13,7 +13,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tensornet.errors import FormatError
 from tensornet.nn.adapters import LayerKind, layer_kind
-from tensornet_hf.sharded.header import FLOATS, Slice
+from tensornet.pieces.header import FLOATS, Slice
+from tensornet.pieces.piece import place
 
 #: Types of model whose linear layers with these names are `Conv1D`, weight `(in, out)`.
 CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -142,16 +143,6 @@ def skeleton_from_names(model_type: str, tensors: Mapping[str, Slice]) -> NamedL
         except (KeyError, AttributeError) as error:  # empty parts, or names of methods
             raise FormatError(f"No model has a layer named {layer!r:.200}: {error!s:.200}.") from error
     return root
-
-
-def place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a dotted name, making the containers on the way."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    root.add_module(last, module)
 
 
 def _empty_bias(part: Slice | None) -> torch.Tensor | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.errors import FormatError
+from tensornet.pieces.header import MAX_HEADER, Slice, read_header
 from tensornet_hf.checkpoint import INDEX, WEIGHTS
 from tensornet_hf.safe_json import read_json
-from tensornet_hf.sharded.header import MAX_HEADER, Slice, read_header
 
 #: Other forms of weights; a compressed model must not carry the dense ones along.
 WEIGHT_SUFFIXES = (

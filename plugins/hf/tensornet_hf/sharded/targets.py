@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from tensornet.compression import CompressionConfig, CompressionPlan, Target, find_targets
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import layer_bias
-from tensornet_hf.sharded.header import FLOATS, Slice
-from tensornet_hf.sharded.matrix import StoredMatrix
-from tensornet_hf.sharded.piece import PieceTask, Use
-from tensornet_hf.sharded.writer import CHUNK
+from tensornet.pieces.header import FLOATS, Slice
+from tensornet.pieces.matrix import StoredMatrix
+from tensornet.pieces.piece import PieceTask, Use
+from tensornet.pieces.writer import CHUNK
 
 
 def find_tasks(
@@ -47,7 +47,7 @@ def find_tasks(
     untie_different(skeleton, stored)
     targets = find_targets(skeleton, config)
     if plan is not None:
-        targets = _planned(find_targets(skeleton, CompressionConfig(target_modules="all")), plan)
+        targets = _planned(find_targets(skeleton, CompressionConfig(target_modules="*")), plan)
     tasks = {}
     for index, target in enumerate(targets):
         weight = experts.get(target.name) or _stored_weight(target, stored)
@@ -87,7 +87,13 @@ def _planned(targets: list[Target], plan: CompressionPlan) -> list[Target]:
 
 def _uses(target: Target) -> tuple[Use, ...]:
     return tuple(
-        Use(name, kind.name, layer_bias(module) is not None, getattr(module, "padding_idx", None))
+        Use(
+            name,
+            kind.name,
+            type(kind).__module__,
+            layer_bias(module) is not None,
+            getattr(module, "padding_idx", None),
+        )
         for name, module, kind in zip(target.names, target.modules, target.kinds, strict=True)
     )
 
