@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hf_models import ARCHITECTURES, logits
 from torch import Tensor
 
+import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet_moe.testing import RouterLaws
 
@@ -28,6 +32,50 @@ class TestExpertChoice(RouterLaws):
 
     def router(self, num_features: int, num_experts: int) -> tm.Router:
         return tm.ExpertChoiceRouter(num_features, num_experts, capacity_factor=1.5)
+
+
+class Sharp(tm.SwitchRouter):
+    """One of a user's own, with an argument of its own."""
+
+    options = ("temperature",)
+
+    def __init__(
+        self, num_features: int, num_experts: int, *, temperature: float = 0.5, **options: Any
+    ) -> None:
+        super().__init__(num_features, num_experts, **options)
+        self.temperature = temperature
+
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> tm.Routing:
+        return super().select(logits, (logits / self.temperature).softmax(-1), mask)
+
+
+tm.register_router("sharp", Sharp)
+
+
+class TestSharp(RouterLaws):
+    def router(self, num_features: int, num_experts: int) -> tm.Router:
+        return Sharp(num_features, num_experts, temperature=0.25)
+
+
+def test_a_registered_router_is_upcycled_saved_and_loaded(tmp_path: Path) -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    th.upcycle(model, th.MoEConfig(num_experts=3, router="sharp", sites=2))
+    th.save_model(model, tmp_path / "m")
+    again = th.load(tmp_path / "m")
+    routers = [module for module in again.modules() if isinstance(module, Sharp)]
+    assert len(routers) == 2
+    assert logits(again, ARCHITECTURES["gpt2"]).equal(logits(model.eval(), ARCHITECTURES["gpt2"]))
+
+
+def test_an_unregistered_router_says_how_to_be_saved() -> None:
+    with pytest.raises(TypeError, match=r"_Unnamed cannot be saved: register it.*register_router"):
+        _Unnamed(4, 3).spec()
+
+
+def test_a_taken_name_is_refused() -> None:
+    tm.register_router("sharp", Sharp)  # again is no harm
+    with pytest.raises(ValueError, match=r"'switch' is registered already \(SwitchRouter\)"):
+        tm.register_router("switch", Sharp)
 
 
 Select = Callable[[tm.Routing], tm.Routing]
@@ -95,7 +143,7 @@ class _Careless(tm.SwitchRouter):
 
 
 class _Unnamed(tm.SwitchRouter):
-    """Inherits the description of another type."""
+    """Registered nowhere."""
 
 
 @pytest.mark.parametrize(
@@ -107,7 +155,7 @@ class _Unnamed(tm.SwitchRouter):
     ],
 )
 def test_a_careless_router_breaks_its_law(kind: type[tm.Router], law: Callable[[RouterLaws], None]) -> None:
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, TypeError, pytest.fail.Exception)):
         law(_laws(kind))
 
 

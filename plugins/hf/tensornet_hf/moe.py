@@ -137,7 +137,7 @@ def make_mixture(
     for name, bias in biases.items():
         if bias is not None:
             getattr(experts, f"{name}_bias").copy_(bias.expand(config.num_experts, -1))
-    choice = config.router == "expert_choice"
+    choice = config.limits_itself
     mixture = SharedCoreMoE(
         config.make_router(first.shape[1], seed=seed).to(**where),
         experts,

@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 
 from tensornet.budget import Budget
-from tensornet_moe import ExpertChoiceRouter, Router, SwitchRouter, TopKRouter
-from tensornet_moe.routing import COMBINE, Combine
-
-RouterName = Literal["switch", "topk", "expert_choice"]
-ROUTERS = ("switch", "topk", "expert_choice")
+from tensornet_moe import Router
+from tensornet_moe.routing import COMBINE, Combine, router_kind
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,8 @@ class MoEConfig:
     Args:
         num_experts: experts of each network.
         top_k: experts for each token.
-        router: `"switch"` (top-1), `"topk"`, or `"expert_choice"` (encoders only: it looks at later tokens).
+        router: `"switch"` (top-1), `"topk"`, `"expert_choice"` (encoders only: it looks at later tokens), or
+            one of your own, see `tensornet_moe.register_router`.
         shared: which cores are shared: `"center"`, `"ends"`, `"none"`, `"all"`, or core names.
         share_across_layers: one owner of the shared cores for all layers whose matrices have one name and
             shape. The model then starts far from what it was, because one core cannot fit unrelated layers:
@@ -52,7 +49,7 @@ class MoEConfig:
 
     num_experts: int = 8
     top_k: int = 1
-    router: RouterName = "switch"
+    router: str = "switch"
     shared: str | Sequence[str] = "center"
     share_across_layers: bool = False
     topology: str = "mpo"
@@ -74,8 +71,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
-        if self.router not in ROUTERS:
-            raise ValueError(f"Unknown router {self.router!r}; choose one of {', '.join(ROUTERS)}.")
+        kind = router_kind(self.router)
         if self.combine not in COMBINE:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
         if self.num_experts < 1:
@@ -85,7 +81,7 @@ class MoEConfig:
                 f"top_k={self.top_k} with num_experts={self.num_experts}: a token can go to at least 1 "
                 "and at most num_experts experts."
             )
-        if self.top_k != 1 and self.router != "topk":
+        if self.top_k != 1 and "top_k" not in kind.options:
             raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
         if self.aux_loss_coef < 0 or self.z_loss_coef < 0:
             raise ValueError(
@@ -102,17 +98,17 @@ class MoEConfig:
         if isinstance(self.target_modules, str):
             raise ValueError(f"target_modules is a list of patterns; write [{self.target_modules!r}].")
 
+    @property
+    def limits_itself(self) -> bool:
+        """Whether the router takes `capacity_factor` itself, so that the mixture drops nothing."""
+        return "capacity_factor" in router_kind(self.router).options
+
     def make_router(self, num_features: int, *, seed: int) -> Router:
         """A router with weights drawn from `seed`, in float32 on the CPU."""
-        options: dict[str, Any] = {"jitter": self.jitter, "combine": self.combine}
-        router: Router
-        if self.router == "switch":
-            router = SwitchRouter(num_features, self.num_experts, **options)
-        elif self.router == "topk":
-            router = TopKRouter(num_features, self.num_experts, top_k=self.top_k, **options)
-        else:
-            factor = 1.0 if self.capacity_factor is None else self.capacity_factor
-            router = ExpertChoiceRouter(num_features, self.num_experts, capacity_factor=factor, **options)
+        kind = router_kind(self.router)
+        options = {key: getattr(self, key, None) for key in ("jitter", "combine", *kind.options)}
+        given = {key: value for key, value in options.items() if value is not None}
+        router = kind(num_features, self.num_experts, **given)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)

@@ -11,7 +11,7 @@ from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.moe import AuxLosses, RoutingStats, SharedCoreMoE, collect_aux_losses
 from tensornet_moe.parallel import ParallelExperts, average_gradients, gather_experts, shard_experts
 from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
-from tensornet_moe.routing import Router, Routing
+from tensornet_moe.routing import Router, Routing, register_router
 
 __all__ = [
     "AuxLosses",
@@ -35,6 +35,7 @@ __all__ = [
     "lend_shared_cores",
     "linear_fade",
     "load_balancing_loss",
+    "register_router",
     "router_z_loss",
     "shard_experts",
     "share_across_layers",

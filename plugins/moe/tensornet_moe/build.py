@@ -1,6 +1,6 @@
 """Making empty parts of a mixture from their descriptions, for checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from tensornet_moe.bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.moe import SharedCoreMoE
-from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
 from tensornet_moe.routing import Router
 from tensornet_moe.stack import enclosing_topology
 
@@ -23,14 +22,6 @@ def _typed(module: nn.Module, kind: type) -> Any:
     if not isinstance(module, kind):
         raise TypeError(f"expected a {kind.__name__}, the description makes a {type(module).__name__}")
     return module
-
-
-def _router(kind: type[Router]) -> Callable[[Mapping[str, Any], _Device, torch.dtype | None], nn.Module]:
-    def build(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
-        options = {key: value for key, value in spec.items() if key != "type"}
-        return kind(**options, device=device, dtype=dtype)
-
-    return build
 
 
 def _experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
@@ -76,9 +67,6 @@ def _moe(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) ->
     )
 
 
-register_module_type("switch_router", _router(SwitchRouter))
-register_module_type("topk_router", _router(TopKRouter))
-register_module_type("expert_choice_router", _router(ExpertChoiceRouter))
 register_module_type("shared_cores", _shared_cores)
 register_module_type("shared_core_experts", _experts)
 register_module_type("expert_ffn", _ffn)

@@ -1,12 +1,12 @@
 """The routers: Switch, top-k, expert choice."""
 
 import math
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tensornet_moe.routing import Combine, Router, Routing
+from tensornet_moe.routing import Combine, Router, Routing, register_router
 
 
 class TopKRouter(Router):
@@ -25,6 +25,8 @@ class TopKRouter(Router):
     Reference:
         Shazeer et al. 2017 (noisy top-k); Lepikhin et al. 2020 (GShard, k = 2).
     """
+
+    options: ClassVar[tuple[str, ...]] = ("top_k",)
 
     def __init__(
         self,
@@ -55,10 +57,6 @@ class TopKRouter(Router):
             chosen = chosen / (total.detach() if self.top_k == 1 else total)
         return Routing(indices, chosen, probs, logits, mask)
 
-    def spec(self) -> dict[str, Any]:
-        """See `Router`."""
-        return {**_common_spec("topk_router", self), "top_k": self.top_k}
-
 
 class SwitchRouter(TopKRouter):
     """Each token goes to its one most probable expert (Switch). See `Router` for the arguments.
@@ -66,6 +64,8 @@ class SwitchRouter(TopKRouter):
     Reference:
         Fedus, Zoph, Shazeer 2021, "Switch Transformers", section 2.1.
     """
+
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -80,10 +80,6 @@ class SwitchRouter(TopKRouter):
         super().__init__(
             num_features, num_experts, top_k=1, jitter=jitter, combine=combine, device=device, dtype=dtype
         )
-
-    def spec(self) -> dict[str, Any]:
-        """See `Router`."""
-        return _common_spec("switch_router", self)
 
 
 class ExpertChoiceRouter(Router):
@@ -104,6 +100,8 @@ class ExpertChoiceRouter(Router):
     Reference:
         Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing".
     """
+
+    options: ClassVar[tuple[str, ...]] = ("capacity_factor",)
 
     def __init__(
         self,
@@ -141,16 +139,7 @@ class ExpertChoiceRouter(Router):
         indices = torch.arange(self.num_experts, device=probs.device).expand_as(probs)
         return Routing(indices, weights, probs, logits, mask, kept)
 
-    def spec(self) -> dict[str, Any]:
-        """See `Router`."""
-        return {**_common_spec("expert_choice_router", self), "capacity_factor": self.capacity_factor}
 
-
-def _common_spec(kind: str, router: Router) -> dict[str, Any]:
-    return {
-        "type": kind,
-        "num_features": router.num_features,
-        "num_experts": router.num_experts,
-        "jitter": router.jitter,
-        "combine": router.combine,
-    }
+register_router("switch", SwitchRouter)
+register_router("topk", TopKRouter)
+register_router("expert_choice", ExpertChoiceRouter)

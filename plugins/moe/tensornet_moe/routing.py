@@ -2,13 +2,15 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tensornet.errors import NonFiniteError
+from tensornet.nn import register_module_type
 
 Combine = Literal["unit", "prob"]
 COMBINE = ("unit", "prob")
@@ -59,8 +61,11 @@ class Routing:
 class Router(nn.Module, ABC):
     """Contract and the common part: jitter, float32 logits and softmax, the check for NaN.
 
-    Subclasses define `select`, and `spec` if they are to be saved. Logits are `x @ weight^T` in float32
-    whatever the model's dtype and autocast say: a router in half precision is unstable (Switch, section 2.4).
+    Subclasses define `select`, and name the arguments of their own in `options`; `register_router` makes them
+    known to configurations and checkpoints. `tensornet_moe.testing.RouterLaws` tests them.
+
+    Logits are `x @ weight^T` in float32 whatever the model's dtype and autocast say: a router in half
+    precision is unstable (Switch, section 2.4).
 
     Args:
         num_features: size of a token.
@@ -75,6 +80,9 @@ class Router(nn.Module, ABC):
     Raises:
         ValueError: an option out of its range.
     """
+
+    #: Arguments beyond those of this class, each kept as an attribute of the same name.
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -103,8 +111,19 @@ class Router(nn.Module, ABC):
         """Choose experts from float32 `logits` and `probs`, both `(tokens, E)`; `mask: (tokens,)` bool."""
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description, see `tensornet.nn.register_module_type`."""
-        raise TypeError(f"{type(self).__name__} must define spec() to be saved.")
+        """JSON-ready description, see `tensornet.nn.register_module_type`.
+
+        Raises:
+            TypeError: the class is not registered.
+        """
+        name = next((name for name, kind in _ROUTERS.items() if kind is type(self)), None)
+        if name is None:
+            raise TypeError(
+                f"{type(self).__name__} cannot be saved: register it, here and where it is loaded, as in "
+                f'tensornet_moe.register_router("my_router", {type(self).__name__}).'
+            )
+        common = ("num_features", "num_experts", "jitter", "combine")
+        return {"type": f"{name}_router", **{key: getattr(self, key) for key in (*common, *self.options)}}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route `x: (tokens, features)`; `mask: (tokens,)` is False or 0 for padding.
@@ -138,6 +157,48 @@ class Router(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.num_features}, {self.num_experts}, jitter={self.jitter}, combine={self.combine}"
+
+
+_ROUTERS: dict[str, type[Router]] = {}
+
+
+def register_router(name: str, kind: type[Router]) -> None:
+    """Make a router available by name in configurations, and its description in checkpoints.
+
+    Args:
+        name: for `MoEConfig(router=name)`.
+        kind: a subclass of `Router` whose constructor takes the arguments of `Router` and its `options`.
+            Options that a configuration has too (`top_k`, `capacity_factor`) are taken from there.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    known = _ROUTERS.get(name)
+    if known is kind:
+        return
+    if known is not None:
+        raise ValueError(
+            f"A router named {name!r} is registered already ({known.__name__}); choose another name."
+        )
+    _ROUTERS[name] = kind
+
+    def build(
+        spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> nn.Module:
+        return kind(**{key: spec[key] for key in spec if key != "type"}, device=device, dtype=dtype)
+
+    register_module_type(f"{name}_router", build)
+
+
+def router_kind(name: str) -> type[Router]:
+    """The router of a name.
+
+    Raises:
+        ValueError: listing the names that exist.
+    """
+    if name not in _ROUTERS:
+        raise ValueError(f"Unknown router {name!r}; choose one of {', '.join(_ROUTERS)}.")
+    return _ROUTERS[name]
 
 
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:

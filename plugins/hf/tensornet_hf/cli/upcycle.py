@@ -63,7 +63,7 @@ def run(
     config = MoEConfig(
         num_experts=experts,
         top_k=top_k,
-        router=router,  # type: ignore[arg-type]  # checked by the class
+        router=router,
         shared=_shared(share),
         share_across_layers=across,
         topology=topology,
