@@ -15,7 +15,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError, TopologyError
 from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
 
 CONFIG = th.MoEConfig(num_experts=4, sites=3)
@@ -318,7 +318,18 @@ def test_bert_is_refused_with_what_was_looked_for() -> None:
         ({"top_k": 9}, ValueError, "top_k=9 with num_experts=8"),
         ({"top_k": 2}, ValueError, 'top_k=2 needs router="topk"'),
         ({"router": "hash"}, ValueError, "Unknown router 'hash'"),
-        ({"num_experts": 0}, ValueError, "num_experts must be at least 1"),
+        ({"num_experts": 0}, ValueError, "num_experts must be a whole number of at least 1, got 0"),
+        ({"num_experts": "8"}, ValueError, "num_experts must be a whole number of at least 1, got '8'"),
+        ({"num_experts": 2.0}, ValueError, "num_experts must be a whole number of at least 1, got 2.0"),
+        ({"sites": 0}, ValueError, "sites must be a whole number of at least 1, got 0"),
+        ({"capacity_factor": 0.0}, ValueError, "capacity_factor must be above 0, got 0.0; None computes"),
+        ({"jitter": 1.0}, ValueError, r"jitter must lie in \[0, 1\), got 1.0"),
+        ({"noise": -0.1}, ValueError, "noise must be at least 0, got -0.1"),
+        (
+            {"model_dims": (4, 6), "hidden_dims": (4, 4, 6)},
+            ValueError,
+            r"model_dims=\(4, 6\) and hidden_dims=\(4, 4, 6\) must have one factor for each site",
+        ),
         ({"aux_loss_coef": -1.0}, ValueError, "must be at least 0"),
         ({"max_bond": 0}, BudgetError, "max_bond"),
         ({"combine": "x"}, ValueError, "choose one of unit, prob"),
@@ -328,6 +339,46 @@ def test_bert_is_refused_with_what_was_looked_for() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         th.MoEConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"model_dims": (2, 2), "hidden_dims": (4, 4)},
+            TopologyError,
+            r"h\.0\.mlp\.c_fc: .*which does not hold",
+        ),
+        ({"shared": "middle"}, TopologyError, r"h\.0\.mlp\.c_fc: .*one of center, ends, none, all"),
+        ({"topology": "mps"}, TopologyError, r"Unknown topology 'mps'; registered are .*mpo"),
+        (
+            {"topology": "mps", "share_across_layers": True},
+            TopologyError,
+            "c_fc of 2 layers: Unknown topology",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_name_their_matrix(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(error, match=message):
+        th.upcycle(model, th.MoEConfig(**options))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_weight_with_nan_is_named() -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_proj: .*1 NaN"):
+        th.upcycle(model, CONFIG)
+
+
+def test_mixtures_are_not_upcycled_again() -> None:
+    with pytest.raises(TargetError, match=r"2 are mixtures already, the first is transformer\.h\.0\.mlp"):
+        th.upcycle(upcycled("gpt2"), CONFIG)
 
 
 # --- the embedded models -------------------------------------------------------------------------

@@ -22,6 +22,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd_foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True),
     "sgd_fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
     "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+    "adam_foreach": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, foreach=True),
+    "adam_fused": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, fused=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
@@ -79,6 +81,22 @@ def test_a_masked_core_is_bit_identical_and_the_rest_moves(name: str) -> None:
         for a, b in zip(private, (p for p in model.parameters() if p.ndim == 5), strict=True)
     ]
     assert all(moved)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_core_may_be_masked_from_the_first_step(name: str) -> None:
+    """Then it has no momentum when others have; an optimizer must start it later as it would have earlier."""
+    model = Model()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    tm.GradientMask(model, p=0.5, seed=0).attach(optimizer)
+    reference = copy.deepcopy(model)
+    plain = OPTIMIZERS[name.partition("_")[0]](reference.parameters())
+    tm.GradientMask(reference, p=0.5, seed=0).attach(plain)
+    left = train(model, optimizer, range(5))
+    assert left == train(reference, plain, range(5))
+    assert len(set(left[0])) == 2
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -141,9 +159,10 @@ def test_one_draw_for_many_micro_batches() -> None:
     assert mask.steps == 1
 
 
-def test_grad_scaler_draws_only_for_steps_that_happen() -> None:
+@pytest.mark.parametrize("name", ["adamw", "adamw_foreach", "adamw_fused", "sgd_fused"])
+def test_grad_scaler_draws_only_for_steps_that_happen(name: str) -> None:
     model = Model()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    optimizer = OPTIMIZERS[name](model.parameters())
     mask = tm.GradientMask(model, p=1.0).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     before = [c.detach().clone() for c in model.centers]
@@ -278,6 +297,15 @@ def test_a_masked_model_can_be_copied_and_saved_whole() -> None:
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         tm.GradientMask(twin, p=0.5)
     assert mask.parameters == model.centers
+
+
+def test_fused_sgd_with_dampening_is_refused() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    tm.GradientMask(model, p=0.5).attach(optimizer)
+    backward(model)
+    with pytest.raises(ValueError, match=r"fused=True and dampening=0.5 cannot do; use fused=False"):
+        optimizer.step()
 
 
 def test_bad_options_are_refused() -> None:

@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 import tensornet_moe as tm
-from tensornet.errors import NonFiniteError
+from tensornet.errors import NonFiniteError, ShapeError
 from tensornet_moe.routing import limit_capacity
 
 TOKENS, FEATURES, E = 12, 6, 4
@@ -179,6 +179,11 @@ def test_a_router_fed_nan_says_so() -> None:
     with pytest.raises(NonFiniteError, match="router was fed NaN or infinity: 1 of 12 tokens"):
         router(x)
     router(x, torch.arange(TOKENS) != 3)  # padding may hold anything
+
+
+def test_tokens_of_another_size_are_refused() -> None:
+    with pytest.raises(ShapeError, match=rf"takes tokens of size {FEATURES}, got \(3, {FEATURES + 1}\)"):
+        routers()["switch"](torch.randn(3, FEATURES + 1))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The banks of experts of every network: each matrix alone, or those of all layers together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tensornet.errors import TargetError
+from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
 from tensornet_hf.feed_forward import FeedForward
 from tensornet_hf.moe_config import MoEConfig
 from tensornet_moe import SharedCoreExperts, SharedCores, share_across_layers
@@ -22,23 +23,24 @@ def alone(
     network: FeedForward, config: MoEConfig, seed: int, made: Mapping[str, SharedCoreExperts]
 ) -> dict[str, SharedCoreExperts]:
     """Banks of one network by name; those that were not made together with other layers are made here."""
-    return {
-        name: made[name]
-        if name in made
-        else SharedCoreExperts.from_dense(
-            network.matrix(name),
-            num_experts=config.num_experts,
-            topology=config.topology,
-            shared=config.shared,
-            noise=config.noise,
-            seed=seed * 3 + position,
-            max_bond=config.max_bond,
-            rel_error=config.rel_error,
-            param_ratio=config.param_ratio,
-            **_family_options(config, is_down=name == network.matrices[-1]),
-        )
-        for position, name in enumerate(network.matrices)
-    }
+    banks = dict(made)
+    for position, name in enumerate(network.matrices):
+        if name in made:
+            continue
+        with _errors_name(f"{network.name}.{name}"):
+            banks[name] = SharedCoreExperts.from_dense(
+                network.matrix(name),
+                num_experts=config.num_experts,
+                topology=config.topology,
+                shared=config.shared,
+                noise=config.noise,
+                seed=seed * 3 + position,
+                max_bond=config.max_bond,
+                rel_error=config.rel_error,
+                param_ratio=config.param_ratio,
+                **_family_options(config, is_down=name == network.matrices[-1]),
+            )
+    return {name: banks[name] for name in network.matrices}
 
 
 def across_layers(
@@ -61,17 +63,19 @@ def across_layers(
     groups = [] if place is None else _groups(networks)
     for group in tqdm(groups, desc="fitting layers jointly", disable=not progress, unit="matrix"):
         weights = [networks[index].matrix(group.name) for index in group.networks]
-        owner, banks = share_across_layers(
-            torch.stack([w.to(weights[0]) for w in weights]),
-            num_experts=config.num_experts,
-            label=_free_label(place, owners, group),
-            topology=config.topology,
-            shared=config.shared,
-            noise=config.noise,
-            seed=config.seed,
-            max_bond=config.max_bond,
-            **_family_options(config, is_down=group.is_down),
-        )
+        label = _free_label(place, owners, group)
+        with _errors_name(f"{group.name} of {len(weights)} layers"):
+            owner, banks = share_across_layers(
+                torch.stack([w.to(weights[0]) for w in weights]),
+                num_experts=config.num_experts,
+                label=label,
+                topology=config.topology,
+                shared=config.shared,
+                noise=config.noise,
+                seed=config.seed,
+                max_bond=config.max_bond,
+                **_family_options(config, is_down=group.is_down),
+            )
         owners.append(owner)
         for index, bank in zip(group.networks, banks, strict=True):
             made[index][group.name] = bank
@@ -144,6 +148,14 @@ def _free_label(place: nn.Module | None, owners: Sequence[SharedCores], group: _
     taken = {owner.label for owner in owners} | set(getattr(place, OWNERS, {}))
     label = f"{group.name}_{group.shape[0]}x{group.shape[1]}"
     return next(x for x in (label, *(f"{label}_{k}" for k in range(2, len(taken) + 3))) if x not in taken)
+
+
+@contextmanager
+def _errors_name(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (BudgetError, NonFiniteError, ShapeError, TopologyError) as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def _family_options(config: MoEConfig, *, is_down: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tensornet.compression.targets import matches
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import LayerKind, kind_of, layer_bias
+from tensornet_moe import SharedCoreMoE
 from tensornet_moe.ffn import ACTIVATIONS
 
 DropoutPlace = Literal["hidden", "output", "none"]
@@ -99,6 +100,10 @@ def find_feed_forwards(
             raise TargetError(f"Pattern {pattern!r} matches no feed-forward network. {_looked_for(matrices)}")
     if not found:
         tried = f" Looked at, and not such a network: {'; '.join(refused[:3])}." if refused else ""
+        if mixtures := [name for name, m in model.named_modules() if isinstance(m, SharedCoreMoE)]:
+            tried += (
+                f" {len(mixtures)} are mixtures already, the first is {mixtures[0] or 'the model itself'}."
+            )
         raise TargetError(
             f"{type(model).__name__} has no feed-forward network that can become experts.{tried} "
             f"{_looked_for(matrices)}"

@@ -71,11 +71,10 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
+        _check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
         kind = router_kind(self.router)
         if self.combine not in COMBINE:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {self.num_experts}.")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} with num_experts={self.num_experts}: a token can go to at least 1 "
@@ -87,6 +86,22 @@ class MoEConfig:
             raise ValueError(
                 f"Coefficients of losses must be at least 0, got aux_loss_coef={self.aux_loss_coef}, "
                 f"z_loss_coef={self.z_loss_coef}."
+            )
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(
+                f"capacity_factor must be above 0, got {self.capacity_factor}; None computes every token."
+            )
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}.")
+        if self.noise < 0:
+            raise ValueError(
+                f"noise must be at least 0, got {self.noise}: it is relative to the size of the cores."
+            )
+        both = (self.model_dims, self.hidden_dims)
+        if all(d is not None for d in both) and len(set(map(len, both))) > 1:  # type: ignore[arg-type]
+            raise ValueError(
+                f"model_dims={self.model_dims} and hidden_dims={self.hidden_dims} must have one factor for "
+                "each site, so equally many; use 1 where a site has none."
             )
         if self.share_across_layers and self.shared in ("none", (), []):
             raise ValueError('share_across_layers=True with shared="none" shares nothing.')
@@ -113,3 +128,11 @@ class MoEConfig:
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
         return router
+
+
+def _check_whole(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")

@@ -33,7 +33,8 @@ class GradientMask:
     Either call `apply()` before each `optimizer.step()`, or `attach(optimizer)` once. Attached, it draws when
     the optimizer really steps: once for many micro-batches under gradient accumulation, and not at all for a
     step that `GradScaler` skips. Clip gradients before; the norm then counts the gradients that are masked.
-    Compile the model, not the optimizer's step: which gradients exist is part of what is compiled.
+    Compile the model, not the optimizer's step: which gradients exist is part of what is compiled. SGD with
+    `fused=True` and momentum needs `attach`, which gives masked cores the momentum it expects.
 
     Args:
         module_or_parameters: a module, whose banks' shared cores are masked (borrowed ones too, each once),
@@ -114,7 +115,7 @@ class GradientMask:
                 f"The optimizer does not hold {missing} of the {len(self.parameters)} masked cores. Attach "
                 "it to the optimizer that trains them, after wrapping the model: FSDP replaces parameters."
             )
-        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._pre_step()))
+        self._hooks.append(optimizer.register_step_pre_hook(lambda stepping, *_: self._pre_step(stepping)))
         if self.compensate:
             self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._post_step()))
         return self
@@ -179,7 +180,13 @@ class GradientMask:
                 )
             parameter.grad.mul_(keep.to(parameter.grad.device))
 
-    def _pre_step(self) -> None:
+    def _pre_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.SGD):
+            _start_momentum(optimizer)
+        # GradScaler calls fused optimizers for every step, and tells them which one not to take.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return
         p = self.current_p
         self._draw()
         if self.compensate and p > 0:
@@ -191,6 +198,25 @@ class GradientMask:
         for parameter, before, scale in self._before:
             parameter.copy_(before + scale * (parameter - before))
         self._before = []
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Fused SGD fails where some parameters have momentum and others, masked until now, have none yet.
+
+    A momentum of zero is the same: the first one is the gradient.
+    """
+    for group in optimizer.param_groups:
+        if not group.get("fused") or not group["momentum"]:
+            continue
+        if group["dampening"]:
+            raise ValueError(
+                "A masked core gets its first momentum later than others, which SGD with fused=True and "
+                f"dampening={group['dampening']} cannot do; use fused=False."
+            )
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def linear_fade(steps: int) -> Callable[[int], float]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tensornet.errors import NonFiniteError
+from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import register_module_type
 
 Combine = Literal["unit", "prob"]
@@ -131,7 +131,12 @@ class Router(nn.Module, ABC):
         Raises:
             NonFiniteError: a token that is not padding has NaN or infinite logits. (RuntimeError when
                 compiled: compiled code cannot choose its exception.)
+            ShapeError: tokens of another size.
         """
+        if x.shape[-1] != self.num_features:
+            raise ShapeError(
+                f"This router takes tokens of size {self.num_features}, got {tuple(x.shape)}: (tokens, size)."
+            )
         mask = None if mask is None else mask.to(torch.bool)
         with torch.autocast(x.device.type, enabled=False):
             seen = x.float()
