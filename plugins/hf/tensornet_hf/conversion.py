@@ -15,6 +15,7 @@ from tensornet.compression import (
     CompressionReport,
     apply_plan,
     calibrate,
+    expanded,
     find_targets,
 )
 from tensornet.compression.heal import HealReport, heal
@@ -110,7 +111,8 @@ def plan_spectra(
     model: PreTrainedModel, planned: CompressionPlan, *, progress: bool = False
 ) -> dict[str, tuple[BondSpectrum, ...]]:
     """What each bond of a plan cuts, by layer; to be asked before the plan is carried out."""
-    matrices = {x.name: x.matrix for x in find_targets(model, CompressionConfig(target_modules="all"))}
+    with expanded(model):
+        matrices = {x.name: x.matrix for x in find_targets(model, CompressionConfig(target_modules="*"))}
     layers = tqdm(planned, desc="spectra", unit="layer", disable=not progress)
     return {layer.name: bond_spectra(matrices[layer.name], layer) for layer in layers}
 
@@ -170,7 +172,8 @@ def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[st
     """Sizes before and after a plan, without carrying it out."""
     params, size = model_size(model)
     saved = {layer.name: layer.params_before - layer.params_after for layer in planned}
-    weights = {x.name: x.weight for x in find_targets(model, CompressionConfig(target_modules="all"))}
+    with expanded(model):
+        weights = {x.name: x.weight for x in find_targets(model, CompressionConfig(target_modules="*"))}
     return {
         "model_params_before": params,
         "model_params_after": params - sum(saved.values()),
