@@ -28,6 +28,8 @@ TITLES = {
     "gpt2": "GPT-2, quotations",
     "t5": "T5, vowels of quotations",
     "t5-few": "T5, 400 phrases",
+    "t5-long": "T5, 400 phrases, 200 steps",
+    "gpt2-sgd": "GPT-2, SGD",
 }
 HEADER = (
     "| row | in experts | of Switch | total | held-out loss | accuracy | s/step | load entropy | rate |",

@@ -33,8 +33,9 @@ class Row:
         shared: which cores the experts share.
         private_rate: learning rate of the cores that are not shared, in units of the common one.
         mask_p: probability of the gradient mask; 1 freezes the shared cores.
-        mask: further options of `GradientMask`.
+        mask: further options of `GradientMask`; `("fade", share)` fades it out over that share of the steps.
         noise: relative noise that tells the experts apart at the start.
+        across: whether all layers share one center.
     """
 
     name: str
@@ -46,20 +47,23 @@ class Row:
     mask_p: float = 0.0
     mask: tuple[tuple[str, Any], ...] = ()
     noise: float = 0.0
+    across: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all rows have in common: AdamW, linear warm-up, cosine decay to 0, gradients clipped at 1.
+    """What all rows have in common: linear warm-up, cosine decay to 0, gradients clipped at 1.
 
     Args:
         steps: optimizer steps.
+        optimizer: `"adamw"`, or `"sgd"` with momentum 0.9, whose steps grow with the gradient.
         weight_decay: of everything.
         warmup: share of the steps.
         balance: coefficient of the load-balancing loss.
     """
 
     steps: int
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     warmup: float = 0.1
     balance: float = 0.01
@@ -87,6 +91,7 @@ def moe_config(row: Row, task: Task, balance: float) -> th.MoEConfig:
     return th.MoEConfig(
         **common,
         shared=row.shared,
+        share_across_layers=row.across,
         model_dims=(a, task.d_model // (a * b), b),
         hidden_dims=(a, task.d_ff // (a * b), b),
         max_bond=row.max_bond,
@@ -99,16 +104,18 @@ def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
 
 
 def expert_parameters(model: nn.Module) -> int:
-    """Parameters of the feed-forward networks, biases included, routers not."""
+    """Parameters of the feed-forward networks, biases and cores that layers share included, routers not."""
     names = {"mlp", "DenseReluDense"}  # of GPT-2 and T5, dense or mixed
     sites = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
-    return sum(p.numel() for site in sites for p in getattr(site, "experts", site).parameters())
+    parts = [getattr(site, "experts", site) for site in sites]
+    parts += [m for m in model.modules() if isinstance(m, tm.SharedCores)]
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def optimizer_of(
     model: nn.Module, row: Row, rate: float, recipe: Recipe, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """AdamW; private cores may have their own rate, the mask is attached, frozen cores are left out."""
+    """Private cores may have their own rate, the mask is attached, frozen cores are left out."""
     banks = [m for m in model.modules() if isinstance(m, tm.SharedCoreExperts)]
     shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
     private = [p for bank in banks for p in bank.parameters() if id(p) not in shared]
@@ -120,12 +127,18 @@ def optimizer_of(
     groups: list[dict[str, Any]] = [{"params": rest}]
     if private:
         groups.append({"params": private, "lr": rate * row.private_rate})
-    optimizer = torch.optim.AdamW(
-        groups, lr=rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
-    )
+    decay = recipe.weight_decay
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     if 0 < row.mask_p < 1:
+        options = dict(row.mask)
+        if fade := options.pop("fade", None):
+            options["schedule"] = tm.linear_fade(round(fade * recipe.steps))
         # The optimizer keeps the mask alive through its hooks.
-        tm.GradientMask(model, p=row.mask_p, seed=seed, **dict(row.mask)).attach(optimizer)
+        tm.GradientMask(model, p=row.mask_p, seed=seed, **options).attach(optimizer)
     return optimizer
 
 

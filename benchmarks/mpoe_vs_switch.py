@@ -44,9 +44,12 @@ MASK_ROWS = (
     Row("MPOE, mask 0.9", mask_p=0.9),
     Row("MPOE, center frozen", mask_p=1.0),
 )
+COMPENSATED = Row("MPOE, mask 0.5, compensated", mask_p=0.5, mask=(("compensate", True),))
+FADING = Row("MPOE, mask 0.9, fading", mask_p=0.9, mask=(("fade", 1.0),))
 MASK_VARIANTS = (
-    Row("MPOE, mask 0.5, compensated", mask_p=0.5, mask=(("compensate", True),)),
+    COMPENSATED,
     Row("MPOE, mask 0.5 by element", mask_p=0.5, mask=(("granularity", "element"),)),
+    FADING,
 )
 ROWS = (
     *MASK_ROWS[:3],
@@ -60,6 +63,7 @@ ROWS = (
     Row("MPOE, bonds 14", max_bond=14),
     Row("Switch, E = 32", experts=32, ends=None),
     Row("MPOE, E = 32, ends 2x2", experts=32, ends=(2, 2)),
+    Row("MPOE, one center for all layers", across=True),
 )
 
 
@@ -91,22 +95,38 @@ SETTINGS = {
         LanguageModelling,
         {"train_size": 48_000, "judge_size": 16_000, "batch": 4},
         Recipe(steps=160),
-        (1.5e-3, 3e-3, 6e-3),
+        (7.5e-4, 1.5e-3, 3e-3, 6e-3),
         ROWS,
     ),
     "t5": Setting(
         VowelRestoration,
         {"train_size": 8_000, "judge_size": 1_000, "batch": 32},
         Recipe(steps=200),
-        (5e-4, 1e-3, 2e-3),
+        (5e-4, 1e-3, 2e-3, 4e-3),
         ROWS,
     ),
     "t5-few": Setting(
         VowelRestoration,
         {"train_size": 400, "judge_size": 1_000, "batch": 32},
         Recipe(steps=100),
-        (2e-4, 6e-4, 1.8e-3),
+        (6e-5, 2e-4, 6e-4, 1.8e-3),
         (*MASK_ROWS, *MASK_VARIANTS),
+    ),
+    # Twice as long on the same few phrases: what is not slowed down overfits more.
+    "t5-long": Setting(
+        VowelRestoration,
+        {"train_size": 400, "judge_size": 1_000, "batch": 32},
+        Recipe(steps=200),
+        (6e-5, 2e-4, 6e-4, 1.8e-3),
+        (*MASK_ROWS[:1], *MASK_ROWS[2:], COMPENSATED, FADING),
+    ),
+    # Steps in proportion to gradients: here a center that all tokens pull at does move more than the rest.
+    "gpt2-sgd": Setting(
+        LanguageModelling,
+        {"train_size": 48_000, "judge_size": 16_000, "batch": 4},
+        Recipe(steps=160, optimizer="sgd"),
+        (0.1, 0.3, 1.0),
+        (*MASK_ROWS[:4], Row("MPOE, mask 0.875", mask_p=0.875), MASK_ROWS[5]),
     ),
 }
 

@@ -119,6 +119,42 @@ def test_frozen_centers_stay_and_masked_ones_move_now_and_then(
     assert 8 < moves[0.5] < 40  # 24 on average, standard deviation 3.5
 
 
+def test_a_center_of_all_layers_counts_once(quotations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, tasks = load("mpoe_rows", monkeypatch), load("mpoe_tasks", monkeypatch)
+    task = tasks.LanguageModelling(tasks.read_quotations(quotations), train_size=200, judge_size=260, batch=2)
+    matrix, end, biases = 512 * 128, 16 * 16, 512 + 128
+    counts = {
+        across: rows.expert_parameters(rows.build(task, rows.Row("row", experts=2, across=across), seed=0))
+        for across in (False, True)
+    }
+    assert counts[False] == 4 * (2 * (matrix + 2 * 2 * end) + 2 * biases)
+    # One center for all c_fc, another for all c_proj.
+    assert counts[True] == 2 * matrix + 4 * (2 * 2 * 2 * end + 2 * biases)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_fading_mask_ends_where_the_row_says(
+    quotations: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    rows, tasks = load("mpoe_rows", monkeypatch), load("mpoe_tasks", monkeypatch)
+    task = tasks.VowelRestoration(tasks.read_quotations(quotations), train_size=20, judge_size=10, batch=2)
+    row = rows.Row("row", mask_p=0.999999, mask=(("fade", 0.5),))
+    recipe = rows.Recipe(steps=4, optimizer=optimizer)
+    model = rows.build(task, row, seed=0).train()
+    held = rows.optimizer_of(model, row, 1e-2, recipe)
+    assert type(held) is {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    assert {group.get("momentum", 0.9) for group in held.param_groups} == {0.9}
+    step = rows.stepper(model, held, task.batches(0))
+    centers = [m for name, m in model.named_parameters() if name.endswith("core_1")]
+    moved = []
+    for _ in range(4):
+        before = [c.detach().clone() for c in centers]
+        step()
+        moved.append(sum(not torch.equal(a, b) for a, b in zip(before, centers, strict=True)))
+    assert moved[0] == 0
+    assert moved[2:] == [8, 8]  # faded to none after two of four steps
+
+
 def test_parts_do_not_overlap(quotations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = load("mpoe_tasks", monkeypatch)
     parts = tasks.read_quotations(quotations)
