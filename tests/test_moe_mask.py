@@ -274,6 +274,27 @@ def test_a_mask_attached_to_nothing_says_what_it_looked_for() -> None:
         tm.GradientMask(model, p=0.5).attach(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SGD])
+def test_a_closure_would_undo_the_mask_and_is_refused(kind: type[torch.optim.Optimizer]) -> None:
+    model = Model()
+    optimizer = kind(model.parameters(), lr=0.1)
+    mask = tm.GradientMask(model, p=0.5).attach(optimizer)
+    before = mask.state_dict()
+
+    def closure() -> float:
+        backward(model)
+        return 0.0
+
+    for step in (lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
+        with pytest.raises(RuntimeError, match=r"step\(closure\) computes the gradients again"):
+            step()
+    assert mask.steps == before["steps"]
+    if kind is torch.optim.SGD:
+        closure()
+        optimizer.step(None)
+        assert mask.steps == 1
+
+
 def test_two_masks_on_one_core_are_refused_until_one_is_gone() -> None:
     model = Model()
     mask = tm.GradientMask(model, p=0.5)

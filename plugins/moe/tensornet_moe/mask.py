@@ -33,6 +33,7 @@ class GradientMask:
     Either call `apply()` before each `optimizer.step()`, or `attach(optimizer)` once. Attached, it draws when
     the optimizer really steps: once for many micro-batches under gradient accumulation, and not at all for a
     step that `GradScaler` skips. Clip gradients before; the norm then counts the gradients that are masked.
+    A step with a closure computes its gradients too late to be masked, and is refused when attached.
     Compile the model, not the optimizer's step: which gradients exist is part of what is compiled. SGD with
     `fused=True` and momentum needs `attach`, which gives masked cores the momentum it expects.
 
@@ -115,7 +116,7 @@ class GradientMask:
                 f"The optimizer does not hold {missing} of the {len(self.parameters)} masked cores. Attach "
                 "it to the optimizer that trains them, after wrapping the model: FSDP replaces parameters."
             )
-        self._hooks.append(optimizer.register_step_pre_hook(lambda stepping, *_: self._pre_step(stepping)))
+        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         if self.compensate:
             self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._post_step()))
         return self
@@ -179,6 +180,15 @@ class GradientMask:
                     'cores can be masked with granularity="core".'
                 )
             parameter.grad.mul_(keep.to(parameter.grad.device))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closures = [x for x in (*args, kwargs.get("closure")) if x is not None and x is not optimizer]
+        if closures:
+            raise RuntimeError(
+                "optimizer.step(closure) computes the gradients again after they were masked. Compute them "
+                "before, and call optimizer.step() without a closure; LBFGS, which needs one, cannot be masked."
+            )
+        self._pre_step(optimizer)
 
     def _pre_step(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, torch.optim.SGD):
