@@ -181,12 +181,14 @@ class GradientMask:
                 )
             parameter.grad.mul_(keep.to(parameter.grad.device))
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         closures = [x for x in (*args, kwargs.get("closure")) if x is not None and x is not optimizer]
         if closures:
             raise RuntimeError(
                 "optimizer.step(closure) computes the gradients again after they were masked. Compute them "
-                "before, and call optimizer.step() without a closure; LBFGS, which needs one, cannot be masked."
+                "before, and call optimizer.step() without a closure; LBFGS needs one and cannot be masked."
             )
         self._pre_step(optimizer)
 
