@@ -132,7 +132,7 @@ def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
     assert (status, err) == (0, "")
     assert json.loads(out)["file_bytes_after"] == Path("streamed/model.safetensors").stat().st_size
     assert torch.allclose(logits(load("streamed")), logits(load("whole")), atol=1e-5)
-    for more in (("--dtype", "bfloat16"), ("--dry-run",), ("--calibration", "x")):
+    for more in (("--dtype", "bfloat16"), ("--dry-run",), ("--report", "x")):
         status, out, err = tensornet("compress", gpt2_path(), "other", *arguments, "--workers", 1, *more)
         assert (status, out) == (2, "")
         assert f"which {more[0]} would need" in err

@@ -12,7 +12,7 @@ import typer
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
+from tensornet.compression import CalibrationStats, CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.providers import gather_statistics
 from tensornet.errors import BudgetError
 from tensornet_hf import conversion
@@ -23,6 +23,7 @@ from tensornet_hf.loading import resolve_folder
 from tensornet_hf.report import ModelFacts, Page, versions, write_report
 from tensornet_hf.report.page import compact_bytes
 from tensornet_hf.sharded import compress_checkpoint
+from tensornet_hf.sharded.from_text import statistics_of_text
 
 
 def run(
@@ -117,7 +118,6 @@ def run(
     _check_heal(heal, calibration, int8)
     if workers is not None:
         needs_model = {
-            "--calibration": calibration,
             "--dtype": dtype,
             "--report": report,
             "--dry-run": dry_run,
@@ -140,7 +140,23 @@ def run(
     if destination is not None and not dry_run:
         require_free(destination, source=folder, force=force)
     planned = None if plan is None else CompressionPlan.load(plan)
+    observed = config if planned is None else _observed(planned)
+    stats = None
     if workers is not None and destination is not None:
+        statistics = None
+        if calibration is not None and text is not None:
+            statistics = statistics_of_text(
+                folder,
+                destination,
+                text,
+                name=calibration.name,
+                config=observed,
+                tokens=calibration_tokens,
+                resume=resume,
+                progress=progress,
+            )
+        if planned is not None:
+            _check_calibration(planned, None if statistics is None else CalibrationStats.load(statistics))
         streamed = compress_checkpoint(
             folder,
             destination,
@@ -148,16 +164,17 @@ def run(
             workers=workers,
             resume=resume,
             plan=planned,
+            stats=statistics,
             force=force,
             progress=progress,
         )
         if not as_json:
             shared.note(streamed.memory)
         _finish(source, destination, streamed.compression, weight_bytes(folder), as_json)
+        if streamed.compression.plan.objective == "weight":
+            _note_blindness(text, plan, config)
         return
     model = conversion.open_dense(folder)
-    observed = config if planned is None else _observed(planned)
-    stats = None
     if calibration is not None and text is not None:
         stats = conversion.collect_stats(
             model,
@@ -171,11 +188,8 @@ def run(
     stats = gather_statistics(model, observed, stats, progress=progress)
     if planned is None:
         planned = tn.plan(model, config, stats, progress=progress)
-    elif planned.objective != "weight" and (stats is None or stats.source != planned.calibration):
-        raise BudgetError(
-            f"{plan} was made with {planned.calibration}, on which the cores depend; give the same with "
-            "--calibration and --calibration-tokens."
-        )
+    else:
+        _check_calibration(planned, stats)
     if dry_run:
         _show_plan(model, planned, as_json)
         return
@@ -199,8 +213,21 @@ def run(
         shared.note(
             f"calibrated on {planned.calibration}; --calibration with text of your own serves it better"
         )
-    elif text is None and plan is None and config.objective == "auto" and rel_error is None:
+    else:
+        _note_blindness(text, plan, config)
+
+
+def _note_blindness(text: str | None, plan: Path | None, config: CompressionConfig) -> None:
+    if text is None and plan is None and config.objective == "auto" and config.rel_error is None:
         shared.note("the weights alone decided; --calibration TEXT makes a far better model")
+
+
+def _check_calibration(planned: CompressionPlan, stats: CalibrationStats | None) -> None:
+    if planned.objective != "weight" and (stats is None or stats.source != planned.calibration):
+        raise BudgetError(
+            f"The plan was made with {planned.calibration}, on which the cores depend; give the same with "
+            "--calibration and --calibration-tokens."
+        )
 
 
 def _observed(planned: CompressionPlan) -> CompressionConfig:

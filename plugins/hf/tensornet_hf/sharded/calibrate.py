@@ -26,6 +26,8 @@ from tensornet.pieces.writer import write_tensors
 from tensornet_hf.sharded.mapped import mapped_model
 from tensornet_hf.sharded.moments import Moments
 
+#: How folders of activations are called, beside the statistics.
+SPILL = ".calibration."
 #: Observes all linear layers but the head; nothing is compressed here, so the budget means nothing.
 LINEAR_LAYERS = CompressionConfig(max_bond=1)
 
@@ -65,7 +67,7 @@ def calibrate_checkpoint(
     for part in (model.config, model.config.get_text_config(decoder=True)):
         part.use_cache = False  # a block runs several times on the same batch
     _, blocks = find_blocks(model)
-    with tempfile.TemporaryDirectory(dir=spill or Path(path).parent, prefix=".calibration.") as folder:
+    with tempfile.TemporaryDirectory(dir=spill or Path(path).parent, prefix=SPILL) as folder:
         run = _Streamed(model, blocks, Path(folder), full_up_to)
         with _observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
             run.enter([to_device(batch, torch.device("cpu")) for batch in batches])
@@ -96,8 +98,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(found) != 1:
         raise TargetError(
             f"{type(model).__name__} has {len(found)} stacks of blocks ({', '.join(found) or 'none'}); "
-            "models with "
-            "exactly one are calibrated block by block. Load it and use tensornet.calibrate."
+            "models with exactly one are calibrated block by block. Load it and use tensornet.calibrate, "
+            "whose statistics compress_checkpoint takes as well (stats=); on the command line, leave out "
+            "--workers."
         )
     return next(iter(found.items()))
 

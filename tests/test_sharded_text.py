@@ -1,0 +1,153 @@
+"""`tensornet compress --workers N --calibration TEXT`: calibrated, planned and compressed without loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_folders import contents
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet_hf import conversion
+from tensornet_hf.cli.main import run
+from tensornet_hf.embedded import calibration_text, gpt2_path, t5_path
+from tensornet_hf.sharded import from_text
+from tensornet_hf.sharded.staging import staging_folder
+from tensornet_hf.text import load_tokenizer
+
+TOKENS = 600
+HALF = ("--param-ratio", "0.5", "--calibration", "text.txt", "--calibration-tokens", str(TOKENS))
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(calibration_text()[:6000])
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = run([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A small model in several files, with the tokenizer of the embedded one."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(gpt2_path())
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=24, n_layer=2, n_head=4)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "dense", max_shard_size="50KB")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    return tmp_path / "dense"
+
+
+def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("compress", sharded, "whole", *HALF)[0] == 0
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(conversion, "open_dense", never)
+    status, out, err = call("compress", sharded, "one", *HALF, "--workers", 1, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["param_ratio"] <= 0.5
+    assert call("compress", sharded, "two", *HALF, "--workers", 2)[0] == 0
+    assert contents(Path("one")) == contents(Path("two"))
+    assert not staging_folder(Path("one").absolute()).exists()
+    assert described("one") == described("whole")
+    assert call("compress", sharded, "blind", *HALF[:2], "--workers", 1)[0] == 0
+    assert described("blind") != described("whole")
+    x = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(th.load("one")(x).logits, th.load("whole")(x).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_survive_an_interruption(
+    call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    original = from_text.calibrate_checkpoint
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        counted.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(from_text, "calibrate_checkpoint", counting)
+    assert call("compress", sharded, "reference", *HALF, "--workers", 1)[0] == 0
+    (work := staging_folder(Path("out").absolute())).mkdir()
+    (work / ".calibration.of-a-killed-run").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("tensornet_hf.sharded.run._write_shards", _interrupt)
+        assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 130
+    assert sorted(x.name[:10] for x in work.iterdir()) == ["journal", "lock", "out", "pieces", "statistics"]
+    assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 0
+    assert len(counted) == 2
+    assert contents(Path("out")) == contents(Path("reference"))
+    assert not work.exists()
+    # Other text: other statistics. Asked to start again: collected again.
+    (work / "x").parent.mkdir()
+    config = tn.CompressionConfig(param_ratio=0.5)
+    for number, (text, resume) in enumerate([("a", True), ("a", True), ("b", True), ("b", False)]):
+        from_text.statistics_of_text(
+            sharded,
+            "out",
+            text + calibration_text()[:2000],
+            name="x",
+            config=config,
+            tokens=64,
+            resume=resume,
+        )
+        assert len(counted) == 2 + (1, 1, 2, 3)[number]
+
+
+def test_a_plan_and_its_statistics_belong_together(call: Call, sharded: Path) -> None:
+    status, out, _ = call("compress", sharded, "--dry-run", "--json", *HALF)
+    assert status == 0
+    Path("plan.json").write_text(out)
+    status, _, err = call("compress", sharded, "out", "--plan", "plan.json", "--workers", 1)
+    assert status == 1
+    assert "tokens of text.txt, on which the cores depend" in err
+    assert not Path("out").exists()
+    assert call("compress", sharded, "out", "--plan", "plan.json", *HALF[2:], "--workers", 1)[0] == 0
+    assert call("compress", sharded, "whole", *HALF)[0] == 0
+    assert described("out") == described("whole")
+
+
+def test_what_cannot_be_calibrated_in_blocks(call: Call, sharded: Path) -> None:
+    status, out, err = call("compress", t5_path(), "out", *HALF, "--workers", 1)
+    assert (status, out) == (1, "")
+    assert "has 2 stacks of blocks" in err
+    assert "leave out --workers" in err
+    status, _, err = call("compress", sharded, "out", *HALF, "--workers", 1, "--target", "lm_head")
+    assert status == 1
+    assert "transformer.wte of GPT2LMHeadModel lies outside its blocks (transformer.h)" in err
+    assert not Path("out").exists()
+
+
+def test_weights_alone_are_said(call: Call, sharded: Path) -> None:
+    status, _, err = call("compress", sharded, "out", "--param-ratio", 0.5, "--workers", 1)
+    assert status == 0
+    assert "the weights alone decided" in err
+
+
+def described(folder: str) -> dict[str, Any]:
+    """The compressed layers of a folder."""
+    return json.loads(Path(folder, "config.json").read_text())["quantization_config"]["layers"]
+
+
+def _interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
