@@ -1,14 +1,17 @@
 """`compress`: calibrate, plan, carry out, report."""
 
 import time
+from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.planner import plan
+from tensornet.compression.losses import Batch
+from tensornet.compression.planner import prepare
 from tensornet.compression.providers import Calibration, gather_statistics
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
+from tensornet.errors import TargetError
 
 
 def compress(
@@ -16,6 +19,7 @@ def compress(
     config: CompressionConfig,
     *,
     calibration: Calibration | None = None,
+    validation: Collection[Batch | Tensor] | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Replace the targeted layers of a model by layers made of cores, in place.
@@ -26,6 +30,9 @@ def compress(
         calibration: batches of the model's arguments (see `calibrate`), or statistics already collected.
             Without, a plugin may offer text of its own; else the error of the weights decides. Either is
             said in a `CalibrationWarning`.
+        validation: batches like those of `calibrate`, best of another source. The loss is measured on them
+            at a few sizes before anything is replaced, which corrects the forecast and with it what a budget
+            of `loss_increase` buys (`PreparedPlan.measured`). Needs calibrated gradients.
         progress: show progress bars.
 
     Returns:
@@ -37,7 +44,15 @@ def compress(
     start = time.perf_counter()
     params_before, bytes_before = model_size(model)
     stats = gather_statistics(model, config, calibration, progress=progress)
-    made = plan(model, config, stats, progress=progress)
+    prepared = prepare(model, config, stats, progress=progress)
+    if validation is not None:
+        if stats is None:
+            raise TargetError(
+                "validation corrects what calibration foresees: pass calibration=batches as well, and no "
+                "objective='weight'."
+            )
+        prepared = prepared.measured(model, stats, validation, progress=progress)
+    made = prepared.plan(progress=progress)
     errors = apply_plan(model, made, stats, progress=progress)
     params_after, bytes_after = model_size(model)
     return CompressionReport(

@@ -8,6 +8,7 @@ from torch import Tensor
 from tensornet.compression.allocate import spend_cost, spend_size, total_cost
 from tensornet.compression.clock import Clock
 from tensornet.compression.config import AUTO, CompressionConfig, family_options
+from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.compression.forms import LayerForms, Prices, dense_form, joined, low_rank_forms, network_forms
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
@@ -103,11 +104,16 @@ def _family_forms(
 
 
 def choose_forms(
-    targets: Sequence[Target], forms: Sequence[LayerForms], config: CompressionConfig, objective: str
+    targets: Sequence[Target],
+    forms: Sequence[LayerForms],
+    config: CompressionConfig,
+    objective: str,
+    forecast: Forecast = UNMEASURED,
 ) -> tuple[list[int], str]:
     """Index of the form of each layer, and the cap that decided.
 
-    With several caps on the whole, the one that leaves least wins.
+    With several caps on the whole, the one that leaves least wins. `forecast` says which price
+    `config.loss_increase` stands for.
 
     Raises:
         BudgetError: the caps cannot be kept.
@@ -124,11 +130,13 @@ def choose_forms(
         if (allowed := getattr(config, name)) is not None:
             choices.append((spend_size([form.curve(unit) for form in forms], allowed), name))
     if config.loss_increase is not None:
-        chosen = spend_cost(curves, config.loss_increase, [form.forecasts for form in forms])
+        allowed = forecast.price(config.loss_increase)
+        chosen = spend_cost(curves, allowed, [form.forecasts for form in forms])
         if not choices:
             return chosen, "loss_increase"
         cheapest = max(choices, key=lambda choice: total_cost(curves, choice[0]))
-        predicted = sum(float(f.forecasts[k]) for f, k in zip(forms, cheapest[0], strict=True))
+        price = sum(float(f.forecasts[k]) for f, k in zip(forms, cheapest[0], strict=True))
+        predicted = forecast.rise(price)
         if predicted > config.loss_increase:
             raise BudgetError(
                 f"{cheapest[1]} and loss_increase={config.loss_increase} contradict each other: the best "

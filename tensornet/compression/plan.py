@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tensornet.compression.allocate import CostCurve, frontier
+from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.errors import FormatError
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topology import Topology
@@ -31,8 +32,9 @@ class LayerPlan:
         baseline_error: error of the plain truncated SVD with the same number of parameters.
         singular_values: spectrum of the weight in descending order, for pictures.
         storage: how the cores are kept.
-        loss_increase: predicted rise of the loss of a token, None without calibrated gradients.
-        curve: `(parameters, predicted rise)` of the forms worth taking, by rising size.
+        loss_increase: predicted rise of the loss of a token by this layer alone, before measurements of the
+            whole model correct it; None without calibrated gradients.
+        curve: `(parameters, predicted rise)`, likewise, of the forms worth taking, by rising size.
         milliseconds: predicted time of a forward pass, None where no token count was given.
     """
 
@@ -73,6 +75,7 @@ class CompressionPlan:
         dense_loss: mean loss of a token during calibration.
         calibration: what the statistics were collected on.
         tokens: for which `milliseconds` were predicted.
+        forecast: corrects the sum over layers, where rises were measured (`PreparedPlan.measured`).
     """
 
     layers: tuple[LayerPlan, ...]
@@ -81,6 +84,7 @@ class CompressionPlan:
     dense_loss: float | None = None
     calibration: str | None = None
     tokens: int | None = None
+    forecast: Forecast = UNMEASURED
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -109,9 +113,10 @@ class CompressionPlan:
         """Rise of the loss of a token that all layers together will cause; None if nothing was calibrated.
 
         Second order in the errors and without interplay between layers: close for small rises, low for
-        large ones.
+        large ones, unless measurements corrected it.
         """
-        return _sum([layer.loss_increase for layer in self.layers])
+        total = _sum([layer.loss_increase for layer in self.layers])
+        return None if total is None else self.forecast.rise(total)
 
     @property
     def predicted_milliseconds(self) -> float | None:
@@ -120,7 +125,7 @@ class CompressionPlan:
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """Of the calibration text after compression."""
+        """Of the calibration text after compression; with measurements, as if it were the text of those."""
         rise = self.predicted_loss_increase
         return None if rise is None or self.dense_loss is None else math.exp(self.dense_loss + rise)
 
@@ -133,7 +138,7 @@ class CompressionPlan:
             return []
         hulls = [torch.tensor(layer.curve, dtype=torch.float64) for layer in self.layers]
         pairs = frontier([CostCurve(hull[:, 0], hull[:, 1]) for hull in hulls], points)
-        return [(int(size), cost) for size, cost in pairs]
+        return [(int(size), self.forecast.rise(cost)) for size, cost in pairs]
 
     def replace_layer(self, name: str, topology: Topology | None) -> "CompressionPlan":
         """A plan in which one layer becomes `topology` (None: stays dense).
@@ -159,7 +164,8 @@ class CompressionPlan:
             lines.append(f"{layer.name:<{width}}  {form:<28} {size:>24} {errors}")
         lines.append(f"total: {self.params_before:,} -> {self.params_after:,} parameters")
         if self.predicted_loss_increase is not None:
-            lines.append(f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}")
+            seen = f" (measured on {self.forecast.source})" if self.forecast.source else ""
+            lines.append(f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}{seen}")
         if self.predicted_milliseconds is not None:
             lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
         return "\n".join(lines)
@@ -171,6 +177,7 @@ class CompressionPlan:
             "version": PLAN_VERSION,
             **data,
             "tokens": self.tokens,
+            "forecast": self.forecast.to_dict(),
             "layers": [_layer_to_dict(x) for x in self.layers],
         }
 
@@ -185,7 +192,9 @@ class CompressionPlan:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}.")
         try:
             layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
-            return cls(layers, **{name: data[name] for name in _HEADER}, tokens=data.get("tokens"))
+            header = {name: data[name] for name in _HEADER}
+            forecast = Forecast.from_dict(data["forecast"]) if "forecast" in data else UNMEASURED
+            return cls(layers, **header, tokens=data.get("tokens"), forecast=forecast)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise FormatError(f"Bad compression plan: {error}") from error
 

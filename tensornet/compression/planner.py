@@ -1,6 +1,7 @@
 """From a configuration to a plan: which family and which bonds for every layer."""
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.budget import Budget
+from tensornet.compression.apply import apply_plan
 from tensornet.compression.clock import Clock
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, family_options
 from tensornet.compression.expansion import expanded
+from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
 from tensornet.compression.forms import LayerForms
 from tensornet.compression.global_plan import choose_forms, layer_forms, storage_of
+from tensornet.compression.losses import Batch, TokenLosses, label_losses
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
@@ -24,6 +28,8 @@ from tensornet.topologies import Decomposition, topology_family
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
+#: Shares of the parameters at which `PreparedPlan.measured` measures the loss.
+MEASURED_SHARES = (0.9, 0.75, 0.6)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class PreparedPlan:
         spectra: singular values of each, likewise.
         dense_loss: mean loss of a token during calibration.
         calibration: what the statistics were collected on.
+        forecast: corrects predicted rises, see `measured`.
     """
 
     config: CompressionConfig
@@ -49,6 +56,53 @@ class PreparedPlan:
     spectra: tuple[tuple[float, ...], ...]
     dense_loss: float | None
     calibration: str | None
+    forecast: Forecast = UNMEASURED
+
+    def measured(
+        self,
+        model: nn.Module,
+        stats: CalibrationStats,
+        validation: Collection[Batch | Tensor],
+        *,
+        loss_fn: TokenLosses = label_losses,
+        shares: Sequence[float] = MEASURED_SHARES,
+        source: str = "validation text",
+        progress: bool = False,
+    ) -> "PreparedPlan":
+        """The same preparation with forecasts corrected by measuring the rise of the loss at a few sizes.
+
+        A copy of the model that shares its weights is compressed to each size and run on the text; nothing
+        is trained, and the model is left as it was. Takes one compression for each size, and one forward
+        pass over the text.
+
+        Args:
+            model: what the preparation was made for.
+            stats: likewise.
+            validation: batches as for `calibrate`, walked through several times: some ten thousand tokens,
+                of another source than the calibration text if the forecast is to hold for other text.
+            loss_fn: see `tensornet.compression.losses`; not one that draws labels.
+            shares: of the parameters of the targeted layers, to measure at; what lies between is
+                interpolated.
+            source: what the text is, for reports.
+            progress: show a progress bar.
+
+        Raises:
+            BudgetError: prices are no losses (another objective), or no measured loss is higher than the
+                dense one.
+        """
+        if self.objective != "curvature":
+            raise BudgetError(
+                f"Only the prices of objective='curvature' foresee a loss, not those of {self.objective!r}."
+            )
+        dense = mean_loss(model, validation, loss_fn)
+        found = []
+        for share in tqdm(shares, desc="measuring the forecast", disable=not progress, unit="size"):
+            made = replace(self, forecast=UNMEASURED).plan(param_ratio=share)
+            copied = light_copy(model)
+            apply_plan(copied, made, stats)
+            assert made.predicted_loss_increase is not None
+            found.append((made.predicted_loss_increase, mean_loss(copied, validation, loss_fn) - dense))
+        return replace(self, forecast=Forecast.through(found, source))
 
     @torch.no_grad()
     def plan(self, *, progress: bool = False, **budget: Any) -> CompressionPlan:
@@ -74,7 +128,7 @@ class PreparedPlan:
             return CompressionPlan(tuple(plan_layer(target, config) for target in bar))
         if config.needs_curvature and self.objective != "curvature":
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
-        chosen, bound_by = choose_forms(self.targets, self.forms, config, self.objective)
+        chosen, bound_by = choose_forms(self.targets, self.forms, config, self.objective, self.forecast)
         layers = []
         for target, form, index, spectrum in zip(self.targets, self.forms, chosen, self.spectra, strict=True):
             topology, storage = form.make(index)
@@ -99,6 +153,7 @@ class PreparedPlan:
             dense_loss=self.dense_loss,
             calibration=self.calibration,
             tokens=config.tokens,
+            forecast=self.forecast,
         )
 
 

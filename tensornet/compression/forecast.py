@@ -1,0 +1,130 @@
+"""Forecasts of the loss, corrected by rises that were measured at a few sizes.
+
+The price of a plan is second order, sums over layers as if they did not meet, and knows only the calibration
+text. All three make it miss in proportion, and by how much can be measured: a model cut to a few sizes is run
+on text of another source. What lies between and beyond those sizes is read off the curve through them.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.compression.calibrate import to_device
+from tensornet.compression.losses import Batch, TokenLosses
+from tensornet.errors import BudgetError, TargetError
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """From the price of a plan to the rise of the loss, by measured points.
+
+    Logarithms are interpolated linearly between points; beyond the first and the last the ratio of rise and
+    price stays what it is there. Without points a price is its own forecast.
+
+    Args:
+        points: `(price, rise)`, both above 0 and rising.
+        source: what the rises were measured on.
+
+    Raises:
+        BudgetError: the points do not rise from above 0.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        flat = [(0.0, 0.0), *self.points]
+        if not all(a[0] < b[0] < math.inf and a[1] < b[1] < math.inf for a, b in pairwise(flat)):
+            raise BudgetError(f"The points of a forecast must rise from above 0, got {self.points}.")
+
+    @classmethod
+    def through(cls, measured: Iterable[tuple[float, float]], source: str | None = None) -> "Forecast":
+        """The forecast that follows measurements, `(price, rise)`.
+
+        A rise that is not above 0, or not above that of a smaller price, is noise and left out.
+
+        Raises:
+            BudgetError: nothing is left.
+        """
+        points: list[tuple[float, float]] = []
+        for price, rise in sorted(measured):
+            if rise > (points[-1][1] if points else 0.0) and price > (points[-1][0] if points else 0.0):
+                points.append((price, rise))
+        if not points:
+            raise BudgetError(
+                "No compressed model had a higher loss than the dense one, so a forecast cannot be measured; "
+                "use more validation text, or smaller shares."
+            )
+        return cls(tuple(points), source)
+
+    def rise(self, price: float) -> float:
+        """Foreseen rise of the loss of a token."""
+        return _along(self.points, price)
+
+    def price(self, rise: float) -> float:
+        """The price at which this rise is foreseen: the inverse of `rise`."""
+        return _along([(b, a) for a, b in self.points], rise)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {"points": [list(point) for point in self.points], "source": self.source}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Forecast":
+        """Inverse of `to_dict`."""
+        return cls(tuple((float(a), float(b)) for a, b in data["points"]), data["source"])
+
+
+#: Prices are their own forecast.
+UNMEASURED = Forecast()
+
+
+def _along(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The curve through points, straight in logarithms, of constant ratio beyond them."""
+    if not points or x <= 0:
+        return x
+    below = [point for point in points if point[0] <= x]
+    above = [point for point in points if point[0] > x]
+    if not below or not above:
+        near = below[-1] if below else above[0]
+        return x * near[1] / near[0]
+    (x0, y0), (x1, y1) = below[-1], above[0]
+    return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterable[Batch | Tensor], loss_fn: TokenLosses) -> float:
+    """Mean loss of the tokens of all batches, in eval mode.
+
+    Raises:
+        TargetError: there are none.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    model.eval()
+    try:
+        for batch in batches:
+            losses = loss_fn(model, to_device(batch, device))
+            total, count = total + float(losses.sum()), count + losses.numel()
+    finally:
+        for module, flag in training:
+            module.training = flag
+    if count == 0:
+        raise TargetError(
+            "No validation text is left: pass a list of batches or another collection that can be walked "
+            "again, not an iterator."
+        )
+    return total / count
+
+
+def light_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules of a model that shares all their parameters and buffers."""
+    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
