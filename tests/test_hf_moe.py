@@ -252,64 +252,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(a.grad, b[1].grad, atol=1e-6, rtol=1e-5, msg=name)
 
 
-# --- any model whose network the caller names ----------------------------------------------------
-
-
-class Own(nn.Module):
-    def __init__(self, plus: float = 0.0) -> None:
-        super().__init__()
-        self.expand, self.shrink, self.activation = nn.Linear(8, 12), nn.Linear(12, 8), nn.SiLU()
-        self.plus = plus
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shrink(self.activation(self.expand(x))) + self.plus
-
-
-def test_a_network_that_the_caller_names() -> None:
-    model = nn.Sequential(Own(), Own())
-    x = torch.randn(5, 8)
-    wanted = model(x)
-    config = th.MoEConfig(num_experts=2, sites=2, target_modules=["0"], matrices=("expand", "shrink"))
-    th.upcycle(model, config)
-    assert isinstance(model[0], tm.SharedCoreMoE)
-    assert isinstance(model[1], Own)
-    torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
-    tm.collect_aux_losses(model).total.backward()
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "message"),
-    [
-        (
-            nn.Sequential(nn.Linear(4, 4)),
-            {},
-            "no feed-forward network that can become experts.*Looked for modules",
-        ),
-        (nn.Sequential(Own()), {"target_modules": ["mlp"]}, "Pattern 'mlp' matches no feed-forward network"),
-        (
-            nn.Sequential(Own(plus=1.0)),
-            {"matrices": ("expand", "shrink"), "target_modules": ["0"]},
-            "0 computes something else than expand and shrink alone",
-        ),
-        (
-            nn.Sequential(Own(plus=1.0)),
-            {"matrices": ("expand", "shrink")},
-            "Looked at, and not such a network: 0",
-        ),
-    ],
-)
-def test_no_expert_network_is_one_clear_error(
-    model: nn.Module, options: dict[str, Any], message: str
-) -> None:
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TargetError, match=message):
-        th.upcycle(model, th.MoEConfig(num_experts=2, **options))
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-
-
-def test_bert_is_refused_with_what_was_looked_for() -> None:
-    with pytest.raises(TargetError, match="BertForMaskedLM has no feed-forward network"):
-        th.upcycle(ARCHITECTURES["bert"].dense, CONFIG)
+# --- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from tensornet_moe import SharedCoreMoE, collect_aux_losses
 
 IGNORED_LABEL = -100
+#: Inputs that are not tokens.
+FRAMES = ("input_features", "input_values", "pixel_values")
 
 
 def join_aux_losses(model: PreTrainedModel) -> bool:
@@ -60,7 +62,9 @@ class _Before:
             if isinstance(inner, PreTrainedModel) and inner is not part:
                 setattr(inner, _INNER, True)
         encoder, decoder = _split(part)
-        mask = _fit(given.get("attention_mask"), given, "input_ids", "inputs_embeds")
+        # Sound and pictures have more frames than their encoder makes tokens of: a mask over them fits none.
+        frames = any(given.get(name) is not None for name in FRAMES)
+        mask = None if frames else _fit(given.get("attention_mask"), given, "input_ids", "inputs_embeds")
         for mixture in encoder:
             mixture.token_mask, mixture.aux_losses = mask, None
         if decoder:

@@ -1,31 +1,27 @@
-"""Finding the feed-forward networks of a model and reading off what they compute."""
+"""What a feed-forward network is, and whether a module computes it.
 
-from collections.abc import Callable, Sequence
+Most are a module of their own. In BERT, OPT, BART and their kin the two matrices and the activation are parts
+of a larger layer that does more; there a mixture takes the place of the first matrix, and nothing is left to
+do at the places of the others.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression.targets import matches
+from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import LayerKind, kind_of, layer_bias
-from tensornet_moe import SharedCoreMoE
+from tensornet_hf.done_before import DoneBefore
 from tensornet_moe.ffn import ACTIVATIONS
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
-#: Names of the matrices in order (gate,) up, down, and where such a network drops out.
-FORMS: tuple[tuple[tuple[str, ...], DropoutPlace], ...] = (
-    (("wi_0", "wi_1", "wo"), "hidden"),  # T5, gated
-    (("wi", "wo"), "hidden"),  # T5
-    (("c_fc", "c_proj"), "output"),  # GPT-2
-    (("gate_proj", "up_proj", "down_proj"), "none"),  # Llama and its kin
-    (("fc1", "fc2"), "none"),  # CLIP, SigLIP
-    (("up_proj", "down_proj"), "none"),
-    (("dense_h_to_4h", "dense_4h_to_h"), "none"),  # GPT-NeoX
-)
-_ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn", "act_func")
 _PROBE_TOKENS = 8
 
 
@@ -35,168 +31,165 @@ class FeedForward:
 
     Args:
         names: where the module is used in the model; the first stands for all.
-        module: the module itself.
-        matrices: names of its layers, in order.
+        module: the module that is the network, or has it inside.
+        paths: its layers inside the module, in order.
         activation: a name in `tensornet_moe.ffn.ACTIVATIONS`.
         dropout: probability.
         dropout_place: after the activation, on the output, or nowhere.
+        inside: None if the module is the network. Else the paths inside that are to be replaced: first by the
+            network, the others by nothing.
     """
 
     names: tuple[str, ...]
     module: nn.Module
-    matrices: tuple[str, ...]
+    paths: tuple[str, ...]
     activation: str
     dropout: float
     dropout_place: DropoutPlace
+    inside: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
-        """Name that stands for the module."""
+        """Name that stands for the network."""
         return self.names[0]
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of its layers, in order, that a submodule can have."""
+        return tuple(path.replace(".", "_") for path in self.paths)
 
     def matrix(self, name: str) -> Tensor:
         """One weight, shape `(out_features, in_features)`."""
-        layer = getattr(self.module, name)
+        layer = self.layer(name)
         return _kind(layer).matrix(layer).detach()
 
     def bias(self, name: str) -> Tensor | None:
         """One bias, shape `(out_features,)`."""
-        return layer_bias(getattr(self.module, name))
+        return layer_bias(self.layer(name))
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of its layers."""
+        return sum(p.numel() for name in self.matrices for p in self.layer(name).parameters())
+
+    def replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
+        """What is to stand in the model instead of the network, by name in the model."""
+        if self.inside is None:
+            return dict.fromkeys(self.names, mixture)
+        parts = self.inside_replacements(mixture)
+        return {f"{name}.{path}": part for name in self.names for path, part in parts.items()}
+
+    def inside_replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
+        """The same by path in the larger layer that has the network inside."""
+        assert self.inside is not None
+        first, *others = self.inside
+        return {first: mixture, **{path: DoneBefore() for path in others}}
+
+    def layer(self, name: str) -> nn.Module:
+        """One of its layers."""
+        return self.module.get_submodule(self.paths[self.matrices.index(name)])
 
 
-def find_feed_forwards(
-    model: nn.Module,
-    *,
-    target_modules: Sequence[str] | None = None,
-    matrices: Sequence[str] | None = None,
-) -> list[FeedForward]:
-    """Feed-forward networks of a model, each checked to compute what was read off it.
-
-    Args:
-        model: any model.
-        target_modules: patterns as in `CompressionConfig.target_modules`; all that are recognised if absent.
-        matrices: names of the two or three layers inside, (gate,) up, down, for networks of another form.
+@torch.no_grad()
+def check_reading(network: FeedForward) -> None:
+    """Compare a module that should be the network with what was read off it, on random tokens.
 
     Raises:
-        TargetError: none is found, a pattern matches none, or a named module computes something else.
+        TargetError: they differ, or the module does not take tokens alone.
     """
-    candidates: dict[int, tuple[list[str], nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if _form(module, matrices) is not None:
-            candidates.setdefault(id(module), ([], module))[0].append(name)
-    found, refused = [], []
-    for names, module in candidates.values():
-        wanted = target_modules is None or any(matches(n, p) for n in names for p in target_modules)
-        if not wanted:
-            continue
+    if network.matrix(network.matrices[0]).is_meta:
+        return
+    x = _tokens(network)
+    with _evaluating(network.module):
         try:
-            found.append(_read(tuple(names), module, matrices))
-        except TargetError as error:
-            if target_modules is not None:
-                raise
-            refused.append(f"{names[0]} ({error})")
-    for pattern in target_modules or ():
-        if not any(matches(n, pattern) for names, _ in candidates.values() for n in names):
-            raise TargetError(f"Pattern {pattern!r} matches no feed-forward network. {_looked_for(matrices)}")
-    if not found:
-        tried = f" Looked at, and not such a network: {'; '.join(refused[:3])}." if refused else ""
-        if mixtures := [name for name, m in model.named_modules() if isinstance(m, SharedCoreMoE)]:
-            tried += (
-                f" {len(mixtures)} are mixtures already, the first is {mixtures[0] or 'the model itself'}."
-            )
-        raise TargetError(
-            f"{type(model).__name__} has no feed-forward network that can become experts.{tried} "
-            f"{_looked_for(matrices)}"
-        )
-    return found
+            got = network.module(x)
+        except Exception as error:  # whatever a module of unknown kind does with one tensor
+            raise TargetError(f"it does not take tokens alone: {error}") from error
+    if not isinstance(got, Tensor) or not _close(got, _compute(network, x)):
+        raise TargetError(f"{network.name} computes something else than {' and '.join(network.paths)} alone")
 
 
-def _looked_for(matrices: Sequence[str] | None) -> str:
-    forms = [tuple(matrices)] if matrices is not None else [form for form, _ in FORMS]
-    listed = ", ".join("/".join(form) for form in forms)
-    return (
-        f"Looked for modules with linear layers {listed} and an activation. For another form "
-        'name the module with target_modules=[...] and its layers with matrices=("up", "down").'
-    )
+@torch.no_grad()
+def computes_inside(network: FeedForward) -> bool:
+    """Whether a larger layer computes the same with all of the network done in place of its first matrix."""
+    if network.matrix(network.matrices[0]).is_meta:
+        return False
+    x = _tokens(network)
+    with _evaluating(network.module):
+        wanted = _call(network.module, x)
+        if wanted is None:
+            return False
+        with _replaced(network.module, network.inside_replacements(_Whole(network))):
+            got = _call(network.module, x)
+    return got is not None and _close(got, wanted)
 
 
-def _form(module: nn.Module, matrices: Sequence[str] | None) -> tuple[tuple[str, ...], DropoutPlace] | None:
-    children = dict(module.named_children())
-    if matrices is not None:
-        known = dict(FORMS)
-        forms: Sequence[tuple[tuple[str, ...], DropoutPlace]] = (
-            (tuple(matrices), known.get(tuple(matrices), "output")),
-        )
-    else:
-        forms = FORMS
-    for names, place in forms:
-        if all(name in children and _is_linear(children[name]) for name in names):
-            return names, place
+class _Whole(nn.Module):
+    """The network in one module, which uses the layers where they are."""
+
+    def __init__(self, network: FeedForward) -> None:
+        super().__init__()
+        layers = [network.layer(name) for name in network.matrices]
+        self._network = (network, layers)  # in a tuple: not registered
+
+    def forward(self, x: Tensor) -> Tensor:
+        network, (up, down) = self._network
+        return down(ACTIVATIONS[network.activation](up(x)))
+
+
+def _tokens(network: FeedForward) -> Tensor:
+    first = network.matrix(network.matrices[0])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, _PROBE_TOKENS, first.shape[1], generator=generator).to(first)
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Output of a layer of a transformer for tokens alone, None if it cannot be called like that."""
+    parameters = list(inspect.signature(layer.forward).parameters.values())
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    for rest in (None, x):  # a mask that may be None, a residual that may not
+        try:
+            output = layer(x, **{p.name: rest for p in required})
+        except Exception:  # whatever a layer of unknown kind does; the caller says that it is not understood
+            continue
+        output = output[0] if isinstance(output, tuple) else output
+        return output if isinstance(output, Tensor) else None
     return None
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    kind = kind_of(layer)
-    return kind is not None and kind.name != "embedding"
+def _close(got: Tensor, wanted: Tensor) -> bool:
+    tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
+    # Not "smaller than": NaN differs from nothing here, and the decomposition says in which matrix it is.
+    return got.shape == wanted.shape and not float((got - wanted).norm()) > tolerance * float(wanted.norm())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def _replaced(module: nn.Module, parts: dict[str, nn.Module]) -> Iterator[None]:
+    before = {path: module.get_submodule(path) for path in parts}
+    for path, part in parts.items():
+        set_submodule(module, path, part)
+    try:
+        yield
+    finally:
+        for path, part in before.items():
+            set_submodule(module, path, part)
 
 
 def _kind(layer: nn.Module) -> LayerKind:
     kind = kind_of(layer)
     assert kind is not None
     return kind
-
-
-def _read(names: tuple[str, ...], module: nn.Module, matrices: Sequence[str] | None) -> FeedForward:
-    form = _form(module, matrices)
-    assert form is not None
-    layers, place = form
-    activation = _activation(module)
-    rate = getattr(module, "dropout", 0.0)
-    rate = float(rate.p if isinstance(rate, nn.Dropout) else rate) if place != "none" else 0.0
-    network = FeedForward(names, module, layers, activation, rate, place)
-    _check_reading(network)
-    return network
-
-
-def _activation(module: nn.Module) -> str:
-    """Name of the activation, recognised by its values."""
-    found = [getattr(module, name) for name in _ACTIVATION_NAMES if callable(getattr(module, name, None))]
-    if not found:
-        raise TargetError(f"it has no activation named {', '.join(_ACTIVATION_NAMES)}")
-    grid = torch.linspace(-6, 6, 97)
-    values = found[0](grid)
-    for name, function in ACTIVATIONS.items():
-        if torch.allclose(values, function(grid), atol=1e-6):
-            return name
-    raise TargetError(f"its activation is none of {', '.join(ACTIVATIONS)}")
-
-
-@torch.no_grad()
-def _check_reading(network: FeedForward) -> None:
-    """Compare the module with what was read off it, on random tokens.
-
-    Raises:
-        TargetError: they differ, or the module does not take tokens alone.
-    """
-    first = network.matrix(network.matrices[0])
-    if first.is_meta:
-        return
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _PROBE_TOKENS, first.shape[1], generator=generator).to(first)
-    training = network.module.training
-    try:
-        got = network.module.eval()(x)
-    except Exception as error:  # whatever a module of unknown kind does with one tensor
-        raise TargetError(f"it does not take tokens alone: {error}") from error
-    finally:
-        network.module.train(training)
-    wanted = _compute(network, x)
-    same = isinstance(got, Tensor) and got.shape == wanted.shape
-    tolerance = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.05
-    if not same or float((got - wanted).norm()) > tolerance * float(wanted.norm()):
-        raise TargetError(
-            f"{network.name} computes something else than {' and '.join(network.matrices)} alone"
-        )
 
 
 def _compute(network: FeedForward, x: Tensor) -> Tensor:

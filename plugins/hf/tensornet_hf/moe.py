@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from tensornet.compression.apply import set_submodule
 from tensornet.compression.hooks import structure_changed
 from tensornet_hf.expert_banks import across_layers, alone, owner_place, put_owners
-from tensornet_hf.feed_forward import FeedForward, find_feed_forwards
+from tensornet_hf.feed_forward import FeedForward
+from tensornet_hf.feed_forward_search import find_feed_forwards
 from tensornet_hf.moe_config import MoEConfig
 from tensornet_moe import ExpertFFN, SharedCoreExperts, SharedCoreMoE
 
@@ -94,8 +95,12 @@ def upcycle(model: nn.Module, config: MoEConfig, *, progress: bool = False) -> U
     and the auxiliary losses join its loss in training; of other models collect them with
     `tensornet_moe.collect_aux_losses`.
 
+    Where a network has no module of its own (BERT, OPT, BART), the mixture takes the place of its first
+    matrix, and a module that does nothing those of the activation and the second. What such a layer drops
+    out between them in training it then drops out of the result.
+
     Args:
-        model: T5, GPT-2, or any model with networks `W_down act(W_up x)` (gated or not).
+        model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (gated or not).
         config: what to make of them.
         progress: show a progress bar.
 
@@ -113,8 +118,8 @@ def upcycle(model: nn.Module, config: MoEConfig, *, progress: bool = False) -> U
     if place is not None:
         put_owners(place, {owner.label: owner for owner in owners})
     for network, (mixture, _) in zip(networks, made, strict=True):
-        for name in network.names:
-            set_submodule(model, name, mixture)
+        for name, part in network.replacements(mixture).items():
+            set_submodule(model, name, part)
     structure_changed(model)
     across = sum(p.numel() for owner in owners for p in owner.parameters())
     return UpcycleReport(tuple(layer for _, layer in made), config.num_experts, across)
@@ -152,7 +157,7 @@ def make_mixture(
     shared = {id(p): p.numel() for bank in banks.values() for p in bank.shared_parameters().values()}
     layer = UpcycledLayer(
         name=network.name,
-        dense_params=sum(p.numel() for p in network.module.parameters()),
+        dense_params=network.num_params,
         params=sum(p.numel() for p in mixture.parameters()),
         shared_params=sum(shared.values()),
         error=max(bank.error or 0.0 for bank in banks.values()),

@@ -40,7 +40,8 @@ class MoEConfig:
         jitter: multiplicative noise on what the router sees, in training.
         combine: `"unit"` or `"prob"`, see `tensornet_moe.Router`.
         target_modules: patterns naming the networks; all that are recognised if absent.
-        matrices: names of the layers inside, for networks of another form than the known ones.
+        matrices: names of the layers inside, for networks of another form than the known ones; dotted where
+            they lie deeper, for example `("intermediate.dense", "output.dense")` of BERT.
         seed: of routers and noise.
 
     Raises:
