@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -150,6 +152,41 @@ def test_no_space_left(processes: Any, source: Path, expected: dict[str, str], t
     report = th.compress_checkpoint(source, out, CONFIG, **SMALL)
     assert report.resumed == done > 0
     assert contents(out) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 KB, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = _mount("-t", "tmpfs", "-o", "size=48k", "tmpfs", folder)
+    if done.returncode:
+        pytest.skip(f"mounting a file system is not permitted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("room", [48, 72, 96])
+def test_a_disk_that_is_full_in_the_middle(
+    source: Path, expected: dict[str, str], small_disk: Path, room: int
+) -> None:
+    """Of three sizes, so that pieces, files of weights or the rest are what finds no room."""
+    out = small_disk / "out"
+    assert not _mount("-o", f"remount,size={room}k", small_disk).returncode
+    with pytest.raises(DestinationError, match=r"No space left on device.*kept in .*free some space and run"):
+        th.compress_checkpoint(source, out, CONFIG, **SMALL)
+    assert not out.exists()
+    assert not list(staging_folder(out).rglob("*.tmp"))
+    assert not _mount("-o", "remount,size=4m", small_disk).returncode
+    done = finished_layers(out)
+    report = th.compress_checkpoint(source, out, CONFIG, **SMALL)
+    assert report.resumed == done > 0
+    assert contents(out) == expected
+    assert os.listdir(small_disk) == ["out"]
+
+
+def _mount(*options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["mount", *options], check=False, capture_output=True, text=True)
 
 
 def test_two_runs_into_one_destination(processes: Any, source: Path, tmp_path: Path) -> None:
