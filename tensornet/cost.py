@@ -15,13 +15,19 @@ from tensornet.plans import ContractionPlan, Copy, Product
 _LARGE = 2**20
 
 
-def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predicted time of one (batched) matrix product whose operands are in a cache."""
+def product_seconds(
+    product: Product, tokens: int, machine: Machine, itemsize: int = 4, *, fresh: bool = True
+) -> float:
+    """Predicted time of one (batched) matrix product whose operands are in a cache.
+
+    `fresh=False` is for a result that goes where pages are at hand.
+    """
     batch, rows, inner, columns = product.at(tokens)
     peak = machine.half_peak if itemsize == 2 else machine.peak * 4 / itemsize
     compute = batch * rows * inner * columns / (peak * machine.efficiency(rows, inner, columns))
     overhead = machine.overhead + (batch - 1) * machine.batch_overhead
-    return overhead + compute + _fresh_seconds(batch * rows * columns * itemsize, machine)
+    pages = fresh_seconds(batch * rows * columns * itemsize, machine) if fresh else 0.0
+    return overhead + compute + pages
 
 
 def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
@@ -30,7 +36,7 @@ def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -
     scale = max(itemsize, 2) / 4
     each = machine.copy_element * scale
     each += machine.copy_run / copy.run if copy.run > 1 else machine.copy_strided * scale
-    return machine.copy_overhead + elements * each + _fresh_seconds(elements * itemsize, machine)
+    return machine.copy_overhead + elements * each + fresh_seconds(elements * itemsize, machine)
 
 
 def plan_seconds(plan: ContractionPlan, tokens: int, machine: Machine, itemsize: int = 4) -> float:
@@ -55,5 +61,6 @@ def dense_seconds(
     return read + product_seconds(product, tokens, machine, itemsize)
 
 
-def _fresh_seconds(size: int, machine: Machine) -> float:
+def fresh_seconds(size: int, machine: Machine) -> float:
+    """Predicted time that memory for a result of so many bytes takes."""
     return size * machine.fresh_byte if size >= _LARGE else 0.0

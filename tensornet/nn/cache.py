@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _is_any_autocast_enabled as any_autocast
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ def may_cache(cores: Sequence[Tensor | None]) -> bool:
         if recording and core.requires_grad:
             return False
     return True
+
+
+def may_write_in_place() -> bool:
+    """Whether results may be written into tensors made before: nothing differentiates or traces."""
+    if is_compiling() or is_grad_enabled() or transforms_active() or any_autocast():
+        return False
+    return forward_ad._current_level < 0 and not torch.jit.is_tracing()
 
 
 def compute_dtype(core: Tensor) -> torch.dtype:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from tensornet.cost import dense_seconds
 from tensornet.machine import default_machine
 from tensornet.network import OperatorPlan
-from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, choose, route_seconds
+from tensornet.nn.cache import may_write_in_place
+from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, SLICED, choose, route_seconds
+from tensornet.slicing import plan_slices
 
 if TYPE_CHECKING:
     from tensornet.nn.routing import RoutedModule
@@ -88,15 +90,16 @@ def explain(layer: RoutedModule, tokens: int) -> Explanation:
     plan, weight = layer.plan, layer.weight
     machine, itemsize = layer.machine or default_machine(weight.device), weight.element_size()
     factorized = choose(layer.dispatch.factorized, tokens)
-    routes = {"factorized": factorized, "reconstruct": RECONSTRUCT, "cached": CACHED}
+    rebuilt = choose(layer.dispatch.rebuilt, tokens) if may_write_in_place() else RECONSTRUCT
+    routes = {"factorized": factorized, "reconstruct": rebuilt, "cached": CACHED}
     seconds = {name: route_seconds(plan, route, tokens, machine, itemsize) for name, route in routes.items()}
-    work = {"factorized": _factorized(plan, factorized, tokens), **_by_matrix(plan, tokens)}
+    work = {"factorized": _factorized(plan, factorized, tokens), **_by_matrix(plan, rebuilt, tokens)}
     refused = dict.fromkeys(routes, "")
     refused["cached"] = _why_not_cached(layer)
     if layer.strategy in ("factorized", "reconstruct"):
         refused = {name: "" if name == layer.strategy else "not the strategy set" for name in routes}
     taken = layer.route(tokens)
-    choice = {RECONSTRUCT: "reconstruct", CACHED: "cached"}.get(taken, "factorized")
+    choice = "factorized" if taken >= 0 else "cached" if taken == CACHED else "reconstruct"
     topology = plan.topology
     return Explanation(
         description=f"{topology.family} {topology.shape}, bonds {list(topology.bond_dims.values())}",
@@ -127,15 +130,17 @@ def _factorized(plan: OperatorPlan, route: int, tokens: int) -> tuple[int, int, 
     )
 
 
-def _by_matrix(plan: OperatorPlan, tokens: int) -> dict[str, tuple[int, int, int]]:
+def _by_matrix(plan: OperatorPlan, rebuilt: int, tokens: int) -> dict[str, tuple[int, int, int]]:
     out_features, in_features = plan.topology.shape
     elements = out_features * in_features
-    rebuild = plan.matrix.multiply_adds(1)
-    largest = max(plan.matrix.largest_intermediate(1), elements)
-    return {
-        "reconstruct": (rebuild + tokens * elements, plan.matrix.moved(1), largest),
-        "cached": (tokens * elements, 0, elements),
-    }
+    if rebuilt <= SLICED:
+        sliced = plan_slices(plan.topology)[SLICED - rebuilt]
+        work = (sliced.multiply_adds(tokens), sliced.moved, sliced.largest_intermediate)
+    else:
+        rebuild = plan.matrix.multiply_adds(1)
+        largest = max(plan.matrix.largest_intermediate(1), elements)
+        work = (rebuild + tokens * elements, plan.matrix.moved(1), largest)
+    return {"reconstruct": work, "cached": (tokens * elements, 0, elements)}
 
 
 def _why_not_cached(layer: RoutedModule) -> str:

@@ -14,7 +14,8 @@ from tensornet.nn.adapters import kind_of, layer_bias, layer_kind
 from tensornet.nn.module import NetworkModule, require_linear_shape
 from tensornet.nn.shortcut import make_shortcut
 from tensornet.nn.storage import PLAIN, Storage, storage_entry
-from tensornet.nn.strategy import CACHED, Strategy, is_exporting
+from tensornet.nn.strategy import CACHED, SLICED, Strategy, is_exporting
+from tensornet.slicing import plan_slices, run_in_slices
 from tensornet.sweep import Sweep, is_sweep
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
@@ -81,6 +82,8 @@ class TensorNetworkLinear(NetworkModule):
         route = self.route(tokens, on_cpu=x.is_cpu)
         if route >= 0:
             y = contract_with_input(self.plan, self.cores, x, candidate=route, bias=self.bias)
+        elif route <= SLICED and type(x) is Tensor:
+            y = run_in_slices(plan_slices(self.topology)[SLICED - route], self.cores, x, self.bias)
         else:
             matrix = self.kept_matrix() if route == CACHED else self.to_matrix()
             y = nn.functional.linear(x, matrix, self.bias)

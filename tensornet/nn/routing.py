@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from tensornet.machine import Machine, default_machine
 from tensornet.network import PLANNED_TOKENS, OperatorPlan
-from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache
+from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache, may_write_in_place
 from tensornet.nn.explain import Explanation, explain
 from tensornet.nn.shortcut import Shortcut
 from tensornet.nn.strategy import (
@@ -127,7 +127,8 @@ class RoutedModule(nn.Module):
             on_cpu: whether it is done on the CPU; asks the cores if absent.
 
         Returns:
-            The position of a candidate in `plan.applies`, `RECONSTRUCT` or `CACHED`.
+            The position of a candidate in `plan.applies`, `RECONSTRUCT`, `CACHED`, or `SLICED - k` for the
+            k-th plan of `tensornet.slicing.plan_slices`.
         """
         # Tracers see the route without a kept matrix: it would become a constant that no update reaches.
         route = choose(self.bounds(on_cpu, may_keep=not torch.compiler.is_compiling()), tokens)
@@ -137,14 +138,16 @@ class RoutedModule(nn.Module):
 
     def bounds(self, on_cpu: bool | None = None, *, may_keep: bool = True) -> Bounds:
         """The routes for all token counts in the present mode; `may_keep=False` counts kept matrices out."""
-        if self.strategy == "reconstruct":
+        if self.strategy == "reconstruct" and not may_write_in_place():
             return ALWAYS_RECONSTRUCT
         table = self.dispatch if on_cpu is None else self._dispatch[0 if on_cpu else 1]
+        if self.strategy == "reconstruct":
+            return table.rebuilt
         if self.strategy == "factorized":
             return table.factorized
         if may_keep and not self.training and self.may_keep_matrix:
             return ALWAYS_CACHED if self.strategy == "cached" else table.cached
-        return table.uncached
+        return table.inference if may_write_in_place() else table.uncached
 
     def records_gradients(self) -> bool:
         """Whether a forward pass would now record gradients of the cores, which a kept matrix has not."""
@@ -189,7 +192,7 @@ class RoutedModule(nn.Module):
         self._matrix_bytes = out_features * in_features * itemsize
         self._dispatch: tuple[Dispatch, Dispatch] = (
             dispatch(self.plan, self.machine or default_machine("cpu"), itemsize),
-            dispatch(self.plan, self.machine or default_machine("cuda"), itemsize),
+            dispatch(self.plan, self.machine or default_machine("cuda"), itemsize, slices=False),
         )
 
     def _parameters_of_cores(self) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ import torch
 from tensornet.cost import dense_seconds, plan_seconds
 from tensornet.machine import Machine
 from tensornet.network import OperatorPlan
+from tensornet.slicing import plan_slices
 
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
 STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
@@ -23,8 +24,9 @@ STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
 #: a 4096 x 4096 matrix in single precision.
 DEFAULT_CACHE_LIMIT = 64 * 2**20
 
-#: Routes that are not a candidate of `OperatorPlan.applies`.
-RECONSTRUCT, CACHED = -1, -2
+#: Routes that are not a candidate of `OperatorPlan.applies`. `SLICED - k` rebuilds the matrix in slices, by
+#: the k-th plan of `plan_slices`.
+RECONSTRUCT, CACHED, SLICED = -1, -2, -3
 
 #: `(largest token count, route)` in ascending order; the last entry holds for all larger counts.
 Bounds = tuple[tuple[float, int], ...]
@@ -49,11 +51,15 @@ class Dispatch:
         factorized: among the contractions with the input.
         uncached: those and rebuilding the matrix.
         cached: those and a matrix that is there already.
+        rebuilt: rebuilding the matrix, whole or in slices.
+        inference: all but a matrix that is there already.
     """
 
     factorized: Bounds
     uncached: Bounds
     cached: Bounds
+    rebuilt: Bounds
+    inference: Bounds
 
 
 def check_options(strategy: str, cache_limit: int | None) -> None:
@@ -73,15 +79,25 @@ def route_seconds(plan: OperatorPlan, route: int, tokens: int, machine: Machine,
     out_features, in_features = plan.topology.shape
     if route >= 0:
         return plan_seconds(plan.applies[route], tokens, machine, itemsize)
+    if route <= SLICED:
+        return plan_slices(plan.topology)[SLICED - route].seconds(tokens, machine, itemsize)
     cached = route == CACHED
     dense = dense_seconds(out_features, in_features, tokens, machine, itemsize, from_memory=cached)
     return dense if cached else dense + plan_seconds(plan.matrix, 1, machine, itemsize)
 
 
 @lru_cache(maxsize=4096)
-def dispatch(plan: OperatorPlan, machine: Machine, itemsize: int) -> Dispatch:
-    """Compare all routes over a grid of token counts."""
+def dispatch(plan: OperatorPlan, machine: Machine, itemsize: int, *, slices: bool = True) -> Dispatch:
+    """Compare all routes over a grid of token counts.
+
+    Args:
+        plan: the operator.
+        machine: whose time counts.
+        itemsize: bytes of an element.
+        slices: whether a matrix may be rebuilt in slices, which is for machines that launch products at once.
+    """
     candidates = range(len(plan.applies))
+    rebuilding = [RECONSTRUCT, *(SLICED - k for k in range(len(plan_slices(plan.topology)) if slices else 0))]
 
     warm = replace(machine, bandwidth=_CACHE_OVER_MEMORY * machine.bandwidth)
 
@@ -100,6 +116,8 @@ def dispatch(plan: OperatorPlan, machine: Machine, itemsize: int) -> Dispatch:
         factorized=fastest(candidates, machine),
         uncached=fastest([*candidates, RECONSTRUCT], machine),
         cached=fastest([*candidates, CACHED], warm),
+        rebuilt=fastest(rebuilding, machine),
+        inference=fastest([*candidates, *rebuilding], machine),
     )
 
 

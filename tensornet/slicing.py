@@ -1,0 +1,191 @@
+"""A rebuilt matrix that is used slice by slice, so that it is never written to memory.
+
+Rebuilding a large matrix for one product writes it to memory, permutes it there and reads it again, which can
+take longer than the arithmetic. If the cores before and after a place in the network are contracted apart,
+
+    L: (out1 * in1, r),    R: (r, in2 * out2),    W[o] = L[o] R: (in1 * in2, out2)  for each o in out1,
+
+then every `W[o]` comes out of the product as the weight of its own block of outputs, without a permutation.
+One small buffer serves all of them. Results are written in place, so this is for passes without gradients.
+
+Reference: Gray, Kourtis 2021, "Hyper-optimized tensor network contraction" (slicing of an index).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tensornet.contraction import find_path
+from tensornet.cost import fresh_seconds, plan_seconds, product_seconds
+from tensornet.dims import divisors
+from tensornet.errors import ShapeError
+from tensornet.lowering import lower_path
+from tensornet.machine import CPU, Machine
+from tensornet.network import sweeps
+from tensornet.plans import ContractionPlan, Product, run
+from tensornet.topology import Topology
+
+#: Rows that one product of a slice should have: kernels lose speed below.
+_ROWS = 48
+
+#: A buffer of at most so many elements stays near a core; more is taken only where a slice needs it.
+_BUFFER = 2**20
+
+#: Reading the input once more for every block of outputs costs so many plain copies of it.
+_INPUT_COPIES = 4.5
+
+
+@dataclass(frozen=True)
+class SlicedPlan:
+    """A split of an operator into two groups of cores, and the width of its slices.
+
+    Args:
+        cut: cores before it belong to L, the others to R.
+        left: contraction of the first to `(out1 * in1, r)`.
+        right: contraction of the others to `(r, in2 * out2)`.
+        outer: size of out1.
+        inner: size of out2.
+        width: how many blocks `W[o]` are made at once.
+        in_features: of the operator.
+        rank: r, the size of all bonds between the groups together.
+    """
+
+    cut: int
+    left: ContractionPlan
+    right: ContractionPlan
+    outer: int
+    inner: int
+    width: int
+    in_features: int
+    rank: int
+
+    @property
+    def buffer(self) -> int:
+        """Elements of the part of the matrix that exists at any time."""
+        return self.width * self.in_features * self.inner
+
+    def multiply_adds(self, tokens: int) -> int:
+        """Multiply-add operations for that many tokens."""
+        matrix = self.outer * self.inner * self.in_features
+        return self.left.multiply_adds(1) + self.right.multiply_adds(1) + matrix * (self.rank + tokens)
+
+    @property
+    def moved(self) -> int:
+        """Elements copied by permutations."""
+        return self.left.moved(1) + self.right.moved(1)
+
+    @property
+    def largest_intermediate(self) -> int:
+        """Elements of the largest tensor that is made."""
+        sides = [math.prod(self.left.output_shape), math.prod(self.right.output_shape)]
+        return max(self.buffer, *sides, *(x.largest_intermediate(1) for x in (self.left, self.right)))
+
+    def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
+        """Predicted time of one pass."""
+        rows = self.width * (self.left.output_shape[0] // self.outer)
+        build = Product(1, rows, self.rank, self.right.output_shape[1], None)
+        use = Product(1, 1, self.in_features, self.inner, "rows")
+        total = plan_seconds(self.left, 1, machine, itemsize) + plan_seconds(self.right, 1, machine, itemsize)
+        total += self.outer // self.width * product_seconds(build, 1, machine, itemsize, fresh=False)
+        total += self.outer * product_seconds(use, tokens, machine, itemsize, fresh=False)
+        again = tokens * self.in_features * self.outer
+        total += fresh_seconds(tokens * self.outer * self.inner * itemsize, machine)
+        return total + again * machine.copy_element * _INPUT_COPIES * itemsize / 4
+
+
+@lru_cache(maxsize=4096)
+def plan_slices(topology: Topology) -> tuple[SlicedPlan, ...]:
+    """Every split whose slices are weights as they come; none for a padded operator.
+
+    Args:
+        topology: the operator.
+    """
+    if topology.padded_shape != topology.shape:
+        return ()
+    plans = (_split(topology, cut) for cut in range(1, len(topology.cores)))
+    return tuple(plan for plan in plans if plan is not None)
+
+
+def run_in_slices(
+    sliced: SlicedPlan, cores: Sequence[Tensor], x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Apply the operator to `x: (..., in_features)` without recording gradients.
+
+    Args:
+        sliced: one of `plan_slices`.
+        cores: in the order of the topology.
+        x: the input, in the dtype of the cores.
+        bias: shape `(out_features,)`.
+
+    Returns:
+        Output `(..., out_features)`.
+
+    Raises:
+        ShapeError: the last dimension of `x` is another.
+    """
+    if x.shape[-1] != sliced.in_features:
+        raise ShapeError(
+            f"The input has shape {tuple(x.shape)}; its last dimension must be in_features="
+            f"{sliced.in_features}."
+        )
+    flat = x if x.ndim == 2 else x.reshape(-1, sliced.in_features)
+    left = run(sliced.left, cores[: sliced.cut]).reshape(sliced.outer // sliced.width, -1, sliced.rank)
+    right = run(sliced.right, cores[sliced.cut :])
+    y = flat.new_empty(flat.shape[0], sliced.outer, sliced.inner)
+    outputs = y.unbind(1)
+    biases = (None,) * sliced.outer if bias is None else bias.reshape(sliced.outer, sliced.inner).unbind(0)
+    buffer = left.new_empty(left.shape[1], right.shape[1])
+    weights = buffer.view(sliced.width, sliced.in_features, sliced.inner).unbind(0)
+    for part, rows in enumerate(left.unbind(0)):
+        torch.mm(rows, right, out=buffer)
+        for k, weight in enumerate(weights, start=part * sliced.width):
+            added = biases[k]
+            if added is None:
+                torch.mm(flat, weight, out=outputs[k])
+            else:
+                torch.addmm(added, flat, weight, out=outputs[k])
+    return y.view(*x.shape[:-1], sliced.outer * sliced.inner)
+
+
+def _split(topology: Topology, cut: int) -> SlicedPlan | None:
+    """The plan for one cut; None if slices would have to be permuted, or would be the whole or slivers."""
+    groups = [[core.labels for core in part] for part in (topology.cores[:cut], topology.cores[cut:])]
+    first, second = ({label for labels in group for label in labels} for group in groups)
+    outs = [tuple(x for x in topology.out_labels if x in side) for side in (first, second)]
+    ins = [tuple(x for x in topology.in_labels if x in side) for side in (first, second)]
+    if (*outs[0], *outs[1]) != topology.out_labels or (*ins[0], *ins[1]) != topology.in_labels:
+        return None
+    size = topology.size_of
+    outer, inner = (math.prod(size[x] for x in labels) for labels in outs)
+    rows, in_features = math.prod(size[x] for x in ins[0]), topology.in_features
+    if outer == 1 or inner < 8:
+        return None
+    shared = tuple(sorted(first & second))
+    rank = math.prod(size[x] for x in shared)
+    wide = [w for w in divisors(outer) if w == 1 or w * in_features * inner <= _BUFFER]
+    width = next((w for w in wide if w * rows >= _ROWS), wide[-1])
+    left = _lowered(topology, groups[0], (*outs[0], *ins[0], *shared))
+    right = _lowered(topology, groups[1], (*shared, *ins[1], *outs[1]))
+    return SlicedPlan(
+        cut=cut,
+        left=replace(left, output_shape=(outer * rows, rank)),
+        right=replace(right, output_shape=(rank, in_features // rows * inner)),
+        outer=outer,
+        inner=inner,
+        width=width,
+        in_features=in_features,
+        rank=rank,
+    )
+
+
+def _lowered(
+    topology: Topology, operands: Sequence[tuple[str, ...]], output: tuple[str, ...]
+) -> ContractionPlan:
+    paths = [find_path(operands, output, topology.size_of, "auto"), *sweeps(len(operands))]
+    distinct = dict.fromkeys(map(tuple, paths))
+    plans = [lower_path(operands, output, topology.size_of, path) for path in distinct]
+    return min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
