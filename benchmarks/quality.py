@@ -55,6 +55,10 @@ METHODS = {
     "ours": Method("two-sided curvature, global budget, gauge fixed", {"objective": "curvature"}),
     "mpo2": Method("MPO, 2 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 2}),
     "mpo3": Method("MPO, 3 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 3}),
+    "mpo2_balanced": Method(
+        "MPO, 2 sites, ours, balanced legs",
+        {"objective": "curvature", "topology": "mpo", "sites": 2, "dims": "balanced"},
+    ),
     "ours_int8": Method("ours, cores in int8", {"objective": "curvature", "int8": True}),
 }
 
@@ -88,6 +92,7 @@ TABLE = [
     *jobs("ours", "mlp", 60, after="refined"),
     *jobs("svd", "mlp", 80),
     *jobs("ours_int8", "mlp", 80),
+    *jobs("mpo2_balanced", "mlp", 80),
     *jobs("svd_llm", "mlp", 90, 40, 30),
     *jobs("ours", "mlp", 30),
     *jobs("svd_llm", "all", 90, 40, 30),

@@ -5,13 +5,17 @@ products instead of matrices, so that a core of any size can be fitted; the erro
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensornet.mpo_algebra import canonicalize
 from tensornet.network import TensorNetwork, contract_to_matrix, plan_operator
 from tensornet.whitening import Weighting, check_weighting
 
+#: Families whose cores are a chain `(left, out, in, right)` that can be made orthonormal around one of them.
+CHAINS = ("mpo", "low_rank")
 #: A sweep that lowers the error by less than this share is the last.
 _TOLERANCE = 1e-3
 
@@ -64,9 +68,12 @@ def fit_network(
     prices = Weighting(rows, columns)
     start = cost = _value(prices, target - contract_to_matrix(plan, cores))
     done, converged = 0, False
+    chain = network.topology.family in CHAINS
     for _ in range(sweeps):
         before = cost
         for index in range(len(cores)):
+            if chain:  # orthonormal neighbours: steps along all bonds are equally long
+                cores = list(canonicalize(cores, index))
             cost = _improve(target, prices, network, cores, index, steps, cost)
         done += 1
         if before - cost <= _TOLERANCE * before:
@@ -107,33 +114,28 @@ def _improve(
     def operator(core: Tensor) -> Tensor:  # linear in the core
         return contract_to_matrix(plan, [*cores[:index], core, *cores[index + 1 :]])
 
-    def gradient(core: Tensor) -> tuple[Tensor, Tensor]:
-        """Error and the descent direction of the cost."""
-        with torch.enable_grad():
-            leaf = core.detach().requires_grad_()
-            made = operator(leaf)
-        error = target - made.detach()
-        (descent,) = torch.autograd.grad(made, leaf, _weigh(prices, error))
-        return error, descent
-
     core = cores[index]
-    error, residual = gradient(core)
+    linear: Any = torch.func.vjp(operator, core)
+    made, adjoint = linear  # the adjoint of a linear map is the same at every point
+    error = target - made
+    weighed = _weigh(prices, error)
+    (residual,) = adjoint(weighed)
     direction, norm = residual, float(residual.square().sum())
     for _ in range(steps):
         if norm == 0:
             break
         moved = operator(direction)
-        weighed = _weigh(prices, moved)
-        curvature = float((moved * weighed).sum())
+        pushed = _weigh(prices, moved)
+        curvature = float((moved * pushed).sum())
         if curvature <= 0:
             break
-        step = float((error * weighed).sum()) / curvature  # exact along the direction, whatever rounding did
-        candidate, error = core + step * direction, error - step * moved
-        value = _value(prices, error)
+        step = float((error * pushed).sum()) / curvature  # exact along the direction, whatever rounding did
+        candidate, error, weighed = core + step * direction, error - step * moved, weighed - step * pushed
+        value = 0.5 * float((error * weighed).sum())
         if not value < cost:
             break
         core, cost = candidate, value
-        _, residual = gradient(core)
+        (residual,) = adjoint(weighed)
         new = float(residual.square().sum())
         direction, norm = residual + (new / norm) * direction, new
     cores[index] = core

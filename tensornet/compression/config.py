@@ -28,6 +28,8 @@ class CompressionConfig:
         topology: name of a registered family, or `"auto"`: the best of low rank and MPO for each layer by
             its weight, low rank with calibration data (chains lose to it on pretrained layers).
         sites: number of cores for families that can choose it.
+        dims: leg sizes of chains: `"auto"` chooses them by price where there is calibration data, with no
+            leg of size 1; `"balanced"` takes factors of similar size.
         max_bond: cap on every bond.
         rel_error: largest relative Frobenius error of each layer.
         param_ratio: share of the parameters of the targeted layers to keep; of all together with the
@@ -52,13 +54,14 @@ class CompressionConfig:
     Raises:
         BudgetError: a cap is out of range, or does not go with the objective.
         TopologyError: unknown topology.
-        ValueError: unknown objective.
+        ValueError: unknown objective or dims.
     """
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     topology: str = AUTO
     sites: int | None = None
+    dims: Literal["auto", "balanced"] = "auto"
     max_bond: int | None = None
     rel_error: float | None = None
     param_ratio: float | None = None
@@ -78,6 +81,8 @@ class CompressionConfig:
             topology_family(self.topology)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        if self.dims not in ("auto", "balanced"):
+            raise ValueError(f"dims must be 'auto' or 'balanced', got {self.dims!r}.")
         if self.sites is not None and self.sites < 1:
             raise BudgetError(f"sites must be at least 1, got {self.sites}.")
         if self.tokens is not None and self.tokens < 1:

@@ -1,5 +1,6 @@
 """The forms one layer may take, with the size and the price of each."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from tensornet.compression.allocate import CostCurve
 from tensornet.compression.clock import Clock
-from tensornet.compression.networks import starts_of
+from tensornet.compression.leg_sizes import best_dims
+from tensornet.compression.networks import decompose_network, starts_of
 from tensornet.compression.weighted import frobenius_errors, tail_costs
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topologies import low_rank, topology_family
@@ -134,27 +136,39 @@ def network_forms(
     max_bond: int | None = None,
     rel_error: float | None = None,
     clock: Clock | None = None,
+    search_dims: bool = False,
     **options: Any,
 ) -> LayerForms:
     """Caps on the bonds of any family, priced by trying a few, and dense.
 
-    Costs are those before fitting (`decompose_network`), so they are upper bounds of what comes out.
+    Costs are those of starts, lowered by what fitting a start in the middle gains.
 
     Args: as `low_rank_forms`, and
         family: a registered family.
+        search_dims: choose the leg sizes of a chain by price (`best_dims`).
         options: passed to its `build`.
     """
     build = topology_family(family).build
     rows, columns = matrix.shape
     full = build(rows, columns, **options)
+    if search_dims and family == "mpo":
+        outs, ins = best_dims(matrix, prices.choice, storage, (full.out_dims, full.in_dims))
+        options = {"out_dims": outs, "in_dims": ins}
+        full = build(rows, columns, **options)
     top = min(max(full.bond_dims.values(), default=1), max_bond or 10**9)
     tried = sorted({max(1, round(share * top)) for share in _TRIED})
     caps = sorted({max(1, round(k * top / 400)) for k in range(1, 401)} | set(tried))
     topologies = [build(rows, columns, max_bond=cap, **options) for cap in caps]
     starts = starts_of(matrix, [topologies[caps.index(cap)] for cap in tried], prices.choice)
     gaps = [matrix - start.to_matrix() for start in starts]
-    costs = _interpolated(caps, tried, [prices.choice.cost(gap) for gap in gaps])
-    forecasts = _interpolated(caps, tried, [prices.forecast.cost(gap) for gap in gaps])
+    chosen, foreseen = ([x.cost(gap) for gap in gaps] for x in (prices.choice, prices.forecast))
+    if prices.choice != Weighting():
+        middle = len(tried) // 2
+        fitted = decompose_network(matrix, topologies[caps.index(tried[middle])], prices.choice).network
+        gap = matrix - fitted.to_matrix()
+        chosen = _scaled(tried, chosen, middle, prices.choice.cost(gap))
+        foreseen = _scaled(tried, foreseen, middle, prices.forecast.cost(gap))
+    costs, forecasts = (_interpolated(caps, tried, values) for values in (chosen, foreseen))
     norm = max(float(matrix.norm()), 1e-300)
     errors = _interpolated(caps, tried, [float(gap.norm()) / norm for gap in gaps])
     keep = [k for k in range(len(caps)) if rel_error is None or errors[k] <= rel_error]
@@ -200,6 +214,15 @@ def joined(forms: Sequence[LayerForms]) -> LayerForms:
     return LayerForms(
         **{name: torch.cat([getattr(form, name) for form in forms]) for name in names}, make=make
     )
+
+
+def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
+    """Values by the factor that makes one of them what it is known to be; the smallest cap gains nothing."""
+    factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
+    if factor == 0 or index == 0:
+        return list(values)
+    shares = np.interp(np.log(caps), [math.log(caps[0]), math.log(caps[index])], [0.0, 1.0])
+    return [float(value * factor**share) for value, share in zip(values, shares, strict=True)]
 
 
 def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:

@@ -99,6 +99,7 @@ def _family_forms(
         max_bond=config.max_bond,
         rel_error=config.rel_error,
         clock=clock,
+        search_dims=config.dims == "auto",
         **family_options(family, config),
     )
 

@@ -1,7 +1,8 @@
 """Networks other than low rank at the prices that calibration found: a structured start, then fitting."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,18 +14,22 @@ from tensornet.topology import Topology
 from tensornet.tt_svd import pad_matrix
 from tensornet.whitening import Weighting, damped, root
 
+#: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
+_STEPS = 6
 #: Damping of the factors of a moment: partial traces of a singular moment may be singular.
 _FACTOR_DAMPING = 1e-4
 
 
 @torch.no_grad()
 def decompose_network(
-    matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int = 1
+    matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int = 3
 ) -> Decomposition:
     """Cores of a given topology with little weighted error, never more than those of the plain decomposition.
 
-    Two starts are compared at the full weighting, the plain decomposition and the one that is optimal (as far
-    as the family's own is) for moments replaced by Kronecker products over the legs; the better is fitted.
+    The start is the decomposition that is optimal (as far as the family's own is) for moments replaced by
+    Kronecker products over the legs. It is fitted to the full weighting in coordinates in which those
+    products are identities, where a few steps go as far as hundreds would in the coordinates of the matrix.
+    Where the plain decomposition is cheaper nevertheless, that one is fitted.
 
     Args:
         matrix: shape `(out, in)`.
@@ -32,22 +37,29 @@ def decompose_network(
         weighting: prices of errors.
         sweeps: rounds of alternating least squares; 0 returns the start.
     """
-    start = structured_start(matrix, topology, weighting)
-    if sweeps > 0:
-        fit = fit_network(matrix, start, weighting, sweeps=sweeps)
-        start, sweeps = fit.network, fit.sweeps
-    gap = torch.linalg.vector_norm(matrix.double() - start.to_matrix().double())
+    legs = legs_of(topology, weighting)
+    plain = topology_family(topology.family).decompose_to(matrix, topology).network
+    made = legs.decompose(matrix, topology) if legs.roots else plain
+    if sweeps > 0 and legs.roots:
+        whitened = legs.whitened(matrix, made, weighting)
+        fit = fit_network(*whitened, sweeps=sweeps, steps=_STEPS)
+        made = legs.undone(fit.network, topology)
+    if legs.roots and weighting.cost(matrix - plain.to_matrix()) <= weighting.cost(matrix - made.to_matrix()):
+        made = plain
+    if sweeps > 0 and (made is plain or not legs.roots):
+        made = fit_network(matrix, plain, weighting, sweeps=sweeps).network
+    gap = torch.linalg.vector_norm(matrix.double() - made.to_matrix().double())
     error = float(gap / torch.linalg.vector_norm(matrix.double()).clamp_min(1e-300))
-    return Decomposition(start, error, "curvature", iterations=sweeps)
+    return Decomposition(made, error, "curvature", iterations=sweeps)
 
 
 def structured_start(matrix: Tensor, topology: Topology, weighting: Weighting) -> TensorNetwork:
     """The better of the plain and the leg-whitened decomposition, by the full weighting."""
-    family = topology_family(topology.family)
-    plain = family.decompose_to(matrix, topology).network
-    if weighting == Weighting() or not _every_leg_on_one_core(topology):
+    plain = topology_family(topology.family).decompose_to(matrix, topology).network
+    legs = legs_of(topology, weighting)
+    if not legs.roots:
         return plain
-    whitened = _leg_whitened(matrix, topology, weighting)
+    whitened = legs.decompose(matrix, topology)
     costs = [weighting.cost(matrix - network.to_matrix()) for network in (plain, whitened)]
     return plain if costs[0] <= costs[1] else whitened
 
@@ -61,7 +73,7 @@ def starts_of(matrix: Tensor, topologies: Sequence[Topology], weighting: Weighti
     if first.family != "mpo":
         return [structured_start(matrix, topology, weighting) for topology in topologies]
     full = topology_family("mpo").build(*matrix.shape, out_dims=first.out_dims, in_dims=first.in_dims)
-    exact = _leg_whitened(matrix, full, weighting)
+    exact = legs_of(full, weighting).decompose(matrix, full)
     return [_sliced(exact, topology) for topology in topologies]
 
 
@@ -72,26 +84,103 @@ def _sliced(network: TensorNetwork, topology: Topology) -> TensorNetwork:
     return TensorNetwork(topology, [core.contiguous() for core in cut])
 
 
-def _leg_whitened(matrix: Tensor, topology: Topology, weighting: Weighting) -> TensorNetwork:
-    """Whiten every leg with its own moment, decompose, undo in the cores: bonds are not affected."""
-    sides = (
-        (topology.out_labels, topology.out_dims, weighting.rows),
-        (topology.in_labels, topology.in_dims, weighting.columns),
-    )
-    dims = (*topology.out_dims, *topology.in_dims)
-    work = pad_matrix(matrix.double(), *topology.padded_shape).reshape(dims)
-    undo: dict[str, Tensor] = {}
-    axis = 0
-    for labels, sizes, moment in sides:
-        factors = None if moment is None else leg_moments(moment, sizes)
-        for position, label in enumerate(labels):
-            if factors is not None:
-                lower, inverse = root(damped(factors[position], _FACTOR_DAMPING))
-                work = torch.movedim(torch.tensordot(lower.T, work, ([1], [axis])), 0, axis)
-                undo[label] = inverse.T
-            axis += 1
-    # As a matrix without padding: what was padded belongs to the legs now.
-    full = Topology(
+@dataclass(frozen=True)
+class Legs:
+    """Coordinates in which the moment of every leg is the identity.
+
+    Args:
+        roots: by label, `L` and its inverse with `L L^T` the moment of the leg; vectors where that is
+            diagonal. Legs of a side without prices are missing.
+        sides: labels of the out-legs and of the in-legs.
+        dims: their sizes.
+    """
+
+    roots: Mapping[str, tuple[Tensor, Tensor]]
+    sides: tuple[tuple[str, ...], tuple[str, ...]]
+    dims: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def decompose(self, matrix: Tensor, topology: Topology) -> TensorNetwork:
+        """Whiten every leg, decompose, undo in the cores: bonds are not affected."""
+        found = topology_family(topology.family).decompose_to(
+            self.whitened_matrix(matrix), _unpadded(topology)
+        )
+        return self.undone(found.network, topology, matrix.dtype)
+
+    def whitened(
+        self, matrix: Tensor, network: TensorNetwork, weighting: Weighting
+    ) -> tuple[Tensor, TensorNetwork, Weighting]:
+        """A matrix, its network and the prices of errors, in these coordinates: costs stay the same."""
+        topology = network.topology
+        cores = self._on_cores(topology, network.cores, inverse=False)
+        moments = zip(matrix.shape, (weighting.rows, weighting.columns), strict=True)
+        sides = zip(self.sides, self.dims, moments, strict=True)
+        rows, columns = (self._moment(labels, dims, *moment) for labels, dims, moment in sides)
+        made = TensorNetwork(_unpadded(topology), [core.float() for core in cores])
+        return self.whitened_matrix(matrix).float(), made, Weighting(rows, columns)
+
+    def undone(
+        self, network: TensorNetwork, topology: Topology, dtype: torch.dtype | None = None
+    ) -> TensorNetwork:
+        """A network of these coordinates in those of the matrix."""
+        cores = self._on_cores(topology, network.cores, inverse=True)
+        kept = [
+            core.to(dtype or old.dtype).contiguous() for core, old in zip(cores, network.cores, strict=True)
+        ]
+        return TensorNetwork(topology, kept)
+
+    def whitened_matrix(self, matrix: Tensor) -> Tensor:
+        """`Lr^T W Lc`, as a matrix without padding: what was padded belongs to the legs now."""
+        shape = tuple(math.prod(dims) for dims in self.dims)
+        work = pad_matrix(matrix.double(), shape[0], shape[1]).reshape(*self.dims[0], *self.dims[1])
+        for axis, label in enumerate((*self.sides[0], *self.sides[1])):
+            if label in self.roots:
+                work = _on_axis(work, axis, _transposed(self.roots[label][0]))
+        return work.reshape(shape)
+
+    def _moment(
+        self, labels: Sequence[str], dims: Sequence[int], features: int, moment: Tensor | None
+    ) -> Tensor | None:
+        """`L^-1 M L^-T`, with no weight on padding."""
+        size, count = math.prod(dims), len(dims)
+        if moment is None:
+            return None if size == features else pad_vector(torch.ones(features, dtype=torch.float64), size)
+        if moment.ndim == 1:
+            work = pad_vector(moment.double(), size).reshape(tuple(dims))
+            for axis, label in enumerate(labels):
+                work = _on_axis(work, axis, self.roots[label][1].square())
+            return work.reshape(size)
+        work = pad_matrix(moment.double(), size, size).reshape(*dims, *dims)
+        for axis, label in enumerate(labels):
+            inverse = self.roots[label][1]
+            work = _on_axis(_on_axis(work, axis, inverse), axis + count, inverse)
+        return work.reshape(size, size)
+
+    def _on_cores(self, topology: Topology, cores: Sequence[Tensor], *, inverse: bool) -> list[Tensor]:
+        """Every leg of every core turned by `L^T`, or back."""
+        turned = []
+        for spec, core in zip(topology.cores, cores, strict=True):
+            work = core.double()
+            for position, label in enumerate(spec.labels):
+                if label in self.roots:
+                    work = _on_axis(work, position, _transposed(self.roots[label][int(inverse)]))
+            turned.append(work)
+        return turned
+
+
+def legs_of(topology: Topology, weighting: Weighting) -> Legs:
+    """Coordinates for a topology; no roots where a leg is on several cores, or nothing has a price."""
+    roots: dict[str, tuple[Tensor, Tensor]] = {}
+    sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
+    if _every_leg_on_one_core(topology):
+        for labels, dims, moment in zip(sides, sizes, (weighting.rows, weighting.columns), strict=True):
+            factors = [] if moment is None else leg_moments(moment, dims)
+            roots |= {x: root(damped(f, _FACTOR_DAMPING)) for x, f in zip(labels, factors, strict=False)}
+    return Legs(roots, sides, sizes)
+
+
+def _unpadded(topology: Topology) -> Topology:
+    """The same network for a matrix of the size that its legs hold."""
+    return Topology(
         topology.family,
         topology.cores,
         topology.sizes,
@@ -99,35 +188,45 @@ def _leg_whitened(matrix: Tensor, topology: Topology, weighting: Weighting) -> T
         topology.in_labels,
         *topology.padded_shape,
     )
-    whitened = work.reshape(topology.padded_shape)
-    cores = []
-    network = topology_family(topology.family).decompose_to(whitened, full).network
-    for spec, core in zip(topology.cores, network.cores, strict=True):
-        for position, label in enumerate(spec.labels):
-            if label in undo:
-                core = torch.movedim(
-                    torch.tensordot(undo[label], core.double(), ([1], [position])), 0, position
-                )
-        cores.append(core.to(matrix.dtype).contiguous())
-    return TensorNetwork(topology, cores)
+
+
+def _transposed(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.T
+
+
+def _on_axis(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
+    """Multiply one axis by a matrix, or by the vector of a diagonal one."""
+    if factor.ndim == 1:
+        return tensor * factor.reshape([-1 if k == axis else 1 for k in range(tensor.ndim)])
+    return torch.movedim(torch.tensordot(factor, tensor, ([1], [axis])), 0, axis)
 
 
 def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """A moment `(n, n)` or `(n,)` as one matrix for each leg: partial traces, mean diagonal 1.
+    """A moment `(n, n)` or `(n,)` as one for each leg, of the same form: partial traces, mean diagonal 1.
 
     Their Kronecker product is proportional to the moment where the moment is such a product. Legs may hold
     more than `n` indices; what exceeds it has no weight.
     """
     size = math.prod(dims)
-    full = torch.diag(moment) if moment.ndim == 1 else moment
-    full = pad_matrix(full, size, size).reshape(*dims, *dims)
     count = len(dims)
     found = []
+    if moment.ndim == 1:
+        whole = pad_vector(moment, size).reshape(tuple(dims))
+        for leg in range(count):
+            trace = torch.einsum(whole, [*range(count)], [leg])
+            found.append(trace / trace.mean().clamp_min(1e-300))
+        return found
+    full = pad_matrix(moment, size, size).reshape(*dims, *dims)
     for leg in range(count):
         labels = [*range(count), *(count if k == leg else k for k in range(count))]
         trace = torch.einsum(full, labels, [leg, count])
         found.append(trace / trace.diagonal().mean().clamp_min(1e-300))
     return found
+
+
+def pad_vector(vector: Tensor, size: int) -> Tensor:
+    """Zeros appended up to a size."""
+    return torch.nn.functional.pad(vector, (0, size - vector.shape[0]))
 
 
 def _every_leg_on_one_core(topology: Topology) -> bool:
