@@ -122,6 +122,12 @@ def test_no_expert_network_is_one_clear_error(
     assert not any(isinstance(module, DoneBefore | tm.SharedCoreMoE) for module in model.modules())
 
 
+@pytest.mark.parametrize("arguments", [("gpt2", CONFIG), (nn.Linear(2, 2), {"num_experts": 3})])
+def test_what_is_no_model_or_no_configuration_is_refused(arguments: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match="upcycle takes a model and a MoEConfig, got a"):
+        th.upcycle(*arguments)
+
+
 def test_looking_leaves_a_model_as_it_was() -> None:
     model = nn.Sequential(Own(between=2.0)).train()
     model[0].activation.eval()

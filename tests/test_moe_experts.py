@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.errors import NonFiniteError, TopologyError
+from tensornet.errors import NonFiniteError, ShapeError, TopologyError
 from tensornet_moe import experts as experts_module
 
 E = 3
@@ -299,12 +299,46 @@ def test_a_weight_that_does_not_fit_is_refused() -> None:
         tm.SharedCoreExperts.from_dense(torch.randn(12, 12), num_experts=2, topology=CHAIN, max_bond=3)
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(4, 4, dtype=torch.long), r"shape \(out, in\), got \(4, 4\), torch.int64"),
+        (torch.ones(4), r"shape \(out, in\), got \(4,\), torch.float32"),
+        (torch.ones(0, 4), r"shape \(out, in\), got \(0, 4\)"),
+        ([[1.0]], "got a list"),
+    ],
+)
+def test_what_is_no_matrix_is_refused(weight: Tensor, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        tm.SharedCoreExperts.from_dense(weight, num_experts=2)
+    with pytest.raises(ShapeError, match=r"shape \(num_experts, out, in\), got"):
+        tm.SharedCoreExperts.from_experts(weight)
+
+
+@pytest.mark.parametrize("count", [0, 2.0, "2", True])
+def test_what_is_no_number_of_experts_is_refused(count: object) -> None:
+    message = f"num_experts must be a whole number of at least 1, got {count!r}"
+    with pytest.raises(ValueError, match=message):
+        tm.SharedCoreExperts.from_dense(torch.ones(4, 4), num_experts=count)
+    with pytest.raises(ValueError, match=message):
+        tm.SharedCoreExperts(tn.topologies.mpo(out_dims=(2, 2), in_dims=(2, 2)), count)
+    for router in (tm.SwitchRouter, tm.ExpertChoiceRouter):
+        with pytest.raises(ValueError, match=message):
+            router(4, count)
+
+
+@pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf"), "much"])
+def test_what_is_no_noise_is_refused(noise: object) -> None:
+    with pytest.raises(ValueError, match="noise must be at least 0, got"):
+        tm.SharedCoreExperts.from_dense(torch.ones(4, 4), num_experts=2, noise=noise)
+
+
 def test_unknown_shared_cores_are_refused() -> None:
     with pytest.raises(TopologyError, match="is not one of center, ends, none, all"):
         make("chain", "middle")
     with pytest.raises(TopologyError, match=r"No core is named \['7'\]"):
         make("chain", ["7"])
-    with pytest.raises(ValueError, match="num_experts must be at least 1"):
+    with pytest.raises(ValueError, match="num_experts must be a whole number of at least 1"):
         tm.SharedCoreExperts(CHAIN, 0)
     with pytest.raises(IndexError, match=r"in \[0, 3\)"):
         make("chain").expert_matrices([3])

@@ -107,7 +107,13 @@ def upcycle(model: nn.Module, config: MoEConfig, *, progress: bool = False) -> U
     Raises:
         TargetError: no feed-forward network is found, or one computes something else; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: from a decomposition; the model is unchanged.
+        TypeError: no model, or no configuration.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, MoEConfig):
+        raise TypeError(
+            "upcycle takes a model and a MoEConfig, got a "
+            f"{type(model).__name__} and a {type(config).__name__}."
+        )
     networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
     place = owner_place(model) if config.share_across_layers else None
     owners, banks = across_layers(networks, config, place, progress=progress)

@@ -7,6 +7,7 @@ import torch
 
 from tensornet.budget import Budget
 from tensornet_moe import Router
+from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
 from tensornet_moe.routing import COMBINE, Combine, router_kind
 
 
@@ -72,7 +73,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
-        _check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
+        check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
         kind = router_kind(self.router)
         if self.combine not in COMBINE:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
@@ -83,22 +84,15 @@ class MoEConfig:
             )
         if self.top_k != 1 and "top_k" not in kind.options:
             raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
-        if self.aux_loss_coef < 0 or self.z_loss_coef < 0:
-            raise ValueError(
-                f"Coefficients of losses must be at least 0, got aux_loss_coef={self.aux_loss_coef}, "
-                f"z_loss_coef={self.z_loss_coef}."
-            )
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(
-                f"capacity_factor must be above 0, got {self.capacity_factor}; None computes every token."
-            )
+        check_not_negative(aux_loss_coef=self.aux_loss_coef, z_loss_coef=self.z_loss_coef)
+        check_capacity(self.capacity_factor)
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}.")
-        if self.noise < 0:
-            raise ValueError(
-                f"noise must be at least 0, got {self.noise}: it is relative to the size of the cores."
-            )
+        check_noise(self.noise)
         both = (self.model_dims, self.hidden_dims)
+        for name, dims in zip(("model_dims", "hidden_dims"), both, strict=True):
+            if dims is not None and (isinstance(dims, str) or not isinstance(dims, Sequence)):
+                raise ValueError(f"{name} is a list with one factor for each site, got {dims!r}.")
         if all(d is not None for d in both) and len(set(map(len, both))) > 1:  # type: ignore[arg-type]
             raise ValueError(
                 f"model_dims={self.model_dims} and hidden_dims={self.hidden_dims} must have one factor for "
@@ -110,6 +104,10 @@ class MoEConfig:
             raise ValueError(
                 "share_across_layers=True fits all layers by the same bonds: limit them with max_bond, not "
                 "with rel_error or param_ratio, which would choose other bonds for each layer."
+            )
+        if isinstance(self.matrices, str):
+            raise ValueError(
+                f'matrices is a list of two or three names, as ("up", "down"); got {self.matrices!r}.'
             )
         if isinstance(self.target_modules, str):
             raise ValueError(f"target_modules is a list of patterns; write [{self.target_modules!r}].")
@@ -129,11 +127,3 @@ class MoEConfig:
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
         return router
-
-
-def _check_whole(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.errors import FormatError, ShapeError
+from tensornet.errors import FormatError
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 from tensornet_moe.bank import AbsentCores, SharedCores
+from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.experts import DEFAULT_CACHE_BYTES, SharedCoreExperts
 from tensornet_moe.joint import fit_shared
 from tensornet_moe.stack import build_matrices, plan_stack
@@ -59,12 +60,9 @@ def share_across_layers(
         TopologyError: `shared` chooses no core, or an unknown one.
         ValueError: noise below 0, or no expert.
     """
-    if weights.ndim != 3:
-        raise ShapeError(f"Expected weights of shape (layers, out, in), got {tuple(weights.shape)}.")
-    if noise < 0:
-        raise ValueError(f"noise must be at least 0, got {noise}: it is relative to the size of the cores.")
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+    check_weights(weights, "layers", "out", "in")
+    check_noise(noise)
+    check_whole(num_experts=num_experts)
     if isinstance(topology, str):
         topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)
     owner = SharedCores(topology, shared, label=label, device="meta")

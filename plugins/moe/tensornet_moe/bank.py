@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.topology import Topology
+from tensornet_moe.checks import check_whole
 from tensornet_moe.stack import resolve_shared
 
 
@@ -31,8 +32,7 @@ class ExpertBank(nn.Module, ABC):
 
     def __init__(self, num_experts: int, shape: tuple[int, int]) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+        check_whole(num_experts=num_experts)
         self.num_experts = num_experts
         self.out_features, self.in_features = shape
 

@@ -15,6 +15,7 @@ from tensornet.topologies.factored import pad_core
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.cache import MatrixCache
+from tensornet_moe.checks import check_weights, check_whole
 from tensornet_moe.joint import JointFit, fit_jointly
 from tensornet_moe.stack import build_matrices, enclosing_topology, plan_stack, resolve_shared
 from tensornet_moe.start import Start, start_from_dense
@@ -67,11 +68,10 @@ class SharedCoreExperts(ExpertBank):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_whole(num_experts=num_experts)
         topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
         if len(topologies) != num_experts:
             raise ValueError(f"Got {len(topologies)} topologies for num_experts={num_experts}.")
-        if not topologies:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
         self.topology, self.topologies = enclosing, topologies
@@ -166,10 +166,7 @@ class SharedCoreExperts(ExpertBank):
             ShapeError: `weights` is no stack of matrices of the topology's shape.
             NonFiniteError: NaN or infinity in `weights`.
         """
-        if weights.ndim != 3:
-            raise ShapeError(
-                f"from_experts needs weights of shape (num_experts, out, in), got {tuple(weights.shape)}."
-            )
+        check_weights(weights, "num_experts", "out", "in")
         if isinstance(topology, str):
             rows, columns = weights.shape[1:]
             topology = topology_family(topology).build(rows, columns, max_bond=max_bond, **options)

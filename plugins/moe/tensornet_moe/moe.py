@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import ShapeError
+from tensornet_moe.checks import check_capacity, check_not_negative
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped import group_rows
 from tensornet_moe.losses import load_balancing_loss, router_z_loss
@@ -69,7 +70,7 @@ class SharedCoreMoE(nn.Module):
 
     Raises:
         ShapeError: router and experts do not fit.
-        ValueError: capacity with a router that limits its experts itself, or a factor of at most 0.
+        ValueError: a capacity factor of at most 0, or a coefficient below 0.
 
     After a forward `.stats` holds `RoutingStats`, and `.aux_losses` what `collect_aux_losses` gathers. Both
     are replaced by the next forward, and not touched by the second forward of gradient checkpointing.
@@ -92,8 +93,8 @@ class SharedCoreMoE(nn.Module):
                 f"The router is for {have[0]} experts and tokens of size {have[1]}, the experts are "
                 f"{want[0]} for tokens of size {want[1]}."
             )
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(f"capacity_factor must be above 0, got {capacity_factor}; None drops nothing.")
+        check_capacity(capacity_factor)
+        check_not_negative(balance_coef=balance_coef, z_coef=z_coef)
         self.router, self.experts = router, experts
         self.capacity_factor = capacity_factor
         self.balance_coef, self.z_coef, self.dropout = balance_coef, z_coef, dropout

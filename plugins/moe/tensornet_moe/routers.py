@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tensornet_moe.checks import check_whole
 from tensornet_moe.routing import Combine, Router, Routing, register_router
 
 
@@ -39,7 +40,8 @@ class TopKRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if num_experts >= 1 and not 1 <= top_k <= num_experts:  # the base class refuses num_experts below 1
+        check_whole(num_experts=num_experts, top_k=top_k)
+        if top_k > num_experts:
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: a token can go to at least 1 and at most "
                 "num_experts experts."
@@ -114,6 +116,7 @@ class ExpertChoiceRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_whole(num_experts=num_experts)
         if not 0 < capacity_factor <= num_experts:
             raise ValueError(
                 f"capacity_factor must lie in (0, num_experts={num_experts}], got {capacity_factor}: it is "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import register_module_type
+from tensornet_moe.checks import check_whole
 
 Combine = Literal["unit", "prob"]
 COMBINE = ("unit", "prob")
@@ -95,8 +96,7 @@ class Router(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+        check_whole(num_features=num_features, num_experts=num_experts)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
         if combine not in COMBINE:

@@ -12,6 +12,7 @@ from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
+from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.stack import enclosing_topology, resolve_shared
 
 
@@ -44,10 +45,9 @@ def start_from_dense(
     options: Mapping[str, Any],
 ) -> Start:
     """See `SharedCoreExperts.from_dense`."""
-    if noise < 0:
-        raise ValueError(f"noise must be at least 0, got {noise}: it is relative to the size of the cores.")
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}.")
+    check_weights(weight, "out", "in")
+    check_noise(noise)
+    check_whole(num_experts=num_experts)
     if isinstance(topology, str):
         result = topology_family(topology).decompose(weight, budget, **options)
         topologies = (result.network.topology,) * num_experts
