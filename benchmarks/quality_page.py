@@ -39,6 +39,7 @@ STYLES = {
     ("svd", ""): ("v--", "C7"),
     ("mpo2", ""): ("D-.", "C3"),
     ("mpo3", ""): ("s-.", "C5"),
+    ("mpo2_balanced", ""): ("P-.", "C6"),
 }
 
 
@@ -54,7 +55,7 @@ def filled(text: str, records: Path) -> str:
     encoder = json.loads((records / "encoder.json").read_text())["rows"]
     parts = {
         "quality": quality_table(rows),
-        "forecast": forecast_table(rows),
+        "forecast": forecast_table(rows, measured_forecasts(records)),
         "healing": healing_table(rows),
         "samples": samples(rows),
         "encoder": encoder_table(encoder),
@@ -99,17 +100,26 @@ def quality_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def forecast_table(rows: Sequence[Row]) -> str:
+def measured_forecasts(records: Path) -> dict[tuple[str, str, float], float]:
+    """What `forecast.py` foresaw after measuring on a third text, by method, layers and share."""
+    path = records / "forecast.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return {(row["method"], row["layers"], row["ratio"]): row["foreseen"] for row in rows}
+
+
+def forecast_table(rows: Sequence[Row], corrected: Mapping[tuple[str, str, float], float]) -> str:
     """Foreseen and measured rises, largest models first."""
     lines = [
-        "| layers | method | kept | foreseen | measured | foreseen / measured - 1 |",
+        "| layers | method | kept | measured | by the price alone | corrected by a third text |",
         "|---|---|--:|--:|--:|--:|",
     ]
     for row in sorted(foreseen(rows), key=lambda row: (_kind(row), -row["ratio"])):
         measured = rise(row, rows)
+        better = corrected.get((row["method"], row["layers"], row["ratio"]))
         lines.append(
-            f"| {LAYERS[row['layers']]} | {title(row)} | {row['ratio']:.0%} | {row['predicted_rise']:.3f} | "
-            f"{measured:.3f} | {row['predicted_rise'] / measured - 1:+.0%} |"
+            f"| {LAYERS[row['layers']]} | {title(row)} | {row['ratio']:.0%} | {measured:.3f} | "
+            f"{_off(row['predicted_rise'], measured)} | "
+            f"{'' if better is None else _off(better, measured)} |"
         )
     return "\n".join(lines)
 
@@ -219,6 +229,10 @@ def _kinds(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     found = {_kind(row) for row in rows if row["method"] in METHODS}
     layers, methods, after = list(LAYERS), list(METHODS), ["", "refined", "healed"]
     return sorted(found, key=lambda k: (layers.index(k[0]), methods.index(k[1]), after.index(k[2])))
+
+
+def _off(foreseen: float, measured: float) -> str:
+    return f"{foreseen:.3f} ({foreseen / measured - 1:+.0%})"
 
 
 def _perplexity(value: float) -> str:

@@ -160,6 +160,8 @@ def rows_of_a_record() -> list[dict[str, Any]]:
 def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     page = load("quality_page")
     (tmp_path / "quality.json").write_text(json.dumps({"rows": rows_of_a_record()}))
+    foreseen = [{"method": "ours", "layers": "mlp", "ratio": 0.8, "price": 0.25, "foreseen": 0.19}]
+    (tmp_path / "forecast.json").write_text(json.dumps({"rows": foreseen}))
     encoder = [{"method": "ours", "ratio": 0.6, "cosine": 0.9, "predicted_cosine": 0.95, "top1": 0.4}]
     (tmp_path / "encoder.json").write_text(json.dumps({"rows": encoder}))
     names = ("quality", "forecast", "healing", "samples", "encoder")
@@ -170,11 +172,31 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     assert (
         "| all linear layers | SVD whitened by inputs, same share everywhere (SVD-LLM) |  | 2e+05 |" in text
     )
-    assert "| 80% | 0.250 | 0.200 | +25% |" in text
-    assert "| 40% | 1.500" not in text  # smaller than what forecasts are held to
+    assert "| 80% | 0.200 | 0.250 (+25%) | 0.190 (-5%) |" in text
+    assert "1.500" not in text  # smaller than what forecasts are held to
     assert "| MLPs | 40% | 148.4 | 54.6 | 9 | 4,608 | 600 |" in text
     assert "a \\| svd_llm" in text
     assert "| 60% | 0.900 | 0.950 | 0.400 |" in text
     assert page.filled(text, tmp_path) == text
     page.draw(rows_of_a_record(), tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
+
+
+def test_the_page_is_that_of_the_records(load: Any) -> None:
+    page = load("quality_page")
+    text = page.PAGE.read_text()
+    assert page.filled(text, page.RECORDS) == text
+    assert page.PICTURE.is_file()
+    for name in ("quality", "forecast", "healing", "samples", "encoder"):
+        assert f"<!-- table {name} -->" in text
+
+
+def test_forecasts_measured_on_a_third_text(cache: Path, load: Any) -> None:
+    forecast = load("forecast")
+    command = [str(cache), "--length", "64", "--calibration", "24", "--windows", "40", "--shares", "0.5"]
+    path = forecast.main([*command, "--ratios", "0.6", "--out", str(cache / "out")])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["layers"] for row in rows] == ["mlp", "all"]
+    for row in rows:
+        ((price, rise),) = row["points"]
+        assert row["foreseen"] == pytest.approx(row["price"] * rise / price)
