@@ -2,7 +2,6 @@
 
 import os
 from functools import wraps
-from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -20,8 +19,6 @@ ATTRIBUTES = (
     "quantization_method",
     "is_quantized",
     "_weight_conversions",
-    "save_pretrained",
-    "resize_token_embeddings",
 )
 
 
@@ -40,8 +37,6 @@ def attach(model: PreTrainedModel, config: TensorNetworkConfig, quantizer: HfQua
         "is_quantized": False,
         # Stored under the names of the model: the ones of older checkpoints are made for dense weights.
         "_weight_conversions": [],
-        "save_pretrained": MethodType(save_pretrained, model),
-        "resize_token_embeddings": MethodType(resize_token_embeddings, model),
     }
     assert set(attributes) == set(ATTRIBUTES)
     for name, value in attributes.items():
@@ -60,33 +55,51 @@ def detach(model: PreTrainedModel) -> None:
     ties.take_back(model)
 
 
-# The two functions below stand on single models in place of the methods of their class. They bear the names
-# of these methods because pickling looks a bound method up by the name of its function.
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether `attach` was the last word."""
+    return model.__dict__.get("quantization_method") == METHOD
 
 
-@wraps(PreTrainedModel.save_pretrained)
+# Two methods of PreTrainedModel do more for models that are attached. They are wrapped once, in its class: a
+# bound method put on a model would be a cycle of references, and the weights of a model that nobody uses any
+# more would stay in memory until Python happens to look for cycles, which may be many models later.
+
+_save_pretrained = PreTrainedModel.save_pretrained
+_resize_token_embeddings = PreTrainedModel.resize_token_embeddings
+
+
+@wraps(_save_pretrained)
 def save_pretrained(
     self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> Any:
     """Save, and put a model card beside that says how to load: transformers without us would not."""
-    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    write_card(save_directory, type(self).__name__)
+    result = _save_pretrained(self, save_directory, *args, **kwargs)
+    if is_attached(self):
+        write_card(save_directory, type(self).__name__)
     return result
 
 
-@wraps(PreTrainedModel.resize_token_embeddings)
+@wraps(_resize_token_embeddings)
 def resize_token_embeddings(
     self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Refuse where the rows are made of cores; transformers would fail on their shape."""
-    tables = [self.get_input_embeddings(), self.get_output_embeddings()]
-    names = [name for name, module in self.named_modules() if any(module is table for table in tables)]
-    layers = set(self.config.quantization_config.layers)
-    inside = [name for name in names if is_inside(f"{name}.weight", layers)]
-    if inside and (new_num_tokens is not None or kwargs.get("pad_to_multiple_of") or any(args)):
+    if is_attached(self) and (new_num_tokens is not None or kwargs.get("pad_to_multiple_of") or any(args)):
+        _refuse_tables_of_cores(self)
+    return _resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+
+
+def _refuse_tables_of_cores(model: PreTrainedModel) -> None:
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    layers = set(model.config.quantization_config.layers)
+    if inside := [name for name in names if is_inside(f"{name}.weight", layers)]:
         raise TargetError(
             f"{', '.join(inside)} is made of cores, which have no room for another number of tokens. Call "
             "tensornet.decompress(model), resize, and compress again; or compress with "
             f"exclude_modules={inside!r}."
         )
-    return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+
+
+PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+PreTrainedModel.resize_token_embeddings = resize_token_embeddings  # type: ignore[method-assign]
