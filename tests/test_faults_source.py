@@ -347,6 +347,13 @@ def test_destination_that_cannot_be_made(source: Path) -> None:
         th.compress_checkpoint(source, source.parent / "file" / "out", CONFIG)
 
 
+@pytest.mark.parametrize("device", ["nonsense", "", "xla:7"])
+def test_a_device_that_is_not_there(source: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device={device!r} cannot be used here"):
+        th.compress_checkpoint(source, source.parent / "out", CONFIG, device=device)
+    assert sorted(x.name for x in source.parent.iterdir()) == ["dense"]
+
+
 def test_failed_runs_keep_what_is_finished(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = source.parent / "out"
     with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -95,13 +96,15 @@ def compress_checkpoint(
         FormatError: the source is damaged or contradictory, or changed since the interrupted run.
         TargetError, BudgetError, NonFiniteError, TopologyError: naming the layer.
         WorkerError: workers die again and again.
-        ValueError: `workers` or `max_shard_bytes` below 1.
+        ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
     """
     start = time.perf_counter()
     if workers < 1 or max_shard_bytes < 1:
         raise ValueError(
             f"workers and max_shard_bytes must be at least 1, got {workers} and {max_shard_bytes}."
         )
+    if executor is None:  # whose workers may have what this machine lacks
+        _check_device(device)
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
@@ -174,6 +177,16 @@ def compress_checkpoint(
             (piece.peak_memory for piece in pieces.values() if piece.worker in remote), default=0
         ),
     )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, absent, or not built in
+        raise ValueError(
+            f"device={device!r} cannot be used here: {str(error).splitlines()[0]:.200} Use device='cpu', or "
+            "one that torch.accelerator finds."
+        ) from error
 
 
 def _stats_file(stats: str | os.PathLike[str] | CalibrationStats | None, work: Staging) -> Path | None:
