@@ -17,6 +17,7 @@ from tensornet_hf.attach import attach, detach
 from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.checkpoint import check_layers, read_headers
 from tensornet_hf.config import METHOD, TensorNetworkConfig
+from tensornet_hf.distribution import check_distribution
 from tensornet_hf.placing import place_layers, rename
 from tensornet_hf.split_experts import settle_experts, split_experts
 from tensornet_hf.structure import describe, is_inside
@@ -79,6 +80,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))]
         )
         names = place_layers(model, config.layers, dtype=dtype)
+        check_distribution(model, {name: config.layers[layer] for layer, name in names.items()})
         self._layers = list(names.values())
         if files:
             _refuse_random_head(model, self._layers, stored)
