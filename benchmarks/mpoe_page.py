@@ -31,6 +31,8 @@ TITLES = {
     "t5-long": "T5, 400 phrases, 200 steps",
     "gpt2-sgd": "GPT-2, SGD",
 }
+PANELS = ("gpt2", "t5")  # in the others nearly all rows have one size
+MARKERS = "os^vD<>Ph"
 HEADER = (
     "| row | in experts | of Switch | total | held-out loss | accuracy | s/step | load entropy | rate |",
     "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -98,29 +100,35 @@ def fill(page: str, record: Mapping[str, Any]) -> str:
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Held-out loss against parameters in experts, one panel for each table."""
-    by_name = tables(record)
+    """Held-out loss against parameters in experts, one panel for each table in which the sizes differ."""
+    by_name = {name: rows for name, rows in tables(record).items() if name in PANELS}
     with plt.rc_context({"svg.hashsalt": "mpoe", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(1, len(by_name), figsize=(5 * len(by_name), 4.4), squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(by_name), figsize=(6 * len(by_name), 4.8), squeeze=False, layout="constrained"
+        )
         for axis, (name, rows) in zip(axes[0], by_name.items(), strict=True):
             for number, r in enumerate(rows):
                 group = "dense" if r["row"] == "dense" else "Switch" if "Switch" in r["row"] else "MPOE"
                 colour = {"dense": "black", "Switch": "tab:red", "MPOE": "tab:blue"}[group]
-                x, y = r["expert_parameters"], r["loss"]
-                axis.errorbar(x, y, yerr=r["loss_spread"], fmt="o", color=colour, capsize=2, markersize=4)
-                axis.annotate(
-                    str(number + 1), (x, y), xytext=(4, 3), textcoords="offset points", color=colour
+                axis.errorbar(
+                    r["expert_parameters"],
+                    r["loss"],
+                    yerr=r["loss_spread"],
+                    fmt=MARKERS[number % len(MARKERS)],
+                    color=colour,
+                    markerfacecolor="none" if number >= len(MARKERS) else colour,
+                    capsize=2,
+                    markersize=5,
+                    label=r["row"],
                 )
-            key = "\n".join(f"{number + 1} {r['row']}" for number, r in enumerate(rows))
-            axis.text(0, -0.2, key, transform=axis.transAxes, va="top", fontsize=8)
             axis.set_xscale("log")
             axis.set_xlabel("parameters in experts")
             axis.set_ylabel("held-out loss (nats a token)")
             axis.set_title(TITLES[name])
             axis.grid(alpha=0.3)
-        figure.tight_layout()
+            axis.legend(fontsize=7)
         metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, metadata=metadata, bbox_inches="tight")
+        figure.savefig(path, metadata=metadata)
         plt.close(figure)
 
 
