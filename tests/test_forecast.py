@@ -1,4 +1,4 @@
-"""Forecasts of the loss that measurements correct: the curve, and a real model whose loss comes out as foreseen."""
+"""Forecasts of the loss that measurements correct: the curve, and a real model whose loss is foreseen."""
 
 from __future__ import annotations
 
