@@ -174,10 +174,14 @@ def encoder_table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """The frontier of each method, and foreseen against measured rises."""
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.6), layout="constrained")
     for axis, layers in zip(axes, LAYERS, strict=False):
         _frontier(axis, rows, layers)
     _forecasts(axes[2], rows)
+    found = [axis.get_legend_handles_labels() for axis in axes[:2]]
+    lines = {name: line for handles, names in found for line, name in zip(handles, names, strict=True)}
+    # Below the axes: inside, it would hide lines.
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
     plt.close(figure)
 
@@ -192,14 +196,13 @@ def _frontier(axis: Any, rows: Sequence[Row], layers: str) -> None:
             axis.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=6)
             top = max(top, min(max(y for _, y in points), 1e4))
     axis.axhline(dense, color="0.6", linewidth=1)
-    axis.annotate("dense", (0.9, dense), va="top", color="0.4")
+    axis.annotate("dense", (0.92, dense), ha="right", va="top", color="0.4")
     axis.set(title=LAYERS[layers], xlabel="share of parameters kept", ylabel="perplexity", yscale="log")
     axis.set(xlim=(0.27, 0.93), ylim=(0.85 * dense, top))
     ticks = [30, 50, 100, 200, 500, 1000, 2000]
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
 
 
 def _forecasts(axis: Any, rows: Sequence[Row]) -> None:
@@ -208,11 +211,11 @@ def _forecasts(axis: Any, rows: Sequence[Row]) -> None:
         points = [(row["predicted_rise"], rise(row, rows)) for row in known if row["layers"] == layers]
         if points:
             axis.loglog(*zip(*points, strict=True), mark, label=LAYERS[layers])
-    line = [0.05, 4.0]
+    line = [0.025, 6.0]
     axis.plot(line, line, color="0.6")
     axis.fill_between(line, [0.8 * v for v in line], [1.2 * v for v in line], color="0.9", zorder=0)
     axis.set(title="rise of the loss (band: 20 %)", xlabel="foreseen", ylabel="measured")
-    ticks = [0.1, 0.2, 0.5, 1, 2]
+    ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
