@@ -10,7 +10,8 @@ Every row gets the same number of steps, the same batches for a seed and the sam
 the grid is tried once, with the first seed; the one with the lowest loss on the tuning part is used for all
 seeds, and the table shows the test part. Each run is written to the state file as it ends, and a run
 that is there is not repeated: the script can be stopped and called again. It writes the record
-`mpoe_vs_switch.json`; `mpoe_page.py` makes docs/mpoe.md of it. One core, 30 minutes.
+`mpoe_vs_switch.json`; `mpoe_page.py` makes docs/mpoe.md of it. All tables take about
+100 minutes of one core; `--tables` asks for some.
 """
 
 from __future__ import annotations
