@@ -82,8 +82,16 @@ def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
     """Plan the padded matrix `(*out_dims, *in_dims)`: the cheapest of several orders."""
     cores = [core.labels for core in topology.cores]
     output = (*topology.out_labels, *topology.in_labels)
-    paths = [find_path(cores, output, topology.size_of, optimize), *sweeps(len(cores))]
-    plans = [lower_path(cores, output, topology.size_of, path) for path in dict.fromkeys(map(tuple, paths))]
+    return plan_cores(topology, cores, output, optimize)
+
+
+def plan_cores(
+    topology: Topology, operands: Sequence[tuple[str, ...]], output: tuple[str, ...], optimize: str = "auto"
+) -> ContractionPlan:
+    """Plan the contraction of some cores, given by their labels: the cheapest of several orders."""
+    paths = [find_path(operands, output, topology.size_of, optimize), *_sweeps(len(operands))]
+    distinct = dict.fromkeys(map(tuple, paths))
+    plans = [lower_path(operands, output, topology.size_of, path) for path in distinct]
     return min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
 
 
@@ -92,11 +100,11 @@ def _candidate_paths(
 ) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     for tokens in _PATH_TOKENS:
         yield tokens, find_path(operands, output, {**topology.size_of, TOKENS: tokens}, optimize)
-    for path in sweeps(len(operands)):
+    for path in _sweeps(len(operands)):
         yield _PATH_TOKENS[1], path
 
 
-def sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
+def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
     """Start with the first operand and take in the others one by one, in order or in reverse."""
     if count == 1:
         return ([],)

@@ -19,13 +19,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tensornet.contraction import find_path
 from tensornet.cost import fresh_seconds, plan_seconds, product_seconds
 from tensornet.dims import divisors
 from tensornet.errors import ShapeError
-from tensornet.lowering import lower_path
-from tensornet.machine import CPU, Machine
-from tensornet.network import sweeps
+from tensornet.machine import Machine
+from tensornet.network import plan_cores
 from tensornet.plans import ContractionPlan, Product, run
 from tensornet.topology import Topology
 
@@ -168,8 +166,8 @@ def _split(topology: Topology, cut: int) -> SlicedPlan | None:
     rank = math.prod(size[x] for x in shared)
     wide = [w for w in divisors(outer) if w == 1 or w * in_features * inner <= _BUFFER]
     width = next((w for w in wide if w * rows >= _ROWS), wide[-1])
-    left = _lowered(topology, groups[0], (*outs[0], *ins[0], *shared))
-    right = _lowered(topology, groups[1], (*shared, *ins[1], *outs[1]))
+    left = plan_cores(topology, groups[0], (*outs[0], *ins[0], *shared))
+    right = plan_cores(topology, groups[1], (*shared, *ins[1], *outs[1]))
     return SlicedPlan(
         cut=cut,
         left=replace(left, output_shape=(outer * rows, rank)),
@@ -180,12 +178,3 @@ def _split(topology: Topology, cut: int) -> SlicedPlan | None:
         in_features=in_features,
         rank=rank,
     )
-
-
-def _lowered(
-    topology: Topology, operands: Sequence[tuple[str, ...]], output: tuple[str, ...]
-) -> ContractionPlan:
-    paths = [find_path(operands, output, topology.size_of, "auto"), *sweeps(len(operands))]
-    distinct = dict.fromkeys(map(tuple, paths))
-    plans = [lower_path(operands, output, topology.size_of, path) for path in distinct]
-    return min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
