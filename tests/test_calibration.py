@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hf_models import gpt2, llama, t5_relu
+from hf_models import gpt2, llama, opt, t5_relu
+from mixture_models import mixture
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -81,10 +83,17 @@ def test_without_gradients_there_is_no_loss() -> None:
     assert "transformer.h.0.mlp.c_fc" not in stats.rows
 
 
-@pytest.mark.parametrize("build", [gpt2, llama])
-def test_padding_counts_for_nothing(build: object) -> None:
+def on_the_left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with its padding before the text, which keeps its positions."""
+    ids, mask = (torch.stack([x[0], x[1].roll(2)]) for x in (batch["input_ids"], batch["attention_mask"]))
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("build", [gpt2, llama, opt, *(partial(mixture, x) for x in ("mixtral", "gpt_oss"))])
+def test_padding_counts_for_nothing(build: object, left: bool) -> None:
     model = build()  # type: ignore[operator]
-    padded = tn.calibrate(model, [BATCH])
+    padded = tn.calibrate(model, [on_the_left(BATCH) if left else BATCH])
     rows = [
         {"input_ids": BATCH["input_ids"][:1]},
         {"input_ids": BATCH["input_ids"][1:, :3]},
@@ -93,6 +102,7 @@ def test_padding_counts_for_nothing(build: object) -> None:
     assert padded.tokens == alone.tokens == 8
     assert padded.loss == pytest.approx(alone.loss, rel=1e-5)
     for side in ("rows", "columns"):
+        assert getattr(padded, side).keys() == getattr(alone, side).keys()
         for name, moment in getattr(alone, side).items():
             if "wpe" not in name:  # one row of positions serves all rows of a batch
                 torch.testing.assert_close(getattr(padded, side)[name], moment, rtol=1e-4, atol=1e-7)
@@ -159,7 +169,8 @@ def test_mask_of_the_labels_where_there_is_no_attention_mask() -> None:
     assert token_mask({"labels": labels}, labels.shape).tolist() == [[True, True, False]]  # type: ignore[union-attr]
     attention = torch.tensor([[1, 1, 1]])
     assert token_mask({"labels": labels, "attention_mask": attention}, labels.shape).all()  # type: ignore[union-attr]
-    assert token_mask({"labels": labels}, torch.Size([3])) is None
+    assert token_mask({"labels": labels}, torch.Size([3])).tolist() == [True, True, False]  # type: ignore[union-attr]
+    assert token_mask({"labels": labels}, torch.Size([4])) is None
 
 
 def test_sampled_labels_give_the_true_fisher_matrix() -> None:

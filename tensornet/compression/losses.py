@@ -21,8 +21,8 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of the labels under the model's logits.
 
     Labels are `batch["labels"]`, else the unpadded `input_ids`. Causal models (all but encoder-decoder and
-    masked ones) are scored on the next token. Where labels and logits do not match token by token, the
-    model's own mean loss counts once for each row of the batch.
+    masked ones) are scored on the next token, but not from padding. Where labels and logits do not match
+    token by token, the model's own mean loss counts once for each row of the batch.
 
     Raises:
         TargetError: the model returns neither logits nor a loss.
@@ -37,7 +37,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
                 "tensornet.compression.cosine_losses for an encoder."
             )
         return loss.expand(labels.shape[0])
-    logits, labels = _aligned(model, logits, labels)
+    logits, labels = _aligned(model, batch, logits, labels)
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
@@ -50,7 +50,7 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     """
     labels, logits, output = _predict(model, batch)
     if logits is not None:
-        logits, _ = _aligned(model, logits, labels)
+        logits, _ = _aligned(model, batch, logits, labels)
     elif (logits := getattr(output, "logits", None)) is None or logits.ndim != 2 or logits.shape[1] < 2:
         raise TargetError(
             f"{type(model).__name__} returns no logits for each token or row to draw labels from; use "
@@ -81,14 +81,24 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
     Padding is what `attention_mask` says, or, for decoders and where there is no such mask, what the labels
     ignore. Where an encoder's and a decoder's mask have one shape, a position counts if either says so.
+    Some models (OPT) put all rows of a batch into one dimension inside; masks are put into one likewise.
     """
-    encoder, decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
-    labels = batch.get("labels")
+    encoder, decoder, labels = (
+        _in_shape(batch.get(name), shape) for name in ("attention_mask", "decoder_attention_mask", "labels")
+    )
     masks = [mask.bool() for mask in (encoder, decoder) if mask is not None and mask.shape == shape]
-    labelled = labels is not None and labels.shape == shape and bool((labels != IGNORED).any())
-    if labelled and decoder is None and (encoder is None or encoder.shape != shape):
-        masks.append(labels != IGNORED)
+    if labels is not None and decoder is None and (encoder is None or encoder.shape != shape):
+        labelled = labels != IGNORED
+        if labelled.shape == shape and bool(labelled.any()):
+            masks.append(labelled)
     return torch.stack(masks).any(0) if masks else None
+
+
+def _in_shape(values: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Values of `(rows, tokens)` in one dimension where that is the shape asked for."""
+    if values is not None and len(shape) == 1 and values.ndim == 2 and values.numel() == shape[0]:
+        return values.reshape(-1)
+    return values
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Any]:
@@ -106,11 +116,16 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Any
     return labels, logits if matches else None, output
 
 
-def _aligned(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits `(tokens, classes)` beside the labels `(tokens,)` they predict, ignored ones left out."""
-    if _is_causal(model) and labels.ndim == 2:
+    mask = batch.get("attention_mask")
+    causal = _is_causal(model) and labels.ndim == 2
+    padded = causal and mask is not None and mask.shape == labels.shape
+    if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     keep = labels != IGNORED
+    if padded:  # on the left: what padding says of the first token is not what the model says of a text
+        keep &= batch["attention_mask"][:, :-1] != 0
     return logits[keep].float(), labels[keep]
 
 

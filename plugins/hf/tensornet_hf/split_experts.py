@@ -32,6 +32,7 @@ class SplitExperts(nn.Module):
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
         self._stock = (stock,)
+        self.padding_mask: Tensor | None = None  # `(rows, tokens)`, while a model is observed
         self.num_experts: int = stock.num_experts  # type: ignore[assignment]
         self.names = stack_names(stock)
         for number in range(self.num_experts):
@@ -63,6 +64,9 @@ class SplitExperts(nn.Module):
             hidden_states: `(tokens, features)`.
             top_k_index, top_k_weights: chosen experts and what each counts, `(tokens, top_k)`.
         """
+        mask = self.padding_mask
+        if mask is not None and mask.numel() == len(hidden_states):  # calibration must not see padding
+            top_k_index = top_k_index.masked_fill(mask.reshape(-1, 1) == 0, self.num_experts)
         mixed = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
         for number in top_k_index.unique().tolist():
             if number < self.num_experts:  # beyond are slots that the router left empty
@@ -160,12 +164,27 @@ def settle_experts(model: nn.Module, names: Iterable[str] | None = None) -> None
 
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Have the experts of a model taken apart inside the block."""
+    """Have the experts of a model taken apart inside the block; there they leave padding out."""
     names = split_experts(model)
+    handle = model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
     try:
         yield
     finally:
+        handle.remove()
+        _set_padding(model, None)
         settle_experts(model, names)
+
+
+def _tell_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Experts read tokens without their places, so the mask must reach them past the layers between."""
+    mask = kwargs.get("attention_mask")
+    _set_padding(model, mask if isinstance(mask, Tensor) else None)
+
+
+def _set_padding(model: nn.Module, mask: Tensor | None) -> None:
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            module.padding_mask = mask
 
 
 def _own(matrix: Tensor) -> Tensor:
