@@ -34,7 +34,7 @@ def kept(layer: tn.nn.MPOLinear) -> Tensor:
 def at_hand(layer: tn.nn.TensorNetworkLinear, tokens: int) -> object:
     """What the shortcut of a layer finds."""
     assert layer._shortcut is not None
-    return layer._shortcut.find(layer, tokens)
+    return layer._shortcut(layer, tokens)
 
 
 def _optimizer_step(layer: tn.nn.MPOLinear) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.functional import linear
 
 from tensornet.budget import Budget
 from tensornet.errors import TargetError
@@ -16,7 +17,7 @@ from tensornet.nn.shortcut import make_shortcut
 from tensornet.nn.storage import PLAIN, Storage, storage_entry
 from tensornet.nn.strategy import CACHED, SLICED, Strategy, is_exporting
 from tensornet.slicing import plan_slices, run_in_slices
-from tensornet.sweep import Sweep, is_sweep
+from tensornet.sweep import is_sweep
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -65,18 +66,18 @@ class TensorNetworkLinear(NetworkModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., in_features)` to `(..., out_features)`."""
-        if not is_compiling() and self._shortcut is not None:
-            way = self._shortcut.find(self, x.numel() // self.in_features)
-            # `self.bias` would take ten times as long; needed only where the bias is parametrized.
-            bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
-            if isinstance(way, Sweep):
-                if x.ndim == 2 and x.shape[1] == self.in_features:
+        if not is_compiling() and (shortcut := self._shortcut) is not None:
+            shape = x.shape
+            tokens, width = shape if len(shape) == 2 else (x.numel() // self.in_features, shape[-1])
+            way = shortcut(self, tokens) if width == self.in_features else None
+            if way is not None:
+                # `self.bias` would take ten times as long; needed only where the bias is parametrized.
+                bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
+                if isinstance(way, Tensor):
+                    return linear(x, way, bias)
+                if len(shape) == 2:
                     return way(x, bias)
-                if x.shape[-1] == self.in_features:
-                    flat = x.reshape(-1, self.in_features)
-                    return way(flat, bias).reshape(*x.shape[:-1], self.out_features)
-            elif way is not None:
-                return nn.functional.linear(x, way, bias)
+                return way(x.reshape(-1, width), bias).reshape(*shape[:-1], self.out_features)
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else x.numel() // self.in_features
         route = self.route(tokens, on_cpu=x.is_cpu)
@@ -86,7 +87,7 @@ class TensorNetworkLinear(NetworkModule):
             y = run_in_slices(plan_slices(self.topology)[SLICED - route], self.cores, x, self.bias)
         else:
             matrix = self.kept_matrix() if route == CACHED else self.to_matrix()
-            y = nn.functional.linear(x, matrix, self.bias)
+            y = linear(x, matrix, self.bias)
         if not is_compiling():
             self._remember(route)
         return y
