@@ -44,14 +44,21 @@ def test_fitting_never_costs_more_than_the_plain_decomposition(family: str, opti
     assert result.error == pytest.approx(error, rel=1e-4)
 
 
-@pytest.mark.parametrize(("family", "options"), FAMILIES)
-def test_identities_change_nothing(family: str, options: dict[str, int]) -> None:
+@pytest.mark.parametrize("identity", ["matrices", "diagonals", "scaled"])
+@pytest.mark.parametrize(("family", "options"), [*FAMILIES, ("kronecker", {}), ("block_tt", {})])
+def test_identities_give_the_plain_decomposition(family: str, options: dict[str, int], identity: str) -> None:
     matrix, _ = problem()
-    topology = topology_family(family).build(*matrix.shape, max_bond=4, **options)
+    topology = topology_family(family).build(*matrix.shape, max_bond=3, **options)
     plain = topology_family(family).decompose_to(matrix, topology).network
-    eyes = Weighting(torch.eye(12).double(), torch.eye(16).double())
-    start = structured_start(matrix, topology, eyes)
-    assert eyes.cost(matrix - start.to_matrix()) <= eyes.cost(matrix - plain.to_matrix()) * (1 + 1e-5)
+    rows, columns = (torch.ones(n).double() for n in matrix.shape)
+    if identity != "diagonals":
+        rows, columns = rows.diag(), columns.diag()
+    weighting = Weighting(5 * rows if identity == "scaled" else rows, columns)
+    found = decompose_network(matrix, topology, weighting, sweeps=0).network
+    torch.testing.assert_close(found.to_matrix(), plain.to_matrix(), rtol=1e-4, atol=1e-4)
+    fitted = decompose_network(matrix, topology, weighting).network
+    gap, plain_gap = (float((matrix - x.to_matrix()).norm()) for x in (fitted, plain))
+    assert gap <= plain_gap * (1 + 1e-5)
 
 
 def test_low_rank_fit_reaches_the_closed_form() -> None:

@@ -50,6 +50,11 @@ def apply_plan(
             f"This plan was made with objective={plan.objective!r}: pass the calibration statistics it was "
             "made with, apply_plan(model, plan, stats)."
         )
+    if plan.objective == "curvature" and stats is not None and not stats.has_gradients:
+        raise TargetError(
+            "This plan was made with gradients, which these statistics are without; pass those it was made "
+            "with, or calibrate again."
+        )
     work = [layer for layer in plan if layer.topology is not None]
     replacements: list[tuple[Sequence[str], list[nn.Module]]] = []
     errors = {}

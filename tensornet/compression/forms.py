@@ -155,7 +155,8 @@ def network_forms(
         outs, ins = best_dims(matrix, prices.choice, storage, (full.out_dims, full.in_dims))
         options = {"out_dims": outs, "in_dims": ins}
         full = build(rows, columns, **options)
-    top = min(max(full.bond_dims.values(), default=1), max_bond or 10**9)
+    legs = (*full.out_dims, *full.in_dims)  # a whole Tucker network is one core: its bonds grow up to legs
+    top = min(max(full.bond_dims.values() or legs), max_bond or 10**9)
     tried = sorted({max(1, round(share * top)) for share in _TRIED})
     caps = sorted({max(1, round(k * top / 400)) for k in range(1, 401)} | set(tried))
     topologies = [build(rows, columns, max_bond=cap, **options) for cap in caps]
@@ -171,8 +172,10 @@ def network_forms(
     costs, forecasts = (_interpolated(caps, tried, values) for values in (chosen, foreseen))
     norm = max(float(matrix.norm()), 1e-300)
     errors = _interpolated(caps, tried, [float(gap.norm()) / norm for gap in gaps])
-    keep = [k for k in range(len(caps)) if rel_error is None or errors[k] <= rel_error]
     dense = max_bond is None
+    keep = [k for k in range(len(caps)) if rel_error is None or errors[k] <= rel_error]
+    if dense:  # which a single core is too
+        keep = [k for k in keep if topologies[k].bond_dims]
     params = [float(storage.num_params(topologies[k])) for k in keep] + [float(matrix.numel())] * dense
     sizes = [float(storage.num_bytes(topologies[k], matrix.dtype)) for k in keep]
     sizes += [float(matrix.numel() * matrix.element_size())] * dense

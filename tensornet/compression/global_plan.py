@@ -13,9 +13,9 @@ from tensornet.compression.forms import LayerForms, Prices, dense_form, joined, 
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
 from tensornet.compression.weighted import FORECAST_DAMPING, input_weighting, weighting_of
-from tensornet.errors import BudgetError
+from tensornet.errors import BudgetError, ShapeError, TargetError
 from tensornet.nn.storage import CHAINS, Storage
-from tensornet.whitening import Weighting
+from tensornet.whitening import Weighting, check_weighting
 
 
 def storage_of(config: CompressionConfig, objective: str) -> Storage:
@@ -27,12 +27,24 @@ def storage_of(config: CompressionConfig, objective: str) -> Storage:
 def layer_weighting(
     target: Target, objective: str, stats: CalibrationStats | None, damping: float
 ) -> Weighting | None:
-    """Prices of errors in one layer; None where errors cost nothing because no gradient arrives."""
+    """Prices of errors in one layer; None where errors cost nothing because no gradient arrives.
+
+    Raises:
+        TargetError: nothing is known of the layer, or the statistics are of another model.
+    """
     if objective == "weight" or stats is None:
         return Weighting()
-    return (
+    found = (
         weighting_of(target, stats, damping) if objective == "curvature" else input_weighting(target, stats)
     )
+    try:
+        check_weighting(target.matrix, found or Weighting())
+    except ShapeError as error:
+        raise TargetError(
+            f"The statistics do not belong to this model: layer {target.name!r} has another shape there. "
+            f"{error} Calibrate this model."
+        ) from error
+    return found
 
 
 def layer_prices(

@@ -1,5 +1,7 @@
 """Decomposing one weight at the prices that calibration found."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ FREQUENCY_DAMPING = 0.1
 def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
     """What the inputs alone say of errors in one weight, in the first of its uses that ran.
 
+    Where all inputs were zero they say nothing, and the error of the weight itself must do.
+
     Raises:
         TargetError: the calibration text never ran any layer that uses this weight.
     """
@@ -36,9 +40,11 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
         if kind.name == "embedding" and name in stats.rows:
             return Weighting(damped(stats.rows[name], FREQUENCY_DAMPING), None)
         if kind.name != "embedding" and name in stats.columns:
-            return Weighting(None, damped(stats.columns[name], INPUT_DAMPING))
-    _, columns = _of_relatives(target, stats)
-    return Weighting(None, damped(columns, INPUT_DAMPING))
+            columns = stats.columns[name]
+            break
+    else:
+        _, columns = _of_relatives(target, stats)
+    return Weighting(None, damped(columns, INPUT_DAMPING)) if _counts(columns) else Weighting()
 
 
 def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
@@ -50,7 +56,7 @@ def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Wei
         damping: share of the mean diagonal that is added to gradient moments.
 
     Returns:
-        None where no gradient arrived: the weight has no influence on the loss.
+        None where no gradient or no input but zeros arrived: the weight has no influence on the loss.
 
     Raises:
         TargetError: the calibration text never ran any layer that uses this weight.
@@ -65,13 +71,18 @@ def weighting_of(target: Target, stats: CalibrationStats, damping: float) -> Wei
             row_damping, column_damping = FREQUENCY_DAMPING, damping
         else:
             row_damping, column_damping = damping, INPUT_DAMPING
-        if rows is not None and columns is not None:
+        if _counts(rows) and _counts(columns):
             terms.append(Weighting(damped(rows, row_damping), damped(columns, column_damping)))
     if not terms and not any(name in stats.columns or name in stats.rows for name in target.names):
         rows, columns = _of_relatives(target, stats)
-        if rows is not None:
+        if _counts(rows) and _counts(columns):
             terms.append(Weighting(damped(rows, damping), damped(columns, INPUT_DAMPING)))
     return nearest_kronecker(terms) if terms else None
+
+
+def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a moment is there and gives errors a price."""
+    return moment is not None and bool(moment.any())
 
 
 def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
