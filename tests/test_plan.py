@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.compression import CalibrationStats
+from tensornet.topologies import topology_family, topology_names
 
 NAME = "transformer.h.0.mlp.c_fc"
 
@@ -79,9 +81,33 @@ def test_editing_a_layer() -> None:
     assert model.get_submodule(NAME).topology == topology
 
 
+@pytest.mark.parametrize("family", topology_names())
+def test_editing_to_any_family(family: str, tmp_path: Path) -> None:
+    """Also where cores were kept in a form that only chains have; the error is unknown, and printed so."""
+    model, stats, plan = prepared()
+    assert plan[NAME].storage.pivoted
+    edited = plan.replace_layer(NAME, topology_family(family).build(*plan[NAME].shape, max_bond=3))
+    edited.save(tmp_path / "plan.json")
+    assert tn.CompressionPlan.load(tmp_path / "plan.json") == edited
+    (line,) = [line for line in str(edited).splitlines() if line.startswith(NAME)]
+    assert re.fullmatch(rf"{NAME} +{family} [0-9x]+ +[0-9,]+ -> [0-9,]+ +\? +0\.\d{{4}}", line)
+    error = tn.apply_plan(model, edited, stats)[NAME]
+    assert 0 < error < 2
+    assert sum(x.numel() for x in model.get_submodule(NAME).stored.values()) == edited[NAME].params_after
+
+
+def test_edits_that_do_not_fit() -> None:
+    _, _, plan = prepared()
+    with pytest.raises(tn.TopologyError, match=r"has shape \(96, 24\), the topology is for \(10, 10\)"):
+        plan.replace_layer(NAME, topology_family("mpo").build(10, 10))
+    with pytest.raises(tn.TopologyError, match="or None to stay dense; got 'mpo'"):
+        plan.replace_layer(NAME, "mpo")  # type: ignore[arg-type]
+
+
 def test_leaving_a_layer_dense() -> None:
     model, stats, plan = prepared()
     edited = plan.replace_layer(NAME, None)
+    assert (edited[NAME].error, edited[NAME].baseline_error) == (0, 0)
     assert edited[NAME].loss_increase == 0
     assert edited.predicted_loss_increase < plan.predicted_loss_increase  # type: ignore[operator]
     weight = model.get_submodule(NAME).weight
@@ -130,6 +156,12 @@ def test_nothing_is_replaced_when_a_layer_fails() -> None:
         lambda data: data["layers"][0].update(topology={"family": "mpo"}),
         lambda data: data["layers"][0].update(storage={"pivoted": "yes"}),
         lambda data: data["layers"][0].update(storage={"holographic": True}),
+        lambda data: data["layers"].append(data["layers"][0]),
+        lambda data: data["layers"].clear(),
+        lambda data: data.update(objective="beauty"),
+        lambda data: data.update(damping="high"),
+        lambda data: data.update(damping=-1),
+        lambda data: data["layers"][0].update(shape=[3, 4]),
     ],
 )
 def test_a_damaged_plan(change: Any) -> None:

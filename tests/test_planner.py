@@ -6,6 +6,7 @@ import copy
 import itertools
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -331,6 +332,17 @@ def test_every_family_spends_what_it_may(topology: str, objective: str) -> None:
     assert 0.3 * layer.params_before < layer.params_after <= 0.7 * layer.params_before
     assert layer.topology is not None
     assert layer.topology.family == topology
+
+
+@pytest.mark.parametrize(
+    "budget", [{"param_ratio": 1.5}, {"max_bytes": 10**9}, {"max_milliseconds": 1e3, "tokens": 9}]
+)
+@pytest.mark.parametrize("topology", ["auto", "mpo", "tucker"])
+def test_a_budget_with_room_for_all_leaves_all_dense(budget: dict[str, Any], topology: str) -> None:
+    """And not in forms as exact, but larger."""
+    model, stats = gpt2_stats()
+    plan = tn.plan(model, CompressionConfig(target_modules=MLP, topology=topology, **budget), stats)
+    assert all(layer.topology is None for layer in plan)
 
 
 def test_statistics_of_another_model() -> None:

@@ -95,12 +95,15 @@ def low_rank_forms(
         keep &= ranks <= max_rank
     if rel_error is not None:
         keep &= errors.cpu() <= rel_error
-    dense = [] if max_rank is not None and max_rank < len(errors) else [float(matrix.numel())]
-    kept = ranks[keep]
     rows, columns = matrix.shape  # not in `make`, which would keep the whole matrix alive
     times, dense_time = torch.zeros(len(ranks)), 0.0
     if clock is not None:
         times, dense_time = clock.low_ranks((rows, columns)), clock.dense((rows, columns))
+    dense = [] if max_rank is not None and max_rank < len(errors) else [float(matrix.numel())]
+    if dense:  # forms that save nothing would only be other ways to write it
+        saves = (params < matrix.numel()) | (sizes < matrix.numel() * matrix.element_size())
+        keep &= (saves | (times < dense_time))[: len(keep)]
+    kept = ranks[keep]
 
     def with_dense(values: Tensor, last: float) -> Tensor:
         chosen = values.cpu().double()[: len(keep)][keep]
@@ -173,32 +176,30 @@ def network_forms(
     norm = max(float(matrix.norm()), 1e-300)
     errors = _interpolated(caps, tried, [float(gap.norm()) / norm for gap in gaps])
     dense = max_bond is None
-    keep = [k for k in range(len(caps)) if rel_error is None or errors[k] <= rel_error]
-    if dense:  # which a single core is too
-        keep = [k for k in keep if topologies[k].bond_dims]
-    params = [float(storage.num_params(topologies[k])) for k in keep] + [float(matrix.numel())] * dense
-    sizes = [float(storage.num_bytes(topologies[k], matrix.dtype)) for k in keep]
-    sizes += [float(matrix.numel() * matrix.element_size())] * dense
-
-    times = [0.0] * (len(keep) + dense)
+    params = [float(storage.num_params(topology)) for topology in topologies]
+    sizes = [float(storage.num_bytes(topology, matrix.dtype)) for topology in topologies]
+    times, dense_time = [0.0] * len(caps), 0.0
     if clock is not None:
         times = [clock.milliseconds(topologies[caps.index(cap)]) for cap in tried]
-        times = _interpolated(caps, tried, times)
-        times = [times[k] for k in keep] + [clock.dense((rows, columns))] * dense
+        times, dense_time = _interpolated(caps, tried, times), clock.dense((rows, columns))
+    dense_params, dense_size = float(matrix.numel()), float(matrix.numel() * matrix.element_size())
+    keep = [k for k in range(len(caps)) if rel_error is None or errors[k] <= rel_error]
+    if dense:  # as for low rank
+        keep = [k for k in keep if params[k] < dense_params or sizes[k] < dense_size or times[k] < dense_time]
 
-    def kept(values: list[float]) -> Tensor:
-        return torch.tensor([values[k] for k in keep] + [0.0] * dense, dtype=torch.float64)
+    def kept(values: list[float], last: float = 0.0) -> Tensor:
+        return torch.tensor([values[k] for k in keep] + [last] * dense, dtype=torch.float64)
 
     def make(index: int) -> tuple[Topology | None, Storage]:
         return (None, PLAIN) if index == len(keep) else (topologies[keep[index]], storage)
 
     return LayerForms(
-        params=torch.tensor(params, dtype=torch.float64),
-        num_bytes=torch.tensor(sizes, dtype=torch.float64),
+        params=kept(params, dense_params),
+        num_bytes=kept(sizes, dense_size),
         costs=kept(costs),
         forecasts=kept(forecasts),
         errors=kept(errors),
-        milliseconds=torch.tensor(times, dtype=torch.float64),
+        milliseconds=kept(times, dense_time),
         make=make,
     )
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tensornet.compression.allocate import spend_cost, spend_size, total_cost
+from tensornet.compression.allocate import CostCurve, spend_cost, spend_size, total_cost
 from tensornet.compression.clock import Clock
 from tensornet.compression.config import AUTO, CompressionConfig, family_options
 from tensornet.compression.forecast import UNMEASURED, Forecast
@@ -138,10 +138,10 @@ def choose_forms(
     choices = []
     if config.param_ratio is not None:
         allowed = config.param_ratio * sum(target.matrix.numel() for target in targets)
-        choices.append((spend_size(curves, allowed), "param_ratio"))
+        choices.append((_spend(curves, allowed, "param_ratio", config), "param_ratio"))
     for unit, name in (("num_bytes", "max_bytes"), ("milliseconds", "max_milliseconds")):
         if (allowed := getattr(config, name)) is not None:
-            choices.append((spend_size([form.curve(unit) for form in forms], allowed), name))
+            choices.append((_spend([form.curve(unit) for form in forms], allowed, name, config), name))
     if config.loss_increase is not None:
         allowed = forecast.price(config.loss_increase)
         chosen = spend_cost(curves, allowed, [form.forecasts for form in forms])
@@ -157,6 +157,14 @@ def choose_forms(
             )
         return cheapest
     return max(choices, key=lambda choice: total_cost(curves, choice[0]))
+
+
+def _spend(curves: Sequence[CostCurve], allowed: float, name: str, config: CompressionConfig) -> list[int]:
+    """`spend_size`, whose errors name the budget."""
+    try:
+        return spend_size(curves, allowed)
+    except BudgetError as error:
+        raise BudgetError(f"{name}={getattr(config, name)}: {error}") from error
 
 
 def _alone(target: Target, forms: LayerForms, config: CompressionConfig) -> int:

@@ -2,17 +2,20 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tensornet.compression.allocate import CostCurve, frontier
+from tensornet.compression.config import OBJECTIVES
 from tensornet.compression.forecast import UNMEASURED, Forecast
-from tensornet.errors import FormatError
-from tensornet.nn.storage import PLAIN, Storage
+from tensornet.errors import FormatError, TopologyError
+from tensornet.nn.storage import CHAINS, PLAIN, Storage
 from tensornet.topology import Topology
 
 PLAN_VERSION = 1
@@ -28,7 +31,7 @@ class LayerPlan:
         shape: `(out_features, in_features)`.
         topology: the network that replaces it, bonds included; None keeps it dense.
         bound_by: the cap that decided, or `"dense"`.
-        error: expected relative Frobenius error.
+        error: expected relative Frobenius error; None where the form was edited and nobody knows it yet.
         baseline_error: error of the plain truncated SVD with the same number of parameters.
         singular_values: spectrum of the weight in descending order, for pictures.
         storage: how the cores are kept.
@@ -42,7 +45,7 @@ class LayerPlan:
     shape: tuple[int, int]
     topology: Topology | None
     bound_by: str
-    error: float
+    error: float | None
     baseline_error: float
     singular_values: tuple[float, ...] = ()
     storage: Storage = PLAIN
@@ -143,24 +146,33 @@ class CompressionPlan:
     def replace_layer(self, name: str, topology: Topology | None) -> "CompressionPlan":
         """A plan in which one layer becomes `topology` (None: stays dense).
 
-        The predicted rise of that layer is no longer known, 0 where it stays dense.
+        Its cores are kept as those of the form before, as far as the family can. Error and predicted rise of
+        that layer are no longer known; both are 0 where it stays dense.
 
         Raises:
             KeyError: no such layer.
+            TopologyError: not a topology, or for a matrix of another shape.
         """
-        bound_by = "dense" if topology is None else "edited"
         old = self[name]
-        rise = None if topology is not None or old.loss_increase is None else 0.0
-        edited = replace(old, topology=topology, bound_by=bound_by, loss_increase=rise, milliseconds=None)
+        if topology is None:
+            rise = None if old.loss_increase is None else 0.0
+            edited = replace(old, topology=None, bound_by="dense", error=0.0, baseline_error=0.0)
+            edited = replace(edited, storage=PLAIN, loss_increase=rise, milliseconds=None)
+        else:
+            _check_topology(old, topology)
+            storage = replace(old.storage, pivoted=old.storage.pivoted and topology.family in CHAINS)
+            edited = replace(old, topology=topology, bound_by="edited", error=None, storage=storage)
+            edited = with_baseline(replace(edited, loss_increase=None, milliseconds=None))
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def __str__(self) -> str:
-        width = max(len(layer.name) for layer in self.layers)
+        width = max((len(layer.name) for layer in self.layers), default=5)
         lines = [f"{'layer':<{width}}  {'form':<28} {'parameters':>24} {'error':>8} {'plain SVD':>9}"]
         for layer in self.layers:
             form = "dense" if layer.topology is None else describe(layer.topology)
             size = f"{layer.params_before:,} -> {layer.params_after:,}"
-            errors = f"{layer.error:>8.4f} {layer.baseline_error:>9.4f}"
+            error = "?" if layer.error is None else f"{layer.error:.4f}"
+            errors = f"{error:>8} {layer.baseline_error:>9.4f}"
             lines.append(f"{layer.name:<{width}}  {form:<28} {size:>24} {errors}")
         lines.append(f"total: {self.params_before:,} -> {self.params_after:,} parameters")
         if self.predicted_loss_increase is not None:
@@ -186,7 +198,7 @@ class CompressionPlan:
         """Inverse of `to_dict`.
 
         Raises:
-            FormatError: not a plan, or of an unknown version.
+            FormatError: not a plan, of an unknown version, or edited to something that is none.
         """
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}.")
@@ -194,7 +206,9 @@ class CompressionPlan:
             layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
             header = {name: data[name] for name in _HEADER}
             forecast = Forecast.from_dict(data["forecast"]) if "forecast" in data else UNMEASURED
-            return cls(layers, **header, tokens=data.get("tokens"), forecast=forecast)
+            made = cls(layers, **header, tokens=data.get("tokens"), forecast=forecast)
+            _check(made)
+            return made
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise FormatError(f"Bad compression plan: {error}") from error
 
@@ -214,6 +228,56 @@ class CompressionPlan:
         except (OSError, ValueError, RecursionError) as error:
             raise FormatError(f"Cannot read a compression plan from {path}: {error}") from error
         return cls.from_dict(data)
+
+
+def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> float:
+    """Relative error of the truncated SVD that has at most this many parameters (rank at least 1)."""
+    rank = max(1, params // (shape[0] + shape[1]))
+    energies = spectrum.square()
+    total = float(energies.sum())
+    return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
+
+
+def with_baseline(layer: LayerPlan) -> LayerPlan:
+    """The plan with the error of the plain SVD of its size, by its spectrum; 0 for a dense layer."""
+    if layer.topology is None:
+        return layer
+    spectrum = torch.tensor(layer.singular_values, dtype=torch.float64)
+    return replace(layer, baseline_error=low_rank_error(spectrum, layer.shape, layer.params_after))
+
+
+def _check_topology(layer: LayerPlan, topology: Topology) -> None:
+    if not isinstance(topology, Topology):
+        raise TopologyError(
+            f"Layer {layer.name!r} can become a Topology, such as tensornet.topologies.mpo(...), or None to "
+            f"stay dense; got {topology!r}."
+        )
+    if topology.shape != layer.shape:
+        raise TopologyError(
+            f"Layer {layer.name!r} has shape {layer.shape}, the topology is for {topology.shape}; build one "
+            "with out_features and in_features of the layer."
+        )
+
+
+def _check(plan: CompressionPlan) -> None:
+    """What types alone do not say of a plan that was read.
+
+    Raises:
+        ValueError, TopologyError: what does not fit.
+    """
+    if plan.objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {plan.objective!r}")
+    if not 0 <= plan.damping < math.inf:
+        raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
+    if not plan.layers:
+        raise ValueError("it holds no layer")
+    name, count = Counter(layer.name for layer in plan).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"layer {name!r} is there {count} times")
+    for layer in plan:
+        if layer.topology is not None:
+            _check_topology(layer, layer.topology)
+            layer.storage.num_params(layer.topology)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -1,6 +1,5 @@
 """From a configuration to a plan: which family and which bonds for every layer."""
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mea
 from tensornet.compression.forms import LayerForms
 from tensornet.compression.global_plan import choose_forms, layer_forms, storage_of
 from tensornet.compression.losses import Batch, TokenLosses, label_losses
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
 from tensornet.errors import BudgetError, TargetError
@@ -145,7 +144,7 @@ class PreparedPlan:
                 curve=form.hull() if self.objective == "curvature" else (),
                 milliseconds=float(form.milliseconds[index]) if config.tokens is not None else None,
             )
-            layers.append(_with_baseline(made))
+            layers.append(with_baseline(made))
         return CompressionPlan(
             tuple(layers),
             objective=self.objective,
@@ -260,7 +259,7 @@ def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
     )
     if not config.budget.unlimited and best.network.num_params >= dense_params:
         return dense
-    return _with_baseline(
+    return with_baseline(
         replace(dense, topology=best.network.topology, bound_by=best.bound_by, error=best.error)
     )
 
@@ -271,21 +270,6 @@ def singular_values(matrix: Tensor) -> Tensor:
     if work.shape[0] > work.shape[1]:
         work = work.mH
     return torch.linalg.eigvalsh(work @ work.mH).flip(0).clamp_min(0).sqrt()
-
-
-def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> float:
-    """Relative error of the truncated SVD that has at most this many parameters (rank at least 1)."""
-    rank = max(1, params // (shape[0] + shape[1]))
-    energies = spectrum.square()
-    total = float(energies.sum())
-    return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
-
-
-def _with_baseline(layer: LayerPlan) -> LayerPlan:
-    if layer.topology is None:
-        return layer
-    spectrum = torch.tensor(layer.singular_values, dtype=torch.float64)
-    return replace(layer, baseline_error=low_rank_error(spectrum, layer.shape, layer.params_after))
 
 
 def _better(new: Decomposition, old: Decomposition, budget: Budget) -> bool:

@@ -4,7 +4,7 @@ import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -90,7 +90,9 @@ def render(page: Page) -> str:
     template = environment.from_string(
         (files("tensornet_hf.report") / "page.html.j2").read_text(encoding="utf-8")
     )
-    layers = list(page.report.plan)
+    # What was certified in carrying the plan out, which edits may not have known.
+    done = zip(page.report.plan, page.report.layers, strict=True)
+    layers = [replace(planned, error=made.error) for planned, made in done]
     curve = predicted_curve(page.report.plan)
     shown = min(len(page.spectra), pictures.PANELS)
     return template.render(

@@ -68,15 +68,13 @@ def layers_picture(layers: Sequence[LayerPlan]) -> str:
         sizes.set_yticks(list(rows), short_names([x.name for x in layers]))
         sizes.set_title("Parameters", loc="left", fontweight="bold")
         sizes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
-        errors.hlines(
-            rows, [x.error for x in layers], [x.baseline_error for x in layers], color=GRID, linewidth=3
-        )
+        svd, ours = [x.baseline_error for x in layers], [x.error or 0.0 for x in layers]
+        errors.hlines(rows, ours, svd, color=GRID, linewidth=3)
         # Rings around dots: where the two agree both stay visible.
-        svd = [x.baseline_error for x in layers]
         errors.plot(svd, rows, "o", color=SVD, fillstyle="none", markersize=8, label="plain SVD, same size")
-        errors.plot([x.error for x in layers], rows, "o", color=OURS, markersize=4.5, label="this model")
+        errors.plot(ours, rows, "o", color=OURS, markersize=4.5, label="this model")
         errors.set_title("Relative error of the weight", loc="left", fontweight="bold")
-        errors.set_xlim(0, 1.05 * max(0.01, *svd, *(x.error for x in layers)))
+        errors.set_xlim(0, 1.05 * max(0.01, *svd, *ours))
         sizes.set_ylim(len(layers) - 0.4, -0.6)
         for axes in (sizes, errors):
             _plain(axes)
