@@ -15,6 +15,8 @@ MIN_SIZE = 256
 #: Above this share of the smaller dimension an eigendecomposition is as fast.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
+#: Singular values settle later than the energy does; so many times the iterations are spent on them.
+_PATIENCE = 2
 #: Forming the Gram matrix costs size/width iterations of the direct product; six are typical.
 _GRAM_PAYS_BELOW = 12
 
@@ -24,7 +26,9 @@ def worth_iterating(size: int, rank: int) -> bool:
     return size >= MIN_SIZE and rank <= MAX_SHARE * size
 
 
-def iterated_basis(block: Tensor, total: Tensor, rank: int, *, slack: float) -> Tensor | None:
+def iterated_basis(
+    block: Tensor, total: Tensor, rank: int, *, slack: float, kept_slack: float | None = None
+) -> Tensor | None:
     """Orthonormal basis of the `rank` leading left singular vectors, in descending order.
 
     Args:
@@ -32,6 +36,8 @@ def iterated_basis(block: Tensor, total: Tensor, rank: int, *, slack: float) -> 
         total: energy of the blocks, shape `(*batch)`, double precision.
         rank: number of vectors, at most `m`.
         slack: stop when an iteration lowers the energy left outside by less than this share of it.
+        kept_slack: and by less than this share of the energy inside, for who wants the singular values
+            themselves: next to a large rest they may be far off while the rest hardly changes.
 
     Returns:
         Basis of shape `(*batch, m, rank)`, or None if the energy has not settled.
@@ -42,13 +48,16 @@ def iterated_basis(block: Tensor, total: Tensor, rank: int, *, slack: float) -> 
     probe = torch.randn(size, width, generator=generator, dtype=torch.float64).to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
     before = torch.zeros_like(total)
-    for _ in range(_MAX_ITERATIONS):
+    for _ in range(_MAX_ITERATIONS if kept_slack is None else _PATIENCE * _MAX_ITERATIONS):
         image = _square(block, gram, basis)
         values, vectors = torch.linalg.eigh(basis.mH @ image)
         captured = values[..., -rank:].double().sum(-1)
         outside = (total - captured).clamp_min(0)
         resolution = 10 * torch.finfo(block.dtype).eps * total
-        if bool((captured - before <= slack * outside + resolution).all()):
+        allowed = slack * outside
+        if kept_slack is not None:
+            allowed = torch.minimum(allowed, kept_slack * captured)
+        if bool((captured - before <= allowed + resolution).all()):
             return basis @ vectors[..., -rank:].flip(-1)
         before = captured
         basis = torch.linalg.qr(image).Q

@@ -16,7 +16,16 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.split import split_block
-from tensornet.svd import Method, check_finite, check_method, energy, is_single, result_dtype, safe_scale
+from tensornet.svd import (
+    Method,
+    allowed_energy,
+    check_finite,
+    check_method,
+    energy,
+    is_single,
+    result_dtype,
+    safe_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,7 @@ def _sweep(
         block = rest.reshape(batch, left * sizes[k], -1)
         allowed = None
         if rel_error is not None:
-            allowed = (rel_error**2 * total - spent).clamp_min(0) / (sites - 1 - k)
+            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
         split = split_block(block, inside, caps[k], allowed, method=method, single=single, last=k == last - 1)
         below |= split.left.shape[-1] < min(caps[k], *block.shape[1:])
         spent, inside = spent + split.discarded, split.kept

@@ -162,6 +162,44 @@ def test_large_matrix_is_best_by_auto(spectrum: str) -> None:
     assert reference.relative_error(matrix, product) <= found.error * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(300, 300), (260, 700)])
+def test_leading_singular_value_of_noise(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Next to a large rest the leading values may be far off while the rest hardly changes."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=dtype)
+    values = np.linalg.svd(matrix.numpy(), compute_uv=False)
+    for rank in (1, 20):
+        found = tn.truncated_svd(matrix, max_rank=rank)
+        np.testing.assert_allclose(found.S.numpy(), values[:rank], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["auto", "randomized"])
+def test_rest_too_small_to_iterate_on_is_cut_exactly(method: str) -> None:
+    matrix = strategies.matrix_with_spectrum((300, 320), "exponential", seed=1)  # S[20] is 2e-9
+    found = tn.truncated_svd(matrix, max_rank=20, method=method)
+    assert found.error == pytest.approx(reference.best_error(matrix, 20), rel=1e-6)
+
+
+def test_matrix_of_small_rank_needs_no_exact_svd() -> None:
+    matrix = strategies.matrix_with_spectrum((300, 320), "gaussian", seed=1, rank=7)
+    found = tn.truncated_svd(matrix, max_rank=20)
+    assert found.method == "randomized"
+    assert reference.relative_error(matrix, (found.U * found.S) @ found.Vh) <= 1e-13
+
+
+@methods
+def test_promise_is_kept_to_the_last_digit(method: str) -> None:
+    """Cut after the first of 1, 0.1, 0.01, ... the error is 0.1 up to rounding, and must not round up."""
+    for size in (10, 11):
+        values = torch.logspace(0, 1 - size, size, dtype=torch.float64)
+        for seed in (12, 103, 160):
+            torch.manual_seed(seed)
+            left, right = (torch.linalg.qr(torch.randn(30, size, dtype=torch.float64)).Q for _ in range(2))
+            found = tn.truncated_svd((left * values) @ right.mT, rel_error=0.1, method=method)
+            assert found.error <= 0.1
+
+
 def test_randomized_keeps_a_promise_within_its_rank() -> None:
     matrix = strategies.matrix_with_spectrum((300, 300), "power", seed=0)
     best = reference.best_error(matrix, 20)

@@ -10,6 +10,7 @@ from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.svd import (
     Method,
+    allowed_energy,
     check_finite,
     check_method,
     energy,
@@ -176,7 +177,7 @@ def _block_svd(
         energies = found.S.square().sum((0, 1))
         allowed = None
         if rel_error is not None:
-            allowed = (rel_error**2 * total - spent).clamp_min(0) / k
+            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / k
         rank = keep_rank(energies, min(caps[k - 1], full), allowed)
         spent = spent + energies[rank:].sum()
         U, Vh = fix_signs(found.U[..., :rank], found.Vh[..., :rank, :])

@@ -12,6 +12,7 @@ from tensornet.errors import BudgetError, TopologyError
 from tensornet.split import split_block
 from tensornet.svd import (
     Method,
+    allowed_energy,
     check_finite,
     check_method,
     energy,
@@ -217,7 +218,7 @@ def _tr_svd(
         bound_by = "max_bond" if cap < min(block.shape) and bound_by == "exact" else bound_by
         allowed = None
         if rel_error is not None:
-            allowed = (rel_error**2 * total - spent).clamp_min(0) / (sites - 1 - k)
+            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
         split = split_block(block, inside, cap, allowed, method=method, single=is_single(dtype))
         bound_by = "rel_error" if split.left.shape[1] < cap else bound_by
         spent, inside = spent + split.discarded, split.kept

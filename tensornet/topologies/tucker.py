@@ -10,7 +10,16 @@ from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
 from tensornet.split import split_block
-from tensornet.svd import Method, check_finite, check_method, energy, is_single, result_dtype, safe_scale
+from tensornet.svd import (
+    Method,
+    allowed_energy,
+    check_finite,
+    check_method,
+    energy,
+    is_single,
+    result_dtype,
+    safe_scale,
+)
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
 from tensornet.topologies.factored import FactoredFamily, balance_norms, clip_bonds, pad_core, padded_shape
@@ -159,7 +168,7 @@ def st_hosvd(
         block = core.movedim(axis, 0).flatten(1)
         allowed = None
         if rel_error is not None:
-            allowed = (rel_error**2 * total - spent).clamp_min(0) / (len(caps) - axis)
+            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (len(caps) - axis)
         # Above this rank the other legs cannot tell the rows apart; the family still keeps the cap.
         split = split_block(block, inside, min(cap, *block.shape), allowed, method=method, single=single)
         spent, inside = spent + split.discarded, split.kept
