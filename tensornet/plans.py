@@ -134,7 +134,13 @@ class ContractionPlan:
         return max(sizes)
 
 
-def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | None = None) -> Tensor:
+def run(
+    plan: ContractionPlan,
+    operands: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Execute a plan.
 
     Args:
@@ -142,6 +148,8 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
         operands: tensors of the shapes and in the order they were planned with.
         bias: added to the output, shape of its last dimensions flattened: `(columns of the output,)`.
             Free where the last product can add it.
+        out: a contiguous tensor of as many elements as the output, to be written instead of a new one; for
+            passes that record no gradients, and not together with a bias.
 
     Returns:
         The output, shape `plan.output_shape`.
@@ -163,12 +171,18 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
         right = _arrange(right, step.right_permutation, step.right_shape)
         if k == last and fused is not None:
             result = torch.addmm(fused, left, right)
+        elif k == last and out is not None and plan.output_permutation is None and left.ndim == 2:
+            result = torch.mm(left, right, out=out.view(left.shape[0], right.shape[1]))
         else:
             result = torch.matmul(left, right)
         del left, right
         work.append(result if step.result_shape is None else result.reshape(step.result_shape))
         del result
-    output = _arrange(work.pop(), plan.output_permutation, plan.output_shape)
+    output = work.pop()
+    if out is not None and output.data_ptr() != out.data_ptr():
+        output = output if plan.output_permutation is None else output.permute(plan.output_permutation)
+        return out.view(output.shape).copy_(output).view(plan.output_shape)
+    output = _arrange(output, plan.output_permutation, plan.output_shape)
     if bias is None or fused is not None:
         return output
     return output + bias.reshape(plan.output_shape[1:]).to(output.dtype)

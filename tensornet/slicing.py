@@ -25,10 +25,11 @@ from tensornet.errors import ShapeError
 from tensornet.machine import Machine
 from tensornet.network import plan_cores
 from tensornet.plans import ContractionPlan, Product, run
+from tensornet.scratch import borrow
 from tensornet.topology import Topology
 
-#: Rows that one product of a slice should have: kernels lose speed below.
-_ROWS = 48
+#: Rows that the product which makes a slice should have: kernels lose speed below.
+_ROWS = 96
 
 #: A buffer of at most so many elements stays near a core; more is taken only where a slice needs it.
 _BUFFER = 2**20
@@ -131,21 +132,23 @@ def run_in_slices(
             f"{sliced.in_features}."
         )
     flat = x if x.ndim == 2 else x.reshape(-1, sliced.in_features)
-    left = run(sliced.left, cores[: sliced.cut]).reshape(sliced.outer // sliced.width, -1, sliced.rank)
-    right = run(sliced.right, cores[sliced.cut :])
+    width, parts, shape = sliced.width, sliced.outer // sliced.width, sliced.right.output_shape
+    left = run(sliced.left, cores[: sliced.cut]).reshape(parts, -1, sliced.rank)
     y = flat.new_empty(flat.shape[0], sliced.outer, sliced.inner)
-    outputs = y.unbind(1)
-    biases = (None,) * sliced.outer if bias is None else bias.reshape(sliced.outer, sliced.inner).unbind(0)
-    buffer = left.new_empty(left.shape[1], right.shape[1])
-    weights = buffer.view(sliced.width, sliced.in_features, sliced.inner).unbind(0)
-    for part, rows in enumerate(left.unbind(0)):
-        torch.mm(rows, right, out=buffer)
-        for k, weight in enumerate(weights, start=part * sliced.width):
-            added = biases[k]
-            if added is None:
-                torch.mm(flat, weight, out=outputs[k])
+    # One batched product for all blocks of a slice: threads then share blocks instead of every product.
+    inputs = flat.expand(width, -1, -1)
+    outputs = y.view(flat.shape[0], parts, width, sliced.inner).permute(1, 2, 0, 3).unbind(0)
+    biases = None if bias is None else bias.view(parts, width, 1, sliced.inner).unbind(0)
+    with borrow(sliced.buffer + math.prod(shape), left) as memory:
+        right = run(sliced.right, cores[sliced.cut :], out=memory[sliced.buffer :])
+        buffer = memory[: sliced.buffer].view(left.shape[1], -1)
+        weights = buffer.view(width, sliced.in_features, sliced.inner)
+        for part, rows in enumerate(left.unbind(0)):
+            torch.mm(rows, right, out=buffer)
+            if biases is None:
+                torch.bmm(inputs, weights, out=outputs[part])
             else:
-                torch.addmm(added, flat, weight, out=outputs[k])
+                torch.baddbmm(biases[part], inputs, weights, out=outputs[part])
     return y.view(*x.shape[:-1], sliced.outer * sliced.inner)
 
 
@@ -165,7 +168,8 @@ def _split(topology: Topology, cut: int) -> SlicedPlan | None:
     shared = tuple(sorted(first & second))
     rank = math.prod(size[x] for x in shared)
     wide = [w for w in divisors(outer) if w == 1 or w * in_features * inner <= _BUFFER]
-    width = next((w for w in wide if w * rows >= _ROWS), wide[-1])
+    # An even number of blocks, so that two threads share them evenly.
+    width = next((w for w in wide if w * rows >= _ROWS and w % 2 == 0), wide[-1])
     left = plan_cores(topology, groups[0], (*outs[0], *ins[0], *shared))
     right = plan_cores(topology, groups[1], (*shared, *ins[1], *outs[1]))
     return SlicedPlan(
