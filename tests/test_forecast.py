@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tensornet as tn
 from tensornet.compression import CompressionConfig, PreparedPlan, prepare, sampled_losses
@@ -165,3 +165,33 @@ def test_what_cannot_be_measured() -> None:
         prepare(model, weight).measured(model, stats, [torch.ones(1, 4).long()])
     with pytest.raises(tn.TargetError, match="No validation text is left"):
         prepared.measured(model, stats, [])
+
+
+def test_an_encoder_needs_no_loss_of_its_own() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=60
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    for parameter in model.parameters():  # outputs that depend on the input
+        parameter.data.mul_(8.0 if parameter.ndim == 2 else 1.0)
+    mask = torch.ones(6, 12, dtype=torch.long)
+    mask[:, 9:] = 0
+    batches = [{"input_ids": torch.randint(0, 60, (6, 12)), "attention_mask": mask} for _ in range(12)]
+    twin = copy.deepcopy(model)
+    report = tn.compress(
+        model,
+        tn.CompressionConfig(param_ratio=0.7, objective="curvature"),
+        calibration=batches[:8],
+        validation=batches[8:],
+        progress=False,
+    )
+    assert report.plan is not None
+    assert report.plan.predicted_loss_increase is not None
+    with torch.no_grad():
+        pooled = []
+        for x in (model, twin):
+            hidden = torch.cat([x(**batch).last_hidden_state[:, :9].mean(1) for batch in batches[8:]])
+            pooled.append(torch.nn.functional.normalize(hidden, dim=-1))
+    rise = float(1 - (pooled[0] * pooled[1]).sum(-1).mean())
+    assert report.plan.predicted_loss_increase == pytest.approx(rise, rel=0.1)

@@ -7,7 +7,7 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded, register_expansion
 from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.hooks import register_structure_hook, structure_changed
-from tensornet.compression.losses import cosine_losses, label_losses, sampled_losses
+from tensornet.compression.losses import cosine_losses, label_losses, losses_against, sampled_losses
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.planner import PreparedPlan, plan, prepare
 from tensornet.compression.providers import ProvidedData, register_calibration_provider
@@ -37,6 +37,7 @@ __all__ = [
     "find_targets",
     "heal",
     "label_losses",
+    "losses_against",
     "plan",
     "prepare",
     "refine",

@@ -22,21 +22,24 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Labels are `batch["labels"]`, else the unpadded `input_ids`. Causal models (all but encoder-decoder and
     masked ones) are scored on the next token, but not from padding. Where labels and logits do not match
-    token by token, the model's own mean loss counts once for each row of the batch.
+    token by token, the model's own mean loss counts once for each row of the batch. Models that return hidden
+    states alone are judged as by `cosine_losses`.
 
     Raises:
-        TargetError: the model returns neither logits nor a loss.
+        TargetError: the model returns neither logits nor a loss nor hidden states.
     """
     labels, logits, output = _predict(model, batch)
-    if logits is None:
-        loss = getattr(output, "loss", None)
-        if loss is None:
-            raise TargetError(
-                f"{type(model).__name__} returns neither logits for each token nor a loss; pass loss_fn, a "
-                "function (model, batch) -> losses of shape (tokens,), for example "
-                "tensornet.compression.cosine_losses for an encoder."
-            )
-        return loss.expand(labels.shape[0])
+    if logits is None or labels is None:
+        if (loss := getattr(output, "loss", None)) is not None:
+            return loss.expand(len(next(iter(batch.values()))))
+        if _only_hidden(output):
+            return _projected(_pooled(output, batch))
+        raise TargetError(
+            f"{type(model).__name__} returns neither logits for each token nor a loss nor hidden states, so "
+            "nothing says what an error costs. Calibrate it with a loss of your own: stats = "
+            "tensornet.calibrate(model, batches, loss_fn=...), where loss_fn is a function (model, batch) -> "
+            "losses of shape (tokens,), then tensornet.compress(model, config, calibration=stats)."
+        )
     logits, labels = _aligned(model, batch, logits, labels)
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
@@ -46,10 +49,12 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
     not shrink where the model already predicts its text well. A classifier of whole rows has one loss for
-    each row.
+    each row. Models that return hidden states alone are judged as by `cosine_losses`.
     """
     labels, logits, output = _predict(model, batch)
-    if logits is not None:
+    if _only_hidden(output):
+        return _projected(_pooled(output, batch))
+    if logits is not None and labels is not None:
         logits, _ = _aligned(model, batch, logits, labels)
     elif (logits := getattr(output, "logits", None)) is None or logits.ndim != 2 or logits.shape[1] < 2:
         raise TargetError(
@@ -68,11 +73,42 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     Jacobian, so the predicted rise of this "loss" is half the squared distance between old and new unit
     vectors: one minus their cosine.
     """
-    hidden = model(**batch).last_hidden_state  # shape: (rows, tokens, width)
+    return _projected(_pooled(model(**batch), batch))
+
+
+def losses_against(teacher: nn.Module) -> TokenLosses:
+    """What compressed models are judged by beside a dense one, with the same labels each time.
+
+    `label_losses`; for models that return hidden states alone, one minus the cosine of each row's mean-pooled
+    output with the teacher's, shape `(rows,)`.
+    """
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(**batch)
+        if not _only_hidden(wanted):
+            return label_losses(model, batch)
+        return 1 - (_pooled(model(**batch), batch) * _pooled(wanted, batch)).sum(-1)
+
+    return losses
+
+
+def _only_hidden(output: Any) -> bool:
+    judged = (getattr(output, name, None) is not None for name in ("logits", "loss"))
+    return getattr(output, "last_hidden_state", None) is not None and not any(judged)
+
+
+def _pooled(output: Any, batch: Batch) -> Tensor:
+    """Means of the hidden states of each row, padding left out, as unit vectors."""
+    hidden = output.last_hidden_state  # shape: (rows, tokens, width)
     mask = batch.get("attention_mask")
-    weights = torch.ones_like(hidden[..., :1]) if mask is None else mask[..., None].to(hidden)
-    pooled = (hidden * weights).sum(1) / weights.sum(1)
-    unit = nn.functional.normalize(pooled, dim=-1)
+    if mask is None or mask.shape != hidden.shape[:2]:
+        mask = torch.ones_like(hidden[..., 0])
+    weights = mask[..., None].to(hidden)
+    return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+
+
+def _projected(unit: Tensor) -> Tensor:
     return (unit * torch.randn_like(unit)).sum(-1)
 
 
@@ -101,10 +137,10 @@ def _in_shape(values: Tensor | None, shape: torch.Size) -> Tensor | None:
     return values
 
 
-def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Any]:
+def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
     """`(labels, logits for each label or None, all that the model returns)`."""
     labels = batch.get("labels")
-    if labels is None:
+    if labels is None and "input_ids" in batch:
         labels = batch["input_ids"]
         if "attention_mask" in batch:
             labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
@@ -112,7 +148,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Any
             batch = {**batch, "labels": labels}
     output = model(**batch)
     logits = getattr(output, "logits", None)
-    matches = logits is not None and logits.shape[:-1] == labels.shape
+    matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape
     return labels, logits if matches else None, output
 
 

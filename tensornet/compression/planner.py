@@ -16,7 +16,7 @@ from tensornet.compression.expansion import expanded
 from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
 from tensornet.compression.forms import LayerForms
 from tensornet.compression.global_plan import choose_forms, layer_forms, storage_of
-from tensornet.compression.losses import Batch, TokenLosses, label_losses
+from tensornet.compression.losses import Batch, TokenLosses, losses_against
 from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
@@ -63,7 +63,7 @@ class PreparedPlan:
         stats: CalibrationStats,
         validation: Collection[Batch | Tensor],
         *,
-        loss_fn: TokenLosses = label_losses,
+        loss_fn: TokenLosses | None = None,
         shares: Sequence[float] = MEASURED_SHARES,
         source: str = "validation text",
         progress: bool = False,
@@ -79,7 +79,8 @@ class PreparedPlan:
             stats: likewise.
             validation: batches as for `calibrate`, walked through several times: some ten thousand tokens,
                 of another source than the calibration text if the forecast is to hold for other text.
-            loss_fn: see `tensornet.compression.losses`; not one that draws labels.
+            loss_fn: see `tensornet.compression.losses`; not one that draws labels. `losses_against(model)` if
+                absent: of labels, or one minus the cosine for encoders.
             shares: of the parameters of the targeted layers, to measure at; what lies between is
                 interpolated.
             source: what the text is, for reports.
@@ -93,6 +94,7 @@ class PreparedPlan:
             raise BudgetError(
                 f"Only the prices of objective='curvature' foresee a loss, not those of {self.objective!r}."
             )
+        loss_fn = loss_fn or losses_against(model)
         dense = mean_loss(model, validation, loss_fn)
         found = []
         for share in tqdm(shares, desc="measuring the forecast", disable=not progress, unit="size"):
