@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensornet.errors import ShapeError
-from tensornet.svd import result_dtype, truncated_svd, working_dtype
+from tensornet.svd import frobenius, result_dtype, safe_scale, truncated_svd, working_dtype
 
 Cores = tuple[Tensor, ...]
 
@@ -40,7 +40,10 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
     """The chain times a number; the last core takes it."""
-    scaled = cores[-1] * factor  # may be complex where the chain is real
+    last = cores[-1]
+    if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
+        last = last.to(torch.promote_types(last.dtype, torch.complex64))  # half of a complex has no products
+    scaled = last * factor
     return (*(core.to(scaled.dtype) for core in cores[:-1]), scaled)
 
 
@@ -162,6 +165,8 @@ def round_chain(
     """
     dtype = result_dtype(cores[0].dtype)
     work = list(canonicalize([core.to(working_dtype(core.dtype)) for core in cores], 0))
+    scale = safe_scale(work[0])  # no square below may overflow or vanish: it would count as nothing cut
+    work[0] = work[0] / scale
     total = float(torch.linalg.vector_norm(work[0])) ** 2
     spent = 0.0
     for k in range(len(work) - 1):
@@ -174,6 +179,7 @@ def round_chain(
         work[k] = factors.U.reshape(left, out, in_, -1)
         rest = factors.S[:, None] * factors.Vh
         work[k + 1] = torch.tensordot(rest, work[k + 1], dims=1)
+    work[-1] = work[-1] * scale
     error = math.sqrt(spent / total) if total > 0 else 0.0
     return tuple(core.to(dtype) for core in work), error
 
@@ -199,7 +205,8 @@ def bond_tolerance(
 @torch.no_grad()
 def norm(cores: Sequence[Tensor]) -> Tensor:
     """Frobenius norm, accurate to relative rounding even where the terms of the chain cancel."""
-    return torch.linalg.vector_norm(canonicalize(cores, len(cores) - 1)[-1])
+    center = canonicalize(cores, len(cores) - 1)[-1]
+    return torch.tensor(frobenius(center), dtype=center.real.dtype, device=center.device)
 
 
 @torch.no_grad()
@@ -226,7 +233,8 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
 
     0 for a product, `log(d)` for `d` equal singular values; the bond `exp(entropy)` is the effective one.
     """
-    energies = bond_spectrum(cores, bond).double().square()
+    values = bond_spectrum(cores, bond).double()
+    energies = (values / safe_scale(values)).square()
     p = energies / energies.sum() if float(energies.sum()) > 0 else energies
     return -torch.special.xlogy(p, p).sum()
 

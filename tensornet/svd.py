@@ -222,6 +222,13 @@ def energy(block: Tensor) -> Tensor:
     return norm.square()
 
 
+def frobenius(tensor: Tensor) -> float:
+    """Frobenius norm whose squares neither overflow nor vanish, whatever the scale and dtype."""
+    scale = safe_scale(tensor)
+    norm = torch.linalg.vector_norm(tensor.detach() / scale, dtype=working_dtype(tensor.dtype))
+    return float(norm) * scale
+
+
 def relative(discarded: float, total: float) -> float:
     """Relative error of a discarded energy."""
     return math.sqrt(max(discarded, 0.0) / total) if total > 0 else 0.0

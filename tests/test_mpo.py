@@ -240,6 +240,31 @@ def test_scale_does_not_matter(dtype: torch.dtype, scale: float) -> None:
     assert error == pytest.approx(plain.error, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.float64, 1e-200), (torch.complex128, 1e200)],
+)
+def test_algebra_knows_no_scale(dtype: torch.dtype, scale: float) -> None:
+    """Squares that overflow or vanish would make a norm infinite and a certificate zero."""
+    plain = tn.MPO.from_matrix(torch.randn(12, 18, dtype=dtype), out_dims=(3, 4), in_dims=(3, 6))
+    scaled = plain * scale
+    assert float(scaled.norm()) == pytest.approx(float(plain.norm()) * scale, rel=1e-5)
+    assert float(scaled.bond_entropy(0)) == pytest.approx(float(plain.bond_entropy(0)), rel=1e-5)
+    for caps in ({"max_bond": 3}, {"rel_error": 0.5}):
+        cut, expected = scaled.round(**caps), plain.round(**caps)
+        assert cut.bond_dims == expected.bond_dims
+        assert cut.error == pytest.approx(expected.error, rel=1e-5)
+        assert reference.relative_error(expected.to_matrix(), cut.to_matrix() / scale) <= 1e-5
+
+
+@pytest.mark.parametrize("factor", [2j, torch.tensor(2j)])
+def test_half_times_complex_can_be_computed_with(factor: complex | torch.Tensor) -> None:
+    half = tn.MPO([core.half() for core in tn.MPO.from_matrix(torch.randn(12, 18)).cores])
+    matrix = (half * factor).to_matrix()
+    assert matrix.dtype == torch.complex64
+    torch.testing.assert_close(matrix, 2j * half.to_matrix().float(), rtol=1e-2, atol=1e-2)
+
+
 def test_bonds_that_nothing_cuts_are_identities() -> None:
     """MPOE's base matrix, untruncated: the central core is the matrix, the others select."""
     matrix = torch.randn(768, 3072)

@@ -110,6 +110,22 @@ def test_promise_is_kept_and_used(name: str, promise: float) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.complex128, 1e-200), (torch.float64, 1e200)],
+)
+def test_scale_does_not_matter(name: str, dtype: torch.dtype, scale: float) -> None:
+    family, matrix = topology_family(name), torch.randn(24, 18, dtype=dtype)
+    plain = family.decompose(matrix, tn.Budget(max_bond=3))
+    scaled = family.decompose(matrix * scale, tn.Budget(max_bond=3))
+    assert scaled.error == pytest.approx(plain.error, rel=1e-4)
+    found = reference.relative_error(matrix, scaled.network.to_matrix() / scale)
+    assert found == pytest.approx(plain.error, rel=1e-4, abs=1e-6)
+    sizes = [float((core / core.abs().max()).norm() * core.abs().max()) for core in scaled.network.cores]
+    assert max(sizes) <= 1e3 * min(sizes)  # balanced, so that one learning rate suits all
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_decompose_to_refuses_another_shape(name: str) -> None:
     family = topology_family(name)
     with pytest.raises(tn.TopologyError, match=r"for a matrix of shape \(5, 4\)"):

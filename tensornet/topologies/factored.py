@@ -13,7 +13,7 @@ from tensornet.budget import Budget
 from tensornet.dims import balanced_factors
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
-from tensornet.svd import Method
+from tensornet.svd import Method, frobenius
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology
 from tensornet.topology import Topology
 from tensornet.tt_svd import check_dims
@@ -198,7 +198,7 @@ def balance_norms(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
     A chain from TT-SVD keeps the whole norm in its last core; one learning rate would then not suit all.
     """
-    scales = [float(core.norm()) / core.numel() ** 0.5 for core in cores]
+    scales = [frobenius(core) / core.numel() ** 0.5 for core in cores]
     if min(scales) == 0:
         return tuple(cores)
     mean = 1.0
