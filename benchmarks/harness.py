@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -51,6 +52,9 @@ def paired_medians(
 ) -> dict[str, Timing]:
     """Time functions in turn, all of them once for each repeat, so that a busy machine hits all alike.
 
+    The order changes from repeat to repeat, or each would find in the caches what the same other one left
+    there; none follows directly upon itself.
+
     Args:
         functions: calls by name.
         repeats: rounds that are counted.
@@ -58,10 +62,15 @@ def paired_medians(
         clock: seconds; `time.thread_time` counts what one thread works and not what others take from it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order, mixer = list(functions), random.Random(0)
     for turn in range(warmup + repeats):
-        for name, function in functions.items():
+        last = order[-1]
+        mixer.shuffle(order)
+        if order[0] == last:
+            order.append(order.pop(0))
+        for name in order:
             start = clock()
-            function()
+            functions[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:

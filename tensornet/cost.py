@@ -11,8 +11,12 @@ import math
 from tensornet.machine import Machine
 from tensornet.plans import ContractionPlan, Copy, Product
 
-#: Results below this size, in bytes, come from memory the process holds already.
-_LARGE = 2**20
+#: What is larger than this, in bytes, is not all in the cache of one core.
+_FAR = 2**20
+
+#: Blocks up to this size, in bytes, are soon reused by the process that gave them up; the allocator of the
+#: system (glibc) takes larger ones from the kernel each time and gives them back.
+_FRESH = 2**25
 
 
 def product_seconds(
@@ -26,17 +30,20 @@ def product_seconds(
     peak = machine.half_peak if itemsize == 2 else machine.peak * 4 / itemsize
     compute = batch * rows * inner * columns / (peak * machine.efficiency(rows, inner, columns))
     overhead = machine.overhead + (batch - 1) * machine.batch_overhead
-    pages = fresh_seconds(batch * rows * columns * itemsize, machine) if fresh else 0.0
-    return overhead + compute + pages
+    size = batch * rows * columns * itemsize
+    memory = machine.far_byte * size if size > _FAR else 0.0
+    return overhead + compute + memory + (fresh_seconds(size, machine) if fresh else 0.0)
 
 
 def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
     """Predicted time of one permuting copy."""
     elements = copy.elements * (tokens if copy.per_token else 1)
-    scale = max(itemsize, 2) / 4
+    scale, size = max(itemsize, 2) / 4, elements * itemsize
     each = machine.copy_element * scale
     each += machine.copy_run / copy.run if copy.run > 1 else machine.copy_strided * scale
-    return machine.copy_overhead + elements * each + fresh_seconds(elements * itemsize, machine)
+    if size > _FAR:
+        each += (machine.copy_far if copy.run > 1 else machine.copy_far_strided) * scale
+    return machine.copy_overhead + elements * each + fresh_seconds(size, machine)
 
 
 def plan_seconds(plan: ContractionPlan, tokens: int, machine: Machine, itemsize: int = 4) -> float:
@@ -62,5 +69,5 @@ def dense_seconds(
 
 
 def fresh_seconds(size: int, machine: Machine) -> float:
-    """Predicted time that memory for a result of so many bytes takes."""
-    return size * machine.fresh_byte if size >= _LARGE else 0.0
+    """Predicted time that new memory for a result of so many bytes takes."""
+    return size * machine.fresh_byte if size > _FRESH else 0.0

@@ -35,7 +35,7 @@ _ROWS = 96
 _BUFFER = 2**20
 
 #: Reading the input once more for every block of outputs costs so many plain copies of it.
-_INPUT_COPIES = 4.5
+_INPUT_COPIES = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class SlicedPlan:
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
         """Predicted time of one pass."""
-        rows = self.width * (self.left.output_shape[0] // self.outer)
+        parts, rows = self.outer // self.width, self.width * (self.left.output_shape[0] // self.outer)
         build = Product(1, rows, self.rank, self.right.output_shape[1], None)
-        use = Product(1, 1, self.in_features, self.inner, "rows")
+        use = Product(self.width, 1, self.in_features, self.inner, "rows")
         total = plan_seconds(self.left, 1, machine, itemsize) + plan_seconds(self.right, 1, machine, itemsize)
-        total += self.outer // self.width * product_seconds(build, 1, machine, itemsize, fresh=False)
-        total += self.outer * product_seconds(use, tokens, machine, itemsize, fresh=False)
+        total += parts * product_seconds(build, 1, machine, itemsize, fresh=False)
+        total += parts * product_seconds(use, tokens, machine, itemsize, fresh=False)
         again = tokens * self.in_features * self.outer
         total += fresh_seconds(tokens * self.outer * self.inner * itemsize, machine)
         return total + again * machine.copy_element * _INPUT_COPIES * itemsize / 4

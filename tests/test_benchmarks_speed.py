@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tensornet.machine import CPU
+from tensornet.nn.strategy import route_seconds
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 RATIOS = {
@@ -50,6 +56,33 @@ def test_benchmark_writes_its_record(name: str, tmp_path: Path, monkeypatch: pyt
     assert record["commit"][:10] in page
     for ratio in RATIOS[name]:
         assert ratio.replace("_", " ") in page
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
+def test_fitted_constants_foresee_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("fit_machine", monkeypatch)
+    layers = [module.Case("", *shape) for shape in module.SHAPES[:3]]
+    truth = replace(CPU, bandwidth=5e9, copy_element=1e-9, overhead=30e-6)
+    timed = [
+        module.Timed(plan, tokens, {k: route_seconds(plan, k, tokens, truth, 4) for k in (0, -1, -2)})
+        for plan in (case.layer().plan for case in layers)
+        for tokens in (1, 4, 16, 256)
+    ]
+    fitted = module.fit(timed, CPU)
+    assert max(module.choices(timed, fitted)) <= max(module.choices(timed, CPU))
+    for name in ("bandwidth", "copy_element", "overhead"):
+        before, after = (abs(math.log(getattr(m, name) / getattr(truth, name))) for m in (CPU, fitted))
+        assert after < 0.3 * before
+
+
+def test_functions_are_timed_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, seen = load("harness", monkeypatch), []
+    names = "abcd"
+    harness.paired_medians({name: lambda name=name: seen.append(name) for name in names}, 50)
+    rounds = [seen[i : i + 4] for i in range(0, len(seen), 4)]
+    assert all(sorted(turn) == list(names) for turn in rounds)
+    assert all(a != b for a, b in pairwise(seen))
+    assert len(set(pairwise(seen))) == 12
 
 
 def test_page_keeps_foreign_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
