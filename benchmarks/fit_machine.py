@@ -2,12 +2,12 @@
 
     python benchmarks/fit_machine.py [--toy] [--threads 1] [--seconds 0.3]
 
-Every way to apply a layer is timed for layers of many shapes, none of them one of the other benchmarks', and the
-constants of `tensornet.Machine` are fitted to the logarithms of the times. A way that takes far longer than the
-fastest matters less. `half_rows`, `half_inner`, `half_columns`, `step_columns` and `rest_columns` stay as they
-are: they belong to the kernels of the library that multiplies. Prints the constants and how good the choices are
-that follow from them; writes no record. Measure on a quiet machine: a busy one makes all that goes through
-memory look slower.
+Every way to apply a layer is timed for layers of many shapes, none of them one of the other benchmarks',
+and the constants of `tensornet.Machine` are fitted to the logarithms of the times. A way that takes far
+longer than the fastest matters less. `half_rows`, `half_inner`, `half_columns`, `step_columns` and
+`rest_columns` stay as they are: they belong to the kernels of the library that multiplies. Prints the
+constants and how good the choices are that follow from them; writes no record. Measure on a quiet machine:
+a busy one makes all that goes through memory look slower.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ SHAPES = (
     ((4, 4, 4, 4, 4), (4, 4, 4, 4, 4), 40),
 )
 TOKENS = (1, 2, 4, 16, 32, 64, 256, 1024)
-FITTED = ["peak", "bandwidth", "far_byte", "fresh_byte", "overhead", "batch_overhead", "copy_overhead", "copy_element", "copy_run", "copy_strided", "copy_far", "copy_far_strided"]
+FITTED = (
+    *("peak", "bandwidth", "far_byte", "fresh_byte", "overhead", "batch_overhead", "copy_overhead"),
+    *("copy_element", "copy_run", "copy_strided", "copy_far", "copy_far_strided"),
+)
 
 #: A constant that little depends on stays near where it was: so much of a residual for a factor of e.
 _STAY = 0.1
@@ -62,7 +65,7 @@ _STAY = 0.1
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every way to apply a layer to so many tokens, by route; the dense layer counts as `CACHED`."""
+    """Seconds of every way to apply a layer to so many tokens, by route; a dense layer counts as `CACHED`."""
 
     plan: OperatorPlan
     tokens: int

@@ -111,9 +111,9 @@ GPU = Machine(
     rest_columns=0.0,
 )
 
-#: What a second thread brings, as a share of the first. Products: nearly all. Copies: memory is shared. Reading
-#: weights: next to nothing, as a vector times a matrix is left to one thread. From the forward passes with two
-#: threads on a quiet machine, as is what follows.
+#: What a second thread brings, as a share of the first. Products: nearly all. Copies: memory is shared.
+#: Reading weights: next to nothing, as a vector times a matrix is left to one thread. From forward passes
+#: with two threads on a quiet machine, as is what follows.
 _SHARE, _SHARE_COPY, _SHARE_READ = 0.9, 0.5, 0.1
 
 #: More seconds for every product and copy that threads share, to start and to wait for each other.
@@ -155,8 +155,8 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
     """Measure the constants of a device with the current number of threads; takes about a second.
 
     Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. The sizes at which products reach half
-    of their peak, and what memory of large results costs, are those of the shipped machine: they belong to the
-    kernels and the allocator, not to the clock.
+    of their peak, and what memory of large results costs, are those of the shipped machine: they belong to
+    the kernels and the allocator, not to the clock.
 
     Args:
         device: where to measure.
