@@ -9,13 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import gpt2, llama
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf.peft import LoraNetworkLinear, linear_layers, load_adapters, lora_config, merge_adapters
+from tensornet_hf.peft import (
+    LoraNetworkLinear,
+    linear_layers,
+    load_adapters,
+    lora_config,
+    merge_adapters,
+    register_layers,
+)
 
 # PEFT asks transformers for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -191,6 +198,23 @@ def test_dora_is_refused() -> None:
 def test_no_linear_layer() -> None:
     with pytest.raises(tn.TargetError, match="no linear layer"):
         lora_config(nn.Embedding(3, 4))
+
+
+def test_pefts_own_all_linear_is_refused() -> None:
+    """It would leave compressed layers out without a word."""
+    with pytest.raises(tn.TargetError, match=r"use tensornet_hf\.peft\.lora_config"):
+        register_layers(LoraConfig(target_modules="all-linear"))
+
+
+def test_merging_into_eight_bits_is_said() -> None:
+    model = llama().eval()
+    config = tn.CompressionConfig(param_ratio=0.7, objective="weight", topology="low_rank", int8=True)
+    tn.compress(model, config, progress=False)
+    made = get_peft_model(model, lora_config(model, r=2))
+    before = logits(made)
+    with pytest.warns(UserWarning, match="rounds them again"):
+        made.merge_adapter()
+    torch.testing.assert_close(logits(made), before, atol=0.1, rtol=0.1)
 
 
 def test_healing_with_adapters() -> None:

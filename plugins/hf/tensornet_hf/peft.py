@@ -6,6 +6,7 @@ adapted = load_adapters(model, folder)
 model = merge_adapters(adapted)
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     """A compressed linear layer with low-rank adapters beside it: `y = W x + b + s B A x`.
 
     Merging a layer of low rank `r` gives one of rank `r + r_adapter`, without loss. Layers of another
-    topology cannot take the adapter in and become dense.
+    topology cannot take the adapter in and become dense. Eight-bit cores are rounded again, with a warning.
     """
 
     def __init__(
@@ -100,6 +101,13 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         else:
             assert isinstance(base, TensorNetworkLinear)
             matrix = base.to_matrix()
+        if isinstance(base, TensorNetworkLinear) and base.storage.int8:
+            warnings.warn(
+                "Merging into eight-bit cores rounds them again: outputs move a little. Keep the adapters "
+                "beside the model for exactly what was trained.",
+                UserWarning,
+                stacklevel=2,
+            )
         rank = 0
         for name in names:
             delta = self.get_delta_weight(name).to(matrix)
@@ -136,7 +144,16 @@ def lora_config(
 
 
 def register_layers(config: LoraConfig) -> LoraConfig:
-    """Teach a LoRA configuration about compressed layers; files do not keep this. Returns the same one."""
+    """Teach a LoRA configuration about compressed layers; files do not keep this. Returns the same one.
+
+    Raises:
+        TargetError: it asks for all linear layers, which PEFT looks for itself, and sees stock ones alone.
+    """
+    if config.target_modules == ALL_LINEAR:
+        raise TargetError(
+            "PEFT would leave compressed layers out of target_modules='all-linear'; use "
+            "tensornet_hf.peft.lora_config(model, target_modules='all-linear')."
+        )
     config._register_custom_module({TensorNetworkLinear: LoraNetworkLinear})
     return config
 
