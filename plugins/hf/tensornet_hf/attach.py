@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from tensornet.errors import TargetError
+from tensornet.nn import MPOEmbedding
 from tensornet_hf import ties
 from tensornet_hf.card import write_card
 from tensornet_hf.config import METHOD, TensorNetworkConfig
@@ -83,7 +84,11 @@ def save_pretrained(
 def resize_token_embeddings(
     self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Refuse where the rows are made of cores; transformers would fail on their shape."""
+    """Refuse where the rows are made of cores, unless their number stays; transformers would fail on it."""
+    if is_attached(self) and new_num_tokens is not None and not args and not kwargs:
+        table = self.get_input_embeddings()
+        if isinstance(table, MPOEmbedding) and table.num_embeddings == new_num_tokens:
+            return table
     if is_attached(self) and (new_num_tokens is not None or kwargs.get("pad_to_multiple_of") or any(args)):
         _refuse_tables_of_cores(self)
     return _resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
