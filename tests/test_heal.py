@@ -11,6 +11,7 @@ import pytest
 import torch
 from hf_models import gpt2, llama, t5_relu
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import tensornet as tn
 from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
@@ -130,6 +131,38 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_a_checkpoint_says_which_row_is_which(tmp_path: Path) -> None:
+    """Another machine may choose other pivots for the same layer; cores mean nothing without theirs."""
+    teacher, first = pair()
+    path = tmp_path / "heal.safetensors"
+    tn.heal(first, teacher, batches(), steps=2, checkpoint=path)
+    _, second = pair()
+    for layer in compressed_layers(second).values():
+        for name, tensor in layer.stored.items():
+            if name.startswith("order"):
+                tensor.data = tensor.flip(0)
+    tn.heal(second, teacher, batches(), steps=2, checkpoint=path)
+    assert divergence(second, first) < 1e-6
+
+
+def test_layers_that_no_gradient_reaches(tmp_path: Path) -> None:
+    """The pooler of an encoder takes no part in its hidden states; the checkpoint is written all the same."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 44}
+    teacher = BertModel(BertConfig(**sizes, vocab_size=101)).eval()
+    student = copy.deepcopy(teacher)
+    tn.compress(student, CONFIG, progress=False)
+    path = tmp_path / "heal.safetensors"
+    tn.heal(student, teacher, batches(), steps=2, checkpoint=path)
+    assert tn.heal(student, teacher, batches(), steps=4, checkpoint=path).steps == 4
+
+
+def test_time_that_is_up_is_on_file(tmp_path: Path) -> None:
+    teacher, student = pair()
+    path, ticks = tmp_path / "heal.safetensors", itertools.count()
+    tn.heal(student, teacher, batches(), max_seconds=3.5, clock=lambda: float(next(ticks)), checkpoint=path)
+    assert tn.heal(student, teacher, batches(), steps=3, checkpoint=path).losses == ()
+
+
 @pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
 def test_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
     teacher, student = pair()
@@ -205,6 +238,9 @@ def test_nothing_to_heal() -> None:
     tn.compress(eight, tn.CompressionConfig(param_ratio=0.5, objective="weight", pivoted=True, int8=True))
     with pytest.raises(tn.TargetError, match="heal before storing"):
         tn.heal(eight, teacher, batches(), steps=1)
+    frozen = copy.deepcopy(teacher).requires_grad_(False)
+    with pytest.raises(tn.TargetError, match="no parameter requires gradients"):
+        tn.heal(frozen, teacher, batches(), steps=1, parameters="trainable")
 
 
 def test_no_data() -> None:

@@ -22,6 +22,8 @@ from tensornet.nn.module import NetworkModule
 #: Distance between the outputs of the dense and the compressed model on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
 _USER = "Resuming tensornet.heal"
+#: What AdamW keeps of the gradients of a parameter.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def heal(
         clock: what `max_seconds` and the report count: wall time, or `time.process_time` for the work of this
             process on a machine that others use too.
         checkpoint: safetensors file for cores and optimizer. Where it exists, healing goes on from it, so
-            the same call can be repeated after an interruption.
+            the same call can be repeated after an interruption, with a model compressed anew the same way.
         save_every: steps between two writes of it.
         progress: show a progress bar.
 
@@ -101,15 +103,21 @@ def heal(
     """
     start = clock()
     layers = compressed_layers(model)
+    fixed: dict[str, Tensor] = {}
     if parameters == "cores":
         trained = trainable_cores(layers)
+        fixed = _orders(layers)
     else:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise TargetError(
+                "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
+            )
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = (model.training, teacher.training)
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     path = None if checkpoint is None else Path(checkpoint)
-    done = _resume(path, trained, optimizer) if path is not None and path.is_file() else 0
+    done = _resume(path, trained, fixed, optimizer) if path is not None and path.is_file() else 0
     total = layer_steps + steps
     losses: list[float] = []
     layer_losses: list[float] = []
@@ -125,6 +133,8 @@ def heal(
         while done < total:
             share = _share(done, total, clock() - start, max_seconds)
             if share >= 1:
+                if path is not None:
+                    _save(path, trained, fixed, optimizer, done)
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (share + 1 / total) * 20) * (1 - share)
@@ -148,7 +158,7 @@ def heal(
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
             if path is not None and (done % save_every == 0 or done == total):
-                _save(path, trained, optimizer, done)
+                _save(path, trained, fixed, optimizer, done)
         bar.close()
     finally:
         for parameter, flag in flags.items():
@@ -183,6 +193,12 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
             "cores are not trained, so heal before storing them so."
         )
     return dict(found.values())
+
+
+def _orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
+    """What says which row of a pivoted core is which: cores mean nothing without."""
+    stored = {f"{name}.{part}": x for name, module in layers.items() for part, x in module.stored.items()}
+    return {name: x for name, x in stored.items() if x.dtype == torch.int32}
 
 
 def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: Batch) -> float:
@@ -270,25 +286,37 @@ def _forever(data: Iterable[Batch | Tensor], *, skip: int) -> Iterator[Batch | T
             )
 
 
-def _save(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, done: int) -> None:
-    tensors = {}
+def _save(
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    fixed: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+    done: int,
+) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in fixed.items()}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach().contiguous()
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
+        for key in _MOMENTS:  # none where no gradient ever came
+            if key in optimizer.state[parameter]:
+                tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
     safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
     beside = path.with_name(path.name + ".part")  # a crash while writing leaves the earlier file
     safetensors.save_file(tensors, str(beside), metadata={"heal": json.dumps({"step": done})})
     beside.replace(path)
 
 
-def _resume(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> int:
-    """Read cores and optimizer state back; returns the number of steps made."""
+def _resume(
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    fixed: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+) -> int:
+    """Read cores, their row orders and optimizer state back; returns the number of steps made."""
     safetensors = import_optional("safetensors", extra="hf", user=_USER)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             done = int(json.loads(file.metadata()["heal"])["step"])
-            for name, parameter in trained.items():
+            for name, parameter in {**trained, **fixed}.items():
                 stored = file.get_tensor(name)
                 if stored.shape != parameter.shape:
                     raise FormatError(
@@ -297,11 +325,10 @@ def _resume(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.op
                     )
                 with torch.no_grad():
                     parameter.copy_(stored)
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(done)),
-                    "exp_avg": file.get_tensor(f"{name}/exp_avg").to(parameter),
-                    "exp_avg_sq": file.get_tensor(f"{name}/exp_avg_sq").to(parameter),
-                }
+            for name, parameter in trained.items():
+                if f"{name}/{_MOMENTS[0]}" in file.keys():  # noqa: SIM118 (not a dict)
+                    moments = {key: file.get_tensor(f"{name}/{key}").to(parameter) for key in _MOMENTS}
+                    optimizer.state[parameter] = {"step": torch.tensor(float(done)), **moments}
         return done
     except FormatError:
         raise

@@ -1,15 +1,18 @@
 """Healing through transformers' `Trainer`: its schedules, precision, devices, logging and checkpoints."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from tensornet.compression.calibrate import to_device
 from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
+from tensornet.errors import TargetError
 from tensornet_hf.text import load_tokenizer, token_ids
 
 #: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
@@ -21,6 +24,8 @@ DEFAULTS: Mapping[str, Any] = {
     "max_grad_norm": 1.0,
     "per_device_train_batch_size": 2,
     "report_to": [],
+    "save_steps": 50,
+    "save_total_limit": 1,
 }
 
 
@@ -67,6 +72,7 @@ def heal(
     layer_steps: int = 0,
     output_dir: str,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    parameters: Literal["cores", "trainable"] = "cores",
     resume: bool = False,
     **arguments: Any,
 ) -> float:
@@ -80,25 +86,33 @@ def heal(
         layer_steps: layer-wise steps before them (see `tensornet.heal`); not repeated when resuming.
         output_dir: for checkpoints.
         collate: puts examples together; transformers' default if absent.
-        resume: go on from the last checkpoint in `output_dir`.
+        parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters do.
+        resume: go on from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
+            50 steps.
         arguments: of `TrainingArguments`, on top of `DEFAULTS`.
 
     Returns:
         The mean divergence over the steps of this call.
 
     Raises:
-        TargetError: the model has no trainable cores.
+        TargetError: the model has no trainable cores, or nothing that requires gradients.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    freeze_all_but_cores(model)
+    if parameters == "cores":
+        freeze_all_but_cores(model)
+    elif not any(flags.values()):
+        raise TargetError(
+            "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
+        )
+    last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
     options = TrainingArguments(output_dir=output_dir, max_steps=steps, **{**DEFAULTS, **arguments})
     trainer = HealingTrainer(
         model=model, teacher=teacher, args=options, train_dataset=data, data_collator=collate
     )
     try:
-        if layer_steps and not resume:
+        if layer_steps and last is None:
             _layer_wise(trainer, teacher, layer_steps)
-        return float(trainer.train(resume_from_checkpoint=resume or None).training_loss)
+        return float(trainer.train(resume_from_checkpoint=last).training_loss)
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
