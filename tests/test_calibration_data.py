@@ -167,6 +167,24 @@ def test_command_line_calibrates_an_encoder(
     assert plan["calibration"].endswith("tokens of text.txt")
 
 
+@pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
+def test_command_line_measures_where_there_is_a_loss(
+    kind: type[PreTrainedModel], bert_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert(kind, bert_folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text("\n\n".join(TEXT.split("\n\n")[::-1]))
+    texts = ["--calibration", str(tmp_path / "text.txt"), "--validation", str(tmp_path / "other.txt")]
+    status = run(["compress", str(bert_folder), "--dry-run", "--json", "--param-ratio", "0.5", *texts])
+    out, err = capsys.readouterr()
+    if kind is BertModel:
+        assert status == 0
+        assert json.loads(out)["forecast"]["source"].endswith("tokens of other.txt")
+    else:
+        assert (status, out) == (1, "")
+        assert "neither a language model nor an encoder" in err
+
+
 def test_command_line_plans_for_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("And he said unto them. " * 200)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import signal
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from hf_models import gpt2
+from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,6 +27,7 @@ from tensornet.compression.heal import compressed_layers, output_distance, train
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.heal import TextWindows, heal
+from tensornet_hf.peft import lora_config
 
 OPTIONS: dict[str, Any] = {
     "learning_rate": 3e-3,
@@ -89,6 +97,37 @@ def test_trainer_resumes(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_trainer_writes_checkpoints_unless_told_otherwise(tmp_path: Path) -> None:
+    """The same call can be repeated: it begins where there is nothing, and goes on where something is."""
+    teacher, student = pair()
+    options = {key: value for key, value in OPTIONS.items() if key != "save_strategy"}
+    heal(student, teacher, Examples(), steps=50, output_dir=str(tmp_path), resume=True, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-50"]
+    _, fresh = pair()
+    calls: list[None] = []
+    handle = teacher.register_forward_pre_hook(lambda *_: calls.append(None))
+    heal(fresh, teacher, Examples(), steps=52, output_dir=str(tmp_path), resume=True, **options)
+    handle.remove()
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-52"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
+def test_trainer_heals_with_adapters(tmp_path: Path) -> None:
+    teacher, student = pair()
+    before = divergence(student, teacher)
+    adapted = get_peft_model(student, lora_config(student, r=4))
+    old = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    options: dict[str, Any] = {"steps": 30, "output_dir": str(tmp_path), "parameters": "trainable"}
+    heal(adapted, teacher, Examples(), **options, **OPTIONS)
+    adapted.eval()
+    assert divergence(adapted, teacher) < 0.9 * before
+    assert all(torch.equal(p, old[name]) for name, p in adapted.named_parameters() if "lora" not in name)
+    with pytest.raises(tn.TargetError, match="no parameter requires gradients"):
+        heal(teacher.requires_grad_(False), teacher, Examples(), **options, **OPTIONS)
+    teacher.requires_grad_(True)
+
+
 def test_windows_of_a_text() -> None:
     windows = TextWindows(gpt2_path(), calibration_text()[:20_000], length=64)
     assert len(windows) > 10
@@ -110,6 +149,54 @@ def test_command_line_heals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         gaps = [float(output_distance(model(**batch), dense(**batch), batch)) for model in made]
     assert gaps[1] < 0.9 * gaps[0]
     capfd.readouterr()
+
+
+def test_command_line_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """The same command again ends with the model that an undisturbed run makes, and leaves nothing else."""
+    (tmp_path / "text.txt").write_text(calibration_text()[:12_000])
+    how = ("--param-ratio", "0.4", "--target", "h.1.mlp.c_fc", "--calibration", "text.txt", "--heal", "54")
+    command = ["compress", str(gpt2_path()), "out", *how]
+    killed = start(*command, cwd=tmp_path, stop_at=52)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = [path.name for path in tmp_path.iterdir() if path.name != "text.txt"]
+    assert re.fullmatch(r"\.out\.heal-[0-9a-f]{16}\.safetensors", left)
+    again = start(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "4 steps"
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
+    whole = start(*command[:2], "whole", *how, cwd=tmp_path)
+    assert whole.stdout.splitlines()[-1] == "54 steps"
+    healed = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole")]
+    for name, tensor in healed[0].items():
+        torch.testing.assert_close(tensor, healed[1][name], msg=name)
+
+
+#: Runs the program, says how many steps it made, and dies at one of them if asked to.
+PROGRAM = """
+import os, signal, sys
+from tensornet_hf.cli.main import run
+module = sys.modules["tensornet.compression.heal"]
+before, made = module._end_to_end, []
+def step(*arguments):
+    if len(made) == {stop_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(1)
+    return before(*arguments)
+module._end_to_end = step
+status = run(sys.argv[1:])
+print(len(made), "steps")
+sys.exit(status)
+"""
+
+
+def start(*command: str, cwd: Path, stop_at: int = -1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(stop_at=stop_at), *command],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ class LayerPlan:
         """Stored numbers of the planned form, padding, scales and row orders included."""
         return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Size of the planned form for a weight of this dtype."""
+        if self.topology is None:
+            return self.params_before * dtype.itemsize
+        return self.storage.num_bytes(self.topology, dtype)
+
 
 @dataclass(frozen=True)
 class CompressionPlan:
@@ -132,6 +138,11 @@ class CompressionPlan:
         rise = self.predicted_loss_increase
         return None if rise is None or self.dense_loss is None else math.exp(self.dense_loss + rise)
 
+    def predictions(self) -> dict[str, float | None]:
+        """What is foreseen, JSON-ready: rise of the loss, perplexity, milliseconds; None what is unknown."""
+        names = ("predicted_loss_increase", "predicted_perplexity", "predicted_milliseconds")
+        return {name: getattr(self, name) for name in names}
+
     def curve(self, points: int = 64) -> list[tuple[int, float]]:
         """`(parameters of all targeted layers, predicted rise of the loss)` over all budgets, largest first.
 
@@ -177,7 +188,10 @@ class CompressionPlan:
         lines.append(f"total: {self.params_before:,} -> {self.params_after:,} parameters")
         if self.predicted_loss_increase is not None:
             seen = f" (measured on {self.forecast.source})" if self.forecast.source else ""
-            lines.append(f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}{seen}")
+            text = f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}{seen}"
+            if self.dense_loss is not None and self.predicted_perplexity is not None:
+                text += f", perplexity {math.exp(self.dense_loss):.4g} -> {self.predicted_perplexity:.4g}"
+            lines.append(text)
         if self.predicted_milliseconds is not None:
             lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
         return "\n".join(lines)

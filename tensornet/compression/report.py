@@ -69,7 +69,7 @@ class CompressionReport:
         """JSON-ready form, without spectra."""
         data = asdict(self)
         del data["plan"]
-        return data | {"param_ratio": self.param_ratio}
+        return data | {"param_ratio": self.param_ratio, **self.plan.predictions()}
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""

@@ -97,7 +97,7 @@ def text_windows(
     count = len(ids) // context
     if count == 0:
         raise ValueError(
-            f"The calibration text has {len(ids)} tokens, less than one window of {context}; give more text."
+            f"The text has {len(ids)} tokens, less than one window of {context}; give more text."
         )
     return ids[: count * context].reshape(count, context)
 
@@ -212,5 +212,5 @@ def _collected(batches: Iterator[Batch], loss_fn: TokenLosses, tokens: int | Non
         if tokens is not None and count >= tokens:
             break
     if not kept:
-        raise ValueError("The calibration text holds no line that the model can read; give more text.")
+        raise ValueError("The text holds no line that the model can read; give more text.")
     return CalibrationData(tuple(kept), loss_fn, count)

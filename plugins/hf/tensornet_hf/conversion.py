@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -15,17 +16,20 @@ from tensornet.compression import (
     CompressionReport,
     apply_plan,
     calibrate,
+    cosine_losses,
     expanded,
     find_targets,
 )
 from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
-from tensornet_hf.calibration_data import calibration_data
+from tensornet_hf.calibration_data import CalibrationData, calibration_data
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.loading import load
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
 
+#: Of a validation text. It is run once for the dense model and once for each size that is measured.
+VALIDATION_TOKENS = 10_240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,6 +91,23 @@ def collect_stats(
     )
 
 
+def validation_data(model: PreTrainedModel, folder: Path, text: str) -> CalibrationData:
+    """Batches of the beginning of a text, for `PreparedPlan.measured`.
+
+    Raises:
+        TargetError: a classifier, which a text gives no labels that a loss could be measured with.
+        ValueError: the text is too short.
+    """
+    data = calibration_data(model, folder, text, tokens=VALIDATION_TOKENS)
+    labelled = all(isinstance(batch, Tensor) or "labels" in batch for batch in data.batches)
+    if not labelled and data.loss_fn is not cosine_losses:
+        raise TargetError(
+            f"{type(model).__name__} is neither a language model nor an encoder: no loss could be measured "
+            "on the validation text. Leave it out."
+        )
+    return data
+
+
 def heal_on(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -94,9 +115,12 @@ def heal_on(
     text: str,
     *,
     steps: int,
+    checkpoint: Path | None = None,
     progress: bool = False,
 ) -> HealReport:
     """Train the cores to the dense model's outputs on a whole text, a batch in a step, in mixed order.
+
+    With a checkpoint an interrupted run goes on where it was, see `tensornet.heal`.
 
     Raises:
         TargetError: there are no cores to train.
@@ -104,7 +128,8 @@ def heal_on(
     """
     batches = calibration_data(teacher, folder, text, window=256, window_batch=512).batches
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
-    return heal(model, teacher, [batches[k] for k in order], steps=steps, progress=progress)
+    mixed = [batches[k] for k in order]
+    return heal(model, teacher, mixed, steps=steps, checkpoint=checkpoint, progress=progress)
 
 
 def plan_spectra(
@@ -171,12 +196,15 @@ def stored_as(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedMo
 def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[str, int]:
     """Sizes before and after a plan, without carrying it out."""
     params, size = model_size(model)
-    saved = {layer.name: layer.params_before - layer.params_after for layer in planned}
     with expanded(model):
-        weights = {x.name: x.weight for x in find_targets(model, CompressionConfig(target_modules="*"))}
+        dtypes = {x.name: x.weight.dtype for x in find_targets(model, CompressionConfig(target_modules="*"))}
+    before = sum(layer.params_before * dtypes[layer.name].itemsize for layer in planned)
+    after = sum(layer.num_bytes(dtypes[layer.name]) for layer in planned)
     return {
         "model_params_before": params,
-        "model_params_after": params - sum(saved.values()),
+        "model_params_after": params - planned.params_before + planned.params_after,
         "model_bytes_before": size,
-        "model_bytes_after": size - sum(n * weights[name].element_size() for name, n in saved.items()),
+        "model_bytes_after": size - before + after,
+        "layers_bytes_before": before,
+        "layers_bytes_after": after,
     }

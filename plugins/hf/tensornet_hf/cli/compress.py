@@ -1,6 +1,7 @@
 """`tensornet compress`: a model folder becomes a smaller one."""
 
 import copy
+import math
 import shlex
 import sys
 import time
@@ -11,12 +12,18 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel
 
-import tensornet as tn
-from tensornet.compression import CalibrationStats, CompressionConfig, CompressionPlan, CompressionReport
+from tensornet.compression import (
+    CalibrationStats,
+    CompressionConfig,
+    CompressionPlan,
+    CompressionReport,
+    prepare,
+)
 from tensornet.compression.providers import gather_statistics
-from tensornet.errors import BudgetError
+from tensornet.errors import BudgetError, TargetError
 from tensornet_hf import conversion
 from tensornet_hf.cli import shared
+from tensornet_hf.cli.healing import HealingFile
 from tensornet_hf.destinations import HUB, require_free, save_to
 from tensornet_hf.inspection import weight_bytes
 from tensornet_hf.loading import resolve_folder
@@ -71,11 +78,19 @@ def run(
         Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 32_768,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text of another source than --calibration, on which the loss is measured at a few sizes: "
+            "corrects what is foreseen, and with it what --loss-increase buys. Not for classifiers."
+        ),
+    ] = None,
     heal: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Steps of training the cores to the dense model's outputs afterwards, on --calibration.",
+            help="Steps of training the cores to the dense model's outputs afterwards, on --calibration. An "
+            "interrupted run of the same command goes on where it was.",
         ),
     ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Keep cores as eight-bit integers.")] = False,
@@ -91,7 +106,7 @@ def run(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on with an interrupted run of --workers, or start again.")
+        bool, typer.Option(help="Go on with an interrupted run of --workers or --heal, or start again.")
     ] = True,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about it.")] = None,
     dry_run: Annotated[
@@ -116,15 +131,18 @@ def run(
     }
     _check_usage(destination, budget, plan, dry_run)
     _check_heal(heal, calibration, int8)
+    _check_validation(validation, calibration, objective, plan)
     if workers is not None:
         needs_model = {
             "--dtype": dtype,
             "--report": report,
             "--dry-run": dry_run,
             "--heal": heal,
+            "--validation": validation,
         }
         _check_usage_of_workers(destination, needs_model)
     text = None if calibration is None else shared.read_text(calibration)
+    other_text = None if validation is None else shared.read_text(validation)
     config = CompressionConfig(
         target_modules=target or None,
         exclude_modules=exclude or None,
@@ -175,6 +193,7 @@ def run(
             _note_blindness(text, plan, config)
         return
     model = conversion.open_dense(folder)
+    validated = None if other_text is None else conversion.validation_data(model, folder, other_text)
     if calibration is not None and text is not None:
         stats = conversion.collect_stats(
             model,
@@ -187,7 +206,14 @@ def run(
         )
     stats = gather_statistics(model, observed, stats, progress=progress)
     if planned is None:
-        planned = tn.plan(model, config, stats, progress=progress)
+        prepared = prepare(model, config, stats, progress=progress)
+        if validation is not None and validated is not None:
+            if stats is None:
+                raise TargetError("--validation corrects what calibration foresees; give --calibration too.")
+            seen = f"{validated.tokens:,} tokens of {validation.name}"
+            batches = validated.batches
+            prepared = prepared.measured(model, stats, batches, source=seen, progress=progress)
+        planned = prepared.plan(progress=progress)
     else:
         _check_calibration(planned, stats)
     if dry_run:
@@ -197,9 +223,14 @@ def run(
     spectra = conversion.plan_spectra(model, planned, progress=progress) if report is not None else {}
     teacher = copy.deepcopy(model) if heal else None
     done = conversion.carry_out(model, planned, stats, started=started, progress=progress)
-    if teacher is not None and text is not None:
-        conversion.heal_on(model, teacher, folder, text, steps=heal, progress=progress)
+    options = [config.to_dict(), planned.to_dict() if plan else None, text, calibration_tokens, other_text]
+    healing = HealingFile(destination, folder, [*options, heal]) if heal else None
+    if teacher is not None and text is not None and healing is not None:
+        checkpoint = healing.begin(resume=resume)
+        conversion.heal_on(model, teacher, folder, text, steps=heal, checkpoint=checkpoint, progress=progress)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
+    if healing is not None:
+        healing.end()
     before = weight_bytes(folder)
     if report is not None:
         models = (
@@ -243,6 +274,23 @@ def _check_heal(heal: int, calibration: Path | None, int8: bool) -> None:
         raise typer.BadParameter("--heal trains cores, --int8 keeps them as integers; leave one of them out.")
 
 
+def _check_validation(
+    validation: Path | None, calibration: Path | None, objective: str, plan: Path | None
+) -> None:
+    if validation is None:
+        return
+    if plan is not None:
+        raise typer.BadParameter("--plan holds a forecast already; leave out --validation.")
+    if objective in ("weight", "activation"):
+        raise typer.BadParameter(
+            f"--validation corrects a forecast of the loss, which --objective {objective} does not make; "
+            "leave one of them out."
+        )
+    there = validation.exists() and calibration is not None and calibration.exists()
+    if there and calibration is not None and validation.samefile(calibration):
+        raise typer.BadParameter("--validation is the text of --calibration; give one of another source.")
+
+
 def _check_usage_of_workers(destination: str | None, needs_model: Mapping[str, object]) -> None:
     if given := [name for name, value in needs_model.items() if value]:
         raise typer.BadParameter(
@@ -270,10 +318,12 @@ def _check_usage(
 def _show_plan(model: PreTrainedModel, planned: CompressionPlan, as_json: bool) -> None:
     sizes = conversion.plan_summary(model, planned)
     if as_json:
-        shared.print_json({**planned.to_dict(), **sizes})
+        shared.print_json({**planned.to_dict(), **planned.predictions(), **sizes})
         return
     shared.print_lines(
         str(planned),
+        f"layers: {compact_bytes(sizes['layers_bytes_before'])} -> "
+        f"{compact_bytes(sizes['layers_bytes_after'])}",
         f"model: {sizes['model_params_before']:,} -> {sizes['model_params_after']:,} parameters, "
         f"{compact_bytes(sizes['model_bytes_before'])} -> {compact_bytes(sizes['model_bytes_after'])}",
     )
@@ -291,9 +341,20 @@ def _finish(source: str, destination: str, done: CompressionReport, before: int,
         f"layers      {len(done.layers)}{left}, kept {done.param_ratio:.1%} of their parameters",
         f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
         f"files       {compact_bytes(before)} -> {compact_bytes(after)}",
+        *_foreseen(done.plan),
         f"seconds     {done.seconds:.1f}",
         f"written to  {destination}",
     )
+
+
+def _foreseen(planned: CompressionPlan) -> list[str]:
+    """What the compression alone was predicted to cost; healing is not foreseen."""
+    rise, perplexity = planned.predicted_loss_increase, planned.predicted_perplexity
+    if rise is None or perplexity is None or planned.dense_loss is None:
+        return []
+    before = math.exp(planned.dense_loss)
+    where = f"measured on {planned.forecast.source}" if planned.forecast.source else planned.calibration
+    return [f"foreseen    loss +{rise:.4f}, perplexity {before:.4g} -> {perplexity:.4g} ({where})"]
 
 
 def _written_bytes(destination: str, done: CompressionReport) -> int:
