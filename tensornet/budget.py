@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from tensornet.checks import check_number, check_size
 from tensornet.errors import BudgetError
 
 
@@ -24,8 +25,12 @@ class Budget:
     param_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_bond is not None and (not isinstance(self.max_bond, int) or self.max_bond < 1):
-            raise BudgetError(f"max_bond must be an integer of at least 1, got {self.max_bond!r}.")
+        if self.max_bond is not None:
+            bond = check_size("max_bond", self.max_bond, error=BudgetError)
+            object.__setattr__(self, "max_bond", bond)  # NumPy's integers become Python's
+        for name in ("rel_error", "param_ratio"):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value)
         if self.rel_error is not None and not 0 <= self.rel_error < 1:
             raise BudgetError(
                 f"rel_error must lie in [0, 1), got {self.rel_error!r}: it is the relative Frobenius error; "

@@ -35,8 +35,10 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
     """Cores of a quimb `MatrixProductOperator` with open ends.
 
     Raises:
-        ShapeError: the operator is cyclic.
+        ShapeError: the operator is cyclic, or no `MatrixProductOperator`.
     """
+    if not all(hasattr(operator, name) for name in ("cyclic", "upper_ind", "lower_ind")):
+        raise ShapeError(f"Expected a quimb MatrixProductOperator, got {type(operator).__name__}.")
     if operator.cyclic:
         raise ShapeError("A cyclic quimb operator has no open chain; use topology 'tensor_ring' for rings.")
     cores = []
@@ -64,7 +66,13 @@ def to_tensorly(cores: Sequence[Tensor]) -> Any:
 
 
 def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
-    """Cores of a TensorLy `TTMatrix` of any backend."""
+    """Cores of a TensorLy `TTMatrix` of any backend, or of its list of factors.
+
+    Raises:
+        ShapeError: it is another object.
+    """
+    if isinstance(operator, Tensor) or not hasattr(operator, "__getitem__"):
+        raise ShapeError(f"Expected a TensorLy TTMatrix, got {type(operator).__name__}.")
     return tuple(torch.as_tensor(factor) for factor in operator)
 
 
@@ -78,8 +86,10 @@ def from_torchtt(operator: Any) -> tuple[Tensor, ...]:
     """Cores of a `torchtt.TT` matrix.
 
     Raises:
-        ShapeError: it is a tensor train of a tensor, not of a matrix.
+        ShapeError: it is a tensor train of a tensor, not of a matrix, or no train at all.
     """
+    if not hasattr(operator, "is_ttm"):
+        raise ShapeError(f"Expected a torchtt TT matrix, got {type(operator).__name__}.")
     if not operator.is_ttm:
         raise ShapeError("Expected a torchtt TT matrix (4-dimensional cores), got the train of a tensor.")
     return tuple(operator.cores)

@@ -5,6 +5,7 @@ The mathematics is in `tensornet.mpo_algebra`; nothing forms the matrix except `
 
 import math
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from tensornet import interop
 from tensornet import mpo_algebra as algebra
 from tensornet.budget import Budget
+from tensornet.checks import check_dense, check_size
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork
 from tensornet.svd import Method
@@ -31,7 +33,8 @@ class MPO:
         error: certified relative Frobenius error against the matrix it was made from.
 
     Raises:
-        ShapeError: neighbouring bonds differ, an end bond is not 1, or a core is not 4-dimensional.
+        ShapeError: neighbouring bonds differ, an end bond is not 1, a core is no 4-dimensional tensor or has
+            another dtype or device than the first, or the features exceed the product of the legs.
     """
 
     def __init__(
@@ -42,12 +45,11 @@ class MPO:
         in_features: int | None = None,
         error: float = 0.0,
     ) -> None:
-        _check_chain(cores)
-        self.cores = tuple(cores)
+        self.cores = _check_chain(cores)
         self.error = error
         self._features = (
-            out_features or math.prod(core.shape[1] for core in cores),
-            in_features or math.prod(core.shape[2] for core in cores),
+            _features("out_features", out_features, self.out_dims),
+            _features("in_features", in_features, self.in_dims),
         )
 
     @classmethod
@@ -82,13 +84,13 @@ class MPO:
         Raises:
             BudgetError: a cap is out of range or cannot be met.
             NonFiniteError: `w` holds NaN or infinity.
+            ShapeError: `w` is no floating matrix.
             TopologyError: the dims do not fit.
 
         Reference:
             Oseledets 2011, "Tensor-Train Decomposition", algorithm 1.
         """
-        if w.ndim != 2:
-            raise ShapeError(f"MPO.from_matrix needs a matrix of shape (out, in), got {tuple(w.shape)}.")
+        check_dense(w, "MPO.from_matrix", "a matrix of shape (out, in)", 2)
         rows, columns = choose_dims((w.shape[0], w.shape[1]), out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         result = tt_svd(w, rows, columns, budget, method=method)
@@ -119,10 +121,7 @@ class MPO:
 
         Raises: as in `from_matrix`.
         """
-        if batch.ndim != 3 or batch.shape[0] == 0:
-            raise ShapeError(
-                f"MPO.from_matrices needs a stack of shape (items, out, in), got {tuple(batch.shape)}."
-            )
+        check_dense(batch, "MPO.from_matrices", "a stack of shape (items, out, in)", 3)
         shape = (batch.shape[1], batch.shape[2])
         rows, columns = choose_dims(shape, out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
@@ -187,6 +186,8 @@ class MPO:
 
     def __add__(self, other: "MPO") -> "MPO":
         """Sum; bonds add up. The certificate of the result combines both."""
+        if not isinstance(other, MPO):
+            return NotImplemented
         self._check_same_dims(other, "added")
         total = self._like(algebra.add(self.cores, other.cores))
         if self.error or other.error:
@@ -195,6 +196,8 @@ class MPO:
 
     def __sub__(self, other: "MPO") -> "MPO":
         """Difference; bonds add up."""
+        if not isinstance(other, MPO):
+            return NotImplemented
         return self + (-other)
 
     def __neg__(self) -> "MPO":
@@ -202,14 +205,21 @@ class MPO:
 
     def __mul__(self, factor: complex | Tensor) -> "MPO":
         """Product with a number. For the product of two operators use `@`."""
-        if isinstance(factor, MPO):
+        if not isinstance(factor, Number | Tensor):
             return NotImplemented
+        if isinstance(factor, Tensor) and factor.numel() != 1:
+            raise ShapeError(
+                f"An MPO is multiplied by one number, got a tensor of shape {tuple(factor.shape)}."
+            )
+        factor = factor.reshape(()) if isinstance(factor, Tensor) else factor
         return self._like(algebra.scale(self.cores, factor), error=self.error)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, factor: complex) -> "MPO":
+    def __truediv__(self, factor: complex | Tensor) -> "MPO":
         """Quotient by a number."""
+        if not isinstance(factor, Number | Tensor):
+            return NotImplemented
         return self * (1 / factor)
 
     def __matmul__(self, other: "MPO") -> "MPO":
@@ -333,6 +343,8 @@ class MPO:
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
 
     def _check_same_dims(self, other: "MPO", what: str) -> None:
+        if not isinstance(other, MPO):
+            raise ShapeError(f"Only an MPO can be {what} with an MPO, got {type(other).__name__}.")
         mine = (self.shape, self.out_dims, self.in_dims)
         if mine != (theirs := (other.shape, other.out_dims, other.in_dims)):
             raise ShapeError(
@@ -353,11 +365,27 @@ def _relative(distance: float, operator: MPO) -> float:
     return distance / size if size > 0 else math.inf
 
 
-def _check_chain(cores: Sequence[Tensor]) -> None:
+def _features(name: str, features: int | None, dims: tuple[int, ...]) -> int:
+    if features is None:
+        return math.prod(dims)
+    if check_size(name, features, error=ShapeError) > math.prod(dims):
+        raise ShapeError(f"{name}={features} is more than the legs {dims} of the cores hold.")
+    return features
+
+
+def _check_chain(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    cores = tuple(cores)
     if not cores:
         raise ShapeError("An MPO needs at least one core.")
     bond = 1
     for k, core in enumerate(cores):
+        if not isinstance(core, Tensor):
+            raise ShapeError(f"Core {k} must be a torch.Tensor, got {type(core).__name__}.")
+        if (core.dtype, core.device) != (cores[0].dtype, cores[0].device):
+            raise ShapeError(
+                f"Core {k} is {core.dtype} on {core.device}, the first core is {cores[0].dtype} on "
+                f"{cores[0].device}; all cores must agree."
+            )
         if core.ndim != 4 or core.shape[0] != bond:
             raise ShapeError(
                 f"Core {k} has shape {tuple(core.shape)}; expected (left, out, in, right) with left={bond}."
@@ -365,3 +393,4 @@ def _check_chain(cores: Sequence[Tensor]) -> None:
         bond = core.shape[3]
     if bond != 1:
         raise ShapeError(f"The last core ends in a bond of {bond}; both ends of an MPO have bond 1.")
+    return cores

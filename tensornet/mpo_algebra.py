@@ -127,7 +127,7 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
         ShapeError: no such site.
     """
     sites = len(cores)
-    if not -sites <= center < sites:
+    if not isinstance(center, int) or not -sites <= center < sites:
         raise ShapeError(f"center={center} is not a site; the chain has {sites}, 0 to {sites - 1}.")
     center %= sites
     dtype = result_dtype(cores[0].dtype)
@@ -220,8 +220,11 @@ def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
     Raises:
         ShapeError: no such bond.
     """
-    if not 0 <= bond < len(cores) - 1:
-        raise ShapeError(f"Bond {bond} does not exist; {len(cores)} cores have bonds 0 to {len(cores) - 2}.")
+    if not isinstance(bond, int) or not 0 <= bond < len(cores) - 1:
+        there = (
+            f"{len(cores)} cores have bonds 0 to {len(cores) - 2}" if len(cores) > 1 else "one core has none"
+        )
+        raise ShapeError(f"Bond {bond} does not exist; {there}.")
     dtype = result_dtype(cores[0].dtype)
     center = canonicalize([core.to(working_dtype(core.dtype)) for core in cores], bond)[bond]
     values = torch.linalg.svdvals(center.reshape(-1, center.shape[3]))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tensornet.checks import check_size
 from tensornet.contraction import TOKENS, ContractionPlan, find_path, run
 from tensornet.cost import plan_seconds
 from tensornet.drawing import draw_topology
-from tensornet.errors import ShapeError
+from tensornet.errors import ShapeError, TopologyError
 from tensornet.lowering import lower_path
 from tensornet.machine import CPU, Machine, default_machine
 from tensornet.topology import Topology
@@ -205,14 +206,28 @@ class TensorNetwork:
         return dense[: self.shape[0], : self.shape[1]]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Apply to `x: (..., in_features)`, giving `(..., out_features)`, without building the matrix."""
+        """Apply to `x: (..., in_features)`, giving `(..., out_features)`, without building the matrix.
+
+        Raises:
+            ShapeError: no tensor, or its last dimension is another.
+        """
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__
+            raise ShapeError(
+                f"apply needs a torch.Tensor of shape (..., in_features={self.shape[1]}), got {got}."
+            )
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
         core = self.cores[0]
         candidate = plan.cheapest_apply(tokens, default_machine(core.device), core.element_size())
         return contract_with_input(plan, self.cores, x, candidate=candidate)
 
     def flops(self, tokens: int) -> int:
-        """Floating-point operations of `apply` for that many tokens (a multiply-add counts as two)."""
+        """Floating-point operations of `apply` for that many tokens (a multiply-add counts as two).
+
+        Raises:
+            ValueError: `tokens` is negative or no integer.
+        """
+        check_size("tokens", tokens, least=0, error=ValueError)
         return 2 * min(plan.multiply_adds(tokens) for plan in plan_operator(self.topology).applies)
 
     def draw(self) -> "Figure":
@@ -229,7 +244,12 @@ def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tenso
 
     Raises:
         ShapeError: naming the core, what was expected and what was got.
+        TopologyError: the first argument is no topology.
     """
+    if not isinstance(topology, Topology):
+        raise TopologyError(
+            f"A network needs a Topology, got {topology!r}; make one with a builder such as topologies.mpo."
+        )
     if isinstance(cores, Mapping):
         if missing := [name for name in topology.core_names if name not in cores]:
             raise ShapeError(f"Missing cores {missing}; the topology has {list(topology.core_names)}.")
@@ -242,6 +262,8 @@ def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tenso
             raise ShapeError(f"Got {len(ordered)} cores, the topology has {list(topology.core_names)}.")
     for name, core in zip(topology.core_names, ordered, strict=True):
         expected = topology.core_shapes[name]
+        if not isinstance(core, Tensor):
+            raise ShapeError(f"Core {name!r} must be a torch.Tensor, got {type(core).__name__}.")
         if tuple(core.shape) != expected:
             raise ShapeError(f"Core {name!r} has shape {tuple(core.shape)}, its topology says {expected}.")
         if (core.dtype, core.device) != (ordered[0].dtype, ordered[0].device):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.errors import BudgetError, NonFiniteError, ShapeError
+from tensornet.checks import check_dense, check_size
+from tensornet.errors import BudgetError, NonFiniteError
 from tensornet.subspace import iterated_basis, worth_iterating
 
 Method = Literal["auto", "exact", "gram", "randomized"]
@@ -139,14 +140,10 @@ def truncated_svd(
     Reference:
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
     """
-    if matrix.ndim != 2 or matrix.numel() == 0 or not (matrix.is_floating_point() or matrix.is_complex()):
-        raise ShapeError(
-            "truncated_svd needs a non-empty floating or complex matrix of shape (m, n), "
-            f"got {tuple(matrix.shape)} {matrix.dtype}."
-        )
+    check_dense(matrix, "truncated_svd", "a matrix of shape (m, n)", 2)
     check_method(method)
-    if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
-        raise BudgetError(f"max_rank must be an integer of at least 1, got {max_rank!r}.")
+    if max_rank is not None:
+        max_rank = check_size("max_rank", max_rank, error=BudgetError)
     Budget(rel_error=rel_error)
     check_finite(matrix, "The matrix")
     scale = safe_scale(matrix)

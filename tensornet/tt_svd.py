@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.checks import check_sizes
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.split import split_block
 from tensornet.svd import (
@@ -59,15 +60,18 @@ def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequenc
     """Refuse leg sizes that cannot carry a matrix of this shape.
 
     Raises:
-        TopologyError: different numbers of out- and in-dims, a size below 1, or a product that is too small.
+        TopologyError: no sequences of integers of at least 1, different numbers of out- and in-dims, or a
+            product that is too small.
     """
+    check_sizes("out_dims", out_dims)
+    check_sizes("in_dims", in_dims)
     if len(out_dims) != len(in_dims) or not out_dims:
         raise TopologyError(
             f"out_dims {tuple(out_dims)} and in_dims {tuple(in_dims)} must have the same number of sites, "
             "at least one; use size 1 where a site has no leg."
         )
     for name, features, dims in (("out_dims", shape[0], out_dims), ("in_dims", shape[1], in_dims)):
-        if min(dims) < 1 or math.prod(dims) < features:
+        if math.prod(dims) < features:
             raise TopologyError(
                 f"{name} {tuple(dims)} multiply to {math.prod(dims)}, which does not hold {features} "
                 "features; the product must be at least that (the excess is padded with zeros)."

@@ -69,7 +69,7 @@ def test_sites_that_contradict_the_dims_are_refused() -> None:
         ((), (), "at least one"),
         ((3, 3), (5, 2), r"out_dims \(3, 3\) multiply to 9, which does not hold 12"),
         ((3, 4), (5, 1), r"in_dims \(5, 1\) multiply to 5, which does not hold 10"),
-        ((12, 0), (5, 2), "does not hold 12"),
+        ((12, 0), (5, 2), "Every entry of out_dims must be an integer of at least 1, got 0"),
     ],
 )
 def test_dims_that_do_not_fit_are_refused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -104,3 +104,9 @@ def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("tensornet._optional.find_spec", lambda name: None)
     with pytest.raises(tn.MissingDependencyError, match=r"to_quimb needs quimb.*tensornet-torch\[interop\]"):
         operator((2, 3), (2, 3), torch.float64).to_quimb()
+
+
+@pytest.mark.parametrize("convert", [tn.MPO.from_quimb, tn.MPO.from_tensorly, tn.MPO.from_torchtt])
+def test_what_is_no_operator_is_refused(convert: Callable[[object], tn.MPO]) -> None:
+    with pytest.raises(tn.ShapeError, match=r"Expected a .*, got Tensor"):
+        convert(torch.ones(3, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator as op
 
 import numpy as np
 import pytest
@@ -336,6 +337,51 @@ def test_cores_that_are_no_chain_are_refused() -> None:
         tn.MPO([torch.zeros(1, 2, 2, 3)])
     with pytest.raises(tn.ShapeError, match="at least one core"):
         tn.MPO([])
+
+
+def test_operators_mix_with_numbers_and_operators_only() -> None:
+    operator = tn.MPO.from_matrix(torch.randn(6, 8), out_dims=(2, 3), in_dims=(2, 4))
+    for other in (3, torch.ones(6, 8)):
+        for act in (op.add, op.sub):
+            with pytest.raises(TypeError, match="unsupported operand"):
+                act(operator, other)
+        with pytest.raises(tn.ShapeError, match="Only an MPO can be compared with an MPO, got"):
+            operator.inner(other)  # type: ignore[arg-type]
+    for tensor in (torch.ones(4, 1), torch.ones(3)):  # the first would scale the columns of the last core
+        with pytest.raises(tn.ShapeError, match="multiplied by one number, got a tensor of shape"):
+            operator * tensor
+    for factor in (2, 2.0, np.float32(2), torch.tensor(2.0), torch.tensor([2.0])):
+        torch.testing.assert_close((factor * operator).to_matrix(), 2 * operator.to_matrix())
+        torch.testing.assert_close((operator / factor).to_matrix(), operator.to_matrix() / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out_features": 7}, r"out_features=7 is more than the legs \(2, 3\) of the cores hold"),
+        ({"out_features": 0}, "out_features must be an integer of at least 1, got 0"),
+        ({"in_features": -1}, "in_features must be an integer of at least 1, got -1"),
+    ],
+)
+def test_features_that_the_cores_do_not_hold_are_refused(change: dict[str, int], message: str) -> None:
+    cores = tn.MPO.from_matrix(torch.randn(6, 8), out_dims=(2, 3), in_dims=(2, 4)).cores
+    with pytest.raises(tn.ShapeError, match=message):
+        tn.MPO(cores, **change)
+
+
+def test_cores_that_differ_are_refused() -> None:
+    first, last = tn.MPO.from_matrix(torch.randn(6, 8), sites=2).cores
+    with pytest.raises(
+        tn.ShapeError, match=r"Core 1 is torch\.float64 on cpu, the first core is torch\.float32"
+    ):
+        tn.MPO([first, last.double()])
+    with pytest.raises(tn.ShapeError, match=r"Core 0 must be a torch\.Tensor, got ndarray"):
+        tn.MPO([first.numpy(), last])  # type: ignore[list-item]
+
+
+def test_single_core_has_no_bond() -> None:
+    with pytest.raises(tn.ShapeError, match="Bond 0 does not exist; one core has none"):
+        tn.MPO.from_matrix(torch.randn(6, 8), sites=1).bond_spectrum(0)
 
 
 def test_stacks_and_matrices_are_told_apart() -> None:

@@ -27,7 +27,8 @@ class SearchPoint:
         topology: the network.
         params: stored numbers.
         milliseconds: predicted for one forward pass; the geometric mean over the token counts of the search.
-        error: relative Frobenius error; exact or certified by the decomposition. None without a matrix.
+        error: relative Frobenius error. Where spectra tell it, the smallest of any network of this topology,
+            which the decomposition meets to half a percent; else what that certifies. None without a matrix.
         error_bound: error that no matrix of this shape exceeds, None where the family has no such bound.
     """
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tensornet.budget import Budget
+from tensornet.checks import check_dense, check_size
 from tensornet.cost import dense_seconds
-from tensornet.errors import BudgetError, ShapeError
+from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.machine import Machine, default_machine
 from tensornet.network import plan_operator
 from tensornet.nn.strategy import RECONSTRUCT, route_seconds
@@ -21,7 +23,7 @@ from tensornet.search.candidates import (
 from tensornet.search.result import SearchPoint, TopologySearch, pareto_front
 from tensornet.search.spectra import CutSpectra
 from tensornet.svd import check_finite
-from tensornet.topologies import topology_family
+from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
 #: Families that are searched by default: their errors are known from spectra, without decomposing.
@@ -57,7 +59,8 @@ def search_topology(
         max_params: largest number of parameters; the tighter of the two decides.
         tokens: token count for which times are predicted, or several: then times are geometric means, so
             that every count weighs the same.
-        families: names of registered families. Others than the default ones are decomposed outright.
+        families: names of registered families, or one name. Others than the default ones are decomposed
+            outright.
         max_sites: most cores of a chain.
         machine: constants for the prediction; those shipped for the device if absent.
 
@@ -68,14 +71,16 @@ def search_topology(
         BudgetError: no limit given, a limit out of range, or nothing fits.
         NonFiniteError: the matrix holds NaN or infinity.
         ShapeError: not a matrix and not a shape.
-        TopologyError: unknown family.
-        ValueError: `tokens` below 1 or `max_sites` below 2.
+        TopologyError: unknown family, or none.
+        ValueError: `tokens` below 1 or `max_sites` below 2, or no integers.
     """
     matrix, shape = _operand(matrix_or_shape)
     budget = _budget(shape, param_ratio, max_params)
-    counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    if min(counts, default=0) < 1 or max_sites < 2:
-        raise ValueError(f"tokens must be at least 1 and max_sites at least 2, got {tokens} and {max_sites}.")
+    counts = _counts(tokens)
+    check_size("max_sites", max_sites, least=2, error=ValueError)
+    families = (families,) if isinstance(families, str) else tuple(families)
+    if not families:
+        raise TopologyError(f"families is empty; name at least one of {', '.join(topology_names())}.")
     for family in families:
         topology_family(family)
     device = matrix.device if matrix is not None else torch.device("cpu")
@@ -185,24 +190,35 @@ def _propose(
 
 
 def _operand(matrix_or_shape: Tensor | tuple[int, int]) -> tuple[Tensor | None, tuple[int, int]]:
-    matrix = matrix_or_shape if isinstance(matrix_or_shape, Tensor) else None
-    shape = tuple(matrix_or_shape.shape if isinstance(matrix_or_shape, Tensor) else matrix_or_shape)
-    if len(shape) != 2 or min(shape) < 1:
+    if isinstance(matrix_or_shape, Tensor):
+        check_dense(matrix_or_shape, "search_topology", "a matrix (out, in), or its shape,", 2)
+        check_finite(matrix_or_shape, "The matrix")
+        return matrix_or_shape, (matrix_or_shape.shape[0], matrix_or_shape.shape[1])
+    if not isinstance(matrix_or_shape, Sequence) or len(matrix_or_shape) != 2:
+        array = hasattr(matrix_or_shape, "shape")  # of another library, too long to be printed
         raise ShapeError(
-            "search_topology needs a matrix (out, in) or its shape, two numbers of at least 1; got shape "
-            f"{shape}."
+            "search_topology needs a matrix (out, in) as a torch.Tensor, or its shape, two integers; got "
+            f"{type(matrix_or_shape).__name__ if array else repr(matrix_or_shape)}."
         )
-    if matrix is not None:
-        check_finite(matrix, "The matrix")
-    return matrix, (int(shape[0]), int(shape[1]))
+    rows, columns = matrix_or_shape
+    return None, (
+        check_size("out_features of the shape", rows, error=ShapeError),
+        check_size("in_features of the shape", columns, error=ShapeError),
+    )
+
+
+def _counts(tokens: int | Sequence[int]) -> tuple[int, ...]:
+    counts = tuple(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else (tokens,)
+    if not counts:
+        raise ValueError("tokens must be at least 1 number, got none.")
+    return tuple(check_size("tokens", count, error=ValueError) for count in counts)
 
 
 def _budget(shape: tuple[int, int], param_ratio: float | None, max_params: int | None) -> int:
     if param_ratio is None and max_params is None:
         raise BudgetError("search_topology needs a budget: param_ratio= or max_params=.")
-    if param_ratio is not None and not 0 < param_ratio < math.inf:
-        raise BudgetError(f"param_ratio must be above 0, got {param_ratio!r}.")
-    if max_params is not None and max_params < 1:
-        raise BudgetError(f"max_params must be at least 1, got {max_params!r}.")
+    Budget(param_ratio=param_ratio)
+    if max_params is not None:
+        max_params = check_size("max_params", max_params, error=BudgetError)
     limits = [] if param_ratio is None else [int(param_ratio * shape[0] * shape[1])]
     return min([*limits, *([] if max_params is None else [max_params])])

@@ -138,7 +138,9 @@ def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget)
     outcome = _within(decompose, matrix, budget)
     for tensor in (outcome.matrix, *outcome.tensors):
         expected = (result_dtype(matrix.dtype), matrix.device)
-        assert (tensor.dtype, tensor.device) == expected, f"got {tensor.dtype} on {tensor.device}"
+        assert (tensor.dtype, tensor.device) == expected, (
+            f"got {tensor.dtype} on {tensor.device}, expected {expected[0]} on {expected[1]}"
+        )
 
 
 def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:

@@ -4,7 +4,7 @@ import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor
@@ -88,10 +88,12 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
     Raises:
         TopologyError: saying what was got and what was expected.
     """
+    if not isinstance(topology, Topology):
+        raise TopologyError(f"Expected a Topology, got {topology!r}; a family's `build` makes one.")
     if topology.family != family or topology.shape != tuple(matrix.shape):
         raise TopologyError(
-            f"Expected a {family!r} topology for a matrix of shape {tuple(matrix.shape)}, got a "
-            f"{topology.family!r} topology for {topology.shape}."
+            f"Expected a topology of the family {family!r} for a matrix of shape {tuple(matrix.shape)}, "
+            f"got one of {topology.family!r} for {topology.shape}."
         )
 
 
@@ -109,8 +111,15 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
         replace: allow a name that is already taken.
 
     Raises:
-        TopologyError: the name is taken and `replace` is false.
+        TopologyError: not such an instance, it has no name, or the name is taken and `replace` is false.
     """
+    if not isinstance(family, TopologyFamily):
+        raise TopologyError(
+            f"register_topology takes an instance of a subclass of TopologyFamily, got {family!r}"
+            f"{'; write ' + family.__name__ + '()' if isinstance(family, type) else ''}."
+        )
+    if not isinstance(getattr(family, "name", None), str):
+        raise TopologyError(f"{type(family).__name__} needs a class attribute `name`, a string.")
     if family.name in _FAMILIES and not replace:
         raise TopologyError(
             f"A topology named {family.name!r} is already registered; pass replace=True to replace it, "
@@ -144,7 +153,7 @@ def _load_entry_points() -> None:
     """Register what installed packages offer, once; what cannot be loaded is named in a warning."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
-            register_topology(_load(entry))
+            register_topology(entry.load())
         except Exception as error:  # whatever a foreign package raises must not break this one
             package = entry.dist.name if entry.dist is not None else "an unknown package"
             warnings.warn(
@@ -153,10 +162,3 @@ def _load_entry_points() -> None:
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-def _load(entry: EntryPoint) -> TopologyFamily:
-    family = entry.load()
-    if not isinstance(family, TopologyFamily):
-        raise TypeError(f"expected an instance of a TopologyFamily subclass, got {family!r}")
-    return family

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.errors import TopologyError
 from tensornet.svd import (
     Method,
     allowed_energy,
@@ -24,7 +23,13 @@ from tensornet.svd import (
 )
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, padded_shape
+from tensornet.topologies.factored import (
+    FactoredFamily,
+    check_bonds,
+    clip_bonds,
+    fitted_network,
+    padded_shape,
+)
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import pad_matrix
 
@@ -61,8 +66,7 @@ def block_tt(
     """
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     sites = len(out_dims)
-    if bond_dims is not None and len(bond_dims) != sites - 1:
-        raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {sites - 1} entries, one for each bond.")
+    check_bonds("bond_dims", bond_dims, sites - 1, "one for each bond", max_bond)
     wanted = [math.prod(out_dims) * math.prod(in_dims)] * (sites - 1)
     if bond_dims is not None:
         wanted = clip_bonds("bond_dims", bond_dims, _ranks(out_dims, in_dims, bond_dims))

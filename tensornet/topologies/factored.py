@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.checks import check_dense, check_size, check_sizes
 from tensornet.dims import balanced_factors
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
@@ -72,6 +73,7 @@ class FactoredFamily(TopologyFamily):
     ) -> Decomposition:
         """`decompose_at` the chosen dims."""
         own = self._own(options, self.decompose_options)
+        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
         rows, columns = self.choose_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
         return self.decompose_at(matrix, rows, columns, budget, method=method, **own)
 
@@ -125,6 +127,13 @@ def choose_dims(
     Raises:
         TopologyError: `sites` contradicts the given dims, or the dims do not fit.
     """
+    for name, features in zip(("out_features", "in_features"), shape, strict=True):
+        check_size(name, features)
+    for name, dims in (("out_dims", out_dims), ("in_dims", in_dims)):
+        if dims is not None:
+            check_sizes(name, dims)
+    if sites is not None:
+        check_size("sites", sites)
     given = [len(dims) for dims in (out_dims, in_dims) if dims is not None]
     count = given[0] if given else (sites or default_sites)
     if sites is not None and sites != count:
@@ -143,9 +152,30 @@ def padded_shape(
     Raises:
         TopologyError: the dims do not fit each other or the features.
     """
-    shape = (out_features or math.prod(out_dims), in_features or math.prod(in_dims))
-    check_dims(shape, out_dims, in_dims)
-    return shape
+    products = (math.prod(check_sizes("out_dims", out_dims)), math.prod(check_sizes("in_dims", in_dims)))
+    rows = products[0] if out_features is None else check_size("out_features", out_features)
+    columns = products[1] if in_features is None else check_size("in_features", in_features)
+    check_dims((rows, columns), out_dims, in_dims)
+    return rows, columns
+
+
+def check_bonds(name: str, bonds: Sequence[int] | None, count: int, each: str, max_bond: int | None) -> None:
+    """Refuse bonds of a builder that are no `count` integers of at least 1, and such a `max_bond`.
+
+    Args:
+        name: the argument that holds the bonds.
+        bonds: one for each of `each`, or None.
+        count: how many there must be.
+        each: what has one of them, for the message.
+        max_bond: cap on all of them, or None.
+
+    Raises:
+        TopologyError: saying what was got and what was expected.
+    """
+    if max_bond is not None:
+        check_size("max_bond", max_bond)
+    if bonds is not None and len(check_sizes(name, bonds)) != count:
+        raise TopologyError(f"{name} {tuple(bonds)} must have {count} entries, {each}.")
 
 
 def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[int]:

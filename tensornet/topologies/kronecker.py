@@ -5,10 +5,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.checks import check_sizes
 from tensornet.errors import TopologyError
 from tensornet.svd import Method
 from tensornet.topologies.base import Decomposition, register_topology
-from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, padded_shape
+from tensornet.topologies.factored import (
+    FactoredFamily,
+    check_bonds,
+    clip_bonds,
+    fitted_network,
+    padded_shape,
+)
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import TTResult, max_bonds, tt_svd
 
@@ -34,13 +41,14 @@ def kronecker(
     Raises:
         TopologyError: not two dims each, or they do not fit the features.
     """
-    if len(out_dims) != 2 or len(in_dims) != 2:
+    if len(check_sizes("out_dims", out_dims)) != 2 or len(check_sizes("in_dims", in_dims)) != 2:
         raise TopologyError(
             f"A Kronecker product has two factors, got out_dims {tuple(out_dims)} and in_dims "
             f"{tuple(in_dims)}; for more factors use the topology 'mpo'."
         )
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     bonds = list(max_bonds(out_dims, in_dims))
+    check_bonds("terms", None if terms is None else [terms], 1, "the number of terms", max_bond)
     if terms is not None:
         bonds = clip_bonds("terms", [terms], bonds)
     return Topology(

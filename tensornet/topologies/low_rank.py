@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.checks import check_dense, check_size
 from tensornet.network import TensorNetwork
 from tensornet.svd import Method, TruncatedSVD, truncated_svd
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
@@ -21,7 +22,13 @@ def low_rank(*, out_features: int, in_features: int, rank: int | None = None) ->
         out_features: rows.
         in_features: columns.
         rank: the bond; `min(out_features, in_features)` if absent or larger.
+
+    Raises:
+        TopologyError: a size is no integer of at least 1.
     """
+    for name, size in (("out_features", out_features), ("in_features", in_features), ("rank", rank)):
+        if size is not None:
+            check_size(name, size)
     return mpo(out_dims=(out_features, 1), in_dims=(1, in_features), max_bond=rank, family="low_rank")
 
 
@@ -42,6 +49,7 @@ class LowRankFamily(TopologyFamily):
     ) -> Decomposition:
         """Optimal in the Frobenius norm (Eckart-Young)."""
         refuse_options(self.name, options)
+        check_dense(matrix, "Topology 'low_rank'", "a matrix of shape (out, in)", 2)
         rows, columns = matrix.shape
         caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
         result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error, method=method)

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.errors import TopologyError
 from tensornet.svd import Method
 from tensornet.topologies.base import Decomposition, register_topology
-from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, padded_shape
+from tensornet.topologies.factored import (
+    FactoredFamily,
+    check_bonds,
+    clip_bonds,
+    fitted_network,
+    padded_shape,
+)
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import max_bonds, tt_svd
 
@@ -39,8 +44,7 @@ def mpo(
     """
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     full = max_bonds(out_dims, in_dims)
-    if bond_dims is not None and len(bond_dims) != len(full):
-        raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {len(full)} entries, one for each bond.")
+    check_bonds("bond_dims", bond_dims, len(full), "one for each bond", max_bond)
     bonds = full if bond_dims is None else clip_bonds("bond_dims", bond_dims, full)
     bonds = [min(bond, max_bond or bond) for bond in bonds]
     return chain(out_dims, in_dims, bonds, shape, family=family)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.checks import check_size
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.split import split_block
 from tensornet.svd import (
@@ -23,7 +24,14 @@ from tensornet.svd import (
 )
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.factored import FactoredFamily, clip_bonds, fitted_network, pad_core, padded_shape
+from tensornet.topologies.factored import (
+    FactoredFamily,
+    check_bonds,
+    clip_bonds,
+    fitted_network,
+    pad_core,
+    padded_shape,
+)
 from tensornet.topologies.ring_als import refine_ring
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import max_bonds, pad_matrix
@@ -54,18 +62,28 @@ def tensor_ring(
     Raises:
         TopologyError: fewer than two sites, dims that do not fit, or another number of bonds.
     """
-    sites = len(out_dims)
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
+    sites = len(out_dims)
     if sites < 2:
         raise TopologyError(f"A ring needs at least two sites, got {sites}; use the topology 'mpo'.")
     full = max_bonds(out_dims, in_dims)
+    check_bonds("bond_dims", bond_dims, sites, "the closing bond last", max_bond)
     if bond_dims is None:
         bond_dims = (*full, 1) if max_bond is None else (*full, min(full))
-    elif len(bond_dims) != sites:
-        raise TopologyError(f"bond_dims {tuple(bond_dims)} must have {sites} entries, the closing bond last.")
-    bonds = clip_bonds("bond_dims", bond_dims, [*(f * bond_dims[-1] for f in full), bond_dims[-1]])
+    # The closing bond is of use up to what the two cores that it joins can tell apart.
+    ends = out_dims[0] * in_dims[0] * bond_dims[0], out_dims[-1] * in_dims[-1] * bond_dims[-2]
+    closing = min(bond_dims[-1], *ends)
+    bonds = clip_bonds("bond_dims", bond_dims, [*(f * closing for f in full), closing])
     bonds = [min(b, max_bond or b) for b in bonds]
     bonds = [*(min(b, f * bonds[-1]) for b, f in zip(bonds, full, strict=False)), bonds[-1]]
+    return _ring(out_dims, in_dims, bonds, shape)
+
+
+def _ring(
+    out_dims: Sequence[int], in_dims: Sequence[int], bonds: Sequence[int], shape: tuple[int, int]
+) -> Topology:
+    """The topology of existing cores: as `tensor_ring`, but bonds are taken as they are."""
+    sites = len(out_dims)
     sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
     sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
         f"i{k}": dim for k, dim in enumerate(in_dims)
@@ -133,12 +151,22 @@ class TensorRingFamily(FactoredFamily):
             out_dims, in_dims: sizes of the legs.
             budget: caps.
             method: see `truncated_svd`.
-            ring_bond: the closing bond; several are tried if absent.
+            ring_bond: the closing bond, at most `max_bond`; several are tried if absent. More than the first
+                cut can use is clipped, with a warning.
             sweeps: most sweeps of alternating least squares, each time over all cores.
         """
         rows, columns, shape = out_dims, in_dims, (matrix.shape[0], matrix.shape[1])
         if len(rows) < 2:
             raise TopologyError(f"A ring needs at least two sites, got {len(rows)}; use the topology 'mpo'.")
+        check_size("sweeps", sweeps, least=0)
+        if ring_bond is not None:
+            check_size("ring_bond", ring_bond)
+            if budget.max_bond is not None and ring_bond > budget.max_bond:
+                raise BudgetError(
+                    f"ring_bond={ring_bond} is above max_bond={budget.max_bond}, which caps every bond; "
+                    "lower the one or raise the other."
+                )
+            (ring_bond,) = clip_bonds("ring_bond", [ring_bond], [max_bonds(rows, columns)[0]])
         rings, refused = [], None
         for bond in RING_BONDS if ring_bond is None else (ring_bond,):
             if ring_bond is None and bond > min(budget.max_bond or bond, *max_bonds(rows, columns)):
@@ -262,13 +290,8 @@ def _refine(matrix: Tensor, ring: _Ring, sweeps: int) -> _Ring:
 
 
 def _decomposition(ring: _Ring, shape: tuple[int, int]) -> Decomposition:
-    topology = tensor_ring(
-        out_dims=[core.shape[1] for core in ring.cores],
-        in_dims=[core.shape[2] for core in ring.cores],
-        bond_dims=[core.shape[3] for core in ring.cores],
-        out_features=shape[0],
-        in_features=shape[1],
-    )
+    out_dims, in_dims, bonds = ([core.shape[axis] for core in ring.cores] for axis in (1, 2, 3))
+    topology = _ring(out_dims, in_dims, bonds, shape)
     network = fitted_network(topology, ring.cores)
     return Decomposition(network, ring.error, ring.bound_by, ring.iterations, ring.converged)
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
 from tensornet.split import split_block
 from tensornet.svd import (
@@ -22,7 +21,14 @@ from tensornet.svd import (
 )
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
-from tensornet.topologies.factored import FactoredFamily, balance_norms, clip_bonds, pad_core, padded_shape
+from tensornet.topologies.factored import (
+    FactoredFamily,
+    balance_norms,
+    check_bonds,
+    clip_bonds,
+    pad_core,
+    padded_shape,
+)
 from tensornet.topology import CoreSpec, Topology
 from tensornet.tt_svd import pad_matrix
 
@@ -53,8 +59,7 @@ def tucker(
     """
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     legs = (*out_dims, *in_dims)
-    if ranks is not None and len(ranks) != len(legs):
-        raise TopologyError(f"ranks {tuple(ranks)} must have {len(legs)} entries, one for each leg.")
+    check_bonds("ranks", ranks, len(legs), "one for each leg", max_bond)
     kept = list(legs) if ranks is None else clip_bonds("ranks", ranks, legs)
     kept = [min(rank, max_bond or rank) for rank in kept]
     names = [f"{side}{k}" for side in ("out", "in") for k in range(len(out_dims))]

@@ -1,0 +1,91 @@
+"""Checks of what callers hand in. Messages say what is needed, what was got, and what to do."""
+
+from collections.abc import Sequence
+from numbers import Real
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.errors import BudgetError, ShapeError, TopologyError
+
+#: Numbers that can be decomposed.
+FLOATING = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
+    """Refuse what is no dense floating tensor of that many dimensions, numbers included.
+
+    Args:
+        value: what was handed in.
+        who: the function or class, as the caller knows it.
+        what: what it needs, for example `"a matrix of shape (out, in)"`.
+        ndim: number of dimensions.
+
+    Raises:
+        ShapeError: naming both, and the way out.
+    """
+    if not isinstance(value, Tensor):
+        raise ShapeError(
+            f"{who} needs {what} as a torch.Tensor, got {type(value).__name__}; convert it with "
+            "torch.as_tensor."
+        )
+    if value.ndim != ndim or value.numel() == 0:
+        raise ShapeError(f"{who} needs {what} with at least one element, got shape {tuple(value.shape)}.")
+    if value.dtype not in FLOATING:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise ShapeError(
+            f"{who} needs {what} of floating or complex numbers ({names}), got {value.dtype}; cast it, for "
+            "example with .float()."
+        )
+    if value.is_meta:
+        raise ShapeError(f"{who} needs {what} with numbers in it, got one on the meta device; load it first.")
+    if value.layout is not torch.strided:
+        raise ShapeError(f"{who} needs {what} in dense layout, got {value.layout}; use .to_dense().")
+
+
+def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError] = TopologyError) -> int:
+    """The value as an `int`, NumPy's integers included.
+
+    Args:
+        name: the argument as the caller wrote it.
+        value: what was handed in.
+        least: smallest value allowed.
+        error: class to raise.
+    """
+    try:
+        size = index(value)
+    except TypeError:
+        size = least - 1
+    if isinstance(value, bool) or size < least:
+        raise error(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return size
+
+
+def check_sizes(name: str, values: Any) -> tuple[int, ...]:
+    """The sizes as a tuple of `int`.
+
+    Raises:
+        TopologyError: not a sequence of integers of at least 1.
+    """
+    if not isinstance(values, Sequence | torch.Size) or isinstance(values, str):
+        raise TopologyError(f"{name} must be a sequence of integers, for example (4, 8, 8); got {values!r}.")
+    return tuple(check_size(f"Every entry of {name}", value) for value in values)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no real number.
+
+    Raises:
+        BudgetError: saying what was got.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise BudgetError(f"{name} must be a number, got {value!r}.")

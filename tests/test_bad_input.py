@@ -1,0 +1,126 @@
+"""What is no matrix, no size and no budget, handed to every entry of the core: one clear error for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tensornet as tn
+from tensornet.topologies import (
+    block_tt,
+    kronecker,
+    low_rank,
+    mpo,
+    tensor_ring,
+    topology_family,
+    topology_names,
+    tucker,
+)
+
+DIMS = {"out_dims": (3, 8), "in_dims": (4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_bond": 0}, "max_bond must be an integer of at least 1, got 0"),
+        ({"max_bond": 2.5}, r"max_bond must be an integer of at least 1, got 2\.5"),
+        ({"out_features": 0}, "out_features must be an integer of at least 1, got 0"),
+        ({"out_dims": 24}, r"out_dims must be a sequence of integers, for example \(4, 8, 8\); got 24"),
+        ({"out_dims": (3, 8.0)}, r"Every entry of out_dims must be an integer of at least 1, got 8\.0"),
+        ({"in_dims": (4, 0)}, "Every entry of in_dims must be an integer of at least 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("build", [mpo, tucker, tensor_ring, kronecker, block_tt])
+def test_sizes_that_are_none_are_refused(
+    build: Callable[..., tn.Topology], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(tn.TopologyError, match=message):
+        build(**{**DIMS, **options})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: mpo(**DIMS, bond_dims=4), "bond_dims must be a sequence of integers"),
+        (lambda: mpo(**DIMS, bond_dims=(2, 2)), r"bond_dims \(2, 2\) must have 1 entries, one for each bond"),
+        (lambda: tucker(**DIMS, ranks=(0, 1, 1, 1)), "Every entry of ranks must be an integer"),
+        (lambda: kronecker(**DIMS, terms=0), "Every entry of terms must be an integer"),
+        (lambda: low_rank(out_features=4, in_features=3, rank=0), "rank must be an integer of at least 1"),
+        (lambda: low_rank(out_features=0, in_features=3), "out_features must be an integer of at least 1"),
+        (
+            lambda: topology_family("mpo").build(8, 6, sites=0),
+            "sites must be an integer of at least 1, got 0",
+        ),
+        (lambda: topology_family("mpo").build(0, 6), "out_features must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bonds_that_are_none_are_refused(build: Callable[[], tn.Topology], message: str) -> None:
+    with pytest.raises(tn.TopologyError, match=message):
+        build()
+
+
+MATRIX_TAKERS: dict[str, Callable[[Tensor], object]] = {
+    "MPO.from_matrix": tn.MPO.from_matrix,
+    "truncated_svd": tn.truncated_svd,
+    "search_topology": lambda matrix: tn.search_topology(matrix, param_ratio=0.5),
+    **{
+        f"Topology {name!r}": lambda matrix, name=name: topology_family(name).decompose(matrix, tn.Budget())
+        for name in topology_names()
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.ones((4, 6)), "as a torch.Tensor, .*got ndarray"),
+        (torch.ones(4, 6, dtype=torch.int64), r"floating or complex numbers .*got torch\.int64; cast it"),
+        (torch.ones(4), r"with at least one element, got shape \(4,\)"),
+        (torch.ones(0, 6), r"with at least one element, got shape \(0, 6\)"),
+        (torch.ones(4, 6, device="meta"), "on the meta device; load it first"),
+        (torch.ones(4, 6).to_sparse(), r"in dense layout, got torch\.sparse_coo; use \.to_dense"),
+    ],
+    ids=["numpy", "integers", "vector", "empty", "meta", "sparse"],
+)
+@pytest.mark.parametrize("name", MATRIX_TAKERS)
+def test_what_is_no_matrix_is_refused_by_name(name: str, matrix: Tensor, message: str) -> None:
+    with pytest.raises(tn.ShapeError, match=f"{name} needs .*{message}"):
+        MATRIX_TAKERS[name](matrix)
+
+
+def test_what_is_no_stack_is_refused() -> None:
+    with pytest.raises(tn.ShapeError, match=r"MPO\.from_matrices needs a stack .*got list"):
+        tn.MPO.from_matrices([torch.ones(3, 4)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", [{"rel_error": "0.1"}, {"param_ratio": "half"}, {"rel_error": True}])
+def test_budgets_are_numbers(budget: dict[str, object]) -> None:
+    with pytest.raises(tn.BudgetError, match=f"{next(iter(budget))} must be a number, got"):
+        tn.Budget(**budget)  # type: ignore[arg-type]
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    budget = tn.Budget(max_bond=np.int64(3))  # type: ignore[arg-type]
+    assert type(budget.max_bond) is int
+    assert max(mpo(**DIMS, max_bond=np.int32(3)).bond_dims.values()) == 3  # type: ignore[arg-type]
+
+
+def test_network_of_something_else_is_refused() -> None:
+    with pytest.raises(tn.TopologyError, match="A network needs a Topology, got 'mpo'"):
+        tn.TensorNetwork("mpo", [])  # type: ignore[arg-type]
+    with pytest.raises(tn.TopologyError, match="Expected a Topology, got 'mpo'"):
+        topology_family("mpo").decompose_to(torch.ones(4, 3), "mpo")  # type: ignore[arg-type]
+    topology = low_rank(out_features=4, in_features=3, rank=1)
+    with pytest.raises(tn.ShapeError, match=r"Core '0' must be a torch\.Tensor, got ndarray"):
+        tn.TensorNetwork(topology, [np.ones((1, 4, 1, 1)), np.ones((1, 1, 3, 1))])  # type: ignore[list-item]
+    network = tn.TensorNetwork(topology, [torch.ones(1, 4, 1, 1), torch.ones(1, 1, 3, 1)])
+    with pytest.raises(ValueError, match="tokens must be an integer of at least 0, got -3"):
+        network.flops(-3)
+    for x, got in ((torch.tensor(3.0), "a number without dimensions"), (np.ones(3), "ndarray")):
+        with pytest.raises(tn.ShapeError, match=f"in_features=3.*, got {got}"):
+            network.apply(x)  # type: ignore[arg-type]

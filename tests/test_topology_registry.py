@@ -1,0 +1,98 @@
+"""Families of other packages: registered by hand, or found by the entry points of what is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensornet as tn
+from tensornet.topologies import LowRankFamily, register_topology, topology_family
+
+
+def test_registering_a_name_twice_is_refused() -> None:
+    with pytest.raises(tn.TopologyError, match=r"'mpo' is already registered; pass replace=True"):
+        register_topology(topology_family("mpo"))
+    register_topology(topology_family("mpo"), replace=True)
+
+
+def test_registering_something_else_is_refused() -> None:
+    class Nameless(LowRankFamily):
+        name = None  # type: ignore[assignment]
+
+    with pytest.raises(tn.TopologyError, match=r"takes an instance of .*; write LowRankFamily\(\)"):
+        register_topology(LowRankFamily, replace=True)  # type: ignore[arg-type]
+    with pytest.raises(tn.TopologyError, match=r"takes an instance of .*, got 'mpo'"):
+        register_topology("mpo")  # type: ignore[arg-type]
+    with pytest.raises(tn.TopologyError, match="Nameless needs a class attribute `name`"):
+        register_topology(Nameless())
+
+
+PLUGIN = """
+from tensornet.topologies import LowRankFamily
+
+class Fancy(LowRankFamily):
+    name = "fancy"
+
+family = Fancy()
+"""
+
+
+def install(folder: Path, package: str, code: str, target: str) -> None:
+    """What pip would leave behind: a module and a dist-info with an entry point."""
+    (folder / f"{package}.py").write_text(code)
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[tensornet.topologies]\n{target}\n")
+
+
+def run(folder: Path, code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout + done.stderr
+
+
+def test_installed_package_adds_a_topology(tmp_path: Path) -> None:
+    install(tmp_path, "fancy_networks", PLUGIN, "fancy = fancy_networks:family")
+    said = run(
+        tmp_path,
+        "import tensornet as tn\n"
+        "assert 'fancy_networks' not in sys.modules, 'loaded before it was asked for'\n"
+        "print(tn.topologies.topology_family('fancy').build(4, 3).shape)\n"
+        "print(tn.topologies.topology_names())",
+    )
+    assert "(4, 3)" in said
+    assert "'fancy'" in said
+    assert "Warning" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "trouble"),
+    [("raise ImportError('no such compiler')", "ImportError: no such compiler"), ("family = 3", "got 3")],
+    ids=["import", "type"],
+)
+def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, trouble: str) -> None:
+    install(tmp_path, "broken_networks", code, "broken = broken_networks:family")
+    said = run(tmp_path, "import tensornet as tn\nprint(tn.topologies.topology_names())")
+    assert "RuntimeWarning: The topology 'broken' of broken_networks could not be loaded" in said
+    assert trouble in said
+    assert "'mpo'" in said
+
+
+def test_broken_package_cannot_replace_a_builtin(tmp_path: Path) -> None:
+    code = PLUGIN.replace('"fancy"', '"mpo"')
+    install(tmp_path, "rude_networks", code, "mpo = rude_networks:family")
+    said = run(
+        tmp_path,
+        "import tensornet as tn\ntn.topologies.topology_names()\n"
+        "print(type(tn.topologies.topology_family('mpo')))",
+    )
+    assert "already registered" in said
+    assert "MPOFamily" in said
