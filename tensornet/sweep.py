@@ -17,6 +17,8 @@ from tensornet.plans import ContractionPlan
 #: Maps `x: (tokens, in)` and a bias or None to the output `(tokens, out)`, as `run` does.
 Sweep = Callable[[Tensor, Tensor | None], Tensor]
 
+Operation = Callable[[Tensor], Tensor]
+
 
 def is_sweep(plan: ContractionPlan) -> bool:
     """Whether every step multiplies what has become of operand 0, always on the left, by another operand."""
@@ -32,40 +34,65 @@ def bind_sweep(plan: ContractionPlan, cores: Sequence[Tensor]) -> Sweep | None:
     """
     if not is_sweep(plan):
         return None
-    operations: list[Callable[[Tensor], Tensor]] = []
-    _arrange(operations, None, plan.operand_shapes[0])
-    last = None
+    operations: list[Operation] = []
+    given = plan.operand_shapes[0]
+    _arrange(operations, None, None if given is not None and len(given) == 2 else given)
     for step, position in zip(plan.steps, _order(plan), strict=True):
         _arrange(operations, step.left_permutation, step.left_shape)
         core, given = cores[position - 1].detach(), plan.operand_shapes[position]
         core = core if given is None else core.reshape(given)
         core = core if step.right_permutation is None else core.permute(step.right_permutation)
-        batched = step.product.batch > 1 or step.product.tokens_in == "batch"
         view = _view(core, step.right_shape)
         if step is plan.steps[-1] and plan.adds_bias and step.result_shape is None and view is not None:
-            last = view
-            break
+            reshaped = all(step.left_permutation is None for step in plan.steps)
+            return _linear(operations, view, reshaped=reshaped)
+        batched = step.product.batch > 1 or step.product.tokens_in == "batch"
         product = torch.bmm if batched else torch.mm
         if view is not None:
             operations.append(partial(product, mat2=view))
         else:
             operations.append(partial(_product_of_arranged, product, core, step.right_shape))
         _arrange(operations, None, step.result_shape)
-    if last is None:
-        _arrange(operations, plan.output_permutation, plan.output_shape)
-    return _chain(tuple(operations), last)
+    _arrange(operations, plan.output_permutation, plan.output_shape)
+    return _chain(operations)
 
 
-def _chain(operations: tuple[Callable[[Tensor], Tensor], ...], last: Tensor | None) -> Sweep:
-    """Operations one after the other, then a last product that can add a bias."""
-    mm, addmm = torch.mm, torch.addmm  # local to the closure: a microsecond is what this is about
+def _chain(operations: Sequence[Operation]) -> Sweep:
+    """Operations one after the other, and a bias."""
 
     def sweep(x: Tensor, bias: Tensor | None) -> Tensor:
         for operation in operations:
             x = operation(x)
-        if last is None:
-            return x if bias is None else x + bias.to(x.dtype)
-        return mm(x, last) if bias is None else addmm(bias, x, last)
+        return x if bias is None else x + bias.to(x.dtype)
+
+    return sweep
+
+
+def _linear(operations: Sequence[Operation], matrix: Tensor, *, reshaped: bool) -> Sweep:
+    """Operations one after the other, and a last product that adds the bias.
+
+    `reshaped` tells that the operations between products only change shapes.
+    """
+    mm, addmm = torch.mm, torch.addmm  # local to the closures: a microsecond is what this is about
+    middle = operations[len(operations) // 2] if len(operations) in (1, 3) else None
+    if reshaped and isinstance(middle, partial) and middle.func is mm:
+        # The commonest forms spelled out: two products, the input and the result in between reshaped or not.
+        first = middle.keywords["mat2"]
+        rows, columns = first.shape[0], matrix.shape[0]
+
+        def low_rank(x: Tensor, bias: Tensor | None) -> Tensor:
+            return mm(mm(x, first), matrix) if bias is None else addmm(bias, mm(x, first), matrix)
+
+        def two_products(x: Tensor, bias: Tensor | None) -> Tensor:
+            y = mm(x.reshape(-1, rows), first).reshape(-1, columns)
+            return mm(y, matrix) if bias is None else addmm(bias, y, matrix)
+
+        return low_rank if len(operations) == 1 else two_products
+
+    def sweep(x: Tensor, bias: Tensor | None) -> Tensor:
+        for operation in operations:
+            x = operation(x)
+        return mm(x, matrix) if bias is None else addmm(bias, x, matrix)
 
     return sweep
 
@@ -82,9 +109,7 @@ def _order(plan: ContractionPlan) -> list[int]:
 
 
 def _arrange(
-    operations: list[Callable[[Tensor], Tensor]],
-    permutation: tuple[int, ...] | None,
-    shape: tuple[int, ...] | None,
+    operations: list[Operation], permutation: tuple[int, ...] | None, shape: tuple[int, ...] | None
 ) -> None:
     if permutation is not None:
         operations.append(methodcaller("permute", *permutation))

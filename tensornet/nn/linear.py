@@ -67,17 +67,9 @@ class TensorNetworkLinear(NetworkModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x: (..., in_features)` to `(..., out_features)`."""
         if not is_compiling() and (shortcut := self._shortcut) is not None:
-            shape = x.shape
-            tokens, width = shape if len(shape) == 2 else (x.numel() // self.in_features, shape[-1])
-            way = shortcut(self, tokens) if width == self.in_features else None
-            if way is not None:
-                # `self.bias` would take ten times as long; needed only where the bias is parametrized.
-                bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
-                if isinstance(way, Tensor):
-                    return linear(x, way, bias)
-                if len(shape) == 2:
-                    return way(x, bias)
-                return way(x.reshape(-1, width), bias).reshape(*shape[:-1], self.out_features)
+            y = shortcut(self, x)
+            if y is not None:
+                return y
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else x.numel() // self.in_features
         route = self.route(tokens, on_cpu=x.is_cpu)

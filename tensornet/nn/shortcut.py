@@ -6,12 +6,14 @@ depended on; the next pass compares that and goes on. In doubt it takes the long
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _is_any_autocast_enabled as any_autocast
+from torch.nn.functional import linear
 
 from tensornet.nn.cache import may_cache
 from tensornet.nn.strategy import CACHED
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
     from tensornet.nn.routing import RoutedModule
 
 
-#: Gives, for a layer and a number of tokens, the kept matrix or a contraction bound to the cores, whichever
-#: `layer.route` would give; None where that is not at hand, and where only a closer look could tell.
-Shortcut = Callable[["RoutedModule", int], "Tensor | Sweep | None"]
+#: Gives the output of a layer for an input: the product with the kept matrix or a contraction bound to the
+#: cores, whichever `layer.route` would give; None where that is not at hand, and where only a closer look
+#: could tell whether it is.
+Shortcut = Callable[["RoutedModule", Tensor], Tensor | None]
 
 
 def make_shortcut(layer: "RoutedModule", names: Sequence[str], *, bind: bool) -> Shortcut | None:
@@ -40,37 +43,52 @@ def make_shortcut(layer: "RoutedModule", names: Sequence[str], *, bind: bool) ->
     cores = [core for core in parameters if core is not None]
     with torch.inference_mode(False), torch.no_grad():
         sweeps = [bind_sweep(plan, cores) for plan in layer.plan.applies if bind]
-    states = [(name, core, core._version, core.data_ptr()) for name, core in zip(names, cores, strict=True)]
-    return _comparing(layer, layer.matrix_at_hand, sweeps, tuple(states))
+    matrix = layer.matrix_at_hand
+    kept = None if matrix is None else partial(_times, matrix)
+    ways = [
+        (largest, kept if route == CACHED else sweeps[route] if 0 <= route < len(sweeps) else None)
+        for largest, route in layer.bounds()
+    ]
+    return _comparing(layer, ways, kept, [(name, core) for name, core in zip(names, cores, strict=True)])
+
+
+def _times(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x, matrix, bias)
 
 
 def _comparing(
     layer: "RoutedModule",
-    matrix: Tensor | None,
-    sweeps: Sequence[Sweep | None],
-    states: tuple[tuple[str, Tensor, int, int], ...],
+    ways: Sequence[tuple[float, Sweep | None]],
+    kept: Sweep | None,
+    cores: Sequence[tuple[str, Tensor]],
 ) -> Shortcut:
     """A closure, whose variables are found faster than attributes: it takes about a microsecond."""
-    training, strategy, limit, bounds = layer.training, layer.strategy, layer.cache_limit, layer.bounds()
-    ways = [(largest, matrix if route == CACHED else _entry(sweeps, route)) for largest, route in bounds]
+    training, strategy, limit = layer.training, layer.strategy, layer.cache_limit
+    out_features, in_features = layer.plan.topology.shape
     smaller, rest = tuple(ways[:-1]), ways[-1][1]
+    addresses = tuple((name, core, core.data_ptr()) for name, core in cores)
+    # Views of cores see what is written into them; a matrix made of them does not.
+    versions = () if kept is None else tuple((core, core._version) for _, core in cores)
 
-    def find(layer: "RoutedModule", tokens: int) -> Tensor | Sweep | None:
+    def answer(layer: "RoutedModule", x: Tensor) -> Tensor | None:
         if layer.training is not training or layer.strategy is not strategy or layer.cache_limit != limit:
             return None
         if is_grad_enabled() or transforms_active() or any_autocast():
             return None
-        parameters = layer._parameters
-        for name, core, version, address in states:
-            if parameters.get(name) is not core or core._version != version or core.data_ptr() != address:
+        parameters, shape, way = layer._parameters, x.shape, rest
+        for name, core, address in addresses:
+            if parameters.get(name) is not core or core.data_ptr() != address:
                 return None
-        for largest, way in smaller:
-            if tokens <= largest:
-                return way
-        return rest
+        for core, version in versions:
+            if core._version != version:
+                return None
+        if smaller:
+            tokens = x.numel() // in_features
+            way = next((way for largest, way in smaller if tokens <= largest), rest)
+        if way is None or shape[-1] != in_features or "bias" not in parameters:  # a parametrized bias is not
+            return None
+        if len(shape) == 2 or way is kept:
+            return way(x, parameters["bias"])
+        return way(x.reshape(-1, in_features), parameters["bias"]).reshape(*shape[:-1], out_features)
 
-    return find
-
-
-def _entry(sweeps: Sequence[Sweep | None], route: int) -> Sweep | None:
-    return sweeps[route] if 0 <= route < len(sweeps) else None
+    return answer
