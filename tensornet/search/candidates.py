@@ -14,6 +14,9 @@ from tensornet.topologies.factored import choose_dims
 from tensornet.topology import Topology
 from tensornet.tt_svd import cap_bonds, max_bonds, mpo_params
 
+#: Matrix products are fastest where sizes are multiples of this, see `Machine.step_columns`.
+_STEP = 16
+
 #: Cuts are tried at the divisors nearest to these powers of a size.
 _CUT_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -41,9 +44,11 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]
 def low_rank_candidate(
     shape: tuple[int, int], params: int, spectra: CutSpectra | None
 ) -> Iterator[Candidate]:
-    """The truncated SVD of the largest rank that fits."""
-    rank = min(params // (shape[0] + shape[1]), *shape)
-    if rank >= 1:
+    """The truncated SVD of the largest rank that fits, and of one that kernels like better."""
+    largest = min(params // (shape[0] + shape[1]), *shape)
+    for rank in dict.fromkeys((largest, largest - largest % _STEP)):
+        if rank < 1:
+            continue
         topology = low_rank(out_features=shape[0], in_features=shape[1], rank=rank)
         worst = math.sqrt(1 - rank / min(shape))
         exact = None
