@@ -15,14 +15,16 @@ from tensornet.errors import ShapeError
 
 
 def to_quimb(cores: Sequence[Tensor]) -> Any:
-    """A `quimb.tensor.TensorNetwork` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
+    """A quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
 
-    A `MatrixProductOperator` where every leg has size above 0, rectangular sites included; `to_dense`
-    takes the two lists of legs. Arrays are NumPy's.
+    Sites may be rectangular; `to_dense` then takes the two lists of legs. Arrays are copies, in NumPy;
+    bfloat16, which NumPy lacks, becomes float32.
     """
     quimb = import_optional("quimb.tensor", extra="interop", user="to_quimb")
+    if cores[0].dtype == torch.bfloat16:
+        cores = [core.float() for core in cores]
     arrays = [
-        core.detach().cpu().resolve_conj().permute(0, 3, 1, 2).numpy() for core in cores
+        core.detach().cpu().resolve_conj().permute(0, 3, 1, 2).numpy().copy() for core in cores
     ]  # quimb: (l, r, k, b)
     if len(arrays) == 1:
         arrays = [arrays[0][0, 0]]
@@ -66,14 +68,14 @@ def to_tensorly(cores: Sequence[Tensor]) -> Any:
 
 
 def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
-    """Cores of a TensorLy `TTMatrix` of any backend, or of its list of factors.
+    """Cores of a TensorLy `TTMatrix` of any backend, of tltorch's `BlockTT`, or of a list of factors.
 
     Raises:
         ShapeError: it is another object.
     """
-    if isinstance(operator, Tensor) or not hasattr(operator, "__getitem__"):
+    if type(operator) is Tensor or not any(hasattr(operator, name) for name in ("factors", "__getitem__")):
         raise ShapeError(f"Expected a TensorLy TTMatrix, got {type(operator).__name__}.")
-    return tuple(torch.as_tensor(factor) for factor in operator)
+    return tuple(torch.as_tensor(factor) for factor in getattr(operator, "factors", operator))
 
 
 def to_torchtt(cores: Sequence[Tensor]) -> Any:

@@ -239,7 +239,7 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
     values = bond_spectrum(cores, bond).double()
     energies = (values / safe_scale(values)).square()
     p = energies / energies.sum() if float(energies.sum()) > 0 else energies
-    return -torch.special.xlogy(p, p).sum()
+    return torch.special.entr(p).sum().abs()  # a product has 0, not -0
 
 
 def _same_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Cores, Cores]:

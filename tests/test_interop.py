@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,3 +111,22 @@ def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_no_operator_is_refused(convert: Callable[[object], tn.MPO]) -> None:
     with pytest.raises(tn.ShapeError, match=r"Expected a .*, got Tensor"):
         convert(torch.ones(3, 4))
+
+
+def test_quimb_gets_a_copy_in_a_dtype_that_numpy_has() -> None:
+    cores = [core.bfloat16() for core in tn.MPO.from_matrix(torch.randn(6, 8), sites=2).cores]
+    arrays = [tensor.data for tensor in tn.MPO(cores).to_quimb()]
+    assert {array.dtype for array in arrays} == {np.dtype("float32")}
+    operator = tn.MPO.from_matrix(torch.randn(6, 8), sites=2)
+    before = operator.to_matrix()
+    for tensor in operator.to_quimb():
+        tensor.data[...] = 0
+    assert torch.equal(operator.to_matrix(), before)
+
+
+def test_factors_under_that_name_are_taken() -> None:
+    """As in tltorch's BlockTT, which indexes like the matrix and not like the list of its factors."""
+    operator = tn.MPO.from_matrix(torch.randn(6, 8), sites=2)
+    assert torch.equal(
+        tn.MPO.from_tensorly(SimpleNamespace(factors=operator.cores)).to_matrix(), operator.to_matrix()
+    )

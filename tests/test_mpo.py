@@ -134,6 +134,8 @@ def test_bond_spectrum_is_that_of_the_unfolding(operator: tn.MPO) -> None:
 def test_entropy_of_known_states() -> None:
     product = tn.MPO([torch.randn(1, 2, 3, 1), torch.randn(1, 3, 2, 1)])
     assert float(product.bond_entropy(0)) == pytest.approx(0, abs=1e-6)
+    one = tn.MPO([torch.ones(1, 1, 1, 1)] * 2)
+    assert str(float(one.bond_entropy(0))) == "0.0"  # not -0.0
     eye = tn.MPO([torch.eye(4).reshape(1, 2, 2, 4), torch.eye(4).reshape(4, 2, 2, 1)])
     assert float(eye.bond_entropy(0)) == pytest.approx(math.log(4))
 
