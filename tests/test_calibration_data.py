@@ -179,7 +179,10 @@ def test_command_line_measures_where_there_is_a_loss(
     out, err = capsys.readouterr()
     if kind is BertModel:
         assert status == 0
-        assert json.loads(out)["forecast"]["source"].endswith("tokens of other.txt")
+        plan = json.loads(out)
+        assert plan["forecast"]["source"].endswith("tokens of other.txt")
+        assert plan["predicted_loss_increase"] > 0
+        assert plan["dense_loss"] is plan["predicted_perplexity"] is None  # nothing has a perplexity here
     else:
         assert (status, out) == (1, "")
         assert "neither a language model nor an encoder" in err

@@ -20,6 +20,7 @@ from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text import load_tokenizer
 
 TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
+CHAIN = ("--param-ratio", 0.5, "--topology", "mpo", "--target", "h.0.mlp.c_fc")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -125,6 +126,16 @@ def test_dry_run_is_a_plan_that_can_be_edited_and_carried_out(tensornet: Run) ->
     assert small.num_parameters() == data["model_params_before"] - kept["transformer.h.2.attn.c_attn"]
 
 
+def test_dry_run_knows_the_bytes_of_eight_bit_cores(tensornet: Run) -> None:
+    Path("text.txt").write_text(heldout_text()[:5_000])
+    how = ("--max-bytes", 60_000, "--int8", *TWO_LAYERS, "--calibration", "text.txt", "--json")
+    planned = json.loads(tensornet("compress", gpt2_path(), *how, "--dry-run")[1])
+    assert planned["layers_bytes_after"] <= 60_000
+    made = json.loads(tensornet("compress", gpt2_path(), "small", *how)[1])
+    assert planned["model_bytes_after"] == made["model_bytes_after"]
+    assert 0 < made["file_bytes_after"] - made["model_bytes_after"] < 20_000  # the header
+
+
 def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
     arguments = ("--param-ratio", 0.5, *TWO_LAYERS, "--objective", "weight")
     assert tensornet("compress", gpt2_path(), "whole", *arguments)[0] == 0
@@ -210,6 +221,11 @@ def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: R
         (("compress", gpt2_path(), "out", "--param-ratio", -1), "param_ratio must be above 0"),
         (("compress", gpt2_path(), "out", "--max-bond", 4, "--dtype", "int3"), "Unknown dtype 'int3'"),
         (("compress", gpt2_path(), "out", "--max-bond", 4, "--topology", "x"), "x.*low_rank.*mpo"),
+        (("compress", gpt2_path(), "out", "--max-bond", 4, "--target", "re:("), "is no regular expression"),
+        (
+            ("compress", gpt2_path(), "out", *CHAIN, "--sites", 30, "--calibration", "text.txt"),
+            "at most 25 out-legs",
+        ),
         (("compress", gpt2_path(), "out", "--plan", "empty.txt"), "Cannot read a compression plan"),
         (
             ("compress", gpt2_path(), "out", "--max-bond", 4, "--calibration", "short.txt"),

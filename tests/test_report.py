@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
+from tensornet.compression.forecast import Forecast
 from tensornet_hf.perplexity import Perplexity
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, versions, write_report
 from tensornet_hf.report.page import compact_bytes, compact_count, predicted_curve
@@ -149,6 +150,26 @@ def test_price_of_every_budget(tmp_path: Path) -> None:
     )
     assert page.tags.count("svg") == 3
     assert f"{20.0 * math.exp(0.2):.2f} for this model" in page.text
+
+
+def test_price_of_an_encoder(tmp_path: Path) -> None:
+    """It has no perplexity; the curve is that of one minus the cosine, on what it was measured."""
+    content = a_page()
+    priced = [
+        replace(layer, loss_increase=0.1, curve=((layer.params_after, 0.1), (layer.params_before, 0.0)))
+        for layer in content.report.plan
+    ]
+    forecast = Forecast(((0.1, 0.2),), "900 tokens of other.txt")
+    plan = tn.CompressionPlan(tuple(priced), objective="curvature", forecast=forecast)
+    points = predicted_curve(plan)
+    assert points[-1] == (pytest.approx(content.report.param_ratio), pytest.approx(0.4))
+    assert all(rise > 0 for _, rise in points)  # of what is drawn on a logarithmic axis
+    report = replace(content.report, plan=plan)
+    page = parsed(write_report(replace(content, report=report), tmp_path / "r.html"))
+    assert page.tags.count("svg") == 3
+    assert "One minus the cosine" in page.text
+    assert "measured on 900 tokens of other.txt" in page.text
+    assert "erplexity" not in page.text.split("The price of every budget")[1].split("All layers")[0]
 
 
 def planned(matrix: torch.Tensor, **options: object) -> tn.LayerPlan:

@@ -15,10 +15,14 @@ from tensornet.compression.clock import Clock
 from tensornet.compression.leg_sizes import best_dims
 from tensornet.compression.networks import decompose_network, starts_of
 from tensornet.compression.weighted import frobenius_errors, tail_costs
+from tensornet.errors import TopologyError
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topologies import low_rank, topology_family
 from tensornet.topology import Topology
 from tensornet.whitening import Weighting, weighted_svd
+
+#: Partial traces of a moment name two indices for each leg, with letters.
+MAX_LEGS = 25
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,18 @@ def network_forms(
         family: a registered family.
         search_dims: choose the leg sizes of a chain by price (`best_dims`).
         options: passed to its `build`.
+
+    Raises:
+        TopologyError: more legs than prices can be taken apart into.
     """
     build = topology_family(family).build
     rows, columns = matrix.shape
     full = build(rows, columns, **options)
+    if max(len(full.out_dims), len(full.in_dims)) > MAX_LEGS:
+        raise TopologyError(
+            f"With calibration data a network has at most {MAX_LEGS} out-legs and as many in-legs, got "
+            f"{len(full.out_dims)} and {len(full.in_dims)}; take fewer sites, or objective='weight'."
+        )
     if search_dims and family == "mpo":
         outs, ins = best_dims(matrix, prices.choice, storage, (full.out_dims, full.in_dims))
         options = {"out_dims": outs, "in_dims": ins}

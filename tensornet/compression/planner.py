@@ -43,7 +43,7 @@ class PreparedPlan:
         targets: the weights, in model order.
         forms: of each; empty where layers are planned one by one by the error of their weights.
         spectra: singular values of each, likewise.
-        dense_loss: mean loss of a token during calibration.
+        dense_loss: mean loss of a token during calibration, None where tokens have none.
         calibration: what the statistics were collected on.
         forecast: corrects predicted rises, see `measured`.
     """
@@ -207,7 +207,7 @@ def prepare(
         targets,
         tuple(forms),
         tuple(spectra),
-        stats.loss if stats is not None else None,
+        stats.loss if stats is not None and stats.loss == stats.loss else None,  # NaN: no loss of tokens
         stats.source if stats is not None else None,
     )
 

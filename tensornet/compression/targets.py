@@ -104,9 +104,16 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module name matches one pattern (see `CompressionConfig.target_modules`)."""
+    """Whether a module name matches one pattern (see `CompressionConfig.target_modules`).
+
+    Raises:
+        TargetError: the pattern is no regular expression.
+    """
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"Pattern {pattern!r} is no regular expression: {error}.") from error
     return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
 
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from tensornet.compression import (
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
+    HealReport,
     prepare,
 )
 from tensornet.compression.providers import gather_statistics
@@ -77,7 +79,7 @@ def run(
     calibration: Annotated[
         Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 32_768,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of it to use.")] = 32_768,
     validation: Annotated[
         Path | None,
         typer.Option(
@@ -225,9 +227,14 @@ def run(
     done = conversion.carry_out(model, planned, stats, started=started, progress=progress)
     options = [config.to_dict(), planned.to_dict() if plan else None, text, calibration_tokens, other_text]
     healing = HealingFile(destination, folder, [*options, heal]) if heal else None
+    notes: tuple[str, ...] = ()
     if teacher is not None and text is not None and healing is not None:
         checkpoint = healing.begin(resume=resume)
-        conversion.heal_on(model, teacher, folder, text, steps=heal, checkpoint=checkpoint, progress=progress)
+        healed = conversion.heal_on(
+            model, teacher, folder, text, steps=heal, checkpoint=checkpoint, progress=progress
+        )
+        done = replace(done, seconds=time.perf_counter() - started)
+        notes = (_healing(healed),)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
     if healing is not None:
         healing.end()
@@ -238,8 +245,10 @@ def run(
             ModelFacts("compressed", done.model_params_after, _written_bytes(destination, done)),
         )
         made = (("Command", shlex.join(["tensornet", *sys.argv[1:]])), ("Versions", versions()))
-        write_report(Page(f"{source}, compressed", models, done, spectra, made=made), report)
+        write_report(Page(f"{source}, compressed", models, done, spectra, made=made, notes=notes), report)
     _finish(source, destination, done, before, as_json)
+    for line in notes:
+        shared.note(line)
     if text is None and planned.objective != "weight":
         shared.note(
             f"calibrated on {planned.calibration}; --calibration with text of your own serves it better"
@@ -347,13 +356,27 @@ def _finish(source: str, destination: str, done: CompressionReport, before: int,
     )
 
 
+def _healing(healed: HealReport) -> str:
+    """What training did, from the means over its first and its last tenth."""
+    part = max(1, len(healed.losses) // 10)
+    if not healed.losses:
+        return f"healed for {healed.steps:,} steps, all of them before"
+    first, last = (sum(x) / part for x in (healed.losses[:part], healed.losses[-part:]))
+    return (
+        f"healed for {healed.steps:,} steps, {len(healed.losses):,} of them now: divergence from the dense "
+        f"model {first:.4f} -> {last:.4f} nats a token; what was foreseen is for the model before"
+    )
+
+
 def _foreseen(planned: CompressionPlan) -> list[str]:
     """What the compression alone was predicted to cost; healing is not foreseen."""
     rise, perplexity = planned.predicted_loss_increase, planned.predicted_perplexity
-    if rise is None or perplexity is None or planned.dense_loss is None:
+    if rise is None:
         return []
-    before = math.exp(planned.dense_loss)
     where = f"measured on {planned.forecast.source}" if planned.forecast.source else planned.calibration
+    if planned.dense_loss is None or perplexity is None:  # an encoder
+        return [f"foreseen    cosine with the original {1 - rise:.4f} ({where})"]
+    before = math.exp(planned.dense_loss)
     return [f"foreseen    loss +{rise:.4f}, perplexity {before:.4g} -> {perplexity:.4g} ({where})"]
 
 

@@ -17,6 +17,8 @@ from tensornet_hf.report.spectra import BondSpectrum
 
 #: Nats. Beyond, the perplexity is so far off that no budget worth having is left.
 _MEANINGFUL_RISE = 3.0
+#: On a logarithmic axis nothing is at zero.
+_VISIBLE_RISE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def render(page: Page) -> str:
     done = zip(page.report.plan, page.report.layers, strict=True)
     layers = [replace(planned, error=made.error) for planned, made in done]
     curve = predicted_curve(page.report.plan)
+    encoder = page.report.plan.dense_loss is None
+    label = "predicted one minus cosine" if encoder else "predicted perplexity"
     shown = min(len(page.spectra), pictures.PANELS)
     return template.render(
         page=page,
@@ -102,8 +106,11 @@ def render(page: Page) -> str:
         compressed=page.models[1],
         layers_picture=Markup(pictures.layers_picture(layers)),
         spectra_picture=Markup(pictures.spectra_picture(page.spectra)) if page.spectra else None,
-        curve_picture=Markup(pictures.curve_picture(curve, page.report.param_ratio)) if curve else None,
+        curve_picture=Markup(pictures.curve_picture(curve, page.report.param_ratio, label))
+        if curve
+        else None,
         predicted=page.report.plan.predicted_perplexity,
+        encoder=encoder,
         spectra_shown=shown,
     )
 
@@ -111,12 +118,13 @@ def render(page: Page) -> str:
 def predicted_curve(plan: CompressionPlan) -> list[tuple[float, float]]:
     """Predicted perplexity over all budgets, `(share of targeted parameters kept, perplexity)`.
 
-    Empty for a plan made without calibrated gradients. Ends where the prediction means nothing any more: it
-    is second order in the errors.
+    For an encoder one minus the cosine with what it was, in place of the perplexity. Empty for a plan made
+    without calibrated gradients. Ends where the prediction means nothing any more: it is second order in the
+    errors.
     """
+    points = [(size / plan.params_before, rise) for size, rise in plan.curve()]
     if plan.dense_loss is None:
-        return []
-    points = ((size / plan.params_before, rise) for size, rise in plan.curve())
+        return [point for point in points if _VISIBLE_RISE < point[1] < 1]
     return [(share, math.exp(plan.dense_loss + rise)) for share, rise in points if rise < _MEANINGFUL_RISE]
 
 

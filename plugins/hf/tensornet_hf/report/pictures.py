@@ -117,8 +117,10 @@ def spectra_picture(spectra: Mapping[str, Sequence[BondSpectrum]]) -> str:
         return _svg(figure)
 
 
-def curve_picture(points: Sequence[tuple[float, float]], kept: float) -> str:
-    """Predicted perplexity `(share of parameters kept, perplexity)` over all budgets, this one marked."""
+def curve_picture(
+    points: Sequence[tuple[float, float]], kept: float, label: str = "predicted perplexity"
+) -> str:
+    """What is predicted, `(share of parameters kept, value)`, over all budgets, this one marked."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -138,7 +140,7 @@ def curve_picture(points: Sequence[tuple[float, float]], kept: float) -> str:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("parameters of the compressed layers kept")
-        axes.set_ylabel("predicted perplexity")
+        axes.set_ylabel(label)
         _plain(axes)
         axes.grid(axis="both")
         return _svg(figure)
