@@ -31,9 +31,10 @@ def windows(text: str, count: int) -> Tensor:
 
 @cache
 def _trained() -> tuple[PreTrainedModel, PreTrainedModel, tn.CalibrationStats, list[Tensor]]:
+    """Dense, compressed, statistics of the first twelve batches, and all twenty."""
     dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
-    batches = list(windows(calibration_text(), 96).split(16))
-    stats = tn.calibrate(dense, batches)
+    batches = list(windows(calibration_text(), 160).split(8))
+    stats = tn.calibrate(dense, batches[:12])
     small = copy.deepcopy(dense)
     tn.compress(small, tn.CompressionConfig(param_ratio=0.4), calibration=stats, progress=False)
     return dense, small, stats, batches
@@ -55,15 +56,15 @@ def test_a_full_rank_layer_is_the_least_squares_solution() -> None:
     )
     tn.compress(model, tn.CompressionConfig(target_modules="second", topology="low_rank"), progress=False)
     x = torch.randn(4000, 10)
-    report = refine(model, teacher, [x[:2000], x[2000:]], passes=2)
+    report = refine(model, teacher, [x], correction=1.0, anchor=0.5)
+    assert report.kept
     with torch.no_grad():
         real, dense = torch.tanh(model.first(x)), torch.tanh(teacher.first(x))
         weight = teacher.second.weight
-        # Least squares with the dense weight as 1 % of further observations: the rows of a scaled identity.
-        ridge = (0.01 * real.square().sum() / 12).sqrt() * torch.eye(12)
-        inputs, wanted = torch.cat([real, ridge]), torch.cat([dense @ weight.T, ridge @ weight.T])
+        # Least squares; that the dense inputs keep their outputs counts half as much.
+        inputs, wanted = torch.cat([real, 0.5**0.5 * dense]), torch.cat([dense, 0.5**0.5 * dense]) @ weight.T
         solution = torch.linalg.lstsq(inputs, wanted).solution.T
-    torch.testing.assert_close(model.second.to_matrix().detach(), solution, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.second.to_matrix().detach(), solution, rtol=5e-3, atol=5e-4)
     error = float((real @ solution.T - dense @ weight.T).detach().square().sum())
     assert report.after["second"] == pytest.approx(
         error / float((dense @ weight.T).detach().square().sum()), rel=1e-3
@@ -77,19 +78,55 @@ def test_held_out_text_gains() -> None:
     sizes = [p.shape for p in model.parameters()]
     report = refine(model, dense, batches, stats)
     assert [p.shape for p in model.parameters()] == sizes
+    assert report.kept
+    assert report.distances[1] < report.distances[0]
     before, after = loss(small) - loss(dense), loss(model) - loss(dense)
-    assert after < before
+    assert after < 0.97 * before
     assert sum(report.after.values()) < sum(report.before.values())
+    assert not report.left
 
 
-def test_more_passes_correct_more() -> None:
-    dense, small, stats, batches = _trained()
-    rises = []
-    for passes in (1, 4):
-        model = copy.deepcopy(small)
-        refine(model, dense, batches, stats, passes=passes)
-        rises.append(loss(model) - loss(dense))
-    assert rises[1] < rises[0] * 1.05
+def test_what_does_not_help_is_taken_back() -> None:
+    """One window cannot refit a model: others say so, and the old cores come back."""
+    dense, small, _, batches = _trained()
+    model = copy.deepcopy(small)
+    report = refine(model, dense, [batches[0][:1], batches[13]], correction=1.0, anchor=0.0)
+    assert report.distances[1] > report.distances[0]
+    assert not report.kept
+    for old, new in zip(small.parameters(), model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+class Branches(Chain):
+    """A layer that never runs, and one that reads another number of rows in the dense model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.routed = nn.Linear(8, 8), nn.Linear(12, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(input_ids))
+        rows = len(hidden) if isinstance(self.first, nn.Linear) else len(hidden) // 2
+        output = self.second(hidden)
+        output[:rows] += self.routed(hidden[:rows])
+        return output
+
+
+def test_layers_that_cannot_be_compared_stay_and_are_named() -> None:
+    teacher = Branches().eval()
+    model = copy.deepcopy(teacher)
+    tn.compress(
+        model, tn.CompressionConfig(max_bond=3, objective="weight", topology="low_rank"), progress=False
+    )
+    old = copy.deepcopy(model)
+    report = refine(model, teacher, [torch.randn(300, 10) for _ in range(4)])
+    assert report.left == {
+        "unused": "the data never reached it",
+        "routed": "300 tokens reached it in the dense model, 150 in the compressed one",
+    }
+    assert set(report.after) == {"first", "second"}
+    for name in report.left:
+        assert torch.equal(model.get_submodule(name).to_matrix(), old.get_submodule(name).to_matrix())
 
 
 def test_an_exact_model_stays_as_it_is() -> None:
@@ -108,3 +145,16 @@ def test_nothing_to_refine() -> None:
     tn.compress(model, tn.CompressionConfig(), progress=False)
     with pytest.raises(tn.TargetError, match="at least one batch"):
         refine(model, Chain(), [])
+
+
+@pytest.mark.parametrize("options", [{"correction": 1.1}, {"anchor": -1.0}, {"damping": float("nan")}])
+def test_options_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"correction from 0 to 1.*got"):
+        refine(Chain(), Chain(), [torch.randn(3, 10)], **options)
+
+
+def test_the_teacher_must_be_dense() -> None:
+    model = Chain()
+    tn.compress(model, tn.CompressionConfig(), progress=False)
+    with pytest.raises(tn.TargetError, match=r"'first'.*no stock layer of the teacher"):
+        refine(model, copy.deepcopy(model), [torch.randn(3, 10)])

@@ -79,8 +79,8 @@ def heal(
         lr: largest learning rate. The default suits models of a hundred million parameters and more; small
             ones take five times as much.
         temperature: of the softmax whose divergence is lowered.
-        distance: of the two outputs; divergence of the logits, or one minus the cosine of the last hidden
-            states where there are none.
+        distance: of the two outputs; divergence of the logits, one minus the cosine of the last hidden
+            states where there are none, or the relative squared difference of outputs that are tensors.
         parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters beside
             frozen cores do.
         autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
@@ -236,8 +236,11 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Mean divergence of the predicted distributions of all tokens, in nats.
 
-    Where the model has no logits: one minus the cosine of the last hidden states.
+    Where the model has no logits: one minus the cosine of the last hidden states. Where it returns a tensor:
+    the squared difference relative to the teacher's square.
     """
+    if isinstance(student, Tensor):
+        return (student - teacher).float().square().sum() / teacher.float().square().sum().clamp_min(1e-30)
     logits = getattr(student, "logits", None)
     new = logits if logits is not None else student.last_hidden_state
     old = teacher.logits if logits is not None else teacher.last_hidden_state

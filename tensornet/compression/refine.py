@@ -1,41 +1,60 @@
 """`refine`: fit compressed layers again to what they really receive, in closed form.
 
-A layer was compressed for the inputs it had in the dense model. Behind other compressed layers it receives
-`x'` instead of `x`. The matrix that brings `M x'` closest to the old outputs `W x` is
+A layer was compressed for the inputs x that it had in the dense model. Behind other compressed layers it
+receives x' instead. Over calibration tokens, with `C` the moments of x that calibration collected,
 
-    M = W E[x x'^T] E[x' x'^T]^-1,
+    M = W + correction W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + anchor C)^-1
 
-and its best network under the weighting `(R, E[x' x'^T])` takes the place of the old one: errors from before
-a layer are corrected by it, without a gradient.
+is a step from `W` towards the matrix whose outputs for x' come closest to the old outputs `W x`; its best
+network under the weighting `(R, E[x' x'^T] + anchor C)` takes the place of the old one. Layers are refitted
+in the order in which they run, each behind all that were refitted before it: fitted at once, each would
+correct the same error in full. The whole step did harm where much was cut (docs/quality.md).
 """
 
-from collections.abc import Iterable, Sequence
+import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tensornet.compression.blocks import without_cache
 from tensornet.compression.calibrate import to_device
-from tensornet.compression.heal import compressed_layers
-from tensornet.compression.losses import Batch, token_mask
+from tensornet.compression.heal import compressed_layers, output_distance
+from tensornet.compression.losses import Batch
+from tensornet.compression.paired import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.weighted import decompose_weighted
+from tensornet.compression.weighted import INPUT_DAMPING, decompose_weighted
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.whitening import Weighting, damped
 
-#: Weight of the dense matrix against the data, as a share of the mean diagonal of the input moment.
-RIDGE = 1e-2
+#: Share of the batches that are not fitted, but judge whether refitting helped.
+JUDGED = 1 / 8
 
 
 @dataclass(frozen=True)
 class RefineReport:
-    """Relative squared error of the outputs of each layer on the data, before and after, by name."""
+    """What refitting did.
+
+    Args:
+        before, after: relative squared error of the outputs of each layer on the data, by name; both behind
+            the layers that were refitted before it.
+        left: layers that stayed as they were, each with the reason.
+        distances: from the dense model's outputs, before and after, on batches that were not fitted (on all
+            if there was one alone): divergence of the logits, or what `heal` lowers.
+        kept: whether the model is the refitted one; the old one if that was closer to the dense model.
+    """
 
     before: dict[str, float]
     after: dict[str, float]
+    left: dict[str, str]
+    distances: tuple[float, float]
+    kept: bool
 
 
 @torch.no_grad()
@@ -45,128 +64,136 @@ def refine(
     batches: Sequence[Batch | Tensor],
     stats: CalibrationStats | None = None,
     *,
-    passes: int = 4,
+    correction: float = 0.5,
+    anchor: float = 1.0,
     damping: float = 0.1,
+    autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> RefineReport:
     """Refit the linear layers of a compressed model to the dense model's outputs, in order, in place.
 
-    Sizes and topologies stay. Each pass runs both models over the data and refits the next part of the layers
-    behind those already refitted; more passes correct more faithfully and take proportionally longer.
+    Sizes and topologies stay. Blocks that hand one hidden state on (`find_chains`) are run once for every
+    group of layers that read one input, from hidden states of both models that are kept for all batches. For
+    a layer outside such a chain both models are run over all batches. An eighth of the batches is held back:
+    if the outputs for it do not come closer to the dense model's, the old cores come back.
 
     Args:
         model: compressed.
-        teacher: the dense model.
+        teacher: the dense model, on the same device; not changed.
         batches: as for `calibrate`; tens of thousands of tokens, since a matrix is fitted to them.
-        stats: prices of output errors; all outputs count alike without.
-        passes: number of parts.
+        stats: prices of output errors, and moments of the dense inputs over more tokens than these batches
+            hold. Without, all outputs count alike, and the batches must do.
+        correction: share of the step towards the dense model's outputs, from 0 (fit `W` to the real inputs)
+            to 1.
+        anchor: weight of the dense inputs' moments against the real ones; 0 trusts the batches alone.
         damping: of the gradient moments.
+        autocast: run both models in this dtype where that is safe, as in `heal`.
         progress: show a progress bar.
 
     Raises:
-        TargetError: no compressed linear layer, or no data.
+        TargetError: no compressed linear layer, no data, or a layer that is no stock one in the teacher.
+        ValueError: an option is out of its range.
+
+    Reference:
+        Wang et al. 2024, "SVD-LLM", fits each layer to the inputs it gets behind compressed ones; Li et al.
+        2025, "GPTAQ", fits to the dense model's outputs, in quantization.
     """
-    names = [name for name, x in compressed_layers(model).items() if isinstance(x, TensorNetworkLinear)]
-    if not names or len(batches) == 0:
+    if not 0 <= correction <= 1 or not 0 <= anchor < math.inf or not 0 <= damping < math.inf:
+        raise ValueError(
+            "refine takes a correction from 0 to 1, and an anchor and a damping from 0 on; got "
+            f"{correction}, {anchor} and {damping}."
+        )
+    layers = {n: x for n, x in compressed_layers(model).items() if isinstance(x, TensorNetworkLinear)}
+    if not layers or len(batches) == 0:
         raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
+    stocks = {name: _stock(teacher, name) for name in layers}
+    device = next(model.parameters()).device
+    given = [to_device(batch, device) for batch in batches]
+    judged = math.ceil(JUDGED * len(given))
+    judges, fitted = given[-judged:], given[:-judged] or given
     training = (model.training, teacher.training)
     model.eval()
     teacher.eval()
-    before, after = {}, {}
-    size = -(-len(names) // max(1, min(passes, len(names))))
-    bar = tqdm(
-        total=-(-len(names) // size) * len(batches), desc="refining", disable=not progress, unit="batch"
-    )
-    for start in range(0, len(names), size):
-        part = names[start : start + size]
-        moments = _collect(model, teacher, part, batches, bar)
-        for name in part:
-            rows = None if stats is None or name not in stats.rows else damped(stats.rows[name], damping)
-            before[name], after[name] = _refit(model, teacher, name, moments[name], rows)
-    bar.close()
-    model.train(training[0])
-    teacher.train(training[1])
-    return RefineReport(before, after)
-
-
-@dataclass
-class _Moments:
-    """Sums over tokens: `x x^T`, `x x'^T` and `x' x'^T` of the dense inputs x and the real ones x'."""
-
-    dense: Tensor
-    mixed: Tensor
-    real: Tensor
-
-
-def _collect(
-    model: nn.Module,
-    teacher: nn.Module,
-    names: Sequence[str],
-    batches: Iterable[Batch | Tensor],
-    bar: "tqdm[None]",
-) -> dict[str, _Moments]:
-    """Moments of the inputs of some layers, from running both models side by side."""
-    moments: dict[str, _Moments] = {}
-    wanted: dict[str, Tensor] = {}
-    batch: Batch = {}
-
-    def tokens(x: Tensor) -> Tensor:
-        mask = token_mask(batch, x.shape[:-1])
-        return (x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float()
-
-    def keep(name: str) -> object:
-        return lambda module, args: wanted.__setitem__(name, tokens(args[0]))
-
-    def compare(name: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            dense, real = wanted.pop(name), tokens(args[0])
-            new = (dense.T @ dense, dense.T @ real, real.T @ real)
-            old = moments.get(name)
-            moments[name] = (
-                _Moments(*new)
-                if old is None
-                else _Moments(old.dense + new[0], old.mixed + new[1], old.real + new[2])
-            )
-
-        return hook
-
-    handles = [teacher.get_submodule(n).register_forward_pre_hook(keep(n)) for n in names]  # type: ignore[arg-type]
-    handles += [model.get_submodule(n).register_forward_pre_hook(compare(n)) for n in names]  # type: ignore[arg-type]
-    device = next(model.parameters()).device
     try:
-        for item in batches:
-            batch = to_device(item, device)
-            teacher(**batch)
-            model(**batch)
-            bar.update()
+        with (
+            without_cache(model),
+            without_cache(teacher),
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+        ):
+            distance = _distance(model, teacher, judges)
+            old = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
+            before, after, left = {}, {}, dict.fromkeys(layers, NEVER_REACHED)
+            run = PairedRun(model, teacher, fitted)
+            for group in tqdm(run.groups([*layers]), desc="refining", disable=not progress, unit="group"):
+                moments = run.moments(group)
+                for name in group.names:
+                    if isinstance(moments, str):
+                        left[name] = moments
+                        continue
+                    del left[name]
+                    weight, layer = stocks[name].double(), layers[name]
+                    metric, wanted = _target(weight, name, moments, stats, correction, anchor)
+                    rows = (
+                        None if stats is None or name not in stats.rows else damped(stats.rows[name], damping)
+                    )
+                    before[name] = _output_error(weight, layer, moments)
+                    made = decompose_weighted(
+                        wanted.to(layer.weight.dtype), layer.topology, Weighting(rows, metric)
+                    )
+                    layer.set_cores([core.to(layer.weight.dtype) for core in made.network.cores])
+                    after[name] = _output_error(weight, layer, moments)
+            distances = (distance, _distance(model, teacher, judges))
+            kept = distances[1] <= distances[0]
+            if not kept:
+                for name, state in old.items():
+                    layers[name].load_state_dict(state)
     finally:
-        for handle in handles:
-            handle.remove()
-    return moments
+        model.train(training[0])
+        teacher.train(training[1])
+    return RefineReport(before, after, left, distances, kept)
 
 
-def _refit(
-    model: nn.Module, teacher: nn.Module, name: str, moments: _Moments, rows: Tensor | None
-) -> tuple[float, float]:
-    """Replace the cores of one layer; relative squared output error before and after."""
-    layer, stock = model.get_submodule(name), teacher.get_submodule(name)
-    kind = kind_of(stock)
-    if kind is None or not isinstance(layer, TensorNetworkLinear):
-        raise TargetError(f"{name!r} is not a stock layer of the teacher and a compressed one of the model.")
-    weight = kind.matrix(stock).double()
-    real = damped(moments.real, RIDGE)
-    ridge = RIDGE * float(moments.real.double().diagonal().mean())
-    fitted = torch.linalg.solve(real, (weight @ moments.mixed.double() + ridge * weight).T).T
-    old = layer.to_matrix().double()
-    made = decompose_weighted(fitted.to(layer.weight.dtype), layer.topology, Weighting(rows, real))
-    layer.set_cores([core.to(layer.weight.dtype) for core in made.network.cores])
-    new = layer.to_matrix().double()
-    before, after = (_output_error(weight, matrix, moments) for matrix in (old, new))
-    return before, after
+def _target(
+    weight: Tensor,
+    name: str,
+    moments: PairedMoments,
+    stats: CalibrationStats | None,
+    correction: float,
+    anchor: float,
+) -> tuple[Tensor, Tensor]:
+    """The metric of the inputs of one layer, and the matrix that its network shall be close to."""
+    known = moments.dense.double()
+    if stats is not None and name in stats.columns:
+        columns = stats.columns[name].to(known) * moments.tokens
+        known = columns if columns.ndim == 2 else columns.diag()
+    real = moments.real.double()
+    metric = damped(real + anchor * known, INPUT_DAMPING)
+    step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
+    return metric, weight + correction * step
 
 
-def _output_error(weight: Tensor, matrix: Tensor, moments: _Moments) -> float:
+def _stock(teacher: nn.Module, name: str) -> Tensor:
+    """The matrix of the dense layer behind a compressed one, shape `(out, in)`."""
+    try:
+        module: Any = teacher.get_submodule(name)
+    except AttributeError:
+        module = None
+    kind = None if module is None else kind_of(module)
+    if kind is None:
+        raise TargetError(
+            f"{name!r} is compressed in the model, but no stock layer of the teacher; the teacher must be "
+            "the dense model that it was made from."
+        )
+    return kind.matrix(module)
+
+
+def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
+    return sum(float(output_distance(model(**b), teacher(**b), b)) for b in batches) / len(batches)
+
+
+def _output_error(weight: Tensor, layer: TensorNetworkLinear, moments: PairedMoments) -> float:
     """`E |W x - M x'|^2 / E |W x|^2`."""
+    matrix = layer.to_matrix().double()
     dense, mixed, real = (x.double() for x in (moments.dense, moments.mixed, moments.real))
     full = float((weight @ dense * weight).sum())
     cross, own = float((weight @ mixed * matrix).sum()), float((matrix @ real * matrix).sum())

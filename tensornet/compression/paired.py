@@ -1,0 +1,153 @@
+"""A compressed model and its dense teacher run side by side, up to one group of layers after another."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.compression.blocks import ChainRun, Stop, find_chains
+from tensornet.compression.losses import Batch, token_mask
+
+NEVER_REACHED = "the data never reached it"
+
+
+@dataclass
+class PairedMoments:
+    """Sums over tokens: `x x^T`, `x x'^T` and `x' x'^T` of the dense inputs x and the real ones x'."""
+
+    dense: Tensor
+    mixed: Tensor
+    real: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, like: Tensor) -> "PairedMoments":
+        """Nothing seen yet of inputs of this width."""
+        width = like.shape[-1]
+        dense, mixed, real = (like.new_zeros(width, width) for _ in range(3))
+        return cls(dense, mixed, real)
+
+    def add(self, dense: Tensor, real: Tensor) -> None:
+        """Further inputs, shape `(tokens, in)` each."""
+        self.dense += dense.T @ dense
+        self.mixed += dense.T @ real
+        self.real += real.T @ real
+        self.tokens += len(real)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read one tensor, and the chain and block that they lie in, if any."""
+
+    names: tuple[str, ...]
+    place: tuple[str, int] | None
+
+
+@dataclass
+class PairedRun:
+    """Both models on the same batches, block by block where they are chains.
+
+    Args:
+        model: compressed; its layers may change between two calls of `moments`.
+        teacher: dense.
+        batches: keyword arguments of the models.
+    """
+
+    model: nn.Module
+    teacher: nn.Module
+    batches: Sequence[Batch]
+    chains: dict[str, tuple[str, ...]] = field(init=False)
+    at: tuple[str, ChainRun, ChainRun] | None = None
+
+    def __post_init__(self) -> None:
+        both = [find_chains(x, self.batches[0]) for x in (self.model, self.teacher)]
+        self.chains = {name: blocks for name, blocks in both[0].items() if both[1].get(name) == blocks}
+
+    def groups(self, names: Sequence[str]) -> list[Group]:
+        """Layers in the order in which they run; neighbours that read the same tensor are together."""
+        seen: list[tuple[str, Tensor]] = []  # the tensors are kept: no other may take their address
+
+        def hook(name: str) -> Any:
+            def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if all(name != other for other, _ in seen):
+                    seen.append((name, args[0]))
+
+            return note
+
+        with _hooked({self.model.get_submodule(name): hook(name) for name in names}):
+            self.model(**self.batches[0])
+        groups: list[Group] = []
+        for index, (name, x) in enumerate(seen):
+            place = self._place(name)
+            if index and seen[index - 1][1] is x and groups[-1].place == place:
+                groups[-1] = Group((*groups[-1].names, name), place)
+            else:
+                groups.append(Group((name,), place))
+        return groups
+
+    def moments(self, group: Group) -> PairedMoments | str:
+        """Moments of what a group reads, or why there are none."""
+        first = group.names[0]
+        total: PairedMoments | None = None
+        for number, batch in enumerate(self.batches):
+            dense, real = (self._input(side, first, group.place, number, batch) for side in (1, 0))
+            if len(dense) != len(real):
+                return f"{len(dense)} tokens reached it in the dense model, {len(real)} in the compressed one"
+            if len(real):
+                total = total or PairedMoments.zeros(real)
+                total.add(dense, real)
+        return total or NEVER_REACHED
+
+    def _input(
+        self, side: int, name: str, place: tuple[str, int] | None, number: int, batch: Batch
+    ) -> Tensor:
+        """What a layer of one model (0: compressed, 1: dense) reads in one batch, shape `(tokens, in)`."""
+        found: list[Tensor] = []
+        model = (self.model, self.teacher)[side]
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            mask = token_mask(batch, args[0].shape[:-1])
+            x = args[0].reshape(-1, args[0].shape[-1]) if mask is None else args[0][mask]
+            found.append(x.float())
+            if (
+                place is not None
+            ):  # a layer of a block may run several times, but a block no further than needed
+                raise Stop
+
+        at = None if place is None else self._chain(*place)[side]  # runs blocks, so before anything is hooked
+        with _hooked({model.get_submodule(name): keep}), suppress(Stop):
+            model(**batch) if at is None else at.run(number)
+        return torch.cat(found) if found else torch.empty(0, 0)
+
+    def _chain(self, chain: str, index: int) -> tuple[ChainRun, ChainRun]:
+        """Both models at one block."""
+        if self.at is None or self.at[0] != chain:
+            runs = [ChainRun(x, self.chains[chain], self.batches) for x in (self.model, self.teacher)]
+            for run in runs:
+                run.enter()
+            self.at = (chain, runs[0], runs[1])
+        for run in self.at[1:]:
+            while run.position < index:
+                run.advance()
+        return self.at[1], self.at[2]
+
+    def _place(self, name: str) -> tuple[str, int] | None:
+        """Chain and block that a layer lies in."""
+        for chain, blocks in self.chains.items():
+            for index, block in enumerate(blocks):
+                if name == block or name.startswith(f"{block}."):
+                    return chain, index
+        return None
+
+
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,187 @@
+"""Chains of blocks: found by watching tensors, gone through block by block with the same results."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+import tensornet as tn
+from tensornet.compression.blocks import ChainRun, find_chains, without_cache
+from tensornet.compression.paired import Group, PairedMoments, PairedRun
+
+MASK = torch.ones(3, 9, dtype=torch.long)
+MASK[1, 6:] = 0
+
+
+def tokens() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 50, (3, 9)), "attention_mask": MASK}
+
+
+def llama() -> tuple[nn.Module, Any]:
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=50,
+    )
+    return LlamaForCausalLM(config), tokens
+
+
+def gpt2() -> tuple[nn.Module, Any]:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=50, n_positions=16)), tokens
+
+
+def t5() -> tuple[nn.Module, Any]:
+    config = T5Config(
+        d_model=16, d_ff=24, num_layers=3, num_heads=2, d_kv=8, vocab_size=50, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config), lambda: {**tokens(), "labels": torch.randint(0, 50, (3, 5))}
+
+
+def bert() -> tuple[nn.Module, Any]:
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, vocab_size=50
+    )
+    return BertModel(config), tokens
+
+
+def vit() -> tuple[nn.Module, Any]:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+    )
+    return ViTModel(config), lambda: {"pixel_values": torch.randn(3, 3, 8, 8)}
+
+
+FOUND = {
+    llama: ["model.layers"],
+    gpt2: ["transformer.h"],
+    t5: ["encoder.block", "decoder.block"],
+    bert: ["encoder.layer"],
+    vit: ["layers"],
+}
+
+
+@pytest.mark.parametrize("make", FOUND, ids=lambda make: make.__name__)
+@torch.no_grad()
+def test_blocks_one_by_one_do_what_the_model_does(make: Any) -> None:
+    torch.manual_seed(0)
+    model, batch_of = make()
+    model.eval()
+    batches = [batch_of(), batch_of()]
+    chains = find_chains(model, batches[0])
+    assert list(chains) == FOUND[make]
+    for blocks in chains.values():
+        wanted: list[Tensor] = []
+        handle = model.get_submodule(blocks[-1]).register_forward_hook(
+            lambda module, args, output, wanted=wanted: wanted.append(
+                output if isinstance(output, Tensor) else output[0]
+            )
+        )
+        with without_cache(model):
+            for batch in batches:
+                model(**batch)
+            handle.remove()
+            run = ChainRun(model, blocks, batches)
+            run.enter()
+            for _ in blocks:
+                run.advance()
+        assert run.position == len(blocks)
+        for made, expected in zip(run.hidden, wanted, strict=True):
+            torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize("make", FOUND, ids=lambda make: make.__name__)
+@torch.no_grad()
+def test_moments_are_those_of_the_whole_models(make: Any) -> None:
+    torch.manual_seed(1)
+    teacher, batch_of = make()
+    teacher.eval()
+    model = copy.deepcopy(teacher)
+    tn.compress(
+        model, tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank"), progress=False
+    )
+    names = [name for name, x in model.named_modules() if isinstance(x, tn.nn.TensorNetworkLinear)]
+    batches = [batch_of(), batch_of()]
+    with without_cache(model), without_cache(teacher):
+        run, whole = PairedRun(model, teacher, batches), PairedRun(model, teacher, batches)
+        whole.chains = {}
+        groups = run.groups(names)
+        assert sorted(name for group in groups for name in group.names) == sorted(names)
+        assert any(group.place is not None for group in groups)
+        for group in groups:
+            here, there = run.moments(group), whole.moments(Group(group.names, None))
+            assert isinstance(here, PairedMoments)
+            assert isinstance(there, PairedMoments)
+            assert here.tokens == there.tokens
+            for name in ("dense", "mixed", "real"):
+                torch.testing.assert_close(getattr(here, name), getattr(there, name), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_an_input_are_one_group() -> None:
+    model, batch_of = llama()
+    model.eval()
+    names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    small = copy.deepcopy(model)
+    tn.compress(small, tn.CompressionConfig(target_modules="*_proj", max_bond=2), progress=False)
+    with without_cache(small), without_cache(model), torch.no_grad():
+        run = PairedRun(small, model, [batch_of()])
+        groups = run.groups([f"model.layers.0.{x}" for x in ("self_attn.o_proj", "mlp.up_proj")] + names)
+    assert [group.names for group in groups] == [
+        tuple(names),
+        ("model.layers.0.self_attn.o_proj",),
+        ("model.layers.0.mlp.up_proj",),
+    ]
+
+
+class Stack(nn.Module):
+    """Modules in a list, applied in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.parts = way, nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.way == "beside one another":
+            return sum((part(input_ids) for part in self.parts), start=input_ids)
+        x = input_ids
+        for part in [*self.parts, self.parts[0]] if self.way == "twice" else self.parts:
+            x = part(x).clone() if self.way == "changed in between" else part(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["beside one another", "twice", "changed in between", "in order"])
+def test_what_is_no_chain_is_not_taken_for_one(way: str) -> None:
+    found = find_chains(Stack(way).eval(), {"input_ids": torch.randn(5, 4)})
+    assert found == ({"parts": ("parts.0", "parts.1", "parts.2")} if way == "in order" else {})
+
+
+def test_a_sequential_model_is_a_chain() -> None:
+    class Model(nn.Sequential):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids)
+
+    model = Model(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    assert find_chains(model, {"input_ids": torch.randn(5, 4)}) == {"": ("0", "1", "2")}
