@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hf_models import gpt2, llama
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import tensornet as tn
 from tensornet.compression import find_targets
 from tensornet.compression.targets import matches
+from tensornet_hf import embedded_text
 from tensornet_hf.embedded import gpt2_path, heldout_text
 from tensornet_hf.text import load_tokenizer, token_ids
 
@@ -267,6 +271,22 @@ def test_a_language_model_is_calibrated_on_the_embedded_text() -> None:
     rise, plain = losses[1] - losses[0], losses[2] - losses[0]
     assert rise < 0.5 * plain
     assert report.plan.predicted_loss_increase == pytest.approx(rise, rel=1.0)
+
+
+def test_a_model_of_the_hub_has_its_tokenizer_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+    model.name_or_path = "owner/tiny"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert embedded_text(model) is None
+    repository = tmp_path / "models--owner--tiny"
+    shutil.copytree(gpt2_path(), repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    found = embedded_text(model)
+    assert found is not None
+    assert "King James" in found.source
 
 
 # --- bad input -----------------------------------------------------------------------------------

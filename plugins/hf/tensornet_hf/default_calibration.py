@@ -17,15 +17,14 @@ TOKENS = 16_384
 def embedded_text(model: nn.Module) -> ProvidedData | None:
     """The embedded chapters of the King James Bible in the tokens of a causal language model.
 
-    None for models of other kinds, and where no tokenizer lies beside the model.
+    None for models of other kinds, and where no tokenizer lies beside the model or in the hub's cache.
     """
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
         return None
-    folder = model.name_or_path
-    if not folder or not Path(folder).is_dir():
+    if not model.name_or_path:
         return None
     try:
-        ids = token_ids(load_tokenizer(Path(folder)), calibration_text())[:TOKENS]
+        ids = token_ids(load_tokenizer(Path(model.name_or_path)), calibration_text())[:TOKENS]
     except FormatError:
         return None
     context = usual_context(model, limit=512)
