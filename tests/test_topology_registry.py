@@ -75,14 +75,24 @@ def test_installed_package_adds_a_topology(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "trouble"),
-    [("raise ImportError('no such compiler')", "ImportError: no such compiler"), ("family = 3", "got 3")],
-    ids=["import", "type"],
+    [
+        ("raise ImportError('no such compiler')", "ImportError: no such compiler"),
+        ("family = 3", "got 3"),
+        ("raise SystemExit('wrong machine')", "SystemExit: wrong machine"),
+    ],
+    ids=["import", "type", "exit"],
 )
 def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, trouble: str) -> None:
     install(tmp_path, "broken_networks", code, "broken = broken_networks:family")
-    said = run(tmp_path, "import tensornet as tn\nprint(tn.topologies.topology_names())")
+    said = run(
+        tmp_path,
+        "import tensornet as tn\nprint(tn.topologies.topology_names())\n"
+        "try:\n    tn.topologies.topology_family('broken')\n"
+        "except tn.TopologyError as error:\n    print('asked for:', error)",
+    )
     assert "RuntimeWarning: The topology 'broken' of broken_networks could not be loaded" in said
-    assert trouble in said
+    assert said.count(trouble) == 2  # in the warning, and to who asks for it by name
+    assert "asked for: The topology 'broken' of broken_networks could not be loaded" in said
     assert "'mpo'" in said
 
 

@@ -101,6 +101,8 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
 ENTRY_POINTS = "tensornet.topologies"
 
 _FAMILIES: dict[str, TopologyFamily] = {}
+#: What was said of the entry points that could not be loaded, by name.
+_BROKEN: dict[str, str] = {}
 
 
 def register_topology(family: TopologyFamily, *, replace: bool = False) -> TopologyFamily:
@@ -138,7 +140,10 @@ def topology_family(name: str) -> TopologyFamily:
     if name not in _FAMILIES:
         _load_entry_points()
     if name not in _FAMILIES:
-        raise TopologyError(f"Unknown topology {name!r}; registered are {', '.join(sorted(_FAMILIES))}.")
+        exist = f"registered are {', '.join(sorted(_FAMILIES))}"
+        raise TopologyError(
+            f"{_BROKEN[name]}; {exist}." if name in _BROKEN else f"Unknown topology {name!r}; {exist}."
+        )
     return _FAMILIES[name]
 
 
@@ -154,11 +159,10 @@ def _load_entry_points() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             register_topology(entry.load())
-        except Exception as error:  # whatever a foreign package raises must not break this one
+        except (Exception, SystemExit) as error:  # whatever a foreign package does must not break this one
             package = entry.dist.name if entry.dist is not None else "an unknown package"
-            warnings.warn(
+            _BROKEN[entry.name] = (
                 f"The topology {entry.name!r} of {package} could not be loaded from {entry.value!r}: "
-                f"{type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
+                f"{type(error).__name__}: {error}"
             )
+            warnings.warn(_BROKEN[entry.name], RuntimeWarning, stacklevel=3)
