@@ -14,9 +14,10 @@ from tensornet.plans import ContractionPlan, Copy, Product
 #: What is larger than this, in bytes, is not all in the cache of one core.
 _FAR = 2**20
 
-#: Blocks up to this size, in bytes, are soon reused by the process that gave them up; the allocator of the
-#: system (glibc) takes larger ones from the kernel each time and gives them back.
-_FRESH = 2**25
+#: The allocator of the system (glibc) takes larger blocks than this, in bytes, from the kernel each time and
+#: gives them back. Smaller ones above `_FAR` it gives back too, unless the process has had larger ones
+#: before, which nobody can foresee: they count with a share.
+_FRESH, _FRESH_SHARE = 2**25, 0.1
 
 
 def product_seconds(
@@ -35,15 +36,18 @@ def product_seconds(
     return overhead + compute + memory + (fresh_seconds(size, machine) if fresh else 0.0)
 
 
-def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predicted time of one permuting copy."""
+def copy_seconds(
+    copy: Copy, tokens: int, machine: Machine, itemsize: int = 4, *, fresh: bool = True
+) -> float:
+    """Predicted time of one permuting copy; `fresh=False` is for one that goes where pages are at hand."""
     elements = copy.elements * (tokens if copy.per_token else 1)
     scale, size = max(itemsize, 2) / 4, elements * itemsize
     each = machine.copy_element * scale
     each += machine.copy_run / copy.run if copy.run > 1 else machine.copy_strided * scale
     if size > _FAR:
         each += (machine.copy_far if copy.run > 1 else machine.copy_far_strided) * scale
-    return machine.copy_overhead + elements * each + fresh_seconds(size, machine)
+    pages = fresh_seconds(size, machine) if fresh else 0.0
+    return machine.copy_overhead + elements * each + pages
 
 
 def plan_seconds(plan: ContractionPlan, tokens: int, machine: Machine, itemsize: int = 4) -> float:
@@ -70,4 +74,6 @@ def dense_seconds(
 
 def fresh_seconds(size: int, machine: Machine) -> float:
     """Predicted time that new memory for a result of so many bytes takes."""
-    return size * machine.fresh_byte if size > _FRESH else 0.0
+    if size <= _FAR:
+        return 0.0
+    return size * machine.fresh_byte * (1.0 if size > _FRESH else _FRESH_SHARE)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 #: A thread keeps at most so many bytes; what needs more gets memory of its own.
-LIMIT = 16 * 2**20
+LIMIT = 32 * 2**20
 
 
 class _Kept(threading.local):

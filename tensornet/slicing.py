@@ -6,26 +6,28 @@ take longer than the arithmetic. If the cores before and after a place in the ne
     L: (out1 * in1, r),    R: (r, in2 * out2),    W[o] = L[o] R: (in1 * in2, out2)  for each o in out1,
 
 then every `W[o]` comes out of the product as the weight of its own block of outputs, without a permutation.
-One small buffer serves all of them. Results are written in place, so this is for passes without gradients.
+One small buffer serves all of them. For many tokens one product with all outputs is faster than one for each
+block: then the slices are gathered, from the buffer and in long runs, into a matrix that is given up after
+the call. Results are written in place, so this is for passes without gradients.
 
 Reference: Gray, Kourtis 2021, "Hyper-optimized tensor network contraction" (slicing of an index).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from tensornet.cost import fresh_seconds, plan_seconds, product_seconds
+from tensornet.cost import copy_seconds, dense_seconds, fresh_seconds, plan_seconds, product_seconds
 from tensornet.dims import divisors
 from tensornet.errors import ShapeError
 from tensornet.machine import Machine
 from tensornet.network import plan_cores
-from tensornet.plans import ContractionPlan, Product, run
-from tensornet.scratch import borrow
+from tensornet.plans import ContractionPlan, Copy, Product, run
+from tensornet.scratch import LIMIT, borrow
 from tensornet.topology import Topology
 
 #: Rows that the product which makes a slice should have: kernels lose speed below.
@@ -40,7 +42,7 @@ _INPUT_COPIES = 1.0
 
 @dataclass(frozen=True)
 class SlicedPlan:
-    """A split of an operator into two groups of cores, and the width of its slices.
+    """A split of an operator into two groups of cores, and what is done with its slices.
 
     Args:
         cut: cores before it belong to L, the others to R.
@@ -51,6 +53,7 @@ class SlicedPlan:
         width: how many blocks `W[o]` are made at once.
         in_features: of the operator.
         rank: r, the size of all bonds between the groups together.
+        gather: whether slices are gathered to a matrix before the input is multiplied.
     """
 
     cut: int
@@ -61,11 +64,17 @@ class SlicedPlan:
     width: int
     in_features: int
     rank: int
+    gather: bool
 
     @property
     def buffer(self) -> int:
-        """Elements of the part of the matrix that exists at any time."""
+        """Elements of one slice."""
         return self.width * self.in_features * self.inner
+
+    @property
+    def gathered(self) -> int:
+        """Elements of the matrix that slices are gathered to; 0 if they are not."""
+        return self.outer * self.inner * self.in_features if self.gather else 0
 
     def multiply_adds(self, tokens: int) -> int:
         """Multiply-add operations for that many tokens."""
@@ -75,21 +84,31 @@ class SlicedPlan:
     @property
     def moved(self) -> int:
         """Elements copied by permutations."""
-        return self.left.moved(1) + self.right.moved(1)
+        return self.left.moved(1) + self.right.moved(1) + self.gathered
 
     @property
     def largest_intermediate(self) -> int:
         """Elements of the largest tensor that is made."""
-        sides = [math.prod(self.left.output_shape), math.prod(self.right.output_shape)]
-        return max(self.buffer, *sides, *(x.largest_intermediate(1) for x in (self.left, self.right)))
+        plans = (self.left, self.right)
+        sides = [max(math.prod(plan.output_shape), plan.largest_intermediate(1)) for plan in plans]
+        return max(self.buffer, self.gathered, *sides)
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
         """Predicted time of one pass."""
         parts, rows = self.outer // self.width, self.width * (self.left.output_shape[0] // self.outer)
         build = Product(1, rows, self.rank, self.right.output_shape[1], None)
-        use = Product(self.width, 1, self.in_features, self.inner, "rows")
         total = plan_seconds(self.left, 1, machine, itemsize) + plan_seconds(self.right, 1, machine, itemsize)
         total += parts * product_seconds(build, 1, machine, itemsize, fresh=False)
+        if self.gather:
+            out_features = self.outer * self.inner
+            copied = copy_seconds(Copy(self.gathered, self.inner, False), 1, machine, itemsize, fresh=False)
+            total += copied + (parts - 1) * machine.copy_overhead
+            if self.gathered * itemsize > LIMIT:
+                total += fresh_seconds(self.gathered * itemsize, machine)
+            return total + dense_seconds(
+                out_features, self.in_features, tokens, machine, itemsize, from_memory=False
+            )
+        use = Product(self.width, 1, self.in_features, self.inner, "rows")
         total += parts * product_seconds(use, tokens, machine, itemsize, fresh=False)
         again = tokens * self.in_features * self.outer
         total += fresh_seconds(tokens * self.outer * self.inner * itemsize, machine)
@@ -105,8 +124,9 @@ def plan_slices(topology: Topology) -> tuple[SlicedPlan, ...]:
     """
     if topology.padded_shape != topology.shape:
         return ()
-    plans = (_split(topology, cut) for cut in range(1, len(topology.cores)))
-    return tuple(plan for plan in plans if plan is not None)
+    splits = (_split(topology, cut) for cut in range(1, len(topology.cores)))
+    plans = [plan for plan in splits if plan is not None]
+    return (*plans, *(replace(plan, gather=True) for plan in plans))
 
 
 def run_in_slices(
@@ -132,24 +152,53 @@ def run_in_slices(
             f"{sliced.in_features}."
         )
     flat = x if x.ndim == 2 else x.reshape(-1, sliced.in_features)
-    width, parts, shape = sliced.width, sliced.outer // sliced.width, sliced.right.output_shape
+    parts, shape = sliced.outer // sliced.width, sliced.right.output_shape
     left = run(sliced.left, cores[: sliced.cut]).reshape(parts, -1, sliced.rank)
-    y = flat.new_empty(flat.shape[0], sliced.outer, sliced.inner)
-    # One batched product for all blocks of a slice: threads then share blocks instead of every product.
-    inputs = flat.expand(width, -1, -1)
-    outputs = y.view(flat.shape[0], parts, width, sliced.inner).permute(1, 2, 0, 3).unbind(0)
-    biases = None if bias is None else bias.view(parts, width, 1, sliced.inner).unbind(0)
-    with borrow(sliced.buffer + math.prod(shape), left) as memory:
-        right = run(sliced.right, cores[sliced.cut :], out=memory[sliced.buffer :])
-        buffer = memory[: sliced.buffer].view(left.shape[1], -1)
-        weights = buffer.view(width, sliced.in_features, sliced.inner)
-        for part, rows in enumerate(left.unbind(0)):
-            torch.mm(rows, right, out=buffer)
-            if biases is None:
-                torch.bmm(inputs, weights, out=outputs[part])
-            else:
-                torch.baddbmm(biases[part], inputs, weights, out=outputs[part])
+    sizes = (sliced.buffer, math.prod(shape), sliced.gathered)
+    with borrow(sum(sizes), left) as memory:
+        buffer, factor, matrix = memory.split(sizes)
+        right = run(sliced.right, cores[sliced.cut :], out=factor)
+        slices = _slices(sliced, left, right, buffer)
+        multiply = _gathered if sliced.gather else _each
+        y = multiply(sliced, slices, flat, bias, matrix)
     return y.view(*x.shape[:-1], sliced.outer * sliced.inner)
+
+
+def _slices(sliced: SlicedPlan, left: Tensor, right: Tensor, buffer: Tensor) -> Iterator[Tensor]:
+    """One slice `(width, in, inner)` after the other, all in the same memory."""
+    product = buffer.view(left.shape[1], -1)
+    weights = buffer.view(sliced.width, sliced.in_features, sliced.inner)
+    for rows in left.unbind(0):
+        torch.mm(rows, right, out=product)
+        yield weights
+
+
+def _each(sliced: SlicedPlan, slices: Iterator[Tensor], x: Tensor, bias: Tensor | None, _: Tensor) -> Tensor:
+    """Multiply by every slice `(width, in, inner)` as it comes."""
+    width, parts = sliced.width, sliced.outer // sliced.width
+    y = x.new_empty(x.shape[0], sliced.outer, sliced.inner)
+    # One batched product for all blocks of a slice: threads then share blocks instead of every product.
+    inputs = x.expand(width, -1, -1)
+    outputs = y.view(x.shape[0], parts, width, sliced.inner).permute(1, 2, 0, 3).unbind(0)
+    biases = None if bias is None else bias.view(parts, width, 1, sliced.inner).unbind(0)
+    for part, weights in enumerate(slices):
+        if biases is None:
+            torch.bmm(inputs, weights, out=outputs[part])
+        else:
+            torch.baddbmm(biases[part], inputs, weights, out=outputs[part])
+    return y
+
+
+def _gathered(
+    sliced: SlicedPlan, slices: Iterator[Tensor], x: Tensor, bias: Tensor | None, matrix: Tensor
+) -> Tensor:
+    """Multiply by all slices `(width, in, inner)` at once, gathered in `matrix`."""
+    width, parts = sliced.width, sliced.outer // sliced.width
+    places = matrix.view(sliced.in_features, parts, width, sliced.inner).permute(1, 2, 0, 3).unbind(0)
+    for place, weights in zip(places, slices, strict=True):
+        place.copy_(weights)
+    whole = matrix.view(sliced.in_features, -1)
+    return torch.mm(x, whole) if bias is None else torch.addmm(bias, x, whole)
 
 
 def _split(topology: Topology, cut: int) -> SlicedPlan | None:
@@ -181,4 +230,5 @@ def _split(topology: Topology, cut: int) -> SlicedPlan | None:
         width=width,
         in_features=in_features,
         rank=rank,
+        gather=False,
     )

@@ -74,9 +74,16 @@ def test_strided_tensors() -> None:
     topology = TOPOLOGIES["two sites"]
     cores = [torch.randn(shape[::-1]).permute(3, 2, 1, 0) for shape in topology.core_shapes.values()]
     x, bias = torch.randn(15, 9).T, torch.randn(96)[::2]
-    (plan,) = plan_slices(topology)
+    plans = plan_slices(topology)
+    assert [plan.gather for plan in plans] == [False, True]
     expected = nn.functional.linear(x, tn.TensorNetwork(topology, cores).to_matrix(), bias)
-    torch.testing.assert_close(run_in_slices(plan, cores, x, bias), expected, rtol=1e-4, atol=1e-4)
+    for plan in plans:
+        torch.testing.assert_close(run_in_slices(plan, cores, x, bias), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_slices_are_gathered_for_many_tokens() -> None:
+    few, many = (SLICED - wide().dispatch.rebuilt[k][1] for k in (0, -1))
+    assert [plan_slices(WIDE)[k].gather for k in (few, many)] == [False, True]
 
 
 @pytest.mark.parametrize("bias", [True, False])
