@@ -145,6 +145,25 @@ def test_a_checkpoint_says_which_row_is_which(tmp_path: Path) -> None:
     assert divergence(second, first) < 1e-6
 
 
+class Named(nn.Module):
+    """Calls its layer by the name of the argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+def test_layers_that_are_called_by_name() -> None:
+    teacher = Named()
+    student = copy.deepcopy(teacher)
+    tn.compress(student, CONFIG, progress=False)
+    report = tn.heal(student, teacher, [{"x": torch.randn(9, 12)}], steps=0, layer_steps=5, lr=1e-2)
+    assert report.layer_losses[-1] < report.layer_losses[0]
+
+
 def test_layers_that_no_gradient_reaches(tmp_path: Path) -> None:
     """The pooler of an encoder takes no part in its hidden states; the checkpoint is written all the same."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 44}

@@ -210,10 +210,13 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
     handles = []
 
     def compare(layer: NetworkModule) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        ) -> None:
+            (given,) = (*args, *kwargs.values())  # some models name the only argument
             mask = token_mask(batch, output.shape[:-1])
             with torch.enable_grad():
-                gap = layer(args[0].detach()) - output.detach()
+                gap = layer(given.detach()) - output.detach()
                 gap, wanted = (x if mask is None else x[mask] for x in (gap, output.detach()))
                 error = gap.square().mean() / wanted.square().mean().clamp_min(1e-12)
             error.backward()
@@ -223,7 +226,8 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
 
     for name, layer in layers.items():
         if isinstance(layer, TensorNetworkLinear):  # embeddings have no inputs to learn from
-            handles.append(teacher.get_submodule(name).register_forward_hook(compare(layer)))
+            stock = teacher.get_submodule(name)
+            handles.append(stock.register_forward_hook(compare(layer), with_kwargs=True))
     try:
         with torch.no_grad():
             teacher(**batch)
