@@ -188,17 +188,35 @@ def test_bad_input() -> None:
         tn.search_topology((4, 4))
     with pytest.raises(tn.BudgetError, match="param_ratio must be above 0, got 0"):
         tn.search_topology((4, 4), param_ratio=0)
-    with pytest.raises(tn.BudgetError, match="max_params must be at least 1, got 0"):
+    with pytest.raises(tn.BudgetError, match="max_params must be an integer of at least 1, got 0"):
         tn.search_topology((4, 4), max_params=0)
     with pytest.raises(tn.BudgetError, match=r"fits 3 parameters; raise the budget \(plain low rank needs 8"):
         tn.search_topology((4, 4), max_params=3)
     with pytest.raises(tn.ShapeError, match=r"got shape \(2, 2, 2\)"):
         tn.search_topology(torch.zeros(2, 2, 2), param_ratio=0.5)
-    with pytest.raises(tn.ShapeError, match="needs a matrix"):
+    with pytest.raises(
+        tn.ShapeError, match="out_features of the shape must be an integer of at least 1, got 0"
+    ):
         tn.search_topology((0, 4), param_ratio=0.5)
     with pytest.raises(tn.NonFiniteError, match="The matrix"):
         tn.search_topology(torch.full((4, 4), math.nan), param_ratio=0.5)
     with pytest.raises(tn.TopologyError, match="Unknown topology 'tree'"):
         tn.search_topology((4, 4), param_ratio=0.5, families=("tree",))
-    with pytest.raises(ValueError, match="tokens must be at least 1"):
+    with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
+        tn.search_topology((4, 4), param_ratio=0.5, families=())
+    with pytest.raises(tn.ShapeError, match="or its shape, two integers; got 12"):
+        tn.search_topology(12, param_ratio=0.5)  # type: ignore[arg-type]
+    with pytest.raises(tn.ShapeError, match=r"as a torch\.Tensor, .*; got ndarray"):
+        tn.search_topology(torch.ones(4, 4).numpy(), param_ratio=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_sites must be an integer of at least 2, got 1"):
+        tn.search_topology((4, 4), param_ratio=0.5, max_sites=1)
+    for tokens in (1.5, "many", (8, 0)):
+        with pytest.raises(ValueError, match="tokens must be an integer of at least 1"):
+            tn.search_topology((4, 4), param_ratio=0.5, tokens=tokens)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokens must be an integer of at least 1"):
         tn.search_topology((4, 4), param_ratio=0.5, tokens=0)
+
+
+def test_one_family_may_be_named_alone() -> None:
+    found = tn.search_topology((12, 18), param_ratio=0.6, families="low_rank")
+    assert {point.topology.family for point in found.points} == {"low_rank"}
