@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -142,6 +143,8 @@ def test_limits_of_best() -> None:
     assert found.best("error", max_ms=fast.milliseconds).milliseconds <= fast.milliseconds
     with pytest.raises(tn.BudgetError, match=r"meets max_error=1e-09"):
         found.best(max_error=1e-9)
+    with pytest.raises(tn.BudgetError, match=r"max_error must be a number, got '0\.1'"):
+        found.best(max_error="0.1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Unknown objective 'speed'; choose one of error, time, params"):
         found.best("speed")  # type: ignore[arg-type]
 
@@ -220,3 +223,12 @@ def test_bad_input() -> None:
 def test_one_family_may_be_named_alone() -> None:
     found = tn.search_topology((12, 18), param_ratio=0.6, families="low_rank")
     assert {point.topology.family for point in found.points} == {"low_rank"}
+
+
+def test_points_and_searches_print_in_a_line() -> None:
+    known = tn.search_topology(torch.randn(12, 18), param_ratio=0.6, families="low_rank")
+    counts = f"{len(known.front)} of {len(known.points)} points"
+    assert repr(known) == f"<TopologySearch (12, 18): {counts} on the front>"
+    assert re.fullmatch(r"low_rank 4: 120 parameters, error 0\.\d{5}, \d\.\d{4} ms", str(known.best()))
+    bounded = tn.search_topology((12, 18), param_ratio=0.6, families="low_rank").best()
+    assert "error at most 0.81650" in str(bounded)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tensornet.checks import check_number
 from tensornet.errors import BudgetError
 from tensornet.topology import Topology
 
@@ -38,6 +39,13 @@ class SearchPoint:
     error: float | None
     error_bound: float | None
 
+    def __str__(self) -> str:
+        error = "unknown" if self.ranked_error == 1.0 and self.error is None else f"{self.ranked_error:.5f}"
+        known = "error" if self.error is not None else "error at most"
+        return (
+            f"{form(self.topology)}: {self.params:,} parameters, {known} {error}, {self.milliseconds:.4f} ms"
+        )
+
     @property
     def ranked_error(self) -> float:
         """The error, else its bound, else 1."""
@@ -67,6 +75,9 @@ class TopologySearch:
     front: tuple[SearchPoint, ...]
     pruned: int
 
+    def __repr__(self) -> str:
+        return f"<TopologySearch {self.shape}: {len(self.front)} of {len(self.points)} points on the front>"
+
     def __iter__(self) -> Iterator[SearchPoint]:
         return iter(self.front)
 
@@ -88,10 +99,13 @@ class TopologySearch:
 
         Raises:
             ValueError: unknown objective.
-            BudgetError: nothing meets the limits.
+            BudgetError: nothing meets the limits, or one is no number.
         """
         if objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        for name, limit in (("max_error", max_error), ("max_ms", max_ms)):
+            if limit is not None:
+                check_number(name, limit)
         allowed = [
             point
             for point in self.points
