@@ -226,6 +226,10 @@ def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: R
             ("compress", gpt2_path(), "out", *CHAIN, "--sites", 30, "--calibration", "text.txt"),
             "at most 25 out-legs",
         ),
+        (
+            ("compress", gpt2_path(), "out", "--max-bond", 4, "--report", "no/r.html"),
+            "report cannot be written",
+        ),
         (("compress", gpt2_path(), "out", "--plan", "empty.txt"), "Cannot read a compression plan"),
         (
             ("compress", gpt2_path(), "out", "--max-bond", 4, "--calibration", "short.txt"),

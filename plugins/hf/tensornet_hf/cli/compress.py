@@ -22,7 +22,7 @@ from tensornet.compression import (
     prepare,
 )
 from tensornet.compression.providers import gather_statistics
-from tensornet.errors import BudgetError, TargetError
+from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet_hf import conversion
 from tensornet_hf.cli import shared
 from tensornet_hf.cli.healing import HealingFile
@@ -134,6 +134,7 @@ def run(
     _check_usage(destination, budget, plan, dry_run)
     _check_heal(heal, calibration, int8)
     _check_validation(validation, calibration, objective, plan)
+    _check_report(report)
     if workers is not None:
         needs_model = {
             "--dtype": dtype,
@@ -298,6 +299,14 @@ def _check_validation(
     there = validation.exists() and calibration is not None and calibration.exists()
     if there and calibration is not None and validation.samefile(calibration):
         raise typer.BadParameter("--validation is the text of --calibration; give one of another source.")
+
+
+def _check_report(report: Path | None) -> None:
+    """Before the work that it tells of, not after."""
+    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
+        raise DestinationError(
+            f"The report cannot be written to {report}: name a file in a folder that exists."
+        )
 
 
 def _check_usage_of_workers(destination: str | None, needs_model: Mapping[str, object]) -> None:
