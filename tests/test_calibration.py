@@ -263,8 +263,18 @@ def test_batch_of_an_unknown_form() -> None:
 
 
 def test_model_without_a_loss_names_what_to_pass() -> None:
-    with pytest.raises(tn.TargetError, match="pass loss_fn"):
-        tn.calibrate(llama().model, [BATCH])
+    """An encoder's hidden states have one; an embedding alone returns nothing that is judged."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.table(input_ids)
+
+    with pytest.raises(tn.TargetError, match=r"nor hidden states.*calibrate\(model, batches, loss_fn"):
+        tn.calibrate(Table(), [BATCH["input_ids"]])
 
 
 def test_not_finite_inputs_name_the_layer() -> None:
