@@ -84,7 +84,10 @@ def _comparing(
                 return None
         if smaller:
             tokens = x.numel() // in_features
-            way = next((way for largest, way in smaller if tokens <= largest), rest)
+            for largest, candidate in smaller:  # `next` and a generator would take as long as all the rest
+                if tokens <= largest:
+                    way = candidate
+                    break
         if way is None or shape[-1] != in_features or "bias" not in parameters:  # a parametrized bias is not
             return None
         if len(shape) == 2 or way is kept:
