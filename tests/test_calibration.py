@@ -262,6 +262,42 @@ def test_batch_of_an_unknown_form() -> None:
         tn.calibrate(gpt2(), ["In the beginning"])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (torch.ones(2, 8, dtype=torch.long), r"got Tensor; pass a list, \[batch\]"),
+        ({"input_ids": torch.ones(2, 8, dtype=torch.long)}, "got dict; pass a list"),
+        (7, "takes an iterable of batches, got int"),
+        ([torch.ones(8, dtype=torch.long)], r"has shape \(rows, tokens\) and integers, got \(8,\)"),
+        ([torch.rand(2, 8)], r"got \(2, 8\) torch.float32"),
+        ([torch.ones(2, 1, dtype=torch.long)], "No token of the calibration data has a loss"),
+    ],
+)
+def test_what_is_no_calibration_data(batches: object, message: str) -> None:
+    with pytest.raises(tn.TargetError, match=message):
+        tn.calibrate(gpt2(), batches)  # type: ignore[arg-type]
+
+
+def test_options_that_are_none() -> None:
+    with pytest.raises(ValueError, match="'labels' or 'sampled', got 'empirical'"):
+        tn.calibrate(gpt2(), [BATCH], fisher="empirical")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be at least 0, got -1"):
+        tn.calibrate(gpt2(), [BATCH], gradient_batches=-1)
+
+
+class Named(Classifier):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=torch.tanh(self.first(input=x)))
+
+
+def test_layers_that_are_called_by_name() -> None:
+    model, data = Named(), vectors()
+    plain = Classifier()
+    plain.load_state_dict(model.state_dict())
+    named, other = (tn.calibrate(x, [data], loss_fn=class_losses) for x in (model, plain))
+    torch.testing.assert_close(named.columns["second"], other.columns["second"])
+
+
 def test_model_without_a_loss_names_what_to_pass() -> None:
     """An encoder's hidden states have one; an embedding alone returns nothing that is judged."""
 

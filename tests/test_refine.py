@@ -22,7 +22,7 @@ class Chain(nn.Module):
         self.first, self.second = nn.Linear(10, 12), nn.Linear(12, 8)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(input_ids)))
+        return self.second(input=torch.tanh(self.first(input_ids)))
 
 
 def windows(text: str, count: int) -> Tensor:
@@ -56,7 +56,7 @@ def test_a_full_rank_layer_is_the_least_squares_solution() -> None:
     )
     tn.compress(model, tn.CompressionConfig(target_modules="second", topology="low_rank"), progress=False)
     x = torch.randn(4000, 10)
-    report = refine(model, teacher, [x], correction=1.0, anchor=0.5)
+    report = refine(model, teacher, [{"input_ids": x}], correction=1.0, anchor=0.5)
     assert report.kept
     with torch.no_grad():
         real, dense = torch.tanh(model.first(x)), torch.tanh(teacher.first(x))
@@ -119,7 +119,7 @@ def test_layers_that_cannot_be_compared_stay_and_are_named() -> None:
         model, tn.CompressionConfig(max_bond=3, objective="weight", topology="low_rank"), progress=False
     )
     old = copy.deepcopy(model)
-    report = refine(model, teacher, [torch.randn(300, 10) for _ in range(4)])
+    report = refine(model, teacher, [{"input_ids": torch.randn(300, 10)} for _ in range(4)])
     assert report.left == {
         "unused": "the data never reached it",
         "routed": "300 tokens reached it in the dense model, 150 in the compressed one",
@@ -134,13 +134,13 @@ def test_an_exact_model_stays_as_it_is() -> None:
     model = copy.deepcopy(teacher)
     tn.compress(model, tn.CompressionConfig(topology="low_rank"), progress=False)
     x = torch.randn(50, 10)
-    refine(model, teacher, [x])
+    refine(model, teacher, [{"input_ids": x}])
     torch.testing.assert_close(model(x), teacher(x), rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_to_refine() -> None:
     with pytest.raises(tn.TargetError, match="compressed linear layers"):
-        refine(Chain(), Chain(), [torch.randn(3, 10)])
+        refine(Chain(), Chain(), [{"input_ids": torch.randn(3, 10)}])
     model = Chain()
     tn.compress(model, tn.CompressionConfig(), progress=False)
     with pytest.raises(tn.TargetError, match="at least one batch"):
@@ -150,11 +150,11 @@ def test_nothing_to_refine() -> None:
 @pytest.mark.parametrize("options", [{"correction": 1.1}, {"anchor": -1.0}, {"damping": float("nan")}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"correction from 0 to 1.*got"):
-        refine(Chain(), Chain(), [torch.randn(3, 10)], **options)
+        refine(Chain(), Chain(), [{"input_ids": torch.randn(3, 10)}], **options)
 
 
 def test_the_teacher_must_be_dense() -> None:
     model = Chain()
     tn.compress(model, tn.CompressionConfig(), progress=False)
     with pytest.raises(tn.TargetError, match=r"'first'.*no stock layer of the teacher"):
-        refine(model, copy.deepcopy(model), [torch.randn(3, 10)])
+        refine(model, copy.deepcopy(model), [{"input_ids": torch.randn(3, 10)}])

@@ -57,6 +57,7 @@ def calibrate(
         TargetError: no batch, or a batch of an unknown form.
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
     """
+    _check_arguments(batches, fisher, gradient_batches)
     recorder = _Recorder(full_up_to, dtype)
     losses = loss_fn or (sampled_losses if fisher == "sampled" else label_losses)
     total, scored, count = 0.0, 0, 0
@@ -78,7 +79,29 @@ def calibrate(
             count += 1
     if count == 0:
         raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
+    if scored == 0 and gradient_batches != 0:
+        raise TargetError(
+            "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
+            "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
+        )
     return recorder.finish(scored, total / scored if scored else None, source)
+
+
+def _check_arguments(batches: Any, fisher: str, gradient_batches: int | None) -> None:
+    """Refuse what would fail far from here, or be taken for something else.
+
+    Raises:
+        TargetError: a single batch, or nothing that can be walked through.
+        ValueError: an option that is none.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TargetError(
+            f"calibrate takes an iterable of batches, got {type(batches).__name__}; pass a list, [batch]."
+        )
+    if fisher not in ("labels", "sampled"):
+        raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
+    if gradient_batches is not None and gradient_batches < 0:
+        raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
 
 
 class _Recorder:
@@ -175,7 +198,7 @@ def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | N
         handle
         for name, module in layers.values()
         for handle in (
-            module.register_forward_pre_hook(_input_hook(name, recorder)),
+            module.register_forward_pre_hook(_input_hook(name, recorder), with_kwargs=True),
             module.register_forward_hook(_output_hook(name, recorder)),
         )
     ]
@@ -193,12 +216,13 @@ def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | N
 
 
 def _input_hook(name: str, recorder: _Recorder) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (given,) = (*args, *kwargs.values())  # some models name the only argument
         kind = kind_of(module)
         if kind is not None and kind.name == "embedding":
-            recorder.see_indices(name, args[0], kind.matrix(module).shape[0])
+            recorder.see_indices(name, given, kind.matrix(module).shape[0])
         else:
-            recorder.see_input(name, args[0])
+            recorder.see_input(name, given)
 
     return hook
 
@@ -220,6 +244,11 @@ def to_device(batch: Batch | Tensor, device: torch.device) -> Batch:
         TargetError: it is neither a mapping nor a tensor.
     """
     if isinstance(batch, Tensor):
+        if batch.ndim != 2 or batch.is_floating_point():
+            raise TargetError(
+                f"A tensor of token indices has shape (rows, tokens) and integers, got {tuple(batch.shape)} "
+                f"{batch.dtype}."
+            )
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
         raise TargetError(

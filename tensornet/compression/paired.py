@@ -1,6 +1,6 @@
 """A compressed model and its dense teacher run side by side, up to one group of layers after another."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,10 +70,10 @@ class PairedRun:
         """Layers in the order in which they run; neighbours that read the same tensor are together."""
         seen: list[tuple[str, Tensor]] = []  # the tensors are kept: no other may take their address
 
-        def hook(name: str) -> Any:
-            def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(name: str) -> Callable[[Tensor], None]:
+            def note(x: Tensor) -> None:
                 if all(name != other for other, _ in seen):
-                    seen.append((name, args[0]))
+                    seen.append((name, x))
 
             return note
 
@@ -108,10 +108,9 @@ class PairedRun:
         found: list[Tensor] = []
         model = (self.model, self.teacher)[side]
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            mask = token_mask(batch, args[0].shape[:-1])
-            x = args[0].reshape(-1, args[0].shape[-1]) if mask is None else args[0][mask]
-            found.append(x.float())
+        def keep(x: Tensor) -> None:
+            mask = token_mask(batch, x.shape[:-1])
+            found.append((x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float())
             if (
                 place is not None
             ):  # a layer of a block may run several times, but a block no further than needed
@@ -144,8 +143,20 @@ class PairedRun:
 
 
 @contextmanager
-def _hooked(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Have functions called with the inputs of modules."""
+
+    def before(function: Callable[[Tensor], None]) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            (x,) = (*args, *kwargs.values())  # some models name the only argument
+            function(x)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(before(function), with_kwargs=True)
+        for module, function in hooks.items()
+    ]
     try:
         yield
     finally:

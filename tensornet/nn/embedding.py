@@ -48,13 +48,13 @@ class MPOEmbedding(NetworkModule):
         self.padding_idx = padding_idx
         self.lookup = plan_lookup(topology)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """Map token indices of shape `(...)` to vectors `(..., embedding_dim)`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Map token indices `input: (...)` to vectors `(..., embedding_dim)`; named as in `nn.Embedding`."""
         if self.strategy == "reconstruct":
-            return nn.functional.embedding(indices, self.to_matrix())
-        if self.strategy == "cached" and self.route(indices.numel()) == CACHED:
-            return nn.functional.embedding(indices, self.kept_matrix())
-        return lookup_rows(self.topology, self.lookup, self.cores, indices)
+            return nn.functional.embedding(input, self.to_matrix())
+        if self.strategy == "cached" and self.route(input.numel()) == CACHED:
+            return nn.functional.embedding(input, self.kept_matrix())
+        return lookup_rows(self.topology, self.lookup, self.cores, input)
 
     @classmethod
     def from_embedding(

@@ -64,22 +64,22 @@ class TensorNetworkLinear(NetworkModule):
         zeros = torch.zeros(self.out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", nn.Parameter(zeros) if zeros is not None else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x: (..., in_features)` to `(..., out_features)`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `input: (..., in_features)` to `(..., out_features)`; named as in `nn.Linear`."""
         if not is_compiling() and (shortcut := self._shortcut) is not None:
-            y = shortcut(self, x)
+            y = shortcut(self, input)
             if y is not None:
                 return y
         # An exported program must not depend on the token count: it would be guarded against all others.
-        tokens = PLANNED_TOKENS if is_exporting() else x.numel() // self.in_features
-        route = self.route(tokens, on_cpu=x.is_cpu)
+        tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
+        route = self.route(tokens, on_cpu=input.is_cpu)
         if route >= 0:
-            y = contract_with_input(self.plan, self.cores, x, candidate=route, bias=self.bias)
-        elif route <= SLICED and type(x) is Tensor:
-            y = run_in_slices(plan_slices(self.topology)[SLICED - route], self.cores, x, self.bias)
+            y = contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
+        elif route <= SLICED and type(input) is Tensor:
+            y = run_in_slices(plan_slices(self.topology)[SLICED - route], self.cores, input, self.bias)
         else:
             matrix = self.kept_matrix() if route == CACHED else self.to_matrix()
-            y = linear(x, matrix, self.bias)
+            y = linear(input, matrix, self.bias)
         if not is_compiling():
             self._remember(route)
         return y
