@@ -41,7 +41,7 @@ def plan_contraction(
         A plan for `run`.
 
     Raises:
-        TopologyError: the path is not pairwise.
+        TopologyError: the path is not pairwise, or `optimize` is no known name.
         MissingDependencyError: `optimize="cotengra"` without cotengra.
     """
     path = find_path(operands, output, size_of, optimize)
@@ -69,7 +69,15 @@ def find_path(
     terms = ["".join(symbol[x] for x in labels) for labels in squeezed]
     equation = ",".join(terms) + "->" + "".join(symbol[x] for x in kept)
     shapes = [tuple(size_of[x] for x in labels) for labels in squeezed]
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
+    try:
+        path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
+    except KeyError as error:  # how opt_einsum says that it has no optimizer of this name
+        if not isinstance(optimize, str):
+            raise
+        raise TopologyError(
+            f"Unknown optimize={optimize!r}; choose 'auto', 'optimal', 'dp', 'greedy', 'branch-2', "
+            "'cotengra' or another name that opt_einsum knows, or pass one of its path optimizers."
+        ) from error
     return _pairs(path)
 
 

@@ -180,8 +180,11 @@ def test_gradients_are_those_of_the_dense_layer(strategy: str) -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValueError, match="Unknown strategy 'fast'; choose one of auto, factorized"):
         small(strategy="fast")
-    with pytest.raises(ValueError, match="cache_limit must be at least 0 bytes, got -1"):
-        small().configure(cache_limit=-1)
+    for limit in (-1, "64MB", 1.5):
+        with pytest.raises(ValueError, match=f"cache_limit must be a number of bytes.*got {limit!r}"):
+            small().configure(cache_limit=limit)  # type: ignore[arg-type]
+    with pytest.raises(tn.TopologyError, match=r"Unknown optimize='nonsense'; choose 'auto'.*'cotengra'"):
+        tn.nn.TensorNetworkLinear(mpo(out_dims=(2, 3, 4), in_dims=(2, 3, 4)), optimize="nonsense")
 
 
 def test_embedding_strategies_agree() -> None:
@@ -233,11 +236,14 @@ def test_explanation() -> None:
     assert "gradients" in layer.explain(7)["cached"].refused
     with torch.no_grad():
         assert layer.explain(7)["cached"].refused == ""
-        assert "cache_limit=0.00 MiB" in layer.configure(cache_limit=0).explain(7)["cached"].refused
+        assert "cache_limit=0 B" in layer.configure(cache_limit=0).explain(7)["cached"].refused
     text = str(told)
     assert "7 tokens" in text
     assert all(name in text for name in ("factorized", "reconstruct", "cached", "dense layer"))
-    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+    for tokens in (1.5, "a"):
+        with pytest.raises(ValueError, match=f"tokens must be an integer of at least 1, got {tokens!r}"):
+            layer.explain(tokens)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokens must be an integer of at least 1, got 0"):
         layer.explain(0)
     with pytest.raises(KeyError, match="No strategy 'fast'"):
         told["fast"]

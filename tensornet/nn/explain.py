@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tensornet.checks import check_size
 from tensornet.cost import dense_seconds
 from tensornet.machine import default_machine
 from tensornet.network import OperatorPlan
@@ -73,20 +74,27 @@ class Explanation:
             note = f"  ({cost.refused})" if cost.refused else ""
             lines.append(
                 f"{mark} {cost.strategy:<12} {cost.milliseconds:>10.3f} {cost.multiply_adds:>16,} "
-                f"{cost.moved:>14,} {cost.memory_bytes / 2**20:>8.2f} MiB{note}"
+                f"{cost.moved:>14,} {size_in_words(cost.memory_bytes):>12}{note}"
             )
         lines.append(f"  {'dense layer':<12} {self.dense_milliseconds:>10.3f}")
         return "\n".join(lines)
+
+
+def size_in_words(size: int) -> str:
+    """Bytes in the unit that leaves something before the point."""
+    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"
 
 
 def explain(layer: RoutedModule, tokens: int) -> Explanation:
     """Costs for a layer, and its choice in its present mode.
 
     Raises:
-        ValueError: `tokens` is below 1.
+        ValueError: `tokens` is no integer of at least 1.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}.")
+    tokens = check_size("tokens", tokens, error=ValueError)
     plan, weight = layer.plan, layer.weight
     machine, itemsize = layer.machine or default_machine(weight.device), weight.element_size()
     factorized = choose(layer.dispatch.factorized, tokens)
@@ -148,7 +156,7 @@ def _why_not_cached(layer: RoutedModule) -> str:
         return "only in eval"
     if not layer.may_keep_matrix:
         limit = DEFAULT_CACHE_LIMIT if layer.cache_limit is None else layer.cache_limit
-        return f"over cache_limit={limit / 2**20:.2f} MiB"
+        return f"over cache_limit={size_in_words(limit)}"
     if layer.records_gradients():
         return "gradients of the cores are recorded; use torch.no_grad()"
     return ""

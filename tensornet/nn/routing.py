@@ -61,7 +61,7 @@ class RoutedModule(nn.Module):
         """What each strategy costs for that many tokens, and which one the layer takes as it is now.
 
         Raises:
-            ValueError: `tokens` is below 1.
+            ValueError: `tokens` is no integer of at least 1.
         """
         return explain(self, tokens)
 

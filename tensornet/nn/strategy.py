@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -66,12 +67,14 @@ def check_options(strategy: str, cache_limit: int | None) -> None:
     """Refuse options no layer knows.
 
     Raises:
-        ValueError: unknown strategy, or a negative limit.
+        ValueError: unknown strategy, or a limit that is no number of bytes.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
-    if cache_limit is not None and cache_limit < 0:
-        raise ValueError(f"cache_limit must be at least 0 bytes, got {cache_limit}; 0 keeps no matrix.")
+    if cache_limit is not None and (not isinstance(cache_limit, Integral) or cache_limit < 0):
+        raise ValueError(
+            f"cache_limit must be a number of bytes of at least 0, got {cache_limit!r}; 0 keeps no matrix."
+        )
 
 
 def route_seconds(plan: OperatorPlan, route: int, tokens: int, machine: Machine, itemsize: int) -> float:
