@@ -188,6 +188,7 @@ def test_an_encoder_needs_no_loss_of_its_own() -> None:
     )
     assert report.plan is not None
     assert report.plan.predicted_loss_increase is not None
+    assert report.plan.predicted_perplexity is None  # a cosine has none
     with torch.no_grad():
         pooled = []
         for x in (model, twin):

@@ -1,5 +1,6 @@
 """`calibrate`: run a model over text and collect second moments, streaming, in bounded memory."""
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded
-from tensornet.compression.losses import Batch, TokenLosses, label_losses, sampled_losses, token_mask
+from tensornet.compression.losses import Batch, TokenLosses, cosine_losses, default_losses, token_mask
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import find_targets
 from tensornet.errors import NonFiniteError, TargetError
@@ -43,7 +44,8 @@ def calibrate(
         batches: keyword arguments of the model (a Hugging Face batch), or tensors of token indices
             `(rows, tokens)`.
         config: observe the layers it selects; all if absent.
-        loss_fn: losses of single tokens, see `tensornet.compression.losses`; overrules `fisher`.
+        loss_fn: losses of single tokens, see `tensornet.compression.losses`; overrules `fisher`. If absent, a
+            model that returns hidden states alone is judged by their cosine (`cosine_losses`).
         fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
             `"sampled"` at labels drawn from the model (the true one).
         gradient_batches: number of first batches that are also differentiated, which costs three times as
@@ -59,7 +61,6 @@ def calibrate(
     """
     _check_arguments(batches, fisher, gradient_batches)
     recorder = _Recorder(full_up_to, dtype)
-    losses = loss_fn or (sampled_losses if fisher == "sampled" else label_losses)
     total, scored, count = 0.0, 0, 0
     length = len(batches) if isinstance(batches, Sized) else None
     with _observed(model, recorder, config):
@@ -69,7 +70,10 @@ def calibrate(
             with_gradients = gradient_batches is None or count < gradient_batches
             with torch.set_grad_enabled(with_gradients):
                 if with_gradients:
-                    each = losses(model, recorder.batch)
+                    if loss_fn is None:
+                        with recorder.paused():
+                            loss_fn = default_losses(model, recorder.batch, fisher)
+                    each = loss_fn(model, recorder.batch)
                     each.sum().backward()
                     total, scored = total + float(each.detach().sum()), scored + each.numel()
                 elif loss_fn is not None:  # it knows how this model is called
@@ -84,7 +88,9 @@ def calibrate(
             "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
             "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
         )
-    return recorder.finish(scored, total / scored if scored else None, source)
+    loss = total / scored if scored else None
+    # A random projection is no loss of tokens, of which a perplexity could be told.
+    return recorder.finish(scored, math.nan if loss_fn is cosine_losses and scored else loss, source)
 
 
 def _check_arguments(batches: Any, fisher: str, gradient_batches: int | None) -> None:
@@ -110,6 +116,7 @@ class _Recorder:
     def __init__(self, full_up_to: int, dtype: torch.dtype) -> None:
         self.full_up_to, self.dtype = full_up_to, dtype
         self.batch: Batch = {}
+        self.seeing = True
         self.inputs: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -117,8 +124,19 @@ class _Recorder:
         self.shares: dict[str, str] = {}  # layer -> layer whose input moment it shares
         self._last: tuple[str, weakref.ref[Tensor]] | None = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See nothing of what runs inside."""
+        self.seeing = False
+        try:
+            yield
+        finally:
+            self.seeing = True
+
     def see_input(self, name: str, x: Tensor) -> None:
         """Add one input; a tensor that the layer before has just read is not added twice."""
+        if not self.seeing:
+            return
         last = self._last
         leader = last[0] if last is not None and last[1]() is x else name
         if self.shares.setdefault(name, leader) != leader:
@@ -134,6 +152,8 @@ class _Recorder:
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Count which rows of an embedding were read."""
+        if not self.seeing:
+            return
         mask = token_mask(self.batch, indices.shape)
         chosen = (indices if mask is None else indices[mask]).reshape(-1)
         self.embeddings.add(name)

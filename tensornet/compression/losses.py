@@ -22,23 +22,20 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Labels are `batch["labels"]`, else the unpadded `input_ids`. Causal models (all but encoder-decoder and
     masked ones) are scored on the next token, but not from padding. Where labels and logits do not match
-    token by token, the model's own mean loss counts once for each row of the batch. Models that return hidden
-    states alone are judged as by `cosine_losses`.
+    token by token, the model's own mean loss counts once for each row of the batch.
 
     Raises:
-        TargetError: the model returns neither logits nor a loss nor hidden states.
+        TargetError: the model returns neither logits nor a loss.
     """
     labels, logits, output = _predict(model, batch)
     if logits is None or labels is None:
         if (loss := getattr(output, "loss", None)) is not None:
             return loss.expand(len(next(iter(batch.values()))))
-        if _only_hidden(output):
-            return _projected(_pooled(output, batch))
         raise TargetError(
-            f"{type(model).__name__} returns neither logits for each token nor a loss nor hidden states, so "
-            "nothing says what an error costs. Calibrate it with a loss of your own: stats = "
-            "tensornet.calibrate(model, batches, loss_fn=...), where loss_fn is a function (model, batch) -> "
-            "losses of shape (tokens,), then tensornet.compress(model, config, calibration=stats)."
+            f"{type(model).__name__} returns neither logits for each token nor a loss, so nothing says what "
+            "an error costs. For hidden states there is tensornet.compression.cosine_losses. Calibrate it "
+            "with a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where loss_fn "
+            "is a function (model, batch) -> losses of shape (tokens,), then tensornet.compress(model, config, calibration=stats)."
         )
     logits, labels = _aligned(model, batch, logits, labels)
     return nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -49,11 +46,9 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
     not shrink where the model already predicts its text well. A classifier of whole rows has one loss for
-    each row. Models that return hidden states alone are judged as by `cosine_losses`.
+    each row.
     """
     labels, logits, output = _predict(model, batch)
-    if _only_hidden(output):
-        return _projected(_pooled(output, batch))
     if logits is not None and labels is not None:
         logits, _ = _aligned(model, batch, logits, labels)
     elif (logits := getattr(output, "logits", None)) is None or logits.ndim != 2 or logits.shape[1] < 2:
@@ -76,6 +71,18 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     return _projected(_pooled(model(**batch), batch))
 
 
+@torch.no_grad()
+def default_losses(model: nn.Module, batch: Batch, fisher: str) -> TokenLosses:
+    """What a model is judged by that nobody named a loss for, from what it returns for a batch.
+
+    `cosine_losses` where that is hidden states alone; else `sampled_losses` for `fisher="sampled"`, or
+    `label_losses`.
+    """
+    if _only_hidden(_predict(model, batch)[2]):
+        return cosine_losses
+    return sampled_losses if fisher == "sampled" else label_losses
+
+
 def losses_against(teacher: nn.Module) -> TokenLosses:
     """What compressed models are judged by beside a dense one, with the same labels each time.
 
@@ -83,12 +90,17 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
     output with the teacher's, shape `(rows,)`.
     """
 
+    judged_by: TokenLosses | None = None
+
     def losses(model: nn.Module, batch: Batch) -> Tensor:
+        nonlocal judged_by
+        if judged_by is None:  # from the first batch; the teacher of a language model then runs no more
+            judged_by = default_losses(teacher, batch, "labels")
+        if judged_by is not cosine_losses:
+            return judged_by(model, batch)
         with torch.no_grad():
-            wanted = teacher(**batch)
-        if not _only_hidden(wanted):
-            return label_losses(model, batch)
-        return 1 - (_pooled(model(**batch), batch) * _pooled(wanted, batch)).sum(-1)
+            wanted = _pooled(teacher(**batch), batch)
+        return 1 - (_pooled(model(**batch), batch) * wanted).sum(-1)
 
     return losses
 

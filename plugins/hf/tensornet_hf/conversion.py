@@ -1,9 +1,7 @@
 """A model folder on its way to another form: open, plan, carry out."""
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,11 +86,9 @@ def collect_stats(
     """
     data = calibration_data(model, folder, text, tokens=tokens)
     source = f"{data.tokens:,} tokens of {name}"
-    stats = calibrate(
+    return calibrate(
         model, data.batches, config=config, loss_fn=data.loss_fn, source=source, progress=progress
     )
-    # What an encoder is judged by is no loss of tokens, of which a perplexity could be told.
-    return replace(stats, loss=math.nan) if data.loss_fn is cosine_losses else stats
 
 
 def validation_data(model: PreTrainedModel, folder: Path, text: str) -> CalibrationData:
