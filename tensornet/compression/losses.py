@@ -34,8 +34,9 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
         raise TargetError(
             f"{type(model).__name__} returns neither logits for each token nor a loss, so nothing says what "
             "an error costs. For hidden states there is tensornet.compression.cosine_losses. Calibrate it "
-            "with a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where loss_fn "
-            "is a function (model, batch) -> losses of shape (tokens,), then tensornet.compress(model, config, calibration=stats)."
+            "with a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where "
+            "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
+            "tensornet.compress(model, config, calibration=stats)."
         )
     logits, labels = _aligned(model, batch, logits, labels)
     return nn.functional.cross_entropy(logits, labels, reduction="none")
