@@ -68,7 +68,7 @@ def test_exports_with_dynamic_tokens(name: str, strategy: str) -> None:
     layer = layer_for(name, strategy).eval()
     x = torch.randn(6, layer.in_features)
     batch = torch.export.Dim("batch", min=2, max=10**6)
-    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}})
+    program = torch.export.export(layer, (x,), dynamic_shapes={"input": {0: batch}})
     for tokens in (2, 300, 5000):
         x = torch.randn(tokens, layer.in_features)
         torch.testing.assert_close(program.module()(x), dense(layer, x), rtol=1e-4, atol=1e-5)
@@ -180,6 +180,6 @@ def test_embedding_compiles_and_exports() -> None:
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(indices), expected)
     program = torch.export.export(
-        layer, (indices,), dynamic_shapes={"indices": {1: torch.export.Dim("n", min=2)}}
+        layer, (indices,), dynamic_shapes={"input": {1: torch.export.Dim("n", min=2)}}
     )
     torch.testing.assert_close(program.module()(indices[:, :2]), expected[:, :2])
