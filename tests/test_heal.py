@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 import tensornet as tn
 from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
+from tensornet.compression.losses import losses_against
 
 CONFIG = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank", pivoted=True)
 
@@ -247,6 +248,17 @@ def test_encoder_by_the_cosine_of_hidden_states() -> None:
     report = tn.heal(student.model, teacher.model, batches(), steps=20, lr=3e-3)
     assert report.losses[-1] < report.losses[0]
     assert 0 <= report.losses[-1] < 2
+
+
+def test_the_distance_of_encoders_is_what_calibration_prices() -> None:
+    teacher, student = pair(llama)
+    batch = {"input_ids": batches()[0], "attention_mask": torch.ones_like(batches()[0])}
+    batch["attention_mask"][:, -3:] = 0
+    with torch.no_grad():
+        outputs = [x.model(**batch) for x in (student, teacher)]
+        told = output_distance(*outputs, batch)
+        judged = losses_against(teacher.model)(student.model, batch)
+    torch.testing.assert_close(told, judged.mean())
 
 
 def test_nothing_to_heal() -> None:

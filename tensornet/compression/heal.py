@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tensornet._optional import import_optional
 from tensornet.compression.calibrate import to_device
-from tensornet.compression.losses import Batch, token_mask
+from tensornet.compression.losses import Batch, pooled, token_mask
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
@@ -79,7 +79,7 @@ def heal(
         lr: largest learning rate. The default suits models of a hundred million parameters and more; small
             ones take five times as much.
         temperature: of the softmax whose divergence is lowered.
-        distance: of the two outputs; divergence of the logits, one minus the cosine of the last hidden
+        distance: of the two outputs; divergence of the logits, one minus the cosine of mean-pooled hidden
             states where there are none, or the relative squared difference of outputs that are tensors.
         parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters beside
             frozen cores do.
@@ -240,18 +240,16 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Mean divergence of the predicted distributions of all tokens, in nats.
 
-    Where the model has no logits: one minus the cosine of the last hidden states. Where it returns a tensor:
+    Where the model has no logits: one minus the cosine of each row's mean-pooled hidden states, which
+    calibration prices as well. Where it returns a tensor:
     the squared difference relative to the teacher's square.
     """
     if isinstance(student, Tensor):
         return (student - teacher).float().square().sum() / teacher.float().square().sum().clamp_min(1e-30)
-    logits = getattr(student, "logits", None)
-    new = logits if logits is not None else student.last_hidden_state
-    old = teacher.logits if logits is not None else teacher.last_hidden_state
-    mask = token_mask(batch, new.shape[:-1])
-    new, old = (x.float() if mask is None else x[mask].float() for x in (new, old))
-    if logits is None:
-        return (1 - nn.functional.cosine_similarity(new, old, dim=-1)).mean()
+    if getattr(student, "logits", None) is None:
+        return (1 - (pooled(student, batch) * pooled(teacher, batch)).sum(-1)).mean()
+    mask = token_mask(batch, student.logits.shape[:-1])
+    new, old = (x.logits.float() if mask is None else x.logits[mask].float() for x in (student, teacher))
     new, old = (x.reshape(-1, x.shape[-1]) / temperature for x in (new, old))
     divergence = nn.functional.kl_div(
         new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean"

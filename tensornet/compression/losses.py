@@ -69,7 +69,7 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     Jacobian, so the predicted rise of this "loss" is half the squared distance between old and new unit
     vectors: one minus their cosine.
     """
-    return _projected(_pooled(model(**batch), batch))
+    return _projected(pooled(model(**batch), batch))
 
 
 @torch.no_grad()
@@ -100,8 +100,8 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
         if judged_by is not cosine_losses:
             return judged_by(model, batch)
         with torch.no_grad():
-            wanted = _pooled(teacher(**batch), batch)
-        return 1 - (_pooled(model(**batch), batch) * wanted).sum(-1)
+            wanted = pooled(teacher(**batch), batch)
+        return 1 - (pooled(model(**batch), batch) * wanted).sum(-1)
 
     return losses
 
@@ -111,9 +111,9 @@ def _only_hidden(output: Any) -> bool:
     return getattr(output, "last_hidden_state", None) is not None and not any(judged)
 
 
-def _pooled(output: Any, batch: Batch) -> Tensor:
+def pooled(output: Any, batch: Batch) -> Tensor:
     """Means of the hidden states of each row, padding left out, as unit vectors."""
-    hidden = output.last_hidden_state  # shape: (rows, tokens, width)
+    hidden = output.last_hidden_state.float()  # shape: (rows, tokens, width)
     mask = batch.get("attention_mask")
     if mask is None or mask.shape != hidden.shape[:2]:
         mask = torch.ones_like(hidden[..., 0])
