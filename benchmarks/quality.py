@@ -220,12 +220,20 @@ class Bench:
         }
 
     def refine(self, model: nn.Module) -> dict[str, Any]:
-        """Refit the layers behind one another on calibration text."""
+        """Refit the layers behind one another, on windows of the calibration text that it did not use."""
         start = time.process_time()
-        batches = self.text("calibration", self.refine_windows).split(2)
-        refine(model, self.model(), batches, self.stats, passes=2)
-        tokens = self.refine_windows * self.length
-        return {"refine_tokens": tokens, "refine_seconds": time.process_time() - start}
+        windows = self.text("calibration", None)
+        free = torch.ones(len(windows), dtype=torch.bool)
+        free[spread(len(windows), self.calibration)] = False
+        chosen = windows[free] if bool(free.any()) else windows
+        chosen = chosen[spread(len(chosen), self.refine_windows)]
+        report = refine(model, self.model(), chosen.split(2), self.stats, autocast=torch.bfloat16)
+        return {
+            "refine_tokens": chosen.numel(),
+            "refine_seconds": time.process_time() - start,
+            "refine_distances": report.distances,
+            "refine_kept": report.kept,
+        }
 
     def sample(self, model: nn.Module) -> str:
         """A greedy continuation of the prompt: perplexity alone would not show loops and noise."""
@@ -311,14 +319,24 @@ def share_svds() -> None:
     original: Callable[..., Any] = weighted.weighted_svd
     known: dict[tuple[Any, ...], Any] = {}
 
+    def key_of(matrix: Tensor, weighting: Any) -> tuple[Any, ...]:
+        sides = (weighting.rows, weighting.columns)
+        return tuple(
+            None if x is None else (*x.shape, float(x.double().sum()), float(x.flatten()[0]))
+            for x in (matrix, *sides)
+        )
+
     def remembered(matrix: Tensor, weighting: Any, **options: Any) -> Any:
-        sides = (weighting.rows is None, weighting.columns is None)
-        key = (tuple(matrix.shape), float(matrix.double().sum()), float(matrix[0, 0]), *sides)
+        key = key_of(matrix, weighting)
         if options or key not in known:
             known[key] = original(matrix, weighting, **options)
         return known[key]
 
-    weighted.weighted_svd = forms.weighted_svd = remembered
+    def looked_up(matrix: Tensor, weighting: Any, **options: Any) -> Any:
+        found = None if options else known.get(key_of(matrix, weighting))
+        return found if found is not None else original(matrix, weighting, **options)
+
+    forms.weighted_svd, weighted.weighted_svd = remembered, looked_up
 
 
 if __name__ == "__main__":

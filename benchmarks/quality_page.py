@@ -1,4 +1,5 @@
-"""Write the tables and the picture of docs/quality.md from the records of quality.py and encoder.py.
+"""Write the tables and the picture of docs/quality.md from the records of quality.py, forecast.py and
+encoder.py.
 
     python benchmarks/quality_page.py
 
@@ -28,6 +29,7 @@ Row = Mapping[str, Any]
 PAGE, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality.svg"
 LAYERS = {"mlp": "MLPs", "all": "all linear layers"}
 RATIOS = (0.9, 0.8, 0.6, 0.4, 0.3)
+SOURCES = {"heldout": "Debian handbook", "training": "PostgreSQL manual", "calibration": "Python tutorials"}
 #: Forecasts are held to account down to this share.
 FORECAST_FROM = 0.6
 #: How a method is drawn, by its key and what came after compression.
@@ -53,9 +55,11 @@ def filled(text: str, records: Path) -> str:
     """The page with its tables made of the records of a folder."""
     rows = json.loads((records / "quality.json").read_text())["rows"]
     encoder = json.loads((records / "encoder.json").read_text())["rows"]
+    foreseen_rows = json.loads((records / "forecast.json").read_text())["rows"]
     parts = {
         "quality": quality_table(rows),
-        "forecast": forecast_table(rows, measured_forecasts(records)),
+        "forecast": forecast_table(rows, foreseen_rows),
+        "sources": sources_table(foreseen_rows),
         "healing": healing_table(rows),
         "samples": samples(rows),
         "encoder": encoder_table(encoder),
@@ -100,17 +104,11 @@ def quality_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def measured_forecasts(records: Path) -> dict[tuple[str, str, float], float]:
-    """What `forecast.py` foresaw after measuring on a third text, by method, layers and share."""
-    path = records / "forecast.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return {(row["method"], row["layers"], row["ratio"]): row["foreseen"] for row in rows}
-
-
-def forecast_table(rows: Sequence[Row], corrected: Mapping[tuple[str, str, float], float]) -> str:
-    """Foreseen and measured rises, largest models first."""
+def forecast_table(rows: Sequence[Row], foreseen_rows: Sequence[Row]) -> str:
+    """Measured rises, what the price alone foresaw, and what losses on other windows of the text did."""
+    corrected = {(r["method"], r["layers"], r["ratio"]): r["foreseen heldout"] for r in foreseen_rows}
     lines = [
-        "| layers | method | kept | measured | by the price alone | corrected by a third text |",
+        "| layers | method | kept | measured | by the price alone | by other pages of the handbook |",
         "|---|---|--:|--:|--:|--:|",
     ]
     for row in sorted(foreseen(rows), key=lambda row: (_kind(row), -row["ratio"])):
@@ -121,6 +119,26 @@ def forecast_table(rows: Sequence[Row], corrected: Mapping[tuple[str, str, float
             f"{_off(row['predicted_rise'], measured)} | "
             f"{'' if better is None else _off(better, measured)} |"
         )
+    return "\n".join(lines)
+
+
+def sources_table(rows: Sequence[Row]) -> str:
+    """Rises on every source, and what was foreseen from every source; bold from the same one."""
+    lines = [
+        f"| layers | kept | judged on | measured | price alone | {' | '.join(SOURCES.values())} |",
+        "|---|--:|---|--:|--:|" + "--:|" * len(SOURCES),
+    ]
+    for row in rows:
+        if row["ratio"] < FORECAST_FROM:
+            continue
+        for judged, name in SOURCES.items():
+            measured = row[f"rise {judged}"]
+            cells = [_off(row[f"foreseen {source}"], measured) for source in SOURCES]
+            cells = [f"**{x}**" if s == judged else x for s, x in zip(SOURCES, cells, strict=True)]
+            lines.append(
+                f"| {LAYERS[row['layers']]} | {row['ratio']:.0%} | {name} | {measured:.3f} | "
+                f"{_off(row['price'], measured)} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
 
 
@@ -160,14 +178,17 @@ def samples(rows: Sequence[Row]) -> str:
 
 
 def encoder_table(rows: Sequence[Row]) -> str:
-    """Cosines and hits of the sentence encoder."""
-    lines = ["| method | kept | cosine | foreseen | top-1 |", "|---|--:|--:|--:|--:|"]
+    """Cosines, hits and forecasts of the sentence encoder."""
+    lines = [
+        "| layers | method | kept | cosine | top-1 | price alone | measured here | measured elsewhere |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
     for row in rows:
-        name = METHODS[row["method"]].title if row["method"] in METHODS else "dense"
-        known = row.get("predicted_cosine")
+        known = [row.get(name) for name in ("price", "foreseen here", "foreseen elsewhere")]
+        cells = ["" if x is None else _off(x, 1 - row["cosine"]) for x in known]
         lines.append(
-            f"| {name} | {row['ratio']:.0%} | {row['cosine']:.3f} | "
-            f"{'' if known is None else f'{known:.3f}'} | {row['top1']:.3f} |"
+            f"| {LAYERS.get(row['layers'], '')} | {title(row)} | {row['ratio']:.0%} | {row['cosine']:.3f} | "
+            f"{row['top1']:.3f} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
 

@@ -66,7 +66,7 @@ def cache(tmp_path: Path) -> Path:
     known = calibration_text()[:40_000].split("\n")
     page(docs / "python3.13/html/tutorial/a.html", known[: len(known) // 2] + phrases(60))
     page(docs / "debian-handbook/html/en-US/a.html", heldout_text()[:20_000].split("\n") + phrases(40))
-    page(docs / "postgresql-doc-17/html/a.html", known[len(known) // 2 :])
+    page(docs / "postgresql-doc-17/html/a.html", known[len(known) // 2 :] + phrases(3))
     return tmp_path
 
 
@@ -133,12 +133,18 @@ def test_part_of_a_preparation_is_that_of_the_part(cache: Path, load: Any) -> No
 
 def test_encoder(cache: Path, load: Any) -> None:
     encoder = load("encoder")
-    command = [str(cache), "--pairs", "20", "--calibration", "16", "--ratios", "0.6"]
+    command = [str(cache), "--pairs", "20", "--calibration", "16", "--ratios", "0.6", "--heal-seconds", "1"]
     rows = json.loads(encoder.main([*command, "--out", str(cache / "out")]).read_text())["rows"]
-    assert [row["method"] for row in rows] == ["dense", "svd", "svd_llm", "ours"]
+    kinds = [(row["layers"], row["method"], row["after"]) for row in rows]
+    corrected = [("all", "ours", after) for after in ("", "refined", "healed")]
+    others = [("all", "svd_llm", ""), ("all", "svd", ""), ("mlp", "ours", ""), ("mlp", "svd_llm", "")]
+    assert kinds == [("-", "dense", ""), *corrected, *others]
     assert rows[0]["cosine"] == 1
-    assert all(0 < row["cosine"] < 1 and row["kept"] <= 0.6 for row in rows[1:])
-    assert rows[3]["cosine"] > rows[1]["cosine"]
+    assert all(0 < row["cosine"] < 1 and row.get("kept", 0) <= 0.6 for row in rows[1:])
+    by_kind = dict(zip(kinds, rows, strict=True))
+    ours = by_kind["all", "ours", ""]
+    assert ours["cosine"] > by_kind["all", "svd", ""]["cosine"]
+    assert all(ours[name] > 0 for name in ("price", "foreseen here", "foreseen elsewhere"))
 
 
 def rows_of_a_record() -> list[dict[str, Any]]:
@@ -160,11 +166,15 @@ def rows_of_a_record() -> list[dict[str, Any]]:
 def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     page = load("quality_page")
     (tmp_path / "quality.json").write_text(json.dumps({"rows": rows_of_a_record()}))
-    foreseen = [{"method": "ours", "layers": "mlp", "ratio": 0.8, "price": 0.25, "foreseen": 0.19}]
-    (tmp_path / "forecast.json").write_text(json.dumps({"rows": foreseen}))
-    encoder = [{"method": "ours", "ratio": 0.6, "cosine": 0.9, "predicted_cosine": 0.95, "top1": 0.4}]
+    foreseen: dict[str, Any] = {"method": "ours", "layers": "mlp", "ratio": 0.8, "price": 0.25}
+    for source, value in (("heldout", 0.19), ("training", 0.1), ("calibration", 0.05)):
+        foreseen |= {f"foreseen {source}": value, f"rise {source}": 2 * value}
+    rows = [foreseen, {**foreseen, "ratio": 0.4}]
+    (tmp_path / "forecast.json").write_text(json.dumps({"rows": rows}))
+    small = {"method": "ours", "layers": "all", "ratio": 0.6, "after": "", "cosine": 0.9, "top1": 0.4}
+    encoder = [{**small, "price": 0.05, "foreseen here": 0.11}]
     (tmp_path / "encoder.json").write_text(json.dumps({"rows": encoder}))
-    names = ("quality", "forecast", "healing", "samples", "encoder")
+    names = ("quality", "forecast", "sources", "healing", "samples", "encoder")
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), tmp_path)
     assert "old" not in text
     assert "Dense: 20.09 on 100 tokens." in text
@@ -173,10 +183,13 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
         "| all linear layers | SVD whitened by inputs, same share everywhere (SVD-LLM) |  | 2e+05 |" in text
     )
     assert "| 80% | 0.200 | 0.250 (+25%) | 0.190 (-5%) |" in text
+    line = "| MLPs | 80% | PostgreSQL manual | 0.200 | 0.250 (+25%) | 0.190 (-5%) | **0.100 (-50%)** |"
+    assert f"{line} 0.050 (-75%) |" in text
+    assert "| MLPs | 40% | PostgreSQL" not in text
     assert "1.500" not in text  # smaller than what forecasts are held to
     assert "| MLPs | 40% | 148.4 | 54.6 | 9 | 4,608 | 600 |" in text
     assert "a \\| svd_llm" in text
-    assert "| 60% | 0.900 | 0.950 | 0.400 |" in text
+    assert "| 60% | 0.900 | 0.400 | 0.050 (-50%) | 0.110 (+10%) |  |" in text
     assert page.filled(text, tmp_path) == text
     page.draw(rows_of_a_record(), tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
@@ -187,16 +200,17 @@ def test_the_page_is_that_of_the_records(load: Any) -> None:
     text = page.PAGE.read_text()
     assert page.filled(text, page.RECORDS) == text
     assert page.PICTURE.is_file()
-    for name in ("quality", "forecast", "healing", "samples", "encoder"):
+    for name in ("quality", "forecast", "sources", "healing", "samples", "encoder"):
         assert f"<!-- table {name} -->" in text
 
 
-def test_forecasts_measured_on_a_third_text(cache: Path, load: Any) -> None:
+def test_forecasts_from_every_source(cache: Path, load: Any) -> None:
     forecast = load("forecast")
-    command = [str(cache), "--length", "64", "--calibration", "24", "--windows", "40", "--shares", "0.5"]
+    command = [str(cache), "--length", "64", "--calibration", "16", "--windows", "10", "--shares", "0.5"]
     path = forecast.main([*command, "--ratios", "0.6", "--out", str(cache / "out")])
     rows = json.loads(path.read_text())["rows"]
     assert [row["layers"] for row in rows] == ["mlp", "all"]
     for row in rows:
-        ((price, rise),) = row["points"]
-        assert row["foreseen"] == pytest.approx(row["price"] * rise / price)
+        for source in ("heldout", "training", "calibration"):
+            assert row[f"foreseen {source}"] > 0
+            assert math.isfinite(row[f"rise {source}"])
