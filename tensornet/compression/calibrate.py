@@ -264,10 +264,10 @@ def to_device(batch: Batch | Tensor, device: torch.device) -> Batch:
         TargetError: it is neither a mapping nor a tensor.
     """
     if isinstance(batch, Tensor):
-        if batch.ndim != 2 or batch.is_floating_point():
+        if batch.ndim < 2:
             raise TargetError(
-                f"A tensor of token indices has shape (rows, tokens) and integers, got {tuple(batch.shape)} "
-                f"{batch.dtype}."
+                f"A tensor of token indices has shape (rows, tokens), got {tuple(batch.shape)}; a single row "
+                "is given as row[None]."
             )
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
