@@ -111,9 +111,7 @@ class PairedRun:
         def keep(x: Tensor) -> None:
             mask = token_mask(batch, x.shape[:-1])
             found.append((x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float())
-            if (
-                place is not None
-            ):  # a layer of a block may run several times, but a block no further than needed
+            if place is not None:  # a block is run no further than needed
                 raise Stop
 
         at = None if place is None else self._chain(*place)[side]  # runs blocks, so before anything is hooked
