@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tensornet.compression import CalibrationStats, CompressionConfig
+from tensornet.compression.blocks import Stop, hidden_of
 from tensornet.compression.calibrate import _observed, _Recorder, to_device
 from tensornet.compression.losses import Batch, TokenLosses, label_losses
 from tensornet.errors import TargetError
@@ -154,7 +155,7 @@ class _Streamed:
         self.batches = list(batches)
         for number, batch in enumerate(batches):
             self.calls.append([])
-            with self._blocks_replaced(self._note_call(number)), _in_memory(self.rest), suppress(_Stop):
+            with self._blocks_replaced(self._note_call(number)), _in_memory(self.rest), suppress(Stop):
                 self.model(**batch)
 
     @torch.no_grad()
@@ -167,7 +168,7 @@ class _Streamed:
                 self._recorder.batch = batch
                 call = self.calls[number][index]
                 output = block(self._load("hidden", index, number), *call.rest, **call.kwargs)
-                self._save("hidden", index + 1, number, _hidden(output))
+                self._save("hidden", index + 1, number, hidden_of(output))
         self.tokens = max(self.tokens, *self._recorder.counts.values(), 0)
         self.moments.add(self._recorder.finish(1, None, ""))
 
@@ -197,7 +198,7 @@ class _Streamed:
                 self._recorder.batch = batch
                 hidden = self._load("hidden", index, number).requires_grad_()
                 call = self.calls[number][index]
-                output = _hidden(block(hidden, *call.rest, **call.kwargs))
+                output = hidden_of(block(hidden, *call.rest, **call.kwargs))
                 output.backward(self._load("gradient", index + 1, number))
                 assert hidden.grad is not None
                 self._save("gradient", index, number, hidden.grad)
@@ -223,7 +224,7 @@ class _Streamed:
                 self._save("hidden", 0, number, hidden)
             self.calls[number].append(call)
             if index == len(self.blocks) - 1:
-                raise _Stop
+                raise Stop
             return self.shape(hidden)
 
         return note
@@ -254,10 +255,6 @@ class _Streamed:
         return load_slice(read_header(self._path(kind, index, number))["x"])
 
 
-class _Stop(Exception):
-    """Ends a forward of which nothing more is wanted."""
-
-
 @contextmanager
 def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
     """The weights of modules in single precision inside the block, mapped from the disk outside."""
@@ -277,10 +274,6 @@ def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _constant(value: Any) -> Callable[[int, Tensor, _Call], Any]:
     return lambda index, hidden, call: value
-
-
-def _hidden(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _like(output: Any) -> Callable[[Tensor], Any]:
