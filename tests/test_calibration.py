@@ -58,6 +58,13 @@ def test_moments_are_means_over_single_samples() -> None:
     assert stats.tokens == 12
 
 
+def test_moments_are_exact_under_autocast() -> None:
+    model, x = nn.Linear(6, 4), torch.randn(400, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = tn.calibrate(model, [{"input": x}], loss_fn=lambda m, b: m(b["input"]).square().sum(-1))
+    torch.testing.assert_close(stats.columns[""], x.T @ x / len(x))
+
+
 def test_batches_add_up_to_one_batch() -> None:
     model, data = Classifier(), vectors()
     parts = [{k: v[i : i + 4] for k, v in data.items()} for i in (0, 4, 8)]

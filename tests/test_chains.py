@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import tensornet as tn
-from tensornet.compression.blocks import ChainRun, find_chains, without_cache
+from tensornet.compression.blocks import ChainRun, find_chains
+from tensornet.compression.modes import without_cache
 from tensornet.compression.paired import Group, PairedMoments, PairedRun
 
 MASK = torch.ones(3, 9, dtype=torch.long)

@@ -138,6 +138,21 @@ def test_an_exact_model_stays_as_it_is() -> None:
     torch.testing.assert_close(model(x), teacher(x), rtol=1e-3, atol=1e-4)
 
 
+def test_moments_are_exact_under_autocast() -> None:
+    """A step is made of the difference of two moments; in 16 bits it was noise that ruined attention."""
+    teacher = Chain().eval()
+    model = copy.deepcopy(teacher)
+    tn.compress(
+        model, tn.CompressionConfig(max_bond=3, objective="weight", topology="low_rank"), progress=False
+    )
+    x, weight = torch.randn(500, 10), teacher.first.weight.detach()
+    gap, wanted = x @ (model.first.to_matrix().detach() - weight).T, x @ weight.T
+    report = refine(model, teacher, [{"input_ids": x}], autocast=torch.bfloat16)
+    assert report.before["first"] == pytest.approx(
+        float(gap.square().sum() / wanted.square().sum()), rel=1e-5
+    )
+
+
 def test_nothing_to_refine() -> None:
     with pytest.raises(tn.TargetError, match="compressed linear layers"):
         refine(Chain(), Chain(), [{"input_ids": torch.randn(3, 10)}])

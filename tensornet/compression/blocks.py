@@ -174,21 +174,6 @@ class ChainRun:
                 handle.remove()
 
 
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Blocks run several times on one batch, which a cache of keys and values would take for new tokens."""
-    found = (getattr(module, "config", None) for module in model.modules())  # stacks may have copies
-    configs: list[Any] = [*{id(x): x for x in found if getattr(x, "use_cache", None) is not None}.values()]
-    flags = [config.use_cache for config in configs]
-    for config in configs:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, flag in zip(configs, flags, strict=True):
-            config.use_cache = flag
-
-
 def _stacks(model: nn.Module) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():

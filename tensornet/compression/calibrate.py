@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded
 from tensornet.compression.losses import Batch, TokenLosses, cosine_losses, default_losses, token_mask
+from tensornet.compression.modes import in_eval_mode
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import find_targets
 from tensornet.errors import NonFiniteError, TargetError
@@ -191,7 +192,9 @@ class _Recorder:
     def _add(self, sums: dict[str, Tensor], name: str, tokens: Tensor) -> None:
         tokens = tokens.to(self.dtype)
         full = tokens.shape[1] <= self.full_up_to
-        _accumulate(sums, name, tokens.T @ tokens if full else tokens.square().sum(0))
+        # The model may run under autocast; sums of thousands of squares in 16 bits would be noise.
+        with torch.autocast(tokens.device.type, enabled=False):
+            _accumulate(sums, name, tokens.T @ tokens if full else tokens.square().sum(0))
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -204,7 +207,7 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 @contextmanager
 def _observed(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
     """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
-    with expanded(model), _hooked(model, recorder, config):
+    with expanded(model), in_eval_mode(model), _hooked(model, recorder, config):
         yield
 
 
@@ -213,7 +216,6 @@ def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | N
     targets = find_targets(model, config or CompressionConfig(target_modules="all"))
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
     handles = [
         handle
         for name, module in layers.values()
@@ -223,7 +225,6 @@ def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | N
         )
     ]
     try:
-        model.eval()
         model.requires_grad_(False)
         yield
     finally:
@@ -231,8 +232,6 @@ def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | N
             handle.remove()
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag
 
 
 def _input_hook(name: str, recorder: _Recorder) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tensornet.compression.calibrate import to_device
 from tensornet.compression.losses import Batch, TokenLosses
+from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import BudgetError, TargetError
 
 
@@ -105,17 +106,12 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch | Tensor], loss_fn: Toke
     Raises:
         TargetError: there are none.
     """
-    training = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for batch in batches:
             losses = loss_fn(model, to_device(batch, device))
             total, count = total + float(losses.sum()), count + losses.numel()
-    finally:
-        for module, flag in training:
-            module.training = flag
     if count == 0:
         raise TargetError(
             "No validation text is left: pass a list of batches or another collection that can be walked "

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from tensornet._optional import import_optional
 from tensornet.compression.calibrate import to_device
 from tensornet.compression.losses import Batch, pooled, token_mask
+from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
@@ -113,8 +115,6 @@ def heal(
             raise TargetError(
                 "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
             )
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = (model.training, teacher.training)
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     path = None if checkpoint is None else Path(checkpoint)
     done = _resume(path, trained, fixed, optimizer) if path is not None and path.is_file() else 0
@@ -123,12 +123,7 @@ def heal(
     layer_losses: list[float] = []
     batches = _forever(data, skip=done)
     device = next(model.parameters()).device
-    try:
-        model.requires_grad_(False)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-        model.eval()
-        teacher.eval()
+    with in_eval_mode(model, teacher), _only_training(model, trained.values()):
         bar = tqdm(total=total, initial=done, desc="healing", disable=not progress, unit="step")
         while done < total:
             share = _share(done, total, clock() - start, max_seconds)
@@ -160,12 +155,6 @@ def heal(
             if path is not None and (done % save_every == 0 or done == total):
                 _save(path, trained, fixed, optimizer, done)
         bar.close()
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        model.train(training[0])
-        teacher.train(training[1])
     count = sum(parameter.numel() for parameter in trained.values())
     return HealReport(tuple(losses), tuple(layer_losses), done, count, clock() - start)
 
@@ -193,6 +182,21 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
             "cores are not trained, so heal before storing them so."
         )
     return dict(found.values())
+
+
+@contextmanager
+def _only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
+    """Only some parameters require gradients inside the block, and none holds one after it."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
 
 
 def _orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:

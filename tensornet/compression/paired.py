@@ -32,9 +32,11 @@ class PairedMoments:
 
     def add(self, dense: Tensor, real: Tensor) -> None:
         """Further inputs, shape `(tokens, in)` each."""
-        self.dense += dense.T @ dense
-        self.mixed += dense.T @ real
-        self.real += real.T @ real
+        # A step is made of the difference of two moments: rounded to 16 bits, it would be noise.
+        with torch.autocast(real.device.type, enabled=False):
+            self.dense += dense.T @ dense
+            self.mixed += dense.T @ real
+            self.real += real.T @ real
         self.tokens += len(real)
 
 

@@ -15,16 +15,17 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet.compression.blocks import without_cache
 from tensornet.compression.calibrate import to_device
 from tensornet.compression.heal import compressed_layers, output_distance
 from tensornet.compression.losses import Batch
+from tensornet.compression.modes import in_eval_mode, without_cache
 from tensornet.compression.paired import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.weighted import INPUT_DAMPING, decompose_weighted
@@ -111,45 +112,38 @@ def refine(
     given = [to_device(batch, device) for batch in batches]
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
-    training = (model.training, teacher.training)
-    model.eval()
-    teacher.eval()
-    try:
-        with (
-            without_cache(model),
-            without_cache(teacher),
-            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
-        ):
+    reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
+    with in_eval_mode(model, teacher), without_cache(model), without_cache(teacher):
+        with reduced():
             distance = _distance(model, teacher, judges)
-            old = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
-            before, after, left = {}, {}, dict.fromkeys(layers, NEVER_REACHED)
             run = PairedRun(model, teacher, fitted)
-            for group in tqdm(run.groups([*layers]), desc="refining", disable=not progress, unit="group"):
+            groups = run.groups([*layers])
+        old = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
+        before, after, left = {}, {}, dict.fromkeys(layers, NEVER_REACHED)
+        for group in tqdm(groups, desc="refining", disable=not progress, unit="group"):
+            with reduced():  # models only: what is computed from moments must not be rounded
                 moments = run.moments(group)
-                for name in group.names:
-                    if isinstance(moments, str):
-                        left[name] = moments
-                        continue
-                    del left[name]
-                    weight, layer = stocks[name].double(), layers[name]
-                    metric, wanted = _target(weight, name, moments, stats, correction, anchor)
-                    rows = (
-                        None if stats is None or name not in stats.rows else damped(stats.rows[name], damping)
-                    )
-                    before[name] = _output_error(weight, layer, moments)
-                    made = decompose_weighted(
-                        wanted.to(layer.weight.dtype), layer.topology, Weighting(rows, metric)
-                    )
-                    layer.set_cores([core.to(layer.weight.dtype) for core in made.network.cores])
-                    after[name] = _output_error(weight, layer, moments)
+            for name in group.names:
+                if isinstance(moments, str):
+                    left[name] = moments
+                    continue
+                del left[name]
+                weight, layer = stocks[name].double(), layers[name]
+                error = _OutputError(weight, moments)
+                before[name] = error.of(layer)
+                metric, wanted = _target(weight, name, moments, stats, correction, anchor)
+                rows = None if stats is None or name not in stats.rows else damped(stats.rows[name], damping)
+                made = decompose_weighted(
+                    wanted.to(layer.weight.dtype), layer.topology, Weighting(rows, metric)
+                )
+                layer.set_cores([core.to(layer.weight.dtype) for core in made.network.cores])
+                after[name] = error.of(layer)
+        with reduced():
             distances = (distance, _distance(model, teacher, judges))
-            kept = distances[1] <= distances[0]
-            if not kept:
-                for name, state in old.items():
-                    layers[name].load_state_dict(state)
-    finally:
-        model.train(training[0])
-        teacher.train(training[1])
+        kept = distances[1] <= distances[0]
+        if not kept:
+            for name, state in old.items():
+                layers[name].load_state_dict(state)
     return RefineReport(before, after, left, distances, kept)
 
 
@@ -191,10 +185,16 @@ def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) ->
     return sum(float(output_distance(model(**b), teacher(**b), b)) for b in batches) / len(batches)
 
 
-def _output_error(weight: Tensor, layer: TensorNetworkLinear, moments: PairedMoments) -> float:
-    """`E |W x - M x'|^2 / E |W x|^2`."""
-    matrix = layer.to_matrix().double()
-    dense, mixed, real = (x.double() for x in (moments.dense, moments.mixed, moments.real))
-    full = float((weight @ dense * weight).sum())
-    cross, own = float((weight @ mixed * matrix).sum()), float((matrix @ real * matrix).sum())
-    return (full - 2 * cross + own) / max(full, 1e-300)
+class _OutputError:
+    """`E |W x - M x'|^2 / E |W x|^2` of one layer."""
+
+    def __init__(self, weight: Tensor, moments: PairedMoments) -> None:
+        dense = moments.dense.double()
+        self.full = float((weight @ dense * weight).sum())
+        self.mixed, self.real = weight @ moments.mixed.double(), moments.real.double()
+
+    def of(self, layer: TensorNetworkLinear) -> float:
+        """With the matrix M that the layer has now."""
+        matrix = layer.to_matrix().double()
+        cross, own = float((self.mixed * matrix).sum()), float((matrix @ self.real * matrix).sum())
+        return (self.full - 2 * cross + own) / max(self.full, 1e-300)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.compression.apply import set_submodule
+from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import LayerKind, kind_of, layer_bias
 from tensornet_hf.done_before import DoneBefore
@@ -100,7 +101,7 @@ def check_reading(network: FeedForward) -> None:
     if network.matrix(network.matrices[0]).is_meta:
         return
     x = _tokens(network)
-    with _evaluating(network.module):
+    with in_eval_mode(network.module):
         try:
             got = network.module(x)
         except Exception as error:  # whatever a module of unknown kind does with one tensor
@@ -115,7 +116,7 @@ def computes_inside(network: FeedForward) -> bool:
     if network.matrix(network.matrices[0]).is_meta:
         return False
     x = _tokens(network)
-    with _evaluating(network.module):
+    with in_eval_mode(network.module):
         wanted = _call(network.module, x)
         if wanted is None:
             return False
@@ -161,17 +162,6 @@ def _close(got: Tensor, wanted: Tensor) -> bool:
     tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
     # Not "smaller than": NaN differs from nothing here, and the decomposition says in which matrix it is.
     return got.shape == wanted.shape and not float((got - wanted).norm()) > tolerance * float(wanted.norm())
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import NonFiniteError, ShapeError
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
@@ -133,23 +134,19 @@ def perplexity(
     cut = list(windows(len(tokens), context=context, stride=stride))
     device = next(model.parameters()).device
     tokens = tokens.to(device)
-    was_training = model.training
-    model.eval()
     loss, count = 0.0, 0
-    try:
-        with tqdm(total=len(cut), desc="perplexity", unit="window", disable=not progress) as bar:
-            for batch in _batches(cut, _fitting(model, context, batch_size)):
-                ids = torch.stack([tokens[w.start : w.end] for w in batch])
-                logits = model(input_ids=ids).logits
-                for row, window in enumerate(batch):
-                    first = window.first_scored - window.start
-                    predicted = logits[row, first - 1 : -1].float()  # shape: (scored, vocabulary)
-                    losses = nn.functional.cross_entropy(predicted, ids[row, first:], reduction="none")
-                    loss += float(losses.double().sum())
-                    count += len(losses)
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
+    bar = tqdm(total=len(cut), desc="perplexity", unit="window", disable=not progress)
+    with in_eval_mode(model), bar:
+        for batch in _batches(cut, _fitting(model, context, batch_size)):
+            ids = torch.stack([tokens[w.start : w.end] for w in batch])
+            logits = model(input_ids=ids).logits
+            for row, window in enumerate(batch):
+                first = window.first_scored - window.start
+                predicted = logits[row, first - 1 : -1].float()  # shape: (scored, vocabulary)
+                losses = nn.functional.cross_entropy(predicted, ids[row, first:], reduction="none")
+                loss += float(losses.double().sum())
+                count += len(losses)
+            bar.update(len(batch))
     if not math.isfinite(loss):
         raise NonFiniteError(f"The model's loss over this text is {loss}: its weights or dtype are broken.")
     mean = loss / count
