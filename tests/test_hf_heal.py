@@ -19,14 +19,14 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.heal import compressed_layers, output_distance, trainable_cores
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.heal import TextWindows, heal
+from tensornet_hf.heal import HealingTrainer, TextWindows, freeze_all_but_cores, heal
 from tensornet_hf.peft import lora_config
 
 OPTIONS: dict[str, Any] = {
@@ -83,6 +83,21 @@ def test_trainer_heals(tmp_path: Path) -> None:
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, old[name]) == (name not in cores), name
     assert student.transformer.wte.weight.requires_grad
+
+
+def test_learning_rates_follow_the_size_of_cores(tmp_path: Path) -> None:
+    teacher, student = pair()
+    freeze_all_but_cores(student)
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, weight_decay=0.1, report_to=[])
+    trainer = HealingTrainer(model=student, teacher=teacher, relative=True, args=args)
+    optimizer = trainer.create_optimizer()
+    assert trainer.create_optimizer() is optimizer
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    cores = trainable_cores(compressed_layers(student))
+    assert len(rates) == len(cores)
+    for name, core in cores.items():
+        size = float(core.detach().square().mean().sqrt())
+        assert rates[id(core)] == pytest.approx(0.01 * size), name
 
 
 def test_trainer_resumes(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ Distance = Callable[[Any, Any, Batch], Tensor]
 _USER = "Resuming tensornet.heal"
 #: What AdamW keeps of the gradients of a parameter.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Learning rates of cores, as a share of their size, and of whatever else is trained.
+CORE_LR, ADAPTER_LR = 5e-4, 1e-4
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def heal(
     *,
     steps: int = 300,
     layer_steps: int = 0,
-    lr: float = 1e-4,
+    lr: float | None = None,
     temperature: float = 1.0,
     distance: Distance | None = None,
     parameters: Literal["cores", "trainable"] = "cores",
@@ -78,8 +80,10 @@ def heal(
             model will see, and much of it: a few ten thousand tokens heal well, a hundred overfit.
         steps: end-to-end steps, one batch each.
         layer_steps: layer-wise steps before them.
-        lr: largest learning rate. The default suits models of a hundred million parameters and more; small
-            ones take five times as much.
+        lr: largest learning rate, for cores as a share of the root mean square of each: how large entries
+            are differs from model to model. 5e-4 if absent, which suits some hundred steps of a pretrained
+            model; models trained from scratch in an hour take five times as much. With
+            `parameters="trainable"` it is taken as it is, and 1e-4 if absent.
         temperature: of the softmax whose divergence is lowered.
         distance: of the two outputs; divergence of the logits, one minus the cosine of mean-pooled hidden
             states where there are none, or the relative squared difference of outputs that are tensors.
@@ -101,21 +105,24 @@ def heal(
         FormatError: the checkpoint is damaged or of another model.
 
     Reference:
-        Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+        Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; Shazeer, Stern 2018,
+        "Adafactor", section 8, for learning rates relative to the size of parameters.
     """
     start = clock()
     layers = compressed_layers(model)
     fixed: dict[str, Tensor] = {}
     if parameters == "cores":
-        trained = trainable_cores(layers)
-        fixed = _orders(layers)
+        trained, lr = trainable_cores(layers), CORE_LR if lr is None else lr
+        fixed, groups = _orders(layers), relative_groups(trained.values())
     else:
+        lr = ADAPTER_LR if lr is None else lr
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise TargetError(
                 "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
             )
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+        groups = [{"params": [*trained.values()], "size": 1.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     path = None if checkpoint is None else Path(checkpoint)
     done = _resume(path, trained, fixed, optimizer) if path is not None and path.is_file() else 0
     total = layer_steps + steps
@@ -132,7 +139,7 @@ def heal(
                     _save(path, trained, fixed, optimizer, done)
                 break
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (share + 1 / total) * 20) * (1 - share)
+                group["lr"] = lr * group["size"] * min(1.0, (share + 1 / total) * 20) * (1 - share)
             batch = to_device(next(batches), device)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 if done < layer_steps:
@@ -182,6 +189,12 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
             "cores are not trained, so heal before storing them so."
         )
     return dict(found.values())
+
+
+def relative_groups(cores: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """A group of an optimizer for each core, with the root mean square of its entries as `size`."""
+    sizes = ((core, float(core.detach().float().square().mean().sqrt())) for core in cores)
+    return [{"params": [core], "size": max(size, 1e-6)} for core, size in sizes]
 
 
 @contextmanager

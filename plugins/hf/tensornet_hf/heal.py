@@ -11,13 +11,20 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from tensornet.compression.calibrate import to_device
-from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
+from tensornet.compression.heal import (
+    ADAPTER_LR,
+    CORE_LR,
+    compressed_layers,
+    layer_step,
+    output_distance,
+    relative_groups,
+    trainable_cores,
+)
 from tensornet.errors import TargetError
 from tensornet_hf.text import load_tokenizer, token_ids
 
 #: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
 DEFAULTS: Mapping[str, Any] = {
-    "learning_rate": 1e-4,
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
     "lr_scheduler_type": "linear",
@@ -35,15 +42,32 @@ class HealingTrainer(Trainer):
     Args:
         teacher: the dense model; kept in eval mode, moved to the device of the training model.
         temperature: of the softmax whose divergence is lowered.
+        relative: take the learning rate as a share of the size of each parameter, as `tensornet.heal` does
+            for cores.
         kwargs: of `Trainer`. The model's parameters that require gradients are trained: the cores after
             `freeze_all_but_cores`, or adapters.
     """
 
-    def __init__(self, *, teacher: nn.Module, temperature: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *, teacher: nn.Module, temperature: float = 1.0, relative: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature = temperature
+        self.relative = relative
         self.model_accepts_loss_kwargs = False  # our loss is a mean over each batch already
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer` does, with a learning rate for each parameter where they are relative."""
+        made = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.relative and not made:
+            optimizer.param_groups = [
+                {**group, **own, "lr": group["lr"] * own["size"]}
+                for group in optimizer.param_groups
+                for own in relative_groups(group["params"])
+            ]
+        return optimizer
 
     def compute_loss(
         self,
@@ -89,7 +113,8 @@ def heal(
         parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters do.
         resume: go on from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
             50 steps.
-        arguments: of `TrainingArguments`, on top of `DEFAULTS`.
+        arguments: of `TrainingArguments`, on top of `DEFAULTS`; `learning_rate` is meant as in
+            `tensornet.heal`.
 
     Returns:
         The mean divergence over the steps of this call.
@@ -105,9 +130,17 @@ def heal(
             "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
         )
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
-    options = TrainingArguments(output_dir=output_dir, max_steps=steps, **{**DEFAULTS, **arguments})
+    rate = CORE_LR if parameters == "cores" else ADAPTER_LR
+    options = TrainingArguments(
+        output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": rate, **arguments}
+    )
     trainer = HealingTrainer(
-        model=model, teacher=teacher, args=options, train_dataset=data, data_collator=collate
+        model=model,
+        teacher=teacher,
+        relative=parameters == "cores",
+        args=options,
+        train_dataset=data,
+        data_collator=collate,
     )
     try:
         if layer_steps and last is None:
@@ -154,9 +187,7 @@ def _layer_wise(trainer: HealingTrainer, teacher: nn.Module, steps: int) -> None
     """Layer-wise steps with the optimizer settings of the trainer."""
     assert trainer.model is not None
     layers = compressed_layers(trainer.model)
-    optimizer = torch.optim.AdamW(
-        trainable_cores(layers).values(), lr=trainer.args.learning_rate, weight_decay=0
-    )
+    optimizer = torch.optim.AdamW(relative_groups(trainable_cores(layers).values()), weight_decay=0)
     device = next(trainer.model.parameters()).device
     teacher.to(device)
     done = 0
@@ -165,7 +196,7 @@ def _layer_wise(trainer: HealingTrainer, teacher: nn.Module, steps: int) -> None
             if done == steps:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = trainer.args.learning_rate * (1 - done / steps)
+                group["lr"] = trainer.args.learning_rate * group["size"] * (1 - done / steps)
             layer_step(layers, teacher, to_device(batch, device))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
