@@ -30,10 +30,8 @@ from tensornet.plans import ContractionPlan, Copy, Product, run
 from tensornet.scratch import LIMIT, borrow
 from tensornet.topology import Topology
 
-#: Rows that the product which makes a slice should have: kernels lose speed below.
-_ROWS = 96
-
-#: A buffer of at most so many elements stays near a core; more is taken only where a slice needs it.
+#: A slice has at most so many elements, which stay near a core; more only where one block has more. Smaller
+#: slices would be nearer, but threads then wait for each other more often.
 _BUFFER = 2**20
 
 #: Reading the input once more for every block of outputs costs so many plain copies of it.
@@ -110,6 +108,8 @@ class SlicedPlan:
             )
         use = Product(self.width, 1, self.in_features, self.inner, "rows")
         total += parts * product_seconds(use, tokens, machine, itemsize, fresh=False)
+        place = Copy(self.width * self.inner, self.inner, True)
+        total += parts * copy_seconds(place, tokens, machine, itemsize, fresh=False)
         again = tokens * self.in_features * self.outer
         total += fresh_seconds(tokens * self.outer * self.inner * itemsize, machine)
         return total + again * machine.copy_element * _INPUT_COPIES * itemsize / 4
@@ -154,13 +154,14 @@ def run_in_slices(
     flat = x if x.ndim == 2 else x.reshape(-1, sliced.in_features)
     parts, shape = sliced.outer // sliced.width, sliced.right.output_shape
     left = run(sliced.left, cores[: sliced.cut]).reshape(parts, -1, sliced.rank)
-    sizes = (sliced.buffer, math.prod(shape), sliced.gathered)
+    last = sliced.gathered or sliced.width * flat.shape[0] * sliced.inner
+    sizes = (sliced.buffer, math.prod(shape), last)
     with borrow(sum(sizes), left) as memory:
-        buffer, factor, matrix = memory.split(sizes)
+        buffer, factor, rest = memory.split(sizes)
         right = run(sliced.right, cores[sliced.cut :], out=factor)
         slices = _slices(sliced, left, right, buffer)
         multiply = _gathered if sliced.gather else _each
-        y = multiply(sliced, slices, flat, bias, matrix)
+        y = multiply(sliced, slices, flat, bias, rest)
     return y.view(*x.shape[:-1], sliced.outer * sliced.inner)
 
 
@@ -173,19 +174,23 @@ def _slices(sliced: SlicedPlan, left: Tensor, right: Tensor, buffer: Tensor) -> 
         yield weights
 
 
-def _each(sliced: SlicedPlan, slices: Iterator[Tensor], x: Tensor, bias: Tensor | None, _: Tensor) -> Tensor:
+def _each(
+    sliced: SlicedPlan, slices: Iterator[Tensor], x: Tensor, bias: Tensor | None, buffer: Tensor
+) -> Tensor:
     """Multiply by every slice `(width, in, inner)` as it comes."""
     width, parts = sliced.width, sliced.outer // sliced.width
     y = x.new_empty(x.shape[0], sliced.outer, sliced.inner)
-    # One batched product for all blocks of a slice: threads then share blocks instead of every product.
-    inputs = x.expand(width, -1, -1)
-    outputs = y.view(x.shape[0], parts, width, sliced.inner).permute(1, 2, 0, 3).unbind(0)
+    # One batched product for all blocks of a slice: threads then share blocks instead of every product. That
+    # takes a result without gaps; its copy into place costs less than products one by one.
+    inputs, outputs = x.expand(width, -1, -1), buffer.view(width, x.shape[0], sliced.inner)
+    places = y.view(x.shape[0], parts, width, sliced.inner).permute(1, 2, 0, 3).unbind(0)
     biases = None if bias is None else bias.view(parts, width, 1, sliced.inner).unbind(0)
     for part, weights in enumerate(slices):
+        torch.bmm(inputs, weights, out=outputs)
         if biases is None:
-            torch.bmm(inputs, weights, out=outputs[part])
+            places[part].copy_(outputs)
         else:
-            torch.baddbmm(biases[part], inputs, weights, out=outputs[part])
+            torch.add(outputs, biases[part], out=places[part])
     return y
 
 
@@ -218,7 +223,7 @@ def _split(topology: Topology, cut: int) -> SlicedPlan | None:
     rank = math.prod(size[x] for x in shared)
     wide = [w for w in divisors(outer) if w == 1 or w * in_features * inner <= _BUFFER]
     # An even number of blocks, so that two threads share them evenly.
-    width = next((w for w in wide if w * rows >= _ROWS and w % 2 == 0), wide[-1])
+    width = next((w for w in reversed(wide) if w % 2 == 0), wide[-1])
     left = plan_cores(topology, groups[0], (*outs[0], *ins[0], *shared))
     right = plan_cores(topology, groups[1], (*shared, *ins[1], *outs[1]))
     return SlicedPlan(
