@@ -207,13 +207,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
+#: Text in the middle of a picture.
+_INSIDE: Mapping[str, Any] = {"xycoords": "axes fraction", "ha": "center", "va": "top", "fontsize": 8}
+
+
 def _frontier(axis: Any, rows: Sequence[Row], layers: str) -> None:
     dense = dense_row(rows)["perplexity"]
     top = 3000.0
     for (method, after), (style, color) in STYLES.items():
         points = sorted((r["ratio"], r["perplexity"]) for r in rows if _kind(r) == (layers, method, after))
-        if points:
-            name = title({"method": method, "after": after})
+        name = title({"method": method, "after": after})
+        if points and min(y for _, y in points) > 1e4:  # a line that nobody would see
+            axis.annotate(f"{name}: above the picture", (0.5, 0.97), **_INSIDE)
+        elif points:
             axis.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=6)
             top = max(top, min(max(y for _, y in points), 1e4))
     axis.axhline(dense, color="0.6", linewidth=1)

@@ -143,6 +143,19 @@ def machine_with_threads(machine: Machine, threads: int) -> Machine:
     )
 
 
+def check_machine(machine: object) -> None:
+    """Refuse what is no machine, None aside.
+
+    Raises:
+        TypeError: saying where machines come from.
+    """
+    if machine is not None and not isinstance(machine, Machine):
+        raise TypeError(
+            f"machine must be a tensornet.Machine, as tensornet.measure_machine() returns, got {machine!r}. "
+            "Without one the shipped constants of the device count."
+        )
+
+
 def default_machine(device: torch.device | str) -> Machine:
     """Shipped constants for a device: `CPU` with the current number of threads, `GPU` for all else."""
     if torch.device(device).type in ("cpu", "meta"):

@@ -138,6 +138,27 @@ def test_a_plan_for_another_model() -> None:
         tn.apply_plan(narrow, made)
 
 
+@pytest.mark.parametrize("objective", ["weight", "curvature"])
+@pytest.mark.parametrize("family", ["tucker", "kronecker", "block_tt", "low_rank"])
+def test_a_plan_whose_family_was_edited(family: str, objective: str) -> None:
+    model, stats, _ = prepared()
+    config = tn.CompressionConfig(
+        param_ratio=0.6,
+        topology="mpo",
+        sites=3,
+        objective=objective,
+        pivoted=False,  # type: ignore[arg-type]
+    )
+    data = tn.plan(model, config, stats).to_dict()
+    layer = next(x for x in data["layers"] if x["topology"] is not None)
+    layer["topology"]["family"] = family
+    before = copy.deepcopy(model.state_dict())
+    message = rf"'{layer['name']}': '{family}' does not make the planned cores .*replace_layer"
+    with pytest.raises(tn.TopologyError, match=message):
+        tn.apply_plan(model, tn.CompressionPlan.from_dict(data), stats)
+    assert before.keys() == model.state_dict().keys()
+
+
 def test_nothing_is_replaced_when_a_layer_fails() -> None:
     model, stats, plan = prepared()
     with torch.no_grad():

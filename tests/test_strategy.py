@@ -262,6 +262,13 @@ def test_limit_of_a_model_goes_where_it_gains_most() -> None:
     assert tn.nn.cached_bytes(model) == 2 * 262144
     with pytest.raises(tn.TargetError, match="Linear has no layer made of cores"):
         tn.nn.set_strategy(nn.Linear(2, 2))
+    layer = tn.nn.MPOLinear(16, 16, max_bond=4)
+    for change in (lambda **x: tn.nn.set_strategy(layer, "cached", **x), layer.configure):
+        with pytest.raises(TypeError, match=r"tensornet\.Machine.*measure_machine.*got 'cpu'"):
+            change(machine="cpu")
+    assert layer.strategy == "auto"
+    with pytest.raises(TypeError, match=r"measure_machine.*got 'cpu'"):
+        tn.search_topology((16, 16), param_ratio=0.5, machine="cpu")  # type: ignore[arg-type]
 
 
 def test_machines() -> None:

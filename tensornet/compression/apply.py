@@ -14,7 +14,7 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, find_targets
 from tensornet.compression.weighted import decompose_weighted
-from tensornet.errors import TargetError
+from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.nn.adapters import layer_bias
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
@@ -44,6 +44,7 @@ def apply_plan(
 
     Raises:
         TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
+        TopologyError: a planned topology is none of its family.
     """
     if stats is None and plan.objective != "weight":
         raise TargetError(
@@ -123,10 +124,24 @@ def _decomposed(
 ) -> Decomposition:
     """The cores of one layer, at the prices that the plan was made with."""
     assert layer.topology is not None
+    family = topology_family(layer.topology.family)
     weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-    if weighting == Weighting():
-        return topology_family(layer.topology.family).decompose_to(target.matrix, layer.topology)
-    return decompose_weighted(target.matrix, layer.topology, weighting)
+    try:
+        if weighting == Weighting():
+            made = family.decompose_to(target.matrix, layer.topology)
+        else:
+            made = decompose_weighted(target.matrix, layer.topology, weighting)
+        if made.network.topology.core_shapes != layer.topology.core_shapes:
+            raise ValueError(f"it makes cores of shapes {made.network.topology.core_shapes}")
+    except NonFiniteError:
+        raise
+    except (ValueError, KeyError, IndexError) as error:  # plans are files that people edit
+        raise TopologyError(
+            f"Layer {layer.name!r}: {family.name!r} does not make the planned cores "
+            f"{layer.topology.core_shapes} ({error}). Edit plans by plan.replace_layer(name, topology), with "
+            "a topology of tensornet.topologies."
+        ) from error
+    return made
 
 
 def _compressed(target: Target, layer: LayerPlan, result: Decomposition) -> tuple[list[nn.Module], float]:

@@ -30,6 +30,7 @@ def set_strategy(
 
     Raises:
         TargetError: the model has no layer made of cores.
+        TypeError: `machine` is none.
         ValueError: unknown strategy, negative limit.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedModule)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tensornet.machine import Machine, default_machine
+from tensornet.machine import Machine, check_machine, default_machine
 from tensornet.network import PLANNED_TOKENS, OperatorPlan
 from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache, may_write_in_place
 from tensornet.nn.explain import Explanation, explain
@@ -109,9 +109,11 @@ class RoutedModule(nn.Module):
             machine: constants to decide by, see `tensornet.measure_machine`.
 
         Raises:
+            TypeError: `machine` is none.
             ValueError: unknown strategy, negative limit.
         """
         check_options(strategy or self.strategy, cache_limit)
+        check_machine(machine)
         self.strategy = strategy or self.strategy
         self.cache_limit = self.cache_limit if cache_limit is None else cache_limit
         self.machine = machine or self.machine

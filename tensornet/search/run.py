@@ -10,7 +10,7 @@ from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
 from tensornet.cost import dense_seconds
 from tensornet.errors import BudgetError, ShapeError, TopologyError
-from tensornet.machine import Machine, default_machine
+from tensornet.machine import Machine, check_machine, default_machine
 from tensornet.network import plan_operator
 from tensornet.nn.strategy import RECONSTRUCT, route_seconds
 from tensornet.search.candidates import (
@@ -72,11 +72,13 @@ def search_topology(
         NonFiniteError: the matrix holds NaN or infinity.
         ShapeError: not a matrix and not a shape.
         TopologyError: unknown family, or none.
+        TypeError: `machine` is none.
         ValueError: `tokens` below 1 or `max_sites` below 2, or no integers.
     """
     matrix, shape = _operand(matrix_or_shape)
     budget = _budget(shape, param_ratio, max_params)
     counts = _counts(tokens)
+    check_machine(machine)
     check_size("max_sites", max_sites, least=2, error=ValueError)
     families = (families,) if isinstance(families, str) else tuple(families)
     if not families:
