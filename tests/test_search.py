@@ -167,6 +167,21 @@ def test_ranks_that_kernels_like_are_offered_too() -> None:
     assert found.best("error").topology == low_rank(out_features=320, in_features=320, rank=100)
 
 
+@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (100, 80)])
+def test_low_rank_of_the_whole_budget_is_never_ruled_out(shape: tuple[int, int]) -> None:
+    """Without a matrix a smaller chain may beat it by its bound and in time; who asks for speed wants it."""
+    search = tn.search_topology(shape, param_ratio=0.4, tokens=(1, 64))
+    ranks = [p.topology.bond_dims["b1"] for p in search.points if p.topology.family == "low_rank"]
+    largest = int(0.4 * shape[0] * shape[1]) // sum(shape)
+    assert {largest, largest - largest % 16} <= set(ranks)
+    fastest = search.best("time")
+    assert all(
+        point.milliseconds >= fastest.milliseconds
+        for point in search.points
+        if point.topology.family == "low_rank" and point.params >= 0.9 * max(p.params for p in search.points)
+    )
+
+
 def test_several_token_counts_weigh_the_same() -> None:
     one, many = (tn.search_topology((48, 32), param_ratio=0.5, tokens=t) for t in (1, 1000))
     both = tn.search_topology((48, 32), param_ratio=0.5, tokens=(1, 1000))
