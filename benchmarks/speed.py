@@ -51,13 +51,15 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 TOY_TOKENS = (1, 8)
 
 
-def options_of(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of a speed benchmark."""
+def options_of(description: str, arguments: Sequence[str] | None, **defaults: int) -> argparse.Namespace:
+    """The command line of a speed benchmark, with further whole numbers by their defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="one tiny case, to see that it runs")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=1.0, help="about this long for each comparison")
     parser.add_argument("--records", type=Path, default=RECORDS)
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args(arguments)
 
 

@@ -166,11 +166,18 @@ def run_in_slices(
 
 
 def _slices(sliced: SlicedPlan, left: Tensor, right: Tensor, buffer: Tensor) -> Iterator[Tensor]:
-    """One slice `(width, in, inner)` after the other, all in the same memory."""
-    product = buffer.view(left.shape[1], -1)
+    """One slice `(width, in, inner)` after the other, all in the same memory.
+
+    Each thread makes whole blocks, those that it multiplies by next: a plain product would split them among
+    threads, whose caches would have to hand them to each other.
+    """
+    threads = torch.get_num_threads()
+    shares = threads if sliced.width % threads == 0 else 1
+    left, factor = left.view(len(left), shares, -1, sliced.rank), right.expand(shares, -1, -1)
+    product = buffer.view(shares, left.shape[2], -1)
     weights = buffer.view(sliced.width, sliced.in_features, sliced.inner)
     for rows in left.unbind(0):
-        torch.mm(rows, right, out=product)
+        torch.bmm(rows, factor, out=product)
         yield weights
 
 

@@ -70,6 +70,21 @@ def test_slices_give_the_product_with_the_matrix(name: str, dtype: torch.dtype) 
                     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_that_share_slices(threads: int) -> None:
+    topology = TOPOLOGIES["two sites"]
+    network = tn.TensorNetwork(topology, [torch.randn(shape) for shape in topology.core_shapes.values()])
+    x, before = torch.randn(7, topology.in_features), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for plan in plan_slices(topology):
+            for width in (1, 2, 3, 6):
+                y = run_in_slices(replace(plan, width=width), network.cores, x)
+                torch.testing.assert_close(y, x @ network.to_matrix().T, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_strided_tensors() -> None:
     topology = TOPOLOGIES["two sites"]
     cores = [torch.randn(shape[::-1]).permute(3, 2, 1, 0) for shape in topology.core_shapes.values()]

@@ -145,8 +145,8 @@ def _evaluate(
 ) -> tuple[list[SearchPoint], int]:
     """Points of all candidates that neither bounds nor the points before them rule out, and how many were.
 
-    Plain low rank stays: everything is compared with it, and a smaller point that beats it by a bound does not
-    answer who wants to use the whole budget.
+    Plain low rank stays: everything is compared with it, and a smaller point that beats it by a bound is no
+    answer for who wants to use the whole budget.
     """
     points: list[SearchPoint] = []
     pruned = 0
