@@ -149,21 +149,27 @@ def test_windows_of_a_text() -> None:
     assert windows[0]["input_ids"].shape == (64,)
 
 
-def test_command_line_heals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(calibration_text()[:30_000])
+    text.write_text(calibration_text()[:80_000])
     common = ["compress", str(gpt2_path()), "--param-ratio", "0.4", "--calibration", str(text)]
+    common += ["--calibration-tokens", "8192"]
     made = []
-    for steps in ("0", "30"):
-        folder = tmp_path / f"healed-{steps}"
-        assert run([*common[:2], str(folder), *common[2:], "--heal", steps]) == 0
+    for number, extra in enumerate(([], ["--refine"], ["--heal", "30"], ["--refine", "--heal", "30"])):
+        folder = tmp_path / f"healed-{number}"
+        assert run([*common[:2], str(folder), *common[2:], *extra]) == 0
         made.append(th.load(folder).eval())
+    said = capfd.readouterr().err
+    assert len(re.findall(r"layers refitted: distance .* on text held back", said)) == 2
+    assert len(re.findall(r"healed for 30 steps, 30 of them now", said)) == 2
+    assert said.count("what was foreseen is for the model before that") == 3
     dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     batch = {"input_ids": TextWindows(gpt2_path(), heldout_text()[:20_000], length=128).windows[:16]}
     with torch.no_grad():
         gaps = [float(output_distance(model(**batch), dense(**batch), batch)) for model in made]
-    assert gaps[1] < 0.9 * gaps[0]
-    capfd.readouterr()
+    assert gaps[1] < 0.97 * gaps[0]
+    assert gaps[2] < 0.9 * gaps[0]
+    assert gaps[3] < gaps[2]
 
 
 def test_command_line_goes_on_after_a_kill(tmp_path: Path) -> None:
@@ -216,12 +222,17 @@ def start(*command: str, cwd: Path, stop_at: int = -1) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [([], "give one"), (["--calibration", "text.txt", "--int8"], "leave one of them out")],
+    [
+        (["--heal", "3"], "--heal trains on the text of --calibration; give one"),
+        (["--heal", "3", "--calibration", "text.txt", "--int8"], "leave one of them out"),
+        (["--refine"], "--refine fits layers on the text of --calibration; give one"),
+        (["--refine", "--calibration", "text.txt", "--workers", "1"], "--refine"),
+    ],
 )
-def test_command_line_says_what_does_not_go_with_healing(
+def test_command_line_says_what_does_not_go_with_correcting(
     options: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["compress", str(gpt2_path()), "out", "--param-ratio", "0.5", "--heal", "3", *options]) != 0
+    assert run(["compress", str(gpt2_path()), "out", "--param-ratio", "0.5", *options]) != 0
     assert message in " ".join(capfd.readouterr().err.split())
 
 

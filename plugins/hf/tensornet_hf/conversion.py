@@ -1,5 +1,6 @@
 """A model folder on its way to another form: open, plan, carry out."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,13 @@ from tensornet.compression import (
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
+    RefineReport,
     apply_plan,
     calibrate,
     cosine_losses,
     expanded,
     find_targets,
+    refine,
 )
 from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.report import layer_reports, model_size
@@ -130,6 +133,33 @@ def heal_on(
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     mixed = [batches[k] for k in order]
     return heal(model, teacher, mixed, steps=steps, checkpoint=checkpoint, progress=progress)
+
+
+def refine_on(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    text: str,
+    stats: CalibrationStats | None,
+    *,
+    tokens: int = 16_384,
+    progress: bool = False,
+) -> RefineReport:
+    """Refit the layers behind one another, on about so many tokens from all over a text.
+
+    Where the text goes on far enough behind its beginning, which calibration has seen, on that part of it.
+
+    Raises:
+        TargetError: there are no compressed linear layers.
+        ValueError: the text is too short.
+    """
+    data = calibration_data(teacher, folder, text)
+    each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
+    fresh = data.batches[math.ceil(seen / each) :]
+    batches = fresh if len(fresh) * each >= tokens / 2 else data.batches
+    count = min(len(batches), max(8, round(tokens / each)))
+    places = torch.linspace(0, len(batches) - 1, count).long().tolist()
+    return refine(model, teacher, [batches[k] for k in places], stats, progress=progress)
 
 
 def plan_spectra(

@@ -18,14 +18,13 @@ from tensornet.compression import (
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
-    HealReport,
     prepare,
 )
 from tensornet.compression.providers import gather_statistics
 from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet_hf import conversion
 from tensornet_hf.cli import shared
-from tensornet_hf.cli.healing import HealingFile
+from tensornet_hf.cli.healing import HealingFile, check_correction, correct
 from tensornet_hf.destinations import HUB, require_free, save_to
 from tensornet_hf.inspection import weight_bytes
 from tensornet_hf.loading import resolve_folder
@@ -87,6 +86,14 @@ def run(
             "corrects what is foreseen, and with it what --loss-increase buys. Not for classifiers."
         ),
     ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="Afterwards fit each layer again to the dense model's outputs, behind the layers before it, "
+            "on what --calibration holds beyond --calibration-tokens. Minutes, no training.",
+        ),
+    ] = False,
     heal: Annotated[
         int,
         typer.Option(
@@ -132,7 +139,7 @@ def run(
         "max_milliseconds": max_milliseconds,
     }
     _check_usage(destination, budget, plan, dry_run)
-    _check_heal(heal, calibration, int8)
+    check_correction(refine, heal, calibration, int8)
     _check_validation(validation, calibration, objective, plan)
     _check_report(report)
     if workers is not None:
@@ -140,6 +147,7 @@ def run(
             "--dtype": dtype,
             "--report": report,
             "--dry-run": dry_run,
+            "--refine": refine,
             "--heal": heal,
             "--validation": validation,
         }
@@ -224,18 +232,15 @@ def run(
         return
     assert destination is not None
     spectra = conversion.plan_spectra(model, planned, progress=progress) if report is not None else {}
-    teacher = copy.deepcopy(model) if heal else None
+    teacher = copy.deepcopy(model) if heal or refine else None
     done = conversion.carry_out(model, planned, stats, started=started, progress=progress)
     options = [config.to_dict(), planned.to_dict() if plan else None, text, calibration_tokens, other_text]
-    healing = HealingFile(destination, folder, [*options, heal]) if heal else None
+    healing = HealingFile(destination, folder, [*options, refine, heal]) if heal else None
     notes: tuple[str, ...] = ()
-    if teacher is not None and text is not None and healing is not None:
-        checkpoint = healing.begin(resume=resume)
-        healed = conversion.heal_on(
-            model, teacher, folder, text, steps=heal, checkpoint=checkpoint, progress=progress
-        )
+    if teacher is not None and text is not None:
+        how = {"refine": refine, "heal": heal, "file": healing, "resume": resume, "progress": progress}
+        notes = correct(model, teacher, folder, text, stats, **how)  # type: ignore[arg-type]
         done = replace(done, seconds=time.perf_counter() - started)
-        notes = (_healing(healed),)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
     if healing is not None:
         healing.end()
@@ -275,13 +280,6 @@ def _observed(planned: CompressionPlan) -> CompressionConfig:
     """Names the layers and the objective of a plan for calibration; the budget is never read."""
     names = [layer.name for layer in planned]
     return CompressionConfig(target_modules=names, objective=planned.objective, max_bond=1)  # type: ignore[arg-type]
-
-
-def _check_heal(heal: int, calibration: Path | None, int8: bool) -> None:
-    if heal and calibration is None:
-        raise typer.BadParameter("--heal trains on the text of --calibration; give one.")
-    if heal and int8:
-        raise typer.BadParameter("--heal trains cores, --int8 keeps them as integers; leave one of them out.")
 
 
 def _check_validation(
@@ -362,18 +360,6 @@ def _finish(source: str, destination: str, done: CompressionReport, before: int,
         *_foreseen(done.plan),
         f"seconds     {done.seconds:.1f}",
         f"written to  {destination}",
-    )
-
-
-def _healing(healed: HealReport) -> str:
-    """What training did, from the means over its first and its last tenth."""
-    part = max(1, len(healed.losses) // 10)
-    if not healed.losses:
-        return f"healed for {healed.steps:,} steps, all of them before"
-    first, last = (sum(x) / part for x in (healed.losses[:part], healed.losses[-part:]))
-    return (
-        f"healed for {healed.steps:,} steps, {len(healed.losses):,} of them now: divergence from the dense "
-        f"model {first:.4f} -> {last:.4f} nats a token; what was foreseen is for the model before"
     )
 
 
