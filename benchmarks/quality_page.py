@@ -218,7 +218,7 @@ def _frontier(axis: Any, rows: Sequence[Row], layers: str) -> None:
         points = sorted((r["ratio"], r["perplexity"]) for r in rows if _kind(r) == (layers, method, after))
         name = title({"method": method, "after": after})
         if points and min(y for _, y in points) > 1e4:  # a line that nobody would see
-            axis.annotate(f"{name}: above the picture", (0.5, 0.97), **_INSIDE)
+            axis.annotate(f"{name}: above the picture", (0.62, 0.97), **_INSIDE)
         elif points:
             axis.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=6)
             top = max(top, min(max(y for _, y in points), 1e4))
