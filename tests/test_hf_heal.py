@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.heal import compressed_layers, output_distance, trainable_cores
+from tensornet_hf import conversion
+from tensornet_hf.calibration_data import calibration_data
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.heal import HealingTrainer, TextWindows, freeze_all_but_cores, heal
@@ -170,6 +172,21 @@ def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixt
     assert gaps[1] < 0.97 * gaps[0]
     assert gaps[2] < 0.9 * gaps[0]
     assert gaps[3] < gaps[2]
+
+
+def test_refitting_prefers_text_that_calibration_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = AutoModelForCausalLM.from_pretrained(gpt2_path()), calibration_text()[:80_000]
+    data = calibration_data(model, gpt2_path(), text)
+    given: list[list[Any]] = []
+    monkeypatch.setattr(conversion, "refine", lambda model, teacher, batches, *_, **__: given.append(batches))
+    each = data.tokens // len(data.batches)
+    for seen in (0, 4 * each, data.tokens):
+        stats = tn.CalibrationStats({}, {}, seen, None, "")
+        conversion.refine_on(model, model, gpt2_path(), text, stats, tokens=8 * each)
+    for batches, first in zip(given, (0, 4, 0), strict=True):  # all of it seen: better than none
+        assert len(batches) == 8
+        assert torch.equal(batches[0], data.batches[first])
+        assert torch.equal(batches[-1], data.batches[-1])
 
 
 def test_command_line_goes_on_after_a_kill(tmp_path: Path) -> None:

@@ -258,8 +258,8 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
     """Mean divergence of the predicted distributions of all tokens, in nats.
 
     Where the model has no logits: one minus the cosine of each row's mean-pooled hidden states, which
-    calibration prices as well. Where it returns a tensor:
-    the squared difference relative to the teacher's square.
+    calibration prices as well. Where it returns a tensor: the squared difference relative to the teacher's
+    square.
     """
     if isinstance(student, Tensor):
         return (student - teacher).float().square().sum() / teacher.float().square().sum().clamp_min(1e-30)

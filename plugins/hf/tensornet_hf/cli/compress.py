@@ -238,8 +238,18 @@ def run(
     healing = HealingFile(destination, folder, [*options, refine, heal]) if heal else None
     notes: tuple[str, ...] = ()
     if teacher is not None and text is not None:
-        how = {"refine": refine, "heal": heal, "file": healing, "resume": resume, "progress": progress}
-        notes = correct(model, teacher, folder, text, stats, **how)  # type: ignore[arg-type]
+        notes = correct(
+            model,
+            teacher,
+            folder,
+            text,
+            stats,
+            refine=refine,
+            heal=heal,
+            file=healing,
+            resume=resume,
+            progress=progress,
+        )
         done = replace(done, seconds=time.perf_counter() - started)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
     if healing is not None:
