@@ -16,6 +16,7 @@ from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork
+from tensornet.precision import outside_autocast
 from tensornet.svd import Method
 from tensornet.topologies.factored import choose_dims
 from tensornet.topologies.mpo import chain
@@ -53,6 +54,7 @@ class MPO:
         )
 
     @classmethod
+    @outside_autocast
     def from_matrix(
         cls,
         w: Tensor,
@@ -97,6 +99,7 @@ class MPO:
         return cls(result.cores, out_features=w.shape[0], in_features=w.shape[1], error=result.error)
 
     @classmethod
+    @outside_autocast
     def from_matrices(
         cls,
         batch: Tensor,
@@ -268,6 +271,7 @@ class MPO:
         """The same operator, orthonormal on both sides of `center`. See `mpo_algebra.canonicalize`."""
         return self._like(algebra.canonicalize(self.cores, center), error=self.error)
 
+    @outside_autocast
     def round(self, *, max_bond: int | None = None, rel_error: float | None = None) -> "MPO":
         """Cut the bonds, at most `max_bond` and at most `rel_error` away from *this* operator.
 

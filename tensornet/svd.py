@@ -16,6 +16,7 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
 from tensornet.errors import BudgetError, NonFiniteError
+from tensornet.precision import outside_autocast
 from tensornet.subspace import iterated_basis, worth_iterating
 
 Method = Literal["auto", "exact", "gram", "randomized"]
@@ -103,6 +104,7 @@ def safe_scale(tensor: Tensor) -> float:
 
 
 @torch.no_grad()
+@outside_autocast
 def truncated_svd(
     matrix: Tensor,
     *,

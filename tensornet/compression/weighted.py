@@ -10,6 +10,7 @@ from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
 from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
+from tensornet.precision import outside_autocast
 from tensornet.svd import result_dtype
 from tensornet.topologies import Decomposition, low_rank
 from tensornet.topology import Topology
@@ -108,6 +109,7 @@ def _never_ran(target: Target) -> TargetError:
     )
 
 
+@outside_autocast
 def decompose_weighted(matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
     """Cores of a given topology with little weighted error; the least there is for low rank.
 
