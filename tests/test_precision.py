@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.compression.weighted import decompose_weighted
-from tensornet.topologies import topology_family, topology_names
+from tensornet.topologies import Decomposition, topology_family, topology_names
+from tensornet.topologies.low_rank import LowRankFamily
 from tensornet.whitening import Weighting
 
 
@@ -36,6 +38,20 @@ def test_families(family: str) -> None:
     made = topology_family(family).decompose(matrix, tn.Budget(param_ratio=0.6))
     same(lambda: topology_family(family).decompose(matrix, tn.Budget(param_ratio=0.6)))
     same(lambda: topology_family(family).decompose_to(matrix, made.network.topology))
+
+
+def test_families_of_others() -> None:
+    class Other(LowRankFamily):
+        def decompose(self, matrix: Tensor, budget: tn.Budget, **options: Any) -> Decomposition:
+            return super().decompose(matrix @ torch.eye(16), budget, **options)
+
+        def decompose_to(self, matrix: Tensor, topology: tn.Topology) -> Decomposition:
+            return super().decompose_to(matrix @ torch.eye(16), topology)
+
+    matrix, family = torch.randn(24, 16), Other()
+    made = family.decompose(matrix, tn.Budget(max_bond=4))
+    same(lambda: family.decompose(matrix, tn.Budget(max_bond=4)))
+    same(lambda: family.decompose_to(matrix, made.network.topology))
 
 
 def test_operators_and_their_rounding() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
+from tensornet.precision import outside_autocast
 from tensornet.topology import Topology
 
 
@@ -42,10 +43,19 @@ class TopologyFamily(ABC):
     `build` accepts every shape of at least `(1, 1)`, padding where it must; `decompose(w, Budget())` is
     exact to rounding where the family can be exact; `error` bounds the true error; no cap of the budget is
     exceeded; a larger budget never gives a larger error; the input is not changed.
+
+    Both decompositions of a subclass run outside the caller's autocast, whose products in 16 bits would
+    break the bound; a subclass has nothing to do for that.
     """
 
     #: Name used in configurations and files.
     name: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("decompose", "decompose_to"):
+            if name in vars(cls):
+                setattr(cls, name, outside_autocast(vars(cls)[name]))
 
     @abstractmethod
     def build(

@@ -14,7 +14,6 @@ from tensornet.checks import check_dense, check_size, check_sizes
 from tensornet.dims import balanced_factors
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
-from tensornet.precision import outside_autocast
 from tensornet.svd import Method, frobenius
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology
 from tensornet.topology import Topology
@@ -61,7 +60,6 @@ class FactoredFamily(TopologyFamily):
             **own,
         )
 
-    @outside_autocast
     def decompose(
         self,
         matrix: Tensor,
@@ -91,7 +89,6 @@ class FactoredFamily(TopologyFamily):
     ) -> Decomposition:
         """Write `matrix: (out_features, in_features)` as a network with these legs, see `decompose`."""
 
-    @outside_autocast
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """`decompose_into` after a check that family and shape agree."""
         check_topology(self.name, topology, matrix)

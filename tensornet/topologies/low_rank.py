@@ -7,7 +7,6 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
 from tensornet.network import TensorNetwork
-from tensornet.precision import outside_autocast
 from tensornet.svd import Method, TruncatedSVD, truncated_svd
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
 from tensornet.topologies.factored import refuse_options
@@ -45,7 +44,6 @@ class LowRankFamily(TopologyFamily):
         refuse_options(self.name, options)
         return low_rank(out_features=out_features, in_features=in_features, rank=max_bond)
 
-    @outside_autocast
     def decompose(
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any
     ) -> Decomposition:
@@ -60,7 +58,6 @@ class LowRankFamily(TopologyFamily):
             bound_by = "rel_error"
         return Decomposition(_network(result, rows, columns), result.error, bound_by)
 
-    @outside_autocast
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Truncated SVD at the rank of the topology."""
         check_topology(self.name, topology, matrix)
