@@ -122,12 +122,13 @@ def truncated_svd(
         rel_error: keep the relative Frobenius error at or below this, in `[0, 1)`.
         method: `"exact"` (LAPACK, after a QR of tall blocks), `"gram"` (eigenvectors of the smaller Gram
             matrix in double precision; redone exactly if it cannot resolve the smallest singular value
-            kept), `"randomized"` (subspace iteration, for ranks far below the size; checked a posteriori
-            and redone by Gram or exactly if the captured energy has not settled, if `rel_error` is
-            missed, or if what double precision leaves out is too small for an iteration to see), or
-            `"auto"`: randomized for ranks below an eighth of a dimension of at least 256, else Gram for
-            single and half precision and exact for double. Randomized singular values hold to about
-            1e-4 of the largest in single precision and 1e-9 in double, all others to rounding.
+            kept, so that factors of a double-precision matrix are orthonormal to 1e-10), `"randomized"`
+            (subspace iteration, for ranks far below the size; checked a posteriori and redone by Gram or
+            exactly if the captured energy has not settled, if `rel_error` is missed, or if what double
+            precision leaves out is too small for an iteration to see), or `"auto"`: randomized for ranks
+            below an eighth of a dimension of at least 256, else Gram for single and half precision and
+            exact for double. Randomized singular values hold to about 1e-4 of the largest in single
+            precision and 1e-9 in double, all others to rounding.
 
     Returns:
         Factors in the input's dtype (float32 for half types) and on its device. The same input gives the

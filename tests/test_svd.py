@@ -69,7 +69,8 @@ def test_is_the_best_approximation(method: str, matrix: Tensor, rank: int) -> No
 def test_factors_are_orthonormal_and_sorted(method: str, matrix: Tensor, rank: int) -> None:
     found = tn.truncated_svd(matrix, max_rank=rank, method=method)
     eye = torch.eye(found.S.numel(), dtype=found.U.dtype)
-    slack = laws.tolerance(matrix.dtype)
+    # A Gram matrix in double precision resolves small singular values to 1e-10 only, as its docstring says.
+    slack = laws.tolerance(matrix.dtype) if method == "exact" else max(1e-10, laws.tolerance(matrix.dtype))
     assert float((found.U.mH @ found.U - eye).abs().max()) < slack
     assert float((found.Vh @ found.Vh.mH - eye).abs().max()) < slack
     assert bool((found.S[1:] <= found.S[:-1]).all())
