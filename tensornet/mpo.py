@@ -287,7 +287,7 @@ class MPO:
         return self._like(cores, error=self.error + cut * (1 + self.error))
 
     def norm(self) -> Tensor:
-        """Frobenius norm, a 0-dimensional tensor."""
+        """Frobenius norm, a 0-dimensional tensor without gradient (`inner` has one)."""
         return algebra.norm(self._masked)
 
     def inner(self, other: "MPO") -> Tensor:
@@ -390,9 +390,9 @@ def _check_chain(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
                 f"Core {k} is {core.dtype} on {core.device}, the first core is {cores[0].dtype} on "
                 f"{cores[0].device}; all cores must agree."
             )
-        if core.ndim != 4 or core.shape[0] != bond:
+        if core.ndim != 4 or core.shape[0] != bond or 0 in core.shape:
             raise ShapeError(
-                f"Core {k} has shape {tuple(core.shape)}; expected (left, out, in, right) with left={bond}."
+                f"Core {k} has shape {tuple(core.shape)}; expected (left, out, in, right) >= 1, left={bond}."
             )
         bond = core.shape[3]
     if bond != 1:

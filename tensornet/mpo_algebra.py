@@ -9,12 +9,15 @@ states", sections 4 and 5; Oseledets 2011, "Tensor-Train Decomposition", section
 
 import math
 from collections.abc import Sequence
+from numbers import Complex, Real
+from operator import index
 
 import torch
 from torch import Tensor
 
 from tensornet.errors import ShapeError
-from tensornet.svd import frobenius, result_dtype, safe_scale, truncated_svd, working_dtype
+from tensornet.precision import outside_autocast
+from tensornet.svd import check_finite, frobenius, result_dtype, safe_scale, truncated_svd, working_dtype
 
 Cores = tuple[Tensor, ...]
 
@@ -41,12 +44,16 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
     """The chain times a number; the last core takes it."""
     last = cores[-1]
+    if not isinstance(factor, Tensor | int | float | complex):  # a fraction, or one of NumPy's numbers
+        plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
+        factor = plain(factor)
     if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
         last = last.to(torch.promote_types(last.dtype, torch.complex64))  # half of a complex has no products
     scaled = last * factor
     return (*(core.to(scaled.dtype) for core in cores[:-1]), scaled)
 
 
+@outside_autocast
 def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Product of two chains as operators; in-dims of `left` are out-dims of `right`, bonds multiply."""
     left, right = _same_dtype(left, right)
@@ -62,9 +69,12 @@ def transpose(cores: Sequence[Tensor]) -> Cores:
     return tuple(core.transpose(1, 2) for core in cores)
 
 
+@outside_autocast
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Frobenius inner product `sum conj(L) R`, a 0-dimensional tensor."""
+    """Frobenius inner product `sum conj(L) R`, a 0-dimensional tensor; of half types in single precision."""
     left, right = _same_dtype(left, right)
+    dtype = result_dtype(left[0].dtype)  # a square overflows half precision from 256 on
+    left, right = [core.to(dtype) for core in left], [core.to(dtype) for core in right]
     transfer = torch.ones(1, 1, dtype=left[0].dtype, device=left[0].device)
     for a, b in zip(left, right, strict=True):
         partial = torch.einsum("ac,coid->aoid", transfer, b)
@@ -127,9 +137,9 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
         ShapeError: no such site.
     """
     sites = len(cores)
-    if not isinstance(center, int) or not -sites <= center < sites:
+    if not _is_place(center, -sites, sites):
         raise ShapeError(f"center={center} is not a site; the chain has {sites}, 0 to {sites - 1}.")
-    center %= sites
+    center = index(center) % sites
     dtype = result_dtype(cores[0].dtype)
     work = [core.to(working_dtype(core.dtype)) for core in cores]
     for k in range(center):
@@ -204,7 +214,10 @@ def bond_tolerance(
 
 @torch.no_grad()
 def norm(cores: Sequence[Tensor]) -> Tensor:
-    """Frobenius norm, accurate to relative rounding even where the terms of the chain cancel."""
+    """Frobenius norm, accurate to relative rounding even where the terms of the chain cancel.
+
+    It has no gradient: that of the QR does not exist where a core has dependent columns. `inner` has one.
+    """
     center = canonicalize(cores, len(cores) - 1)[-1]
     return torch.tensor(frobenius(center), dtype=center.real.dtype, device=center.device)
 
@@ -218,15 +231,18 @@ def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
         bond: `0 ... n - 2`, the bond on the right of that core.
 
     Raises:
+        NonFiniteError: the operator holds NaN or infinity.
         ShapeError: no such bond.
     """
-    if not isinstance(bond, int) or not 0 <= bond < len(cores) - 1:
+    if not _is_place(bond, 0, len(cores) - 1):
         there = (
             f"{len(cores)} cores have bonds 0 to {len(cores) - 2}" if len(cores) > 1 else "one core has none"
         )
         raise ShapeError(f"Bond {bond} does not exist; {there}.")
+    bond = index(bond)
     dtype = result_dtype(cores[0].dtype)
     center = canonicalize([core.to(working_dtype(core.dtype)) for core in cores], bond)[bond]
+    check_finite(center, "The operator")
     values = torch.linalg.svdvals(center.reshape(-1, center.shape[3]))
     return values.to(torch.float32 if dtype in (torch.float32, torch.complex64) else torch.float64)
 
@@ -242,7 +258,19 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
     return torch.special.entr(p).sum().abs()  # a product has 0, not -0
 
 
+def _is_place(value: int, first: int, end: int) -> bool:
+    """Whether it is an integer, of NumPy as well, from `first` to before `end`."""
+    try:
+        return first <= index(value) < end
+    except TypeError:
+        return False
+
+
 def _same_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Cores, Cores]:
+    if left[0].device != right[0].device:
+        raise ShapeError(
+            f"One operator lies on {left[0].device}, the other on {right[0].device}; move the cores of one."
+        )
     dtype = torch.promote_types(left[0].dtype, right[0].dtype)
     return tuple(core.to(dtype) for core in left), tuple(core.to(dtype) for core in right)
 

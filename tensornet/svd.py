@@ -99,8 +99,38 @@ def largest_element(tensor: Tensor) -> float:
 
 def safe_scale(tensor: Tensor) -> float:
     """The number to divide by so that squares of the elements neither overflow nor vanish, mostly 1."""
-    size = largest_element(tensor)
+    return _safe(largest_element(tensor))
+
+
+def _safe(size: float) -> float:
     return size if size > 0 and not _SAFE_RANGE[0] <= size <= _SAFE_RANGE[1] else 1.0
+
+
+def safe_scales(stack: Tensor) -> Tensor | None:
+    """`safe_scale` of every item of a finite stack, shape `(items,)`; None where all of them are 1."""
+    scales = [safe_scale(stack)] if len(stack) == 1 else [1.0] * len(stack)
+    if len(stack) > 1:
+        parts = torch.view_as_real(stack.resolve_conj()) if stack.is_complex() else stack
+        low, high = torch.aminmax(parts.detach().flatten(1), dim=1)
+        scales = [_safe(size) for size in torch.maximum(-low, high).tolist()]
+    if all(scale == 1 for scale in scales):
+        return None
+    return torch.tensor(scales, dtype=result_dtype(stack.dtype).to_real(), device=stack.device)
+
+
+def scaled_back(tensor: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo a division by `safe_scale`.
+
+    Raises:
+        NonFiniteError: the numbers of the matrix fit its dtype, those of its factors do not.
+    """
+    scaled = (tensor * scale).to(dtype)
+    if not math.isfinite(largest_element(scaled)):
+        raise NonFiniteError(
+            f"The matrix is so large that its factors are infinite in {dtype}; divide it by its largest "
+            "element first, or hand it over in torch.float64."
+        )
+    return scaled
 
 
 @torch.no_grad()
@@ -158,7 +188,7 @@ def truncated_svd(
     U, Vh = fix_signs(found.U, found.Vh)
     dtype = result_dtype(matrix.dtype)
     error = relative(float(found.discarded), float(total))
-    S = (found.S * scale).to(torch.float32 if single else torch.float64)
+    S = scaled_back(found.S, scale, torch.float32 if single else torch.float64)
     return TruncatedSVD(U.to(dtype), S, Vh.to(dtype), error, found.method)
 
 

@@ -25,7 +25,8 @@ from tensornet.svd import (
     energy,
     is_single,
     result_dtype,
-    safe_scale,
+    safe_scales,
+    scaled_back,
 )
 
 
@@ -194,14 +195,15 @@ def tt_svd_stack(
     backwards = [o * i for o, i in dims] > [o * i for o, i in reversed(dims)]
     if backwards:
         order, dims, caps = order[::-1], dims[::-1], caps[::-1]
-    scale = safe_scale(matrices)
+    scale = safe_scales(matrices)
     rest = pad_matrix(matrices.detach().to(dtype), math.prod(out_dims), math.prod(in_dims))
     rest = rest.reshape(-1, *out_dims, *in_dims)
     rest = rest.permute(0, *(1 + axis for k in order for axis in (k, sites + k))).flatten(1)
-    sweep = _sweep(rest if scale == 1 else rest / scale, dims, caps, budget.rel_error, method)
+    sweep = _sweep(rest if scale is None else rest / scale[:, None], dims, caps, budget.rel_error, method)
     cores = [core.to(dtype).contiguous() for core in sweep.cores]
     center = sweep.center
-    cores[center] = cores[center] * scale if scale != 1 else cores[center]
+    if scale is not None:
+        cores[center] = scaled_back(cores[center], scale.view(-1, 1, 1, 1, 1), dtype)
     if backwards:
         cores, center = [core.permute(0, 4, 2, 3, 1).contiguous() for core in cores[::-1]], sites - 1 - center
     return TTStack(tuple(cores), sweep.errors, "rel_error" if sweep.below_caps else bound_by, center)

@@ -19,6 +19,7 @@ from tensornet.svd import (
     keep_rank,
     result_dtype,
     safe_scale,
+    scaled_back,
     working_dtype,
 )
 from tensornet.topologies.base import Decomposition, register_topology
@@ -190,7 +191,7 @@ def _block_svd(
         cores.insert(0, core)
         rest = (U * found.S[..., None, :rank]).permute(2, 0, 1, 3)  # shape: (left, outs, ins, rank)
         rest, right = rest.reshape(left * math.prod(out_dims[k:]), -1), rank
-    cores.insert(0, rest.reshape(1, *out_dims, in_dims[0], right) * scale)
+    cores.insert(0, scaled_back(rest.reshape(1, *out_dims, in_dims[0], right), scale, dtype))
     error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
     return [core.to(dtype).contiguous() for core in cores], error
 

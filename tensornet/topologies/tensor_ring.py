@@ -20,6 +20,7 @@ from tensornet.svd import (
     is_single,
     result_dtype,
     safe_scale,
+    scaled_back,
     working_dtype,
 )
 from tensornet.topologies.base import Decomposition, register_topology
@@ -259,7 +260,7 @@ def _tr_svd(
         else:
             cores.append(U.reshape(left, out_dims[k], in_dims[k], -1))
             left = U.shape[1]
-    cores.append(rest.reshape(left, out_dims[-1], in_dims[-1], closing) * scale)
+    cores.append(scaled_back(rest.reshape(left, out_dims[-1], in_dims[-1], closing), scale, dtype))
     error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
     return _Ring([core.to(dtype).contiguous() for core in cores], error, bound_by)
 

@@ -18,6 +18,7 @@ from tensornet.svd import (
     is_single,
     result_dtype,
     safe_scale,
+    scaled_back,
 )
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.caps import uniform_cap
@@ -182,7 +183,7 @@ def st_hosvd(
         rest = pad_core(split.rest, (rank, block.shape[1]))
         core = rest.reshape(rank, *_without(core.shape, axis)).movedim(0, axis)
     error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
-    return (core * scale).to(dtype), [factor.to(dtype) for factor in factors], error
+    return scaled_back(core, scale, dtype), [factor.to(dtype) for factor in factors], error
 
 
 def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:

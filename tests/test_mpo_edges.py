@@ -1,0 +1,102 @@
+"""Operators at the edges: other numbers, other devices, autocast, magnitudes far apart."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import tensornet as tn
+from tensornet.testing import reference
+
+
+def operator(rows: int = 7, columns: int = 11, **options: object) -> tn.MPO:
+    """A random one; 7 and 11 are padded."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    return tn.MPO.from_matrix(torch.randn(rows, columns, generator=generator), **options)  # type: ignore[arg-type]
+
+
+def test_places_of_numpy_are_places() -> None:
+    chain = operator()
+    assert torch.equal(chain.bond_spectrum(np.int64(1)), chain.bond_spectrum(1))  # type: ignore[arg-type]
+    moved = chain.canonicalize(center=np.int64(1))  # type: ignore[arg-type]
+    assert all(map(torch.equal, moved.cores, chain.canonicalize(center=1).cores))
+
+
+@pytest.mark.parametrize("factor", [Fraction(1, 2), Decimal("0.5"), np.float32(0.5)])
+def test_numbers_of_any_kind_are_factors(factor: float) -> None:
+    chain = operator()
+    assert torch.equal((chain * factor).to_matrix(), (chain * 0.5).to_matrix())
+    assert torch.equal((factor * chain).to_matrix(), (chain * 0.5).to_matrix())
+
+
+def test_half_times_a_complex_number_of_numpy_keeps_the_imaginary_part() -> None:
+    chain = tn.MPO([core.half() for core in operator().cores])
+    turned = chain * np.complex64(2 + 1j)
+    assert torch.equal(turned.to_matrix(), (chain * (2 + 1j)).to_matrix())
+
+
+@pytest.mark.parametrize("operation", ["__add__", "__sub__", "__matmul__", "inner"])
+def test_operators_on_different_devices_are_refused(operation: str) -> None:
+    chain = operator(8, 8, out_dims=(2, 4), in_dims=(2, 4))
+    other = tn.MPO([core.to("meta") for core in chain.cores])
+    with pytest.raises(tn.ShapeError, match=r"on cpu.* on meta"):
+        getattr(chain, operation)(other)
+
+
+def test_algebra_keeps_its_precision_under_autocast() -> None:
+    left = operator()
+    right = operator(11, 5, out_dims=left.in_dims, in_dims=(1, 1, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product, norm, inner = left @ right, left.norm(), left.inner(left)
+    assert product.cores[0].dtype == inner.dtype == torch.float32
+    expected = reference.to_numpy(left.to_matrix()) @ reference.to_numpy(right.to_matrix())
+    assert reference.relative_error(expected, product.to_matrix()) < 1e-5
+    assert float(norm) == pytest.approx(float(torch.linalg.norm(left.to_matrix())), rel=1e-5)
+    assert float(inner) == pytest.approx(float(norm) ** 2, rel=1e-5)
+
+
+def test_inner_product_of_half_numbers_does_not_overflow() -> None:
+    chain = tn.MPO([core.half() for core in operator(64, 64).cores]) * 16
+    assert float(chain.inner(chain)) == pytest.approx(float(chain.norm()) ** 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_spectrum_of_what_is_not_finite_is_refused_by_name(value: float) -> None:
+    chain = operator() * value
+    for ask in (chain.bond_spectrum, chain.bond_entropy):
+        with pytest.raises(tn.NonFiniteError, match="NaN or infinite"):
+            ask(0)
+
+
+@pytest.mark.parametrize("shapes", [[(1, 2, 0, 1)], [(1, 2, 2, 0), (0, 2, 2, 1)]])
+def test_cores_without_elements_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(tn.ShapeError, match=r"Core 0 has shape .* >= 1"):
+        tn.MPO([torch.ones(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("budget", [{}, {"max_bond": 2}, {"rel_error": 0.3}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_items_of_a_stack_may_differ_in_magnitude(budget: dict[str, float], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    scales = torch.tensor([1e30, 1e-30, 1.0, 0.0], dtype=torch.float64)
+    batch = torch.randn(4, 12, 10, dtype=torch.float64) * scales[:, None, None]
+    for matrix, chain in zip(batch, tn.MPO.from_matrices(batch.to(dtype), **budget), strict=True):
+        size = float(matrix.abs().max()) or 1.0
+        found = reference.to_numpy(chain.to_matrix()) / size
+        true = reference.relative_error(reference.to_numpy(matrix) / size, found)
+        assert true <= chain.error * (1 + 1e-5) + 1e-5
+
+
+@pytest.mark.parametrize("family", tn.topologies.topology_names())
+def test_factors_that_no_single_number_holds_are_refused(family: str) -> None:
+    """Elements that fit single precision, with a norm that does not: no infinity, and no certificate of 0."""
+    matrix = torch.full((64, 64), 3e38)
+    with pytest.raises(tn.NonFiniteError, match=r"factors are infinite in torch\.float32; divide it"):
+        tn.topologies.topology_family(family).decompose(matrix, tn.Budget(max_bond=1))
+    double = tn.topologies.topology_family(family).decompose(matrix.double(), tn.Budget(max_bond=2))
+    assert reference.relative_error(matrix.double(), double.network.to_matrix()) < 1e-7
