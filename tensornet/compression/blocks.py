@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression.losses import Batch
+from tensornet.compression.batches import Batch, run_model
 
 
 class Stop(Exception):
@@ -96,7 +96,7 @@ def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
             handles.append(block.register_forward_pre_hook(before(stack, index), with_kwargs=True))
             handles.append(block.register_forward_hook(after(stack)))
     try:
-        model(**batch)
+        run_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -134,7 +134,7 @@ class ChainRun:
             calls: list[Call] = []
             last: list[Tensor] = []
             with self._watched(calls, last), suppress(Stop):
-                self.model(**batch)
+                run_model(self.model, batch)
             self.calls.append(calls)
 
     @torch.no_grad()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tensornet.compression.batches import Batch, BatchLike, as_batch, run_model
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded
-from tensornet.compression.losses import Batch, TokenLosses, cosine_losses, default_losses, token_mask
+from tensornet.compression.losses import TokenLosses, cosine_losses, default_losses, token_mask
 from tensornet.compression.modes import in_eval_mode
 from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import find_targets
+from tensornet.compression.targets import check_loaded, find_targets
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.adapters import kind_of
 
@@ -24,7 +25,7 @@ Fisher = Literal["labels", "sampled"]
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Batch | Tensor],
+    batches: Iterable[BatchLike],
     *,
     config: CompressionConfig | None = None,
     loss_fn: TokenLosses | None = None,
@@ -42,8 +43,9 @@ def calibrate(
 
     Args:
         model: any module; layers of kinds `nn.Linear`, `Conv1D` and `nn.Embedding` are observed.
-        batches: keyword arguments of the model (a Hugging Face batch), or tensors of token indices
-            `(rows, tokens)`.
+        batches: keyword arguments of the model (a Hugging Face batch); or tensors, which are its first
+            argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
+            `DataLoader` gives them.
         config: observe the layers it selects; all if absent.
         loss_fn: losses of single tokens, see `tensornet.compression.losses`; overrules `fisher`. If absent, a
             model that returns hidden states alone is judged by their cosine (`cosine_losses`).
@@ -67,7 +69,7 @@ def calibrate(
     with _observed(model, recorder, config):
         device = next(model.parameters()).device
         for batch in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
-            recorder.batch = to_device(batch, device)
+            recorder.batch = as_batch(batch, model, device)
             with_gradients = gradient_batches is None or count < gradient_batches
             with torch.set_grad_enabled(with_gradients):
                 if with_gradients:
@@ -80,7 +82,7 @@ def calibrate(
                 elif loss_fn is not None:  # it knows how this model is called
                     loss_fn(model, recorder.batch)
                 else:
-                    model(**recorder.batch)
+                    run_model(model, recorder.batch)
             count += 1
     if count == 0:
         raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
@@ -214,6 +216,7 @@ def _observed(model: nn.Module, recorder: _Recorder, config: CompressionConfig |
 @contextmanager
 def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
     targets = find_targets(model, config or CompressionConfig(target_modules="all"))
+    check_loaded(targets)
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     handles = [
@@ -254,24 +257,3 @@ def _output_hook(name: str, recorder: _Recorder) -> Any:
             output.register_hook(lambda gradient: recorder.see_gradient(name, gradient))
 
     return hook
-
-
-def to_device(batch: Batch | Tensor, device: torch.device) -> Batch:
-    """A batch as keyword arguments on a device; a tensor stands for token indices.
-
-    Raises:
-        TargetError: it is neither a mapping nor a tensor.
-    """
-    if isinstance(batch, Tensor):
-        if batch.ndim < 2:
-            raise TargetError(
-                f"A tensor of token indices has shape (rows, tokens), got {tuple(batch.shape)}; a single row "
-                "is given as row[None]."
-            )
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping):
-        raise TargetError(
-            f"A calibration batch must be a mapping of model arguments or a tensor of token indices, got "
-            f"{type(batch).__name__}."
-        )
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Collection
 
-from torch import Tensor, nn
+from torch import nn
 
 from tensornet.compression.apply import apply_plan
+from tensornet.compression.batches import BatchLike
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.losses import Batch
 from tensornet.compression.planner import prepare
 from tensornet.compression.providers import Calibration, gather_statistics
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
@@ -19,7 +19,7 @@ def compress(
     config: CompressionConfig,
     *,
     calibration: Calibration | None = None,
-    validation: Collection[Batch | Tensor] | None = None,
+    validation: Collection[BatchLike] | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Replace the targeted layers of a model by layers made of cores, in place.

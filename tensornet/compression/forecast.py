@@ -13,10 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tensornet.compression.calibrate import to_device
-from tensornet.compression.losses import Batch, TokenLosses
+from tensornet.compression.batches import BatchLike, as_batch
+from tensornet.compression.losses import TokenLosses
 from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import BudgetError, TargetError
 
@@ -100,7 +100,7 @@ def _along(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterable[Batch | Tensor], loss_fn: TokenLosses) -> float:
+def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLosses) -> float:
     """Mean loss of the tokens of all batches, in eval mode.
 
     Raises:
@@ -110,7 +110,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch | Tensor], loss_fn: Toke
     total, count = 0.0, 0
     with in_eval_mode(model):
         for batch in batches:
-            losses = loss_fn(model, to_device(batch, device))
+            losses = loss_fn(model, as_batch(batch, model, device))
             total, count = total + float(losses.sum()), count + losses.numel()
     if count == 0:
         raise TargetError(

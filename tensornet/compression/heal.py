@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet._optional import import_optional
-from tensornet.compression.calibrate import to_device
-from tensornet.compression.losses import Batch, pooled, token_mask
+from tensornet.compression.batches import Batch, BatchLike, as_batch, run_model
+from tensornet.compression.losses import pooled, token_mask
 from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.nn.linear import TensorNetworkLinear
@@ -52,7 +52,7 @@ class HealReport:
 def heal(
     model: nn.Module,
     teacher: nn.Module,
-    data: Iterable[Batch | Tensor],
+    data: Iterable[BatchLike],
     *,
     steps: int = 300,
     layer_steps: int = 0,
@@ -140,7 +140,7 @@ def heal(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["size"] * min(1.0, (share + 1 / total) * 20) * (1 - share)
-            batch = to_device(next(batches), device)
+            batch = as_batch(next(batches), model, device)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 if done < layer_steps:
                     loss = layer_step(layers, teacher, batch)
@@ -247,7 +247,7 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
             handles.append(stock.register_forward_hook(compare(layer), with_kwargs=True))
     try:
         with torch.no_grad():
-            teacher(**batch)
+            run_model(teacher, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -280,8 +280,8 @@ def _distance(temperature: float) -> Distance:
 
 def _end_to_end(model: nn.Module, teacher: nn.Module, batch: Batch, distance: Distance) -> float:
     with torch.no_grad():
-        wanted = teacher(**batch)
-    loss = distance(model(**batch), wanted, batch)
+        wanted = run_model(teacher, batch)
+    loss = distance(run_model(model, batch), wanted, batch)
     loss.backward()
     return float(loss.detach())
 
@@ -292,7 +292,7 @@ def _share(done: int, total: int, seconds: float, max_seconds: float | None) -> 
     return max(done / total, by_time)
 
 
-def _forever(data: Iterable[Batch | Tensor], *, skip: int) -> Iterator[Batch | Tensor]:
+def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
     """Batches without end, from where an earlier run stopped."""
     position = 0
     while True:

@@ -4,15 +4,15 @@ A loss function maps `(model, batch)` to the losses of all tokens that have one,
 left out. Any function of that form can be given to `calibrate`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensornet.compression.batches import Batch, run_model
 from tensornet.errors import TargetError
 
-Batch = Mapping[str, Any]
 TokenLosses = Callable[[nn.Module, Batch], Tensor]
 IGNORED = -100
 
@@ -22,12 +22,16 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Labels are `batch["labels"]`, else the unpadded `input_ids`. Causal models (all but encoder-decoder and
     masked ones) are scored on the next token, but not from padding. Where labels and logits do not match
-    token by token, the model's own mean loss counts once for each row of the batch.
+    token by token, the model's own mean loss counts once for each row of the batch. A model that returns one
+    tensor `(..., classes)` is scored at each label `(...)` there is; labels that are numbers of the shape of
+    that tensor are predicted: the loss of each row is then the mean squared difference.
 
     Raises:
-        TargetError: the model returns neither logits nor a loss.
+        TargetError: the model returns neither logits nor a loss, or one tensor that no labels fit.
     """
     labels, logits, output = _predict(model, batch)
+    if isinstance(output, Tensor) and logits is None:
+        return _squared(model, output, labels)
     if logits is None or labels is None:
         if (loss := getattr(output, "loss", None)) is not None:
             return loss.expand(len(next(iter(batch.values()))))
@@ -42,6 +46,20 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
+def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
+    """Mean squared difference of each row of an output from labels of its shape."""
+    if labels is None or labels.shape != output.shape or not labels.is_floating_point():
+        what = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
+        raise TargetError(
+            f"{type(model).__name__} returns a tensor of shape {tuple(output.shape)}, and the batch has "
+            f"{what}; so nothing says what an error costs. Pass pairs (inputs, labels), where labels are "
+            "indices of classes, one for each row of logits, or numbers of the shape of the output; or "
+            "choose objective='activation', which needs no loss; or give tensornet.calibrate a loss_fn, a "
+            "function (model, batch) -> losses of shape (tokens,), and pass the statistics on."
+        )
+    return (output - labels).square().reshape(len(output), -1).mean(-1)
+
+
 def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of labels drawn from the model itself: gradients then give the true Fisher matrix.
 
@@ -52,7 +70,7 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     labels, logits, output = _predict(model, batch)
     if logits is not None and labels is not None:
         logits, _ = _aligned(model, batch, logits, labels)
-    elif (logits := getattr(output, "logits", None)) is None or logits.ndim != 2 or logits.shape[1] < 2:
+    elif (logits := _logits(output)) is None or logits.ndim != 2 or logits.shape[1] < 2 or _numbers(labels):
         raise TargetError(
             f"{type(model).__name__} returns no logits for each token or row to draw labels from; use "
             "label_losses or pass a loss function of your own."
@@ -69,7 +87,7 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     Jacobian, so the predicted rise of this "loss" is half the squared distance between old and new unit
     vectors: one minus their cosine.
     """
-    return _projected(pooled(model(**batch), batch))
+    return _projected(pooled(run_model(model, batch), batch))
 
 
 @torch.no_grad()
@@ -100,8 +118,8 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
         if judged_by is not cosine_losses:
             return judged_by(model, batch)
         with torch.no_grad():
-            wanted = pooled(teacher(**batch), batch)
-        return 1 - (pooled(model(**batch), batch) * wanted).sum(-1)
+            wanted = pooled(run_model(teacher, batch), batch)
+        return 1 - (pooled(run_model(model, batch), batch) * wanted).sum(-1)
 
     return losses
 
@@ -150,6 +168,16 @@ def _in_shape(values: Tensor | None, shape: torch.Size) -> Tensor | None:
     return values
 
 
+def _logits(output: Any) -> Tensor | None:
+    """What a model returns for classes: its logits, or all of it if that is one tensor."""
+    return output if isinstance(output, Tensor) else getattr(output, "logits", None)
+
+
+def _numbers(labels: Tensor | None) -> bool:
+    """Whether labels are values to be predicted instead of classes."""
+    return labels is not None and labels.is_floating_point()
+
+
 def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
     """`(labels, logits for each label or None, all that the model returns)`."""
     labels = batch.get("labels")
@@ -159,9 +187,12 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
             labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             batch = {**batch, "labels": labels}
-    output = model(**batch)
-    logits = getattr(output, "logits", None)
+    output = run_model(model, batch)
+    if isinstance(output, Tensor):  # it may be hidden states: only labels that were given make logits of it
+        labels = batch.get("labels")
+    logits = _logits(output)
     matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape
+    matches = matches and not _numbers(labels)
     return labels, logits if matches else None, output
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet.compression.batches import Batch, run_model
 from tensornet.compression.blocks import ChainRun, Stop, find_chains
-from tensornet.compression.losses import Batch, token_mask
+from tensornet.compression.losses import token_mask
 
 NEVER_REACHED = "the data never reached it"
 
@@ -80,7 +81,7 @@ class PairedRun:
             return note
 
         with _hooked({self.model.get_submodule(name): hook(name) for name in names}):
-            self.model(**self.batches[0])
+            run_model(self.model, self.batches[0])
         groups: list[Group] = []
         for index, (name, x) in enumerate(seen):
             place = self._place(name)
@@ -118,7 +119,7 @@ class PairedRun:
 
         at = None if place is None else self._chain(*place)[side]  # runs blocks, so before anything is hooked
         with _hooked({model.get_submodule(name): keep}), suppress(Stop):
-            model(**batch) if at is None else at.run(number)
+            run_model(model, batch) if at is None else at.run(number)
         return torch.cat(found) if found else torch.empty(0, 0)
 
     def _chain(self, chain: str, index: int) -> tuple[ChainRun, ChainRun]:

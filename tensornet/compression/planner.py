@@ -10,16 +10,17 @@ from tqdm.auto import tqdm
 
 from tensornet.budget import Budget
 from tensornet.compression.apply import apply_plan
+from tensornet.compression.batches import BatchLike
 from tensornet.compression.clock import Clock
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, family_options
 from tensornet.compression.expansion import expanded
 from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
 from tensornet.compression.forms import LayerForms
 from tensornet.compression.global_plan import choose_forms, layer_forms, storage_of
-from tensornet.compression.losses import Batch, TokenLosses, losses_against
+from tensornet.compression.losses import TokenLosses, losses_against
 from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
 from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import Target, find_targets
+from tensornet.compression.targets import Target, check_loaded, find_targets
 from tensornet.errors import BudgetError, TargetError
 from tensornet.machine import default_machine
 from tensornet.svd import check_finite, working_dtype
@@ -61,7 +62,7 @@ class PreparedPlan:
         self,
         model: nn.Module,
         stats: CalibrationStats,
-        validation: Collection[Batch | Tensor],
+        validation: Collection[BatchLike],
         *,
         loss_fn: TokenLosses | None = None,
         shares: Sequence[float] = MEASURED_SHARES,
@@ -193,6 +194,7 @@ def prepare(
     objective = resolve_objective(config, stats)
     with expanded(model):
         targets = tuple(find_targets(model, config))
+    check_loaded(targets)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
     forms, spectra = [], []

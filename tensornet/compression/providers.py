@@ -8,22 +8,22 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
+from tensornet.compression.batches import BatchLike
 from tensornet.compression.calibrate import calibrate
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.losses import Batch
 from tensornet.compression.stats import CalibrationStats
 from tensornet.errors import CalibrationWarning
 
-Calibration = CalibrationStats | Iterable[Batch | Tensor]
+Calibration = CalibrationStats | Iterable[BatchLike]
 
 
 @dataclass(frozen=True)
 class ProvidedData:
     """Batches for one model, and a few words that say what they are."""
 
-    batches: Iterable[Batch | Tensor]
+    batches: Iterable[BatchLike]
     source: str
 
 

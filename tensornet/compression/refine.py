@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet.compression.calibrate import to_device
+from tensornet.compression.batches import Batch, BatchLike, as_batch, run_model
 from tensornet.compression.heal import compressed_layers, output_distance
-from tensornet.compression.losses import Batch
 from tensornet.compression.modes import in_eval_mode, without_cache
 from tensornet.compression.paired import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.compression.stats import CalibrationStats
@@ -62,7 +61,7 @@ class RefineReport:
 def refine(
     model: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[Batch | Tensor],
+    batches: Sequence[BatchLike],
     stats: CalibrationStats | None = None,
     *,
     correction: float = 0.5,
@@ -109,7 +108,7 @@ def refine(
         raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
     stocks = {name: _stock(teacher, name) for name in layers}
     device = next(model.parameters()).device
-    given = [to_device(batch, device) for batch in batches]
+    given = [as_batch(batch, model, device) for batch in batches]
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
@@ -182,7 +181,9 @@ def _stock(teacher: nn.Module, name: str) -> Tensor:
 
 
 def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
-    return sum(float(output_distance(model(**b), teacher(**b), b)) for b in batches) / len(batches)
+    return sum(float(output_distance(run_model(model, b), run_model(teacher, b), b)) for b in batches) / len(
+        batches
+    )
 
 
 class _OutputError:

@@ -96,6 +96,21 @@ def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
     return chosen
 
 
+def check_loaded(targets: Sequence[Target]) -> None:
+    """Refuse layers without numbers.
+
+    Raises:
+        TargetError: naming the first one.
+    """
+    for target in targets:
+        if target.weight.is_meta:
+            raise TargetError(
+                f"Layer {target.name!r} has no numbers, its weight is on the meta device: the model was "
+                "built empty, or a device_map has put parts of it elsewhere. Load it whole; a model that does "
+                "not fit into memory is compressed from its files: tensornet compress SRC DST --workers 1."
+            )
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module that makes logits, for models that can name it (Hugging Face)."""
     getter = getattr(model, "get_output_embeddings", None)

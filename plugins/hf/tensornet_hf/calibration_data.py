@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensornet.compression import cosine_losses, label_losses, sampled_losses
-from tensornet.compression.losses import IGNORED, Batch, TokenLosses
+from tensornet.compression.batches import Batch, BatchLike
+from tensornet.compression.losses import IGNORED, TokenLosses
 from tensornet.errors import TargetError
 from tensornet_hf.text import load_tokenizer, token_ids, usual_context
 
@@ -42,7 +43,7 @@ class CalibrationData:
         tokens: how many the model reads, padding left out.
     """
 
-    batches: tuple[Batch | Tensor, ...]
+    batches: tuple[BatchLike, ...]
     loss_fn: TokenLosses
     tokens: int
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from tensornet.compression.calibrate import to_device
+from tensornet.compression.batches import as_batch
 from tensornet.compression.heal import (
     ADAPTER_LR,
     CORE_LR,
@@ -197,7 +197,7 @@ def _layer_wise(trainer: HealingTrainer, teacher: nn.Module, steps: int) -> None
                 break
             for group in optimizer.param_groups:
                 group["lr"] = trainer.args.learning_rate * group["size"] * (1 - done / steps)
-            layer_step(layers, teacher, to_device(batch, device))
+            layer_step(layers, teacher, as_batch(batch, teacher, device))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done += 1

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tensornet.compression import CalibrationStats, CompressionConfig
+from tensornet.compression.batches import Batch, BatchLike, as_batch, run_model
 from tensornet.compression.blocks import Stop, hidden_of
-from tensornet.compression.calibrate import _observed, _Recorder, to_device
-from tensornet.compression.losses import Batch, TokenLosses, label_losses
+from tensornet.compression.calibrate import _observed, _Recorder
+from tensornet.compression.losses import TokenLosses, label_losses
 from tensornet.errors import TargetError
 from tensornet.pieces.header import load_slice, read_header
 from tensornet.pieces.writer import write_tensors
@@ -35,7 +36,7 @@ LINEAR_LAYERS = CompressionConfig(max_bond=1)
 
 def calibrate_checkpoint(
     src: str | Path,
-    batches: Iterable[Batch | Tensor],
+    batches: Iterable[BatchLike],
     path: str | Path,
     *,
     config: CompressionConfig = LINEAR_LAYERS,
@@ -71,7 +72,7 @@ def calibrate_checkpoint(
     with tempfile.TemporaryDirectory(dir=spill or Path(path).parent, prefix=SPILL) as folder:
         run = _Streamed(model, blocks, Path(folder), full_up_to)
         with _observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
-            run.enter([to_device(batch, torch.device("cpu")) for batch in batches])
+            run.enter([as_batch(batch, model, torch.device("cpu")) for batch in batches])
             bar = tqdm(total=2 * len(blocks), desc="calibrating", disable=not progress, unit="block")
             for index in range(len(blocks)):
                 run.forward(index)
@@ -156,7 +157,7 @@ class _Streamed:
         for number, batch in enumerate(batches):
             self.calls.append([])
             with self._blocks_replaced(self._note_call(number)), _in_memory(self.rest), suppress(Stop):
-                self.model(**batch)
+                run_model(self.model, batch)
 
     @torch.no_grad()
     def forward(self, index: int) -> None:

@@ -1,0 +1,92 @@
+"""Batches of data as the arguments of a model."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import TargetError
+
+#: Keyword arguments of a model. `"labels"` may be there for the loss alone.
+Batch = Mapping[str, Any]
+#: What callers may pass for one: see `as_batch`.
+BatchLike = Batch | Tensor | Sequence[Any]
+
+#: First argument of a model that does not name it.
+_FIRST = "input_ids"
+_FORMS = (
+    "a mapping of model arguments, a tensor for the first of them, or a pair (inputs, labels) as a "
+    "DataLoader gives it"
+)
+
+
+def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
+    """A batch as keyword arguments on a device.
+
+    Args:
+        given: keyword arguments (a Hugging Face batch); or a tensor, which is the model's first argument; or
+            `(inputs, labels)`, with inputs in either form.
+        model: whose `forward` names the arguments.
+        device: where tensors go.
+
+    Raises:
+        TargetError: it has another form, or token indices come without rows.
+    """
+    if isinstance(given, list | tuple) and len(given) in (1, 2) and isinstance(given[0], Tensor | Mapping):
+        batch = dict(as_batch(given[0], model, device))
+        if len(given) == 2:
+            batch["labels"] = given[1]
+    elif isinstance(given, Tensor):
+        name = _first_argument(model)
+        if name == _FIRST and given.ndim < 2:
+            raise TargetError(
+                f"A tensor of token indices has shape (rows, tokens), got {tuple(given.shape)}; a single row "
+                "is given as row[None]."
+            )
+        batch = {name: given}
+    elif isinstance(given, Mapping):
+        batch = dict(given)
+    else:
+        raise TargetError(f"A batch is {_FORMS}; got {_described(given)}.")
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch; labels that its `forward` does not take are for the loss alone.
+
+    Raises:
+        TargetError: the batch has another argument that `forward` does not take.
+    """
+    names, any_name = _arguments(model)
+    if not any_name and (unknown := [name for name in batch if name not in names]):
+        if unknown != ["labels"]:
+            unknown = [name for name in unknown if name != "labels"]
+            raise TargetError(
+                f"{type(model).__name__}.forward takes no {', '.join(unknown)}; its arguments are "
+                f"{', '.join(names) or 'none'}. A batch is {_FORMS}."
+            )
+        batch = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**batch)
+
+
+def _arguments(model: nn.Module) -> tuple[list[str], bool]:
+    """Names that `forward` takes by keyword, and whether it takes any other name as well."""
+    kinds = inspect.signature(model.forward).parameters
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return (
+        [name for name, parameter in kinds.items() if parameter.kind in by_name],
+        any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in kinds.values()),
+    )
+
+
+def _first_argument(model: nn.Module) -> str:
+    names, _ = _arguments(model)
+    return names[0] if names else _FIRST
+
+
+def _described(given: Any) -> str:
+    if isinstance(given, list | tuple):
+        return f"a {type(given).__name__} of {', '.join(type(x).__name__ for x in given) or 'nothing'}"
+    return f"a {type(given).__name__}"

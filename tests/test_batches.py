@@ -1,0 +1,154 @@
+"""What may be given as a batch: data loaders of plain PyTorch, and arguments of Hugging Face's models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import ViTConfig, ViTForImageClassification
+
+import tensornet as tn
+from tensornet.compression import refine
+from tensornet.compression.batches import as_batch, run_model
+from tensornet.compression.losses import label_losses, sampled_losses
+from tensornet.errors import TargetError
+
+CPU = torch.device("cpu")
+X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+class Sums(nn.Module):
+    """Takes two inputs by name, and regresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(16, 12), nn.Linear(16, 12)
+
+    def forward(self, left: Tensor, right: Tensor | None = None) -> Tensor:
+        return self.left(left) + (0 if right is None else self.right(right))
+
+
+def same(a: tn.compression.CalibrationStats, b: tn.compression.CalibrationStats) -> None:
+    assert (a.tokens, a.loss) == (b.tokens, pytest.approx(b.loss))
+    for side in ("rows", "columns"):
+        for name, moment in getattr(a, side).items():
+            torch.testing.assert_close(getattr(b, side)[name], moment)
+
+
+def test_a_data_loader_of_pairs() -> None:
+    model = classifier()
+    loader = DataLoader(TensorDataset(X, Y), batch_size=16)
+    stats = tn.calibrate(model, loader)
+    assert stats.loss == pytest.approx(nn.functional.cross_entropy(model(X), Y).item(), rel=1e-5)
+
+    def own(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+    same(stats, tn.calibrate(model, [{"x": x, "y": y} for x, y in loader], loss_fn=own))
+    same(stats, tn.calibrate(model, [({"input": x}, y) for x, y in loader]))
+    same(stats, tn.calibrate(model, [{"input": x, "labels": y} for x, y in loader]))
+    report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5), calibration=loader, progress=False)
+    assert report.plan.predicted_loss_increase > 0
+
+
+def test_pairs_heal_and_refit() -> None:
+    teacher, model = classifier(), classifier()
+    pairs = list(DataLoader(TensorDataset(X, Y), batch_size=8))
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.5), calibration=pairs, progress=False)
+
+    def gap() -> float:
+        return (model(X) - teacher(X)).square().sum().item()
+
+    before = gap()
+    refine(model, teacher, pairs)
+    refitted = gap()
+    assert refitted <= before
+    tn.heal(model, teacher, pairs, steps=60, lr=1e-2)
+    assert gap() < 0.9 * refitted
+
+
+def test_ignored_labels_do_not_count() -> None:
+    model = classifier()
+    masked = Y.masked_fill(torch.arange(64) < 16, -100)
+    assert label_losses(model, as_batch((X, masked), model, CPU)).numel() == 48
+    stats = tn.calibrate(model, [(X, masked)])
+    same(stats, tn.calibrate(model, [(X[16:], Y[16:])]))
+
+
+def test_labels_that_are_numbers_are_regressed() -> None:
+    model, wanted = Sums(), torch.randn(64, 12)
+    stats = tn.calibrate(model, [(X, wanted)], config=tn.CompressionConfig(target_modules="left"))
+    assert stats.loss == pytest.approx(nn.functional.mse_loss(model(X), wanted).item(), rel=1e-5)
+    with pytest.raises(TargetError, match="no logits"):
+        sampled_losses(model, as_batch((X, wanted), model, CPU))
+
+
+def test_several_arguments_by_name() -> None:
+    model = Sums()
+    batch = as_batch(({"left": X, "right": 2 * X}, Y), model, CPU)
+    torch.testing.assert_close(run_model(model, batch), model(X, 2 * X))
+
+
+def test_a_tensor_is_the_first_argument_of_any_model() -> None:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+    )
+    model, pixels, labels = (
+        ViTForImageClassification(config).eval(),
+        torch.randn(4, 3, 8, 8),
+        torch.ones(4).long(),
+    )
+    assert list(as_batch(pixels, model, CPU)) == ["pixel_values"]
+    stats = tn.calibrate(model, [(pixels, labels)])
+    assert stats.loss == pytest.approx(model(pixels, labels=labels).loss.item(), rel=1e-5)
+    same(stats, tn.calibrate(model, [[pixels, labels]]))
+
+
+def test_inputs_alone_suffice_for_activations() -> None:
+    config = tn.CompressionConfig(param_ratio=0.5, objective="activation")
+    tn.compress(classifier(), config, calibration=[X], progress=False)
+    tn.compress(classifier(), config, calibration=[[X]], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (X, "returns a tensor of shape .64, 10., and the batch has no labels.*objective='activation'"),
+        ((X, Y[:5]), r"labels of shape \(5,\)"),
+        ((X, torch.randn(64)), r"labels of shape \(64,\) and torch.float32"),
+        ({"input_ids": X}, "Sequential.forward takes no input_ids; its arguments are input"),
+        ({"input": X, "mask": X, "labels": Y}, "takes no mask"),
+        ((X, Y, Y), "pair .inputs, labels.*got a tuple of Tensor, Tensor, Tensor"),
+        ([], "got a list of nothing"),
+        ("text", "got a str"),
+    ],
+)
+def test_other_batches_are_refused(given: Any, message: str) -> None:
+    model = classifier()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TargetError, match=message):
+        tn.compress(model, tn.CompressionConfig(param_ratio=0.5), calibration=[given], progress=False)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_models_without_numbers_are_refused() -> None:
+    with torch.device("meta"):
+        model = classifier()
+    config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+    for attempt in (lambda: tn.plan(model, config), lambda: tn.calibrate(model, [(X, Y)])):
+        with pytest.raises(TargetError, match=r"'0' has no numbers.*--workers 1"):
+            attempt()
