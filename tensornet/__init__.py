@@ -22,7 +22,9 @@ from tensornet.compression import (
     compress,
     decompress,
     heal,
+    load_model,
     plan,
+    save_model,
 )
 from tensornet.errors import (
     BudgetError,
@@ -78,10 +80,12 @@ __all__ = [
     "compress",
     "decompress",
     "heal",
+    "load_model",
     "measure_machine",
     "nn",
     "plan",
     "register_topology",
+    "save_model",
     "search_topology",
     "topologies",
     "truncated_svd",

@@ -5,6 +5,7 @@ from tensornet.compression.calibrate import calibrate
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded, register_expansion
+from tensornet.compression.files import load_model, save_model
 from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.hooks import register_structure_hook, structure_changed
 from tensornet.compression.losses import cosine_losses, label_losses, losses_against, sampled_losses
@@ -37,6 +38,7 @@ __all__ = [
     "find_targets",
     "heal",
     "label_losses",
+    "load_model",
     "losses_against",
     "plan",
     "prepare",
@@ -45,5 +47,6 @@ __all__ = [
     "register_expansion",
     "register_structure_hook",
     "sampled_losses",
+    "save_model",
     "structure_changed",
 ]

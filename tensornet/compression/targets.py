@@ -106,8 +106,9 @@ def check_loaded(targets: Sequence[Target]) -> None:
         if target.weight.is_meta:
             raise TargetError(
                 f"Layer {target.name!r} has no numbers, its weight is on the meta device: the model was "
-                "built empty, or a device_map has put parts of it elsewhere. Load it whole; a model that does "
-                "not fit into memory is compressed from its files: tensornet compress SRC DST --workers 1."
+                "built empty, or a device_map has put parts of it elsewhere. Load it whole; a model that "
+                "does not fit into memory is compressed from its files, by tensornet compress SRC DST "
+                "--workers 1."
             )
 
 

@@ -1,0 +1,192 @@
+"""Files of compressed models of plain PyTorch: weights, and what stands in place of which layer.
+
+Models of Hugging Face are saved by `tensornet_hf`, as folders that transformers loads.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._optional import import_optional
+from tensornet.compression.apply import set_submodule
+from tensornet.compression.hooks import structure_changed
+from tensornet.errors import FormatError, TargetError
+from tensornet.nn.adapters import kind_of
+from tensornet.nn.build import build_module
+from tensornet.nn.module import NetworkModule
+
+FILE_VERSION = 1
+_USER = "Saving or loading a model"
+
+
+def save_model(model: nn.Module, path: str | Path) -> None:
+    """Write the weights of a model with compressed layers, and their description, into one safetensors file.
+
+    Parameters that several places share are written once. A file that is there already is replaced when the
+    new one is complete.
+
+    Args:
+        model: any module; `load_model` needs another instance of the same class.
+        path: of the file.
+
+    Raises:
+        TargetError: the model has no numbers yet (meta device), or its state holds more than tensors.
+        OSError: the file cannot be written.
+    """
+    state = model.state_dict(keep_vars=True)
+    if odd := [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_meta]:
+        raise TargetError(
+            f"{type(model).__name__} cannot be written: {odd[0]!r} in its state_dict() is no tensor with "
+            "numbers. Load the model first, or leave that part out of its state."
+        )
+    owners: dict[int, str] = {}
+    ties = {name: owner for name, x in state.items() if (owner := owners.setdefault(id(x), name)) != name}
+    # Clones, since distinct tensors may still lie in one piece of memory, which the format refuses.
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in state.items() if name not in ties}
+    header = {"version": FILE_VERSION, "layers": _descriptions(model), "ties": ties}
+    safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        safetensors.save_file(tensors, str(beside), metadata={"tensornet": json.dumps(header)})
+        beside.replace(path)
+    except import_optional("safetensors", extra="hf", user=_USER).SafetensorError as error:
+        raise OSError(f"Cannot write {path}: {error}") from error
+    finally:
+        pass
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, path: str | Path) -> nn.Module:
+    """Give a model the compressed layers and the weights of a file that `save_model` wrote.
+
+    Args:
+        model: a fresh instance of the class that was saved, in place of whose layers the compressed ones are
+            put, on its devices and in its dtypes. What it holds is overwritten.
+        path: of the file.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FormatError: the file is missing, damaged, or of another model, which then is as it was.
+        TargetError: the model has no numbers (meta device).
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise TargetError("load_model fills a model that is in memory; this one is on the meta device.")
+    header, state = _read(Path(path))
+    made: dict[int, nn.Module] = {}  # by stock layer: one that has several names stays one
+    places = {}
+    for name, spec in header["layers"].items():
+        stock = _stock(model, name, path)
+        if isinstance(stock, NetworkModule) and stock.spec() == spec:
+            continue
+        places[name] = (stock, made.setdefault(id(stock), _built(name, spec, stock, path)))
+    try:
+        for name, (_, module) in places.items():
+            set_submodule(model, name, module)
+        _check_state(model, state, path)
+    except FormatError:
+        for name, (stock, _) in places.items():
+            set_submodule(model, name, stock)
+        raise
+    _tie(model, header["ties"])
+    model.load_state_dict(state)
+    structure_changed(model)
+    return model
+
+
+def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module.spec() for name, module in named if name and isinstance(module, NetworkModule)}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header, and all tensors under all their names."""
+    safetensors = import_optional("safetensors", extra="hf", user=_USER)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("tensornet")
+            if text is None:
+                raise FormatError(
+                    f"{path} was not written by tensornet.save_model: it does not say which layers are made "
+                    "of cores."
+                )
+            header = json.loads(text)
+            if header["version"] != FILE_VERSION:
+                raise FormatError(
+                    f"{path} holds a model of version {header['version']}, this library reads version "
+                    f"{FILE_VERSION}; use the library that wrote it."
+                )
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        state |= {name: state[owner] for name, owner in header["ties"].items()}
+        if not isinstance(header["layers"], dict):
+            raise TypeError("layers must be a dictionary")
+    except FormatError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise FormatError(f"Cannot read a model from {path}: {error}") from error
+    return header, state
+
+
+def _stock(model: nn.Module, name: str, path: str | Path) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise FormatError(
+            f"{path} is of another model: {type(model).__name__} has no module {name!r}, which is compressed "
+            "there."
+        ) from None
+
+
+def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Path) -> nn.Module:
+    """An empty compressed layer for the place of a dense one."""
+    kind = kind_of(stock)
+    if kind is None or kind.name != spec.get("source"):
+        raise FormatError(
+            f"{path} is of another model: {name!r} is a {type(stock).__name__} here, there it stands for a "
+            f"layer of the kind {spec.get('source')!r}."
+        )
+    matrix = kind.matrix(stock)
+    module = build_module(spec, device=matrix.device, dtype=matrix.dtype)
+    assert isinstance(module, NetworkModule)
+    if module.topology.shape != tuple(matrix.shape):
+        raise FormatError(
+            f"{path} is of another model: {name!r} has shape {tuple(matrix.shape)} here, "
+            f"{module.topology.shape} there (out_features, in_features)."
+        )
+    return module
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    own = model.state_dict()
+    for what, names in (("lacks", own.keys() - state.keys()), ("has", state.keys() - own.keys())):
+        if names:
+            raise FormatError(
+                f"{path} is of another model: it {what} {', '.join(sorted(names)[:5])}"
+                f"{' and more' if len(names) > 5 else ''}."
+            )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise FormatError(
+                f"{path} is of another model: {name} has shape {tuple(tensor.shape)} here, "
+                f"{tuple(state[name].shape)} there."
+            )
+
+
+def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:
+    """One parameter under all names that shared it."""
+    for name, owner in ties.items():
+        (place, key), (first, first_key) = (_split(model, x) for x in (name, owner))
+        for table in ("_parameters", "_buffers"):
+            if first_key in getattr(first, table) and key in getattr(place, table):
+                getattr(place, table)[key] = getattr(first, table)[first_key]
+
+
+def _split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, key = name.rpartition(".")
+    return model.get_submodule(parent), key
