@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from tensornet.checks import check_number, check_size
 from tensornet.errors import BudgetError
@@ -46,3 +47,15 @@ class Budget:
     def unlimited(self) -> bool:
         """True if no cap is set, so the decomposition is exact."""
         return self.max_bond is None and self.rel_error is None and self.param_ratio is None
+
+
+def check_budget(value: Any) -> None:
+    """Refuse what is no `Budget`.
+
+    Raises:
+        BudgetError: saying what was got.
+    """
+    if not isinstance(value, Budget):
+        raise BudgetError(
+            f"Expected a Budget, got {value!r}; write Budget(max_bond=8), or Budget() for no cap."
+        )

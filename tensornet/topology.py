@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tensornet.checks import check_size
 from tensornet.errors import TopologyError
 
 
@@ -54,6 +55,11 @@ class Topology:
     in_features: int
 
     def __post_init__(self) -> None:
+        # NumPy's integers become Python's, which files can hold.
+        sizes = tuple((label, check_size(f"The size of label {label!r}", size)) for label, size in self.sizes)
+        object.__setattr__(self, "sizes", sizes)
+        for name in ("out_features", "in_features"):
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
         _validate(self)
 
     @property
@@ -154,9 +160,6 @@ def _validate(topology: Topology) -> None:
     size_of = topology.size_of
     if len(size_of) != len(topology.sizes):
         raise TopologyError(f"A label has two sizes: {topology.sizes}.")
-    for label, size in topology.sizes:
-        if size < 1:
-            raise TopologyError(f"Label {label!r} has size {size}; every size must be at least 1.")
     names = topology.core_names
     if not names or len(set(names)) != len(names):
         raise TopologyError(f"Core names must be unique and at least one is needed, got {names}.")

@@ -115,7 +115,7 @@ def cap_bonds(
             raise BudgetError(
                 f"param_ratio={budget.param_ratio} allows {int(allowed)} parameters for a matrix of shape "
                 f"{tuple(shape)}, but dims {tuple(out_dims)} x {tuple(in_dims)} need {smallest} at bond 1; "
-                "raise the budget or use more sites."
+                "raise the budget, use more sites, or another topology."
             )
         if mpo_params(out_dims, in_dims, bonds) > allowed:
             low, high = 1, max(bonds)  # invariant: low fits, high does not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -91,6 +92,10 @@ MATRIX_TAKERS: dict[str, Callable[[Tensor], object]] = {
 def test_what_is_no_matrix_is_refused_by_name(name: str, matrix: Tensor, message: str) -> None:
     with pytest.raises(tn.ShapeError, match=f"{name} needs .*{message}"):
         MATRIX_TAKERS[name](matrix)
+    if name.startswith("Topology"):
+        family = topology_family(name.split("'")[1])
+        with pytest.raises(tn.ShapeError, match=f"{name} needs .*{message}"):
+            family.decompose_to(matrix, family.build(4, 6))
 
 
 def test_what_is_no_stack_is_refused() -> None:
@@ -108,6 +113,53 @@ def test_integers_of_numpy_are_integers() -> None:
     budget = tn.Budget(max_bond=np.int64(3))  # type: ignore[arg-type]
     assert type(budget.max_bond) is int
     assert max(mpo(**DIMS, max_bond=np.int32(3)).bond_dims.values()) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", topology_names())
+def test_what_is_no_budget_is_refused(name: str) -> None:
+    with pytest.raises(tn.BudgetError, match=r"Expected a Budget, got 0\.5; write Budget\(max_bond=8\)"):
+        topology_family(name).decompose(torch.ones(4, 6), 0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bonds", "message"),
+    [
+        ([0], "Every entry of bond_dims must be an integer of at least 1, got 0"),
+        ([2.5], r"Every entry of bond_dims must be an integer of at least 1, got 2\.5"),
+        (3, "bond_dims must be a sequence of integers"),
+        ([2, 2], r"bond_dims \(2, 2\) must have 1 entries, one for each bond"),
+    ],
+)
+def test_bonds_of_a_decomposition_that_are_none_are_refused(bonds: object, message: str) -> None:
+    with pytest.raises(tn.TopologyError, match=message):
+        topology_family("mpo").decompose(torch.ones(4, 6), tn.Budget(), sites=2, bond_dims=bonds)
+
+
+def test_bonds_of_a_decomposition_that_no_leg_can_use_are_clipped_and_said() -> None:
+    with pytest.warns(UserWarning, match=r"bond_dims \(99,\) exceed .* clipped to \(4,\)"):
+        made = topology_family("mpo").decompose(torch.randn(4, 6), tn.Budget(), sites=2, bond_dims=[99])
+    assert made.network.topology.bond_dims["b1"] == 4
+
+
+@pytest.mark.parametrize("name", topology_names())
+def test_topologies_hold_plain_integers(name: str) -> None:
+    """Sizes computed with NumPy: a layer of such a topology could not be saved."""
+    eight = np.int64(8)
+    topology = topology_family(name).build(eight, eight, max_bond=np.int64(2))  # type: ignore[arg-type]
+    assert tn.Topology.from_dict(json.loads(json.dumps(topology.to_dict()))) == topology
+
+
+def test_sizes_of_a_topology_are_integers() -> None:
+    core = tn.CoreSpec("a", ("o", "i"))
+    with pytest.raises(tn.TopologyError, match=r"The size of label 'o' must be an integer .* got 2\.5"):
+        tn.Topology("mine", (core,), (("o", 2.5), ("i", 3)), ("o",), ("i",), 2, 3)  # type: ignore[arg-type]
+    with pytest.raises(tn.TopologyError, match=r"in_features must be an integer .* got 3\.0"):
+        tn.Topology("mine", (core,), (("o", 2), ("i", 3)), ("o",), ("i",), 2, 3.0)  # type: ignore[arg-type]
+
+
+def test_names_of_topologies_are_strings() -> None:
+    with pytest.raises(tn.TopologyError, match=r"Unknown topology \['mpo'\]; registered are block_tt, "):
+        topology_family(["mpo"])  # type: ignore[arg-type]
 
 
 def test_network_of_something_else_is_refused() -> None:

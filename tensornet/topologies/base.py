@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.checks import check_dense
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
 from tensornet.precision import outside_autocast
@@ -93,13 +94,15 @@ class TopologyFamily(ABC):
 
 
 def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
-    """Refuse a topology of another family or for another shape.
+    """Refuse a topology of another family or for another shape, and what is no matrix.
 
     Raises:
+        ShapeError: no dense floating matrix.
         TopologyError: saying what was got and what was expected.
     """
     if not isinstance(topology, Topology):
         raise TopologyError(f"Expected a Topology, got {topology!r}; a family's `build` makes one.")
+    check_dense(matrix, f"Topology {family!r}", "a matrix of shape (out, in)", 2)
     if topology.family != family or topology.shape != tuple(matrix.shape):
         raise TopologyError(
             f"Expected a topology of the family {family!r} for a matrix of shape {tuple(matrix.shape)}, "
@@ -147,12 +150,15 @@ def topology_family(name: str) -> TopologyFamily:
     Raises:
         TopologyError: listing the names that exist.
     """
-    if name not in _FAMILIES:
+    known = isinstance(name, str)
+    if known and name not in _FAMILIES:
         _load_entry_points()
-    if name not in _FAMILIES:
+    if not known or name not in _FAMILIES:
         exist = f"registered are {', '.join(sorted(_FAMILIES))}"
         raise TopologyError(
-            f"{_BROKEN[name]}; {exist}." if name in _BROKEN else f"Unknown topology {name!r}; {exist}."
+            f"{_BROKEN[name]}; {exist}."
+            if known and name in _BROKEN
+            else f"Unknown topology {name!r}; {exist}."
         )
     return _FAMILIES[name]
 

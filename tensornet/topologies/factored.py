@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensornet.budget import Budget
+from tensornet.budget import Budget, check_budget
 from tensornet.checks import check_dense, check_size, check_sizes
 from tensornet.dims import balanced_factors
 from tensornet.errors import TopologyError
@@ -73,6 +73,7 @@ class FactoredFamily(TopologyFamily):
     ) -> Decomposition:
         """`decompose_at` the chosen dims."""
         own = self._own(options, self.decompose_options)
+        check_budget(budget)
         check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
         rows, columns = self.choose_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
         return self.decompose_at(matrix, rows, columns, budget, method=method, **own)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tensornet.budget import Budget
+from tensornet.budget import Budget, check_budget
 from tensornet.checks import check_dense, check_size
 from tensornet.network import TensorNetwork
 from tensornet.svd import Method, TruncatedSVD, truncated_svd
@@ -49,6 +49,7 @@ class LowRankFamily(TopologyFamily):
     ) -> Decomposition:
         """Optimal in the Frobenius norm (Eckart-Young)."""
         refuse_options(self.name, options)
+        check_budget(budget)
         check_dense(matrix, "Topology 'low_rank'", "a matrix of shape (out, in)", 2)
         rows, columns = matrix.shape
         caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)

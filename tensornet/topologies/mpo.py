@@ -94,6 +94,10 @@ class MPOFamily(FactoredFamily):
         bond_dims: Sequence[int] | None = None,
     ) -> Decomposition:
         """TT-SVD; the norm is spread evenly over the cores, which is what training wants."""
+        if bond_dims is not None:
+            full = max_bonds(out_dims, in_dims)
+            check_bonds("bond_dims", bond_dims, len(full), "one for each bond", None)
+            bond_dims = clip_bonds("bond_dims", bond_dims, full)
         result = tt_svd(matrix, out_dims, in_dims, budget, bonds=bond_dims, method=method)
         bonds = [core.shape[-1] for core in result.cores[:-1]]
         topology = chain(out_dims, in_dims, bonds, (matrix.shape[0], matrix.shape[1]))
