@@ -57,7 +57,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     except import_optional("safetensors", extra="hf", user=_USER).SafetensorError as error:
         raise OSError(f"Cannot write {path}: {error}") from error
     finally:
-        pass
+        beside.unlink(missing_ok=True)
 
 
 @torch.no_grad()
