@@ -18,6 +18,7 @@ from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
 #: What the singular values of a generated matrix look like.
+#: The last two have a rank of their own, 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
 
 REAL = (torch.float32, torch.float64)
@@ -57,14 +58,14 @@ def matrices(
         shape: `(out, in)`; any up to `max_size` if absent, one row or one column included.
         max_size: largest size where the shape is free.
         dtype: a dtype or a strategy; real and complex ones if absent.
-        spectrum: one of `SPECTRA`; any if absent.
+        spectrum: one of `SPECTRA`; any if absent, but with a `rank` none that has a rank of its own.
         rank: exact rank, cut at the smaller size; full if absent, except for `"low_rank"`.
         scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
     """
     sizes = st.integers(1, max_size)
     rows, columns = shape or (draw(sizes), draw(sizes))
     kind = dtype if isinstance(dtype, torch.dtype) else draw(dtype if dtype is not None else dtypes())
-    name = spectrum or draw(st.sampled_from(SPECTRA))
+    name = spectrum or draw(st.sampled_from(SPECTRA if rank is None else SPECTRA[:-2]))
     scale = draw(st.sampled_from((1.0, 1.0, 1e-12, 1e12))) if scales and kind not in HALF else 1.0
     matrix = matrix_with_spectrum((rows, columns), name, seed=draw(st.integers(0, 2**16)), rank=rank)
     if kind.is_complex and name not in ("zero", "constant"):
@@ -74,7 +75,13 @@ def matrices(
 
 
 def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: int | None = None) -> Tensor:
-    """A float64 matrix whose singular values follow one of `SPECTRA`; reproducible by its seed."""
+    """A float64 matrix whose singular values follow one of `SPECTRA`; reproducible by its seed.
+
+    Raises:
+        ValueError: unknown spectrum.
+    """
+    if name not in SPECTRA:
+        raise ValueError(f"Unknown spectrum {name!r}; choose one of {', '.join(SPECTRA)}.")
     generator = torch.Generator().manual_seed(seed)
     size = min(shape)
     if name in ("zero", "constant"):
