@@ -1,11 +1,12 @@
 """What to compress and how far: the options of `tensornet.compress`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tensornet.budget import Budget
-from tensornet.errors import BudgetError
+from tensornet.checks import check_number, check_size
+from tensornet.errors import BudgetError, TargetError, TopologyError
 from tensornet.topologies import topology_family, topology_names
 
 Objective = Literal["auto", "weight", "activation", "curvature"]
@@ -52,9 +53,10 @@ class CompressionConfig:
         int8: keep cores as eight-bit integers.
 
     Raises:
-        BudgetError: a cap is out of range, or does not go with the objective.
+        BudgetError: a cap is out of range or no number, or does not go with the objective.
+        TargetError: patterns that are no strings.
         TopologyError: unknown topology.
-        ValueError: unknown objective or dims.
+        ValueError: unknown objective or dims, or another option that is none.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -77,24 +79,29 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         if self.budget.unlimited and not self.needs_curvature and self.topology == AUTO:
             object.__setattr__(self, "topology", "mpo")  # without a budget every family is exact
+        _check_patterns("target_modules", self.target_modules)
+        _check_patterns("exclude_modules", self.exclude_modules)
+        if not isinstance(self.topology, str):
+            raise TopologyError(f"topology must be the name of a family, got {self.topology!r}.")
         if self.topology != AUTO:
             topology_family(self.topology)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         if self.dims not in ("auto", "balanced"):
             raise ValueError(f"dims must be 'auto' or 'balanced', got {self.dims!r}.")
-        if self.sites is not None and self.sites < 1:
-            raise BudgetError(f"sites must be at least 1, got {self.sites}.")
-        if self.tokens is not None and self.tokens < 1:
-            raise BudgetError(f"tokens must be at least 1, got {self.tokens}.")
+        for name in ("sites", "tokens"):
+            if (value := getattr(self, name)) is not None:  # NumPy's integers become Python's
+                object.__setattr__(self, name, check_size(name, value, error=BudgetError))
         if self.max_milliseconds is not None and self.tokens is None:
             raise BudgetError(
                 "max_milliseconds depends on how many tokens a forward pass has: give tokens=1 for "
                 "generating, or the length of a text."
             )
         for name in WHOLE_MODEL_BUDGETS:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
+            if (value := getattr(self, name)) is None:
+                continue
+            check_number(name, value)
+            if not value > 0:
                 raise BudgetError(f"{name} must be above 0, got {value!r}.")
         if self.needs_curvature and self.objective not in ("auto", "curvature"):
             raise BudgetError(
@@ -102,8 +109,14 @@ class CompressionConfig:
                 f"of an error in each: use objective='curvature' with calibration data, not "
                 f"{self.objective!r}."
             )
+        check_number("damping", self.damping)
         if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping must be at least 0, got {self.damping!r}.")
+            raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
+        if not isinstance(self.pivoted, bool | None) or not isinstance(self.int8, bool):
+            raise ValueError(
+                "pivoted must be True, False or None, and int8 True or False; got "
+                f"{self.pivoted!r} and {self.int8!r}."
+            )
 
     @property
     def needs_curvature(self) -> bool:
@@ -138,6 +151,20 @@ class CompressionConfig:
                 f"Unknown compression options {', '.join(unknown)}; known are {', '.join(sorted(known))}."
             )
         return cls(**data)
+
+
+def _check_patterns(name: str, value: Any) -> None:
+    """Refuse what is no pattern and no sequence of patterns.
+
+    Raises:
+        TargetError: saying what was got.
+    """
+    patterns = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Collection) or not all(isinstance(x, str) for x in patterns):
+        raise TargetError(
+            f"{name} takes names of modules as they are in model.named_modules(), or patterns of them: a "
+            f"string or a list of strings; got {value!r}."
+        )
 
 
 def family_options(name: str, config: CompressionConfig) -> dict[str, Any]:
