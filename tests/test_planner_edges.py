@@ -88,3 +88,20 @@ def test_statistics_of_another_model() -> None:
     plan = tn.plan(model, CompressionConfig(param_ratio=0.8), stats)
     with pytest.raises(tn.TargetError, match="made with gradients, which these statistics are without"):
         tn.apply_plan(copy.deepcopy(model), plan, tn.calibrate(model, list(tokens()), gradient_batches=0))
+
+
+@pytest.mark.parametrize("pivoted", [True, False])
+def test_moments_that_rounding_made_singular(pivoted: bool) -> None:
+    """Accumulated in 16 bits they have negative eigenvalues; errors without a price are still certified."""
+    model = nn.Sequential(nn.Linear(12, 8, bias=False))
+    rows = torch.eye(8)
+    rows[0, 0] = -1.0
+    stats = tn.CalibrationStats({"0": rows}, {"0": torch.eye(12)}, tokens=9, loss=1.0)
+    weight = model[0].weight.detach().clone()
+    planned = tn.plan(model, CompressionConfig(param_ratio=0.95, max_bond=7, pivoted=pivoted), stats)
+    assert planned.layers[0].topology is not None
+    errors = tn.apply_plan(model, planned, stats)
+    real = float((model[0].to_matrix().detach() - weight).norm() / weight.norm())  # type: ignore[operator]
+    assert real > 0.1  # the row without a price is not there
+    assert errors["0"] == pytest.approx(real, rel=1e-5)
+    assert planned.layers[0].error == pytest.approx(real, rel=1e-5)

@@ -91,7 +91,7 @@ def low_rank_forms(
         clock: predicts times.
     """
     result = weighted_svd(matrix, prices.choice)
-    errors = frobenius_errors(result)[1:]
+    errors = frobenius_errors(result, matrix)[1:]
     params, sizes = low_rank_sizes((matrix.shape[0], matrix.shape[1]), storage, matrix.dtype)
     ranks = torch.arange(1, len(errors) + 1)  # fewer than the full rank where a moment is singular
     keep = torch.ones_like(ranks, dtype=torch.bool)
@@ -100,7 +100,7 @@ def low_rank_forms(
     if rel_error is not None:
         keep &= errors.cpu() <= rel_error
     rows, columns = matrix.shape  # not in `make`, which would keep the whole matrix alive
-    times, dense_time = torch.zeros(len(ranks)), 0.0
+    times, dense_time = torch.zeros(len(params)), 0.0
     if clock is not None:
         times, dense_time = clock.low_ranks((rows, columns)), clock.dense((rows, columns))
     dense = [] if max_rank is not None and max_rank < len(errors) else [float(matrix.numel())]

@@ -123,7 +123,7 @@ def decompose_weighted(matrix: Tensor, topology: Topology, weighting: Weighting)
 def _low_rank(matrix: Tensor, rank: int, weighting: Weighting) -> Decomposition:
     result = weighted_svd(matrix, weighting)
     left, right = result.factors(rank)
-    error = float(frobenius_errors(result)[rank])
+    error = float(frobenius_errors(result, matrix)[rank])
     balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
     balance = torch.where(balance > 0, balance, torch.ones_like(balance))
     dtype = result_dtype(matrix.dtype)
@@ -135,10 +135,17 @@ def _low_rank(matrix: Tensor, rank: int, weighting: Weighting) -> Decomposition:
     return Decomposition(TensorNetwork(topology, cores), error, "curvature")
 
 
-def frobenius_errors(result: WeightedSVD) -> Tensor:
-    """Relative Frobenius error at every rank from 0 on, shape `(k + 1,)`."""
-    squares = tail_costs(result, Weighting())
-    return (squares / squares[0].clamp_min(1e-300)).sqrt()
+def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
+    """Relative Frobenius error at every rank from 0 on, shape `(k + 1,)`, of the matrix that was decomposed.
+
+    With a singular moment there are fewer values than the full rank: what lies where nothing has a price is
+    left out at every rank, at right angles to the rest.
+    """
+    squares = 2 * tail_costs(result, Weighting())
+    total = squares[0]
+    if len(result.values) < min(matrix.shape):
+        total = torch.maximum(total, matrix.to(squares).square().sum())
+    return ((squares + (total - squares[0])) / total.clamp_min(1e-300)).sqrt()
 
 
 def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
