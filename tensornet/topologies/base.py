@@ -174,11 +174,14 @@ def _load_entry_points() -> None:
     """Register what installed packages offer, once; what cannot be loaded is named in a warning."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
-            register_topology(entry.load())
+            family = entry.load()
+            if family not in _FAMILIES.values():  # its module may have registered it already
+                register_topology(family)
         except (Exception, SystemExit) as error:  # whatever a foreign package does must not break this one
             package = entry.dist.name if entry.dist is not None else "an unknown package"
             _BROKEN[entry.name] = (
                 f"The topology {entry.name!r} of {package} could not be loaded from {entry.value!r}: "
                 f"{type(error).__name__}: {error}"
             )
-            warnings.warn(_BROKEN[entry.name], RuntimeWarning, stacklevel=3)
+    for trouble in _BROKEN.values():  # after the last one: a warning may be an error here
+        warnings.warn(trouble, RuntimeWarning, stacklevel=3)
