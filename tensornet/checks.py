@@ -52,6 +52,18 @@ def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
         raise ShapeError(f"{who} needs {what} in dense layout, got {value.layout}; use .to_dense().")
 
 
+def check_input(x: Tensor, in_features: int) -> None:
+    """Refuse an input whose last dimension is another.
+
+    Raises:
+        ShapeError: saying what was got and what was expected.
+    """
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ShapeError(
+            f"The input has shape {tuple(x.shape)}; its last dimension must be in_features={in_features}."
+        )
+
+
 def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError] = TopologyError) -> int:
     """The value as an `int`, NumPy's integers included.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tensornet.checks import check_size
+from tensornet.checks import check_input, check_size
 from tensornet.contraction import TOKENS, ContractionPlan, find_path, run
 from tensornet.cost import plan_seconds
 from tensornet.drawing import draw_topology
@@ -152,11 +152,7 @@ def contract_with_input(
         ShapeError: the last dimension of `x` is another.
     """
     topology = plan.topology
-    if x.shape[-1] != topology.in_features:
-        raise ShapeError(
-            f"The input has shape {tuple(x.shape)}; its last dimension must be in_features="
-            f"{topology.in_features}."
-        )
+    check_input(x, topology.in_features)
     padded_out, padded_in = plan.padded_shape
     flat = x if x.ndim == 2 else x.reshape(-1, topology.in_features)
     if padded_in != topology.in_features:

@@ -21,9 +21,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tensornet.checks import check_input
 from tensornet.cost import copy_seconds, dense_seconds, fresh_seconds, plan_seconds, product_seconds
 from tensornet.dims import divisors
-from tensornet.errors import ShapeError
 from tensornet.machine import Machine
 from tensornet.network import plan_cores
 from tensornet.plans import ContractionPlan, Copy, Product, run
@@ -146,11 +146,7 @@ def run_in_slices(
     Raises:
         ShapeError: the last dimension of `x` is another.
     """
-    if x.shape[-1] != sliced.in_features:
-        raise ShapeError(
-            f"The input has shape {tuple(x.shape)}; its last dimension must be in_features="
-            f"{sliced.in_features}."
-        )
+    check_input(x, sliced.in_features)
     flat = x if x.ndim == 2 else x.reshape(-1, sliced.in_features)
     parts, shape = sliced.outer // sliced.width, sliced.right.output_shape
     left = run(sliced.left, cores[: sliced.cut]).reshape(parts, -1, sliced.rank)

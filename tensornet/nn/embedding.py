@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch.compiler import is_compiling
 
 from tensornet.budget import Budget
 from tensornet.contraction import TOKENS, ContractionPlan, plan_contraction, run
-from tensornet.errors import TargetError
+from tensornet.errors import ShapeError, TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn.adapters import kind_of, layer_kind
 from tensornet.nn.module import NetworkModule
@@ -83,7 +85,7 @@ class MPOEmbedding(NetworkModule):
     def to_embedding(self) -> nn.Embedding:
         """The stock layer with the rebuilt table."""
         with torch.no_grad():
-            layer = layer_kind("embedding").build(self.to_matrix(), None)
+            layer = layer_kind("embedding").build(self.own_matrix(), None)
         assert isinstance(layer, nn.Embedding)
         layer.padding_idx = self.padding_idx
         return layer
@@ -107,12 +109,30 @@ class MPOEmbedding(NetworkModule):
 def lookup_rows(
     topology: Topology, plan: ContractionPlan, cores: tuple[Tensor, ...], indices: Tensor
 ) -> Tensor:
-    """Rows of the operator, shape `(*indices.shape, in_features)`, by slicing cores at the index digits."""
+    """Rows of the operator, shape `(*indices.shape, in_features)`, by slicing cores at the index digits.
+
+    Raises:
+        IndexError: an index lies outside the table. As in `nn.Embedding`, that is an assertion of the device
+            where it is not the CPU.
+        ShapeError: indices of another dtype than int64 or int32.
+    """
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise ShapeError(f"Token indices must be torch.int64 or torch.int32, got {indices.dtype}.")
     flat = indices.reshape(-1)
+    outside = (flat < 0) | (flat >= topology.out_features)
+    readable = flat.is_cpu and type(flat) is Tensor and not is_compiling() and not transforms_active()
+    if readable and bool(outside.any()):
+        raise IndexError(
+            f"Token index {int(flat[outside][0])} is outside the table; its rows are 0 to "
+            f"{topology.out_features - 1}."
+        )
     digits, rest = {}, flat
     for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
         digits[label] = rest % size
         rest = torch.div(rest, size, rounding_mode="floor")
+    # Its digits may all exist, of padding or of another row: a digit that does not lets the core refuse it.
+    first, size = topology.out_labels[0], topology.out_dims[0]
+    digits[first] = torch.where(outside, size, digits[first])
     slices = [_take(core, spec.labels, digits) for spec, core in zip(topology.cores, cores, strict=True)]
     rows = run(plan, slices).reshape(flat.shape[0], topology.padded_shape[1])[:, : topology.in_features]
     return rows.reshape(*indices.shape, topology.in_features)

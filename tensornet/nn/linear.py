@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from tensornet.budget import Budget
+from tensornet.checks import check_input
 from tensornet.errors import TargetError
 from tensornet.network import PLANNED_TOKENS, TensorNetwork, contract_with_input
 from tensornet.nn.adapters import kind_of, layer_bias, layer_kind
@@ -70,6 +71,7 @@ class TensorNetworkLinear(NetworkModule):
             y = shortcut(self, input)
             if y is not None:
                 return y
+        check_input(input, self.in_features)
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
@@ -138,7 +140,7 @@ class TensorNetworkLinear(NetworkModule):
         """The stock layer with the rebuilt dense weight, of the type this layer was made from."""
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.detach().clone()
-            return layer_kind(self.source).build(self.to_matrix(), bias)
+            return layer_kind(self.source).build(self.own_matrix(), bias)
 
     def spec(self) -> dict[str, Any]:
         """See `NetworkModule.spec`."""

@@ -129,6 +129,13 @@ class NetworkModule(RoutedModule):
         """Dense matrix, shape `(out_features, in_features)`, differentiable."""
         return contract_to_matrix(self.plan, self.cores)
 
+    def own_matrix(self) -> Tensor:
+        """Dense matrix, contiguous and in memory of its own, where `to_matrix` may give a part of a core."""
+        matrix = self.to_matrix()
+        if len(self.topology.cores) > 1 and matrix.untyped_storage().nbytes() == matrix.nbytes:
+            return matrix.contiguous()
+        return matrix.clone(memory_format=torch.contiguous_format)
+
     def spec(self) -> dict[str, Any]:
         """JSON-ready description from which `tensornet.nn.build_module` makes an empty twin."""
         raise TypeError(f"{type(self).__name__} must define spec().")

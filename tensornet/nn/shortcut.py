@@ -88,7 +88,9 @@ def _comparing(
                 if tokens <= largest:
                     way = candidate
                     break
-        if way is None or shape[-1] != in_features or "bias" not in parameters:  # a parametrized bias is not
+        if (
+            way is None or not shape or shape[-1] != in_features or "bias" not in parameters
+        ):  # a parametrized bias is not
             return None
         if len(shape) == 2 or way is kept:
             return way(x, parameters["bias"])

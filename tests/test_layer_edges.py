@@ -1,0 +1,72 @@
+"""Layers at the edges: indices outside the table, inputs without dimensions, stock layers of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tensornet as tn
+from tensornet.topologies import topology_names
+
+STRATEGIES = ("factorized", "reconstruct", "cached", "auto")
+
+
+@pytest.mark.parametrize("index", [50, 53, 10**6, -1, -60])
+@pytest.mark.parametrize("family", topology_names())
+def test_indices_outside_the_table_are_refused(family: str, index: int) -> None:
+    """As by nn.Embedding: digit by digit they would wrap around to rows of other tokens, or of padding."""
+    layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16), topology=family, max_bond=3)
+    indices = torch.tensor([[3, index]])
+    with pytest.raises(IndexError, match=rf"index {index} is outside the table; .* 0 to 49"):
+        layer(indices)
+    # where no number may be looked at, the core itself is asked for an element that it does not have
+    with pytest.raises(IndexError, match="out of bounds"):
+        torch.func.vmap(layer)(indices)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(indices % 50), layer(indices % 50))
+    with pytest.raises(IndexError, match="out of bounds"):
+        compiled(indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
+def test_indices_are_integers(dtype: torch.dtype) -> None:
+    layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16))
+    with pytest.raises(tn.ShapeError, match=rf"torch\.int64 or torch\.int32, got {dtype}"):
+        layer(torch.ones(3, dtype=dtype))
+
+
+def test_small_integers_read_the_same_rows() -> None:
+    layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16))
+    indices = torch.arange(50).reshape(5, 10)
+    torch.testing.assert_close(layer(indices.int()), layer(indices))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("training", [True, False])
+def test_input_without_dimensions_is_refused(strategy: str, training: bool) -> None:
+    layer = tn.nn.MPOLinear(12, 8, max_bond=2, strategy=strategy).train(training)  # type: ignore[arg-type]
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
+            layer(torch.randn(2, 12))  # has a shortcut ready
+            with pytest.raises(tn.ShapeError, match=r"shape \(\); its last dimension must be in_features=12"):
+                layer(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("family", topology_names())
+@pytest.mark.parametrize("shape", [(12, 20), (7, 11)])
+def test_stock_layers_own_their_weight(family: str, shape: tuple[int, int]) -> None:
+    """A network of one core would hand out the core, a padded one a part of something larger."""
+    rows, columns = shape
+    options = {} if family in ("low_rank", "kronecker", "tensor_ring") else {"sites": 1}
+    layer = tn.nn.TensorNetworkLinear.from_linear(nn.Linear(columns, rows), topology=family, **options)
+    table = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(rows, columns), topology=family, **options)
+    for made, dense in ((layer, layer.to_linear()), (table, table.to_embedding())):
+        weight = dense.weight
+        assert isinstance(weight, torch.Tensor)
+        assert weight.is_contiguous()
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+        before = made.to_matrix().detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+        assert torch.equal(made.to_matrix(), before)
