@@ -7,6 +7,7 @@ the end bonds, and in that none of them knows padding. Converting a padded opera
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,15 +35,19 @@ def to_quimb(cores: Sequence[Tensor]) -> Any:
 
 
 def from_quimb(operator: Any) -> tuple[Tensor, ...]:
-    """Cores of a quimb `MatrixProductOperator` with open ends.
+    """Cores of a quimb `MatrixProductOperator` with open ends, copies where its arrays are NumPy's.
 
     Raises:
-        ShapeError: the operator is cyclic, or no `MatrixProductOperator`.
+        ShapeError: the operator is cyclic, lacks sites, or is no `MatrixProductOperator`.
     """
     if not all(hasattr(operator, name) for name in ("cyclic", "upper_ind", "lower_ind")):
         raise ShapeError(f"Expected a quimb MatrixProductOperator, got {type(operator).__name__}.")
     if operator.cyclic:
         raise ShapeError("A cyclic quimb operator has no open chain; use topology 'tensor_ring' for rings.")
+    if missing := [site for site in range(operator.L) if operator.site_tag(site) not in operator.tags]:
+        raise ShapeError(
+            f"The quimb operator has no tensor at site {missing[0]}; call its fill_empty_sites first."
+        )
     cores = []
     for site in range(operator.L):
         tensor = operator[site]
@@ -52,7 +57,8 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
             *((operator.bond(site, site + 1),) if site < operator.L - 1 else ()),
         ]
         order = [*bonds[: 1 if site > 0 else 0], *legs, *bonds[1 if site > 0 else 0 :]]
-        data = torch.as_tensor(tensor.transpose(*order).data)
+        data = tensor.transpose(*order).data
+        data = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))  # some are read-only
         data = data if site > 0 else data.unsqueeze(0)
         cores.append(data if site < operator.L - 1 else data.unsqueeze(-1))
     return tuple(cores)
@@ -73,7 +79,9 @@ def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
     Raises:
         ShapeError: it is another object.
     """
-    if type(operator) is Tensor or not any(hasattr(operator, name) for name in ("factors", "__getitem__")):
+    if isinstance(operator, Tensor | str | bytes | dict) or not any(
+        hasattr(operator, name) for name in ("factors", "__getitem__")
+    ):
         raise ShapeError(f"Expected a TensorLy TTMatrix, got {type(operator).__name__}.")
     return tuple(torch.as_tensor(factor) for factor in getattr(operator, "factors", operator))
 

@@ -130,3 +130,25 @@ def test_factors_under_that_name_are_taken() -> None:
     assert torch.equal(
         tn.MPO.from_tensorly(SimpleNamespace(factors=operator.cores)).to_matrix(), operator.to_matrix()
     )
+
+
+@pytest.mark.parametrize("operator", ["cores", b"cores", {"0": 1}, 3.0])
+def test_what_only_has_items_is_no_tensorly_operator(operator: object) -> None:
+    with pytest.raises(tn.ShapeError, match=f"Expected a TensorLy TTMatrix, got {type(operator).__name__}"):
+        tn.MPO.from_tensorly(operator)
+
+
+def test_quimb_operator_on_some_sites_is_refused() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    arrays = [np.ones((2, 3, 3)), np.ones((2, 3, 3))]
+    operator = quimb.MatrixProductOperator(arrays, sites=[0, 2], L=3, shape="lrud")
+    with pytest.raises(tn.ShapeError, match=r"has no tensor at site 1; .*fill_empty_sites"):
+        tn.MPO.from_quimb(operator)
+
+
+def test_cores_from_quimb_are_copies() -> None:
+    """The arrays of its identity cannot be written, and all sites share one."""
+    quimb = pytest.importorskip("quimb.tensor")
+    operator = tn.MPO.from_quimb(quimb.MPO_identity(4))
+    operator.cores[0].zero_()
+    assert torch.equal(operator.cores[1], tn.MPO.from_quimb(quimb.MPO_identity(4)).cores[1])
