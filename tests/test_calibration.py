@@ -325,3 +325,14 @@ def test_not_finite_inputs_name_the_layer() -> None:
         model.transformer.h[1].ln_2.weight[0] = torch.nan
     with pytest.raises(tn.NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_fc"):
         tn.calibrate(model, [BATCH], config=tn.CompressionConfig(target_modules="*.mlp.*"))
+
+
+def test_under_inference_mode() -> None:
+    """As a caller may wrap everything that trains nothing."""
+    model = gpt2()
+    expected = tn.calibrate(model, [BATCH])
+    with torch.inference_mode():
+        stats = tn.calibrate(model, [BATCH])
+    assert stats.loss == pytest.approx(expected.loss)
+    name = "transformer.h.0.mlp.c_fc"
+    torch.testing.assert_close(stats.rows[name], expected.rows[name])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import cache
 
 import pytest
 import torch
+from hf_models import qwen2
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -173,3 +175,55 @@ def test_the_teacher_must_be_dense() -> None:
     tn.compress(model, tn.CompressionConfig(), progress=False)
     with pytest.raises(tn.TargetError, match=r"'first'.*no stock layer of the teacher"):
         refine(model, copy.deepcopy(model), [{"input_ids": torch.randn(3, 10)}])
+
+
+def small_pair() -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """A dense model with a tied head, the same with all layers compressed and frozen, and data."""
+    teacher = qwen2().eval().requires_grad_(False)
+    model = copy.deepcopy(teacher)
+    config = tn.CompressionConfig(
+        target_modules="all", max_bond=6, topology="low_rank", objective="weight", pivoted=True
+    )
+    tn.compress(model, config, progress=False)
+    return teacher, model, [torch.randint(3, 100, (4, 12)) for _ in range(4)]
+
+
+def test_parameters_stay_the_same_objects() -> None:
+    """So that ties hold, optimizers go on, and what was frozen is frozen."""
+    teacher, model, data = small_pair()
+    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    values = copy.deepcopy(model.state_dict())
+    with torch.inference_mode():
+        report = refine(model, teacher, data)
+    assert report.kept
+    assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == before
+    assert not any(p.requires_grad or p.is_inference() for p in model.parameters())
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, values[name])}
+    assert len(moved) > 10
+    assert not any("embed" in name or "lm_head" in name for name in moved)  # the head is the table as well
+    assert report.left == {"lm_head": "its cores are those of model.embed_tokens as well"}
+
+
+def test_an_interrupted_run_leaves_the_old_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, model, data = small_pair()
+    values, calls = copy.deepcopy(model.state_dict()), []
+
+    def interrupted(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return decompose(*args)  # type: ignore[arg-type]
+
+    refine_module = sys.modules[refine.__module__]  # the package has the function under this name
+    decompose = refine_module.decompose_weighted
+    monkeypatch.setattr(refine_module, "decompose_weighted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refine(model, teacher, data)
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("data", [None, 5, "text", torch.ones(2, 3), {"input_ids": torch.ones(2, 3)}])
+def test_data_that_is_no_collection_of_batches(data: object) -> None:
+    teacher, model, _ = small_pair()
+    with pytest.raises(tn.TargetError, match="refine takes an iterable of batches, got"):
+        refine(model, teacher, data)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Batches of data as the arguments of a model."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,18 @@ _FORMS = (
     "a mapping of model arguments, a tensor for the first of them, or a pair (inputs, labels) as a "
     "DataLoader gives it"
 )
+
+
+def check_batches(batches: Any, who: str) -> None:
+    """Refuse a single batch, and what cannot be walked through.
+
+    Raises:
+        TargetError: saying what was got.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TargetError(
+            f"{who} takes an iterable of batches, got {type(batches).__name__}; pass a list, [batch]."
+        )
 
 
 def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:

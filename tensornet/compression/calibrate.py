@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet.compression.batches import Batch, BatchLike, as_batch, run_model
+from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded
 from tensornet.compression.losses import TokenLosses, cosine_losses, default_losses, token_mask
@@ -23,6 +23,7 @@ from tensornet.nn.adapters import kind_of
 Fisher = Literal["labels", "sampled"]
 
 
+@torch.inference_mode(False)  # there, no gradient could be had
 def calibrate(
     model: nn.Module,
     batches: Iterable[BatchLike],
@@ -62,7 +63,8 @@ def calibrate(
         TargetError: no batch, or a batch of an unknown form.
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
     """
-    _check_arguments(batches, fisher, gradient_batches)
+    check_batches(batches, "calibrate")
+    _check_arguments(fisher, gradient_batches)
     recorder = _Recorder(full_up_to, dtype)
     total, scored, count = 0.0, 0, 0
     length = len(batches) if isinstance(batches, Sized) else None
@@ -96,17 +98,12 @@ def calibrate(
     return recorder.finish(scored, math.nan if loss_fn is cosine_losses and scored else loss, source)
 
 
-def _check_arguments(batches: Any, fisher: str, gradient_batches: int | None) -> None:
-    """Refuse what would fail far from here, or be taken for something else.
+def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
+    """Refuse what would be taken for something else.
 
     Raises:
-        TargetError: a single batch, or nothing that can be walked through.
         ValueError: an option that is none.
     """
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise TargetError(
-            f"calibrate takes an iterable of batches, got {type(batches).__name__}; pass a list, [batch]."
-        )
     if fisher not in ("labels", "sampled"):
         raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
     if gradient_batches is not None and gradient_batches < 0:

@@ -11,9 +11,9 @@ in the order in which they run, each behind all that were refitted before it: fi
 correct the same error in full. The whole step did harm where much was cut (docs/quality.md).
 """
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet.compression.batches import Batch, BatchLike, as_batch, run_model
+from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.compression.heal import compressed_layers, output_distance
 from tensornet.compression.modes import in_eval_mode, without_cache
 from tensornet.compression.paired import NEVER_REACHED, PairedMoments, PairedRun
@@ -31,6 +31,8 @@ from tensornet.compression.weighted import INPUT_DAMPING, decompose_weighted
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import encode
 from tensornet.whitening import Weighting, damped
 
 #: Share of the batches that are not fitted, but judge whether refitting helped.
@@ -61,7 +63,7 @@ class RefineReport:
 def refine(
     model: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[BatchLike],
+    batches: Iterable[BatchLike],
     stats: CalibrationStats | None = None,
     *,
     correction: float = 0.5,
@@ -104,21 +106,26 @@ def refine(
             f"{correction}, {anchor} and {damping}."
         )
     layers = {n: x for n, x in compressed_layers(model).items() if isinstance(x, TensorNetworkLinear)}
-    if not layers or len(batches) == 0:
-        raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
-    stocks = {name: _stock(teacher, name) for name in layers}
+    check_batches(batches, "refine")
     device = next(model.parameters()).device
     given = [as_batch(batch, model, device) for batch in batches]
+    if not layers or not given:
+        raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
+    stocks = {name: _stock(teacher, name) for name in layers}
+    tied = _tied(model)
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
-    with in_eval_mode(model, teacher), without_cache(model), without_cache(teacher):
+    with ExitStack() as stack:
+        for context in (in_eval_mode(model, teacher), without_cache(model), without_cache(teacher)):
+            stack.enter_context(context)
         with reduced():
             distance = _distance(model, teacher, judges)
             run = PairedRun(model, teacher, fitted)
-            groups = run.groups([*layers])
-        old = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
-        before, after, left = {}, {}, dict.fromkeys(layers, NEVER_REACHED)
+            groups = run.groups([name for name in layers if name not in tied])
+        before, after = {}, {}
+        left = {name: tied.get(name, NEVER_REACHED) for name in layers}
+        put_back = stack.enter_context(_restoring([*layers.values()]))
         for group in tqdm(groups, desc="refining", disable=not progress, unit="group"):
             with reduced():  # models only: what is computed from moments must not be rounded
                 moments = run.moments(group)
@@ -135,15 +142,51 @@ def refine(
                 made = decompose_weighted(
                     wanted.to(layer.weight.dtype), layer.topology, Weighting(rows, metric)
                 )
-                layer.set_cores([core.to(layer.weight.dtype) for core in made.network.cores])
+                _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores])
                 after[name] = error.of(layer)
         with reduced():
             distances = (distance, _distance(model, teacher, judges))
         kept = distances[1] <= distances[0]
         if not kept:
-            for name, state in old.items():
-                layers[name].load_state_dict(state)
+            put_back()
     return RefineReport(before, after, left, distances, kept)
+
+
+def _write(layer: NetworkModule, cores: Sequence[Tensor]) -> None:
+    """Put cores into the parameters that a layer has."""
+    kept = encode(layer.topology, layer.storage, cores)
+    for name, parameter in layer.stored.items():
+        parameter.copy_(kept[name])
+
+
+@contextmanager
+def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
+    """Gives a function that puts the cores back that were there; does so itself if the block fails."""
+    old = [(parameter, parameter.clone()) for layer in layers for parameter in layer.stored.values()]
+
+    def put_back() -> None:
+        for parameter, value in old:
+            parameter.copy_(value)
+
+    try:
+        yield put_back
+    except BaseException:  # an interrupt as well: half of the layers would have been fitted to the other half
+        put_back()
+        raise
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Layers that share cores with another module, each with the reason why it is not fitted alone."""
+    users: dict[int, list[str]] = {}
+    for name, module in compressed_layers(model).items():
+        for parameter in module.stored.values():
+            users.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    for names in users.values():
+        for name in names:
+            if others := [other for other in names if other != name]:
+                found[name] = f"its cores are those of {', '.join(others)} as well"
+    return found
 
 
 def _target(
