@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hf_models import gpt2, llama, t5_relu
 from torch import Tensor, nn
@@ -306,3 +307,84 @@ def test_a_distance_that_is_not_finite() -> None:
     teacher, student = pair()
     with pytest.raises(tn.NonFiniteError, match="smaller lr"):
         tn.heal(student, teacher, batches(), steps=1, distance=lambda s, t, b: s.logits.sum() * torch.inf)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": -1},
+        {"steps": 2.5},
+        {"layer_steps": -1},
+        {"save_every": 0},
+        {"parameters": "all"},
+        {"lr": -1e-3},
+        {"temperature": 0.0},
+        {"max_seconds": 0},
+    ],
+)
+def test_options_out_of_range(options: dict[str, object]) -> None:
+    teacher, student = pair()
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} must be"):
+        tn.heal(student, teacher, batches(), **{"steps": 1, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [None, 5, "text", torch.ones(2, 3), {"input_ids": torch.ones(2, 3)}])
+def test_data_that_is_no_collection_of_batches(data: object) -> None:
+    teacher, student = pair()
+    with pytest.raises(tn.TargetError, match="heal takes an iterable of batches, got"):
+        tn.heal(student, teacher, data, steps=1)  # type: ignore[arg-type]
+
+
+def test_a_teacher_that_learns_nothing_itself() -> None:
+    """compress works in place, so the model is easily taken for its own teacher: no step would change it."""
+    _, student = pair()
+    with pytest.raises(tn.TargetError, match=r"copy\.deepcopy\(model\)"):
+        tn.heal(student, student, batches(), steps=1)
+
+
+def test_layer_wise_steps_need_the_layers_by_name() -> None:
+    teacher, student = pair()
+    wrapped = nn.Sequential(teacher)
+    with pytest.raises(tn.TargetError, match=r"Sequential has no 'transformer\.h\.0.*layer_steps=0"):
+        tn.heal(student, wrapped, batches(), steps=1, layer_steps=1)
+    for layer in compressed_layers(student).values():
+        layer.requires_grad_(False)
+    with pytest.raises(tn.TargetError, match="none of them requires gradients; use layer_steps=0"):
+        tn.heal(student, teacher, batches(), steps=1, layer_steps=1, parameters="trainable")
+
+
+@pytest.mark.parametrize("outside", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_the_caller_switched_off(outside: type) -> None:
+    teacher, student = pair()
+    _, again = pair()
+    expected = tn.heal(student, teacher, batches(), steps=2, layer_steps=2)
+    with outside():
+        report = tn.heal(again, teacher, batches(), steps=2, layer_steps=2)
+        assert not torch.is_grad_enabled()
+    assert report.losses == pytest.approx(expected.losses)
+    assert report.layer_losses == pytest.approx(expected.layer_losses)
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
+    teacher, student = pair()
+    for path in (tmp_path, tmp_path / "none" / "heal.safetensors"):
+        with pytest.raises(tn.DestinationError, match="name a file in a folder that exists"):
+            tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    teacher, student = pair()
+    path = tmp_path / "heal.safetensors"
+    _, other = pair()
+    tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
+    with pytest.raises(tn.FormatError, match="of a run with layer_steps=0, not 3"):
+        tn.heal(student, teacher, batches(), steps=2, layer_steps=3, checkpoint=path)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        tensors, header = {x: file.get_tensor(x) for x in file.keys()}, file.metadata()  # noqa: SIM118
+    last = list(compressed_layers(student))[-1]
+    name = next(name for name in tensors if name.startswith(last) and "/" not in name)
+    safetensors.torch.save_file({**tensors, name: torch.zeros(3)}, str(path), metadata=header)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(tn.FormatError, match=f"another compression: {name}"):
+        tn.heal(student, teacher, batches(), steps=4, checkpoint=path)
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())

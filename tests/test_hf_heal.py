@@ -145,6 +145,18 @@ def test_trainer_heals_with_adapters(tmp_path: Path) -> None:
     teacher.requires_grad_(True)
 
 
+def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
+    teacher, student = pair()
+    student.transformer.wpe.requires_grad_(False)
+    flags = [p.requires_grad for p in student.parameters()]
+    options = {"steps": 2, "output_dir": str(tmp_path), **OPTIONS}
+    with pytest.raises(tn.TargetError, match=r"copy\.deepcopy\(model\)"):
+        heal(student, student, Examples(), **options)
+    with pytest.raises(tn.TargetError, match="layer_steps=0"):
+        heal(student, teacher, Examples(), layer_steps=2, parameters="trainable", **options)
+    assert [p.requires_grad for p in student.parameters()] == flags
+
+
 def test_windows_of_a_text() -> None:
     windows = TextWindows(gpt2_path(), calibration_text()[:20_000], length=64)
     assert len(windows) > 10

@@ -1,6 +1,5 @@
 """`heal`: train the cores of a compressed model to do what the dense one did."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -13,19 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet._optional import import_optional
-from tensornet.compression.batches import Batch, BatchLike, as_batch, run_model
+from tensornet.checks import check_size
+from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.compression.heal_state import check_place, load_state, save_state
 from tensornet.compression.losses import pooled, token_mask
 from tensornet.compression.modes import in_eval_mode
-from tensornet.errors import FormatError, NonFiniteError, TargetError
+from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 
 #: Distance between the outputs of the dense and the compressed model on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
-_USER = "Resuming tensornet.heal"
-#: What AdamW keeps of the gradients of a parameter.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Learning rates of cores, as a share of their size, and of whatever else is trained.
 CORE_LR, ADAPTER_LR = 5e-4, 1e-4
 
@@ -49,6 +46,7 @@ class HealReport:
     seconds: float
 
 
+@torch.inference_mode(False)  # and with gradients, whatever a caller has switched off
 def heal(
     model: nn.Module,
     teacher: nn.Module,
@@ -100,15 +98,19 @@ def heal(
         progress: show a progress bar.
 
     Raises:
-        TargetError: nothing to train, or no data.
+        TargetError: nothing to train, no data, or a teacher that is trained itself or has other layers.
+        ValueError: an option is out of its range.
         NonFiniteError: the distance became NaN or infinite; the checkpoint holds an earlier state.
-        FormatError: the checkpoint is damaged or of another model.
+        FormatError: the checkpoint is damaged, of another model, or of a run with other `layer_steps`.
+        DestinationError: the checkpoint cannot be written there.
 
     Reference:
         Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; Shazeer, Stern 2018,
         "Adafactor", section 8, for learning rates relative to the size of parameters.
     """
     start = clock()
+    check_batches(data, "heal")
+    _check_options(steps, layer_steps, lr, temperature, parameters, max_seconds, save_every)
     layers = compressed_layers(model)
     fixed: dict[str, Tensor] = {}
     if parameters == "cores":
@@ -122,9 +124,18 @@ def heal(
                 "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
             )
         groups = [{"params": [*trained.values()], "size": 1.0}]
+    check_teacher(teacher, trained.values())
+    stored = {id(tensor) for layer in layers.values() for tensor in layer.stored.values()}
+    if layer_steps and not any(id(parameter) in stored for parameter in trained.values()):
+        raise TargetError(
+            "Layer-wise steps train cores, and none of them requires gradients; use layer_steps=0."
+        )
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     path = None if checkpoint is None else Path(checkpoint)
-    done = _resume(path, trained, fixed, optimizer) if path is not None and path.is_file() else 0
+    done = 0
+    if path is not None:
+        check_place(path)
+        done = load_state(path, trained, fixed, optimizer, layer_steps) if path.is_file() else 0
     total = layer_steps + steps
     losses: list[float] = []
     layer_losses: list[float] = []
@@ -136,7 +147,7 @@ def heal(
             share = _share(done, total, clock() - start, max_seconds)
             if share >= 1:
                 if path is not None:
-                    _save(path, trained, fixed, optimizer, done)
+                    save_state(path, trained, fixed, optimizer, done, layer_steps)
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["size"] * min(1.0, (share + 1 / total) * 20) * (1 - share)
@@ -160,10 +171,48 @@ def heal(
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
             if path is not None and (done % save_every == 0 or done == total):
-                _save(path, trained, fixed, optimizer, done)
+                save_state(path, trained, fixed, optimizer, done, layer_steps)
         bar.close()
     count = sum(parameter.numel() for parameter in trained.values())
     return HealReport(tuple(losses), tuple(layer_losses), done, count, clock() - start)
+
+
+def _check_options(
+    steps: int,
+    layer_steps: int,
+    lr: float | None,
+    temperature: float,
+    parameters: str,
+    max_seconds: float | None,
+    save_every: int,
+) -> None:
+    """Refuse options that are none.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    check_size("steps", steps, least=0, error=ValueError)
+    check_size("layer_steps", layer_steps, least=0, error=ValueError)
+    check_size("save_every", save_every, error=ValueError)
+    if parameters not in ("cores", "trainable"):
+        raise ValueError(f"parameters must be 'cores' or 'trainable', got {parameters!r}.")
+    for name, value in (("lr", lr), ("temperature", temperature), ("max_seconds", max_seconds)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, got {value!r}.")
+
+
+def check_teacher(teacher: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Refuse a teacher that would change with the model.
+
+    Raises:
+        TargetError: saying how to get one that does not.
+    """
+    own = {id(parameter) for parameter in teacher.parameters()}
+    if any(id(parameter) in own for parameter in trained):
+        raise TargetError(
+            "The teacher holds the very parameters that are trained. compress changes a model in place: "
+            "keep the dense one before, teacher = copy.deepcopy(model)."
+        )
 
 
 def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
@@ -243,7 +292,7 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
 
     for name, layer in layers.items():
         if isinstance(layer, TensorNetworkLinear):  # embeddings have no inputs to learn from
-            stock = teacher.get_submodule(name)
+            stock = _counterpart(teacher, name)
             handles.append(stock.register_forward_hook(compare(layer), with_kwargs=True))
     try:
         with torch.no_grad():
@@ -252,6 +301,22 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
         for handle in handles:
             handle.remove()
     return sum(found) / max(len(found), 1)
+
+
+def _counterpart(teacher: nn.Module, name: str) -> nn.Module:
+    """The layer of the teacher that a layer made of cores learns from.
+
+    Raises:
+        TargetError: it has none of that name.
+    """
+    try:
+        return teacher.get_submodule(name)
+    except AttributeError as error:
+        raise TargetError(
+            f"Layer-wise steps compare layers of one name, and {type(teacher).__name__} has no {name!r}: the "
+            "teacher must be the dense model that was compressed, not one around or inside it. Or use "
+            "layer_steps=0."
+        ) from error
 
 
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -306,53 +371,3 @@ def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
                 "heal ran out of batches; pass a list or another collection that can be walked again, "
                 "not an iterator."
             )
-
-
-def _save(
-    path: Path,
-    trained: Mapping[str, nn.Parameter],
-    fixed: Mapping[str, Tensor],
-    optimizer: torch.optim.AdamW,
-    done: int,
-) -> None:
-    tensors = {name: tensor.detach().contiguous() for name, tensor in fixed.items()}
-    for name, parameter in trained.items():
-        tensors[name] = parameter.detach().contiguous()
-        for key in _MOMENTS:  # none where no gradient ever came
-            if key in optimizer.state[parameter]:
-                tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
-    safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
-    beside = path.with_name(path.name + ".part")  # a crash while writing leaves the earlier file
-    safetensors.save_file(tensors, str(beside), metadata={"heal": json.dumps({"step": done})})
-    beside.replace(path)
-
-
-def _resume(
-    path: Path,
-    trained: Mapping[str, nn.Parameter],
-    fixed: Mapping[str, Tensor],
-    optimizer: torch.optim.AdamW,
-) -> int:
-    """Read cores, their row orders and optimizer state back; returns the number of steps made."""
-    safetensors = import_optional("safetensors", extra="hf", user=_USER)
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            done = int(json.loads(file.metadata()["heal"])["step"])
-            for name, parameter in {**trained, **fixed}.items():
-                stored = file.get_tensor(name)
-                if stored.shape != parameter.shape:
-                    raise FormatError(
-                        f"{path} belongs to another compression: {name} has shape {tuple(stored.shape)} "
-                        f"there, {tuple(parameter.shape)} here."
-                    )
-                with torch.no_grad():
-                    parameter.copy_(stored)
-            for name, parameter in trained.items():
-                if f"{name}/{_MOMENTS[0]}" in file.keys():  # noqa: SIM118 (not a dict)
-                    moments = {key: file.get_tensor(f"{name}/{key}").to(parameter) for key in _MOMENTS}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(done)), **moments}
-        return done
-    except FormatError:
-        raise
-    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise FormatError(f"Cannot resume healing from {path}: {error}") from error

@@ -1,6 +1,6 @@
 """Healing through transformers' `Trainer`: its schedules, precision, devices, logging and checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from tensornet.compression.batches import as_batch
 from tensornet.compression.heal import (
     ADAPTER_LR,
     CORE_LR,
+    check_teacher,
     compressed_layers,
     layer_step,
     output_distance,
@@ -120,15 +121,24 @@ def heal(
         The mean divergence over the steps of this call.
 
     Raises:
-        TargetError: the model has no trainable cores, or nothing that requires gradients.
+        TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     if parameters == "cores":
-        freeze_all_but_cores(model)
-    elif not any(flags.values()):
+        trained: Collection[nn.Parameter] = trainable_cores(compressed_layers(model)).values()
+    elif layer_steps:
+        raise TargetError(
+            "Layer-wise steps train cores; heal what else requires gradients end to end, with layer_steps=0."
+        )
+    else:
+        trained = [parameter for parameter, flag in flags.items() if flag]
+    if not trained:
         raise TargetError(
             "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
         )
+    check_teacher(teacher, trained)
+    if parameters == "cores":
+        freeze_all_but_cores(model)
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
     rate = CORE_LR if parameters == "cores" else ADAPTER_LR
     options = TrainingArguments(

@@ -1,0 +1,104 @@
+"""What a healing run has reached, on file: cores, which of their rows is which, and optimizer state."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._optional import import_optional
+from tensornet.errors import DestinationError, FormatError
+
+_USER = "Resuming tensornet.heal"
+#: What AdamW keeps of the gradients of a parameter.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path that no file can be written to, before the first step.
+
+    Raises:
+        DestinationError: it is a folder, or in none.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise DestinationError(
+            f"The checkpoint cannot be written to {path}: name a file in a folder that exists."
+        )
+
+
+def save_state(
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    fixed: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+    done: int,
+    layer_steps: int,
+) -> None:
+    """Write it, in place of an earlier file.
+
+    Args:
+        path: of the file.
+        trained: what is trained, by name.
+        fixed: what it means nothing without.
+        optimizer: of what is trained.
+        done: steps made, layer-wise ones included.
+        layer_steps: how many of the steps are layer-wise.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in fixed.items()}
+    for name, parameter in trained.items():
+        tensors[name] = parameter.detach().contiguous()
+        for key in _MOMENTS:  # none where no gradient ever came
+            if key in optimizer.state[parameter]:
+                tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
+    safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
+    beside = path.with_name(path.name + ".part")  # a crash while writing leaves the earlier file
+    header = {"step": done, "layer_steps": layer_steps}
+    safetensors.save_file(tensors, str(beside), metadata={"heal": json.dumps(header)})
+    beside.replace(path)
+
+
+def load_state(
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    fixed: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+    layer_steps: int,
+) -> int:
+    """Read it back; returns the number of steps made. Nothing is changed unless everything fits.
+
+    Raises:
+        FormatError: the file is damaged, of another model, or of a run with other layer-wise steps.
+    """
+    safetensors = import_optional("safetensors", extra="hf", user=_USER)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            header = json.loads(file.metadata()["heal"])
+            done, before = int(header["step"]), header.get("layer_steps", layer_steps)
+            if before != layer_steps:
+                raise FormatError(
+                    f"{path} is of a run with layer_steps={before}, not {layer_steps}: give the same, or "
+                    "another checkpoint."
+                )
+            found = {name: file.get_tensor(name) for name in (*trained, *fixed)}
+            for name, parameter in {**trained, **fixed}.items():
+                if found[name].shape != parameter.shape:
+                    raise FormatError(
+                        f"{path} belongs to another compression: {name} has shape "
+                        f"{tuple(found[name].shape)} there, {tuple(parameter.shape)} here."
+                    )
+            moments = {
+                name: {key: file.get_tensor(f"{name}/{key}").to(parameter) for key in _MOMENTS}
+                for name, parameter in trained.items()
+                if f"{name}/{_MOMENTS[0]}" in file.keys()  # noqa: SIM118 (not a dict)
+            }
+    except FormatError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise FormatError(f"Cannot resume healing from {path}: {error}") from error
+    with torch.no_grad():
+        for name, parameter in {**trained, **fixed}.items():
+            parameter.copy_(found[name])
+    for name, known in moments.items():
+        optimizer.state[trained[name]] = {"step": torch.tensor(float(done)), **known}
+    return done
