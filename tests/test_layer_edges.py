@@ -70,3 +70,18 @@ def test_stock_layers_own_their_weight(family: str, shape: tuple[int, int]) -> N
         with torch.no_grad():
             weight.zero_()
         assert torch.equal(made.to_matrix(), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("warm", [False, True])
+def test_traced_layers_keep_nothing_of_the_trace(strategy: str, warm: bool) -> None:
+    """The old tracer crashed the process on tensors that a layer had kept from its trace."""
+    layer = tn.nn.MPOLinear(30, 24, max_bond=3, strategy=strategy).eval()  # type: ignore[arg-type]
+    x = torch.randn(4, 30)
+    with torch.no_grad():
+        if warm:
+            layer(x)
+        traced = torch.jit.trace(layer, x)
+        layer.core_1 *= 2  # type: ignore[operator]
+        torch.testing.assert_close(traced(x), layer(x))  # the cores are its parameters, not constants

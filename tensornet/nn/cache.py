@@ -59,11 +59,13 @@ class CachedMatrix:
 def may_cache(cores: Sequence[Tensor | None]) -> bool:
     """Whether a matrix built from these cores may be kept, and used for this call.
 
-    Not where gradients of the cores are recorded, not inside a `torch.func` transform (its tensors die with
-    it), and only for ordinary parameters: substitutes of `functional_call`, parametrizations, sharded and
-    fake tensors have no identity or version that would tell when they change.
+    Not where gradients of the cores are recorded, not inside a `torch.func` transform or a trace (their
+    tensors die with them), and only for ordinary parameters: substitutes of `functional_call`,
+    parametrizations, sharded and fake tensors have no identity or version that would tell when they change.
     """
-    if transforms_active():
+    if (
+        transforms_active() or torch.jit.is_tracing()
+    ):  # a tracer that meets tensors kept from its trace crashes
         return False
     recording = is_grad_enabled()
     for core in cores:

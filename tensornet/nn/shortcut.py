@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _get_tracing_state as tracing_state
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.nn.functional import linear
 
@@ -73,7 +74,7 @@ def _comparing(
     def answer(layer: "RoutedModule", x: Tensor) -> Tensor | None:
         if layer.training is not training or layer.strategy is not strategy or layer.cache_limit != limit:
             return None
-        if is_grad_enabled() or transforms_active() or any_autocast():
+        if is_grad_enabled() or transforms_active() or any_autocast() or tracing_state() is not None:
             return None
         parameters, shape, way = layer._parameters, x.shape, rest
         for name, core, address in addresses:
