@@ -73,7 +73,10 @@ def run(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave alone; repeatable.")] = None,
     objective: Annotated[
-        str, typer.Option(help="What decides: weight, curvature (needs --calibration), or auto.")
+        str,
+        typer.Option(
+            help="What decides: weight; activation or curvature, which need --calibration; or auto."
+        ),
     ] = "auto",
     calibration: Annotated[
         Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
