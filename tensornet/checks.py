@@ -93,6 +93,23 @@ def check_sizes(name: str, values: Any) -> tuple[int, ...]:
     return tuple(check_size(f"Every entry of {name}", value) for value in values)
 
 
+def check_type(name: str, value: Any, kind: type, advice: str) -> None:
+    """Refuse what is no instance of a class.
+
+    Args:
+        name: the argument as the caller wrote it.
+        value: what was handed in.
+        kind: what it must be.
+        advice: what to do instead.
+
+    Raises:
+        TypeError: saying what was got.
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}; {advice}.")
+
+
 def check_number(name: str, value: Any) -> None:
     """Refuse what is no real number.
 

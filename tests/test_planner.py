@@ -360,7 +360,7 @@ def test_predicted_times_are_those_that_layers_explain() -> None:
 def test_milliseconds_need_a_token_count() -> None:
     with pytest.raises(tn.BudgetError, match="give tokens=1 for generating"):
         CompressionConfig(max_milliseconds=1.0)
-    with pytest.raises(tn.BudgetError, match="tokens must be at least 1, got 0"):
+    with pytest.raises(tn.BudgetError, match="tokens must be an integer of at least 1, got 0"):
         CompressionConfig(param_ratio=0.5, tokens=0)
 
 

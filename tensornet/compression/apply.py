@@ -1,18 +1,20 @@
 """Carrying a plan out: stock layers become layers made of cores, and back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tensornet.checks import check_type
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded
 from tensornet.compression.global_plan import layer_weighting
 from tensornet.compression.hooks import structure_changed
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import Target, find_targets
+from tensornet.compression.targets import Target, check_holder, compressed_names, find_targets
 from tensornet.compression.weighted import decompose_weighted
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.nn.adapters import layer_bias
@@ -23,6 +25,7 @@ from tensornet.topologies import Decomposition, topology_family
 from tensornet.whitening import Weighting
 
 
+@torch.inference_mode(False)  # parameters made there could not be trained
 @torch.no_grad()
 def apply_plan(
     model: nn.Module,
@@ -46,6 +49,9 @@ def apply_plan(
         TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
         TopologyError: a planned topology is none of its family.
     """
+    check_holder(model)
+    check_type("plan", plan, CompressionPlan, "CompressionPlan.load reads one from a file")
+    check_stats(stats)
     if stats is None and plan.objective != "weight":
         raise TargetError(
             f"This plan was made with objective={plan.objective!r}: pass the calibration statistics it was "
@@ -62,7 +68,7 @@ def apply_plan(
     with expanded(model):
         targets = {target.name: target for target in _all_targets(model)}
         for layer in work:
-            _check_fits(layer, targets.get(layer.name))
+            _check_fits(model, layer, targets.get(layer.name))
         for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
             result = _decomposed(target, layer, plan, stats)
@@ -83,18 +89,28 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, child, module)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def decompress(model: nn.Module) -> nn.Module:
     """Put stock layers back in place of every layer made of cores; tied layers stay tied.
 
     Returns:
-        The same model.
+        The same model; what was frozen is frozen.
+
+    Raises:
+        TargetError: the model itself is such a layer.
     """
+    if isinstance(model, NetworkModule):
+        raise TargetError(
+            "decompress puts layers into the model that holds them; for a layer alone take what its "
+            "to_linear() or to_embedding() returns."
+        )
     dense: dict[int, nn.Module] = {}  # by first core: tied layers share it
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
         stock = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
+        stock.weight.requires_grad_(module.weight.requires_grad)
         twin = dense.setdefault(id(module.weight), stock)
         if twin is not stock:
             stock.weight = twin.weight
@@ -109,8 +125,24 @@ def _all_targets(model: nn.Module) -> list[Target]:
     return find_targets(model, CompressionConfig(target_modules="*"))
 
 
-def _check_fits(layer: LayerPlan, target: Target | None) -> None:
+def check_stats(stats: Any) -> None:
+    """Refuse what is neither statistics nor None.
+
+    Raises:
+        TypeError: saying what was got.
+    """
+    advice = "collect them by tensornet.calibrate(model, batches), or read a file by CalibrationStats.load"
+    if stats is not None:
+        check_type("stats", stats, CalibrationStats, advice)
+
+
+def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> None:
     if target is None:
+        if layer.name in compressed_names(model):
+            raise TargetError(
+                f"Layer {layer.name!r} is made of cores already; a plan is carried out on the dense model. "
+                "tensornet.decompress(model) makes it dense, without what was cut."
+            )
         raise TargetError(f"The plan names a layer {layer.name!r} that this model does not have.")
     if tuple(target.matrix.shape) != layer.shape:
         raise TargetError(

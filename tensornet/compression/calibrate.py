@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
-from tensornet.compression.config import CompressionConfig
+from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.expansion import expanded
 from tensornet.compression.losses import TokenLosses, cosine_losses, default_losses, token_mask
 from tensornet.compression.modes import in_eval_mode
 from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import check_loaded, find_targets
+from tensornet.compression.targets import check_loaded, check_model, find_targets
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.adapters import kind_of
 
@@ -63,6 +63,9 @@ def calibrate(
         TargetError: no batch, or a batch of an unknown form.
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
     """
+    check_model(model)
+    if config is not None:
+        check_config(config)
     check_batches(batches, "calibrate")
     _check_arguments(fisher, gradient_batches)
     recorder = _Recorder(full_up_to, dtype)

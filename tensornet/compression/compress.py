@@ -3,17 +3,20 @@
 import time
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.batches import BatchLike
-from tensornet.compression.config import CompressionConfig
+from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.planner import prepare
 from tensornet.compression.providers import Calibration, gather_statistics
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
+from tensornet.compression.targets import check_model
 from tensornet.errors import TargetError
 
 
+@torch.inference_mode(False)  # what is made there could not be trained
 def compress(
     model: nn.Module,
     config: CompressionConfig,
@@ -42,6 +45,10 @@ def compress(
         TargetError, BudgetError, NonFiniteError, TopologyError: before anything is replaced.
     """
     start = time.perf_counter()
+    check_model(model)
+    check_config(config)
+    if iter(validation or ()) is validation:
+        raise TargetError("validation is walked through several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
     stats = gather_statistics(model, config, calibration, progress=progress)
     prepared = prepare(model, config, stats, progress=progress)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tensornet.budget import Budget
-from tensornet.checks import check_number, check_size
+from tensornet.checks import check_number, check_size, check_type
 from tensornet.errors import BudgetError, TargetError, TopologyError
 from tensornet.topologies import topology_family, topology_names
 
@@ -151,6 +151,16 @@ class CompressionConfig:
                 f"Unknown compression options {', '.join(unknown)}; known are {', '.join(sorted(known))}."
             )
         return cls(**data)
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is no configuration.
+
+    Raises:
+        TypeError: saying what was got.
+    """
+    advice = "write CompressionConfig(param_ratio=0.5), or CompressionConfig.from_dict for a dictionary"
+    check_type("config", config, CompressionConfig, advice)
 
 
 def _check_patterns(name: str, value: Any) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.budget import Budget
-from tensornet.compression.apply import apply_plan
+from tensornet.compression.apply import apply_plan, check_stats
 from tensornet.compression.batches import BatchLike
 from tensornet.compression.clock import Clock
-from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, family_options
+from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config, family_options
 from tensornet.compression.expansion import expanded
 from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
 from tensornet.compression.forms import LayerForms
@@ -20,7 +20,7 @@ from tensornet.compression.global_plan import choose_forms, layer_forms, storage
 from tensornet.compression.losses import TokenLosses, losses_against
 from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
 from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import Target, check_loaded, find_targets
+from tensornet.compression.targets import Target, check_holder, check_loaded, find_targets
 from tensornet.errors import BudgetError, TargetError
 from tensornet.machine import default_machine
 from tensornet.svd import check_finite, working_dtype
@@ -191,6 +191,9 @@ def prepare(
     progress: bool = False,
 ) -> PreparedPlan:
     """Price the forms of every targeted layer, once for all budgets; arguments and errors of `plan`."""
+    check_holder(model)
+    check_config(config)
+    check_stats(stats)
     objective = resolve_objective(config, stats)
     with expanded(model):
         targets = tuple(find_targets(model, config))

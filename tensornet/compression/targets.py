@@ -5,13 +5,16 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
+from tensornet.checks import check_type
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.readers import weight_is_read
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import LayerKind, kind_of
+from tensornet.nn.module import NetworkModule
 
 ALL = "all"
 
@@ -80,7 +83,7 @@ def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
             raise TargetError(
                 f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
                 f"{_summary(groups)}. Patterns match a whole name, a suffix after a dot, a glob, or, with "
-                "the prefix 're:', a regular expression."
+                f"the prefix 're:', a regular expression.{_made_of_cores(model)}"
             )
     if read:
         warnings.warn(
@@ -91,7 +94,8 @@ def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
         )
     if not chosen:
         raise TargetError(
-            f"Nothing to compress. Compressible layers: {_summary(groups)}.{_unknown_layers(model)}"
+            f"Nothing to compress. Compressible layers: {_summary(groups)}.{_made_of_cores(model)}"
+            f"{_unknown_layers(model)}"
         )
     return chosen
 
@@ -155,6 +159,47 @@ def _group_by_weight(model: nn.Module) -> list[Target]:
     ]
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TypeError: saying what was got.
+    """
+    check_type("model", model, nn.Module, "load it first, for example with AutoModel.from_pretrained")
+
+
+def check_holder(model: Any) -> None:
+    """Refuse what layers cannot be replaced in.
+
+    Raises:
+        TypeError: no module.
+        TargetError: a layer itself, which nothing holds.
+    """
+    check_model(model)
+    if kind_of(model) is not None:
+        raise TargetError(
+            f"The model is a {type(model).__name__} itself, and nothing holds it in which another could take "
+            "its place. Wrap it, torch.nn.Sequential(layer), or use the from_linear and from_embedding of "
+            "tensornet.nn."
+        )
+
+
+def compressed_names(model: nn.Module) -> list[str]:
+    """Names of the layers that are made of cores."""
+    return [name for name, module in model.named_modules() if isinstance(module, NetworkModule)]
+
+
+def _made_of_cores(model: nn.Module) -> str:
+    """A hint at layers that were compressed before."""
+    names = compressed_names(model)
+    if not names:
+        return ""
+    return (
+        f" {len(names)} layers are made of cores already, {names[0]} for one: compress the dense model anew, "
+        "or make this one dense by tensornet.decompress(model)."
+    )
+
+
 def _unknown_layers(model: nn.Module) -> str:
     """A hint at subclasses of stock layers, which might compute something else and are left alone."""
     stock = (nn.Linear, nn.Embedding)
@@ -162,7 +207,8 @@ def _unknown_layers(model: nn.Module) -> str:
     if not kinds:
         return ""
     return (
-        f" Layers of the types {', '.join(sorted(kinds))} are subclasses that may compute something else; "
+        f" Layers of the types {', '.join(sorted(kinds))} here may compute something else (subclasses, and "
+        "embeddings with max_norm); "
         "tensornet.nn.register_layer_kind makes a type compressible."
     )
 

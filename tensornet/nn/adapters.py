@@ -76,12 +76,15 @@ class _Conv1D(LayerKind):
 
 
 class _Embedding(LayerKind):
-    """`nn.Embedding`: row `v` of the matrix is the vector of token `v`."""
+    """`nn.Embedding`: row `v` of the matrix is the vector of token `v`.
+
+    With `max_norm` it is not: `forward` shortens the rows that it reads.
+    """
 
     name = "embedding"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module) is nn.Embedding
+        return type(module) is nn.Embedding and module.max_norm is None
 
     def matrix(self, module: nn.Module) -> Tensor:
         return module.weight  # type: ignore[return-value]

@@ -77,7 +77,10 @@ class MPOEmbedding(NetworkModule):
         """
         kind = kind_of(layer)
         if kind is None or kind.name != "embedding":
-            raise TargetError(f"from_embedding takes nn.Embedding, got {type(layer).__name__}.")
+            raise TargetError(
+                f"from_embedding takes nn.Embedding, got {type(layer).__name__}"
+                f"{'' if getattr(layer, 'max_norm', None) is None else ' whose max_norm changes its rows'}."
+            )
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         result = topology_family(topology).decompose(layer.weight, budget, **options)
         return embedding_from_network(result.network.to(layer.weight.dtype), padding_idx=layer.padding_idx)
