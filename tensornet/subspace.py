@@ -45,7 +45,7 @@ def iterated_basis(
     size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
     gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
     generator = torch.Generator(device="cpu").manual_seed(0)  # the same numbers on every device
-    probe = torch.randn(size, width, generator=generator, dtype=torch.float64).to(block)
+    probe = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu").to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
     before = torch.zeros_like(total)
     for _ in range(_MAX_ITERATIONS if kept_slack is None else _PATIENCE * _MAX_ITERATIONS):

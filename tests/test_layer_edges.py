@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
+from tensornet.nn.storage import Storage, encode
 from tensornet.topologies import topology_names
 
 STRATEGIES = ("factorized", "reconstruct", "cached", "auto")
@@ -85,3 +86,12 @@ def test_traced_layers_keep_nothing_of_the_trace(strategy: str, warm: bool) -> N
         traced = torch.jit.trace(layer, x)
         layer.core_1 *= 2  # type: ignore[operator]
         torch.testing.assert_close(traced(x), layer(x))  # the cores are its parameters, not constants
+
+
+@pytest.mark.parametrize("storage", [Storage(pivoted=True), Storage(pivoted=True, int8=True)])
+def test_default_device_is_not_that_of_numbers_on_the_way(storage: Storage) -> None:
+    network = tn.MPO.from_matrix(torch.randn(12, 20), max_bond=3).network
+    expected = encode(network.topology, storage, network.cores)
+    with torch.device("meta"):
+        found = encode(network.topology, storage, network.cores)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

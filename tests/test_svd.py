@@ -310,3 +310,13 @@ def test_private_threshold_is_what_the_docstring_says() -> None:
     assert not subspace.worth_iterating(256, 33)
     assert not subspace.worth_iterating(255, 1)
     assert "eighth" in (svd.truncated_svd.__doc__ or "")
+
+
+@pytest.mark.parametrize("method", ["auto", "randomized"])
+def test_default_device_is_not_that_of_the_random_numbers(method: svd.Method) -> None:
+    """They are drawn on the CPU wherever a caller makes new tensors, and moved to the matrix."""
+    matrix = strategies.matrix_with_spectrum((300, 280), "power", seed=0)
+    expected = tn.truncated_svd(matrix, max_rank=8, method=method)
+    with torch.device("meta"):
+        found = tn.truncated_svd(matrix, max_rank=8, method=method)
+    assert torch.equal(found.S, expected.S)

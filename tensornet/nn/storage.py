@@ -214,6 +214,6 @@ def _choose_rows(basis: Tensor) -> tuple[Tensor, int]:
     rank = basis.shape[1]
     pivots = scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]
     chosen = torch.from_numpy(pivots[:rank]).long()
-    others = torch.ones(basis.shape[0], dtype=torch.bool)
+    others = torch.ones(basis.shape[0], dtype=torch.bool, device="cpu")
     others[chosen] = False
     return torch.cat([chosen, others.nonzero().squeeze(1)]).to(basis.device), rank
