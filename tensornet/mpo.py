@@ -284,7 +284,7 @@ class MPO:
         """
         Budget(max_bond=max_bond, rel_error=rel_error)
         cores, cut = algebra.round_chain(self._masked, max_bond=max_bond, rel_error=rel_error)
-        return self._like(cores, error=self.error + cut * (1 + self.error))
+        return self._like(cores, error=self.error + (cut * (1 + self.error) if cut else 0.0))
 
     def norm(self) -> Tensor:
         """Frobenius norm, a 0-dimensional tensor without gradient (`inner` has one)."""

@@ -100,3 +100,15 @@ def test_factors_that_no_single_number_holds_are_refused(family: str) -> None:
         tn.topologies.topology_family(family).decompose(matrix, tn.Budget(max_bond=1))
     double = tn.topologies.topology_family(family).decompose(matrix.double(), tn.Budget(max_bond=2))
     assert reference.relative_error(matrix.double(), double.network.to_matrix()) < 1e-7
+
+
+def test_certificate_that_says_nothing_stays_one_where_nothing_is_cut() -> None:
+    chain = operator(8, 8)
+    unknown = tn.MPO(chain.cores, error=math.inf)
+    for cut in (
+        unknown.round(),
+        unknown.round(max_bond=1),
+        unknown + chain,
+        unknown @ (chain * 0).transpose(),
+    ):
+        assert cut.error == math.inf
