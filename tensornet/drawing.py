@@ -88,8 +88,7 @@ def _draw_bonds(axes: "Axes", topology: Topology, places: dict[str, Point]) -> N
 
 
 def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> None:
-    level = len({y for _, y in places.values()}) == 1
-    tilt = 0.0 if level else 0.4  # keeps legs off the bonds between cores above one another
+    tilt = _tilt(topology, places)
     for labels, direction, color in ((topology.out_labels, 1, _OUT), (topology.in_labels, -1, _IN)):
         for label in labels:
             size = topology.size_of[label]
@@ -110,6 +109,20 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
                 tips.append(tip)
             for (x, y), (u, v) in pairwise(tips):
                 axes.plot([x, u], [y, v], ":", color=_SHARED, linewidth=1, zorder=0)
+
+
+def _tilt(topology: Topology, places: dict[str, Point]) -> float:
+    """How far legs lean to the side: 0 on a line, else what keeps them farthest off the bonds."""
+    if len({y for _, y in places.values()}) == 1:
+        return 0.0
+    carriers = (_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1)
+    bonds = [(places[a], places[b]) for names in carriers for a, b in pairwise(names)]
+    angles = [math.atan2(v - y, u - x) for (x, y), (u, v) in bonds]
+
+    def distance(tilt: float) -> float:
+        return min((abs(math.sin(angle - math.atan2(0.75, tilt))) for angle in angles), default=1.0)
+
+    return max((0.4, 0.2, 0.0, 0.6, 0.8), key=distance)
 
 
 def _draw_cores(axes: "Axes", topology: Topology, places: dict[str, Point]) -> None:

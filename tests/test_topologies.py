@@ -342,3 +342,16 @@ def test_drawing_names_every_core_and_size(name: str, tmp_path: Path) -> None:
     assert {str(size) for _, size in topology.sizes if size > 1} <= set(texts)
     figure.savefig(tmp_path / "network.png")
     assert (tmp_path / "network.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("sites", [3, 4, 5, 6])
+def test_legs_of_a_ring_do_not_lie_on_its_bonds(sites: int) -> None:
+    topology = tn.topologies.tensor_ring(out_dims=(2,) * sites, in_dims=(3,) * sites, max_bond=3)
+    cores = [torch.zeros(shape) for shape in topology.core_shapes.values()]
+    drawn: dict[str, list[float]] = {}
+    for line in tn.TensorNetwork(topology, cores).draw().axes[0].lines:
+        (x, u), (y, v) = line.get_xdata(), line.get_ydata()  # type: ignore[misc]
+        drawn.setdefault(str(line.get_color()), []).append(math.atan2(float(v - y), float(u - x)))
+    out, inside, bonds = (drawn[color] for color in ("#b3541e", "#3a7d44", "#444444"))
+    assert len(out) == len(inside) == sites
+    assert min(abs(math.sin(leg - bond)) for leg in (*out, *inside) for bond in bonds) > 0.2
