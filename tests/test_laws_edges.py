@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -120,3 +122,22 @@ def test_rank_asked_for_leaves_out_spectra_with_a_rank_of_their_own(matrix: Tens
 def test_unknown_spectrum_lists_those_that_exist() -> None:
     with pytest.raises(ValueError, match="Unknown spectrum 'flatt'; choose one of gaussian, flat"):
         strategies.matrix_with_spectrum((3, 3), "flatt", seed=0)
+
+
+def test_missing_hypothesis_names_the_extra() -> None:
+    code = (
+        "import tensornet as tn\n"
+        "import tensornet._optional as optional\n"
+        "optional.find_spec = lambda name: None\n"
+        "try:\n    tn.testing\n"
+        "except tn.MissingDependencyError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "tensornet.testing needs hypothesis, not installed here" in done.stdout
+    assert "pip install 'tensornet-torch[testing]'" in done.stdout
+
+
+def test_centers_that_count_from_the_end_are_centers() -> None:
+    operator = tn.MPO.from_matrix(MATRIX, max_bond=3)
+    for center in range(-3, 3):
+        laws.check_canonical(operator, center=center)

@@ -222,6 +222,8 @@ def test_bad_input() -> None:
         tn.search_topology((4, 4), param_ratio=0.5, families=("tree",))
     with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
         tn.search_topology((4, 4), param_ratio=0.5, families=())
+    with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
+        tn.search_topology((4, 4), param_ratio=0.5, families=None)  # type: ignore[arg-type]
     with pytest.raises(tn.ShapeError, match="or its shape, two integers; got 12"):
         tn.search_topology(12, param_ratio=0.5)  # type: ignore[arg-type]
     with pytest.raises(tn.ShapeError, match=r"as a torch\.Tensor, .*; got ndarray"):

@@ -80,7 +80,7 @@ def search_topology(
     counts = _counts(tokens)
     check_machine(machine)
     check_size("max_sites", max_sites, least=2, error=ValueError)
-    families = (families,) if isinstance(families, str) else tuple(families)
+    families = (families,) if isinstance(families, str) else tuple(families or ())
     if not families:
         raise TopologyError(f"families is empty; name at least one of {', '.join(topology_names())}.")
     for family in families:

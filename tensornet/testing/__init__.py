@@ -1,6 +1,10 @@
 """Hypothesis strategies, laws and slow references for property-testing tensor networks."""
 
-from tensornet.testing import laws, reference, strategies
-from tensornet.testing.profiles import register_profiles
+from tensornet._optional import require
+
+require(("hypothesis",), extra="testing", user="tensornet.testing")
+
+from tensornet.testing import laws, reference, strategies  # noqa: E402 - they import hypothesis
+from tensornet.testing.profiles import register_profiles  # noqa: E402
 
 __all__ = ["laws", "reference", "register_profiles", "strategies"]
