@@ -195,6 +195,24 @@ def test_dora_is_refused() -> None:
         get_peft_model(model, lora_config(model, r=3, use_dora=True))
 
 
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"init_lora_weights": "pissa"}])
+def test_adapters_that_need_a_dense_layer_are_refused(options: dict[str, object]) -> None:
+    """They would train biases that are never added, or take the first core for the weight and change it."""
+    model = compressed()
+    with pytest.raises(tn.TargetError, match=next(iter(options))):
+        get_peft_model(model, lora_config(model, r=4, **options))
+    made = get_peft_model(compressed(), lora_config(compressed(), r=4))
+    with pytest.raises(tn.TargetError, match=next(iter(options))):
+        made.add_adapter("other", lora_config(compressed(), r=4, **options))
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_other_starts(start: str) -> None:
+    expected = logits(compressed())
+    made = get_peft_model(compressed(), lora_config(compressed(), r=4, init_lora_weights=start)).eval()
+    torch.testing.assert_close(logits(made), expected)
+
+
 def test_no_linear_layer() -> None:
     with pytest.raises(tn.TargetError, match="no linear layer"):
         lora_config(nn.Embedding(3, 4))

@@ -30,6 +30,8 @@ from tensornet.nn.linear import linear_from_network
 from tensornet.topologies import low_rank, topology_family
 
 ALL_LINEAR = "all-linear"
+#: Values of `init_lora_weights` that leave the layer beside them as it is.
+STARTS = (True, False, "gaussian", "orthogonal")
 
 
 class LoraNetworkLinear(nn.Module, LoraLayer):
@@ -44,13 +46,18 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
-        if config.use_dora:
-            raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
         self._unmerged: nn.Module | None = None
         rank, alpha = options.pop("r", config.r), options.pop("lora_alpha", config.lora_alpha)
         self.update_layer(adapter_name, rank, lora_alpha=alpha, config=config, **options)
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter; one that compressed layers cannot have is refused with a `TargetError`."""
+        _check(config)
+        LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """Known, so PEFT need not guess (and warn)."""
@@ -196,6 +203,23 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
     structure_changed(model)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _check(config: LoraConfig) -> None:
+    """Refuse what would need the dense weight, or train something that `forward` leaves out.
+
+    Raises:
+        TargetError: saying what to use instead.
+    """
+    if config.use_dora:
+        raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")
+    if config.lora_bias:
+        raise TargetError("lora_bias=True is not for compressed layers; bias='all' trains their own biases.")
+    if config.init_lora_weights not in STARTS:
+        raise TargetError(
+            f"init_lora_weights={config.init_lora_weights!r} takes the dense weight apart, which a "
+            f"compressed layer has not; choose one of {', '.join(map(repr, STARTS))}."
+        )
 
 
 def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
