@@ -291,6 +291,24 @@ def test_options_that_are_none() -> None:
         tn.calibrate(gpt2(), [BATCH], gradient_batches=-1)
 
 
+@pytest.mark.parametrize(
+    ("losses", "got"), [(None, "NoneType"), (3.0, "float"), (torch.ones(2), "a tensor that does not")]
+)
+def test_a_loss_function_that_gives_no_losses(losses: object, got: str) -> None:
+    with pytest.raises(tn.TargetError, match=f"losses of all tokens that have one.*got {got}"):
+        tn.calibrate(gpt2(), [BATCH], loss_fn=lambda model, batch: losses)  # type: ignore[arg-type,return-value]
+
+
+def test_indices_of_32_bits_and_masks_of_other_shapes() -> None:
+    """NumPy gives the one; the other says which token sees which, not which are padding."""
+    model, ids = llama(), BATCH["input_ids"]
+    expected = tn.calibrate(model, [ids])
+    assert tn.calibrate(model, [ids.int()]).loss == pytest.approx(expected.loss)
+    seen = torch.ones(5, 5).tril()[None, None].expand(2, 1, 5, 5).bool()
+    batch = {"input_ids": ids, "attention_mask": seen}
+    assert tn.calibrate(model, [batch]).loss == pytest.approx(expected.loss)
+
+
 class Named(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         return self.second(input=torch.tanh(self.first(input=x)))

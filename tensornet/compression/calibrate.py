@@ -81,7 +81,7 @@ def calibrate(
                     if loss_fn is None:
                         with recorder.paused():
                             loss_fn = default_losses(model, recorder.batch, fisher)
-                    each = loss_fn(model, recorder.batch)
+                    each = _checked(loss_fn(model, recorder.batch))
                     each.sum().backward()
                     total, scored = total + float(each.detach().sum()), scored + each.numel()
                 elif loss_fn is not None:  # it knows how this model is called
@@ -99,6 +99,21 @@ def calibrate(
     loss = total / scored if scored else None
     # A random projection is no loss of tokens, of which a perplexity could be told.
     return recorder.finish(scored, math.nan if loss_fn is cosine_losses and scored else loss, source)
+
+
+def _checked(losses: Any) -> Tensor:
+    """Losses of a function that callers may have written.
+
+    Raises:
+        TargetError: no tensor, or one that no gradient comes from.
+    """
+    if isinstance(losses, Tensor) and losses.requires_grad:
+        return losses
+    got = "a tensor that does not" if isinstance(losses, Tensor) else type(losses).__name__
+    raise TargetError(
+        "A loss function returns the losses of all tokens that have one, shape (tokens,), and they depend on "
+        f"layers that are calibrated; got {got}."
+    )
 
 
 def _check_arguments(fisher: str, gradient_batches: int | None) -> None:

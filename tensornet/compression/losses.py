@@ -183,8 +183,9 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
         labels = batch["input_ids"]
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:  # others say which tokens see which
+            labels = labels.masked_fill(mask == 0, IGNORED)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             batch = {**batch, "labels": labels}
     output = run_model(model, batch)
@@ -206,7 +207,7 @@ def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> 
     keep = labels != IGNORED
     if padded:  # on the left: what padding says of the first token is not what the model says of a text
         keep &= batch["attention_mask"][:, :-1] != 0
-    return logits[keep].float(), labels[keep]
+    return logits[keep].float(), labels[keep].long()  # indices may be of 32 bits, classes may not
 
 
 def _is_causal(model: nn.Module) -> bool:
