@@ -96,6 +96,14 @@ FAILURES = {
         "Pattern 'nosuch' matches no layer", ("--param-ratio", "0.5", "--target", "nosuch")
     ),
     "plan and budget": Failure("leave out --max-bond", ("--plan", "plan.json", "--max-bond", "4")),
+    "plan and other answers": Failure(
+        "becomes; leave out --target and --int8 and --topology",
+        ("--plan", "plan.json", "--int8", "--topology", "mpo", "--target", "c_fc"),
+    ),
+    "report of nothing": Failure(
+        "leave out --report", ("--param-ratio", "0.5", "--dry-run", "--report", "page.html"), status=2
+    ),
+    "no workers": Failure("'--workers'.*greater", ("--param-ratio", "0.5", "--workers", "0"), status=2),
     "impossible budget": Failure(
         "'transformer.h.0.attn.c_attn'.*budget", ("--param-ratio", "0.0001", "--objective", "weight")
     ),

@@ -113,8 +113,9 @@ def run(
     workers: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="Never load the model: compress weight by weight in this many processes. An interrupted run "
-            "goes on where it was."
+            "goes on where it was.",
         ),
     ] = None,
     resume: Annotated[
@@ -141,10 +142,12 @@ def run(
         "max_bytes": max_bytes,
         "max_milliseconds": max_milliseconds,
     }
-    _check_usage(destination, budget, plan, dry_run)
-    check_correction(refine, heal, calibration, int8)
     _check_validation(validation, calibration, objective, plan)
-    _check_report(report)
+    others = {"sites": sites, "target": target, "exclude": exclude, "tokens": tokens, "int8": int8}
+    others |= {"topology": topology != "auto", "objective": objective != "auto"}
+    _check_usage(destination, budget, others, plan, dry_run)
+    check_correction(refine, heal, calibration, int8)
+    _check_report(report, dry_run)
     if workers is not None:
         needs_model = {
             "--dtype": dtype,
@@ -312,8 +315,10 @@ def _check_validation(
         raise typer.BadParameter("--validation is the text of --calibration; give one of another source.")
 
 
-def _check_report(report: Path | None) -> None:
+def _check_report(report: Path | None, dry_run: bool) -> None:
     """Before the work that it tells of, not after."""
+    if report is not None and dry_run:
+        raise typer.BadParameter("--dry-run writes nothing; leave out --report.")
     if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
         raise DestinationError(
             f"The report cannot be written to {report}: name a file in a folder that exists."
@@ -330,11 +335,16 @@ def _check_usage_of_workers(destination: str | None, needs_model: Mapping[str, o
 
 
 def _check_usage(
-    destination: str | None, budget: dict[str, float | None], plan: Path | None, dry_run: bool
+    destination: str | None,
+    budget: dict[str, float | None],
+    others: Mapping[str, object],
+    plan: Path | None,
+    dry_run: bool,
 ) -> None:
     given = [f"--{name.replace('_', '-')}" for name, value in budget.items() if value is not None]
-    if plan is not None and given:
-        raise BudgetError(f"--plan says already what every layer becomes; leave out {' and '.join(given)}.")
+    chosen = [*given, *(f"--{name}" for name, value in others.items() if value)]
+    if plan is not None and chosen:
+        raise BudgetError(f"--plan says already what every layer becomes; leave out {' and '.join(chosen)}.")
     if plan is None and not given:
         raise BudgetError(
             "Say how far to compress: --param-ratio 0.5, --max-bond, --rel-error, --loss-increase, "
