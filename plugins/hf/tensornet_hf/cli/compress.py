@@ -149,14 +149,8 @@ def run(
     check_correction(refine, heal, calibration, int8)
     _check_report(report, dry_run)
     if workers is not None:
-        needs_model = {
-            "--dtype": dtype,
-            "--report": report,
-            "--dry-run": dry_run,
-            "--refine": refine,
-            "--heal": heal,
-            "--validation": validation,
-        }
+        needs_model: dict[str, object] = {"--dtype": dtype, "--report": report, "--dry-run": dry_run}
+        needs_model |= {"--refine": refine, "--heal": heal, "--validation": validation}
         _check_usage_of_workers(destination, needs_model)
     text = None if calibration is None else shared.read_text(calibration)
     other_text = None if validation is None else shared.read_text(validation)
