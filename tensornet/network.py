@@ -289,8 +289,10 @@ def random_cores(
         gain: factor on the standard deviation of the matrix, 1 keeps the variance of activations.
         generator: source of randomness; the global one if absent.
         dtype: dtype of the cores, torch's default if absent.
-        device: device of the cores.
+        device: device of the cores; that of the generator, or torch's default, if absent.
     """
+    if device is None and generator is not None:
+        device = generator.device
     bonds = math.prod(topology.bond_dims.values())
     std = (gain**2 / (topology.in_features * bonds)) ** (0.5 / len(topology.cores))
     return tuple(

@@ -23,6 +23,7 @@ from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, check_holder, check_loaded, find_targets
 from tensornet.errors import BudgetError, TargetError
 from tensornet.machine import default_machine
+from tensornet.precision import on_cpu_unless_said
 from tensornet.svd import check_finite, working_dtype
 from tensornet.topologies import Decomposition, topology_family
 
@@ -107,6 +108,7 @@ class PreparedPlan:
         return replace(self, forecast=Forecast.through(found, source))
 
     @torch.no_grad()
+    @on_cpu_unless_said
     def plan(self, *, progress: bool = False, **budget: Any) -> CompressionPlan:
         """The best plan for one budget.
 
@@ -183,6 +185,7 @@ def plan(
 
 
 @torch.no_grad()
+@on_cpu_unless_said
 def prepare(
     model: nn.Module,
     config: CompressionConfig,

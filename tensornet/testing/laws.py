@@ -238,7 +238,7 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
     left, right = operator.cores[bond], operator.cores[bond + 1]
     size = left.shape[3]
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(size, size, generator=generator, dtype=left.dtype).to(left.device)
+    noise = torch.randn(size, size, generator=generator, dtype=left.dtype, device="cpu").to(left.device)
     eye = torch.eye(size, dtype=left.dtype, device=left.device)
     gauge = 2 * eye + noise / torch.linalg.matrix_norm(noise, 2)  # condition < 3
     cores = list(operator.cores)

@@ -86,7 +86,7 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
     size = min(shape)
     if name in ("zero", "constant"):
         return torch.full(shape, 0.0 if name == "zero" else 1.0, dtype=torch.float64)
-    gaussian = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     if name == "gaussian" and rank is None:
         return gaussian
     U, S, Vh = torch.linalg.svd(gaussian, full_matrices=False)
@@ -136,7 +136,7 @@ def mpos(
     bonds = [1, *(draw(st.integers(1, max_bond)) for _ in rows[1:]), 1]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     cores = [
-        torch.randn(bonds[k], o, i, bonds[k + 1], generator=generator, dtype=kind)
+        torch.randn(bonds[k], o, i, bonds[k + 1], generator=generator, dtype=kind, device="cpu")
         for k, (o, i) in enumerate(zip(rows, columns, strict=True))
     ]
     full_out, full_in = math.prod(rows), math.prod(columns)

@@ -178,11 +178,11 @@ def _hidden(passages: Iterator[Batch], tokenizer: Any) -> Iterator[Batch]:
             "batches of its own, tensornet.calibrate(model, batches)."
         )
     generator = torch.Generator().manual_seed(0)
-    special = torch.tensor(tokenizer.all_special_ids)
+    special = torch.tensor(tokenizer.all_special_ids, device="cpu")
     for batch in passages:
         ids = batch["input_ids"]
         free = (batch["attention_mask"] == 1) & ~torch.isin(ids, special)
-        chosen = (torch.rand(ids.shape, generator=generator) < HIDDEN) & free
+        chosen = (torch.rand(ids.shape, generator=generator, device="cpu") < HIDDEN) & free
         if not bool(chosen.any()):
             continue
         labels = ids.masked_fill(~chosen, IGNORED)

@@ -130,7 +130,9 @@ def heal_on(
         ValueError: the text is too short.
     """
     batches = calibration_data(teacher, folder, text, window=256, window_batch=512).batches
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(
+        len(batches), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    ).tolist()
     mixed = [batches[k] for k in order]
     return heal(model, teacher, mixed, steps=steps, checkpoint=checkpoint, progress=progress)
 

@@ -141,7 +141,7 @@ class _Whole(nn.Module):
 def _tokens(network: FeedForward) -> Tensor:
     first = network.matrix(network.matrices[0])
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, _PROBE_TOKENS, first.shape[1], generator=generator).to(first)
+    return torch.randn(1, _PROBE_TOKENS, first.shape[1], generator=generator, device="cpu").to(first)
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor | None:

@@ -140,7 +140,7 @@ def _read(names: tuple[str, ...], module: nn.Module, matrices: Sequence[str] | N
 
 def _activation(module: nn.Module, beside: str) -> tuple[str | None, str]:
     """Path of the activation if it is a module, and its name, recognised by its values."""
-    grid = torch.linspace(-6, 6, 97)
+    grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
     places = [(module, "")] + ([(module.get_submodule(beside), f"{beside}.")] if beside else [])
     found = [
         (getattr(where, name), f"{prefix}{name}")

@@ -122,7 +122,8 @@ class MoEConfig:
         kind = router_kind(self.router)
         options = {key: getattr(self, key, None) for key in ("jitter", "combine", *kind.options)}
         given = {key: value for key, value in options.items() if value is not None}
-        router = kind(num_features, self.num_experts, **given)
+        with torch.device("cpu"):
+            router = kind(num_features, self.num_experts, **given)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)

@@ -163,7 +163,7 @@ class GradientMask:
             return 0
         # u lies in [0, 1): u < 0 never holds and u < 1 always does, so both ends are exact.
         masked = (
-            torch.rand(len(self.parameters), generator=self._generator, dtype=torch.float64) < p
+            torch.rand(len(self.parameters), generator=self._generator, dtype=torch.float64, device="cpu") < p
         ).tolist()
         for parameter, drop in zip(self.parameters, masked, strict=True):
             if drop:
@@ -172,7 +172,7 @@ class GradientMask:
 
     def _mask_elements(self, parameter: nn.Parameter, p: float) -> None:
         # Drawn whether or not there is a gradient, so that the sequence does not depend on it.
-        keep = torch.rand(parameter.shape, generator=self._generator) >= p
+        keep = torch.rand(parameter.shape, generator=self._generator, device="cpu") >= p
         if parameter.grad is not None:
             if type(parameter.grad) is not Tensor:
                 raise TargetError(

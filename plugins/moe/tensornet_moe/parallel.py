@@ -136,7 +136,10 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
     """
     own = {id(p) for p in _private_parameters(module)}
     replicated = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
-    has = torch.tensor([p.grad is not None for p in replicated], dtype=torch.int32)
+    if not replicated:
+        return
+    there = [p.grad is not None for p in replicated]
+    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # where the group can send it
     dist.all_reduce(has, group=group)
     for parameter, count in zip(replicated, has.tolist(), strict=True):
         if count:

@@ -87,7 +87,8 @@ def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor
     if noise == 0:
         return core
     size = core.square().mean().sqrt()
-    drawn = torch.randn(core.shape, generator=generator)  # on the CPU, so that every device starts alike
+    # On the CPU, so that every device starts alike.
+    drawn = torch.randn(core.shape, generator=generator, device="cpu")
     return core + noise * size * drawn.to(core)
 
 
