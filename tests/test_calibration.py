@@ -240,6 +240,8 @@ def test_hooks_go_when_a_batch_fails() -> None:
 
 def test_save_and_load_keep_moments_and_sharing(tmp_path: Path) -> None:
     stats = tn.calibrate(llama(), [BATCH], source="five words")
+    with pytest.raises(tn.DestinationError, match="The statistics cannot be written to"):
+        stats.save(tmp_path / "no folder" / "stats.safetensors")
     stats.save(tmp_path / "stats.safetensors")
     loaded = CalibrationStats.load(tmp_path / "stats.safetensors")
     assert (loaded.tokens, loaded.loss, loaded.source) == (stats.tokens, stats.loss, "five words")

@@ -15,7 +15,7 @@ from hf_models import gpt2
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression import CalibrationStats
+from tensornet.compression import CalibrationStats, apply
 from tensornet.topologies import topology_family, topology_names
 
 NAME = "transformer.h.0.mlp.c_fc"
@@ -200,3 +200,22 @@ def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(tn.FormatError, match="Not a compression plan"):
         tn.CompressionPlan.load(path)
+
+
+def test_interrupted_while_layers_are_put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].eval()
+    before = [*model]
+    plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"))
+    original = apply.set_submodule
+
+    def interrupted(model: nn.Module, name: str, module: nn.Module) -> None:
+        if name == "2":
+            raise KeyboardInterrupt
+        original(model, name, module)
+
+    monkeypatch.setattr(apply, "set_submodule", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tn.apply_plan(model, plan)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+    assert [layer.training for layer in model] == [True, False, True]

@@ -1,6 +1,7 @@
 """Carrying a plan out: stock layers become layers made of cores, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def apply_plan(
             "with, or calibrate again."
         )
     work = [layer for layer in plan if layer.topology is not None]
-    replacements: list[tuple[Sequence[str], list[nn.Module]]] = []
+    made: dict[str, nn.Module] = {}
     errors = {}
     with expanded(model):
         targets = {target.name: target for target in _all_targets(model)}
@@ -73,12 +74,25 @@ def apply_plan(
             target = targets[layer.name]
             result = _decomposed(target, layer, plan, stats)
             modules, errors[layer.name] = _compressed(target, layer, result)
-            replacements.append((target.names, modules))
-        for names, modules in replacements:
-            for name, module in zip(names, modules, strict=True):
-                set_submodule(model, name, module)
-    structure_changed(model)
+            made.update(zip(target.names, modules, strict=True))
+        with replaced(model, made):
+            structure_changed(model)
     return errors
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules at dotted names, all or none: what was there comes back if anything goes wrong inside."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            set_submodule(model, name, module)
+        yield
+    except BaseException:  # an interrupt as well
+        for name, module in before.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+        raise
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:

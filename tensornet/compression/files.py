@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tensornet._optional import import_optional
-from tensornet.compression.apply import set_submodule
+from tensornet.compression.apply import replaced
 from tensornet.compression.hooks import structure_changed
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.adapters import kind_of
 from tensornet.nn.build import build_module
 from tensornet.nn.module import NetworkModule
+from tensornet.tensor_files import write_tensors
 
 FILE_VERSION = 1
 _USER = "Saving or loading a model"
@@ -35,7 +36,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         TargetError: the model has no numbers yet (meta device), or its state holds more than tensors.
-        OSError: the file cannot be written.
+        DestinationError: the file cannot be written there.
     """
     state = model.state_dict(keep_vars=True)
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_meta]:
@@ -48,16 +49,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     # Clones, since distinct tensors may still lie in one piece of memory, which the format refuses.
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in state.items() if name not in ties}
     header = {"version": FILE_VERSION, "layers": _descriptions(model), "ties": ties}
-    safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    try:
-        safetensors.save_file(tensors, str(beside), metadata={"tensornet": json.dumps(header)})
-        beside.replace(path)
-    except import_optional("safetensors", extra="hf", user=_USER).SafetensorError as error:
-        raise OSError(f"Cannot write {path}: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    write_tensors("The model", path, tensors, {"tensornet": json.dumps(header)}, user=_USER)
 
 
 @torch.no_grad()
@@ -80,20 +72,14 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
         raise TargetError("load_model fills a model that is in memory; this one is on the meta device.")
     header, state = _read(Path(path))
     made: dict[int, nn.Module] = {}  # by stock layer: one that has several names stays one
-    places = {}
+    places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
         stock = _stock(model, name, path)
         if isinstance(stock, NetworkModule) and stock.spec() == spec:
             continue
-        places[name] = (stock, made.setdefault(id(stock), _built(name, spec, stock, path)))
-    try:
-        for name, (_, module) in places.items():
-            set_submodule(model, name, module)
+        places[name] = made.setdefault(id(stock), _built(name, spec, stock, path))
+    with replaced(model, places):
         _check_state(model, state, path)
-    except FormatError:
-        for name, (stock, _) in places.items():
-            set_submodule(model, name, stock)
-        raise
     _tie(model, header["ties"])
     model.load_state_dict(state)
     structure_changed(model)

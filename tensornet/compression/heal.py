@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from tensornet.checks import check_size
 from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
-from tensornet.compression.heal_state import check_place, load_state, save_state
+from tensornet.compression.heal_state import load_state, save_state
 from tensornet.compression.losses import pooled, token_mask
 from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
+from tensornet.tensor_files import check_place
 
 #: Distance between the outputs of the dense and the compressed model on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
@@ -134,7 +135,7 @@ def heal(
     path = None if checkpoint is None else Path(checkpoint)
     done = 0
     if path is not None:
-        check_place(path)
+        check_place("The checkpoint", path)
         done = load_state(path, trained, fixed, optimizer, layer_steps) if path.is_file() else 0
     total = layer_steps + steps
     losses: list[float] = []

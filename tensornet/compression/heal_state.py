@@ -8,23 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tensornet._optional import import_optional
-from tensornet.errors import DestinationError, FormatError
+from tensornet.errors import FormatError
+from tensornet.tensor_files import write_tensors
 
 _USER = "Resuming tensornet.heal"
 #: What AdamW keeps of the gradients of a parameter.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def check_place(path: Path) -> None:
-    """Refuse a path that no file can be written to, before the first step.
-
-    Raises:
-        DestinationError: it is a folder, or in none.
-    """
-    if path.is_dir() or not path.parent.is_dir():
-        raise DestinationError(
-            f"The checkpoint cannot be written to {path}: name a file in a folder that exists."
-        )
 
 
 def save_state(
@@ -44,6 +33,9 @@ def save_state(
         optimizer: of what is trained.
         done: steps made, layer-wise ones included.
         layer_steps: how many of the steps are layer-wise.
+
+    Raises:
+        DestinationError: there is no place for it.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in fixed.items()}
     for name, parameter in trained.items():
@@ -51,11 +43,8 @@ def save_state(
         for key in _MOMENTS:  # none where no gradient ever came
             if key in optimizer.state[parameter]:
                 tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
-    safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
-    beside = path.with_name(path.name + ".part")  # a crash while writing leaves the earlier file
-    header = {"step": done, "layer_steps": layer_steps}
-    safetensors.save_file(tensors, str(beside), metadata={"heal": json.dumps(header)})
-    beside.replace(path)
+    header = json.dumps({"step": done, "layer_steps": layer_steps})
+    write_tensors("The checkpoint", path, tensors, {"heal": header}, user=_USER)
 
 
 def load_state(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tensornet._optional import import_optional
 from tensornet.errors import FormatError
+from tensornet.tensor_files import write_tensors
 
 STATS_VERSION = 1
 _USER = "Saving or loading calibration statistics"
@@ -53,7 +54,11 @@ class CalibrationStats:
         return sum(x.numel() * x.element_size() for x in distinct.values())
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; a tensor that several layers share is written once."""
+        """Write one safetensors file; a tensor that several layers share is written once.
+
+        Raises:
+            DestinationError: there is no place for it.
+        """
         tensors: dict[str, Tensor] = {}
         sides = {side: _deduplicate(getattr(self, side), side, tensors) for side in ("rows", "columns")}
         header = {
@@ -63,8 +68,8 @@ class CalibrationStats:
             "source": self.source,
             **sides,
         }
-        safetensors = import_optional("safetensors.torch", extra="hf", user=_USER)
-        safetensors.save_file(tensors, str(path), metadata={"calibration": json.dumps(header)})
+        metadata = {"calibration": json.dumps(header)}
+        write_tensors("The statistics", path, tensors, metadata, user=_USER)
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
