@@ -43,6 +43,7 @@ def split_block(
     method: Method,
     single: bool,
     last: bool = False,
+    ordered: bool = False,
 ) -> Split:
     """Split blocks at rank `cap`, or at the smallest rank that discards at most `allowed`.
 
@@ -54,12 +55,14 @@ def split_block(
         method: see `truncated_svd`.
         single: whether the numbers carry single precision only, whatever their dtype.
         last: no step follows, so `left` may take the norm where that saves a QR.
+        ordered: columns of `left` are singular vectors, the strongest first, not just any basis.
     """
     rows, columns = block.shape[-2:]
-    if allowed is None and cap >= min(rows, columns):
-        return _whole(block, total, last)
-    if method == "auto" and allowed is None and (fast := _fast(block, total, cap, last)) is not None:
-        return fast
+    if not ordered and allowed is None:
+        if cap >= min(rows, columns):
+            return _whole(block, total, last)
+        if method == "auto" and (fast := _fast(block, total, cap, last)) is not None:
+            return fast
     found = factorize(block.to(working_dtype(block.dtype)), cap, allowed, method=method, single=single)
     U, Vh = fix_signs(found.U, found.Vh)
     return Split(U, found.S[..., None] * Vh, found.S.square().sum(-1), found.discarded)

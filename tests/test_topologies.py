@@ -355,3 +355,18 @@ def test_legs_of_a_ring_do_not_lie_on_its_bonds(sites: int) -> None:
     out, inside, bonds = (drawn[color] for color in ("#b3541e", "#3a7d44", "#444444"))
     assert len(out) == len(inside) == sites
     assert min(abs(math.sin(leg - bond)) for leg in (*out, *inside) for bond in bonds) > 0.2
+
+
+def test_rings_take_singular_vectors_in_order_where_the_first_cut_keeps_all() -> None:
+    """In any other basis of the same space a larger bond was three times worse than a smaller one."""
+    matrix = torch.randn(10, 5, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.tensor([1.0, 0.5, 0.25, 0.1, 0.05])
+    )
+    matrix = matrix @ torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1))).Q
+    legs = {"out_dims": (1, 2, 5), "in_dims": (5, 1, 1)}
+    family = topology_family("tensor_ring")
+    errors = [
+        family.decompose(matrix, tn.Budget(max_bond=cap), ring_bond=2, **legs).error for cap in (2, 3, 4, 5)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.9 * errors[0]

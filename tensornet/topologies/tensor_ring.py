@@ -248,7 +248,12 @@ def _tr_svd(
         allowed = None
         if rel_error is not None:
             allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
-        split = split_block(block, inside, cap, allowed, method=method, single=is_single(dtype))
+        # Which columns go to which place of the closing bond decides what later cuts cost: in the order of
+        # singular vectors a larger cap only adds to what a smaller one keeps.
+        ordered = k == 0 and closing > 1
+        split = split_block(
+            block, inside, cap, allowed, method=method, single=is_single(dtype), ordered=ordered
+        )
         bound_by = "rel_error" if split.left.shape[1] < cap else bound_by
         spent, inside = spent + split.discarded, split.kept
         U, rest = split.left, split.rest
