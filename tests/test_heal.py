@@ -178,6 +178,17 @@ class Named(nn.Module):
         return self.layer(input=x)
 
 
+def test_a_checkpoint_of_a_head_tied_to_its_embedding(tmp_path: Path) -> None:
+    teacher, student = gpt2().eval(), gpt2().eval()
+    student.load_state_dict(teacher.state_dict())
+    tn.compress(student, dataclasses.replace(CONFIG, target_modules="all"), progress=False)
+    twin, path = copy.deepcopy(student), tmp_path / "state"
+    tn.heal(student, teacher, batches(), steps=2, checkpoint=path, save_every=1)
+    whole = tn.heal(twin, teacher, batches(), steps=2)
+    assert tn.heal(student, teacher, batches(), steps=2, checkpoint=path).steps == whole.steps
+    torch.testing.assert_close(student(batches()[0]).logits, twin(batches()[0]).logits)
+
+
 def test_layers_that_are_called_by_name() -> None:
     teacher = Named()
     student = copy.deepcopy(teacher)

@@ -263,9 +263,13 @@ def _only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Itera
 
 
 def _orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
-    """What says which row of a pivoted core is which: cores mean nothing without."""
-    stored = {f"{name}.{part}": x for name, module in layers.items() for part, x in module.stored.items()}
-    return {name: x for name, x in stored.items() if x.dtype == torch.int32}
+    """What says which row of a pivoted core is which, without which cores mean nothing; tied ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, module in layers.items():
+        for part, tensor in module.stored.items():
+            if tensor.dtype == torch.int32:
+                found.setdefault(id(tensor), (f"{name}.{part}", tensor))
+    return dict(found.values())
 
 
 def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: Batch) -> float:
