@@ -79,8 +79,14 @@ def test_trainer_heals(tmp_path: Path) -> None:
     before = divergence(student, teacher)
     cores = set(trainable_cores(compressed_layers(student)))
     old = {name: p.detach().clone() for name, p in student.named_parameters()}
+    teacher = copy.deepcopy(teacher).train()
+    teacher.transformer.wpe.requires_grad_(False)
     heal(student, teacher, Examples(), steps=30, layer_steps=5, output_dir=str(tmp_path), **OPTIONS)
+    assert teacher.training
+    frozen = [name for name, parameter in teacher.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["transformer.wpe.weight"]
     student.eval()
+    teacher.eval()
     assert divergence(student, teacher) < 0.8 * before
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, old[name]) == (name not in cores), name

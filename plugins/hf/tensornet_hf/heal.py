@@ -21,6 +21,7 @@ from tensornet.compression.heal import (
     relative_groups,
     trainable_cores,
 )
+from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import TargetError
 from tensornet_hf.text import load_tokenizer, token_ids
 
@@ -105,7 +106,7 @@ def heal(
 
     Args:
         model: compressed, changed in place.
-        teacher: the dense model.
+        teacher: the dense model; left as it was, but on the device of the other.
         data: of examples with `input_ids`, for example `TextWindows`.
         steps: end-to-end steps.
         layer_steps: layer-wise steps before them (see `tensornet.heal`); not repeated when resuming.
@@ -123,7 +124,7 @@ def heal(
     Raises:
         TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
     """
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    flags = {x: x.requires_grad for side in (teacher, model) for x in side.parameters()}
     if parameters == "cores":
         trained: Collection[nn.Parameter] = trainable_cores(compressed_layers(model)).values()
     elif layer_steps:
@@ -131,7 +132,7 @@ def heal(
             "Layer-wise steps train cores; heal what else requires gradients end to end, with layer_steps=0."
         )
     else:
-        trained = [parameter for parameter, flag in flags.items() if flag]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise TargetError(
             "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
@@ -144,18 +145,19 @@ def heal(
     options = TrainingArguments(
         output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": rate, **arguments}
     )
-    trainer = HealingTrainer(
-        model=model,
-        teacher=teacher,
-        relative=parameters == "cores",
-        args=options,
-        train_dataset=data,
-        data_collator=collate,
-    )
     try:
-        if layer_steps and last is None:
-            _layer_wise(trainer, teacher, layer_steps)
-        return float(trainer.train(resume_from_checkpoint=last).training_loss)
+        with in_eval_mode(teacher):
+            trainer = HealingTrainer(
+                model=model,
+                teacher=teacher,
+                relative=parameters == "cores",
+                args=options,
+                train_dataset=data,
+                data_collator=collate,
+            )
+            if layer_steps and last is None:
+                _layer_wise(trainer, teacher, layer_steps)
+            return float(trainer.train(resume_from_checkpoint=last).training_loss)
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
