@@ -5,49 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from functools import cache
-from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from hf_models import gpt2, llama, t5_relu
+from healing_pairs import CONFIG, batches, divergence, pair
+from hf_models import llama, t5_relu
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 import tensornet as tn
 from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
 from tensornet.compression.losses import losses_against
-
-CONFIG = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank", pivoted=True)
-
-
-def batches(count: int = 4) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(1, 100, (8, 12), generator=generator) for _ in range(count)]
-
-
-@cache
-def _pair(build: object) -> tuple[nn.Module, nn.Module]:
-    teacher = build().eval()  # type: ignore[operator]
-    with torch.no_grad():
-        for name, parameter in teacher.named_parameters():
-            if "wte" not in name:
-                parameter.mul_(3)
-    student = copy.deepcopy(teacher)
-    tn.compress(student, CONFIG, progress=False)
-    return teacher, student
-
-
-def pair(build: object = gpt2) -> tuple[nn.Module, nn.Module]:
-    teacher, student = _pair(build)
-    return teacher, copy.deepcopy(student)
-
-
-@torch.no_grad()
-def divergence(student: nn.Module, teacher: nn.Module) -> float:
-    batch = {"input_ids": batches()[0]}
-    return float(output_distance(student(**batch), teacher(**batch), batch))
 
 
 def test_end_to_end_healing_brings_the_models_together() -> None:
@@ -126,47 +93,6 @@ def test_flags_are_put_back() -> None:
     assert student.transformer.wte.weight.requires_grad
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    teacher, whole = pair()
-    halves = copy.deepcopy(whole)
-    tn.heal(whole, teacher, batches(), steps=8, layer_steps=4)
-    path = tmp_path / "heal.safetensors"
-
-    class StopError(Exception):
-        pass
-
-    def stopping(student: object, wanted: object, batch: object) -> Tensor:
-        stopping.calls += 1  # type: ignore[attr-defined]
-        if stopping.calls == 5:  # type: ignore[attr-defined]
-            raise StopError
-        return output_distance(student, wanted, batch)  # type: ignore[arg-type]
-
-    stopping.calls = 0  # type: ignore[attr-defined]
-    options = {"steps": 8, "layer_steps": 4, "checkpoint": path, "save_every": 2}
-    with pytest.raises(StopError):
-        tn.heal(halves, teacher, batches(), distance=stopping, **options)  # type: ignore[arg-type]
-    _, fresh = pair()
-    report = tn.heal(fresh, teacher, batches(), **options)  # type: ignore[arg-type]
-    assert len(report.losses) == 4  # 8 steps were on file
-    assert report.steps == 12
-    for (name, a), (_, b) in zip(whole.named_parameters(), fresh.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-
-
-def test_a_checkpoint_says_which_row_is_which(tmp_path: Path) -> None:
-    """Another machine may choose other pivots for the same layer; cores mean nothing without theirs."""
-    teacher, first = pair()
-    path = tmp_path / "heal.safetensors"
-    tn.heal(first, teacher, batches(), steps=2, checkpoint=path)
-    _, second = pair()
-    for layer in compressed_layers(second).values():
-        for name, tensor in layer.stored.items():
-            if name.startswith("order"):
-                tensor.data = tensor.flip(0)
-    tn.heal(second, teacher, batches(), steps=2, checkpoint=path)
-    assert divergence(second, first) < 1e-6
-
-
 class Named(nn.Module):
     """Calls its layer by the name of the argument."""
 
@@ -178,59 +104,12 @@ class Named(nn.Module):
         return self.layer(input=x)
 
 
-def test_a_checkpoint_of_a_head_tied_to_its_embedding(tmp_path: Path) -> None:
-    teacher, student = gpt2().eval(), gpt2().eval()
-    student.load_state_dict(teacher.state_dict())
-    tn.compress(student, dataclasses.replace(CONFIG, target_modules="all"), progress=False)
-    twin, path = copy.deepcopy(student), tmp_path / "state"
-    tn.heal(student, teacher, batches(), steps=2, checkpoint=path, save_every=1)
-    whole = tn.heal(twin, teacher, batches(), steps=2)
-    assert tn.heal(student, teacher, batches(), steps=2, checkpoint=path).steps == whole.steps
-    torch.testing.assert_close(student(batches()[0]).logits, twin(batches()[0]).logits)
-
-
 def test_layers_that_are_called_by_name() -> None:
     teacher = Named()
     student = copy.deepcopy(teacher)
     tn.compress(student, CONFIG, progress=False)
     report = tn.heal(student, teacher, [{"x": torch.randn(9, 12)}], steps=0, layer_steps=5, lr=1e-2)
     assert report.layer_losses[-1] < report.layer_losses[0]
-
-
-def test_layers_that_no_gradient_reaches(tmp_path: Path) -> None:
-    """The pooler of an encoder takes no part in its hidden states; the checkpoint is written all the same."""
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 44}
-    teacher = BertModel(BertConfig(**sizes, vocab_size=101)).eval()
-    student = copy.deepcopy(teacher)
-    tn.compress(student, CONFIG, progress=False)
-    path = tmp_path / "heal.safetensors"
-    tn.heal(student, teacher, batches(), steps=2, checkpoint=path)
-    assert tn.heal(student, teacher, batches(), steps=4, checkpoint=path).steps == 4
-
-
-def test_time_that_is_up_is_on_file(tmp_path: Path) -> None:
-    teacher, student = pair()
-    path, ticks = tmp_path / "heal.safetensors", itertools.count()
-    tn.heal(student, teacher, batches(), max_seconds=3.5, clock=lambda: float(next(ticks)), checkpoint=path)
-    assert tn.heal(student, teacher, batches(), steps=3, checkpoint=path).losses == ()
-
-
-@pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
-def test_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
-    teacher, student = pair()
-    (tmp_path / "heal.safetensors").write_bytes(content)
-    with pytest.raises(tn.FormatError, match="Cannot resume healing"):
-        tn.heal(student, teacher, batches(), steps=2, checkpoint=tmp_path / "heal.safetensors")
-
-
-def test_checkpoint_of_another_compression(tmp_path: Path) -> None:
-    teacher, student = pair()
-    path = tmp_path / "heal.safetensors"
-    tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
-    other = copy.deepcopy(teacher)
-    tn.compress(other, tn.CompressionConfig(param_ratio=0.3, objective="weight", topology="low_rank"))
-    with pytest.raises(tn.FormatError, match="belongs to another compression"):
-        tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
 
 
 def test_half_precision_heals_as_well() -> None:
@@ -374,28 +253,3 @@ def test_gradients_that_the_caller_switched_off(outside: type) -> None:
         assert not torch.is_grad_enabled()
     assert report.losses == pytest.approx(expected.losses)
     assert report.layer_losses == pytest.approx(expected.layer_losses)
-
-
-def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
-    teacher, student = pair()
-    for path in (tmp_path, tmp_path / "none" / "heal.safetensors"):
-        with pytest.raises(tn.DestinationError, match="name a file in a folder that exists"):
-            tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
-
-
-def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
-    teacher, student = pair()
-    path = tmp_path / "heal.safetensors"
-    _, other = pair()
-    tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
-    with pytest.raises(tn.FormatError, match="of a run with layer_steps=0, not 3"):
-        tn.heal(student, teacher, batches(), steps=2, layer_steps=3, checkpoint=path)
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        tensors, header = {x: file.get_tensor(x) for x in file.keys()}, file.metadata()  # noqa: SIM118
-    last = list(compressed_layers(student))[-1]
-    name = next(name for name in tensors if name.startswith(last) and "/" not in name)
-    safetensors.torch.save_file({**tensors, name: torch.zeros(3)}, str(path), metadata=header)
-    before = copy.deepcopy(student.state_dict())
-    with pytest.raises(tn.FormatError, match=f"another compression: {name}"):
-        tn.heal(student, teacher, batches(), steps=4, checkpoint=path)
-    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())

@@ -5,6 +5,7 @@ from tensornet.compression.calibrate import calibrate
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.expansion import expanded, register_expansion
+from tensornet.compression.fast_paths import keep_off_fused_paths
 from tensornet.compression.files import load_model, save_model
 from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.hooks import register_structure_hook, structure_changed
@@ -37,6 +38,7 @@ __all__ = [
     "expanded",
     "find_targets",
     "heal",
+    "keep_off_fused_paths",
     "label_losses",
     "load_model",
     "losses_against",

@@ -4,18 +4,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
 @contextmanager
 def in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is in its own mode again."""
+    """Eval mode inside the block; afterwards every module is in its own mode again.
+
+    Fused paths that PyTorch's encoders take in eval are off, since they run past the layers that are watched.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module in training:
             module.training = True
 
