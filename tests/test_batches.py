@@ -76,6 +76,25 @@ def test_pairs_heal_and_refit() -> None:
     assert gap() < 0.9 * refitted
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, lambda model: torch.compile(model, backend="aot_eager")],
+    ids=["data", "compiled"],
+)
+def test_wrapped_models(wrap: Any) -> None:
+    model, pairs = classifier(), [(X, Y)]
+    wrapped = wrap(model)
+    stats = tn.calibrate(wrapped, pairs)
+    plain = tn.calibrate(model, pairs)
+    for (name, moment), other in zip(stats.columns.items(), plain.columns.values(), strict=True):
+        torch.testing.assert_close(moment, other, msg=name)
+    teacher = copy.deepcopy(model)
+    tn.compress(wrapped, tn.CompressionConfig(param_ratio=0.5), calibration=stats, progress=False)
+    refine(wrapped, wrap(teacher), pairs)
+    tn.heal(wrapped, wrap(teacher), pairs, steps=2, layer_steps=1)
+    torch.testing.assert_close(wrapped(X), model(X))
+
+
 def test_ignored_labels_do_not_count() -> None:
     model = classifier()
     masked = Y.masked_fill(torch.arange(64) < 16, -100)

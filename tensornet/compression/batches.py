@@ -85,12 +85,23 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 
 def _arguments(model: nn.Module) -> tuple[list[str], bool]:
     """Names that `forward` takes by keyword, and whether it takes any other name as well."""
-    kinds = inspect.signature(model.forward).parameters
+    kinds = inspect.signature(_inside(model).forward).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return (
         [name for name, parameter in kinds.items() if parameter.kind in by_name],
         any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in kinds.values()),
     )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """What PyTorch has wrapped for several devices or for compilation, by wrappers that take anything."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _first_argument(model: nn.Module) -> str:

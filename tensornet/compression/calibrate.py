@@ -14,7 +14,7 @@ from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batc
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.expansion import expanded
 from tensornet.compression.losses import TokenLosses, cosine_losses, default_losses, token_mask
-from tensornet.compression.modes import in_eval_mode
+from tensornet.compression.modes import in_eval_mode, uncompiled
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import check_loaded, check_model, find_targets
 from tensornet.errors import NonFiniteError, TargetError
@@ -224,7 +224,7 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 @contextmanager
 def _observed(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
     """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
-    with expanded(model), in_eval_mode(model), _hooked(model, recorder, config):
+    with expanded(model), in_eval_mode(model), uncompiled(), _hooked(model, recorder, config):
         yield
 
 

@@ -28,6 +28,13 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """Modules that `torch.compile` has wrapped run as they are written: hooks inside are Python's."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Blocks run several times on one batch, which a cache of keys and values would take for new tokens."""
     found = (getattr(module, "config", None) for module in model.modules())  # stacks may have copies

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.compression.heal import compressed_layers, output_distance
-from tensornet.compression.modes import in_eval_mode, without_cache
+from tensornet.compression.modes import in_eval_mode, uncompiled, without_cache
 from tensornet.compression.paired import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.weighted import INPUT_DAMPING, decompose_weighted
@@ -117,7 +117,8 @@ def refine(
     judges, fitted = given[-judged:], given[:-judged] or given
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
-        for context in (in_eval_mode(model, teacher), without_cache(model), without_cache(teacher)):
+        settings = (in_eval_mode(model, teacher), uncompiled(), without_cache(model), without_cache(teacher))
+        for context in settings:
             stack.enter_context(context)
         with reduced():
             distance = _distance(model, teacher, judges)
