@@ -285,7 +285,7 @@ def test_negative_bonds(source: Path) -> None:
         sizes["b1"] = -sizes["b1"]
 
     edit_json(out / "config.json", spoil)
-    with pytest.raises(FormatError, match="label .b1. must be an integer of at least 1, got -"):
+    with pytest.raises(FormatError, match=r"label .b1. must be an integer of at least 1, got -"):
         th.load(out)
 
 
