@@ -15,8 +15,8 @@ from tensornet.compression.global_plan import layer_weighting
 from tensornet.compression.hooks import structure_changed
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stats import CalibrationStats
+from tensornet.compression.stored import decompose_at, relative_gap
 from tensornet.compression.targets import Target, check_holder, compressed_names, find_targets
-from tensornet.compression.weighted import decompose_weighted
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.nn.adapters import layer_bias
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
@@ -173,10 +173,7 @@ def _decomposed(
     family = topology_family(layer.topology.family)
     weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
     try:
-        if weighting == Weighting():
-            made = family.decompose_to(target.matrix, layer.topology)
-        else:
-            made = decompose_weighted(target.matrix, layer.topology, weighting)
+        made = decompose_at(target.matrix, layer.topology, weighting)
         if made.network.topology.core_shapes != layer.topology.core_shapes:
             raise ValueError(f"it makes cores of shapes {made.network.topology.core_shapes}")
     except NonFiniteError:
@@ -213,12 +210,5 @@ def _compressed(target: Target, layer: LayerPlan, result: Decomposition) -> tupl
             stored.requires_grad_(trainable and stored.is_floating_point())
         made[id(module)] = new
     assert first is not None
-    error = result.error if layer.storage.plain else _measured_error(matrix, first)
+    error = result.error if layer.storage.plain else relative_gap(matrix, first.to_matrix())
     return [made[id(module)] for module in target.modules], error
-
-
-def _measured_error(matrix: torch.Tensor, module: NetworkModule) -> float:
-    """Relative Frobenius error of what is stored, rounding of the storage included."""
-    exact = matrix.double()
-    gap = torch.linalg.vector_norm(exact - module.to_matrix().double())
-    return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))

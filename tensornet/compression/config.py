@@ -50,7 +50,7 @@ class CompressionConfig:
             calibration text more; predictions then come out lower.
         pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
             data if None.
-        int8: keep cores as eight-bit integers.
+        int8: keep cores as eight-bit integers; what rounding costs is in the prices.
 
     Raises:
         BudgetError: a cap is out of range or no number, or does not go with the objective.

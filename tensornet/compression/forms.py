@@ -14,8 +14,10 @@ from tensornet.compression.allocate import CostCurve
 from tensornet.compression.clock import Clock
 from tensornet.compression.leg_sizes import best_dims
 from tensornet.compression.networks import decompose_network, starts_of
+from tensornet.compression.stored import rounding_costs, stored_network
 from tensornet.compression.weighted import frobenius_errors, tail_costs
 from tensornet.errors import TopologyError
+from tensornet.network import TensorNetwork
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topologies import low_rank, topology_family
 from tensornet.topology import Topology
@@ -92,6 +94,12 @@ def low_rank_forms(
     """
     result = weighted_svd(matrix, prices.choice)
     errors = frobenius_errors(result, matrix)[1:]
+    costs, forecasts = result.error[1:], tail_costs(result, prices.forecast)[1:]
+    if storage.int8:
+        added = rounding_costs(matrix, result, storage, (prices.choice, prices.forecast, Weighting()))
+        costs, forecasts = costs.cpu() + added[0], forecasts.cpu() + added[1]
+        energy = matrix.double().square().sum().cpu().clamp_min(1e-300)
+        errors = (errors.cpu().square() + 2 * added[2] / energy).sqrt()
     params, sizes = low_rank_sizes((matrix.shape[0], matrix.shape[1]), storage, matrix.dtype)
     ranks = torch.arange(1, len(errors) + 1)  # fewer than the full rank where a moment is singular
     keep = torch.ones_like(ranks, dtype=torch.bool)
@@ -121,8 +129,8 @@ def low_rank_forms(
     return LayerForms(
         params=with_dense(params, float(matrix.numel())),
         num_bytes=with_dense(sizes, float(matrix.numel() * matrix.element_size())),
-        costs=with_dense(result.error[1:], 0.0),
-        forecasts=with_dense(tail_costs(result, prices.forecast)[1:], 0.0),
+        costs=with_dense(costs, 0.0),
+        forecasts=with_dense(forecasts, 0.0),
         errors=with_dense(errors, 0.0),
         milliseconds=with_dense(times, dense_time),
         make=make,
@@ -176,12 +184,12 @@ def network_forms(
     caps = sorted({max(1, round(k * top / 400)) for k in range(1, 401)} | set(tried))
     topologies = [build(rows, columns, max_bond=cap, **options) for cap in caps]
     starts = starts_of(matrix, [topologies[caps.index(cap)] for cap in tried], prices.choice)
-    gaps = [matrix - start.to_matrix() for start in starts]
+    gaps = [matrix - _as_stored(start, storage, matrix.dtype).to_matrix() for start in starts]
     chosen, foreseen = ([x.cost(gap) for gap in gaps] for x in (prices.choice, prices.forecast))
     if prices.choice != Weighting():
         middle = len(tried) // 2
         fitted = decompose_network(matrix, topologies[caps.index(tried[middle])], prices.choice).network
-        gap = matrix - fitted.to_matrix()
+        gap = matrix - _as_stored(fitted, storage, matrix.dtype).to_matrix()
         chosen = _scaled(tried, chosen, middle, prices.choice.cost(gap))
         foreseen = _scaled(tried, foreseen, middle, prices.forecast.cost(gap))
     costs, forecasts = (_interpolated(caps, tried, values) for values in (chosen, foreseen))
@@ -232,6 +240,11 @@ def joined(forms: Sequence[LayerForms]) -> LayerForms:
     )
 
 
+def _as_stored(network: TensorNetwork, storage: Storage, dtype: torch.dtype) -> TensorNetwork:
+    """With the rounding of eight bits; fixing a gauge adds none worth the time."""
+    return stored_network(network, storage, dtype) if storage.int8 else network
+
+
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
     """Values by the factor that makes one of them what it is known to be; the smallest cap gains nothing."""
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
@@ -242,9 +255,12 @@ def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: flo
 
 
 def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
-    """Values at all caps, linear in their logarithm between those tried."""
+    """Values at all caps, linear in the logarithm between those tried; beside an exact form, as they are."""
     logs = np.log(np.maximum(values, 1e-300))
-    return np.exp(np.interp(caps, tried, logs)).tolist()
+    plain, geometric = np.interp(caps, tried, values), np.exp(np.interp(caps, tried, logs))
+    exact = np.array(values) <= 1e-12 * max(*values, 1e-300)
+    beside = np.interp(caps, tried, exact.astype(float)) > 0
+    return np.where(beside, plain, geometric).tolist()
 
 
 def dense_form(matrix: Tensor, clock: Clock | None = None) -> LayerForms:

@@ -11,6 +11,7 @@ from tensornet.compression.config import AUTO, CompressionConfig, family_options
 from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.compression.forms import LayerForms, Prices, dense_form, joined, low_rank_forms, network_forms
 from tensornet.compression.stats import CalibrationStats
+from tensornet.compression.stored import keep_promise
 from tensornet.compression.targets import Target
 from tensornet.compression.weighted import FORECAST_DAMPING, input_weighting, weighting_of
 from tensornet.errors import BudgetError, ShapeError, TargetError
@@ -81,6 +82,8 @@ def layer_forms(
     forms = joined(
         [_family_forms(target.matrix, prices, family, config, storage, clock) for family in families]
     )
+    if config.rel_error is not None:
+        forms = keep_promise(forms, target.matrix, prices.choice, config.rel_error)
     if len(forms.params) == 0:
         raise BudgetError(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "

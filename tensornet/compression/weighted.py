@@ -122,8 +122,13 @@ def decompose_weighted(matrix: Tensor, topology: Topology, weighting: Weighting)
 
 def _low_rank(matrix: Tensor, rank: int, weighting: Weighting) -> Decomposition:
     result = weighted_svd(matrix, weighting)
-    left, right = result.factors(rank)
     error = float(frobenius_errors(result, matrix)[rank])
+    return Decomposition(low_rank_network(result, rank, matrix), error, "curvature")
+
+
+def low_rank_network(result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
+    """The factors of one rank, of equal size column by column, in the dtype of decompositions of `matrix`."""
+    left, right = result.factors(rank)
     balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
     balance = torch.where(balance > 0, balance, torch.ones_like(balance))
     dtype = result_dtype(matrix.dtype)
@@ -132,7 +137,7 @@ def _low_rank(matrix: Tensor, rank: int, weighting: Weighting) -> Decomposition:
         (right / balance[:, None])[:, None, :, None].to(dtype),
     )
     topology = low_rank(out_features=matrix.shape[0], in_features=matrix.shape[1], rank=rank)
-    return Decomposition(TensorNetwork(topology, cores), error, "curvature")
+    return TensorNetwork(topology, cores)
 
 
 def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
