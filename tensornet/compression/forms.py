@@ -139,7 +139,7 @@ def low_rank_forms(
 
 #: Shares of the largest bond at which networks other than low rank are tried; between them costs are
 #: interpolated.
-_TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+_TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 
 
 def network_forms(
