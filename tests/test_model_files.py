@@ -96,6 +96,15 @@ def test_the_model_keeps_its_dtype(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.float64}
 
 
+def test_tensors_that_overlap_in_memory(tmp_path: Path) -> None:
+    saved = model(0)
+    rows = torch.randn(17, 16)
+    for block, part in zip(saved.blocks, (rows[:-1], rows[1:]), strict=True):
+        block.weight = nn.Parameter(part)
+    tn.save_model(saved, tmp_path / "m")
+    torch.testing.assert_close(tn.load_model(model(1), tmp_path / "m")(INDICES), saved(INDICES))
+
+
 def test_uncompressed_models_too(tmp_path: Path) -> None:
     tn.save_model(model(0), tmp_path / "m")
     torch.testing.assert_close(tn.load_model(model(1), tmp_path / "m")(INDICES), model(0)(INDICES))

@@ -46,8 +46,13 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         )
     owners: dict[int, str] = {}
     ties = {name: owner for name, x in state.items() if (owner := owners.setdefault(id(x), name)) != name}
-    # Clones, since distinct tensors may still lie in one piece of memory, which the format refuses.
-    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in state.items() if name not in ties}
+    tensors, taken = {}, set()
+    for name in (x for x in state if x not in ties):
+        tensor = state[name].detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        # Distinct tensors may still overlap in memory, which the format refuses.
+        tensors[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
     header = {"version": FILE_VERSION, "layers": _descriptions(model), "ties": ties}
     write_tensors("The model", path, tensors, {"tensornet": json.dumps(header)}, user=_USER)
 

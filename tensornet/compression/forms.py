@@ -14,7 +14,7 @@ from tensornet.compression.allocate import CostCurve
 from tensornet.compression.clock import Clock
 from tensornet.compression.leg_sizes import best_dims
 from tensornet.compression.networks import decompose_network, starts_of
-from tensornet.compression.stored import rounding_costs, stored_network
+from tensornet.compression.stored import decompose_at, rounding_costs, stored_error, stored_network
 from tensornet.compression.weighted import frobenius_errors, tail_costs
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
@@ -23,6 +23,8 @@ from tensornet.topologies import low_rank, topology_family
 from tensornet.topology import Topology
 from tensornet.whitening import Weighting, weighted_svd
 
+#: What `LayerForms` holds for each form, beside how it is made.
+_VALUES = ("params", "num_bytes", "costs", "forecasts", "errors", "milliseconds")
 #: Partial traces of a moment name two indices for each leg, with letters.
 MAX_LEGS = 25
 
@@ -60,6 +62,11 @@ class LayerForms:
     def curve(self, unit: str) -> CostCurve:
         """Costs over `"params"`, `"num_bytes"` or `"milliseconds"`."""
         return CostCurve(getattr(self, unit), self.costs)
+
+    def only(self, indices: Sequence[int]) -> "LayerForms":
+        """Some of the forms."""
+        values = {name: getattr(self, name)[list(indices)] for name in _VALUES}
+        return LayerForms(**values, make=lambda index: self.make(indices[index]))
 
     def hull(self) -> tuple[tuple[int, float], ...]:
         """Lower convex hull of forecasts over parameters: the only forms a global budget ever takes."""
@@ -234,10 +241,36 @@ def joined(forms: Sequence[LayerForms]) -> LayerForms:
         family = next(k for k in range(len(forms)) if index < starts[k + 1])
         return forms[family].make(index - starts[family])
 
-    names = ("params", "num_bytes", "costs", "forecasts", "errors", "milliseconds")
-    return LayerForms(
-        **{name: torch.cat([getattr(form, name) for form in forms]) for name in names}, make=make
-    )
+    values = {name: torch.cat([getattr(form, name) for form in forms]) for name in _VALUES}
+    return LayerForms(**values, make=make)
+
+
+def keep_promise(forms: LayerForms, matrix: Tensor, weighting: Weighting, rel_error: float) -> LayerForms:
+    """Forms without those too small to keep a relative error, which is found by decomposing.
+
+    The errors of forms are estimates: of starts that are fitted later to prices of the loss, which lets the
+    Frobenius error grow, and before rounding. The smallest form that is left has been tried.
+
+    Args:
+        forms: of one layer, in which estimates keep the error.
+        matrix: its weight.
+        weighting: at which plans are carried out.
+        rel_error: what is promised.
+    """
+    order = forms.params.argsort(stable=True).tolist()
+    place = 0
+    while place < len(order):
+        topology, storage = forms.make(order[place])
+        if topology is None:
+            break
+        error = stored_error(matrix, decompose_at(matrix, topology, weighting), storage)
+        if error <= rel_error:
+            break
+        wanted = float(forms.errors[order[place]]) * rel_error / error
+        later = range(place + 1, len(order))
+        step = max(1, (len(order) - place) // 8)
+        place = next((k for k in later if float(forms.errors[order[k]]) < wanted), place + step)
+    return forms.only(sorted(order[place:]))
 
 
 def _as_stored(network: TensorNetwork, storage: Storage, dtype: torch.dtype) -> TensorNetwork:

@@ -9,9 +9,16 @@ from tensornet.compression.allocate import CostCurve, spend_cost, spend_size, to
 from tensornet.compression.clock import Clock
 from tensornet.compression.config import AUTO, CompressionConfig, family_options
 from tensornet.compression.forecast import UNMEASURED, Forecast
-from tensornet.compression.forms import LayerForms, Prices, dense_form, joined, low_rank_forms, network_forms
+from tensornet.compression.forms import (
+    LayerForms,
+    Prices,
+    dense_form,
+    joined,
+    keep_promise,
+    low_rank_forms,
+    network_forms,
+)
 from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.stored import keep_promise
 from tensornet.compression.targets import Target
 from tensornet.compression.weighted import FORECAST_DAMPING, input_weighting, weighting_of
 from tensornet.errors import BudgetError, ShapeError, TargetError

@@ -225,9 +225,8 @@ def _stock(teacher: nn.Module, name: str) -> Tensor:
 
 
 def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
-    return sum(float(output_distance(run_model(model, b), run_model(teacher, b), b)) for b in batches) / len(
-        batches
-    )
+    gaps = (output_distance(run_model(model, batch), run_model(teacher, batch), batch) for batch in batches)
+    return sum(float(gap) for gap in gaps) / len(batches)
 
 
 class _OutputError:

@@ -1,8 +1,6 @@
 """What a layer would really hold: cores in the dtype and the storage that they are kept in."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +12,6 @@ from tensornet.nn.storage import Storage, decode, encode
 from tensornet.topologies import Decomposition, topology_family
 from tensornet.topology import Topology
 from tensornet.whitening import WeightedSVD, Weighting
-
-if TYPE_CHECKING:
-    from tensornet.compression.forms import LayerForms
 
 #: Shares of the full rank at which rounding to eight bits is tried; between them it is interpolated.
 _TRIED = (0.1, 0.4, 1.0)
@@ -76,35 +71,3 @@ def rounding_costs(
     ranks = np.arange(1, full + 1)
     logs = np.log(np.maximum(np.array(found), 1e-300))
     return [torch.from_numpy(np.exp(np.interp(ranks, tried, column))) for column in logs.T]
-
-
-def keep_promise(forms: "LayerForms", matrix: Tensor, weighting: Weighting, rel_error: float) -> "LayerForms":
-    """Forms without those too small to keep a relative error, which is found by decomposing.
-
-    The errors of forms are estimates: of starts that are fitted later to prices of the loss, which lets the
-    Frobenius error grow, and before rounding. The smallest form that is left has been tried.
-
-    Args:
-        forms: of one layer, in which estimates keep the error.
-        matrix: its weight.
-        weighting: at which plans are carried out.
-        rel_error: what is promised.
-    """
-    order = forms.params.argsort(stable=True).tolist()
-    place = 0
-    while place < len(order):
-        topology, storage = forms.make(order[place])
-        if topology is None:
-            break
-        error = stored_error(matrix, decompose_at(matrix, topology, weighting), storage)
-        if error <= rel_error:
-            break
-        wanted = float(forms.errors[order[place]]) * rel_error / error
-        later = range(place + 1, len(order))
-        step = max(1, (len(order) - place) // 8)
-        place = next((k for k in later if float(forms.errors[order[k]]) < wanted), place + step)
-    kept = sorted(order[place:])
-    names = ("params", "num_bytes", "costs", "forecasts", "errors", "milliseconds")
-    return replace(
-        forms, **{n: getattr(forms, n)[kept] for n in names}, make=lambda index: forms.make(kept[index])
-    )

@@ -63,9 +63,7 @@ def may_cache(cores: Sequence[Tensor | None]) -> bool:
     tensors die with them), and only for ordinary parameters: substitutes of `functional_call`,
     parametrizations, sharded and fake tensors have no identity or version that would tell when they change.
     """
-    if (
-        transforms_active() or torch.jit.is_tracing()
-    ):  # a tracer that meets tensors kept from its trace crashes
+    if transforms_active() or torch.jit.is_tracing():  # a tracer crashes on tensors kept from its trace
         return False
     recording = is_grad_enabled()
     for core in cores:
