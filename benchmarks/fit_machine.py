@@ -29,7 +29,7 @@ from forward import strategies
 from harness import paired_medians
 from speed import Case, clock_for, options_of, rounds, with_threads
 
-from tensornet.machine import Machine, default_machine
+from tensornet.contraction.machine import Machine, default_machine
 from tensornet.network import OperatorPlan
 from tensornet.nn.strategy import CACHED, route_seconds
 

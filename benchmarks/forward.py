@@ -51,11 +51,11 @@ from speed import (
     with_threads,
 )
 
-from tensornet.machine import default_machine
+from tensornet.contraction.machine import default_machine
+from tensornet.contraction.slicing import plan_slices, run_in_slices
 from tensornet.network import contract_with_input
 from tensornet.nn import MPOLinear
 from tensornet.nn.strategy import RECONSTRUCT, SLICED, route_seconds
-from tensornet.slicing import plan_slices, run_in_slices
 
 #: What is asked of the geometric mean against tltorch.
 WANTED = 1.5

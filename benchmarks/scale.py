@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.pieces.piece import peak_memory
+from tensornet.streaming.worker import peak_memory
 from tensornet.topologies import mpo
 from tensornet_hf.sharded.staging import Staging
 

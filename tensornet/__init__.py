@@ -26,6 +26,7 @@ from tensornet.compression import (
     plan,
     save_model,
 )
+from tensornet.contraction.machine import Machine, measure_machine
 from tensornet.errors import (
     BudgetError,
     CalibrationWarning,
@@ -38,11 +39,10 @@ from tensornet.errors import (
     TensorNetError,
     TopologyError,
 )
-from tensornet.machine import Machine, measure_machine
+from tensornet.linalg.svd import TruncatedSVD, truncated_svd
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
 from tensornet.search import SearchPoint, TopologySearch, search_topology
-from tensornet.svd import TruncatedSVD, truncated_svd
 from tensornet.topologies import register_topology
 from tensornet.topology import CoreSpec, Topology
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from tensornet._optional import missing_hint
+from tensornet.optional import missing_hint
 
 # What the extra `cli` brings; an architecture test compares this with pyproject.toml.
 CLI_MODULES = ("accelerate", "jinja2", "matplotlib", "rich", "safetensors", "transformers", "typer")

@@ -14,14 +14,14 @@ from tensornet import interop
 from tensornet import mpo_algebra as algebra
 from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
+from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError
+from tensornet.linalg.svd import Method
+from tensornet.linalg.tt_svd import tt_svd, tt_svd_stack
 from tensornet.network import TensorNetwork
-from tensornet.precision import outside_autocast
-from tensornet.svd import Method
 from tensornet.topologies.factored import choose_dims
 from tensornet.topologies.mpo import chain
 from tensornet.topology import Topology
-from tensornet.tt_svd import tt_svd, tt_svd_stack
 
 
 class MPO:

@@ -15,9 +15,16 @@ from operator import index
 import torch
 from torch import Tensor
 
+from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError
-from tensornet.precision import outside_autocast
-from tensornet.svd import check_finite, frobenius, result_dtype, safe_scale, truncated_svd, working_dtype
+from tensornet.linalg.svd import (
+    check_finite,
+    frobenius,
+    result_dtype,
+    safe_scale,
+    truncated_svd,
+    working_dtype,
+)
 
 Cores = tuple[Tensor, ...]
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tensornet.checks import check_input, check_size
-from tensornet.contraction import TOKENS, ContractionPlan, find_path, run
-from tensornet.cost import plan_seconds
+from tensornet.contraction.cost import plan_seconds
+from tensornet.contraction.lowering import lower_path
+from tensornet.contraction.machine import CPU, Machine, default_machine
+from tensornet.contraction.path import TOKENS, ContractionPlan, find_path, run
 from tensornet.drawing import draw_topology
 from tensornet.errors import ShapeError, TopologyError
-from tensornet.lowering import lower_path
-from tensornet.machine import CPU, Machine, default_machine
 from tensornet.topology import Topology
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
 
     Args:
         topology: the operator.
-        optimize: how orders are found, see `tensornet.contraction.Optimize`.
+        optimize: how orders are found, see `tensornet.contraction.path.Optimize`.
     """
     cores = [core.labels for core in topology.cores]
     operands = [(TOKENS, *topology.in_labels), *cores]

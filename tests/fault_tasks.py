@@ -39,7 +39,7 @@ def process_id_then_wait(folder: str) -> int:
 
 def hold_pool(folder: str) -> None:
     """A parent with two workers that wait."""
-    from tensornet.pieces.pool import run_tasks
+    from tensornet.streaming.pool import run_tasks
 
     run_tasks(process_id_then_wait, [("a", folder), ("b", folder)], print, workers=2, start_method="fork")
 

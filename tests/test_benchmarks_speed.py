@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from tensornet.machine import CPU
+from tensornet.contraction.machine import CPU
 from tensornet.nn.strategy import route_seconds
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

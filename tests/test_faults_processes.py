@@ -19,7 +19,7 @@ from sharded_folders import HALF, contents, save
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError
-from tensornet.pieces.pool import WorkerError, run_tasks
+from tensornet.streaming.pool import WorkerError, run_tasks
 from tensornet_hf.sharded.staging import staging_folder
 
 CONFIG = tn.CompressionConfig(**HALF)

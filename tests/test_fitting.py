@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 import tensornet as tn
+from tensornet.als import fit_network
 from tensornet.compression.forms import Prices, joined, low_rank_forms, network_forms
 from tensornet.compression.networks import decompose_network, leg_moments, structured_start
-from tensornet.fitting import fit_network
-from tensornet.nn.storage import PLAIN, Storage
+from tensornet.linalg.weighted_svd import Weighting, weighted_svd
+from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.topologies import topology_family
-from tensornet.whitening import Weighting, weighted_svd
 
 CHAINS = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {})]
 FAMILIES = [*CHAINS, ("tensor_ring", {}), ("tucker", {})]

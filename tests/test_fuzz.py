@@ -23,8 +23,8 @@ from sharded_folders import save
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TensorNetError
-from tensornet.pieces.header import read_header
-from tensornet.pieces.writer import write_tensors
+from tensornet.io.safetensors_header import read_header
+from tensornet.io.safetensors_writer import write_tensors
 from tensornet_hf.checkpoint import check_layers, read_compression, read_headers
 from tensornet_hf.safe_json import read_json
 from tensornet_hf.sharded.manifest import MANIFEST, read_manifest

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.compression.report import model_size
+from tensornet.nn.encoding import PLAIN, Storage, decode, encode, layout, pivoted_cores, quantize
 from tensornet.nn.linear import linear_from_network
-from tensornet.nn.storage import PLAIN, Storage, decode, encode, layout, pivoted_cores, quantize
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 

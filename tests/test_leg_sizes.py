@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
+from tensornet.als import fit_network
 from tensornet.compression.leg_sizes import best_dims, unbalanced_dims
 from tensornet.compression.networks import decompose_network, leg_moments, legs_of
-from tensornet.fitting import fit_network
-from tensornet.nn.storage import PLAIN
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.encoding import PLAIN
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
-from tensornet.whitening import Weighting
 
 FAMILIES = [
     ("mpo", {"sites": 2}),

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
+from tensornet.linalg.tt_svd import max_bonds
 from tensornet.mpo_algebra import leading_projector
 from tensornet.testing import laws, reference, strategies
-from tensornet.tt_svd import max_bonds
 
 operators = strategies.mpos()
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]

@@ -26,7 +26,7 @@ from tensornet.compression.allocate import (
 )
 from tensornet.compression.report import model_size
 from tensornet.compression.weighted import FORECAST_DAMPING
-from tensornet.whitening import damped
+from tensornet.linalg.weighted_svd import damped
 
 MLP = "*.mlp.*"
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.compression.weighted import decompose_weighted
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.topologies import Decomposition, topology_family, topology_names
 from tensornet.topologies.low_rank import LowRankFamily
-from tensornet.whitening import Weighting
 
 
 def cores_of(made: object) -> tuple[Tensor, ...]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tensornet as tn
-from tensornet import scratch
+from tensornet.contraction import scratch
+from tensornet.contraction.scratch import borrow
+from tensornet.contraction.slicing import plan_slices, run_in_slices
 from tensornet.network import random_cores
-from tensornet.scratch import borrow
-from tensornet.slicing import plan_slices, run_in_slices
 from tensornet.topologies import mpo
 
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
-from tensornet.cost import dense_seconds
-from tensornet.machine import CPU, GPU
+from tensornet.contraction.cost import dense_seconds
+from tensornet.contraction.machine import CPU, GPU
 from tensornet.network import TensorNetwork, random_cores
-from tensornet.search.candidates import mpo_candidates
+from tensornet.search.proposals import mpo_candidates
 from tensornet.search.spectra import CutSpectra
 from tensornet.topologies import block_tt, low_rank, mpo, topology_family
 
@@ -100,7 +100,7 @@ def test_pruning_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(32, 24, dtype=torch.float64)
     found = tn.search_topology(matrix, param_ratio=0.4)
     assert found.pruned > 0
-    monkeypatch.setattr("tensornet.search.run._beaten", lambda *_: False)
+    monkeypatch.setattr("tensornet.search.search._beaten", lambda *_: False)
     everything = tn.search_topology(matrix, param_ratio=0.4)
     assert everything.pruned == 0
 

@@ -17,8 +17,8 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import find_targets
 from tensornet.errors import DestinationError, FormatError, TargetError
-from tensornet.pieces.header import load_slice, read_header
-from tensornet.pieces.writer import ShardTask, write_shard, write_tensors
+from tensornet.io.safetensors_header import load_slice, read_header
+from tensornet.io.safetensors_writer import ShardTask, write_shard, write_tensors
 from tensornet_hf.sharded.skeleton import skeleton_from_names
 from tensornet_hf.sharded.source import open_source
 

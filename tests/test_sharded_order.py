@@ -14,7 +14,7 @@ from sharded_folders import HALF, contents, save
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError
-from tensornet.pieces import pool
+from tensornet.streaming import pool
 from tensornet_hf.sharded import run
 from tensornet_hf.sharded.staging import Staging, staging, staging_folder
 

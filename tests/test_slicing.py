@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import tensornet as tn
-from tensornet import slicing
-from tensornet.machine import CPU, default_machine
+from tensornet.contraction import slicing
+from tensornet.contraction.machine import CPU, default_machine
+from tensornet.contraction.slicing import plan_slices, run_in_slices
 from tensornet.nn import linear
-from tensornet.nn.cache import may_write_in_place
+from tensornet.nn.matrix_cache import may_write_in_place
 from tensornet.nn.strategy import RECONSTRUCT, SLICED, dispatch, route_seconds
-from tensornet.slicing import plan_slices, run_in_slices
 from tensornet.topologies import block_tt, kronecker, low_rank, mpo, tensor_ring, tucker
 
 TOPOLOGIES = {

@@ -12,9 +12,9 @@ import tensornet as tn
 from tensornet.compression import forms, weighted
 from tensornet.compression.forms import Prices, low_rank_forms
 from tensornet.compression.stored import stored_network
-from tensornet.nn.storage import Storage
+from tensornet.linalg.weighted_svd import Weighting, weighted_svd
+from tensornet.nn.encoding import Storage
 from tensornet.topologies import topology_names
-from tensornet.whitening import Weighting, weighted_svd
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(96, 48, generator=GENERATOR), torch.randint(0, 20, (96,), generator=GENERATOR)

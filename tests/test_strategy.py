@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tensornet as tn
-from tensornet.contraction import TOKENS, plan_contraction, run
-from tensornet.machine import CPU, GPU, default_machine, machine_with_threads, measure_machine
+from tensornet.contraction.bound import bind_sweep, is_sweep
+from tensornet.contraction.machine import CPU, GPU, default_machine, machine_with_threads, measure_machine
+from tensornet.contraction.path import TOKENS, plan_contraction, run
 from tensornet.network import contract_with_input
 from tensornet.nn.strategy import CACHED, RECONSTRUCT, STRATEGIES, choose, route_seconds
-from tensornet.sweep import bind_sweep, is_sweep
 from tensornet.topologies import low_rank, mpo
 
 TOPOLOGIES = {

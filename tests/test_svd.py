@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
-from tensornet import subspace, svd
-from tensornet.split import split_block
-from tensornet.subspace import iterated_basis
-from tensornet.svd import METHODS, energy, result_dtype
+from tensornet.linalg import subspace_iteration as subspace
+from tensornet.linalg import svd
+from tensornet.linalg.subspace_iteration import iterated_basis
+from tensornet.linalg.svd import METHODS, energy, result_dtype
+from tensornet.linalg.tt_svd_step import split_block
 from tensornet.testing import laws, reference, strategies
 
 methods = pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.compression.weighted import decompose_weighted, frobenius_errors, tail_costs
-from tensornet.whitening import Weighting, damped, nearest_kronecker, root, weighted_svd
+from tensornet.linalg.weighted_svd import Weighting, damped, nearest_kronecker, root, weighted_svd
 
 SHAPES = [(7, 11), (11, 7), (8, 8), (1, 5)]
 

@@ -18,12 +18,12 @@ from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.stored import decompose_at, relative_gap
 from tensornet.compression.targets import Target, check_holder, compressed_names, find_targets
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
-from tensornet.nn.adapters import layer_bias
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.stock_layers import layer_bias
 from tensornet.topologies import Decomposition, topology_family
-from tensornet.whitening import Weighting
 
 
 @torch.inference_mode(False)  # parameters made there could not be trained

@@ -18,7 +18,7 @@ from tensornet.compression.modes import in_eval_mode, uncompiled
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import check_loaded, check_model, find_targets
 from tensornet.errors import NonFiniteError, TargetError
-from tensornet.nn.adapters import kind_of
+from tensornet.nn.stock_layers import kind_of
 
 Fisher = Literal["labels", "sampled"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensornet.cost import dense_seconds
-from tensornet.machine import Machine
+from tensornet.contraction.cost import dense_seconds
+from tensornet.contraction.machine import Machine
 from tensornet.network import plan_operator
 from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, route_seconds
 from tensornet.topologies import low_rank

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet._optional import import_optional
 from tensornet.compression.apply import replaced
 from tensornet.compression.hooks import structure_changed
 from tensornet.errors import FormatError, TargetError
-from tensornet.nn.adapters import kind_of
-from tensornet.nn.build import build_module
+from tensornet.io.tensor_files import write_tensors
 from tensornet.nn.module import NetworkModule
-from tensornet.tensor_files import write_tensors
+from tensornet.nn.serialization import build_module
+from tensornet.nn.stock_layers import kind_of
+from tensornet.optional import import_optional
 
 FILE_VERSION = 1
 _USER = "Saving or loading a model"

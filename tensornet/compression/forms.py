@@ -17,11 +17,11 @@ from tensornet.compression.networks import decompose_network, starts_of
 from tensornet.compression.stored import decompose_at, rounding_costs, stored_error, stored_network
 from tensornet.compression.weighted import frobenius_errors, tail_costs
 from tensornet.errors import TopologyError
+from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.network import TensorNetwork
-from tensornet.nn.storage import PLAIN, Storage
+from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.topologies import low_rank, topology_family
 from tensornet.topology import Topology
-from tensornet.whitening import Weighting, weighted_svd
 
 #: What `LayerForms` holds for each form, beside how it is made.
 _VALUES = ("params", "num_bytes", "costs", "forecasts", "errors", "milliseconds")

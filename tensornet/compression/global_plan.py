@@ -22,8 +22,8 @@ from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
 from tensornet.compression.weighted import FORECAST_DAMPING, input_weighting, weighting_of
 from tensornet.errors import BudgetError, ShapeError, TargetError
-from tensornet.nn.storage import CHAINS, Storage
-from tensornet.whitening import Weighting, check_weighting
+from tensornet.linalg.weighted_svd import Weighting, check_weighting
+from tensornet.nn.encoding import CHAINS, Storage
 
 
 def storage_of(config: CompressionConfig, objective: str) -> Storage:

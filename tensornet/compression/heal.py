@@ -18,9 +18,9 @@ from tensornet.compression.heal_state import load_state, save_state
 from tensornet.compression.losses import pooled, token_mask
 from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import NonFiniteError, TargetError
+from tensornet.io.tensor_files import check_place
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
-from tensornet.tensor_files import check_place
 
 #: Distance between the outputs of the dense and the compressed model on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tensornet._optional import import_optional
 from tensornet.errors import FormatError
-from tensornet.tensor_files import write_tensors
+from tensornet.io.tensor_files import write_tensors
+from tensornet.optional import import_optional
 
 _USER = "Resuming tensornet.heal"
 #: What AdamW keeps of the gradients of a parameter.

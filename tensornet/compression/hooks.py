@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tensornet.errors import TargetError
-from tensornet.nn.build import module_spec
+from tensornet.nn.serialization import module_spec
 
 #: Called with a model after some of its layers were replaced, either way.
 #: Returns True if it takes care of how the model is saved.

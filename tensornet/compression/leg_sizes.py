@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tensornet.compression.networks import legs_of
-from tensornet.nn.storage import Storage
+from tensornet.linalg.tt_svd import max_bonds
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.encoding import Storage
 from tensornet.topologies import topology_family
-from tensornet.tt_svd import max_bonds
-from tensornet.whitening import Weighting
 
 #: Sizes of the small legs.
 _SMALL = (2, 3)

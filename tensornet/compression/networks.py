@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensornet.fitting import fit_network
+from tensornet.als import fit_network
+from tensornet.linalg.tt_svd import pad_matrix
+from tensornet.linalg.weighted_svd import Weighting, damped, root
 from tensornet.network import TensorNetwork
 from tensornet.topologies import Decomposition, topology_family
 from tensornet.topology import Topology
-from tensornet.tt_svd import pad_matrix
-from tensornet.whitening import Weighting, damped, root
 
 #: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
 _STEPS = 6

@@ -15,7 +15,7 @@ from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES
 from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
-from tensornet.nn.storage import CHAINS, PLAIN, Storage
+from tensornet.nn.encoding import CHAINS, PLAIN, Storage
 from tensornet.topology import Topology
 
 PLAN_VERSION = 1

@@ -21,10 +21,10 @@ from tensornet.compression.losses import TokenLosses, losses_against
 from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target, check_holder, check_loaded, find_targets
+from tensornet.context import on_cpu_unless_said
+from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, TargetError
-from tensornet.machine import default_machine
-from tensornet.precision import on_cpu_unless_said
-from tensornet.svd import check_finite, working_dtype
+from tensornet.linalg.svd import check_finite, working_dtype
 from tensornet.topologies import Decomposition, topology_family
 
 #: Budgets that are spent after preparation.

@@ -29,11 +29,11 @@ from tensornet.compression.paired import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.weighted import INPUT_DAMPING, decompose_weighted
 from tensornet.errors import TargetError
-from tensornet.nn.adapters import kind_of
+from tensornet.linalg.weighted_svd import Weighting, damped
+from tensornet.nn.encoding import encode
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.storage import encode
-from tensornet.whitening import Weighting, damped
+from tensornet.nn.stock_layers import kind_of
 
 #: Share of the batches that are not fitted, but judge whether refitting helped.
 JUDGED = 1 / 8

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tensornet._optional import import_optional
 from tensornet.errors import FormatError
-from tensornet.tensor_files import write_tensors
+from tensornet.io.tensor_files import write_tensors
+from tensornet.optional import import_optional
 
 STATS_VERSION = 1
 _USER = "Saving or loading calibration statistics"

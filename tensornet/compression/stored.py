@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from tensornet.compression.weighted import decompose_weighted, low_rank_network
+from tensornet.linalg.weighted_svd import WeightedSVD, Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.storage import Storage, decode, encode
+from tensornet.nn.encoding import Storage, decode, encode
 from tensornet.topologies import Decomposition, topology_family
 from tensornet.topology import Topology
-from tensornet.whitening import WeightedSVD, Weighting
 
 #: Shares of the full rank at which rounding to eight bits is tried; between them it is interpolated.
 _TRIED = (0.1, 0.4, 1.0)

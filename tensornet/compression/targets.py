@@ -13,8 +13,8 @@ from tensornet.checks import check_type
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.readers import weight_is_read
 from tensornet.errors import TargetError
-from tensornet.nn.adapters import LayerKind, kind_of
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.stock_layers import LayerKind, kind_of
 
 ALL = "all"
 

@@ -8,13 +8,20 @@ from torch import Tensor
 from tensornet.compression.networks import decompose_network
 from tensornet.compression.stats import CalibrationStats
 from tensornet.compression.targets import Target
+from tensornet.context import outside_autocast
 from tensornet.errors import TargetError
+from tensornet.linalg.svd import result_dtype
+from tensornet.linalg.weighted_svd import (
+    WeightedSVD,
+    Weighting,
+    damped,
+    nearest_kronecker,
+    times,
+    weighted_svd,
+)
 from tensornet.network import TensorNetwork
-from tensornet.precision import outside_autocast
-from tensornet.svd import result_dtype
 from tensornet.topologies import Decomposition, low_rank
 from tensornet.topology import Topology
-from tensornet.whitening import WeightedSVD, Weighting, damped, nearest_kronecker, times, weighted_svd
 
 #: Damping of the input moment, as a share of its mean diagonal: only against rounding and dead inputs.
 INPUT_DAMPING = 1e-4

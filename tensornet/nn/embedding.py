@@ -8,12 +8,12 @@ from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 
 from tensornet.budget import Budget
-from tensornet.contraction import TOKENS, ContractionPlan, plan_contraction, run
+from tensornet.contraction.path import TOKENS, ContractionPlan, plan_contraction, run
 from tensornet.errors import ShapeError, TargetError
 from tensornet.network import TensorNetwork
-from tensornet.nn.adapters import kind_of, layer_kind
+from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.storage import PLAIN, Storage, storage_entry
+from tensornet.nn.stock_layers import kind_of, layer_kind
 from tensornet.nn.strategy import CACHED, Strategy
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology

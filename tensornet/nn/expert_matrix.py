@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.nn.adapters import LayerKind, register_layer_kind
+from tensornet.nn.stock_layers import LayerKind, register_layer_kind
 
 
 class ExpertMatrix(nn.Module):

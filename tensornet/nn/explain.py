@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensornet.checks import check_size
-from tensornet.cost import dense_seconds
-from tensornet.machine import default_machine
+from tensornet.contraction.cost import dense_seconds
+from tensornet.contraction.machine import default_machine
+from tensornet.contraction.slicing import plan_slices
 from tensornet.network import OperatorPlan
-from tensornet.nn.cache import may_write_in_place
+from tensornet.nn.matrix_cache import may_write_in_place
 from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, SLICED, choose, route_seconds
-from tensornet.slicing import plan_slices
 
 if TYPE_CHECKING:
-    from tensornet.nn.routing import RoutedModule
+    from tensornet.nn.execution import RoutedModule
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from torch.nn.functional import linear
 
 from tensornet.budget import Budget
 from tensornet.checks import check_input
+from tensornet.contraction.bound import is_sweep
+from tensornet.contraction.slicing import plan_slices, run_in_slices
 from tensornet.errors import TargetError
 from tensornet.network import PLANNED_TOKENS, TensorNetwork, contract_with_input
-from tensornet.nn.adapters import kind_of, layer_bias, layer_kind
+from tensornet.nn.encoding import PLAIN, Storage, storage_entry
+from tensornet.nn.fast_path import make_shortcut
 from tensornet.nn.module import NetworkModule, require_linear_shape
-from tensornet.nn.shortcut import make_shortcut
-from tensornet.nn.storage import PLAIN, Storage, storage_entry
+from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
 from tensornet.nn.strategy import CACHED, SLICED, Strategy, is_exporting
-from tensornet.slicing import plan_slices, run_in_slices
-from tensornet.sweep import is_sweep
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 

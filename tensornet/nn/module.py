@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork, check_cores, contract_to_matrix, plan_operator, random_cores
-from tensornet.nn.routing import RoutedModule
-from tensornet.nn.storage import PLAIN, Storage, as_parameter, decode, empty, encode, layout
+from tensornet.nn.encoding import PLAIN, Storage, as_parameter, decode, empty, encode, layout
+from tensornet.nn.execution import RoutedModule
 from tensornet.nn.strategy import Strategy
 from tensornet.topology import Topology
 
@@ -17,7 +17,7 @@ from tensornet.topology import Topology
 class NetworkModule(RoutedModule):
     """Abstract base: cores registered as parameters `core_<name>`, and a topology that describes them.
 
-    With another than plain storage the parameters are what `tensornet.nn.storage` derives from the cores.
+    With another than plain storage the parameters are what `tensornet.nn.encoding` derives from the cores.
 
     Args:
         topology: the operator `(out_features, in_features)`.

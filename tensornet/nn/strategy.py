@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
-from tensornet.cost import dense_seconds, plan_seconds
-from tensornet.machine import Machine
+from tensornet.contraction.cost import dense_seconds, plan_seconds
+from tensornet.contraction.machine import Machine
+from tensornet.contraction.slicing import plan_slices
 from tensornet.network import OperatorPlan
-from tensornet.slicing import plan_slices
 
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
 STRATEGIES = ("auto", "factorized", "reconstruct", "cached")

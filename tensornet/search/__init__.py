@@ -1,6 +1,6 @@
 """Search over shapes: which family, dims and bonds for a matrix and a budget."""
 
 from tensornet.search.result import SearchPoint, TopologySearch
-from tensornet.search.run import search_topology
+from tensornet.search.search import search_topology
 
 __all__ = ["SearchPoint", "TopologySearch", "search_topology"]

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensornet.svd import result_dtype, safe_scale, working_dtype
-from tensornet.tt_svd import pad_matrix
+from tensornet.linalg.svd import result_dtype, safe_scale, working_dtype
+from tensornet.linalg.tt_svd import pad_matrix
 
 #: A spectrum with less than this share of its energy in the lower half is steep: rounding in single precision
 #: would drown its tail, so it is computed again in double precision.

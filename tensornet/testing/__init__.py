@@ -1,6 +1,6 @@
 """Hypothesis strategies, laws and slow references for property-testing tensor networks."""
 
-from tensornet._optional import require
+from tensornet.optional import require
 
 require(("hypothesis",), extra="testing", user="tensornet.testing")
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, NonFiniteError
+from tensornet.linalg.svd import result_dtype
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
-from tensornet.svd import result_dtype
 from tensornet.testing import reference, strategies
 from tensornet.topologies import Decomposition, TopologyFamily
 

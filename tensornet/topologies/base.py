@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.checks import check_dense
+from tensornet.context import outside_autocast
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
-from tensornet.precision import outside_autocast
 from tensornet.topology import Topology
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.svd import (
+from tensornet.linalg.svd import (
     Method,
     allowed_energy,
     check_finite,
@@ -22,8 +22,8 @@ from tensornet.svd import (
     scaled_back,
     working_dtype,
 )
+from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.topologies.base import Decomposition, register_topology
-from tensornet.topologies.caps import uniform_cap
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -31,8 +31,8 @@ from tensornet.topologies.factored import (
     fitted_network,
     padded_shape,
 )
+from tensornet.topologies.uniform_cap import uniform_cap
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import pad_matrix
 
 
 def block_tt(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tensornet.budget import Budget, check_budget
 from tensornet.checks import check_dense, check_size, check_sizes
-from tensornet.dims import balanced_factors
 from tensornet.errors import TopologyError
+from tensornet.linalg.svd import Method, frobenius
+from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
-from tensornet.svd import Method, frobenius
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology
+from tensornet.topologies.leg_dims import balanced_factors
 from tensornet.topology import Topology
-from tensornet.tt_svd import check_dims
 
 DEFAULT_SITES = 3
 

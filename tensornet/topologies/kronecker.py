@@ -7,7 +7,8 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.checks import check_sizes
 from tensornet.errors import TopologyError
-from tensornet.svd import Method
+from tensornet.linalg.svd import Method
+from tensornet.linalg.tt_svd import TTResult, max_bonds, tt_svd
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.factored import (
     FactoredFamily,
@@ -17,7 +18,6 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import TTResult, max_bonds, tt_svd
 
 
 def kronecker(

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from tensornet.budget import Budget, check_budget
 from tensornet.checks import check_dense, check_size
+from tensornet.linalg.svd import Method, TruncatedSVD, truncated_svd
+from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.network import TensorNetwork
-from tensornet.svd import Method, TruncatedSVD, truncated_svd
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.mpo import mpo
 from tensornet.topology import Topology
-from tensornet.tt_svd import cap_bonds
 
 
 def low_rank(*, out_features: int, in_features: int, rank: int | None = None) -> Topology:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.svd import Method
+from tensornet.linalg.svd import Method
+from tensornet.linalg.tt_svd import max_bonds, tt_svd
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.factored import (
     FactoredFamily,
@@ -15,7 +16,6 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import max_bonds, tt_svd
 
 
 def mpo(

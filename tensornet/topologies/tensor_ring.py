@@ -10,8 +10,7 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.checks import check_size
 from tensornet.errors import BudgetError, TopologyError
-from tensornet.split import split_block
-from tensornet.svd import (
+from tensornet.linalg.svd import (
     Method,
     allowed_energy,
     check_finite,
@@ -23,8 +22,9 @@ from tensornet.svd import (
     scaled_back,
     working_dtype,
 )
+from tensornet.linalg.tt_svd import max_bonds, pad_matrix
+from tensornet.linalg.tt_svd_step import split_block
 from tensornet.topologies.base import Decomposition, register_topology
-from tensornet.topologies.caps import uniform_cap
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -34,8 +34,8 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topologies.ring_als import refine_ring
+from tensornet.topologies.uniform_cap import uniform_cap
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import max_bonds, pad_matrix
 
 #: Closing bonds that are tried where the caller does not fix one; 1 is the open chain.
 RING_BONDS = (1, 2, 4, 8)

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.network import TensorNetwork
-from tensornet.split import split_block
-from tensornet.svd import (
+from tensornet.linalg.svd import (
     Method,
     allowed_energy,
     check_finite,
@@ -20,8 +18,10 @@ from tensornet.svd import (
     safe_scale,
     scaled_back,
 )
+from tensornet.linalg.tt_svd import pad_matrix
+from tensornet.linalg.tt_svd_step import split_block
+from tensornet.network import TensorNetwork
 from tensornet.topologies.base import Decomposition, register_topology
-from tensornet.topologies.caps import uniform_cap
 from tensornet.topologies.factored import (
     FactoredFamily,
     balance_norms,
@@ -30,8 +30,8 @@ from tensornet.topologies.factored import (
     pad_core,
     padded_shape,
 )
+from tensornet.topologies.uniform_cap import uniform_cap
 from tensornet.topology import CoreSpec, Topology
-from tensornet.tt_svd import pad_matrix
 
 
 def tucker(

@@ -3,7 +3,7 @@
 Importing this package registers the quantization method "tensornet" with transformers.
 """
 
-from tensornet._optional import require
+from tensornet.optional import require
 
 require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
 

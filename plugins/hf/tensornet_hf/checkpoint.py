@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tensornet.errors import FormatError
-from tensornet.nn.build import build_module
+from tensornet.nn.serialization import build_module
 from tensornet_hf.config import METHOD, TensorNetworkConfig
 from tensornet_hf.safe_json import read_json
 from tensornet_hf.structure import is_inside

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet._optional import require
+from tensornet.optional import require
 
 require(("peft",), extra="peft", user="LoRA on compressed layers")
 
@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from tensornet.compression import structure_changed
 from tensornet.errors import TargetError
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
-from tensornet.nn.adapters import layer_bias
 from tensornet.nn.linear import linear_from_network
+from tensornet.nn.stock_layers import layer_bias
 from tensornet.topologies import low_rank, topology_family
 
 ALL_LINEAR = "all-linear"

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import FormatError
-from tensornet.nn.adapters import kind_of
-from tensornet.nn.build import build_module
+from tensornet.nn.serialization import build_module
+from tensornet.nn.stock_layers import kind_of
 from tensornet.topology import Topology
 from tensornet_hf.expert_banks import make_room
 from tensornet_moe import lend_shared_cores

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from tensornet.nn.build import module_spec
+from tensornet.nn.serialization import module_spec
 from tensornet_hf.config import TensorNetworkConfig
 
 

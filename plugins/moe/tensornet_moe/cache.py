@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache
+from tensornet.nn.matrix_cache import CachedMatrix, compute_dtype, may_cache
 
 
 class MatrixCache:
-    """Holds one tensor built from parameters, within a memory limit (see `tensornet.nn.cache`).
+    """Holds one tensor built from parameters, within a memory limit (see `tensornet.nn.matrix_cache`).
 
     Args:
         limit: bytes it may hold; 0 keeps nothing.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, ShapeError, TopologyError
+from tensornet.linalg.svd import check_finite, working_dtype
 from tensornet.network import random_cores
-from tensornet.svd import check_finite, working_dtype
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 from tensornet_moe.stack import StackPlan, build_matrices, plan_stack

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tensornet._optional import require
 from tensornet.compression import CompressionPlan, CompressionReport
+from tensornet.optional import require
 from tensornet_hf.perplexity import Perplexity
 from tensornet_hf.report.spectra import BondSpectrum
 

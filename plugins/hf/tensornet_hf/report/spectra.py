@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tensornet.compression import LayerPlan
 from tensornet.compression.planner import singular_values
+from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.topology import Topology
-from tensornet.tt_svd import pad_matrix
 
 
 @dataclass(frozen=True)

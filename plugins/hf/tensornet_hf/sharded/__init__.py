@@ -1,6 +1,6 @@
 """Compressing checkpoints of any size: shard by shard, with many workers, across interruptions."""
 
-from tensornet.pieces.pool import WorkerError
+from tensornet.streaming.pool import WorkerError
 from tensornet_hf.sharded.calibrate import calibrate_checkpoint
 from tensornet_hf.sharded.manifest import verify_manifest
 from tensornet_hf.sharded.report import CheckpointReport

@@ -9,11 +9,11 @@ from torch import nn
 
 from tensornet.compression import CompressionConfig
 from tensornet.compression.apply import set_submodule
-from tensornet.nn.build import build_module
+from tensornet.io.safetensors_header import Slice
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
-from tensornet.pieces.header import Slice
-from tensornet.pieces.piece import Piece
+from tensornet.nn.serialization import build_module
+from tensornet.streaming.worker import Piece
 from tensornet_hf.checkpoint import WEIGHTS
 from tensornet_hf.config import TensorNetworkConfig
 from tensornet_hf.sharded.source import total_bytes

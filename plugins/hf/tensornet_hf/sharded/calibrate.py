@@ -23,8 +23,8 @@ from tensornet.compression.blocks import Stop, hidden_of
 from tensornet.compression.calibrate import _observed, _Recorder
 from tensornet.compression.losses import TokenLosses, label_losses
 from tensornet.errors import TargetError
-from tensornet.pieces.header import load_slice, read_header
-from tensornet.pieces.writer import write_tensors
+from tensornet.io.safetensors_header import load_slice, read_header
+from tensornet.io.safetensors_writer import write_tensors
 from tensornet_hf.sharded.mapped import mapped_model
 from tensornet_hf.sharded.moments import Moments
 

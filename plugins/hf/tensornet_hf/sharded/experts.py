@@ -24,10 +24,10 @@ from transformers.core_model_loading import (
 )
 
 from tensornet.errors import FormatError
+from tensornet.io.safetensors_header import FLOATS, Slice
 from tensornet.nn.expert_matrix import ExpertMatrix
-from tensornet.pieces.header import FLOATS, Slice
-from tensornet.pieces.matrix import StoredMatrix
-from tensornet.pieces.piece import place
+from tensornet.streaming.stored_matrix import StoredMatrix
+from tensornet.streaming.worker import place
 from tensornet_hf.sharded.skeleton import NamedLayers
 from tensornet_hf.split_experts import split_experts, stack_names
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tensornet.errors import FormatError
-from tensornet.pieces.writer import Written, intact
+from tensornet.io.safetensors_writer import Written, intact
 from tensornet_hf.safe_json import read_json
 
 MANIFEST = "tensornet_manifest.json"

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
-from tensornet.pieces.header import FLOATS, load_slice
-from tensornet.pieces.matrix import StoredMatrix
-from tensornet.pieces.writer import contents
+from tensornet.io.safetensors_header import FLOATS, load_slice
+from tensornet.io.safetensors_writer import contents
+from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet_hf.sharded.experts import take_experts_apart
 from tensornet_hf.sharded.skeleton import model_skeleton
 from tensornet_hf.sharded.source import open_source

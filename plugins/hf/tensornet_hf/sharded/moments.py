@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tensornet.compression import CalibrationStats
 from tensornet.compression.stats import STATS_VERSION
-from tensornet.pieces.header import Slice, read_header
-from tensornet.pieces.writer import ShardTask, write_shard, write_tensors
+from tensornet.io.safetensors_header import Slice, read_header
+from tensornet.io.safetensors_writer import ShardTask, write_shard, write_tensors
 
 
 class Moments:

@@ -8,8 +8,8 @@ import torch
 
 import tensornet as tn
 from tensornet.errors import FormatError
-from tensornet.pieces.piece import Piece
-from tensornet.pieces.writer import Written, intact
+from tensornet.io.safetensors_writer import Written, intact
+from tensornet.streaming.worker import Piece
 from tensornet_hf.sharded.source import Mark, Source, check_unchanged, digest
 from tensornet_hf.sharded.staging import Staging
 

@@ -18,8 +18,17 @@ import tensornet.compression
 from tensornet.compression import CalibrationStats, CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
+from tensornet.io.safetensors_writer import (
+    ShardTask,
+    Written,
+    copy_file,
+    file_digest,
+    write_file,
+    write_shard,
+)
 from tensornet.nn.expert_matrix import ExpertMatrix
-from tensornet.pieces.piece import (
+from tensornet.streaming.pool import run_tasks
+from tensornet.streaming.worker import (
     Piece,
     PieceTask,
     Use,
@@ -28,8 +37,6 @@ from tensornet.pieces.piece import (
     one_thread,
     peak_memory,
 )
-from tensornet.pieces.pool import run_tasks
-from tensornet.pieces.writer import ShardTask, Written, copy_file, file_digest, write_file, write_shard
 from tensornet_hf.atomic import check_free
 from tensornet_hf.card import CARD, write_card
 from tensornet_hf.checkpoint import INDEX

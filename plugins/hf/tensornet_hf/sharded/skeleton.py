@@ -12,9 +12,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from tensornet.errors import FormatError
-from tensornet.nn.adapters import LayerKind, layer_kind
-from tensornet.pieces.header import FLOATS, Slice
-from tensornet.pieces.piece import place
+from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.nn.stock_layers import LayerKind, layer_kind
+from tensornet.streaming.worker import place
 
 #: Types of model whose linear layers with these names are `Conv1D`, weight `(in, out)`.
 CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}

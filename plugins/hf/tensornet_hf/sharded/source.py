@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.errors import FormatError
-from tensornet.pieces.header import MAX_HEADER, Slice, read_header
+from tensornet.io.safetensors_header import MAX_HEADER, Slice, read_header
 from tensornet_hf.checkpoint import INDEX, WEIGHTS
 from tensornet_hf.safe_json import read_json
 

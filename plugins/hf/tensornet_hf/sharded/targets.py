@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from tensornet.compression import CompressionConfig, CompressionPlan, Target, find_targets
 from tensornet.errors import TargetError
-from tensornet.nn.adapters import layer_bias
-from tensornet.pieces.header import FLOATS, Slice
-from tensornet.pieces.matrix import StoredMatrix
-from tensornet.pieces.piece import PieceTask, Use
-from tensornet.pieces.writer import CHUNK
+from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.io.safetensors_writer import CHUNK
+from tensornet.nn.stock_layers import layer_bias
+from tensornet.streaming.stored_matrix import StoredMatrix
+from tensornet.streaming.worker import PieceTask, Use
 
 
 def find_tasks(

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
-from tensornet.cost import dense_seconds
+from tensornet.contraction.cost import dense_seconds
+from tensornet.contraction.machine import Machine, check_machine, default_machine
 from tensornet.errors import BudgetError, ShapeError, TopologyError
-from tensornet.machine import Machine, check_machine, default_machine
+from tensornet.linalg.svd import check_finite
 from tensornet.network import plan_operator
 from tensornet.nn.strategy import RECONSTRUCT, route_seconds
-from tensornet.search.candidates import (
+from tensornet.search.proposals import (
     Candidate,
     block_tt_candidates,
     built_candidate,
@@ -22,7 +23,6 @@ from tensornet.search.candidates import (
 )
 from tensornet.search.result import SearchPoint, TopologySearch, pareto_front
 from tensornet.search.spectra import CutSpectra
-from tensornet.svd import check_finite
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import opt_einsum
 
-from tensornet._optional import import_optional
+from tensornet.contraction.lowering import lower_path
+from tensornet.contraction.pairwise import TOKENS, ContractionPlan, PairStep, run
 from tensornet.errors import TopologyError
-from tensornet.lowering import lower_path
-from tensornet.plans import TOKENS, ContractionPlan, PairStep, run
+from tensornet.optional import import_optional
 
 __all__ = ["TOKENS", "ContractionPlan", "Optimize", "PairStep", "find_path", "plan_contraction", "run"]
 

@@ -25,11 +25,11 @@ from tensornet.compression import (
     plan,
 )
 from tensornet.errors import FormatError
-from tensornet.nn.adapters import layer_kind
-from tensornet.nn.build import module_spec
-from tensornet.pieces.header import Slice, read_header
-from tensornet.pieces.matrix import StoredMatrix
-from tensornet.pieces.writer import Written, write_tensors
+from tensornet.io.safetensors_header import Slice, read_header
+from tensornet.io.safetensors_writer import Written, write_tensors
+from tensornet.nn.serialization import module_spec
+from tensornet.nn.stock_layers import layer_kind
+from tensornet.streaming.stored_matrix import StoredMatrix
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tensornet.machine import Machine, check_machine, default_machine
+from tensornet.contraction.machine import Machine, check_machine, default_machine
 from tensornet.network import PLANNED_TOKENS, OperatorPlan
-from tensornet.nn.cache import CachedMatrix, compute_dtype, may_cache, may_write_in_place
 from tensornet.nn.explain import Explanation, explain
-from tensornet.nn.shortcut import Shortcut
+from tensornet.nn.fast_path import Shortcut
+from tensornet.nn.matrix_cache import CachedMatrix, compute_dtype, may_cache, may_write_in_place
 from tensornet.nn.strategy import (
     ALWAYS_CACHED,
     ALWAYS_RECONSTRUCT,
@@ -33,7 +33,7 @@ class RoutedModule(nn.Module):
 
     A kept matrix is no part of the state: it is not saved, copied, pickled or moved. It is dropped by
     `train()`, `eval()`, `.to()` and `set_cores`, and built again when a core has changed (see
-    `tensornet.nn.cache`). Compiled and exported programs never use one.
+    `tensornet.nn.matrix_cache`). Compiled and exported programs never use one.
     """
 
     plan: OperatorPlan
@@ -130,7 +130,7 @@ class RoutedModule(nn.Module):
 
         Returns:
             The position of a candidate in `plan.applies`, `RECONSTRUCT`, `CACHED`, or `SLICED - k` for the
-            k-th plan of `tensornet.slicing.plan_slices`.
+            k-th plan of `tensornet.contraction.slicing.plan_slices`.
         """
         # Tracers see the route without a kept matrix: it would become a constant that no update reaches.
         route = choose(self.bounds(on_cpu, may_keep=not torch.compiler.is_compiling()), tokens)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tensornet.errors import ShapeError
-from tensornet.svd import check_finite, fix_signs, working_dtype
+from tensornet.linalg.svd import check_finite, fix_signs, working_dtype
 
 #: Eigenvalues below this share of the largest count as zero where Cholesky fails.
 _EIGEN_FLOOR = 1e-12

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tensornet._optional import import_optional
 from tensornet.errors import DestinationError
+from tensornet.optional import import_optional
 
 
 def check_place(what: str, path: Path) -> None:

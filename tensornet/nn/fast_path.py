@@ -16,12 +16,12 @@ from torch._C import _get_tracing_state as tracing_state
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.nn.functional import linear
 
-from tensornet.nn.cache import may_cache
+from tensornet.contraction.bound import Sweep, bind_sweep
+from tensornet.nn.matrix_cache import may_cache
 from tensornet.nn.strategy import CACHED
-from tensornet.sweep import Sweep, bind_sweep
 
 if TYPE_CHECKING:
-    from tensornet.nn.routing import RoutedModule
+    from tensornet.nn.execution import RoutedModule
 
 
 #: Gives the output of a layer for an input: the product with the kept matrix or a contraction bound to the

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensornet.errors import FormatError
-from tensornet.pieces.header import FLOATS, INTEGERS, PYTORCH, Slice, in_file_order, make_header
+from tensornet.io.safetensors_header import FLOATS, INTEGERS, PYTORCH, Slice, in_file_order, make_header
 
 #: Bytes copied at a time.
 CHUNK = 1 << 24

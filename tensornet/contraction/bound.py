@@ -1,6 +1,6 @@
 """A contraction bound to the cores it is run with, for calls that take microseconds.
 
-`tensornet.plans.run` looks up, permutes and reshapes every operand in every call, which for one token takes
+`pairwise.run` looks up, permutes and reshapes every operand in every call, which for one token takes
 longer than the arithmetic. Where the input takes in one core after the other, most of that can be done once.
 Nothing is copied and kept: a bound core is a view, or is arranged in every call where a view would not do.
 """
@@ -12,7 +12,7 @@ from operator import methodcaller
 import torch
 from torch import Tensor
 
-from tensornet.plans import ContractionPlan
+from tensornet.contraction.pairwise import ContractionPlan
 
 #: Maps `x: (tokens, in)` and a bias or None to the output `(tokens, out)`, as `run` does.
 Sweep = Callable[[Tensor, Tensor | None], Tensor]

@@ -22,12 +22,18 @@ import torch
 from torch import Tensor
 
 from tensornet.checks import check_input
-from tensornet.cost import copy_seconds, dense_seconds, fresh_seconds, plan_seconds, product_seconds
-from tensornet.dims import divisors
-from tensornet.machine import Machine
+from tensornet.contraction.cost import (
+    copy_seconds,
+    dense_seconds,
+    fresh_seconds,
+    plan_seconds,
+    product_seconds,
+)
+from tensornet.contraction.machine import Machine
+from tensornet.contraction.pairwise import ContractionPlan, Copy, Product, run
+from tensornet.contraction.scratch import LIMIT, borrow
 from tensornet.network import plan_cores
-from tensornet.plans import ContractionPlan, Copy, Product, run
-from tensornet.scratch import LIMIT, borrow
+from tensornet.topologies.leg_dims import divisors
 from tensornet.topology import Topology
 
 #: A slice has at most so many elements, which stay near a core; more only where one block has more. Smaller

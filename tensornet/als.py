@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensornet.linalg.weighted_svd import Weighting, check_weighting
 from tensornet.mpo_algebra import canonicalize
 from tensornet.network import TensorNetwork, contract_to_matrix, plan_operator
-from tensornet.whitening import Weighting, check_weighting
 
 #: Families whose cores are a chain `(left, out, in, right)` that can be made orthonormal around one of them.
 CHAINS = ("mpo", "low_rank")

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from tensornet._optional import import_optional
 from tensornet.errors import TargetError
+from tensornet.optional import import_optional
 
 
 class LayerKind(ABC):

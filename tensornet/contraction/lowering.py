@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tensornet.cost import copy_seconds, product_seconds
-from tensornet.machine import CPU
-from tensornet.plans import TOKENS, ContractionPlan, Copy, PairStep, Product
+from tensornet.contraction.cost import copy_seconds, product_seconds
+from tensornet.contraction.machine import CPU
+from tensornet.contraction.pairwise import TOKENS, ContractionPlan, Copy, PairStep, Product
 
 Labels = tuple[str, ...]
 

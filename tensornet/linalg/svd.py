@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
+from tensornet.context import outside_autocast
 from tensornet.errors import BudgetError, NonFiniteError
-from tensornet.precision import outside_autocast
-from tensornet.subspace import iterated_basis, worth_iterating
+from tensornet.linalg.subspace_iteration import iterated_basis, worth_iterating
 
 Method = Literal["auto", "exact", "gram", "randomized"]
 METHODS = ("auto", "exact", "gram", "randomized")

@@ -2,9 +2,9 @@
 
 from torch import nn
 
+from tensornet.contraction.machine import Machine, default_machine
 from tensornet.errors import TargetError
-from tensornet.machine import Machine, default_machine
-from tensornet.nn.routing import RoutedModule
+from tensornet.nn.execution import RoutedModule
 from tensornet.nn.strategy import CACHED, Strategy, check_options, choose, route_seconds
 
 

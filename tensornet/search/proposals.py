@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tensornet.budget import Budget
-from tensornet.dims import divisors
 from tensornet.errors import BudgetError, TopologyError
+from tensornet.linalg.tt_svd import cap_bonds, max_bonds, mpo_params
 from tensornet.search.spectra import CutSpectra, rank_for
 from tensornet.topologies import low_rank, mpo, topology_family
 from tensornet.topologies.block_tt import block_tt
 from tensornet.topologies.factored import choose_dims
+from tensornet.topologies.leg_dims import divisors
 from tensornet.topology import Topology
-from tensornet.tt_svd import cap_bonds, max_bonds, mpo_params
 
 #: Matrix products are fastest where sizes are multiples of this, see `Machine.step_columns`.
 _STEP = 16

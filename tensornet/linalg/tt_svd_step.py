@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensornet.subspace import iterated_basis, worth_iterating
-from tensornet.svd import Method, factorize, fix_signs, working_dtype
+from tensornet.linalg.subspace_iteration import iterated_basis, worth_iterating
+from tensornet.linalg.svd import Method, factorize, fix_signs, working_dtype
 
 #: Smallest share of the energy cut away, in units of rounding, for which the fast step is trusted.
 _TRUSTED = 1e5

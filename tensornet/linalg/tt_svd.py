@@ -16,8 +16,7 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.checks import check_sizes
 from tensornet.errors import BudgetError, TopologyError
-from tensornet.split import split_block
-from tensornet.svd import (
+from tensornet.linalg.svd import (
     Method,
     allowed_energy,
     check_finite,
@@ -28,6 +27,7 @@ from tensornet.svd import (
     safe_scales,
     scaled_back,
 )
+from tensornet.linalg.tt_svd_step import split_block
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Files: safetensors read strictly, and written completely or not at all."""

@@ -1,0 +1,1 @@
+"""Singular value decompositions, plain and weighted, and the decompositions built on them."""
