@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
 import tensornet as tn
+from tensornet.calibration.batches import as_batch, run_model
+from tensornet.calibration.losses import label_losses, sampled_losses
 from tensornet.compression import refine
-from tensornet.compression.batches import as_batch, run_model
-from tensornet.compression.losses import label_losses, sampled_losses
 from tensornet.errors import TargetError
 
 CPU = torch.device("cpu")

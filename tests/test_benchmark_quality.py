@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-import tensornet.compression.forms
+import tensornet.compression.candidates
 import tensornet.compression.weighted
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
@@ -37,7 +37,7 @@ TOY = [
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a benchmark; what it replaces in the library is put back."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for module in (tensornet.compression.forms, tensornet.compression.weighted):
+    for module in (tensornet.compression.candidates, tensornet.compression.weighted):
         monkeypatch.setattr(module, "weighted_svd", module.weighted_svd)
 
     def load(name: str) -> ModuleType:

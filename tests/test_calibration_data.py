@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import tensornet as tn
+from tensornet.calibration.losses import IGNORED
 from tensornet.compression import cosine_losses, label_losses, sampled_losses
-from tensornet.compression.losses import IGNORED
 from tensornet_hf.calibration_data import calibration_data
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import tensornet as tn
 from tensornet.compression import find_targets
-from tensornet.compression.targets import matches
+from tensornet.nn.targets import matches
 from tensornet_hf import embedded_text
 from tensornet_hf.embedded import gpt2_path, heldout_text
 from tensornet_hf.text import load_tokenizer, token_ids

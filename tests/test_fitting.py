@@ -8,8 +8,8 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.als import fit_network
-from tensornet.compression.forms import Prices, joined, low_rank_forms, network_forms
-from tensornet.compression.networks import decompose_network, leg_moments, structured_start
+from tensornet.compression.candidates import Prices, joined, low_rank_forms, network_forms
+from tensornet.compression.network_fit import decompose_network, leg_moments, structured_start
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.topologies import topology_family

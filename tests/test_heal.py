@@ -13,8 +13,8 @@ from hf_models import llama, t5_relu
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression.heal import compressed_layers, layer_step, output_distance, trainable_cores
-from tensornet.compression.losses import losses_against
+from tensornet.calibration.losses import losses_against
+from tensornet.healing.heal import compressed_layers, layer_step, output_distance, trainable_cores
 
 
 def test_end_to_end_healing_brings_the_models_together() -> None:

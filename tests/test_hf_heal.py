@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression.heal import compressed_layers, output_distance, trainable_cores
+from tensornet.healing.heal import compressed_layers, output_distance, trainable_cores
 from tensornet_hf import conversion
 from tensornet_hf.calibration_data import calibration_data
 from tensornet_hf.cli.main import run
@@ -231,7 +231,7 @@ def test_command_line_goes_on_after_a_kill(tmp_path: Path) -> None:
 PROGRAM = """
 import os, signal, sys
 from tensornet_hf.cli.main import run
-module = sys.modules["tensornet.compression.heal"]
+module = sys.modules["tensornet.healing.heal"]
 before, made = module._end_to_end, []
 def step(*arguments):
     if len(made) == {stop_at}:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression import hooks
 from tensornet.errors import TargetError
+from tensornet.nn import structure_hooks as hooks
 
 
 class Model(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.als import fit_network
-from tensornet.compression.leg_sizes import best_dims, unbalanced_dims
-from tensornet.compression.networks import decompose_network, leg_moments, legs_of
+from tensornet.compression.leg_search import best_dims, unbalanced_dims
+from tensornet.compression.network_fit import decompose_network, leg_moments, legs_of
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.encoding import PLAIN
 from tensornet.topologies import topology_family

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression import forms, weighted
-from tensornet.compression.forms import Prices, low_rank_forms
-from tensornet.compression.stored import stored_network
+from tensornet.compression import candidates as forms
+from tensornet.compression import weighted
+from tensornet.compression.candidates import Prices, low_rank_forms
+from tensornet.compression.stored_error import stored_network
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.nn.encoding import Storage
 from tensornet.topologies import topology_names

@@ -1,22 +1,22 @@
 """Compressing whole models: targets, plans, reports."""
 
+from tensornet.calibration.calibrate import calibrate
+from tensornet.calibration.default_data import ProvidedData, register_calibration_provider
+from tensornet.calibration.losses import cosine_losses, label_losses, losses_against, sampled_losses
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, decompress
-from tensornet.compression.calibrate import calibrate
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.expansion import expanded, register_expansion
-from tensornet.compression.fast_paths import keep_off_fused_paths
-from tensornet.compression.files import load_model, save_model
-from tensornet.compression.heal import HealReport, heal
-from tensornet.compression.hooks import register_structure_hook, structure_changed
-from tensornet.compression.losses import cosine_losses, label_losses, losses_against, sampled_losses
+from tensornet.compression.model_files import load_model, save_model
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.planner import PreparedPlan, plan, prepare
-from tensornet.compression.providers import ProvidedData, register_calibration_provider
-from tensornet.compression.refine import RefineReport, refine
 from tensornet.compression.report import CompressionReport, LayerReport
-from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import Target, find_targets
+from tensornet.healing.heal import HealReport, heal
+from tensornet.healing.refine import RefineReport, refine
+from tensornet.nn.expansion import expanded, register_expansion
+from tensornet.nn.fused_paths import keep_off_fused_paths
+from tensornet.nn.structure_hooks import register_structure_hook, structure_changed
+from tensornet.nn.targets import Target, find_targets
 
 __all__ = [
     "CalibrationStats",

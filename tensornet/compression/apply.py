@@ -8,21 +8,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.expansion import expanded
-from tensornet.compression.global_plan import layer_weighting
-from tensornet.compression.hooks import structure_changed
+from tensornet.compression.curvature_plan import layer_weighting
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.stored import decompose_at, relative_gap
-from tensornet.compression.targets import Target, check_holder, compressed_names, find_targets
+from tensornet.compression.stored_error import decompose_at, relative_gap
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
+from tensornet.nn.expansion import expanded
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias
+from tensornet.nn.structure_hooks import structure_changed
+from tensornet.nn.targets import Target, check_holder, compressed_names, find_targets
 from tensornet.topologies import Decomposition, topology_family
 
 

@@ -6,14 +6,14 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from tensornet.calibration.batches import BatchLike
+from tensornet.calibration.default_data import Calibration, gather_statistics
 from tensornet.compression.apply import apply_plan
-from tensornet.compression.batches import BatchLike
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.planner import prepare
-from tensornet.compression.providers import Calibration, gather_statistics
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
-from tensornet.compression.targets import check_model
 from tensornet.errors import TargetError
+from tensornet.nn.targets import check_model
 
 
 @torch.inference_mode(False)  # what is made there could not be trained

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensornet.compression.batches import BatchLike, as_batch
-from tensornet.compression.losses import TokenLosses
-from tensornet.compression.modes import in_eval_mode
+from tensornet.calibration.batches import BatchLike, as_batch
+from tensornet.calibration.losses import TokenLosses
 from tensornet.errors import BudgetError, TargetError
+from tensornet.nn.modes import in_eval_mode
 
 
 @dataclass(frozen=True)

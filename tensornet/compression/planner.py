@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.budget import Budget
+from tensornet.calibration.batches import BatchLike
+from tensornet.calibration.losses import TokenLosses, losses_against
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, check_stats
-from tensornet.compression.batches import BatchLike
-from tensornet.compression.clock import Clock
+from tensornet.compression.candidates import LayerForms
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config, family_options
-from tensornet.compression.expansion import expanded
+from tensornet.compression.curvature_plan import choose_forms, layer_forms, storage_of
 from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
-from tensornet.compression.forms import LayerForms
-from tensornet.compression.global_plan import choose_forms, layer_forms, storage_of
-from tensornet.compression.losses import TokenLosses, losses_against
+from tensornet.compression.latency import Clock
 from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
-from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import Target, check_holder, check_loaded, find_targets
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.svd import check_finite, working_dtype
+from tensornet.nn.expansion import expanded
+from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets
 from tensornet.topologies import Decomposition, topology_family
 
 #: Budgets that are spent after preparation.
@@ -81,7 +81,7 @@ class PreparedPlan:
             stats: likewise.
             validation: batches as for `calibrate`, walked through several times: some ten thousand tokens,
                 of another source than the calibration text if the forecast is to hold for other text.
-            loss_fn: see `tensornet.compression.losses`; not one that draws labels. `losses_against(model)` if
+            loss_fn: see `tensornet.calibration.losses`; not one that draws labels. `losses_against(model)` if
                 absent: of labels, or one minus the cosine for encoders.
             shares: of the parameters of the targeted layers, to measure at; what lies between is
                 interpolated.

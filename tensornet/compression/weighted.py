@@ -5,9 +5,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from tensornet.compression.networks import decompose_network
-from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import Target
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.network_fit import decompose_network
 from tensornet.context import outside_autocast
 from tensornet.errors import TargetError
 from tensornet.linalg.svd import result_dtype
@@ -20,6 +19,7 @@ from tensornet.linalg.weighted_svd import (
     weighted_svd,
 )
 from tensornet.network import TensorNetwork
+from tensornet.nn.targets import Target
 from tensornet.topologies import Decomposition, low_rank
 from tensornet.topology import Topology
 

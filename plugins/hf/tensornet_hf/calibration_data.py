@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensornet.calibration.batches import Batch, BatchLike
+from tensornet.calibration.losses import IGNORED, TokenLosses
 from tensornet.compression import cosine_losses, label_losses, sampled_losses
-from tensornet.compression.batches import Batch, BatchLike
-from tensornet.compression.losses import IGNORED, TokenLosses
 from tensornet.errors import TargetError
 from tensornet_hf.text import load_tokenizer, token_ids, usual_context
 
@@ -39,7 +39,7 @@ class CalibrationData:
 
     Args:
         batches: keyword arguments of the model, or token indices.
-        loss_fn: see `tensornet.compression.losses`.
+        loss_fn: see `tensornet.calibration.losses`.
         tokens: how many the model reads, padding left out.
     """
 

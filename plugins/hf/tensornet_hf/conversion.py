@@ -23,9 +23,9 @@ from tensornet.compression import (
     find_targets,
     refine,
 )
-from tensornet.compression.heal import HealReport, heal
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
+from tensornet.healing.heal import HealReport, heal
 from tensornet_hf.calibration_data import CalibrationData, calibration_data
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.loading import load

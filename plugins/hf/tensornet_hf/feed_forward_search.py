@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tensornet.compression.targets import matches
 from tensornet.errors import TargetError
 from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.targets import matches
 from tensornet_hf.feed_forward import DropoutPlace, FeedForward, check_reading, computes_inside
 from tensornet_moe import SharedCoreMoE
 from tensornet_moe.ffn import ACTIVATIONS

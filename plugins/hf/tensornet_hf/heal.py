@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from tensornet.compression.batches import as_batch
-from tensornet.compression.heal import (
+from tensornet.calibration.batches import as_batch
+from tensornet.errors import TargetError
+from tensornet.healing.heal import (
     ADAPTER_LR,
     CORE_LR,
     check_teacher,
@@ -21,8 +22,7 @@ from tensornet.compression.heal import (
     relative_groups,
     trainable_cores,
 )
-from tensornet.compression.modes import in_eval_mode
-from tensornet.errors import TargetError
+from tensornet.nn.modes import in_eval_mode
 from tensornet_hf.text import load_tokenizer, token_ids
 
 #: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
@@ -78,7 +78,7 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """See `tensornet.compression.heal.output_distance`."""
+        """See `tensornet.healing.heal.output_distance`."""
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         device = next(model.parameters()).device
         self.teacher.to(device)

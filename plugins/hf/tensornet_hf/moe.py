@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet.compression.apply import set_submodule
-from tensornet.compression.hooks import structure_changed
+from tensornet.nn.structure_hooks import structure_changed
 from tensornet_hf.expert_banks import across_layers, alone, owner_place, put_owners
 from tensornet_hf.feed_forward import FeedForward
 from tensornet_hf.feed_forward_search import find_feed_forwards

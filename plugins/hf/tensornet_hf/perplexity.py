@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.nn.modes import in_eval_mode
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
 _LOGITS = 16_000_000

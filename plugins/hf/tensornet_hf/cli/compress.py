@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel
 
+from tensornet.calibration.default_data import gather_statistics
 from tensornet.compression import (
     CalibrationStats,
     CompressionConfig,
@@ -20,7 +21,6 @@ from tensornet.compression import (
     CompressionReport,
     prepare,
 )
-from tensornet.compression.providers import gather_statistics
 from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet_hf import conversion
 from tensornet_hf.cli import shared

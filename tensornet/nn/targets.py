@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tensornet.checks import check_type
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.readers import weight_is_read
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, kind_of
+from tensornet.nn.weight_readers import weight_is_read
 
 ALL = "all"
 

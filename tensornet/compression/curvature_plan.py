@@ -5,11 +5,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import CostCurve, spend_cost, spend_size, total_cost
-from tensornet.compression.clock import Clock
-from tensornet.compression.config import AUTO, CompressionConfig, family_options
-from tensornet.compression.forecast import UNMEASURED, Forecast
-from tensornet.compression.forms import (
+from tensornet.compression.candidates import (
     LayerForms,
     Prices,
     dense_form,
@@ -18,12 +16,14 @@ from tensornet.compression.forms import (
     low_rank_forms,
     network_forms,
 )
-from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import Target
+from tensornet.compression.config import AUTO, CompressionConfig, family_options
+from tensornet.compression.forecast import UNMEASURED, Forecast
+from tensornet.compression.latency import Clock
 from tensornet.compression.weighted import FORECAST_DAMPING, input_weighting, weighting_of
 from tensornet.errors import BudgetError, ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting, check_weighting
 from tensornet.nn.encoding import CHAINS, Storage
+from tensornet.nn.targets import Target
 
 
 def storage_of(config: CompressionConfig, objective: str) -> Storage:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.losses import TokenLosses, cosine_losses, default_losses, token_mask
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.expansion import expanded
-from tensornet.compression.losses import TokenLosses, cosine_losses, default_losses, token_mask
-from tensornet.compression.modes import in_eval_mode, uncompiled
-from tensornet.compression.stats import CalibrationStats
-from tensornet.compression.targets import check_loaded, check_model, find_targets
 from tensornet.errors import NonFiniteError, TargetError
+from tensornet.nn.expansion import expanded
+from tensornet.nn.modes import in_eval_mode, uncompiled
 from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.targets import check_loaded, check_model, find_targets
 
 Fisher = Literal["labels", "sampled"]
 
@@ -48,7 +48,7 @@ def calibrate(
             argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
             `DataLoader` gives them.
         config: observe the layers it selects; all if absent.
-        loss_fn: losses of single tokens, see `tensornet.compression.losses`; overrules `fisher`. If absent, a
+        loss_fn: losses of single tokens, see `tensornet.calibration.losses`; overrules `fisher`. If absent, a
             model that returns hidden states alone is judged by their cosine (`cosine_losses`).
         fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
             `"sampled"` at labels drawn from the model (the true one).

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tensornet.compression.networks import legs_of
+from tensornet.compression.network_fit import legs_of
 from tensornet.linalg.tt_svd import max_bonds
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.encoding import Storage

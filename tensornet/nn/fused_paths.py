@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from tensornet.compression.hooks import register_structure_hook
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.structure_hooks import register_structure_hook
 
 #: What PyTorch asks before it takes a fused path, by the class that asks.
 _QUESTIONS = {

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression.batches import Batch, run_model
-from tensornet.compression.blocks import ChainRun, Stop, find_chains
-from tensornet.compression.losses import token_mask
+from tensornet.calibration.batches import Batch, run_model
+from tensornet.calibration.losses import token_mask
+from tensornet.calibration.sequential import ChainRun, Stop, find_chains
 
 NEVER_REACHED = "the data never reached it"
 

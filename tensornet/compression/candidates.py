@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tensornet.compression.allocate import CostCurve
-from tensornet.compression.clock import Clock
-from tensornet.compression.leg_sizes import best_dims
-from tensornet.compression.networks import decompose_network, starts_of
-from tensornet.compression.stored import decompose_at, rounding_costs, stored_error, stored_network
+from tensornet.compression.latency import Clock
+from tensornet.compression.leg_search import best_dims
+from tensornet.compression.network_fit import decompose_network, starts_of
+from tensornet.compression.stored_error import decompose_at, rounding_costs, stored_error, stored_network
 from tensornet.compression.weighted import frobenius_errors, tail_costs
 from tensornet.errors import TopologyError
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tensornet.compression.batches import BatchLike
-from tensornet.compression.calibrate import calibrate
+from tensornet.calibration.batches import BatchLike
+from tensornet.calibration.calibrate import calibrate
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.stats import CalibrationStats
 from tensornet.errors import CalibrationWarning
 
 Calibration = CalibrationStats | Iterable[BatchLike]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression.batches import Batch, run_model
+from tensornet.calibration.batches import Batch, run_model
 
 
 class Stop(Exception):

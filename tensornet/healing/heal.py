@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.losses import pooled, token_mask
 from tensornet.checks import check_size
-from tensornet.compression.batches import Batch, BatchLike, as_batch, check_batches, run_model
-from tensornet.compression.heal_state import load_state, save_state
-from tensornet.compression.losses import pooled, token_mask
-from tensornet.compression.modes import in_eval_mode
 from tensornet.errors import NonFiniteError, TargetError
+from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.io.tensor_files import check_place
 from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.nn.modes import in_eval_mode
 from tensornet.nn.module import NetworkModule
 
 #: Distance between the outputs of the dense and the compressed model on a batch: a scalar.

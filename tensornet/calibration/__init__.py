@@ -1,0 +1,1 @@
+"""Calibration: second moments of a model's inputs and gradients, collected on text or data."""
