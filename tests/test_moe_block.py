@@ -17,7 +17,7 @@ import tensornet_moe as tm
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import build_module
 from tensornet_moe import ffn as ffn_module
-from tensornet_moe.grouped import group_rows, takes_grouped_mm
+from tensornet_moe.grouped_linear import group_rows, takes_grouped_mm
 
 FEATURES, HIDDEN, E = 8, 16, 4
 UP = tn.topologies.mpo(out_dims=(2, 4, 2), in_dims=(2, 2, 2), max_bond=6)

@@ -9,8 +9,8 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet_moe.joint import least_squares
-from tensornet_moe.stack import build_matrices, plan_stack
+from tensornet_moe.joint_fit import least_squares
+from tensornet_moe.stacked import build_matrices, plan_stack
 
 DIMS = {"out_dims": (2, 3, 2), "in_dims": (3, 2, 2)}
 CHAIN = tn.topologies.mpo(**DIMS, max_bond=4)

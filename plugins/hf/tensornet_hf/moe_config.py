@@ -8,7 +8,7 @@ import torch
 from tensornet.budget import Budget
 from tensornet_moe import Router
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
-from tensornet_moe.routing import COMBINE, Combine, router_kind
+from tensornet_moe.router_base import COMBINE, Combine, router_kind
 
 
 @dataclass(frozen=True)

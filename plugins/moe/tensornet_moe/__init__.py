@@ -1,17 +1,17 @@
 """Mixtures of experts that share cores: experts, routers, losses, gradient mask."""
 
-import tensornet_moe.build  # noqa: F401  (registers what checkpoints describe)
-from tensornet_moe.across import lend_shared_cores, share_across_layers
-from tensornet_moe.bank import ExpertBank, SharedCores
+import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
+from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
-from tensornet_moe.joint import JointFit
+from tensornet_moe.joint_fit import JointFit
+from tensornet_moe.layer import AuxLosses, RoutingStats, SharedCoreMoE, collect_aux_losses
 from tensornet_moe.losses import load_balancing_loss, router_z_loss
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
-from tensornet_moe.moe import AuxLosses, RoutingStats, SharedCoreMoE, collect_aux_losses
 from tensornet_moe.parallel import ParallelExperts, average_gradients, gather_experts, shard_experts
+from tensornet_moe.router_base import Router, Routing, register_router
 from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
-from tensornet_moe.routing import Router, Routing, register_router
+from tensornet_moe.sharing import lend_shared_cores, share_across_layers
 
 __all__ = [
     "AuxLosses",

@@ -13,12 +13,12 @@ from tensornet.network import random_cores
 from tensornet.topologies import topology_family
 from tensornet.topologies.factored import pad_core
 from tensornet.topology import Topology
-from tensornet_moe.bank import ExpertBank, SharedCores
-from tensornet_moe.cache import MatrixCache
 from tensornet_moe.checks import check_weights, check_whole
-from tensornet_moe.joint import JointFit, fit_jointly
-from tensornet_moe.stack import build_matrices, enclosing_topology, plan_stack, resolve_shared
-from tensornet_moe.start import Start, start_from_dense
+from tensornet_moe.expert_bank import ExpertBank, SharedCores
+from tensornet_moe.initialization import Start, start_from_dense
+from tensornet_moe.joint_fit import JointFit, fit_jointly
+from tensornet_moe.matrix_cache import MatrixCache
+from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
 #: Matrices of at least so many elements are built one after the other on CPUs: what one needs fits the caches
 #: and its memory is used again for the next, which saves a tenth of a training step.

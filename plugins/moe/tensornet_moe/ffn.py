@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.errors import ShapeError
-from tensornet_moe.bank import ExpertBank
-from tensornet_moe.compiled import expert_linear
-from tensornet_moe.grouped import Groups, grouped_linear, looped_linear, takes_grouped_mm
+from tensornet_moe.compiled_linear import expert_linear
+from tensornet_moe.expert_bank import ExpertBank
+from tensornet_moe.grouped_linear import Groups, grouped_linear, looped_linear, takes_grouped_mm
 
 #: Activations by name; names of the common model configurations included.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tensornet.errors import TargetError, TopologyError
-from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
-from tensornet_moe.grouped import Groups, group_rows
-from tensornet_moe.moe import SharedCoreMoE
+from tensornet_moe.grouped_linear import Groups, group_rows
+from tensornet_moe.layer import SharedCoreMoE
 
 
 class ParallelExperts(nn.Module):

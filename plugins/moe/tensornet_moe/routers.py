@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tensornet_moe.checks import check_whole
-from tensornet_moe.routing import Combine, Router, Routing, register_router
+from tensornet_moe.router_base import Combine, Router, Routing, register_router
 
 
 class TopKRouter(Router):

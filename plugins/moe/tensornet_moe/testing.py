@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensornet.errors import NonFiniteError
 from tensornet.nn import build_module
-from tensornet_moe.routing import Router, Routing
+from tensornet_moe.router_base import Router, Routing
 
 _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 

@@ -13,7 +13,7 @@ from tensornet.network import TensorNetwork
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_noise, check_weights, check_whole
-from tensornet_moe.stack import enclosing_topology, resolve_shared
+from tensornet_moe.stacked import enclosing_topology, resolve_shared
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tensornet.errors import ShapeError
 from tensornet_moe.checks import check_capacity, check_not_negative
 from tensornet_moe.ffn import ExpertFFN
-from tensornet_moe.grouped import group_rows
+from tensornet_moe.grouped_linear import group_rows
 from tensornet_moe.losses import load_balancing_loss, router_z_loss
-from tensornet_moe.routing import Router, Routing, limit_capacity
+from tensornet_moe.router_base import Router, Routing, limit_capacity
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tensornet.linalg.svd import check_finite, working_dtype
 from tensornet.network import random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
-from tensornet_moe.stack import StackPlan, build_matrices, plan_stack
+from tensornet_moe.stacked import StackPlan, build_matrices, plan_stack
 
 #: CGLS steps for one core in one sweep. More make a sweep dearer and save few sweeps.
 _INNER_STEPS = 8

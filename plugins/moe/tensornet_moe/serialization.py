@@ -8,12 +8,12 @@ from torch import nn
 
 from tensornet.nn import build_module, register_module_type
 from tensornet.topology import Topology
-from tensornet_moe.bank import AbsentCores, ExpertBank, SharedCores
+from tensornet_moe.expert_bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
-from tensornet_moe.moe import SharedCoreMoE
-from tensornet_moe.routing import Router
-from tensornet_moe.stack import enclosing_topology
+from tensornet_moe.layer import SharedCoreMoE
+from tensornet_moe.router_base import Router
+from tensornet_moe.stacked import enclosing_topology
 
 _Device = torch.device | str | None
 

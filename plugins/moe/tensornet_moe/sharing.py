@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from tensornet.errors import FormatError
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
-from tensornet_moe.bank import AbsentCores, SharedCores
 from tensornet_moe.checks import check_noise, check_weights, check_whole
+from tensornet_moe.expert_bank import AbsentCores, SharedCores
 from tensornet_moe.experts import DEFAULT_CACHE_BYTES, SharedCoreExperts
-from tensornet_moe.joint import fit_shared
-from tensornet_moe.stack import build_matrices, plan_stack
-from tensornet_moe.start import Start, with_noise
+from tensornet_moe.initialization import Start, with_noise
+from tensornet_moe.joint_fit import fit_shared
+from tensornet_moe.stacked import build_matrices, plan_stack
 
 
 @torch.no_grad()

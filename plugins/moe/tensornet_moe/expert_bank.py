@@ -11,7 +11,7 @@ from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_whole
-from tensornet_moe.stack import resolve_shared
+from tensornet_moe.stacked import resolve_shared
 
 
 class ExpertBank(nn.Module, ABC):
