@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import tensornet as tn
 import tensornet_hf as th
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.perplexity import perplexity
+from tensornet_hf.text.perplexity import perplexity
 
 SEED = 0
 

@@ -36,7 +36,7 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.streaming.worker import peak_memory
 from tensornet.topologies import mpo
-from tensornet_hf.sharded.staging import Staging
+from tensornet_hf.streaming.journal import Staging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record

@@ -46,7 +46,7 @@ def hold_pool(folder: str) -> None:
 
 def hold_destination(destination: str, ready: Connection) -> None:
     """Keep a destination locked until killed."""
-    from tensornet_hf.sharded.staging import staging
+    from tensornet_hf.streaming.journal import staging
 
     with staging(Path(destination)):
         ready.send("locked")
@@ -64,7 +64,7 @@ def compress_and_tell(
         limits: `file_size`: bytes beyond which no file grows; `data_growth`: bytes that this process may
             allocate on top of what it has.
     """
-    from tensornet_hf.sharded import compress_checkpoint
+    from tensornet_hf.streaming import compress_checkpoint
 
     if "file_size" in limits:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_size"],) * 2)

@@ -17,7 +17,7 @@ import tensornet as tn
 from tensornet_hf import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
-from tensornet_hf.text import load_tokenizer
+from tensornet_hf.text.tokens import load_tokenizer
 
 TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
 CHAIN = ("--param-ratio", 0.5, "--topology", "mpo", "--target", "h.0.mlp.c_fc")

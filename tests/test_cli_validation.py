@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from test_cli_failures import tensornet
 
+from tensornet_hf.checkpoint.load import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.loading import load
-from tensornet_hf.perplexity import perplexity
-from tensornet_hf.text import load_tokenizer, token_ids
+from tensornet_hf.text.perplexity import perplexity
+from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
 LAYERS, RATIO = ("--target", "*.mlp.*"), ("--param-ratio", "0.6")
 

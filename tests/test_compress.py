@@ -20,7 +20,7 @@ from tensornet.compression import find_targets
 from tensornet.nn.targets import matches
 from tensornet_hf import embedded_text
 from tensornet_hf.embedded import gpt2_path, heldout_text
-from tensornet_hf.text import load_tokenizer, token_ids
+from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import tensornet as tn
 import tensornet_hf
+from tensornet_hf.checkpoint.inspection import inspect_folder
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.inspection import inspect_folder
 
 PROGRAM = """
 import socket

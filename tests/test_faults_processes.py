@@ -20,7 +20,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError
 from tensornet.streaming.pool import WorkerError, run_tasks
-from tensornet_hf.sharded.staging import staging_folder
+from tensornet_hf.streaming.journal import staging_folder
 
 CONFIG = tn.CompressionConfig(**HALF)
 SMALL = {"max_shard_bytes": 6_000}
@@ -30,7 +30,7 @@ SMALL = {"max_shard_bytes": 6_000}
 def processes() -> multiprocessing.context.ForkServerContext:
     """Real processes that have the library imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tensornet_hf.sharded"])
+    context.set_forkserver_preload(["tensornet_hf.streaming"])
     return context
 
 

@@ -17,8 +17,8 @@ from sharded_folders import HALF, contents, save, save_tensors
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError, TensorNetError
-from tensornet_hf.sharded import run
-from tensornet_hf.sharded.staging import staging_folder
+from tensornet_hf.streaming import run
+from tensornet_hf.streaming.journal import staging_folder
 
 CONFIG = tn.CompressionConfig(**HALF)
 INDEX = "model.safetensors.index.json"

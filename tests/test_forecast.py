@@ -18,7 +18,7 @@ from tensornet.calibration.losses import label_losses
 from tensornet.compression import CompressionConfig, PreparedPlan, prepare, sampled_losses
 from tensornet.compression.forecast import Forecast, light_copy, mean_loss
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.text import load_tokenizer, token_ids
+from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
 numbers = st.floats(1e-6, 1e3)
 

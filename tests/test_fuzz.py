@@ -25,11 +25,11 @@ import tensornet_hf as th
 from tensornet.errors import TensorNetError
 from tensornet.io.safetensors_header import read_header
 from tensornet.io.safetensors_writer import write_tensors
-from tensornet_hf.checkpoint import check_layers, read_compression, read_headers
-from tensornet_hf.safe_json import read_json
-from tensornet_hf.sharded.manifest import MANIFEST, read_manifest
-from tensornet_hf.sharded.skeleton import check_values, model_skeleton, skeleton_from_names
-from tensornet_hf.sharded.staging import Staging
+from tensornet_hf.checkpoint.headers import check_layers, read_compression, read_headers
+from tensornet_hf.checkpoint.json_files import read_json
+from tensornet_hf.streaming.journal import Staging
+from tensornet_hf.streaming.manifest import MANIFEST, read_manifest
+from tensornet_hf.streaming.skeleton import check_values, model_skeleton, skeleton_from_names
 
 HEADERS, CONFIGS, DESCRIPTIONS, MANIFESTS, JOURNALS, PLANS = 6_000, 5_000, 3_500, 3_000, 1_500, 2_000
 #: 100 us to read a small file would be slow; a second is a hang.

@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.healing.heal import compressed_layers, output_distance, trainable_cores
-from tensornet_hf import conversion
-from tensornet_hf.calibration_data import calibration_data
+from tensornet_hf import pipeline as conversion
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.heal import HealingTrainer, TextWindows, freeze_all_but_cores, heal
 from tensornet_hf.peft import lora_config
+from tensornet_hf.text.calibration_data import calibration_data
+from tensornet_hf.training.heal import HealingTrainer, TextWindows, freeze_all_but_cores, heal
 
 OPTIONS: dict[str, Any] = {
     "learning_rate": 3e-3,

@@ -232,7 +232,7 @@ def test_hub_ids_are_fetched_without_pickles(tmp_path: Path, monkeypatch: pytest
         asked.update(options, name=name)
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr("tensornet_hf.loading.snapshot_download", snapshot_download)
+    monkeypatch.setattr("tensornet_hf.checkpoint.load.snapshot_download", snapshot_download)
     loaded = th.load("someone/model", revision="v2", subfolder="part", device_map="cpu")
     assert_same(loaded, architecture.compressed, architecture)
     assert (asked["name"], asked["revision"]) == ("someone/model", "v2")

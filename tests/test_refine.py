@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import tensornet as tn
 from tensornet.compression import refine
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.text import load_tokenizer, token_ids
+from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
 
 class Chain(nn.Module):

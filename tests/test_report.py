@@ -13,10 +13,10 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.compression.forecast import Forecast
-from tensornet_hf.perplexity import Perplexity
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, versions, write_report
 from tensornet_hf.report.page import compact_bytes, compact_count, predicted_curve
 from tensornet_hf.report.pictures import curve_picture, layers_picture, short_names, spectra_picture, spread
+from tensornet_hf.text.perplexity import Perplexity
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TargetError
-from tensornet_hf.sharded.mapped import mapped_model
+from tensornet_hf.streaming.mapped_model import mapped_model
 
 ONE_STACK = ["gpt2", "llama", "qwen2", "opt", "bert"]
 

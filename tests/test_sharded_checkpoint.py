@@ -19,8 +19,8 @@ from tensornet.compression import find_targets
 from tensornet.errors import DestinationError, FormatError, TargetError
 from tensornet.io.safetensors_header import load_slice, read_header
 from tensornet.io.safetensors_writer import ShardTask, write_shard, write_tensors
-from tensornet_hf.sharded.skeleton import skeleton_from_names
-from tensornet_hf.sharded.source import open_source
+from tensornet_hf.streaming.skeleton import skeleton_from_names
+from tensornet_hf.streaming.source import open_source
 
 EVERYTHING = tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6)
 LINEARS = tn.CompressionConfig(**HALF)

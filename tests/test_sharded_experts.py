@@ -16,9 +16,9 @@ from sharded_folders import contents, save_tensors
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import FormatError, NonFiniteError
-from tensornet_hf.sharded import run
-from tensornet_hf.sharded.mapped import mapped_model
-from tensornet_hf.sharded.staging import Staging
+from tensornet_hf.streaming import run
+from tensornet_hf.streaming.journal import Staging
+from tensornet_hf.streaming.mapped_model import mapped_model
 
 EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")

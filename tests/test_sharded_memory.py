@@ -43,7 +43,7 @@ def test_memory_does_not_grow_with_the_checkpoint(source: Path, tmp_path: Path, 
     assert size > 4 * ALLOWED
     config = tn.CompressionConfig(target_modules="re:.*expert0", topology="low_rank", max_bond=16)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tensornet_hf.sharded"])
+    context.set_forkserver_preload(["tensornet_hf.streaming"])
     answer, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=fault_tasks.compress_and_tell,

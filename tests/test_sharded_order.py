@@ -15,8 +15,8 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError
 from tensornet.streaming import pool
-from tensornet_hf.sharded import run
-from tensornet_hf.sharded.staging import Staging, staging, staging_folder
+from tensornet_hf.streaming import run
+from tensornet_hf.streaming.journal import Staging, staging, staging_folder
 
 CONFIG = tn.CompressionConfig(**HALF)
 SMALL = {"max_shard_bytes": 6_000}

@@ -14,12 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf import conversion
+from tensornet_hf import pipeline as conversion
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, t5_path
-from tensornet_hf.sharded import from_text
-from tensornet_hf.sharded.staging import staging_folder
-from tensornet_hf.text import load_tokenizer
+from tensornet_hf.streaming import text_statistics as from_text
+from tensornet_hf.streaming.journal import staging_folder
+from tensornet_hf.text.tokens import load_tokenizer
 
 TOKENS = 600
 HALF = ("--param-ratio", "0.5", "--calibration", "text.txt", "--calibration-tokens", str(TOKENS))
@@ -91,7 +91,7 @@ def test_statistics_survive_an_interruption(
     (work := staging_folder(Path("out").absolute())).mkdir()
     (work / ".calibration.of-a-killed-run").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr("tensornet_hf.sharded.run._write_shards", _interrupt)
+        patch.setattr("tensornet_hf.streaming.run._write_shards", _interrupt)
         assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 130
     assert sorted(x.name[:10] for x in work.iterdir()) == ["journal", "lock", "out", "pieces", "statistics"]
     assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 0

@@ -17,7 +17,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import expanded, find_targets
 from tensornet.errors import TargetError
-from tensornet_hf.split_experts import SplitExperts, experts_apart, split_experts
+from tensornet_hf.checkpoint.stacked_experts import SplitExperts, experts_apart, split_experts
 
 EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")

@@ -7,24 +7,24 @@ from tensornet.optional import require
 
 require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
 
-import tensornet_hf.layer_kinds  # noqa: F401  (registers layers of single architectures)
-from tensornet_hf.atomic import check_free, write_folder
-from tensornet_hf.callbacks import GradientMaskCallback, RouterStatsCallback
-from tensornet_hf.checkpoint import Checkpoint, StoredTensor, read_checkpoint
-from tensornet_hf.config import TensorNetworkConfig
-from tensornet_hf.default_calibration import embedded_text
-from tensornet_hf.loading import load, resolve_folder
-from tensornet_hf.moe import UpcycleReport, upcycle
-from tensornet_hf.moe_config import MoEConfig
-from tensornet_hf.quantizer import TensorNetworkQuantizer, prepare_for_saving
-from tensornet_hf.saving import decompress, save_model
-from tensornet_hf.sharded import (
+import tensornet_hf.falcon_linear  # noqa: F401  (registers layers of single architectures)
+from tensornet_hf.checkpoint.folders import check_free, write_folder
+from tensornet_hf.checkpoint.headers import Checkpoint, StoredTensor, read_checkpoint
+from tensornet_hf.checkpoint.load import load, resolve_folder
+from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
+from tensornet_hf.checkpoint.quantizer import TensorNetworkQuantizer, prepare_for_saving
+from tensornet_hf.checkpoint.save import decompress, save_model
+from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
+from tensornet_hf.moe.upcycle_config import MoEConfig
+from tensornet_hf.streaming import (
     CheckpointReport,
     WorkerError,
     calibrate_checkpoint,
     compress_checkpoint,
     verify_manifest,
 )
+from tensornet_hf.text.default_data import embedded_text
+from tensornet_hf.training.callbacks import GradientMaskCallback, RouterStatsCallback
 
 __all__ = [
     "Checkpoint",

@@ -8,15 +8,15 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
-from tensornet_hf import conversion
-from tensornet_hf.atomic import check_free
+from tensornet_hf import pipeline as conversion
+from tensornet_hf.checkpoint.folders import check_free
+from tensornet_hf.checkpoint.inspection import weight_bytes
+from tensornet_hf.checkpoint.save import save_model
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.inspection import weight_bytes
-from tensornet_hf.perplexity import Perplexity, perplexity
 from tensornet_hf.report import ModelFacts, Page, versions, write_report
 from tensornet_hf.report.page import plain
-from tensornet_hf.saving import save_model
-from tensornet_hf.text import continue_text, load_tokenizer, token_ids, usual_context
+from tensornet_hf.text.perplexity import Perplexity, perplexity
+from tensornet_hf.text.tokens import continue_text, load_tokenizer, token_ids, usual_context
 
 PROMPT = "And it came to pass in those days, that"
 _NEW_TOKENS = 60

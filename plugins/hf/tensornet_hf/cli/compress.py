@@ -22,16 +22,16 @@ from tensornet.compression import (
     prepare,
 )
 from tensornet.errors import BudgetError, DestinationError, TargetError
-from tensornet_hf import conversion
-from tensornet_hf.cli import shared
+from tensornet_hf import pipeline as conversion
+from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
+from tensornet_hf.checkpoint.inspection import weight_bytes
+from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.healing import HealingFile, check_correction, correct
-from tensornet_hf.destinations import HUB, require_free, save_to
-from tensornet_hf.inspection import weight_bytes
-from tensornet_hf.loading import resolve_folder
 from tensornet_hf.report import ModelFacts, Page, versions, write_report
 from tensornet_hf.report.page import compact_bytes
-from tensornet_hf.sharded import compress_checkpoint
-from tensornet_hf.sharded.from_text import statistics_of_text
+from tensornet_hf.streaming import compress_checkpoint
+from tensornet_hf.streaming.text_statistics import statistics_of_text
 
 
 def run(

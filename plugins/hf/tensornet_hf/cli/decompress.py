@@ -1,12 +1,12 @@
 """`tensornet decompress`: an ordinary model again."""
 
-from tensornet_hf import conversion
-from tensornet_hf.cli import shared
-from tensornet_hf.destinations import HUB, require_free, save_to
-from tensornet_hf.inspection import weight_bytes
-from tensornet_hf.loading import resolve_folder
+from tensornet_hf import pipeline as conversion
+from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
+from tensornet_hf.checkpoint.inspection import weight_bytes
+from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.checkpoint.save import decompress
+from tensornet_hf.cli import options as shared
 from tensornet_hf.report.page import compact_bytes
-from tensornet_hf.saving import decompress
 
 
 def run(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf.cli import shared
+from tensornet_hf.cli import options as shared
 from tensornet_hf.demo import PROMPT, Demo, run_demo
 from tensornet_hf.report.page import compact_bytes
 

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf.cli import shared
-from tensornet_hf.loading import load, resolve_folder
-from tensornet_hf.perplexity import perplexity
-from tensornet_hf.text import load_tokenizer, require_causal, token_ids, usual_context
+from tensornet_hf.checkpoint.load import load, resolve_folder
+from tensornet_hf.cli import options as shared
+from tensornet_hf.text.perplexity import perplexity
+from tensornet_hf.text.tokens import load_tokenizer, require_causal, token_ids, usual_context
 
 
 def run(

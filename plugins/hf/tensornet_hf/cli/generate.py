@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf.cli import shared
-from tensornet_hf.loading import load, resolve_folder
-from tensornet_hf.text import continue_text, load_tokenizer
+from tensornet_hf.checkpoint.load import load, resolve_folder
+from tensornet_hf.cli import options as shared
+from tensornet_hf.text.tokens import continue_text, load_tokenizer
 
 
 def run(

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet import CalibrationStats, HealReport
 from tensornet.compression import RefineReport
-from tensornet_hf import conversion
-from tensornet_hf.destinations import HUB
-from tensornet_hf.sharded.source import digest, open_source
+from tensornet_hf import pipeline as conversion
+from tensornet_hf.checkpoint.hub import HUB
+from tensornet_hf.streaming.source import digest, open_source
 
 
 class HealingFile:

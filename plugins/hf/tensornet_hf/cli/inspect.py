@@ -1,8 +1,8 @@
 """`tensornet inspect`: what a model folder holds."""
 
-from tensornet_hf.cli import shared
-from tensornet_hf.inspection import Inspection, inspect_folder
-from tensornet_hf.loading import resolve_folder
+from tensornet_hf.checkpoint.inspection import Inspection, inspect_folder
+from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.cli import options as shared
 from tensornet_hf.report.page import compact_bytes
 
 

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf import conversion
-from tensornet_hf.cli import shared
-from tensornet_hf.destinations import require_free, save_to
-from tensornet_hf.loading import resolve_folder
-from tensornet_hf.moe import UpcycleReport, upcycle
-from tensornet_hf.moe_config import MoEConfig
+from tensornet_hf import pipeline as conversion
+from tensornet_hf.checkpoint.hub import require_free, save_to
+from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.cli import options as shared
+from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
+from tensornet_hf.moe.upcycle_config import MoEConfig
 
 
 def run(

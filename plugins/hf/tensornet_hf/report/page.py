@@ -12,8 +12,8 @@ from typing import Any
 
 from tensornet.compression import CompressionPlan, CompressionReport
 from tensornet.optional import require
-from tensornet_hf.perplexity import Perplexity
 from tensornet_hf.report.spectra import BondSpectrum
+from tensornet_hf.text.perplexity import Perplexity
 
 #: Nats. Beyond, the perplexity is so far off that no budget worth having is left.
 _MEANINGFUL_RISE = 3.0

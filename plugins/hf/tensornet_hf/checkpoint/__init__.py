@@ -1,0 +1,1 @@
+"""Model folders: what transformers stores and loads, with compressed layers in it."""

@@ -1,0 +1,70 @@
+"""Reading off a live model which of its modules hold cores, and which parameters they share."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tensornet.nn.serialization import module_spec
+from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
+
+
+def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
+    """The description with which a model is stored; its `layers` are empty for an ordinary model.
+
+    Args:
+        model: any model.
+        compression: options to record, see `TensorNetworkConfig`.
+    """
+    layers = compressed_layers(model)
+    ties = shared_parameters(model, layers)
+    dtypes = {
+        name: str(tensor.dtype).removeprefix("torch.")
+        for name, tensor in model.state_dict().items()
+        if name not in ties and is_inside(name, layers)
+    }
+    counted = list(dtypes.values())
+    main = max(sorted(set(counted)), key=counted.count) if counted else None
+    return TensorNetworkConfig(
+        layers=layers,
+        ties=ties,
+        dtype=main,
+        other_dtypes={name: dtype for name, dtype in dtypes.items() if dtype != main},
+        compression=compression,
+    )
+
+
+def compressed_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Descriptions of the outermost modules that have one, by name; a module used twice is named twice."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        spec = module_spec(module)
+        if spec is not None and name and not is_inside(name, found):
+            found[name] = spec
+    return found
+
+
+def shared_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """`{name: owner}` for every parameter of a compressed module that another name owns.
+
+    The owner is the first name outside the compressed modules, or else the first inside.
+    """
+    names = set(layers)
+    named = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    owners: dict[int, str] = {}
+    for inside in (False, True):
+        for name, key in named:
+            if is_inside(name, names) is inside:
+                owners.setdefault(key, name)
+    return {name: owners[key] for name, key in named if is_inside(name, names) and owners[key] != name}
+
+
+def is_inside(name: str, layers: Iterable[str]) -> bool:
+    """Whether a dotted name lies below one of the named modules."""
+    names = layers if isinstance(layers, set | dict | frozenset) else set(layers)
+    end = name.rfind(".")
+    while end > 0:
+        if name[:end] in names:
+            return True
+        end = name.rfind(".", 0, end)
+    return False

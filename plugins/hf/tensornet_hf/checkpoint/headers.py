@@ -1,0 +1,261 @@
+"""Reading a model folder without loading it: what it promises, what it holds, and whether the two agree.
+
+Only headers are read. Nothing here allocates a weight, and nothing unpickles.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from tensornet.errors import FormatError
+from tensornet.nn.serialization import build_module
+from tensornet_hf.checkpoint.describe import is_inside
+from tensornet_hf.checkpoint.json_files import read_json
+from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+#: Names of dtypes in safetensors headers.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a header says of one tensor.
+
+    Args:
+        dtype: name as in torch, such as `"float32"`.
+        shape: its shape.
+        file: the file that holds it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose parts agree.
+
+    Args:
+        folder: where it is.
+        config: content of `config.json`.
+        compression: description of the compressed modules, None for an ordinary model.
+        tensors: every stored tensor by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    compression: TensorNetworkConfig | None
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold weights."""
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read and check a model folder.
+
+    Raises:
+        FormatError: naming what is missing, surplus, damaged or contradictory.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FormatError(_not_a_model(folder))
+    config = read_json(folder / "config.json")
+    tensors = read_headers(weight_files(folder))
+    compression = read_compression(config)
+    if compression is not None:
+        check_layers(compression, tensors, where=str(folder))
+    elif cores := [name for name in tensors if _names_a_core(name)]:
+        raise FormatError(
+            f"{folder} stores cores ({cores[0]} and {len(cores) - 1} more), but its config.json has no "
+            "quantization_config that describes them. Restore the config.json that was saved with the model."
+        )
+    return Checkpoint(folder, config, compression, tensors)
+
+
+def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
+    """The description of the compressed modules in a configuration, None for an ordinary model.
+
+    Raises:
+        FormatError: it is damaged, of an unknown version, or of another quantization method.
+    """
+    entry = config.get("quantization_config")
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        raise FormatError(
+            f"The model is quantized by {method!r}, not by {METHOD!r}. Use the original model, with weights "
+            "in floating point."
+        )
+    try:
+        return TensorNetworkConfig(**entry)
+    except FormatError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"The quantization_config of the model is damaged: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        FormatError: there is none, one is missing, or the weights are pickled.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        parts = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+            raise FormatError(f"{folder / INDEX} has no weight_map: it is not an index of weight files.")
+        files = sorted({folder / name for name in parts.values()})
+        if missing := [file.name for file in files if file.parent != folder or not file.is_file()]:
+            raise FormatError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Copy it again.")
+        return files
+    if pickles := [file.name for pattern in PICKLES for file in folder.glob(pattern)]:
+        raise FormatError(
+            f"{folder} holds its weights only as pickles ({', '.join(sorted(pickles))}), which can run code "
+            "when they are opened and are refused. Convert them to safetensors where you trust them, with "
+            "model.save_pretrained(folder)."
+        )
+    raise FormatError(f"{folder} holds no weights: there is no {WEIGHTS} and no {INDEX}.")
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Names, dtypes and shapes of all tensors in safetensors files.
+
+    Raises:
+        FormatError: a file is truncated or damaged, or two hold the same name.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # not a mapping
+                    part = opened.get_slice(name)
+                    if name in tensors:
+                        raise FormatError(f"{file} and {tensors[name].file} both store {name!r}.")
+                    dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+                    tensors[name] = StoredTensor(dtype, tuple(part.get_shape()), file)
+        except (SafetensorError, OSError, ValueError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(
+                f"{file} is truncated or damaged ({error}). Copy or download it again."
+            ) from error
+    return tensors
+
+
+def check_layers(
+    compression: TensorNetworkConfig, tensors: Mapping[str, StoredTensor], *, where: str
+) -> None:
+    """Compare the compressed modules that a description promises with what is stored.
+
+    Args:
+        compression: the description.
+        tensors: the headers.
+        where: folder, for messages.
+
+    Raises:
+        FormatError: a description that nothing can be built from, or a missing, surplus or wrong tensor.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer, spec in compression.layers.items():
+        expected |= {f"{layer}.{name}": shape for name, shape in promised_shapes(layer, spec).items()}
+    stored = {name: shape for name, shape in expected.items() if name not in compression.ties}
+    in_file = _renaming(list(stored), tensors)
+    for name, shape in stored.items():
+        _check_tensor(tensors.get(in_file(name)), name, shape, compression.stored_dtype(name), where)
+    for name, owner in compression.ties.items():
+        there = tensors.get(in_file(owner))
+        if there is None or owner in compression.ties or there.shape != expected.get(name):
+            raise FormatError(
+                f"{where}: quantization_config ties {name} to {owner}, which is not a stored tensor of that "
+                "shape."
+            )
+    known = {in_file(name) for name in stored}
+    layers = {in_file(layer) for layer in compression.layers}
+    if surplus := sorted(k for k in tensors.keys() - known if is_inside(k, layers) or _names_a_core(k)):
+        raise FormatError(
+            f"{where}: {', '.join(surplus)} stored, but not described in config.json. The weight files and "
+            "config.json belong to different saves."
+        )
+
+
+def _check_tensor(
+    stored: StoredTensor | None, name: str, shape: tuple[int, ...], dtype: str | None, where: str
+) -> None:
+    if stored is None:
+        raise FormatError(
+            f"{where}: {name} is missing. config.json promises it, the weight files do not hold it: they "
+            "belong to another save, or one is incomplete."
+        )
+    if stored.shape != shape:
+        raise FormatError(
+            f"{where}: {name} is stored with shape {list(stored.shape)}, its description says {list(shape)}."
+        )
+    if dtype is not None and stored.dtype != dtype:
+        raise FormatError(f"{where}: {name} is stored as {stored.dtype}, its description says {dtype}.")
+
+
+def _renaming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Callable[[str], str]:
+    """From names in the description to names in the files.
+
+    They differ by a prefix if one was written for a part of the model and the other for the whole.
+    """
+    if not names or any(name in tensors for name in names):
+        return str
+    longer = next((key for key in tensors if key.endswith("." + names[0])), None)
+    if longer is not None:
+        return lambda name: longer.removesuffix(names[0]) + name
+    part, _, shorter = names[0].partition(".")
+    return (lambda name: name.removeprefix(part + ".")) if shorter in tensors else str
+
+
+def _names_a_core(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("core_")
+
+
+def promised_shapes(layer: str, spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of the module that a description stands for; nothing is allocated.
+
+    Raises:
+        FormatError: nothing can be built from the description.
+    """
+    try:
+        module = build_module(spec, device="meta")
+    except (FormatError, RuntimeError, OverflowError, MemoryError) as error:
+        # torch raises RuntimeError for sizes beyond what it can count
+        raise FormatError(
+            f"The description of {layer!r} in quantization_config is unusable: {error}"
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _not_a_model(folder: Path) -> str:
+    what = (
+        "is a file" if folder.is_file() else "does not exist" if not folder.exists() else "has no config.json"
+    )
+    return (
+        f"{folder} is not a model folder: it {what}. Give a folder written by save_pretrained, or a hub id."
+    )

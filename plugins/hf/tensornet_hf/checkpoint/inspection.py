@@ -1,0 +1,109 @@
+"""What a model folder holds, told from its headers: no weight is loaded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tensornet.compression.plan import describe
+from tensornet.topology import Topology
+from tensornet_hf.checkpoint.headers import StoredTensor, read_checkpoint
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One compressed module of a folder.
+
+    Args:
+        name: in the model.
+        form: family and bonds, or the kind of module for others than single matrices.
+        shape: `(out_features, in_features)`, None for others than single matrices.
+        params: stored elements, bias included; 0 where another name owns the cores.
+        dense_params: elements of the dense weight (bias not counted), None for others.
+        dtype: of the cores, None where another name owns them.
+    """
+
+    name: str
+    form: str
+    shape: tuple[int, int] | None
+    params: int
+    dense_params: int | None
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model folder.
+
+    Args:
+        folder: where it is.
+        architecture: class named in its configuration.
+        format_version: of the description of compressed modules, None for an ordinary model.
+        params: elements of all stored tensors.
+        bytes: size of the weight files.
+        dtypes: elements by dtype.
+        layers: the compressed modules.
+        ties: names whose tensor is stored under another name.
+    """
+
+    folder: str
+    architecture: str
+    format_version: int | None
+    params: int
+    bytes: int
+    dtypes: dict[str, int]
+    layers: tuple[StoredLayer, ...]
+    ties: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+
+def inspect_folder(folder: str | Path) -> Inspection:
+    """Describe a model folder; everything that `tensornet_hf.load` would refuse in the headers is refused.
+
+    Raises:
+        FormatError: naming what is missing, surplus, damaged or contradictory.
+    """
+    checkpoint = read_checkpoint(folder)
+    description = checkpoint.compression
+    dtypes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    names = checkpoint.config.get("architectures") or ["unknown class"]
+    return Inspection(
+        folder=str(folder),
+        architecture=str(names[0]),
+        format_version=None if description is None else description.format_version,
+        params=sum(dtypes.values()),
+        bytes=weight_bytes(folder),
+        dtypes=dtypes,
+        layers=()
+        if description is None
+        else tuple(
+            _stored_layer(name, spec, checkpoint.tensors) for name, spec in description.layers.items()
+        ),
+        ties={} if description is None else dict(description.ties),
+    )
+
+
+def weight_bytes(folder: str | Path) -> int:
+    """Size of the safetensors files of a folder."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def _stored_layer(name: str, spec: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> StoredLayer:
+    inside = [tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")]
+    cores = [t.dtype for key, t in tensors.items() if key.startswith(f"{name}.core_")]
+    topology = Topology.from_dict(spec["topology"]) if "topology" in spec else None
+    single = topology is not None and spec["type"] in ("linear", "embedding")
+    return StoredLayer(
+        name=name,
+        form=describe(topology) if topology is not None and single else str(spec["type"]),
+        shape=topology.shape if topology is not None and single else None,
+        params=sum(math.prod(tensor.shape) for tensor in inside),
+        dense_params=math.prod(topology.shape) if topology is not None and single else None,
+        dtype=cores[0] if cores else None,
+    )

@@ -1,0 +1,123 @@
+"""`load`: a model from a folder or the hub, in its own class, with nothing missing and nothing left over."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from tensornet.errors import FormatError, NonFiniteError
+from tensornet_hf.checkpoint.describe import is_inside
+from tensornet_hf.checkpoint.headers import Checkpoint, read_checkpoint
+
+#: What a model needs, and nothing that has to be unpickled.
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+#: Options of `from_pretrained` that say which files on the hub are meant.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, compressed or not, in the class it was saved as.
+
+    Unlike `from_pretrained`, which only reports what is wrong with a checkpoint, this refuses it. Compressed
+    layers are never built dense. Pickled weights are refused.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a hub id.
+        kwargs: passed to `from_pretrained`. The dtype is the stored one unless given. `revision`, `token`,
+            `cache_dir`, `local_files_only` and `force_download` say which files on the hub are meant.
+
+    Raises:
+        FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
+        NonFiniteError: a stored core contains NaN or infinity.
+    """
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    folder = resolve_folder(path, **hub) / kwargs.pop("subfolder", "")
+    checkpoint = read_checkpoint(folder)
+    options = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
+    loaded: Any = model_class(checkpoint, **kwargs).from_pretrained(folder, **options)
+    model, info = loaded
+    _refuse_mismatch(checkpoint, info)
+    _refuse_non_finite(checkpoint, model)
+    return model
+
+
+def resolve_folder(path: str | Path, **hub: Any) -> Path:
+    """A local folder for a path or hub id; files from the hub are downloaded, or taken from its cache.
+
+    Args:
+        path: a folder, or a hub id; a folder wins.
+        hub: `revision`, `token` and the like, passed to `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FormatError: neither a folder nor a model that the hub or its cache has.
+    """
+    if Path(path).exists() or not isinstance(path, str) or path.startswith((".", "/", "~")):
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(HUB_FILES), **hub))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FormatError(
+            f"{path} is not a folder here, and as a hub id it could not be had: {reason}"
+        ) from error
+
+
+def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
+    """The class named in `architectures`.
+
+    Args:
+        checkpoint: what was read of the folder.
+        kwargs: `trust_remote_code=True` allows classes that the folder brings itself.
+
+    Raises:
+        FormatError: none is named, or transformers has no such class.
+    """
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    custom = (checkpoint.config.get("auto_map") or {}).values()
+    reference = next((r for r in custom if isinstance(r, str) and r.endswith(f".{name}")), None)
+    if reference is not None and kwargs.get("trust_remote_code"):
+        return get_class_from_dynamic_module(reference, str(checkpoint.folder))
+    raise FormatError(
+        f"{checkpoint.folder}: config.json names the class {name!r} under 'architectures', which "
+        f"transformers {transformers.__version__} does not have. Update transformers, or load the folder "
+        "with the AutoModel class that fits (after import tensornet_hf); a class that the folder brings "
+        "itself needs trust_remote_code=True."
+    )
+
+
+def _refuse_mismatch(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise FormatError(f"{checkpoint.folder} lacks weights: {_some(missing)}.")
+    if surplus and checkpoint.compression is not None:
+        raise FormatError(
+            f"{checkpoint.folder} stores weights that the model does not have: {_some(surplus)}."
+        )
+    if surplus:
+        # Usual for models of others: heads of the pre-training, masks that older versions saved.
+        warnings.warn(f"{checkpoint.folder}: not used by the model: {_some(surplus)}.", stacklevel=3)
+
+
+def _refuse_non_finite(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    layers = set(checkpoint.compression.layers if checkpoint.compression else ())
+    for name, parameter in model.named_parameters():
+        if is_inside(name, layers) and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"{checkpoint.folder}: {name} contains NaN or infinity. The file is damaged, or was saved "
+                "from a model whose training diverged."
+            )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,93 @@
+"""Putting empty compressed modules into a model skeleton, under the names of its class."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tensornet.compression.apply import set_submodule
+from tensornet.errors import FormatError
+from tensornet.nn.serialization import build_module
+from tensornet.nn.stock_layers import kind_of
+from tensornet.topology import Topology
+from tensornet_hf.moe.banks import make_room
+from tensornet_moe import lend_shared_cores
+
+
+def place_layers(
+    model: PreTrainedModel, layers: Mapping[str, Any], *, dtype: torch.dtype | None
+) -> dict[str, str]:
+    """Replace modules of a skeleton by empty ones made from descriptions.
+
+    Args:
+        model: on the meta device; changed in place.
+        layers: descriptions by the name in the model that was saved.
+        dtype: dtype of the new parameters.
+
+    Returns:
+        Name in this model of each module, by its name in the saved one. Another class than the saved one
+        (with another head, or none) lacks some, which are then left out.
+
+    Raises:
+        FormatError: a module has no place in the model, or does not fit there.
+    """
+    make_room(model, layers)
+    names = {layer: name for layer in layers if (name := _name_in(model, layer)) is not None}
+    saved_as = getattr(model.config, "architectures", None) or []
+    absent = [layer for layer in layers if layer not in names]
+    if absent and (not names or type(model).__name__ in saved_as):
+        raise FormatError(
+            f"{type(model).__name__} has no module {absent[0]!r}, which quantization_config describes; it "
+            f"was saved as {', '.join(saved_as) or 'an unknown class'}."
+        )
+    for layer, name in names.items():
+        _check_place(name, model.get_submodule(name), layers[layer])
+    for layer, name in names.items():
+        set_submodule(model, name, build_module(layers[layer], device="meta", dtype=dtype))
+    lend_shared_cores(model)
+    return names
+
+
+def rename(parameter: str, names: Mapping[str, str]) -> str | None:
+    """A parameter's name in this model, from its name in the saved one; None if its module is not here.
+
+    Names outside the compressed modules are returned as they are.
+    """
+    layer = parameter
+    while layer:
+        layer = layer.rpartition(".")[0]
+        if layer in names:
+            return names[layer] + parameter[len(layer) :]
+    return parameter
+
+
+def _name_in(model: PreTrainedModel, layer: str) -> str | None:
+    """transformers saves a model with or without its head: names differ by the prefix of the base model."""
+    prefix = f"{model.base_model_prefix}."
+    for name in (layer, prefix + layer, layer.removeprefix(prefix)):
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            continue
+        return name
+    return None
+
+
+def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any]) -> None:
+    """Linear layers and embeddings must stand for the layer that is there; other types choose freely."""
+    if spec.get("type") not in ("linear", "embedding"):
+        return
+    kind = kind_of(module)
+    shape = Topology.from_dict(spec["topology"]).shape
+    if kind is None or kind.name != spec["source"]:
+        raise FormatError(
+            f"quantization_config describes {name!r} in place of a {spec['source']!r} layer, the model has a "
+            f"{type(module).__name__} there."
+        )
+    if tuple(kind.matrix(module).shape) != shape:
+        raise FormatError(
+            f"quantization_config describes {name!r} with shape {list(shape)}, the model has shape "
+            f"{list(kind.matrix(module).shape)} there (out_features, in_features)."
+        )

@@ -1,0 +1,176 @@
+"""The quantization method "tensornet": how transformers loads and saves compressed models."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
+
+from tensornet.compression import compress, decompress, register_structure_hook
+from tensornet.errors import FormatError
+from tensornet_hf.checkpoint import ties
+from tensornet_hf.checkpoint.attach import attach, detach
+from tensornet_hf.checkpoint.describe import describe, is_inside
+from tensornet_hf.checkpoint.headers import check_layers, read_headers
+from tensornet_hf.checkpoint.parallelism import check_distribution
+from tensornet_hf.checkpoint.placement import place_layers, rename
+from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
+from tensornet_hf.checkpoint.stacked_experts import settle_experts, split_experts
+from tensornet_hf.moe.aux_losses import join_aux_losses
+
+
+class TensorNetworkQuantizer(HfQuantizer):
+    """Loads cores into modules made for them, or compresses what was loaded dense; saves cores only.
+
+    transformers makes one for each model it loads, and `tensornet.compress` one for each model it compresses.
+    """
+
+    quantization_config: TensorNetworkConfig
+
+    def __init__(self, quantization_config: TensorNetworkConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._ties: dict[str, str] = {}
+        self._layers: list[str] = []
+
+    @property
+    def is_trainable(self) -> bool:
+        """Cores are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without this as well, `Trainer` asks for an adapter."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Contractions are planned when a layer is built, so `forward` is plain tensor code."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Everything can be saved."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put empty modules, on the meta device, where the cores will be loaded."""
+        files = [Path(file) for file in checkpoint_files or []]
+        if pickles := [file.name for file in files if file.suffix != ".safetensors"]:
+            raise FormatError(
+                f"{', '.join(pickles)}: only safetensors files are loaded, pickles can run code when they "
+                "are opened. Convert the model where you trust it, with model.save_pretrained(folder)."
+            )
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        stored = read_headers(files)
+        if files:
+            check_layers(config, stored, where=str(files[0].parent))
+        prefix = f"{model.base_model_prefix}."  # with or without it: it depends on the head
+        split_experts(
+            model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))]
+        )
+        names = place_layers(model, config.layers, dtype=dtype)
+        check_distribution(model, {name: config.layers[layer] for layer, name in names.items()})
+        self._layers = list(names.values())
+        if files:
+            _refuse_random_head(model, self._layers, stored)
+        renamed = {rename(k, names): rename(v, names) for k, v in config.ties.items()}
+        self._ties = {k: v for k, v in renamed.items() if k and v and is_inside(k, self._layers)}
+        ties.hand_over(model, self._layers, {}, loading=True)
+        ties.detach_targets(model, self._ties)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Tie shared cores; or compress, if the model was stored dense."""
+        if not self.pre_quantized:
+            detach(model)  # what `postprocess_model` put on describes nothing yet
+            options = self.quantization_config.compression_config
+            compress(model, options, progress=logging.is_progress_bar_enabled())
+            _prepare(model, compression=self.quantization_config.compression)
+            return
+        _refuse_unloaded(model, self._layers)
+        ties.attach_targets(model, self._ties)
+        _prepare(model, compression=self.quantization_config.compression)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
+        """What `save_pretrained` writes: every tensor once. Called before the configuration is written."""
+        config = describe(model, compression=self.quantization_config.compression)
+        if not config.layers:
+            detach(model)
+            return None, {}
+        self.quantization_config = config
+        attach(model, config, self)
+        return {k: v for k, v in model.state_dict().items() if k not in config.ties}, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Behind `model.dequantize()`."""
+        decompress(model)
+        return model
+
+
+def prepare_for_saving(model: nn.Module) -> bool:
+    """Make a Hugging Face model describe itself as what it is now: compressed or not.
+
+    `tensornet.compress`, `tensornet.decompress` and `tensornet_hf.upcycle` do this themselves. Call it after
+    replacing layers by hand.
+
+    Args:
+        model: a Hugging Face model, or a module that holds one.
+
+    Returns:
+        Whether there was a Hugging Face model.
+    """
+    found = _outermost(model)
+    for part in found:
+        _prepare(part)
+    return bool(found)
+
+
+def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) -> None:
+    settle_experts(model)
+    config = describe(model, compression=compression)
+    if config.layers:
+        attach(model, config, TensorNetworkQuantizer(config))
+        join_aux_losses(model)
+    elif isinstance(getattr(model, "hf_quantizer", None), TensorNetworkQuantizer):
+        detach(model)
+
+
+def _outermost(module: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _outermost(child)]
+
+
+def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Iterable[str]) -> None:
+    """A model saved without its head has none to load where the head was tied to a table of cores."""
+    stored = set(stored)
+    for target, source in model.all_tied_weights_keys.items():
+        if is_inside(source, set(layers)) and not is_inside(target, set(layers)) and target not in stored:
+            raise FormatError(
+                f"{target} of {type(model).__name__} would be the table {source.removesuffix('.weight')}, "
+                "which is made of cores here, and no head was saved. Load the model without a head "
+                "(AutoModel), or compress and save the class that has one."
+            )
+
+
+def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
+    """transformers only reports a parameter that it found nowhere, and fills it with something."""
+    for name, parameter in model.named_parameters():
+        # Set by transformers on everything that it loaded.
+        if is_inside(name, set(layers)) and not getattr(parameter, "_is_hf_initialized", False):
+            raise FormatError(f"{name} was not among the weights that were given; every core is needed.")
+
+
+register_quantization_config(METHOD)(TensorNetworkConfig)
+register_quantizer(METHOD)(TensorNetworkQuantizer)
+register_structure_hook(prepare_for_saving)

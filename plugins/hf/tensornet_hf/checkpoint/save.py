@@ -1,0 +1,88 @@
+"""`save_model` and `decompress`: whole folders, written completely or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+import tensornet as tn
+from tensornet.errors import TargetError
+from tensornet_hf.checkpoint.describe import compressed_layers
+from tensornet_hf.checkpoint.folders import write_folder
+from tensornet_hf.checkpoint.quantizer import prepare_for_saving
+
+#: What goes along from the source: tokenizer, templates, licence. Weights, pickles and code do not.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
+LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
+#: Written anew by `save_pretrained`, or about weights that are not copied.
+NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
+
+
+def save_model(
+    model: PreTrainedModel,
+    destination: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
+
+    Args:
+        model: what to save.
+        destination: the new folder.
+        source: the folder that the model came from; its tokenizer and other small files are copied.
+        force: replace a model folder that is at the destination.
+
+    Returns:
+        The destination.
+
+    Raises:
+        DestinationError: it exists already, is the source, or cannot be written (full disk); nothing is left.
+    """
+    sources = (Path(source),) if source is not None else ()
+    prepare_for_saving(model)
+    with write_folder(destination, force=force, sources=sources) as folder:
+        model.save_pretrained(folder)
+        for origin in sources:
+            copy_small_files(origin, folder)
+    return Path(destination)
+
+
+def copy_small_files(source: Path, destination: Path) -> list[str]:
+    """Copy tokenizer, templates and licence from one model folder to another, replacing nothing.
+
+    Returns:
+        Names of the copied files.
+    """
+    copied = []
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in SMALL_FILES or file.stem.upper() in LEGAL_FILES
+        if not wanted or file.name in NOT_COPIED or file.name.endswith(".index.json") or not file.is_file():
+            continue
+        if not (destination / file.name).exists():
+            shutil.copyfile(file, destination / file.name)  # follows the links of the hub's cache
+            copied.append(file.name)
+    return copied
+
+
+def decompress(model: nn.Module) -> nn.Module:
+    """Put stock layers back, so that the saved folder is one that transformers alone can load.
+
+    Same as `tensornet.decompress`, but refuses to leave anything behind that needs this library.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: the model holds modules that have no dense form, such as experts.
+    """
+    layers = compressed_layers(model)
+    if stays := [name for name, spec in layers.items() if spec["type"] not in ("linear", "embedding")]:
+        kinds = sorted({str(layers[name]["type"]) for name in stays})
+        raise TargetError(
+            f"{len(stays)} modules of type {', '.join(kinds)} have no stock layer to go back to: "
+            f"{', '.join(stays[:5])}. Nothing was changed."
+        )
+    return tn.decompress(model)

@@ -1,0 +1,169 @@
+"""The banks of experts of every network: each matrix alone, or those of all layers together."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
+from tensornet_hf.moe.feed_forward import FeedForward
+from tensornet_hf.moe.upcycle_config import MoEConfig
+from tensornet_moe import SharedCoreExperts, SharedCores, share_across_layers
+
+#: Attribute of a model under which the cores stand that its layers share.
+OWNERS = "shared_cores"
+
+
+def alone(
+    network: FeedForward, config: MoEConfig, seed: int, made: Mapping[str, SharedCoreExperts]
+) -> dict[str, SharedCoreExperts]:
+    """Banks of one network by name; those that were not made together with other layers are made here."""
+    banks = dict(made)
+    for position, name in enumerate(network.matrices):
+        if name in made:
+            continue
+        with _errors_name(f"{network.name}.{name}"):
+            banks[name] = SharedCoreExperts.from_dense(
+                network.matrix(name),
+                num_experts=config.num_experts,
+                topology=config.topology,
+                shared=config.shared,
+                noise=config.noise,
+                seed=seed * 3 + position,
+                max_bond=config.max_bond,
+                rel_error=config.rel_error,
+                param_ratio=config.param_ratio,
+                **_family_options(config, is_down=name == network.matrices[-1]),
+            )
+    return {name: banks[name] for name in network.matrices}
+
+
+def across_layers(
+    networks: Sequence[FeedForward], config: MoEConfig, place: nn.Module | None, *, progress: bool = False
+) -> tuple[list[SharedCores], list[dict[str, SharedCoreExperts]]]:
+    """Banks whose shared cores belong to all layers with a matrix of one name and shape.
+
+    Args:
+        networks: of the model.
+        config: what to make of them.
+        place: see `owner_place`; None shares nothing across layers.
+        progress: show a progress bar.
+
+    Returns:
+        Owners of the shared cores, and for each network its banks by name. A matrix that no other layer
+        matches has no bank among them.
+    """
+    owners: list[SharedCores] = []
+    made: list[dict[str, SharedCoreExperts]] = [{} for _ in networks]
+    groups = [] if place is None else _groups(networks)
+    for group in tqdm(groups, desc="fitting layers jointly", disable=not progress, unit="matrix"):
+        weights = [networks[index].matrix(group.name) for index in group.networks]
+        label = _free_label(place, owners, group)
+        with _errors_name(f"{group.name} of {len(weights)} layers"):
+            owner, banks = share_across_layers(
+                torch.stack([w.to(weights[0]) for w in weights]),
+                num_experts=config.num_experts,
+                label=label,
+                topology=config.topology,
+                shared=config.shared,
+                noise=config.noise,
+                seed=config.seed,
+                max_bond=config.max_bond,
+                **_family_options(config, is_down=group.is_down),
+            )
+        owners.append(owner)
+        for index, bank in zip(group.networks, banks, strict=True):
+            made[index][group.name] = bank
+    return owners, made
+
+
+def owner_place(model: nn.Module) -> nn.Module:
+    """The module beside whose layers shared cores belong: the body of the model, with or without a head.
+
+    Raises:
+        TargetError: the model is a bare container, which would run the owner as one of its layers.
+    """
+    place = model.base_model if isinstance(model, PreTrainedModel) else model
+    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise TargetError(
+            f"share_across_layers=True needs a place for the shared cores, and a {type(place).__name__} "
+            "would take them for a layer. Put it into a module of its own, and upcycle that."
+        )
+    return place
+
+
+def put_owners(place: nn.Module, owners: Mapping[str, nn.Module]) -> None:
+    """Put owners, by label, where `owner_place` says."""
+    if owners and OWNERS not in place._modules:
+        place.add_module(OWNERS, nn.ModuleDict())
+    for label, owner in owners.items():
+        place.get_submodule(OWNERS).add_module(label, owner)
+
+
+def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Put empty modules where a saved model had owners, which no class of transformers makes.
+
+    Args:
+        model: a skeleton.
+        layers: names of described modules in the model that was saved.
+    """
+    for layer in layers:
+        parent, _, label = layer.rpartition(".")
+        if parent.rpartition(".")[2] == OWNERS:
+            put_owners(model.base_model, {label: nn.Module()})
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices of one name and shape.
+
+    Args:
+        name: of the matrix.
+        shape: `(out, in)`.
+        is_down: whether it maps back to the width of the model.
+        networks: positions of its networks.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    is_down: bool
+    networks: tuple[int, ...]
+
+
+def _groups(networks: Sequence[FeedForward]) -> list[_Group]:
+    found: dict[tuple[str, tuple[int, int], bool], list[int]] = {}
+    for index, network in enumerate(networks):
+        for name in network.matrices:
+            rows, columns = network.matrix(name).shape
+            found.setdefault((name, (rows, columns), name == network.matrices[-1]), []).append(index)
+    return [_Group(*key, tuple(where)) for key, where in found.items() if len(where) > 1]
+
+
+def _free_label(place: nn.Module | None, owners: Sequence[SharedCores], group: _Group) -> str:
+    taken = {owner.label for owner in owners} | set(getattr(place, OWNERS, {}))
+    label = f"{group.name}_{group.shape[0]}x{group.shape[1]}"
+    return next(x for x in (label, *(f"{label}_{k}" for k in range(2, len(taken) + 3))) if x not in taken)
+
+
+@contextmanager
+def _errors_name(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (BudgetError, NonFiniteError, ShapeError, TopologyError) as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _family_options(config: MoEConfig, *, is_down: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    dims = (config.model_dims, config.hidden_dims)
+    if config.topology == "mpo":
+        options["out_dims"], options["in_dims"] = dims if is_down else dims[::-1]
+        options["sites"] = config.sites if config.sites or any(d is not None for d in dims) else 5
+    elif config.sites is not None or any(d is not None for d in dims):
+        options = {"sites": config.sites, "model_dims": config.model_dims, "hidden_dims": config.hidden_dims}
+    return {key: value for key, value in options.items() if value is not None}

@@ -1,0 +1,242 @@
+"""A model folder on its way to another form: open, plan, carry out."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tensornet.compression import (
+    CalibrationStats,
+    CompressionConfig,
+    CompressionPlan,
+    CompressionReport,
+    RefineReport,
+    apply_plan,
+    calibrate,
+    cosine_losses,
+    expanded,
+    find_targets,
+    refine,
+)
+from tensornet.compression.report import layer_reports, model_size
+from tensornet.errors import TargetError
+from tensornet.healing.heal import HealReport, heal
+from tensornet_hf.checkpoint.headers import read_checkpoint
+from tensornet_hf.checkpoint.load import load
+from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
+from tensornet_hf.text.calibration_data import CalibrationData, calibration_data
+
+#: Of a validation text. It is run once for the dense model and once for each size that is measured.
+VALIDATION_TOKENS = 10_240
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_dense(folder: Path) -> PreTrainedModel:
+    """Load a model that is to be compressed, in the dtype it is stored in.
+
+    Raises:
+        FormatError: the folder is not a model, or damaged.
+        TargetError: it is compressed already.
+    """
+    if read_checkpoint(folder).compression is not None:
+        raise TargetError(
+            f"{folder} is compressed already. Compress the original again, or run tensornet decompress first."
+        )
+    return load(folder)
+
+
+def open_compressed(folder: Path) -> PreTrainedModel:
+    """Load a model that is to be made dense again.
+
+    Raises:
+        FormatError: the folder is not a model, or damaged.
+        TargetError: it is not compressed.
+    """
+    if read_checkpoint(folder).compression is None:
+        raise TargetError(f"{folder} is an ordinary model; there is nothing to decompress.")
+    return load(folder)
+
+
+def collect_stats(
+    model: PreTrainedModel,
+    folder: Path,
+    text: str,
+    *,
+    name: str,
+    config: CompressionConfig,
+    tokens: int,
+    progress: bool = False,
+) -> CalibrationStats:
+    """Run a model over a text and collect what decides where parameters are spent.
+
+    Args:
+        model: dense; what it makes of a text is said in `tensornet_hf.text.calibration_data`.
+        folder: holds its tokenizer.
+        text: like what the model will see; its beginning is used.
+        name: how reports call the text.
+        config: observe the layers it selects.
+        tokens: how much of the text to use; a few ten thousand are enough.
+        progress: show a progress bar.
+
+    Raises:
+        TargetError: a model for which text alone says too little.
+        ValueError: the text is too short.
+    """
+    data = calibration_data(model, folder, text, tokens=tokens)
+    source = f"{data.tokens:,} tokens of {name}"
+    return calibrate(
+        model, data.batches, config=config, loss_fn=data.loss_fn, source=source, progress=progress
+    )
+
+
+def validation_data(model: PreTrainedModel, folder: Path, text: str) -> CalibrationData:
+    """Batches of the beginning of a text, for `PreparedPlan.measured`.
+
+    Raises:
+        TargetError: a classifier, which a text gives no labels that a loss could be measured with.
+        ValueError: the text is too short.
+    """
+    data = calibration_data(model, folder, text, tokens=VALIDATION_TOKENS)
+    labelled = all(isinstance(batch, Tensor) or "labels" in batch for batch in data.batches)
+    if not labelled and data.loss_fn is not cosine_losses:
+        raise TargetError(
+            f"{type(model).__name__} is neither a language model nor an encoder: no loss could be measured "
+            "on the validation text. Leave it out."
+        )
+    return data
+
+
+def heal_on(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    text: str,
+    *,
+    steps: int,
+    checkpoint: Path | None = None,
+    progress: bool = False,
+) -> HealReport:
+    """Train the cores to the dense model's outputs on a whole text, a batch in a step, in mixed order.
+
+    With a checkpoint an interrupted run goes on where it was, see `tensornet.heal`.
+
+    Raises:
+        TargetError: there are no cores to train.
+        ValueError: the text is too short.
+    """
+    batches = calibration_data(teacher, folder, text, window=256, window_batch=512).batches
+    order = torch.randperm(
+        len(batches), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    ).tolist()
+    mixed = [batches[k] for k in order]
+    return heal(model, teacher, mixed, steps=steps, checkpoint=checkpoint, progress=progress)
+
+
+def refine_on(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    text: str,
+    stats: CalibrationStats | None,
+    *,
+    tokens: int = 16_384,
+    progress: bool = False,
+) -> RefineReport:
+    """Refit the layers behind one another, on about so many tokens from all over a text.
+
+    Where the text goes on far enough behind its beginning, which calibration has seen, on that part of it.
+
+    Raises:
+        TargetError: there are no compressed linear layers.
+        ValueError: the text is too short.
+    """
+    data = calibration_data(teacher, folder, text)
+    each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
+    fresh = data.batches[math.ceil(seen / each) :]
+    batches = fresh if len(fresh) * each >= tokens / 2 else data.batches
+    count = min(len(batches), max(8, round(tokens / each)))
+    places = torch.linspace(0, len(batches) - 1, count).long().tolist()
+    return refine(model, teacher, [batches[k] for k in places], stats, progress=progress)
+
+
+def plan_spectra(
+    model: PreTrainedModel, planned: CompressionPlan, *, progress: bool = False
+) -> dict[str, tuple[BondSpectrum, ...]]:
+    """What each bond of a plan cuts, by layer; to be asked before the plan is carried out."""
+    with expanded(model):
+        matrices = {x.name: x.matrix for x in find_targets(model, CompressionConfig(target_modules="*"))}
+    layers = tqdm(planned, desc="spectra", unit="layer", disable=not progress)
+    return {layer.name: bond_spectra(matrices[layer.name], layer) for layer in layers}
+
+
+def carry_out(
+    model: PreTrainedModel,
+    planned: CompressionPlan,
+    stats: CalibrationStats | None = None,
+    *,
+    started: float,
+    progress: bool = False,
+) -> CompressionReport:
+    """Carry a plan out and report as `tensornet.compress` does.
+
+    Args:
+        model: changed in place.
+        planned: made for it.
+        stats: what the plan was made with.
+        started: `time.perf_counter()` when the work began, planning included.
+        progress: show a progress bar.
+
+    Raises: as `tensornet.apply_plan`.
+    """
+    before = model_size(model)
+    errors = apply_plan(model, planned, stats, progress=progress)
+    after = model_size(model)
+    return CompressionReport(
+        layers=layer_reports(planned, errors),
+        model_params_before=before[0],
+        model_params_after=after[0],
+        model_bytes_before=before[1],
+        model_bytes_after=after[1],
+        seconds=time.perf_counter() - started,
+        plan=planned,
+    )
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of that name; None stays None.
+
+    Raises:
+        ValueError: listing the names.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"Unknown dtype {name!r}; choose one of {', '.join(DTYPES)}.")
+    return None if name is None else DTYPES[name]
+
+
+def stored_as(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model converted to a dtype in place; None leaves it as it is."""
+    if dtype is not None:
+        torch.nn.Module.to(model, dtype=dtype)
+    return model
+
+
+def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[str, int]:
+    """Sizes before and after a plan, without carrying it out."""
+    params, size = model_size(model)
+    with expanded(model):
+        dtypes = {x.name: x.weight.dtype for x in find_targets(model, CompressionConfig(target_modules="*"))}
+    before = sum(layer.params_before * dtypes[layer.name].itemsize for layer in planned)
+    after = sum(layer.num_bytes(dtypes[layer.name]) for layer in planned)
+    return {
+        "model_params_before": params,
+        "model_params_after": params - planned.params_before + planned.params_after,
+        "model_bytes_before": size,
+        "model_bytes_after": size - before + after,
+        "layers_bytes_before": before,
+        "layers_bytes_after": after,
+    }

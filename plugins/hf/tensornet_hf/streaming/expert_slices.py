@@ -1,0 +1,198 @@
+"""Stacks of experts in a checkpoint: where the single matrices lie in its tensors.
+
+A checkpoint holds the matrices of a mixture in one of two forms: as the stacks `(experts, ...)` of the
+model, of which every expert is a stretch of bytes; or one by one under other names (`experts.3.w1.weight`),
+which loading joins and stacks. Either way a matrix is a few slices of files, and no stack is ever read.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from tensornet.errors import FormatError
+from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.nn.expert_matrix import ExpertMatrix
+from tensornet.streaming.stored_matrix import StoredMatrix
+from tensornet.streaming.worker import place
+from tensornet_hf.checkpoint.stacked_experts import split_experts, stack_names
+from tensornet_hf.streaming.skeleton import NamedLayers
+
+#: No mixture of this form has more.
+MOST_EXPERTS = 4096
+
+_STACK = re.compile(r"(.+\.experts)\.(\w+?)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """Where the matrices of the mixtures of a model are stored.
+
+    Args:
+        matrices: by the name of the layer, such as `layers.0.mlp.experts.3.down_proj`.
+        layers: `{stored name: layers that take something of it}`.
+        modules: names of the modules that were taken apart.
+    """
+
+    matrices: Mapping[str, StoredMatrix]
+    layers: Mapping[str, tuple[str, ...]]
+    modules: tuple[str, ...]
+
+    def module_of(self, layer: str) -> str:
+        """The mixture that a layer belongs to."""
+        return layer.rsplit(".", 2)[0]
+
+
+def take_experts_apart(
+    skeleton: nn.Module, tensors: Mapping[str, Slice], stored: Mapping[str, str]
+) -> ExpertSource:
+    """Split the mixtures of a skeleton whose matrices can be found in the checkpoint, in place.
+
+    Args:
+        skeleton: the model on the meta device.
+        tensors: the stored tensors.
+        stored: `{parameter of the skeleton: stored name}` of those that are stored as they are.
+
+    Raises:
+        FormatError: a mixture of another size than `config.json` says.
+    """
+    if isinstance(skeleton, NamedLayers):
+        return _by_names(skeleton, tensors)
+    assert isinstance(skeleton, PreTrainedModel)
+    joined = _joined_when_loaded(skeleton, tensors)
+    matrices: dict[str, StoredMatrix] = {}
+    keys: dict[str, tuple[str, ...]] = {}
+    modules = []
+    for name, module in skeleton.named_modules():
+        found = {
+            stack: _of_stack(f"{name}.{stack}", module, tensors, stored, joined)
+            for stack in stack_names(module)
+        }
+        if found and all(found.values()):
+            modules.append(name)
+            for stack, experts in found.items():
+                for number, (matrix, names) in enumerate(experts or ()):
+                    matrices[f"{name}.{number}.{stack}"] = matrix
+                    keys[f"{name}.{number}.{stack}"] = names
+    split_experts(skeleton, inside=[f"{name}.0" for name in modules])
+    for layer, matrix in matrices.items():
+        target = skeleton.get_submodule(layer).get_parameter("matrix")
+        if tuple(target.shape) != matrix.shape:
+            raise FormatError(
+                f"config.json describes {layer} with shape {list(target.shape)}, it is stored with shape "
+                f"{list(matrix.shape)}. One of the two belongs to another model."
+            )
+        target.data = target.data.to(FLOATS[matrix.dtype])
+    return ExpertSource(matrices, _users(keys), tuple(modules))
+
+
+_Found = list[tuple[StoredMatrix, tuple[str, ...]]]
+
+
+def _of_stack(
+    name: str,
+    module: nn.Module,
+    tensors: Mapping[str, Slice],
+    stored: Mapping[str, str],
+    joined: Mapping[str, list[tuple[str, ...]]],
+) -> _Found | None:
+    """Matrix and stored names of every expert of one stack, None if it is stored in a form not known here."""
+    transposed = bool(module.is_transposed)
+    whole = tensors.get(stored.get(name, ""))
+    if whole is not None:
+        return [(StoredMatrix((x,), transposed), (stored[name],)) for x in unstacked(whole)]
+    experts = joined.get(name, [])
+    if experts and len(experts) != module.num_experts:
+        raise FormatError(
+            f"config.json describes {module.num_experts} experts in {name}, {len(experts)} are stored: files "
+            "are missing, or belong to another model."
+        )
+    parts = [tuple(tensors[key] for key in keys) for keys in experts]
+    if not parts or not all(_can_join(slices) for slices in parts):
+        return None
+    return [(StoredMatrix(x, transposed), keys) for x, keys in zip(parts, experts, strict=True)]
+
+
+def unstacked(stack: Slice) -> list[Slice]:
+    """The matrices of a stack `(experts, rows, columns)`; empty if it is none in floating point."""
+    if len(stack.shape) != 3 or stack.dtype not in FLOATS or not 0 < stack.shape[0] <= MOST_EXPERTS:
+        return []
+    size = stack.nbytes // stack.shape[0]
+    starts = range(stack.start, stack.stop, size) if size else ()
+    return [replace(stack, shape=stack.shape[1:], start=start, stop=start + size) for start in starts]
+
+
+def _can_join(slices: tuple[Slice, ...]) -> bool:
+    first = slices[0]
+    fits = all(len(x.shape) == 2 and (x.dtype, x.shape[1:]) == (first.dtype, first.shape[1:]) for x in slices)
+    return fits and first.dtype in FLOATS
+
+
+def _joined_when_loaded(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
+    """`{stack: stored names of the parts of each expert}`, as loading would collect them."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
+    converters = [x for x in transforms if isinstance(x, WeightConverter)]
+    state = model.state_dict()
+    collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None:
+            collected[name][pattern].append(key)
+    found = {}
+    for name, by_pattern in collected.items():
+        using = next(x for x in converters if by_pattern.keys() <= set(x.source_patterns))
+        parts = [by_pattern[pattern] for pattern in using.source_patterns if pattern in by_pattern]
+        complete = len(parts) == len(using.source_patterns) and len({len(x) for x in parts}) == 1
+        if complete and _stacks(using):
+            found[name] = list(zip(*parts, strict=True))
+    return found
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether it stacks experts, each a matrix or several of them one below the other."""
+    match converter.operations:
+        case [MergeModulelist(dim=0)]:
+            return len(converter.source_patterns) == 1
+        case [MergeModulelist(dim=0), Concatenate(dim=1)]:
+            return True
+    return False
+
+
+def _by_names(root: NamedLayers, tensors: Mapping[str, Slice]) -> ExpertSource:
+    """Of a model that transformers lacks: three-dimensional tensors that are named as stacks of experts.
+
+    Nothing says which way their matrices lie; they are taken as `(out_features, in_features)`.
+    """
+    matrices: dict[str, StoredMatrix] = {}
+    keys: dict[str, tuple[str, ...]] = {}
+    modules: dict[str, None] = {}
+    for key, stack in tensors.items():
+        match = _STACK.fullmatch(key)
+        for number, part in enumerate(unstacked(stack) if match else []):
+            assert match is not None
+            layer = f"{match[1]}.{number}.{match[2]}"
+            place(root, layer, ExpertMatrix(torch.empty(part.shape, dtype=FLOATS[part.dtype], device="meta")))
+            matrices[layer], keys[layer], modules[match[1]] = StoredMatrix((part,)), (key,), None
+    return ExpertSource(matrices, _users(keys), tuple(modules))
+
+
+def _users(keys: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    users: dict[str, list[str]] = defaultdict(list)
+    for layer, names in keys.items():
+        for name in names:
+            users[name].append(layer)
+    return {name: tuple(layers) for name, layers in users.items()}

@@ -1,0 +1,161 @@
+"""Where a run keeps its work until it is complete: a folder beside the destination, a lock, a journal.
+
+    .NAME.partial/lock           held while a run writes here
+    .NAME.partial/journal        one line for each finished piece or file, with its checksum
+    .NAME.partial/pieces/        cores of single layers
+    .NAME.partial/out/           becomes NAME by one rename, when everything is in it
+
+A process killed at any moment leaves at most files that no line of the journal names, and one torn line at
+its end. Both are ignored by the next run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from tensornet.errors import DestinationError
+from tensornet_hf.checkpoint.folders import take_place
+
+
+class Staging:
+    """The work of one run, present and past.
+
+    Args:
+        folder: the staging folder; see `staging`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pieces, self.out = folder / "pieces", folder / "out"
+        self.pieces.mkdir(exist_ok=True)
+        self.out.mkdir(exist_ok=True)
+        self._journal: IO[bytes] | None = None
+
+    @property
+    def journal(self) -> Path:
+        """The file with one line for each finished piece."""
+        return self.folder / "journal"
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Lines of the journal in order, up to the first torn or changed one."""
+        if not self.journal.is_file():
+            return []
+        entries = []
+        for line in self.journal.read_bytes().splitlines(keepends=True):
+            entry = _entry(line)
+            if entry is None:
+                break
+            entries.append(entry)
+        return entries
+
+    def begin(self, kept: list[dict[str, Any]]) -> None:
+        """Start a journal that holds the entries kept of an earlier one, for `note` to add to."""
+        beside = self.journal.with_suffix(".tmp")
+        beside.write_bytes(b"".join(map(_line, kept)))
+        beside.replace(self.journal)
+        self._journal = self.journal.open("ab")
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Add one line and wait until it is on the disk."""
+        assert self._journal is not None
+        self._journal.write(_line(entry))
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def close(self) -> None:
+        """Close the journal."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def clear(self) -> None:
+        """Forget all work."""
+        self.close()
+        self.journal.unlink(missing_ok=True)
+        for folder in (self.pieces, self.out):
+            shutil.rmtree(folder)
+            folder.mkdir()
+
+    def publish(self, destination: Path) -> None:
+        """Make the finished folder appear under its name, at once."""
+        self.close()
+        sync_folder(self.out)
+        take_place(self.out, destination)
+        sync_folder(destination.parent)
+        shutil.rmtree(self.folder)
+
+
+def staging_folder(destination: Path) -> Path:
+    """The folder beside a destination: on the same file system, so that the rename is one step."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
+@contextmanager
+def staging(destination: Path) -> Iterator[Staging]:
+    """The staging folder of a destination, made if absent, locked against other runs.
+
+    The lock belongs to the process: the system drops it when the process ends, however it ends.
+
+    Raises:
+        DestinationError: another run holds the lock.
+        OSError: the folder cannot be made.
+    """
+    folder = staging_folder(destination)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("ab") as lock:
+        if not _try_lock(lock):
+            raise DestinationError(
+                f"Another run is writing {destination} (it holds {folder / 'lock'}). Wait for it, or choose "
+                "another destination."
+            )
+        made = Staging(folder)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(entry).encode()
+    return hashlib.sha256(text).hexdigest().encode() + b" " + text + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line, None if the line is not as it was written."""
+    checksum, _, text = line.partition(b" ")
+    if not line.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest().encode() != checksum:
+        return None
+    entry = json.loads(text)
+    assert isinstance(entry, dict)
+    return entry
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        if os.name == "posix":
+            import fcntl  # absent elsewhere
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,365 @@
+"""`compress_checkpoint`: a model folder is compressed weight by weight, and never held in memory."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+import tensornet.compression
+from tensornet.compression import CalibrationStats, CompressionConfig, CompressionPlan, CompressionReport
+from tensornet.compression.report import layer_reports
+from tensornet.errors import DestinationError, FormatError, TensorNetError
+from tensornet.io.safetensors_writer import (
+    ShardTask,
+    Written,
+    copy_file,
+    file_digest,
+    write_file,
+    write_shard,
+)
+from tensornet.nn.expert_matrix import ExpertMatrix
+from tensornet.streaming.pool import run_tasks
+from tensornet.streaming.worker import (
+    Piece,
+    PieceTask,
+    Use,
+    compress_piece,
+    copy_matrix,
+    one_thread,
+    peak_memory,
+)
+from tensornet_hf.checkpoint.folders import check_free
+from tensornet_hf.checkpoint.headers import INDEX
+from tensornet_hf.checkpoint.model_card import CARD, write_card
+from tensornet_hf.streaming.checkpoint_report import CheckpointReport
+from tensornet_hf.streaming.expert_slices import ExpertSource, take_experts_apart
+from tensornet_hf.streaming.journal import Staging, staging, staging_folder
+from tensornet_hf.streaming.manifest import MANIFEST, manifest_text
+from tensornet_hf.streaming.mapped_model import mapped_model
+from tensornet_hf.streaming.resume import Past, identity, take_over
+from tensornet_hf.streaming.shards import Part, config_text, index_text, layout
+from tensornet_hf.streaming.skeleton import model_skeleton
+from tensornet_hf.streaming.source import Source, check_unchanged, marks_now, open_source
+from tensornet_hf.streaming.tasks import find_tasks
+
+#: Files are filled up to this size. Space on the disk is needed for the result and one more of them.
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def compress_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    config: CompressionConfig,
+    *,
+    workers: int = 1,
+    executor: Executor | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    plan: CompressionPlan | None = None,
+    stats: str | os.PathLike[str] | CalibrationStats | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    force: bool = False,
+    progress: bool = False,
+) -> CheckpointReport:
+    """Compress a model folder into a new one, tensor by tensor, without ever loading the model.
+
+    The new folder is the one that `tensornet.compress` and `save_pretrained` would give, and `load` reads
+    it. Which process computed what, in which order, and how often a run was interrupted leaves no trace in
+    it: the bytes are the same on one kind of processor. It appears at `dst` when it is complete; until then
+    everything is in `.NAME.partial` beside it. A run that was interrupted, by whatever, is continued by the
+    same call; only the weights that were being worked on are done again.
+
+    Memory: each worker holds one weight, in double precision a few times over; see `CheckpointReport`.
+
+    Args:
+        src: a folder with `config.json` and safetensors files; it is only read.
+        dst: the new folder.
+        config: what to compress and how far.
+        workers: processes. With 1, everything happens in this one.
+        executor: runs the work instead: any `concurrent.futures.Executor` whose workers see the same file
+            system, for example `dask.distributed.Client(...).get_executor()`.
+        device: where weights are decomposed.
+        resume: continue an interrupted run; otherwise its work is thrown away.
+        plan: forms to use, instead of planning; layers it does not name stay dense.
+        stats: from `calibrate_checkpoint` or `tensornet.calibrate`, better as a file. With them and without
+            a plan, one is made here, in this process, over all layers together. Without, each layer is
+            planned by the error of its weight alone.
+        max_shard_bytes: files of weights are filled up to this size; one tensor may be larger.
+        force: replace a model folder that is at the destination, once the new one is complete.
+        progress: show progress bars.
+
+    Raises:
+        DestinationError: the destination exists, another run writes it, or writing failed (full disk);
+            what is finished is kept.
+        FormatError: the source is damaged or contradictory, or changed since the interrupted run.
+        TargetError, BudgetError, NonFiniteError, TopologyError: naming the layer.
+        WorkerError: workers die again and again.
+        ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
+    """
+    start = time.perf_counter()
+    if workers < 1 or max_shard_bytes < 1:
+        raise ValueError(
+            f"workers and max_shard_bytes must be at least 1, got {workers} and {max_shard_bytes}."
+        )
+    if executor is None:  # whose workers may have what this machine lacks
+        _check_device(device)
+    folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
+    check_free(target, force=force, sources=(folder,))
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise DestinationError(f"{target} lies inside the source {folder}; choose another destination.")
+    source = open_source(folder)
+    _refuse_quantized(source)
+    skeleton, stored = model_skeleton(source.config, source.tensors)
+    experts = take_experts_apart(skeleton, source.tensors, stored)
+    slices = {name: source.tensors[key] for name, key in stored.items()}
+    with _told_apart(folder, target), staging(target) as work:
+        options: dict[str, Any] = {"device": device, "shard": max_shard_bytes}
+        measured = _stats_file(stats, work)
+        if measured is not None:
+            options["stats"] = file_digest(measured).sha256
+            if plan is None:
+                with one_thread():
+                    known = CalibrationStats.load(measured)
+                    dense = mapped_model(folder, spill=work.folder)
+                    plan = tensornet.compression.plan(dense, config, known, progress=progress)
+        if plan is not None:
+            options["plan"] = plan.to_dict()
+        tasks = find_tasks(
+            skeleton, slices, experts.matrices, config, plan, measured, device=device, folder=work.pieces
+        )
+        me = identity(source, config.to_dict() | options)
+        past = take_over(work, me, source) if resume else Past({}, {})
+        work.begin([me, *past.entries()])
+        pool: dict[str, Any] = {"workers": workers, "executor": executor}
+        pieces = _make_pieces(compress_piece, work, tasks, past, pool, progress)
+        beside = _make_pieces(
+            copy_matrix, work, _left_dense(experts, pieces, config, work), past, pool, progress
+        )
+        parts, left_out = _parts(source, stored, experts, skeleton, tasks, pieces | beside)
+        shards = layout(parts, max_shard_bytes)
+        files = _write_shards(work, shards, past, pool, progress)
+        tensors = {name: part for x in parts for name, part in x.tensors.items()}
+        rest = {"config.json": config_text(source.config, skeleton, pieces.values(), config)}
+        if len(shards) > 1:
+            rest[INDEX] = index_text(shards)
+        written = _finish(work, source, type(skeleton).__name__, files, rest)
+        check_unchanged(source, marks_now(source), since="this run began")
+        work.publish(target)
+    made = replace(plan or CompressionPlan(()), layers=tuple(piece.plan for piece in pieces.values()))
+    kept = [source.tensors[key] for key in source.tensors if key not in left_out]
+    compression = CompressionReport(
+        layers=layer_reports(made, {name: piece.error for name, piece in pieces.items()}),
+        model_params_before=sum(part.numel for part in kept),
+        model_params_after=sum(part.numel for part in tensors.values()),
+        model_bytes_before=sum(part.nbytes for part in kept),
+        model_bytes_after=sum(part.nbytes for part in tensors.values()),
+        seconds=time.perf_counter() - start,
+        plan=made,
+    )
+    remote = {
+        piece.worker: piece.peak_memory for piece in pieces.values() if piece.worker not in (0, os.getpid())
+    }
+    return CheckpointReport(
+        compression=compression,
+        files={file.name: file.sha256 for file in written},
+        left_out=tuple(left_out),
+        resumed=len(past.pieces),
+        workers=max(1, len(remote)),
+        largest_tensor=max(
+            *(matrix.nbytes for matrix in experts.matrices.values()),
+            *(part.nbytes for key, part in source.tensors.items() if key not in experts.layers),
+            0,
+        ),
+        peak_memory=peak_memory(),
+        worker_memory=max(
+            (piece.peak_memory for piece in pieces.values() if piece.worker in remote), default=0
+        ),
+    )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, absent, or not built in
+        raise ValueError(
+            f"device={device!r} cannot be used here: {str(error).splitlines()[0]:.200} Use device='cpu', or "
+            "one that torch.accelerator finds."
+        ) from error
+
+
+def _stats_file(stats: str | os.PathLike[str] | CalibrationStats | None, work: Staging) -> Path | None:
+    """Where workers find the statistics."""
+    if not isinstance(stats, CalibrationStats):
+        return None if stats is None else Path(stats)
+    path = work.folder / "stats.safetensors"
+    stats.save(path)
+    return path
+
+
+def _make_pieces(
+    make: Callable[[PieceTask], Piece],
+    work: Staging,
+    tasks: dict[str, PieceTask],
+    past: Past,
+    pool: dict[str, Any],
+    progress: bool,
+) -> dict[str, Piece]:
+    """Make what is not finished; large weights first, so that no worker is left with one at the end."""
+    done_before = {name: past.pieces[name] for name in tasks if name in past.pieces}
+    if make is copy_matrix:
+        done_before = {name: piece for name, piece in done_before.items() if piece.written is not None}
+    pieces = dict(done_before)
+    todo = [(name, task) for name, task in tasks.items() if name not in pieces]
+    with tqdm(
+        total=len(tasks), initial=len(pieces), desc="compressing", disable=not progress, unit="layer"
+    ) as bar:
+
+        def done(name: str, piece: Piece) -> None:
+            pieces[name] = piece
+            work.note({"piece": piece.to_dict()})
+            bar.update()
+
+        run_tasks(make, sorted(todo, key=lambda x: -x[1].weight.nbytes), done, **pool)
+    return {name: pieces[name] for name in tasks}
+
+
+def _left_dense(
+    experts: ExpertSource, pieces: Mapping[str, Piece], config: CompressionConfig, work: Staging
+) -> dict[str, PieceTask]:
+    """Matrices that leave their stack as they are: of mixtures of which others became cores."""
+    changed = {experts.module_of(name) for name in experts.matrices if name in pieces and pieces[name].specs}
+    tasks = {}
+    for index, (name, matrix) in enumerate(experts.matrices.items()):
+        if experts.module_of(name) in changed and not (name in pieces and pieces[name].specs):
+            path = work.pieces / f"dense-{index:06d}.safetensors"
+            use = Use(name, "expert", registered_in=ExpertMatrix.__module__)
+            tasks[name] = PieceTask((use,), matrix, config, None, None, "cpu", path)
+    return tasks
+
+
+def _parts(
+    source: Source,
+    stored: dict[str, str],
+    experts: ExpertSource,
+    skeleton: nn.Module,
+    tasks: dict[str, PieceTask],
+    pieces: dict[str, Piece],
+) -> tuple[list[Part], list[str]]:
+    """Everything that goes into the new files, in the order of the old ones, and what does not."""
+    layer_of = {f"{use.name}.weight": name for name, task in tasks.items() for use in task.uses}
+    name_of = {key: name for name, key in stored.items()}
+    known = skeleton.state_dict().keys() if isinstance(skeleton, PreTrainedModel) else stored.keys()
+    parts: dict[str, Part] = {}
+    left_out = []
+    for key, part in sorted(
+        source.tensors.items(), key=lambda item: (item[1].file.name, item[1].start, item[0])
+    ):
+        name = name_of.get(key, key)  # stored in another form: loading converts it, under its old name
+        layer = layer_of.get(name)
+        matrices = [x for x in experts.layers.get(key, ()) if x in pieces and pieces[x].written is not None]
+        for matrix in matrices:
+            parts.setdefault(matrix, Part(matrix, pieces[matrix].tensors))
+        if matrices:
+            continue
+        if layer is not None and pieces[layer].written is not None:
+            parts.setdefault(layer, Part(layer, pieces[layer].tensors))
+        elif key in name_of and name not in known and key not in experts.layers:
+            left_out.append(key)
+        else:
+            parts[name] = Part(name, {name: part})
+    return list(parts.values()), left_out
+
+
+def _write_shards(
+    work: Staging, shards: dict[str, list[Part]], past: Past, pool: dict[str, Any], progress: bool
+) -> list[Written]:
+    """Put the files of weights together; pieces that have gone into one are removed."""
+    keys = {file: [part.key for part in parts] for file, parts in shards.items()}
+    if strange := sorted(file for file, (_, old) in past.shards.items() if keys.get(file) != old):
+        raise FormatError(
+            f"{work.folder} holds {', '.join(strange)} with other layers than this run would put there. "
+            "Start "
+            "again with resume=False."
+        )
+    written = {file: done for file, (done, _) in past.shards.items()}
+    todo = {
+        file: ShardTask(work.out / file, {name: x for part in parts for name, x in part.tensors.items()})
+        for file, parts in shards.items()
+        if file not in written
+    }
+    with tqdm(
+        total=len(shards), initial=len(written), desc="writing", disable=not progress, unit="file"
+    ) as bar:
+
+        def done(file: str, result: Written) -> None:
+            written[file] = result
+            work.note({"file": file, "sha256": result.sha256, "nbytes": result.nbytes, "parts": keys[file]})
+            for used in {
+                part.file for part in todo[file].tensors.values() if part.file.parent == work.pieces
+            }:
+                used.unlink(missing_ok=True)
+            bar.update()
+
+        if pool["executor"] is None:  # copying leaves the interpreter free: threads do, and start at once
+            with ThreadPoolExecutor(pool["workers"]) as threads:
+                run_tasks(write_shard, todo.items(), done, executor=threads)
+        else:
+            run_tasks(write_shard, todo.items(), done, executor=pool["executor"])
+    return [written[file] for file in shards]
+
+
+def _finish(
+    work: Staging, source: Source, architecture: str, files: list[Written], rest: dict[str, str]
+) -> list[Written]:
+    """Add everything but weights, and the manifest."""
+    for file in work.out.rglob("*"):
+        if file.is_file() and file.name not in {done.name for done in files}:
+            file.unlink()  # of an earlier run that did not come to its end
+    written = list(files)
+    for name in source.others:
+        if name == MANIFEST:
+            continue
+        (work.out / name).parent.mkdir(parents=True, exist_ok=True)
+        written.append(copy_file(source.folder / name, work.out / name, name))
+    written += [write_file(work.out / name, [text.encode()]) for name, text in rest.items()]
+    if CARD not in source.others:
+        write_card(work.out, architecture)
+        written.append(file_digest(work.out / CARD))
+    write_file(work.out / MANIFEST, [manifest_text(written).encode()])
+    return written
+
+
+def _refuse_quantized(source: Source) -> None:
+    entry = source.config.get("quantization_config")
+    if entry is not None:
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        raise FormatError(
+            f"{source.folder} is quantized or compressed already (by {method!r:.80}). Use the original "
+            "model, "
+            "with weights in floating point."
+        )
+
+
+@contextmanager
+def _told_apart(source: Path, target: Path) -> Iterator[None]:
+    """Say of a failure whether it was in reading or in writing."""
+    try:
+        yield
+    except TensorNetError:
+        raise
+    except OSError as error:
+        if str(error.filename or "").startswith(str(source)):
+            raise FormatError(f"Reading {source} failed: {error}. What is finished is kept.") from error
+        raise DestinationError(
+            f"Writing {target} failed: {error}. What is finished is kept in {staging_folder(target)}: free "
+            "some space and run the same command again, or delete that folder."
+        ) from error

@@ -1,0 +1,173 @@
+"""The folder to compress: its tensors, its other files, and the marks by which a change is noticed."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensornet.errors import FormatError
+from tensornet.io.safetensors_header import MAX_HEADER, Slice, read_header
+from tensornet_hf.checkpoint.headers import INDEX, WEIGHTS
+from tensornet_hf.checkpoint.json_files import read_json
+
+#: Other forms of weights; a compressed model must not carry the dense ones along.
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot",
+    ".npz", ".onnx_data", ".tflite", ".mlmodel",
+)  # fmt: skip
+#: Written anew.
+REWRITTEN = ("config.json", INDEX)
+
+#: What identifies a file between two runs: bytes, time of change in ns, SHA-256 of its header if it has one.
+Mark = tuple[int, int, str | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder, read without opening its weights.
+
+    Args:
+        folder: where it is.
+        config: content of `config.json`.
+        tensors: every stored tensor by name.
+        others: relative paths of the files that are copied as they are.
+        marks: the mark of every file that is read, by relative path.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Slice]
+    others: tuple[str, ...]
+    marks: dict[str, Mark]
+
+
+def open_source(folder: Path) -> Source:
+    """Read configuration, index and headers of a model folder.
+
+    Raises:
+        FormatError: naming what is missing, damaged, contradictory, or leads out of the folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise FormatError(
+            f"{folder} is not a model folder: it has no config.json. Give a folder written by "
+            "save_pretrained."
+        )
+    config = read_json(_inside(folder, "config.json"))
+    files, index = _weight_files(folder)
+    tensors: dict[str, Slice] = {}
+    for name in files:
+        for tensor, part in read_header(_inside(folder, name)).items():
+            if tensor in tensors:
+                raise FormatError(f"{part.file} and {tensors[tensor].file} both store {tensor!r}.")
+            tensors[tensor] = part
+    for tensor, name in index.items():
+        if tensor not in tensors or tensors[tensor].file.name != name:
+            raise FormatError(
+                f"{folder / INDEX} says that {name} holds {tensor!r}, and it does not: the index belongs to "
+                "other files, or a file is incomplete. Copy or download the folder again."
+            )
+    others = tuple(_others(folder))
+    used = ["config.json", *files, *others]
+    return Source(folder, config, tensors, others, {name: _mark(folder, name) for name in used})
+
+
+def check_unchanged(source: Source, marks: Mapping[str, Mark | None], *, since: str) -> None:
+    """Compare the marks of a source with earlier ones.
+
+    Raises:
+        FormatError: naming the files that differ and when they were first read.
+    """
+    names = sorted(source.marks.keys() | marks.keys())
+    changed = [name for name in names if source.marks.get(name) != marks.get(name)]
+    if changed:
+        raise FormatError(
+            f"{', '.join(changed)} in {source.folder} changed since {since}: what is finished belongs to the "
+            "old content. Put the old files back, or start again with resume=False (--no-resume)."
+        )
+
+
+def marks_now(source: Source) -> dict[str, Mark]:
+    """The marks of the same files as they are now; absent files are left out."""
+    return {name: _mark(source.folder, name) for name in source.marks if (source.folder / name).is_file()}
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """File names, and the index `{tensor: file}` (empty for a single file)."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS], {}
+    if not (folder / INDEX).is_file():
+        found = sorted(x.name for x in folder.iterdir() if x.suffix in WEIGHT_SUFFIXES)
+        raise FormatError(
+            f"{folder} holds no {WEIGHTS} and no {INDEX}"
+            + (f", only {', '.join(found)}" if found else "")
+            + ". Pickles can run code and are never opened: convert them where you trust them, with "
+            "model.save_pretrained(folder)."
+        )
+    index = read_json(_inside(folder, INDEX)).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
+        raise FormatError(f"{folder / INDEX} has no weight_map from tensors to files.")
+    files = sorted(set(index.values()))
+    for name in files:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise FormatError(
+                f"{folder / INDEX} names {name!r:.200}: only safetensors files beside the index are read, "
+                "nothing "
+                "outside the folder."
+            )
+        if not (folder / name).is_file():
+            raise FormatError(f"{folder} lacks {name}, which {INDEX} names. Copy or download it again.")
+    return files, index
+
+
+def _others(folder: Path) -> Iterator[str]:
+    """Everything else, hidden files and weights in other forms left out."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if hidden or name in REWRITTEN or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(f"{INDEX}"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            continue
+        _inside(folder, name)
+        if not path.is_file():
+            raise FormatError(f"{path} is neither a file nor a folder; only those are copied. Remove it.")
+        yield name
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file, refused if links lead out of the folder.
+
+    Hub caches are the exception: `snapshots/REVISION/name` is a link to `blobs/HASH` of the same repository.
+    """
+    real, root = (folder / name).resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if not real.is_relative_to(root) and (blobs is None or real.parent != blobs):
+        raise FormatError(
+            f"{folder / name} is a link to {real}, outside the folder, which is neither read nor copied. "
+            "Put the file itself there."
+        )
+    return folder / name
+
+
+def _mark(folder: Path, name: str) -> Mark:
+    path = folder / name
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, _header_hash(path) if path.suffix == ".safetensors" else None
+
+
+def _header_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return hashlib.sha256(file.read(min(length, MAX_HEADER))).hexdigest()
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of JSON-ready content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def total_bytes(parts: Iterable[Slice]) -> int:
+    """Length of several tensors together."""
+    return sum(part.nbytes for part in parts)

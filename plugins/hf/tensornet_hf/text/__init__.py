@@ -1,0 +1,1 @@
+"""Text: tokens, calibration data, perplexity."""

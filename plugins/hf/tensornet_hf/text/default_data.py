@@ -1,0 +1,33 @@
+"""Text of our own for language models that are compressed without calibration data."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tensornet.compression import ProvidedData, register_calibration_provider
+from tensornet.errors import FormatError
+from tensornet_hf.embedded import calibration_text
+from tensornet_hf.text.tokens import load_tokenizer, token_ids, usual_context
+
+TOKENS = 16_384
+
+
+@register_calibration_provider
+def embedded_text(model: nn.Module) -> ProvidedData | None:
+    """The embedded chapters of the King James Bible in the tokens of a causal language model.
+
+    None for models of other kinds, and where no tokenizer lies beside the model or in the hub's cache.
+    """
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
+        return None
+    if not model.name_or_path:
+        return None
+    try:
+        ids = token_ids(load_tokenizer(Path(model.name_or_path)), calibration_text())[:TOKENS]
+    except FormatError:
+        return None
+    context = usual_context(model, limit=512)
+    windows = ids[: len(ids) // context * context].reshape(-1, context)
+    batches = windows.split(max(1, 1024 // context))
+    return ProvidedData(batches, f"{windows.numel():,} tokens of the embedded text (King James Bible)")

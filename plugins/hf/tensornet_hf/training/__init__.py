@@ -1,0 +1,1 @@
+"""Training with `Trainer`: callbacks for mixtures, healing of compressed models."""

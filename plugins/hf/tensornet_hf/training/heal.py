@@ -1,0 +1,215 @@
+"""Healing through transformers' `Trainer`: its schedules, precision, devices, logging and checkpoints."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from tensornet.calibration.batches import as_batch
+from tensornet.errors import TargetError
+from tensornet.healing.heal import (
+    ADAPTER_LR,
+    CORE_LR,
+    check_teacher,
+    compressed_layers,
+    layer_step,
+    output_distance,
+    relative_groups,
+    trainable_cores,
+)
+from tensornet.nn.modes import in_eval_mode
+from tensornet_hf.text.tokens import load_tokenizer, token_ids
+
+#: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
+DEFAULTS: Mapping[str, Any] = {
+    "weight_decay": 0.0,
+    "warmup_steps": 0.05,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 2,
+    "report_to": [],
+    "save_steps": 50,
+    "save_total_limit": 1,
+}
+
+
+class HealingTrainer(Trainer):
+    """A `Trainer` whose loss is the divergence from the dense model's outputs.
+
+    Args:
+        teacher: the dense model; kept in eval mode, moved to the device of the training model.
+        temperature: of the softmax whose divergence is lowered.
+        relative: take the learning rate as a share of the size of each parameter, as `tensornet.heal` does
+            for cores.
+        kwargs: of `Trainer`. The model's parameters that require gradients are trained: the cores after
+            `freeze_all_but_cores`, or adapters.
+    """
+
+    def __init__(
+        self, *, teacher: nn.Module, temperature: float = 1.0, relative: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.temperature = temperature
+        self.relative = relative
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over each batch already
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer` does, with a learning rate for each parameter where they are relative."""
+        made = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.relative and not made:
+            optimizer.param_groups = [
+                {**group, **own, "lr": group["lr"] * own["size"]}
+                for group in optimizer.param_groups
+                for own in relative_groups(group["params"])
+            ]
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """See `tensornet.healing.heal.output_distance`."""
+        batch = {key: value for key, value in inputs.items() if key != "labels"}
+        device = next(model.parameters()).device
+        self.teacher.to(device)
+        with torch.no_grad():
+            wanted = self.teacher(**batch)
+        outputs = model(**batch)
+        loss = output_distance(outputs, wanted, inputs, self.temperature)
+        return (loss, outputs) if return_outputs else loss
+
+
+def heal(
+    model: PreTrainedModel,
+    teacher: nn.Module,
+    data: Dataset[Any],
+    *,
+    steps: int = 300,
+    layer_steps: int = 0,
+    output_dir: str,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    parameters: Literal["cores", "trainable"] = "cores",
+    resume: bool = False,
+    **arguments: Any,
+) -> float:
+    """Distil the dense model into the cores, through `Trainer`.
+
+    Args:
+        model: compressed, changed in place.
+        teacher: the dense model; left as it was, but on the device of the other.
+        data: of examples with `input_ids`, for example `TextWindows`.
+        steps: end-to-end steps.
+        layer_steps: layer-wise steps before them (see `tensornet.heal`); not repeated when resuming.
+        output_dir: for checkpoints.
+        collate: puts examples together; transformers' default if absent.
+        parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters do.
+        resume: go on from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
+            50 steps.
+        arguments: of `TrainingArguments`, on top of `DEFAULTS`; `learning_rate` is meant as in
+            `tensornet.heal`.
+
+    Returns:
+        The mean divergence over the steps of this call.
+
+    Raises:
+        TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
+    """
+    flags = {x: x.requires_grad for side in (teacher, model) for x in side.parameters()}
+    if parameters == "cores":
+        trained: Collection[nn.Parameter] = trainable_cores(compressed_layers(model)).values()
+    elif layer_steps:
+        raise TargetError(
+            "Layer-wise steps train cores; heal what else requires gradients end to end, with layer_steps=0."
+        )
+    else:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise TargetError(
+            "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
+        )
+    check_teacher(teacher, trained)
+    if parameters == "cores":
+        freeze_all_but_cores(model)
+    last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
+    rate = CORE_LR if parameters == "cores" else ADAPTER_LR
+    options = TrainingArguments(
+        output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": rate, **arguments}
+    )
+    try:
+        with in_eval_mode(teacher):
+            trainer = HealingTrainer(
+                model=model,
+                teacher=teacher,
+                relative=parameters == "cores",
+                args=options,
+                train_dataset=data,
+                data_collator=collate,
+            )
+            if layer_steps and last is None:
+                _layer_wise(trainer, teacher, layer_steps)
+            return float(trainer.train(resume_from_checkpoint=last).training_loss)
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def freeze_all_but_cores(model: nn.Module) -> None:
+    """Let only the cores require gradients.
+
+    Raises:
+        TargetError: there are none that can be trained.
+    """
+    cores = trainable_cores(compressed_layers(model))
+    model.requires_grad_(False)
+    for parameter in cores.values():
+        parameter.requires_grad_(True)
+
+
+class TextWindows(Dataset[dict[str, Tensor]]):
+    """Windows of a long text as examples, `{"input_ids": (length,)}`.
+
+    Args:
+        folder: holds the tokenizer of the model.
+        text: cut into windows that do not overlap.
+        length: tokens of each.
+    """
+
+    def __init__(self, folder: Any, text: str, *, length: int = 256) -> None:
+        ids = token_ids(load_tokenizer(folder), text)
+        self.windows = ids[: len(ids) // length * length].reshape(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index]}
+
+
+def _layer_wise(trainer: HealingTrainer, teacher: nn.Module, steps: int) -> None:
+    """Layer-wise steps with the optimizer settings of the trainer."""
+    assert trainer.model is not None
+    layers = compressed_layers(trainer.model)
+    optimizer = torch.optim.AdamW(relative_groups(trainable_cores(layers).values()), weight_decay=0)
+    device = next(trainer.model.parameters()).device
+    teacher.to(device)
+    done = 0
+    while done < steps:
+        for batch in trainer.get_train_dataloader():
+            if done == steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = trainer.args.learning_rate * group["size"] * (1 - done / steps)
+            layer_step(layers, teacher, as_batch(batch, teacher, device))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
