@@ -1,6 +1,6 @@
 """Folders, plans, statistics and mixtures that earlier versions wrote load, and give the same numbers.
 
-``tests/fixtures/saved_by_0_1_0`` was written by version 0.1.0 before its modules were moved: a random GPT-2 (24
+``tests/fixtures/saved_by_0_1_0`` was written by version 0.1.0 before its modules moved: a random GPT-2 (24
 features, 2 layers) in several forms, with the logits that it gave then.
 """
 
