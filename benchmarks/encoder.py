@@ -24,7 +24,9 @@ from real_data import prepare_models, read_text
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import cosine_losses, prepare, refine
+from tensornet.calibration import cosine_losses
+from tensornet.compression import prepare
+from tensornet.healing import refine
 
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"objective": "weight", "topology": "low_rank"},

@@ -24,7 +24,8 @@ from quality import Bench, Job, spread
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import PreparedPlan, label_losses
+from tensornet.calibration import label_losses
+from tensornet.compression import PreparedPlan
 from tensornet.compression.forecast import Forecast, light_copy, mean_loss
 
 #: Uses of text in `real_data.SOURCES`.

@@ -28,9 +28,11 @@ from real_data import prepare_models, read_text, token_windows
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import PreparedPlan, prepare, refine, sampled_losses, weighted
+from tensornet.calibration import sampled_losses
+from tensornet.compression import PreparedPlan, prepare, weighted
 from tensornet.compression import candidates as forms
 from tensornet.compression.report import model_size
+from tensornet.healing import refine
 
 PROMPT = "To install a package on Debian, you first need to"
 LAYERS = {"mlp": "*.mlp.*", "all": None}

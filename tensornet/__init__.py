@@ -9,19 +9,16 @@ from types import ModuleType
 
 from tensornet import nn, topologies
 from tensornet.budget import Budget
+from tensornet.calibration import CalibrationStats, calibrate
 from tensornet.compression import (
-    CalibrationStats,
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
-    HealReport,
     LayerPlan,
     LayerReport,
     apply_plan,
-    calibrate,
     compress,
     decompress,
-    heal,
     load_model,
     plan,
     save_model,
@@ -39,6 +36,7 @@ from tensornet.errors import (
     TensorNetError,
     TopologyError,
 )
+from tensornet.healing import HealReport, heal
 from tensornet.linalg.svd import TruncatedSVD, truncated_svd
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork

@@ -14,8 +14,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import tensornet as tn
 from tensornet.calibration.batches import as_batch, run_model
 from tensornet.calibration.losses import label_losses, sampled_losses
-from tensornet.compression import refine
 from tensornet.errors import TargetError
+from tensornet.healing import refine
 
 CPU = torch.device("cpu")
 X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10

@@ -12,8 +12,8 @@ from mixture_models import mixture
 from torch import Tensor, nn
 
 import tensornet as tn
+from tensornet.calibration import CalibrationStats, cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.losses import token_mask
-from tensornet.compression import CalibrationStats, cosine_losses, label_losses, sampled_losses
 
 BATCH = {
     "input_ids": torch.tensor([[5, 7, 9, 11, 13], [6, 8, 10, 0, 0]]),

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import tensornet as tn
-from tensornet.compression import find_targets
-from tensornet.nn.targets import matches
+from tensornet.nn.targets import find_targets, matches
 from tensornet_hf import embedded_text
 from tensornet_hf.embedded import gpt2_path, heldout_text
 from tensornet_hf.text.tokens import load_tokenizer, token_ids

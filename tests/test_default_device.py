@@ -12,7 +12,7 @@ from torch import nn
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.compression import refine
+from tensornet.healing import refine
 from tensornet.topologies import topology_family, topology_names
 
 X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tensornet as tn
+from tensornet.calibration import sampled_losses
 from tensornet.calibration.losses import label_losses
-from tensornet.compression import CompressionConfig, PreparedPlan, prepare, sampled_losses
+from tensornet.compression import CompressionConfig, PreparedPlan, prepare
 from tensornet.compression.forecast import Forecast, light_copy, mean_loss
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text.tokens import load_tokenizer, token_ids

@@ -15,7 +15,8 @@ from hf_models import gpt2
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression import CalibrationStats, apply
+from tensornet.calibration import CalibrationStats
+from tensornet.compression import apply
 from tensornet.topologies import topology_family, topology_names
 
 NAME = "transformer.h.0.mlp.c_fc"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import CalibrationStats, CompressionConfig, prepare, sampled_losses
+from tensornet.calibration import CalibrationStats, sampled_losses
+from tensornet.compression import CompressionConfig, prepare
 from tensornet.compression.allocate import (
     CostCurve,
     frontier,

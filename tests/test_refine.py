@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
-from tensornet.compression import refine
+from tensornet.healing import refine
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text.tokens import load_tokenizer, token_ids
 

@@ -1,1 +1,17 @@
 """Calibration: second moments of a model's inputs and gradients, collected on text or data."""
+
+from tensornet.calibration.calibrate import calibrate
+from tensornet.calibration.default_data import ProvidedData, register_calibration_provider
+from tensornet.calibration.losses import cosine_losses, label_losses, losses_against, sampled_losses
+from tensornet.calibration.stats import CalibrationStats
+
+__all__ = [
+    "CalibrationStats",
+    "ProvidedData",
+    "calibrate",
+    "cosine_losses",
+    "label_losses",
+    "losses_against",
+    "register_calibration_provider",
+    "sampled_losses",
+]

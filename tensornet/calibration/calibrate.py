@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.losses import TokenLosses, cosine_losses, default_losses, token_mask
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.config import CompressionConfig, check_config
+from tensornet.checks import check_type
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.expansion import expanded
 from tensornet.nn.modes import in_eval_mode, uncompiled
 from tensornet.nn.stock_layers import kind_of
-from tensornet.nn.targets import check_loaded, check_model, find_targets
+from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
 
 Fisher = Literal["labels", "sampled"]
 
@@ -28,7 +28,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[BatchLike],
     *,
-    config: CompressionConfig | None = None,
+    config: LayerSelection | None = None,
     loss_fn: TokenLosses | None = None,
     fisher: Fisher = "labels",
     gradient_batches: int | None = None,
@@ -65,7 +65,8 @@ def calibrate(
     """
     check_model(model)
     if config is not None:
-        check_config(config)
+        advice = "a CompressionConfig, or LayerSelection(target_modules=...)"
+        check_type("config", config, LayerSelection, advice)
     check_batches(batches, "calibrate")
     _check_arguments(fisher, gradient_batches)
     recorder = _Recorder(full_up_to, dtype)
@@ -222,15 +223,15 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 @contextmanager
-def _observed(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
+def _observed(model: nn.Module, recorder: _Recorder, config: LayerSelection | None) -> Iterator[None]:
     """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
     with expanded(model), in_eval_mode(model), uncompiled(), _hooked(model, recorder, config):
         yield
 
 
 @contextmanager
-def _hooked(model: nn.Module, recorder: _Recorder, config: CompressionConfig | None) -> Iterator[None]:
-    targets = find_targets(model, config or CompressionConfig(target_modules="all"))
+def _hooked(model: nn.Module, recorder: _Recorder, config: LayerSelection | None) -> Iterator[None]:
+    targets = find_targets(model, config or LayerSelection(target_modules="all"))
     check_loaded(targets)
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
     wanted = [(p, p.requires_grad) for p in model.parameters()]

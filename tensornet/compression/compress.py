@@ -1,18 +1,21 @@
 """`compress`: calibrate, plan, carry out, report."""
 
 import time
+import warnings
 from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from tensornet.calibration.batches import BatchLike
-from tensornet.calibration.default_data import Calibration, gather_statistics
+from tensornet.calibration.calibrate import calibrate
+from tensornet.calibration.default_data import Calibration, provided_data
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.planner import prepare
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
-from tensornet.errors import TargetError
+from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.targets import check_model
 
 
@@ -70,4 +73,41 @@ def compress(
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         plan=made,
+    )
+
+
+def gather_statistics(
+    model: nn.Module, config: CompressionConfig, calibration: Calibration | None, *, progress: bool
+) -> CalibrationStats | None:
+    """Statistics for a configuration, collected unless they are given; None where it needs none.
+
+    Warns where it takes data of its own, and where the error of the weights must do.
+    """
+    if isinstance(calibration, CalibrationStats):
+        return calibration
+    if config.objective == "weight" or (config.budget.unlimited and not config.needs_curvature):
+        return None
+    source = "calibration data"
+    if calibration is None:
+        found = provided_data(model)
+        if found is None:
+            if config.objective == "auto" and not config.needs_curvature:
+                warnings.warn(
+                    f"No calibration data: {type(model).__name__} is compressed by the error of its weights "
+                    "alone, which keeps far less of what it can do. Pass calibration=batches (about 30 of "
+                    "1,000 tokens), or objective='weight' if this is meant.",
+                    CalibrationWarning,
+                    stacklevel=3,
+                )
+            return None
+        calibration, source = found.batches, found.source
+        warnings.warn(
+            f"No calibration data: using {source}. Text like that of the intended use gives a better model; "
+            "pass calibration=batches.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+    gradients = 0 if config.objective == "activation" else None
+    return calibrate(
+        model, calibration, config=config, gradient_batches=gradients, source=source, progress=progress
     )

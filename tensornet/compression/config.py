@@ -1,12 +1,13 @@
 """What to compress and how far: the options of `tensornet.compress`."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tensornet.budget import Budget
 from tensornet.checks import check_number, check_size, check_type
-from tensornet.errors import BudgetError, TargetError, TopologyError
+from tensornet.errors import BudgetError, TopologyError
+from tensornet.nn.targets import LayerSelection
 from tensornet.topologies import topology_family, topology_names
 
 Objective = Literal["auto", "weight", "activation", "curvature"]
@@ -17,7 +18,7 @@ WHOLE_MODEL_BUDGETS = ("max_bytes", "loss_increase", "max_milliseconds")
 
 
 @dataclass(frozen=True)
-class CompressionConfig:
+class CompressionConfig(LayerSelection):
     """Options of `compress`. The caps may be combined; the tightest wins for each layer.
 
     Args:
@@ -59,8 +60,6 @@ class CompressionConfig:
         ValueError: unknown objective or dims, or another option that is none.
     """
 
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     topology: str = AUTO
     sites: int | None = None
     dims: Literal["auto", "balanced"] = "auto"
@@ -77,10 +76,9 @@ class CompressionConfig:
     int8: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.budget.unlimited and not self.needs_curvature and self.topology == AUTO:
             object.__setattr__(self, "topology", "mpo")  # without a budget every family is exact
-        _check_patterns("target_modules", self.target_modules)
-        _check_patterns("exclude_modules", self.exclude_modules)
         if not isinstance(self.topology, str):
             raise TopologyError(f"topology must be the name of a family, got {self.topology!r}.")
         if self.topology != AUTO:
@@ -161,20 +159,6 @@ def check_config(config: Any) -> None:
     """
     advice = "write CompressionConfig(param_ratio=0.5), or CompressionConfig.from_dict for a dictionary"
     check_type("config", config, CompressionConfig, advice)
-
-
-def _check_patterns(name: str, value: Any) -> None:
-    """Refuse what is no pattern and no sequence of patterns.
-
-    Raises:
-        TargetError: saying what was got.
-    """
-    patterns = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(patterns, Collection) or not all(isinstance(x, str) for x in patterns):
-        raise TargetError(
-            f"{name} takes names of modules as they are in model.named_modules(), or patterns of them: a "
-            f"string or a list of strings; got {value!r}."
-        )
 
 
 def family_options(name: str, config: CompressionConfig) -> dict[str, Any]:

@@ -3,20 +3,43 @@
 import fnmatch
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from tensornet.checks import check_type
-from tensornet.compression.config import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, kind_of
 from tensornet.nn.weight_readers import weight_is_read
 
 ALL = "all"
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Choose layers of a model by the names of their modules.
+
+    Args:
+        target_modules: patterns of module names to take. A pattern matches a whole name, a suffix after
+            a dot (`"c_fc"`), a glob (`"*.mlp.*"`), or, with the prefix `"re:"`, a regular expression for the
+            whole name. None takes every linear layer except output heads; `"all"` takes embeddings and
+            heads too.
+        exclude_modules: patterns of module names to leave out.
+
+    Raises:
+        TargetError: patterns that are no strings.
+    """
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            _check_patterns(name, value)
 
 
 @dataclass(frozen=True)
@@ -51,8 +74,8 @@ class Target:
         return self.kinds[0].matrix(self.modules[0]).detach()
 
 
-def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
-    """Weights that a configuration selects, in the order of the model.
+def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
+    """List the weights that a selection takes, in the order of the model.
 
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
     A layer whose weight its owner reads past the layer is left dense, with a warning; a pattern that names
@@ -62,7 +85,7 @@ def find_targets(model: nn.Module, config: CompressionConfig) -> list[Target]:
         TargetError: a pattern matches no compressible module, or nothing is left to compress.
     """
     groups = _group_by_weight(model)
-    included, excluded = _patterns(config.target_modules), _patterns(config.exclude_modules)
+    included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
     heads = {id(module) for module in (output_head(model),) if module is not None}
     chosen, read = [], []
     for group in groups:
@@ -124,7 +147,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module name matches one pattern (see `CompressionConfig.target_modules`).
+    """Whether a module name matches one pattern (see `LayerSelection`).
 
     Raises:
         TargetError: the pattern is no regular expression.
@@ -135,6 +158,20 @@ def matches(name: str, pattern: str) -> bool:
         except re.error as error:
             raise TargetError(f"Pattern {pattern!r} is no regular expression: {error}.") from error
     return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _check_patterns(name: str, value: Any) -> None:
+    """Refuse what is no pattern and no sequence of patterns.
+
+    Raises:
+        TargetError: saying what was got.
+    """
+    patterns = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Collection) or not all(isinstance(x, str) for x in patterns):
+        raise TargetError(
+            f"{name} takes names of modules as they are in model.named_modules(), or patterns of them: a "
+            f"string or a list of strings; got {value!r}."
+        )
 
 
 def _patterns(value: str | Sequence[str] | None) -> list[str] | None:

@@ -16,14 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression import (
-    CalibrationStats,
-    CompressionConfig,
-    CompressionPlan,
-    LayerPlan,
-    apply_plan,
-    plan,
-)
+from tensornet.calibration import CalibrationStats
+from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan, apply_plan, plan
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_header import Slice, read_header
 from tensornet.io.safetensors_writer import Written, write_tensors

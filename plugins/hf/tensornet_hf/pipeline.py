@@ -10,22 +10,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tensornet.compression import (
-    CalibrationStats,
-    CompressionConfig,
-    CompressionPlan,
-    CompressionReport,
-    RefineReport,
-    apply_plan,
-    calibrate,
-    cosine_losses,
-    expanded,
-    find_targets,
-    refine,
-)
+from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
+from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
+from tensornet.healing import RefineReport, refine
 from tensornet.healing.heal import HealReport, heal
+from tensornet.nn.expansion import expanded
+from tensornet.nn.targets import find_targets
 from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.load import load
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 
-from tensornet.compression import compress, decompress, register_structure_hook
+from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError
+from tensornet.nn.structure_hooks import register_structure_hook
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
 from tensornet_hf.checkpoint.describe import describe, is_inside

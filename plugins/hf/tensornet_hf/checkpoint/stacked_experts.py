@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression import register_expansion
 from tensornet.compression.apply import set_submodule
+from tensornet.nn.expansion import register_expansion
 from tensornet.nn.expert_matrix import ExpertMatrix
 from tensornet_hf.checkpoint.describe import is_inside
 

@@ -13,14 +13,9 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel
 
-from tensornet.calibration.default_data import gather_statistics
-from tensornet.compression import (
-    CalibrationStats,
-    CompressionConfig,
-    CompressionPlan,
-    CompressionReport,
-    prepare,
-)
+from tensornet.calibration import CalibrationStats
+from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
+from tensornet.compression.compress import gather_statistics
 from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet import CalibrationStats, HealReport
-from tensornet.compression import RefineReport
+from tensornet.healing import RefineReport
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import HUB
 from tensornet_hf.streaming.source import digest, open_source

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, run_model
 from tensornet.calibration.calibrate import _observed, _Recorder
 from tensornet.calibration.losses import TokenLosses, label_losses
 from tensornet.calibration.sequential import Stop, hidden_of
-from tensornet.compression import CalibrationStats, CompressionConfig
+from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io.safetensors_header import load_slice, read_header
 from tensornet.io.safetensors_writer import write_tensors

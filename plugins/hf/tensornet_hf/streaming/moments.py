@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tensornet.calibration import CalibrationStats
 from tensornet.calibration.stats import STATS_VERSION
-from tensornet.compression import CalibrationStats
 from tensornet.io.safetensors_header import Slice, read_header
 from tensornet.io.safetensors_writer import ShardTask, write_shard, write_tensors
 

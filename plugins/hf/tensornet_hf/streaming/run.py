@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import tensornet.compression
-from tensornet.compression import CalibrationStats, CompressionConfig, CompressionPlan, CompressionReport
+from tensornet.calibration import CalibrationStats
+from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet.io.safetensors_writer import (

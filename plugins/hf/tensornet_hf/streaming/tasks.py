@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensornet.compression import CompressionConfig, CompressionPlan, Target, find_targets
+from tensornet.compression import CompressionConfig, CompressionPlan
 from tensornet.errors import TargetError
 from tensornet.io.safetensors_header import FLOATS, Slice
 from tensornet.io.safetensors_writer import CHUNK
 from tensornet.nn.stock_layers import layer_bias
+from tensornet.nn.targets import Target, find_targets
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet.streaming.worker import PieceTask, Use
 

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.compression import CompressionConfig, find_targets
+from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
+from tensornet.nn.targets import find_targets
 from tensornet_hf.streaming.calibrate import SPILL, calibrate_checkpoint, find_blocks
 from tensornet_hf.streaming.journal import staging
 from tensornet_hf.streaming.mapped_model import mapped_model

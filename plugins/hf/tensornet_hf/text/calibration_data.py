@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensornet.calibration import cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.batches import Batch, BatchLike
 from tensornet.calibration.losses import IGNORED, TokenLosses
-from tensornet.compression import cosine_losses, label_losses, sampled_losses
 from tensornet.errors import TargetError
 from tensornet_hf.text.tokens import load_tokenizer, token_ids, usual_context
 

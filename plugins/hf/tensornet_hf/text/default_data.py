@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensornet.compression import ProvidedData, register_calibration_provider
+from tensornet.calibration import ProvidedData, register_calibration_provider
 from tensornet.errors import FormatError
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.text.tokens import load_tokenizer, token_ids, usual_context
