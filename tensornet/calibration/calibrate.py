@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -136,12 +137,11 @@ class _Recorder:
         self.full_up_to, self.dtype = full_up_to, dtype
         self.batch: Batch = {}
         self.seeing = True
-        self.inputs: dict[str, Tensor] = {}
+        self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.embeddings: set[str] = set()
-        self.shares: dict[str, str] = {}  # layer -> layer whose input moment it shares
-        self._last: tuple[str, weakref.ref[Tensor]] | None = None
+        self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
+        self._last: _Reading | None = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -153,21 +153,34 @@ class _Recorder:
             self.seeing = True
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Add one input; a tensor that the layer before has just read is not added twice."""
+        """Add one input; layers that read one tensor in turn share its moment."""
         if not self.seeing:
             return
-        last = self._last
-        leader = last[0] if last is not None and last[1]() is x else name
-        if self.shares.setdefault(name, leader) != leader:
-            raise TargetError(
-                f"Layer {name!r} shared its input with {self.shares[name]!r} in one batch and with "
-                f"{leader!r} in another; calibrate such a model layer by layer with config.target_modules."
-            )
-        self._last = (leader, weakref.ref(x))
-        if leader == name:
+        if self._last is None or not self._last.joins(name, x):
+            self._settle()
             tokens = self._tokens(x)
-            self.counts[name] = self.counts.get(name, 0) + tokens.shape[0]
-            self._add(self.inputs, name, tokens)
+            self._last = _Reading(x, self._moment(tokens), tokens.shape[0])
+        self._last.layers.append(name)
+        self.counts[name] = self.counts.get(name, 0) + self._last.tokens
+
+    def _settle(self) -> None:
+        """Add the moment of the last tensor to the sums of the layers that read it.
+
+        To explain how this works: layers share a sum as long as they have read the same tensors. A tensor
+        that only some of them read (an expert may get no token in a batch) splits the sum in two.
+        """
+        if self._last is None:
+            return
+        layers, moment = self._last.layers, self._last.moment
+        self._last = None
+        if new := [name for name in layers if name not in self.inputs]:
+            start = _InputSum(new, torch.zeros_like(moment))
+            self.inputs.update(dict.fromkeys(new, start))
+        for shared in {id(x): x for x in (self.inputs[name] for name in layers)}.values():
+            if rest := [name for name in shared.layers if name not in layers]:
+                shared.layers = [name for name in shared.layers if name in layers]
+                self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.total.clone())))
+            shared.total += moment
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Count which rows of an embedding were read."""
@@ -175,26 +188,23 @@ class _Recorder:
             return
         mask = token_mask(self.batch, indices.shape)
         chosen = (indices if mask is None else indices[mask]).reshape(-1)
-        self.embeddings.add(name)
         self.counts[name] = self.counts.get(name, 0) + chosen.numel()
-        _accumulate(self.inputs, name, torch.bincount(chosen, minlength=rows).to(self.dtype))
+        _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).to(self.dtype))
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of the summed loss by one output."""
-        self._add(self.gradients, name, self._tokens(gradient))
+        _accumulate(self.gradients, name, self._moment(self._tokens(gradient)))
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
         """Means: inputs over the tokens a layer saw, gradients over the tokens that have a loss."""
-        rows: dict[str, Tensor] = {}
+        self._settle()
+        rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
-        for name, leader in {**self.shares, **{x: x for x in self.embeddings}}.items():
-            read = rows if name in self.embeddings else columns
-            if leader == name:
-                read[name] = self.inputs[name].div_(max(self.counts[name], 1))
-        for name, leader in self.shares.items():
-            columns[name] = columns[leader]
+        for shared in {id(x): x for x in self.inputs.values()}.values():
+            mean = shared.total.div_(max(self.counts[shared.layers[0]], 1))
+            columns.update(dict.fromkeys(shared.layers, mean))
         for name, moment in self.gradients.items():
-            (columns if name in self.embeddings else rows)[name] = moment.div_(scored)
+            (columns if name in self.frequencies else rows)[name] = moment.div_(scored)
         for name, moment in (*columns.items(), *rows.items()):  # inputs first: where it began
             if not bool(torch.isfinite(moment).all()):
                 raise NonFiniteError(
@@ -207,12 +217,40 @@ class _Recorder:
         mask = token_mask(self.batch, x.shape[:-1])
         return x.detach()[mask] if mask is not None else x.detach().reshape(-1, x.shape[-1])
 
-    def _add(self, sums: dict[str, Tensor], name: str, tokens: Tensor) -> None:
+    def _moment(self, tokens: Tensor) -> Tensor:
         tokens = tokens.to(self.dtype)
         full = tokens.shape[1] <= self.full_up_to
         # The model may run under autocast; sums of thousands of squares in 16 bits would be noise.
         with torch.autocast(tokens.device.type, enabled=False):
-            _accumulate(sums, name, tokens.T @ tokens if full else tokens.square().sum(0))
+            return tokens.T @ tokens if full else tokens.square().sum(0)
+
+
+@dataclass
+class _InputSum:
+    """Summed input moment of layers that have read the same tensors so far."""
+
+    layers: list[str]
+    total: Tensor
+
+
+class _Reading:
+    """One tensor, its moment, and the layers that have read it in turn."""
+
+    def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
+        self.moment, self.tokens = moment, tokens
+        self.layers: list[str] = []
+        self._of = weakref.ref(x)
+        self._version = _version(x)
+
+    def joins(self, name: str, x: Tensor) -> bool:
+        """Whether a layer reads this tensor, unchanged, for the first time."""
+        unchanged = self._version is not None and _version(x) == self._version
+        return self._of() is x and unchanged and name not in self.layers
+
+
+def _version(x: Tensor) -> int | None:
+    """Number of in-place changes of a tensor; None if it keeps no count of them."""
+    return None if x.is_inference() else x._version
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -266,10 +304,13 @@ def _input_hook(name: str, recorder: _Recorder) -> Any:
 
 
 def _output_hook(name: str, recorder: _Recorder) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled():
-            if not output.requires_grad:  # the first layer: with frozen weights the graph starts here
-                output.requires_grad_()
-            output.register_hook(lambda gradient: recorder.see_gradient(name, gradient))
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        if not output.requires_grad:  # the first layer: with frozen weights the graph starts here
+            # A copy, since the model may change its output in place, which no leaf of a graph allows.
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(lambda gradient: recorder.see_gradient(name, gradient))
+        return output
 
     return hook

@@ -99,7 +99,12 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
     Raises:
         TargetError: it has none, or they never ran either.
     """
-    names = target.kinds[0].relatives(target.name, stats.columns)
+    sides = tuple(target.matrix.shape)
+    names = [
+        name
+        for name in target.kinds[0].relatives(target.name, stats.columns)
+        if (len(stats.rows.get(name, target.matrix)), len(stats.columns[name])) == sides
+    ]
     if not names:
         raise _never_ran(target)
     rows = [stats.rows[name] for name in names if name in stats.rows]

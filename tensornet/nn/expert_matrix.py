@@ -1,7 +1,5 @@
 """A matrix of one expert among many: the layer that a stack of experts is made of when it is taken apart."""
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,10 +42,6 @@ class _ExpertKind(LayerKind):
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         assert bias is None  # biases stay stacked
         return ExpertMatrix(matrix)
-
-    def relatives(self, name: str, others: Iterable[str]) -> list[str]:
-        experts, _, matrix = name.rsplit(".", 2)
-        return [other for other in others if other.rsplit(".", 2)[::2] == [experts, matrix]]
 
 
 register_layer_kind(_ExpertKind())

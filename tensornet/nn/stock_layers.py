@@ -33,8 +33,21 @@ class LayerKind(ABC):
         """A stock layer with this matrix and bias, on their device and in their dtype."""
 
     def relatives(self, name: str, others: Iterable[str]) -> list[str]:
-        """Those of some layers that stand for one that saw no data, as experts of one mixture do."""
-        return []
+        """Layers whose statistics stand in for those of a layer that saw no data.
+
+        Names that differ in the last number alone: other experts of the same mixture.
+        """
+        path, number = _last_number(name)
+        return [] if number is None else [other for other in others if _last_number(other)[0] == path]
+
+
+def _last_number(name: str) -> tuple[tuple[str, ...], str | None]:
+    """The parts of a name without the last number among them, marked by `#`, and that number."""
+    parts = name.split(".")
+    for place in reversed(range(len(parts))):
+        if parts[place].isdecimal():
+            return (*parts[:place], "#", *parts[place + 1 :]), parts[place]
+    return tuple(parts), None
 
 
 class _Linear(LayerKind):
