@@ -44,7 +44,11 @@ def test_in_place_operations_behind_any_layer(behind: type[nn.ReLU]) -> None:
     def model(inplace: bool) -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(
-            nn.Linear(8, 6), behind(inplace=inplace), nn.Linear(6, 6), behind(inplace=inplace), nn.Linear(6, 4)
+            nn.Linear(8, 6),
+            behind(inplace=inplace),
+            nn.Linear(6, 6),
+            behind(inplace=inplace),
+            nn.Linear(6, 4),
         )
 
     same(tn.calibrate(model(True), [(X, Y)]), tn.calibrate(model(False), [(X, Y)]))
@@ -91,3 +95,25 @@ def test_a_layer_that_reads_one_tensor_twice_counts_it_twice() -> None:
     stats = tn.calibrate(Twice(), [(X, Y)])
     for name in ("layer", "other"):
         torch.testing.assert_close(stats.columns[name], X.T @ X / 32)
+
+
+@pytest.mark.parametrize("objective", ["weight", "activation", "curvature"])
+@pytest.mark.parametrize("tiny", [1, 2])
+def test_a_tiny_layer_stays_dense_and_the_others_keep_the_ratio(tiny: int, objective: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 48), nn.Linear(48, tiny), nn.Linear(tiny, tiny), nn.Linear(tiny, 48), nn.Linear(48, 48)
+    )
+    config = tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective=objective)
+    report = tn.compress(model, config, calibration=[(X, torch.arange(32) % 48)], progress=False)
+    assert report.plan["2"].topology is None
+    assert report.plan["4"].topology is not None
+    assert report.plan.params_after <= 0.5 * report.plan.params_before
+
+
+@pytest.mark.parametrize("objective", ["weight", "activation"])
+def test_a_ratio_that_no_form_reaches_is_refused(objective: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 2), nn.Linear(2, 4))
+    config = tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective=objective)
+    with pytest.raises(tn.BudgetError, match=r"Layer '\d'"):
+        tn.compress(model, config, calibration=[(X, Y)], progress=False)

@@ -9,13 +9,16 @@ Reference:
     resources"; Shoham, Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tensornet.errors import BudgetError
+
+_Form = TypeVar("_Form")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,47 @@ def spend_cost(
         middle = _middle(low, high)
         low, high = (middle, high) if charge(middle) <= allowed else (low, middle)
     return [curve.best(low) for curve in curves]
+
+
+def decide_alone(
+    dense: Sequence[int],
+    ratio: float,
+    decide: Callable[[int, float], _Form],
+    stay: Callable[[int], tuple[_Form, float]],
+) -> list[_Form]:
+    """Decide each layer by itself under one keep ratio.
+
+    To explain how this works: the smallest form of a tiny matrix may have more parameters than the ratio
+    allows. Such a layer stays as it is, and the others pay for it with a smaller ratio, so that all layers
+    together keep to the one asked for.
+
+    Args:
+        dense: parameters of each layer.
+        ratio: kept share of all of them.
+        decide: form of a layer, by its index, under a ratio; raises `BudgetError` where none is small enough.
+        stay: form of a layer that stays, and its parameters.
+
+    Raises:
+        BudgetError: the ratio cannot be kept; the error of the first layer that could not.
+    """
+    refused: dict[int, BudgetError] = {}
+    share = ratio
+    while True:
+        chosen: dict[int, _Form] = {}
+        before = len(refused)
+        for index in range(len(dense)):
+            if index not in refused:
+                try:
+                    chosen[index] = decide(index, share)
+                except BudgetError as error:
+                    refused[index] = error
+        if len(refused) == before:
+            return [chosen[k] if k in chosen else stay(k)[0] for k in range(len(dense))]
+        left = ratio * sum(dense) - sum(stay(index)[1] for index in refused)
+        rest = sum(dense[index] for index in chosen)
+        if left <= 0 or rest == 0:
+            raise min(refused.items())[1]
+        share = left / rest
 
 
 def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import CostCurve, spend_cost, spend_size, total_cost
+from tensornet.compression.allocate import CostCurve, decide_alone, spend_cost, spend_size, total_cost
 from tensornet.compression.candidates import (
     LayerForms,
     Prices,
@@ -142,8 +142,7 @@ def choose_forms(
         BudgetError: the caps cannot be kept.
     """
     if objective != "curvature" or (config.param_ratio is None and not config.needs_curvature):
-        alone = [_alone(target, form, config) for target, form in zip(targets, forms, strict=True)]
-        return alone, _cap(config)
+        return _alone(targets, forms, config), _cap(config)
     curves = [form.curve("params") for form in forms]
     choices = []
     if config.param_ratio is not None:
@@ -177,16 +176,28 @@ def _spend(curves: Sequence[CostCurve], allowed: float, name: str, config: Compr
         raise BudgetError(f"{name}={getattr(config, name)}: {error}") from error
 
 
-def _alone(target: Target, forms: LayerForms, config: CompressionConfig) -> int:
-    """The best form of one layer under the caps on single layers."""
+def _alone(targets: Sequence[Target], forms: Sequence[LayerForms], config: CompressionConfig) -> list[int]:
+    """The best form of each layer under the caps on single layers."""
     if config.param_ratio is not None:
-        try:
-            return spend_size([forms.curve("params")], config.param_ratio * target.matrix.numel())[0]
-        except BudgetError as error:
-            raise BudgetError(f"Layer {target.name!r}: {error}") from error
+        sizes = [target.matrix.numel() for target in targets]
+
+        def decide(index: int, ratio: float) -> int:
+            try:
+                return spend_size([forms[index].curve("params")], ratio * sizes[index])[0]
+            except BudgetError as error:
+                raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
+
+        def stay(index: int) -> tuple[int, float]:
+            """The dense form, which is the last one; the smallest where a cap on ranks excludes it."""
+            params = forms[index].params
+            last = len(params) - 1
+            place = last if forms[index].make(last)[0] is None else int(params.argmin())
+            return place, float(params[place])
+
+        return decide_alone(sizes, config.param_ratio, decide, stay)
     if config.rel_error is not None:
-        return int(forms.params.argmin())
-    return int(forms.costs.argmin())
+        return [int(form.params.argmin()) for form in forms]
+    return [int(form.costs.argmin()) for form in forms]
 
 
 def _cap(config: CompressionConfig) -> str:

@@ -12,6 +12,7 @@ from tensornet.budget import Budget
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.allocate import decide_alone
 from tensornet.compression.apply import apply_plan, check_stats
 from tensornet.compression.candidates import LayerForms
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config, family_options
@@ -128,8 +129,7 @@ class PreparedPlan:
         caps: dict[str, Any] = {**dict.fromkeys(BUDGETS), **budget}
         config = replace(self.config, **caps) if budget else self.config
         if not self.forms:
-            bar = tqdm(self.targets, desc="planning", disable=not progress, unit="layer")
-            return CompressionPlan(tuple(plan_layer(target, config) for target in bar))
+            return CompressionPlan(plan_layers(self.targets, config, progress=progress))
         if config.needs_curvature and self.objective != "curvature":
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
         chosen, bound_by = choose_forms(self.targets, self.forms, config, self.objective, self.forecast)
@@ -246,11 +246,40 @@ def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None)
     return wanted
 
 
+def plan_layers(
+    targets: Sequence[Target], config: CompressionConfig, *, progress: bool = False
+) -> tuple[LayerPlan, ...]:
+    """Plan each layer by the Frobenius error of its weight.
+
+    Raises:
+        BudgetError: naming the layer that cannot meet the budget.
+    """
+    sizes = [target.matrix.numel() for target in targets]
+    with tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
+
+        def decide(index: int, ratio: float | None) -> LayerPlan:
+            made = plan_layer(targets[index], replace(config, param_ratio=ratio))
+            bar.update()
+            return made
+
+        def stay(index: int) -> tuple[LayerPlan, float]:
+            return _dense(targets[index]), sizes[index]
+
+        if config.param_ratio is None:
+            return tuple(decide(index, None) for index in range(len(targets)))
+        return tuple(decide_alone(sizes, config.param_ratio, decide, stay))
+
+
+def _dense(target: Target) -> LayerPlan:
+    spectrum = tuple(singular_values(target.matrix).tolist())
+    shape = (target.matrix.shape[0], target.matrix.shape[1])
+    return LayerPlan(target.name, shape, None, "dense", 0.0, 0.0, spectrum)
+
+
 def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
     """Plan one layer by the Frobenius error of its weight: the best family under the budget."""
     matrix = target.matrix
     dense_params = matrix.numel()
-    spectrum = singular_values(matrix)
     best: Decomposition | None = None
     refusals = []
     for family in config.families:
@@ -264,9 +293,7 @@ def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
             best = found
     if best is None:
         raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
-    dense = LayerPlan(
-        target.name, (matrix.shape[0], matrix.shape[1]), None, "dense", 0.0, 0.0, tuple(spectrum.tolist())
-    )
+    dense = _dense(target)
     if not config.budget.unlimited and best.network.num_params >= dense_params:
         return dense
     return with_baseline(
