@@ -137,6 +137,13 @@ def test_a_tensor_is_the_first_argument_of_any_model() -> None:
     same(stats, tn.calibrate(model, [[pixels, labels]]))
 
 
+def test_a_loss_of_labels_without_labels_is_refused() -> None:
+    with pytest.raises(
+        TargetError, match=r"shape .64, 10., and the batch has no labels.*objective='activation'"
+    ):
+        label_losses(classifier(), as_batch(X, classifier(), CPU))
+
+
 def test_inputs_alone_suffice_for_activations() -> None:
     config = tn.CompressionConfig(param_ratio=0.5, objective="activation")
     tn.compress(classifier(), config, calibration=[X], progress=False)
@@ -146,7 +153,6 @@ def test_inputs_alone_suffice_for_activations() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (X, "returns a tensor of shape .64, 10., and the batch has no labels.*objective='activation'"),
         ((X, Y[:5]), r"labels of shape \(5,\)"),
         ((X, torch.randn(64)), r"labels of shape \(64,\) and torch.float32"),
         ({"input_ids": X}, "Sequential.forward takes no input_ids; its arguments are input"),

@@ -325,18 +325,18 @@ def test_layers_that_are_called_by_name() -> None:
 
 
 def test_model_without_a_loss_names_what_to_pass() -> None:
-    """An encoder's hidden states have one; an embedding alone returns nothing that is judged."""
+    """Outputs with an entry for each row are judged by their distance; a number for them all is not."""
 
-    class Table(nn.Module):
+    class Total(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Embedding(20, 4)
+            self.layer = nn.Linear(4, 4)
 
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return self.table(input_ids)
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"total": self.layer(x).sum()}
 
-    with pytest.raises(tn.TargetError, match=r"no labels; so nothing says what an error costs.*a loss_fn"):
-        tn.calibrate(Table(), [BATCH["input_ids"]])
+    with pytest.raises(tn.TargetError, match=r"nothing says what an error costs.*a loss of your own"):
+        tn.calibrate(Total(), [vectors()["x"]])
 
 
 def test_not_finite_inputs_name_the_layer() -> None:

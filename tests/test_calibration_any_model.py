@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tensornet as tn
+from tensornet.calibration.label_shift import predicts_next_token
+from tensornet.calibration.losses import label_losses, losses_against, token_mask
 
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
 
@@ -117,3 +122,211 @@ def test_a_ratio_that_no_form_reaches_is_refused(objective: str) -> None:
     config = tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective=objective)
     with pytest.raises(tn.BudgetError, match=r"Layer '\d'"):
         tn.compress(model, config, calibration=[(X, Y)], progress=False)
+
+
+MASK = torch.tensor([[True, True, True, True, True], [True, True, True, False, False]])
+
+
+def of_heads(mask: Tensor, heads: int) -> Tensor:
+    return mask[:, None].expand(-1, heads, -1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 5), MASK),
+        ((5, 2), MASK.T),
+        ((10,), MASK.reshape(-1)),
+        ((2, 3, 5), of_heads(MASK, 3)),
+        ((2, 5, 3), of_heads(MASK, 3).transpose(1, 2)),
+        ((2, 1, 5), of_heads(MASK, 1)),
+        ((10, 3), MASK.reshape(-1, 1).expand(-1, 3)),
+        ((4, 6), None),
+        ((5,), None),
+        ((3, 7, 2), None),
+    ],
+)
+def test_masks_find_rows_and_tokens(shape: tuple[int, ...], expected: Tensor | None) -> None:
+    found = token_mask({"attention_mask": MASK.long()}, torch.Size(shape))
+    assert (found is None) == (expected is None)
+    if expected is not None:
+        assert torch.equal(found, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("shape", "guess"), [((2, 2), "rows are taken"), ((2, 5, 5), "padding is counted")])
+def test_sizes_that_do_not_tell_rows_from_tokens_are_said(shape: tuple[int, ...], guess: str) -> None:
+    mask = MASK[:, [4, 0]] if len(shape) == 2 else MASK
+    with pytest.warns(tn.CalibrationWarning, match=f"do not show which positions are padding: {guess}"):
+        found = token_mask({"attention_mask": mask}, torch.Size(shape))
+    assert found is not None
+    assert bool(found.all()) == (len(shape) == 3)
+    assert bool(token_mask({"attention_mask": torch.ones_like(mask)}, torch.Size(shape)).all())  # type: ignore[union-attr]
+
+
+class Heads(nn.Module):
+    """Reads heads between rows and tokens, and tokens first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.by_head = nn.Embedding(20, 6), nn.Linear(2, 2)
+        self.tokens_first, self.head = nn.Linear(6, 6), nn.Linear(6, 20)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        x = self.table(input_ids)
+        x = x + self.by_head(x.unflatten(-1, (3, 2)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        x = x + self.tokens_first(x.transpose(0, 1)).transpose(0, 1)
+        logits = self.head(x)
+        found = {"logits": logits}
+        if labels is not None:
+            found["loss"] = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return found
+
+
+def test_padding_counts_for_nothing_in_any_layout() -> None:
+    torch.manual_seed(0)
+    model, ids = Heads(), torch.tensor([[5, 7, 9, 11, 13], [6, 8, 10, 0, 0]])
+    padded = tn.calibrate(model, [{"input_ids": ids, "attention_mask": MASK.long()}])
+    rows = [(ids[:1], MASK[:1]), (ids[1:, :3], MASK[1:, :3])]
+    same(padded, tn.calibrate(model, [{"input_ids": x, "attention_mask": m.long()} for x, m in rows]))
+
+
+class Writer(nn.Module):
+    """A small causal model whose class name says nothing, with a loss of one convention or none."""
+
+    def __init__(self, convention: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convention = convention
+        self.table, self.head = nn.Embedding(20, 6), nn.Linear(6, 20)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.table(input_ids).cumsum(1))
+        if labels is None or self.convention == "none":
+            return {"logits": logits}
+        scored, wanted = (logits[:, :-1], labels[:, 1:]) if "shifted" in self.convention else (logits, labels)
+        smoothing = 0.1 if "smooth" in self.convention else 0.0
+        loss = nn.functional.cross_entropy(
+            scored.flatten(0, 1), wanted.flatten(), label_smoothing=smoothing, reduction="mean"
+        )
+        if "balanced" in self.convention:
+            loss = loss + 3 * logits.square().mean()  # as routers add one
+        return {"logits": logits, "loss": 2 * loss if "twice" in self.convention else loss}
+
+
+IDS = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("convention", ["shifted", "in place"])
+@pytest.mark.parametrize("more", ["", "smooth", "balanced", "twice", "balanced smooth"])
+def test_labels_are_scored_where_the_model_scores_them(convention: str, more: str) -> None:
+    model, plain = Writer(f"{more} {convention}"), Writer(convention)
+    wanted = plain(IDS, IDS)["loss"].item()
+    for batch in ({"input_ids": IDS}, {"input_ids": IDS, "labels": IDS}):
+        assert label_losses(model, batch).mean().item() == pytest.approx(wanted, rel=1e-5)
+    stats = tn.calibrate(model, [IDS])
+    assert stats.loss == pytest.approx(wanted, rel=1e-5)
+    same(stats, tn.calibrate(plain, [IDS], loss_fn=label_losses))
+
+
+@pytest.mark.parametrize(("labels", "shift"), [(IDS, True), (IDS.roll(-1, 1), False)])
+def test_a_model_without_a_loss_is_scored_as_documented(labels: Tensor, shift: bool) -> None:
+    model, like = Writer("none"), Writer("shifted" if shift else "in place")
+    batch = {"input_ids": IDS, "labels": labels}
+    said = "the next token is scored" if shift else "scored in their place"
+    with pytest.warns(tn.CalibrationWarning, match=f"Writer computes no loss .* {said}") as caught:
+        stats = tn.calibrate(model, [batch, batch])
+    assert len(caught) == 1
+    assert stats.loss == pytest.approx(like(**batch)["loss"].item(), rel=1e-5)
+    tn.calibrate(model, [batch])  # said once
+
+
+def test_equal_logits_at_all_positions_answer_nothing() -> None:
+    model = Writer("shifted")
+    nn.init.zeros_(model.head.weight)
+    assert predicts_next_token(model, {"input_ids": IDS}, IDS) is None
+
+
+def test_validation_and_perplexity_follow_the_loss_of_the_model() -> None:
+    from tensornet_hf.text.perplexity import perplexity
+
+    for convention in ("shifted", "in place"):
+        model = Writer(convention)
+        prepared = tn.compression.prepare(
+            model, tn.CompressionConfig(target_modules="all", param_ratio=0.8), tn.calibrate(model, [IDS])
+        )
+        assert prepared.dense_loss == pytest.approx(model(IDS, IDS)["loss"].item(), rel=1e-5)
+        against = losses_against(model)(Writer("none"), {"input_ids": IDS})  # no warning: as its teacher
+        assert against.mean().item() == pytest.approx(model(IDS, IDS)["loss"].item(), rel=1e-5)
+    found = perplexity(Writer("shifted"), IDS.flatten(), context=7)
+    assert found.loss == pytest.approx(Writer("shifted")(IDS, IDS)["loss"].item(), rel=1e-5)
+    with pytest.raises(tn.TargetError, match="Writer scores each label at its own position"):
+        perplexity(Writer("in place"), IDS.flatten(), context=7)
+
+
+class Projector(nn.Module):
+    """Returns vectors nobody labelled, as a tensor, a mapping or a tuple."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.first, self.second = form, nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> object:
+        y = self.second(torch.tanh(self.first(x)))
+        return {"tensor": y, "mapping": {"image": y, "inputs": x.long()}, "tuple": (y, None)}[self.form]
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping", "tuple"])
+def test_outputs_without_labels_are_judged_by_their_distance(form: str) -> None:
+    model = Projector(form)
+    stats = tn.calibrate(model, [X] * 40)
+    y = Projector("tensor")(X)
+    error = 1e-3 * torch.randn_like(model.second.weight)
+    predicted = 0.5 * float(torch.trace(stats.rows["second"] @ error @ stats.columns["second"] @ error.T))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.second.weight += error
+    measured = losses_against(model)(twin, {"x": X}).mean().item()
+    moved = ((Projector("tensor")(X) - y) ** 2).sum()
+    assert moved == 0
+    assert predicted == pytest.approx(measured, rel=0.5)  # K-FAC takes inputs and gradients as independent
+    assert math.isnan(stats.loss or 0)
+    config = tn.CompressionConfig(target_modules="all", param_ratio=0.7)
+    report = tn.compress(twin, config, calibration=[X], validation=[X], progress=False)
+    assert report.plan.predicted_loss_increase > 0  # type: ignore[operator]
+    before = losses_against(model)(twin, {"x": X}).mean().item()
+    tn.heal(twin, model, [X], steps=40, lr=1e-2)
+    assert losses_against(model)(twin, {"x": X}).mean().item() < before
+
+
+class Sentences(nn.Module):
+    """Takes one mapping and returns it with more in it, as the models of sentence-transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def forward(self, features: dict[str, Tensor], **kwargs: object) -> dict[str, Tensor]:
+        hidden = torch.tanh(self.first(self.table(features["input_ids"])))
+        weights = features["attention_mask"][..., None].float()
+        mean = self.second((hidden * weights).sum(1) / weights.sum(1))
+        features.update(token_embeddings=hidden, sentence_embedding=mean)
+        return features
+
+
+def test_models_that_map_a_mapping_to_a_mapping() -> None:
+    model = Sentences()
+    batch = {
+        "input_ids": torch.tensor([[5, 7, 9], [6, 8, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    }
+    stats = tn.calibrate(model, [batch] * 4)
+    assert list(batch) == ["input_ids", "attention_mask"]
+    torch.testing.assert_close(stats.rows["table"].nonzero().flatten(), torch.tensor([5, 6, 7, 8, 9]))
+    teacher = copy.deepcopy(model)
+    config = tn.CompressionConfig(target_modules=["first", "second"], param_ratio=0.6)
+    report = tn.compress(model, config, calibration=[batch] * 4, validation=[batch], progress=False)
+    assert report.plan.predicted_loss_increase > 0  # type: ignore[operator]
+    tn.heal(model, teacher, [batch], steps=2, layer_steps=1)

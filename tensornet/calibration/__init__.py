@@ -2,7 +2,13 @@
 
 from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.default_data import ProvidedData, register_calibration_provider
-from tensornet.calibration.losses import cosine_losses, label_losses, losses_against, sampled_losses
+from tensornet.calibration.losses import (
+    cosine_losses,
+    label_losses,
+    losses_against,
+    output_losses,
+    sampled_losses,
+)
 from tensornet.calibration.stats import CalibrationStats
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "cosine_losses",
     "label_losses",
     "losses_against",
+    "output_losses",
     "register_calibration_provider",
     "sampled_losses",
 ]

@@ -1,8 +1,9 @@
 """Batches of data as the arguments of a model."""
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ BatchLike = Batch | Tensor | Sequence[Any]
 
 #: First argument of a model that does not name it.
 _FIRST = "input_ids"
+#: Annotations of an argument that is a mapping, as text.
+_MAPPINGS = re.compile(r"(typing\.|t\.)?(dict|Dict|Mapping|MutableMapping)\b")
 _FORMS = (
     "a mapping of model arguments, a tensor for the first of them, or a pair (inputs, labels) as a "
     "DataLoader gives it"
@@ -68,10 +71,15 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a batch; labels that its `forward` does not take are for the loss alone.
 
+    A model whose first argument is annotated as a mapping (`features: dict[str, Tensor]`) is given the batch
+    as that one argument, a copy without labels.
+
     Raises:
         TargetError: the batch has another argument that `forward` does not take.
     """
     names, any_name = _arguments(model)
+    if (whole := _mapping_argument(model)) is not None and whole not in batch:
+        return model({name: value for name, value in batch.items() if name != "labels"})
     if not any_name and (unknown := [name for name in batch if name not in names]):
         if unknown != ["labels"]:
             unknown = [name for name in unknown if name != "labels"]
@@ -81,6 +89,24 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
             )
         batch = {name: value for name, value in batch.items() if name != "labels"}
     return model(**batch)
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether `forward` takes an argument `labels`, or any name."""
+    names, any_name = _arguments(model)
+    return _mapping_argument(model) is None and (any_name or "labels" in names)
+
+
+def _mapping_argument(model: nn.Module) -> str | None:
+    """Name of the first argument of a model that takes one mapping; None for all other models."""
+    first = next(iter(inspect.signature(_inside(model).forward).parameters.values()), None)
+    if first is None or first.annotation is first.empty:
+        return None
+    kind = first.annotation
+    if isinstance(kind, str):  # of a module that puts off the evaluation of annotations
+        return first.name if _MAPPINGS.match(kind) else None
+    kind = get_origin(kind) or kind
+    return first.name if isinstance(kind, type) and issubclass(kind, Mapping) else None
 
 
 def _arguments(model: nn.Module) -> tuple[list[str], bool]:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
-from tensornet.calibration.losses import TokenLosses, cosine_losses, default_losses, token_mask
+from tensornet.calibration.losses import (
+    PROJECTIONS,
+    TokenLosses,
+    default_losses,
+    label_losses,
+    sampled_losses,
+    token_mask,
+)
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
 from tensornet.errors import NonFiniteError, TargetError
@@ -22,6 +29,8 @@ from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
 
 Fisher = Literal["labels", "sampled"]
+#: Losses that first ask the model where it scores labels, which must not be observed.
+_OWN = (label_losses, sampled_losses)
 
 
 @torch.inference_mode(False)  # there, no gradient could be had
@@ -49,8 +58,10 @@ def calibrate(
             argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
             `DataLoader` gives them.
         config: observe the layers it selects; all if absent.
-        loss_fn: losses of single tokens, see `tensornet.calibration.losses`; overrules `fisher`. If absent, a
-            model that returns hidden states alone is judged by their cosine (`cosine_losses`).
+        loss_fn: losses of single tokens, see `tensornet.calibration.losses`; overrules `fisher`. If absent,
+            labels are scored where the model's own loss scores them; a model that returns hidden states
+            alone is judged by their cosine (`cosine_losses`), and outputs without labels by their distance
+            from the dense ones (`output_losses`).
         fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
             `"sampled"` at labels drawn from the model (the true one).
         gradient_batches: number of first batches that are also differentiated, which costs three times as
@@ -79,10 +90,12 @@ def calibrate(
             recorder.batch = as_batch(batch, model, device)
             with_gradients = gradient_batches is None or count < gradient_batches
             with torch.set_grad_enabled(with_gradients):
+                if count == 0 and (with_gradients if loss_fn is None else loss_fn in _OWN):
+                    with recorder.paused():
+                        default = default_losses(model, recorder.batch, fisher)
+                    loss_fn = loss_fn or default
                 if with_gradients:
-                    if loss_fn is None:
-                        with recorder.paused():
-                            loss_fn = default_losses(model, recorder.batch, fisher)
+                    assert loss_fn is not None
                     each = _checked(loss_fn(model, recorder.batch))
                     each.sum().backward()
                     total, scored = total + float(each.detach().sum()), scored + each.numel()
@@ -100,7 +113,7 @@ def calibrate(
         )
     loss = total / scored if scored else None
     # A random projection is no loss of tokens, of which a perplexity could be told.
-    return recorder.finish(scored, math.nan if loss_fn is cosine_losses and scored else loss, source)
+    return recorder.finish(scored, math.nan if loss_fn in PROJECTIONS and scored else loss, source)
 
 
 def _checked(losses: Any) -> Tensor:

@@ -4,27 +4,30 @@ A loss function maps `(model, batch)` to the losses of all tokens that have one,
 left out. Any function of that form can be given to `calibrate`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model
+from tensornet.calibration.label_shift import IGNORED, field, labels_are_shifted, same_convention
+from tensornet.calibration.token_axes import place_masks
 from tensornet.errors import TargetError
 
 TokenLosses = Callable[[nn.Module, Batch], Tensor]
-IGNORED = -100
 
 
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of the labels under the model's logits.
 
-    Labels are `batch["labels"]`, else the unpadded `input_ids`. Causal models (all but encoder-decoder and
-    masked ones) are scored on the next token, but not from padding. Where labels and logits do not match
-    token by token, the model's own mean loss counts once for each row of the batch. A model that returns one
-    tensor `(..., classes)` is scored at each label `(...)` there is; labels that are numbers of the shape of
-    that tensor are predicted: the loss of each row is then the mean squared difference.
+    Labels are `batch["labels"]`, else the unpadded `input_ids`. Whether logits are scored on the label at
+    their position or on the next one is decided by the model's own loss (`labels_are_shifted`); the next
+    token is not scored from padding. Where labels and logits do not match token by token, the model's own
+    mean loss counts once for each row of the batch. Outputs are objects or mappings with `logits` or `loss`.
+    A model that returns one tensor `(..., classes)` is scored at each label `(...)` there is; labels that
+    are numbers of the shape of that tensor are predicted: the loss of each row is then the mean squared
+    difference.
 
     Raises:
         TargetError: the model returns neither logits nor a loss, or one tensor that no labels fit.
@@ -33,8 +36,8 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     if isinstance(output, Tensor) and logits is None:
         return _squared(model, output, labels)
     if logits is None or labels is None:
-        if (loss := getattr(output, "loss", None)) is not None:
-            return loss.expand(len(next(iter(batch.values()))))
+        if (loss := field(output, "loss")) is not None:
+            return loss.expand(_rows(batch))
         raise TargetError(
             f"{type(model).__name__} returns neither logits for each token nor a loss, so nothing says what "
             "an error costs. For hidden states there is tensornet.compression.cosine_losses. Calibrate it "
@@ -90,23 +93,48 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     return _projected(pooled(run_model(model, batch), batch))
 
 
+def output_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """For models without labels: a random projection of each row's outputs over their norm, shape `(rows,)`.
+
+    As with `cosine_losses`, the predicted rise of this "loss" is half the squared distance between the old
+    and the new outputs of a row, relative to the square of the old ones.
+    """
+    outputs = _output_rows(run_model(model, batch), batch)
+    return _projected(outputs) / outputs.detach().norm(dim=-1).clamp_min(_TINY)
+
+
+#: Losses that draw projections: curvature without a value that would mean something.
+PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
+
+
 @torch.no_grad()
 def default_losses(model: nn.Module, batch: Batch, fisher: str) -> TokenLosses:
-    """What a model is judged by that nobody named a loss for, from what it returns for a batch.
+    """Choose the loss for a model from its outputs for one batch.
 
-    `cosine_losses` where that is hidden states alone; else `sampled_losses` for `fisher="sampled"`, or
-    `label_losses`.
+    `cosine_losses` for hidden states or sentence embeddings alone; `output_losses` for other outputs that
+    have neither labels nor a loss of the model; else `sampled_losses` for `fisher="sampled"`, or
+    `label_losses`. A loss of labels is then ready for `batch`: the model has been asked where it scores them.
     """
-    if _only_hidden(_predict(model, batch)[2]):
+    labels, logits, output = _predict(model, batch)
+    if only_hidden(output):
         return cosine_losses
+    if logits is not None and labels is not None:
+        if labels.ndim == 2:
+            labels_are_shifted(model, batch, labels)
+    elif "labels" not in batch and field(output, "loss") is None:
+        classes = _logits(output)
+        drawn = classes is not None and classes.ndim == 2 and classes.shape[1] > 1
+        if not (drawn and fisher == "sampled") and _tensors(output, batch):
+            return output_losses
     return sampled_losses if fisher == "sampled" else label_losses
 
 
 def losses_against(teacher: nn.Module) -> TokenLosses:
-    """What compressed models are judged by beside a dense one, with the same labels each time.
+    """Losses of compressed models beside those of a dense one, with the same labels each time.
 
-    `label_losses`; for models that return hidden states alone, one minus the cosine of each row's mean-pooled
-    output with the teacher's, shape `(rows,)`.
+    `label_losses`, which scores labels where the dense model does. Without labels, the distance from the
+    dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
+    squared difference of other outputs relative to the dense ones.
     """
 
     judged_by: TokenLosses | None = None
@@ -115,23 +143,84 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
         nonlocal judged_by
         if judged_by is None:  # from the first batch; the teacher of a language model then runs no more
             judged_by = default_losses(teacher, batch, "labels")
-        if judged_by is not cosine_losses:
+        if judged_by not in PROJECTIONS:
+            same_convention(model, teacher)
             return judged_by(model, batch)
         with torch.no_grad():
-            wanted = pooled(run_model(teacher, batch), batch)
-        return 1 - (pooled(run_model(model, batch), batch) * wanted).sum(-1)
+            wanted = run_model(teacher, batch)
+        found = run_model(model, batch)
+        if judged_by is cosine_losses:
+            return 1 - (pooled(found, batch) * pooled(wanted, batch)).sum(-1)
+        return output_distances(found, wanted, batch) / 2
 
     return losses
 
 
-def _only_hidden(output: Any) -> bool:
-    judged = (getattr(output, name, None) is not None for name in ("logits", "loss"))
-    return getattr(output, "last_hidden_state", None) is not None and not any(judged)
+def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
+    """Squared distance of each row of outputs from those of another model, relative to the latter's square.
+
+    Args:
+        outputs: a tensor, or an object or mapping of tensors, the first dimension of each being rows.
+        wanted: the same of the model that is right.
+        batch: what both models were given; padding in outputs of `(rows, tokens, ...)` does not count.
+    """
+    new, old = (_output_rows(x, batch) for x in (outputs, wanted))
+    return (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(_TINY)
+
+
+#: Least square of an output that a distance is relative to.
+_TINY = 1e-30
+
+
+def _output_rows(output: Any, batch: Batch) -> Tensor:
+    """All numbers that a model returns for each row, padding set to zero, shape `(rows, numbers)`."""
+    parts = []
+    for value in _tensors(output, batch):
+        mask = token_mask(batch, value.shape[:2]) if value.ndim > 2 else None
+        kept = value if mask is None else value * mask.reshape(*mask.shape, *[1] * (value.ndim - 2)).to(value)
+        parts.append(kept.float().reshape(len(value), -1))
+    return torch.cat(parts, 1)
+
+
+def _tensors(output: Any, batch: Batch) -> list[Tensor]:
+    """The floating tensors of an output that have one entry for each row of the batch."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
+    found = (
+        values
+        if isinstance(values, Iterable)
+        else vars(output).values()
+        if hasattr(output, "__dict__")
+        else ()
+    )
+    rows = _rows(batch)
+    return [x for x in found if isinstance(x, Tensor) and x.is_floating_point() and x.shape[:1] == (rows,)]
+
+
+def _rows(batch: Batch) -> int:
+    """Rows of a batch, by the first tensor in it."""
+    return next((len(x) for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0), 1)
+
+
+def only_hidden(output: Any) -> bool:
+    """Whether a model returns hidden states or sentence embeddings, and neither logits nor a loss."""
+    hidden, judged = (
+        any(field(output, name) is not None for name in names)
+        for names in ((SENTENCE, "last_hidden_state"), ("logits", "loss"))
+    )
+    return hidden and not judged
+
+
+#: Where models that embed sentences return one vector for each row.
+SENTENCE = "sentence_embedding"
 
 
 def pooled(output: Any, batch: Batch) -> Tensor:
-    """Means of the hidden states of each row, padding left out, as unit vectors."""
-    hidden = output.last_hidden_state.float()  # shape: (rows, tokens, width)
+    """Unit vectors of the rows: sentence embeddings, else means of hidden states with padding left out."""
+    if (embedding := field(output, SENTENCE)) is not None:
+        return nn.functional.normalize(embedding.float(), dim=-1)
+    hidden = field(output, "last_hidden_state").float()  # shape: (rows, tokens, width)
     mask = batch.get("attention_mask")
     if mask is None or mask.shape != hidden.shape[:2]:
         mask = torch.ones_like(hidden[..., 0])
@@ -148,29 +237,23 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
     Padding is what `attention_mask` says, or, for decoders and where there is no such mask, what the labels
     ignore. Where an encoder's and a decoder's mask have one shape, a position counts if either says so.
-    Some models (OPT) put all rows of a batch into one dimension inside; masks are put into one likewise.
+    `tensornet.calibration.token_axes` says which dimensions are rows and tokens.
     """
     encoder, decoder, labels = (
-        _in_shape(batch.get(name), shape) for name in ("attention_mask", "decoder_attention_mask", "labels")
+        batch.get(name) for name in ("attention_mask", "decoder_attention_mask", "labels")
     )
-    masks = [mask.bool() for mask in (encoder, decoder) if mask is not None and mask.shape == shape]
-    if labels is not None and decoder is None and (encoder is None or encoder.shape != shape):
+    masks = [x.bool() for x in (encoder, decoder) if isinstance(x, Tensor) and x.ndim <= 2]
+    found = place_masks(masks, shape)
+    if found is None and decoder is None and isinstance(labels, Tensor) and labels.ndim <= 2:
         labelled = labels != IGNORED
-        if labelled.shape == shape and bool(labelled.any()):
-            masks.append(labelled)
-    return torch.stack(masks).any(0) if masks else None
-
-
-def _in_shape(values: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Values of `(rows, tokens)` in one dimension where that is the shape asked for."""
-    if values is not None and len(shape) == 1 and values.ndim == 2 and values.numel() == shape[0]:
-        return values.reshape(-1)
-    return values
+        if bool(labelled.any()):
+            found = place_masks([labelled], shape)
+    return found
 
 
 def _logits(output: Any) -> Tensor | None:
     """What a model returns for classes: its logits, or all of it if that is one tensor."""
-    return output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) else field(output, "logits")
 
 
 def _numbers(labels: Tensor | None) -> bool:
@@ -200,7 +283,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
 def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits `(tokens, classes)` beside the labels `(tokens,)` they predict, ignored ones left out."""
     mask = batch.get("attention_mask")
-    causal = _is_causal(model) and labels.ndim == 2
+    causal = labels.ndim == 2 and labels_are_shifted(model, batch, labels)
     padded = causal and mask is not None and mask.shape == labels.shape
     if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -208,9 +291,3 @@ def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> 
     if padded:  # on the left: what padding says of the first token is not what the model says of a text
         keep &= batch["attention_mask"][:, :-1] != 0
     return logits[keep].float(), labels[keep].long()  # indices may be of 32 bits, classes may not
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Hugging Face calls everything with a next-token loss `...CausalLM` or `...LMHeadModel`."""
-    name = type(model).__name__
-    return "CausalLM" in name or "LMHead" in name

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tensornet.calibration.batches import BatchLike, as_batch
+from tensornet.calibration.label_shift import same_convention
 from tensornet.calibration.losses import TokenLosses
 from tensornet.errors import BudgetError, TargetError
 from tensornet.nn.modes import in_eval_mode
@@ -123,4 +124,6 @@ def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLoss
 def light_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules of a model that shares all their parameters and buffers."""
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    copied = copy.deepcopy(model, shared)
+    same_convention(copied, model)
+    return copied

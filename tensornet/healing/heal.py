@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
-from tensornet.calibration.losses import pooled, token_mask
+from tensornet.calibration.label_shift import field
+from tensornet.calibration.losses import only_hidden, output_distances, pooled, token_mask
 from tensornet.checks import check_size
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
@@ -327,16 +328,19 @@ def _counterpart(teacher: nn.Module, name: str) -> nn.Module:
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Mean divergence of the predicted distributions of all tokens, in nats.
 
-    Where the model has no logits: one minus the cosine of each row's mean-pooled hidden states, which
-    calibration prices as well. Where it returns a tensor: the squared difference relative to the teacher's
-    square.
+    Where the model has no logits: one minus the cosine of each row's mean-pooled hidden states, or the
+    squared difference of other outputs relative to the teacher's square, which calibration prices as well.
+    Nothing is shifted: both models are compared at every position.
     """
     if isinstance(student, Tensor):
         return (student - teacher).float().square().sum() / teacher.float().square().sum().clamp_min(1e-30)
-    if getattr(student, "logits", None) is None:
+    new, old = (field(x, "logits") for x in (student, teacher))
+    if new is None and only_hidden(student):
         return (1 - (pooled(student, batch) * pooled(teacher, batch)).sum(-1)).mean()
-    mask = token_mask(batch, student.logits.shape[:-1])
-    new, old = (x.logits.float() if mask is None else x.logits[mask].float() for x in (student, teacher))
+    if new is None:
+        return output_distances(student, teacher, batch).mean()
+    mask = token_mask(batch, new.shape[:-1])
+    new, old = (x.float() if mask is None else x[mask].float() for x in (new, old))
     new, old = (x.reshape(-1, x.shape[-1]) / temperature for x in (new, old))
     divergence = nn.functional.kl_div(
         new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.calibration.label_shift import field, predicts_next_token
+from tensornet.errors import NonFiniteError, ShapeError, TargetError
 from tensornet.nn.modes import in_eval_mode
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
@@ -107,7 +108,7 @@ def perplexity(
     in float64 from float32 log-probabilities, whatever the model's dtype.
 
     Args:
-        model: maps `input_ids: (batch, length)` to an output whose `.logits` have the shape
+        model: maps `input_ids: (batch, length)` to an object or mapping whose `logits` have the shape
             `(batch, length, vocabulary)`, causally. Its training flag is put back afterwards.
         tokens: the text, shape `(length,)`, integers.
         context: tokens of a window.
@@ -118,6 +119,7 @@ def perplexity(
     Raises:
         ShapeError: `tokens` is not a vector of at least two tokens.
         ValueError: context, stride or batch size out of range, or more context than the model has positions.
+        TargetError: the model's own loss scores a label at its own position, so the model may see it.
         NonFiniteError: the model's loss is NaN or infinite.
     """
     if tokens.ndim != 1 or len(tokens) < 2 or tokens.is_floating_point():
@@ -139,7 +141,9 @@ def perplexity(
     with in_eval_mode(model), bar:
         for batch in _batches(cut, _fitting(model, context, batch_size)):
             ids = torch.stack([tokens[w.start : w.end] for w in batch])
-            logits = model(input_ids=ids).logits
+            if count == 0:
+                _check_next_token(model, ids[:1])
+            logits = field(model(input_ids=ids), "logits")
             for row, window in enumerate(batch):
                 first = window.first_scored - window.start
                 predicted = logits[row, first - 1 : -1].float()  # shape: (scored, vocabulary)
@@ -151,6 +155,19 @@ def perplexity(
         raise NonFiniteError(f"The model's loss over this text is {loss}: its weights or dtype are broken.")
     mean = loss / count
     return Perplexity(math.exp(min(mean, 700.0)), mean, count, len(cut), context, stride)
+
+
+def _check_next_token(model: nn.Module, ids: Tensor) -> None:
+    """Raise TargetError if the model's own loss shows that it does not predict the next token.
+
+    A model without a loss is taken at the caller's word.
+    """
+    if predicts_next_token(model, {"input_ids": ids}, ids) is False:
+        raise TargetError(
+            f"The loss of {type(model).__name__} scores each label at its own position, so its logits are no "
+            "predictions of the next token and have no perplexity. Compare such models by their own loss, or "
+            "pass a causal language model."
+        )
 
 
 def _batches(cut: list[Window], size: int) -> Iterator[list[Window]]:

@@ -1,0 +1,146 @@
+"""Whether a model scores a label at its own position or at the one before, asked of the model's own loss."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.calibration.batches import Batch, run_model, takes_labels
+from tensornet.errors import CalibrationWarning
+
+#: Label of a position that has no loss.
+IGNORED = -100
+#: Positions that get a label in a trial.
+_POSITIONS = 64
+
+#: What the loss of a model answered; a model is asked once.
+_ANSWERS: "WeakKeyDictionary[nn.Module, bool | None]" = WeakKeyDictionary()
+#: What was assumed for models whose loss answered nothing.
+_ASSUMED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
+    """Decide whether logits are scored on the label behind them, by the model's own loss where it has one.
+
+    Where it has none, labels that are the input tokens are shifted, since every model sees those; labels of
+    their own are scored in their place. A `CalibrationWarning` says so once for each model.
+
+    Args:
+        model, batch, labels: see `predicts_next_token`.
+    """
+    found = predicts_next_token(model, batch, labels)
+    if found is None and model not in _ASSUMED:
+        inputs = batch.get("input_ids")
+        counted = labels != IGNORED
+        same = isinstance(inputs, Tensor) and inputs.shape == labels.shape
+        _ASSUMED[model] = same and bool((inputs == labels)[counted].all())  # type: ignore[index]
+        how = "the input tokens, so the next token is scored" if _ASSUMED[model] else "scored in their place"
+        warnings.warn(
+            f"{type(model).__name__} computes no loss that shows whether it predicts a label at its position "
+            f"or at the one before. Assumed: the labels are {how}. If that is wrong, pass loss_fn, a "
+            "function (model, batch) -> losses of shape (tokens,).",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+    return _ASSUMED[model] if found is None else found
+
+
+def same_convention(copy: nn.Module, model: nn.Module) -> None:
+    """Take over for a copy what is known of a model, so that both are scored alike."""
+    for known in (_ANSWERS, _ASSUMED):
+        if model in known:
+            known[copy] = known[model]  # type: ignore[index]
+
+
+def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool | None:
+    """Compare the loss that a model computes from labels with the cross entropy of each convention.
+
+    To explain how this works: the model is run on labels that tell the two conventions apart as far as its
+    logits allow, once on labels that are likely where they stand and unlikely one position earlier, and once
+    on the opposite. The difference of its two losses then lies near that of one convention. What a model
+    adds to its loss whatever the labels (a router's balance) cancels, and a factor leaves the sign.
+
+    Args:
+        model: any model; nothing is asked of its class or its name.
+        batch: one batch.
+        labels: shape `(rows, tokens)`; positions it ignores stay ignored.
+
+    Returns:
+        True where the logits of position `t` are scored on label `t + 1`, False where on label `t`; None
+        where the model computes no loss from labels, or one that fits neither.
+
+    Example:
+        >>> from tensornet.calibration.label_shift import predicts_next_token
+        >>> class Counts(nn.Module):
+        ...     def forward(self, input_ids, labels=None):
+        ...         logits = nn.functional.one_hot(input_ids, 5).float()
+        ...         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        ...         return {"logits": logits, "loss": loss}
+        >>> ids = torch.tensor([[0, 1, 2, 3]])
+        >>> predicts_next_token(Counts(), {"input_ids": ids}, ids)
+        False
+    """
+    if model not in _ANSWERS:
+        _ANSWERS[model] = _ask(model, batch, labels)
+    return _ANSWERS[model]
+
+
+@torch.no_grad()
+def _ask(model: nn.Module, batch: Batch, labels: Tensor) -> bool | None:
+    chosen = _positions(batch, labels)
+    if not takes_labels(model) or len(chosen[0]) == 0:
+        return None
+    first = run_model(model, {**batch, "labels": labels})
+    if field(first, "loss") is None:
+        return None
+    own, here, before = (
+        a - b for a, b in zip(*(_trial(model, batch, labels, chosen, first, x) for x in (1, -1)), strict=True)
+    )
+    # 0 where labels are scored in their place, 1 where shifted; NaN answers nothing.
+    place = (own - here) / (before - here) if before != here else math.nan
+    return place > 0.5 if abs(place - 0.5) >= 0.25 else None
+
+
+def _positions(batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of some labels, with a token before each, none of them padding."""
+    counted = labels != IGNORED
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        counted = counted & (mask != 0)
+    rows, columns = (counted[:, 1:] & counted[:, :-1]).nonzero(as_tuple=True)
+    return rows[:_POSITIONS], columns[:_POSITIONS] + 1
+
+
+def _trial(
+    model: nn.Module, batch: Batch, labels: Tensor, chosen: tuple[Tensor, Tensor], output: Any, sign: int
+) -> tuple[float, float, float]:
+    """Losses for labels likely at their position and unlikely at the one before, or the opposite for -1.
+
+    Returns:
+        The model's own loss, the cross entropy in place, and that with labels shifted.
+    """
+    rows, columns = chosen
+    here, before = _log_probabilities(output, chosen)
+    tried = torch.full_like(labels, IGNORED)
+    tried[rows, columns] = (sign * (here - before)).argmax(-1).to(labels.dtype)
+    output = run_model(model, {**batch, "labels": tried})  # labels may be what a decoder reads
+    wanted = tried[rows, columns, None].long()
+    found = (-x.gather(-1, wanted).mean() for x in _log_probabilities(output, chosen))
+    return float(field(output, "loss").float().mean()), *map(float, found)
+
+
+def _log_probabilities(output: Any, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """At the chosen positions and at those before, shape `(positions, classes)`."""
+    rows, columns = chosen
+    logits = field(output, "logits")
+    here, before = (logits[rows, places].float().log_softmax(-1) for places in (columns, columns - 1))
+    return here, before
+
+
+def field(output: Any, name: str) -> Any:
+    """A named part of what a model returns, an object or a mapping; None if it has none."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
