@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model, takes_labels
 from tensornet.errors import CalibrationWarning
+from tensornet.nn.modes import in_eval_mode
 
 #: Label of a position that has no loss.
 IGNORED = -100
@@ -51,9 +52,10 @@ def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
 
 def same_convention(copy: nn.Module, model: nn.Module) -> None:
     """Take over for a copy what is known of a model, so that both are scored alike."""
-    for known in (_ANSWERS, _ASSUMED):
-        if model in known:
-            known[copy] = known[model]  # type: ignore[index]
+    if model in _ANSWERS:
+        _ANSWERS[copy] = _ANSWERS[model]
+    if model in _ASSUMED:
+        _ASSUMED[copy] = _ASSUMED[model]
 
 
 def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool | None:
@@ -84,34 +86,37 @@ def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool 
         >>> predicts_next_token(Counts(), {"input_ids": ids}, ids)
         False
     """
-    if model not in _ANSWERS:
-        _ANSWERS[model] = _ask(model, batch, labels)
+    if model in _ANSWERS:
+        return _ANSWERS[model]
+    chosen = _positions(batch, labels)
+    if len(chosen[0]) == 0:  # another batch may tell
+        return None
+    with in_eval_mode(model):
+        _ANSWERS[model] = _ask(model, batch, labels, chosen)
     return _ANSWERS[model]
 
 
 @torch.no_grad()
-def _ask(model: nn.Module, batch: Batch, labels: Tensor) -> bool | None:
-    chosen = _positions(batch, labels)
-    if not takes_labels(model) or len(chosen[0]) == 0:
+def _ask(model: nn.Module, batch: Batch, labels: Tensor, chosen: tuple[Tensor, Tensor]) -> bool | None:
+    if not takes_labels(model):
         return None
     first = run_model(model, {**batch, "labels": labels})
     if field(first, "loss") is None:
         return None
-    own, here, before = (
-        a - b for a, b in zip(*(_trial(model, batch, labels, chosen, first, x) for x in (1, -1)), strict=True)
-    )
+    likely, unlikely = (_trial(model, batch, labels, chosen, first, sign) for sign in (1, -1))
+    own, here, before = (a - b for a, b in zip(likely, unlikely, strict=True))
     # 0 where labels are scored in their place, 1 where shifted; NaN answers nothing.
     place = (own - here) / (before - here) if before != here else math.nan
     return place > 0.5 if abs(place - 0.5) >= 0.25 else None
 
 
 def _positions(batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of some labels, with a token before each, none of them padding."""
+    """Rows and columns of some labels that are scored and have a token before them."""
     counted = labels != IGNORED
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
-        counted = counted & (mask != 0)
-    rows, columns = (counted[:, 1:] & counted[:, :-1]).nonzero(as_tuple=True)
+        counted = counted & (mask != 0) & (mask.roll(1, 1) != 0)
+    rows, columns = counted[:, 1:].nonzero(as_tuple=True)
     return rows[:_POSITIONS], columns[:_POSITIONS] + 1
 
 
@@ -129,8 +134,8 @@ def _trial(
     tried[rows, columns] = (sign * (here - before)).argmax(-1).to(labels.dtype)
     output = run_model(model, {**batch, "labels": tried})  # labels may be what a decoder reads
     wanted = tried[rows, columns, None].long()
-    found = (-x.gather(-1, wanted).mean() for x in _log_probabilities(output, chosen))
-    return float(field(output, "loss").float().mean()), *map(float, found)
+    in_place, shifted = (-float(x.gather(-1, wanted).mean()) for x in _log_probabilities(output, chosen))
+    return float(field(output, "loss").float().mean()), in_place, shifted
 
 
 def _log_probabilities(output: Any, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,5 @@
 """Compressing whole models: candidates of every layer, one plan, one report."""
 
-from tensornet.calibration.losses import (
-    cosine_losses,
-    label_losses,
-    losses_against,
-    output_losses,
-    sampled_losses,
-)
 from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
@@ -15,10 +8,6 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.planner import PreparedPlan, plan, prepare
 from tensornet.compression.report import CompressionReport, LayerReport
 from tensornet.deprecation import moved
-from tensornet.healing.heal import HealReport, heal
-from tensornet.nn.expansion import expanded, register_expansion
-from tensornet.nn.fused_paths import keep_off_fused_paths
-from tensornet.nn.structure_hooks import register_structure_hook, structure_changed
 
 __all__ = [
     "CompressionConfig",
