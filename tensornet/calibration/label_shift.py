@@ -32,6 +32,13 @@ def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
 
     Args:
         model, batch, labels: see `predicts_next_token`.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.compression.label_shift import labels_are_shifted
+        >>> ids = torch.tensor([[0, 1, 2, 3]])
+        >>> labels_are_shifted(torch.nn.Embedding(5, 5), {"input_ids": ids}, ids)  # no loss: the default
+        True
     """
     found = predicts_next_token(model, batch, labels)
     if found is None and model not in _ASSUMED:
@@ -76,7 +83,9 @@ def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool 
         where the model computes no loss from labels, or one that fits neither.
 
     Example:
-        >>> from tensornet.calibration.label_shift import predicts_next_token
+        >>> import torch
+        >>> from torch import nn
+        >>> from tensornet.compression.label_shift import predicts_next_token
         >>> class Counts(nn.Module):
         ...     def forward(self, input_ids, labels=None):
         ...         logits = nn.functional.one_hot(input_ids, 5).float()

@@ -98,6 +98,12 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     As with `cosine_losses`, the predicted rise of this "loss" is half the squared distance between the old
     and the new outputs of a row, relative to the square of the old ones.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.compression import output_losses
+        >>> output_losses(torch.nn.Linear(3, 2), {"input": torch.ones(4, 3)}).shape
+        torch.Size([4])
     """
     outputs = _output_rows(run_model(model, batch), batch)
     return _projected(outputs) / outputs.detach().norm(dim=-1).clamp_min(_TINY)
@@ -162,7 +168,14 @@ def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
     Args:
         outputs: a tensor, or an object or mapping of tensors, the first dimension of each being rows.
         wanted: the same of the model that is right.
-        batch: what both models were given; padding in outputs of `(rows, tokens, ...)` does not count.
+        batch: the arguments of both models; padding in outputs of `(rows, tokens, ...)` does not count.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.calibration.losses import output_distances
+        >>> old = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+        >>> output_distances(0.5 * old, old, {"x": old}).tolist()
+        [0.25, 0.25]
     """
     new, old = (_output_rows(x, batch) for x in (outputs, wanted))
     return (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(_TINY)

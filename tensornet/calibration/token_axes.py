@@ -29,7 +29,8 @@ def place_masks(masks: Sequence[Tensor], shape: torch.Size) -> Tensor | None:
         The mask, of that shape, or None where no mask fits it.
 
     Example:
-        >>> from tensornet.calibration.token_axes import place_masks
+        >>> import torch
+        >>> from tensornet.compression.token_axes import place_masks
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
         >>> place_masks([mask], torch.Size([3, 2])).tolist()  # tokens first
         [[True, True], [True, False], [True, False]]

@@ -105,6 +105,17 @@ def decide_alone(
 
     Raises:
         BudgetError: the ratio cannot be kept; the error of the first layer that could not.
+
+    Example:
+        >>> from tensornet.compression.allocate import decide_alone
+        >>> from tensornet.errors import BudgetError
+        >>> def rank(index, ratio):  # of square matrices
+        ...     width = (40, 2)[index]
+        ...     if (found := int(ratio * width / 2)) == 0:
+        ...         raise BudgetError("rank 1 is too large")
+        ...     return found
+        >>> decide_alone([1600, 4], 0.5, rank, lambda index: ("dense", 4))
+        [9, 'dense']
     """
     refused: dict[int, BudgetError] = {}
     share = ratio
