@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from hf_models import LLAMA, TOKENS
-from tensornet.compression.label_shift import predicts_next_token
 from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet.calibration import label_losses
+from tensornet.calibration.label_shift import predicts_next_token
 
 SIZES = {**LLAMA, **TOKENS}
 LATENT = {

@@ -47,7 +47,7 @@ def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
     inside = "re:.*(layers?|h|block)\\.\\d+\\..*"
     expected = tn.calibrate(ARCHITECTURES[name].dense, batches(name), config=config)
     ours = th.calibrate_checkpoint(source, batches(name), tmp_path / "stats", source="made up")
-    names = {x for x in expected.rows if tn.compression.targets.matches(x, inside)}
+    names = {x for x in expected.rows if tn.nn.targets.matches(x, inside)}
     assert names
     assert (ours.loss, ours.tokens) == (pytest.approx(expected.loss, rel=1e-6), expected.tokens)
     assert ours.source == "made up"

@@ -35,7 +35,7 @@ def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
 
     Example:
         >>> import torch
-        >>> from tensornet.compression.label_shift import labels_are_shifted
+        >>> from tensornet.calibration.label_shift import labels_are_shifted
         >>> ids = torch.tensor([[0, 1, 2, 3]])
         >>> labels_are_shifted(torch.nn.Embedding(5, 5), {"input_ids": ids}, ids)  # no loss: the default
         True
@@ -85,7 +85,7 @@ def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from tensornet.compression.label_shift import predicts_next_token
+        >>> from tensornet.calibration.label_shift import predicts_next_token
         >>> class Counts(nn.Module):
         ...     def forward(self, input_ids, labels=None):
         ...         logits = nn.functional.one_hot(input_ids, 5).float()

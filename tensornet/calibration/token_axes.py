@@ -30,7 +30,7 @@ def place_masks(masks: Sequence[Tensor], shape: torch.Size) -> Tensor | None:
 
     Example:
         >>> import torch
-        >>> from tensornet.compression.token_axes import place_masks
+        >>> from tensornet.calibration.token_axes import place_masks
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
         >>> place_masks([mask], torch.Size([3, 2])).tolist()  # tokens first
         [[True, True], [True, False], [True, False]]
