@@ -75,7 +75,7 @@ def test_sizes_are_those_of_the_stored_tensors(
         storage.num_params(made.topology),
         storage.num_bytes(made.topology, torch.float32),
     )
-    shapes = {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()}
+    shapes = {name: (tuple(x.shape), x.dtype) for name, x in layer.state_dict().items()}
     assert shapes == layout(made.topology, storage, torch.float32)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tensornet.compression.plan import CompressionPlan, describe
+from tensornet.nn.module import NetworkModule
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[Laye
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """`(elements, bytes)` of all distinct parameters."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    """`(elements, bytes)` of all distinct parameters, and of the integers that cores are stored in."""
+    layers = [module for module in model.modules() if isinstance(module, NetworkModule)]
+    stored = [tensor for layer in layers for tensor in layer.stored.values()]
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *stored)}.values()
+    return sum(x.numel() for x in tensors), sum(x.numel() * x.element_size() for x in tensors)

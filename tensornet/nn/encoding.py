@@ -160,9 +160,17 @@ def empty(
     return {name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in tensors.items()}
 
 
-def as_parameter(tensor: Tensor) -> nn.Parameter:
-    """A parameter; integers are parameters too, so that ties, files and devices treat all tensors alike."""
-    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a stored tensor: floating ones as a parameter, integers as a persistent buffer.
+
+    Integers among the parameters would break what trains, averages or shards all parameters alike, such as
+    `requires_grad_(True)`, `AveragedModel` and FSDP. A parameter is registered itself, so that it is shared.
+    """
+    if tensor.is_floating_point():
+        shared = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        module.register_parameter(name, shared)
+    else:
+        module.register_buffer(name, tensor)
 
 
 def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class RoutedModule(nn.Module):
 
     @property
     def stored(self) -> Mapping[str, Tensor]:
-        """The parameters that hold the cores, by name."""
+        """The parameters and buffers that hold the cores, by name."""
         raise TypeError(f"{type(self).__name__} must define stored.")
 
     @property
@@ -134,7 +134,7 @@ class RoutedModule(nn.Module):
         """
         # Tracers see the route without a kept matrix: it would become a constant that no update reaches.
         route = choose(self.bounds(on_cpu, may_keep=not torch.compiler.is_compiling()), tokens)
-        if route == CACHED and not may_cache(self._parameters_of_cores()):
+        if route == CACHED and not may_cache(self.tensors_of_cores()):
             return choose(self.bounds(on_cpu, may_keep=False), tokens)
         return route
 
@@ -157,15 +157,15 @@ class RoutedModule(nn.Module):
 
     def kept_matrix(self) -> Tensor:
         """The kept matrix, built if it is absent or out of date; only where `route` gives `CACHED`."""
-        parameters = self._parameters_of_cores()
-        if self._cached is None or not self._cached.holds_for(parameters):
+        held = self.tensors_of_cores()
+        if self._cached is None or not self._cached.holds_for(held):
             self.drop_cache()  # frees the old one before the new one is built
             kind, dtype = self.weight.device.type, compute_dtype(self.weight)
             # An inference tensor could not serve a later pass that records gradients of its input.
             off = torch.autocast(kind, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), off:
                 matrix = self.to_matrix().to(dtype).contiguous()
-            self._cached = CachedMatrix.of(matrix, parameters)
+            self._cached = CachedMatrix.of(matrix, held)
         return self._cached.matrix
 
     @property
@@ -197,14 +197,27 @@ class RoutedModule(nn.Module):
             dispatch(self.plan, self.machine or default_machine("cuda"), itemsize, slices=False),
         )
 
-    def _parameters_of_cores(self) -> tuple[Tensor | None, ...]:
-        # Straight from the dictionary: a parametrized tensor is then not taken for a parameter.
-        parameters = self._parameters
-        return tuple(parameters.get(name) for name in self._stored_names)
+    def tensors_of_cores(self) -> tuple[Tensor | None, ...]:
+        """The stored tensors; None for one that is neither a parameter nor a buffer now."""
+        # Straight from the dictionaries: a parametrized tensor is then not taken for a parameter.
+        parameters, buffers = self._parameters, self._buffers
+        return tuple(
+            buffers.get(name) if (tensor := parameters.get(name)) is None else tensor
+            for name in self._stored_names
+        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.drop_cache()
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is None or moved is None or moved is buffer:
+                continue
+            if torch._has_compatible_shallow_copy_type(buffer, moved):
+                # As PyTorch moves parameters, but not buffers: the tensor of tied layers stays one.
+                buffer.data = moved
+                self._buffers[name] = buffer
         self._plan_dispatch()
         return self
 

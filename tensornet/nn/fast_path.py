@@ -35,13 +35,13 @@ def make_shortcut(layer: "RoutedModule", names: Sequence[str], *, bind: bool) ->
 
     Args:
         layer: whose state it is.
-        names: of the parameters its operator depends on.
+        names: of the parameters and buffers its operator depends on.
         bind: whether these are the cores themselves and views of them may be held.
     """
-    parameters = [layer._parameters.get(name) for name in names]
-    if is_grad_enabled() or any_autocast() or not may_cache(parameters):
+    held = layer.tensors_of_cores()
+    if is_grad_enabled() or any_autocast() or not may_cache(held):
         return None
-    cores = [core for core in parameters if core is not None]
+    cores = [core for core in held if core is not None]
     with torch.inference_mode(False), torch.no_grad():
         sweeps = [bind_sweep(plan, cores) for plan in layer.plan.applies if bind]
     matrix = layer.matrix_at_hand
@@ -67,7 +67,9 @@ def _comparing(
     training, strategy, limit = layer.training, layer.strategy, layer.cache_limit
     out_features, in_features = layer.plan.topology.shape
     smaller, rest = tuple(ways[:-1]), ways[-1][1]
-    addresses = tuple((name, core, core.data_ptr()) for name, core in cores)
+    in_parameters = layer._parameters.keys()
+    addresses = tuple((name, core, core.data_ptr()) for name, core in cores if name in in_parameters)
+    integers = tuple((name, core, core.data_ptr()) for name, core in cores if name not in in_parameters)
     # Views of cores see what is written into them; a matrix made of them does not.
     versions = () if kept is None else tuple((core, core._version) for _, core in cores)
 
@@ -79,6 +81,9 @@ def _comparing(
         parameters, shape, way = layer._parameters, x.shape, rest
         for name, core, address in addresses:
             if parameters.get(name) is not core or core.data_ptr() != address:
+                return None
+        for name, core, address in integers:
+            if layer._buffers.get(name) is not core or core.data_ptr() != address:
                 return None
         for core, version in versions:
             if core._version != version:

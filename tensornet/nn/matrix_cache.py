@@ -67,7 +67,10 @@ def may_cache(cores: Sequence[Tensor | None]) -> bool:
         return False
     recording = is_grad_enabled()
     for core in cores:
-        if type(core) is not nn.Parameter or core.is_inference() or core.is_meta:
+        # Integers are buffers.
+        if type(core) is not nn.Parameter and (type(core) is not Tensor or core.is_floating_point()):
+            return False
+        if core.is_inference() or core.is_meta:
             return False
         if recording and core.requires_grad:
             return False

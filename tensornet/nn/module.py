@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork, check_cores, contract_to_matrix, plan_operator, random_cores
-from tensornet.nn.encoding import PLAIN, Storage, as_parameter, decode, empty, encode, layout
+from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, hold, layout
 from tensornet.nn.execution import RoutedModule
 from tensornet.nn.strategy import Strategy
 from tensornet.topology import Topology
@@ -17,7 +17,8 @@ from tensornet.topology import Topology
 class NetworkModule(RoutedModule):
     """Abstract base: cores registered as parameters `core_<name>`, and a topology that describes them.
 
-    With another than plain storage the parameters are what `tensornet.nn.encoding` derives from the cores.
+    With another than plain storage `tensornet.nn.encoding` derives the stored tensors from the cores: floating
+    ones are parameters, integers are persistent buffers.
 
     Args:
         topology: the operator `(out_features, in_features)`.
@@ -60,7 +61,7 @@ class NetworkModule(RoutedModule):
         else:
             kept = encode(topology, storage, random_cores(topology, device=device, dtype=dtype))
         for name, tensor in kept.items():
-            self.register_parameter(name, as_parameter(tensor))
+            hold(self, name, tensor)
         self._start_routing(strategy, cache_limit)
 
     @property
@@ -72,7 +73,7 @@ class NetworkModule(RoutedModule):
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The parameters that hold the cores, by name."""
+        """The parameters and buffers that hold the cores, by name."""
         names = layout(self.topology, self.storage, torch.float32)
         return {name: getattr(self, name) for name in names}
 
@@ -86,13 +87,12 @@ class NetworkModule(RoutedModule):
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores))
         for name, tensor in kept.items():
-            shared = tensor if isinstance(tensor, nn.Parameter) else as_parameter(tensor)
-            self.register_parameter(name, shared)
+            hold(self, name, tensor)
         self.drop_cache()
         self._plan_dispatch()
 
     def share_cores(self, other: "NetworkModule") -> None:
-        """Use the parameters of another module of the same topology and storage: tied weights.
+        """Use the stored tensors of another module of the same topology and storage: tied weights.
 
         Raises:
             ShapeError: topology or storage differ.
@@ -100,7 +100,7 @@ class NetworkModule(RoutedModule):
         if (self.topology, self.storage) != (other.topology, other.storage):
             raise ShapeError("Only modules of the same topology and storage can share cores.")
         for name, tensor in other.stored.items():
-            self.register_parameter(name, tensor)  # type: ignore[arg-type]
+            hold(self, name, tensor)
         self.drop_cache()
         self._plan_dispatch()
 
@@ -111,8 +111,8 @@ class NetworkModule(RoutedModule):
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, bias included."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of stored elements, bias and integers included."""
+        return sum(tensor.numel() for tensor in (*self.parameters(), *self.buffers()))
 
     @property
     def weight(self) -> Tensor:

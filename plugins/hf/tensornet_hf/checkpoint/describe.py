@@ -45,12 +45,12 @@ def compressed_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def shared_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """`{name: owner}` for every parameter of a compressed module that another name owns.
+    """`{name: owner}` for every parameter or buffer of a compressed module that another name owns.
 
     The owner is the first name outside the compressed modules, or else the first inside.
     """
     names = set(layers)
-    named = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    named = [(name, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
     owners: dict[int, str] = {}
     for inside in (False, True):
         for name, key in named:

@@ -166,9 +166,9 @@ def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Itera
 
 def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
     """transformers only reports a parameter that it found nowhere, and fills it with something."""
-    for name, parameter in model.named_parameters():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         # Set by transformers on everything that it loaded.
-        if is_inside(name, set(layers)) and not getattr(parameter, "_is_hf_initialized", False):
+        if is_inside(name, set(layers)) and not getattr(tensor, "_is_hf_initialized", False):
             raise FormatError(f"{name} was not among the weights that were given; every core is needed.")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
+from tensornet.nn.encoding import hold
 from tensornet_hf.checkpoint.describe import is_inside
 
 #: Where the pairs that transformers knows of the dense model are kept meanwhile, on the model.
@@ -38,7 +39,7 @@ def hand_over(
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and type(part)._tied_weights_keys:
             part._tied_weights_keys = kept if part is model else {}
-    listed = {target: source for target, source in ties.items() if not _has_bias(model, target)}
+    listed = {target: source for target, source in ties.items() if _may_be_listed(model, target)}
     model.all_tied_weights_keys = kept | listed
 
 
@@ -52,17 +53,17 @@ def take_back(model: PreTrainedModel) -> None:
 
 
 def detach_targets(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Remove the parameters that are stored under another name, so that loading does not look for them."""
+    """Remove the tensors that are stored under another name, so that loading does not look for them."""
     for target in ties:
         module, name = _owner(model, target)
-        del module._parameters[name]
+        delattr(module, name)
 
 
-def attach_targets(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Put the shared parameters in place."""
+def attach_targets(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
+    """Put the shared tensors in place."""
     for target, source in ties.items():
         module, name = _owner(model, target)
-        module.register_parameter(name, model.get_parameter(source))
+        hold(module, name, model.get_parameter_or_buffer(source))
 
 
 def _one_tensor(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, str]:
@@ -71,8 +72,10 @@ def _one_tensor(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, s
     return {target: source for target, source in pairs.items() if get(target) is get(source)}
 
 
-def _has_bias(model: nn.Module, parameter: str) -> bool:
-    return getattr(_owner(model, parameter)[0], "bias", None) is not None
+def _may_be_listed(model: nn.Module, target: str) -> bool:
+    """Whether transformers can take a shared tensor: a parameter, of a module without bias to adjust."""
+    module, name = _owner(model, target)
+    return name in module._parameters and getattr(module, "bias", None) is None
 
 
 def _owner(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:

@@ -1,5 +1,6 @@
 """`tensornet decompress`: an ordinary model again."""
 
+from tensornet.compression.report import model_size
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
 from tensornet_hf.checkpoint.inspection import weight_bytes
@@ -24,10 +25,10 @@ def run(
     folder = resolve_folder(source)
     require_free(destination, source=folder, force=force)
     model = conversion.open_compressed(folder)
-    before = model.num_parameters()
+    before, _ = model_size(model)
     decompress(model)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
-    after = model.num_parameters()
+    after, _ = model_size(model)
     size = None if destination.startswith(HUB) else weight_bytes(destination)
     if as_json:
         numbers = {"params_before": before, "params_after": after, "file_bytes_after": size}
