@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
-from tensornet.compression.config import CompressionConfig
 from tensornet.compression.curvature_plan import layer_weighting
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stored_error import decompose_at, relative_gap
@@ -22,7 +21,7 @@ from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.structure_hooks import structure_changed
-from tensornet.nn.targets import Target, check_holder, compressed_names, find_targets
+from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
 from tensornet.topologies import Decomposition, topology_family
 
 
@@ -67,7 +66,7 @@ def apply_plan(
     made: dict[str, nn.Module] = {}
     errors = {}
     with expanded(model):
-        targets = {target.name: target for target in _all_targets(model)}
+        targets = {target.name: target for target in all_targets(model)}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
         for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
@@ -133,10 +132,6 @@ def decompress(model: nn.Module) -> nn.Module:
         set_submodule(model, name, stock)
     structure_changed(model)
     return model
-
-
-def _all_targets(model: nn.Module) -> list[Target]:
-    return find_targets(model, CompressionConfig(target_modules="*"))
 
 
 def check_stats(stats: Any) -> None:

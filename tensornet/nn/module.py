@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork, check_cores, contract_to_matrix, plan_operator, random_cores

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +79,17 @@ def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
 
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
     A layer whose weight its owner reads past the layer is left dense, with a warning; a pattern that names
-    it takes it nevertheless.
+    it takes it nevertheless. A weight that is also in a module of another kind, such as an embedding that
+    scales, is left dense in any case: compressing a part of its places would untie them.
 
     Raises:
         TargetError: a pattern matches no compressible module, or nothing is left to compress.
     """
-    groups = _group_by_weight(model)
+    groups = all_targets(model)
+    outside = _users_outside(model, groups)
     included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
     heads = {id(module) for module in (output_head(model),) if module is not None}
-    chosen, read = [], []
+    chosen, read, tied = [], [], []
     for group in groups:
         if included is None:
             embeds = any(kind.name == "embedding" for kind in group.kinds)
@@ -95,6 +97,9 @@ def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
         else:
             wanted = included == [ALL] or _matches_any(group, included)
         if not wanted or (excluded and _matches_any(group, excluded)):
+            continue
+        if group.name in outside:
+            tied.append(group)
             continue
         named = included is not None and included != [ALL]
         if not named and any(weight_is_read(model, name) for name in group.names):
@@ -115,10 +120,19 @@ def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
             UserWarning,
             stacklevel=2,
         )
+    pairs = [f"{group.name} and {outside[group.name]}" for group in tied]
+    shared = ", ".join(pairs[:4]) + (f", and {len(pairs) - 4} more" if len(pairs) > 4 else "")
+    if tied and chosen:
+        warnings.warn(
+            f"Left dense, because compressing one side alone would untie them: {shared}. "
+            "tensornet.nn.register_layer_kind makes a type compressible.",
+            UserWarning,
+            stacklevel=2,
+        )
     if not chosen:
         raise TargetError(
             f"Nothing to compress. Compressible layers: {_summary(groups)}.{_made_of_cores(model)}"
-            f"{_unknown_layers(model)}"
+            f"{f' Compressing would untie {shared}.' if tied else ''}{_unknown_layers(model)}"
         )
     return chosen
 
@@ -182,18 +196,40 @@ def _matches_any(target: Target, patterns: Sequence[str]) -> bool:
     return any(matches(name, pattern) for name in target.names for pattern in patterns)
 
 
-def _group_by_weight(model: nn.Module) -> list[Target]:
-    groups: dict[int, list[tuple[str, nn.Module, LayerKind]]] = {}
+def all_targets(model: nn.Module) -> list[Target]:
+    """All weights of compressible layers, in the order of the model; layers that share one are one target."""
+    groups: dict[Hashable, list[tuple[str, nn.Module, LayerKind]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kind = kind_of(module)
         if kind is not None:
-            groups.setdefault(id(module.weight), []).append((name, module, kind))
+            weight = kind.matrix(module)
+            key = (_memory(module.weight), tuple(weight.shape), weight.stride())  # type: ignore[arg-type]
+            groups.setdefault(key, []).append((name, module, kind))
     return [
         Target(
             tuple(n for n, _, _ in members), tuple(m for _, m, _ in members), tuple(k for _, _, k in members)
         )
         for members in groups.values()
     ]
+
+
+def _users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
+    """By name of a target, a module outside it that uses the same memory, with its type."""
+    places: dict[Hashable, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(_memory(parameter), []).append(name.rpartition(".")[0])
+    found = {}
+    for group in groups:
+        others = [owner for owner in places.get(_memory(group.weight), []) if owner not in group.names]
+        if others:
+            found[group.name] = f"{others[0]} ({type(model.get_submodule(others[0])).__name__})"
+    return found
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """Where a tensor begins; the tensor itself where it has no memory of its own."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
+    return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
 
 
 def check_model(model: Any) -> None:

@@ -17,7 +17,7 @@ from tensornet.errors import TargetError
 from tensornet.healing import RefineReport, refine
 from tensornet.healing.heal import HealReport, heal
 from tensornet.nn.expansion import expanded
-from tensornet.nn.targets import find_targets
+from tensornet.nn.targets import all_targets
 from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.load import load
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
@@ -161,7 +161,7 @@ def plan_spectra(
 ) -> dict[str, tuple[BondSpectrum, ...]]:
     """What each bond of a plan cuts, by layer; to be asked before the plan is carried out."""
     with expanded(model):
-        matrices = {x.name: x.matrix for x in find_targets(model, CompressionConfig(target_modules="*"))}
+        matrices = {x.name: x.matrix for x in all_targets(model)}
     layers = tqdm(planned, desc="spectra", unit="layer", disable=not progress)
     return {layer.name: bond_spectra(matrices[layer.name], layer) for layer in layers}
 
@@ -221,7 +221,7 @@ def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[st
     """Sizes before and after a plan, without carrying it out."""
     params, size = model_size(model)
     with expanded(model):
-        dtypes = {x.name: x.weight.dtype for x in find_targets(model, CompressionConfig(target_modules="*"))}
+        dtypes = {x.name: x.weight.dtype for x in all_targets(model)}
     before = sum(layer.params_before * dtypes[layer.name].itemsize for layer in planned)
     after = sum(layer.num_bytes(dtypes[layer.name]) for layer in planned)
     return {

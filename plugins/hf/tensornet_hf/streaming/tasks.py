@@ -13,7 +13,7 @@ from tensornet.errors import TargetError
 from tensornet.io.safetensors_header import FLOATS, Slice
 from tensornet.io.safetensors_writer import CHUNK
 from tensornet.nn.stock_layers import layer_bias
-from tensornet.nn.targets import Target, find_targets
+from tensornet.nn.targets import Target, all_targets, find_targets
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet.streaming.worker import PieceTask, Use
 
@@ -48,7 +48,7 @@ def find_tasks(
     untie_different(skeleton, stored)
     targets = find_targets(skeleton, config)
     if plan is not None:
-        targets = _planned(find_targets(skeleton, CompressionConfig(target_modules="*")), plan)
+        targets = _planned(all_targets(skeleton), plan)
     tasks = {}
     for index, target in enumerate(targets):
         weight = experts.get(target.name) or _stored_weight(target, stored)
