@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from transformers.utils import logging
 
 import tensornet as tn
+from tensornet.compression.report import model_size
 from tensornet_hf import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
@@ -67,11 +68,11 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
     status, out, _ = tensornet("inspect", "small", "--json")
     found = json.loads(out)
     assert (status, found["format_version"], found["architecture"]) == (0, 1, "GPT2LMHeadModel")
-    assert found["params"] == sum(p.numel() for p in small.parameters())
+    assert found["params"] == model_size(small)[0]
     assert {layer["name"] for layer in found["layers"]} == changed
     sizes = {layer["name"]: layer["params"] for layer in found["layers"]}
     for name in changed:
-        assert sizes[name] == sum(p.numel() for p in small.get_submodule(name).parameters())
+        assert sizes[name] == small.get_submodule(name).num_params
     assert found["bytes"] == Path("small/model.safetensors").stat().st_size
     status, out, _ = tensornet("inspect", "small")
     assert status == 0

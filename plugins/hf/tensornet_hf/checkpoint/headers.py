@@ -15,6 +15,7 @@ from tensornet.nn.serialization import build_module
 from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.json_files import read_json
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
+from tensornet_hf.guards import without_guards
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -57,7 +58,7 @@ class Checkpoint:
         folder: where it is.
         config: content of `config.json`.
         compression: description of the compressed modules, None for an ordinary model.
-        tensors: every stored tensor by name.
+        tensors: every stored tensor by name, guards left out (see `tensornet_hf.guards`).
     """
 
     folder: Path
@@ -83,6 +84,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     tensors = read_headers(weight_files(folder))
     compression = read_compression(config)
+    if compression is not None:
+        tensors = without_guards(tensors)
     if compression is not None:
         check_layers(compression, tensors, where=str(folder))
     elif cores := [name for name in tensors if _names_a_core(name)]:

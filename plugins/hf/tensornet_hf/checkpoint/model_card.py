@@ -15,8 +15,8 @@ tags:
 
 # Layers of this model are made of cores
 
-`import tensornet_hf` first: without it, transformers only warns that it does not know the quantization type
-`tensornet`, and fills the compressed layers with random numbers.
+`import tensornet_hf` first: without it, transformers does not know the quantization type `tensornet`, and
+refuses the folder because of the empty tensors in place of dense weights.
 
 ```python
 # pip install 'tensornet-torch[hf]'

@@ -21,6 +21,7 @@ from tensornet_hf.checkpoint.parallelism import check_distribution
 from tensornet_hf.checkpoint.placement import place_layers, rename
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
 from tensornet_hf.checkpoint.stacked_experts import settle_experts, split_experts
+from tensornet_hf.guards import make_guards, pass_by_guards, without_guards
 from tensornet_hf.moe.aux_losses import join_aux_losses
 
 
@@ -73,7 +74,9 @@ class TensorNetworkQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
-        stored = read_headers(files)
+        headers = read_headers(files)
+        stored = without_guards(headers)
+        pass_by_guards(model, headers.keys() - stored.keys())
         if files:
             check_layers(config, stored, where=str(files[0].parent))
         prefix = f"{model.base_model_prefix}."  # with or without it: it depends on the head
@@ -110,7 +113,8 @@ class TensorNetworkQuantizer(HfQuantizer):
             return None, {}
         self.quantization_config = config
         attach(model, config, self)
-        return {k: v for k, v in model.state_dict().items() if k not in config.ties}, {}
+        tensors = {k: v for k, v in model.state_dict().items() if k not in config.ties}
+        return tensors | make_guards(model, config), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Behind `model.dequantize()`."""

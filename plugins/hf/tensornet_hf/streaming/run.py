@@ -47,7 +47,7 @@ from tensornet_hf.streaming.journal import Staging, staging, staging_folder
 from tensornet_hf.streaming.manifest import MANIFEST, manifest_text
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.resume import Past, identity, take_over
-from tensornet_hf.streaming.shards import Part, config_text, index_text, layout
+from tensornet_hf.streaming.shards import Part, config_text, guards, index_text, layout
 from tensornet_hf.streaming.skeleton import model_skeleton
 from tensornet_hf.streaming.source import Source, check_unchanged, marks_now, open_source
 from tensornet_hf.streaming.tasks import find_tasks
@@ -120,6 +120,7 @@ def compress_checkpoint(
     source = open_source(folder)
     _refuse_quantized(source)
     skeleton, stored = model_skeleton(source.config, source.tensors)
+    dense = tuple(skeleton.state_dict())
     experts = take_experts_apart(skeleton, source.tensors, stored)
     slices = {name: source.tensors[key] for name, key in stored.items()}
     with _told_apart(folder, target), staging(target) as work:
@@ -130,8 +131,8 @@ def compress_checkpoint(
             if plan is None:
                 with one_thread():
                     known = CalibrationStats.load(measured)
-                    dense = mapped_model(folder, spill=work.folder)
-                    plan = tensornet.compression.plan(dense, config, known, progress=progress)
+                    mapped = mapped_model(folder, spill=work.folder)
+                    plan = tensornet.compression.plan(mapped, config, known, progress=progress)
         if plan is not None:
             options["plan"] = plan.to_dict()
         tasks = find_tasks(
@@ -146,10 +147,11 @@ def compress_checkpoint(
             copy_matrix, work, _left_dense(experts, pieces, config, work), past, pool, progress
         )
         parts, left_out = _parts(source, stored, experts, skeleton, tasks, pieces | beside)
+        rest = {"config.json": config_text(source.config, skeleton, pieces.values(), config)}
+        parts.append(guards(dense, skeleton, pieces.values(), source.tensors.values()))
         shards = layout(parts, max_shard_bytes)
         files = _write_shards(work, shards, past, pool, progress)
         tensors = {name: part for x in parts for name, part in x.tensors.items()}
-        rest = {"config.json": config_text(source.config, skeleton, pieces.values(), config)}
         if len(shards) > 1:
             rest[INDEX] = index_text(shards)
         written = _finish(work, source, type(skeleton).__name__, files, rest)

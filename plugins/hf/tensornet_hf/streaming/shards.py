@@ -9,7 +9,7 @@ from torch import nn
 
 from tensornet.compression import CompressionConfig
 from tensornet.compression.apply import set_submodule
-from tensornet.io.safetensors_header import Slice
+from tensornet.io.safetensors_header import FLOATS, Slice
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
@@ -18,6 +18,7 @@ from tensornet_hf.checkpoint.describe import describe
 from tensornet_hf.checkpoint.headers import WEIGHTS
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
 from tensornet_hf.checkpoint.stacked_experts import settle_experts
+from tensornet_hf.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.streaming.source import total_bytes
 
 
@@ -82,6 +83,27 @@ def config_text(
     settle_experts(skeleton)
     described: TensorNetworkConfig = describe(skeleton, compression=config.to_dict())
     return json.dumps({**source, "quantization_config": described.to_dict()}, indent=2, sort_keys=True) + "\n"
+
+
+def guards(
+    dense: Iterable[str], skeleton: nn.Module, pieces: Iterable[Piece], source: Iterable[Slice]
+) -> Part:
+    """Empty tensors in place of the dense weights, as saving a model writes them (`tensornet_hf.guards`).
+
+    Args:
+        dense: names of the tensors of the dense model.
+        skeleton: the compressed model on the meta device.
+        pieces: the finished layers.
+        source: tensors of files that stay; they tell the dtype.
+    """
+    layers = [name for piece in pieces for name in piece.specs]
+    floating = [part for part in source if part.dtype in FLOATS]
+    if not layers or not floating:
+        return Part("guards", {})
+    counted = [part.dtype for part in floating]
+    dtype = max(sorted(set(counted)), key=counted.count)
+    empty = Slice(floating[0].file, dtype, GUARD_SHAPE, floating[0].start, floating[0].start)
+    return Part("guards", dict.fromkeys(replaced_names(dense, skeleton.state_dict(), layers), empty))
 
 
 def _put_in_place(skeleton: nn.Module, piece: Piece) -> None:

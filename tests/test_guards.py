@@ -1,0 +1,124 @@
+"""A compressed folder read by a process that does not know this library: refused, never random weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import ALL, Architecture
+from mixture_models import mixture
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet_hf.checkpoint.inspection import inspect_folder
+from tensornet_hf.embedded import gpt2_path
+
+#: Tries to load each folder by each call; prints what came of it, a line each.
+STRANGER = """
+import sys, torch, transformers
+assert not any(name.startswith("tensornet") for name in sys.modules)
+for line in sys.argv[1:]:
+    folder, name = line.rsplit(":", 1)
+    try:
+        if name == "pipeline":
+            transformers.pipeline("text-generation", model=folder)
+        else:
+            getattr(transformers, name).from_pretrained(folder)
+    except (RuntimeError, ValueError) as error:
+        print("refused", "ignore_mismatched_sizes" in str(error) or str(error)[:200], line)
+    else:
+        print("LOADED", line)
+"""
+
+
+def strangers(*tries: str) -> list[str]:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STRANGER, *tries], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return [line for line in run.stdout.splitlines() if line.startswith(("refused", "LOADED"))]
+
+
+def test_every_class_is_refused_without_the_plugin(tmp_path: Path) -> None:
+    tries = []
+    for architecture in ALL:
+        folder = tmp_path / architecture.name
+        model = architecture.compressed
+        model.save_pretrained(folder)
+        tries += [f"{folder}:{type(model).__name__}", f"{folder}:AutoModel"]
+    tries += [f"{tmp_path / 'gpt2'}:{name}" for name in ("AutoModelForCausalLM", "pipeline")]
+    found = strangers(*tries)
+    assert found == [f"refused True {line}" for line in tries]
+
+
+def test_other_ways_to_make_a_folder(tmp_path: Path) -> None:
+    """File to file, by mixtures, by experts of a mixture, and saved again after loading."""
+    dense = ALL[0].dense
+    dense.save_pretrained(tmp_path / "dense")
+    config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+    th.compress_checkpoint(tmp_path / "dense", tmp_path / "files", config)
+    tn.compress(dense, config, progress=False)
+    dense.save_pretrained(tmp_path / "memory")
+    th.load(tmp_path / "memory").save_pretrained(tmp_path / "again")
+    upcycled = ALL[0].dense
+    th.upcycle(upcycled, th.MoEConfig(num_experts=2, top_k=1))
+    upcycled.save_pretrained(tmp_path / "upcycled")
+    experts = mixture("mixtral")
+    tn.compress(experts, config, progress=False)
+    experts.save_pretrained(tmp_path / "experts")
+    experts.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    names = ("files", "memory", "again", "upcycled", "experts", "parts")
+    tries = [f"{tmp_path / name}:AutoModelForCausalLM" for name in names]
+    assert strangers(*tries) == [f"refused True {line}" for line in tries]
+    assert guards_of(tmp_path / "files") == guards_of(tmp_path / "memory") == guards_of(tmp_path / "again")
+    for name in names:
+        th.load(tmp_path / name)
+
+
+def guards_of(folder: Path) -> dict[str, str]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        found |= {name: x.get_dtype() for name, x in parts.items() if x.get_shape() == [0]}
+    return found
+
+
+@pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.name)
+def test_nothing_of_ours_sees_them(
+    architecture: Architecture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = architecture.compressed
+    model.save_pretrained(tmp_path)
+    guards = guards_of(tmp_path)
+    layers = model.config.quantization_config.layers
+    assert guards.keys() == {f"{name}.weight" for name in layers}
+    assert sum(len(name) + 60 for name in guards) < 20_000
+    checkpoint = th.read_checkpoint(tmp_path)
+    assert not guards.keys() & checkpoint.tensors.keys()
+    inspected = inspect_folder(tmp_path)
+    assert inspected.params == sum(x.numel() for x in {id(p): p for p in model.parameters()}.values())
+    assert set(inspected.dtypes) == {"float32"}
+    capsys.readouterr()
+    _, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert "UNEXPECTED" not in capsys.readouterr().err
+    AutoModel.from_pretrained(tmp_path)
+    assert not any(f"{name} " in capsys.readouterr().err for name in guards)
+
+
+def test_pipelines_work_after_the_import(tmp_path: Path) -> None:
+    model, tokenizer = th.load(gpt2_path()), AutoTokenizer.from_pretrained(gpt2_path())
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.9, objective="weight"), progress=False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model.eval()(ids).logits
+    )
+    assert pipeline("text-generation", model=str(tmp_path))("One", max_new_tokens=2)
