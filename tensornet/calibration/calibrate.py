@@ -27,6 +27,7 @@ from tensornet.nn.expansion import expanded
 from tensornet.nn.modes import in_eval_mode, uncompiled
 from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
+from tensornet.nn.weight_readers import Run, weight_readers
 
 Fisher = Literal["labels", "sampled"]
 #: Losses that first ask the model where it scores labels, which must not be observed.
@@ -88,6 +89,8 @@ def calibrate(
         device = next(model.parameters()).device
         for batch in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
             recorder.batch = as_batch(batch, model, device)
+            if count == 0:
+                recorder.readers = weight_readers(model, [_batch_run(recorder.batch, loss_fn)])
             with_gradients = gradient_batches is None or count < gradient_batches
             with torch.set_grad_enabled(with_gradients):
                 if count == 0 and (with_gradients if loss_fn is None else loss_fn in _OWN):
@@ -114,6 +117,10 @@ def calibrate(
     loss = total / scored if scored else None
     # A random projection is no loss of tokens, of which a perplexity could be told.
     return recorder.finish(scored, math.nan if loss_fn in PROJECTIONS and scored else loss, source)
+
+
+def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
+    return lambda twin: run_model(twin, batch) if loss_fn is None else loss_fn(twin, batch)
 
 
 def _checked(losses: Any) -> Tensor:
@@ -155,6 +162,7 @@ class _Recorder:
         self.counts: dict[str, int] = {}
         self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
         self._last: _Reading | None = None
+        self.readers: frozenset[str] = frozenset()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -224,7 +232,8 @@ class _Recorder:
                     f"Calibration met NaN or infinite inputs or gradients at layer {name!r}; check the "
                     "checkpoint, run the model in float32, or exclude the layer."
                 )
-        return CalibrationStats(rows, columns, max(self.counts.values(), default=0), loss, source)
+        tokens = max(self.counts.values(), default=0)
+        return CalibrationStats(rows, columns, tokens, loss, source, tuple(sorted(self.readers)))
 
     def _tokens(self, x: Tensor) -> Tensor:
         mask = token_mask(self.batch, x.shape[:-1])

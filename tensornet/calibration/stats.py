@@ -31,6 +31,7 @@ class CalibrationStats:
         tokens: number of tokens the moments are means over, padding left out.
         loss: mean loss of a token, None where no loss was computed.
         source: where the text came from, for reports.
+        readers: layers whose weight is read past them, as running a batch has shown.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -41,6 +42,7 @@ class CalibrationStats:
     tokens: int
     loss: float | None = None
     source: str = field(default="calibration data")
+    readers: tuple[str, ...] = ()
 
     @property
     def has_gradients(self) -> bool:
@@ -66,6 +68,7 @@ class CalibrationStats:
             "tokens": self.tokens,
             "loss": self.loss,
             "source": self.source,
+            "readers": list(self.readers),
             **sides,
         }
         metadata = {"calibration": json.dumps(header)}
@@ -92,7 +95,14 @@ class CalibrationStats:
                 side: {name: tensors[key] for name, key in header[side].items()}
                 for side in ("rows", "columns")
             }
-            return cls(**sides, tokens=header["tokens"], loss=header["loss"], source=header["source"])
+            readers = tuple(header.get("readers", ()))  # absent in older files
+            return cls(
+                **sides,
+                tokens=header["tokens"],
+                loss=header["loss"],
+                source=header["source"],
+                readers=readers,
+            )
         except FormatError:
             raise
         except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:

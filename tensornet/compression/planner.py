@@ -199,7 +199,7 @@ def prepare(
     check_stats(stats)
     objective = resolve_objective(config, stats)
     with expanded(model):
-        targets = tuple(find_targets(model, config))
+        targets = tuple(find_targets(model, config, () if stats is None else stats.readers))
     check_loaded(targets)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import warnings
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from tensornet.checks import check_type
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, kind_of
-from tensornet.nn.weight_readers import weight_is_read
+from tensornet.nn.weight_readers import weight_readers
 
 ALL = "all"
 
@@ -74,13 +74,19 @@ class Target:
         return self.kinds[0].matrix(self.modules[0]).detach()
 
 
-def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
+def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[str] = ()) -> list[Target]:
     """List the weights that a selection takes, in the order of the model.
 
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
-    A layer whose weight its owner reads past the layer is left dense, with a warning; a pattern that names
+    A layer whose weight is read past the layer is left dense, with a warning; a pattern that names
     it takes it nevertheless. A weight that is also in a module of another kind, such as an embedding that
     scales, is left dense in any case: compressing a part of its places would untie them.
+
+    Args:
+        model: any module.
+        config: what to select.
+        readers: names of layers whose weight is known to be read past them, beside those that
+            `weight_readers` finds.
 
     Raises:
         TargetError: a pattern matches no compressible module, or nothing is left to compress.
@@ -89,6 +95,8 @@ def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
     outside = _users_outside(model, groups)
     included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
     heads = {id(module) for module in (output_head(model),) if module is not None}
+    named = included is not None and included != [ALL]
+    past = frozenset() if named else weight_readers(model).union(readers)
     chosen, read, tied = [], [], []
     for group in groups:
         if included is None:
@@ -101,8 +109,7 @@ def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
         if group.name in outside:
             tied.append(group)
             continue
-        named = included is not None and included != [ALL]
-        if not named and any(weight_is_read(model, name) for name in group.names):
+        if not past.isdisjoint(group.names):
             read.append(group)
         else:
             chosen.append(group)
@@ -115,7 +122,7 @@ def find_targets(model: nn.Module, selection: LayerSelection) -> list[Target]:
             )
     if read:
         warnings.warn(
-            f"Left dense, because their weights are read by the module that holds them: {_summary(read)}. "
+            f"Left dense, because their weights are read past the layers: {_summary(read)}. "
             "Name them in target_modules to compress them nevertheless.",
             UserWarning,
             stacklevel=2,
@@ -203,7 +210,7 @@ def all_targets(model: nn.Module) -> list[Target]:
         kind = kind_of(module)
         if kind is not None:
             weight = kind.matrix(module)
-            key = (_memory(module.weight), tuple(weight.shape), weight.stride())  # type: ignore[arg-type]
+            key = (_memory(module.weight), tuple(weight.shape), weight.stride())
             groups.setdefault(key, []).append((name, module, kind))
     return [
         Target(

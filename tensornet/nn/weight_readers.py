@@ -1,69 +1,209 @@
-"""Layers whose weight is read past their `forward`, which a layer made of cores cannot answer."""
+"""Layers whose weight is read past their `forward`, which a tensor-network layer cannot answer.
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterator
-from functools import cache
+To find them, a twin of the model is run with a *probe* in place of every weight. A layer's own `forward` sees
+the weight itself; whoever else computes with the probe, or asks for its shape, is noticed. The twin shares or
+lacks the numbers of the model: on the meta device a run costs neither memory nor arithmetic.
 
-from torch import nn
+The core cannot call a model without data. A plugin registers runs for the models that it knows; `calibrate`
+adds one with the first batch.
+"""
 
-#: Calls that take a weight without computing with it.
-_HARMLESS = ("isinstance", "hasattr", "id", "type", "len")
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.nn.modes import uncompiled
+from tensornet.nn.stock_layers import LayerKind, kind_of
+
+#: Runs a twin of a model, or parts of it; fails as it likes where it cannot.
+Run = Callable[[nn.Module], Any]
+#: Ways to run a model, none for a model that is not known.
+RunProvider = Callable[[nn.Module], Iterable[Run]]
+
+_PROVIDERS: list[RunProvider] = []
 
 
-def weight_is_read(model: nn.Module, name: str) -> bool:
-    """Whether the module that owns layer `name` uses the layer's weight itself, by the owner's source.
+def register_runs(provider: RunProvider) -> RunProvider:
+    """Have the runs of `provider` used to find readers of weights. Usable as a decorator."""
+    _PROVIDERS.append(provider)
+    return provider
 
-    Mamba, for example, multiplies by `self.dt_proj.weight`, and WavLM hands all its projections to a
-    function of PyTorch. Source that cannot be had counts as not reading.
+
+def weight_readers(model: nn.Module, runs: Iterable[Run] = ()) -> frozenset[str]:
+    """Names of the layers whose weight somebody else reads, as far as running the model shows it.
+
+    Mamba, for example, multiplies by `self.dt_proj.weight`, and Whisper takes rows of its position table.
+    The registered runs are tried on the meta device. One that fails there, because it asks for values, is
+    tried with the model's own weights.
 
     Args:
-        model: the whole model.
-        name: of the layer, as in `named_modules`.
+        model: is not changed.
+        runs: taken where no run is registered, or one of those failed.
     """
-    owner_name, _, child = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    return any(child in _read_by(kind) for kind in type(owner).__mro__ if not _is_general(kind))
+    found: set[str] = set()
+    registered = [run for provider in _PROVIDERS for run in provider(model)]
+    failed = _probe(model, registered, found, on_meta=True) if registered else []
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        failed = _probe(model, failed, found, on_meta=False) if failed else []
+        if failed or not registered:
+            _probe(model, runs, found, on_meta=False)
+    return frozenset(found)
 
 
-def _is_general(kind: type) -> bool:
-    """PyTorch's and Python's own classes name no layer of a model."""
-    return kind.__module__.partition(".")[0] in ("torch", "builtins", "abc")
-
-
-@cache
-def _read_by(kind: type) -> frozenset[str]:
-    """Names of layers whose weight the methods of a class multiply by, or pass to a function."""
+def _probe(model: nn.Module, runs: Iterable[Run], found: set[str], *, on_meta: bool) -> list[Run]:
+    """Add the readers that runs show to `found`; returns the runs that failed."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    methods = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and "init" not in node.name and "tie" not in node.name
+        made = _twin(model, on_meta=on_meta)
+    except Exception:  # what a model holds need not be made to be copied
+        return []
+    failed = []
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), uncompiled(), _probes(made, found):
+        warnings.simplefilter("ignore")
+        for run in runs:
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    run(made)
+            except Exception:  # a model fails on data that do not suit it in every way there is
+                failed.append(run)
+    return failed
+
+
+def _twin(model: nn.Module, *, on_meta: bool) -> nn.Module:
+    """A copy of the modules with the same parameters, or with parameters and buffers on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(model):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if on_meta or is_parameter:  # buffers with numbers are copied: training changes them
+            bare = tensor.detach()
+            bare = torch.empty_like(bare, device="meta") if on_meta else bare
+            memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if is_parameter else bare
+    made = copy.deepcopy(model, memo)
+    for module in made.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()  # they belong to the model, and may keep what they see
+    return made
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """All tensors that modules hold, those that are not registered as well."""
+    seen: set[int] = set()
+    left: list[Any] = [model]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, nn.Module):
+            left += vars(value).values()
+        elif isinstance(value, list | tuple | set):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+
+
+@contextmanager
+def _probes(model: nn.Module, found: set[str]) -> Iterator[None]:
+    """A probe in place of every weight, except inside the layer's own `forward`; names of readers are added.
+
+    Modules of the model are changed and not restored: it is a twin.
+    """
+    handles = []
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None and (key := _weight_name(module, kind)) is not None:
+            probe = _Probe.of(module._parameters[key], name, found)
+            handles += _show_only_outside(module, key, probe)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weight_name(module: nn.Module, kind: LayerKind) -> str | None:
+    weight = kind.matrix(module)
+    return next((k for k, p in module._parameters.items() if p is not None and _views(weight, p)), None)
+
+
+def _views(tensor: Tensor, parameter: nn.Parameter) -> bool:
+    return tensor is parameter or tensor._base is parameter
+
+
+def _show_only_outside(module: nn.Module, key: str, probe: "_Probe") -> list[Any]:
+    weight = module._parameters[key]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        module._parameters[key] = weight
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters[key] = probe
+
+    module._parameters[key] = probe
+    return [
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, always_call=True),
     ]
-    nodes = (node for method in methods for node in ast.walk(method))
-    return frozenset(name for node in nodes for value in _used(node) if (name := _layer_of(value)))
 
 
-def _used(node: ast.AST) -> Iterator[ast.expr]:
-    """Expressions whose values a node computes with."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-        yield from (node.left, node.right)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) not in _HARMLESS:
-        yield from node.args
-        yield from (keyword.value for keyword in node.keywords)
+class _Probe(nn.Parameter):
+    """Stands for a weight: tells dtype and device freely, and notes by name that anything else was done."""
+
+    _name: str
+    _found: set[str]
+
+    @classmethod
+    def of(cls, weight: Tensor | None, name: str, found: set[str]) -> "_Probe":
+        assert weight is not None
+        probe = Tensor._make_subclass(cls, weight.detach(), weight.requires_grad)
+        probe.__dict__.update(vars(weight))
+        probe._name, probe._found = name, found
+        return probe
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        values = [*args, *kwargs.values()]
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _FACTS or (function in _LIKE and not isinstance(args[0], cls)):
+                return function(*args, **kwargs)
+            for value in _flat(values):
+                if isinstance(value, cls):
+                    value._found.add(value._name)
+            # What is written into the weight must not reach the model, whose weights these are.
+            return function(*map(_own, args), **{key: _own(value) for key, value in kwargs.items()})
 
 
-def _layer_of(value: ast.expr) -> str | None:
-    """`name` if the expression is `self.name.weight`, or what methods as `t()` or `view(...)` make of it."""
-    while True:
-        match value:
-            case ast.Attribute(attr="weight", value=ast.Attribute(attr=name, value=ast.Name(id="self"))):
-                return name
-            case ast.Call(func=ast.Attribute(value=inner)) | ast.Attribute(attr="T" | "mT", value=inner):
-                value = inner
-            case _:
-                return None
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, _Probe):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return type(value)(map(_own, value)) if type(value) in (list, tuple) else value
+
+
+#: What a tensor-network layer's `weight` answers as the dense weight would.
+_FACTS = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("dtype", "device", "layout", "requires_grad", "grad", "is_leaf", "is_meta", "is_cpu")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_mps", "is_xpu", "is_quantized", "is_sparse")),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.requires_grad_),
+    *(torch.is_floating_point, torch.is_complex, Tensor.__hash__, Tensor.__repr__, Tensor.get_device),
+    *(Tensor.new_tensor, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
+}
+#: Calls that take dtype and device alone from another tensor.
+_LIKE = {Tensor.to, Tensor.type_as}

@@ -7,7 +7,8 @@ from tensornet.optional import require
 
 require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
 
-import tensornet_hf.falcon_linear  # noqa: F401  (registers layers of single architectures)
+import tensornet_hf.falcon_linear
+import tensornet_hf.sample_runs  # noqa: F401  (registers how models are run on made-up data)
 from tensornet_hf.checkpoint.folders import check_free, write_folder
 from tensornet_hf.checkpoint.headers import Checkpoint, StoredTensor, read_checkpoint
 from tensornet_hf.checkpoint.load import load, resolve_folder

@@ -68,6 +68,10 @@ class SplitExperts(nn.Module):
         if mask is not None and mask.numel() == len(hidden_states):  # calibration must not see padding
             top_k_index = top_k_index.masked_fill(mask.reshape(-1, 1) == 0, self.num_experts)
         mixed = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        if hidden_states.is_meta:  # without values to route by, every expert sees every token
+            for number in range(self.num_experts):
+                mixed = mixed + self._run(number, hidden_states)
+            return mixed.to(hidden_states.dtype)
         for number in top_k_index.unique().tolist():
             if number < self.num_experts:  # beyond are slots that the router left empty
                 token, place = torch.where(top_k_index == number)

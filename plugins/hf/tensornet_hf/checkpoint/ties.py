@@ -56,13 +56,18 @@ def detach_targets(model: nn.Module, ties: Mapping[str, str]) -> None:
     """Remove the tensors that are stored under another name, so that loading does not look for them."""
     for target in ties:
         module, name = _owner(model, target)
+        absent = getattr(module, name).detach()
         delattr(module, name)
+        # Initialisation looks at `weight` of every layer, and passes by what is marked as loaded.
+        absent._is_hf_initialized = True
+        vars(module)[name] = absent
 
 
 def attach_targets(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
     """Put the shared tensors in place."""
     for target, source in ties.items():
         module, name = _owner(model, target)
+        vars(module).pop(name, None)
         hold(module, name, model.get_parameter_or_buffer(source))
 
 
