@@ -12,7 +12,7 @@ from operator import methodcaller
 import torch
 from torch import Tensor
 
-from tensornet.contraction.pairwise import ContractionPlan
+from tensornet.contraction.pairwise import ContractionPlan, is_slow
 
 #: Maps `x: (tokens, in)` and a bias or None to the output `(tokens, out)`, as `run` does.
 Sweep = Callable[[Tensor, Tensor | None], Tensor]
@@ -26,13 +26,13 @@ def is_sweep(plan: ContractionPlan) -> bool:
 
 
 def bind_sweep(plan: ContractionPlan, cores: Sequence[Tensor]) -> Sweep | None:
-    """Bind a plan whose operand 0 is the input; None if it is no sweep.
+    """Bind a plan whose operand 0 is the input; None if it is no sweep, or is computed in another dtype.
 
     Args:
         plan: one of `OperatorPlan.applies`.
         cores: the other operands; what is bound are views of them.
     """
-    if not is_sweep(plan):
+    if not is_sweep(plan) or any(map(is_slow, cores)):
         return None
     operations: list[Operation] = []
     given = plan.operand_shapes[0]

@@ -30,7 +30,7 @@ from tensornet.contraction.cost import (
     product_seconds,
 )
 from tensornet.contraction.machine import Machine
-from tensornet.contraction.pairwise import ContractionPlan, Copy, Product, run
+from tensornet.contraction.pairwise import ContractionPlan, Copy, Product, is_slow, run
 from tensornet.contraction.scratch import LIMIT, borrow
 from tensornet.network import plan_cores
 from tensornet.topologies.leg_dims import divisors
@@ -153,6 +153,9 @@ def run_in_slices(
         ShapeError: the last dimension of `x` is another.
     """
     check_input(x, sliced.in_features)
+    if is_slow(x):
+        wide = None if bias is None else bias.float()
+        return run_in_slices(sliced, [core.float() for core in cores], x.float(), wide).to(x.dtype)
     flat = x if x.ndim == 2 else x.reshape(-1, sliced.in_features)
     parts, shape = sliced.outer // sliced.width, sliced.right.output_shape
     left = run(sliced.left, cores[: sliced.cut]).reshape(parts, -1, sliced.rank)
