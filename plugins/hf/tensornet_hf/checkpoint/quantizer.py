@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 
@@ -37,6 +38,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._ties: dict[str, str] = {}
         self._layers: list[str] = []
+        self._stored: tuple[str, ...] = ()
 
     @property
     def is_trainable(self) -> bool:
@@ -76,6 +78,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         config = self.quantization_config
         headers = read_headers(files)
         stored = without_guards(headers)
+        self._stored = tuple(stored)
         pass_by_guards(model, headers.keys() - stored.keys())
         if files:
             check_layers(config, stored, where=str(files[0].parent))
@@ -92,6 +95,24 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._ties = {k: v for k, v in renamed.items() if k and v and is_inside(k, self._layers)}
         ties.hand_over(model, self._layers, {}, loading=True)
         ties.detach_targets(model, self._ties)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leave stored names as they are if they fit the model: its renamings are made for other folders.
+
+        A compressed model is saved under the names of its class. Those of Qwen2-VL, for one, would be taken
+        for names of an older version by the class without a head.
+        """
+        if not self.pre_quantized:
+            return super().update_weight_conversions(weight_conversions, model)
+        renamings = [x for x in weight_conversions if isinstance(x, WeightRenaming)]
+        converters = [x for x in weight_conversions if isinstance(x, WeightConverter)]
+        state, prefix = model.state_dict(), model.base_model_prefix
+
+        def fitting(renamings: list[Any], converters: list[Any]) -> int:
+            names = (rename_source_key(x, renamings, converters, prefix, state)[0] for x in self._stored)
+            return sum(name in state for name in names)
+
+        return [] if fitting([], []) >= fitting(renamings, converters) else weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Tie shared cores; or compress, if the model was stored dense."""
