@@ -17,8 +17,8 @@ from tensornet.topology import Topology
 class NetworkModule(RoutedModule):
     """Abstract base: cores registered as parameters `core_<name>`, and a topology that describes them.
 
-    With another than plain storage `tensornet.nn.encoding` derives the stored tensors from the cores: floating
-    ones are parameters, integers are persistent buffers.
+    With another than plain storage `tensornet.nn.encoding` derives the stored tensors from the cores:
+    floating ones are parameters, integers are persistent buffers.
 
     Args:
         topology: the operator `(out_features, in_features)`.
