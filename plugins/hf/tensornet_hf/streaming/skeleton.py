@@ -1,13 +1,16 @@
 """Which layers a checkpoint describes: a model without weights, from its configuration or its names alone."""
 
+import json
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -165,12 +168,22 @@ def _from_transformers(config: Mapping[str, Any]) -> PreTrainedModel | None:
         return None
     plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
     try:
+        read = _read_config(kind, plain)
         with torch.device("meta"):
-            return cls(CONFIG_MAPPING[kind].from_dict(plain))
+            return cls(read)
     except Exception as error:  # model classes fail on nonsense in every way there is
         raise FormatError(
             f"config.json does not describe a {name}: {type(error).__name__}: {error!s:.300}"
         ) from error
+
+
+def _read_config(kind: str, content: Mapping[str, Any]) -> PreTrainedConfig:
+    """Read a configuration as loading does: transformers decodes what JSON cannot say, such as infinity."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(content), encoding="utf-8")
+        read: PreTrainedConfig = CONFIG_MAPPING[kind].from_pretrained(folder, local_files_only=True)
+    read.name_or_path = ""
+    return read
 
 
 def _stored_names(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
