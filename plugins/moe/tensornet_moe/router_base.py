@@ -63,7 +63,8 @@ class Router(nn.Module, ABC):
     """Contract and the common part: jitter, float32 logits and softmax, the check for NaN.
 
     Subclasses define `select`, and name the arguments of their own in `options`; `register_router` makes them
-    known to configurations and checkpoints. `tensornet_moe.testing.RouterLaws` tests them.
+    known to configurations and checkpoints. One that looks at later tokens sets `causal = False`.
+    `tensornet_moe.testing.RouterLaws` tests them.
 
     Logits are `x @ weight^T` in float32 whatever the model's dtype and autocast say: a router in half
     precision is unstable (Switch, section 2.4).
@@ -84,6 +85,8 @@ class Router(nn.Module, ABC):
 
     #: Arguments beyond those of this class, each kept as an attribute of the same name.
     options: ClassVar[tuple[str, ...]] = ()
+    #: Whether the experts of a token depend on no later token. Others are for encoders alone.
+    causal: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -104,6 +104,7 @@ class ExpertChoiceRouter(Router):
     """
 
     options: ClassVar[tuple[str, ...]] = ("capacity_factor",)
+    causal: ClassVar[bool] = False
 
     def __init__(
         self,

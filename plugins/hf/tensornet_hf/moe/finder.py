@@ -1,6 +1,7 @@
 """Finding the feed-forward networks of a model and reading off what they compute."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,18 +50,22 @@ def find_feed_forwards(
             dotted where they lie deeper, as `("intermediate.dense", "output.dense")`.
 
     Raises:
-        TargetError: none is found, a pattern matches none, or a named module computes something else.
+        TargetError: none is found, a pattern matches none, or a named module computes something else or is
+            an expert of a mixture.
     """
     candidates: dict[int, tuple[list[str], nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if _form(module, matrices) is not None:
             candidates.setdefault(id(module), ([], module))[0].append(name)
+    routed = _experts(model, [name for names, _ in candidates.values() for name in names], matrices)
     found, refused = [], []
     for names, module in candidates.values():
         wanted = target_modules is None or any(matches(n, p) for n in names for p in target_modules)
         if not wanted:
             continue
         try:
+            if mixture := next((routed[n] for n in names if n in routed), None):
+                raise TargetError(f"{names[0]} is an expert of {mixture}, which is a mixture already")
             found.append(_read(tuple(names), module, matrices))
         except TargetError as error:
             if target_modules is not None:
@@ -103,6 +108,43 @@ def _form(module: nn.Module, matrices: Sequence[str] | None) -> tuple[tuple[str,
         if all((layer := _part(module, path)) is not None and _is_linear(layer) for path in paths):
             return paths, place
     return None
+
+
+def _experts(model: nn.Module, names: Sequence[str], matrices: Sequence[str] | None) -> dict[str, str]:
+    """Networks among which a router chooses, and the module that holds router and experts.
+
+    Beside `n > 1` networks of one container lies a router: a weight `(n, features)`, in either order.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, str] = {}
+    for container, members in groups.items():
+        if len(members) == 1:
+            continue
+        module = model.get_submodule(members[0])
+        form = _form(module, matrices)
+        assert form is not None
+        first: Any = _part(module, form[0][0])
+        kind = kind_of(first)
+        assert kind is not None
+        router = {len(members), kind.matrix(first).shape[1]}
+        for place in (container, container.rpartition(".")[0]):
+            if _has_weight(model.get_submodule(place), router, [model.get_submodule(m) for m in members]):
+                found |= dict.fromkeys(members, place or "the model itself")
+                break
+    return found
+
+
+def _has_weight(module: nn.Module, sizes: set[int], without: Sequence[nn.Module]) -> bool:
+    """Whether a module has a matrix of these sizes that is no table and lies in none of some parts."""
+    inside = {id(part) for root in without for part in root.modules()}
+    return any(
+        parameter.ndim == 2 and set(parameter.shape) == sizes
+        for part in module.modules()
+        if id(part) not in inside and not isinstance(part, nn.Embedding)
+        for parameter in part.parameters(recurse=False)
+    )
 
 
 def _part(module: nn.Module, path: str) -> nn.Module | None:

@@ -1,6 +1,6 @@
 """Upcycling: the dense feed-forward networks of a model become mixtures of experts that share cores."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,12 +9,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet.compression.apply import set_submodule
+from tensornet.errors import TargetError
 from tensornet.nn.structure_hooks import structure_changed
+from tensornet_hf.causality import causal_networks
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners
 from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.finder import find_feed_forwards
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_moe import ExpertFFN, SharedCoreExperts, SharedCoreMoE
+from tensornet_moe.router_base import router_kind
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,13 @@ class UpcycleReport:
 
 
 @torch.no_grad()
-def upcycle(model: nn.Module, config: MoEConfig, *, progress: bool = False) -> UpcycleReport:
+def upcycle(
+    model: nn.Module,
+    config: MoEConfig,
+    *,
+    example: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> UpcycleReport:
     """Replace dense feed-forward networks by mixtures of experts, in place.
 
     Every expert starts as the decomposition of its dense network, so that without truncation, capacity and
@@ -102,10 +111,14 @@ def upcycle(model: nn.Module, config: MoEConfig, *, progress: bool = False) -> U
     Args:
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (gated or not).
         config: what to make of them.
+        example: keyword arguments of one call of the model. With a router that looks at later tokens
+            (`"expert_choice"`) the model runs on them once, to see whether it is causal; only models whose
+            inputs are not those of transformers need it.
         progress: show a progress bar.
 
     Raises:
-        TargetError: no feed-forward network is found, or one computes something else; the model is unchanged.
+        TargetError: no feed-forward network is found, one computes something else, or the router looks at
+            later tokens and a network is causal; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: from a decomposition; the model is unchanged.
         TypeError: no model, or no configuration.
     """
@@ -115,6 +128,8 @@ def upcycle(model: nn.Module, config: MoEConfig, *, progress: bool = False) -> U
             f"{type(model).__name__} and a {type(config).__name__}."
         )
     networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
+    if not router_kind(config.router).causal:
+        _refuse_causal(config, networks, causal_networks(model, networks, example=example))
     place = owner_place(model) if config.share_across_layers else None
     owners, banks = across_layers(networks, config, place, progress=progress)
     made = []
@@ -129,6 +144,23 @@ def upcycle(model: nn.Module, config: MoEConfig, *, progress: bool = False) -> U
     structure_changed(model)
     across = sum(p.numel() for owner in owners for p in owner.parameters())
     return UpcycleReport(tuple(layer for _, layer in made), config.num_experts, across)
+
+
+def _refuse_causal(config: MoEConfig, networks: Sequence[FeedForward], causal: Sequence[str]) -> None:
+    if not causal:
+        return
+    others = [network.name for network in networks if network.name not in causal]
+    rest = (
+        f" The other {len(others)} networks, such as {others[0]}, may have it: name them with "
+        "target_modules=[...] (--target)."
+        if others
+        else ""
+    )
+    raise TargetError(
+        f"router={config.router!r} looks at later tokens, but {len(causal)} of {len(networks)} feed-forward "
+        f"networks are causal, the first is {causal[0]}: training would leak the tokens to be predicted. "
+        f'Use router="switch" or "topk".{rest}'
+    )
 
 
 def make_mixture(
