@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_models import ARCHITECTURES
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -16,7 +18,7 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import TargetError
 from tensornet_hf.cli.main import run
-from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.embedded import gpt2_path, t5_path
 
 CONFIG = th.MoEConfig(num_experts=4, sites=3, noise=0.05)
 
@@ -182,3 +184,36 @@ def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "exists" in capsys.readouterr().err
     assert run([*command[:3], "--force", "--experts", "2", "--top-k", "3", "--router", "topk"]) == 1
     assert "top_k=3 with num_experts=2" in capsys.readouterr().err
+
+
+def test_upcycle_command_refuses_routers_that_leak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = ["--experts", "2", "--router", "expert_choice", "--dry-run"]
+    assert run(["upcycle", str(gpt2_path()), *choice]) == 1
+    error = capsys.readouterr().err
+    assert "router='expert_choice' looks at later tokens" in error
+    assert error.count("\n") == 1
+    assert run(["upcycle", str(t5_path()), *choice]) == 1
+    assert "name them with target_modules=[...] (--target)" in capsys.readouterr().err
+    assert run(["upcycle", str(t5_path()), *choice, "--target", "encoder.*.DenseReluDense"]) == 0
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_trainer_refuses_experts_that_are_spread(alone: None, tmp_path: Path) -> None:
+    model = model_of()
+    tm.shard_experts(model)
+    with pytest.raises(TargetError, match=r"spread over processes, and Trainer .*gather_experts\(model\)"):
+        trainer_of(model, tmp_path, [])
+    with pytest.raises(TargetError, match="gather_experts"):
+        model.save_pretrained(tmp_path / "part")
+    tm.gather_experts(model)
+    assert model.hf_quantizer.is_trainable
+    model.save_pretrained(tmp_path / "whole")
+    th.load(tmp_path / "whole")

@@ -320,6 +320,27 @@ def test_a_masked_model_can_be_copied_and_saved_whole() -> None:
     assert mask.parameters == model.centers
 
 
+def test_the_optimizer_that_accelerate_wraps_is_masked() -> None:
+    from accelerate import Accelerator
+
+    model, wanted = Model(), []
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    mask = tm.GradientMask(model, p=0.5, seed=3).attach(optimizer)
+    twin, left = torch.Generator().manual_seed(3), []
+    for step in range(8):
+        before = [p.detach().clone() for p in model.centers]
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(torch.randn(4, 8)).square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 2:
+            left.append([torch.equal(a, b) for a, b in zip(before, model.centers, strict=True)])
+            wanted.append((torch.rand(3, generator=twin, dtype=torch.float64) < 0.5).tolist())
+    assert (left, mask.steps) == (wanted, 4)
+    mask.detach()
+
+
 def test_fused_sgd_with_dampening_is_refused() -> None:
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)

@@ -35,11 +35,19 @@ def structure_changed(model: nn.Module) -> None:
     handled = _run_hooks(model)
     if handled or not callable(getattr(type(model), "save_pretrained", None)):
         return
-    if any(module_spec(module) for module in model.modules()):
+    if any(_is_special(module) for module in model.modules()):
         # On the instance: only this model is affected, and a hook that comes later can take it off.
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
     else:
         _remove_guard(model)
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Whether a module has a description, or refuses to give one as it is now."""
+    try:
+        return module_spec(module) is not None
+    except TargetError:
+        return True
 
 
 def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -103,12 +103,18 @@ class GradientMask:
     def attach(self, optimizer: torch.optim.Optimizer) -> "GradientMask":
         """Have every `optimizer.step()` draw and mask first; `detach` undoes it.
 
+        Args:
+            optimizer: of torch, or what accelerate's `prepare` made of one.
+
         Raises:
             TargetError: the optimizer does not hold all masked cores.
             RuntimeError: the mask is attached already.
         """
         if self._hooks:
             raise RuntimeError("This mask is attached to an optimizer already; detach() it first.")
+        # Hooks belong on the optimizer that steps: a wrapper such as accelerate's calls it when it does.
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = sum(id(p) not in held for p in self.parameters)
         if missing:

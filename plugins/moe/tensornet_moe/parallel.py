@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tensornet.errors import TargetError, TopologyError
+from tensornet.nn.structure_hooks import structure_changed
 from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
@@ -77,7 +78,8 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
     Every process must hold the same weights when it calls this, and keeps its share. Call it before the
     optimizer is made. Then either wrap the model with `DistributedDataParallel`, or call
-    `average_gradients(model)` before each `optimizer.step()`.
+    `average_gradients(model)` before each `optimizer.step()`. `Trainer` of transformers refuses such a model:
+    its checkpoints are written by one process, which does not hold all experts.
 
     Args:
         module: holds the mixtures.
@@ -109,6 +111,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    structure_changed(module)
     return names
 
 
@@ -125,6 +128,7 @@ def gather_experts(module: nn.Module) -> None:
     for part in found:
         part.experts = _gather(part.experts)  # type: ignore[arg-type]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [])
+    structure_changed(module)
 
 
 @torch.no_grad()

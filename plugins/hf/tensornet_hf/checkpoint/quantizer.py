@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 
 from tensornet.compression import compress, decompress
-from tensornet.errors import FormatError
+from tensornet.errors import FormatError, TargetError
 from tensornet.nn.structure_hooks import register_structure_hook
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
@@ -24,6 +24,7 @@ from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkCon
 from tensornet_hf.checkpoint.stacked_experts import settle_experts, split_experts
 from tensornet_hf.guards import make_guards, pass_by_guards, without_guards
 from tensornet_hf.moe.aux_losses import join_aux_losses
+from tensornet_moe import ParallelExperts
 
 
 class TensorNetworkQuantizer(HfQuantizer):
@@ -39,10 +40,22 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._ties: dict[str, str] = {}
         self._layers: list[str] = []
         self._stored: tuple[str, ...] = ()
+        self._experts_spread = False
 
     @property
     def is_trainable(self) -> bool:
-        """Cores are ordinary parameters."""
+        """Cores are ordinary parameters. `Trainer` asks before it trains.
+
+        Raises:
+            TargetError: experts are spread over processes, and `Trainer` saves from one.
+        """
+        if self._experts_spread:
+            raise TargetError(
+                "The experts of this model are spread over processes, and Trainer writes checkpoints from "
+                "one process, which does not hold them all. Call tensornet_moe.gather_experts(model) and let "
+                "Trainer train every expert on every process (or shard them with FSDP); or train spread "
+                "experts in a loop of your own (docs/guides/scale.md)."
+            )
         return True
 
     @property
@@ -162,6 +175,12 @@ def prepare_for_saving(model: nn.Module) -> bool:
 
 
 def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) -> None:
+    if any(isinstance(part, ParallelExperts) for part in model.modules()):
+        # Not to be described, hence not saved, until they are gathered.
+        quantizer = TensorNetworkQuantizer(TensorNetworkConfig())
+        quantizer._experts_spread = True
+        model.hf_quantizer = quantizer  # type: ignore[assignment]
+        return
     settle_experts(model)
     config = describe(model, compression=compression)
     if config.layers:

@@ -61,8 +61,7 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
             **self.options,
             schedule=None if self.fade_steps is None else linear_fade(self.fade_steps),
         )
-        # accelerate wraps the optimizer; hooks belong on the one that steps
-        self.mask.attach(getattr(optimizer, "optimizer", optimizer))
+        self.mask.attach(optimizer)
         states: Any = state.stateful_callbacks  # annotated as the list it is made from
         stored = states.get(type(self).__name__) if isinstance(states, dict) else None
         if state.global_step > 0 and isinstance(stored, dict) and stored["attributes"]:
