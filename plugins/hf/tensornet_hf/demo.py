@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
@@ -51,6 +52,7 @@ def run_demo(
     *,
     param_ratio: float = 0.5,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     force: bool = False,
     command: str = "tensornet demo",
     progress: bool = False,
@@ -64,6 +66,7 @@ def run_demo(
         output: folder, made if it is not there.
         param_ratio: share of the parameters of the linear layers to keep.
         seed: of the generated samples.
+        device: where the models run.
         force: replace a model that is there.
         command: named in the report.
         progress: show progress bars.
@@ -84,11 +87,11 @@ def run_demo(
         )
         return measured, sample
 
-    original = conversion.open_dense(source)
+    original = conversion.open_dense(source).to(device)
     original_facts = judge(original)
     clock.lap("measure the original")
 
-    model = conversion.open_dense(source)
+    model = conversion.open_dense(source).to(device)
     config = tn.CompressionConfig(param_ratio=param_ratio)
     stats = conversion.collect_stats(
         model,
@@ -106,12 +109,12 @@ def run_demo(
 
     save_model(model, folder, source=source, force=force)
     # Whoever gets the folder has only this: transformers, and one import of tensornet_hf.
-    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder).to(device)
     clock.lap("save and load again")
     facts = judge(reloaded)
     clock.lap("measure the compressed model")
 
-    svd = conversion.open_dense(source)
+    svd = conversion.open_dense(source).to(device)
     share = tn.CompressionConfig(topology="low_rank", param_ratio=done.param_ratio, objective="weight")
     svd_report = tn.compress(svd, share, progress=progress)
     svd_facts = judge(svd)

@@ -23,6 +23,7 @@ from tensornet_hf.checkpoint.inspection import weight_bytes
 from tensornet_hf.checkpoint.load import resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.healing import HealingFile, check_correction, correct
+from tensornet_hf.cli.values import parse_share, parse_size
 from tensornet_hf.report import ModelFacts, Page, versions, write_report
 from tensornet_hf.report.page import compact_bytes
 from tensornet_hf.streaming import compress_checkpoint
@@ -36,7 +37,12 @@ def run(
         typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
     ] = None,
     param_ratio: Annotated[
-        float | None, typer.Option(help="Share of the parameters of the chosen layers to keep, such as 0.5.")
+        float | None,
+        typer.Option(
+            parser=parse_share,
+            metavar="SHARE",
+            help="Share of the parameters of the chosen layers to keep, such as 0.5.",
+        ),
     ] = None,
     max_bond: Annotated[int | None, typer.Option(help="Largest bond.")] = None,
     rel_error: Annotated[
@@ -46,7 +52,12 @@ def run(
         float | None, typer.Option(help="Predicted rise of the loss to allow, in nats; needs --calibration.")
     ] = None,
     max_bytes: Annotated[
-        int | None, typer.Option(help="Size of the chosen layers together; needs --calibration.")
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Size of the chosen layers together, such as 60MB; needs --calibration.",
+        ),
     ] = None,
     max_milliseconds: Annotated[
         float | None,
@@ -102,6 +113,7 @@ def run(
     ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Keep cores as eight-bit integers.")] = False,
     dtype: shared.Dtype = None,
+    device: shared.Device = shared.CPU,
     plan: Annotated[
         Path | None, typer.Option(help="Carry out this plan (the output of --dry-run --json, edited or not).")
     ] = None,
@@ -186,6 +198,7 @@ def run(
             destination,
             config,
             workers=workers,
+            device=str(device),
             resume=resume,
             plan=planned,
             stats=statistics,
@@ -198,7 +211,7 @@ def run(
         if streamed.compression.plan.objective == "weight":
             _note_blindness(text, plan, config)
         return
-    model = conversion.open_dense(folder)
+    model = conversion.open_dense(folder).to(device)
     validated = None if other_text is None else conversion.validation_data(model, folder, other_text)
     if calibration is not None and text is not None:
         stats = conversion.collect_stats(

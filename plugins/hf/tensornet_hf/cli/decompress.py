@@ -14,6 +14,7 @@ def run(
     source: shared.Source,
     destination: shared.Destination,
     dtype: shared.Dtype = None,
+    device: shared.Device = shared.CPU,
     force: shared.Force = False,
     as_json: shared.Json = False,
 ) -> None:
@@ -24,7 +25,7 @@ def run(
     stored = conversion.dtype_of(dtype)
     folder = resolve_folder(source)
     require_free(destination, source=folder, force=force)
-    model = conversion.open_compressed(folder)
+    model = conversion.open_compressed(folder).to(device)
     before, _ = model_size(model)
     decompress(model)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tensornet_hf.cli import options as shared
+from tensornet_hf.cli.values import parse_share
 from tensornet_hf.demo import PROMPT, Demo, run_demo
 from tensornet_hf.report.page import compact_bytes
 
@@ -15,9 +16,13 @@ from tensornet_hf.report.page import compact_bytes
 def run(
     output: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("demo_out"),
     param_ratio: Annotated[
-        float, typer.Option(help="Share of the parameters of the linear layers to keep.")
+        float,
+        typer.Option(
+            parser=parse_share, metavar="SHARE", help="Share of the parameters of the linear layers to keep."
+        ),
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    device: shared.Device = shared.CPU,
     force: shared.Force = False,
     as_json: shared.Json = False,
 ) -> None:
@@ -26,6 +31,7 @@ def run(
         output,
         param_ratio=param_ratio,
         seed=seed,
+        device=device,
         force=force,
         command=shlex.join(["tensornet", *sys.argv[1:]]),
         progress=shared.wants_progress(),

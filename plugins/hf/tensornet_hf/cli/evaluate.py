@@ -21,12 +21,13 @@ def run(
         int | None, typer.Option(help="Tokens from window to window. [default: the context, no overlap]")
     ] = None,
     batch: Annotated[int, typer.Option(help="Most windows run at once.")] = 16,
+    device: shared.Device = shared.CPU,
     as_json: shared.Json = False,
 ) -> None:
     """Measure the perplexity of a causal language model on a text file."""
     content = shared.read_text(text)
     folder = resolve_folder(path)
-    model = load(folder)
+    model = load(folder).to(device)
     require_causal(model)
     tokens = token_ids(load_tokenizer(folder), content)
     result = perplexity(

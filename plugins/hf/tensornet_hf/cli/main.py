@@ -10,6 +10,7 @@ import typer
 from transformers.utils import logging
 
 from tensornet_hf.cli import compress, decompress, demo, evaluate, generate, inspect, upcycle
+from tensornet_hf.report import versions
 
 # Name -> function. A new command is a new file beside this one and a line here.
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -36,6 +37,10 @@ def _program() -> typer.Typer:
     @program.callback()
     def options(
         debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+        version: Annotated[
+            bool,
+            typer.Option("--version", is_eager=True, callback=_version, help="Print versions and exit."),
+        ] = False,
     ) -> None:
         """Compress language models into tensor networks, look into the result, and use it.
 
@@ -46,6 +51,12 @@ def _program() -> typer.Typer:
     for name, function in COMMANDS.items():
         program.command(name)(function)
     return program
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(versions())
+        raise typer.Exit
 
 
 def app() -> None:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from tensornet_hf.cli.values import parse_device
 
 Source = Annotated[str, typer.Argument(help="Model folder, or hub id where no folder has that name.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]
@@ -18,6 +21,15 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="Store weights in this dtype: float32, bfloat16, float16. [default: as they are]"),
 ]
+Device = Annotated[
+    torch.device,
+    typer.Option(
+        parser=parse_device,
+        metavar="DEVICE",
+        help="Where the model runs: cpu, cuda, cuda:1, mps.",
+    ),
+]
+CPU = torch.device("cpu")
 TextFile = Annotated[Path, typer.Option(help="Text file, UTF-8.")]
 
 

@@ -8,6 +8,7 @@ from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import require_free, save_to
 from tensornet_hf.checkpoint.load import resolve_folder
 from tensornet_hf.cli import options as shared
+from tensornet_hf.cli.values import parse_share
 from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
 from tensornet_hf.moe.upcycle_config import MoEConfig
 
@@ -37,7 +38,10 @@ def run(
     max_bond: Annotated[int | None, typer.Option(help="Largest bond. [default: exact]")] = None,
     rel_error: Annotated[float | None, typer.Option(help="Largest error of each weight.")] = None,
     param_ratio: Annotated[
-        float | None, typer.Option(help="Share of a weight's parameters that one expert has.")
+        float | None,
+        typer.Option(
+            parser=parse_share, metavar="SHARE", help="Share of a weight's parameters that one expert has."
+        ),
     ] = None,
     noise: Annotated[float, typer.Option(help="Relative noise on private cores.")] = 0.0,
     aux_loss_coef: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.01,
@@ -52,6 +56,7 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of routers and noise.")] = 0,
     dtype: shared.Dtype = None,
+    device: shared.Device = shared.CPU,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes, write nothing.")] = False,
     force: shared.Force = False,
     as_json: shared.Json = False,
@@ -85,7 +90,7 @@ def run(
     folder = resolve_folder(source)
     if destination is not None and not dry_run:
         require_free(destination, source=folder, force=force)
-    model = conversion.open_dense(folder)
+    model = conversion.open_dense(folder).to(device)
     report = upcycle(model, config, progress=shared.wants_progress())
     if destination is not None and not dry_run:
         save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)

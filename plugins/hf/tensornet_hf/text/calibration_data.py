@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensornet.calibration import cosine_losses, label_losses, sampled_losses
-from tensornet.calibration.batches import Batch, BatchLike
+from tensornet.calibration.batches import Batch, BatchLike, as_batch
 from tensornet.calibration.losses import IGNORED, TokenLosses
 from tensornet.errors import TargetError
 from tensornet_hf.text.tokens import load_tokenizer, token_ids, usual_context
@@ -120,7 +120,7 @@ def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
         TargetError: neither classes nor hidden states.
     """
     with torch.no_grad():
-        output = model(**_read(model, tokenizer, ["word"]))
+        output = model(**as_batch(_read(model, tokenizer, ["word"]), model, model.device))
     logits = getattr(output, "logits", None)
     if logits is not None and logits.shape[-1] > 1:
         return sampled_losses
@@ -163,7 +163,8 @@ def _pairs(model: PreTrainedModel, tokenizer: Any, lines: Sequence[str]) -> Iter
 def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Greedy answers as labels; what follows the end is ignored, the end itself is not."""
     generate: Any = model.generate
-    labels = generate(**batch, max_new_tokens=ANSWER, do_sample=False, num_beams=1)[:, 1:]
+    inputs = as_batch(batch, model, model.device)
+    labels = generate(**inputs, max_new_tokens=ANSWER, do_sample=False, num_beams=1)[:, 1:].cpu()
     end = model.generation_config.eos_token_id
     ends = torch.tensor(end if isinstance(end, list) else [-1 if end is None else end], device=labels.device)
     ended = torch.isin(labels, ends).cumsum(1)

@@ -61,6 +61,11 @@ def require_causal(model: PreTrainedModel) -> None:
         )
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer says how messages are written for its model."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def continue_text(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -69,8 +74,9 @@ def continue_text(
     max_new_tokens: int = 60,
     temperature: float = 0.0,
     seed: int = 0,
+    chat: bool = False,
 ) -> str:
-    """What the model writes after a prompt; for an encoder-decoder, what it answers.
+    """Continue a prompt, or answer it with an encoder-decoder or a chat model.
 
     Args:
         model: anything that can `generate`.
@@ -79,9 +85,10 @@ def continue_text(
         max_new_tokens: length of the continuation, at least 1.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         seed: of the drawing; the state of the global generator is put back afterwards.
+        chat: give the prompt as a message of the user, in the chat template of the tokenizer.
 
     Raises:
-        TargetError: the model cannot generate.
+        TargetError: the model cannot generate, or its tokenizer has no chat template to use.
         ValueError: an empty prompt, or a value out of range.
     """
     if not model.can_generate():
@@ -90,7 +97,7 @@ def continue_text(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}.")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = _prompt(tokenizer, prompt, chat).to(model.device)
     length = inputs.input_ids.shape[1]
     if length == 0:
         raise ValueError("The prompt is empty; give the model at least one token to go on from.")
@@ -112,6 +119,21 @@ def continue_text(
         )
     new = tokens[0, length if decoder_only else 0 :]
     return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """Token ids and mask of a prompt, one row."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    if not has_chat_template(tokenizer):
+        raise TargetError(
+            f"The {type(tokenizer).__name__} has no chat template, which chat=True (--chat) needs; leave it "
+            "out to continue the prompt as it is, or put the chat_template.jinja of the model beside it."
+        )
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
 
 def first_line(error: Exception) -> str:

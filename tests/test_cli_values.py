@@ -1,0 +1,140 @@
+"""Values of options of the command line: sizes, shares, devices, versions, chat templates."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from tensornet_hf.checkpoint.load import load
+from tensornet_hf.cli.main import run
+from tensornet_hf.cli.values import parse_device, parse_share, parse_size
+from tensornet_hf.embedded import gpt2_path, heldout_text
+from tensornet_hf.text.tokens import continue_text, load_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}In the {{ m.content }} {% endfor %}{% if add_generation_prompt %}and{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("60000", 60_000),
+        ("60_000", 60_000),
+        (60_000, 60_000),
+        ("60kb", 60_000),
+        ("60MB", 60_000_000),
+        (" 1.5 GiB ", 3 * 2**29),
+        ("2M", 2_000_000),
+        ("1TiB", 2**40),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-5", "6XB", "1e9", "nan", "1..5MB", "60 MB MB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"is no size; write bytes or a unit, such as 60000, 60MB"):
+        parse_size(text)
+    with pytest.raises(typer.BadParameter, match="less than one byte"):
+        parse_size("0.2B")
+
+
+def test_shares() -> None:
+    assert (parse_share("1"), parse_share(0.25)) == (1.0, 0.25)
+    with pytest.raises(typer.BadParameter, match=r"50 is above 1.* write 0.5 for 50 %"):
+        parse_share("50")
+    for text in ("0", "-1", "nan", "1000"):
+        with pytest.raises(typer.BadParameter, match=r"does not lie in \(0, 1\]"):
+            parse_share(text)
+    with pytest.raises(typer.BadParameter, match="is no number"):
+        parse_share("half")
+
+
+def test_devices() -> None:
+    assert parse_device("cpu") == torch.device("cpu")
+    for text in ("gpu", "meta", "cuda:99", "cpu:x"):
+        with pytest.raises(typer.BadParameter, match=rf"{text} cannot be used here; choose one of cpu"):
+            parse_device(text)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["compress", "x", "y", "--param-ratio", "50"], "if it is a percentage, write 0.5 for 50 %"),
+        (["upcycle", "x", "y", "--param-ratio", "50"], "if it is a percentage, write 0.5 for 50 %"),
+        (["demo", "--param-ratio", "50"], "if it is a percentage, write 0.5 for 50 %"),
+        (["compress", "x", "y", "--max-bytes", "60XB"], "'60XB' is no size"),
+        *(
+            ([*command, "--device", "nothing"], "nothing cannot be used here")
+            for command in (
+                ["compress", "x", "y"],
+                ["upcycle", "x", "y"],
+                ["decompress", "x", "y"],
+                ["eval", "x", "--text", "y"],
+                ["generate", "x", "--prompt", "y"],
+                ["demo"],
+            )
+        ),
+    ],
+)
+def test_the_program_refuses_them(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_size_with_a_unit_is_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text(heldout_text()[:5_000])
+    layers = ["--target", "h.0.mlp.c_fc", "--calibration", str(tmp_path / "text.txt"), "--dry-run", "--json"]
+    plans = []
+    for size in ("60000", "60KB"):
+        assert run(["compress", str(gpt2_path()), "--max-bytes", size, *layers]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
+
+
+def test_the_model_runs_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = []
+    monkeypatch.setattr("transformers.PreTrainedModel.to", lambda self, where: moved.append(where) or self)
+    (tmp_path / "text.txt").write_text(heldout_text()[:2_000])
+    model, text = str(gpt2_path()), str(tmp_path / "text.txt")
+    commands = [
+        ["eval", model, "--text", text],
+        ["generate", model, "--prompt", "In the", "--max-new-tokens", "2"],
+        ["compress", model, str(tmp_path / "a"), "--max-bond", "4", "--target", "h.0.mlp.c_fc"],
+        ["upcycle", model, "--dry-run", "--target", "h.0.mlp"],
+        ["decompress", str(tmp_path / "a"), str(tmp_path / "b")],
+    ]
+    for command in commands:
+        assert run([*command, "--device", "cpu:0"]) == 0, capsys.readouterr().err
+    assert moved == [torch.device("cpu:0")] * len(commands)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("tensornet-torch ")
+
+
+def test_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(gpt2_path(), folder)
+    command = ["generate", str(folder), "--prompt", "beginning", "--max-new-tokens", "4"]
+    assert run([*command, "--chat"]) == 1
+    assert "has no chat template, which chat=True (--chat) needs" in capsys.readouterr().err
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    plain = continue_text(model, tokenizer, "In the beginning and", max_new_tokens=4)
+    assert run(command) == 0
+    assert capsys.readouterr().out == plain + "\n"
+    assert run([*command, "--no-chat"]) == 0
+    assert capsys.readouterr().out.startswith("beginning")
