@@ -219,7 +219,6 @@ def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: R
         (("generate", gpt2_path(), "--prompt", "a", "--max-new-tokens", 500), "has 128 positions"),
         (("generate", gpt2_path(), "--prompt", "a", "--temperature", -1), "temperature must be at least 0"),
         (("compress", gpt2_path(), "out"), "Say how far to compress"),
-        (("compress", gpt2_path(), "out", "--param-ratio", -1), "param_ratio must be above 0"),
         (("compress", gpt2_path(), "out", "--max-bond", 4, "--dtype", "int3"), "Unknown dtype 'int3'"),
         (("compress", gpt2_path(), "out", "--max-bond", 4, "--topology", "x"), "x.*low_rank.*mpo"),
         (("compress", gpt2_path(), "out", "--max-bond", 4, "--target", "re:("), "is no regular expression"),

@@ -15,9 +15,7 @@ from tensornet_hf.cli.values import parse_device, parse_share, parse_size
 from tensornet_hf.embedded import gpt2_path, heldout_text
 from tensornet_hf.text.tokens import continue_text, load_tokenizer
 
-TEMPLATE = (
-    "{% for m in messages %}In the {{ m.content }} {% endfor %}{% if add_generation_prompt %}and{% endif %}"
-)
+TEMPLATE = "In the {{ messages[0].content }} {% if add_generation_prompt %}and{% endif %}"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "-5", "6XB", "1e9", "nan", "1..5MB", "60 MB MB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match=r"is no size; write bytes or a unit, such as 60000, 60MB"):
+    with pytest.raises(typer.BadParameter, match=r"is no size; write bytes, such as 60000, or a unit: 60MB"):
         parse_size(text)
     with pytest.raises(typer.BadParameter, match="less than one byte"):
         parse_size("0.2B")
@@ -105,7 +103,13 @@ def test_the_model_runs_on_the_device(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = []
-    monkeypatch.setattr("transformers.PreTrainedModel.to", lambda self, where: moved.append(where) or self)
+    original = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, *args: object, **kwargs: object) -> torch.nn.Module:
+        moved.extend(x for x in (*args, *kwargs.values()) if x == torch.device("cpu:0"))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
     (tmp_path / "text.txt").write_text(heldout_text()[:2_000])
     model, text = str(gpt2_path()), str(tmp_path / "text.txt")
     commands = [

@@ -9,7 +9,7 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet_moe.joint_fit import least_squares
+from tensornet_moe.joint_fit import fit_jointly, fit_shared, least_squares
 from tensornet_moe.stacked import build_matrices, plan_stack
 
 DIMS = {"out_dims": (2, 3, 2), "in_dims": (3, 2, 2)}
@@ -127,3 +127,15 @@ def test_bad_stacks_are_refused() -> None:
     weights[1, 3, 3] = torch.inf
     with pytest.raises(NonFiniteError, match="stack of expert matrices holds 1"):
         tm.SharedCoreExperts.from_experts(weights, topology=CHAIN)
+
+
+def test_a_fit_is_shown_in_one_line() -> None:
+    weights = torch.randn(3, 12, 12)
+    fit = fit_jointly(weights, CHAIN, ("1",), max_sweeps=2)
+    shown = repr(fit)
+    assert shown.startswith("JointFit(3 experts, shared=('1',), ")
+    assert f"error={fit.error:.3g}" in shown
+    assert "tensor" not in shown
+    assert repr(fit_shared(weights, CHAIN, ("1",), max_sweeps=2)).startswith("SharedFit(cores=0, 1, 2, ")
+    assert "\n" not in shown
+    assert len(shown) < 160

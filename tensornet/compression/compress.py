@@ -1,7 +1,6 @@
 """`compress`: calibrate, plan, carry out, report."""
 
 import time
-import warnings
 from collections.abc import Collection
 
 import torch
@@ -17,6 +16,7 @@ from tensornet.compression.planner import prepare
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
 from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.targets import check_model
+from tensornet.notices import warn
 
 
 @torch.inference_mode(False)  # what is made there could not be trained
@@ -92,20 +92,18 @@ def gather_statistics(
         found = provided_data(model)
         if found is None:
             if config.objective == "auto" and not config.needs_curvature:
-                warnings.warn(
+                warn(
                     f"No calibration data: {type(model).__name__} is compressed by the error of its weights "
                     "alone, which keeps far less of what it can do. Pass calibration=batches (about 30 of "
                     "1,000 tokens), or objective='weight' if this is meant.",
                     CalibrationWarning,
-                    stacklevel=3,
                 )
             return None
         calibration, source = found.batches, found.source
-        warnings.warn(
+        warn(
             f"No calibration data: using {source}. Text like that of the intended use gives a better model; "
             "pass calibration=batches.",
             CalibrationWarning,
-            stacklevel=3,
         )
     gradients = 0 if config.objective == "activation" else None
     return calibrate(

@@ -2,7 +2,6 @@
 
 import fnmatch
 import re
-import warnings
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, kind_of
 from tensornet.nn.weight_readers import weight_readers
+from tensornet.notices import warn
 
 ALL = "all"
 
@@ -117,24 +117,20 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         if pattern != ALL and not any(_matches_any(group, [pattern]) for group in groups):
             raise TargetError(
                 f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
-                f"{_summary(groups)}. Patterns match a whole name, a suffix after a dot, a glob, or, with "
-                f"the prefix 're:', a regular expression.{_made_of_cores(model)}"
+                f"{_summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
+                f"{_made_of_cores(model)}"
             )
     if read:
-        warnings.warn(
+        warn(
             f"Left dense, because their weights are read past the layers: {_summary(read)}. "
             "Name them in target_modules to compress them nevertheless.",
-            UserWarning,
-            stacklevel=2,
         )
     pairs = [f"{group.name} and {outside[group.name]}" for group in tied]
     shared = ", ".join(pairs[:4]) + (f", and {len(pairs) - 4} more" if len(pairs) > 4 else "")
     if tied and chosen:
-        warnings.warn(
+        warn(
             f"Left dense, because compressing one side alone would untie them: {shared}. "
             "tensornet.nn.register_layer_kind makes a type compressible.",
-            UserWarning,
-            stacklevel=2,
         )
     if not chosen:
         raise TargetError(
@@ -193,6 +189,29 @@ def _check_patterns(name: str, value: Any) -> None:
             f"{name} takes names of modules as they are in model.named_modules(), or patterns of them: a "
             f"string or a list of strings; got {value!r}."
         )
+
+
+def pattern_help(pattern: str, names: Sequence[str]) -> str:
+    """Explain patterns to someone whose pattern matches none of the names, with a pattern that would.
+
+    Examples:
+        >>> pattern_help("re:mlp", ["h.0.mlp.up", "h.0.attn"]).partition(". ")[2]
+        "Expressions match whole names: 're:.*(?:mlp).*' would match h.0.mlp.up."
+    """
+    rules = (
+        "Patterns match a whole name, a suffix after a dot, a glob such as '*.mlp.*', or, with the prefix "
+        "'re:', a regular expression for the whole name, such as 're:.*\\.[0-9]\\.mlp\\..*'."
+    )
+    text = pattern.removeprefix("re:")
+    for better in (f"re:{text}", f"re:.*(?:{text}).*"):
+        try:
+            found = next((name for name in names if matches(name, better)), None)
+        except TargetError:  # a glob that is no regular expression
+            return rules
+        if found is not None:
+            whole = "Expressions match whole names: " if pattern.startswith("re:") else ""
+            return f"{rules} {whole}{better!r} would match {found}."
+    return rules
 
 
 def _patterns(value: str | Sequence[str] | None) -> list[str] | None:

@@ -1,6 +1,5 @@
 """What a topology family must offer, and the registry of families."""
 
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from tensornet.checks import check_dense
 from tensornet.context import outside_autocast
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
+from tensornet.notices import warn
 from tensornet.topology import Topology
 
 
@@ -184,4 +184,4 @@ def _load_entry_points() -> None:
                 f"{type(error).__name__}: {error}"
             )
     for trouble in _BROKEN.values():  # after the last one: a warning may be an error here
-        warnings.warn(trouble, RuntimeWarning, stacklevel=3)
+        warn(trouble, RuntimeWarning)

@@ -1,7 +1,6 @@
 """Families that factor both features into legs: the options they share, and helpers for their cores."""
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, frobenius
 from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
+from tensornet.notices import warn
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology
 from tensornet.topologies.leg_dims import balanced_factors
 from tensornet.topology import Topology
@@ -189,10 +189,8 @@ def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[
     """
     kept = [min(pair) for pair in zip(wanted, useful, strict=True)]
     if kept != list(wanted):
-        warnings.warn(
+        warn(
             f"{name} {tuple(wanted)} exceed what these dims can use and are clipped to {tuple(kept)}.",
-            UserWarning,
-            stacklevel=3,
         )
     return kept
 

@@ -12,6 +12,7 @@ import tensornet as tn
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.folders import check_free
 from tensornet_hf.checkpoint.inspection import weight_bytes
+from tensornet_hf.checkpoint.load import on_device
 from tensornet_hf.checkpoint.save import save_model
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.report import ModelFacts, Page, versions, write_report
@@ -87,11 +88,11 @@ def run_demo(
         )
         return measured, sample
 
-    original = conversion.open_dense(source).to(device)
+    original = on_device(conversion.open_dense(source), device)
     original_facts = judge(original)
     clock.lap("measure the original")
 
-    model = conversion.open_dense(source).to(device)
+    model = on_device(conversion.open_dense(source), device)
     config = tn.CompressionConfig(param_ratio=param_ratio)
     stats = conversion.collect_stats(
         model,
@@ -109,12 +110,12 @@ def run_demo(
 
     save_model(model, folder, source=source, force=force)
     # Whoever gets the folder has only this: transformers, and one import of tensornet_hf.
-    reloaded = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    reloaded = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
     clock.lap("save and load again")
     facts = judge(reloaded)
     clock.lap("measure the compressed model")
 
-    svd = conversion.open_dense(source).to(device)
+    svd = on_device(conversion.open_dense(source), device)
     share = tn.CompressionConfig(topology="low_rank", param_ratio=done.param_ratio, objective="weight")
     svd_report = tn.compress(svd, share, progress=progress)
     svd_facts = judge(svd)

@@ -6,13 +6,13 @@ adapted = load_adapters(model, folder)
 model = merge_adapters(adapted)
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensornet.notices import warn
 from tensornet.optional import require
 
 require(("peft",), extra="peft", user="LoRA on compressed layers")
@@ -109,11 +109,9 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
             assert isinstance(base, TensorNetworkLinear)
             matrix = base.to_matrix()
         if isinstance(base, TensorNetworkLinear) and base.storage.int8:
-            warnings.warn(
+            warn(
                 "Merging into eight-bit cores rounds them again: outputs move a little. Keep the adapters "
                 "beside the model for exactly what was trained.",
-                UserWarning,
-                stacklevel=2,
             )
         rank = 0
         for name in names:

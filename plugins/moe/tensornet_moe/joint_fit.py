@@ -53,6 +53,14 @@ class JointFit:
     sweeps: int
     converged: bool
 
+    def __repr__(self) -> str:
+        alone = "None" if self.alone_error is None else f"{self.alone_error:.3g}"
+        return (
+            f"JointFit({len(self.topologies)} experts, shared={self.shared}, error={self.error:.3g}, "
+            f"alone_error={alone}, fell_back={self.fell_back}, sweeps={self.sweeps}, "
+            f"converged={self.converged})"
+        )
+
 
 @dataclass(frozen=True)
 class SharedFit:
@@ -69,6 +77,12 @@ class SharedFit:
     error: float
     sweeps: int
     converged: bool
+
+    def __repr__(self) -> str:
+        return (
+            f"SharedFit(cores={', '.join(self.cores)}, error={self.error:.3g}, sweeps={self.sweeps}, "
+            f"converged={self.converged})"
+        )
 
 
 @torch.no_grad()

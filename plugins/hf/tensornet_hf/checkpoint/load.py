@@ -1,6 +1,5 @@
 """`load`: a model from a folder or the hub, in its own class, with nothing missing and nothing left over."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tensornet.errors import FormatError, NonFiniteError
+from tensornet.notices import warn
 from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.headers import Checkpoint, read_checkpoint
 
@@ -44,6 +44,12 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     model, info = loaded
     _refuse_mismatch(checkpoint, info)
     _refuse_non_finite(checkpoint, model)
+    return model
+
+
+def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Move a model to a device in place and return it; dtypes stay."""
+    torch.nn.Module.to(model, device=torch.device(device))
     return model
 
 
@@ -105,7 +111,7 @@ def _refuse_mismatch(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
         )
     if surplus:
         # Usual for models of others: heads of the pre-training, masks that older versions saved.
-        warnings.warn(f"{checkpoint.folder}: not used by the model: {_some(surplus)}.", stacklevel=3)
+        warn(f"{checkpoint.folder}: not used by the model: {_some(surplus)}.")
 
 
 def _refuse_non_finite(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

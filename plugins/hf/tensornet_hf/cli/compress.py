@@ -20,7 +20,7 @@ from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
 from tensornet_hf.checkpoint.inspection import weight_bytes
-from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.checkpoint.load import on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.healing import HealingFile, check_correction, correct
 from tensornet_hf.cli.values import parse_share, parse_size
@@ -38,11 +38,7 @@ def run(
     ] = None,
     param_ratio: Annotated[
         float | None,
-        typer.Option(
-            parser=parse_share,
-            metavar="SHARE",
-            help="Share of the parameters of the chosen layers to keep, such as 0.5.",
-        ),
+        typer.Option(parser=parse_share, metavar="SHARE", help="Share of parameters to keep, such as 0.5."),
     ] = None,
     max_bond: Annotated[int | None, typer.Option(help="Largest bond.")] = None,
     rel_error: Annotated[
@@ -54,9 +50,7 @@ def run(
     max_bytes: Annotated[
         int | None,
         typer.Option(
-            parser=parse_size,
-            metavar="SIZE",
-            help="Size of the chosen layers together, such as 60MB; needs --calibration.",
+            parser=parse_size, metavar="SIZE", help="Size of the chosen layers, as 60MB; needs --calibration."
         ),
     ] = None,
     max_milliseconds: Annotated[
@@ -80,9 +74,7 @@ def run(
     exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave alone; repeatable.")] = None,
     objective: Annotated[
         str,
-        typer.Option(
-            help="What decides: weight; activation or curvature, which need --calibration; or auto."
-        ),
+        typer.Option(help="What decides: auto, weight; activation, curvature, which need --calibration."),
     ] = "auto",
     calibration: Annotated[
         Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
@@ -120,9 +112,7 @@ def run(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Never load the model: compress weight by weight in this many processes. An interrupted run "
-            "goes on where it was.",
+            min=1, help="Never load the model: compress weight by weight in this many processes; resumable."
         ),
     ] = None,
     resume: Annotated[
@@ -211,7 +201,7 @@ def run(
         if streamed.compression.plan.objective == "weight":
             _note_blindness(text, plan, config)
         return
-    model = conversion.open_dense(folder).to(device)
+    model = on_device(conversion.open_dense(folder), device)
     validated = None if other_text is None else conversion.validation_data(model, folder, other_text)
     if calibration is not None and text is not None:
         stats = conversion.collect_stats(

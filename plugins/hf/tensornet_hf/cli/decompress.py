@@ -4,7 +4,7 @@ from tensornet.compression.report import model_size
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
 from tensornet_hf.checkpoint.inspection import weight_bytes
-from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.checkpoint.load import on_device, resolve_folder
 from tensornet_hf.checkpoint.save import decompress
 from tensornet_hf.cli import options as shared
 from tensornet_hf.report.page import compact_bytes
@@ -25,7 +25,7 @@ def run(
     stored = conversion.dtype_of(dtype)
     folder = resolve_folder(source)
     require_free(destination, source=folder, force=force)
-    model = conversion.open_compressed(folder).to(device)
+    model = on_device(conversion.open_compressed(folder), device)
     before, _ = model_size(model)
     decompress(model)
     save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)

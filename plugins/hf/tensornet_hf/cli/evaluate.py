@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf.checkpoint.load import load, resolve_folder
+from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.text.perplexity import perplexity
 from tensornet_hf.text.tokens import load_tokenizer, require_causal, token_ids, usual_context
@@ -27,7 +27,7 @@ def run(
     """Measure the perplexity of a causal language model on a text file."""
     content = shared.read_text(text)
     folder = resolve_folder(path)
-    model = load(folder).to(device)
+    model = on_device(load(folder), device)
     require_causal(model)
     tokens = token_ids(load_tokenizer(folder), content)
     result = perplexity(

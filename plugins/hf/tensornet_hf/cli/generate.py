@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf.checkpoint.load import load, resolve_folder
+from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.text.tokens import continue_text, has_chat_template, load_tokenizer
 
@@ -28,7 +28,7 @@ def run(
 ) -> None:
     """Let a model continue a prompt (or answer it, if it is an encoder-decoder or a chat model)."""
     folder = resolve_folder(path)
-    model = load(folder).to(device)
+    model = on_device(load(folder), device)
     tokenizer = load_tokenizer(folder)
     chat = has_chat_template(tokenizer) if chat is None else chat
     text = continue_text(

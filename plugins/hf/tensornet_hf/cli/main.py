@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from transformers.utils import logging
 
+from tensornet.errors import CalibrationWarning
 from tensornet_hf.cli import compress, decompress, demo, evaluate, generate, inspect, upcycle
 from tensornet_hf.report import versions
 
@@ -115,6 +116,7 @@ def _quiet(debug: bool) -> list[str]:
     logging.disable_progress_bar()  # loading has bars of its own for each file
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="tensornet")
+    warnings.filterwarnings("ignore", category=CalibrationWarning)  # the commands say it in their own words
     warnings.showwarning = keep
     return notes
 

@@ -6,7 +6,7 @@ import typer
 
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import require_free, save_to
-from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.checkpoint.load import on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.values import parse_share
 from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
@@ -90,7 +90,7 @@ def run(
     folder = resolve_folder(source)
     if destination is not None and not dry_run:
         require_free(destination, source=folder, force=force)
-    model = conversion.open_dense(folder).to(device)
+    model = on_device(conversion.open_dense(folder), device)
     report = upcycle(model, config, progress=shared.wants_progress())
     if destination is not None and not dry_run:
         save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tensornet.errors import TargetError
 from tensornet.nn.stock_layers import kind_of
-from tensornet.nn.targets import matches
+from tensornet.nn.targets import matches, pattern_help
 from tensornet_hf.moe.feed_forward import DropoutPlace, FeedForward, check_reading, computes_inside
 from tensornet_moe import SharedCoreMoE
 from tensornet_moe.ffn import ACTIVATIONS
@@ -73,7 +73,11 @@ def find_feed_forwards(
             refused.append(f"{names[0]} ({error})")
     for pattern in target_modules or ():
         if not any(matches(n, pattern) for names, _ in candidates.values() for n in names):
-            raise TargetError(f"Pattern {pattern!r} matches no feed-forward network. {_looked_for(matrices)}")
+            known = [name for names, _ in candidates.values() for name in names]
+            raise TargetError(
+                f"Pattern {pattern!r} matches no feed-forward network. {pattern_help(pattern, known)} "
+                f"{_looked_for(matrices)}"
+            )
     if not found:
         tried = f" Looked at, and not such a network: {'; '.join(refused[:3])}." if refused else ""
         if mixtures := [name for name, m in model.named_modules() if isinstance(m, SharedCoreMoE)]:
