@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.losses import (
@@ -28,6 +27,7 @@ from tensornet.nn.modes import in_eval_mode, uncompiled
 from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
 from tensornet.nn.weight_readers import Run, weight_readers
+from tensornet.progress import progress_bar
 
 Fisher = Literal["labels", "sampled"]
 #: Losses that first ask the model where it scores labels, which must not be observed.
@@ -87,7 +87,9 @@ def calibrate(
     length = len(batches) if isinstance(batches, Sized) else None
     with _observed(model, recorder, config):
         device = next(model.parameters()).device
-        for batch in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
+        for batch in progress_bar(
+            batches, desc="calibrating", disable=not progress, unit="batch", total=length
+        ):
             recorder.batch = as_batch(batch, model, device)
             if count == 0:
                 recorder.readers = weight_readers(model, [_batch_run(recorder.batch, loss_fn)])

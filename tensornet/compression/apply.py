@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
@@ -22,6 +21,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.structure_hooks import structure_changed
 from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
+from tensornet.progress import progress_bar
 from tensornet.topologies import Decomposition, topology_family
 
 
@@ -69,7 +69,7 @@ def apply_plan(
         targets = {target.name: target for target in all_targets(model)}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
-        for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
+        for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
             result = _decomposed(target, layer, plan, stats)
             modules, errors[layer.name] = _compressed(target, layer, result)

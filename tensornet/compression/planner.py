@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tensornet.budget import Budget
 from tensornet.calibration.batches import BatchLike
@@ -26,6 +25,7 @@ from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.svd import check_finite, working_dtype
 from tensornet.nn.expansion import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets
+from tensornet.progress import progress_bar
 from tensornet.topologies import Decomposition, topology_family
 
 #: Budgets that are spent after preparation.
@@ -100,7 +100,7 @@ class PreparedPlan:
         loss_fn = loss_fn or losses_against(model)
         dense = mean_loss(model, validation, loss_fn)
         found = []
-        for share in tqdm(shares, desc="measuring the forecast", disable=not progress, unit="size"):
+        for share in progress_bar(shares, desc="measuring the forecast", disable=not progress, unit="size"):
             made = replace(self, forecast=UNMEASURED).plan(param_ratio=share)
             copied = light_copy(model)
             apply_plan(copied, made, stats)
@@ -206,7 +206,7 @@ def prepare(
     forms, spectra = [], []
     clock = _clock(config, targets[0].weight)
     if objective != "weight" or not storage_of(config, objective).plain:
-        for target in tqdm(targets, desc="planning", disable=not progress, unit="layer"):
+        for target in progress_bar(targets, desc="planning", disable=not progress, unit="layer"):
             forms.append(layer_forms(target, config, objective, stats, clock))
             spectra.append(tuple(singular_values(target.matrix).tolist()))
     return PreparedPlan(
@@ -255,7 +255,7 @@ def plan_layers(
         BudgetError: naming the layer that cannot meet the budget.
     """
     sizes = [target.matrix.numel() for target in targets]
-    with tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
+    with progress_bar(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
 
         def decide(index: int, ratio: float | None) -> LayerPlan:
             made = plan_layer(targets[index], replace(config, param_ratio=ratio))

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.label_shift import field
@@ -22,6 +21,7 @@ from tensornet.io.tensor_files import check_place
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.modes import in_eval_mode
 from tensornet.nn.module import NetworkModule
+from tensornet.progress import progress_bar
 
 #: Distance between the outputs of the dense and the compressed model on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
@@ -144,7 +144,7 @@ def heal(
     batches = _forever(data, skip=done)
     device = next(model.parameters()).device
     with in_eval_mode(model, teacher), _only_training(model, trained.values()):
-        bar = tqdm(total=total, initial=done, desc="healing", disable=not progress, unit="step")
+        bar = progress_bar(total=total, initial=done, desc="healing", disable=not progress, unit="step")
         while done < total:
             share = _share(done, total, clock() - start, max_seconds)
             if share >= 1:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.stats import CalibrationStats
@@ -34,6 +33,7 @@ from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.modes import in_eval_mode, uncompiled, without_cache
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of
+from tensornet.progress import progress_bar
 
 #: Share of the batches that are not fitted, but judge whether refitting helped.
 JUDGED = 1 / 8
@@ -127,7 +127,7 @@ def refine(
         before, after = {}, {}
         left = {name: tied.get(name, NEVER_REACHED) for name in layers}
         put_back = stack.enter_context(_restoring([*layers.values()]))
-        for group in tqdm(groups, desc="refining", disable=not progress, unit="group"):
+        for group in progress_bar(groups, desc="refining", disable=not progress, unit="group"):
             with reduced():  # models only: what is computed from moments must not be rounded
                 moments = run.moments(group)
             for name in group.names:

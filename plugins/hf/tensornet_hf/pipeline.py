@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
@@ -18,6 +17,7 @@ from tensornet.healing import RefineReport, refine
 from tensornet.healing.heal import HealReport, heal
 from tensornet.nn.expansion import expanded
 from tensornet.nn.targets import all_targets
+from tensornet.progress import progress_bar
 from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.load import load
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
@@ -162,7 +162,7 @@ def plan_spectra(
     """What each bond of a plan cuts, by layer; to be asked before the plan is carried out."""
     with expanded(model):
         matrices = {x.name: x.matrix for x in all_targets(model)}
-    layers = tqdm(planned, desc="spectra", unit="layer", disable=not progress)
+    layers = progress_bar(planned, desc="spectra", unit="layer", disable=not progress)
     return {layer.name: bond_spectra(matrices[layer.name], layer) for layer in layers}
 
 

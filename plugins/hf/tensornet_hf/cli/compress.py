@@ -129,7 +129,7 @@ def run(
 
     Budgets may be combined, the tightest decides for each layer.
     """
-    progress = shared.wants_progress()
+    progress = True
     started = time.perf_counter()
     budget = {
         "param_ratio": param_ratio,

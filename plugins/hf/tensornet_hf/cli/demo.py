@@ -34,7 +34,7 @@ def run(
         device=device,
         force=force,
         command=shlex.join(["tensornet", *sys.argv[1:]]),
-        progress=shared.wants_progress(),
+        progress=True,
     )
     if as_json:
         shared.print_json(done.to_dict())

@@ -36,7 +36,7 @@ def run(
         context=usual_context(model) if context is None else context,
         stride=stride,
         batch_size=batch,
-        progress=shared.wants_progress(),
+        progress=True,
     )
     if as_json:
         shared.print_json({"model": path, "text": str(text), **result.to_dict()})

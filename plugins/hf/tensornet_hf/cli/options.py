@@ -33,11 +33,6 @@ CPU = torch.device("cpu")
 TextFile = Annotated[Path, typer.Option(help="Text file, UTF-8.")]
 
 
-def wants_progress() -> bool:
-    """Progress bars are for people: only where stderr is a terminal."""
-    return sys.stderr.isatty()
-
-
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
     typer.echo(json.dumps(data, indent=1))

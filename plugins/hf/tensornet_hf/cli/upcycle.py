@@ -91,7 +91,7 @@ def run(
     if destination is not None and not dry_run:
         require_free(destination, source=folder, force=force)
     model = on_device(conversion.open_dense(folder), device)
-    report = upcycle(model, config, progress=shared.wants_progress())
+    report = upcycle(model, config, progress=True)
     if destination is not None and not dry_run:
         save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
     if as_json:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
+from tensornet.progress import progress_bar
 from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_moe import SharedCoreExperts, SharedCores, share_across_layers
@@ -61,7 +61,7 @@ def across_layers(
     owners: list[SharedCores] = []
     made: list[dict[str, SharedCoreExperts]] = [{} for _ in networks]
     groups = [] if place is None else _groups(networks)
-    for group in tqdm(groups, desc="fitting layers jointly", disable=not progress, unit="matrix"):
+    for group in progress_bar(groups, desc="fitting layers jointly", disable=not progress, unit="matrix"):
         weights = [networks[index].matrix(group.name) for index in group.networks]
         label = _free_label(place, owners, group)
         with _errors_name(f"{group.name} of {len(weights)} layers"):

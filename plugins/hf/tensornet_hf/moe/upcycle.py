@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
 from tensornet.nn.structure_hooks import structure_changed
+from tensornet.progress import progress_bar
 from tensornet_hf.causality import causal_networks
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners
 from tensornet_hf.moe.feed_forward import FeedForward
@@ -133,7 +133,9 @@ def upcycle(
     place = owner_place(model) if config.share_across_layers else None
     owners, banks = across_layers(networks, config, place, progress=progress)
     made = []
-    for index, network in enumerate(tqdm(networks, desc="upcycling", disable=not progress, unit="layer")):
+    for index, network in enumerate(
+        progress_bar(networks, desc="upcycling", disable=not progress, unit="layer")
+    ):
         seed = config.seed + index
         made.append(make_mixture(network, alone(network, config, seed, banks[index]), config, seed=seed))
     if place is not None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats
@@ -26,6 +25,7 @@ from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io.safetensors_header import load_slice, read_header
 from tensornet.io.safetensors_writer import write_tensors
+from tensornet.progress import progress_bar
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.moments import Moments
 
@@ -74,7 +74,7 @@ def calibrate_checkpoint(
         run = _Streamed(model, blocks, Path(folder), full_up_to)
         with _observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
             run.enter([as_batch(batch, model, torch.device("cpu")) for batch in batches])
-            bar = tqdm(total=2 * len(blocks), desc="calibrating", disable=not progress, unit="block")
+            bar = progress_bar(total=2 * len(blocks), desc="calibrating", disable=not progress, unit="block")
             for index in range(len(blocks)):
                 run.forward(index)
                 bar.update()

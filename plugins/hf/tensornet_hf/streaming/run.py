@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import tensornet.compression
@@ -28,6 +27,7 @@ from tensornet.io.safetensors_writer import (
     write_shard,
 )
 from tensornet.nn.expert_matrix import ExpertMatrix
+from tensornet.progress import progress_bar
 from tensornet.streaming.pool import run_tasks
 from tensornet.streaming.worker import (
     Piece,
@@ -222,7 +222,7 @@ def _make_pieces(
         done_before = {name: piece for name, piece in done_before.items() if piece.written is not None}
     pieces = dict(done_before)
     todo = [(name, task) for name, task in tasks.items() if name not in pieces]
-    with tqdm(
+    with progress_bar(
         total=len(tasks), initial=len(pieces), desc="compressing", disable=not progress, unit="layer"
     ) as bar:
 
@@ -299,7 +299,7 @@ def _write_shards(
         for file, parts in shards.items()
         if file not in written
     }
-    with tqdm(
+    with progress_bar(
         total=len(shards), initial=len(written), desc="writing", disable=not progress, unit="file"
     ) as bar:
 

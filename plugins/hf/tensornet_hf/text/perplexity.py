@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tensornet.calibration.label_shift import field, predicts_next_token
 from tensornet.errors import NonFiniteError, ShapeError, TargetError
 from tensornet.nn.modes import in_eval_mode
+from tensornet.progress import progress_bar
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
 _LOGITS = 16_000_000
@@ -137,7 +137,7 @@ def perplexity(
     device = next(model.parameters()).device
     tokens = tokens.to(device)
     loss, count = 0.0, 0
-    bar = tqdm(total=len(cut), desc="perplexity", unit="window", disable=not progress)
+    bar = progress_bar(total=len(cut), desc="perplexity", unit="window", disable=not progress)
     with in_eval_mode(model), bar:
         for batch in _batches(cut, _fitting(model, context, batch_size)):
             ids = torch.stack([tokens[w.start : w.end] for w in batch])
