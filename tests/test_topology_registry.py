@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tensornet as tn
 from tensornet.topologies import LowRankFamily, register_topology, topology_family
@@ -129,3 +130,27 @@ def test_broken_package_is_all_that_warnings_made_errors_complain_of(tmp_path: P
     )
     assert "TopologyError The topology 'fancy'" not in said
     assert said.count("(4, 3)") >= 1
+
+
+def test_a_family_stands_for_its_name() -> None:
+    import tensornet_hf as th
+    import tensornet_moe as tm
+
+    family = tn.topologies.topology_family("low_rank")
+    assert tn.CompressionConfig(topology=family, max_bond=2).topology == "low_rank"
+    assert th.MoEConfig(topology=family, max_bond=2).topology == "low_rank"
+    layer, weight = torch.nn.Linear(6, 4), torch.randn(4, 6)
+    made = tn.nn.TensorNetworkLinear.from_linear(layer, topology=family, max_bond=2)
+    assert made.topology.family == "low_rank"
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=2, topology=family, shared="none", max_bond=2)
+    assert bank.topology.family == "low_rank"
+    stranger = type(family)()
+    for use in (
+        lambda: tn.CompressionConfig(topology=stranger),
+        lambda: th.MoEConfig(topology=stranger),
+        lambda: tn.nn.TensorNetworkLinear.from_linear(layer, topology=stranger),
+    ):
+        with pytest.raises(tn.TopologyError, match=r"'low_rank' is not registered.*register_topology"):
+            use()
+    with pytest.raises(tn.TopologyError, match=r"name of a family or a registered family.*replace_layer"):
+        tn.CompressionConfig(topology=made.topology)

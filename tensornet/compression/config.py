@@ -8,7 +8,7 @@ from tensornet.budget import Budget
 from tensornet.checks import check_number, check_size, check_type
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.nn.targets import LayerSelection
-from tensornet.topologies import topology_family, topology_names
+from tensornet.topologies import TopologyFamily, topology_family, topology_names
 
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
@@ -27,8 +27,8 @@ class CompressionConfig(LayerSelection):
             whole name. None takes every linear layer except output heads; `"all"` takes embeddings and
             heads too.
         exclude_modules: patterns of module names to leave dense.
-        topology: name of a registered family, or `"auto"`: the best of low rank and MPO for each layer by
-            its weight, low rank with calibration data (chains lose to it on pretrained layers).
+        topology: a registered family or its name, or `"auto"`: the best of low rank and MPO for each layer
+            by its weight, low rank with calibration data (chains lose to it on pretrained layers).
         sites: number of cores for families that can choose it.
         dims: leg sizes of chains: `"auto"` chooses them by price where there is calibration data, with no
             leg of size 1; `"balanced"` takes factors of similar size.
@@ -60,7 +60,7 @@ class CompressionConfig(LayerSelection):
         ValueError: unknown objective or dims, or another option that is none.
     """
 
-    topology: str = AUTO
+    topology: str | TopologyFamily = AUTO
     sites: int | None = None
     dims: Literal["auto", "balanced"] = "auto"
     max_bond: int | None = None
@@ -79,10 +79,13 @@ class CompressionConfig(LayerSelection):
         super().__post_init__()
         if self.budget.unlimited and not self.needs_curvature and self.topology == AUTO:
             object.__setattr__(self, "topology", "mpo")  # without a budget every family is exact
-        if not isinstance(self.topology, str):
-            raise TopologyError(f"topology must be the name of a family, got {self.topology!r}.")
+        if not isinstance(self.topology, str | TopologyFamily):
+            raise TopologyError(
+                f"topology must be the name of a family or a registered family, got {self.topology!r:.200}. "
+                "The topology of one layer is given to a plan: plan.replace_layer(name, topology)."
+            )
         if self.topology != AUTO:
-            topology_family(self.topology)
+            object.__setattr__(self, "topology", topology_family(self.topology).name)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         if self.dims not in ("auto", "balanced"):
@@ -129,7 +132,7 @@ class CompressionConfig(LayerSelection):
     @property
     def families(self) -> tuple[str, ...]:
         """Names of the families the planner may use."""
-        return (self.topology,) if self.topology != AUTO else ("low_rank", "mpo")
+        return ("low_rank", "mpo") if self.topology == AUTO else (topology_family(self.topology).name,)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready options; `from_dict` is the inverse."""

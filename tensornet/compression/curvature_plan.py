@@ -81,7 +81,7 @@ def layer_forms(
     Raises:
         BudgetError: none is left.
     """
-    families = ("low_rank",) if config.topology == AUTO else (config.topology,)
+    families = ("low_rank",) if config.topology == AUTO else config.families
     prices = layer_prices(target, objective, stats, config.damping)
     if prices is None:
         return dense_form(target.matrix, clock)

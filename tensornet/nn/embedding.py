@@ -15,7 +15,7 @@ from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of, layer_kind
 from tensornet.nn.strategy import CACHED, Strategy
-from tensornet.topologies import topology_family
+from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 
 
@@ -63,7 +63,7 @@ class MPOEmbedding(NetworkModule):
         cls,
         layer: nn.Embedding,
         *,
-        topology: str = "mpo",
+        topology: str | TopologyFamily = "mpo",
         max_bond: int | None = None,
         rel_error: float | None = None,
         param_ratio: float | None = None,

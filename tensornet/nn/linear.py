@@ -19,7 +19,7 @@ from tensornet.nn.fast_path import make_shortcut
 from tensornet.nn.module import NetworkModule, require_linear_shape
 from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
 from tensornet.nn.strategy import CACHED, SLICED, Strategy, is_exporting
-from tensornet.topologies import topology_family
+from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 
 
@@ -102,7 +102,7 @@ class TensorNetworkLinear(NetworkModule):
         cls,
         layer: nn.Module,
         *,
-        topology: str = "mpo",
+        topology: str | TopologyFamily = "mpo",
         max_bond: int | None = None,
         rel_error: float | None = None,
         param_ratio: float | None = None,

@@ -144,12 +144,23 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
     return family
 
 
-def topology_family(name: str) -> TopologyFamily:
+def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
     """Look a family up by name; the entry points of installed packages are searched last.
 
+    Args:
+        name: of a registered family; a registered family itself is returned.
+
     Raises:
-        TopologyError: listing the names that exist.
+        TopologyError: no such name, listing those that exist; or a family that is not registered, whose
+            layers could not be saved.
     """
+    if isinstance(name, TopologyFamily):
+        if _FAMILIES.get(name.name) is not name:
+            raise TopologyError(
+                f"The family {name.name!r} is not registered, so its layers could not be loaded again; call "
+                "tensornet.register_topology(family) first, here and where they are loaded."
+            )
+        return name
     known = isinstance(name, str)
     if known and name not in _FAMILIES:
         _load_entry_points()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tensornet.budget import Budget
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
-from tensornet.topologies import topology_family
+from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_weights, check_whole
@@ -97,7 +97,7 @@ class SharedCoreExperts(ExpertBank):
         weight: Tensor,
         *,
         num_experts: int,
-        topology: Topology | Sequence[Topology] | str = "mpo",
+        topology: Topology | Sequence[Topology] | str | TopologyFamily = "mpo",
         shared: str | Sequence[str] = "center",
         noise: float = 0.0,
         seed: int = 0,
@@ -138,7 +138,7 @@ class SharedCoreExperts(ExpertBank):
         cls,
         weights: Tensor,
         *,
-        topology: Topology | str = "mpo",
+        topology: Topology | str | TopologyFamily = "mpo",
         shared: str | Sequence[str] = "center",
         max_bond: int | None = None,
         max_sweeps: int = 30,
@@ -167,7 +167,7 @@ class SharedCoreExperts(ExpertBank):
             NonFiniteError: NaN or infinity in `weights`.
         """
         check_weights(weights, "num_experts", "out", "in")
-        if isinstance(topology, str):
+        if isinstance(topology, str | TopologyFamily):
             rows, columns = weights.shape[1:]
             topology = topology_family(topology).build(rows, columns, max_bond=max_bond, **options)
         fit = fit_jointly(weights, topology, resolve_shared(topology, shared), max_sweeps=max_sweeps)

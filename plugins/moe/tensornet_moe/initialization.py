@@ -10,7 +10,7 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.network import TensorNetwork
-from tensornet.topologies import topology_family
+from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.stacked import enclosing_topology, resolve_shared
@@ -36,7 +36,7 @@ class Start:
 @torch.no_grad()
 def start_from_dense(
     weight: Tensor,
-    topology: Topology | Sequence[Topology] | str,
+    topology: Topology | Sequence[Topology] | str | TopologyFamily,
     budget: Budget,
     num_experts: int,
     shared: str | Sequence[str],
@@ -48,7 +48,7 @@ def start_from_dense(
     check_weights(weight, "out", "in")
     check_noise(noise)
     check_whole(num_experts=num_experts)
-    if isinstance(topology, str):
+    if isinstance(topology, str | TopologyFamily):
         result = topology_family(topology).decompose(weight, budget, **options)
         topologies = (result.network.topology,) * num_experts
     else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import FormatError
-from tensornet.topologies import topology_family
+from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.expert_bank import AbsentCores, SharedCores
@@ -23,7 +23,7 @@ def share_across_layers(
     *,
     num_experts: int,
     label: str = "shared",
-    topology: Topology | str = "mpo",
+    topology: Topology | str | TopologyFamily = "mpo",
     shared: str | Sequence[str] = "center",
     noise: float = 0.0,
     seed: int = 0,
@@ -63,7 +63,7 @@ def share_across_layers(
     check_weights(weights, "layers", "out", "in")
     check_noise(noise)
     check_whole(num_experts=num_experts)
-    if isinstance(topology, str):
+    if isinstance(topology, str | TopologyFamily):
         topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)
     owner = SharedCores(topology, shared, label=label, device="meta")
     fit = fit_shared(weights, topology, owner.names, max_sweeps=max_sweeps)

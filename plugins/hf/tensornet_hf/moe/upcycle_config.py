@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tensornet.budget import Budget
+from tensornet.topologies import TopologyFamily, topology_family
 from tensornet_moe import Router
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
 from tensornet_moe.router_base import COMBINE, Combine, router_kind
@@ -28,7 +29,7 @@ class MoEConfig:
         share_across_layers: one owner of the shared cores for all layers whose matrices have one name and
             shape. The model then starts far from what it was, because one core cannot fit unrelated layers:
             see `tensornet_moe.share_across_layers`, and train it.
-        topology: family of the decomposition.
+        topology: family of the decomposition, by name or itself.
         sites: number of cores, 5 as in the paper if no dims are given.
         model_dims: factors of the model's width, for every matrix alike.
         hidden_dims: factors of the width of the hidden layer.
@@ -54,7 +55,7 @@ class MoEConfig:
     router: str = "switch"
     shared: str | Sequence[str] = "center"
     share_across_layers: bool = False
-    topology: str = "mpo"
+    topology: str | TopologyFamily = "mpo"
     sites: int | None = None
     model_dims: Sequence[int] | None = None
     hidden_dims: Sequence[int] | None = None
@@ -74,6 +75,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
         check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
+        if isinstance(self.topology, TopologyFamily):
+            object.__setattr__(self, "topology", topology_family(self.topology).name)
         kind = router_kind(self.router)
         if self.combine not in COMBINE:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
