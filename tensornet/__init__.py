@@ -24,6 +24,7 @@ from tensornet.compression import (
     save_model,
 )
 from tensornet.contraction.machine import Machine, measure_machine
+from tensornet.decomposition import decompose
 from tensornet.errors import (
     BudgetError,
     CalibrationWarning,
@@ -76,6 +77,7 @@ __all__ = [
     "apply_plan",
     "calibrate",
     "compress",
+    "decompose",
     "decompress",
     "heal",
     "load_model",

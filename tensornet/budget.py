@@ -1,6 +1,7 @@
 """What a decomposition may cost: a frozen triple of caps, of which the tightest wins."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +14,28 @@ class Budget:
     """Caps on one decomposition. Any may be combined; the tightest decides each bond.
 
     Args:
-        max_bond: largest bond dimension, at least 1. A cap above the exact bond is clipped to it.
+        max_bond: largest bond dimension, at least 1, or a sequence with one cap for each bond in the order of
+            the family's bonds (chains: left to right; rings: the closing bond last; Tucker: one rank for each
+            leg, out-legs first). A cap above the exact bond is clipped to it.
         rel_error: largest relative Frobenius error `|W - W'| / |W|`, in `[0, 1)`.
         param_ratio: largest share of the dense parameter count `out_features * in_features`, above 0.
 
     Raises:
         BudgetError: a cap is outside its range.
+
+    Example:
+        >>> Budget(max_bond=(4, 8)).caps_of_bonds(2)
+        (4, 8)
     """
 
-    max_bond: int | None = None
+    max_bond: int | Sequence[int] | None = None
     rel_error: float | None = None
     param_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_bond is not None:
-            bond = check_size("max_bond", self.max_bond, error=BudgetError)
-            object.__setattr__(self, "max_bond", bond)  # NumPy's integers become Python's
+            bonds = check_max_bond(self.max_bond)
+            object.__setattr__(self, "max_bond", bonds)  # NumPy's integers become Python's
         for name in ("rel_error", "param_ratio"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value)
@@ -47,6 +54,55 @@ class Budget:
     def unlimited(self) -> bool:
         """True if no cap is set, so the decomposition is exact."""
         return self.max_bond is None and self.rel_error is None and self.param_ratio is None
+
+    def caps_of_bonds(self, count: int) -> tuple[int | None, ...]:
+        """Expand `max_bond` to one cap for each of `count` bonds; None caps nothing.
+
+        Raises:
+            BudgetError: a sequence of another length.
+        """
+        return caps_of_bonds(self.max_bond, count)
+
+
+def check_max_bond(value: Any, error: type[ValueError] = BudgetError) -> int | tuple[int, ...]:
+    """Check a cap on bonds, one integer or a sequence of them.
+
+    Raises:
+        BudgetError: not integers of at least 1 (or the class given by `error`).
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(check_size("Every entry of max_bond", cap, error=error) for cap in value)
+    return check_size("max_bond", value, error=error)
+
+
+def caps_of_bonds(
+    max_bond: int | Sequence[int] | None, count: int, error: type[ValueError] = BudgetError
+) -> tuple[int | None, ...]:
+    """Expand a cap to one for each bond.
+
+    Args:
+        max_bond: one cap for all bonds, a sequence with one for each, or None.
+        count: number of bonds.
+        error: class to raise.
+
+    Raises:
+        BudgetError: not integers of at least 1, or a sequence of another length.
+
+    Example:
+        >>> caps_of_bonds(4, 3)
+        (4, 4, 4)
+    """
+    if max_bond is None:
+        return (None,) * count
+    caps = check_max_bond(max_bond, error)
+    if isinstance(caps, int):
+        return (caps,) * count
+    if len(caps) != count:
+        raise error(
+            f"max_bond {caps} has {len(caps)} entries, the network has {count} bonds; give one cap for each "
+            "bond, or one integer for all of them."
+        )
+    return caps
 
 
 def check_budget(value: Any) -> None:

@@ -8,23 +8,19 @@ states", sections 4 and 5; Oseledets 2011, "Tensor-Train Decomposition", section
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Complex, Real
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensornet.budget import caps_of_bonds
 from tensornet.context import outside_autocast
-from tensornet.errors import ShapeError
-from tensornet.linalg.svd import (
-    check_finite,
-    frobenius,
-    result_dtype,
-    safe_scale,
-    truncated_svd,
-    working_dtype,
-)
+from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.linalg.svd import check_finite, result_dtype, truncated_svd, working_dtype
+from tensornet.scaling import split_exponent, times_power_of_two
 
 Cores = tuple[Tensor, ...]
 
@@ -71,6 +67,23 @@ def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     return tuple(product)
 
 
+@outside_autocast
+def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
+    """Multiply two chains with equal dims element by element; bonds multiply."""
+    left, right = _same_dtype(left, right)
+    product = []
+    for a, b in zip(left, right, strict=True):
+        core = torch.einsum("aoib,coid->acoibd", a, b)
+        product.append(core.reshape(a.shape[0] * b.shape[0], a.shape[1], a.shape[2], -1))
+    return tuple(product)
+
+
+def kron(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
+    """Kronecker product of two chains: the sites of `left`, then those of `right`."""
+    left, right = _same_dtype(left, right)
+    return (*left, *right)
+
+
 def transpose(cores: Sequence[Tensor]) -> Cores:
     """The transposed operator."""
     return tuple(core.transpose(1, 2) for core in cores)
@@ -78,15 +91,27 @@ def transpose(cores: Sequence[Tensor]) -> Cores:
 
 @outside_autocast
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Frobenius inner product `sum conj(L) R`, a 0-dimensional tensor; of half types in single precision."""
+    """Contract to the Frobenius inner product `sum conj(L) R`, a 0-dimensional tensor with gradient.
+
+    Half types are contracted in single precision. No intermediate result overflows; the product itself may.
+    """
     left, right = _same_dtype(left, right)
     dtype = result_dtype(left[0].dtype)  # a square overflows half precision from 256 on
-    left, right = [core.to(dtype) for core in left], [core.to(dtype) for core in right]
-    transfer = torch.ones(1, 1, dtype=left[0].dtype, device=left[0].device)
+    transfer, exponent = _transfer([c.to(dtype) for c in left], [c.to(dtype) for c in right])
+    return times_power_of_two(transfer[0, 0], exponent)
+
+
+def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Contract two chains over all legs: `mantissa: (bond of left, bond of right)` and its exponent."""
+    like = right[0]
+    transfer = torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    exponent = torch.zeros((), dtype=torch.float64, device=like.device)
     for a, b in zip(left, right, strict=True):
+        (a, of_a), (b, of_b) = split_exponent(a), split_exponent(b)
         partial = torch.einsum("ac,coid->aoid", transfer, b)
-        transfer = torch.einsum("aoib,aoid->bd", a.conj(), partial)
-    return transfer[0, 0]
+        transfer, more = split_exponent(torch.einsum("aoib,aoid->bd", a.conj(), partial))
+        exponent = exponent + of_a + of_b + more
+    return transfer, exponent
 
 
 def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Cores | None:
@@ -117,6 +142,39 @@ def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Co
     return tuple(chain)
 
 
+def identity_chain(out_dims: Sequence[int], in_dims: Sequence[int], *, like: Tensor) -> Cores:
+    """Build the operator with ones where row and column index are equal; bonds are 1 for equal dims.
+
+    To explain how this works where the dims differ: after the digits of some sites the row index lies in an
+    interval that starts at `r`, the column index in one that starts at `c`. The bond values are the offsets
+    `r - c` for which the two intervals still have an index in common; at the end only offset 0 is left.
+
+    Raises:
+        ShapeError: different numbers of sites.
+    """
+    if len(out_dims) != len(in_dims):
+        raise ShapeError(
+            f"Out-dims {tuple(out_dims)} and in-dims {tuple(in_dims)} must have the same number of sites."
+        )
+    offsets, chain = [0], []
+    for k, (rows, columns) in enumerate(zip(out_dims, in_dims, strict=True)):
+        row_step, column_step = math.prod(out_dims[k + 1 :]), math.prod(in_dims[k + 1 :])
+        entries = [
+            (place, row, column, offset + row * row_step - column * column_step)
+            for place, offset in enumerate(offsets)
+            for row in range(rows)
+            for column in range(columns)
+            if -row_step < offset + row * row_step - column * column_step < column_step
+        ]
+        after = sorted({entry[3] for entry in entries})
+        core = like.new_zeros(len(offsets), rows, columns, len(after))
+        for place, row, column, offset in entries:
+            core[place, row, column, after.index(offset)] = 1
+        chain.append(core)
+        offsets = after
+    return tuple(chain)
+
+
 def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -> Cores:
     """The same leading block with exact zeros in the padding; bonds at most four times as large."""
     rows = leading_projector([core.shape[1] for core in cores], out_features, like=cores[0])
@@ -129,61 +187,104 @@ def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -
     return masked
 
 
-@torch.no_grad()
+@outside_autocast
 def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
-    """The same operator with every core left of `center` left-orthonormal, every core right of it
-    right-orthonormal, and the whole norm in the center. Bonds shrink to what a QR leaves.
+    """Move the orthogonality center by QR, with gradient.
 
-    The diagonal of each triangular factor is made real and positive, so the result is unique.
+    Every core left of `center` becomes left-orthonormal, every core right of it right-orthonormal, and the
+    whole norm lies in the center. Bonds shrink to what a QR leaves. The diagonal of each triangular factor
+    is made real and positive, so the result is unique. Its gradient exists where the blocks that are
+    factorized have independent columns, as that of `torch.linalg.qr`.
+
+    Where no number of the dtype holds the norm, all cores take equal powers of two of it and are orthonormal
+    up to that factor.
 
     Args:
         cores: the chain.
         center: site of the center, negative ones count from the end.
 
     Raises:
+        NonFiniteError: the operator holds NaN or infinity.
         ShapeError: no such site.
     """
     sites = len(cores)
     if not _is_place(center, -sites, sites):
         raise ShapeError(f"center={center} is not a site; the chain has {sites}, 0 to {sites - 1}.")
     center = index(center) % sites
-    dtype = result_dtype(cores[0].dtype)
-    work = [core.to(working_dtype(core.dtype)) for core in cores]
+    work, exponent = _canonical(cores, center)
+    return _with_exponent(work, exponent, center, result_dtype(cores[0].dtype))
+
+
+def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
+    """Canonical form in double precision; the operator is that chain times `2^exponent`."""
+    work, exponents = [], []
+    for core in cores:
+        check_finite(core, "The operator")
+        mantissa, exponent = split_exponent(core.to(working_dtype(core.dtype)))
+        work.append(mantissa)
+        exponents.append(exponent)
+    total = torch.stack(exponents).sum()
     for k in range(center):
         left, out, in_, right = work[k].shape
         Q, R = _positive_qr(work[k].reshape(-1, right))
         work[k] = Q.reshape(left, out, in_, -1)
-        work[k + 1] = torch.tensordot(R, work[k + 1], dims=1)
-    for k in range(sites - 1, center, -1):
+        work[k + 1], exponent = split_exponent(torch.tensordot(R, work[k + 1], dims=1))
+        total = total + exponent
+    for k in range(len(work) - 1, center, -1):
         left, out, in_, right = work[k].shape
         Q, R = _positive_qr(work[k].reshape(left, -1).mH)
         work[k] = Q.mH.reshape(-1, out, in_, right)
-        work[k - 1] = torch.tensordot(work[k - 1], R.mH, dims=1)
-    return tuple(core.to(dtype) for core in work)
+        work[k - 1], exponent = split_exponent(torch.tensordot(work[k - 1], R.mH, dims=1))
+        total = total + exponent
+    return work, total
+
+
+def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:
+    """Multiply a canonical chain by `2^exponent`: its center, or all cores where that leaves the dtype."""
+    norm = float(torch.log2(torch.linalg.vector_norm(work[center].detach())) + exponent)
+    limits = torch.finfo(dtype)
+    if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
+        scaled = [times_power_of_two(c, exponent) if k == center else c for k, c in enumerate(work)]
+    else:
+        share = torch.floor(exponent / len(work))
+        rest = exponent - share * len(work)
+        scaled = [times_power_of_two(c, share + (k < rest).to(share)) for k, c in enumerate(work)]
+    result = tuple(core.to(dtype) for core in scaled)
+    for core in result:
+        check_finite(core, f"The result in {dtype}")
+    return result
 
 
 @torch.no_grad()
 def round_chain(
-    cores: Sequence[Tensor], *, max_bond: int | None = None, rel_error: float | None = None
+    cores: Sequence[Tensor],
+    *,
+    max_bond: int | Sequence[int] | None = None,
+    rel_error: float | None = None,
 ) -> tuple[Cores, float]:
-    """Cut the bonds of a chain: canonical form, then one truncated SVD for each bond.
+    """Truncate the bonds of a chain; the result carries no gradient.
+
+    Canonical form, then one truncated SVD for each bond.
 
     Args:
         cores: the chain.
-        max_bond: cap on every bond.
+        max_bond: cap on every bond, or one cap for each.
         rel_error: largest Frobenius error relative to the norm of the chain. What one bond leaves over
             goes to the next.
 
     Returns:
-        The cores, left-canonical, and the certified relative error `sqrt(sum of cut energies) / norm`.
+        The cores, left-canonical, and the certified relative error `sqrt(sum of cut energies) / norm`. A norm
+        out of the range of the dtype is spread over the cores, see `canonicalize`.
+
+    Raises:
+        BudgetError: a sequence of caps of another length than there are bonds.
+        NonFiniteError: the operator holds NaN or infinity.
 
     Reference:
         Oseledets 2011, algorithm 2.
     """
-    dtype = result_dtype(cores[0].dtype)
-    work = list(canonicalize([core.to(working_dtype(core.dtype)) for core in cores], 0))
-    scale = safe_scale(work[0])  # no square below may overflow or vanish: it would count as nothing cut
-    work[0] = work[0] / scale
+    caps = caps_of_bonds(max_bond, len(cores) - 1)
+    work, exponent = _canonical(cores, 0)
     total = float(torch.linalg.vector_norm(work[0])) ** 2
     spent = 0.0
     for k in range(len(work) - 1):
@@ -191,14 +292,13 @@ def round_chain(
         block = work[k].reshape(-1, right)
         energy = float(torch.linalg.vector_norm(block)) ** 2
         tolerance = bond_tolerance(rel_error, total, spent, energy, bonds_left=len(work) - 1 - k)
-        factors = truncated_svd(block, max_rank=max_bond, rel_error=tolerance, method="exact")
+        factors = truncated_svd(block, max_rank=caps[k], rel_error=tolerance, method="exact")
         spent += factors.error**2 * energy
         work[k] = factors.U.reshape(left, out, in_, -1)
         rest = factors.S[:, None] * factors.Vh
         work[k + 1] = torch.tensordot(rest, work[k + 1], dims=1)
-    work[-1] = work[-1] * scale
     error = math.sqrt(spent / total) if total > 0 else 0.0
-    return tuple(core.to(dtype) for core in work), error
+    return _with_exponent(work, exponent, len(work) - 1, result_dtype(cores[0].dtype)), error
 
 
 def bond_tolerance(
@@ -219,50 +319,167 @@ def bond_tolerance(
     return min(math.sqrt(share / energy), 1 - 1e-12)
 
 
-@torch.no_grad()
+@outside_autocast
 def norm(cores: Sequence[Tensor]) -> Tensor:
-    """Frobenius norm, accurate to relative rounding even where the terms of the chain cancel.
+    """Compute the Frobenius norm, with gradient, accurate even where the terms of the chain cancel.
 
-    It has no gradient: that of the QR does not exist where a core has dependent columns. `inner` has one.
+    Infinite or 0 where the norm leaves the range of the dtype; `log_norm` has no such limits. The gradient
+    exists wherever the norm is not 0 (it is 0 there) and can be differentiated once; `inner` can be
+    differentiated any number of times.
     """
-    center = canonicalize(cores, len(cores) - 1)[-1]
-    return torch.tensor(frobenius(center), dtype=center.real.dtype, device=center.device)
+    size, exponent = _norm(cores)
+    return times_power_of_two(size, exponent).to(result_dtype(cores[0].dtype).to_real())
 
 
-@torch.no_grad()
+@outside_autocast
+def log_norm(cores: Sequence[Tensor]) -> Tensor:
+    """Compute the natural logarithm of the Frobenius norm in double precision, with gradient.
+
+    `-inf` for the zero operator.
+    """
+    size, exponent = _norm(cores)
+    return size.log() + exponent * math.log(2)
+
+
+def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Frobenius norm as `mantissa * 2^exponent` in double precision."""
+    last = len(cores) - 1
+    with torch.no_grad():
+        frozen, exponent = _canonical(cores, last)
+        size = torch.linalg.vector_norm(frozen[last])
+    if not _needs_gradient(cores):
+        return size, exponent
+    frozen[last] = frozen[last] / size if float(size) > 0 else frozen[last]
+
+    def project(live: Sequence[Tensor]) -> Tensor:
+        """`Re <W / |W|, live>`, whose derivative is that of the norm: no QR is differentiated."""
+        product, of_product = _transfer(frozen, _working(live))
+        return times_power_of_two(product[0, 0].real, of_product - exponent)
+
+    return _Projected.apply(project, size, *cores), exponent
+
+
+@outside_autocast
 def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
-    """Singular values across a bond, descending: those of the matrix `(legs up to it, legs after it)`.
+    """Compute the singular values across a bond, descending, with gradient.
+
+    They are those of the matrix `(legs up to the bond, legs after it)`. The gradient can be differentiated
+    once; as that of `torch.linalg.svdvals` it is defined where values are distinct, and for functions that
+    treat equal values alike.
 
     Args:
         cores: the chain.
         bond: `0 ... n - 2`, the bond on the right of that core.
 
     Raises:
-        NonFiniteError: the operator holds NaN or infinity.
+        NonFiniteError: the operator holds NaN or infinity, or its singular values leave the range of
+            the dtype.
         ShapeError: no such bond.
     """
+    values, exponent = _spectrum(cores, bond)
+    single = result_dtype(cores[0].dtype) in (torch.float32, torch.complex64)
+    scaled = times_power_of_two(values, exponent).to(torch.float32 if single else torch.float64)
+    largest = float(scaled.detach()[0])
+    if not math.isfinite(largest) or (largest == 0 and float(values.detach()[0]) > 0):
+        raise NonFiniteError(
+            f"The largest singular value, about 2^{int(exponent)}, leaves the range of {scaled.dtype}; "
+            "divide the operator by a number first, or use bond_entropy and log_norm, which know no scale."
+        )
+    return scaled
+
+
+@outside_autocast
+def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
+    """Compute the von Neumann entropy `-sum p log p` in nats of `p = S^2 / sum S^2` across a bond.
+
+    0 for a product, `log(d)` for `d` equal singular values; the bond `exp(entropy)` is the effective one.
+    It has the gradient of `bond_spectrum`.
+    """
+    energies = _spectrum(cores, bond)[0].square()
+    p = energies / energies.sum() if float(energies.detach().sum()) > 0 else energies
+    return torch.special.entr(p[p > 0]).sum().abs()  # a product has 0, not -0
+
+
+def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
+    """Singular values across a bond as `mantissas * 2^exponent`, in double precision."""
     if not _is_place(bond, 0, len(cores) - 1):
         there = (
             f"{len(cores)} cores have bonds 0 to {len(cores) - 2}" if len(cores) > 1 else "one core has none"
         )
         raise ShapeError(f"Bond {bond} does not exist; {there}.")
     bond = index(bond)
-    dtype = result_dtype(cores[0].dtype)
-    center = canonicalize([core.to(working_dtype(core.dtype)) for core in cores], bond)[bond]
-    check_finite(center, "The operator")
-    values = torch.linalg.svdvals(center.reshape(-1, center.shape[3]))
-    return values.to(torch.float32 if dtype in (torch.float32, torch.complex64) else torch.float64)
+    with torch.no_grad():
+        frozen, exponent = _canonical(cores, bond)
+        left, out, in_, right = frozen[bond].shape
+        U, S, Vh = torch.linalg.svd(frozen[bond].reshape(-1, right), full_matrices=False)
+    if not _needs_gradient(cores):
+        return S, exponent
+    frozen[bond] = U.reshape(left, out, in_, -1)
+    frozen[bond + 1] = torch.tensordot(Vh, frozen[bond + 1], dims=1)
+
+    def project(live: Sequence[Tensor]) -> Tensor:
+        """`Re <u_j v_j, live>` for each pair of singular vectors, whose derivative is that of the values."""
+        live = _working(live)
+        before, of_before = _transfer(frozen[: bond + 1], live[: bond + 1])
+        after, of_after = _transfer(_reversed(frozen[bond + 1 :]), _reversed(live[bond + 1 :]))
+        values = (before * after).sum(dim=1).real
+        return times_power_of_two(values, of_before + of_after - exponent)
+
+    return _Projected.apply(project, S, *cores), exponent
 
 
-def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
-    """Von Neumann entropy `-sum p log p` in nats of `p = S^2 / sum S^2` across a bond.
+class _Projected(torch.autograd.Function):
+    """A value with the gradient of a projection, which has the same first derivative but no other.
 
-    0 for a product, `log(d)` for `d` equal singular values; the bond `exp(entropy)` is the effective one.
+    `once_differentiable` would let second derivatives through as zeros where the incoming gradient is a
+    constant, so they are refused by `_NoSecondDerivative` instead.
     """
-    values = bond_spectrum(cores, bond).double()
-    energies = (values / safe_scale(values)).square()
-    p = energies / energies.sum() if float(energies.sum()) > 0 else energies
-    return torch.special.entr(p).sum().abs()  # a product has 0, not -0
+
+    @staticmethod
+    def forward(
+        ctx: Any, project: Callable[[Sequence[Tensor]], Tensor], value: Tensor, *cores: Tensor
+    ) -> Tensor:
+        ctx.project = project
+        ctx.save_for_backward(*cores)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            cores = [core.detach().requires_grad_() for core in ctx.saved_tensors]
+            projected = ctx.project(cores)
+        gradients = torch.autograd.grad(projected, cores, gradient.detach())
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = tuple(map(_NoSecondDerivative.apply, ctx.saved_tensors, gradients))
+        return None, None, *gradients
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient that refuses to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, core: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "norm, log_norm, bond_spectrum and bond_entropy of an MPO can be differentiated once only; for "
+            "the norm use inner(self, self).real.sqrt(), which can be differentiated any number of times."
+        )
+
+
+def _needs_gradient(cores: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+
+
+def _working(cores: Sequence[Tensor]) -> list[Tensor]:
+    return [core.to(working_dtype(core.dtype)) for core in cores]
+
+
+def _reversed(cores: Sequence[Tensor]) -> list[Tensor]:
+    """Read a chain from its end."""
+    return [core.permute(3, 1, 2, 0) for core in reversed(cores)]
 
 
 def _is_place(value: int, first: int, end: int) -> bool:
@@ -285,5 +502,5 @@ def _same_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Cores,
 def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(matrix)
     diagonal = R.diagonal()
-    phase = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal / diagonal.abs())
+    phase = torch.sgn(torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal))
     return Q * phase, R * phase.conj()[:, None]

@@ -90,7 +90,7 @@ class CompressionConfig(LayerSelection):
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         if self.dims not in ("auto", "balanced"):
             raise ValueError(f"dims must be 'auto' or 'balanced', got {self.dims!r}.")
-        for name in ("sites", "tokens"):
+        for name in ("max_bond", "sites", "tokens"):
             if (value := getattr(self, name)) is not None:  # NumPy's integers become Python's
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
         if self.max_milliseconds is not None and self.tokens is None:

@@ -135,7 +135,9 @@ def truncated_svd(
     rel_error: float | None = None,
     method: Method = "auto",
 ) -> TruncatedSVD:
-    """Best low-rank approximation in the Frobenius norm (Eckart-Young), with its certified error.
+    """Truncate a singular value decomposition, with a certified error; the result carries no gradient.
+
+    The best low-rank approximation in the Frobenius norm (Eckart-Young).
 
     The rank is the smallest that satisfies `rel_error`, cut at `max_rank` if that is smaller.
 

@@ -97,7 +97,13 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
     """No bond exceeds `max_bond`, and no more parameters are stored than `param_ratio` allows."""
     outcome = _within(decompose, matrix, budget)
     if budget.max_bond is not None:
-        assert max(outcome.bonds, default=1) <= budget.max_bond, f"bonds {outcome.bonds} under {budget}"
+        caps = budget.max_bond
+        bonds = outcome.bonds
+        if isinstance(caps, Sequence) and len(bonds) == len(caps) + 2:
+            bonds = bonds[1:-1]  # the end bonds of an open chain
+        each = caps if isinstance(caps, Sequence) else [caps] * len(bonds)
+        over = [bond for bond, cap in zip(bonds, each, strict=True) if bond > cap]
+        assert not over, f"bonds {outcome.bonds} under {budget}"
     if budget.param_ratio is not None and outcome.params is not None:
         allowed = budget.param_ratio * matrix.numel()
         assert outcome.params <= allowed, f"{outcome.params} parameters, {allowed:.1f} allowed by {budget}"

@@ -1,6 +1,7 @@
 """What a topology family must offer, and the registry of families."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -60,9 +61,16 @@ class TopologyFamily(ABC):
 
     @abstractmethod
     def build(
-        self, out_features: int, in_features: int, *, max_bond: int | None = None, **options: Any
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | Sequence[int] | None = None,
+        **options: Any,
     ) -> Topology:
         """Topology for a matrix `(out_features, in_features)` with bonds at most `max_bond`.
+
+        `max_bond` is one cap for all bonds, or a sequence with one for each.
 
         Raises:
             TopologyError: the options do not fit the shape.

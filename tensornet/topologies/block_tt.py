@@ -31,7 +31,7 @@ from tensornet.topologies.factored import (
     fitted_network,
     padded_shape,
 )
-from tensornet.topologies.uniform_cap import uniform_cap
+from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
 
 
@@ -40,7 +40,7 @@ def block_tt(
     out_dims: Sequence[int],
     in_dims: Sequence[int],
     bond_dims: Sequence[int] | None = None,
-    max_bond: int | None = None,
+    max_bond: int | Sequence[int] | None = None,
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
@@ -55,7 +55,7 @@ def block_tt(
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, as many.
         bond_dims: the `n - 1` inner bonds; exact ones where absent, larger ones are clipped to those.
-        max_bond: cap on every bond.
+        max_bond: cap on every bond, or one for each.
         out_features, in_features: shape before padding, the products of the dims if absent.
 
     Raises:
@@ -67,11 +67,11 @@ def block_tt(
     """
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     sites = len(out_dims)
-    check_bonds("bond_dims", bond_dims, sites - 1, "one for each bond", max_bond)
+    caps = check_bonds("bond_dims", bond_dims, sites - 1, "one for each bond", max_bond)
     wanted = [math.prod(out_dims) * math.prod(in_dims)] * (sites - 1)
     if bond_dims is not None:
         wanted = clip_bonds("bond_dims", bond_dims, _ranks(out_dims, in_dims, bond_dims))
-    bonds = [1, *_ranks(out_dims, in_dims, [min(b, max_bond or b) for b in wanted]), 1]
+    bonds = [1, *_ranks(out_dims, in_dims, [min(b, c or b) for b, c in zip(wanted, caps, strict=True)]), 1]
     sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
     sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
         f"i{k}": dim for k, dim in enumerate(in_dims)
@@ -123,15 +123,14 @@ class BlockTTFamily(FactoredFamily):
                 in_features=shape[1],
             )
 
-        limit = max(_ranks(out_dims, in_dims, [shape[0] * shape[1]] * count), default=1)
-        cap, bound_by = uniform_cap(
+        wanted, bound_by = uniform_caps(
             budget,
             shape,
-            limit,
-            lambda cap: at(_ranks(out_dims, in_dims, [cap] * count)).num_params,
+            _ranks(out_dims, in_dims, [shape[0] * shape[1]] * count),
+            lambda bonds: at(_ranks(out_dims, in_dims, bonds)).num_params,
             f"a block tensor train {shape}",
         )
-        caps = _ranks(out_dims, in_dims, [cap] * count)
+        caps = _ranks(out_dims, in_dims, wanted)
         cores, error = _block_svd(matrix, out_dims, in_dims, caps, budget.rel_error, method)
         bonds = [core.shape[0] for core in cores[1:]]
         network = fitted_network(at(bonds), cores)

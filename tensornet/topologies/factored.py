@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensornet.budget import Budget, check_budget
+from tensornet.budget import Budget, caps_of_bonds, check_budget
 from tensornet.checks import check_dense, check_size, check_sizes
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, frobenius
@@ -41,7 +41,7 @@ class FactoredFamily(TopologyFamily):
         out_features: int,
         in_features: int,
         *,
-        max_bond: int | None = None,
+        max_bond: int | Sequence[int] | None = None,
         out_dims: Sequence[int] | None = None,
         in_dims: Sequence[int] | None = None,
         sites: int | None = None,
@@ -160,23 +160,32 @@ def padded_shape(
     return rows, columns
 
 
-def check_bonds(name: str, bonds: Sequence[int] | None, count: int, each: str, max_bond: int | None) -> None:
-    """Refuse bonds of a builder that are no `count` integers of at least 1, and such a `max_bond`.
+def check_bonds(
+    name: str,
+    bonds: Sequence[int] | None,
+    count: int,
+    each: str,
+    max_bond: int | Sequence[int] | None,
+) -> tuple[int | None, ...]:
+    """Check the bonds and caps handed to a builder.
 
     Args:
         name: the argument that holds the bonds.
         bonds: one for each of `each`, or None.
         count: how many there must be.
-        each: what has one of them, for the message.
-        max_bond: cap on all of them, or None.
+        each: the things that have one of them, for the message.
+        max_bond: cap on all of them, one cap for each, or None.
+
+    Returns:
+        One cap for each bond; None caps nothing.
 
     Raises:
-        TopologyError: saying what was got and what was expected.
+        TopologyError: not `count` integers of at least 1.
     """
-    if max_bond is not None:
-        check_size("max_bond", max_bond)
+    caps = caps_of_bonds(max_bond, count, TopologyError)
     if bonds is not None and len(check_sizes(name, bonds)) != count:
         raise TopologyError(f"{name} {tuple(bonds)} must have {count} entries, {each}.")
+    return caps
 
 
 def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[int]:

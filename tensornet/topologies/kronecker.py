@@ -25,7 +25,7 @@ def kronecker(
     out_dims: Sequence[int],
     in_dims: Sequence[int],
     terms: int | None = None,
-    max_bond: int | None = None,
+    max_bond: int | Sequence[int] | None = None,
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
@@ -48,14 +48,14 @@ def kronecker(
         )
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     bonds = list(max_bonds(out_dims, in_dims))
-    check_bonds("terms", None if terms is None else [terms], 1, "the number of terms", max_bond)
+    (cap,) = check_bonds("terms", None if terms is None else [terms], 1, "the number of terms", max_bond)
     if terms is not None:
         bonds = clip_bonds("terms", [terms], bonds)
     return Topology(
         family="kronecker",
         cores=(CoreSpec("left", ("t", "o0", "i0")), CoreSpec("right", ("t", "o1", "i1"))),
         sizes=(
-            ("t", min(*bonds, max_bond or bonds[0])),
+            ("t", min(*bonds, cap or bonds[0])),
             *((f"o{k}", dim) for k, dim in enumerate(out_dims)),
             *((f"i{k}", dim) for k, dim in enumerate(in_dims)),
         ),

@@ -1,11 +1,13 @@
 """Plain low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tensornet.budget import Budget, check_budget
+from tensornet.budget import Budget, caps_of_bonds, check_budget
 from tensornet.checks import check_dense, check_size
+from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, TruncatedSVD, truncated_svd
 from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.network import TensorNetwork
@@ -38,11 +40,17 @@ class LowRankFamily(TopologyFamily):
     name = "low_rank"
 
     def build(
-        self, out_features: int, in_features: int, *, max_bond: int | None = None, **options: Any
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | Sequence[int] | None = None,
+        **options: Any,
     ) -> Topology:
         """See `low_rank`."""
         refuse_options(self.name, options)
-        return low_rank(out_features=out_features, in_features=in_features, rank=max_bond)
+        (rank,) = caps_of_bonds(max_bond, 1, TopologyError)
+        return low_rank(out_features=out_features, in_features=in_features, rank=rank)
 
     def decompose(
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any

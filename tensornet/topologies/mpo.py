@@ -23,7 +23,7 @@ def mpo(
     out_dims: Sequence[int],
     in_dims: Sequence[int],
     bond_dims: Sequence[int] | None = None,
-    max_bond: int | None = None,
+    max_bond: int | Sequence[int] | None = None,
     out_features: int | None = None,
     in_features: int | None = None,
     family: str = "mpo",
@@ -34,7 +34,7 @@ def mpo(
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, as many.
         bond_dims: the `n - 1` inner bonds; the exact ones if absent. Values above them are clipped.
-        max_bond: cap on every bond.
+        max_bond: cap on every bond, or one for each.
         out_features: rows before padding, the product of `out_dims` if absent.
         in_features: columns before padding, the product of `in_dims` if absent.
         family: name of the family that records itself as the builder.
@@ -44,9 +44,9 @@ def mpo(
     """
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     full = max_bonds(out_dims, in_dims)
-    check_bonds("bond_dims", bond_dims, len(full), "one for each bond", max_bond)
+    caps = check_bonds("bond_dims", bond_dims, len(full), "one for each bond", max_bond)
     bonds = full if bond_dims is None else clip_bonds("bond_dims", bond_dims, full)
-    bonds = [min(bond, max_bond or bond) for bond in bonds]
+    bonds = [min(bond, cap or bond) for bond, cap in zip(bonds, caps, strict=True)]
     return chain(out_dims, in_dims, bonds, shape, family=family)
 
 

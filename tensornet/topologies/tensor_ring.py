@@ -34,7 +34,7 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topologies.ring_als import refine_ring
-from tensornet.topologies.uniform_cap import uniform_cap
+from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
 
 #: Closing bonds that are tried where the caller does not fix one; 1 is the open chain.
@@ -46,7 +46,7 @@ def tensor_ring(
     out_dims: Sequence[int],
     in_dims: Sequence[int],
     bond_dims: Sequence[int] | None = None,
-    max_bond: int | None = None,
+    max_bond: int | Sequence[int] | None = None,
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
@@ -57,7 +57,7 @@ def tensor_ring(
         in_dims: sizes of the in-legs, as many.
         bond_dims: the `n` bonds on the right of each core, the closing one last. If absent, all are
             `max_bond`, clipped to what a chain could use; without that the exact open chain.
-        max_bond: cap on every bond.
+        max_bond: cap on every bond, or one for each, the closing one last.
         out_features, in_features: shape before padding, the products of the dims if absent.
 
     Raises:
@@ -68,14 +68,14 @@ def tensor_ring(
     if sites < 2:
         raise TopologyError(f"A ring needs at least two sites, got {sites}; use the topology 'mpo'.")
     full = max_bonds(out_dims, in_dims)
-    check_bonds("bond_dims", bond_dims, sites, "the closing bond last", max_bond)
+    caps = check_bonds("bond_dims", bond_dims, sites, "the closing bond last", max_bond)
     if bond_dims is None:
         bond_dims = (*full, 1) if max_bond is None else (*full, min(full))
     # The closing bond is of use up to what the two cores that it joins can tell apart.
     ends = out_dims[0] * in_dims[0] * bond_dims[0], out_dims[-1] * in_dims[-1] * bond_dims[-2]
     closing = min(bond_dims[-1], *ends)
     bonds = clip_bonds("bond_dims", bond_dims, [*(f * closing for f in full), closing])
-    bonds = [min(b, max_bond or b) for b in bonds]
+    bonds = [min(b, cap or b) for b, cap in zip(bonds, caps, strict=True)]
     bonds = [*(min(b, f * bonds[-1]) for b, f in zip(bonds, full, strict=False)), bonds[-1]]
     return _ring(out_dims, in_dims, bonds, shape)
 
@@ -160,9 +160,10 @@ class TensorRingFamily(FactoredFamily):
         if len(rows) < 2:
             raise TopologyError(f"A ring needs at least two sites, got {len(rows)}; use the topology 'mpo'.")
         check_size("sweeps", sweeps, least=0)
+        closing_cap = budget.caps_of_bonds(len(rows))[-1]
         if ring_bond is not None:
             check_size("ring_bond", ring_bond)
-            if budget.max_bond is not None and ring_bond > budget.max_bond:
+            if closing_cap is not None and ring_bond > closing_cap:
                 raise BudgetError(
                     f"ring_bond={ring_bond} is above max_bond={budget.max_bond}, which caps every bond; "
                     "lower the one or raise the other."
@@ -170,7 +171,7 @@ class TensorRingFamily(FactoredFamily):
             (ring_bond,) = clip_bonds("ring_bond", [ring_bond], [max_bonds(rows, columns)[0]])
         rings, refused = [], None
         for bond in RING_BONDS if ring_bond is None else (ring_bond,):
-            if ring_bond is None and bond > min(budget.max_bond or bond, *max_bonds(rows, columns)):
+            if ring_bond is None and bond > min(closing_cap or bond, *max_bonds(rows, columns)):
                 break
             try:
                 ring = _decompose(matrix, rows, columns, bond, budget, method)
@@ -203,13 +204,16 @@ def _decompose(
 ) -> _Ring:
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
 
-    def params(cap: int) -> int:
-        bonds = [closing, *_ranks(legs, closing, [cap] * (len(legs) - 1)), closing]
+    def params(caps: list[int]) -> int:
+        bonds = [closing, *_ranks(legs, closing, caps), closing]
         return sum(bonds[k] * leg * bonds[k + 1] for k, leg in enumerate(legs))
 
-    limit = max(_ranks(legs, closing, [math.prod(legs)] * (len(legs) - 1)))
-    cap, bound_by = uniform_cap(budget, shape, limit, params, f"a ring closed by a bond of {closing}")
-    ring = _tr_svd(matrix, rows, columns, closing, [cap] * (len(legs) - 1), budget.rel_error, method)
+    exact = _ranks(legs, closing, [math.prod(legs)] * (len(legs) - 1))
+    open_bonds = replace(
+        budget, max_bond=budget.max_bond[:-1] if isinstance(budget.max_bond, tuple) else budget.max_bond
+    )
+    caps, bound_by = uniform_caps(open_bonds, shape, exact, params, f"a ring closed by a bond of {closing}")
+    ring = _tr_svd(matrix, rows, columns, closing, caps, budget.rel_error, method)
     return ring if ring.bound_by == "rel_error" else _Ring(ring.cores, ring.error, bound_by)
 
 

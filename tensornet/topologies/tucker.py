@@ -30,7 +30,7 @@ from tensornet.topologies.factored import (
     pad_core,
     padded_shape,
 )
-from tensornet.topologies.uniform_cap import uniform_cap
+from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
 
 
@@ -39,7 +39,7 @@ def tucker(
     out_dims: Sequence[int],
     in_dims: Sequence[int],
     ranks: Sequence[int] | None = None,
-    max_bond: int | None = None,
+    max_bond: int | Sequence[int] | None = None,
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
@@ -52,7 +52,7 @@ def tucker(
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, as many.
         ranks: one for each out-leg, then one for each in-leg; full where absent, clipped to the leg.
-        max_bond: cap on every rank.
+        max_bond: cap on every rank, or one for each leg.
         out_features, in_features: shape before padding, the products of the dims if absent.
 
     Raises:
@@ -60,9 +60,9 @@ def tucker(
     """
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     legs = (*out_dims, *in_dims)
-    check_bonds("ranks", ranks, len(legs), "one for each leg", max_bond)
+    caps = check_bonds("ranks", ranks, len(legs), "one for each leg", max_bond)
     kept = list(legs) if ranks is None else clip_bonds("ranks", ranks, legs)
-    kept = [min(rank, max_bond or rank) for rank in kept]
+    kept = [min(rank, cap or rank) for rank, cap in zip(kept, caps, strict=True)]
     names = [f"{side}{k}" for side in ("out", "in") for k in range(len(out_dims))]
     labels = [f"{side}{k}" for side in ("o", "i") for k in range(len(out_dims))]
     bonds = [label if r == leg else f"r{label}" for label, r, leg in zip(labels, kept, legs, strict=True)]
@@ -105,7 +105,7 @@ class TuckerFamily(FactoredFamily):
         *,
         method: Method,
     ) -> Decomposition:
-        """All ranks share the cap that `max_bond` and `param_ratio` imply."""
+        """Ranks share the cap that `param_ratio` implies."""
         shape, legs = (matrix.shape[0], matrix.shape[1]), (*out_dims, *in_dims)
 
         def at(ranks: Sequence[int]) -> Topology:
@@ -117,14 +117,9 @@ class TuckerFamily(FactoredFamily):
                 in_features=shape[1],
             )
 
-        cap, bound_by = uniform_cap(
-            budget,
-            shape,
-            max(legs),
-            lambda cap: at([min(cap, leg) for leg in legs]).num_params,
-            f"a Tucker network {shape}",
+        caps, bound_by = uniform_caps(
+            budget, shape, legs, lambda ranks: at(ranks).num_params, f"a Tucker network {shape}"
         )
-        caps = [min(cap, leg) for leg in legs]
         core, factors, error = st_hosvd(matrix, out_dims, in_dims, caps, budget.rel_error, method)
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
+from tensornet.linalg.svd import frobenius
 from tensornet.network import TensorNetwork
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_noise, check_weights, check_whole
+from tensornet_moe.joint_fit import stack_error
 from tensornet_moe.stacked import enclosing_topology, resolve_shared
 
 
@@ -86,7 +88,7 @@ def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor
     """A core with Gaussian noise of standard deviation `noise` relative to its root mean square."""
     if noise == 0:
         return core
-    size = core.square().mean().sqrt()
+    size = frobenius(core) / core.numel() ** 0.5  # no square vanishes, whatever the scale
     # On the CPU, so that every device starts alike.
     drawn = torch.randn(core.shape, generator=generator, device="cpu")
     return core + noise * size * drawn.to(core)
@@ -97,6 +99,4 @@ def _first_error(weight: Tensor, topology: Topology, network: TensorNetwork) -> 
         _leading(core, shape)
         for core, shape in zip(network.cores, topology.core_shapes.values(), strict=True)
     ]
-    difference = TensorNetwork(topology, cores).to_matrix() - weight
-    norm = float(weight.norm())
-    return float(difference.norm()) / norm if norm > 0 else 0.0
+    return stack_error(weight[None], TensorNetwork(topology, cores).to_matrix()[None])

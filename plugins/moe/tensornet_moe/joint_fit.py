@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, ShapeError, TopologyError
-from tensornet.linalg.svd import check_finite, working_dtype
+from tensornet.linalg.svd import check_finite, frobenius, safe_scale, working_dtype
 from tensornet.network import random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
@@ -152,7 +152,8 @@ def fit_shared(
             f"this topology, got {tuple(weights.shape)}."
         )
     check_finite(weights, "The stack of expert matrices")
-    target = weights.detach().to(working_dtype(weights.dtype))
+    scale = safe_scale(weights)  # squares of what is fitted neither overflow nor vanish
+    target = weights.detach().to(working_dtype(weights.dtype)) / scale
     plan = plan_stack(topology, shared, len(target))
     starts = list(_starts(target, topology, shared))
     for _ in range(_TRIAL_SWEEPS):
@@ -165,7 +166,8 @@ def fit_shared(
         before, error = error, _error(plan, cores, target)
         sweeps += 1
         converged = before - error <= tolerance * before
-    return SharedFit(cores, error, sweeps, converged)
+    share = scale ** (1 / len(cores))  # every core takes an equal part of the scale
+    return SharedFit({name: core * share for name, core in cores.items()}, error, sweeps, converged)
 
 
 def least_squares(
@@ -232,8 +234,20 @@ def _sweep(plan: StackPlan, cores: Mapping[str, Tensor], target: Tensor) -> dict
 
 
 def _error(plan: StackPlan, cores: Mapping[str, Tensor], target: Tensor) -> float:
-    total = float(target.norm())
-    return float((target - build_matrices(plan, cores, len(target))).norm()) / total if total > 0 else 0.0
+    return stack_error(target, build_matrices(plan, cores, len(target)))
+
+
+def stack_error(target: Tensor, made: Tensor) -> float:
+    """Measure the relative Frobenius error over a whole stack, at any scale of its elements.
+
+    Example:
+        >>> stack_error(torch.ones(2, 3, 3) * 1e-30, torch.zeros(2, 3, 3))
+        1.0
+    """
+    scale = safe_scale(target)
+    work = target.to(working_dtype(target.dtype)) / scale
+    total = frobenius(work)
+    return frobenius(work - made.to(work) / scale) / total if total > 0 else 0.0
 
 
 def _starts(target: Tensor, topology: Topology, shared: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -271,14 +285,10 @@ def _alone(target: Tensor, topology: Topology, parameters: int) -> _Alone | None
             networks = [topology_family(name).decompose(m, budget, **options).network for m in target]
         except (BudgetError, TopologyError):  # does not fit, or takes no dims: no rival
             continue
-        residual = sum(
-            float((w - n.to_matrix()).square().sum()) for w, n in zip(target, networks, strict=True)
-        )
+        error = stack_error(target, torch.stack([network.to_matrix() for network in networks]))
         cores = {
             core: [network.cores[k] for network in networks]
             for k, core in enumerate(networks[0].topology.core_names)
         }
-        total = float(target.square().sum())
-        error = (residual / total) ** 0.5 if total > 0 else 0.0
         results.append(_Alone(tuple(network.topology for network in networks), cores, error))
     return min(results, key=lambda result: result.error, default=None)

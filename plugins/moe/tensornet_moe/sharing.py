@@ -13,7 +13,7 @@ from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.expert_bank import AbsentCores, SharedCores
 from tensornet_moe.experts import DEFAULT_CACHE_BYTES, SharedCoreExperts
 from tensornet_moe.initialization import Start, with_noise
-from tensornet_moe.joint_fit import fit_shared
+from tensornet_moe.joint_fit import fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, plan_stack
 
 
@@ -120,6 +120,5 @@ def _waits(bank: SharedCoreExperts) -> bool:
 
 
 def _error(weight: Tensor, topology: Topology, cores: Mapping[str, Tensor]) -> float:
-    made = build_matrices(plan_stack(topology, topology.core_names, 1), cores, 1)[0]
-    norm = float(weight.norm())
-    return float((made - weight.to(made)).norm()) / norm if norm > 0 else 0.0
+    made = build_matrices(plan_stack(topology, topology.core_names, 1), cores, 1)
+    return stack_error(weight[None], made)

@@ -1,0 +1,99 @@
+"""The one call that writes a matrix as a network of any topology."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.alternating import alternate
+from tensornet.budget import Budget
+from tensornet.checks import check_dense
+from tensornet.context import outside_autocast
+from tensornet.errors import ShapeError, TopologyError
+from tensornet.linalg.svd import check_finite, frobenius, result_dtype, safe_scale, scaled_back, working_dtype
+from tensornet.network import TensorNetwork
+from tensornet.topologies.base import Decomposition, topology_family, topology_names
+from tensornet.topologies.factored import balance_norms
+from tensornet.topology import Topology
+
+
+@torch.no_grad()
+@outside_autocast
+def decompose(
+    matrix: Tensor,
+    topology: Topology | str,
+    *,
+    max_bond: int | Sequence[int] | None = None,
+    rel_error: float | None = None,
+    param_ratio: float | None = None,
+    **options: Any,
+) -> Decomposition:
+    """Write a matrix as a network of any topology; the result carries no gradient.
+
+    The family of the topology decomposes, where it is registered. The cores of a topology of your own, whose
+    family no one has registered, are found by alternating least squares from random starts with a fixed seed:
+    a local minimum, whose error is measured.
+
+    Args:
+        matrix: shape `(out_features, in_features)`, real or complex.
+        topology: the network itself, dims and bonds included, or the name of a registered family, which
+            chooses them within the budget.
+        max_bond: cap on every bond, or one for each; for names only.
+        rel_error: largest relative Frobenius error; for names only.
+        param_ratio: largest share of the dense parameters; for names only.
+        options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`; for names only.
+
+    Returns:
+        The network and its certificate.
+
+    Raises:
+        BudgetError: a cap is out of range, or not even the smallest network of the family keeps it.
+        NonFiniteError: the matrix holds NaN or infinity.
+        ShapeError: the matrix is no dense floating matrix, or not of the shape of the topology.
+        TopologyError: an unknown name, options that the family does not know, or a budget or options beside
+            a topology, which has all dims and bonds already.
+
+    Example:
+        >>> import tensornet as tn
+        >>> found = tn.decompose(torch.eye(6), tn.topologies.kronecker(out_dims=(2, 3), in_dims=(2, 3)))
+        >>> found.network.to_matrix().allclose(torch.eye(6), atol=1e-6)
+        True
+        >>> tn.decompose(torch.ones(8, 8), "mpo", rel_error=0.01).network.num_params
+        12
+    """
+    budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
+    if not isinstance(topology, Topology):
+        return topology_family(topology).decompose(matrix, budget, **options)
+    if not budget.unlimited or options:
+        raise TopologyError(
+            "A topology fixes all dims and bonds: drop max_bond, rel_error, param_ratio and "
+            f"{', '.join(options) or 'family options'}, or give the name of a family instead."
+        )
+    if topology.family in topology_names():
+        return topology_family(topology.family).decompose_to(matrix, topology)
+    check_dense(matrix, "decompose", "a matrix of shape (out, in)", 2)
+    if tuple(matrix.shape) != topology.shape:
+        raise ShapeError(
+            f"The topology is for matrices of shape {topology.shape}, got {tuple(matrix.shape)}."
+        )
+    check_finite(matrix, "The matrix")
+    return _alternated(matrix, topology)
+
+
+def _alternated(matrix: Tensor, topology: Topology) -> Decomposition:
+    scale, dtype = safe_scale(matrix), result_dtype(matrix.dtype)
+    work = matrix.to(working_dtype(matrix.dtype)) / scale
+    found = alternate(work, topology)
+    cores = balance_norms(found.cores)
+    kept = TensorNetwork(topology, [core.to(dtype) for core in cores])
+    total = frobenius(work)
+    residual = frobenius(work - kept.to(work.dtype).to_matrix())
+    share = scale ** (1 / len(cores))  # every core takes an equal part of the scale
+    return Decomposition(
+        TensorNetwork(topology, [scaled_back(core, share, dtype) for core in cores]),
+        residual / total if total > 0 else 0.0,
+        "max_bond",
+        iterations=found.sweeps,
+        converged=found.converged,
+    )

@@ -1,0 +1,80 @@
+"""Upcycling and joint fits of experts whose squares overflow or vanish."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tensornet_moe as tm
+from tensornet.testing import reference
+from tensornet.topologies import mpo
+
+SCALES = [
+    (torch.float64, 1e160),
+    (torch.float64, 1e-160),
+    (torch.float64, 1e-200),
+    (torch.float32, 1e-30),
+    (torch.float32, 1e25),
+    (torch.float32, 1.0),
+]
+
+
+def experts(dtype: torch.dtype) -> Tensor:
+    return torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def true_error(weights: Tensor, bank: tm.SharedCoreExperts, scale: float) -> float:
+    made = bank.expert_matrices().detach().double() / scale
+    return reference.relative_error(weights.double().flatten(), made.flatten())
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_error_of_a_joint_fit_knows_no_scale(dtype: torch.dtype, scale: float) -> None:
+    weights = experts(dtype)
+    bank = tm.SharedCoreExperts.from_experts(weights * scale, max_bond=3)
+    assert bank.error is not None
+    assert bank.error > 0.1
+    assert true_error(weights, bank, scale) == pytest.approx(bank.error, rel=1e-4)
+    plain = tm.SharedCoreExperts.from_experts(weights, max_bond=3)
+    assert bank.error == pytest.approx(plain.error, rel=1e-3)
+    assert bank.fit is not None
+    assert plain.fit is not None
+    assert bank.fit.alone_error == pytest.approx(plain.fit.alone_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_error_of_an_upcycled_matrix_knows_no_scale(dtype: torch.dtype, scale: float, noise: float) -> None:
+    weight = experts(dtype)[0]
+    bank = tm.SharedCoreExperts.from_dense(weight * scale, num_experts=2, max_bond=3, noise=noise)
+    assert bank.error is not None
+    assert bank.error > 0.1
+    made = bank.expert_matrices().detach().double() / scale
+    if noise == 0:
+        assert reference.relative_error(weight, made[0]) == pytest.approx(bank.error, rel=1e-4)
+    else:
+        assert float((made[0] - made[1]).norm()) > 0.01
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_error_of_a_cut_topology_knows_no_scale(dtype: torch.dtype, scale: float) -> None:
+    """Experts of unequal bonds: the error is that of the first one."""
+    weight = experts(dtype)[0]
+    topologies = [mpo(out_dims=(2, 4), in_dims=(4, 3), max_bond=bond) for bond in (2, 4)]
+    bank = tm.SharedCoreExperts.from_dense(weight * scale, num_experts=2, topology=topologies, shared="none")
+    assert bank.error is not None
+    made = bank.expert_matrices().detach().double()[0] / scale
+    assert reference.relative_error(weight, made) == pytest.approx(bank.error, rel=1e-4)
+    assert bank.error > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_error_of_experts_shared_by_layers_knows_no_scale(dtype: torch.dtype, scale: float) -> None:
+    weights = experts(dtype)
+    owner, banks = tm.share_across_layers(weights * scale, num_experts=2, max_bond=3)
+    for weight, bank in zip(weights, banks, strict=True):
+        assert bank.error is not None
+        made = bank.expert_matrices().detach().double()[0] / scale
+        assert reference.relative_error(weight, made) == pytest.approx(bank.error, rel=1e-4)
+    assert owner.names

@@ -1,0 +1,141 @@
+"""Gradients of what is computed from a chain, against finite differences and against the dense matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tensornet as tn
+from tensornet.testing import strategies
+
+SHAPES = [(1, 2, 2, 3), (3, 2, 3, 2), (2, 2, 2, 1)]
+
+
+def chain_cores(
+    dtype: torch.dtype = torch.float64, *, shapes: list[tuple[int, ...]] = SHAPES
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+READINGS: dict[str, Callable[[tn.MPO], Tensor]] = {
+    "norm": lambda operator: operator.norm(),
+    "log_norm": lambda operator: operator.log_norm(),
+    "spectrum_0": lambda operator: operator.bond_spectrum(0)[:2],
+    "spectrum_1": lambda operator: operator.bond_spectrum(1),
+    "entropy_0": lambda operator: operator.bond_entropy(0),
+    "entropy_1": lambda operator: operator.bond_entropy(1),
+    **{
+        f"canonical_{center}": lambda operator, center=center: torch.cat(
+            [torch.view_as_real(c + 0j).flatten() for c in operator.canonicalize(center=center).cores]
+        )
+        for center in range(3)
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("features", [{}, {"out_features": 7, "in_features": 11}])
+@pytest.mark.parametrize("reading", READINGS)
+def test_gradients_are_those_of_finite_differences(
+    reading: str, features: dict[str, int], dtype: torch.dtype
+) -> None:
+    def value(*cores: Tensor) -> Tensor:
+        return READINGS[reading](tn.MPO(cores, **features))
+
+    assert torch.autograd.gradcheck(value, chain_cores(dtype), fast_mode=True)
+
+
+def through_the_matrix(name: str, matrix: Tensor, dims: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    """The dense truth: torch's own norm and singular values of the unfolding."""
+    if name == "norm":
+        return torch.linalg.vector_norm(matrix)
+    sites = len(dims[0])
+    order = [axis for k in range(sites) for axis in (k, sites + k)]
+    unfolded = matrix.reshape(*dims[0], *dims[1]).permute(order).reshape(dims[0][0] * dims[1][0], -1)
+    values = torch.linalg.svdvals(unfolded)
+    if name == "spectrum":
+        return values[0]
+    p = values.square() / values.square().sum()
+    return torch.special.entr(p[p > 1e-24]).sum()
+
+
+@pytest.mark.parametrize("name", ["norm", "spectrum", "entropy"])
+@given(
+    operator=strategies.mpos(
+        dims=strategies.dims(min_sites=2, max_sites=3, max_dim=3), dtype=torch.float64, padded=False
+    )
+)
+def test_gradients_exist_where_cores_have_dependent_columns(name: str, operator: tn.MPO) -> None:
+    """A sum of a chain with itself has a rank below its bonds, where a QR has no gradient."""
+    cores = [core.clone().requires_grad_() for core in operator.cores]
+    chain = tn.MPO(cores) + tn.MPO(cores)
+    value = {
+        "norm": chain.norm,
+        "spectrum": lambda: chain.bond_spectrum(0)[0],
+        "entropy": lambda: chain.bond_entropy(0),
+    }[name]()
+    found = torch.autograd.grad(value, cores)
+    again = [core.detach().clone().requires_grad_() for core in cores]
+    truth = through_the_matrix(name, 2 * tn.MPO(again).to_matrix(), (operator.out_dims, operator.in_dims))
+    expected = torch.autograd.grad(truth, again)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7 * (1 + float(other.abs().max())))
+
+
+def test_gradient_of_the_zero_operator_is_zero() -> None:
+    cores = [torch.zeros(1, 2, 2, 2).requires_grad_(), torch.zeros(2, 2, 2, 1).requires_grad_()]
+    tn.MPO(cores).norm().backward()
+    assert all(core.grad is not None and not core.grad.any() for core in cores)
+
+
+@pytest.mark.parametrize("name", ["norm", "bond_spectrum"])
+def test_second_derivatives_are_refused_not_wrong(name: str) -> None:
+    cores = chain_cores()
+    operator = tn.MPO(cores)
+    value = operator.norm() if name == "norm" else operator.bond_spectrum(0)[0]
+    first = torch.autograd.grad(value, cores, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only; for the norm use inner"):
+        torch.autograd.grad(first[0].sum(), cores, allow_unused=True)
+
+
+def test_gradients_know_no_scale() -> None:
+    cores = chain_cores()
+    plain = torch.autograd.grad(tn.MPO(cores).log_norm(), cores)
+    scaled = [(core.detach() * 1e200).requires_grad_() for core in cores]
+    for one, other in zip(plain, torch.autograd.grad(tn.MPO(scaled).log_norm(), scaled), strict=True):
+        torch.testing.assert_close(other * 1e200, one)
+
+
+def test_training_lowers_the_entanglement() -> None:
+    """The use of it: gradients reach the parameters of a model through the entropy."""
+    cores = [core.detach().clone().requires_grad_() for core in chain_cores()]
+    optimizer = torch.optim.SGD(cores, lr=0.1)
+    before = float(tn.MPO(cores).bond_entropy(0).detach())
+    for _ in range(30):
+        optimizer.zero_grad()
+        tn.MPO(cores).bond_entropy(0).backward()
+        optimizer.step()
+    assert float(tn.MPO(cores).bond_entropy(0).detach()) < 0.8 * before
+
+
+@given(data=st.data())
+def test_decompositions_carry_no_gradient_and_say_so(data: st.DataObject) -> None:
+    matrix = data.draw(strategies.matrices(dtype=torch.float64)).requires_grad_()
+    operator = tn.MPO.from_matrix(matrix, max_bond=2)
+    live = tn.MPO([core.clone().requires_grad_() for core in operator.cores])
+    factors = tn.truncated_svd(matrix, max_rank=2)
+    tensors = (*operator.cores, *live.round(max_bond=1).cores, factors.U, factors.S, factors.Vh)
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    "function", [tn.truncated_svd, tn.MPO.from_matrix, tn.MPO.from_matrices, tn.MPO.round, tn.decompose]
+)
+def test_first_line_says_that_there_is_no_gradient(function: Callable[..., object]) -> None:
+    assert "no gradient" in (function.__doc__ or "").strip().splitlines()[0]
