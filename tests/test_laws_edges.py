@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import DeadlineExceeded
 from torch import Tensor
 
 import tensornet as tn
@@ -117,6 +121,87 @@ def test_what_a_suite_switched_off_or_replaced_stays_so_in_its_subclasses() -> N
 @given(matrix=strategies.matrices(rank=2, shape=(6, 5), dtype=torch.float64, scales=False))
 def test_rank_asked_for_leaves_out_spectra_with_a_rank_of_their_own(matrix: Tensor) -> None:
     assert int(torch.linalg.matrix_rank(matrix)) == 2
+
+
+def test_certificates_above_one_are_allowed_and_negative_ones_are_not() -> None:
+    for error in (1.5, float("inf")):
+        laws.check_certificate(
+            lambda matrix, budget, error=error: replace(honest(matrix, budget), error=error),
+            MATRIX,
+            tn.Budget(max_bond=1),
+        )
+    for error in (-0.1, float("nan")):
+        with pytest.raises(AssertionError, match=r"certificate|exceeds"):
+            laws.check_certificate(
+                lambda matrix, budget, error=error: replace(honest(matrix, budget), error=error),
+                MATRIX,
+                tn.Budget(max_bond=1),
+            )
+
+
+def refusing(message: str) -> laws.Decompose:
+    def decompose(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+        raise tn.NonFiniteError(message)
+
+    return decompose
+
+
+def test_refusals_of_third_parties_have_words_of_their_own() -> None:
+    laws.check_refuses_non_finite(refusing("Bitte nur endliche Zahlen."), MATRIX, float("nan"))
+    with pytest.raises(AssertionError, match="refused without a word"):
+        laws.check_refuses_non_finite(refusing(" "), MATRIX, float("nan"))
+
+
+def test_laws_have_a_deadline_that_a_subclass_moves() -> None:
+    def slow(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+        time.sleep(0.005)
+        return honest(matrix, budget)
+
+    class Patient(laws.DecompositionLaws):
+        matrices = strategies.matrices(max_size=4)
+        budgets = st.just(tn.Budget())
+
+        def decompose(self, matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+            return slow(matrix, budget)
+
+    class Impatient(Patient):
+        deadline = 1
+
+    Patient().test_exact()
+    with pytest.raises(DeadlineExceeded):
+        Impatient().test_exact()
+
+
+@pytest.mark.parametrize("kind", strategies.TENSOR_KINDS)
+@given(data=st.data())
+def test_tensors_are_of_the_kind_asked_for(kind: str, data: st.DataObject) -> None:
+    tensor = data.draw(strategies.tensors(kind=kind, min_order=1, max_order=4, max_dim=3))
+    assert 1 <= tensor.ndim <= 4
+    assert max(tensor.shape) <= 3
+    assert bool(torch.isfinite(tensor).all())
+    ranks = {"exponential": 1, "constant": 1, "low_rank": 2, "zero": 0}
+    for cut in range(1, tensor.ndim):
+        block = tensor.reshape(int(np.prod(tensor.shape[:cut])), -1)
+        values = torch.linalg.svdvals(block)
+        rank = int((values > 1e-4 * values[0]).sum())
+        assert rank <= ranks.get(kind, min(block.shape))
+    if kind == "sparse":
+        assert int((tensor != 0).sum()) <= max(1, tensor.numel() // 8)
+
+
+@given(
+    tensor=strategies.tensors(shape=(2, 3), dtype=strategies.dtypes(half=True)),
+    number=strategies.tensors(min_order=0, max_order=0, dtype=torch.float16, scales=False),
+)
+def test_tensors_have_the_shape_and_dtype_asked_for(tensor: Tensor, number: Tensor) -> None:
+    assert tensor.shape == (2, 3)
+    assert tensor.is_floating_point() or tensor.is_complex()
+    assert (number.shape, number.dtype) == ((), torch.float16)
+
+
+def test_unknown_kind_lists_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="Unknown kind 'dense'; choose one of gaussian, exponential"):
+        strategies.tensor_of_kind((2, 2), "dense", seed=0)
 
 
 def test_unknown_spectrum_lists_those_that_exist() -> None:

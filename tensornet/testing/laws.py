@@ -79,14 +79,17 @@ def check_exact(decompose: Decompose, matrix: Tensor) -> None:
 
 
 def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """The true error is at most the certificate, and the certificate at most the promise."""
+    """The true error is at most the certificate, and the certificate at most the promise.
+
+    Certificates above 1, infinite ones included, promise little but are allowed.
+    """
     outcome = _within(decompose, matrix, budget)
     error = _true_error(matrix, outcome)
     slack = tolerance(matrix.dtype)
     assert error <= outcome.error * (1 + 1e-5) + slack, (
         f"true error {error:.6g} exceeds the certificate {outcome.error:.6g} under {budget}"
     )
-    assert 0 <= outcome.error <= 1 + slack, f"certificate {outcome.error} outside [0, 1]"
+    assert outcome.error >= 0, f"certificate {outcome.error} is no number of at least 0"
     if budget.rel_error is not None and budget.max_bond is None and budget.param_ratio is None:
         assert outcome.error <= budget.rel_error + slack, (
             f"certificate {outcome.error:.6g} exceeds the promise rel_error={budget.rel_error}"
@@ -155,7 +158,7 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
 
 
 def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float) -> None:
-    """NaN and infinity are refused by name."""
+    """NaN and infinity are refused by a `NonFiniteError` that says something, in any words."""
     broken = matrix.clone()
     broken[-1, 0] = value
     message = None
@@ -164,7 +167,7 @@ def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float)
     except NonFiniteError as error:
         message = str(error)
     assert message is not None, f"a matrix with {value} was accepted; raise NonFiniteError"
-    assert "NaN or infinite" in message, f"the message does not name the trouble: {message}"
+    assert message.strip(), f"a matrix with {value} is refused without a word; say what was wrong"
 
 
 def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> Outcome:
@@ -285,24 +288,29 @@ class _Laws:
             # Drawn anew from what this class narrows; what a class above wrote or switched off stays.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
-                setattr(cls, name, _test(check, drawn))
+                setattr(cls, name, _test(check, drawn, cls.deadline))
 
     @classmethod
     def _laws(cls) -> dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]]:
         return {}
+
+    #: Milliseconds that one example of a law may take, None for no limit; set another in a subclass. It is
+    #: that long because the first call of an operation plans or compiles.
+    deadline: ClassVar[float | None] = 20_000
 
     def subject(self) -> tuple[Any, ...]:
         """Leading arguments of every law."""
         return ()
 
 
-def _test(check: Callable[..., None], drawn: dict[str, SearchStrategy[Any]]) -> Callable[..., None]:
+def _test(
+    check: Callable[..., None], drawn: dict[str, SearchStrategy[Any]], deadline: float | None
+) -> Callable[..., None]:
     def test(self: _Laws, **example: Any) -> None:
         check(*self.subject(), **example)
 
     test.__doc__ = check.__doc__
-    # No deadline: the first call of an operation plans and is slower than the rest.
-    law = settings(deadline=None)(given(**drawn)(test))
+    law = settings(deadline=deadline)(given(**drawn)(test))
     law.is_law = True  # type: ignore[attr-defined]
     return law
 

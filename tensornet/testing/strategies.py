@@ -21,6 +21,10 @@ from tensornet.topology import Topology
 #: The last two have a rank of their own, 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
 
+#: Kinds of tensors of any order: independent elements; a product of exponentials, of rank 1 across every cut;
+#: a sum of two products, of rank at most 2; an eighth of the elements; zeros; ones.
+TENSOR_KINDS = ("gaussian", "exponential", "low_rank", "sparse", "zero", "constant")
+
 REAL = (torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 HALF = (torch.float16, torch.bfloat16)
@@ -72,6 +76,88 @@ def matrices(
         angles = torch.linspace(0, 3, columns, dtype=torch.float64)
         return (matrix * torch.exp(1j * angles) * scale).to(kind)  # a unitary diagonal keeps the spectrum
     return (matrix * scale).to(kind)
+
+
+@st.composite
+def tensors(
+    draw: DrawFn,
+    *,
+    shape: tuple[int, ...] | None = None,
+    min_order: int = 1,
+    max_order: int = 5,
+    max_dim: int = 4,
+    dtype: SearchStrategy[torch.dtype] | torch.dtype | None = None,
+    kind: str | None = None,
+    scales: bool = True,
+) -> Tensor:
+    """Draw a tensor of any order; sizes of 1 are frequent.
+
+    Args:
+        shape: sizes of the dimensions; any of the allowed orders if absent.
+        min_order: smallest number of dimensions where the shape is free; 0 gives numbers.
+        max_order: largest number of dimensions where the shape is free.
+        max_dim: largest size where the shape is free.
+        dtype: a dtype or a strategy; real and complex ones if absent.
+        kind: one of `TENSOR_KINDS`; any if absent.
+        scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
+
+    Raises:
+        ValueError: unknown kind.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(tensor=tensors(min_order=3, max_order=3))
+        ... def test_has_three_legs(tensor):
+        ...     assert tensor.ndim == 3
+        >>> test_has_three_legs()
+    """
+    if shape is None:
+        shape = tuple(draw(st.lists(st.integers(1, max_dim), min_size=min_order, max_size=max_order)))
+    chosen = dtype if isinstance(dtype, torch.dtype) else draw(dtype if dtype is not None else dtypes())
+    name = kind or draw(st.sampled_from(TENSOR_KINDS))
+    scale = draw(st.sampled_from((1.0, 1.0, 1e-12, 1e12))) if scales and chosen not in HALF else 1.0
+    tensor = tensor_of_kind(shape, name, seed=draw(st.integers(0, 2**16)), complex=chosen.is_complex)
+    return (tensor * scale).to(chosen)
+
+
+def tensor_of_kind(shape: tuple[int, ...], kind: str, *, seed: int, complex: bool = False) -> Tensor:
+    """Build a reproducible tensor in double precision, one of `TENSOR_KINDS`.
+
+    Raises:
+        ValueError: unknown kind.
+
+    Example:
+        >>> tensor_of_kind((2, 3, 4), "exponential", seed=0).shape
+        torch.Size([2, 3, 4])
+    """
+    if kind not in TENSOR_KINDS:
+        raise ValueError(f"Unknown kind {kind!r}; choose one of {', '.join(TENSOR_KINDS)}.")
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.complex128 if complex else torch.float64
+
+    def gaussian(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=dtype, device="cpu")
+
+    def separable(vectors: list[Tensor]) -> Tensor:
+        product = torch.ones((), dtype=dtype)
+        for vector in vectors:
+            product = product[..., None] * vector
+        return product
+
+    if kind in ("zero", "constant"):
+        return torch.full(shape, 0.0 if kind == "zero" else 1.0, dtype=dtype)
+    if kind == "gaussian":
+        return gaussian(*shape)
+    if kind == "exponential":
+        rates = torch.rand(len(shape), generator=generator, dtype=torch.float64)
+        steps = [-rate * torch.arange(size) for rate, size in zip(rates, shape, strict=True)]
+        return separable([torch.exp(step * (1 + 1j if complex else 1)) for step in steps])
+    if kind == "low_rank":
+        return separable([gaussian(size) for size in shape]) + separable([gaussian(size) for size in shape])
+    positions = torch.rand(math.prod(shape), generator=generator).argsort()[: max(1, math.prod(shape) // 8)]
+    sparse = torch.zeros(math.prod(shape), dtype=dtype)
+    sparse[positions] = gaussian(len(positions))
+    return sparse.reshape(shape)
 
 
 def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: int | None = None) -> Tensor:

@@ -1,0 +1,111 @@
+"""`tn.decompose`: one call for families by name, for their topologies, and for topologies of one's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tensornet as tn
+from tensornet.network import random_cores
+from tensornet.testing import laws, reference, strategies
+from tensornet.topologies import topology_family, topology_names
+
+
+def tree(bond: int, out_features: int = 8, in_features: int = 9) -> tn.Topology:
+    """A binary tree of my own: two leaves with an out- and an in-leg each, joined by a root with one more."""
+    return tn.Topology(
+        family="my_tree",
+        cores=(
+            tn.CoreSpec("root", ("a", "b", "o2")),
+            tn.CoreSpec("left", ("o0", "i0", "a")),
+            tn.CoreSpec("right", ("o1", "i1", "b")),
+        ),
+        sizes=(("a", bond), ("b", bond), ("o0", 2), ("o1", 2), ("o2", 2), ("i0", 3), ("i1", 3)),
+        out_labels=("o0", "o1", "o2"),
+        in_labels=("i0", "i1"),
+        out_features=out_features,
+        in_features=in_features,
+    )
+
+
+@given(
+    matrix=strategies.matrices(max_size=10), name=st.sampled_from(topology_names()), bond=st.integers(1, 4)
+)
+def test_families_decompose_as_they_do_themselves(matrix: torch.Tensor, name: str, bond: int) -> None:
+    family = topology_family(name)
+    named = tn.decompose(matrix, name, max_bond=bond) if name != "tensor_ring" else None
+    if named is not None:
+        expected = family.decompose(matrix, tn.Budget(max_bond=bond))
+        assert torch.equal(named.network.to_matrix(), expected.network.to_matrix())
+        assert named.error == expected.error
+    topology = family.build(*matrix.shape, max_bond=bond)
+    found = tn.decompose(matrix, topology)
+    assert found.network.topology == topology
+    error = reference.relative_error(matrix, found.network.to_matrix())
+    assert error <= found.error * (1 + 1e-5) + laws.tolerance(matrix.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e25])
+def test_topologies_of_my_own_find_what_they_can_hold(dtype: torch.dtype, scale: float) -> None:
+    topology = tree(2)
+    generator = torch.Generator().manual_seed(3)
+    matrix = tn.TensorNetwork(topology, random_cores(topology, generator=generator, dtype=dtype)).to_matrix()
+    found = tn.decompose(matrix * scale, topology)
+    assert found.network.topology == topology
+    assert found.network.cores[0].dtype == dtype
+    assert found.error < 1e-5
+    assert reference.relative_error(matrix, found.network.to_matrix() / scale) < 1e-5
+    again = tn.decompose(matrix * scale, topology)
+    assert all(map(torch.equal, found.network.cores, again.network.cores))
+
+
+@given(seed=st.integers(0, 2**16), bond=st.integers(1, 3), padded=st.booleans())
+def test_error_of_my_own_topologies_is_measured(seed: int, bond: int, padded: bool) -> None:
+    topology = tree(bond, *((7, 8) if padded else (8, 9)))
+    matrix = torch.randn(topology.shape, generator=torch.Generator().manual_seed(seed))
+    before = matrix.clone()
+    found = tn.decompose(matrix, topology)
+    assert torch.equal(matrix, before)
+    error = reference.relative_error(matrix, found.network.to_matrix())
+    assert error == pytest.approx(found.error, rel=1e-4)
+    assert found.error < 1
+    assert found.iterations > 0
+
+
+def test_zero_matrix_has_no_error() -> None:
+    found = tn.decompose(torch.zeros(8, 9), tree(2))
+    assert found.error == 0
+    assert not found.network.to_matrix().any()
+
+
+def test_what_decompose_cannot_take_is_refused() -> None:
+    matrix = torch.randn(8, 9)
+    with pytest.raises(tn.TopologyError, match="drop max_bond, rel_error, param_ratio and sites"):
+        tn.decompose(matrix, tree(2), sites=2)
+    with pytest.raises(tn.TopologyError, match="fixes all dims and bonds"):
+        tn.decompose(matrix, tree(2), max_bond=2)
+    with pytest.raises(tn.TopologyError, match="Unknown topology 'mpoo'; registered are"):
+        tn.decompose(matrix, "mpoo")
+    with pytest.raises(tn.TopologyError, match="does not know the options flavour"):
+        tn.decompose(matrix, "mpo", flavour="sweet")
+    with pytest.raises(tn.ShapeError, match=r"is for matrices of shape \(8, 9\), got \(9, 8\)"):
+        tn.decompose(matrix.T, tree(2))
+    with pytest.raises(tn.ShapeError, match=r"decompose needs a matrix of shape \(out, in\)"):
+        tn.decompose(matrix[0], tree(2))
+    matrix[0, 0] = float("nan")
+    with pytest.raises(tn.NonFiniteError, match="1 NaN or infinite value"):
+        tn.decompose(matrix, tree(2))
+
+
+def test_law_of_caps_reads_one_cap_for_each_bond() -> None:
+    matrix = strategies.matrix_with_spectrum((8, 8), "power", seed=0)
+
+    def too_large(matrix: torch.Tensor, budget: tn.Budget) -> laws.Outcome:
+        return laws.Outcome.of(tn.decompose(matrix, "mpo", max_bond=(2, 3), sites=3))
+
+    laws.check_caps(too_large, matrix, tn.Budget(max_bond=(2, 3)))
+    with pytest.raises(AssertionError, match="bonds"):
+        laws.check_caps(too_large, matrix, tn.Budget(max_bond=(3, 2)))
