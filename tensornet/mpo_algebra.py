@@ -19,10 +19,13 @@ from torch import Tensor
 from tensornet.budget import caps_of_bonds
 from tensornet.context import outside_autocast
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet.linalg.svd import check_finite, result_dtype, truncated_svd, working_dtype
+from tensornet.linalg.svd import check_finite, largest_element, result_dtype, truncated_svd, working_dtype
 from tensornet.scaling import split_exponent, times_power_of_two
 
 Cores = tuple[Tensor, ...]
+
+#: Elements of double precision up to `2^+-100` are multiplied as they are.
+_TAME = 100
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
@@ -217,26 +220,31 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
     """Canonical form in double precision; the operator is that chain times `2^exponent`."""
-    work, exponents = [], []
+    work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
         check_finite(core, "The operator")
-        mantissa, exponent = split_exponent(core.to(working_dtype(core.dtype)))
-        work.append(mantissa)
-        exponents.append(exponent)
-    total = torch.stack(exponents).sum()
+        tamed, exponent = _tamed(core.to(working_dtype(core.dtype)))
+        work.append(tamed)
+        total = total + exponent
     for k in range(center):
         left, out, in_, right = work[k].shape
         Q, R = _positive_qr(work[k].reshape(-1, right))
         work[k] = Q.reshape(left, out, in_, -1)
-        work[k + 1], exponent = split_exponent(torch.tensordot(R, work[k + 1], dims=1))
+        work[k + 1], exponent = _tamed(torch.tensordot(R, work[k + 1], dims=1))
         total = total + exponent
     for k in range(len(work) - 1, center, -1):
         left, out, in_, right = work[k].shape
         Q, R = _positive_qr(work[k].reshape(left, -1).mH)
         work[k] = Q.mH.reshape(-1, out, in_, right)
-        work[k - 1], exponent = split_exponent(torch.tensordot(work[k - 1], R.mH, dims=1))
+        work[k - 1], exponent = _tamed(torch.tensordot(work[k - 1], R.mH, dims=1))
         total = total + exponent
     return work, total
+
+
+def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Split off an exponent where products with numbers alike could leave the range of double precision."""
+    size = largest_element(tensor)
+    return (tensor, 0.0) if size == 0 or 2.0**-_TAME < size < 2.0**_TAME else split_exponent(tensor)
 
 
 def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:

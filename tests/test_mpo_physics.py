@@ -233,6 +233,23 @@ def test_certificates_of_products_are_finite_and_kept(seed: int, cap: int, noise
     assert math.isfinite(a.kron(b).error)
 
 
+@given(
+    operator=strategies.mpos(
+        dims=strategies.dims(min_sites=2, max_sites=3), dtype=torch.float64, padded=False
+    )
+)
+def test_absolute_error_of_rounding_is_what_was_cut(operator: tn.MPO) -> None:
+    once = operator.round(max_bond=2)
+    twice = once.round(max_bond=1)
+    assert operator.absolute_error == 0
+    target = operator.to_matrix()
+    for rounded, truth in ((twice, target), (-3 * twice, -3 * target), (twice.transpose(), target.mT)):
+        distance = float(torch.linalg.vector_norm(truth - rounded.to_matrix()))
+        assert distance <= rounded.absolute_error * (1 + 1e-9) + 1e-9
+    cut = float(torch.linalg.vector_norm(operator.to_matrix() - once.to_matrix()))
+    assert once.absolute_error == pytest.approx(cut, rel=1e-6, abs=1e-9)
+
+
 def test_certificates_are_finite_where_the_result_is_larger_than_its_bound() -> None:
     matrix = torch.eye(8).double() + 0.01 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     a = tn.MPO.from_matrix(matrix, out_dims=(2, 4), in_dims=(2, 4), max_bond=1)
