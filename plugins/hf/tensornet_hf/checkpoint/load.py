@@ -1,16 +1,23 @@
 """`load`: a model from a folder or the hub, in its own class, with nothing missing and nothing left over."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from tensornet.errors import FormatError, NonFiniteError
+from tensornet.errors import FormatError, NonFiniteError, TensorNetError
 from tensornet.notices import warn
 from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.headers import Checkpoint, read_checkpoint
@@ -40,7 +47,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     folder = resolve_folder(path, **hub) / kwargs.pop("subfolder", "")
     checkpoint = read_checkpoint(folder)
     options = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
-    loaded: Any = model_class(checkpoint, **kwargs).from_pretrained(folder, **options)
+    kind = model_class(checkpoint, **kwargs)
+    with _refusing(folder, kind, damaged=not kwargs):
+        loaded: Any = kind.from_pretrained(folder, **options)
     model, info = loaded
     _refuse_mismatch(checkpoint, info)
     _refuse_non_finite(checkpoint, model)
@@ -51,6 +60,26 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
     """Move a model to a device in place and return it; dtypes stay."""
     torch.nn.Module.to(model, device=torch.device(device))
     return model
+
+
+@contextmanager
+def _refusing(folder: Path, kind: type[PreTrainedModel], *, damaged: bool) -> Iterator[None]:
+    """Say of what transformers cannot read that the folder is damaged.
+
+    Model classes fail on nonsense in every way there is. Where the caller gave options, which may be at fault
+    as well, only a configuration that cannot be read is blamed on the folder.
+    """
+    try:
+        yield
+    except (TensorNetError, MemoryError, torch.OutOfMemoryError, ImportError):
+        raise
+    except Exception as error:
+        if damaged or isinstance(error, StrictDataclassError):
+            raise FormatError(
+                f"{folder} does not describe a {kind.__name__} that can be loaded: {type(error).__name__}: "
+                f"{error!s:.300} Copy or download it again."
+            ) from error
+        raise
 
 
 def resolve_folder(path: str | Path, **hub: Any) -> Path:
@@ -89,7 +118,8 @@ def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
-    custom = (checkpoint.config.get("auto_map") or {}).values()
+    entries = checkpoint.config.get("auto_map")
+    custom = entries.values() if isinstance(entries, dict) else ()
     reference = next((r for r in custom if isinstance(r, str) and r.endswith(f".{name}")), None)
     if reference is not None and kwargs.get("trust_remote_code"):
         return get_class_from_dynamic_module(reference, str(checkpoint.folder))

@@ -81,10 +81,10 @@ def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any]) -> None:
         return
     kind = kind_of(module)
     shape = Topology.from_dict(spec["topology"]).shape
-    if kind is None or kind.name != spec["source"]:
+    if kind is None or kind.name != spec.get("source"):
         raise FormatError(
-            f"quantization_config describes {name!r} in place of a {spec['source']!r} layer, the model has a "
-            f"{type(module).__name__} there."
+            f"quantization_config describes {name!r} in place of a {spec.get('source')!r} layer, the "
+            f"model has a {type(module).__name__} there."
         )
     if tuple(kind.matrix(module).shape) != shape:
         raise FormatError(
