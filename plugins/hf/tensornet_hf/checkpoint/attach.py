@@ -9,8 +9,9 @@ from transformers.quantizers import HfQuantizer
 
 from tensornet.errors import TargetError
 from tensornet.nn import MPOEmbedding
+from tensornet.nn.structure_hooks import structure_changed
 from tensornet_hf.checkpoint import ties
-from tensornet_hf.checkpoint.describe import is_inside
+from tensornet_hf.checkpoint.describe import compressed_layers, is_inside
 from tensornet_hf.checkpoint.model_card import write_card
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
 
@@ -73,7 +74,12 @@ _resize_token_embeddings = PreTrainedModel.resize_token_embeddings
 def save_pretrained(
     self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> Any:
-    """Save, and put a model card beside that says how to load: transformers without us would not."""
+    """Save, and put a model card beside that says how to load: transformers without us would not.
+
+    Layers that were replaced by hand are described first.
+    """
+    if not is_attached(self) and compressed_layers(self):
+        structure_changed(self)
     result = _save_pretrained(self, save_directory, *args, **kwargs)
     if is_attached(self):
         write_card(save_directory, type(self).__name__)

@@ -16,6 +16,7 @@ from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.json_files import read_json
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
 from tensornet_hf.guards import without_guards
+from tensornet_hf.links import inside
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -81,7 +82,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FormatError(_not_a_model(folder))
-    config = read_json(folder / "config.json")
+    config = read_json(inside(folder, "config.json"))
     tensors = read_headers(weight_files(folder))
     compression = read_compression(config)
     if compression is not None:
@@ -126,15 +127,15 @@ def weight_files(folder: Path) -> list[Path]:
         FormatError: there is none, one is missing, or the weights are pickled.
     """
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return [inside(folder, WEIGHTS)]
     if (folder / INDEX).is_file():
-        parts = read_json(folder / INDEX).get("weight_map")
+        parts = read_json(inside(folder, INDEX)).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
             raise FormatError(f"{folder / INDEX} has no weight_map: it is not an index of weight files.")
         files = sorted({folder / name for name in parts.values()})
         if missing := [file.name for file in files if file.parent != folder or not file.is_file()]:
             raise FormatError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Copy it again.")
-        return files
+        return [inside(folder, file.name) for file in files]
     if pickles := [file.name for pattern in PICKLES for file in folder.glob(pattern)]:
         raise FormatError(
             f"{folder} holds its weights only as pickles ({', '.join(sorted(pickles))}), which can run code "

@@ -1,5 +1,6 @@
 """`save_model` and `decompress`: whole folders, written completely or not at all."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,14 +9,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.errors import TargetError
+from tensornet.errors import FormatError, TargetError
 from tensornet_hf.checkpoint.describe import compressed_layers
 from tensornet_hf.checkpoint.folders import write_folder
 from tensornet_hf.checkpoint.quantizer import prepare_for_saving
+from tensornet_hf.links import inside
 
 #: What goes along from the source: tokenizer, templates, licence. Weights, pickles and code do not.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
+#: Where sentence-transformers lists its modules and their folders.
+MODULES = "modules.json"
 #: Written anew by `save_pretrained`, or about weights that are not copied.
 NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
 
@@ -51,20 +55,43 @@ def save_model(
 
 
 def copy_small_files(source: Path, destination: Path) -> list[str]:
-    """Copy tokenizer, templates and licence from one model folder to another, replacing nothing.
+    """Copy tokenizer, templates, licence and modules of sentence-transformers, replacing nothing.
 
     Returns:
-        Names of the copied files.
+        Names of the copied files, those of modules with their folders.
+
+    Raises:
+        FormatError: a link that leads out of the folder, or a module that does not lie in it.
     """
     copied = []
     for file in sorted(source.iterdir()):
         wanted = file.suffix in SMALL_FILES or file.stem.upper() in LEGAL_FILES
         if not wanted or file.name in NOT_COPIED or file.name.endswith(".index.json") or not file.is_file():
             continue
-        if not (destination / file.name).exists():
-            shutil.copyfile(file, destination / file.name)  # follows the links of the hub's cache
-            copied.append(file.name)
+        copied.append(file.name)
+    copied += _module_files(source)
+    copied = [name for name in copied if not (destination / name).exists()]
+    for name in copied:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(source, name), destination / name)  # follows the links of the hub's cache
     return copied
+
+
+def _module_files(source: Path) -> list[str]:
+    """Files in the folders that `modules.json` of sentence-transformers names, pickles left out."""
+    if not (source / MODULES).is_file():
+        return []
+    try:
+        modules = json.loads(inside(source, MODULES).read_bytes())
+        paths = [str(module["path"]) for module in modules if module["path"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{source / MODULES} does not list modules: {error!s:.200}") from error
+    found = []
+    for path in paths:
+        files = sorted(inside(source, path).rglob("*")) if (source / path).is_dir() else []
+        suffixes = (*SMALL_FILES, ".safetensors")
+        found += [x.relative_to(source).as_posix() for x in files if x.suffix in suffixes and x.is_file()]
+    return found
 
 
 def decompress(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from tensornet.errors import FormatError
 from tensornet.io.safetensors_header import MAX_HEADER, Slice, read_header
 from tensornet_hf.checkpoint.headers import INDEX, WEIGHTS
 from tensornet_hf.checkpoint.json_files import read_json
+from tensornet_hf.links import inside as _inside
 
 #: Other forms of weights; a compressed model must not carry the dense ones along.
 WEIGHT_SUFFIXES = (
@@ -134,21 +135,6 @@ def _others(folder: Path) -> Iterator[str]:
         if not path.is_file():
             raise FormatError(f"{path} is neither a file nor a folder; only those are copied. Remove it.")
         yield name
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file, refused if links lead out of the folder.
-
-    Hub caches are the exception: `snapshots/REVISION/name` is a link to `blobs/HASH` of the same repository.
-    """
-    real, root = (folder / name).resolve(), folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    if not real.is_relative_to(root) and (blobs is None or real.parent != blobs):
-        raise FormatError(
-            f"{folder / name} is a link to {real}, outside the folder, which is neither read nor copied. "
-            "Put the file itself there."
-        )
-    return folder / name
 
 
 def _mark(folder: Path, name: str) -> Mark:

@@ -1,0 +1,23 @@
+"""Files of a folder that nobody vouches for: no link leads out of it."""
+
+from pathlib import Path
+
+from tensornet.errors import FormatError
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file, refused if links lead out of the folder.
+
+    Hub caches are the exception: `snapshots/REVISION/name` is a link to `blobs/HASH` of the same repository.
+
+    Raises:
+        FormatError: naming the link and where it leads.
+    """
+    real, root = (folder / name).resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if not real.is_relative_to(root) and (blobs is None or real.parent != blobs):
+        raise FormatError(
+            f"{folder / name} is a link to {real}, outside the folder, which is neither read nor copied. "
+            "Put the file itself there."
+        )
+    return folder / name

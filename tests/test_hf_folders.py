@@ -1,0 +1,69 @@
+"""Folders of sentence encoders, links that lead out of a folder, layers replaced by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import ARCHITECTURES, logits
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import FormatError
+
+GPT2 = ARCHITECTURES["gpt2"]
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """As sentence-transformers writes it: the model, and modules in folders of their own."""
+    folder = tmp_path / "encoder"
+    GPT2.dense.save_pretrained(folder)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling", "2_Dense", "unnamed"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(f'"{name}"')
+    (folder / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"pickle")
+    return folder
+
+
+def test_modules_of_sentence_encoders_are_copied(encoder: Path, tmp_path: Path) -> None:
+    made = th.save_model(th.load(encoder), tmp_path / "made", source=encoder)
+    names = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.parent != made}
+    assert names == {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"}
+    assert (made / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
+    for content in ("[1]", '[{"path": "../.."}]', "{"):
+        (encoder / "modules.json").write_text(content)
+        with pytest.raises(FormatError, match=r"modules.json does not list modules|outside the folder"):
+            th.save_model(th.load(encoder), tmp_path / "other", source=encoder)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_out_of_a_folder_are_not_read(name: str, encoder: Path, tmp_path: Path) -> None:
+    (encoder / name).rename(tmp_path / "elsewhere")
+    (encoder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FormatError, match=rf"{name} is a link to .*elsewhere, outside the folder"):
+        th.load(encoder)
+
+
+def test_links_out_of_a_folder_are_not_copied(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    (encoder / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(FormatError, match=r"vocab.txt is a link to .*secret, outside the folder"):
+        th.save_model(th.load(encoder), tmp_path / "made", source=encoder)
+    assert not (tmp_path / "made").exists()
+
+
+def test_layers_replaced_by_hand_are_saved(tmp_path: Path) -> None:
+    model = GPT2.dense
+    mlp = model.transformer.h[0].mlp
+    mlp.c_fc = tn.nn.TensorNetworkLinear.from_linear(mlp.c_fc, topology="low_rank", max_bond=4)
+    model.save_pretrained(tmp_path)
+    loaded = th.load(tmp_path)
+    torch.testing.assert_close(logits(loaded, GPT2), logits(model.eval(), GPT2))
+    assert [*loaded.config.quantization_config.layers] == ["transformer.h.0.mlp.c_fc"]
