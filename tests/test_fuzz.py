@@ -25,7 +25,7 @@ import tensornet_hf as th
 from tensornet.errors import TensorNetError
 from tensornet.io.safetensors_header import read_header
 from tensornet.io.safetensors_writer import write_tensors
-from tensornet_hf.checkpoint.headers import check_layers, read_compression, read_headers
+from tensornet_hf.checkpoint.headers import check_layers, read_checkpoint, read_compression, read_headers
 from tensornet_hf.checkpoint.json_files import read_json
 from tensornet_hf.streaming.journal import Staging
 from tensornet_hf.streaming.manifest import MANIFEST, read_manifest
@@ -201,7 +201,7 @@ def test_configurations_of_whole_models(compressed: Path) -> None:
 
 
 def test_descriptions_of_compressed_layers(compressed: Path) -> None:
-    draw, tensors = random.Random(3), read_headers(sorted(compressed.glob("*.safetensors")))
+    draw, tensors = random.Random(3), read_checkpoint(compressed).tensors
     whole = json.loads((compressed / "config.json").read_text())["quantization_config"]
 
     def read(entry: Any) -> None:
