@@ -13,6 +13,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.planner import prepare
+from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
 from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.targets import check_model
@@ -63,6 +64,7 @@ def compress(
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)
     made = prepared.plan(progress=progress)
+    reach = measure_reach(model, [layer.name for layer in made])
     errors = apply_plan(model, made, stats, progress=progress)
     params_after, bytes_after = model_size(model)
     return CompressionReport(
@@ -73,6 +75,7 @@ def compress(
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         plan=made,
+        reach=reach,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tensornet.compression.plan import CompressionPlan, describe
+from tensornet.compression.reach import Reach
 from tensornet.nn.module import NetworkModule
 
 
@@ -44,6 +45,7 @@ class CompressionReport:
         model_bytes_before, model_bytes_after: their size in memory.
         seconds: wall time.
         plan: the plan that was carried out.
+        reach: which share of the parameters was considered, and which modules hold the rest.
     """
 
     layers: tuple[LayerReport, ...]
@@ -53,6 +55,7 @@ class CompressionReport:
     model_bytes_after: int
     seconds: float
     plan: CompressionPlan
+    reach: Reach
 
     @property
     def param_ratio(self) -> float:
@@ -63,14 +66,15 @@ class CompressionReport:
         return (
             f"{self.plan}\nmodel: {self.model_params_before:,} -> {self.model_params_after:,} parameters, "
             f"{self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
-            f"{self.seconds:.1f} s"
+            f"{self.seconds:.1f} s\n{self.reach}"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, without spectra."""
         data = asdict(self)
         del data["plan"]
-        return data | {"param_ratio": self.param_ratio, **self.plan.predictions()}
+        counted = {"param_ratio": self.param_ratio, "reach": self.reach.to_dict()}
+        return data | counted | self.plan.predictions()
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""

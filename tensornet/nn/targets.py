@@ -69,6 +69,11 @@ class Target:
         return weight
 
     @property
+    def type_name(self) -> str:
+        """Type of the module that holds the weight, by which reports count parameters."""
+        return type(self.modules[0]).__name__
+
+    @property
     def matrix(self) -> Tensor:
         """The operator, shape `(out_features, in_features)`."""
         return self.kinds[0].matrix(self.modules[0]).detach()

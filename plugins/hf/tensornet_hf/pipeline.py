@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
+from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
 from tensornet.healing import RefineReport, refine
@@ -186,6 +187,7 @@ def carry_out(
     Raises: as `tensornet.apply_plan`.
     """
     before = model_size(model)
+    reach = measure_reach(model, [layer.name for layer in planned])
     errors = apply_plan(model, planned, stats, progress=progress)
     after = model_size(model)
     return CompressionReport(
@@ -196,6 +198,7 @@ def carry_out(
         model_bytes_after=after[1],
         seconds=time.perf_counter() - started,
         plan=planned,
+        reach=reach,
     )
 
 

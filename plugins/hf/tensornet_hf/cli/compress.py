@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
 from tensornet.compression.compress import gather_statistics
+from tensornet.compression.reach import measure_reach
 from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
@@ -348,8 +349,9 @@ def _check_usage(
 
 def _show_plan(model: PreTrainedModel, planned: CompressionPlan, as_json: bool) -> None:
     sizes = conversion.plan_summary(model, planned)
+    reach = measure_reach(model, [layer.name for layer in planned])
     if as_json:
-        shared.print_json({**planned.to_dict(), **planned.predictions(), **sizes})
+        shared.print_json({**planned.to_dict(), **planned.predictions(), **sizes, "reach": reach.to_dict()})
         return
     shared.print_lines(
         str(planned),
@@ -357,6 +359,7 @@ def _show_plan(model: PreTrainedModel, planned: CompressionPlan, as_json: bool) 
         f"{compact_bytes(sizes['layers_bytes_after'])}",
         f"model: {sizes['model_params_before']:,} -> {sizes['model_params_after']:,} parameters, "
         f"{compact_bytes(sizes['model_bytes_before'])} -> {compact_bytes(sizes['model_bytes_after'])}",
+        str(reach),
     )
 
 
@@ -370,6 +373,7 @@ def _finish(source: str, destination: str, done: CompressionReport, before: int,
     left = f" ({dense} of them stay dense)" if dense else ""
     shared.print_lines(
         f"layers      {len(done.layers)}{left}, kept {done.param_ratio:.1%} of their parameters",
+        f"reach       {str(done.reach).removeprefix('reached ')}",
         f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
         f"files       {compact_bytes(before)} -> {compact_bytes(after)}",
         *_foreseen(done.plan),

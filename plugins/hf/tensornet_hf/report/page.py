@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.compression import CompressionPlan, CompressionReport
+from tensornet.compression.reach import compact_count
 from tensornet.optional import require
 from tensornet_hf.report.spectra import BondSpectrum
 from tensornet_hf.text.perplexity import Perplexity
@@ -133,14 +134,6 @@ def versions() -> str:
     names = ("tensornet-torch", "torch", "transformers", "safetensors")
     python = f"Python {platform.python_version()}"
     return ", ".join([*(f"{name} {version(name)}" for name in names), python, sys.platform])
-
-
-def compact_count(value: float) -> str:
-    """`940800` -> `941k`, three digits that matter."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{_three_digits(value / size)}{unit}"
-    return f"{value:g}"
 
 
 def _three_digits(value: float) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import tensornet.compression
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
+from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet.io.safetensors_writer import (
@@ -48,7 +49,7 @@ from tensornet_hf.streaming.manifest import MANIFEST, manifest_text
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.resume import Past, identity, take_over
 from tensornet_hf.streaming.shards import Part, config_text, guards, index_text, layout
-from tensornet_hf.streaming.skeleton import model_skeleton
+from tensornet_hf.streaming.skeleton import NamedLayers, model_skeleton
 from tensornet_hf.streaming.source import Source, check_unchanged, marks_now, open_source
 from tensornet_hf.streaming.tasks import find_tasks
 
@@ -138,6 +139,9 @@ def compress_checkpoint(
         tasks = find_tasks(
             skeleton, slices, experts.matrices, config, plan, measured, device=device, folder=work.pieces
         )
+        reach = measure_reach(skeleton, tasks)
+        if isinstance(skeleton, NamedLayers):  # told from names: other tensors have no module
+            reach = reach.among(sum(part.numel for part in source.tensors.values()))
         me = identity(source, config.to_dict() | options)
         past = take_over(work, me, source) if resume else Past({}, {})
         work.begin([me, *past.entries()])
@@ -167,6 +171,7 @@ def compress_checkpoint(
         model_bytes_after=sum(part.nbytes for part in tensors.values()),
         seconds=time.perf_counter() - start,
         plan=made,
+        reach=reach,
     )
     remote = {
         piece.worker: piece.peak_memory for piece in pieces.values() if piece.worker not in (0, os.getpid())
