@@ -16,9 +16,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TargetError
-from tensornet.nn.expansion import expanded
+from tensornet.nn.expansion import expanded, take_apart
 from tensornet.nn.targets import find_targets
-from tensornet_hf.checkpoint.stacked_experts import SplitExperts, experts_apart, split_experts
+from tensornet_hf.checkpoint.stacked_experts import SplitExperts, experts_apart
 
 EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
@@ -45,7 +45,7 @@ def test_split_experts_compute_the_same(family: str) -> None:
 def test_gradients_of_split_experts(family: str) -> None:
     """With respect to the input and to every matrix, against the stacks."""
     whole, apart = mixture(family), mixture(family)
-    split_experts(apart)
+    take_apart(apart)
     for model in (whole, apart):
         model(tokens(), labels=tokens()).loss.backward()
     for stock, split in zip(expert_modules(whole), expert_modules(apart), strict=True):

@@ -15,10 +15,10 @@ from tensornet.compression.stored_error import decompose_at, relative_gap
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
-from tensornet.nn.expansion import expanded
+from tensornet.nn.expansion import expanded, settle
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import layer_bias
+from tensornet.nn.stock_layers import layer_bias, layer_kind
 from tensornet.nn.structure_hooks import structure_changed
 from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
 from tensornet.progress import progress_bar
@@ -126,10 +126,11 @@ def decompress(model: nn.Module) -> nn.Module:
         stock.weight.requires_grad_(module.weight.requires_grad)
         twin = dense.setdefault(id(module.weight), stock)
         if twin is not stock:
-            stock.weight = twin.weight
+            layer_kind(module.source).share(stock, twin.weight)  # type: ignore[arg-type]
         if (bias := layer_bias(module)) is not None:
             stock.bias = bias  # the parameter itself, as in `apply_plan`
         set_submodule(model, name, stock)
+    settle(model)
     structure_changed(model)
     return model
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
 from tensornet.io.tensor_files import write_tensors
+from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of
@@ -76,6 +77,17 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TargetError("load_model fills a model that is in memory; this one is on the meta device.")
     header, state = _read(Path(path))
+    apart = take_apart(model, inside=header["layers"])
+    try:
+        _fill(model, header, state, path)
+    finally:  # where it failed, the stock modules come back
+        settle(model, apart)
+    structure_changed(model)
+    return model
+
+
+def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Put the compressed layers into a model that is taken apart where they are, and load all tensors."""
     made: dict[int, nn.Module] = {}  # by stock layer: one that has several names stays one
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
@@ -87,8 +99,6 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
         _check_state(model, state, path)
     _tie(model, header["ties"])
     model.load_state_dict(state)
-    structure_changed(model)
-    return model
 
 
 def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:

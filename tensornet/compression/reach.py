@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tensornet.nn.compound import Compound
 from tensornet.nn.expansion import expanded
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.targets import all_targets
@@ -93,7 +94,8 @@ def measure_reach(model: nn.Module, layers: Collection[str]) -> Reach:
                 if parameter is None or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                unknown[BIASES if id(parameter) in biases else type(module).__name__] += parameter.numel()
+                bias = id(parameter) in biases or isinstance(module, Compound)
+                unknown[BIASES if bias else type(module).__name__] += parameter.numel()
     total = reached + excluded.total() + unknown.total()
     return Reach(total, reached, _by_size(excluded), _by_size(unknown))
 

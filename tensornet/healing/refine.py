@@ -29,6 +29,7 @@ from tensornet.healing.heal import compressed_layers, output_distance
 from tensornet.healing.teacher_student import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.encoding import encode
+from tensornet.nn.expansion import expanded
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.modes import in_eval_mode, uncompiled, without_cache
 from tensornet.nn.module import NetworkModule
@@ -111,12 +112,13 @@ def refine(
     given = [as_batch(batch, model, device) for batch in batches]
     if not layers or not given:
         raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
-    stocks = {name: _stock(teacher, name) for name in layers}
     tied = _tied(model)
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
+        stack.enter_context(expanded(teacher))
+        stocks = {name: _stock(teacher, name) for name in layers}
         settings = (in_eval_mode(model, teacher), uncompiled(), without_cache(model), without_cache(teacher))
         for context in settings:
             stack.enter_context(context)

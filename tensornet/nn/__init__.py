@@ -1,27 +1,48 @@
 """Layers made of cores, and the stock layers they stand for."""
 
 import tensornet.nn.fused_paths  # noqa: F401  (registers what keeps PyTorch's encoders right)
+from tensornet.nn.attention import MatrixAttention
+from tensornet.nn.compound import Compound, PartMatrix, Stack
+from tensornet.nn.convolution import MatrixConvolution
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.explain import Explanation, StrategyCost
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.recurrent import MatrixRecurrence
 from tensornet.nn.serialization import build_module, module_spec, register_module_type
 from tensornet.nn.set_strategy import cached_bytes, set_strategy
-from tensornet.nn.stock_layers import LayerKind, kind_of, layer_kind, register_layer_kind
+from tensornet.nn.stock_layers import (
+    CompoundKind,
+    LayerKind,
+    compound_of,
+    kind_of,
+    layer_kind,
+    register_compound_kind,
+    register_layer_kind,
+)
 
 __all__ = [
+    "Compound",
+    "CompoundKind",
     "Explanation",
     "LayerKind",
     "MPOEmbedding",
     "MPOLinear",
+    "MatrixAttention",
+    "MatrixConvolution",
+    "MatrixRecurrence",
     "NetworkModule",
+    "PartMatrix",
+    "Stack",
     "StrategyCost",
     "TensorNetworkLinear",
     "build_module",
     "cached_bytes",
+    "compound_of",
     "kind_of",
     "layer_kind",
     "module_spec",
+    "register_compound_kind",
     "register_layer_kind",
     "register_module_type",
     "set_strategy",

@@ -1,4 +1,8 @@
-"""Stock layers that can be replaced: how to read their matrix and how to build them again.
+"""Stock modules that can be compressed: how to read their matrices and how to build them again.
+
+A module that is one matrix has a `LayerKind`. A module that owns several, or one that is applied in another
+way than `x W^T`, has a `CompoundKind`: it makes an equivalent module whose matrices are layers of their own,
+and takes those back.
 
 A layer kind is matched by its exact type. Subclasses are left alone on purpose: `nn.MultiheadAttention`,
 for example, reads `out_proj.weight` itself and would silently compute with a core.
@@ -32,6 +36,10 @@ class LayerKind(ABC):
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """A stock layer with this matrix and bias, on their device and in their dtype."""
 
+    def share(self, module: nn.Module, weight: nn.Parameter) -> None:
+        """Let a stock layer use this parameter as its weight: tied layers stay tied."""
+        module.weight = weight
+
     def relatives(self, name: str, others: Iterable[str]) -> list[str]:
         """Layers whose statistics stand in for those of a layer that saw no data.
 
@@ -48,6 +56,23 @@ def _last_number(name: str) -> tuple[tuple[str, ...], str | None]:
         if parts[place].isdecimal():
             return (*parts[:place], "#", *parts[place + 1 :]), parts[place]
     return tuple(parts), None
+
+
+class CompoundKind(ABC):
+    """Modules that own several matrices. Subclass and `register_compound_kind` to compress another kind."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this kind describes the module."""
+
+    @abstractmethod
+    def take_apart(self, module: nn.Module, shared: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
+        """Make a `tensornet.nn.compound.Compound` that computes the same from the same numbers.
+
+        Args:
+            module: the stock module; its parameters are viewed, not copied.
+            shared: matrices of modules taken apart before, so that tied parameters stay tied.
+        """
 
 
 class _Linear(LayerKind):
@@ -114,6 +139,7 @@ def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module
 
 
 _KINDS: dict[str, LayerKind] = {}
+_COMPOUNDS: list[CompoundKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
@@ -125,6 +151,21 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
     if kind.name in _KINDS:
         raise TargetError(f"A layer kind named {kind.name!r} is already registered.")
     _KINDS[kind.name] = kind
+    return kind
+
+
+def register_compound_kind(kind: CompoundKind) -> CompoundKind:
+    """Make the matrices of another kind of module compressible.
+
+    >>> class Nothing(CompoundKind):
+    ...     def matches(self, module):
+    ...         return False
+    ...     def take_apart(self, module, shared):
+    ...         raise NotImplementedError
+    >>> compound_of(nn.ReLU()) is register_compound_kind(Nothing())
+    False
+    """
+    _COMPOUNDS.append(kind)
     return kind
 
 
@@ -142,6 +183,15 @@ def layer_kind(name: str) -> LayerKind:
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind that describes a module, or None if it cannot be compressed."""
     return next((kind for kind in _KINDS.values() if kind.matches(module)), None)
+
+
+def compound_of(module: nn.Module) -> CompoundKind | None:
+    """Find the kind of a module that owns several matrices; None for any other module.
+
+    >>> compound_of(nn.LSTM(4, 4)) is None
+    False
+    """
+    return next((kind for kind in _COMPOUNDS if kind.matches(module)), None)
 
 
 def layer_bias(module: nn.Module) -> Tensor | None:

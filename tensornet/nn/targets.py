@@ -2,16 +2,17 @@
 
 import fnmatch
 import re
-from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from tensornet.checks import check_type
 from tensornet.errors import TargetError
+from tensornet.nn.compound import Compound
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import LayerKind, kind_of
+from tensornet.nn.stock_layers import LayerKind, compound_of, kind_of
 from tensornet.nn.weight_readers import weight_readers
 from tensornet.notices import warn
 
@@ -50,11 +51,13 @@ class Target:
         names: module names that use the weight; the first stands for the group in plans and reports.
         modules: the modules, in the same order (one object may appear under several names).
         kinds: the layer kind of each module.
+        owners: modules taken apart that hold them, by name.
     """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     kinds: tuple[LayerKind, ...]
+    owners: Mapping[str, Compound] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class Target:
     @property
     def type_name(self) -> str:
         """Type of the module that holds the weight, by which reports count parameters."""
-        return type(self.modules[0]).__name__
+        return next((x.type_name for x in self.owners.values()), type(self.modules[0]).__name__)
 
     @property
     def matrix(self) -> Tensor:
@@ -114,7 +117,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         if group.name in outside:
             tied.append(group)
             continue
-        if not past.isdisjoint(group.names):
+        if not past.isdisjoint((*group.names, *group.owners)):
             read.append(group)
         else:
             chosen.append(group)
@@ -224,13 +227,17 @@ def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
 
 
 def _matches_any(target: Target, patterns: Sequence[str]) -> bool:
-    return any(matches(name, pattern) for name in target.names for pattern in patterns)
+    names = (*target.names, *target.owners)
+    return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
 def all_targets(model: nn.Module) -> list[Target]:
     """All weights of compressible layers, in the order of the model; layers that share one are one target."""
     groups: dict[Hashable, list[tuple[str, nn.Module, LayerKind]]] = {}
+    compounds: dict[str, Compound] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Compound):
+            compounds[name] = module
         kind = kind_of(module)
         if kind is not None:
             weight = kind.matrix(module)
@@ -238,7 +245,10 @@ def all_targets(model: nn.Module) -> list[Target]:
             groups.setdefault(key, []).append((name, module, kind))
     return [
         Target(
-            tuple(n for n, _, _ in members), tuple(m for _, m, _ in members), tuple(k for _, _, k in members)
+            tuple(n for n, _, _ in members),
+            tuple(m for _, m, _ in members),
+            tuple(k for _, _, k in members),
+            {x: compounds[x] for n, _, _ in members for x in _prefixes(n) if x in compounds},
         )
         for members in groups.values()
     ]
@@ -263,6 +273,12 @@ def _memory(tensor: Tensor) -> Hashable:
     return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
 
 
+def _prefixes(name: str) -> Iterator[str]:
+    """The names of the modules that a module lies in, innermost first, without the model."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
 def check_model(model: Any) -> None:
     """Refuse what is no module.
 
@@ -280,11 +296,11 @@ def check_holder(model: Any) -> None:
         TargetError: a layer itself, which nothing holds.
     """
     check_model(model)
-    if kind_of(model) is not None:
+    if kind_of(model) is not None or compound_of(model) is not None:
         raise TargetError(
             f"The model is a {type(model).__name__} itself, and nothing holds it in which another could take "
-            "its place. Wrap it, torch.nn.Sequential(layer), or use the from_linear and from_embedding of "
-            "tensornet.nn."
+            "its place. Put it into a module, such as torch.nn.ModuleList([layer]); for a linear layer or an "
+            "embedding alone there are from_linear and from_embedding in tensornet.nn."
         )
 
 
@@ -319,5 +335,5 @@ def _unknown_layers(model: nn.Module) -> str:
 
 def _summary(groups: Sequence[Target], limit: int = 8) -> str:
     names = [group.name for group in groups]
-    shown = ", ".join(names[:limit]) or "none (supported: nn.Linear, Hugging Face Conv1D, nn.Embedding)"
+    shown = ", ".join(names[:limit]) or "none (supported: nn.Linear, nn.Embedding, what owns such matrices)"
     return shown + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet.nn.compound import Compound, PartMatrix
 from tensornet.nn.modes import uncompiled
-from tensornet.nn.stock_layers import LayerKind, kind_of
+from tensornet.nn.stock_layers import kind_of
 
 #: Runs a twin of a model, or parts of it; fails as it likes where it cannot.
 Run = Callable[[nn.Module], Any]
@@ -115,11 +116,16 @@ def _probes(model: nn.Module, found: set[str]) -> Iterator[None]:
     Modules of the model are changed and not restored: it is a twin.
     """
     handles = []
+    inside: set[int] = set()  # layers of compounds, whose own code may use them
     for name, module in model.named_modules():
-        kind = kind_of(module)
-        if kind is not None and (key := _weight_name(module, kind)) is not None:
-            probe = _Probe.of(module._parameters[key], name, found)
-            handles += _show_only_outside(module, key, probe)
+        if isinstance(module, Compound):
+            places = _places_of_compound(name, module, found)
+            inside.update(id(holder) for holder, _, _ in places)
+        elif id(module) not in inside:
+            places = _places_of_layer(name, module, found)
+        else:
+            continue
+        handles += _show_only_outside(module, places)
     try:
         yield
     finally:
@@ -127,25 +133,45 @@ def _probes(model: nn.Module, found: set[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _weight_name(module: nn.Module, kind: LayerKind) -> str | None:
+def _places_of_layer(name: str, module: nn.Module, found: set[str]) -> list["_Place"]:
+    kind = kind_of(module)
+    if kind is None:
+        return []
     weight = kind.matrix(module)
-    return next((k for k, p in module._parameters.items() if p is not None and _views(weight, p)), None)
+    keys = [key for key, p in module._parameters.items() if p is not None and _views(weight, p)]
+    return [(module, key, _Probe.of(module._parameters[key], name, found)) for key in keys[:1]]
+
+
+def _places_of_compound(name: str, module: Compound, found: set[str]) -> list["_Place"]:
+    """Its layers, and the parameters of the stock module that it stands for, in which they lie."""
+    places: list[_Place] = []
+    for stack in module.stacks:
+        for layer_name in stack.names:
+            layer = module.get_submodule(layer_name)
+            if isinstance(layer, PartMatrix):
+                places.append((layer, "matrix", _Probe.of(layer.matrix, f"{name}.{layer_name}", found)))
+        owner, _, key = stack.parameter.rpartition(".")
+        holder = module._stock[0].get_submodule(owner)
+        places.append((holder, key, _Probe.of(holder._parameters[key], name, found)))
+    return places
 
 
 def _views(tensor: Tensor, parameter: nn.Parameter) -> bool:
     return tensor is parameter or tensor._base is parameter
 
 
-def _show_only_outside(module: nn.Module, key: str, probe: "_Probe") -> list[Any]:
-    weight = module._parameters[key]
+def _show_only_outside(module: nn.Module, places: list["_Place"]) -> list[Any]:
+    weights = [holder._parameters[key] for holder, key, _ in places]
 
     def enter(module: nn.Module, args: Any) -> None:
-        module._parameters[key] = weight
+        for (holder, key, _), weight in zip(places, weights, strict=True):
+            holder._parameters[key] = weight
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters[key] = probe
+        for holder, key, probe in places:
+            holder._parameters[key] = probe
 
-    module._parameters[key] = probe
+    leave(module, (), None)
     return [
         module.register_forward_pre_hook(enter),
         module.register_forward_hook(leave, always_call=True),
@@ -207,3 +233,6 @@ _FACTS = {
 }
 #: Calls that take dtype and device alone from another tensor.
 _LIKE = {Tensor.to, Tensor.type_as}
+
+#: A module, the name of one of its parameters, and the probe for it.
+_Place = tuple[nn.Module, str, _Probe]

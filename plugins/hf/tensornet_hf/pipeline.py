@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
-from tensornet.compression.reach import measure_reach
+from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
 from tensornet.healing import RefineReport, refine
@@ -187,7 +187,7 @@ def carry_out(
     Raises: as `tensornet.apply_plan`.
     """
     before = model_size(model)
-    reach = measure_reach(model, [layer.name for layer in planned])
+    reach = planned_reach(model, planned)
     errors = apply_plan(model, planned, stats, progress=progress)
     after = model_size(model)
     return CompressionReport(
@@ -200,6 +200,11 @@ def carry_out(
         plan=planned,
         reach=reach,
     )
+
+
+def planned_reach(model: PreTrainedModel, planned: CompressionPlan) -> Reach:
+    """Count which parameters a plan considers; to be asked before the plan is carried out."""
+    return measure_reach(model, [layer.name for layer in planned])
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, TargetError
+from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.structure_hooks import register_structure_hook
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
@@ -21,7 +22,6 @@ from tensornet_hf.checkpoint.headers import check_layers, read_headers
 from tensornet_hf.checkpoint.parallelism import check_distribution
 from tensornet_hf.checkpoint.placement import place_layers, rename
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
-from tensornet_hf.checkpoint.stacked_experts import settle_experts, split_experts
 from tensornet_hf.guards import make_guards, pass_by_guards, without_guards
 from tensornet_hf.moe.aux_losses import join_aux_losses
 from tensornet_moe import ParallelExperts
@@ -96,9 +96,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         if files:
             check_layers(config, stored, where=str(files[0].parent))
         prefix = f"{model.base_model_prefix}."  # with or without it: it depends on the head
-        split_experts(
-            model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))]
-        )
+        take_apart(model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))])
         names = place_layers(model, config.layers, dtype=dtype)
         check_distribution(model, {name: config.layers[layer] for layer, name in names.items()})
         self._layers = list(names.values())
@@ -181,7 +179,7 @@ def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) 
         quantizer._experts_spread = True
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return
-    settle_experts(model)
+    settle(model)
     config = describe(model, compression=compression)
     if config.layers:
         attach(model, config, TensorNetworkQuantizer(config))

@@ -5,57 +5,53 @@ apart, every expert has linear layers of its own, `experts.3.down_proj`, and wha
 works for them. Experts none of whose matrices became cores go back into their stacks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.compression.apply import set_submodule
-from tensornet.nn.expansion import register_expansion
+from tensornet.nn.compound import Compound, Shared, Stack
+from tensornet.nn.expansion import register_expansion, settle, take_apart
 from tensornet.nn.expert_matrix import ExpertMatrix
-from tensornet_hf.checkpoint.describe import is_inside
+from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
 
 #: What transformers' `use_experts_implementation` puts on the experts modules that follow its conventions.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
-class SplitExperts(nn.Module):
+class SplitExperts(Compound):
     """Stands in for an experts module of transformers: the same function of the same arguments.
 
     Args:
-        stock: the module it stands for; its stacks are viewed, not copied. It is kept, outside the tree of
-            modules, for what it does between the matrices.
+        stock: the module it stands for, asked for what it does between the matrices.
+        shared: see `CompoundKind.take_apart`.
     """
 
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self._stock = (stock,)
+    layer = ExpertMatrix
+
+    def __init__(self, stock: nn.Module, shared: Shared | None = None) -> None:
+        names = stack_names(stock)
+        count: int = stock.num_experts  # type: ignore[assignment]
+        stacks = tuple(
+            Stack(
+                name,
+                tuple(f"{number}.{name}" for number in range(count)),
+                stock.get_parameter(name).shape[-1],
+                bool(stock.is_transposed),
+            )
+            for name in names
+        )
+        super().__init__(stock, stacks, {} if shared is None else shared)
         self.padding_mask: Tensor | None = None  # `(rows, tokens)`, while a model is observed
-        self.num_experts: int = stock.num_experts  # type: ignore[assignment]
-        self.names = stack_names(stock)
-        for number in range(self.num_experts):
-            self.add_module(str(number), nn.Module())
-        for name in self.names:
-            stack = stock.get_parameter(name)
-            for expert, view in zip(self.experts, stack.detach(), strict=True):
-                matrix = nn.Parameter(view.T if stock.is_transposed else view, stack.requires_grad)
-                expert.add_module(name, ExpertMatrix(matrix))
-        for name in _bias_names(stock):
-            self.register_parameter(name, stock.get_parameter(name))
-        self.train(stock.training)
+        self.num_experts = count
+        self.names = names
 
     @property
     def experts(self) -> list[nn.Module]:
         """The experts; each has a layer for every name in `names`."""
         return [self.get_submodule(str(number)) for number in range(self.num_experts)]
-
-    @property
-    def compressed(self) -> bool:
-        """Whether a matrix of some expert has been replaced."""
-        layers = [layer for expert in self.experts for layer in expert.children()]
-        return any(not isinstance(layer, ExpertMatrix) for layer in layers)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Mix the experts that the router chose for each token.
@@ -90,32 +86,6 @@ class SplitExperts(nn.Module):
                 x = stock._apply_gate(x) if stock.has_gate else stock.act_fn(x)
         return x
 
-    @torch.no_grad()
-    def settle(self) -> nn.Module:
-        """What belongs in this place now.
-
-        Returns:
-            This module, freed of the stacks, if some matrix is made of cores; else the stock module, with
-            the matrices in its stacks.
-        """
-        stock = self._stock[0]
-        for name in self.names:
-            layers = [expert.get_submodule(name) for expert in self.experts]
-            if self.compressed:
-                stock._parameters[name] = None
-                for layer in layers:
-                    if isinstance(layer, ExpertMatrix):
-                        layer.matrix.data = _own(layer.matrix.data)
-            elif stock._parameters[name] is None:
-                matrices = [layer.get_parameter("matrix") for layer in layers]
-                stack = torch.stack([x.T if stock.is_transposed else x for x in matrices])
-                stock._parameters[name] = nn.Parameter(stack, any(x.requires_grad for x in matrices))
-        if self.compressed:
-            return self
-        for name in _bias_names(stock):
-            stock._parameters[name] = self.get_parameter(name)
-        return stock.train(self.training)
-
 
 def stack_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the stacks of an experts module, first matrix first; none if it is not one that can be split.
@@ -133,50 +103,17 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
     return names if all(stack is not None and stack.ndim == 3 for stack in stacks) else ()
 
 
-def split_experts(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str]:
-    """Take the experts of a model apart, in place; nothing is copied.
-
-    Args:
-        model: any model.
-        inside: only modules that hold one of these names, which are those of layers in split experts.
-
-    Returns:
-        Names of the modules that were replaced.
-    """
-    wanted = None if inside is None else set(inside)
-    found = [(name, module) for name, module in model.named_modules() if stack_names(module)]
-    chosen = [(n, m) for n, m in found if wanted is None or any(is_inside(x, {n}) for x in wanted)]
-    for name, module in chosen:
-        set_submodule(model, name, SplitExperts(module))
-    return [name for name, _ in chosen]
-
-
-def settle_experts(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Put experts back into their stacks where no matrix of theirs is made of cores.
-
-    Args:
-        model: any model.
-        names: look at these modules only.
-    """
-    found = [name for name, module in model.named_modules() if isinstance(module, SplitExperts)]
-    for name in found if names is None else set(found) & set(names):
-        module = model.get_submodule(name)
-        assert isinstance(module, SplitExperts)
-        if (settled := module.settle()) is not module:
-            set_submodule(model, name, settled)
-
-
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
     """Have the experts of a model taken apart inside the block; there they leave padding out."""
-    names = split_experts(model)
+    names = take_apart(model)
     handle = model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
         _set_padding(model, None)
-        settle_experts(model, names)
+        settle(model, names)
 
 
 def _tell_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,15 +128,18 @@ def _set_padding(model: nn.Module, mask: Tensor | None) -> None:
             module.padding_mask = mask
 
 
-def _own(matrix: Tensor) -> Tensor:
-    """The same numbers, in order, in memory that holds nothing else."""
-    alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
-    return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
-
-
 def _bias_names(stock: nn.Module) -> tuple[str, ...]:
     names = ("gate_up_proj" if stock.has_gate else "up_proj", "down_proj")
     return tuple(f"{name}_bias" for name in names) if stock.has_bias else ()
 
 
+class _ExpertsKind(CompoundKind):
+    def matches(self, module: nn.Module) -> bool:
+        return bool(stack_names(module))
+
+    def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
+        return SplitExperts(module, shared)
+
+
+register_compound_kind(_ExpertsKind())
 register_expansion(experts_apart)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
 from tensornet.compression.compress import gather_statistics
-from tensornet.compression.reach import measure_reach
 from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
@@ -349,7 +348,7 @@ def _check_usage(
 
 def _show_plan(model: PreTrainedModel, planned: CompressionPlan, as_json: bool) -> None:
     sizes = conversion.plan_summary(model, planned)
-    reach = measure_reach(model, [layer.name for layer in planned])
+    reach = conversion.planned_reach(model, planned)
     if as_json:
         shared.print_json({**planned.to_dict(), **planned.predictions(), **sizes, "reach": reach.to_dict()})
         return

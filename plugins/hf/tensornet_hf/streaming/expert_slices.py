@@ -1,12 +1,13 @@
-"""Stacks of experts in a checkpoint: where the single matrices lie in its tensors.
+"""Modules of a checkpoint that own several matrices: where the single matrices lie in its tensors.
 
-A checkpoint holds the matrices of a mixture in one of two forms: as the stacks `(experts, ...)` of the
+A matrix is a stretch of rows of a stored parameter. Mixtures of experts may be stored otherwise: a checkpoint
+holds the matrices of a mixture in one of two forms: as the stacks `(experts, ...)` of the
 model, of which every expert is a stretch of bytes; or one by one under other names (`experts.3.w1.weight`),
 which loading joins and stacks. Either way a matrix is a few slices of files, and no stack is ever read.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,10 +26,12 @@ from transformers.core_model_loading import (
 
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.nn.compound import Compound, Stack
+from tensornet.nn.expansion import take_apart
 from tensornet.nn.expert_matrix import ExpertMatrix
+from tensornet.nn.stock_layers import compound_of
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet.streaming.worker import place
-from tensornet_hf.checkpoint.stacked_experts import split_experts, stack_names
 from tensornet_hf.streaming.skeleton import NamedLayers
 
 #: No mixture of this form has more.
@@ -39,27 +42,25 @@ _STACK = re.compile(r"(.+\.experts)\.(\w+?)(?:\.weight)?")
 
 @dataclass(frozen=True)
 class ExpertSource:
-    """Where the matrices of the mixtures of a model are stored.
+    """Where the matrices of modules that own several are stored.
 
     Args:
         matrices: by the name of the layer, such as `layers.0.mlp.experts.3.down_proj`.
         layers: `{stored name: layers that take something of it}`.
-        modules: names of the modules that were taken apart.
+        modules: the module that was taken apart, by the name of the layer.
     """
 
     matrices: Mapping[str, StoredMatrix]
     layers: Mapping[str, tuple[str, ...]]
-    modules: tuple[str, ...]
-
-    def module_of(self, layer: str) -> str:
-        """The mixture that a layer belongs to."""
-        return layer.rsplit(".", 2)[0]
+    modules: Mapping[str, str]
 
 
 def take_experts_apart(
     skeleton: nn.Module, tensors: Mapping[str, Slice], stored: Mapping[str, str]
 ) -> ExpertSource:
-    """Split the mixtures of a skeleton whose matrices can be found in the checkpoint, in place.
+    """Take modules apart whose matrices can be found in the checkpoint, in place.
+
+    Those whose parameters another module has as well stay whole.
 
     Args:
         skeleton: the model on the meta device.
@@ -75,19 +76,23 @@ def take_experts_apart(
     joined = _joined_when_loaded(skeleton, tensors)
     matrices: dict[str, StoredMatrix] = {}
     keys: dict[str, tuple[str, ...]] = {}
-    modules = []
+    modules: dict[str, str] = {}
+    users = Counter(id(p) for _, p in skeleton.named_parameters(remove_duplicate=False))
     for name, module in skeleton.named_modules():
-        found = {
-            stack: _of_stack(f"{name}.{stack}", module, tensors, stored, joined)
-            for stack in stack_names(module)
-        }
-        if found and all(found.values()):
-            modules.append(name)
-            for stack, experts in found.items():
-                for number, (matrix, names) in enumerate(experts or ()):
-                    matrices[f"{name}.{number}.{stack}"] = matrix
-                    keys[f"{name}.{number}.{stack}"] = names
-    split_experts(skeleton, inside=[f"{name}.0" for name in modules])
+        kind = compound_of(module)
+        if kind is None or not name or any(users[id(p)] > 1 for p in module.parameters()):
+            continue
+        compound = kind.take_apart(module, {})
+        assert isinstance(compound, Compound)
+        found = [
+            (stack, _of_stack(f"{name}.{stack.parameter}", stack, tensors, stored, joined))
+            for stack in compound.stacks
+        ]
+        for stack, parts in found if all(parts for _, parts in found) else ():
+            for layer, (matrix, names) in zip(stack.names, parts or (), strict=True):
+                matrices[f"{name}.{layer}"], keys[f"{name}.{layer}"] = matrix, names
+                modules[f"{name}.{layer}"] = name
+    take_apart(skeleton, inside=matrices)
     for layer, matrix in matrices.items():
         target = skeleton.get_submodule(layer).get_parameter("matrix")
         if tuple(target.shape) != matrix.shape:
@@ -96,7 +101,7 @@ def take_experts_apart(
                 f"{list(matrix.shape)}. One of the two belongs to another model."
             )
         target.data = target.data.to(FLOATS[matrix.dtype])
-    return ExpertSource(matrices, _users(keys), tuple(modules))
+    return ExpertSource(matrices, _users(keys), modules)
 
 
 _Found = list[tuple[StoredMatrix, tuple[str, ...]]]
@@ -104,35 +109,46 @@ _Found = list[tuple[StoredMatrix, tuple[str, ...]]]
 
 def _of_stack(
     name: str,
-    module: nn.Module,
+    stack: Stack,
     tensors: Mapping[str, Slice],
     stored: Mapping[str, str],
     joined: Mapping[str, list[tuple[str, ...]]],
 ) -> _Found | None:
-    """Matrix and stored names of every expert of one stack, None if it is stored in a form not known here."""
-    transposed = bool(module.is_transposed)
+    """Matrix and stored names of every layer of one stack, None if it is stored in a form not known here."""
+    transposed = stack.transposed
     whole = tensors.get(stored.get(name, ""))
     if whole is not None:
-        return [(StoredMatrix((x,), transposed), (stored[name],)) for x in unstacked(whole)]
+        parts = _stretches(whole, len(stack.names), stack.columns)
+        return [(StoredMatrix((x,), transposed), (stored[name],)) for x in parts]
     experts = joined.get(name, [])
-    if experts and len(experts) != module.num_experts:
+    if experts and len(experts) != len(stack.names):
         raise FormatError(
-            f"config.json describes {module.num_experts} experts in {name}, {len(experts)} are stored: files "
+            f"config.json describes {len(stack.names)} experts in {name}, {len(experts)} are stored: files "
             "are missing, or belong to another model."
         )
-    parts = [tuple(tensors[key] for key in keys) for keys in experts]
-    if not parts or not all(_can_join(slices) for slices in parts):
+    joint = [tuple(tensors[key] for key in keys) for keys in experts]
+    if not joint or not all(_can_join(slices) for slices in joint):
         return None
-    return [(StoredMatrix(x, transposed), keys) for x, keys in zip(parts, experts, strict=True)]
+    return [(StoredMatrix(x, transposed), keys) for x, keys in zip(joint, experts, strict=True)]
 
 
 def unstacked(stack: Slice) -> list[Slice]:
     """The matrices of a stack `(experts, rows, columns)`; empty if it is none in floating point."""
     if len(stack.shape) != 3 or stack.dtype not in FLOATS or not 0 < stack.shape[0] <= MOST_EXPERTS:
         return []
-    size = stack.nbytes // stack.shape[0]
-    starts = range(stack.start, stack.stop, size) if size else ()
-    return [replace(stack, shape=stack.shape[1:], start=start, stop=start + size) for start in starts]
+    return _stretches(stack, stack.shape[0], stack.shape[2])
+
+
+def _stretches(whole: Slice, count: int, columns: int) -> list[Slice]:
+    """Equal matrices `(rows, columns)`, one below the other in a tensor; empty if it is not floating."""
+    size = whole.nbytes // count
+    if whole.dtype not in FLOATS or not size:
+        return []
+    shape = (whole.numel // (count * columns), columns)
+    return [
+        replace(whole, shape=shape, start=start, stop=start + size)
+        for start in range(whole.start, whole.stop, size)
+    ]
 
 
 def _can_join(slices: tuple[Slice, ...]) -> bool:
@@ -179,15 +195,15 @@ def _by_names(root: NamedLayers, tensors: Mapping[str, Slice]) -> ExpertSource:
     """
     matrices: dict[str, StoredMatrix] = {}
     keys: dict[str, tuple[str, ...]] = {}
-    modules: dict[str, None] = {}
+    modules: dict[str, str] = {}
     for key, stack in tensors.items():
         match = _STACK.fullmatch(key)
         for number, part in enumerate(unstacked(stack) if match else []):
             assert match is not None
             layer = f"{match[1]}.{number}.{match[2]}"
             place(root, layer, ExpertMatrix(torch.empty(part.shape, dtype=FLOATS[part.dtype], device="meta")))
-            matrices[layer], keys[layer], modules[match[1]] = StoredMatrix((part,)), (key,), None
-    return ExpertSource(matrices, _users(keys), tuple(modules))
+            matrices[layer], keys[layer], modules[layer] = StoredMatrix((part,)), (key,), match[1]
+    return ExpertSource(matrices, _users(keys), modules)
 
 
 def _users(keys: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

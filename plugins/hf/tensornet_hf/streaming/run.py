@@ -244,10 +244,10 @@ def _left_dense(
     experts: ExpertSource, pieces: Mapping[str, Piece], config: CompressionConfig, work: Staging
 ) -> dict[str, PieceTask]:
     """Matrices that leave their stack as they are: of mixtures of which others became cores."""
-    changed = {experts.module_of(name) for name in experts.matrices if name in pieces and pieces[name].specs}
+    changed = {experts.modules[name] for name in experts.matrices if name in pieces and pieces[name].specs}
     tasks = {}
     for index, (name, matrix) in enumerate(experts.matrices.items()):
-        if experts.module_of(name) in changed and not (name in pieces and pieces[name].specs):
+        if experts.modules[name] in changed and not (name in pieces and pieces[name].specs):
             path = work.pieces / f"dense-{index:06d}.safetensors"
             use = Use(name, "expert", registered_in=ExpertMatrix.__module__)
             tasks[name] = PieceTask((use,), matrix, config, None, None, "cpu", path)

@@ -10,6 +10,7 @@ from torch import nn
 from tensornet.compression import CompressionConfig
 from tensornet.compression.apply import set_submodule
 from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.nn.expansion import settle
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
@@ -17,7 +18,6 @@ from tensornet.streaming.worker import Piece
 from tensornet_hf.checkpoint.describe import describe
 from tensornet_hf.checkpoint.headers import WEIGHTS
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
-from tensornet_hf.checkpoint.stacked_experts import settle_experts
 from tensornet_hf.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.streaming.source import total_bytes
 
@@ -80,7 +80,7 @@ def config_text(
     """
     for piece in pieces:
         _put_in_place(skeleton, piece)
-    settle_experts(skeleton)
+    settle(skeleton)
     described: TensorNetworkConfig = describe(skeleton, compression=config.to_dict())
     return json.dumps({**source, "quantization_config": described.to_dict()}, indent=2, sort_keys=True) + "\n"
 

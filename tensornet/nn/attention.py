@@ -1,0 +1,144 @@
+"""`nn.MultiheadAttention` with a layer for each of its four projections."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensornet.errors import ShapeError
+from tensornet.nn.compound import Compound, Shared, Stack, own_parameters
+from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
+
+_INPUTS = ("q_proj", "k_proj", "v_proj")
+
+
+class MatrixAttention(Compound):
+    """Stands in for `nn.MultiheadAttention`; arguments, masks and results are the same.
+
+    >>> stock = nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> x = torch.randn(3, 5, 8)
+    >>> torch.allclose(MatrixAttention(stock, {})(x, x, x)[0], stock(x, x, x)[0], atol=1e-6)
+    True
+    """
+
+    def __init__(self, stock: nn.MultiheadAttention, shared: Shared) -> None:
+        width = stock.embed_dim
+        if stock._qkv_same_embed_dim:
+            stacks = [Stack("in_proj_weight", _INPUTS, width)]
+        else:
+            widths = zip(_INPUTS, (width, stock.kdim, stock.vdim), strict=True)
+            stacks = [Stack(f"{name}_weight", (name,), columns) for name, columns in widths]
+        bias = None if stock.out_proj.bias is None else "out_proj.bias"
+        stacks.append(Stack("out_proj.weight", ("out_proj",), width, bias=bias))
+        super().__init__(stock, tuple(stacks), shared)
+        self.embed_dim, self.num_heads, self.head_dim = width, stock.num_heads, stock.head_dim
+        self.dropout, self.batch_first = stock.dropout, stock.batch_first
+        self.add_zero_attn = stock.add_zero_attn
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; see `nn.MultiheadAttention.forward`.
+
+        Raises:
+            ShapeError: `is_causal` without `attn_mask`.
+        """
+        if is_causal and attn_mask is None:
+            raise ShapeError(
+                "is_causal is a hint that attn_mask is causal, got no attn_mask; pass it as well, for "
+                "example nn.Transformer.generate_square_subsequent_mask(length)."
+            )
+        q, k, v = self._heads(query, key, value)
+        if key_padding_mask is not None and query.ndim == 2:
+            key_padding_mask = key_padding_mask[None]
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._mask(q, attn_mask, key_padding_mask)
+        k, v, mask = self._extended(k, v, mask)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q / math.sqrt(self.head_dim)) @ k.mT
+            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            mixed = weights @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+        # mixed: (batch, heads, length, head_dim)
+        y = self.get_submodule("out_proj")(self._as_given(mixed.transpose(1, 2).flatten(2), query))
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights[0] if query.ndim == 2 else weights
+        return y, weights
+
+    def _heads(self, *inputs: Tensor) -> list[Tensor]:
+        """Project query, key and value, and split them into `(batch, heads, length, head_dim)`."""
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        found = []
+        for name, x, bias in zip(_INPUTS, inputs, biases, strict=True):
+            y = self.get_submodule(name)(x)  # before it is transposed: layers share the inputs of the owner
+            y = y if bias is None else y + bias
+            y = y[None] if x.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
+            found.append(y.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2))
+        return found
+
+    def _as_given(self, y: Tensor, query: Tensor) -> Tensor:
+        return y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
+
+    def _mask(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+        """The sum of both masks, broadcastable to `(batch, heads, length, source)`."""
+        added = []
+        if mask is not None:
+            full = mask if mask.ndim == 2 else mask.unflatten(0, (len(q), self.num_heads))
+            added.append(_additive(full, q.dtype))
+        if padding is not None:
+            added.append(_additive(padding[:, None, None, :], q.dtype))
+        return sum(added[1:], added[0]) if added else None
+
+    def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append the learned key and value, and zeros, where the module has these."""
+        batch, heads, _, dim = k.shape
+        more = []
+        if self.bias_k is not None and self.bias_v is not None:
+            learned = [
+                x.reshape(1, heads, 1, dim).expand(batch, -1, -1, -1) for x in (self.bias_k, self.bias_v)
+            ]
+            more.append(learned)
+        if self.add_zero_attn:
+            more.append([k.new_zeros(batch, heads, 1, dim)] * 2)
+        for key, value in more:
+            k, v = torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        return k, v, mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to scores: minus infinity where a boolean one is true."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+class _AttentionKind(CompoundKind):
+    def matches(self, module: nn.Module) -> bool:
+        if type(module) is not nn.MultiheadAttention:
+            return False
+        projections = [own_parameters(module), own_parameters(module.out_proj)]
+        packed = "in_proj_weight" in projections[0]
+        plain = packed or {f"{name}_weight" for name in _INPUTS} <= projections[0].keys()
+        return plain and "weight" in projections[1]
+
+    def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
+        assert isinstance(module, nn.MultiheadAttention)
+        return MatrixAttention(module, shared)
+
+
+register_compound_kind(_AttentionKind())

@@ -1,0 +1,263 @@
+"""Modules that own several matrices, taken apart into layers and put back together.
+
+To explain how this works: each matrix of the stock module is a stretch of rows of one of its parameters. A
+`Compound` computes the same as the stock module, but has a `PartMatrix` for every matrix, which is a view of
+the parameter. Such a layer is observed, planned and replaced as an `nn.Linear` is. `Compound.settle` gives
+the stock module back where nothing was replaced.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensornet.network import PLANNED_TOKENS
+from tensornet.nn.module import NetworkModule
+from tensornet.nn.stock_layers import LayerKind, layer_bias, register_layer_kind
+from tensornet.nn.strategy import CACHED
+
+#: Matrices made so far, by the parameter they view and the rows of it.
+Shared = dict[tuple[object, ...], nn.Parameter]
+
+
+class PartMatrix(nn.Module):
+    """One matrix `(out_features, in_features)` of a module that owns several.
+
+    Not an `nn.Linear`: loading would take a parameter called `weight` here for one of the stock module.
+
+    Args:
+        matrix: the matrix; a parameter is taken as it is.
+        bias: shape `(out_features,)`; a parameter is taken as it is.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.matrix = matrix if isinstance(matrix, nn.Parameter) else nn.Parameter(matrix)
+        plain = bias is None or isinstance(bias, nn.Parameter)
+        self.register_parameter("bias", bias if plain else nn.Parameter(bias))  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The matrix, under the name that other layers have for it."""
+        return self.matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x: (..., in_features)` to `(..., out_features)`."""
+        return F.linear(x, self.matrix, self.bias)
+
+
+class PartKind(LayerKind):
+    """Layer kind of `PartMatrix`."""
+
+    name = "part"
+    layer = PartMatrix
+
+    def matches(self, module: nn.Module) -> bool:
+        """See `LayerKind.matches`."""
+        return type(module) is self.layer
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """See `LayerKind.matrix`."""
+        assert isinstance(module, PartMatrix)
+        return module.matrix
+
+    def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        """See `LayerKind.build`."""
+        return self.layer(matrix, bias)
+
+    def share(self, module: nn.Module, weight: nn.Parameter) -> None:
+        """See `LayerKind.share`."""
+        assert isinstance(module, PartMatrix)
+        module.matrix = weight
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices that lie one below the other in a parameter of the stock module.
+
+    Args:
+        parameter: its dotted name.
+        names: dotted names of the layers, in the order of the rows.
+        columns: width of a row.
+        transposed: each matrix is stored as `(in_features, out_features)`.
+        bias: dotted name of a parameter that is the bias of the only layer.
+    """
+
+    parameter: str
+    names: tuple[str, ...]
+    columns: int
+    transposed: bool = False
+    bias: str | None = None
+
+    def views(self, parameter: nn.Parameter, shared: Shared) -> list[nn.Parameter]:
+        """The matrices `(out_features, in_features)`, sharing memory with the parameter."""
+        if self._is_whole(parameter):
+            return [parameter]
+        stacked = parameter.detach().reshape(len(self.names), -1, self.columns)
+        key = (id(parameter), len(self.names), self.columns, self.transposed)
+        return [
+            shared.setdefault(
+                (*key, row), nn.Parameter(x.T if self.transposed else x, parameter.requires_grad)
+            )
+            for row, x in enumerate(stacked)
+        ]
+
+    def joined(self, matrices: list[nn.Parameter], like: Tensor, shared: Shared) -> nn.Parameter:
+        """The parameter of these matrices; the same one for the same matrices."""
+        if self._is_whole(like):
+            return matrices[0]
+        rows = [x.detach().T if self.transposed else x.detach() for x in matrices]
+        made = nn.Parameter(torch.cat(rows).reshape(like.shape), any(x.requires_grad for x in matrices))
+        return shared.setdefault((*map(id, matrices), like.shape), made)
+
+    def _is_whole(self, parameter: Tensor) -> bool:
+        return len(self.names) == 1 and parameter.ndim == 2 and not self.transposed
+
+
+class Compound(nn.Module):
+    """Abstract base: stands in for a stock module, computing the same from layers of single matrices.
+
+    Subclasses define `forward` with the arguments of the stock module.
+
+    Args:
+        stock: the module it stands for, kept outside the tree of modules.
+        stacks: where the matrices lie in it.
+        shared: see `CompoundKind.take_apart`.
+    """
+
+    #: What sort of layer each matrix becomes.
+    layer = PartMatrix
+
+    def __init__(self, stock: nn.Module, stacks: tuple[Stack, ...], shared: Shared) -> None:
+        super().__init__()
+        self._stock = (stock,)
+        self._freed = False
+        self.stacks = stacks
+        for stack in stacks:
+            bias = None if stack.bias is None else _parameter(stock, stack.bias)
+            views = stack.views(stock.get_parameter(stack.parameter), shared)
+            for name, matrix in zip(stack.names, views, strict=True):
+                self._add(name, self.layer(matrix, bias))
+        taken = {stack.parameter for stack in stacks}
+        # In the dictionary: `register_parameter` would find the name, which `__getattr__` passes on.
+        self._parameters.update({name: p for name, p in stock._parameters.items() if name not in taken})
+        self.train(stock.training)
+
+    @property
+    def type_name(self) -> str:
+        """Type of the stock module, by which reports count parameters."""
+        return type(self._stock[0]).__name__
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(name for stack in self.stacks for name in stack.names)
+
+    @property
+    def weight(self) -> Tensor:
+        """A stored floating tensor: dtype and device for code that reads `module.weight.dtype`."""
+        return self.get_submodule(self.layer_names[0]).weight  # type: ignore[return-value]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether a layer has been replaced."""
+        return any(not isinstance(self.get_submodule(name), PartMatrix) for name in self.layer_names)
+
+    @torch.no_grad()
+    def settle(self, shared: Shared) -> nn.Module:
+        """Choose what belongs in this place now.
+
+        Args:
+            shared: parameters that were put together before, so that tied ones stay tied.
+
+        Returns:
+            This module, freed of the stock parameters, if some layer was replaced; else the stock module
+            with the matrices in its parameters.
+        """
+        stock = self._stock[0]
+        if self.compressed:
+            self._free()
+            return self
+        if self._freed:
+            for stack in self.stacks:
+                layers = [self.get_submodule(name) for name in stack.names]
+                matrices = [layer.get_parameter("matrix") for layer in layers]
+                like = stock.get_parameter(stack.parameter)
+                _set_parameter(stock, stack.parameter, stack.joined(matrices, like, shared))
+                if stack.bias is not None and (bias := layer_bias(layers[0])) is not None:
+                    _set_parameter(stock, stack.bias, bias)  # type: ignore[arg-type]
+            for name, parameter in own_parameters(self).items():
+                _set_parameter(stock, name, parameter)
+        return stock.train(self.training)
+
+    def _free(self) -> None:
+        """Drop the stock parameters; layers that are dense get memory of their own."""
+        stock = self._stock[0]
+        for name in self.layer_names:
+            if isinstance(layer := self.get_submodule(name), PartMatrix):
+                layer.matrix.data = _own(layer.matrix.data)
+        for name, parameter in [*stock.named_parameters()]:
+            empty = torch.empty_like(parameter, device="meta")
+            _set_parameter(stock, name, nn.Parameter(empty, parameter.requires_grad))
+        self._freed = True
+
+    def _add(self, name: str, layer: nn.Module) -> None:
+        place: nn.Module = self
+        *path, last = name.split(".")
+        for part in path:
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(last, layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes and options are those of the stock module, which its owner may ask for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            stock = self.__dict__.get("_stock")
+            if stock is None or (name not in vars(stock[0]) and name not in stock[0]._parameters):
+                raise
+            return getattr(stock[0], name)
+
+
+def is_observed(*layers: nn.Module) -> bool:
+    """Whether hooks wait for these layers, which then have to be called."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
+def dense_matrix(layer: nn.Module) -> Tensor:
+    """The matrix of a layer of a compound, differentiable; the kept one where its strategy has one."""
+    if isinstance(layer, NetworkModule):
+        return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
+    assert isinstance(layer, PartMatrix)
+    return layer.matrix
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Parameters of a module without parametrizations or hooks that replace some of them."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    owner, _, key = name.rpartition(".")
+    return module.get_submodule(owner)._parameters[key]
+
+
+def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(module.get_submodule(owner), key, value)
+
+
+def _own(matrix: Tensor) -> Tensor:
+    """The same numbers, in order, in memory that holds nothing else."""
+    alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
+    return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
+
+
+register_layer_kind(PartKind())
