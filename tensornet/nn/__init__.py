@@ -11,6 +11,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.recurrent import MatrixRecurrence
 from tensornet.nn.serialization import build_module, module_spec, register_module_type
 from tensornet.nn.set_strategy import cached_bytes, set_strategy
+from tensornet.nn.stacked import StackedMatrices
 from tensornet.nn.stock_layers import (
     CompoundKind,
     LayerKind,
@@ -34,6 +35,7 @@ __all__ = [
     "NetworkModule",
     "PartMatrix",
     "Stack",
+    "StackedMatrices",
     "StrategyCost",
     "TensorNetworkLinear",
     "build_module",

@@ -6,7 +6,7 @@ the parameter. Such a layer is observed, planned and replaced as an `nn.Linear` 
 the stock module back where nothing was replaced.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,13 @@ class PartKind(LayerKind):
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """See `LayerKind.build`."""
         return self.layer(matrix, bias)
+
+    def relatives(self, name: str, others: Iterable[str]) -> list[str]:
+        """See `LayerKind.relatives`: `experts.3.down_proj` has those of other numbers."""
+        owner, number, matrix = ["", "", *name.rsplit(".", 2)][-3:]
+        if not number.isdigit():
+            return []
+        return [other for other in others if other.rsplit(".", 2)[::2] == [owner, matrix]]
 
     def share(self, module: nn.Module, weight: nn.Parameter) -> None:
         """See `LayerKind.share`."""
@@ -201,7 +208,9 @@ class Compound(nn.Module):
         for name in self.layer_names:
             if isinstance(layer := self.get_submodule(name), PartMatrix):
                 layer.matrix.data = _own(layer.matrix.data)
-        for name, parameter in [*stock.named_parameters()]:
+        taken = [name for stack in self.stacks for name in (stack.parameter, stack.bias) if name is not None]
+        for name in {*taken, *own_parameters(stock)}:
+            parameter = stock.get_parameter(name)
             empty = torch.empty_like(parameter, device="meta")
             _set_parameter(stock, name, nn.Parameter(empty, parameter.requires_grad))
         self._freed = True

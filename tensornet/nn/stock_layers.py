@@ -155,7 +155,7 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
 
 def register_compound_kind(kind: CompoundKind) -> CompoundKind:
-    """Make the matrices of another kind of module compressible.
+    """Make the matrices of another kind of module compressible; it is asked before those that are there.
 
     >>> class Nothing(CompoundKind):
     ...     def matches(self, module):
@@ -165,7 +165,7 @@ def register_compound_kind(kind: CompoundKind) -> CompoundKind:
     >>> compound_of(nn.ReLU()) is register_compound_kind(Nothing())
     False
     """
-    _COMPOUNDS.append(kind)
+    _COMPOUNDS.insert(0, kind)
     return kind
 
 
