@@ -24,6 +24,7 @@ from transformers import (
 import tensornet as tn
 from tensornet.calibration.sequential import ChainRun, find_chains
 from tensornet.healing.teacher_student import Group, PairedMoments, PairedRun
+from tensornet.nn.expansion import expanded
 from tensornet.nn.modes import without_cache
 
 MASK = torch.ones(3, 9, dtype=torch.long)
@@ -126,7 +127,7 @@ def test_moments_are_those_of_the_whole_models(make: Any) -> None:
     )
     names = [name for name, x in model.named_modules() if isinstance(x, tn.nn.TensorNetworkLinear)]
     batches = [batch_of(), batch_of()]
-    with without_cache(model), without_cache(teacher):
+    with without_cache(model), without_cache(teacher), expanded(teacher):
         run, whole = PairedRun(model, teacher, batches), PairedRun(model, teacher, batches)
         whole.chains = {}
         groups = run.groups(names)

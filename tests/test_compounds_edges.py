@@ -272,6 +272,28 @@ def test_refining_reaches_them() -> None:
     assert types(teacher) == types(case.model())
 
 
+def test_layer_wise_healing_reaches_them() -> None:
+    case = CASES["gru"]
+    teacher = case.model()
+    model = copy.deepcopy(teacher)
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+    data = [{"x": x} for x, _ in case.batches()]
+    report = tn.heal(model, teacher, data, steps=2, layer_steps=30)
+    assert sum(report.layer_losses[-3:]) < sum(report.layer_losses[:3])
+    assert types(teacher) == types(case.model())
+
+
+def test_modes_of_modules_inside_are_kept() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)])
+    with expanded(model):
+        model.eval()
+    assert not any(module.training for module in model.modules())
+    model.train()
+    with expanded(model):
+        pass
+    assert all(module.training for module in model.modules())
+
+
 def test_settling_twice_and_nested_blocks() -> None:
     model = CASES["lstm_packed"].model()
     with expanded(model), expanded(model):

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from tensornet.checks import check_size
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.io.tensor_files import check_place
+from tensornet.nn.expansion import expanded
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.modes import in_eval_mode
 from tensornet.nn.module import NetworkModule
@@ -143,7 +144,8 @@ def heal(
     layer_losses: list[float] = []
     batches = _forever(data, skip=done)
     device = next(model.parameters()).device
-    with in_eval_mode(model, teacher), _only_training(model, trained.values()):
+    apart = expanded(teacher) if layer_steps else nullcontext()
+    with apart, in_eval_mode(model, teacher), _only_training(model, trained.values()):
         bar = progress_bar(total=total, initial=done, desc="healing", disable=not progress, unit="step")
         while done < total:
             share = _share(done, total, clock() - start, max_seconds)

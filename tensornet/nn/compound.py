@@ -200,7 +200,11 @@ class Compound(nn.Module):
                     _set_parameter(stock, stack.bias, bias)  # type: ignore[arg-type]
             for name, parameter in own_parameters(self).items():
                 _set_parameter(stock, name, parameter)
-        return stock.train(self.training)
+        mine = set(self.modules())
+        for module in stock.modules():  # those that both have are in the mode that they are in
+            if module not in mine:
+                module.training = self.training
+        return stock
 
     def _free(self) -> None:
         """Drop the stock parameters; layers that are dense get memory of their own."""
