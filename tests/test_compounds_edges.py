@@ -19,6 +19,7 @@ from tensornet.compression.reach import measure_reach
 from tensornet.healing import refine
 from tensornet.nn import MatrixAttention, MatrixConvolution, MatrixRecurrence
 from tensornet.nn.expansion import expanded, settle, take_apart
+from tensornet.nn.recurrent import in_one_chunk
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -292,6 +293,25 @@ def test_modes_of_modules_inside_are_kept() -> None:
     with expanded(model):
         pass
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["conv2d", "attention", "gru"])
+@torch.no_grad()
+def test_they_compile_as_one_graph(name: str) -> None:
+    model, x = CASES[name].model(), CASES[name].x()
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.6, objective="weight"), progress=False)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x), **CLOSE)
+
+
+def test_fused_operations_get_one_chunk_of_memory() -> None:
+    """As cuDNN lays weights out: all matrices, then all biases."""
+    stock = nn.LSTM(5, 6, num_layers=2, proj_size=4)
+    made = in_one_chunk(stock._flat_weights)
+    assert all(torch.equal(a, b) for a, b in zip(made, stock._flat_weights, strict=True))
+    placed = sorted(made, key=lambda x: x.data_ptr())
+    assert [x.ndim for x in placed] == [2] * 6 + [1] * 4
+    ends = [x.data_ptr() + x.nbytes for x in placed]
+    assert ends[:-1] == [x.data_ptr() for x in placed[1:]]
 
 
 def test_settling_twice_and_nested_blocks() -> None:

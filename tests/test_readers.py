@@ -120,6 +120,27 @@ def test_a_run_that_fails_tells_what_it_saw() -> None:
     assert weight_readers(nn.Sequential(Reader()), [lambda twin: twin("nonsense")]) == frozenset()
 
 
+class ReadsKernels(nn.Module):
+    """Hands matrices of modules that own several to functions of PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Conv1d(8, 8, 3), nn.Conv1d(8, 8, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.conv1d(self.called(x), self.read.weight)
+        return torch.nn.functional.linear(x.transpose(1, 2), self.attention.in_proj_weight)
+
+
+def test_matrices_of_other_modules_are_read_as_well() -> None:
+    model = nn.Sequential(ReadsKernels())
+    with pytest.warns(UserWarning, match=r"Left dense.*0\.read\.matrix, 0\.attention\.q_proj"):
+        report = tn.compress(model, config(None), progress=False)
+    assert [layer.name for layer in report.layers] == ["0.called.matrix"]
+    assert model(torch.randn(2, 8, 9)).shape == (2, 5, 24)
+
+
 def test_an_unknown_subclass_of_a_stock_layer_is_named() -> None:
     class MyLinear(nn.Linear):
         pass

@@ -54,7 +54,7 @@ def calibrate(
     the device its parameters are on, and is left as it was.
 
     Args:
-        model: any module; layers of kinds `nn.Linear`, `Conv1D` and `nn.Embedding` are observed.
+        model: any module; its layers of registered kinds are observed, see `tensornet.nn.kind_of`.
         batches: keyword arguments of the model (a Hugging Face batch); or tensors, which are its first
             argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
             `DataLoader` gives them.

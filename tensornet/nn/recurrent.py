@@ -101,7 +101,7 @@ class MatrixRecurrence(Compound):
 
     def _fused(self, x: Tensor, sizes: Tensor | None, states: State) -> tuple[Tensor, State]:
         flat = [t for suffix in self._suffixes() for t in self._weights(suffix)]
-        flat = _in_one_chunk(flat) if x.is_cuda else flat
+        flat = in_one_chunk(flat) if x.is_cuda else flat
         hx = states if self.mode == "LSTM" else states[0]
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _FUSED[self.mode]
@@ -190,7 +190,7 @@ class MatrixRecurrence(Compound):
         return ((given + own).tanh() if self.mode == "RNN_TANH" else (given + own).relu(),)
 
 
-def _in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
+def in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
     """The same numbers side by side in memory, matrices first: cuDNN would copy and warn otherwise."""
     order = sorted(range(len(tensors)), key=lambda k: tensors[k].ndim == 1)
     chunk = torch.cat([tensors[k].reshape(-1) for k in order])
