@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensornet.compression import Run, register_runs
 from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.weight_readers import Run, register_runs
 
 #: Rows and tokens of the data.
 _ROWS, _TOKENS = 1, 8
