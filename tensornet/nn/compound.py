@@ -167,7 +167,9 @@ class Compound(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A stored floating tensor: dtype and device for code that reads `module.weight.dtype`."""
+        """The stock weight for code that reads it; once layers are replaced, dtype and device alone are right."""
+        if not self._freed and "weight" in self._stock[0]._parameters:
+            return self._stock[0].weight  # type: ignore[return-value]
         return self.get_submodule(self.layer_names[0]).weight  # type: ignore[return-value]
 
     @property
