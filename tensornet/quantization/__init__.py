@@ -1,0 +1,27 @@
+"""Number formats, their packing, and rounding with the curvature of the loss."""
+
+from tensornet.quantization.factors import RoundedFactors, round_factors
+from tensornet.quantization.formats import NumberFormat, format_names
+from tensornet.quantization.packing import pack, packed_bytes, unpack
+from tensornet.quantization.residual import ResidualFit, fit_residual
+from tensornet.quantization.rounding import Method, RoundedWeight, dequantize, round_weight
+from tensornet.quantization.scales import GroupScales, refit_scales, search_scales
+
+__all__ = [
+    "GroupScales",
+    "Method",
+    "NumberFormat",
+    "ResidualFit",
+    "RoundedFactors",
+    "RoundedWeight",
+    "dequantize",
+    "fit_residual",
+    "format_names",
+    "pack",
+    "packed_bytes",
+    "refit_scales",
+    "round_factors",
+    "round_weight",
+    "search_scales",
+    "unpack",
+]

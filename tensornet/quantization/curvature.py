@@ -1,0 +1,107 @@
+"""The two second moments of a weight, damped, ordered and factorised for rounding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensornet.errors import ShapeError
+from tensornet.linalg.svd import check_finite
+
+
+@dataclass(frozen=True)
+class Side:
+    """One moment of a stack of matrices.
+
+    Args:
+        moment: damped, shape `(stack, n, n)`, or `(stack, n)` if only its diagonal is known.
+    """
+
+    moment: Tensor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Diagonal, shape `(stack, n)`."""
+        return self.moment if self.moment.ndim == 2 else self.moment.diagonal(dim1=1, dim2=2)
+
+    @property
+    def couples(self) -> bool:
+        """Whether there is feedback between elements of this side."""
+        return self.moment.ndim == 3
+
+    def order(self) -> Tensor:
+        """Indices in the order of rounding, largest diagonal first, shape `(stack, n)`.
+
+        What is rounded last takes the errors of all before it and passes none on, and should matter least.
+        """
+        return self.diagonal.argsort(dim=1, descending=True, stable=True)
+
+    def feedback(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """`U` less its diagonal and `D` of `M = U D U^T` in that order, shapes `(stack, n, n)`, `(stack, n)`.
+
+        Raises:
+            ShapeError: the moment is not positive definite.
+        """
+        backward = order.flip(1)
+        index = torch.arange(len(order), device=order.device)[:, None, None]
+        # Factorised in double precision: the smallest pivots are differences of large numbers.
+        turned = self.moment.double()[index, backward[:, :, None], backward[:, None, :]]
+        lower, info = torch.linalg.cholesky_ex(turned)
+        if bool(info.any()):
+            raise ShapeError(
+                "A second moment is not positive definite, even with damping; moments are sums of x x^T. "
+                "Raise the damping or check where it comes from."
+            )
+        size = lower.diagonal(dim1=1, dim2=2)
+        unit = (lower / size[:, None, :]).flip(1, 2).triu(1)
+        return unit.to(self.moment.dtype), size.square().flip(1).to(self.moment.dtype)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Product with a stack of matrices from the left."""
+        return self.moment @ matrix if self.couples else self.moment[:, :, None] * matrix
+
+
+def prepare_side(
+    moment: Tensor | None, size: int, lead: tuple[int, ...], damping: float, like: Tensor, name: str
+) -> Side | None:
+    """Damped moment for a stack of matrices; None if it is missing or all zero.
+
+    Args:
+        moment: `(n, n)` or `(n,)` for all matrices, or `(*lead, n, n)`, one for each.
+        size: `n`.
+        lead: leading dimensions of the weight.
+        damping: share of the mean diagonal that is added.
+        like: tensor of the dtype and device to compute in.
+        name: `"rows"` or `"columns"`, for errors.
+
+    Raises:
+        ShapeError: another shape.
+        NonFiniteError: NaN or infinity.
+    """
+    if moment is None:
+        return None
+    shapes = {(size,), (size, size), (*lead, size, size)}
+    if tuple(moment.shape) not in shapes:
+        raise ShapeError(
+            f"The moment {name}= has shape {tuple(moment.shape)}; this weight needs one of "
+            f"{', '.join(map(str, sorted(shapes, key=len)))}."
+        )
+    check_finite(moment, f"The moment {name}=")
+    if not bool(moment.any()):
+        return None
+    moment = moment.to(like)
+    if moment.ndim == 1:
+        return Side((moment + damping * moment.mean())[None])
+    moment = moment.reshape(-1, size, size)
+    moment = (moment + moment.mT) / 2  # accumulated in single precision: symmetric up to rounding
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # a stack may hold experts that saw nothing
+    moment.diagonal(dim1=1, dim2=2).add_(damping * mean)
+    return Side(moment)
+
+
+def loss_increase(error: Tensor, rows: Side | None, columns: Side | None) -> Tensor:
+    """`1/2 tr(R E C E^T)` of errors `(stack, out, in)`, shape `(stack,)`; a missing side is the identity."""
+    left = error if rows is None else rows.times(error)
+    right = error if columns is None else columns.times(error.mT).mT
+    return 0.5 * (left * right).sum((1, 2), dtype=torch.float64)

@@ -1,0 +1,179 @@
+"""Number formats: how many bits an element takes, which points it can take, and what it costs in bytes.
+
+An integer format stores every element as a code of `bits` bits and every group of neighbouring inputs of one
+row as a 16-bit scale, `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tensornet.checks import check_sizes
+from tensornet.errors import FormatError
+from tensornet.quantization.packing import packed_bytes
+
+#: Bits of integer formats.
+BITS = (8, 7, 6, 5, 4, 3, 2)
+#: Sizes of groups along the inputs; None is one group a row.
+GROUPS = (32, 64, 128, None)
+DEFAULT_GROUP = 64
+SCALE_DTYPES = (torch.bfloat16, torch.float16)
+_FLOATS = ("float", "bf16")
+_PATTERN = re.compile(
+    r"int(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?(:(?P<dtype>float16))?"
+)
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How the elements of a core or matrix are stored.
+
+    Args:
+        bits: of an integer code, 2 to 8; None for floating-point formats.
+        group: neighbouring inputs of one row that share a scale; the last group of a row may be shorter.
+            None is one group a row.
+        zero_point: every group has a zero point of its own, an integer of `bits` bits. Otherwise codes are
+            centred: on a whole number from three bits on, so that zero is a point, and between two numbers
+            for two bits, where four points around zero fit a bell curve better than three and one more.
+        scale_dtype: `torch.bfloat16`, or `torch.float16` for scales of known size.
+        dtype: of the elements of a floating-point format; None is the model's own.
+
+    Raises:
+        FormatError: a combination that does not exist.
+
+    Example:
+        >>> from tensornet.quantization import NumberFormat
+        >>> number_format = NumberFormat.parse("int4:g128")
+        >>> number_format.bits, number_format.group, number_format.nbytes((2, 256))
+        (4, 128, 264)
+    """
+
+    bits: int | None = None
+    group: int | None = None
+    zero_point: bool = False
+    scale_dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is None:
+            if self.group is not None or self.zero_point or self.dtype not in (None, torch.bfloat16):
+                raise FormatError(
+                    f"A floating-point format is one of {', '.join(_FLOATS)}, without groups and zero "
+                    f"points; got {self!r}."
+                )
+            return
+        if self.bits not in BITS or self.dtype is not None:
+            raise FormatError(f"An integer format has 2 to 8 bits and no dtype, got {self.bits!r} bits.")
+        if self.group not in GROUPS:
+            raise FormatError(
+                f"Groups have 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise FormatError(f"Scales are torch.bfloat16 or torch.float16, got {self.scale_dtype}.")
+
+    @classmethod
+    def parse(cls, name: "str | NumberFormat") -> "NumberFormat":
+        """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"`, `"int3:g64:zero"`.
+
+        Args:
+            name: `"float"`, `"bf16"`, or `int2` ... `int8`, then optionally `:g32`, `:g64` (if left out),
+                `:g128` or `:row`, then `:zero` for zero points, then `:float16` for scales in that dtype.
+
+        Raises:
+            FormatError: an unknown name; the message lists the known ones.
+        """
+        if isinstance(name, NumberFormat):
+            return name
+        if name == "float":
+            return cls()
+        if name == "bf16":
+            return cls(dtype=torch.bfloat16)
+        found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
+        if found is None or int(found["bits"]) not in BITS:
+            raise FormatError(
+                f"Unknown number format {name!r}; known are {', '.join(format_names())}, integers also with "
+                "a group size and zero points: 'int4:g32', 'int4:g128', 'int8:row', 'int3:g64:zero'."
+            )
+        group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
+        dtype = torch.float16 if found["dtype"] else torch.bfloat16
+        return cls(int(found["bits"]), group, found["zero"] is not None, dtype)
+
+    @property
+    def name(self) -> str:
+        """Shortest name that `parse` reads back."""
+        if self.bits is None:
+            return "float" if self.dtype is None else "bf16"
+        parts = [f"int{self.bits}"]
+        if self.group != DEFAULT_GROUP:
+            parts.append("row" if self.group is None else f"g{self.group}")
+        if self.zero_point:
+            parts.append("zero")
+        if self.scale_dtype == torch.float16:
+            parts.append("float16")
+        return ":".join(parts)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether elements are codes with scales."""
+        return self.bits is not None
+
+    @property
+    def top(self) -> int:
+        """Largest code."""
+        return 2 ** self._integer_bits() - 1
+
+    @property
+    def center(self) -> float:
+        """Zero of formats without zero points: the code, or half-way mark between two, whose value is 0."""
+        half = 2.0 ** (self._integer_bits() - 1)
+        return half - 0.5 if self.bits == 2 else half
+
+    def groups(self, size: int) -> int:
+        """Number of groups in a row of that many inputs."""
+        self._integer_bits()
+        return 1 if self.group is None else math.ceil(size / self.group)
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """Exact bytes of a tensor, scales, zero points and padding included.
+
+        Args:
+            shape: `(..., out, in)` of the tensor, groups along the last dimension.
+            dtype: the model's own dtype, which only the format `float` depends on.
+        """
+        sizes = check_sizes("shape", shape)
+        rows, size = math.prod(sizes[:-1]), sizes[-1]
+        if self.bits is None:
+            return rows * size * (self.dtype or dtype).itemsize
+        groups = self.groups(size)
+        each = packed_bytes(size, self.bits) + groups * self.scale_dtype.itemsize
+        return rows * (each + (packed_bytes(groups, self.bits) if self.zero_point else 0))
+
+    def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+        """Eight times the bytes, per element."""
+        return 8 * self.nbytes(shape, dtype) / math.prod(shape)
+
+    def with_group(self, group: int | None) -> "NumberFormat":
+        """The same format with groups of another size."""
+        return replace(self, group=group)
+
+    def _integer_bits(self) -> int:
+        if self.bits is None:
+            raise FormatError(f"The format {self.name!r} has no codes; use one of int2 ... int8.")
+        return self.bits
+
+
+def format_names() -> tuple[str, ...]:
+    """Names of all formats with their default groups, largest first.
+
+    Example:
+        >>> from tensornet.quantization import format_names
+        >>> format_names()[:3]
+        ('float', 'bf16', 'int8')
+    """
+    return (*_FLOATS, *(f"int{bits}" for bits in BITS))

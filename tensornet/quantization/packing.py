@@ -1,0 +1,115 @@
+"""Tight packing of integers of 2 to 8 bits into bytes, row by row.
+
+To explain the layout: with 3 bits, 8 codes fill 3 bytes. A row of `n` codes is cut into 8 segments of
+`ceil(n / 8)` codes, and the k-th codes of all segments fill the k-th bytes of 3 byte planes. So packing and
+unpacking are shifts of whole segments, which processors do many at a time, and rows can be sliced without
+unpacking. Generally `8 / gcd(8, bits)` segments fill `bits / gcd(8, bits)` planes. The last segment may be
+short: at most one code short of a full set of segments is wasted a row, and nothing where the number of
+segments divides the row.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tensornet.errors import ShapeError
+
+
+def packed_bytes(size: int, bits: int) -> int:
+    """Bytes of a packed row: `ceil(size / segments) * planes`.
+
+    Example:
+        >>> from tensornet.quantization import packed_bytes
+        >>> packed_bytes(64, 3), packed_bytes(65, 3)
+        (24, 27)
+    """
+    segments, planes = _layout(bits)
+    return math.ceil(size / segments) * planes
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along the last dimension.
+
+    Args:
+        codes: `torch.uint8`, from 0 to `2**bits - 1`, shape `(..., size)`.
+        bits: of each code, 2 to 8.
+
+    Returns:
+        `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
+
+    Raises:
+        ShapeError: codes of another dtype, without a dimension, or too large.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import pack, unpack
+        >>> packed = pack(torch.tensor([1, 2, 3, 0, 1], dtype=torch.uint8), 2)
+        >>> packed.shape, unpack(packed, 2, 5).tolist()
+        (torch.Size([2]), [1, 2, 3, 0, 1])
+    """
+    segments, planes = _layout(bits)
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.ndim == 0:
+        got = f"{codes.dtype} of shape {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes)
+        raise ShapeError(f"pack needs codes as torch.uint8 with at least one dimension, got {got}.")
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ShapeError(f"pack got a code of {int(codes.max())}; {bits} bits hold 0 to {2**bits - 1}.")
+    size = codes.shape[-1]
+    length = math.ceil(size / segments)
+    padded = torch.nn.functional.pad(codes, (0, length * segments - size))
+    parts = padded.reshape(*codes.shape[:-1], segments, length)
+    packed = codes.new_zeros(*codes.shape[:-1], planes, length)
+    for segment in range(segments):
+        plane, offset = divmod(segment * bits, 8)
+        code = parts[..., segment, :]
+        packed[..., plane, :] |= code << offset
+        if offset + bits > 8:
+            packed[..., plane + 1, :] |= code >> (8 - offset)
+    return packed.reshape(*codes.shape[:-1], planes * length)
+
+
+def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
+    """Inverse of `pack`.
+
+    Args:
+        packed: `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
+        bits: of each code.
+        size: number of codes in a row.
+
+    Returns:
+        `torch.uint8`, shape `(..., size)`.
+
+    Raises:
+        ShapeError: bytes of another dtype or length.
+    """
+    segments, planes = _layout(bits)
+    expected = packed_bytes(size, bits)
+    if packed.dtype != torch.uint8 or packed.ndim == 0 or packed.shape[-1] != expected:
+        raise ShapeError(
+            f"unpack got {packed.dtype} of shape {tuple(packed.shape)}; {size} codes of {bits} bits are "
+            f"packed as torch.uint8 of shape (..., {expected}). The file is damaged or belongs to another "
+            "format."
+        )
+    length = math.ceil(size / segments)
+    parts = packed.reshape(*packed.shape[:-1], planes, length)
+    codes = packed.new_empty(*packed.shape[:-1], segments, length)
+    for segment in range(segments):
+        plane, offset = divmod(segment * bits, 8)
+        code = torch.bitwise_right_shift(parts[..., plane, :], offset, out=codes[..., segment, :])
+        if offset + bits > 8:
+            code |= parts[..., plane + 1, :] << (8 - offset)
+        if offset + bits != 8:
+            code &= 2**bits - 1
+    return codes.reshape(*packed.shape[:-1], segments * length)[..., :size]
+
+
+def _layout(bits: int) -> tuple[int, int]:
+    """Number of segments and of byte planes.
+
+    Raises:
+        ShapeError: other than 2 to 8 bits.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ShapeError(f"Codes have 2 to 8 bits, got {bits!r}.")
+    common = math.gcd(8, bits)
+    return 8 // common, bits // common

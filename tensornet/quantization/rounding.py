@@ -1,0 +1,370 @@
+"""Round a matrix to a number format so that the loss increases little: nearest, one-sided, two-sided.
+
+To explain the choice: feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`,
+but pushes some elements out of the range of their grid, where they are clamped. So each method that the given
+moments allow is tried, and the cheapest is kept, matrix by matrix.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tensornet.context import outside_autocast
+from tensornet.errors import ShapeError
+from tensornet.linalg.svd import check_finite
+from tensornet.quantization.curvature import Side, loss_increase, prepare_side
+from tensornet.quantization.descent import descend
+from tensornet.quantization.feedback import Grid, one_sided, two_sided
+from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.scales import GroupScales, refit_scales, search_scales, spread_groups
+
+#: Ways to round: without feedback, with feedback along one side, with feedback along both.
+Method = Literal["nearest", "columns", "rows", "both"]
+
+#: Shares of the mean diagonals of the output-gradient and the input moment that are added before rounding.
+ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """Codes and scales of a matrix or a stack of matrices.
+
+    Args:
+        codes: `torch.uint8`, shape `(..., out, in)`.
+        scales: 16-bit, shape `(..., out, groups)`.
+        zeros: `torch.uint8` of the same shape; None without zero points.
+        number_format: of all of them.
+        methods: one for each matrix of the stack, in order: the cheapest of those that could be tried.
+        predicted: loss increase expected before rounding, shape `(...)`.
+        loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    number_format: NumberFormat
+    methods: tuple[Method, ...]
+    predicted: Tensor
+    loss_increase: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when packed, scales and zero points included."""
+        return self.number_format.nbytes(self.codes.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of the codes, shape `(..., out, in)`."""
+        return dequantize(self.codes, self.scales, self.zeros, self.number_format, dtype)
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    number_format: NumberFormat,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Compute `scale * (code - zero)`, differentiable by the scales.
+
+    Args:
+        codes: `torch.uint8`, shape `(..., out, in)`.
+        scales: shape `(..., out, groups)`.
+        zeros: `torch.uint8` of the same shape; None without zero points.
+        number_format: of the codes.
+        dtype: of the result.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, dequantize
+        >>> codes = torch.tensor([[0, 8, 9]], dtype=torch.uint8)
+        >>> dequantize(codes, torch.tensor([[0.5]]), None, NumberFormat.parse("int4"))
+        tensor([[-4.0000,  0.0000,  0.5000]])
+    """
+    scale, zero = _spread(GroupScales(scales, zeros), number_format, codes.shape[-1], dtype)
+    return (codes.to(dtype) - zero) * scale
+
+
+@torch.no_grad()
+@outside_autocast
+def round_weight(
+    weight: Tensor,
+    number_format: NumberFormat | str,
+    *,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    method: Method | None = None,
+    row_damping: float = ROW_DAMPING,
+    column_damping: float = COLUMN_DAMPING,
+    refits: int = 1,
+    sweeps: int = 0,
+) -> RoundedWeight:
+    """Round a weight to an integer format with little loss increase `1/2 tr(R E C E^T)`.
+
+    Args:
+        weight: shape `(out, in)`, or `(..., out, in)` for a stack. Computed in float64 if it is that,
+            else in float32.
+        number_format: an integer format or its name.
+        rows: moment `R` of the gradients by the outputs, `(out, out)` or `(out,)`, or one for each matrix of
+            the stack, `(..., out, out)`. Missing or all zero means the identity, and no feedback between
+            rows.
+        columns: moment `C` of the inputs, likewise.
+        method: the most that is tried: `"nearest"`, `"columns"` (one-sided, GPTQ), `"rows"` or `"both"`
+            (two-sided). All that the moments allow if absent. Cheaper ones are tried as well.
+        row_damping: share of the mean diagonal of `R` that is added to it; 0 if it is damped already.
+        column_damping: the same for `C`.
+        refits: how often scales are refitted to the codes and codes rounded again.
+        sweeps: rounds of descent on the exact loss increase afterwards.
+
+    Raises:
+        FormatError: no integer format.
+        NonFiniteError: the weight or a moment holds NaN or infinity.
+        ShapeError: moments that do not fit, or a method that they do not allow.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import round_weight
+        >>> inputs = torch.randn(100, 64)
+        >>> rounded = round_weight(torch.randn(8, 64), "int4", columns=inputs.T @ inputs / 100)
+        >>> rounded.methods, rounded.nbytes, rounded.dequantize().shape
+        (('columns',), 272, torch.Size([8, 64]))
+    """
+    number_format = NumberFormat.parse(number_format)
+    if weight.ndim < 2 or weight.numel() == 0:
+        raise ShapeError(f"round_weight needs a matrix (..., out, in), got shape {tuple(weight.shape)}.")
+    check_finite(weight, "The weight")
+    lead = tuple(weight.shape[:-2])
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    work = weight.detach().to(dtype).reshape(-1, *weight.shape[-2:])
+    problem = _Problem(
+        work,
+        number_format,
+        prepare_side(rows, work.shape[1], lead, row_damping, work, "rows"),
+        prepare_side(columns, work.shape[2], lead, column_damping, work, "columns"),
+    )
+    names = _methods(method, problem)
+    importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
+    start = search_scales(work, number_format, importance)
+    loops = {name: problem.rounder(name) for name in names}
+    predicted = problem.predicted(start, loops[names[-1]])
+    best = problem.cheapest([problem.solve(start, name, loops[name]) for name in names])
+    for _ in range(refits):
+        again = GroupScales(problem.refitted(best), best.scales.zeros)
+        # The last of the names has most feedback; where another was cheaper, it usually stays so.
+        tried = {*best.methods, names[-1]}
+        best = problem.cheapest([best, *(problem.solve(again, n, loops[n]) for n in names if n in tried)])
+    if sweeps:
+        best = problem.improved(best, sweeps)
+    return problem.result(best, predicted, weight)
+
+
+def _methods(method: Method | None, problem: "_Problem") -> list[Method]:
+    """Methods to try, that with most feedback last.
+
+    Raises:
+        ShapeError: a method that the moments do not allow, or that does not exist.
+    """
+    sides = {
+        "rows": problem.rows is not None and problem.rows.couples,
+        "columns": problem.columns is not None and problem.columns.couples,
+    }
+    if method not in (None, *get_args(Method)):
+        raise ShapeError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
+    asked: tuple[str, ...] = ("rows", "columns")
+    if method is not None and method != "both":
+        asked = (method,)
+    missing = [side for side in asked if not sides.get(side, True)]
+    if method is not None and missing:
+        raise ShapeError(
+            f"method={method!r} needs full matrices {', '.join(f'{side}=' for side in missing)} that are not "
+            "zero; leave method out to use what is there."
+        )
+    allowed: list[Method] = ["nearest"]
+    if "columns" in asked and sides["columns"]:
+        allowed.append("columns")
+    if "rows" in asked and sides["rows"] and not ("columns" in asked and sides["columns"]):
+        allowed.append("rows")
+    if len(asked) == 2 and all(sides.values()):
+        allowed.append("both")
+    return allowed
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """Codes of a stack with scales, prices `(stack,)` and the method of each matrix."""
+
+    codes: Tensor
+    scales: GroupScales
+    price: Tensor
+    methods: tuple[Method, ...]
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A method made ready: orders, and diagonals `D` of both sides, shapes `(stack or 1, n)`."""
+
+    run: Callable[[Tensor, Grid], Tensor]
+    rows: Tensor | None
+    columns: Tensor | None
+    row_order: Tensor | None
+    column_order: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A stack of weights `(stack, out, in)`, the format to round to, and both moments."""
+
+    weight: Tensor
+    format: NumberFormat
+    rows: Side | None
+    columns: Side | None
+
+    def grid(self, found: GroupScales) -> Grid:
+        """Grid of every element."""
+        return Grid(*_spread(found, self.format, self.weight.shape[2], self.weight.dtype), self.format.top)
+
+    def rounder(self, method: Method) -> _Loop:
+        """Factorise the moments that a method needs."""
+        stack = len(self.weight)
+        rows = columns = row_feedback = column_feedback = row_order = column_order = None
+        if method in ("rows", "both"):
+            assert self.rows is not None
+            row_order = self.rows.order()
+            row_feedback, rows = self.rows.feedback(row_order)
+        if method in ("columns", "both"):
+            assert self.columns is not None
+            column_order = self.columns.order()
+            column_feedback, columns = self.columns.feedback(column_order)
+
+        def run(weight: Tensor, grid: Grid) -> Tensor:
+            wide = [None if x is None else x.expand(stack, -1, -1) for x in (row_feedback, column_feedback)]
+            if wide[0] is not None and wide[1] is not None:
+                return two_sided(weight, grid, wide[0], wide[1])
+            if wide[1] is not None:
+                return one_sided(weight, grid, wide[1])
+            if wide[0] is not None:
+                return one_sided(weight.mT, grid.transposed(), wide[0]).mT
+            return grid.codes(weight)
+
+        return _Loop(run, rows, columns, row_order, column_order)
+
+    def solve(self, scales: GroupScales, method: Method, loop: _Loop) -> _Solution:
+        """Round with given scales."""
+        grid = self.grid(scales)
+
+        def ordered(x: Tensor, *, back: bool = False) -> Tensor:
+            for order, axis in ((loop.row_order, 1), (loop.column_order, 2)):
+                if order is not None:
+                    index = (order.argsort(1) if back else order).unsqueeze(3 - axis)
+                    x = x.gather(axis, index.expand(x.shape))
+            return x
+
+        zero = ordered(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
+        turned = Grid(ordered(grid.scale), zero, grid.top)
+        codes = ordered(loop.run(ordered(self.weight), turned), back=True)
+        price = loss_increase(self.weight - grid.points(codes), self.rows, self.columns)
+        return _Solution(codes, scales, price, (method,) * len(codes))
+
+    def cheapest(self, solutions: list[_Solution]) -> _Solution:
+        """Best solution for each matrix; of equals the first."""
+        best = solutions[0]
+        for other in solutions[1:]:
+            better = other.price < best.price
+            pick = better[:, None, None]
+            zeros = best.scales.zeros
+            if zeros is not None:
+                assert other.scales.zeros is not None
+                zeros = torch.where(pick, other.scales.zeros, zeros)
+            methods = zip(better.tolist(), other.methods, best.methods, strict=True)
+            best = _Solution(
+                torch.where(pick, other.codes, best.codes),
+                GroupScales(torch.where(pick, other.scales.scales, best.scales.scales), zeros),
+                torch.where(better, other.price, best.price),
+                tuple(new if take else old for take, new, old in methods),
+            )
+        return best
+
+    def refitted(self, solution: _Solution) -> Tensor:
+        """Scales refitted to the codes under the input moment."""
+        moment = None if self.columns is None else self.columns.moment
+        if moment is not None and moment.ndim == 2:
+            moment = moment[0]
+        points = solution.codes - self.grid(solution.scales).zero
+        return _storable(refit_scales(self.weight, points, self.format, moment), self.format)
+
+    def improved(self, solution: _Solution, sweeps: int) -> _Solution:
+        """Descend on the exact loss increase, matrix by matrix."""
+        grid = self.grid(solution.scales)
+        codes, scales = solution.codes.clone(), solution.scales.scales.clone()
+        for k in range(len(codes)):
+            zero = grid.zero[k] if isinstance(grid.zero, Tensor) else grid.zero
+            codes[k], scales[k] = descend(
+                self.weight[k],
+                codes[k],
+                scales[k],
+                zero,
+                self.format,
+                _one(self.rows, k, self.weight.shape[1], self.weight),
+                _one(self.columns, k, self.weight.shape[2], self.weight),
+                sweeps,
+            )
+        found = GroupScales(scales, solution.scales.zeros)
+        error = self.weight - self.grid(found).points(codes)
+        price = loss_increase(error, self.rows, self.columns)
+        return self.cheapest([solution, _Solution(codes, found, price, solution.methods)])
+
+    def result(self, solution: _Solution, predicted: Tensor, like: Tensor) -> RoundedWeight:
+        """Solution in the shape of the weight as it was given."""
+        lead = like.shape[:-2]
+        groups = (*like.shape[:-1], self.format.groups(like.shape[-1]))
+        zeros = solution.scales.zeros
+        return RoundedWeight(
+            solution.codes.to(torch.uint8).reshape(like.shape),
+            solution.scales.scales.reshape(groups),
+            None if zeros is None else zeros.reshape(groups),
+            self.format,
+            solution.methods,
+            predicted.reshape(lead),
+            solution.price.reshape(lead),
+        )
+
+    def predicted(self, scales: GroupScales, loop: _Loop) -> Tensor:
+        """`1/24 sum s_ij^2 d_i e_j`, with what each side leaves after feedback; shape `(stack,)`."""
+        square = self.grid(scales).scale.square()
+        if loop.rows is not None:
+            assert loop.row_order is not None
+            left = loop.rows.gather(1, loop.row_order.argsort(1))
+        else:
+            left = square.new_ones(1, 1) if self.rows is None else self.rows.diagonal
+        if loop.columns is not None:
+            assert loop.column_order is not None
+            right = loop.columns.gather(1, loop.column_order.argsort(1))
+        else:
+            right = square.new_ones(1, 1) if self.columns is None else self.columns.diagonal
+        return (square * left[:, :, None] * right[:, None, :]).sum((1, 2), dtype=torch.float64) / 24
+
+
+def _spread(
+    found: GroupScales, number_format: NumberFormat, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | float]:
+    """Scale and zero of every element."""
+    scale = spread_groups(found.scales.to(dtype), number_format, size)
+    if found.zeros is None:
+        return scale, number_format.center
+    return scale, spread_groups(found.zeros.to(dtype), number_format, size)
+
+
+def _storable(scales: Tensor, number_format: NumberFormat) -> Tensor:
+    """Scales in their dtype; those too large for it as large as it goes."""
+    limit = torch.finfo(number_format.scale_dtype).max
+    return scales.clamp(-limit, limit).to(number_format.scale_dtype)
+
+
+def _one(side: Side | None, k: int, size: int, like: Tensor) -> Tensor:
+    """Moment of one matrix of the stack as a full matrix."""
+    if side is None:
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    moment = side.moment[k if len(side.moment) > 1 else 0]
+    return moment if moment.ndim == 2 else torch.diag(moment)

@@ -1,0 +1,206 @@
+"""Scales and zero points of groups: search by weighted error, and refit by least squares.
+
+The search minimises `sum_j C_jj (w_j - q_j)^2` in every group over shrunken ranges, since a few clamped
+elements often cost less than a coarse grid. The refit takes the codes as given and minimises
+`(w - q) C (w - q)^T` over all scales of a row at once, correlations between groups included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensornet.errors import ShapeError
+from tensornet.linalg.svd import check_finite
+from tensornet.quantization.formats import NumberFormat
+
+#: Ranges tried, as shares of the largest element: from the first for few bits up to the last.
+_WIDEST = 1.1
+_TRIED = 24
+#: Alternations of rounding and weighted least squares that follow the search.
+_POLISHED = 2
+#: Elements searched at a time, which bounds memory.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class GroupScales:
+    """Scale and zero point of every group.
+
+    Args:
+        scales: shape `(..., out, groups)`, in the dtype of the format's scales. Scales may be negative: their
+            sign mirrors a grid that has one point more below zero than above.
+        zeros: codes whose value is zero, `torch.uint8` of the same shape; None without zero points.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None = None
+
+
+@torch.no_grad()
+def search_scales(
+    weight: Tensor, number_format: NumberFormat, importance: Tensor | None = None
+) -> GroupScales:
+    """Find scales and zero points with little weighted rounding error, group by group.
+
+    Args:
+        weight: shape `(..., out, in)`.
+        number_format: an integer format.
+        importance: weight of the squared error of every element, broadcastable to the weight: usually the
+            diagonal of the input moment, shape `(in,)`. Equal weights if absent.
+
+    Raises:
+        NonFiniteError: the weight or the importance holds NaN or infinity.
+        ShapeError: the weight is no matrix or stack of matrices.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, search_scales
+        >>> search_scales(torch.randn(4, 128), NumberFormat.parse("int4")).scales.shape
+        torch.Size([4, 2])
+    """
+    if weight.ndim < 2:
+        raise ShapeError(f"Scales are searched for matrices (..., out, in), got shape {tuple(weight.shape)}.")
+    check_finite(weight, "The weight")
+    grouped = as_groups(weight if weight.dtype == torch.float64 else weight.float(), number_format)
+    flat = grouped.reshape(-1, grouped.shape[-1])
+    if importance is None:
+        prices = None
+    else:
+        check_finite(importance, "The importance of the elements")
+        prices = as_groups(importance.to(grouped).expand(weight.shape), number_format).reshape(flat.shape)
+    step = max(1, _CHUNK // flat.shape[1])
+    scales, zeros = [], []
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        scale, zero = _search(flat[part], number_format, None if prices is None else prices[part])
+        scales.append(scale)
+        zeros.append(zero)
+    shape = grouped.shape[:-1]
+    found = torch.cat(scales).reshape(shape).to(number_format.scale_dtype)
+    if not number_format.zero_point:
+        return GroupScales(found)
+    return GroupScales(found, torch.cat(zeros).reshape(shape).to(torch.uint8))
+
+
+def as_groups(x: Tensor, number_format: NumberFormat) -> Tensor:
+    """Reshape `(..., in)` to `(..., groups, group)`, padded by zeros."""
+    size = x.shape[-1]
+    groups = number_format.groups(size)
+    width = number_format.group or max(size, 1)
+    return torch.nn.functional.pad(x, (0, groups * width - size)).reshape(*x.shape[:-1], groups, width)
+
+
+def spread_groups(values: Tensor, number_format: NumberFormat, size: int) -> Tensor:
+    """Repeat one value of each group `(..., groups)` for all its elements, `(..., size)`."""
+    width = number_format.group or max(size, 1)
+    return values.repeat_interleave(width, -1)[..., :size]
+
+
+def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Best scale and zero, shape `(groups,)` each, of groups `(groups, width)`."""
+    best = _Best(flat, prices, number_format)
+    for share in torch.linspace(_narrowest(number_format), _WIDEST, _TRIED).tolist():
+        for scale, zero in _candidates(flat, number_format, share):
+            best.offer(scale, zero)
+    for _ in range(_POLISHED):
+        points = best.codes(best.scale, best.zero) - best.zero[:, None]
+        weighed = points if prices is None else points * prices
+        size = (weighed * points).sum(1)
+        fitted = (weighed * flat).sum(1) / torch.where(size > 0, size, torch.ones_like(size))
+        best.offer(torch.where(size > 0, fitted, best.scale), best.zero)
+    return best.scale, best.zero
+
+
+def _narrowest(number_format: NumberFormat) -> float:
+    return 1 - 1.6 / number_format.top**0.7 if number_format.top > 3 else 0.3
+
+
+class _Best:
+    """Cheapest scale and zero offered so far, for every group."""
+
+    def __init__(self, flat: Tensor, prices: Tensor | None, number_format: NumberFormat) -> None:
+        self.flat, self.prices, self.format = flat, prices, number_format
+        self.scale = flat.new_zeros(len(flat))
+        self.zero = torch.full_like(self.scale, 0.0 if number_format.zero_point else number_format.center)
+        self.cost = self._cost(torch.zeros_like(flat))
+
+    def _cost(self, points: Tensor) -> Tensor:
+        error = (self.flat - points).square_()
+        return (error if self.prices is None else error.mul_(self.prices)).sum(1)
+
+    def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
+        divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return (self.flat / divisor[:, None]).add_(zero[:, None]).round_().clamp_(0, self.format.top)
+
+    def offer(self, scale: Tensor, zero: Tensor) -> None:
+        scale = scale.to(self.format.scale_dtype).to(self.flat.dtype)
+        scale = torch.where(scale.isfinite(), scale, torch.zeros_like(scale))
+        points = self.codes(scale, zero).sub_(zero[:, None]).mul_(scale[:, None])
+        cost = self._cost(points)
+        better = cost < self.cost
+        self.scale, self.zero, self.cost = (
+            torch.where(better, new, old)
+            for new, old in ((scale, self.scale), (zero, self.zero), (cost, self.cost))
+        )
+
+
+def _candidates(flat: Tensor, number_format: NumberFormat, share: float) -> list[tuple[Tensor, Tensor]]:
+    """Scales and zeros at which a share of the range of every group is within the grid."""
+    low, high = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
+    top = number_format.top
+    if not number_format.zero_point:
+        center = torch.full_like(low, number_format.center)
+        extreme = torch.where(high > -low, high, low)
+        scale = -share * extreme / number_format.center  # code 0 reaches farthest from the center
+        signs = (1,) if number_format.center % 1 else (1, -1)
+        return [(sign * scale, center) for sign in signs]
+    scale = share * (high - low) / top
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    middle = (-share * low / divisor).round()
+    return [(scale, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
+
+
+@torch.no_grad()
+def refit_scales(
+    weight: Tensor,
+    points: Tensor,
+    number_format: NumberFormat,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Best scales for given codes: least squares under the input moment, all groups of a row together.
+
+    Args:
+        weight: shape `(..., out, in)`.
+        points: codes less their zeros, of the shape of the weight.
+        number_format: an integer format.
+        columns: input moment `(..., in, in)`, or `(in,)` if diagonal; identity if absent.
+
+    Returns:
+        Scales in the dtype of the weight, shape `(..., out, groups)`; zero where all points of a group are.
+
+    Raises:
+        NonFiniteError: the weight, the points or the moment hold NaN or infinity.
+    """
+    for tensor, name in ((weight, "The weight"), (points, "The points"), (columns, "The input moment")):
+        if tensor is not None:
+            check_finite(tensor, name)
+    size = weight.shape[-1]
+    if columns is None or columns.ndim == 1:
+        weighed = points if columns is None else points * columns
+        normal = as_groups(weighed * points, number_format).sum(-1)
+        right = as_groups(weighed * weight, number_format).sum(-1)
+        return torch.where(normal > 0, right / torch.where(normal > 0, normal, 1.0), 0.0)
+    width = number_format.group or size
+    normals = []
+    for start in range(0, size, width):
+        part = slice(start, min(start + width, size))
+        seen = (points[..., part] @ columns[..., part, :]).mul_(points)
+        normals.append(as_groups(seen, number_format).sum(-1))
+    normal = torch.stack(normals, -2)  # shape: (..., out, groups, groups)
+    right = as_groups((weight @ columns).mul_(points), number_format).sum(-1)
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    # Groups without a point and groups that others determine need a finite answer.
+    shift = torch.where(diagonal > 0, 1e-6 * diagonal, 1.0)
+    solved = torch.linalg.solve(normal + torch.diag_embed(shift), right)
+    return torch.where(diagonal > 0, solved, 0.0)

@@ -1,0 +1,57 @@
+"""Descent after rounding: never dearer, codes in range, and a local optimum where it stops."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantization.rounding_cases import moment, price, weight
+
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.descent import sweep_codes, sweep_scales
+
+
+@given(st.integers(1, 16), st.integers(1, 80), st.integers(0, 1000), st.integers(2, 4))
+def test_sweeps_never_raise_the_price(m: int, n: int, seed: int, bits: int) -> None:
+    matrix, rows, columns = weight(m, n, seed), moment(m, seed, tokens=2), moment(n, seed + 1)
+    number_format, top = NumberFormat(bits, 32), 2**bits - 1
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, top + 1, (m, n), generator=generator).double()
+    scales = torch.rand(m, number_format.groups(n), generator=generator).double()
+    zero = top / 2
+
+    def cost(codes: torch.Tensor, scales: torch.Tensor) -> float:
+        return price(matrix - (codes - zero) * scales.repeat_interleave(32, 1)[:, :n], rows, columns)
+
+    before = cost(codes, scales)
+    refitted = sweep_scales(matrix, codes - zero, scales, number_format, rows, columns)
+    between = cost(codes, refitted)
+    assert between <= before * (1 + 1e-9) + 1e-12
+    spread = refitted.repeat_interleave(32, 1)[:, :n]
+    moved = sweep_codes(matrix, codes, spread, zero, top, rows, columns)
+    assert cost(moved, refitted) <= between * (1 + 1e-9) + 1e-12
+    assert 0 <= float(moved.min()) <= float(moved.max()) <= top
+
+
+def test_no_single_move_helps_in_the_end() -> None:
+    matrix, rows, columns = weight(6, 12, 0), moment(6, 0), moment(12, 1)
+    scale, codes = torch.full_like(matrix, 0.8), torch.full_like(matrix, 2.0)
+    for _ in range(30):
+        codes = sweep_codes(matrix, codes, scale, 2.0, 3, rows, columns)
+    best = price(matrix - (codes - 2) * scale, rows, columns)
+    for i in range(6):
+        for j in range(12):
+            for code in range(4):
+                other = codes.clone()
+                other[i, j] = code
+                assert price(matrix - (other - 2) * scale, rows, columns) >= best - 1e-9
+
+
+def test_one_group_of_scales_is_solved_exactly() -> None:
+    matrix, rows, columns = weight(5, 32, 0), moment(5, 0), moment(32, 1)
+    points = torch.randint(-2, 3, (5, 32)).double()
+    scales = sweep_scales(
+        matrix, points, torch.ones(5, 1).double(), NumberFormat.parse("int3:row"), rows, columns
+    )
+    gradient = (points * (rows @ (matrix - points * scales) @ columns)).sum(1)
+    assert float(gradient.abs().max()) < 1e-6

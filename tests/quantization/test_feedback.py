@@ -1,0 +1,72 @@
+"""The loops of one-sided and two-sided rounding against slow ones that are obviously right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantization.rounding_cases import gptq, moment, slow_codes, unit_upper, weight
+
+from tensornet.quantization import feedback
+from tensornet.quantization.feedback import Grid, one_sided, two_sided
+
+
+def grid_for(shape: tuple[int, int], seed: int, bits: int, *, zeros: bool) -> Grid:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(1, *shape, generator=generator, dtype=torch.float64) + 0.2
+    scale[0, seed % shape[0], seed % shape[1]] = 0
+    zero: torch.Tensor | float = 2 ** (bits - 1) - 0.5
+    if zeros:
+        zero = torch.randint(0, 2**bits, (1, *shape), generator=generator).double()
+    return Grid(scale, zero, 2**bits - 1)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(2, 5), st.booleans(), st.integers(0, 1000))
+def test_both_sides_element_by_element(m: int, n: int, bits: int, zeros: bool, seed: int) -> None:
+    matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, zeros=zeros)
+    rows, columns = unit_upper(moment(m, seed)), unit_upper(moment(n, seed + 1))
+    codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])[0]
+    assert torch.equal(codes, slow_codes(matrix, grid, rows, columns))
+
+
+@pytest.mark.parametrize("shape", [(130, 20), (20, 150), (140, 133)])
+def test_blocks_exchange_feedback(shape: tuple[int, int]) -> None:
+    assert max(shape) > feedback.BLOCK
+    matrix, grid = weight(*shape, 0), grid_for(shape, 0, 3, zeros=False)
+    rows, columns = unit_upper(moment(shape[0], 0)), unit_upper(moment(shape[1], 1))
+    codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])[0]
+    assert torch.equal(codes, slow_codes(matrix, grid, rows, columns))
+
+
+@given(st.integers(1, 20), st.integers(1, 150), st.integers(2, 5), st.booleans(), st.integers(0, 1000))
+def test_one_side_is_gptq(m: int, n: int, bits: int, zeros: bool, seed: int) -> None:
+    matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, zeros=zeros)
+    grid = Grid(grid.scale + 0.01, grid.zero, grid.top)  # published GPTQ knows no empty group
+    columns = moment(n, seed) + 0.1 * torch.eye(n, dtype=torch.float64)
+    upper = unit_upper(columns).triu(1)[None]
+    codes = one_sided(matrix[None], grid, upper)
+    assert torch.equal(codes[0], gptq(matrix, grid, columns))
+    assert torch.equal(codes, two_sided(matrix[None], grid, torch.zeros(1, m, m).double(), upper))
+
+
+def test_a_stack_is_its_matrices() -> None:
+    matrices = torch.stack([weight(18, 40, k) for k in range(3)])
+    rows = torch.stack([unit_upper(moment(18, k)).triu(1) for k in range(3)])
+    columns = torch.stack([unit_upper(moment(40, k)).triu(1) for k in range(3)])
+    grid = Grid(torch.full_like(matrices, 0.4), 4.0, 7)
+    together, side = two_sided(matrices, grid, rows, columns), one_sided(matrices, grid, columns)
+    for k in range(3):
+        part, alone = slice(k, k + 1), Grid(grid.scale[:1], 4.0, 7)
+        assert torch.equal(together[part], two_sided(matrices[part], alone, rows[part], columns[part]))
+        assert torch.equal(side[part], one_sided(matrices[part], alone, columns[part]))
+
+
+def test_residuals_stay_within_half_a_step() -> None:
+    """Without clamping the whitened error is the bare rounding residual."""
+    matrix = weight(33, 50, 0)
+    rows, columns = unit_upper(moment(33, 0)), unit_upper(moment(50, 1))
+    grid = Grid(torch.full((1, 33, 50), 0.1, dtype=torch.float64), 2.0**20, 2**21)
+    codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])
+    residual = rows.T @ (matrix - grid.points(codes)[0]) @ columns
+    assert float(residual.abs().max()) <= 0.05 * (1 + 1e-6)

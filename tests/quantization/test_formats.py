@@ -1,0 +1,79 @@
+"""Number formats: names, exact bytes, and clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensornet.errors import FormatError, TopologyError
+from tensornet.quantization import NumberFormat, format_names, pack, round_weight
+
+INTEGERS = st.builds(
+    NumberFormat,
+    bits=st.integers(2, 8),
+    group=st.sampled_from([32, 64, 128, None]),
+    zero_point=st.booleans(),
+    scale_dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+
+
+@given(st.one_of(INTEGERS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
+def test_names_are_read_back(number_format: NumberFormat) -> None:
+    assert NumberFormat.parse(number_format.name) == number_format
+    assert NumberFormat.parse(number_format) is number_format
+    assert str(number_format) == number_format.name
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group", "zero"),
+    [
+        ("int4", 4, 64, False),
+        ("int4:g128", 4, 128, False),
+        ("int8:row", 8, None, False),
+        ("int3:zero", 3, 64, True),
+    ],
+)
+def test_names_of_integers(name: str, bits: int, group: int | None, zero: bool) -> None:
+    assert NumberFormat.parse(name) == NumberFormat(bits, group, zero)
+
+
+@pytest.mark.parametrize("name", ["int9", "int1", "int4:g48", "fp8", "", "int4:g64:", "INT4", 4, None])
+def test_unknown_names_list_the_known(name: object) -> None:
+    with pytest.raises(FormatError, match=r"float, bf16, int8.*int2|Groups have 32, 64 or 128"):
+        NumberFormat.parse(name)  # type: ignore[arg-type]
+
+
+def test_combinations_that_do_not_exist() -> None:
+    with pytest.raises(FormatError, match="floating-point format is one of float, bf16"):
+        NumberFormat(group=64)
+    with pytest.raises(FormatError, match="2 to 8 bits and no dtype"):
+        NumberFormat(16)
+    with pytest.raises(FormatError, match=r"bfloat16 or torch\.float16"):
+        NumberFormat(4, scale_dtype=torch.float32)
+    with pytest.raises(FormatError, match="'bf16' has no codes"):
+        _ = NumberFormat(dtype=torch.bfloat16).top
+
+
+@given(INTEGERS, st.integers(1, 5), st.integers(1, 200))
+def test_bytes_are_those_of_the_stored_tensors(number_format: NumberFormat, rows: int, size: int) -> None:
+    rounded = round_weight(torch.randn(rows, size), number_format, refits=0)
+    assert number_format.bits is not None
+    stored = [pack(rounded.codes, number_format.bits), rounded.scales]
+    if rounded.zeros is not None:
+        stored.append(pack(rounded.zeros, number_format.bits))
+    assert rounded.nbytes == number_format.nbytes((rows, size)) == sum(x.nbytes for x in stored)
+
+
+def test_bytes_of_the_usual_cases() -> None:
+    for bits in range(2, 9):
+        assert NumberFormat.parse(f"int{bits}").bits_per_weight((128, 512)) == bits + 0.25
+    assert NumberFormat.parse("int8:row").nbytes((4, 100)) == 4 * 102
+    assert NumberFormat.parse("float").nbytes((3, 5)) == 60
+    assert NumberFormat.parse("float").nbytes((3, 5), torch.bfloat16) == 30
+    assert NumberFormat.parse("bf16").nbytes((3, 5)) == 30
+    assert NumberFormat.parse("int4").nbytes((2, 3, 65)) == 6 * (33 + 4)
+    assert len(format_names()) == 9
+    with pytest.raises(TopologyError, match="shape must be a sequence"):
+        NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""Laws of `round_weight`: cheapest method, monotone in bits, exact and predicted loss increase, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantization.rounding_cases import moment, price, weight
+
+from tensornet.errors import FormatError, NonFiniteError, ShapeError
+from tensornet.quantization import RoundedWeight, dequantize, round_weight
+
+SIZES = {"m": st.integers(1, 24), "n": st.integers(1, 80), "seed": st.integers(0, 1000)}
+NAMES = st.sampled_from(["int2", "int3:zero", "int4:g32", "int5:row", "int8"])
+
+
+def damped(matrix: torch.Tensor, amount: float) -> torch.Tensor:
+    return matrix + amount * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def same(a: RoundedWeight, b: RoundedWeight) -> bool:
+    zeros = a.zeros is b.zeros or torch.equal(a.zeros, b.zeros)  # type: ignore[arg-type]
+    return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and zeros
+
+
+@given(**SIZES, name=NAMES, sweeps=st.integers(0, 1))
+def test_two_sided_is_never_dearer(m: int, n: int, seed: int, name: str, sweeps: int) -> None:
+    matrix, rows, columns = weight(m, n, seed), moment(m, seed), moment(n, seed + 1)
+    increases = [
+        float(
+            round_weight(matrix, name, rows=rows, columns=columns, method=method, refits=refits).loss_increase
+        )
+        for method, refits in (("nearest", 0), ("columns", 0), ("both", 0), ("both", 1))
+    ]
+    swept = round_weight(matrix, name, rows=rows, columns=columns, sweeps=sweeps)
+    increases.append(float(swept.loss_increase))
+    assert increases == sorted(increases, reverse=True)
+    error = matrix - swept.dequantize(torch.float64)
+    expected = price(error, damped(rows, 0.1), damped(columns, 0.01))
+    assert increases[-1] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(**SIZES)
+def test_more_bits_cost_less(m: int, n: int, seed: int) -> None:
+    matrix, rows, columns = weight(m, n, seed), moment(m, seed), moment(n, seed + 1)
+    costs = [
+        float(round_weight(matrix, f"int{bits}", rows=rows, columns=columns).loss_increase)
+        for bits in (2, 4, 6, 8)
+    ]
+    assert costs == sorted(costs, reverse=True)
+
+
+@given(**SIZES, name=NAMES)
+def test_same_every_time_and_without_gradients(m: int, n: int, seed: int, name: str) -> None:
+    matrix = weight(m, n, seed).float().requires_grad_()
+    rows, columns = moment(m, seed).float(), moment(n, seed).float()
+    first, second = (round_weight(matrix, name, rows=rows, columns=columns) for _ in range(2))
+    assert same(first, second)
+    assert not first.scales.requires_grad
+    assert not first.dequantize().requires_grad
+
+
+@given(**SIZES, name=NAMES)
+def test_identity_on_one_side_is_the_other_side_alone(m: int, n: int, seed: int, name: str) -> None:
+    matrix, rows, columns = weight(m, n, seed), moment(m, seed), moment(n, seed + 1)
+    eye = torch.eye(m, dtype=torch.float64)
+    both = round_weight(matrix, name, rows=eye, columns=columns, row_damping=0)
+    assert same(both, round_weight(matrix, name, columns=columns))
+    eye = torch.eye(n, dtype=torch.float64)
+    both = round_weight(matrix, name, rows=rows, columns=eye, column_damping=0)
+    assert same(both, round_weight(matrix, name, rows=rows))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("method", ["nearest", "columns", "rows", "both"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_prediction(bits: int, method: str, seed: int) -> None:
+    matrix, rows, columns = weight(96, 128, seed), moment(96, seed), moment(128, seed + 1)
+    got = round_weight(matrix, f"int{bits}", rows=rows, columns=columns, method=method, refits=0)  # type: ignore[arg-type]
+    if bits > 4 or method in ("nearest", "columns"):  # fewer bits: clamping adds to the rounding error
+        assert float(got.predicted) == pytest.approx(float(got.loss_increase), rel=0.1)
+
+
+def test_missing_moments_fall_back_and_say_so() -> None:
+    matrix, rows, columns = weight(8, 64, 0), moment(8, 0), moment(64, 1)
+    assert round_weight(matrix, "int4").methods == ("nearest",)
+    assert round_weight(matrix, "int4", columns=columns).methods == ("columns",)
+    assert round_weight(matrix, "int4", rows=rows).methods == ("rows",)
+    assert round_weight(matrix, "int4", rows=rows, columns=columns).methods == ("both",)
+    assert round_weight(matrix, "int4", rows=torch.zeros_like(rows), columns=columns).methods == ("columns",)
+    assert round_weight(matrix, "int4", rows=rows.diagonal(), columns=columns).methods == ("columns",)
+    assert round_weight(matrix, "int4", rows=rows, columns=columns.diagonal()).methods == ("rows",)
+    assert round_weight(matrix, "int4", rows=rows.diagonal(), columns=columns.diagonal()).methods == (
+        "nearest",
+    )
+
+
+@pytest.mark.parametrize("name", ["int3", "int3:zero"])
+def test_a_stack_is_its_matrices(name: str) -> None:
+    matrices = torch.stack([weight(12, 70, k) for k in range(4)]).reshape(2, 2, 12, 70)
+    rows = torch.stack([moment(12, k) for k in range(4)]).reshape(2, 2, 12, 12)
+    columns = moment(70, 9)
+    stack = round_weight(matrices, name, rows=rows, columns=columns, sweeps=1)
+    assert stack.loss_increase.shape == stack.predicted.shape == (2, 2)
+    for k in range(4):
+        at = divmod(k, 2)
+        alone = round_weight(matrices[at], name, rows=rows[at], columns=columns, sweeps=1)
+        assert torch.equal(stack.codes[at], alone.codes)
+        assert torch.equal(stack.scales[at], alone.scales)
+        assert stack.methods[k] == alone.methods[0]
+
+
+def test_zero_groups_stay_zero_and_half_types_are_computed_in_single() -> None:
+    matrix = weight(4, 128, 0).float()
+    matrix[1, :64] = 0
+    matrix[2] = 0
+    for name in ("int2", "int4", "int3:zero"):
+        got = round_weight(matrix, name, columns=moment(128, 0).float(), sweeps=1)
+        assert not got.dequantize()[1, :64].any()
+        assert not got.dequantize()[2].any()
+    half = matrix.bfloat16()
+    assert same(round_weight(half, "int4"), round_weight(half.float(), "int4"))
+
+
+def test_values_are_differentiable_by_the_scales() -> None:
+    got = round_weight(weight(3, 70, 0), "int4")
+    scales = got.scales.double().requires_grad_()
+    dequantize(got.codes, scales, None, got.number_format, torch.float64).sum().backward()
+    points = got.codes.double() - 8
+    assert scales.grad is not None
+    torch.testing.assert_close(scales.grad[:, 0], points[:, :64].sum(1))
+    torch.testing.assert_close(scales.grad[:, 1], points[:, 64:].sum(1))
+
+
+def test_bad_input() -> None:
+    matrix, columns = weight(4, 6, 0), moment(6, 0)
+    with pytest.raises(NonFiniteError, match="The weight"):
+        round_weight(matrix * torch.inf, "int4")
+    with pytest.raises(NonFiniteError, match="The moment columns="):
+        round_weight(matrix, "int4", columns=columns * torch.nan)
+    with pytest.raises(ShapeError, match=r"rows= has shape \(6, 6\).*\(4,\), \(4, 4\)"):
+        round_weight(matrix, "int4", rows=columns)
+    with pytest.raises(ShapeError, match=r"method='both' needs full matrices rows="):
+        round_weight(matrix, "int4", columns=columns, method="both")
+    with pytest.raises(ShapeError, match="method must be one of nearest, columns, rows, both"):
+        round_weight(matrix, "int4", method="gptq")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="not positive definite"):
+        round_weight(matrix, "int4", columns=-columns)
+    with pytest.raises(ShapeError, match="needs a matrix"):
+        round_weight(matrix[0], "int4")
+    with pytest.raises(FormatError, match="'bf16' has no codes"):
+        round_weight(matrix, "bf16")

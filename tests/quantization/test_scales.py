@@ -1,0 +1,94 @@
+"""Scales: found by weighted error, refitted by least squares, negative and zero ones included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantization.rounding_cases import moment, weight
+
+from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.quantization import NumberFormat, dequantize, refit_scales, round_weight, search_scales
+
+
+@given(st.integers(2, 8), st.booleans(), st.integers(1, 6), st.integers(1, 150), st.integers(0, 1000))
+def test_search_is_no_dearer_than_the_full_range(bits: int, zero: bool, m: int, n: int, seed: int) -> None:
+    number_format = NumberFormat(bits, 32, zero)
+    matrix = weight(m, n, seed)
+    prices = torch.rand(n, generator=torch.Generator().manual_seed(seed)).double() + 0.01
+    rounded = round_weight(matrix, number_format, columns=prices, column_damping=0, refits=0)
+    found = (matrix - rounded.dequantize(torch.float64)).square() * prices
+    for start in range(0, n, 32):
+        group = matrix[:, start : start + 32]
+        low, high = group.amin(1, keepdim=True).clamp_max(0), group.amax(1, keepdim=True).clamp_min(0)
+        center = 2 ** (bits - 1) - (0.5 if bits == 2 else 0)
+        step = (high - low) / (2**bits - 1) if zero else torch.maximum(high, -low) / center
+        middle = (-low / step).round() if zero else center
+        full = ((group / step + middle).round().clamp(0, 2**bits - 1) - middle) * step
+        plain = ((group - full).square() * prices[start : start + 32]).sum(1)
+        part = found[:, start : start + 32].sum(1)
+        assert bool((part <= plain * 1.06 + 1e-12).all())  # 16-bit scales, and shares between those tried
+
+
+def test_weighted_search_serves_its_weights() -> None:
+    matrix, prices = weight(16, 64, 0), torch.rand(64).double() ** 4 + 1e-3
+    number_format = NumberFormat.parse("int3")
+
+    def cost(importance: torch.Tensor | None) -> float:
+        scales = search_scales(matrix, number_format, importance).scales
+        error = matrix - scales.double() * (matrix / scales.double()).round().clamp(-4, 3)
+        return float((error.square() * prices).sum())
+
+    assert cost(prices) < cost(None)
+
+
+@pytest.mark.parametrize("columns", ["full", "diagonal", "none"])
+def test_refit_is_least_squares(columns: str) -> None:
+    """Against the normal equations of a row, written out."""
+    matrix, size = weight(5, 100, 0), 100
+    number_format = NumberFormat.parse("int3:g32")
+    moments = {"full": moment(size, 0), "diagonal": moment(size, 0).diagonal(), "none": None}
+    found = search_scales(matrix, number_format)
+    spread = found.scales.double().repeat_interleave(32, 1)[:, :size]
+    points = (matrix / spread).round().clamp(-4, 3)
+    scales = refit_scales(matrix, points, number_format, moments[columns])
+    dense = moments[columns] if columns == "full" else torch.eye(size, dtype=torch.float64)
+    if columns == "diagonal":
+        dense = torch.diag(moments["diagonal"])  # type: ignore[arg-type]
+    assert dense is not None
+    root = torch.linalg.cholesky(dense)
+    for row in range(5):
+        basis = torch.stack([points[row] * (torch.arange(size) // 32 == g) for g in range(4)], 1)
+        expected = torch.linalg.lstsq(root.T @ basis, (root.T @ matrix[row])[:, None]).solution[:, 0]
+        torch.testing.assert_close(scales[row], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_refit_leaves_empty_groups_at_zero() -> None:
+    points = torch.zeros(2, 64).double()
+    points[0, :32] = 1
+    scales = refit_scales(torch.ones(2, 64).double(), points, NumberFormat.parse("int4:g32"), moment(64, 0))
+    assert scales[0, 0] != 0
+    assert scales[0, 1] == 0
+    assert not scales[1].any()
+
+
+def test_an_exact_grid_is_found() -> None:
+    codes = torch.randint(0, 16, (6, 128), dtype=torch.uint8)
+    codes[:, ::64] = 0  # the widest point is there
+    number_format = NumberFormat.parse("int4")
+    scales = (torch.rand(6, 2) + 0.5).bfloat16()
+    matrix = dequantize(codes, scales, None, number_format)
+    assert float(round_weight(matrix, number_format).loss_increase) < 1e-6 * float(matrix.square().sum())
+
+
+def test_bad_input() -> None:
+    number_format = NumberFormat.parse("int4")
+    with pytest.raises(NonFiniteError, match="The weight"):
+        search_scales(torch.full((2, 3), torch.nan), number_format)
+    with pytest.raises(NonFiniteError, match="The importance"):
+        search_scales(torch.ones(2, 3), number_format, torch.full((3,), torch.inf))
+    with pytest.raises(NonFiniteError, match="The input moment"):
+        refit_scales(torch.ones(2, 3), torch.ones(2, 3), number_format, torch.full((3, 3), torch.nan))
+    with pytest.raises(ShapeError, match="Scales are searched for matrices"):
+        search_scales(torch.ones(3), number_format)
