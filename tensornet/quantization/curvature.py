@@ -36,8 +36,12 @@ class Side:
         """
         return self.diagonal.argsort(dim=1, descending=True, stable=True)
 
-    def feedback(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """`U` less its diagonal and `D` of `M = U D U^T` in that order, shapes `(stack, n, n)`, `(stack, n)`.
+    def feedback(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factorise `M = U D U^T` in that order.
+
+        Returns:
+            `U` less its diagonal, shape `(stack, n, n)`; `D`, shape `(stack, n)`; and `D_i (M^-1)_ii`, the
+            factor by which the variance of an error exceeds that of the residual it comes from.
 
         Raises:
             ShapeError: the moment is not positive definite.
@@ -54,7 +58,9 @@ class Side:
             )
         size = lower.diagonal(dim1=1, dim2=2)
         unit = (lower / size[:, None, :]).flip(1, 2).triu(1)
-        return unit.to(self.moment.dtype), size.square().flip(1).to(self.moment.dtype)
+        kept, dtype = size.square().flip(1), self.moment.dtype
+        inverse = torch.cholesky_inverse(lower.to(dtype)).diagonal(dim1=1, dim2=2).flip(1)
+        return unit.to(dtype), kept.to(dtype), kept.to(dtype) * inverse
 
     def times(self, matrix: Tensor) -> Tensor:
         """Product with a stack of matrices from the left."""

@@ -1,10 +1,10 @@
 """Descent on the exact loss increase after rounding: codes one column at a time, scales one group at a time.
 
 Error feedback fixes an element once and for all. With `P = R E C` at hand, moving one element by `d` raises
-the loss by `d P_ij + 1/2 d^2 R_ii C_jj`, so that a sweep over the columns finds the elements that should move.
-Rows of one column are coupled by `R`: of all moves that help by themselves the best are taken, as many as
-together still keep half of their gains. Scales of one group column are coupled by `R` in the same way and solve
-a linear system. No step raises the loss increase.
+the loss by `d P_ij + 1/2 d^2 R_ii C_jj`, so that a sweep over the columns finds the elements that should
+move. Rows of one column are coupled by `R`: of all moves that help by themselves the best are taken, as many
+as together still keep half of their gains. Scales of one group column are coupled by `R` in the same way and
+solve a linear system. No step raises the loss increase.
 
 Reference:
     Behdin et al. 2023, "QuantEase" (coordinate descent on codes, inputs only).

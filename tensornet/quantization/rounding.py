@@ -19,6 +19,7 @@ from tensornet.quantization.curvature import Side, loss_increase, prepare_side
 from tensornet.quantization.descent import descend
 from tensornet.quantization.feedback import Grid, one_sided, two_sided
 from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.prediction import expected_residuals
 from tensornet.quantization.scales import GroupScales, refit_scales, search_scales, spread_groups
 
 #: Ways to round: without feedback, with feedback along one side, with feedback along both.
@@ -203,11 +204,11 @@ class _Solution:
 
 @dataclass(frozen=True)
 class _Loop:
-    """A method made ready: orders, and diagonals `D` of both sides, shapes `(stack or 1, n)`."""
+    """A method made ready: orders, and of both sides `D` and growth; all shaped `(stack or 1, n)`."""
 
     run: Callable[[Tensor, Grid], Tensor]
-    rows: Tensor | None
-    columns: Tensor | None
+    rows: tuple[Tensor, Tensor] | None
+    columns: tuple[Tensor, Tensor] | None
     row_order: Tensor | None
     column_order: Tensor | None
 
@@ -232,11 +233,11 @@ class _Problem:
         if method in ("rows", "both"):
             assert self.rows is not None
             row_order = self.rows.order()
-            row_feedback, rows = self.rows.feedback(row_order)
+            row_feedback, *rows = self.rows.feedback(row_order)
         if method in ("columns", "both"):
             assert self.columns is not None
             column_order = self.columns.order()
-            column_feedback, columns = self.columns.feedback(column_order)
+            column_feedback, *columns = self.columns.feedback(column_order)
 
         def run(weight: Tensor, grid: Grid) -> Tensor:
             wide = [None if x is None else x.expand(stack, -1, -1) for x in (row_feedback, column_feedback)]
@@ -248,7 +249,7 @@ class _Problem:
                 return one_sided(weight.mT, grid.transposed(), wide[0]).mT
             return grid.codes(weight)
 
-        return _Loop(run, rows, columns, row_order, column_order)
+        return _Loop(run, _pair(rows), _pair(columns), row_order, column_order)
 
     def solve(self, scales: GroupScales, method: Method, loop: _Loop) -> _Solution:
         """Round with given scales."""
@@ -331,19 +332,32 @@ class _Problem:
         )
 
     def predicted(self, scales: GroupScales, loop: _Loop) -> Tensor:
-        """`1/24 sum s_ij^2 d_i e_j`, with what each side leaves after feedback; shape `(stack,)`."""
-        square = self.grid(scales).scale.square()
-        if loop.rows is not None:
-            assert loop.row_order is not None
-            left = loop.rows.gather(1, loop.row_order.argsort(1))
+        """`1/2 sum v_ij d_i e_j` with expected squared residuals `v`, shape `(stack,)`."""
+        grid = self.grid(scales)
+        left, far = _undone(loop.rows, loop.row_order, self.rows, self.weight)
+        right, wide = _undone(loop.columns, loop.column_order, self.columns, self.weight)
+        if loop.rows is None and loop.columns is None:
+            square = (self.weight - grid.points(grid.codes(self.weight))).square_()
         else:
-            left = square.new_ones(1, 1) if self.rows is None else self.rows.diagonal
-        if loop.columns is not None:
-            assert loop.column_order is not None
-            right = loop.columns.gather(1, loop.column_order.argsort(1))
-        else:
-            right = square.new_ones(1, 1) if self.columns is None else self.columns.diagonal
-        return (square * left[:, :, None] * right[:, None, :]).sum((1, 2), dtype=torch.float64) / 24
+            spread = far[:, :, None] * wide[:, None, :] - 1
+            square = expected_residuals(self.weight, grid, spread.clamp_min_(0))
+        return 0.5 * (square * left[:, :, None] * right[:, None, :]).sum((1, 2), dtype=torch.float64)
+
+
+def _pair(values: list[Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if values is None else (values[0], values[1])
+
+
+def _undone(
+    kept: tuple[Tensor, Tensor] | None, order: Tensor | None, side: Side | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Diagonal of one side that a method leaves in the loss increase, and growth of errors along it."""
+    if kept is not None:
+        assert order is not None
+        back = order.argsort(1)
+        return kept[0].gather(1, back), kept[1].gather(1, back)
+    one = like.new_ones(1, 1)
+    return (one if side is None else side.diagonal), one
 
 
 def _spread(

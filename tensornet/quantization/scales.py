@@ -65,15 +65,15 @@ def search_scales(
     grouped = as_groups(weight if weight.dtype == torch.float64 else weight.float(), number_format)
     flat = grouped.reshape(-1, grouped.shape[-1])
     if importance is None:
-        prices = None
-    else:
-        check_finite(importance, "The importance of the elements")
-        prices = as_groups(importance.to(grouped).expand(weight.shape), number_format).reshape(flat.shape)
+        importance = grouped.new_ones(1)
+    check_finite(importance, "The importance of the elements")
+    # Padding has no importance: not every grid has a zero.
+    prices = as_groups(importance.to(grouped).expand(weight.shape), number_format).reshape(flat.shape)
     step = max(1, _CHUNK // flat.shape[1])
     scales, zeros = [], []
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        scale, zero = _search(flat[part], number_format, None if prices is None else prices[part])
+        scale, zero = _search(flat[part], number_format, prices[part])
         scales.append(scale)
         zeros.append(zero)
     shape = grouped.shape[:-1]
@@ -97,7 +97,7 @@ def spread_groups(values: Tensor, number_format: NumberFormat, size: int) -> Ten
     return values.repeat_interleave(width, -1)[..., :size]
 
 
-def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor | None) -> tuple[Tensor, Tensor]:
+def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor) -> tuple[Tensor, Tensor]:
     """Best scale and zero, shape `(groups,)` each, of groups `(groups, width)`."""
     best = _Best(flat, prices, number_format)
     for share in torch.linspace(_narrowest(number_format), _WIDEST, _TRIED).tolist():
@@ -105,7 +105,7 @@ def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor | None) ->
             best.offer(scale, zero)
     for _ in range(_POLISHED):
         points = best.codes(best.scale, best.zero) - best.zero[:, None]
-        weighed = points if prices is None else points * prices
+        weighed = points * prices
         size = (weighed * points).sum(1)
         fitted = (weighed * flat).sum(1) / torch.where(size > 0, size, torch.ones_like(size))
         best.offer(torch.where(size > 0, fitted, best.scale), best.zero)
@@ -119,7 +119,7 @@ def _narrowest(number_format: NumberFormat) -> float:
 class _Best:
     """Cheapest scale and zero offered so far, for every group."""
 
-    def __init__(self, flat: Tensor, prices: Tensor | None, number_format: NumberFormat) -> None:
+    def __init__(self, flat: Tensor, prices: Tensor, number_format: NumberFormat) -> None:
         self.flat, self.prices, self.format = flat, prices, number_format
         self.scale = flat.new_zeros(len(flat))
         self.zero = torch.full_like(self.scale, 0.0 if number_format.zero_point else number_format.center)
@@ -127,7 +127,7 @@ class _Best:
 
     def _cost(self, points: Tensor) -> Tensor:
         error = (self.flat - points).square_()
-        return (error if self.prices is None else error.mul_(self.prices)).sum(1)
+        return error.mul_(self.prices).sum(1)
 
     def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
         divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -201,6 +201,6 @@ def refit_scales(
     right = as_groups((weight @ columns).mul_(points), number_format).sum(-1)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     # Groups without a point and groups that others determine need a finite answer.
-    shift = torch.where(diagonal > 0, 1e-6 * diagonal, 1.0)
+    shift = torch.where(diagonal > 0, 8 * torch.finfo(normal.dtype).eps * diagonal, 1.0)
     solved = torch.linalg.solve(normal + torch.diag_embed(shift), right)
     return torch.where(diagonal > 0, solved, 0.0)
