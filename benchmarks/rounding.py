@@ -4,9 +4,9 @@
 
 Every case rounds one float32 matrix with the three methods in turn, in one process, on one thread. `seconds`
 is the whole call: scale search, factorisation of the moments, all methods tried, refit of the scales. `loops`
-is the bare loop. Inputs are correlated with a spectrum that falls like `1/k`, gradients likewise, as in trained
-models; the price is `1/2 tr(R E C E^T)`. Asked is that two-sided takes at most three times as long as one-sided.
-Writes the record `rounding.json`.
+is the bare loop. Inputs are correlated with a spectrum that falls like `1/k`, gradients likewise, as in
+trained models; the price is `1/2 tr(R E C E^T)`. Asked is that two-sided takes at most three times as long as
+one-sided. Writes the record `rounding.json`.
 """
 
 from __future__ import annotations

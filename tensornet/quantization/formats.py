@@ -1,7 +1,9 @@
 """Number formats: how many bits an element takes, which points it can take, and what it costs in bytes.
 
 An integer format stores every element as a code of `bits` bits and every group of neighbouring inputs of one
-row as a 16-bit scale, `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups.
+row as a scale, `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups. Scales
+have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with 16-bit
+ones and are more accurate, since codes are chosen after the scale has been rounded.
 """
 
 import math
@@ -20,10 +22,11 @@ BITS = (8, 7, 6, 5, 4, 3, 2)
 #: Sizes of groups along the inputs; None is one group a row.
 GROUPS = (32, 64, 128, None)
 DEFAULT_GROUP = 64
-SCALE_DTYPES = (torch.bfloat16, torch.float16)
+#: Dtypes of scales by the suffix in the name of a format.
+SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
 _FLOATS = ("float", "bf16")
 _PATTERN = re.compile(
-    r"int(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?(:(?P<dtype>float16))?"
+    r"int(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?(:(?P<dtype>float16|float8))?"
 )
 
 
@@ -38,7 +41,8 @@ class NumberFormat:
         zero_point: every group has a zero point of its own, an integer of `bits` bits. Otherwise codes are
             centred: on a whole number from three bits on, so that zero is a point, and between two numbers
             for two bits, where four points around zero fit a bell curve better than three and one more.
-        scale_dtype: `torch.bfloat16`, or `torch.float16` for scales of known size.
+        scale_dtype: `torch.bfloat16`; `torch.float16`, which underflows below 6e-8; or `torch.float8_e5m2`,
+            which underflows below 1.5e-5.
         dtype: of the elements of a floating-point format; None is the model's own.
 
     Raises:
@@ -71,8 +75,9 @@ class NumberFormat:
             raise FormatError(
                 f"Groups have 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
             )
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise FormatError(f"Scales are torch.bfloat16 or torch.float16, got {self.scale_dtype}.")
+        if self.scale_dtype not in SCALE_DTYPES.values():
+            names = ", ".join(map(str, SCALE_DTYPES.values()))
+            raise FormatError(f"Scales are one of {names}; got {self.scale_dtype}.")
 
     @classmethod
     def parse(cls, name: "str | NumberFormat") -> "NumberFormat":
@@ -80,7 +85,8 @@ class NumberFormat:
 
         Args:
             name: `"float"`, `"bf16"`, or `int2` ... `int8`, then optionally `:g32`, `:g64` (if left out),
-                `:g128` or `:row`, then `:zero` for zero points, then `:float16` for scales in that dtype.
+                `:g128` or `:row`, then `:zero` for zero points, then `:float16` or `:float8` for the
+                dtype of the scales.
 
         Raises:
             FormatError: an unknown name; the message lists the known ones.
@@ -95,11 +101,12 @@ class NumberFormat:
         if found is None or int(found["bits"]) not in BITS:
             raise FormatError(
                 f"Unknown number format {name!r}; known are {', '.join(format_names())}, integers also with "
-                "a group size and zero points: 'int4:g32', 'int4:g128', 'int8:row', 'int3:g64:zero'."
+                "a group size, zero points and a dtype of scales: 'int4:g128', 'int8:row', 'int3:g64:zero', "
+                "'int4:g32:float8'."
             )
         group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
-        dtype = torch.float16 if found["dtype"] else torch.bfloat16
-        return cls(int(found["bits"]), group, found["zero"] is not None, dtype)
+        scale_dtype = SCALE_DTYPES[found["dtype"] or ""]
+        return cls(int(found["bits"]), group, found["zero"] is not None, scale_dtype)
 
     @property
     def name(self) -> str:
@@ -111,8 +118,7 @@ class NumberFormat:
             parts.append("row" if self.group is None else f"g{self.group}")
         if self.zero_point:
             parts.append("zero")
-        if self.scale_dtype == torch.float16:
-            parts.append("float16")
+        parts += [suffix for suffix, dtype in SCALE_DTYPES.items() if suffix and dtype == self.scale_dtype]
         return ":".join(parts)
 
     def __str__(self) -> str:

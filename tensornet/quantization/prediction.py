@@ -1,7 +1,7 @@
 """Expected rounding residuals, from which the loss increase is predicted before anything is rounded.
 
-The bare formula `s^2/24 tr D_R tr D_C` takes every residual as uniform on one step. Feedback also moves targets
-out of the range of few bits, where they are clamped; at 4 bits that adds a fifth.
+The bare formula `s^2/24 tr D_R tr D_C` takes every residual as uniform on one step. Feedback also moves
+targets out of the range of few bits, where they are clamped; at 4 bits that adds a fifth.
 """
 
 import torch

@@ -15,7 +15,7 @@ INTEGERS = st.builds(
     bits=st.integers(2, 8),
     group=st.sampled_from([32, 64, 128, None]),
     zero_point=st.booleans(),
-    scale_dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    scale_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float8_e5m2]),
 )
 
 
@@ -50,7 +50,7 @@ def test_combinations_that_do_not_exist() -> None:
         NumberFormat(group=64)
     with pytest.raises(FormatError, match="2 to 8 bits and no dtype"):
         NumberFormat(16)
-    with pytest.raises(FormatError, match=r"bfloat16 or torch\.float16"):
+    with pytest.raises(FormatError, match=r"one of torch\.bfloat16, torch\.float16, torch\.float8_e5m2"):
         NumberFormat(4, scale_dtype=torch.float32)
     with pytest.raises(FormatError, match="'bf16' has no codes"):
         _ = NumberFormat(dtype=torch.bfloat16).top
@@ -69,6 +69,7 @@ def test_bytes_are_those_of_the_stored_tensors(number_format: NumberFormat, rows
 def test_bytes_of_the_usual_cases() -> None:
     for bits in range(2, 9):
         assert NumberFormat.parse(f"int{bits}").bits_per_weight((128, 512)) == bits + 0.25
+        assert NumberFormat.parse(f"int{bits}:g32:float8").bits_per_weight((128, 512)) == bits + 0.25
     assert NumberFormat.parse("int8:row").nbytes((4, 100)) == 4 * 102
     assert NumberFormat.parse("float").nbytes((3, 5)) == 60
     assert NumberFormat.parse("float").nbytes((3, 5), torch.bfloat16) == 30

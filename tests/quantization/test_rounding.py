@@ -14,7 +14,7 @@ from tensornet.errors import FormatError, NonFiniteError, ShapeError
 from tensornet.quantization import RoundedWeight, dequantize, round_weight
 
 SIZES = {"m": st.integers(1, 24), "n": st.integers(1, 80), "seed": st.integers(0, 1000)}
-NAMES = st.sampled_from(["int2", "int3:zero", "int4:g32", "int5:row", "int8"])
+NAMES = st.sampled_from(["int2", "int3:zero", "int4:g32", "int5:row", "int3:g32:float8", "int8"])
 
 
 def damped(matrix: torch.Tensor, amount: float) -> torch.Tensor:
