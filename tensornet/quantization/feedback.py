@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 #: Elements a side of a tile; within it antidiagonals are rounded one after another.
-TILE = 16
+TILE = 32
 #: Elements a side of a block; blocks exchange feedback by matrix products.
 BLOCK = 128
 
@@ -47,7 +47,7 @@ class Grid:
 
     def codes(self, target: Tensor) -> Tensor:
         """Nearest codes, as floating-point numbers, of targets of the shape of the scales."""
-        return _round(target, self.scale, self.divisor, self.zero, self.top)
+        return _round(target, self.divisor, self.zero, self.top)
 
     @property
     def divisor(self) -> Tensor:
@@ -64,7 +64,7 @@ class Grid:
         return (codes - self.zero) * self.scale
 
 
-def _round(target: Tensor, scale: Tensor, divisor: Tensor, zero: Tensor | float, top: int) -> Tensor:
+def _round(target: Tensor, divisor: Tensor, zero: Tensor | float, top: int) -> Tensor:
     return (target / divisor).add_(zero).round_().clamp_(0, top)
 
 
@@ -93,7 +93,7 @@ def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
             last = min(first + TILE, stop)
             for k in range(first, last):
                 z = grid.zero if zero is None else zero[:, k]
-                code = _round(target[:, k - start], scale[:, k], divisor[:, k], z, grid.top)
+                code = _round(target[:, k - start], divisor[:, k], z, grid.top)
                 codes[:, k] = code
                 e = torch.sub(work[:, k], (code - z).mul_(scale[:, k]), out=error[:, k])
                 if k + 1 < last:
@@ -246,7 +246,8 @@ def _flat(x: Tensor) -> Tensor:
 def _round_tiles(tile: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, `E` and `U_R^T E` of a stack of tiles; `left` holds targets, feedback from outside included."""
     size = tile.weight.shape[-1]
-    divisor = Grid(tile.scale, 0.0, 0).divisor
+    divisors = Grid(tile.scale, 0.0, 0).divisor
+    given = torch.stack([tile.weight, tile.scale, divisors, tile.above, tile.left])
     codes = torch.empty_like(tile.left)
     error = torch.zeros_like(tile.left)  # transposed: a row of it is a column of the tile
     half = torch.zeros_like(tile.left)
@@ -254,13 +255,11 @@ def _round_tiles(tile: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]
         offset = size - 1 - step
         a = slice(max(0, -offset), size - max(0, offset))
         c = slice(a.start + offset, a.stop + offset)
-        weight, scale, above, target = (
-            x.diagonal(offset, 1, 2) for x in (tile.weight, tile.scale, tile.above, tile.left)
-        )
+        weight, scale, divisor, above, target = given.diagonal(offset, 2, 3).unbind()
         z = grid.zero if tile.zero is None else tile.zero.diagonal(offset, 1, 2)
         down = (error[:, c] * tile.rows[:, a]).sum(2)
         across = (half[:, a] * tile.columns[:, c]).sum(2)
-        code = _round(across.add_(down).add_(target), scale, divisor.diagonal(offset, 1, 2), z, grid.top)
+        code = _round(across.add_(down).add_(target), divisor, z, grid.top)
         codes.diagonal(offset, 1, 2).copy_(code)
         e = torch.addcmul(weight, code.sub_(z), scale, value=-1)
         error.diagonal(-offset, 1, 2).copy_(e)
