@@ -9,7 +9,7 @@ ones and are more accurate, since codes are chosen after the scale has been roun
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -163,10 +163,6 @@ class NumberFormat:
     def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
         """Eight times the bytes, per element."""
         return 8 * self.nbytes(shape, dtype) / math.prod(shape)
-
-    def with_group(self, group: int | None) -> "NumberFormat":
-        """The same format with groups of another size."""
-        return replace(self, group=group)
 
     def _integer_bits(self) -> int:
         if self.bits is None:

@@ -32,8 +32,8 @@ class ResidualFit:
     """An integer matrix plus a low-rank product, `W ~ Q + A B`.
 
     Args:
-        rounded: `Q`; its own loss increase is that of the sum as well, since it was rounded as `W - A B`,
-            unless `A B` was fitted after it.
+        rounded: `Q`, rounded from `W - A B` with the product of the turn before; so its own loss increase is
+            not that of the sum.
         left: `A`, shape `(out, rank)`.
         right: `B`, shape `(rank, in)`.
         loss_increase: exact loss increase of the sum under the damped moments.
