@@ -167,7 +167,7 @@ class Compound(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The stock weight, for code that reads it; only dtype and device are right once layers are replaced."""
+        """Stock weight for code that reads it; only dtype and device are right once layers are replaced."""
         if not self._freed and "weight" in self._stock[0]._parameters:
             return self._stock[0].weight  # type: ignore[return-value]
         return self.get_submodule(self.layer_names[0]).weight  # type: ignore[return-value]
