@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
-from tensornet.compression import PreparedPlan, prepare, weighted
-from tensornet.compression import candidates as forms
+from tensornet.compression import PreparedPlan, prepare
 from tensornet.compression.report import model_size
 from tensornet.healing import refine
+from tensornet.topologies import LowRankFamily
 
 PROMPT = "To install a package on Debian, you first need to"
 LAYERS = {"mlp": "*.mlp.*", "all": None}
@@ -304,7 +305,7 @@ def part_of(whole: PreparedPlan, pattern: str | None) -> PreparedPlan:
     kept = [k for k, target in enumerate(whole.targets) if fnmatch(target.name, pattern)]
     chosen = {
         name: tuple(getattr(whole, name)[k] for k in kept if getattr(whole, name))
-        for name in ("targets", "forms", "spectra")
+        for name in ("targets", "candidates", "spectra")
     }
     return replace(whole, **chosen)
 
@@ -319,7 +320,9 @@ def share_svds() -> None:
 
     The library keeps none, since for a large model they are larger than the model.
     """
-    original: Callable[..., Any] = weighted.weighted_svd
+    module = import_module("tensornet.topologies.low_rank")  # its package exports a function of that name
+    original: Callable[..., Any] = module.weighted_svd
+    ladder: Callable[..., Any] = LowRankFamily.ladder
     known: dict[tuple[Any, ...], Any] = {}
 
     def key_of(matrix: Tensor, weighting: Any) -> tuple[Any, ...]:
@@ -329,17 +332,17 @@ def share_svds() -> None:
             for x in (matrix, *sides)
         )
 
-    def remembered(matrix: Tensor, weighting: Any, **options: Any) -> Any:
-        key = key_of(matrix, weighting)
-        if options or key not in known:
-            known[key] = original(matrix, weighting, **options)
-        return known[key]
+    def remembering(self: LowRankFamily, matrix: Tensor, weightings: Any, **options: Any) -> Any:
+        key = key_of(matrix, weightings[0])
+        if key not in known:
+            known[key] = original(matrix, weightings[0])
+        return ladder(self, matrix, weightings, **options)
 
     def looked_up(matrix: Tensor, weighting: Any, **options: Any) -> Any:
         found = None if options else known.get(key_of(matrix, weighting))
         return found if found is not None else original(matrix, weighting, **options)
 
-    forms.weighted_svd, weighted.weighted_svd = remembered, looked_up
+    module.weighted_svd, LowRankFamily.ladder = looked_up, remembering  # type: ignore[attr-defined, method-assign]
 
 
 if __name__ == "__main__":

@@ -116,8 +116,16 @@ class Topology:
         return max(self.core_names, key=lambda name: math.prod(shapes[name]))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_dict` is its inverse."""
+        """A JSON-ready description; `from_dict` is its inverse, also where a writer sorted the keys.
+
+        transformers sorts the keys of config.json. The order of cores and bonds matters, so it is written
+        down where sorting would change it.
+        """
+        labels = [label for label, _ in self.sizes]
+        order = {"order": {"cores": list(self.core_names), "sizes": labels}}
+        kept = all(list(x) == sorted(x) for x in (self.core_names, self.bond_dims))
         return {
+            **({} if kept else order),
             "family": self.family,
             "cores": {core.name: list(core.labels) for core in self.cores},
             "sizes": self.size_of,
@@ -134,13 +142,18 @@ class Topology:
             TopologyError: the description is incomplete or inconsistent.
         """
         try:
+            order = data.get("order", data)
+            cores, sizes = (
+                [(_typed(key, str), data[part][key]) for key in order[part]] for part in ("cores", "sizes")
+            )
+            if (len(cores), len(sizes)) != (len(data["cores"]), len(data["sizes"])):
+                raise TypeError(f"order {order} does not name every core and label")
             return cls(
                 family=_typed(data["family"], str),
                 cores=tuple(
-                    CoreSpec(_typed(name, str), tuple(_typed(label, str) for label in labels))
-                    for name, labels in data["cores"].items()
+                    CoreSpec(name, tuple(_typed(label, str) for label in labels)) for name, labels in cores
                 ),
-                sizes=tuple((_typed(label, str), _typed(size, int)) for label, size in data["sizes"].items()),
+                sizes=tuple((label, _typed(size, int)) for label, size in sizes),
                 out_labels=tuple(_typed(label, str) for label in data["out"]),
                 in_labels=tuple(_typed(label, str) for label in data["in"]),
                 out_features=_typed(data["shape"][0], int),

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-import tensornet.compression.candidates
-import tensornet.compression.weighted
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,8 +35,9 @@ TOY = [
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a benchmark; what it replaces in the library is put back."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for module in (tensornet.compression.candidates, tensornet.compression.weighted):
-        monkeypatch.setattr(module, "weighted_svd", module.weighted_svd)
+    module = importlib.import_module("tensornet.topologies.low_rank")
+    monkeypatch.setattr(module, "weighted_svd", module.weighted_svd)
+    monkeypatch.setattr(module.LowRankFamily, "ladder", module.LowRankFamily.ladder)
 
     def load(name: str) -> ModuleType:
         return importlib.import_module(name)

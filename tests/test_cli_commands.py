@@ -305,3 +305,32 @@ def test_a_hub_destination_is_uploaded_complete(tensornet: Run, monkeypatch: pyt
     status, _, err = tensornet("compress", gpt2_path(), "hf://me/new", *arguments)
     assert (status, err.splitlines()[-1]) == (1, "tensornet: Cannot upload to hf://me/new: 403 Forbidden")
     assert list(Path().iterdir()) == []
+
+
+def test_options_of_a_family(tensornet: Run) -> None:
+    outs, ins = [64, 8], [8, 16]
+    chosen = ("--topology-option", f"out_dims={outs}", "--topology-option", f"in_dims={ins}")
+    status, out, _ = tensornet("compress", gpt2_path(), "small", *CHAIN, *chosen, "--dry-run", "--json")
+    assert status == 0
+    plan = json.loads(out)
+    assert plan["topology_options"] == {"out_dims": outs, "in_dims": ins}
+    (layer,) = plan["layers"]
+    assert tn.Topology.from_dict(layer["topology"]).out_dims == tuple(outs)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["sites"], "--topology-option takes KEY=VALUE, such as sites=3; got 'sites'"),
+        (["sites=2", "sites=3"], "--topology-option gives sites twice"),
+        (
+            ["colour=red"],
+            "'mpo' does not know the options colour; it knows bond_dims, in_dims,",
+        ),
+    ],
+)
+def test_bad_options_of_a_family(tensornet: Run, given: list[str], said: str) -> None:
+    options = [part for text in given for part in ("--topology-option", text)]
+    status, _, err = tensornet("compress", gpt2_path(), "small", *CHAIN, *options, "--dry-run")
+    assert status != 0
+    assert said in " ".join(err.split())

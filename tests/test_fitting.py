@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.als import fit_network
-from tensornet.compression.candidates import Prices, joined, low_rank_forms, network_forms
-from tensornet.compression.network_fit import decompose_network, leg_moments, structured_start
+from tensornet.als import _improve, _matrix, fit_network, plan_grams
+from tensornet.compression.candidates import family_candidates, joined
+from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
+from tensornet.network import random_cores
 from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.topologies import topology_family
+from tensornet.topologies.weighted_fit import fit_weighted, leg_moments, structured_start
 
 CHAINS = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {})]
 FAMILIES = [*CHAINS, ("tensor_ring", {}), ("tucker", {})]
@@ -35,7 +39,7 @@ def test_fitting_never_costs_more_than_the_plain_decomposition(family: str, opti
     topology = topology_family(family).build(*matrix.shape, max_bond=4, **options)
     plain = topology_family(family).decompose_to(matrix, topology).network
     plain_cost = weighting.cost(matrix - plain.to_matrix())
-    result = decompose_network(matrix, topology, weighting, sweeps=2)
+    result = fit_weighted(topology_family(family).decompose_to, matrix, topology, weighting, sweeps=2)
     cost = weighting.cost(matrix - result.network.to_matrix())
     assert cost <= plain_cost
     assert cost < 0.9 * plain_cost or plain_cost == 0  # Tucker of this cap is exact
@@ -54,9 +58,10 @@ def test_identities_give_the_plain_decomposition(family: str, options: dict[str,
     if identity != "diagonals":
         rows, columns = rows.diag(), columns.diag()
     weighting = Weighting(5 * rows if identity == "scaled" else rows, columns)
-    found = decompose_network(matrix, topology, weighting, sweeps=0).network
+    decompose = topology_family(family).decompose_to
+    found = fit_weighted(decompose, matrix, topology, weighting, sweeps=0).network
     torch.testing.assert_close(found.to_matrix(), plain.to_matrix(), rtol=1e-4, atol=1e-4)
-    fitted = decompose_network(matrix, topology, weighting).network
+    fitted = fit_weighted(decompose, matrix, topology, weighting).network
     gap, plain_gap = (float((matrix - x.to_matrix()).norm()) for x in (fitted, plain))
     assert gap <= plain_gap * (1 + 1e-5)
 
@@ -101,7 +106,7 @@ def test_product_moments_make_the_start_optimal_for_two_sites() -> None:
     legs = [moment(3), moment(4, seed=1), moment(4, seed=2), moment(3, seed=3)]
     weighting = Weighting(torch.kron(legs[0], legs[1]), torch.kron(legs[2], legs[3]))
     topology = topology_family("mpo").build(12, 12, out_dims=(3, 4), in_dims=(4, 3), max_bond=4)
-    start = structured_start(matrix, topology, weighting)
+    start = structured_start(topology_family("mpo").decompose_to, matrix, topology, weighting)
     fitted = fit_network(matrix, start, weighting, sweeps=5, steps=20)
     plain = topology_family("mpo").decompose_to(matrix, topology).network
     cost = weighting.cost(matrix - start.to_matrix())
@@ -113,32 +118,69 @@ def test_padded_legs() -> None:
     matrix, weighting = problem((11, 13))
     topology = topology_family("mpo").build(11, 13, max_bond=4, sites=2)
     assert topology.padded_shape != (11, 13)
-    result = decompose_network(matrix, topology, weighting)
+    result = topology_family("mpo").fit(matrix, topology, weighting)
     plain = topology_family("mpo").decompose_to(matrix, topology).network
     assert weighting.cost(matrix - result.network.to_matrix()) < weighting.cost(matrix - plain.to_matrix())
 
 
 def test_forms_of_networks_are_upper_bounds_of_the_fitted_cost() -> None:
     matrix, weighting = problem()
-    forms = network_forms(matrix, Prices(weighting, weighting), Storage(pivoted=True), "mpo", sites=2)
-    assert forms.costs[-1] == 0
-    assert forms.params[-1] == matrix.numel()
-    for index in range(0, len(forms.params) - 1, 7):
-        topology, storage = forms.make(index)
+    sensitivity, family = Sensitivity(weighting, weighting), topology_family("mpo")
+    found = family_candidates(matrix, sensitivity, Storage(pivoted=True), family, options={"sites": 2})
+    assert found.costs[-1] == 0
+    assert found.params[-1] == matrix.numel()
+    for index in range(0, len(found.params) - 1, 7):
+        topology, storage = found.make(index)
         assert topology is not None
-        assert storage.num_params(topology) == forms.params[index]
-        made = decompose_network(matrix, topology, weighting)
-        assert weighting.cost(matrix - made.network.to_matrix()) <= float(forms.costs[index]) * 1.1 + 1e-6
+        assert storage.num_params(topology) == found.params[index]
+        made = topology_family("mpo").fit(matrix, topology, weighting)
+        assert weighting.cost(matrix - made.network.to_matrix()) <= float(found.costs[index]) * 1.1 + 1e-6
 
 
 def test_a_choice_of_families_is_never_worse_than_low_rank() -> None:
     matrix, weighting = problem()
-    prices = Prices(weighting, weighting)
-    low = low_rank_forms(matrix, prices, PLAIN)
-    both = joined([low, network_forms(matrix, prices, PLAIN, "mpo", sites=2)])
+    prices = Sensitivity(weighting, weighting)
+    low = family_candidates(matrix, prices, PLAIN, topology_family("low_rank"))
+    chains = family_candidates(matrix, prices, PLAIN, topology_family("mpo"), options={"sites": 2})
+    both = joined([low, chains])
     for price in (1e-3, 1e-1, 1.0, 10.0):
         best = float((both.costs + price * both.params).min())
         assert best <= float((low.costs + price * low.params).min())
     topology, _ = both.make(len(low.params))
     assert topology is not None
     assert topology.family == "mpo"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*FAMILIES, ("kronecker", {}), ("block_tt", {"sites": 3}), ("tensor_ring", {"sites": 3})],
+)
+def test_one_step_solves_for_a_core_of_any_network(
+    family: str, options: dict[str, int], dtype: torch.dtype
+) -> None:
+    """Without a weighting, against the explicit least-squares problem."""
+    topology = topology_family(family).build(12, 18, max_bond=3, **options)
+    cores = list(random_cores(topology, dtype=dtype))
+    matrix = torch.randn(12, 18, dtype=dtype)
+    for index, core in enumerate(cores):
+        units = torch.eye(core.numel(), dtype=dtype)
+        made = [
+            _matrix(topology, [*cores[:index], x.reshape(core.shape), *cores[index + 1 :]]) for x in units
+        ]
+        design = torch.stack([x.reshape(-1) for x in made], dim=1)
+        exact = torch.linalg.lstsq(design, matrix.reshape(-1), driver="gelsd").solution
+        wanted = float((design @ exact - matrix.reshape(-1)).norm()) ** 2 / 2
+        solved = list(cores)
+        assert _improve(matrix, Weighting(), topology, solved, index, 1, math.inf) == pytest.approx(wanted)
+
+
+def test_bonds_too_many_for_one_gram_matrix_are_solved_for_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a network without loops their Kronecker product is the whole one."""
+    monkeypatch.setattr("tensornet.als._WHOLE", 1)
+    plan_grams.cache_clear()
+    test_one_step_solves_for_a_core_of_any_network("mpo", {"sites": 3}, torch.float64)
+    test_one_step_solves_for_a_core_of_any_network("tucker", {}, torch.float64)
+    plan_grams.cache_clear()

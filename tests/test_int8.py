@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.compression.report import model_size
-from tensornet.nn.encoding import PLAIN, Storage, decode, encode, layout, pivoted_cores, quantize
+from tensornet.nn.encoding import PLAIN, Storage, decode, encode, gauge_of, layout, quantize
 from tensornet.nn.linear import linear_from_network
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
@@ -123,18 +123,44 @@ def test_a_bad_description_of_storage() -> None:
             tn.nn.build_module({**spec, "storage": storage})
 
 
+GAUGED = [("tucker", {}), ("tensor_ring", {"sites": 3}), ("kronecker", {}), ("block_tt", {"sites": 3})]
+
+
 @pytest.mark.parametrize("storage", [PIVOTED, BOTH])
-def test_only_chains_have_a_gauge_that_can_be_fixed(storage: Storage) -> None:
-    topology = topology_family("tucker").build(12, 20, max_bond=3)
-    with pytest.raises(tn.TopologyError, match="Pivoted storage is for chains"):
-        pivoted_cores(topology)
-    with pytest.raises(tn.TopologyError, match="use plain storage"):
-        tn.nn.TensorNetworkLinear(topology, storage=storage)
+@pytest.mark.parametrize(("family", "options"), GAUGED)
+def test_any_network_has_a_gauge_that_can_be_fixed(
+    family: str, options: dict[str, int], storage: Storage
+) -> None:
+    made = topology_family(family).decompose(torch.randn(16, 20), tn.Budget(max_bond=5), **options).network
+    kept = encode(made.topology, storage, made.cores)
+    again = tn.TensorNetwork(made.topology, decode(made.topology, storage, kept)).to_matrix()
+    if not storage.int8:
+        torch.testing.assert_close(again, made.to_matrix(), atol=1e-4, rtol=1e-4)
+        assert PIVOTED.num_params(made.topology) <= made.num_params
+    layer = linear_from_network(made, bias=None, source="linear", storage=storage)
+    torch.testing.assert_close(layer.to_matrix(), again)
+    spec = tn.nn.module_spec(layer)
+    assert spec is not None
+    assert tn.nn.build_module(spec, device="meta").num_params == storage.num_params(made.topology)
+
+
+def test_only_a_gauge_that_saves_numbers_is_fixed() -> None:
+    ring = topology_family("tensor_ring").build(64, 64, sites=3, max_bond=2)
+    assert gauge_of(ring) == {}
+    assert Storage(pivoted=True).for_topology(ring) == PLAIN
+    whole = topology_family("tucker").build(12, 20)
+    assert PIVOTED.num_params(whole) == whole.num_params
+
+
+def test_a_family_that_is_not_registered_has_no_known_gauge() -> None:
+    strange = Topology.from_dict({**topology_family("mpo").build(4, 4).to_dict(), "family": "strange"})
+    with pytest.raises(tn.TopologyError, match="Unknown topology 'strange'; registered are"):
+        tn.nn.TensorNetworkLinear(strange, storage=PIVOTED)
 
 
 def test_a_core_with_fewer_rows_than_its_bond_is_left_as_it_is() -> None:
     topology: Topology = tn.topologies.mpo(out_dims=(4, 2, 4), in_dims=(4, 2, 4), bond_dims=(2, 16))
-    assert pivoted_cores(topology) == ("0",)
+    assert gauge_of(topology) == {"0": "b1"}
     cores = [torch.randn(shape) for shape in topology.core_shapes.values()]
     again = decode(topology, PIVOTED, encode(topology, PIVOTED, cores))
     expected = tn.TensorNetwork(topology, cores).to_matrix()

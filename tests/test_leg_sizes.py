@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.als import fit_network
-from tensornet.compression.leg_search import best_dims, unbalanced_dims
-from tensornet.compression.network_fit import decompose_network, leg_moments, legs_of
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.encoding import PLAIN
 from tensornet.topologies import topology_family
+from tensornet.topologies.leg_search import best_dims, unbalanced_dims
+from tensornet.topologies.weighted_fit import leg_moments, legs_of
 from tensornet.topology import Topology
 
 FAMILIES = [
@@ -71,9 +70,9 @@ def test_fitting_goes_further_in_whitened_coordinates(sites: int) -> None:
     matrix = torch.randn(24, 36)
     weighting = Weighting(moment(24, 1), moment(36, 2))
     topology = built("mpo", (24, 36), 9, sites=sites)
-    start = legs_of(topology, weighting).decompose(matrix, topology)
+    start = legs_of(topology, weighting).decompose(topology_family("mpo").decompose_to, matrix, topology)
     raw = fit_network(matrix, start, weighting, sweeps=3, steps=6)
-    made = decompose_network(matrix, topology, weighting, sweeps=3)
+    made = topology_family("mpo").fit(matrix, topology, weighting)
     assert weighting.cost(matrix - made.network.to_matrix()) < 0.9 * raw.cost < 0.9 * raw.start
 
 
@@ -93,11 +92,12 @@ def test_the_cheapest_legs_are_chosen() -> None:
     generator = torch.Generator().manual_seed(0)
     prices = Weighting(moment(24, 1, spread=0.5), moment(36, 2, spread=0.5))
     balanced = ((4, 6), (6, 6))
+    build = topology_family("mpo").build
     for dims in (balanced, *unbalanced_dims(24, 36, 2)):
         topology = topology_family("mpo").build(24, 36, out_dims=dims[0], in_dims=dims[1], max_bond=8)
         cores = [torch.randn(shape, generator=generator) for shape in topology.core_shapes.values()]
         matrix = tn.TensorNetwork(topology, cores).to_matrix()
-        assert best_dims(matrix, prices, PLAIN, balanced) == dims
+        assert best_dims(matrix, prices, balanced, build=build, num_params=lambda x: x.num_params) == dims
 
 
 class Two(nn.Module):

@@ -26,7 +26,7 @@ from tensornet.compression.allocate import (
     total_size,
 )
 from tensornet.compression.report import model_size
-from tensornet.compression.weighted import FORECAST_DAMPING
+from tensornet.compression.sensitivity import FORECAST_DAMPING
 from tensornet.linalg.weighted_svd import damped
 
 MLP = "*.mlp.*"
@@ -367,7 +367,7 @@ def test_milliseconds_need_a_token_count() -> None:
 
 def test_a_time_that_no_form_keeps() -> None:
     model, stats = gpt2_stats()
-    with pytest.raises(tn.BudgetError, match="smallest forms of all layers need"):
+    with pytest.raises(tn.BudgetError, match="smallest candidates of all layers need"):
         tn.plan(model, CompressionConfig(max_milliseconds=1e-6, tokens=1), stats)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.compression.weighted import decompose_weighted
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.topologies import Decomposition, topology_family, topology_names
 from tensornet.topologies.low_rank import LowRankFamily
@@ -71,4 +70,4 @@ def test_truncated_svd() -> None:
 def test_weighted(topology: str) -> None:
     matrix, moment = torch.randn(24, 16), torch.diag(torch.arange(1.0, 17.0))
     built = topology_family(topology).build(24, 16, max_bond=3)
-    same(lambda: decompose_weighted(matrix, built, Weighting(None, moment.double())))
+    same(lambda: topology_family(topology).fit(matrix, built, Weighting(None, moment.double())))

@@ -14,7 +14,6 @@ import tensornet as tn
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import CPU, GPU
 from tensornet.network import TensorNetwork, random_cores
-from tensornet.search.proposals import mpo_candidates
 from tensornet.search.spectra import CutSpectra
 from tensornet.topologies import block_tt, low_rank, mpo, topology_family
 
@@ -87,7 +86,7 @@ def test_never_worse_than_plain_low_rank() -> None:
 
 def test_bounds_hold_for_chains() -> None:
     matrix = torch.randn(24, 36, dtype=torch.float64)
-    for candidate in mpo_candidates((24, 36), 400, CutSpectra(matrix), 4):
+    for candidate in topology_family("mpo").proposals((24, 36), 400, CutSpectra(matrix), 4):
         found = topology_family("mpo").decompose_to(matrix, candidate.topology)
         difference = found.network.to_matrix() - matrix
         assert candidate.topology.num_params <= 400

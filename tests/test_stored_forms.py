@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression import candidates as forms
-from tensornet.compression import weighted
-from tensornet.compression.candidates import Prices, low_rank_forms
-from tensornet.compression.stored_error import stored_network
+from tensornet.compression.candidates import family_candidates, round_trip
+from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.nn.encoding import Storage
-from tensornet.topologies import topology_names
+from tensornet.topologies import LowRankFamily, topology_names
+from tensornet.topologies.ladder import interpolated
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(96, 48, generator=GENERATOR), torch.randint(0, 20, (96,), generator=GENERATOR)
@@ -50,25 +49,27 @@ def test_an_error_that_is_promised_is_kept(family: str, objective: str, int8: bo
 
 def test_next_to_an_exact_form_nothing_is_free() -> None:
     """Half way between an error and none, a geometric mean would be none."""
-    middle = forms._interpolated([1, 2, 3, 4], [1, 2, 4], [1.0, 0.5, 0.0])
+    middle = interpolated([1, 2, 3, 4], [1, 2, 4], [1.0, 0.5, 0.0])
     assert middle == pytest.approx([1.0, 0.5, 0.25, 0.0], abs=1e-12)
-    assert forms._interpolated([1, 2, 3], [1, 3], [1.0, 0.25])[1] == pytest.approx(0.5)
-    assert forms._interpolated([1, 2], [1, 2], [0.0, 0.0]) == [0.0, 0.0]
+    assert interpolated([1, 2, 3], [1, 3], [1.0, 0.25])[1] == pytest.approx(0.5)
+    assert interpolated([1, 2], [1, 2], [0.0, 0.0]) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("pivoted", [False, True])
 def test_rounding_is_in_the_price(pivoted: bool) -> None:
     matrix = model()[0].weight.detach()
     moments = (x.T @ x / len(x) for x in (torch.randn(200, 64), torch.randn(200, 48)))
-    prices, storage = Prices(*[Weighting(*moments)] * 2), Storage(pivoted=pivoted, int8=True)
-    priced, plain = (low_rank_forms(matrix, prices, s) for s in (storage, Storage(pivoted=pivoted)))
+    prices, storage = Sensitivity(*[Weighting(*moments)] * 2), Storage(pivoted=pivoted, int8=True)
+    priced, plain = (
+        family_candidates(matrix, prices, s, LowRankFamily()) for s in (storage, Storage(pivoted=pivoted))
+    )
     svd = weighted_svd(matrix, prices.choice)
     for index in range(0, len(priced.params) - 1, 5):
         topology, _ = priced.make(index)
         assert topology is not None
         rank = max(topology.bond_dims.values())
-        network = weighted.low_rank_network(svd, rank, matrix)
-        gap = matrix - stored_network(network, storage, matrix.dtype).to_matrix()
+        network = LowRankFamily().whitened_network(svd, rank, matrix)
+        gap = matrix - round_trip(network, storage, matrix.dtype).to_matrix()
         assert float(priced.costs[index]) == pytest.approx(prices.choice.cost(gap.double()), rel=0.3)
         if index < len(plain.params) - 1:
             assert priced.costs[index] > plain.costs[index]

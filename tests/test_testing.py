@@ -18,7 +18,7 @@ from torch import Tensor
 import tensornet as tn
 from tensornet.network import random_cores
 from tensornet.testing import laws, reference, register_profiles, strategies
-from tensornet.topologies import topology_family
+from tensornet.topologies import TopologyFamily, topology_family
 
 LAWS = (
     "test_exact",
@@ -301,3 +301,30 @@ def test_profiles() -> None:
         1000,
     ]
     assert settings.get_profile("ci").derandomize
+
+
+class Nosy(tn.topologies.MPOFamily):
+    """Asks for its own name, as nobody should."""
+
+    def build(self, *shape: int, max_bond: int | None = None, **options: object) -> tn.Topology:
+        larger = max_bond if max_bond is None or self.name == "nosy" else max_bond + 1
+        return super().build(*shape, max_bond=larger, **options)  # type: ignore[arg-type]
+
+    name = "nosy"
+
+
+class Ungauged(tn.topologies.MPOFamily):
+    """Has another encoding under another name."""
+
+    name = "ungauged"
+
+    def gauge_bonds(self, topology: tn.Topology) -> dict[str, str]:
+        return super().gauge_bonds(topology) if self.name == "ungauged" else {}
+
+
+@pytest.mark.parametrize(("family", "said"), [(Nosy(), "nosy"), (Ungauged(), "encoding Storage")])
+def test_a_family_that_asks_for_its_name_is_found_out(family: TopologyFamily, said: str) -> None:
+    matrix = torch.randn(24, 18, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(AssertionError, match=said):
+        laws.check_name_does_not_matter(family, matrix)
+    laws.check_name_does_not_matter(tn.topologies.MPOFamily(), matrix)

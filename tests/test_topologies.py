@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -149,6 +150,23 @@ def test_random_cores_give_the_variance_of_a_linear_layer(name: str) -> None:
 def test_topology_survives_json(name: str) -> None:
     topology = topology_family(name).build(24, 18, max_bond=3)
     assert tn.Topology.from_dict(topology.to_dict()) == topology
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in FAMILIES), ("mpo", {"sites": 12})])
+def test_sorted_json_keeps_the_order_of_cores_and_bonds(name: str, options: dict[str, int]) -> None:
+    """transformers sorts the keys of config.json; core 10 must not come before core 2."""
+    topology = topology_family(name).build(4096, 4096, max_bond=3, **options)
+    again = tn.Topology.from_dict(json.loads(json.dumps(topology.to_dict(), sort_keys=True)))
+    assert again.cores == topology.cores
+    assert list(again.bond_dims.items()) == list(topology.bond_dims.items())
+    assert again.size_of == topology.size_of
+
+
+def test_an_order_that_names_not_everything_is_refused() -> None:
+    data = topology_family("mpo").build(8, 8, sites=3).to_dict()
+    for order in ({"cores": ["0", "1"], "sizes": list(data["sizes"])}, {"cores": ["0", "1", "9"]}):
+        with pytest.raises(tn.TopologyError, match="Not a topology description"):
+            tn.Topology.from_dict({**data, "order": order})
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.compression.weighted import decompose_weighted, frobenius_errors, tail_costs
-from tensornet.linalg.weighted_svd import Weighting, damped, nearest_kronecker, root, weighted_svd
+from tensornet.linalg.weighted_svd import (
+    Weighting,
+    damped,
+    frobenius_errors,
+    nearest_kronecker,
+    root,
+    tail_costs,
+    weighted_svd,
+)
+from tensornet.topologies import topology_family
 
 SHAPES = [(7, 11), (11, 7), (8, 8), (1, 5)]
 
@@ -120,7 +128,7 @@ def test_decomposition_is_a_network_of_that_rank() -> None:
     matrix = torch.randn(7, 11)
     weighting = Weighting(moment(7), moment(11, seed=1))
     topology = tn.topologies.low_rank(out_features=7, in_features=11, rank=3)
-    result = decompose_weighted(matrix, topology, weighting)
+    result = topology_family(topology.family).fit(matrix, topology, weighting)
     assert result.network.topology == topology
     assert result.network.cores[0].dtype == torch.float32
     error = float((matrix - result.network.to_matrix()).norm() / matrix.norm())

@@ -1,4 +1,4 @@
-"""Carrying a plan out: stock layers become layers made of cores, and back."""
+"""Carry a plan out: replace stock layers by tensor-network layers, and back."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from torch import nn
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
-from tensornet.compression.curvature_plan import layer_weighting
+from tensornet.compression.candidates import relative_gap
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.stored_error import decompose_at, relative_gap
+from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
@@ -39,7 +39,7 @@ def apply_plan(
     Args:
         model: the model the plan was made for.
         plan: may have been edited or loaded.
-        stats: what the plan was made with; a plan holds forms, not the moments that the cores depend on.
+        stats: what the plan was made with; a plan holds topologies, not the moments that the cores depend on.
         progress: show a progress bar.
 
     Returns:
@@ -105,7 +105,7 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def decompress(model: nn.Module) -> nn.Module:
-    """Put stock layers back in place of every layer made of cores; tied layers stay tied.
+    """Put stock layers back in place of every tensor-network layer; tied layers stay tied.
 
     Returns:
         The same model; what was frozen is frozen.
@@ -164,12 +164,12 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
 def _decomposed(
     target: Target, layer: LayerPlan, plan: CompressionPlan, stats: CalibrationStats | None
 ) -> Decomposition:
-    """The cores of one layer, at the prices that the plan was made with."""
+    """Decompose one layer under the weighting that the plan was made with."""
     assert layer.topology is not None
     family = topology_family(layer.topology.family)
     weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
     try:
-        made = decompose_at(target.matrix, layer.topology, weighting)
+        made = family.fit(target.matrix, layer.topology, weighting)
         if made.network.topology.core_shapes != layer.topology.core_shapes:
             raise ValueError(f"it makes cores of shapes {made.network.topology.core_shapes}")
     except NonFiniteError:

@@ -1,4 +1,4 @@
-"""What to compress and how far: the options of `tensornet.compress`."""
+"""Options of `tensornet.compress`: targets, budgets, topology, objective."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -9,11 +9,12 @@ from tensornet.checks import check_number, check_size, check_type
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.nn.targets import LayerSelection
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
+from tensornet.topologies.base import check_options
 
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
 AUTO = "auto"
-#: Budgets of all layers together, which need the price of an error in each.
+#: Budgets of all layers together, which need the sensitivity of the loss to an error in each.
 WHOLE_MODEL_BUDGETS = ("max_bytes", "loss_increase", "max_milliseconds")
 
 
@@ -29,13 +30,15 @@ class CompressionConfig(LayerSelection):
         exclude_modules: patterns of module names to leave dense.
         topology: a registered family or its name, or `"auto"`: the best of low rank and MPO for each layer
             by its weight, low rank with calibration data (chains lose to it on pretrained layers).
+        topology_options: options of the family's `build`, such as `{"sites": 4}` or `{"out_dims": (8, 96)}`.
+            Needs a `topology`. Values that do not fit a layer are refused when it is planned.
         sites: number of cores for families that can choose it.
-        dims: leg sizes of chains: `"auto"` chooses them by price where there is calibration data, with no
-            leg of size 1; `"balanced"` takes factors of similar size.
+        dims: leg sizes: with calibration data `"auto"` lets the family choose them by predicted loss (chains
+            do, with no leg of size 1); `"balanced"` takes factors of similar size.
         max_bond: cap on every bond.
         rel_error: largest relative Frobenius error of each layer.
-        param_ratio: share of the parameters of the targeted layers to keep; of all together with the
-            curvature objective, of each layer with the others.
+        param_ratio: keep ratio: fraction of the parameters of the targeted layers to keep; of all together
+            with the curvature objective, of each layer with the others.
         max_bytes: size of the targeted layers together. Curvature only.
         loss_increase: predicted rise of the loss of a token that all layers together may cause. Curvature
             only; alone it asks for the smallest such model.
@@ -47,20 +50,21 @@ class CompressionConfig(LayerSelection):
             error of each layer's outputs, needs calibrated inputs), `"curvature"` (predicted loss, spent
             over all layers together, needs calibrated gradients), or `"auto"` (the last for which there is
             calibration data).
-        damping: share of the mean diagonal that is added to gradient moments. Smaller trusts the
+        damping: fraction of the mean diagonal that is added to gradient moments. Smaller trusts the
             calibration text more; predictions then come out lower.
         pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
             data if None.
-        int8: keep cores as eight-bit integers; what rounding costs is in the prices.
+        int8: keep cores as eight-bit integers; predicted losses include the rounding.
 
     Raises:
         BudgetError: a cap is out of range or no number, or does not go with the objective.
         TargetError: patterns that are no strings.
-        TopologyError: unknown topology.
+        TopologyError: unknown topology, or an option that the family does not have.
         ValueError: unknown objective or dims, or another option that is none.
     """
 
     topology: str | TopologyFamily = AUTO
+    topology_options: Mapping[str, Any] | None = None
     sites: int | None = None
     dims: Literal["auto", "balanced"] = "auto"
     max_bond: int | None = None
@@ -86,6 +90,7 @@ class CompressionConfig(LayerSelection):
             )
         if self.topology != AUTO:
             object.__setattr__(self, "topology", topology_family(self.topology).name)
+        object.__setattr__(self, "topology_options", _checked_options(self))
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         if self.dims not in ("auto", "balanced"):
@@ -134,6 +139,18 @@ class CompressionConfig(LayerSelection):
         """Names of the families the planner may use."""
         return ("low_rank", "mpo") if self.topology == AUTO else (topology_family(self.topology).name,)
 
+    @property
+    def calibrated_families(self) -> tuple[str, ...]:
+        """The same with calibration data, with which chains lose to low rank on pretrained layers."""
+        return ("low_rank",) if self.topology == AUTO else self.families
+
+    def family_options(self, name: str) -> dict[str, Any]:
+        """Options for `build` of a family: `topology_options`, and `sites` if it can choose them."""
+        options = dict(self.topology_options or {})
+        if self.sites is not None and "sites" in topology_family(name).options:
+            options["sites"] = self.sites
+        return options
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready options; `from_dict` is the inverse."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -154,6 +171,28 @@ class CompressionConfig(LayerSelection):
         return cls(**data)
 
 
+def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
+    """JSON-ready `topology_options`, None if there are none.
+
+    Raises:
+        TopologyError: no mapping, no family they are for, or an option that the family does not have.
+    """
+    options = config.topology_options
+    if options is None or options == {}:
+        return None
+    if not isinstance(options, Mapping):
+        raise TopologyError(f'topology_options must be a mapping such as {{"sites": 4}}, got {options!r}.')
+    if config.topology == AUTO:
+        raise TopologyError(
+            f"topology_options {sorted(options)} are for one family: name it, as in "
+            f'CompressionConfig(topology="mpo", ...); registered are {", ".join(topology_names())}.'
+        )
+    check_options(topology_family(config.topology), options)
+    if config.sites is not None and options.get("sites", config.sites) != config.sites:
+        raise TopologyError(f"sites={config.sites} contradicts topology_options sites={options['sites']}.")
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+
+
 def check_config(config: Any) -> None:
     """Refuse what is no configuration.
 
@@ -162,9 +201,3 @@ def check_config(config: Any) -> None:
     """
     advice = "write CompressionConfig(param_ratio=0.5), or CompressionConfig.from_dict for a dictionary"
     check_type("config", config, CompressionConfig, advice)
-
-
-def family_options(name: str, config: CompressionConfig) -> dict[str, Any]:
-    """Options of the configuration that this family understands: only low rank has no sites."""
-    assert name in topology_names()
-    return {} if name == "low_rank" or config.sites is None else {"sites": config.sites}

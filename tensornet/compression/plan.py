@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES
 from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
-from tensornet.nn.encoding import CHAINS, PLAIN, Storage
+from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.topology import Topology
 
 PLAN_VERSION = 1
@@ -24,20 +24,20 @@ _HEADER = ("objective", "damping", "dense_loss", "calibration")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one weight.
+    """Plan for one weight.
 
     Args:
         name: module name of the (first) layer that uses the weight.
         shape: `(out_features, in_features)`.
         topology: the network that replaces it, bonds included; None keeps it dense.
         bound_by: the cap that decided, or `"dense"`.
-        error: expected relative Frobenius error; None where the form was edited and nobody knows it yet.
+        error: expected relative Frobenius error; None where the plan was edited and it is not known yet.
         baseline_error: error of the plain truncated SVD with the same number of parameters.
         singular_values: spectrum of the weight in descending order, for pictures.
         storage: how the cores are kept.
         loss_increase: predicted rise of the loss of a token by this layer alone, before measurements of the
             whole model correct it; None without calibrated gradients.
-        curve: `(parameters, predicted rise)`, likewise, of the forms worth taking, by rising size.
+        curve: `(parameters, predicted loss increase)`, likewise, on the convex hull of the candidates.
         milliseconds: predicted time of a forward pass, None where no token count was given.
     """
 
@@ -60,11 +60,11 @@ class LayerPlan:
 
     @property
     def params_after(self) -> int:
-        """Stored numbers of the planned form, padding, scales and row orders included."""
+        """Stored numbers of the planned network, padding, scales and row orders included."""
         return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Size of the planned form for a weight of this dtype."""
+        """Bytes of the planned network for a weight of this dtype."""
         if self.topology is None:
             return self.params_before * dtype.itemsize
         return self.storage.num_bytes(self.topology, dtype)
@@ -85,6 +85,7 @@ class CompressionPlan:
         calibration: what the statistics were collected on.
         tokens: for which `milliseconds` were predicted.
         forecast: corrects the sum over layers, where rises were measured (`PreparedPlan.measured`).
+        topology_options: options of the family that the topologies were built with.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -94,6 +95,7 @@ class CompressionPlan:
     calibration: str | None = None
     tokens: int | None = None
     forecast: Forecast = UNMEASURED
+    topology_options: Mapping[str, Any] | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -114,7 +116,7 @@ class CompressionPlan:
 
     @property
     def params_after(self) -> int:
-        """Parameters of all targeted weights in their planned form."""
+        """Parameters of all targeted weights as planned."""
         return sum(layer.params_after for layer in self.layers)
 
     @property
@@ -134,12 +136,12 @@ class CompressionPlan:
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """Of the calibration text after compression; with measurements, as if it were the text of those."""
+        """Perplexity of the calibration text after compression, or of the text that was measured."""
         rise = self.predicted_loss_increase
         return None if rise is None or self.dense_loss is None else math.exp(self.dense_loss + rise)
 
     def predictions(self) -> dict[str, float | None]:
-        """What is foreseen, JSON-ready: rise of the loss, perplexity, milliseconds; None what is unknown."""
+        """Predictions, JSON-ready: loss increase, perplexity, milliseconds; None for those unknown."""
         names = ("predicted_loss_increase", "predicted_perplexity", "predicted_milliseconds")
         return {name: getattr(self, name) for name in names}
 
@@ -157,7 +159,7 @@ class CompressionPlan:
     def replace_layer(self, name: str, topology: Topology | None) -> "CompressionPlan":
         """A plan in which one layer becomes `topology` (None: stays dense).
 
-        Its cores are kept as those of the form before, as far as the family can. Error and predicted rise of
+        Its cores are encoded as before, as far as the family allows. Error and predicted loss increase of
         that layer are no longer known; both are 0 where it stays dense.
 
         Raises:
@@ -171,7 +173,7 @@ class CompressionPlan:
             edited = replace(edited, storage=PLAIN, loss_increase=rise, milliseconds=None)
         else:
             _check_topology(old, topology)
-            storage = replace(old.storage, pivoted=old.storage.pivoted and topology.family in CHAINS)
+            storage = old.storage.for_topology(topology)
             edited = replace(old, topology=topology, bound_by="edited", error=None, storage=storage)
             edited = with_baseline(replace(edited, loss_increase=None, milliseconds=None))
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
@@ -204,6 +206,7 @@ class CompressionPlan:
             **data,
             "tokens": self.tokens,
             "forecast": self.forecast.to_dict(),
+            "topology_options": None if self.topology_options is None else dict(self.topology_options),
             "layers": [_layer_to_dict(x) for x in self.layers],
         }
 
@@ -212,7 +215,7 @@ class CompressionPlan:
         """Inverse of `to_dict`.
 
         Raises:
-            FormatError: not a plan, of an unknown version, or edited to something that is none.
+            FormatError: not a plan, of an unknown version, or edited to something else.
         """
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}.")
@@ -220,7 +223,16 @@ class CompressionPlan:
             layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
             header = {name: data[name] for name in _HEADER}
             forecast = Forecast.from_dict(data["forecast"]) if "forecast" in data else UNMEASURED
-            made = cls(layers, **header, tokens=data.get("tokens"), forecast=forecast)
+            options = data.get("topology_options")
+            if not isinstance(options, Mapping | None):
+                raise TypeError(f"topology_options must be a mapping, got {options!r}")
+            made = cls(
+                layers,
+                **header,
+                tokens=data.get("tokens"),
+                forecast=forecast,
+                topology_options=options,
+            )
             _check(made)
             return made
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -274,7 +286,7 @@ def _check_topology(layer: LayerPlan, topology: Topology) -> None:
 
 
 def _check(plan: CompressionPlan) -> None:
-    """What types alone do not say of a plan that was read.
+    """Raise unless a plan that was read is consistent.
 
     Raises:
         ValueError, TopologyError: what does not fit.
@@ -295,7 +307,7 @@ def _check(plan: CompressionPlan) -> None:
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    """None where one is unknown, and of nothing."""
+    """Sum of the values; None if empty or if any is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
 

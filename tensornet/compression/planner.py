@@ -1,4 +1,4 @@
-"""From a configuration to a plan: which family and which bonds for every layer."""
+"""From a configuration to a plan: a topology and an encoding for every layer."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +11,10 @@ from tensornet.budget import Budget
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import decide_alone
+from tensornet.compression.allocate import choose_candidates, decide_alone
 from tensornet.compression.apply import apply_plan, check_stats
-from tensornet.compression.candidates import LayerForms
-from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config, family_options
-from tensornet.compression.curvature_plan import choose_forms, layer_forms, storage_of
+from tensornet.compression.candidates import LayerCandidates, layer_candidates, storage_of
+from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
 from tensornet.compression.latency import Clock
 from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
@@ -36,7 +35,7 @@ MEASURED_SHARES = (0.9, 0.75, 0.6)
 
 @dataclass(frozen=True)
 class PreparedPlan:
-    """Every form that every layer may take, with its price: what takes long, and serves all budgets.
+    """All candidates of every layer with their predicted loss: slow to make, and good for all budgets.
 
     Made by `prepare`. It holds references to the weights, but no copies.
 
@@ -44,7 +43,7 @@ class PreparedPlan:
         config: what it was made with.
         objective: what an error was taken to cost.
         targets: the weights, in model order.
-        forms: of each; empty where layers are planned one by one by the error of their weights.
+        candidates: of each; empty where layers are planned one by one by the error of their weights.
         spectra: singular values of each, likewise.
         dense_loss: mean loss of a token during calibration, None where tokens have none.
         calibration: what the statistics were collected on.
@@ -54,7 +53,7 @@ class PreparedPlan:
     config: CompressionConfig
     objective: str
     targets: tuple[Target, ...]
-    forms: tuple[LayerForms, ...]
+    candidates: tuple[LayerCandidates, ...]
     spectra: tuple[tuple[float, ...], ...]
     dense_loss: float | None
     calibration: str | None
@@ -90,7 +89,7 @@ class PreparedPlan:
             progress: show a progress bar.
 
         Raises:
-            BudgetError: prices are no losses (another objective), or no measured loss is higher than the
+            BudgetError: another objective, which predicts no losses, or no measured loss is higher than the
                 dense one.
         """
         if self.objective != "curvature":
@@ -119,7 +118,7 @@ class PreparedPlan:
                 count of the configuration), in place of the configuration's.
 
         Raises:
-            BudgetError: the budget cannot be met, or a cap was named that forms depend on.
+            BudgetError: the budget cannot be met, or a cap was named that candidates depend on.
         """
         if unknown := sorted(budget.keys() - set(BUDGETS)):
             raise BudgetError(
@@ -128,26 +127,30 @@ class PreparedPlan:
             )
         caps: dict[str, Any] = {**dict.fromkeys(BUDGETS), **budget}
         config = replace(self.config, **caps) if budget else self.config
-        if not self.forms:
-            return CompressionPlan(plan_layers(self.targets, config, progress=progress))
+        if not self.candidates:
+            alone = plan_layers(self.targets, config, progress=progress)
+            return CompressionPlan(alone, topology_options=config.topology_options)
         if config.needs_curvature and self.objective != "curvature":
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
-        chosen, bound_by = choose_forms(self.targets, self.forms, config, self.objective, self.forecast)
+        chosen, bound_by = choose_candidates(
+            self.targets, self.candidates, config, self.objective, self.forecast
+        )
         layers = []
-        for target, form, index, spectrum in zip(self.targets, self.forms, chosen, self.spectra, strict=True):
-            topology, storage = form.make(index)
+        work = zip(self.targets, self.candidates, chosen, self.spectra, strict=True)
+        for target, found, index, spectrum in work:
+            topology, storage = found.make(index)
             made = LayerPlan(
                 name=target.name,
                 shape=(target.matrix.shape[0], target.matrix.shape[1]),
                 topology=topology,
                 bound_by="dense" if topology is None else bound_by,
-                error=float(form.errors[index]),
+                error=float(found.errors[index]),
                 baseline_error=0.0,
                 singular_values=spectrum,
                 storage=storage,
-                loss_increase=float(form.forecasts[index]) if self.objective == "curvature" else None,
-                curve=form.hull() if self.objective == "curvature" else (),
-                milliseconds=float(form.milliseconds[index]) if config.tokens is not None else None,
+                loss_increase=float(found.forecasts[index]) if self.objective == "curvature" else None,
+                curve=found.hull() if self.objective == "curvature" else (),
+                milliseconds=float(found.milliseconds[index]) if config.tokens is not None else None,
             )
             layers.append(with_baseline(made))
         return CompressionPlan(
@@ -158,6 +161,7 @@ class PreparedPlan:
             calibration=self.calibration,
             tokens=config.tokens,
             forecast=self.forecast,
+            topology_options=config.topology_options,
         )
 
 
@@ -168,7 +172,7 @@ def plan(
     *,
     progress: bool = False,
 ) -> CompressionPlan:
-    """Decide the form of every targeted layer; the model is not changed.
+    """Choose a candidate for every targeted layer; the model is not changed.
 
     Args:
         model: any module; targets are found by `find_targets`.
@@ -193,7 +197,7 @@ def prepare(
     *,
     progress: bool = False,
 ) -> PreparedPlan:
-    """Price the forms of every targeted layer, once for all budgets; arguments and errors of `plan`."""
+    """Make the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`."""
     check_holder(model)
     check_config(config)
     check_stats(stats)
@@ -203,17 +207,17 @@ def prepare(
     check_loaded(targets)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
-    forms, spectra = [], []
+    candidates, spectra = [], []
     clock = _clock(config, targets[0].weight)
     if objective != "weight" or not storage_of(config, objective).plain:
         for target in progress_bar(targets, desc="planning", disable=not progress, unit="layer"):
-            forms.append(layer_forms(target, config, objective, stats, clock))
+            candidates.append(layer_candidates(target, config, objective, stats, clock))
             spectra.append(tuple(singular_values(target.matrix).tolist()))
     return PreparedPlan(
         config,
         objective,
         targets,
-        tuple(forms),
+        tuple(candidates),
         tuple(spectra),
         stats.loss if stats is not None and stats.loss == stats.loss else None,  # NaN: no loss of tokens
         stats.source if stats is not None else None,
@@ -284,7 +288,7 @@ def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
     refusals = []
     for family in config.families:
         try:
-            options = family_options(family, config)
+            options = config.family_options(family)
             found = topology_family(family).decompose(matrix, config.budget, **options)
         except BudgetError as error:
             refusals.append(f"{family}: {error}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.weighted import INPUT_DAMPING, decompose_weighted
+from tensornet.compression.sensitivity import INPUT_DAMPING
 from tensornet.errors import TargetError
 from tensornet.healing.heal import compressed_layers, output_distance
 from tensornet.healing.teacher_student import NEVER_REACHED, PairedMoments, PairedRun
@@ -35,6 +35,7 @@ from tensornet.nn.modes import in_eval_mode, uncompiled, without_cache
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of
 from tensornet.progress import progress_bar
+from tensornet.topologies import topology_family
 
 #: Share of the batches that are not fitted, but judge whether refitting helped.
 JUDGED = 1 / 8
@@ -84,8 +85,8 @@ def refine(
         model: compressed.
         teacher: the dense model, on the same device; not changed.
         batches: as for `calibrate`; tens of thousands of tokens, since a matrix is fitted to them.
-        stats: prices of output errors, and moments of the dense inputs over more tokens than these batches
-            hold. Without, all outputs count alike, and the batches must do.
+        stats: sensitivity of the loss to output errors, and moments of the dense inputs over more tokens than
+            these batches hold. Without, all outputs count alike, and the batches must do.
         correction: share of the step towards the dense model's outputs, from 0 (fit `W` to the real inputs)
             to 1.
         anchor: weight of the dense inputs' moments against the real ones; 0 trusts the batches alone.
@@ -142,9 +143,9 @@ def refine(
                 before[name] = error.of(layer)
                 metric, wanted = _target(weight, name, moments, stats, correction, anchor)
                 rows = None if stats is None or name not in stats.rows else damped(stats.rows[name], damping)
-                made = decompose_weighted(
-                    wanted.to(layer.weight.dtype), layer.topology, Weighting(rows, metric)
-                )
+                family = topology_family(layer.topology.family)
+                wanted = wanted.to(layer.weight.dtype)
+                made = family.fit(wanted, layer.topology, Weighting(rows, metric))
                 _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores])
                 after[name] = error.of(layer)
         with reduced():

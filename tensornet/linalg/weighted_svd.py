@@ -20,22 +20,27 @@ from torch import Tensor
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, fix_signs, working_dtype
 
-#: Eigenvalues below this share of the largest count as zero where Cholesky fails.
+#: Eigenvalues below this fraction of the largest count as zero where Cholesky fails.
 _EIGEN_FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """Prices of errors: `rows: (out, out)`, `(out,)` or None, and `columns: (in, in)`, `(in,)` or None."""
+    """Sensitivity of the loss to errors.
+
+    Args:
+        rows: moment of the gradients at the outputs, `(out, out)`, `(out,)` or None.
+        columns: moment of the inputs, `(in, in)`, `(in,)` or None.
+    """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
 
     def cost(self, error: Tensor) -> float:
         """`1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
-        # Products of prices and errors need no more digits than the error has; their sum does.
-        weighed = times(self.rows, error) * times(self.columns, error.T).T
-        return 0.5 * float(weighed.sum(dtype=working_dtype(error.dtype)))
+        # Products of moments and errors need no more digits than the error has; their sum does.
+        weighed = times(self.rows, error) * times(self.columns, error.T).T.conj()
+        return 0.5 * float(weighed.sum(dtype=working_dtype(error.dtype)).real)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
 
     Args:
         matrix: shape `(out, in)`.
-        weighting: prices of errors; the moment on the shorter side should be damped to full rank.
+        weighting: sensitivity of the loss to errors; the moment on the shorter side should have full rank.
         factors: also compute the factors, else both are empty.
 
     Raises:
@@ -124,6 +129,31 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
     if factors:
         left, right = fix_signs(left, right)
     return WeightedSVD(flipped.values, flipped.error, left, right)
+
+
+def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
+    """Relative Frobenius error at every rank from 0 on, shape `(k + 1,)`, of the matrix that was decomposed.
+
+    With a singular moment there are fewer values than the full rank: what lies where nothing has a price is
+    left out at every rank, at right angles to the rest.
+    """
+    squares = 2 * tail_costs(result, Weighting())
+    total = squares[0]
+    if len(result.values) < min(matrix.shape):
+        total = torch.maximum(total, matrix.to(squares).square().sum())
+    return ((squares + (total - squares[0])) / total.clamp_min(1e-300)).sqrt()
+
+
+def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
+    """`1/2 tr(R E C E^T)` of what every rank leaves out, under any weighting, shape `(k + 1,)`.
+
+    Rank `r` leaves out `L_> Q_>`, the product of the trailing columns and rows, whose cost is half the sum of
+    the trailing block of `(L^T R L) * (Q C Q^T)`, elementwise.
+    """
+    left, right = result.left, result.right
+    overlaps = left.T @ times(weighting.rows, left) * (right @ times(weighting.columns, right.T))
+    tails = overlaps.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0)
+    return torch.cat([tails, tails.new_zeros(1)]) / 2
 
 
 def check_weighting(matrix: Tensor, weighting: Weighting) -> None:

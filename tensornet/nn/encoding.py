@@ -1,9 +1,10 @@
-"""How the cores of a layer are kept: as they are, with their gauge fixed, in eight bits.
+"""Encodings of the cores of a layer: as they are, with their gauge fixed, in eight bits.
 
-**Pivoted.** A chain does not determine its cores: `G` and its inverse can be inserted at any bond of size
-`d`, so `d^2` of its numbers say nothing about the operator. Choosing `G` such that `d` rows of each core's
-matrix `(left * out * in, right)` become the identity leaves those rows out, without any change of the
-operator. A plain low rank of `r` then takes `r (out + in - r)` numbers instead of `r (out + in)`.
+**Pivoted.** An operator does not determine the cores of its network: `G` and its inverse can be inserted at
+any bond of size `d` between two cores, so `d^2` of their numbers say nothing about the operator. Choosing `G`
+such that `d` rows of a core's matrix `(all else, bond)` become the identity leaves those rows out, without
+any change of the operator. The family says at which bonds (`TopologyFamily.gauge_bonds`). A plain low rank of
+`r` then takes `r (out + in - r)` numbers instead of `r (out + in)`.
 
 **Int8.** Eight-bit integers and one scale for each channel: all indices of a core but the longest.
 
@@ -14,17 +15,15 @@ Reference:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.errors import TopologyError
+from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-#: Families whose cores are matrices in a row, `(left, out, in, right)`.
-CHAINS = ("mpo", "low_rank")
 _INT8_MAX = 127
 
 
@@ -33,7 +32,7 @@ class Storage:
     """Form in which cores are kept.
 
     Args:
-        pivoted: fix the gauge by an identity block in every core of a chain but the last.
+        pivoted: fix the gauge of bonds by an identity block in one of their cores.
         int8: keep eight-bit integers with scales. Such cores are not trained.
     """
 
@@ -44,6 +43,10 @@ class Storage:
     def plain(self) -> bool:
         """True if parameters are the cores themselves."""
         return not self.pivoted and not self.int8
+
+    def for_topology(self, topology: Topology) -> "Storage":
+        """The encoding that cores of this topology have: not pivoted where no bond has a gauge to fix."""
+        return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
 
     def to_dict(self) -> dict[str, bool]:
         """JSON-ready form."""
@@ -82,18 +85,15 @@ def storage_entry(storage: Storage) -> dict[str, Any]:
 def layout(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every tensor that is stored for a topology.
-
-    Raises:
-        TopologyError: a pivoted form of something that is not a chain.
-    """
-    pivoted = pivoted_cores(topology) if storage.pivoted else ()
+    """Name, shape and dtype of every tensor that is stored for a topology."""
+    gauge = gauge_of(topology) if storage.pivoted else {}
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, shape in topology.core_shapes.items():
         kept: tuple[int, ...] = shape
-        if name in pivoted:
-            rows = _rows(shape)
-            kept = (rows - shape[-1], shape[-1])
+        if name in gauge:
+            bond = topology.size_of[gauge[name]]
+            rows = math.prod(shape) // bond
+            kept = (rows - bond, bond)
             found[f"order_{name}"] = ((rows,), torch.int32)
         found[f"core_{name}"] = (kept, torch.int8 if storage.int8 else dtype)
         if storage.int8:
@@ -101,25 +101,13 @@ def layout(
     return found
 
 
-def pivoted_cores(topology: Topology) -> tuple[str, ...]:
-    """Names of the cores of a chain that can hold an identity: all but the last with enough rows.
+def gauge_of(topology: Topology) -> dict[str, str]:
+    """Bonds whose gauge the family fixes, by the core that holds the identity.
 
     Raises:
-        TopologyError: the topology is not a chain.
+        TopologyError: the family is not registered.
     """
-    if topology.family not in CHAINS:
-        raise TopologyError(
-            f"Pivoted storage is for chains ({', '.join(CHAINS)}), not for {topology.family!r}; use plain "
-            "storage."
-        )
-    shapes = topology.core_shapes
-    return tuple(
-        name for name in topology.core_names[:-1] if math.prod(shapes[name][:-1]) >= shapes[name][-1]
-    )
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return math.prod(shape[:-1])
+    return topology_family(topology.family).gauge_bonds(topology)
 
 
 @torch.no_grad()
@@ -135,20 +123,42 @@ def encode(topology: Topology, storage: Storage, cores: Sequence[Tensor]) -> dic
     return kept
 
 
-def decode(topology: Topology, storage: Storage, kept: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The cores again, differentiable by every stored floating tensor."""
-    shapes = topology.core_shapes
+def gauge_axes(topology: Topology, storage: Storage) -> dict[str, int]:
+    """Axis of every core on which it holds an identity, by name; empty if cores are not pivoted."""
+    gauge = gauge_of(topology) if storage.pivoted else {}
+    return {x.name: x.labels.index(gauge[x.name]) for x in topology.cores if x.name in gauge}
+
+
+def decode(
+    topology: Topology,
+    storage: Storage,
+    kept: Mapping[str, Tensor],
+    axes: Mapping[str, int] | None = None,
+) -> tuple[Tensor, ...]:
+    """The cores again, differentiable by every stored floating tensor.
+
+    Args:
+        topology: of the network.
+        storage: how its cores are kept.
+        kept: stored tensors.
+        axes: `gauge_axes(topology, storage)`, for callers that decode often.
+    """
+    axes = gauge_axes(topology, storage) if axes is None else axes
     cores = []
-    for name in topology.core_names:
-        core = kept[f"core_{name}"]
+    for spec in topology.cores:
+        shape = topology.core_shapes[spec.name]
+        core = kept[f"core_{spec.name}"]
         if storage.int8:
-            scale = kept[f"scale_{name}"]
+            scale = kept[f"scale_{spec.name}"]
             core = core.to(scale.dtype) * scale
-        order = kept.get(f"order_{name}")
+        order = kept.get(f"order_{spec.name}")
         if order is not None:
             identity = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
             core = torch.cat((identity, core)).index_select(0, order)
-        cores.append(core.reshape(shapes[name]))
+            axis = axes[spec.name]
+            last = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+            core = core.reshape(last).movedim(-1, axis)
+        cores.append(core.reshape(shape))
     return tuple(cores)
 
 
@@ -195,24 +205,26 @@ def _scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _pivot(topology: Topology, cores: Sequence[Tensor], kept: dict[str, Tensor]) -> list[Tensor]:
     """Cores with the identity rows left out; the orders go into `kept`."""
-    names = pivoted_cores(topology)
-    result = []
-    carry: Tensor | None = None  # what the core before leaves to this one, shape (left, left)
-    for name, core in zip(topology.core_names, cores, strict=True):
-        work = core.double() if carry is None else torch.tensordot(carry, core.double(), 1)
-        carry = None
-        if name in names:
-            q, r = torch.linalg.qr(work.reshape(-1, work.shape[-1]))
-            order, pivots = _choose_rows(q)
-            top, rest = q[order[:pivots]], q[order[pivots:]]
-            # rest @ top^-1: bounded entries, since pivoted QR chose rows that span the others well
-            work = torch.linalg.solve(top.T, rest.T).T
-            carry = top @ r
-            position = torch.empty_like(order)
-            position[order] = torch.arange(len(order), device=order.device)
-            kept[f"order_{name}"] = position.to(torch.int32)
-        result.append(work.to(core.dtype).contiguous())
-    return result
+    gauge = gauge_of(topology)
+    work = [core.double() for core in cores]
+    for index, spec in enumerate(topology.cores):
+        label = gauge.get(spec.name)
+        if label is None:
+            continue
+        rows = work[index].movedim(spec.labels.index(label), -1)
+        q, r = torch.linalg.qr(rows.reshape(-1, rows.shape[-1]))
+        order, pivots = _choose_rows(q)
+        top, rest = q[order[:pivots]], q[order[pivots:]]
+        # rest @ top^-1: bounded entries, since pivoted QR chose rows that span the others well
+        work[index] = torch.linalg.solve(top.T, rest.T).T
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device)
+        kept[f"order_{spec.name}"] = position.to(torch.int32)
+        # What is left of this core goes into the other one with this bond, which comes later.
+        other = next(k for k in range(index + 1, len(work)) if label in topology.cores[k].labels)
+        axis = topology.cores[other].labels.index(label)
+        work[other] = torch.tensordot(top @ r, work[other], ([1], [axis])).movedim(0, axis)
+    return [new.to(old.dtype).contiguous() for new, old in zip(work, cores, strict=True)]
 
 
 def _choose_rows(basis: Tensor) -> tuple[Tensor, int]:

@@ -19,7 +19,8 @@ from tensornet.nn.fast_path import make_shortcut
 from tensornet.nn.module import NetworkModule, require_linear_shape
 from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
 from tensornet.nn.strategy import CACHED, SLICED, Strategy, is_exporting
-from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies import MPOFamily, TopologyFamily, topology_family
+from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
 
 
@@ -201,7 +202,7 @@ class MPOLinear(TensorNetworkLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         if topology is None:
-            topology = topology_family("mpo").build(
+            topology = MPOFamily().build(
                 out_features,
                 in_features,
                 out_dims=out_dims,
@@ -235,7 +236,7 @@ def empty_linear(
     dtype: torch.dtype | None = None,
 ) -> TensorNetworkLinear:
     """A layer for this topology: `MPOLinear` for chains, `TensorNetworkLinear` otherwise."""
-    if topology.family == "mpo":
+    if is_chain(topology):
         return MPOLinear(
             topology.in_features,
             topology.out_features,

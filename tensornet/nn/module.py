@@ -1,4 +1,4 @@
-"""What every layer made of cores shares: its parameters, its description, its strategy."""
+"""Base of all tensor-network layers: parameters, description, strategy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tensornet.errors import ShapeError
 from tensornet.network import TensorNetwork, check_cores, contract_to_matrix, plan_operator, random_cores
-from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, hold, layout
+from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, gauge_axes, hold, layout
 from tensornet.nn.execution import RoutedModule
 from tensornet.nn.strategy import Strategy
 from tensornet.topology import Topology
@@ -30,7 +30,7 @@ class NetworkModule(RoutedModule):
             `"auto"` and no limit under `"cached"`; 0 keeps none. For a limit on a whole model see
             `set_strategy`.
         optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or a name `opt_einsum` knows.
-        storage: form in which the cores are kept.
+        storage: encoding of the cores.
         device: where the cores are allocated; `"meta"` allocates nothing.
         dtype: dtype of the cores.
 
@@ -56,6 +56,9 @@ class NetworkModule(RoutedModule):
         self.plan = plan_operator(topology, optimize)
         self.source = source
         self.storage = storage
+        # Here and not in `forward`, which asks no registry.
+        self._gauge_axes = gauge_axes(topology, storage)
+        self._tensor_names = tuple(layout(topology, storage, torch.float32))
         if device is not None and torch.device(device).type == "meta":
             kept = empty(topology, storage, device=device, dtype=dtype)
         else:
@@ -69,13 +72,12 @@ class NetworkModule(RoutedModule):
         """The cores, in the order of the topology: the parameters themselves if storage is plain."""
         if self.storage.plain:
             return tuple(getattr(self, f"core_{name}") for name in self.topology.core_names)
-        return decode(self.topology, self.storage, self.stored)
+        return decode(self.topology, self.storage, self.stored, self._gauge_axes)
 
     @property
     def stored(self) -> dict[str, Tensor]:
         """The parameters and buffers that hold the cores, by name."""
-        names = layout(self.topology, self.storage, torch.float32)
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self._tensor_names}
 
     def set_cores(self, cores: Sequence[Tensor]) -> None:
         """Replace the core parameters, keeping dtype and device of the tensors given.

@@ -151,10 +151,10 @@ class TopologySearch:
 
 
 def form(topology: Topology) -> str:
-    """Family, dims and bonds in a few characters."""
+    """Family, dims and bonds in a few characters; dims that say no more than the shape are left out."""
     bonds = "x".join(str(size) for size in topology.bond_dims.values() if size > 1) or "1"
-    if topology.family == "low_rank":
-        return f"low_rank {bonds}"
+    if (max(topology.out_dims), max(topology.in_dims)) == topology.shape:
+        return f"{topology.family} {bonds}"
     outs = "x".join(map(str, topology.out_dims))
     ins = "x".join(map(str, topology.in_dims))
     return f"{topology.family} ({outs})x({ins}) {bonds}"

@@ -1,7 +1,7 @@
 """The search itself: propose, bound, predict, and decompose only what no bound rules out."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,16 +14,9 @@ from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.linalg.svd import check_finite
 from tensornet.network import plan_operator
 from tensornet.nn.strategy import RECONSTRUCT, route_seconds
-from tensornet.search.proposals import (
-    Candidate,
-    block_tt_candidates,
-    built_candidate,
-    low_rank_candidate,
-    mpo_candidates,
-)
 from tensornet.search.result import SearchPoint, TopologySearch, pareto_front
 from tensornet.search.spectra import CutSpectra
-from tensornet.topologies import topology_family, topology_names
+from tensornet.topologies import Proposal, topology_family, topology_names
 from tensornet.topology import Topology
 
 #: Families that are searched by default: their errors are known from spectra, without decomposing.
@@ -92,7 +85,7 @@ def search_topology(
         candidate
         for level in _LEVELS
         for family in families
-        for candidate in _propose(family, shape, int(level * budget), spectra, max_sites)
+        for candidate in topology_family(family).proposals(shape, int(level * budget), spectra, max_sites)
     ]
     points, pruned = _evaluate(candidates, matrix, clock)
     if not points:
@@ -141,24 +134,23 @@ class _Clock:
 
 
 def _evaluate(
-    candidates: Sequence[Candidate], matrix: Tensor | None, clock: _Clock
+    candidates: Sequence[Proposal], matrix: Tensor | None, clock: _Clock
 ) -> tuple[list[SearchPoint], int]:
     """Points of all candidates that neither bounds nor the points before them rule out, and how many were.
 
-    Plain low rank stays: everything is compared with it, and a smaller point that beats it by a bound is no
-    answer for who wants to use the whole budget.
+    Baselines (plain low rank) stay: everything is compared with them, and a smaller point that beats one by a
+    bound is no answer for those who want to use the whole budget.
     """
     points: list[SearchPoint] = []
     pruned = 0
     unique = {candidate.topology: candidate for candidate in candidates}
     for candidate in sorted(unique.values(), key=lambda x: (x.upper, x.topology.num_params)):
         topology = candidate.topology
-        stays = topology.family == "low_rank"
-        if not stays and _beaten(candidate, clock.at_least(topology), points):
+        if not candidate.baseline and _beaten(candidate, clock.at_least(topology), points):
             pruned += 1
             continue
         milliseconds = clock.milliseconds(topology)
-        if not stays and _beaten(candidate, milliseconds, points):
+        if not candidate.baseline and _beaten(candidate, milliseconds, points):
             pruned += 1
             continue
         error = _error(candidate, matrix)
@@ -166,7 +158,7 @@ def _evaluate(
     return points, pruned
 
 
-def _beaten(candidate: Candidate, milliseconds: float, points: Sequence[SearchPoint]) -> bool:
+def _beaten(candidate: Proposal, milliseconds: float, points: Sequence[SearchPoint]) -> bool:
     return any(
         point.params <= candidate.topology.num_params
         and point.ranked_error <= candidate.lower
@@ -175,25 +167,13 @@ def _beaten(candidate: Candidate, milliseconds: float, points: Sequence[SearchPo
     )
 
 
-def _error(candidate: Candidate, matrix: Tensor | None) -> float | None:
+def _error(candidate: Proposal, matrix: Tensor | None) -> float | None:
     if matrix is None:
         return None
     if candidate.lower == candidate.upper:
         return candidate.upper
     family = topology_family(candidate.topology.family)
     return min(family.decompose_to(matrix, candidate.topology).error, candidate.upper)
-
-
-def _propose(
-    family: str, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
-) -> Iterator[Candidate]:
-    if family == "low_rank":
-        return low_rank_candidate(shape, params, spectra)
-    if family == "mpo":
-        return mpo_candidates(shape, params, spectra, max_sites)
-    if family == "block_tt":
-        return block_tt_candidates(shape, params, spectra)
-    return built_candidate(family, shape, params)
 
 
 def _operand(matrix_or_shape: Tensor | tuple[int, int]) -> tuple[Tensor | None, tuple[int, int]]:

@@ -52,6 +52,11 @@ class CutSpectra:
             self._blocks[key] = _tails(blocks)
         return self._blocks[key]
 
+    @staticmethod
+    def rank_for(tails: Tensor, allowed: float) -> int:
+        """Smallest rank, at least 1, that leaves at most this fraction of the energy."""
+        return max(1, int((tails > allowed).sum()))
+
 
 def _energies(blocks: Tensor) -> Tensor:
     """Squared singular values in descending order, by the smaller Gram matrix; shape `(..., min(m, n))`."""
@@ -73,8 +78,3 @@ def _cumulate(energies: Tensor) -> Tensor:
     total = energies.sum()
     beyond = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
     return (beyond / total.clamp_min(torch.finfo(total.dtype).tiny)).cpu()
-
-
-def rank_for(tails: Tensor, allowed: float) -> int:
-    """Smallest rank, at least 1, that leaves at most this share of the energy."""
-    return max(1, int((tails > allowed).sum()))

@@ -10,7 +10,7 @@ A decomposition is a callable `(matrix, budget) -> Outcome`.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tensornet.linalg.svd import result_dtype
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
 from tensornet.testing import reference, strategies
+from tensornet.testing.renaming import check_name_does_not_matter
 from tensornet.topologies import Decomposition, TopologyFamily
 
 
@@ -60,6 +61,9 @@ class Outcome:
 
 
 Decompose = Callable[[Tensor, Budget], Outcome]
+
+#: Examples for the law that compresses, saves and loads; one takes as long as a hundred decompositions.
+_RENAMED = 3
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -279,19 +283,39 @@ def check_canonical(operator: MPO, center: int) -> None:
 # --- classes to subclass -------------------------------------------------------------------------
 
 
+class Law(NamedTuple):
+    """A check and what it draws.
+
+    Args:
+        check: raises `AssertionError`.
+        drawn: strategies of its keyword arguments.
+        subject: leading arguments from the class of laws; its own `subject()` if absent.
+        examples: most examples, for a check that is slow; those of the hypothesis profile if absent.
+    """
+
+    check: Callable[..., None]
+    drawn: dict[str, SearchStrategy[Any]]
+    subject: Callable[[Any], tuple[Any, ...]] | None = None
+    examples: int | None = None
+
+
+Laws = dict[str, Law]
+
+
 class _Laws:
     """Binds laws to a subclass as test methods that draw from the strategies of that subclass."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name, (check, drawn) in cls._laws().items():
+        for name, entry in cls._laws().items():
+            law = Law(*entry)
             # Drawn anew from what this class narrows; what a class above wrote or switched off stays.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
-                setattr(cls, name, _test(check, drawn, cls.deadline))
+                setattr(cls, name, _test(law, cls.deadline))
 
     @classmethod
-    def _laws(cls) -> dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]]:
+    def _laws(cls) -> Laws:
         return {}
 
     #: Milliseconds that one example of a law may take, None for no limit; set another in a subclass. It is
@@ -303,16 +327,17 @@ class _Laws:
         return ()
 
 
-def _test(
-    check: Callable[..., None], drawn: dict[str, SearchStrategy[Any]], deadline: float | None
-) -> Callable[..., None]:
+def _test(law: Law, deadline: float | None) -> Callable[..., None]:
     def test(self: _Laws, **example: Any) -> None:
-        check(*self.subject(), **example)
+        subject = self.subject() if law.subject is None else law.subject(self)
+        law.check(*subject, **example)
 
-    test.__doc__ = check.__doc__
-    law = settings(deadline=deadline)(given(**drawn)(test))
-    law.is_law = True  # type: ignore[attr-defined]
-    return law
+    test.__doc__ = law.check.__doc__
+    profile = settings(deadline=deadline)
+    limited = profile if law.examples is None else settings(deadline=None, max_examples=law.examples)
+    made = limited(given(**law.drawn)(test))
+    made.is_law = True  # type: ignore[attr-defined]
+    return made
 
 
 class DecompositionLaws(_Laws):
@@ -336,20 +361,20 @@ class DecompositionLaws(_Laws):
         return (self.decompose,)
 
     @classmethod
-    def _laws(cls) -> dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]]:
+    def _laws(cls) -> Laws:
         matrix: dict[str, SearchStrategy[Any]] = {"matrix": cls.matrices}
         both = {**matrix, "budget": cls.budgets}
         caps = st.lists(st.integers(1, 8), min_size=2, max_size=5, unique=True).map(sorted)
         broken = {**matrix, "value": st.sampled_from((math.nan, math.inf, -math.inf))}
         return {
-            "test_exact": (check_exact, matrix),
-            "test_certificate": (check_certificate, both),
-            "test_caps": (check_caps, both),
-            "test_monotone": (check_monotone, {**matrix, "caps": caps}),
-            "test_input_kept": (check_input_kept, both),
-            "test_dtype_and_device": (check_dtype_and_device, both),
-            "test_deterministic": (check_deterministic, both),
-            "test_refuses_non_finite": (check_refuses_non_finite, broken),
+            "test_exact": Law(check_exact, matrix),
+            "test_certificate": Law(check_certificate, both),
+            "test_caps": Law(check_caps, both),
+            "test_monotone": Law(check_monotone, {**matrix, "caps": caps}),
+            "test_input_kept": Law(check_input_kept, both),
+            "test_dtype_and_device": Law(check_dtype_and_device, both),
+            "test_deterministic": Law(check_deterministic, both),
+            "test_refuses_non_finite": Law(check_refuses_non_finite, broken),
         }
 
 
@@ -364,6 +389,12 @@ class FamilyLaws(DecompositionLaws):
         """By the family."""
         return Outcome.of(self.family.decompose(matrix, budget, **self.options))
 
+    @classmethod
+    def _laws(cls) -> Laws:
+        drawn = {"matrix": cls.matrices, "options": st.just(cls.options)}
+        name = Law(check_name_does_not_matter, drawn, lambda laws: (laws.family,), _RENAMED)
+        return {**super()._laws(), "test_name_does_not_matter": name}
+
 
 class NetworkLaws(_Laws):
     """Matrix, application and gradients of the networks that `networks` draws."""
@@ -371,11 +402,11 @@ class NetworkLaws(_Laws):
     networks: SearchStrategy[TensorNetwork] = strategies.networks()
 
     @classmethod
-    def _laws(cls) -> dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]]:
+    def _laws(cls) -> Laws:
         network: dict[str, SearchStrategy[Any]] = {"network": cls.networks}
         batches = st.sampled_from(((), (1,), (3,), (0,), (2, 3)))
         return {
-            "test_matrix": (check_matrix, network),
-            "test_apply": (check_apply, {**network, "batch": batches}),
-            "test_gradients": (check_gradients, network),
+            "test_matrix": Law(check_matrix, network),
+            "test_apply": Law(check_apply, {**network, "batch": batches}),
+            "test_gradients": Law(check_gradients, network),
         }

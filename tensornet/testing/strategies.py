@@ -20,6 +20,8 @@ from tensornet.topology import Topology
 #: What the singular values of a generated matrix look like.
 #: The last two have a rank of their own, 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
+#: Those whose rank is drawn where none is given.
+_NEEDS_RANK = ("low_rank",)
 
 #: Kinds of tensors of any order: independent elements; a product of exponentials, of rank 1 across every cut;
 #: a sum of two products, of rank at most 2; an eighth of the elements; zeros; ones.
@@ -183,7 +185,7 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
         S = 1 / (k + 1)
     elif name == "exponential":
         S = torch.exp(-k)
-    if name == "low_rank" and rank is None:
+    if name in _NEEDS_RANK and rank is None:
         rank = max(1, size // 3)
     if rank is not None:
         S = torch.where(k < rank, S, 0)

@@ -3,15 +3,20 @@
 from tensornet.topologies.base import (
     Decomposition,
     TopologyFamily,
+    check_topology,
     register_topology,
+    registered,
     topology_family,
     topology_names,
 )
 from tensornet.topologies.block_tt import BlockTTFamily, block_tt
 from tensornet.topologies.factored import FactoredFamily
 from tensornet.topologies.kronecker import KroneckerFamily, kronecker
+from tensornet.topologies.ladder import Ladder
+from tensornet.topologies.leg_dims import balanced_factors
 from tensornet.topologies.low_rank import LowRankFamily, low_rank
 from tensornet.topologies.mpo import MPOFamily, mpo
+from tensornet.topologies.proposals import Proposal
 from tensornet.topologies.tensor_ring import TensorRingFamily, tensor_ring
 from tensornet.topologies.tucker import TuckerFamily, tucker
 
@@ -20,16 +25,21 @@ __all__ = [
     "Decomposition",
     "FactoredFamily",
     "KroneckerFamily",
+    "Ladder",
     "LowRankFamily",
     "MPOFamily",
+    "Proposal",
     "TensorRingFamily",
     "TopologyFamily",
     "TuckerFamily",
+    "balanced_factors",
     "block_tt",
+    "check_topology",
     "kronecker",
     "low_rank",
     "mpo",
     "register_topology",
+    "registered",
     "tensor_ring",
     "topology_family",
     "topology_names",

@@ -1,63 +1,64 @@
-"""What a topology family must offer, and the registry of families."""
+"""The contract of a topology family, and the registry of families."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from tensornet.budget import Budget
+from tensornet.budget import Budget, check_budget
 from tensornet.checks import check_dense
 from tensornet.context import outside_autocast
 from tensornet.errors import TopologyError
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.notices import warn
+from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.ladder import Ladder, RoundTrip, bond_ladder
+from tensornet.topologies.proposals import Proposal, uniform_proposals
+from tensornet.topologies.structure import Side, bond_cuts, gauge_bonds
+from tensornet.topologies.uniform_cap import uniform_caps
+from tensornet.topologies.weighted_fit import fit_weighted, structured_start
 from tensornet.topology import Topology
 
-
-@dataclass(frozen=True)
-class Decomposition:
-    """A matrix written as a network, with the price of doing so.
-
-    Args:
-        network: the cores.
-        error: guaranteed upper bound of `|W - W'|_F / |W|_F`.
-        bound_by: the cap that decided the bonds: `"max_bond"`, `"rel_error"`, `"param_ratio"`, or
-            `"exact"` if nothing was cut.
-        iterations: sweeps of alternating least squares, 0 where the decomposition has a closed form.
-        converged: whether alternating least squares settled before its sweep limit.
-    """
-
-    network: TensorNetwork
-    error: float
-    bound_by: str
-    iterations: int = 0
-    converged: bool = True
+if TYPE_CHECKING:
+    from tensornet.search.spectra import CutSpectra
 
 
 class TopologyFamily(ABC):
     """A way to write matrices as networks. Subclass it and pass an instance to `register_topology`.
 
+    `build` and `decompose_to` are all that a family must write. Every other method answers a question that
+    the rest of the library asks of a family instead of its name, with an answer that is right for any
+    network; override one where the family knows a better answer (docs/guides/topologies.md).
+
     Laws an implementation must keep (`tensornet.testing.laws` checks them):
     `build` accepts every shape of at least `(1, 1)`, padding where it must; `decompose(w, Budget())` is
     exact to rounding where the family can be exact; `error` bounds the true error; no cap of the budget is
-    exceeded; a larger budget never gives a larger error; the input is not changed.
+    exceeded; a larger budget never gives a larger error; the input is not changed; a subclass under another
+    name behaves as its parent.
 
-    Both decompositions of a subclass run outside the caller's autocast, whose products in 16 bits would
-    break the bound; a subclass has nothing to do for that.
+    The decompositions of a subclass run outside the caller's autocast, whose products in 16 bits would
+    break the bound, and record no gradients; a subclass has nothing to do for that.
     """
 
     #: Name used in configurations and files.
     name: str
+    #: Options of `build` that mixtures of experts pass where their configuration leaves them open.
+    mixture_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("decompose", "decompose_to"):
+        for name in ("decompose", "decompose_to", "fit", "starts", "ladder"):
             if name in vars(cls):
-                setattr(cls, name, outside_autocast(vars(cls)[name]))
+                setattr(cls, name, torch.no_grad()(outside_autocast(vars(cls)[name])))
+
+    # --- what a family must write ----------------------------------------------------------------
 
     @abstractmethod
     def build(
@@ -70,21 +71,10 @@ class TopologyFamily(ABC):
     ) -> Topology:
         """Topology for a matrix `(out_features, in_features)` with bonds at most `max_bond`.
 
-        `max_bond` is one cap for all bonds, or a sequence with one for each.
+        It records `self.name` as its family. `max_bond` is one cap for all bonds, or a sequence with one for
+        each; without it the bonds are as large as is of use.
 
         Raises:
-            TopologyError: the options do not fit the shape.
-        """
-
-    @abstractmethod
-    def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
-        """Write `matrix: (out_features, in_features)` as a network within the budget.
-
-        Cores come back in `result_dtype(matrix.dtype)` on the matrix's device.
-
-        Raises:
-            BudgetError: not even the smallest network of this family fits the budget.
-            NonFiniteError: the matrix holds NaN or infinity.
             TopologyError: the options do not fit the shape.
         """
 
@@ -93,12 +83,203 @@ class TopologyFamily(ABC):
         """Write `matrix` as a network of exactly this topology, dims and bonds included.
 
         A plan fixes topologies first and decomposes later; bonds the matrix does not need are filled
-        with zeros, so that shapes are those of the plan.
+        with zeros, so that shapes are those of the plan. Cores come back in `result_dtype(matrix.dtype)` on
+        the matrix's device. Start with `check_topology(self.name, topology, matrix)`.
 
         Raises:
             NonFiniteError: the matrix holds NaN or infinity.
             TopologyError: the topology is of another family or for another shape.
         """
+
+    # --- options ---------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options of `build` and `decompose`, by default those in their signatures."""
+        found = set()
+        for method in (self.build, self.decompose):
+            parameters = inspect.signature(method).parameters.values()
+            found |= {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
+        return tuple(sorted(found - {"max_bond", "method"}))
+
+    def options_of(self, topology: Topology) -> dict[str, Any]:
+        """Options with which `build` and `decompose` give networks with the legs of this one.
+
+        By default none. Override it if the family has options that choose the legs.
+        """
+        return {}
+
+    def search_legs(
+        self,
+        matrix: Tensor,
+        weighting: Weighting,
+        num_params: Callable[[Topology], int],
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Options of `build` whose legs suit this matrix; by default those given.
+
+        Override it if the sizes of the legs are free and a cheap bound tells good ones from bad ones.
+
+        Args:
+            matrix: shape `(out, in)`.
+            weighting: sensitivity of the loss to errors.
+            num_params: counts the numbers that a network will store.
+            options: of `build`, as far as the caller chose them.
+        """
+        return options
+
+    # --- decompositions --------------------------------------------------------------------------
+
+    @outside_autocast
+    def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
+        """Write `matrix: (out_features, in_features)` as a network within the budget.
+
+        By default all bonds share the largest cap that `max_bond` and `param_ratio` allow, and under
+        `rel_error` the smallest that keeps it, found by bisection with `decompose_to`.
+
+        Raises:
+            BudgetError: not even the smallest network of this family fits the budget.
+            NonFiniteError: the matrix holds NaN or infinity.
+            TopologyError: the options do not fit the shape.
+        """
+        check_budget(budget)
+        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
+        shape = (matrix.shape[0], matrix.shape[1])
+        full = self.build(*shape, **options)
+
+        exact = list(full.bond_dims.values()) or [*full.out_dims, *full.in_dims]
+
+        def at(bonds: Sequence[int]) -> Topology:
+            if isinstance(budget.max_bond, Sequence):
+                return self.build(*shape, max_bond=list(bonds), **options)
+            return self.build(*shape, max_bond=max(bonds), **options)
+
+        what = f"a network of the family {self.name!r}"
+        caps, bound_by = uniform_caps(budget, shape, exact, lambda bonds: at(bonds).num_params, what)
+        made = self.decompose_to(matrix, full if caps == exact else at(caps))
+        low, high = 0, max(caps)  # invariant: `made` has bonds of at most `high`
+        while budget.rel_error is not None and made.error <= budget.rel_error and high - low > 1:
+            middle = (low + high) // 2
+            smaller = self.decompose_to(matrix, at([min(middle, cap) for cap in caps]))
+            if smaller.error <= budget.rel_error:
+                made, high, bound_by = smaller, middle, "rel_error"
+            else:
+                low = middle
+        return Decomposition(made.network, made.error, bound_by, made.iterations, made.converged)
+
+    @outside_autocast
+    def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
+        """Write `matrix` as a network of this topology with little weighted error.
+
+        By default alternating least squares from a structured start (`tensornet.als`), which needs nothing
+        of the family but `decompose_to`. Override it if the weighted problem has a closed form.
+
+        Args:
+            matrix: shape `(out, in)`.
+            topology: of this family.
+            weighting: sensitivity of the loss to errors; `Weighting()` asks for `decompose_to`.
+
+        Returns:
+            Its `error` is the relative Frobenius error, as of every decomposition.
+        """
+        if weighting == Weighting():
+            return self.decompose_to(matrix, topology)
+        return fit_weighted(self.decompose_to, matrix, topology, weighting)
+
+    @outside_autocast
+    def starts(
+        self, matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting
+    ) -> list[TensorNetwork]:
+        """Decompose quickly to several topologies that differ only in bonds; their losses are upper bounds.
+
+        By default one decomposition for each. Override it if the leading part of a large one serves all.
+        """
+        return [structured_start(self.decompose_to, matrix, x, weighting) for x in topologies]
+
+    @outside_autocast
+    def ladder(
+        self,
+        matrix: Tensor,
+        weightings: Sequence[Weighting],
+        *,
+        max_bond: int | None = None,
+        round_trip: RoundTrip | None = None,
+        **options: Any,
+    ) -> Ladder:
+        """Candidates for one matrix and the predicted loss increase of each.
+
+        By default up to 400 bond sizes, of which ten are decomposed, one is fitted, and the others are
+        interpolated. Override it if all of them have a closed form.
+
+        Args:
+            matrix: shape `(out, in)`.
+            weightings: sensitivities under which losses are predicted; candidates are fitted to the first.
+            max_bond: largest bond.
+            round_trip: how cores come back from their encoding; None if exactly.
+            options: of `build`.
+
+        Raises:
+            TopologyError: the options do not fit the shape.
+        """
+        return bond_ladder(self, matrix, weightings, max_bond=max_bond, round_trip=round_trip, **options)
+
+    def stack_starts(self, weights: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
+        """Start the joint fit of a stack of matrices by networks that share cores.
+
+        By default two starts: the decomposition of the mean matrix for all of them (right where they grew
+        from one matrix), and each matrix's own. Shared cores are averaged, then all are fitted together.
+
+        Args:
+            weights: shape `(experts, out, in)`.
+            topology: of this family, for one of them.
+
+        Returns:
+            For each start one network for each matrix.
+        """
+        mean = self.decompose_to(weights.mean(0), topology).network
+        return [[mean] * len(weights), [self.decompose_to(x, topology).network for x in weights]]
+
+    # --- structure -------------------------------------------------------------------------------
+
+    def gauge_bonds(self, topology: Topology) -> dict[str, str]:
+        """Bonds whose gauge is fixed by the pivoted encoding, by the core that holds the identity block.
+
+        By default, for each core but the last, its largest bond to a later core if that saves numbers. Never
+        change the answer of a family whose models have been saved: it decides the shapes in their files.
+        """
+        return gauge_bonds(topology)
+
+    def bond_cuts(self, topology: Topology) -> dict[str, Side]:
+        """Bonds that have a spectrum to draw: each cuts the matrix between two groups of legs.
+
+        By default the bonds that separate the network.
+        """
+        return bond_cuts(topology)
+
+    def with_rank(self, topology: Topology, rank: int) -> Topology | None:
+        """Topology that also holds a matrix of this rank added to the operator, such as a LoRA adapter.
+
+        By default None: there is no small one, and a layer that takes an adapter in becomes dense.
+        """
+        return None
+
+    # --- search ----------------------------------------------------------------------------------
+
+    def proposals(
+        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+    ) -> Iterator[Proposal]:
+        """Topologies worth a look within a number of parameters, for `search_topology`.
+
+        By default the largest uniform bond that fits, whose error is found by decomposing. Override it if
+        singular values across cuts bound the error before anything is decomposed.
+
+        Args:
+            shape: `(out_features, in_features)`.
+            params: largest number of parameters.
+            spectra: of the matrix; None if only its shape is known.
+            max_sites: most cores of a chain.
+        """
+        return uniform_proposals(self, shape, params)
 
 
 def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
@@ -122,7 +303,7 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
 ENTRY_POINTS = "tensornet.topologies"
 
 _FAMILIES: dict[str, TopologyFamily] = {}
-#: What was said of the entry points that could not be loaded, by name.
+#: Errors of the entry points that could not be loaded, by name.
 _BROKEN: dict[str, str] = {}
 
 
@@ -186,6 +367,37 @@ def topology_names() -> tuple[str, ...]:
     """Names of all families, those of installed packages included, sorted."""
     _load_entry_points()
     return tuple(sorted(_FAMILIES))
+
+
+@contextmanager
+def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
+    """Register a family for the duration of a `with` block, in place of one of the same name.
+
+    Example:
+        >>> import tensornet as tn
+        >>> class Plain(tn.topologies.LowRankFamily):
+        ...     name = "plain"
+        >>> with registered(Plain()):
+        ...     tn.CompressionConfig(topology="plain", max_bond=4).topology
+        'plain'
+    """
+    before = _FAMILIES.get(family.name)
+    register_topology(family, replace=True)
+    try:
+        yield family
+    finally:
+        del _FAMILIES[family.name]
+        if before is not None:
+            _FAMILIES[family.name] = before
+
+
+def check_options(family: TopologyFamily, options: Mapping[str, Any]) -> None:
+    """Raise TopologyError unless the family has all of these options, listing those it has."""
+    if unknown := sorted(key for key in options if key not in family.options):
+        exist = f"it knows {', '.join(family.options)}" if family.options else "it takes none"
+        raise TopologyError(
+            f"Topology {family.name!r} does not know the options {', '.join(map(str, unknown))}; {exist}."
+        )
 
 
 @cache

@@ -1,7 +1,8 @@
 """Block tensor trains: a chain whose cores also depend on the legs they do not contract."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,12 +28,17 @@ from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
+    choose_dims,
     clip_bonds,
     fitted_network,
     padded_shape,
 )
+from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_proposal
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
+
+if TYPE_CHECKING:
+    from tensornet.search.spectra import CutSpectra
 
 
 def block_tt(
@@ -143,6 +149,27 @@ class BlockTTFamily(FactoredFamily):
         exact = bonds == _ranks(topology.out_dims, topology.in_dims, [math.prod(topology.shape)] * len(bonds))
         bound_by = "exact" if exact else "max_bond"
         return Decomposition(fitted_network(topology, cores), error, bound_by)
+
+    def proposals(
+        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+    ) -> Iterator[Proposal]:
+        """Block tensor trains of two cores, whose errors are exact."""
+        for out_dims, in_dims in _block_dims(shape):
+            full = min(out_dims[0], in_dims[1])
+            each = block_tt(out_dims=out_dims, in_dims=in_dims, max_bond=1).num_params
+            rank = min(params // each, full)
+            if rank < 1:
+                continue
+            topology = self.build(*shape, out_dims=out_dims, in_dims=in_dims, max_bond=rank)
+            exact = None
+            if spectra is not None:
+                exact = math.sqrt(float(spectra.block_tails(out_dims, in_dims)[rank]))
+            yield known_proposal(topology, exact, math.sqrt(1 - rank / full))
+
+
+def _block_dims(shape: tuple[int, int]) -> Iterator[Dims]:
+    pairs = [*cut_dims(shape), choose_dims(shape, None, None, 2)]
+    yield from dict.fromkeys(dims for dims in pairs if min(*dims[0], *dims[1]) > 1)
 
 
 def _ranks(out_dims: Sequence[int], in_dims: Sequence[int], caps: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class FactoredFamily(TopologyFamily):
         own = self._own(options, self.build_options)
         shape = (out_features, in_features)
         rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
-        return type(self).builder(
+        topology = type(self).builder(
             out_dims=rows,
             in_dims=columns,
             max_bond=max_bond,
@@ -59,6 +60,7 @@ class FactoredFamily(TopologyFamily):
             in_features=in_features,
             **own,
         )
+        return replace(topology, family=self.name)
 
     def decompose(
         self,
@@ -76,7 +78,7 @@ class FactoredFamily(TopologyFamily):
         check_budget(budget)
         check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
         rows, columns = self.choose_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
-        return self.decompose_at(matrix, rows, columns, budget, method=method, **own)
+        return self._renamed(self.decompose_at(matrix, rows, columns, budget, method=method, **own))
 
     @abstractmethod
     def decompose_at(
@@ -93,7 +95,24 @@ class FactoredFamily(TopologyFamily):
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """`decompose_into` after a check that family and shape agree."""
         check_topology(self.name, topology, matrix)
-        return self.decompose_into(matrix, topology)
+        return self._renamed(self.decompose_into(matrix, topology))
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Dims and sites, and those of the subclass."""
+        return tuple(sorted({"out_dims", "in_dims", "sites", *self.build_options, *self.decompose_options}))
+
+    def options_of(self, topology: Topology) -> dict[str, Any]:
+        """The sizes of the legs."""
+        return {"out_dims": topology.out_dims, "in_dims": topology.in_dims}
+
+    def _renamed(self, made: Decomposition) -> Decomposition:
+        """A subclass under another name records its own, though builders know that of its parent."""
+        network = made.network
+        if network.topology.family == self.name:
+            return made
+        topology = replace(network.topology, family=self.name)
+        return replace(made, network=TensorNetwork(topology, network.cores))
 
     @abstractmethod
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:

@@ -1,20 +1,35 @@
 """Plain low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tensornet.budget import Budget, caps_of_bonds, check_budget
 from tensornet.checks import check_dense, check_size
 from tensornet.errors import TopologyError
-from tensornet.linalg.svd import Method, TruncatedSVD, truncated_svd
+from tensornet.linalg.svd import Method, TruncatedSVD, result_dtype, truncated_svd
 from tensornet.linalg.tt_svd import cap_bonds
+from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, frobenius_errors, tail_costs, weighted_svd
 from tensornet.network import TensorNetwork
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
 from tensornet.topologies.factored import refuse_options
+from tensornet.topologies.ladder import Ladder, RoundTrip
 from tensornet.topologies.mpo import mpo
+from tensornet.topologies.proposals import KERNEL_STEP, Proposal, known_proposal
+from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
+
+if TYPE_CHECKING:
+    from tensornet.search.spectra import CutSpectra
+
+#: Fractions of the full rank at which a lossy encoding is tried; between them its cost is interpolated.
+_ENCODED = (0.1, 0.4, 1.0)
 
 
 def low_rank(*, out_features: int, in_features: int, rank: int | None = None) -> Topology:
@@ -50,7 +65,8 @@ class LowRankFamily(TopologyFamily):
         """See `low_rank`."""
         refuse_options(self.name, options)
         (rank,) = caps_of_bonds(max_bond, 1, TopologyError)
-        return low_rank(out_features=out_features, in_features=in_features, rank=rank)
+        topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
+        return replace(topology, family=self.name)
 
     def decompose(
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any
@@ -58,14 +74,14 @@ class LowRankFamily(TopologyFamily):
         """Optimal in the Frobenius norm (Eckart-Young)."""
         refuse_options(self.name, options)
         check_budget(budget)
-        check_dense(matrix, "Topology 'low_rank'", "a matrix of shape (out, in)", 2)
+        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
         rows, columns = matrix.shape
         caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
         result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error, method=method)
         rank = result.S.numel()
         if rank < caps[0]:
             bound_by = "rel_error"
-        return Decomposition(_network(result, rows, columns), result.error, bound_by)
+        return Decomposition(self._balanced(result, rows, columns), result.error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Truncated SVD at the rank of the topology."""
@@ -73,16 +89,108 @@ class LowRankFamily(TopologyFamily):
         rank = max(topology.bond_dims.values())
         result = truncated_svd(matrix, max_rank=rank)
         exact = rank == min(topology.shape)
-        return Decomposition(
-            _network(result, *topology.shape), result.error, "exact" if exact else "max_bond"
+        network = self._balanced(result, *topology.shape)
+        return Decomposition(network, result.error, "exact" if exact else "max_bond")
+
+    def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
+        """The whitened SVD: no network of this rank has a smaller weighted error."""
+        if weighting == Weighting():
+            return self.decompose_to(matrix, topology)
+        check_topology(self.name, topology, matrix)
+        rank = max(topology.bond_dims.values())
+        result = weighted_svd(matrix, weighting)
+        error = float(frobenius_errors(result, matrix)[rank])
+        return Decomposition(self.whitened_network(result, rank, matrix), error, "curvature")
+
+    def ladder(
+        self,
+        matrix: Tensor,
+        weightings: Sequence[Weighting],
+        *,
+        max_bond: int | None = None,
+        round_trip: RoundTrip | None = None,
+        **options: Any,
+    ) -> Ladder:
+        """Every rank, in closed form: tails of the whitened singular values.
+
+        Rounding errors of a lossy encoding are independent of what was truncated, so that the two add.
+        """
+        refuse_options(self.name, options)
+        result = weighted_svd(matrix, weightings[0])
+        tails = [result.error, *(tail_costs(result, weighting) for weighting in weightings[1:])]
+        losses = torch.stack([tail[1:].cpu().double() for tail in tails])
+        errors = frobenius_errors(result, matrix)[1:].cpu().double()
+        if round_trip is not None:
+            added = self._encoding_losses(matrix, result, round_trip, [*weightings, Weighting()])
+            losses = losses + torch.stack(added[:-1])
+            energy = matrix.double().square().sum().cpu().clamp_min(1e-300)
+            errors = (errors.square() + 2 * added[-1] / energy).sqrt()
+        count = min(len(errors), max_bond or len(errors))  # fewer than the full rank if a moment is singular
+        topologies = _every_rank(matrix.shape[0], matrix.shape[1], self.name)[:count]
+        complete = count == len(errors)
+        return Ladder(topologies, losses[:, :count], errors[:count], complete)
+
+    def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
+        """Factors of one rank, of equal size column by column, in the dtype of decompositions of `matrix`."""
+        left, right = result.factors(rank)
+        balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
+        balance = torch.where(balance > 0, balance, torch.ones_like(balance))
+        dtype = result_dtype(matrix.dtype)
+        cores = (
+            (left * balance)[None, :, None, :].to(dtype),
+            (right / balance[:, None])[:, None, :, None].to(dtype),
         )
+        return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
+
+    def gauge_bonds(self, topology: Topology) -> dict[str, str]:
+        """Of the first core, also where the order of its rows takes more numbers than it saves."""
+        return gauge_bonds(topology, always=True)
+
+    def with_rank(self, topology: Topology, rank: int) -> Topology:
+        """Ranks add up."""
+        return self.build(*topology.shape, max_bond=max(topology.bond_dims.values()) + rank)
+
+    def proposals(
+        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+    ) -> Iterator[Proposal]:
+        """The truncated SVD of the largest rank that fits, and of one that kernels like better."""
+        largest = min(params // (shape[0] + shape[1]), *shape)
+        for rank in dict.fromkeys((largest, largest - largest % KERNEL_STEP)):
+            if rank < 1:
+                continue
+            worst = math.sqrt(1 - rank / min(shape))
+            exact = None
+            if spectra is not None:
+                exact = math.sqrt(float(spectra.tails((shape[0], 1), (1, shape[1]), 1)[rank]))
+            yield known_proposal(self.build(*shape, max_bond=rank), exact, worst, baseline=True)
+
+    def _balanced(self, result: TruncatedSVD, rows: int, columns: int) -> TensorNetwork:
+        root = result.S.sqrt().to(result.U.dtype)
+        cores = ((result.U * root)[None, :, None, :], (root[:, None] * result.Vh)[:, None, :, None])
+        return TensorNetwork(self.build(rows, columns, max_bond=result.S.numel()), cores)
+
+    def _encoding_losses(
+        self, matrix: Tensor, result: WeightedSVD, round_trip: RoundTrip, weightings: Sequence[Weighting]
+    ) -> list[Tensor]:
+        """Loss added by the encoding of the factors, for every rank, under each weighting."""
+        full = len(result.values)
+        tried = sorted({max(1, round(fraction * full)) for fraction in _ENCODED})
+        found = []
+        for rank in tried:
+            network = self.whitened_network(result, rank, matrix)
+            gap = (network.to_matrix() - round_trip(network).to_matrix()).double()
+            found.append([weighting.cost(gap) for weighting in weightings])
+        logs = np.log(np.maximum(np.array(found), 1e-300))
+        ranks = np.arange(1, full + 1)
+        return [torch.from_numpy(np.exp(np.interp(ranks, tried, column))) for column in logs.T]
 
 
-def _network(result: TruncatedSVD, rows: int, columns: int) -> TensorNetwork:
-    root = result.S.sqrt().to(result.U.dtype)
-    cores = ((result.U * root)[None, :, None, :], (root[:, None] * result.Vh)[:, None, :, None])
-    topology = low_rank(out_features=rows, in_features=columns, rank=result.S.numel())
-    return TensorNetwork(topology, cores)
+@lru_cache(maxsize=256)
+def _every_rank(rows: int, columns: int, family: str) -> tuple[Topology, ...]:
+    """Topologies of all ranks, by rising rank."""
+    ranks = range(1, min(rows, columns) + 1)
+    made = (low_rank(out_features=rows, in_features=columns, rank=rank) for rank in ranks)
+    return tuple(replace(topology, family=family) for topology in made)
 
 
 register_topology(LowRankFamily())

@@ -1,21 +1,34 @@
 """Matrix product operators (tensor-train matrices): a chain of cores `(left, out, in, right)`."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import Method
-from tensornet.linalg.tt_svd import max_bonds, tt_svd
+from tensornet.linalg.tt_svd import cap_bonds, max_bonds, mpo_params, tt_svd
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.network import TensorNetwork
 from tensornet.topologies.base import Decomposition, register_topology
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
+    choose_dims,
     clip_bonds,
     fitted_network,
     padded_shape,
 )
+from tensornet.topologies.leg_search import best_dims
+from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_proposal
+from tensornet.topologies.structure import gauge_bonds
+from tensornet.topologies.weighted_fit import leading, legs_of
 from tensornet.topology import CoreSpec, Topology
+
+if TYPE_CHECKING:
+    from tensornet.search.spectra import CutSpectra
 
 
 def mpo(
@@ -82,6 +95,8 @@ class MPOFamily(FactoredFamily):
     name = "mpo"
     builder = mpo
     decompose_options = ("bond_dims",)
+    #: Five cores, as in Gao et al. 2022.
+    mixture_options: ClassVar[Mapping[str, Any]] = {"sites": 5}
 
     def decompose_at(
         self,
@@ -108,6 +123,107 @@ class MPOFamily(FactoredFamily):
         bonds = list(topology.bond_dims.values())[1:-1]
         result = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
         return Decomposition(fitted_network(topology, result.cores), result.error, result.bound_by)
+
+    def starts(
+        self, matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting
+    ) -> list[TensorNetwork]:
+        """One decomposition serves all: the leading slices of its bonds."""
+        first = topologies[0]
+        full = self.build(*matrix.shape, out_dims=first.out_dims, in_dims=first.in_dims)
+        exact = legs_of(full, weighting).decompose(self.decompose_to, matrix, full)
+        return [leading(exact, topology) for topology in topologies]
+
+    def search_legs(
+        self,
+        matrix: Tensor,
+        weighting: Weighting,
+        num_params: Callable[[Topology], int],
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Compare balanced legs with splits that keep one large leg together, unless dims are given."""
+        if options.get("out_dims") is not None or options.get("in_dims") is not None:
+            return options
+        shape = (matrix.shape[0], matrix.shape[1])
+        balanced = self.choose_dims(shape, None, None, options.get("sites"))
+        outs, ins = best_dims(matrix, weighting, balanced, build=self.build, num_params=num_params)
+        kept = {key: value for key, value in options.items() if key != "sites"}
+        return {**kept, "out_dims": outs, "in_dims": ins}
+
+    def gauge_bonds(self, topology: Topology) -> dict[str, str]:
+        """Of all cores but the last, also where the order of rows takes more numbers than it saves."""
+        return gauge_bonds(topology, always=True)
+
+    def proposals(
+        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+    ) -> Iterator[Proposal]:
+        """Chains of 2 to `max_sites` cores; bonds share the error evenly, or are uniform without a matrix."""
+        for out_dims, in_dims in _mpo_dims(shape, max_sites):
+            found = _mpo_bonds(shape, out_dims, in_dims, params, spectra)
+            if found is None:
+                continue
+            topology = self.build(*shape, out_dims=out_dims, in_dims=in_dims, bond_dims=found)
+            full = max_bonds(out_dims, in_dims)
+            lost = sum(1 - bond / most for bond, most in zip(found, full, strict=True))
+            worst = math.sqrt(min(1.0, lost))
+            if spectra is None:
+                yield known_proposal(topology, None, worst)
+            else:
+                tails = [float(spectra.tails(out_dims, in_dims, k + 1)[bond]) for k, bond in enumerate(found)]
+                yield Proposal(topology, math.sqrt(max(tails)), math.sqrt(min(1.0, sum(tails))), worst)
+
+
+def _mpo_bonds(
+    shape: tuple[int, int],
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    params: int,
+    spectra: "CutSpectra | None",
+) -> tuple[int, ...] | None:
+    """Bonds that fit, None if not even bonds of 1 do."""
+    full = max_bonds(out_dims, in_dims)
+    if mpo_params(out_dims, in_dims, [1] * len(full)) > params:
+        return None
+    if spectra is None:
+        try:
+            return cap_bonds(shape, out_dims, in_dims, Budget(param_ratio=params / math.prod(shape)))[0]
+        except BudgetError:  # the share rounds down to fewer parameters than bonds of 1 need
+            return None
+    tails = [spectra.tails(out_dims, in_dims, k + 1) for k in range(len(full))]
+
+    def bonds(allowed: float) -> tuple[int, ...]:
+        ranks = (spectra.rank_for(tail, allowed) for tail in tails)
+        return tuple(min(rank, most) for rank, most in zip(ranks, full, strict=True))
+
+    low, high = 0.0, 1.0  # invariant: high fits
+    if mpo_params(out_dims, in_dims, bonds(low)) <= params:
+        return bonds(low)
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = mpo_params(out_dims, in_dims, bonds(middle)) <= params
+        low, high = (low, middle) if fits else (middle, high)
+    return bonds(high)
+
+
+def _mpo_dims(shape: tuple[int, int], max_sites: int) -> Iterator[Dims]:
+    seen: set[Dims] = set()
+    for dims in (*cut_dims(shape), *_balanced_dims(shape, max_sites)):
+        trivial = any(out * inside == 1 for out, inside in zip(*dims, strict=True))
+        # Plain low rank, and its mirror, are a family of their own.
+        plain = dims[0] in ((shape[0], 1), (1, shape[0])) and dims[1] in ((shape[1], 1), (1, shape[1]))
+        if not trivial and not plain and dims not in seen and max_sites >= len(dims[0]):
+            seen.add(dims)
+            yield dims
+
+
+def _balanced_dims(shape: tuple[int, int], max_sites: int) -> Iterator[Dims]:
+    for sites in range(2, max_sites + 1):
+        try:
+            rows, columns = choose_dims(shape, None, None, sites)
+        except TopologyError:  # more sites than the shape can be split into
+            return
+        yield rows, columns
+        yield rows[::-1], columns[::-1]
+        yield rows, columns[::-1]
 
 
 register_topology(MPOFamily())

@@ -27,7 +27,7 @@ from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
 from tensornet.nn.linear import linear_from_network
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.structure_hooks import structure_changed
-from tensornet.topologies import low_rank, topology_family
+from tensornet.topologies import topology_family
 
 ALL_LINEAR = "all-linear"
 #: Values of `init_lora_weights` that leave the layer beside them as it is.
@@ -37,8 +37,9 @@ STARTS = (True, False, "gaussian", "orthogonal")
 class LoraNetworkLinear(nn.Module, LoraLayer):
     """A compressed linear layer with low-rank adapters beside it: `y = W x + b + s B A x`.
 
-    Merging a layer of low rank `r` gives one of rank `r + r_adapter`, without loss. Layers of another
-    topology cannot take the adapter in and become dense. Eight-bit cores are rounded again, with a warning.
+    Merging a layer of low rank `r` gives one of rank `r + r_adapter`, without loss. Layers of a family that
+    has no such topology (`TopologyFamily.with_rank`) cannot take the adapter in and become dense. Eight-bit
+    cores are rounded again, with a warning.
     """
 
     def __init__(
@@ -226,11 +227,11 @@ def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
     if kind is not None:
         return kind.build(matrix, layer_bias(base))
     assert isinstance(base, TensorNetworkLinear)
-    if base.topology.family != "low_rank":
+    family = topology_family(base.topology.family)
+    topology = family.with_rank(base.topology, added)
+    if topology is None:
         return layer_kind(base.source).build(matrix, base.bias)
-    rank = max(base.topology.bond_dims.values()) + added
-    topology = low_rank(out_features=base.out_features, in_features=base.in_features, rank=rank)
-    network = topology_family("low_rank").decompose_to(matrix, topology).network.to(matrix.dtype)
+    network = family.decompose_to(matrix, topology).network.to(matrix.dtype)
     storage = base.storage
     return linear_from_network(
         network, bias=base.bias, source=base.source, strategy=base.strategy, storage=storage

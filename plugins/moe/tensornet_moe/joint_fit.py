@@ -1,8 +1,7 @@
-"""Fitting given, different expert matrices by shared and private cores: alternating least squares.
+"""Fit given, different expert matrices by shared and private cores.
 
-The model `W_e ~ network(shared, private_e)` is linear in each core. One sweep solves for every core in turn;
-each solve is a few steps of conjugate gradients on the least-squares problem (CGLS), which needs only the
-contraction and its transpose. Environments are never formed, any topology works, no step raises the error.
+The model `W_e ~ network(shared, private_e)` is one network with one more leg, which counts experts: private
+cores carry its label, shared ones do not. So `tensornet.als` fits it as it fits any other network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensornet.als import Fit, fit_network
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.linalg.svd import check_finite, frobenius, safe_scale, working_dtype
-from tensornet.network import random_cores
-from tensornet.topologies import topology_family, topology_names
-from tensornet.topology import Topology
-from tensornet_moe.stacked import StackPlan, build_matrices, plan_stack
+from tensornet.linalg.tt_svd import pad_matrix
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.network import TensorNetwork, random_cores
+from tensornet.topologies import LowRankFamily, TopologyFamily, topology_family, topology_names
+from tensornet.topology import CoreSpec, Topology
 
-#: CGLS steps for one core in one sweep. More make a sweep dearer and save few sweeps.
-_INNER_STEPS = 8
-#: A gradient this small, relative to the one of the zero core, counts as zero.
-_SOLVED = 1e-12
+#: Label of the leg that counts experts.
+EXPERTS = "expert"
+#: Steps for one core in one sweep: the first solves for it where no leg is padded and bonds are few.
+_STEPS = 2
 #: Sweeps after which the better of the starts is continued and the others are given up.
 _TRIAL_SWEEPS = 3
 
@@ -154,87 +155,82 @@ def fit_shared(
     check_finite(weights, "The stack of expert matrices")
     scale = safe_scale(weights)  # squares of what is fitted neither overflow nor vanish
     target = weights.detach().to(working_dtype(weights.dtype)) / scale
-    plan = plan_stack(topology, shared, len(target))
-    starts = list(_starts(target, topology, shared))
-    for _ in range(_TRIAL_SWEEPS):
-        starts = [_sweep(plan, start, target) for start in starts]
-    errors = [_error(plan, start, target) for start in starts]
-    best = min(range(len(starts)), key=errors.__getitem__)
-    cores, error, sweeps, converged = starts[best], errors[best], _TRIAL_SWEEPS, False
-    while sweeps < max_sweeps and not converged:
-        cores = _sweep(plan, cores, target)
-        before, error = error, _error(plan, cores, target)
-        sweeps += 1
-        converged = before - error <= tolerance * before
-    share = scale ** (1 / len(cores))  # every core takes an equal part of the scale
-    return SharedFit({name: core * share for name, core in cores.items()}, error, sweeps, converged)
+    fitted = target
+    if len(shared) == len(topology.cores):  # nothing private: the mean is all that one network can fit
+        fitted = target.mean(0, keepdim=True)
+    stack = Stack.of(fitted, topology, shared)
+    trials = [stack.fit(start, _TRIAL_SWEEPS, 0.0) for start in _starts(fitted, topology)]
+    best = min(trials, key=lambda fit: fit.cost)
+    # The tolerance is one of the error, whose square is fitted.
+    rest = stack.fit(best.network, max(max_sweeps - _TRIAL_SWEEPS, 0), 2 * tolerance)
+    error = stack_error(target, stack.matrices(rest.network).expand_as(target))
+    part = scale ** (1 / len(topology.cores))  # every core takes an equal part of the scale
+    cores = {name: core * part for name, core in stack.unstacked(rest.network).items()}
+    return SharedFit(cores, error, best.sweeps + rest.sweeps, rest.converged)
 
 
-def least_squares(
-    plan: StackPlan, cores: Mapping[str, Tensor], name: str, target: Tensor, steps: int
-) -> Tensor:
-    """Improve one core by CGLS on `|target - network|^2`, starting from its present value.
-
-    A private core is a separate problem for each expert and gets its own step sizes.
+@dataclass(frozen=True)
+class Stack:
+    """A stack of matrices as one matrix `(experts * out, in)`, and the network that fits it.
 
     Args:
-        plan: the stack.
-        cores: all cores by name.
-        name: the core to solve for.
-        target: matrices, shape `(E, out, in)`.
-        steps: conjugate gradient steps.
-
-    Reference:
-        Björck 1996, "Numerical Methods for Least Squares Problems", section 7.4.
+        topology: of the whole stack, for matrices padded to the legs.
+        single: of one matrix.
+        matrix: all of them below each other, padded with zeros.
+        weighting: no weight on padding.
+        count: number of matrices.
     """
 
-    def apply(core: Tensor) -> Tensor:
-        return build_matrices(plan, {**cores, name: core}, len(target))
+    topology: Topology
+    single: Topology
+    matrix: Tensor
+    weighting: Weighting
+    count: int
 
-    # The network is linear in this core, so one recorded graph gives the transpose for every residual.
-    with torch.enable_grad():
-        probe = torch.zeros_like(cores[name], requires_grad=True)
-        output = apply(probe)
+    @classmethod
+    def of(cls, target: Tensor, topology: Topology, shared: Sequence[str]) -> "Stack":
+        """Stack `target: (experts, out, in)` for a fit with these shared cores."""
+        count, (rows, columns) = len(target), topology.padded_shape
+        outs, sizes = topology.out_labels, topology.sizes
+        private = [core.name for core in topology.cores if core.name not in shared]
+        if private:
+            outs, sizes = (EXPERTS, *outs), ((EXPERTS, count), *sizes)
+        cores = tuple(
+            CoreSpec(x.name, (EXPERTS, *x.labels)) if x.name in private else x for x in topology.cores
+        )
+        whole = Topology("", cores, sizes, outs, topology.in_labels, count * rows, columns)
+        matrix = pad_matrix(target, rows, columns).reshape(count * rows, columns)
+        weighting = Weighting()
+        if (rows, columns) != topology.shape:
+            near, far = (torch.zeros(n).to(target) for n in (rows, columns))
+            near[: topology.out_features] = far[: topology.in_features] = 1
+            weighting = Weighting(near.repeat(count), far)
+        return cls(whole, topology, matrix, weighting, count)
 
-    def transpose(residual: Tensor) -> Tensor:
-        return torch.autograd.grad(output, probe, residual, retain_graph=True)[0]
+    def fit(self, start: TensorNetwork | Sequence[TensorNetwork], sweeps: int, tolerance: float) -> Fit:
+        """Run alternating least squares from a network of the stack, or from one for each matrix."""
+        network = start if isinstance(start, TensorNetwork) else self._stacked(start)
+        return fit_network(
+            self.matrix, network, self.weighting, sweeps=sweeps, steps=_STEPS, tolerance=tolerance
+        )
 
-    def energy(x: Tensor) -> Tensor:
-        """Squared norm: of everything for a shared core, for each expert `(E, 1, ...)` for a private one."""
-        if name in plan.shared:
-            return x.square().sum()
-        return x.square().flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))
+    def unstacked(self, network: TensorNetwork) -> dict[str, Tensor]:
+        """Cores by name, private ones `(experts, *shape)`."""
+        return dict(zip(self.topology.core_names, network.cores, strict=True))
 
-    def fit(scale: Tensor, like: Tensor) -> Tensor:
-        return scale if scale.ndim == 0 else scale.reshape(-1, *[1] * (like.ndim - 1))
+    def matrices(self, network: TensorNetwork) -> Tensor:
+        """The matrices of the network, shape `(experts, out, in)`."""
+        made = network.to_matrix().reshape(self.count, *self.single.padded_shape)
+        return made[:, : self.single.out_features, : self.single.in_features]
 
-    x = cores[name].clone()
-    residual = target - apply(x)
-    gradient = transpose(residual)
-    direction, strength = gradient, energy(gradient)
-    # Below this the gradient is rounding, and so would be a step along it: solved, move no more.
-    floor = (_SOLVED**2 * energy(transpose(target))).clamp_min(torch.finfo(x.dtype).tiny)
-    for _ in range(steps):
-        image = apply(direction)
-        length = energy(image).reshape(strength.shape).clamp_min(torch.finfo(x.dtype).tiny)
-        step = torch.where(strength > floor, strength / length, 0)
-        x = x + step * direction
-        residual = residual - fit(step, residual) * image
-        gradient = transpose(residual)
-        before, strength = strength, energy(gradient)
-        direction = gradient + torch.where(before > floor, strength / before, 0) * direction
-    return x
-
-
-def _sweep(plan: StackPlan, cores: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-    cores = dict(cores)
-    for name in plan.topology.core_names:
-        cores[name] = least_squares(plan, cores, name, target, _INNER_STEPS)
-    return cores
-
-
-def _error(plan: StackPlan, cores: Mapping[str, Tensor], target: Tensor) -> float:
-    return stack_error(target, build_matrices(plan, cores, len(target)))
+    def _stacked(self, networks: Sequence[TensorNetwork]) -> TensorNetwork:
+        """Average the shared cores of one network for each matrix, and stack the private ones."""
+        stacks = [torch.stack(cores) for cores in zip(*(x.cores for x in networks), strict=True)]
+        cores = [
+            stack if EXPERTS in spec.labels else stack.mean(0)
+            for spec, stack in zip(self.topology.cores, stacks, strict=True)
+        ]
+        return TensorNetwork(self.topology, [core.to(self.matrix) for core in cores])
 
 
 def stack_error(target: Tensor, made: Tensor) -> float:
@@ -250,20 +246,11 @@ def stack_error(target: Tensor, made: Tensor) -> float:
     return frobenius(work - made.to(work) / scale) / total if total > 0 else 0.0
 
 
-def _starts(target: Tensor, topology: Topology, shared: Sequence[str]) -> list[dict[str, Tensor]]:
-    count, names = len(target), topology.core_names
-
-    def combine(experts: list[Sequence[Tensor]]) -> dict[str, Tensor]:
-        stacks = [torch.stack([cores[k] for cores in experts]).to(target) for k in range(len(names))]
-        return {n: s.mean(0) if n in shared else s for n, s in zip(names, stacks, strict=True)}
-
-    if topology.family not in topology_names():  # a hand-made topology has no decomposition to start from
-        generator = torch.Generator().manual_seed(0)
-        return [combine([random_cores(topology, generator=generator) for _ in range(count)])]
-    family = topology_family(topology.family)
-    mean = family.decompose_to(target.mean(0), topology).network.cores
-    each = [family.decompose_to(matrix, topology).network.cores for matrix in target]
-    return [combine([mean] * count), combine(list(each))]
+def _starts(target: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
+    if topology.family in topology_names():
+        return topology_family(topology.family).stack_starts(target, topology)
+    generator = torch.Generator().manual_seed(0)  # a hand-made topology has no decomposition to start from
+    return [[TensorNetwork(topology, random_cores(topology, generator=generator)) for _ in target]]
 
 
 @dataclass(frozen=True)
@@ -277,13 +264,15 @@ def _alone(target: Tensor, topology: Topology, parameters: int) -> _Alone | None
     """The best separate decompositions that use at most `parameters` elements in all."""
     count, rows, columns = target.shape
     budget = Budget(param_ratio=parameters / (count * rows * columns))
-    dims = {"out_dims": topology.out_dims, "in_dims": topology.in_dims}
+    rivals: list[tuple[TopologyFamily, dict[str, Any]]] = [(LowRankFamily(), {})]
+    if topology.family in topology_names():
+        family = topology_family(topology.family)
+        rivals.append((family, family.options_of(topology)))
     results = []
-    for name in sorted({topology.family, "low_rank"} & set(topology_names())):
-        options = {} if name == "low_rank" else dims
+    for family, options in rivals:
         try:
-            networks = [topology_family(name).decompose(m, budget, **options).network for m in target]
-        except (BudgetError, TopologyError):  # does not fit, or takes no dims: no rival
+            networks = [family.decompose(matrix, budget, **options).network for matrix in target]
+        except (BudgetError, TopologyError):  # does not fit: no rival
             continue
         error = stack_error(target, torch.stack([network.to_matrix() for network in networks]))
         cores = {

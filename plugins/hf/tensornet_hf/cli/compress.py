@@ -41,9 +41,7 @@ def run(
         typer.Option(parser=parse_share, metavar="SHARE", help="Share of parameters to keep, such as 0.5."),
     ] = None,
     max_bond: Annotated[int | None, typer.Option(help="Largest bond.")] = None,
-    rel_error: Annotated[
-        float | None, typer.Option(help="Largest relative Frobenius error of each weight.")
-    ] = None,
+    rel_error: Annotated[float | None, typer.Option(help="Largest relative error of each weight.")] = None,
     loss_increase: Annotated[
         float | None, typer.Option(help="Predicted rise of the loss to allow, in nats; needs --calibration.")
     ] = None,
@@ -63,9 +61,8 @@ def run(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of that forward pass: 1 for generating, more for reading.")
     ] = None,
-    topology: Annotated[
-        str, typer.Option(help="Family of networks, or auto for the best of each layer.")
-    ] = "auto",
+    topology: Annotated[str, typer.Option(help="Family of networks; auto: the best of each layer.")] = "auto",
+    topology_option: shared.KeyValues = None,
     sites: Annotated[int | None, typer.Option(help="Cores of a chain.")] = None,
     target: Annotated[
         list[str] | None,
@@ -141,6 +138,7 @@ def run(
     }
     _check_validation(validation, calibration, objective, plan)
     others = {"sites": sites, "target": target, "exclude": exclude, "tokens": tokens, "int8": int8}
+    others["topology-option"] = topology_option
     others |= {"topology": topology != "auto", "objective": objective != "auto"}
     _check_usage(destination, budget, others, plan, dry_run)
     check_correction(refine, heal, calibration, int8)
@@ -155,6 +153,7 @@ def run(
         target_modules=target or None,
         exclude_modules=exclude or None,
         topology=topology,
+        topology_options=shared.key_values("--topology-option", topology_option),
         sites=sites,
         int8=int8,
         tokens=tokens,

@@ -30,6 +30,10 @@ Device = Annotated[
     ),
 ]
 CPU = torch.device("cpu")
+KeyValues = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of the family, KEY=VALUE with a value in JSON: out_dims=[8,96]; repeatable."),
+]
 TextFile = Annotated[Path, typer.Option(help="Text file, UTF-8.")]
 
 
@@ -58,6 +62,34 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
+    """Parse `KEY=VALUE` options, with values in JSON or else plain words.
+
+    Args:
+        option: as the user wrote it, for errors.
+        given: what came with it, once for each use.
+
+    Raises:
+        typer.BadParameter: no `=`, or a key twice.
+
+    Example:
+        >>> key_values("--topology-option", ["out_dims=[8, 96]", "sites=2"])
+        {'out_dims': [8, 96], 'sites': 2}
+    """
+    found: dict[str, Any] = {}
+    for text in given or ():
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise typer.BadParameter(f"{option} takes KEY=VALUE, such as sites=3; got {text!r}.")
+        if key.strip() in found:
+            raise typer.BadParameter(f"{option} gives {key.strip()} twice; leave one of them out.")
+        try:
+            found[key.strip()] = json.loads(value)
+        except ValueError:
+            found[key.strip()] = value
+    return found
 
 
 def read_text(path: Path) -> str:

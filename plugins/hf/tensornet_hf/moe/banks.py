@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
 from tensornet.progress import progress_bar
+from tensornet.topologies import topology_family
 from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_moe import SharedCoreExperts, SharedCores, share_across_layers
@@ -159,11 +160,14 @@ def _errors_name(what: str) -> Iterator[None]:
 
 
 def _family_options(config: MoEConfig, *, is_down: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+    """Options of the family for one matrix; dims that it cannot take are passed on, for it to refuse."""
+    family = topology_family(config.topology)
     dims = (config.model_dims, config.hidden_dims)
-    if config.topology == "mpo":
+    options: dict[str, Any] = {"sites": config.sites}
+    if {"out_dims", "in_dims"} <= set(family.options):
         options["out_dims"], options["in_dims"] = dims if is_down else dims[::-1]
-        options["sites"] = config.sites if config.sites or any(d is not None for d in dims) else 5
-    elif config.sites is not None or any(d is not None for d in dims):
-        options = {"sites": config.sites, "model_dims": config.model_dims, "hidden_dims": config.hidden_dims}
+    else:
+        options["model_dims"], options["hidden_dims"] = dims
+    if config.sites is None and all(d is None for d in dims):
+        options |= family.mixture_options
     return {key: value for key, value in options.items() if value is not None}

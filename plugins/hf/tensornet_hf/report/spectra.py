@@ -9,6 +9,8 @@ from torch import Tensor
 from tensornet.compression import LayerPlan
 from tensornet.compression.planner import singular_values
 from tensornet.linalg.tt_svd import pad_matrix
+from tensornet.topologies import topology_family
+from tensornet.topologies.structure import Side
 from tensornet.topology import Topology
 
 
@@ -19,7 +21,7 @@ class BondSpectrum:
     Args:
         values: singular values in descending order, divided by the largest.
         kept: how many of them the bond keeps.
-        exact: whether the bond cuts exactly this spectrum. If not (a family that is no chain), `values`
+        exact: whether the bond cuts exactly this spectrum. If no bond separates the network, `values`
             belong to the weight itself and `kept` is the rank of the same number of parameters.
     """
 
@@ -36,38 +38,39 @@ def bond_spectra(matrix: Tensor, layer: LayerPlan) -> tuple[BondSpectrum, ...]:
         matrix: the dense weight, shape `(out_features, in_features)`.
         layer: its plan.
     """
-    topology = layer.topology
-    if topology is not None and topology.family == "mpo":
-        return _chain_spectra(matrix, topology)
-    known = layer.singular_values
-    values = _relative(torch.tensor(known, dtype=torch.float64) if known else singular_values(matrix))
+    topology, known = layer.topology, layer.singular_values
+    values = torch.tensor(known, dtype=torch.float64) if known else singular_values(matrix)
     if topology is None:
-        return (BondSpectrum(values, len(values)),)
-    if topology.family == "low_rank":
-        return (BondSpectrum(values, max(topology.bond_dims.values())),)
-    rank = min(len(values), max(1, topology.num_params // sum(topology.shape)))
-    return (BondSpectrum(values, rank, exact=False),)
-
-
-def _chain_spectra(matrix: Tensor, topology: Topology) -> tuple[BondSpectrum, ...]:
-    """Bond `k` of a chain cuts the matrix whose rows are the legs of the sites before it."""
-    out_dims, in_dims = topology.out_dims, topology.in_dims
-    sites = len(out_dims)
-    order = [axis for site in range(sites) for axis in (site, sites + site)]
-    padded = pad_matrix(matrix, *topology.padded_shape).reshape(*out_dims, *in_dims).permute(order)
+        return (BondSpectrum(_relative(values), len(values)),)
+    cuts = topology_family(topology.family).bond_cuts(topology)
+    if not cuts:
+        rank = min(len(values), max(1, topology.num_params // sum(topology.shape)))
+        return (BondSpectrum(_relative(values), rank, exact=False),)
     spectra = []
-    for bond in range(1, sites):
-        rows = math.prod(out_dims[:bond]) * math.prod(in_dims[:bond])
-        kept = _bond_between(topology, bond)
-        spectra.append(BondSpectrum(_relative(singular_values(padded.reshape(rows, -1))), kept))
+    for bond, side in cuts.items():
+        whole = _separates_sides(topology, side)
+        spectrum = values if whole else singular_values(_unfolding(matrix, topology, side))
+        spectra.append(BondSpectrum(_relative(spectrum), topology.size_of[bond]))
     return tuple(spectra)
 
 
-def _bond_between(topology: Topology, bond: int) -> int:
-    """Size of the label that the cores on both sides of a bond share."""
-    left, right = topology.cores[bond - 1], topology.cores[bond]
-    (label,) = set(left.labels) & set(right.labels)
-    return topology.size_of[label]
+def _separates_sides(topology: Topology, side: Side) -> bool:
+    """Whether a bond cuts the matrix itself: all out-legs on one side, all in-legs on the other."""
+    near, outs, ins = (
+        {x for x in labels if topology.size_of[x] > 1}
+        for labels in ((*side[0], *side[1]), topology.out_labels, topology.in_labels)
+    )
+    return topology.padded_shape == topology.shape and near in (outs, ins)
+
+
+def _unfolding(matrix: Tensor, topology: Topology, side: Side) -> Tensor:
+    """The matrix with the legs on one side of a bond as rows, all others as columns."""
+    legs = (*topology.out_labels, *topology.in_labels)
+    near = {x for labels in side for x in labels}
+    order = sorted(range(len(legs)), key=lambda axis: legs[axis] not in near)
+    padded = pad_matrix(matrix, *topology.padded_shape).reshape(*topology.out_dims, *topology.in_dims)
+    rows = math.prod(topology.size_of[x] for x in near)
+    return padded.permute(order).reshape(rows, -1)
 
 
 def _relative(values: Tensor) -> tuple[float, ...]:

@@ -161,7 +161,10 @@ def compress_checkpoint(
         written = _finish(work, source, type(skeleton).__name__, files, rest)
         check_unchanged(source, marks_now(source), since="this run began")
         work.publish(target)
-    made = replace(plan or CompressionPlan(()), layers=tuple(piece.plan for piece in pieces.values()))
+    made = replace(
+        plan or CompressionPlan((), topology_options=config.topology_options),
+        layers=tuple(piece.plan for piece in pieces.values()),
+    )
     kept = [source.tensors[key] for key in source.tensors if key not in left_out]
     compression = CompressionReport(
         layers=layer_reports(made, {name: piece.error for name, piece in pieces.items()}),

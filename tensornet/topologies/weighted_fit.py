@@ -1,18 +1,22 @@
-"""Networks other than low rank at the prices that calibration found: a structured start, then fitting."""
+"""Fit a network of any family under a two-sided weighting: a structured start, then least squares."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tensornet.als import fit_network
+from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.linalg.weighted_svd import Weighting, damped, root
 from tensornet.network import TensorNetwork
-from tensornet.topologies import Decomposition, topology_family
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topology import Topology
+
+#: How a family writes a matrix as a network of a given topology.
+Decompose = Callable[[Tensor, Topology], Decomposition]
 
 #: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
 _STEPS = 6
@@ -21,10 +25,10 @@ _FACTOR_DAMPING = 1e-4
 
 
 @torch.no_grad()
-def decompose_network(
-    matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int = 3
+def fit_weighted(
+    decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int = 3
 ) -> Decomposition:
-    """Cores of a given topology with little weighted error, never more than those of the plain decomposition.
+    """Find cores of a given topology with little weighted error, never more than the plain decomposition's.
 
     The start is the decomposition that is optimal (as far as the family's own is) for moments replaced by
     Kronecker products over the legs. It is fitted to the full weighting in coordinates in which those
@@ -32,18 +36,19 @@ def decompose_network(
     Where the plain decomposition is cheaper nevertheless, that one is fitted.
 
     Args:
+        decompose: `decompose_to` of the family.
         matrix: shape `(out, in)`.
-        topology: of any family.
-        weighting: prices of errors.
+        topology: of that family.
+        weighting: sensitivity of the loss to errors.
         sweeps: rounds of alternating least squares; 0 returns the start.
     """
     legs = legs_of(topology, weighting)
-    plain = topology_family(topology.family).decompose_to(matrix, topology).network
-    made = legs.decompose(matrix, topology) if legs.roots else plain
+    plain = decompose(matrix, topology).network
+    made = legs.decompose(decompose, matrix, topology) if legs.roots else plain
     if sweeps > 0 and legs.roots:
         whitened = legs.whitened(matrix, made, weighting)
         fit = fit_network(*whitened, sweeps=sweeps, steps=_STEPS)
-        made = legs.undone(fit.network, topology)
+        made = legs.undone(fit.network, topology, result_dtype(matrix.dtype))
     if legs.roots and weighting.cost(matrix - plain.to_matrix()) <= weighting.cost(matrix - made.to_matrix()):
         made = plain
     if sweeps > 0 and (made is plain or not legs.roots):
@@ -53,32 +58,21 @@ def decompose_network(
     return Decomposition(made, error, "curvature", iterations=sweeps)
 
 
-def structured_start(matrix: Tensor, topology: Topology, weighting: Weighting) -> TensorNetwork:
-    """The better of the plain and the leg-whitened decomposition, by the full weighting."""
-    plain = topology_family(topology.family).decompose_to(matrix, topology).network
+def structured_start(
+    decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting
+) -> TensorNetwork:
+    """Take the better of the plain and the leg-whitened decomposition, by the full weighting."""
+    plain = decompose(matrix, topology).network
     legs = legs_of(topology, weighting)
     if not legs.roots:
         return plain
-    whitened = legs.decompose(matrix, topology)
+    whitened = legs.decompose(decompose, matrix, topology)
     costs = [weighting.cost(matrix - network.to_matrix()) for network in (plain, whitened)]
     return plain if costs[0] <= costs[1] else whitened
 
 
-def starts_of(matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting) -> list[TensorNetwork]:
-    """A start for each topology, which differ only in bonds.
-
-    For chains one decomposition serves all: the leading slices of its bonds.
-    """
-    first = topologies[0]
-    if first.family != "mpo":
-        return [structured_start(matrix, topology, weighting) for topology in topologies]
-    full = topology_family("mpo").build(*matrix.shape, out_dims=first.out_dims, in_dims=first.in_dims)
-    exact = legs_of(full, weighting).decompose(matrix, full)
-    return [_sliced(exact, topology) for topology in topologies]
-
-
-def _sliced(network: TensorNetwork, topology: Topology) -> TensorNetwork:
-    """A chain cut to smaller bonds; the bonds of a fresh TT-SVD are sorted by importance."""
+def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
+    """Slice a network down to smaller bonds; right where bonds are sorted by importance, as after TT-SVD."""
     sizes = topology.core_shapes.values()
     cut = [core[tuple(slice(n) for n in shape)] for core, shape in zip(network.cores, sizes, strict=True)]
     return TensorNetwork(topology, [core.contiguous() for core in cut])
@@ -90,7 +84,7 @@ class Legs:
 
     Args:
         roots: by label, `L` and its inverse with `L L^T` the moment of the leg; vectors where that is
-            diagonal. Legs of a side without prices are missing.
+            diagonal. Legs of a side without a moment are missing.
         sides: labels of the out-legs and of the in-legs.
         dims: their sizes.
     """
@@ -99,17 +93,15 @@ class Legs:
     sides: tuple[tuple[str, ...], tuple[str, ...]]
     dims: tuple[tuple[int, ...], tuple[int, ...]]
 
-    def decompose(self, matrix: Tensor, topology: Topology) -> TensorNetwork:
+    def decompose(self, decompose: Decompose, matrix: Tensor, topology: Topology) -> TensorNetwork:
         """Whiten every leg, decompose, undo in the cores: bonds are not affected."""
-        found = topology_family(topology.family).decompose_to(
-            self.whitened_matrix(matrix), _unpadded(topology)
-        )
+        found = decompose(self.whitened_matrix(matrix), _unpadded(topology))
         return self.undone(found.network, topology, matrix.dtype)
 
     def whitened(
         self, matrix: Tensor, network: TensorNetwork, weighting: Weighting
     ) -> tuple[Tensor, TensorNetwork, Weighting]:
-        """A matrix, its network and the prices of errors, in these coordinates: costs stay the same."""
+        """Turn a matrix, its network and the weighting into these coordinates; costs stay the same."""
         topology = network.topology
         cores = self._on_cores(topology, network.cores, inverse=False)
         moments = zip(matrix.shape, (weighting.rows, weighting.columns), strict=True)
@@ -168,7 +160,7 @@ class Legs:
 
 
 def legs_of(topology: Topology, weighting: Weighting) -> Legs:
-    """Coordinates for a topology; no roots where a leg is on several cores, or nothing has a price."""
+    """Coordinates for a topology; no roots where a leg is on several cores, or without a weighting."""
     roots: dict[str, tuple[Tensor, Tensor]] = {}
     sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
     if _every_leg_on_one_core(topology):
@@ -180,14 +172,8 @@ def legs_of(topology: Topology, weighting: Weighting) -> Legs:
 
 def _unpadded(topology: Topology) -> Topology:
     """The same network for a matrix of the size that its legs hold."""
-    return Topology(
-        topology.family,
-        topology.cores,
-        topology.sizes,
-        topology.out_labels,
-        topology.in_labels,
-        *topology.padded_shape,
-    )
+    rows, columns = topology.padded_shape
+    return replace(topology, out_features=rows, in_features=columns)
 
 
 def _transposed(factor: Tensor) -> Tensor:

@@ -1,43 +1,51 @@
-"""Choosing the leg sizes of a chain by what errors cost.
+"""Choose the leg sizes of a chain by the predicted loss increase.
 
 Balanced legs store a chain compactly, but what a trained weight holds is spread over them; legs of which one
 is large keep more of it together. The splits tried here have no leg of size 1, so none of them is low rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from tensornet.compression.network_fit import legs_of
 from tensornet.linalg.tt_svd import max_bonds
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.encoding import Storage
-from tensornet.topologies import topology_family
+from tensornet.topologies.proposals import Dims
+from tensornet.topologies.weighted_fit import legs_of
+from tensornet.topology import Topology
 
 #: Sizes of the small legs.
 _SMALL = (2, 3)
-#: Shares of the parameters at which splits are compared.
-_SHARES = (0.8, 0.5)
-
-Dims = tuple[tuple[int, ...], tuple[int, ...]]
+#: Fractions of the parameters at which splits are compared.
+_FRACTIONS = (0.8, 0.5)
 
 
-def best_dims(matrix: Tensor, weighting: Weighting, storage: Storage, balanced: Dims) -> Dims:
-    """The leg sizes at which a chain leaves out least, balanced ones among them.
+def best_dims(
+    matrix: Tensor,
+    weighting: Weighting,
+    balanced: Dims,
+    *,
+    build: Callable[..., Topology],
+    num_params: Callable[[Topology], int],
+) -> Dims:
+    """Find the leg sizes at which a chain loses least, balanced ones among them.
 
-    Compared by the geometric mean, over two sizes, of what a cut of the widest bond leaves out in
+    Compared by the geometric mean, over two sizes, of what truncating the widest bond loses in
     leg-whitened coordinates.
 
     Args:
         matrix: shape `(out, in)`.
-        weighting: prices of errors.
-        storage: how cores would be kept.
+        weighting: sensitivity of the loss to errors.
         balanced: the sizes to beat; the number of sites is theirs.
+        build: makes a chain from features, `out_dims`, `in_dims` and `max_bond`.
+        num_params: counts the numbers that a chain will store.
     """
     tried = [balanced, *unbalanced_dims(matrix.shape[0], matrix.shape[1], len(balanced[0]))]
-    return min(tried, key=lambda dims: _left_out(matrix, weighting, storage, dims)) if tried[1:] else balanced
+    if not tried[1:]:
+        return balanced
+    return min(tried, key=lambda dims: _lost(matrix, weighting, dims, build, num_params))
 
 
 def unbalanced_dims(rows: int, columns: int, sites: int) -> Iterator[Dims]:
@@ -53,10 +61,16 @@ def unbalanced_dims(rows: int, columns: int, sites: int) -> Iterator[Dims]:
                 yield (large_out, *outs), (ins[0], large_in, *ins[1:])
 
 
-def _left_out(matrix: Tensor, weighting: Weighting, storage: Storage, dims: Dims) -> float:
-    """Share of the whitened energy beyond the widest bond, at the bonds that the sizes compared afford."""
-    build = topology_family("mpo").build
-    full = build(matrix.shape[0], matrix.shape[1], out_dims=dims[0], in_dims=dims[1])
+def _lost(
+    matrix: Tensor,
+    weighting: Weighting,
+    dims: Dims,
+    build: Callable[..., Topology],
+    num_params: Callable[[Topology], int],
+) -> float:
+    """Fraction of the whitened energy beyond the widest bond, at the bonds that the sizes compared afford."""
+    rows, columns = matrix.shape
+    full = build(rows, columns, out_dims=dims[0], in_dims=dims[1])
     bonds = max_bonds(*dims)
     widest = max(range(len(bonds)), key=bonds.__getitem__)
     left = math.prod(o * i for o, i in zip(dims[0][: widest + 1], dims[1][: widest + 1], strict=True))
@@ -68,14 +82,12 @@ def _left_out(matrix: Tensor, weighting: Weighting, storage: Storage, dims: Dims
     energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
     tails = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp_min(1e-30)
     result = 1.0
-    for share in _SHARES:
+    for fraction in _FRACTIONS:
         low, high = 0, bonds[widest]
         while low < high:  # the widest bond that fits
             middle = (low + high + 1) // 2
-            chain = build(
-                matrix.shape[0], matrix.shape[1], out_dims=dims[0], in_dims=dims[1], max_bond=middle
-            )
-            fits = storage.num_params(chain) <= share * matrix.numel()
+            chain = build(rows, columns, out_dims=dims[0], in_dims=dims[1], max_bond=middle)
+            fits = num_params(chain) <= fraction * matrix.numel()
             low, high = (middle, high) if fits else (low, middle - 1)
         result *= float(tails[low]) if low < len(tails) else 0.0
     return result

@@ -1,0 +1,166 @@
+"""Sensitivity of the loss to errors in one weight: Kronecker factors from calibration statistics, damped.
+
+`layer_weighting` is the answer to "which Fisher factors does this layer have": `1/2 tr(R E C E^T)` with the
+moments `R` of the gradients at its outputs and `C` of its inputs.
+"""
+
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from torch import Tensor
+
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.errors import ShapeError, TargetError
+from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, nearest_kronecker
+from tensornet.nn.targets import Target
+
+#: Damping of the input moment, as a fraction of its mean diagonal: only against rounding and dead inputs.
+INPUT_DAMPING = 1e-4
+#: Damping of gradient moments for the forecast of the loss. Decomposing is best with little damping, but what
+#: it leaves out then looks cheaper than it is: on another text, and with all layers compressed at once,
+#: errors also cost where this text's gradients are small. With 1 forecasts met measurements
+#: (docs/quality.md).
+FORECAST_DAMPING = 1.0
+#: Least damping of gradient moments: errors in directions without gradients must cost something.
+_LEAST_DAMPING = 1e-6
+#: Damping of token frequencies: rows that the calibration text never read must cost something.
+FREQUENCY_DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Weightings of errors in one weight: for choosing a candidate, and for forecasting its loss."""
+
+    choice: Weighting
+    forecast: Weighting
+
+
+def layer_sensitivity(
+    target: Target, objective: str, stats: CalibrationStats | None, damping: float
+) -> Sensitivity | None:
+    """Weigh errors in one layer with little damping for the choice, and with more for the forecast.
+
+    Returns:
+        None where errors cost nothing because no gradient arrives.
+
+    Raises:
+        TargetError: see `layer_weighting`.
+    """
+    choice = layer_weighting(target, objective, stats, damping)
+    if choice is None:
+        return None
+    if objective != "curvature":
+        return Sensitivity(choice, choice)
+    forecast = layer_weighting(target, objective, stats, max(damping, FORECAST_DAMPING))
+    assert forecast is not None
+    return Sensitivity(choice, forecast)
+
+
+def layer_weighting(
+    target: Target, objective: str, stats: CalibrationStats | None, damping: float
+) -> Weighting | None:
+    """Weigh errors in one layer by an objective of `CompressionConfig`.
+
+    Returns:
+        None where errors cost nothing because no gradient arrives.
+
+    Raises:
+        TargetError: nothing is known of the layer, or the statistics are of another model.
+    """
+    if objective == "weight" or stats is None:
+        return Weighting()
+    curvature = objective == "curvature"
+    found = curvature_weighting(target, stats, damping) if curvature else input_weighting(target, stats)
+    try:
+        check_weighting(target.matrix, found or Weighting())
+    except ShapeError as error:
+        raise TargetError(
+            f"The statistics do not belong to this model: layer {target.name!r} has another shape there. "
+            f"{error} Calibrate this model."
+        ) from error
+    return found
+
+
+def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
+    """Weigh errors in one weight by the moment of its inputs alone, in the first of its uses that ran.
+
+    If all inputs were zero, errors are weighed by the Frobenius norm.
+
+    Raises:
+        TargetError: the calibration text never ran any layer that uses this weight.
+    """
+    for name, kind in zip(target.names, target.kinds, strict=True):
+        if kind.name == "embedding" and name in stats.rows:
+            return Weighting(damped(stats.rows[name], FREQUENCY_DAMPING), None)
+        if kind.name != "embedding" and name in stats.columns:
+            columns = stats.columns[name]
+            break
+    else:
+        _, columns = _of_relatives(target, stats)
+    return Weighting(None, damped(columns, INPUT_DAMPING)) if _counts(columns) else Weighting()
+
+
+def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
+    """Weigh errors in one weight by damped gradient and input moments, summed over all its uses.
+
+    Args:
+        target: the weight; uses that the calibration did not reach are left out.
+        stats: what calibration collected.
+        damping: fraction of the mean diagonal that is added to gradient moments.
+
+    Returns:
+        None where no gradient or no input but zeros arrived: the weight has no influence on the loss.
+
+    Raises:
+        TargetError: the calibration text never ran any layer that uses this weight.
+    """
+    terms = []
+    damping = max(damping, _LEAST_DAMPING)
+    for name, kind in zip(target.names, target.kinds, strict=True):
+        if name not in stats.rows and name not in stats.columns:
+            continue
+        rows, columns = stats.rows.get(name), stats.columns.get(name)
+        if kind.name == "embedding":
+            row_damping, column_damping = FREQUENCY_DAMPING, damping
+        else:
+            row_damping, column_damping = damping, INPUT_DAMPING
+        if _counts(rows) and _counts(columns):
+            terms.append(Weighting(damped(rows, row_damping), damped(columns, column_damping)))
+    if not terms and not any(name in stats.columns or name in stats.rows for name in target.names):
+        rows, columns = _of_relatives(target, stats)
+        if _counts(rows) and _counts(columns):
+            terms.append(Weighting(damped(rows, damping), damped(columns, INPUT_DAMPING)))
+    return nearest_kronecker(terms) if terms else None
+
+
+def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a moment is there and not zero."""
+    return moment is not None and bool(moment.any())
+
+
+def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
+    """Mean moments of gradients and inputs over the relatives of a weight that itself never ran.
+
+    Raises:
+        TargetError: it has none, or they never ran either.
+    """
+    sides = tuple(target.matrix.shape)
+    names = [
+        name
+        for name in target.kinds[0].relatives(target.name, stats.columns)
+        if (len(stats.rows.get(name, target.matrix)), len(stats.columns[name])) == sides
+    ]
+    if not names:
+        raise _never_ran(target)
+    rows = [stats.rows[name] for name in names if name in stats.rows]
+    mean = sum(rows[1:], start=rows[0].clone()) / len(names) if rows else None
+    return mean, sum(
+        (stats.columns[name] for name in names[1:]), start=stats.columns[names[0]].clone()
+    ) / len(names)
+
+
+def _never_ran(target: Target) -> TargetError:
+    return TargetError(
+        f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
+        "Calibrate with data that reaches it, or exclude it."
+    )

@@ -1,0 +1,81 @@
+"""Topologies worth a look for a shape and a number of parameters, with bounds of their errors."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tensornet.topologies.leg_dims import divisors
+from tensornet.topology import Topology
+
+if TYPE_CHECKING:
+    from tensornet.topologies.base import TopologyFamily
+
+#: Matrix products are fastest where sizes are multiples of this, see `Machine.step_columns`.
+KERNEL_STEP = 16
+
+#: Cuts are tried at the divisors nearest to these powers of a size.
+_CUT_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A topology and what is known of its error before it is decomposed.
+
+    Args:
+        topology: bonds included.
+        lower: no network of this topology has a smaller relative error on the matrix.
+        upper: its decomposition has at most this error.
+        worst: no matrix of this shape has a larger one; None where no such bound is known.
+        baseline: whether it stays in the result even if another one beats it, because people compare.
+    """
+
+    topology: Topology
+    lower: float
+    upper: float
+    worst: float | None
+    baseline: bool = False
+
+
+Dims = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def known_proposal(
+    topology: Topology, exact: float | None, worst: float, *, baseline: bool = False
+) -> Proposal:
+    """Propose a topology whose error is known exactly, or without a matrix by its worst case."""
+    error = worst if exact is None else exact
+    return Proposal(topology, error, error, worst, baseline)
+
+
+def uniform_proposals(family: "TopologyFamily", shape: tuple[int, int], params: int) -> Iterator[Proposal]:
+    """Propose the largest uniform bond of any family that fits; its error is found by decomposing."""
+
+    def fits(bond: int) -> bool:
+        return family.build(*shape, max_bond=bond).num_params <= params
+
+    if fits(1):
+        bond = _largest(fits, max(shape))
+        yield Proposal(family.build(*shape, max_bond=bond), 0.0, 1.0, None)
+
+
+def cut_dims(shape: tuple[int, int]) -> Iterator[Dims]:
+    """Split rows and columns in two, at divisors between 1 and the whole."""
+    for a in _cuts(shape[0]):
+        for c in _cuts(shape[1]):
+            yield (a, shape[0] // a), (c, shape[1] // c)
+
+
+def _cuts(size: int) -> list[int]:
+    choices = divisors(size)
+    nearest = {min(choices, key=lambda d: abs(math.log(d) - power * math.log(size))) for power in _CUT_POWERS}
+    return sorted(nearest)
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Largest number in `1 .. limit` that fits; 1 does."""
+    low, high = 1, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
