@@ -12,7 +12,7 @@ Reference:
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from tensornet.contraction.path import ContractionPlan, plan_contraction, run
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, times
-from tensornet.network import TensorNetwork, plan_matrix
+from tensornet.network import TensorNetwork, plan_matrix, random_cores
 from tensornet.topology import Topology
 
 #: A sweep that lowers the error by less than this fraction is the last.
@@ -30,6 +30,10 @@ TOLERANCE = 1e-3
 #: Up to this many combined bond indices of a core its whole Gram matrix is inverted; beyond, one Gram matrix
 #: for each bond, whose Kronecker product is the whole one in networks without loops.
 _WHOLE = 256
+#: Random starts that are tried, and the sweeps after which the best of them goes on alone.
+_STARTS, _TRIAL_SWEEPS = 3, 5
+#: Steps for one core from a random start: the first solves for it where bonds are few.
+_STEPS = 2
 #: Directions of an environment with less than this fraction of the largest energy are left alone.
 _CUTOFF = {torch.float32: 1e-9, torch.complex64: 1e-9, torch.float64: 1e-12, torch.complex128: 1e-12}
 
@@ -101,6 +105,43 @@ def fit_network(
         converged = before - cost <= tolerance * before
     fitted = TensorNetwork(network.topology, cores)
     return Fit(fitted, weighting.cost(matrix - fitted.to_matrix()), start, done, converged)
+
+
+@torch.no_grad()
+def fit_from_random(
+    matrix: Tensor, topology: Topology, *, max_sweeps: int = 200, tolerance: float = 1e-5, seed: int = 0
+) -> Fit:
+    """Fit a network of any topology to a matrix from random starts, to a local minimum.
+
+    Args:
+        matrix: shape `(out, in)`, finite, elements of moderate size.
+        topology: any network of that shape.
+        max_sweeps: limit of sweeps over all cores.
+        tolerance: stop when a sweep lowers the error by less than this fraction.
+        seed: of the random starts.
+
+    Returns:
+        The fit, in double precision.
+
+    Example:
+        >>> import torch, tensornet as tn
+        >>> topology = tn.topologies.tensor_ring(out_dims=(2, 2, 2), in_dims=(2, 2, 2), max_bond=2)
+        >>> fit_from_random(torch.ones(8, 8), topology).cost < 1e-12
+        True
+    """
+    target = matrix.detach().to(working_dtype(matrix.dtype))
+    generator = torch.Generator().manual_seed(seed)
+
+    def fit(network: TensorNetwork, sweeps: int, settled: float) -> Fit:
+        return fit_network(target, network, Weighting(), sweeps=sweeps, steps=_STEPS, tolerance=settled)
+
+    trials = []
+    for _ in range(_STARTS):
+        cores = random_cores(topology, generator=generator, dtype=torch.float64)
+        trials.append(fit(TensorNetwork(topology, [core.to(target) for core in cores]), _TRIAL_SWEEPS, 0.0))
+    best = min(trials, key=lambda trial: trial.cost)
+    rest = fit(best.network, max_sweeps - best.sweeps, 2 * tolerance)  # of the error, whose square is fitted
+    return replace(rest, start=best.start, sweeps=best.sweeps + rest.sweeps)
 
 
 def _matrix(topology: Topology, cores: Sequence[Tensor]) -> Tensor:

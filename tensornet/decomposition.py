@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensornet.alternating import alternate
+from tensornet.als import fit_from_random
 from tensornet.budget import Budget
 from tensornet.checks import check_dense
 from tensornet.context import outside_autocast
@@ -84,8 +84,8 @@ def decompose(
 def _alternated(matrix: Tensor, topology: Topology) -> Decomposition:
     scale, dtype = safe_scale(matrix), result_dtype(matrix.dtype)
     work = matrix.to(working_dtype(matrix.dtype)) / scale
-    found = alternate(work, topology)
-    cores = balance_norms(found.cores)
+    found = fit_from_random(work, topology)
+    cores = balance_norms(found.network.cores)
     kept = TensorNetwork(topology, [core.to(dtype) for core in cores])
     total = frobenius(work)
     residual = frobenius(work - kept.to(work.dtype).to_matrix())
