@@ -29,9 +29,9 @@ from forward import strategies
 from harness import paired_medians
 from speed import Case, clock_for, options_of, rounds, with_threads
 
+from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, default_machine
-from tensornet.network import OperatorPlan
-from tensornet.nn.strategy import CACHED, route_seconds
+from tensornet.contraction.operator import OperatorPlan
 
 SHAPES = (
     ((16, 32), (32, 16), 32),
@@ -63,9 +63,20 @@ FITTED = (
 _STAY = 0.1
 
 
+#: The dense layer, beside the routes of `OperatorPlan.seconds`.
+DENSE = -2
+
+
+def predict(plan: OperatorPlan, route: int, tokens: int, machine: Machine) -> float:
+    """Seconds by the cost model."""
+    if route == DENSE:
+        return dense_seconds(*plan.shape, tokens, machine)
+    return plan.seconds(route, tokens, machine)
+
+
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every way to apply a layer to so many tokens, by route; a dense layer counts as `CACHED`."""
+    """Seconds of every way to apply a layer to so many tokens, by route; a dense layer counts as `DENSE`."""
 
     plan: OperatorPlan
     tokens: int
@@ -74,20 +85,20 @@ class Timed:
     @property
     def fastest(self) -> float:
         """Seconds of the fastest way without a kept matrix."""
-        return min(value for route, value in self.seconds.items() if route != CACHED)
+        return min(value for route, value in self.seconds.items() if route != DENSE)
 
 
 @torch.no_grad()
 def measure(case: Case, tokens: int, threads: int, seconds: float) -> Timed:
     """Time all ways that are not predicted to take more than six times the fastest."""
-    layer = case.layer(cache_limit=0).eval()
+    layer = case.layer().eval()
     x, machine = torch.randn(tokens, layer.in_features), default_machine("cpu")
-    predicted = {k: route_seconds(layer.plan, k, tokens, machine, 4) for k in strategies(layer, x)}
+    predicted = {k: predict(layer.plan, k, tokens, machine) for k in strategies(layer, x)}
     dense = torch.nn.Linear(layer.in_features, layer.out_features)
     ways: dict[int, Any] = {
         k: way for k, way in strategies(layer, x).items() if predicted[k] <= 6 * min(predicted.values())
     }
-    named = {str(k): way for k, way in {**ways, CACHED: lambda: dense(x)}.items()}
+    named = {str(k): way for k, way in {**ways, DENSE: lambda: dense(x)}.items()}
     times = paired_medians(named, rounds(named.values(), seconds), warmup=2, clock=clock_for(threads))
     return Timed(layer.plan, tokens, {int(name): time.median for name, time in times.items()})
 
@@ -105,7 +116,7 @@ def fit(timed: Sequence[Timed], start: Machine) -> Machine:
         for row in timed:
             for route, seconds in row.seconds.items():
                 weight = min(1.0, row.fastest / seconds)
-                predicted = route_seconds(row.plan, route, row.tokens, candidate, 4)
+                predicted = predict(row.plan, route, row.tokens, candidate)
                 found.append(weight * math.log(predicted / seconds))
         return np.array([*found, *(_STAY * (logs - origin))])
 
@@ -117,8 +128,8 @@ def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
     """Time of the way that the model chooses over the time of the fastest."""
     ratios = []
     for row in timed:
-        ways = [route for route in row.seconds if route != CACHED]
-        chosen = min(ways, key=lambda route: route_seconds(row.plan, route, row.tokens, machine, 4))
+        ways = [route for route in row.seconds if route != DENSE]
+        chosen = min(ways, key=lambda route: predict(row.plan, route, row.tokens, machine))
         ratios.append(row.seconds[chosen] / row.fastest)
     return ratios
 

@@ -5,6 +5,7 @@ A record is one JSON file in `benchmarks/records/`; the tables of the documentat
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -79,6 +81,30 @@ def paired_medians(
         name: Timing(statistics.median(values), min(values), max(values), repeats)
         for name, values in seconds.items()
     }
+
+
+def held_bytes(root: object) -> int:
+    """Bytes of all tensors that can be reached from an object: its own, kept ones, those of closures.
+
+    Args:
+        root: for example a module. Globals of functions and classes do not count as reached.
+    """
+    seen: dict[int, object] = {}
+    storages: dict[int, int] = {}
+    todo = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, (type, ModuleType, CodeType)):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, torch.Tensor) and not item.is_meta:
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+            todo.append(item.grad_fn)
+        if isinstance(item, FunctionType):
+            todo += [cell.cell_contents for cell in item.__closure__ or ()]
+        else:
+            todo += gc.get_referents(item)
+    return sum(storages.values())
 
 
 def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:

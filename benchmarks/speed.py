@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ class Case:
     in_dims: tuple[int, ...]
     max_bond: int
 
-    def layer(self, **options: Any) -> tn.nn.MPOLinear:
-        """A random layer."""
-        topology = tn.topologies.mpo(out_dims=self.out_dims, in_dims=self.in_dims, max_bond=self.max_bond)
-        return tn.nn.MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
+    def layer(self, *, package: ModuleType = tn, **options: Any) -> tn.nn.MPOLinear:
+        """A random layer, of another checkout's `package` if one is given."""
+        legs = {"out_dims": self.out_dims, "in_dims": self.in_dims}
+        topology = package.topologies.mpo(**legs, max_bond=self.max_bond)
+        shape = topology.in_features, topology.out_features
+        return package.nn.MPOLinear(*shape, topology=topology, **options)
 
 
 CASES = (
@@ -51,15 +54,17 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 TOY_TOKENS = (1, 8)
 
 
-def options_of(description: str, arguments: Sequence[str] | None, **defaults: int) -> argparse.Namespace:
-    """The command line of a speed benchmark, with further whole numbers by their defaults."""
+def options_of(
+    description: str, arguments: Sequence[str] | None, **defaults: int | str
+) -> argparse.Namespace:
+    """The command line of a speed benchmark, with further options by their defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="one tiny case, to see that it runs")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=1.0, help="about this long for each comparison")
     parser.add_argument("--records", type=Path, default=RECORDS)
     for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     return parser.parse_args(arguments)
 
 

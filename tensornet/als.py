@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensornet.contraction.path import ContractionPlan, plan_contraction, run
+from tensornet.contraction.operator import plan_matrix
+from tensornet.contraction.path import plan_contraction
+from tensornet.contraction.plan import ContractionPlan, run
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, times
-from tensornet.network import TensorNetwork, plan_matrix, random_cores
+from tensornet.network import TensorNetwork, random_cores
 from tensornet.topology import Topology
 
 #: A sweep that lowers the error by less than this fraction is the last.

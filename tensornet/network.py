@@ -1,168 +1,22 @@
 """A topology with tensors in it: the operator itself."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tensornet.checks import check_input, check_size
-from tensornet.contraction.cost import plan_seconds
-from tensornet.contraction.lowering import lower_path
-from tensornet.contraction.machine import CPU, Machine, default_machine
-from tensornet.contraction.path import TOKENS, ContractionPlan, find_path, run
+from tensornet.checks import check_size
+from tensornet.contraction.machine import default_machine
+from tensornet.contraction.operator import contract_with_input, plan_matrix, plan_operator
+from tensornet.contraction.plan import run
 from tensornet.drawing import draw_topology
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.topology import Topology
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-#: Token count assumed where the actual one is not known, as in an exported program.
-PLANNED_TOKENS = 256
-
-#: Token counts for which the cheapest order is looked for; sweeps over the cores are tried besides.
-_PATH_TOKENS = (1, 16, 256, 4096)
-
-
-@dataclass(frozen=True)
-class OperatorPlan:
-    """The contractions of an operator, planned once.
-
-    Args:
-        topology: the operator.
-        applies: candidates for `x: (tokens, padded in) -> (tokens, padded out)`; operands are x, then the
-            cores. None builds the whole matrix. Which is fastest depends on the tokens and the machine.
-        matrix: the padded matrix; operands are the cores.
-        padded_shape: of the matrix before padding is cut off.
-    """
-
-    topology: Topology
-    applies: tuple[ContractionPlan, ...]
-    matrix: ContractionPlan
-    padded_shape: tuple[int, int]
-
-    def cheapest_apply(self, tokens: int, machine: Machine, itemsize: int = 4) -> int:
-        """Position of the fastest candidate for that many tokens."""
-        return min(
-            range(len(self.applies)),
-            key=lambda k: plan_seconds(self.applies[k], tokens, machine, itemsize),
-        )
-
-
-@lru_cache(maxsize=4096)
-def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
-    """Plan an operator; layers call this when they are built, never in `forward`.
-
-    Args:
-        topology: the operator.
-        optimize: how orders are found, see `tensornet.contraction.path.Optimize`.
-    """
-    cores = [core.labels for core in topology.cores]
-    operands = [(TOKENS, *topology.in_labels), *cores]
-    output = (TOKENS, *topology.out_labels)
-    applies: dict[tuple[tuple[int, int], ...], ContractionPlan] = {}
-    for tokens, path in _candidate_paths(operands, output, topology, optimize):
-        if tuple(path) not in applies and (len(cores) == 1 or not _builds_matrix(path)):
-            sizes = {**topology.size_of, TOKENS: tokens}
-            lowered = lower_path(operands, output, sizes, path)
-            applies[tuple(path)] = replace(lowered, output_shape=(-1, topology.padded_shape[0]))
-    return OperatorPlan(
-        topology=topology,
-        applies=tuple(applies.values()),
-        matrix=replace(plan_matrix(topology, optimize), output_shape=topology.padded_shape),
-        padded_shape=topology.padded_shape,
-    )
-
-
-@lru_cache(maxsize=4096)
-def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
-    """Plan the padded matrix `(*out_dims, *in_dims)`: the cheapest of several orders."""
-    cores = [core.labels for core in topology.cores]
-    output = (*topology.out_labels, *topology.in_labels)
-    return plan_cores(topology, cores, output, optimize)
-
-
-def plan_cores(
-    topology: Topology, operands: Sequence[tuple[str, ...]], output: tuple[str, ...], optimize: str = "auto"
-) -> ContractionPlan:
-    """Plan the contraction of some cores, given by their labels: the cheapest of several orders."""
-    paths = [find_path(operands, output, topology.size_of, optimize), *_sweeps(len(operands))]
-    distinct = dict.fromkeys(map(tuple, paths))
-    plans = [lower_path(operands, output, topology.size_of, path) for path in distinct]
-    return min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
-
-
-def _candidate_paths(
-    operands: list[tuple[str, ...]], output: tuple[str, ...], topology: Topology, optimize: str
-) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    for tokens in _PATH_TOKENS:
-        yield tokens, find_path(operands, output, {**topology.size_of, TOKENS: tokens}, optimize)
-    for path in _sweeps(len(operands)):
-        yield _PATH_TOKENS[1], path
-
-
-def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
-    """Start with the first operand and take in the others one by one, in order or in reverse."""
-    if count == 1:
-        return ([],)
-    forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
-    backward = [(0, count - 1), *((left - 2, left - 1) for left in range(count - 1, 1, -1))]
-    return forward, backward
-
-
-def _builds_matrix(path: Sequence[tuple[int, int]]) -> bool:
-    """Whether the input, operand 0, is only touched by the last step."""
-    return all(0 not in step for step in path[:-1])
-
-
-def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
-    """Dense matrix of the operator, shape `(out_features, in_features)`, differentiable."""
-    dense = run(plan.matrix, cores)
-    topology = plan.topology
-    if plan.padded_shape != topology.shape:
-        dense = dense[: topology.out_features, : topology.in_features]
-    return dense
-
-
-def contract_with_input(
-    plan: OperatorPlan,
-    cores: Sequence[Tensor],
-    x: Tensor,
-    *,
-    candidate: int = 0,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Apply the operator core by core, without building its matrix.
-
-    Args:
-        plan: the planned operator.
-        cores: tensors in the order of its topology.
-        x: input, shape `(..., in_features)`.
-        candidate: which of `plan.applies` to run.
-        bias: shape `(out_features,)`.
-
-    Returns:
-        Output of shape `(..., out_features)`.
-
-    Raises:
-        ShapeError: the last dimension of `x` is another.
-    """
-    topology = plan.topology
-    check_input(x, topology.in_features)
-    padded_out, padded_in = plan.padded_shape
-    flat = x if x.ndim == 2 else x.reshape(-1, topology.in_features)
-    if padded_in != topology.in_features:
-        flat = torch.nn.functional.pad(flat, (0, padded_in - topology.in_features))
-    whole = padded_out == topology.out_features
-    y = run(plan.applies[candidate], [flat, *cores], bias=bias if whole else None)
-    if not whole:
-        y = y[:, : topology.out_features]
-        y = y if bias is None else y + bias.to(y.dtype)
-    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], topology.out_features)
 
 
 class TensorNetwork:
@@ -198,7 +52,7 @@ class TensorNetwork:
 
     def to_matrix(self) -> Tensor:
         """Dense matrix, shape `(out_features, in_features)`."""
-        dense = run(plan_matrix(self.topology), self.cores).reshape(self.topology.padded_shape)
+        dense = run(plan_matrix(self.topology), self.cores)
         return dense[: self.shape[0], : self.shape[1]]
 
     def apply(self, x: Tensor) -> Tensor:
@@ -214,7 +68,8 @@ class TensorNetwork:
             )
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
         core = self.cores[0]
-        candidate = plan.cheapest_apply(tokens, default_machine(core.device), core.element_size())
+        machine = default_machine(core.device)
+        candidate = plan.fastest(tokens, machine, core.element_size(), rebuild=False)
         return contract_with_input(plan, self.cores, x, candidate=candidate)
 
     def flops(self, tokens: int) -> int:

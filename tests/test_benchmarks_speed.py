@@ -14,11 +14,10 @@ from types import ModuleType
 import pytest
 
 from tensornet.contraction.machine import CPU
-from tensornet.nn.strategy import route_seconds
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 RATIOS = {
-    "forward": ("over_dense", "speedup_over_tltorch", "over_best_strategy"),
+    "forward": ("over_dense", "bytes_over_dense", "speedup_over_tltorch", "over_best_strategy"),
     "search_speed": ("speedup",),
     "training_step": ("over_needed",),
 }
@@ -64,7 +63,7 @@ def test_fitted_constants_foresee_better(monkeypatch: pytest.MonkeyPatch) -> Non
     layers = [module.Case("", *shape) for shape in module.SHAPES[:3]]
     truth = replace(CPU, bandwidth=5e9, copy_element=1e-9, overhead=30e-6)
     timed = [
-        module.Timed(plan, tokens, {k: route_seconds(plan, k, tokens, truth, 4) for k in (0, -1, -2)})
+        module.Timed(plan, tokens, {k: module.predict(plan, k, tokens, truth) for k in (0, -1, -2)})
         for plan in (case.layer().plan for case in layers)
         for tokens in (1, 4, 16, 256)
     ]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
+import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError, TopologyError
@@ -153,7 +154,11 @@ def test_generates_the_same_with_and_without_cache(name: str) -> None:
         for cache in (True, False)
     )
     assert torch.equal(with_cache, without)
+    assert tn.nn.cached_bytes(model) == 0
+    tn.nn.set_strategy(model, "cached")
     with torch.no_grad():
+        assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), without)
+        assert tn.nn.cached_bytes(model) > 0
         assert all(m.keeps_matrices() for m in model.modules() if isinstance(m, tm.SharedCoreExperts))
 
 

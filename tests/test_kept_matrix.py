@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.nn.strategy import DEFAULT_CACHE_LIMIT
 from tensornet.topologies import mpo
 
 TOPOLOGY = mpo(out_dims=(2, 3, 4), in_dims=(4, 2, 2), max_bond=5)
@@ -32,9 +31,9 @@ def kept(layer: tn.nn.MPOLinear) -> Tensor:
 
 
 def at_hand(layer: tn.nn.TensorNetworkLinear, tokens: int) -> Tensor | None:
-    """What the shortcut of a layer answers to so many ones."""
-    assert layer._shortcut is not None
-    return layer._shortcut(layer, torch.ones(tokens, layer.in_features))
+    """What the fast path of a layer answers to so many ones."""
+    assert layer._fast_path is not None
+    return layer._fast_path(torch.ones(tokens, layer.in_features))
 
 
 def _optimizer_step(layer: tn.nn.MPOLinear) -> None:
@@ -179,7 +178,7 @@ def test_it_is_not_used_where_it_must_not_be() -> None:
     layer.eval()(torch.randn(3, 16))
     assert layer.cached_bytes == 0, "gradients of the cores are recorded"
     with torch.inference_mode():
-        layer.configure(strategy="auto", cache_limit=0)(torch.randn(3, 16))
+        layer.configure(cache_limit=0)(torch.randn(3, 16))
     assert layer.cached_bytes == 0, "over the limit"
 
 
@@ -227,9 +226,12 @@ def test_autocast_keeps_the_low_precision_matrix() -> None:
         assert layer.cached_bytes == 16 * 24 * 4
 
 
-def test_auto_keeps_no_matrix_above_the_default_limit() -> None:
-    layer = tn.nn.MPOLinear(4096, 4097, max_bond=2, device="meta").eval()
-    assert layer.matrix_bytes > DEFAULT_CACHE_LIMIT
+@pytest.mark.parametrize("strategy", ["auto", "factorized", "reconstruct"])
+def test_only_cached_keeps_a_matrix(strategy: str) -> None:
+    layer = small(strategy=strategy)
     assert not layer.may_keep_matrix
+    with torch.no_grad():
+        layer.eval()(torch.randn(300, 16))
+    assert layer.cached_bytes == 0
     assert layer.configure(strategy="cached").may_keep_matrix
-    assert not layer.configure(cache_limit=DEFAULT_CACHE_LIMIT).may_keep_matrix
+    assert not layer.configure(cache_limit=layer.matrix_bytes - 1).may_keep_matrix

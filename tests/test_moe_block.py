@@ -175,6 +175,13 @@ def test_only_active_experts_are_built_and_once(monkeypatch: pytest.MonkeyPatch)
         for _ in range(3):
             moe(x)
             moe(x[:2])
+    assert built == 12 * [[3]], "nothing is kept unless it is asked for"
+    built.clear()
+    tn.nn.set_strategy(moe, "cached")
+    with torch.no_grad():
+        for _ in range(3):
+            moe(x)
+            moe(x[:2])
     assert built == [None, None]
 
 

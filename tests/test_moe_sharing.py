@@ -12,7 +12,6 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import FormatError, ShapeError, TopologyError
 from tensornet.nn import build_module
-from tensornet_moe.experts import DEFAULT_CACHE_BYTES
 
 E = 3
 DIMS = {"out_dims": (2, 3, 2), "in_dims": (3, 2, 2)}
@@ -71,7 +70,7 @@ def test_a_center_that_does_not_fit_is_refused() -> None:
 
 
 def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
-    bank = make().eval()
+    bank = make().configure(strategy="cached").eval()
     with torch.no_grad():
         kept = bank.expert_matrices()
         assert bank.expert_matrices() is kept
@@ -83,18 +82,18 @@ def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
         assert bank.train().expert_matrices() is not bank.expert_matrices()
         assert bank.to(torch.float32).eval().expert_matrices().dtype == torch.float32
     assert bank.expert_matrices().requires_grad  # gradients in eval are not lost
-    assert copy.deepcopy(bank)._cache._held is None
+    assert copy.deepcopy(bank).cached_bytes == 0
 
 
 def test_kept_matrices_know_autocast_and_their_limit() -> None:
-    bank = tm.SharedCoreExperts(CHAIN, E).eval()
+    bank = tm.SharedCoreExperts(CHAIN, E).configure(strategy="cached").eval()
     with torch.no_grad():
         plain = bank.expert_matrices()
         with torch.autocast("cpu", torch.bfloat16):
             assert bank.expert_matrices().dtype == torch.bfloat16
         assert torch.equal(bank.expert_matrices(), plain)
     exact = E * 12 * 12 * 4
-    for limit, keeps in ((exact, True), (exact - 1, False), (0, False), (DEFAULT_CACHE_BYTES, True)):
+    for limit, keeps in ((exact, True), (exact - 1, False), (0, False), (2**30, True)):
         bank = tm.SharedCoreExperts(CHAIN, E, cache_bytes=limit).eval()
         with torch.no_grad():
             assert bank.keeps_matrices() is keeps
@@ -103,6 +102,7 @@ def test_kept_matrices_know_autocast_and_their_limit() -> None:
 
 def test_a_borrowed_center_that_changes_drops_kept_matrices() -> None:
     model = Layers().eval()
+    tn.nn.set_strategy(model, "cached")
     with torch.no_grad():
         kept = model.layers[0].expert_matrices()
         model.center.core_1.mul_(2)

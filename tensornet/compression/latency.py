@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine
-from tensornet.network import plan_operator
-from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, route_seconds
+from tensornet.contraction.operator import plan_operator
 from tensornet.topology import Topology
 
 #: Fractions of the largest bond at which times are predicted; between them they are interpolated.
@@ -19,9 +18,7 @@ _TRIED = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Clock:
-    """Predicts milliseconds of one forward pass of a layer in eval, by the route that is fastest.
-
-    A matrix of moderate size is kept once it is rebuilt, so no candidate takes longer than the dense layer.
+    """Predicts milliseconds of one forward pass of a layer, by the route that is fastest; nothing is kept.
 
     Args:
         tokens: of the forward pass.
@@ -37,12 +34,8 @@ class Clock:
     def milliseconds(self, topology: Topology) -> float:
         """Predict the time of a layer with this topology."""
         plan = plan_operator(topology)
-        rows, columns = topology.shape
-        kept = rows * columns * self.itemsize <= DEFAULT_CACHE_LIMIT
-        routes = (*range(len(plan.applies)), CACHED if kept else RECONSTRUCT)
-        return 1e3 * min(
-            route_seconds(plan, route, self.tokens, self.machine, self.itemsize) for route in routes
-        )
+        route = plan.fastest(self.tokens, self.machine, self.itemsize)
+        return 1e3 * plan.seconds(route, self.tokens, self.machine, self.itemsize)
 
     def ladder(self, topologies: Sequence[Topology]) -> Tensor:
         """Predict the times of layers whose topologies differ in their bonds, by rising bond."""

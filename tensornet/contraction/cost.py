@@ -9,7 +9,7 @@ of magnitude for few tokens, where memory, copies and overheads decide.
 import math
 
 from tensornet.contraction.machine import Machine
-from tensornet.contraction.pairwise import ContractionPlan, Copy, Product
+from tensornet.contraction.plan import ContractionPlan, Copy, Product
 
 #: What is larger than this, in bytes, is not all in the cache of one core.
 _FAR = 2**20

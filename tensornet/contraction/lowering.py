@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from tensornet.contraction.cost import copy_seconds, product_seconds
 from tensornet.contraction.machine import CPU
-from tensornet.contraction.pairwise import TOKENS, ContractionPlan, Copy, PairStep, Product
+from tensornet.contraction.plan import TOKENS, ContractionPlan, Copy, PairStep, Product
 
 Labels = tuple[str, ...]
 
@@ -68,7 +68,21 @@ def lower_path(
         adds_bias=result == kept and bool(steps) and _is_linear(steps[-1].product),
         output_copy=_output_copy(result, kept, size_of),
         path=tuple(path),
+        matrices=_matrices(steps) if result == kept else (),
     )
+
+
+def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """See `ContractionPlan.matrices`; empty if a step does anything else."""
+    operands, found = list(range(len(steps) + 1)), []
+    for step in steps:
+        product = step.product
+        plain = (product.batch, product.rows, product.tokens_in) == (1, 1, "rows")
+        if not plain or operands[step.left] != 0 or step.left_permutation or step.right_permutation != (1, 0):
+            return ()
+        found.append((operands[step.right], (product.columns, product.inner)))
+        operands = [x for i, x in enumerate(operands) if i not in (step.left, step.right)] + [0]
+    return tuple(found)
 
 
 def _is_linear(product: Product) -> bool:

@@ -11,11 +11,20 @@ from typing import Any
 import opt_einsum
 
 from tensornet.contraction.lowering import lower_path
-from tensornet.contraction.pairwise import TOKENS, ContractionPlan, PairStep, run
+from tensornet.contraction.plan import TOKENS, ContractionPlan, PairStep, run
 from tensornet.errors import TopologyError
 from tensornet.optional import import_optional
 
-__all__ = ["TOKENS", "ContractionPlan", "Optimize", "PairStep", "find_path", "plan_contraction", "run"]
+__all__ = [
+    "TOKENS",
+    "ContractionPlan",
+    "Optimize",
+    "PairStep",
+    "check_optimize",
+    "find_path",
+    "plan_contraction",
+    "run",
+]
 
 #: How the order is found: a name `opt_einsum.contract_path` knows, `"cotengra"`, a path optimizer of
 #: `opt_einsum`'s protocol, or an explicit pairwise path.
@@ -79,6 +88,17 @@ def find_path(
             "'cotengra' or another name that opt_einsum knows, or pass one of its path optimizers."
         ) from error
     return _pairs(path)
+
+
+def check_optimize(optimize: Optimize) -> None:
+    """Raise unless `optimize` can find orders; planning itself happens at the first forward pass.
+
+    Raises:
+        TopologyError: no optimizer has this name.
+        MissingDependencyError: `optimize="cotengra"` without cotengra.
+    """
+    if optimize != "auto":
+        find_path([("a", "b"), ("b", "c"), ("c", "d")], ("a", "d"), dict.fromkeys("abcd", 2), optimize)
 
 
 def _pairs(path: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:

@@ -5,12 +5,12 @@ from tensornet.nn.attention import MatrixAttention
 from tensornet.nn.compound import Compound, PartMatrix, Stack
 from tensornet.nn.convolution import MatrixConvolution
 from tensornet.nn.embedding import MPOEmbedding
+from tensornet.nn.execution import cached_bytes, set_strategy
 from tensornet.nn.explain import Explanation, StrategyCost
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.recurrent import MatrixRecurrence
 from tensornet.nn.serialization import build_module, module_spec, register_module_type
-from tensornet.nn.set_strategy import cached_bytes, set_strategy
 from tensornet.nn.stacked import StackedMatrices
 from tensornet.nn.stock_layers import (
     CompoundKind,

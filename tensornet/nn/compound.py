@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.network import PLANNED_TOKENS
+from tensornet.contraction.operator import PLANNED_TOKENS
+from tensornet.nn.execution import CACHED
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, layer_bias, register_layer_kind
-from tensornet.nn.strategy import CACHED
 
 #: Matrices made so far, by the parameter they view and the rows of it.
 Shared = dict[tuple[object, ...], nn.Parameter]

@@ -1,5 +1,6 @@
 """Embedding tables whose rows are read straight from the cores."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from tensornet.contraction.path import TOKENS, ContractionPlan, plan_contraction
 from tensornet.errors import ShapeError, TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
+from tensornet.nn.execution import CACHED
+from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of, layer_kind
-from tensornet.nn.strategy import CACHED, Strategy
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 
@@ -150,6 +152,7 @@ def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> T
     return core.permute(*legs, *rest)[tuple(digits[labels[axis]] for axis in legs)]
 
 
+@lru_cache(maxsize=256)
 def plan_lookup(topology: Topology) -> ContractionPlan:
     """Plan of `digit slices -> (tokens, *in_dims)`."""
     legs = set(topology.out_labels)

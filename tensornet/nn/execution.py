@@ -1,4 +1,4 @@
-"""The part of a layer that decides how its operator is applied, and keeps the rebuilt matrix in eval."""
+"""How a layer applies its operator: through the cores, with its matrix rebuilt, or with a kept one."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,41 +7,39 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, check_machine, default_machine
-from tensornet.network import PLANNED_TOKENS, OperatorPlan
-from tensornet.nn.explain import Explanation, explain
-from tensornet.nn.fast_path import Shortcut
-from tensornet.nn.matrix_cache import CachedMatrix, compute_dtype, may_cache, may_write_in_place
-from tensornet.nn.strategy import (
-    ALWAYS_CACHED,
-    ALWAYS_RECONSTRUCT,
-    CACHED,
-    DEFAULT_CACHE_LIMIT,
+from tensornet.contraction.operator import (
+    PLANNED_TOKENS,
+    RECONSTRUCT,
     Bounds,
-    Dispatch,
-    Strategy,
-    check_options,
+    OperatorPlan,
     choose,
-    dispatch,
+    fastest_routes,
+    plan_operator,
 )
+from tensornet.errors import TargetError
+from tensornet.nn.explain import Explanation, explain, size_in_words
+from tensornet.nn.fast_path import FastPath
+from tensornet.nn.matrix_cache import MatrixKeeper, Strategy, check_options
+from tensornet.topology import Topology
+
+#: The route with a kept matrix, beside those of `OperatorPlan.seconds`.
+CACHED = -2
 
 
-class RoutedModule(nn.Module):
+class RoutedModule(MatrixKeeper):
     """Abstract base of modules that apply a planned operator by one of several routes.
 
-    Subclasses call `_start_routing` at the end of `__init__` and define `stored`, `weight` and `to_matrix`.
-
-    A kept matrix is no part of the state: it is not saved, copied, pickled or moved. It is dropped by
-    `train()`, `eval()`, `.to()` and `set_cores`, and built again when a core has changed (see
-    `tensornet.nn.matrix_cache`). Compiled and exported programs never use one.
+    Subclasses set `topology`, call `_start_routing` at the end of `__init__` and define `stored`, `weight`
+    and `to_matrix`. Contractions are planned at the first pass, so that loading a model plans nothing.
     """
 
-    plan: OperatorPlan
-    strategy: Strategy
-    cache_limit: int | None
+    topology: Topology
     machine: Machine | None
-    _cached: CachedMatrix | None
-    _shortcut: Shortcut | None
+    _optimize: str
+    _plan: OperatorPlan | None
+    _fast_path: FastPath | None
 
     @property
     def stored(self) -> Mapping[str, Tensor]:
@@ -57,42 +55,64 @@ class RoutedModule(nn.Module):
         """Dense matrix, shape `(out_features, in_features)`, differentiable."""
         raise TypeError(f"{type(self).__name__} must define to_matrix().")
 
+    @property
+    def plan(self) -> OperatorPlan:
+        """The contractions of the operator; equal topologies are planned once."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._plan_for_trace()
+        if self._plan is None:
+            self._plan = plan_operator(self.topology, self._optimize)
+        return self._plan
+
+    def routes(self, on_cpu: bool, *, rebuild: bool = True) -> Bounds:
+        """The fastest routes for all token counts, without a kept matrix.
+
+        Args:
+            on_cpu: whether it is done on the CPU.
+            rebuild: whether the matrix may be rebuilt.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self._routes_for_trace(on_cpu, rebuild)
+        bounds = self._routes.get((on_cpu, rebuild))
+        if bounds is None:
+            machine = self.machine or default_machine("cpu" if on_cpu else "cuda")
+            bounds = fastest_routes(self.plan, machine, self.weight.element_size(), rebuild=rebuild)
+            self._routes[on_cpu, rebuild] = bounds
+        return bounds
+
+    def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
+        """How to apply the operator to that many tokens now.
+
+        Args:
+            tokens: number of input vectors.
+            on_cpu: whether it is done on the CPU; asks the cores if absent.
+
+        Returns:
+            The position of a candidate in `plan.applies`, `RECONSTRUCT`, or `CACHED`.
+        """
+        if self.strategy == "reconstruct":
+            return RECONSTRUCT
+        if self.strategy == "cached" and self.keeps_now():
+            return CACHED
+        on_cpu = self.weight.device.type == "cpu" if on_cpu is None else on_cpu
+        return choose(self.routes(on_cpu, rebuild=self.strategy != "factorized"), tokens)
+
     def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
         """What each strategy costs for that many tokens, and which one the layer takes as it is now.
 
         Raises:
             ValueError: `tokens` is no integer of at least 1.
         """
-        return explain(self, tokens)
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Size of the dense matrix in the dtype of the cores."""
-        return self._matrix_bytes
-
-    @property
-    def cached_bytes(self) -> int:
-        """Size of the matrix that is kept at the moment, 0 if there is none."""
-        return 0 if self._cached is None else self._cached.matrix.nbytes
-
-    @property
-    def may_keep_matrix(self) -> bool:
-        """Whether strategy and memory limit allow to keep the matrix in eval."""
-        if self.strategy not in ("auto", "cached"):
-            return False
-        limit = self.cache_limit
-        if limit is None:
-            return self.strategy == "cached" or self._matrix_bytes <= DEFAULT_CACHE_LIMIT
-        return self._matrix_bytes <= limit
-
-    @property
-    def matrix_at_hand(self) -> Tensor | None:
-        """The matrix that is kept at the moment, unless it is one for autocast; it may be out of date."""
-        return self._cached.matrix if self._cached is not None and self._cached.autocast is None else None
-
-    def drop_cache(self) -> None:
-        """Free the kept matrix; the next forward pass that wants one builds it again."""
-        self._cached = self._shortcut = None
+        machine = self.machine or default_machine(self.weight.device)
+        names = {RECONSTRUCT: "reconstruct", CACHED: "cached"}
+        return explain(
+            self.plan,
+            tokens,
+            machine,
+            self.weight.element_size(),
+            choice=lambda: names.get(self.route(tokens), "factorized"),
+            refused=self._refused(),
+        )
 
     def configure(
         self,
@@ -105,51 +125,31 @@ class RoutedModule(nn.Module):
 
         Args:
             strategy: see `NetworkModule`.
-            cache_limit: bytes.
+            cache_limit: bytes that may be kept under `"cached"`.
             machine: constants to decide by, see `tensornet.measure_machine`.
 
         Raises:
             TypeError: `machine` is none.
             ValueError: unknown strategy, negative limit.
         """
-        check_options(strategy or self.strategy, cache_limit)
         check_machine(machine)
-        self.strategy = strategy or self.strategy
-        self.cache_limit = self.cache_limit if cache_limit is None else cache_limit
+        super().configure(strategy=strategy, cache_limit=cache_limit)
         self.machine = machine or self.machine
-        self.drop_cache()
-        self._plan_dispatch()
+        self._routes.clear()
         return self
 
-    def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
-        """How to apply the operator to that many tokens now.
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of the dense matrix in the dtype of the cores."""
+        out_features, in_features = self.topology.shape
+        return out_features * in_features * self.weight.element_size()
 
-        Args:
-            tokens: number of input vectors.
-            on_cpu: whether it is done on the CPU; asks the cores if absent.
-
-        Returns:
-            The position of a candidate in `plan.applies`, `RECONSTRUCT`, `CACHED`, or `SLICED - k` for the
-            k-th plan of `tensornet.contraction.slicing.plan_slices`.
-        """
-        # Tracers see the route without a kept matrix: it would become a constant that no update reaches.
-        route = choose(self.bounds(on_cpu, may_keep=not torch.compiler.is_compiling()), tokens)
-        if route == CACHED and not may_cache(self.tensors_of_cores()):
-            return choose(self.bounds(on_cpu, may_keep=False), tokens)
-        return route
-
-    def bounds(self, on_cpu: bool | None = None, *, may_keep: bool = True) -> Bounds:
-        """The routes for all token counts in the present mode; `may_keep=False` counts kept matrices out."""
-        if self.strategy == "reconstruct" and not may_write_in_place():
-            return ALWAYS_RECONSTRUCT
-        table = self.dispatch if on_cpu is None else self._dispatch[0 if on_cpu else 1]
-        if self.strategy == "reconstruct":
-            return table.rebuilt
-        if self.strategy == "factorized":
-            return table.factorized
-        if may_keep and not self.training and self.may_keep_matrix:
-            return ALWAYS_CACHED if self.strategy == "cached" else table.cached
-        return table.inference if may_write_in_place() else table.uncached
+    @property
+    def seconds_saved(self) -> float:
+        """Predicted time that a kept matrix saves in a pass of one token."""
+        machine, itemsize = self.machine or default_machine(self.weight.device), self.weight.element_size()
+        fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
+        return fastest - dense_seconds(*self.topology.shape, 1, machine, itemsize)
 
     def records_gradients(self) -> bool:
         """Whether a forward pass would now record gradients of the cores, which a kept matrix has not."""
@@ -157,48 +157,49 @@ class RoutedModule(nn.Module):
 
     def kept_matrix(self) -> Tensor:
         """The kept matrix, built if it is absent or out of date; only where `route` gives `CACHED`."""
-        held = self.tensors_of_cores()
-        if self._cached is None or not self._cached.holds_for(held):
-            self.drop_cache()  # frees the old one before the new one is built
-            kind, dtype = self.weight.device.type, compute_dtype(self.weight)
-            # An inference tensor could not serve a later pass that records gradients of its input.
-            off = torch.autocast(kind, enabled=False)
-            with torch.inference_mode(False), torch.no_grad(), off:
-                matrix = self.to_matrix().to(dtype).contiguous()
-            self._cached = CachedMatrix.of(matrix, held)
-        return self._cached.matrix
+        return self.kept(self.to_matrix)
 
-    @property
-    def dispatch(self) -> Dispatch:
-        """The table of routes for the device the cores are on."""
-        return self._dispatch[0 if self.weight.device.type == "cpu" else 1]
+    def drop_cache(self) -> None:
+        """Free the kept matrix; the next forward pass that wants one builds it again."""
+        super().drop_cache()
+        self._fast_path = None
 
-    def train(self, mode: bool = True) -> Self:
-        """As in `nn.Module`; drops the kept matrix."""
-        self.drop_cache()
-        return super().train(mode)
-
-    def _start_routing(self, strategy: Strategy, cache_limit: int | None) -> None:
-        check_options(strategy, cache_limit)
-        self.strategy = strategy
-        self.cache_limit = cache_limit
-        self.machine = None
-        self._cached = self._shortcut = None
+    def _start_routing(self, strategy: Strategy, cache_limit: int | None, optimize: str = "auto") -> None:
+        self.machine, self._optimize, self._plan, self._fast_path = None, optimize, None, None
+        self._routes: dict[tuple[bool, bool], Bounds] = {}
         self._stored_names = tuple(self.stored)
-        self._plan_dispatch()
+        self._start_keeping(strategy, cache_limit)
 
-    def _plan_dispatch(self) -> None:
-        """Decide the routes, for the CPU and for any other device, in the present dtype."""
-        itemsize = self.weight.element_size()
-        out_features, in_features = self.plan.topology.shape
-        self._matrix_bytes = out_features * in_features * itemsize
-        self._dispatch: tuple[Dispatch, Dispatch] = (
-            dispatch(self.plan, self.machine or default_machine("cpu"), itemsize),
-            dispatch(self.plan, self.machine or default_machine("cuda"), itemsize, slices=False),
-        )
+    def _forget_routes(self) -> None:
+        """Decide anew how to apply the operator: device or dtype of the cores have changed."""
+        self.drop_cache()
+        self._routes.clear()
 
-    def tensors_of_cores(self) -> tuple[Tensor | None, ...]:
-        """The stored tensors; None for one that is neither a parameter nor a buffer now."""
+    # Planning in a traced forward would break the graph: what it gives is taken as it is.
+    @torch.compiler.assume_constant_result
+    def _plan_for_trace(self) -> OperatorPlan:
+        return self.plan
+
+    @torch.compiler.assume_constant_result
+    def _routes_for_trace(self, on_cpu: bool, rebuild: bool) -> Bounds:
+        return self.routes(on_cpu, rebuild=rebuild)
+
+    def _refused(self) -> dict[str, str]:
+        """Why strategies are not taken now, by name."""
+        if self.strategy in ("factorized", "reconstruct"):
+            other = {"factorized", "reconstruct", "cached"} - {self.strategy}
+            return dict.fromkeys(other, "not the strategy set")
+        if self.strategy == "auto":
+            return {"cached": 'keeps the matrix: memory for speed, strategy="cached"'}
+        if self.training:
+            return {"cached": "only in eval"}
+        if not self.may_keep_matrix:
+            return {"cached": f"over cache_limit={size_in_words(self.cache_limit or 0)}"}
+        if self.records_gradients():
+            return {"cached": "gradients of the cores are recorded; use torch.no_grad()"}
+        return {}
+
+    def _core_tensors(self) -> tuple[Tensor | None, ...]:
         # Straight from the dictionaries: a parametrized tensor is then not taken for a parameter.
         parameters, buffers = self._parameters, self._buffers
         return tuple(
@@ -207,19 +208,76 @@ class RoutedModule(nn.Module):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.drop_cache()
-        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is None or moved is None or moved is buffer:
-                continue
-            if torch._has_compatible_shallow_copy_type(buffer, moved):
-                # As PyTorch moves parameters, but not buffers: the tensor of tied layers stays one.
-                buffer.data = moved
-                self._buffers[name] = buffer
-        self._plan_dispatch()
+        self._forget_routes()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_shortcut": None}
+        return {**super().__getstate__(), "_fast_path": None, "_plan": None, "_routes": {}}
+
+
+def set_strategy(
+    model: nn.Module,
+    strategy: Strategy | None = None,
+    *,
+    cache_limit: int | None = None,
+    machine: Machine | None = None,
+) -> dict[str, int]:
+    """Set strategy, memory limit and machine of every tensor-network layer, and of experts that share cores.
+
+    `"auto"` and the other strategies hold no more than the cores; `"cached"` is memory for speed.
+
+    Args:
+        model: any module.
+        strategy: for all layers; None leaves each as it is.
+        cache_limit: bytes that the kept matrices of all layers together may take under `"cached"`. The limit
+            is dealt out now, to the layers that gain the most time per byte on a single token, and does not
+            move between layers later. None leaves the limit of each layer as it is.
+        machine: constants to decide by, for example from `tensornet.measure_machine()`.
+
+    Returns:
+        Bytes that each layer may keep, by name; layers that keep none are left out.
+
+    Raises:
+        TargetError: the model has no tensor-network layer.
+        TypeError: `machine` is none.
+        ValueError: unknown strategy, negative limit.
+
+    Example:
+        >>> import torch, tensornet as tn
+        >>> model = torch.nn.Sequential(tn.nn.MPOLinear(64, 64, max_bond=4))
+        >>> tn.nn.set_strategy(model, "cached")
+        {'0': 16384}
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MatrixKeeper)}
+    if not layers:
+        raise TargetError(
+            f"{type(model).__name__} has no layer made of cores; compress it first, or check that it is the "
+            "compressed model that was passed."
+        )
+    check_machine(machine)
+    cached = [layer for layer in layers.values() if (strategy or layer.strategy) == "cached"]
+    check_options(strategy or ("cached" if cached else "auto"), cache_limit)
+    for layer in layers.values():
+        layer.configure(strategy=strategy)
+        if isinstance(layer, RoutedModule):
+            layer.configure(machine=machine)
+    if cache_limit is not None:
+        left = cache_limit
+        gains = {id(layer): layer.seconds_saved / layer.matrix_bytes for layer in cached}
+        for layer in sorted(cached, key=lambda layer: gains[id(layer)], reverse=True):
+            fits = layer.matrix_bytes <= left
+            layer.configure(cache_limit=layer.matrix_bytes if fits else 0)
+            left -= layer.matrix_bytes if fits else 0
+    return {name: layer.matrix_bytes for name, layer in layers.items() if layer.may_keep_matrix}
+
+
+def cached_bytes(model: nn.Module) -> int:
+    """Bytes of all matrices that layers of a model keep at the moment; 0 unless `"cached"` was asked for.
+
+    Example:
+        >>> import torch, tensornet as tn
+        >>> tn.nn.cached_bytes(tn.nn.MPOLinear(64, 64, max_bond=4))
+        0
+    """
+    return sum(module.cached_bytes for module in model.modules() if isinstance(module, MatrixKeeper))

@@ -1,20 +1,13 @@
 """Why a layer is applied the way it is: the predicted cost of every strategy."""
 
-from __future__ import annotations
-
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tensornet.checks import check_size
 from tensornet.contraction.cost import dense_seconds
-from tensornet.contraction.machine import default_machine
-from tensornet.contraction.slicing import plan_slices
-from tensornet.network import OperatorPlan
-from tensornet.nn.matrix_cache import may_write_in_place
-from tensornet.nn.strategy import CACHED, DEFAULT_CACHE_LIMIT, RECONSTRUCT, SLICED, choose, route_seconds
-
-if TYPE_CHECKING:
-    from tensornet.nn.execution import RoutedModule
+from tensornet.contraction.machine import Machine
+from tensornet.contraction.operator import RECONSTRUCT, OperatorPlan
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,10 @@ class Explanation:
                 f"{mark} {cost.strategy:<12} {cost.milliseconds:>10.3f} {cost.multiply_adds:>16,} "
                 f"{cost.moved:>14,} {size_in_words(cost.memory_bytes):>12}{note}"
             )
-        lines.append(f"  {'dense layer':<12} {self.dense_milliseconds:>10.3f}")
+        chosen = self[self.choice].milliseconds / self.dense_milliseconds
+        lines.append(
+            f"  {'dense layer':<12} {self.dense_milliseconds:>10.3f}  (* takes {chosen:.2f} times this)"
+        )
         return "\n".join(lines)
 
 
@@ -88,75 +84,58 @@ def size_in_words(size: int) -> str:
     return f"{size} B"
 
 
-def explain(layer: RoutedModule, tokens: int) -> Explanation:
-    """Costs for a layer, and its choice in its present mode.
+def explain(
+    plan: OperatorPlan,
+    tokens: int,
+    machine: Machine,
+    itemsize: int,
+    *,
+    choice: Callable[[], str],
+    refused: Mapping[str, str],
+) -> Explanation:
+    """Costs of an operator by every strategy.
+
+    Args:
+        plan: the planned operator.
+        tokens: number of input vectors.
+        machine: whose constants are used.
+        itemsize: bytes of an element.
+        choice: gives the strategy that is taken, once `tokens` is known to be a count.
+        refused: why strategies are not taken, by name.
 
     Raises:
         ValueError: `tokens` is no integer of at least 1.
     """
     tokens = check_size("tokens", tokens, error=ValueError)
-    plan, weight = layer.plan, layer.weight
-    machine, itemsize = layer.machine or default_machine(weight.device), weight.element_size()
-    factorized = choose(layer.dispatch.factorized, tokens)
-    rebuilt = choose(layer.dispatch.rebuilt, tokens) if may_write_in_place() else RECONSTRUCT
-    routes = {"factorized": factorized, "reconstruct": rebuilt, "cached": CACHED}
-    seconds = {name: route_seconds(plan, route, tokens, machine, itemsize) for name, route in routes.items()}
-    work = {"factorized": _factorized(plan, factorized, tokens), **_by_matrix(plan, rebuilt, tokens)}
-    refused = dict.fromkeys(routes, "")
-    refused["cached"] = _why_not_cached(layer)
-    if layer.strategy in ("factorized", "reconstruct"):
-        refused = {name: "" if name == layer.strategy else "not the strategy set" for name in routes}
-    taken = layer.route(tokens)
-    choice = "factorized" if taken >= 0 else "cached" if taken == CACHED else "reconstruct"
-    topology = plan.topology
+    topology, route = plan.topology, plan.fastest(tokens, machine, itemsize, rebuild=False)
+    contraction, elements = plan.applies[route], topology.out_features * topology.in_features
+    dense = dense_seconds(*topology.shape, tokens, machine, itemsize)
+    seconds = {
+        "factorized": plan.seconds(route, tokens, machine, itemsize),
+        "reconstruct": plan.seconds(RECONSTRUCT, tokens, machine, itemsize),
+        "cached": dense,
+    }
+    work = {
+        "factorized": (
+            contraction.multiply_adds(tokens),
+            contraction.moved(tokens),
+            contraction.largest_intermediate(tokens),
+        ),
+        "reconstruct": (
+            plan.matrix.multiply_adds(1) + tokens * elements,
+            plan.matrix.moved(1),
+            math.prod(topology.padded_shape),
+        ),
+        "cached": (tokens * elements, 0, elements),
+    }
     return Explanation(
         description=f"{topology.family} {topology.shape}, bonds {list(topology.bond_dims.values())}",
         machine=machine.name,
         tokens=tokens,
         costs=tuple(
-            StrategyCost(
-                name,
-                seconds[name] * 1e3,
-                work[name][0],
-                work[name][1],
-                work[name][2] * itemsize,
-                refused[name],
-            )
-            for name in routes
+            StrategyCost(name, 1e3 * seconds[name], adds, moved, size * itemsize, refused.get(name, ""))
+            for name, (adds, moved, size) in work.items()
         ),
-        choice=choice,
-        dense_milliseconds=dense_seconds(*topology.shape, tokens, machine, itemsize) * 1e3,
+        choice=choice(),
+        dense_milliseconds=1e3 * dense,
     )
-
-
-def _factorized(plan: OperatorPlan, route: int, tokens: int) -> tuple[int, int, int]:
-    contraction = plan.applies[route]
-    return (
-        contraction.multiply_adds(tokens),
-        contraction.moved(tokens),
-        contraction.largest_intermediate(tokens),
-    )
-
-
-def _by_matrix(plan: OperatorPlan, rebuilt: int, tokens: int) -> dict[str, tuple[int, int, int]]:
-    out_features, in_features = plan.topology.shape
-    elements = out_features * in_features
-    if rebuilt <= SLICED:
-        sliced = plan_slices(plan.topology)[SLICED - rebuilt]
-        work = (sliced.multiply_adds(tokens), sliced.moved, sliced.largest_intermediate)
-    else:
-        rebuild = plan.matrix.multiply_adds(1)
-        largest = max(plan.matrix.largest_intermediate(1), elements)
-        work = (rebuild + tokens * elements, plan.matrix.moved(1), largest)
-    return {"reconstruct": work, "cached": (tokens * elements, 0, elements)}
-
-
-def _why_not_cached(layer: RoutedModule) -> str:
-    if layer.training:
-        return "only in eval"
-    if not layer.may_keep_matrix:
-        limit = DEFAULT_CACHE_LIMIT if layer.cache_limit is None else layer.cache_limit
-        return f"over cache_limit={size_in_words(limit)}"
-    if layer.records_gradients():
-        return "gradients of the cores are recorded; use torch.no_grad()"
-    return ""

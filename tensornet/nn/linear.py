@@ -10,15 +10,15 @@ from torch.nn.functional import linear
 
 from tensornet.budget import Budget
 from tensornet.checks import check_input
-from tensornet.contraction.bound import is_sweep
-from tensornet.contraction.slicing import plan_slices, run_in_slices
+from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input
 from tensornet.errors import TargetError
-from tensornet.network import PLANNED_TOKENS, TensorNetwork, contract_with_input
+from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
-from tensornet.nn.fast_path import make_shortcut
+from tensornet.nn.execution import CACHED
+from tensornet.nn.fast_path import through_matrices, with_kept_matrix
+from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule, require_linear_shape
 from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
-from tensornet.nn.strategy import CACHED, SLICED, Strategy, is_exporting
 from tensornet.topologies import MPOFamily, TopologyFamily, topology_family
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
@@ -68,8 +68,8 @@ class TensorNetworkLinear(NetworkModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input: (..., in_features)` to `(..., out_features)`; named as in `nn.Linear`."""
-        if not is_compiling() and (shortcut := self._shortcut) is not None:
-            y = shortcut(self, input)
+        if not is_compiling() and self._fast_path is not None:
+            y = self._fast_path(input)
             if y is not None:
                 return y
         check_input(input, self.in_features)
@@ -78,25 +78,21 @@ class TensorNetworkLinear(NetworkModule):
         route = self.route(tokens, on_cpu=input.is_cpu)
         if route >= 0:
             y = contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
-        elif route <= SLICED and type(input) is Tensor:
-            y = run_in_slices(plan_slices(self.topology)[SLICED - route], self.cores, input, self.bias)
         else:
-            matrix = self.kept_matrix() if route == CACHED else self.to_matrix()
-            y = linear(input, matrix, self.bias)
+            y = linear(input, self.kept_matrix() if route == CACHED else self.to_matrix(), self.bias)
         if not is_compiling():
-            self._remember(route)
+            self._remember(route, input.is_cpu)
         return y
 
-    def _remember(self, route: int) -> None:
-        """Have a shortcut for the next pass, if it would take this route and may take one.
-
-        Views of the cores are not held under `cache_limit=0`: they would keep alive what a hook that offloads
-        parameters wants to free.
-        """
-        padded = self.plan.padded_shape != self.topology.shape
-        bind = self.cache_limit != 0 and self.storage.plain and not padded
-        if route == CACHED or (route >= 0 and bind and is_sweep(self.plan.applies[route])):
-            self._shortcut = make_shortcut(self, self._stored_names, bind=bind)
+    def _remember(self, route: int, on_cpu: bool) -> None:
+        """Have a fast path for passes that take this route, if it has one."""
+        if route == CACHED and self._cached is not None:
+            self._fast_path = with_kept_matrix(self, self._cached)
+        elif route >= 0 and self.storage.plain and self.strategy != "cached":
+            largest, first = self.routes(on_cpu, rebuild=self.strategy == "auto")[0]
+            plan = self.plan
+            if route == first and plan.padded_shape == plan.shape:
+                self._fast_path = through_matrices(self, self._stored_names, plan.applies[route], largest)
 
     @classmethod
     def from_linear(
@@ -280,3 +276,9 @@ def linear_from_network(
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(network.cores[0].dtype).clone())
     return layer
+
+
+def is_exporting() -> bool:
+    """Whether a program is being exported, where a comparison with the token count would restrict it."""
+    check = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # from torch 2.7 on
+    return bool(check())

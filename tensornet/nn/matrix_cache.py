@@ -1,4 +1,4 @@
-"""A rebuilt matrix that is kept between forward passes in eval, and the test that it is still true.
+"""Rebuilt matrices kept between forward passes: memory for speed, and only where it is asked for.
 
 The matrix belongs to the cores it was built from: the same parameter objects, at the same addresses, at the
 same version. PyTorch raises a tensor's version at every in-place change, so an optimizer step, `copy_`
@@ -7,15 +7,20 @@ address. Writing *into* `parameter.data` or into a NumPy view raises no version 
 `train()`, `eval()` or `drop_cache()` on the layer or model after it.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
-from torch._C import _is_any_autocast_enabled as any_autocast
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from typing_extensions import Self
+
+#: How a layer is applied, see `tensornet.nn.NetworkModule`.
+Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
+STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,6 @@ def may_cache(cores: Sequence[Tensor | None]) -> bool:
     return True
 
 
-def may_write_in_place() -> bool:
-    """Whether results may be written into tensors made before: nothing differentiates or traces."""
-    if is_compiling() or is_grad_enabled() or transforms_active() or any_autocast():
-        return False
-    return forward_ad._current_level < 0 and not torch.jit.is_tracing()
-
-
 def compute_dtype(core: Tensor) -> torch.dtype:
     """The dtype in which a product with this core is computed: autocast's where that is on."""
     lowered = autocast_dtype(core.device.type)
@@ -95,3 +93,123 @@ def compute_dtype(core: Tensor) -> torch.dtype:
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """The dtype of autocast on a device type, None where it is off."""
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def check_options(strategy: str, cache_limit: int | None) -> None:
+    """Raise ValueError unless the options are known; warn of a limit that limits nothing.
+
+    Raises:
+        ValueError: unknown strategy, or a limit that is no number of bytes.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
+    if cache_limit is not None and (not isinstance(cache_limit, Integral) or cache_limit < 0):
+        raise ValueError(
+            f"cache_limit must be a number of bytes of at least 0, got {cache_limit!r}; 0 keeps no matrix."
+        )
+    if cache_limit and strategy != "cached":
+        warnings.warn(
+            f"cache_limit={cache_limit} has no effect under strategy={strategy!r}, which keeps no matrix; "
+            'to trade memory for speed use strategy="cached" with this limit.',
+            DeprecationWarning,
+            stacklevel=4,
+        )
+
+
+class MatrixKeeper(nn.Module):
+    """Abstract base of modules that rebuild matrices and keep them between passes if asked to.
+
+    Under `strategy="cached"` matrices are kept in eval while no gradient of a core is wanted, up to
+    `cache_limit` bytes; under every other strategy nothing is kept. A kept matrix is no part of the state: it
+    is not saved, copied, pickled or moved. It is dropped by `train()`, `eval()`, `.to()` and `configure`, and
+    built again when a core has changed. Compiled and exported programs never use one.
+
+    Subclasses call `_start_keeping` at the end of `__init__` and define `matrix_bytes`, `seconds_saved` and
+    `_core_tensors`.
+    """
+
+    strategy: Strategy
+    cache_limit: int | None
+    _cached: CachedMatrix | None
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of the rebuilt matrices in the dtype of the cores."""
+        raise TypeError(f"{type(self).__name__} must define matrix_bytes.")
+
+    @property
+    def seconds_saved(self) -> float:
+        """Predicted time that a kept matrix saves in a pass of one token."""
+        raise TypeError(f"{type(self).__name__} must define seconds_saved.")
+
+    def _core_tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything the matrices are built from; None for what is no tensor of the module itself."""
+        raise TypeError(f"{type(self).__name__} must define _core_tensors().")
+
+    @property
+    def cached_bytes(self) -> int:
+        """Size of what is kept at the moment, 0 if nothing is."""
+        return 0 if self._cached is None else self._cached.matrix.nbytes
+
+    @property
+    def may_keep_matrix(self) -> bool:
+        """Whether strategy and memory limit allow to keep the matrix in eval."""
+        if self.strategy != "cached":
+            return False
+        return self.cache_limit is None or self.matrix_bytes <= self.cache_limit
+
+    def keeps_now(self) -> bool:
+        """Whether the next pass would use a kept matrix, in the present mode."""
+        if self.strategy != "cached" or self.training or torch.compiler.is_compiling():
+            return False  # tracers must see no kept matrix: it would become a constant that no update reaches
+        return self.may_keep_matrix and may_cache(self._core_tensors())
+
+    def drop_cache(self) -> None:
+        """Free the kept matrix; the next forward pass that wants one builds it again."""
+        self._cached = None
+
+    def configure(self, *, strategy: Strategy | None = None, cache_limit: int | None = None) -> Self:
+        """Change how the layer is applied; None leaves an option as it is. See `set_strategy` for a model.
+
+        Args:
+            strategy: see `NetworkModule`.
+            cache_limit: bytes that may be kept under `"cached"`.
+
+        Raises:
+            ValueError: unknown strategy, negative limit.
+        """
+        check_options(strategy or self.strategy, cache_limit)
+        self.strategy = strategy or self.strategy
+        self.cache_limit = self.cache_limit if cache_limit is None else cache_limit
+        self.drop_cache()
+        return self
+
+    def kept(self, build: Callable[[], Tensor]) -> Tensor:
+        """What `build` makes of the cores, made if it is absent or out of date; only where `keeps_now`."""
+        cores = self._core_tensors()
+        if self._cached is None or not self._cached.holds_for(cores):
+            self.drop_cache()  # frees the old one before the new one is built
+            first = next(core for core in cores if core is not None and core.is_floating_point())
+            off = torch.autocast(first.device.type, enabled=False)
+            dtype = compute_dtype(first)
+            # An inference tensor could not serve a later pass that records gradients of its input.
+            with torch.inference_mode(False), torch.no_grad(), off:
+                matrix = build().to(dtype).contiguous()
+            self._cached = CachedMatrix.of(matrix, cores)
+        return self._cached.matrix
+
+    def train(self, mode: bool = True) -> Self:
+        """As in `nn.Module`; drops the kept matrix."""
+        self.drop_cache()
+        return super().train(mode)
+
+    def _start_keeping(self, strategy: Strategy, cache_limit: int | None) -> None:
+        check_options(strategy, cache_limit)
+        self.strategy, self.cache_limit, self._cached = strategy, cache_limit, None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.drop_cache()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensornet.contraction.operator import contract_to_matrix
+from tensornet.contraction.path import check_optimize
 from tensornet.errors import ShapeError
-from tensornet.network import TensorNetwork, check_cores, contract_to_matrix, plan_operator, random_cores
+from tensornet.network import TensorNetwork, check_cores, random_cores
 from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, gauge_axes, hold, layout
 from tensornet.nn.execution import RoutedModule
-from tensornet.nn.strategy import Strategy
+from tensornet.nn.matrix_cache import Strategy
 from tensornet.topology import Topology
 
 
@@ -24,11 +26,10 @@ class NetworkModule(RoutedModule):
         topology: the operator `(out_features, in_features)`.
         source: kind of stock layer this stands for (see `adapters`), to which `to_dense` returns.
         strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix for
-            each call, `"cached"` keeps the rebuilt matrix in eval while no gradient of a core is wanted,
-            `"auto"` takes the fastest by the cost model. See `explain`.
-        cache_limit: largest matrix to keep, in bytes. None means `DEFAULT_CACHE_LIMIT` (64 MiB) under
-            `"auto"` and no limit under `"cached"`; 0 keeps none. For a limit on a whole model see
-            `set_strategy`.
+            each call and frees it, `"auto"` takes the faster of both by the cost model, `"cached"` keeps the
+            rebuilt matrix in eval while no gradient of a core is wanted (memory for speed). See `explain`.
+        cache_limit: largest matrix to keep under `"cached"`, in bytes; None sets no limit, 0 keeps none. For
+            a limit on a whole model see `set_strategy`.
         optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or a name `opt_einsum` knows.
         storage: encoding of the cores.
         device: where the cores are allocated; `"meta"` allocates nothing.
@@ -52,8 +53,7 @@ class NetworkModule(RoutedModule):
     ) -> None:
         super().__init__()
         self.topology = topology
-        # Planned here: opt_einsum in forward breaks torch.compile.
-        self.plan = plan_operator(topology, optimize)
+        check_optimize(optimize)
         self.source = source
         self.storage = storage
         # Here and not in `forward`, which asks no registry.
@@ -65,7 +65,7 @@ class NetworkModule(RoutedModule):
             kept = encode(topology, storage, random_cores(topology, device=device, dtype=dtype))
         for name, tensor in kept.items():
             hold(self, name, tensor)
-        self._start_routing(strategy, cache_limit)
+        self._start_routing(strategy, cache_limit, optimize)
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
@@ -90,8 +90,7 @@ class NetworkModule(RoutedModule):
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores))
         for name, tensor in kept.items():
             hold(self, name, tensor)
-        self.drop_cache()
-        self._plan_dispatch()
+        self._forget_routes()
 
     def share_cores(self, other: "NetworkModule") -> None:
         """Use the stored tensors of another module of the same topology and storage: tied weights.
@@ -103,8 +102,7 @@ class NetworkModule(RoutedModule):
             raise ShapeError("Only modules of the same topology and storage can share cores.")
         for name, tensor in other.stored.items():
             hold(self, name, tensor)
-        self.drop_cache()
-        self._plan_dispatch()
+        self._forget_routes()
 
     @property
     def network(self) -> TensorNetwork:

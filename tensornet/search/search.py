@@ -10,10 +10,9 @@ from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, check_machine, default_machine
+from tensornet.contraction.operator import plan_operator
 from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.linalg.svd import check_finite
-from tensornet.network import plan_operator
-from tensornet.nn.strategy import RECONSTRUCT, route_seconds
 from tensornet.search.result import SearchPoint, TopologySearch, pareto_front
 from tensornet.search.spectra import CutSpectra
 from tensornet.topologies import Proposal, topology_family, topology_names
@@ -112,12 +111,12 @@ class _Clock:
 
     def milliseconds(self, topology: Topology) -> float:
         plan = plan_operator(topology)
-        routes = [*range(len(plan.applies)), RECONSTRUCT]
-        return self._mean(
-            lambda count: min(
-                route_seconds(plan, route, count, self.machine, self.itemsize) for route in routes
-            )
-        )
+        machine, itemsize = self.machine, self.itemsize
+
+        def seconds(count: int) -> float:
+            return plan.seconds(plan.fastest(count, machine, itemsize), count, machine, itemsize)
+
+        return self._mean(seconds)
 
     def at_least(self, topology: Topology) -> float:
         """Every stored number is read once and takes part in one multiply-add for each token."""

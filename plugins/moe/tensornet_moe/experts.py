@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.budget import Budget
+from tensornet.contraction.machine import default_machine
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
+from tensornet.nn.matrix_cache import MatrixKeeper
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
 from tensornet.topology import Topology
@@ -17,18 +19,14 @@ from tensornet_moe.checks import check_weights, check_whole
 from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.initialization import Start, start_from_dense
 from tensornet_moe.joint_fit import JointFit, fit_jointly
-from tensornet_moe.matrix_cache import MatrixCache
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
 #: Matrices of at least so many elements are built one after the other on CPUs: what one needs fits the caches
 #: and its memory is used again for the next, which saves a tenth of a training step.
 _BUILT_ALONE = 2**18
 
-#: Memory one bank may spend on rebuilt matrices in eval, in bytes.
-DEFAULT_CACHE_BYTES = 2**30
 
-
-class SharedCoreExperts(ExpertBank):
+class SharedCoreExperts(MatrixKeeper, ExpertBank):
     """Matrices of experts that share some cores of their network and keep the others to themselves.
 
     A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. Where
@@ -42,7 +40,8 @@ class SharedCoreExperts(ExpertBank):
             in their bonds only.
         num_experts: number of experts.
         shared: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores` that owns them.
-        cache_bytes: memory for rebuilt matrices in eval without gradients. All matrices are kept or none.
+        cache_bytes: memory for rebuilt matrices in eval without gradients; all of them are kept or none, and
+            none by default. `tensornet.nn.set_strategy(model, "cached")` sets it for a whole model.
         device, dtype: of the cores.
 
     A new bank has Gaussian cores with `Var(W) = 1 / in_features` for every expert.
@@ -64,7 +63,7 @@ class SharedCoreExperts(ExpertBank):
         num_experts: int,
         *,
         shared: str | Sequence[str] | SharedCores = "center",
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,7 +79,7 @@ class SharedCoreExperts(ExpertBank):
         self._owner: tuple[SharedCores, ...] = () if owner is None else (owner,)
         self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
-        self._cache = MatrixCache(cache_bytes)
+        self._start_keeping("cached" if cache_bytes else "auto", cache_bytes or None)
         #: Relative Frobenius error against what the bank was made from; None for a new one.
         self.error: float | None = None
         #: How `from_experts` went.
@@ -104,7 +103,7 @@ class SharedCoreExperts(ExpertBank):
         max_bond: int | None = None,
         rel_error: float | None = None,
         param_ratio: float | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int = 0,
         **options: Any,
     ) -> "SharedCoreExperts":
         """Upcycling: every expert starts as the same decomposition of one dense matrix.
@@ -142,7 +141,7 @@ class SharedCoreExperts(ExpertBank):
         shared: str | Sequence[str] = "center",
         max_bond: int | None = None,
         max_sweeps: int = 30,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int = 0,
         **options: Any,
     ) -> "SharedCoreExperts":
         """Joint decomposition of given, different experts into shared and private cores (our addition).
@@ -261,15 +260,25 @@ class SharedCoreExperts(ExpertBank):
         return self.expert_matrices(None if everything else experts).unbind(0)
 
     def keeps_matrices(self) -> bool:
-        """See `ExpertBank`: in eval, where no gradient of the cores is recorded, within `cache_bytes`."""
-        return self._kept() is not None
+        """See `ExpertBank`: if asked to, in eval, where no gradient of the cores is recorded."""
+        return self.keeps_now()
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of the matrices of all experts in the dtype of the cores."""
+        first = next(iter(self._core_tensors()))
+        return self.num_experts * self.out_features * self.in_features * first.element_size()
+
+    @property
+    def seconds_saved(self) -> float:
+        """Predicted time that kept matrices save in a pass of one token."""
+        return self.plan.multiply_adds(1) / default_machine(self._device).peak
+
+    def _core_tensors(self) -> tuple[Tensor, ...]:
+        return (*self.parameters(), *self.shared_parameters().values())
 
     def _kept(self) -> Tensor | None:
-        if self.training or torch.compiler.is_compiling():
-            return None
-        parameters = [*self.parameters(), *self.shared_parameters().values()]
-        elements = self.num_experts * self.out_features * self.in_features
-        return self._cache.get(parameters, elements, lambda: self._rebuild(None))
+        return self.kept(lambda: self._rebuild(None)) if self.keeps_now() else None
 
     def _rebuild(self, index: Tensor | None) -> Tensor:
         cores = self._shared_here()
@@ -305,16 +314,6 @@ class SharedCoreExperts(ExpertBank):
                 f"experts must be a non-empty list of indices in [0, {self.num_experts}), got {experts}."
             )
         return index.to(self._device)
-
-    def train(self, mode: bool = True) -> "SharedCoreExperts":
-        """Switching to training drops kept matrices."""
-        if mode:
-            self._cache.drop()
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "SharedCoreExperts":
-        self._cache.drop()  # .to() and friends: give the memory back now, not at the next call
-        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.topology.core_names:

@@ -11,7 +11,7 @@ from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.expert_bank import AbsentCores, SharedCores
-from tensornet_moe.experts import DEFAULT_CACHE_BYTES, SharedCoreExperts
+from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.initialization import Start, with_noise
 from tensornet_moe.joint_fit import fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, plan_stack
@@ -29,7 +29,7 @@ def share_across_layers(
     seed: int = 0,
     max_bond: int | None = None,
     max_sweeps: int = 10,
-    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    cache_bytes: int = 0,
     **options: Any,
 ) -> tuple[SharedCores, list[SharedCoreExperts]]:
     """Upcycling of several layers at once: all experts of all layers share the same cores (our extension).

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 #: The label of the token index, the only one whose size may change between calls.
 TOKENS = "tokens"
@@ -96,6 +97,9 @@ class ContractionPlan:
             is, so that it can add a bias at no cost.
         output_copy: what writing the output out costs, if its permutation is not a view.
         path: the contraction order, as `opt_einsum` writes it.
+        matrices: operands that multiply operand 0 one after the other as plain matrices, if nothing else
+            happens: position, and shape `(out, in)` in which `torch.nn.functional.linear` takes it. A low rank
+            is of this form, `y = (x B^T) A^T` with the cores as they are stored.
     """
 
     operand_shapes: tuple[tuple[int, ...] | None, ...]
@@ -106,6 +110,7 @@ class ContractionPlan:
     adds_bias: bool
     output_copy: Copy | None
     path: tuple[tuple[int, int], ...]
+    matrices: tuple[tuple[int, tuple[int, int]], ...] = ()
 
     @property
     def copies(self) -> tuple[Copy, ...]:
@@ -134,13 +139,7 @@ class ContractionPlan:
         return max(sizes)
 
 
-def run(
-    plan: ContractionPlan,
-    operands: Sequence[Tensor],
-    *,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | None = None) -> Tensor:
     """Execute a plan.
 
     Args:
@@ -148,16 +147,19 @@ def run(
         operands: tensors of the shapes and in the order they were planned with.
         bias: added to the output, shape of its last dimensions flattened: `(columns of the output,)`.
             Free where the last product can add it.
-        out: a contiguous tensor of as many elements as the output, to be written instead of a new one; for
-            passes that record no gradients, and not together with a bias.
 
     Returns:
         The output, shape `plan.output_shape`.
     """
     if is_slow(operands[0]):
         wide = run(plan, [x.float() for x in operands], bias=None if bias is None else bias.float())
-        narrow = wide.to(torch.float16)
-        return narrow if out is None else out.view(narrow.shape).copy_(narrow)
+        return wide.to(torch.float16)
+    if plan.matrices:
+        x = operands[0].reshape(-1, plan.matrices[0][1][1])
+        final = len(plan.matrices) - 1
+        for k, (position, shape) in enumerate(plan.matrices):
+            x = linear(x, operands[position].reshape(shape), bias if k == final else None)
+        return x.reshape(plan.output_shape)
     work = [
         x if shape is None else x.reshape(shape)
         for x, shape in zip(operands, plan.operand_shapes, strict=True)
@@ -173,20 +175,11 @@ def run(
         del popped
         left = _arrange(left, step.left_permutation, step.left_shape)
         right = _arrange(right, step.right_permutation, step.right_shape)
-        if k == last and fused is not None:
-            result = torch.addmm(fused, left, right)
-        elif k == last and out is not None and plan.output_permutation is None and left.ndim == 2:
-            result = torch.mm(left, right, out=out.view(left.shape[0], right.shape[1]))
-        else:
-            result = torch.matmul(left, right)
+        result = torch.addmm(fused, left, right) if k == last and fused is not None else left @ right
         del left, right
         work.append(result if step.result_shape is None else result.reshape(step.result_shape))
         del result
-    output = work.pop()
-    if out is not None and output.data_ptr() != out.data_ptr():
-        output = output if plan.output_permutation is None else output.permute(plan.output_permutation)
-        return out.view(output.shape).copy_(output).view(plan.output_shape)
-    output = _arrange(output, plan.output_permutation, plan.output_shape)
+    output = _arrange(work.pop(), plan.output_permutation, plan.output_shape)
     if bias is None or fused is not None:
         return output
     return output + bias.reshape(plan.output_shape[1:]).to(output.dtype)

@@ -1,0 +1,260 @@
+"""Contractions of a linear operator: planned once for each topology, run with or without its matrix."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch.autograd import forward_ad
+
+from tensornet.checks import check_input
+from tensornet.contraction.cost import dense_seconds, plan_seconds
+from tensornet.contraction.lowering import lower_path
+from tensornet.contraction.machine import CPU, Machine
+from tensornet.contraction.path import find_path
+from tensornet.contraction.plan import TOKENS, ContractionPlan, run
+from tensornet.topology import Topology
+
+#: Token count assumed where the actual one is not known, as in an exported program.
+PLANNED_TOKENS = 256
+
+#: Token counts for which the cheapest order is looked for; sweeps over the cores are tried besides.
+_PATH_TOKENS = (1, 16, 256, 4096)
+
+#: A matrix is rebuilt in blocks of rows of at most about so many elements: blocks stay in the cache.
+_BLOCK = 2**18
+
+#: The route that rebuilds the matrix; the others are positions in `OperatorPlan.applies`.
+RECONSTRUCT = -1
+
+#: `(largest token count, route)` in ascending order; the last entry holds for all larger counts.
+Bounds = tuple[tuple[float, int], ...]
+
+
+@dataclass(frozen=True)
+class OperatorPlan:
+    """The contractions of an operator, planned once.
+
+    Args:
+        topology: the operator.
+        applies: candidates for `x: (tokens, padded in) -> (tokens, padded out)`; operands are x, then the
+            cores. None builds the whole matrix. Which is fastest depends on the tokens and the machine.
+        matrix: the padded matrix; operands are the cores.
+        blocked: leading out-legs and how many of their indices a block of rows takes at once.
+        rows: one such block; operands are the cores at these indices.
+        shape: `(out_features, in_features)`.
+        padded_shape: of the matrix before padding is cut off.
+    """
+
+    topology: Topology
+    applies: tuple[ContractionPlan, ...]
+    matrix: ContractionPlan
+    blocked: tuple[tuple[str, int], ...]
+    rows: ContractionPlan
+    shape: tuple[int, int]
+    padded_shape: tuple[int, int]
+
+    def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
+        """Predicted time for that many tokens; the route is a position in `applies` or `RECONSTRUCT`."""
+        if route != RECONSTRUCT:
+            return plan_seconds(self.applies[route], tokens, machine, itemsize)
+        dense = dense_seconds(*self.shape, tokens, machine, itemsize, from_memory=False)
+        return dense + plan_seconds(self.matrix, 1, machine, itemsize)
+
+    def fastest(self, tokens: int, machine: Machine, itemsize: int = 4, *, rebuild: bool = True) -> int:
+        """Route with the least predicted time; `rebuild=False` leaves `RECONSTRUCT` out."""
+        routes = [*range(len(self.applies)), *([RECONSTRUCT] if rebuild else [])]
+        return min(routes, key=lambda route: self.seconds(route, tokens, machine, itemsize))
+
+
+@lru_cache(maxsize=4096)
+def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
+    """Plan an operator; equal topologies are planned once.
+
+    Args:
+        topology: the operator.
+        optimize: how orders are found, see `tensornet.contraction.path.Optimize`.
+    """
+    cores = [core.labels for core in topology.cores]
+    operands = [(TOKENS, *topology.in_labels), *cores]
+    output = (TOKENS, *topology.out_labels)
+    applies: dict[tuple[tuple[int, int], ...], ContractionPlan] = {}
+    for tokens, path in _candidate_paths(operands, output, topology, optimize):
+        if tuple(path) not in applies and (len(cores) == 1 or not _builds_matrix(path)):
+            sizes = {**topology.size_of, TOKENS: tokens}
+            lowered = lower_path(operands, output, sizes, path)
+            applies[tuple(path)] = replace(lowered, output_shape=(-1, topology.padded_shape[0]))
+    matrix = plan_matrix(topology, optimize)
+    blocked = _blocked_legs(topology, matrix)
+    rows = matrix if not blocked else _plan_matrix(topology, dict(blocked), optimize)
+    shapes = topology.shape, topology.padded_shape
+    return OperatorPlan(topology, tuple(applies.values()), matrix, blocked, rows, *shapes)
+
+
+@lru_cache(maxsize=4096)
+def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
+    """Plan the padded matrix: the cheapest of several orders."""
+    return _plan_matrix(topology, {}, optimize)
+
+
+def _plan_matrix(topology: Topology, widths: Mapping[str, int], optimize: str) -> ContractionPlan:
+    """Plan the padded matrix, of some leading out-legs only so many indices."""
+    cores = [core.labels for core in topology.cores]
+    output = (*topology.out_labels, *topology.in_labels)
+    sizes = {**topology.size_of, **widths}
+    paths = [find_path(cores, output, sizes, optimize), *_sweeps(len(cores))]
+    plans = [lower_path(cores, output, sizes, path) for path in dict.fromkeys(map(tuple, paths))]
+    best = min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
+    return replace(best, output_shape=(-1, topology.padded_shape[1]))
+
+
+def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:
+    """Blocks just small enough; none where the matrix comes out without a copy."""
+    if matrix.output_copy is None:
+        return ()
+    size, legs = math.prod(topology.padded_shape), []
+    for label, count in zip(topology.out_labels, topology.out_dims, strict=True):
+        if size <= _BLOCK:
+            break
+        size //= count
+        fitting = (w for w in range(min(count, _BLOCK // size), 0, -1) if count % w == 0)
+        legs.append((label, next(fitting, 1)))
+    return tuple(legs)
+
+
+def _candidate_paths(
+    operands: list[tuple[str, ...]], output: tuple[str, ...], topology: Topology, optimize: str
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    for tokens in _PATH_TOKENS:
+        yield tokens, find_path(operands, output, {**topology.size_of, TOKENS: tokens}, optimize)
+    for path in _sweeps(len(operands)):
+        yield _PATH_TOKENS[1], path
+
+
+def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
+    """Start with the first operand and take in the others one by one, in order or in reverse."""
+    if count == 1:
+        return ([],)
+    forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
+    backward = [(0, count - 1), *((left - 2, left - 1) for left in range(count - 1, 1, -1))]
+    return forward, backward
+
+
+def _builds_matrix(path: Sequence[tuple[int, int]]) -> bool:
+    """Whether the input, operand 0, is only touched by the last step."""
+    return all(0 not in step for step in path[:-1])
+
+
+@lru_cache(maxsize=4096)
+def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebuild: bool = True) -> Bounds:
+    """The fastest route for every token count, to within a tenth of the count where it changes.
+
+    Args:
+        plan: the operator.
+        machine: whose time counts.
+        itemsize: bytes of an element.
+        rebuild: whether the matrix may be rebuilt.
+    """
+
+    def fastest(tokens: int) -> int:
+        return plan.fastest(tokens, machine, itemsize, rebuild=rebuild)
+
+    bounds: list[tuple[float, int]] = []
+    for low, high in itertools.pairwise(_GRID):
+        before, after = fastest(low), fastest(high)
+        while before != after and high > 1.1 * low and high > low + 1:
+            middle = round(math.sqrt(low * high))
+            low, high = (middle, high) if fastest(middle) == before else (low, middle)
+        if before != after:
+            bounds.append((high - 1, before))
+    return (*bounds, (math.inf, fastest(_GRID[-1])))
+
+
+#: Token counts between which the fastest route is taken to change once at most.
+_GRID = tuple(4**k for k in range(9))
+
+
+def choose(bounds: Bounds, tokens: int) -> int:
+    """The route for that many tokens."""
+    for largest, route in bounds[:-1]:
+        if tokens <= largest:
+            return route
+    return bounds[-1][1]
+
+
+def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
+    """Dense matrix of the operator, shape `(out_features, in_features)`, differentiable.
+
+    Where nothing records gradients of the cores it is written block by block of rows, so that beside the
+    matrix only one block is held.
+    """
+    dense = _in_blocks(plan, cores) if plan.blocked and _may_write(cores) else run(plan.matrix, cores)
+    if plan.padded_shape != plan.shape:
+        dense = dense[: plan.shape[0], : plan.shape[1]]
+    return dense
+
+
+def _in_blocks(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
+    size_of = plan.topology.size_of
+    starts = [range(0, size_of[label], width) for label, width in plan.blocked]
+    dense: Tensor | None = None
+    for block, indices in enumerate(itertools.product(*starts)):
+        at = {x: slice(k, k + width) for (x, width), k in zip(plan.blocked, indices, strict=True)}
+        parts = [
+            core[tuple(at.get(x, slice(None)) for x in spec.labels)] if at.keys() & set(spec.labels) else core
+            for core, spec in zip(cores, plan.topology.cores, strict=True)
+        ]
+        rows = run(plan.rows, parts)
+        if dense is None:  # made here: autocast decides on its dtype
+            dense = rows.new_empty(math.prod(map(len, starts)), *rows.shape)
+        dense[block] = rows
+    assert dense is not None
+    return dense.view(plan.padded_shape)
+
+
+def _may_write(cores: Sequence[Tensor]) -> bool:
+    """Whether a result may be written in place: nothing differentiates or traces."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+        return False
+    recording = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+    return not recording and forward_ad._current_level < 0
+
+
+def contract_with_input(
+    plan: OperatorPlan,
+    cores: Sequence[Tensor],
+    x: Tensor,
+    *,
+    candidate: int = 0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply the operator core by core, without building its matrix.
+
+    Args:
+        plan: the planned operator.
+        cores: tensors in the order of its topology.
+        x: input, shape `(..., in_features)`.
+        candidate: which of `plan.applies` to run.
+        bias: shape `(out_features,)`.
+
+    Returns:
+        Output of shape `(..., out_features)`.
+
+    Raises:
+        ShapeError: the last dimension of `x` is another.
+    """
+    (out_features, in_features), (padded_out, padded_in) = plan.shape, plan.padded_shape
+    check_input(x, in_features)
+    flat = x if x.ndim == 2 else x.reshape(-1, in_features)
+    if padded_in != in_features:
+        flat = torch.nn.functional.pad(flat, (0, padded_in - in_features))
+    whole = padded_out == out_features
+    y = run(plan.applies[candidate], [flat, *cores], bias=bias if whole else None)
+    if not whole:
+        y = y[:, :out_features]
+        y = y if bias is None else y + bias.to(y.dtype)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], out_features)
