@@ -4,10 +4,9 @@
 
 Every way to apply a layer is timed for layers of many shapes, none of them one of the other benchmarks',
 and the constants of `tensornet.Machine` are fitted to the logarithms of the times. A way that takes far
-longer than the fastest matters less. `half_rows`, `half_inner`, `half_columns`, `step_columns` and
-`rest_columns` stay as they are: they belong to the kernels of the library that multiplies. Prints the
-constants and how good the choices are that follow from them; writes no record. Measure on a quiet machine:
-a busy one makes all that goes through memory look slower.
+longer than the fastest matters less. `half_size` stays as it is: it belongs to the kernels of the library
+that multiplies. Prints the constants and how good the choices are that follow from them; writes no record. Measure
+on a quiet machine: a busy one makes all that goes through memory look slower.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ SHAPES = (
     ((4, 4, 4, 4, 4), (4, 4, 4, 4, 4), 40),
 )
 TOKENS = (1, 2, 4, 16, 32, 64, 256, 1024)
-FITTED = (
-    *("peak", "bandwidth", "far_byte", "fresh_byte", "overhead", "batch_overhead", "copy_overhead"),
-    *("copy_element", "copy_run", "copy_strided", "copy_far", "copy_far_strided"),
-)
+FITTED = ("peak", "bandwidth", "overhead", "copy_element", "copy_run", "copy_far")
 
 #: A constant that little depends on stays near where it was: so much of a residual for a factor of e.
 _STAY = 0.1

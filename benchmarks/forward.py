@@ -2,13 +2,13 @@
 
     python benchmarks/forward.py [--toy] [--threads 1 2] [--seconds 1] [--passes 3] [--before FOLDER]
 
-Every row has bytes and milliseconds of all sides, timed in turn in one process, so that each finds its weights
-as cold as in a model of many layers:
+Every row has bytes and milliseconds of all sides, timed in turn in one process, so that each finds its
+weights as cold as in a model of many layers:
 
 - `dense`: `nn.Linear`;
 - `auto`: the layer as it comes, which contracts or rebuilds and holds its cores alone;
 - `cached`: the same with `strategy="cached"`, memory for speed;
-- `factorized` and `reconstructed`: tltorch's layer with the same ranks;
+- `factorized` and `reconstructed`: tltorch's layer with the same ranks, where it is installed;
 - `before`: `auto` of another checkout of the project, where `--before` names its folder.
 
 Asked: a low rank takes at most 1.05 times as long as dense without holding anything; what `auto` chose is
@@ -28,6 +28,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,6 +61,10 @@ LOW_RANKS = (
     Case("768x768, low rank 307 (80 %)", (768, 1), (1, 768), 307),
     Case("3072x768, low rank 307 (50 %)", (3072, 1), (1, 768), 307),
 )
+
+
+#: tltorch's implementations; nothing where it is not installed.
+RIVALS = ("factorized", "reconstructed") if find_spec("tltorch") else ()
 
 
 def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
@@ -117,7 +122,7 @@ def measure(
         "dense": nn.Linear(auto.in_features, auto.out_features),
         "auto": auto,
         "cached": cached,
-        **{name: rival(case, bonds, name) for name in ("factorized", "reconstructed")},
+        **{name: rival(case, bonds, name) for name in RIVALS},
     }
     if before is not None:
         sides["before"] = case.layer(package=before).eval()
@@ -130,7 +135,7 @@ def measure(
         for group in (calls, ways)
     )
     chosen, best = str(auto.route(tokens)), min(time.median for time in second.values())
-    theirs = min(first[name].median for name in ("factorized", "reconstructed"))
+    theirs = min((first[name].median for name in RIVALS), default=None)
     return {
         "case": case.name,
         "tokens": tokens,
@@ -141,7 +146,7 @@ def measure(
         "predicted": {cost.strategy: round(cost.milliseconds, 4) for cost in auto.explain(tokens).costs},
         "bytes_over_dense": round(held_bytes(auto) / held_bytes(sides["dense"]), 3),
         "over_dense": round(first["auto"].median / first["dense"].median, 3),
-        "speedup_over_tltorch": round(theirs / first["auto"].median, 3),
+        **({"speedup_over_tltorch": round(theirs / first["auto"].median, 3)} if theirs else {}),
         "over_best_strategy": round(second[chosen].median / best, 3),
     }
 
@@ -175,13 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "bytes_over_dense_largest": max(row["bytes_over_dense"] for row in rows),
         "over_dense_largest_of_low_ranks": max(low, default=None),
         "over_dense_geometric_mean": round(geometric_mean(row["over_dense"] for row in rows), 3),
-        "speedup_over_tltorch_geometric_mean": round(
-            geometric_mean(row["speedup_over_tltorch"] for row in rows), 3
-        ),
-        "speedup_over_tltorch_smallest": min(row["speedup_over_tltorch"] for row in rows),
         "over_best_strategy_largest": max(row["over_best_strategy"] for row in rows),
         "over_best_strategy_above_1.10": sum(row["over_best_strategy"] > 1.1 for row in rows),
     }
+    if RIVALS:
+        ratios = [row["speedup_over_tltorch"] for row in rows]
+        summary["speedup_over_tltorch_geometric_mean"] = round(geometric_mean(ratios), 3)
+        summary["speedup_over_tltorch_smallest"] = min(ratios)
     if before is not None:
         ratios = [row["milliseconds"]["auto"] / row["milliseconds"]["before"] for row in rows]
         sizes = [row["bytes"]["auto"] / row["bytes"]["before"] for row in rows]

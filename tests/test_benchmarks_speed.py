@@ -17,7 +17,7 @@ from tensornet.contraction.machine import CPU
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 RATIOS = {
-    "forward": ("over_dense", "bytes_over_dense", "speedup_over_tltorch", "over_best_strategy"),
+    "forward": ("over_dense", "bytes_over_dense", "over_best_strategy"),
     "search_speed": ("speedup",),
     "training_step": ("over_needed",),
 }
@@ -38,8 +38,6 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
 @pytest.mark.parametrize("name", RATIOS)
 def test_benchmark_writes_its_record(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "forward":
-        pytest.importorskip("tltorch")
     module = load(name, monkeypatch)
     arguments = ["--toy", "--threads", "1", "--seconds", "0.01", "--records", str(tmp_path)]
     path = module.main(arguments)

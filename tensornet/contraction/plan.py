@@ -98,8 +98,8 @@ class ContractionPlan:
         output_copy: what writing the output out costs, if its permutation is not a view.
         path: the contraction order, as `opt_einsum` writes it.
         matrices: operands that multiply operand 0 one after the other as plain matrices, if nothing else
-            happens: position, and shape `(out, in)` in which `torch.nn.functional.linear` takes it. A low rank
-            is of this form, `y = (x B^T) A^T` with the cores as they are stored.
+            happens: position, and shape `(out, in)` in which `torch.nn.functional.linear` takes it. A low
+            rank is of this form, `y = (x B^T) A^T` with the cores as they are stored.
     """
 
     operand_shapes: tuple[tuple[int, ...] | None, ...]
