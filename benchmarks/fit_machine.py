@@ -5,8 +5,8 @@
 Every way to apply a layer is timed for layers of many shapes, none of them one of the other benchmarks',
 and the constants of `tensornet.Machine` are fitted to the logarithms of the times. A way that takes far
 longer than the fastest matters less. `half_size` stays as it is: it belongs to the kernels of the library
-that multiplies. Prints the constants and how good the choices are that follow from them; writes no record. Measure
-on a quiet machine: a busy one makes all that goes through memory look slower.
+that multiplies. Prints the constants and how good the choices are that follow from them; writes no record.
+Measure on a quiet machine: a busy one makes all that goes through memory look slower.
 """
 
 from __future__ import annotations

@@ -25,8 +25,12 @@ PLANNED_TOKENS = 256
 #: Token counts for which the cheapest order is looked for; sweeps over the cores are tried besides.
 _PATH_TOKENS = (1, 16, 256, 4096)
 
-#: A matrix is rebuilt in blocks of rows of at most about so many elements: blocks stay in the cache.
-_BLOCK = 2**18
+#: A matrix is rebuilt in blocks of rows, each of about this part of it and, to stay in a cache, of
+#: at most so many elements.
+_BLOCK_PART, _BLOCK = 1 / 8, 2**18
+
+#: Smaller matrices than this, in elements, are rebuilt at once.
+_SMALL = 2**16
 
 #: The route that rebuilds the matrix; the others are positions in `OperatorPlan.applies`.
 RECONSTRUCT = -1
@@ -117,11 +121,12 @@ def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[st
     if matrix.output_copy is None:
         return ()
     size, legs = math.prod(topology.padded_shape), []
+    most = min(_BLOCK, int(size * _BLOCK_PART)) if size > _SMALL else size
     for label, count in zip(topology.out_labels, topology.out_dims, strict=True):
-        if size <= _BLOCK:
+        if size <= most:
             break
         size //= count
-        fitting = (w for w in range(min(count, _BLOCK // size), 0, -1) if count % w == 0)
+        fitting = (w for w in range(min(count, most // size), 0, -1) if count % w == 0)
         legs.append((label, next(fitting, 1)))
     return tuple(legs)
 
