@@ -7,11 +7,11 @@ arithmetic. A beam search over them keeps the cheapest few by the cost model.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tensornet.contraction.cost import copy_seconds, product_seconds
 from tensornet.contraction.machine import CPU
-from tensornet.contraction.plan import TOKENS, ContractionPlan, Copy, PairStep, Product
+from tensornet.contraction.plan import TOKENS, Arrangement, ContractionPlan, Copy, PairStep, Product
 
 Labels = tuple[str, ...]
 
@@ -58,17 +58,15 @@ def lower_path(
         beam = list(cheapest.values())[:_BEAM]
     best = min(beam, key=lambda x: x.seconds + _output_seconds(x, kept, size_of, tokens))
     result = best.operands[0]
-    shapes, steps = _without_needless_reshapes([_shape(labels, size_of) for labels in squeezed], best.steps)
+    arranged = _arrangement(result, kept, _shape(output, size_of), size_of)
     return ContractionPlan(
-        operand_shapes=tuple(shapes),
         stored_shapes=tuple(_shape(labels, size_of) for labels in squeezed if TOKENS not in labels),
-        steps=steps,
-        output_permutation=None if result == kept else tuple(result.index(x) for x in kept),
-        output_shape=_shape(output, size_of),
-        adds_bias=result == kept and bool(steps) and _is_linear(steps[-1].product),
+        steps=best.steps,
+        output=arranged,
+        adds_bias=result == kept and bool(best.steps) and _is_linear(best.steps[-1].product),
         output_copy=_output_copy(result, kept, size_of),
         path=tuple(path),
-        matrices=_matrices(steps) if result == kept else (),
+        matrices=_matrices(best.steps) if result == kept else (),
     )
 
 
@@ -78,7 +76,8 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
     for step in steps:
         product = step.product
         plain = (product.batch, product.rows, product.tokens_in) == (1, 1, "rows")
-        if not plain or operands[step.left] != 0 or step.left_permutation or step.right_permutation != (1, 0):
+        moved, weight = step.arrange_left.permutation, step.arrange_right.permutation
+        if not plain or operands[step.left] != 0 or moved is not None or weight != (1, 0):
             return ()
         found.append((operands[step.right], (product.columns, product.inner)))
         operands = [x for i, x in enumerate(operands) if i not in (step.left, step.right)] + [0]
@@ -87,28 +86,6 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
 
 def _is_linear(product: Product) -> bool:
     return product.tokens_in == "rows" and product.rows == 1 and product.batch == 1
-
-
-def _without_needless_reshapes(
-    shapes: Sequence[tuple[int, ...]], steps: Sequence[PairStep]
-) -> tuple[list[tuple[int, ...] | None], tuple[PairStep, ...]]:
-    """Leave out a reshape where the step that uses the tensor reshapes it again without a permutation."""
-    operand_shapes: list[tuple[int, ...] | None] = list(shapes)
-    kept = list(steps)
-    work = [("operand", k) for k in range(len(shapes))]
-    for k, step in enumerate(steps):
-        for position, permutation, shape in (
-            (step.left, step.left_permutation, step.left_shape),
-            (step.right, step.right_permutation, step.right_shape),
-        ):
-            kind, made = work[position]
-            if permutation is None and shape is not None:
-                if kind == "operand":
-                    operand_shapes[made] = None
-                else:
-                    kept[made] = replace(kept[made], result_shape=None)
-        work = [x for i, x in enumerate(work) if i not in (step.left, step.right)] + [("step", k)]
-    return operand_shapes, tuple(kept)
 
 
 @dataclass(frozen=True)
@@ -134,45 +111,21 @@ def _choices(
         # The token operand goes left: its result then keeps tokens first and stays contiguous.
         pairs = [(a, b) for a, b in pairs if TOKENS in operands[a]]
     shared = set(operands[first]) & set(operands[second])
-    next_summed = _next_summed(operands, path, k, wanted, output)
     for left, right in pairs:
         batch = tuple(x for x in operands[left] if x in shared and x in wanted)
         left_free = tuple(x for x in operands[left] if x not in shared)
         right_free = tuple(x for x in operands[right] if x not in shared)
         summed = {tuple(x for x in operands[i] if x in shared and x not in wanted) for i in (left, right)}
-        for a in _orders(left_free, output, next_summed):
-            for b in _orders(right_free, output, next_summed):
+        for a in _orders(left_free, output):
+            for b in _orders(right_free, output):
                 for c in summed:
                     yield _Choice(left, right, batch, a, c, b)
 
 
-def _next_summed(
-    operands: tuple[Labels, ...], path: Sequence[tuple[int, int]], k: int, wanted: set[str], output: Labels
-) -> set[str]:
-    """Labels of this step's result that the step using it will sum."""
-    first, second = path[k]
-    position = len(operands) - 2  # of the result, appended to what remains
-    current = [set(labels) for i, labels in enumerate(operands) if i not in (first, second)]
-    current.append((set(operands[first]) | set(operands[second])) & wanted)
-    for a, b in path[k + 1 :]:
-        merged, others = (
-            current[a] | current[b],
-            [labels for i, labels in enumerate(current) if i not in (a, b)],
-        )
-        remaining = {*output, *(x for labels in others for x in labels)}
-        if position in (a, b):
-            return (current[a] & current[b]) - remaining
-        position -= (a < position) + (b < position)
-        current = [*others, merged & remaining]
-    return set()
-
-
-def _orders(labels: Labels, output: Labels, summed_next: set[str]) -> list[Labels]:
-    """Orders worth trying: as it is, as the output wants it, next step's summed labels last or first."""
+def _orders(labels: Labels, output: Labels) -> list[Labels]:
+    """Orders worth trying: as it is, and as the output wants it."""
     by_output = tuple(sorted(labels, key=lambda x: output.index(x) if x in output else len(output)))
-    later = tuple(x for x in by_output if x not in summed_next)
-    soon = tuple(x for x in labels if x in summed_next)
-    return list(dict.fromkeys((labels, by_output, later + soon, soon + later)))
+    return list(dict.fromkeys((labels, by_output)))
 
 
 def _extend(
@@ -196,11 +149,8 @@ def _lower(
     step = PairStep(
         left=choice.left,
         right=choice.right,
-        left_permutation=_permutation(left, left_groups),
-        right_permutation=_permutation(right, right_groups),
-        left_shape=_grouped(size_of, left_groups),
-        right_shape=_grouped(size_of, right_groups),
-        result_shape=_result_shape(size_of, choice),
+        arrange_left=_grouped(left, left_groups, size_of),
+        arrange_right=_grouped(right, right_groups, size_of),
         product=Product(
             batch=_size(choice.batch, size_of),
             rows=_size(choice.left_free, size_of),
@@ -271,22 +221,15 @@ def _shape(labels: Sequence[str], size_of: Mapping[str, int]) -> tuple[int, ...]
     return tuple(-1 if x == TOKENS else size_of[x] for x in labels)
 
 
-def _permutation(labels: Labels, groups: Sequence[Labels]) -> tuple[int, ...] | None:
-    order = tuple(labels.index(x) for group in groups for x in group)
-    return None if order == tuple(range(len(order))) else order
+def _arrangement(
+    labels: Labels, target: Labels, shape: tuple[int, ...], size_of: Mapping[str, int]
+) -> Arrangement:
+    permutation = None if labels == target else tuple(labels.index(x) for x in target)
+    return Arrangement(permutation, _shape(labels, size_of), shape)
 
 
-def _grouped(size_of: Mapping[str, int], groups: Sequence[Labels]) -> tuple[int, ...] | None:
-    """One dimension for each group, none for an empty batch; None if the operand has them already."""
+def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Arrangement:
+    """One dimension for each group, none for an empty batch."""
     kept = groups if groups[0] else groups[1:]
-    if all(len(group) == 1 for group in kept):
-        return None
-    return tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
-
-
-def _result_shape(size_of: Mapping[str, int], choice: _Choice) -> tuple[int, ...] | None:
-    groups = (choice.left_free, choice.right_free)
-    kept = (choice.batch, *groups) if choice.batch else groups
-    if all(len(group) == 1 for group in kept):
-        return None
-    return _shape((*choice.batch, *choice.left_free, *choice.right_free), size_of)
+    shape = tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
+    return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)

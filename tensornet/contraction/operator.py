@@ -91,7 +91,7 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
         if tuple(path) not in applies and (len(cores) == 1 or not _builds_matrix(path)):
             sizes = {**topology.size_of, TOKENS: tokens}
             lowered = lower_path(operands, output, sizes, path)
-            applies[tuple(path)] = replace(lowered, output_shape=(-1, topology.padded_shape[0]))
+            applies[tuple(path)] = _with_shape(lowered, (-1, topology.padded_shape[0]))
     matrix = plan_matrix(topology, optimize)
     blocked = _blocked_legs(topology, matrix)
     rows = matrix if not blocked else _plan_matrix(topology, dict(blocked), optimize)
@@ -113,7 +113,11 @@ def _plan_matrix(topology: Topology, widths: Mapping[str, int], optimize: str) -
     paths = [find_path(cores, output, sizes, optimize), *_sweeps(len(cores))]
     plans = [lower_path(cores, output, sizes, path) for path in dict.fromkeys(map(tuple, paths))]
     best = min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
-    return replace(best, output_shape=(-1, topology.padded_shape[1]))
+    return _with_shape(best, (-1, topology.padded_shape[1]))
+
+
+def _with_shape(plan: ContractionPlan, shape: tuple[int, ...]) -> ContractionPlan:
+    return replace(plan, output=replace(plan.output, shape=shape))
 
 
 def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:

@@ -56,29 +56,36 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """How a tensor is brought into another order. Shapes hold -1 where the token index takes part.
+
+    Args:
+        permutation: the new order of the dimensions; None if it is the order they are in.
+        view: one dimension for each index, before the permutation.
+        shape: the shape in the end.
+    """
+
+    permutation: tuple[int, ...] | None
+    view: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PairStep:
     """One pairwise product: operands `left` and `right` of the working list are replaced by the result.
 
-    Shapes hold -1 where the token index takes part, so one step serves every token count. A permutation or
-    shape of None is left out: it would change nothing.
-
     Args:
         left, right: positions in the working list; the result is appended to what remains.
-        left_permutation, right_permutation: bring the operand into the order of its shape.
-        left_shape: `(batch, rows, inner)`, without batch where there is none.
-        right_shape: `(batch, inner, columns)`, likewise.
-        result_shape: one dimension for each label of the result.
+        arrange_left: to `(batch, rows, inner)`, without batch where there is none.
+        arrange_right: to `(batch, inner, columns)`, likewise.
         product: what the step multiplies, for the cost model.
         copies: what it copies, for the cost model.
     """
 
     left: int
     right: int
-    left_permutation: tuple[int, ...] | None
-    right_permutation: tuple[int, ...] | None
-    left_shape: tuple[int, ...] | None
-    right_shape: tuple[int, ...] | None
-    result_shape: tuple[int, ...] | None
+    arrange_left: Arrangement
+    arrange_right: Arrangement
     product: Product
     copies: tuple[Copy, ...]
 
@@ -88,11 +95,9 @@ class ContractionPlan:
     """A lowered contraction.
 
     Args:
-        operand_shapes: shape of each operand with size-1 indices removed; None where its step does it.
         stored_shapes: full shapes of the operands that carry no token index.
         steps: pairwise products in order.
-        output_permutation: brings the last result into the requested order; None if it is in it.
-        output_shape: shape of the output, size-1 indices restored.
+        output: brings the last result into the requested order and shape, size-1 indices restored.
         adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and gives the output as it
             is, so that it can add a bias at no cost.
         output_copy: what writing the output out costs, if its permutation is not a view.
@@ -102,11 +107,9 @@ class ContractionPlan:
             rank is of this form, `y = (x B^T) A^T` with the cores as they are stored.
     """
 
-    operand_shapes: tuple[tuple[int, ...] | None, ...]
     stored_shapes: tuple[tuple[int, ...], ...]
     steps: tuple[PairStep, ...]
-    output_permutation: tuple[int, ...] | None
-    output_shape: tuple[int, ...]
+    output: Arrangement
     adds_bias: bool
     output_copy: Copy | None
     path: tuple[tuple[int, int], ...]
@@ -149,7 +152,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
             Free where the last product can add it.
 
     Returns:
-        The output, shape `plan.output_shape`.
+        The output, shape `plan.output.shape`.
     """
     if is_slow(operands[0]):
         wide = run(plan, [x.float() for x in operands], bias=None if bias is None else bias.float())
@@ -159,13 +162,9 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
         final = len(plan.matrices) - 1
         for k, (position, shape) in enumerate(plan.matrices):
             x = linear(x, operands[position].reshape(shape), bias if k == final else None)
-        return x.reshape(plan.output_shape)
-    work = [
-        x if shape is None else x.reshape(shape)
-        for x, shape in zip(operands, plan.operand_shapes, strict=True)
-    ]
+        return x.reshape(plan.output.shape)
+    work, last = list(operands), len(plan.steps) - 1
     fused = bias if plan.adds_bias else None
-    last = len(plan.steps) - 1
     for k, step in enumerate(plan.steps):
         # An operand leaves the list before it is copied: nothing is kept longer than it is needed, and
         # the allocator need not ask the system for fresh pages, which costs more than the copy.
@@ -173,16 +172,13 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
         popped = work.pop(first), work.pop(second)
         left, right = popped if step.left == first else popped[::-1]
         del popped
-        left = _arrange(left, step.left_permutation, step.left_shape)
-        right = _arrange(right, step.right_permutation, step.right_shape)
-        result = torch.addmm(fused, left, right) if k == last and fused is not None else left @ right
+        left, right = _arrange(left, step.arrange_left), _arrange(right, step.arrange_right)
+        work.append(torch.addmm(fused, left, right) if k == last and fused is not None else left @ right)
         del left, right
-        work.append(result if step.result_shape is None else result.reshape(step.result_shape))
-        del result
-    output = _arrange(work.pop(), plan.output_permutation, plan.output_shape)
+    output = _arrange(work.pop(), plan.output)
     if bias is None or fused is not None:
         return output
-    return output + bias.reshape(plan.output_shape[1:]).to(output.dtype)
+    return output + bias.reshape(plan.output.shape[1:]).to(output.dtype)
 
 
 def is_slow(tensor: Tensor) -> bool:
@@ -190,7 +186,7 @@ def is_slow(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
 
 
-def _arrange(x: Tensor, permutation: tuple[int, ...] | None, shape: tuple[int, ...] | None) -> Tensor:
-    if permutation is not None:
-        x = x.permute(permutation)
-    return x if shape is None else x.reshape(shape)
+def _arrange(x: Tensor, to: Arrangement) -> Tensor:
+    if to.permutation is not None:
+        x = x.reshape(to.view).permute(to.permutation)
+    return x.reshape(to.shape)
