@@ -89,7 +89,8 @@ class NetworkModule(RoutedModule):
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores))
         for name, tensor in kept.items():
-            hold(self, name, tensor)
+            # Contiguous, as they come back from a file: a pass reads them without a copy, to the same bits.
+            hold(self, name, tensor if isinstance(tensor, nn.Parameter) else tensor.contiguous())
         self._forget_routes()
 
     def share_cores(self, other: "NetworkModule") -> None:
