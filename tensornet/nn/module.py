@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensornet.contraction.operator import contract_to_matrix
 from tensornet.contraction.path import check_optimize
