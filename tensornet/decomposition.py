@@ -13,7 +13,7 @@ from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.linalg.svd import check_finite, frobenius, result_dtype, safe_scale, scaled_back, working_dtype
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import Decomposition, topology_family, topology_names
+from tensornet.topologies import Decomposition, topology_family, topology_names
 from tensornet.topologies.factored import balance_norms
 from tensornet.topology import Topology
 

@@ -24,7 +24,7 @@ from tensornet.linalg.svd import (
     working_dtype,
 )
 from tensornet.linalg.tt_svd import pad_matrix
-from tensornet.topologies.base import Decomposition, register_topology
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -34,6 +34,7 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_proposal
+from tensornet.topologies.registry import register_topology
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
 

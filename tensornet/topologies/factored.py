@@ -16,7 +16,8 @@ from tensornet.linalg.svd import Method, frobenius
 from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
 from tensornet.notices import warn
-from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology
+from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.leg_dims import balanced_factors
 from tensornet.topology import Topology
 

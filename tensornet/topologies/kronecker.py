@@ -9,7 +9,7 @@ from tensornet.checks import check_sizes
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import TTResult, max_bonds, tt_svd
-from tensornet.topologies.base import Decomposition, register_topology
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -17,6 +17,7 @@ from tensornet.topologies.factored import (
     fitted_network,
     padded_shape,
 )
+from tensornet.topologies.registry import register_topology
 from tensornet.topology import CoreSpec, Topology
 
 

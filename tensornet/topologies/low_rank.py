@@ -17,11 +17,13 @@ from tensornet.linalg.svd import Method, TruncatedSVD, result_dtype, truncated_s
 from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, frobenius_errors, tail_costs, weighted_svd
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology, register_topology
+from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.ladder import Ladder, RoundTrip
 from tensornet.topologies.mpo import mpo
 from tensornet.topologies.proposals import KERNEL_STEP, Proposal, known_proposal
+from tensornet.topologies.registry import register_topology
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
 

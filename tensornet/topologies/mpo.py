@@ -12,7 +12,7 @@ from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import cap_bonds, max_bonds, mpo_params, tt_svd
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import Decomposition, register_topology
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -23,6 +23,7 @@ from tensornet.topologies.factored import (
 )
 from tensornet.topologies.leg_search import best_dims
 from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_proposal
+from tensornet.topologies.registry import register_topology
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topologies.weighted_fit import leading, legs_of
 from tensornet.topology import CoreSpec, Topology

@@ -28,7 +28,7 @@ from tensornet.linalg.tt_svd import max_bonds, pad_matrix
 from tensornet.linalg.tt_svd_step import split_block
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import Decomposition, register_topology
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -37,6 +37,7 @@ from tensornet.topologies.factored import (
     pad_core,
     padded_shape,
 )
+from tensornet.topologies.registry import register_topology
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
 

@@ -21,7 +21,7 @@ from tensornet.linalg.svd import (
 from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.linalg.tt_svd_step import split_block
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import Decomposition, register_topology
+from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (
     FactoredFamily,
     balance_norms,
@@ -30,6 +30,7 @@ from tensornet.topologies.factored import (
     pad_core,
     padded_shape,
 )
+from tensornet.topologies.registry import register_topology
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
 
