@@ -73,7 +73,7 @@ def test_the_error_is_exact_and_a_promise_is_kept() -> None:
         true = reference.relative_error(matrix, made.network.to_matrix())
         assert true == pytest.approx(made.error, rel=1e-9)
     made = TREE.decompose(matrix, tn.Budget(max_bond=(2, 3, 4, 5), param_ratio=0.9), sites=3)
-    assert list(made.network.topology.bond_dims.values()) == [2, 3, 4, 4]
+    assert list(made.network.topology.bond_dims.values()) == [2, 3, 4, 5]
     with pytest.raises(tn.BudgetError, match="a network of the family 'tree' needs"):
         TREE.decompose(matrix, tn.Budget(param_ratio=1e-4))
 
