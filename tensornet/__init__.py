@@ -24,7 +24,7 @@ from tensornet.compression import (
     save_model,
 )
 from tensornet.contraction.machine import Machine, measure_machine
-from tensornet.decomposition import decompose
+from tensornet.decompose import decompose
 from tensornet.errors import (
     BudgetError,
     CalibrationWarning,

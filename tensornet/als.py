@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tensornet.contraction.operator import plan_matrix
 from tensornet.contraction.path import plan_contraction
-from tensornet.contraction.plan import ContractionPlan, run
+from tensornet.contraction.steps import ContractionPlan, run
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, times
 from tensornet.network import TensorNetwork, random_cores

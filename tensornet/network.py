@@ -10,7 +10,7 @@ from torch import Tensor
 from tensornet.checks import check_size
 from tensornet.contraction.machine import default_machine
 from tensornet.contraction.operator import contract_with_input, plan_matrix, plan_operator
-from tensornet.contraction.plan import run
+from tensornet.contraction.steps import run
 from tensornet.drawing import draw_topology
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.topology import Topology

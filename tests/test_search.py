@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import tensornet as tn
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import CPU, GPU
+from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.network import TensorNetwork, random_cores
-from tensornet.search.spectra import CutSpectra
 from tensornet.topologies import block_tt, low_rank, mpo, topology_family
 
 

@@ -9,7 +9,7 @@ where memory, copies and overheads decide.
 import math
 
 from tensornet.contraction.machine import Machine
-from tensornet.contraction.plan import ContractionPlan, Copy, Product
+from tensornet.contraction.steps import ContractionPlan, Copy, Product
 
 #: Larger operands than this, in bytes, are not all in the cache of one core.
 _FAR = 2**20

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tensornet.contraction.cost import copy_seconds, product_seconds
 from tensornet.contraction.machine import CPU
-from tensornet.contraction.plan import TOKENS, Arrangement, ContractionPlan, Copy, PairStep, Product
+from tensornet.contraction.steps import TOKENS, Arrangement, ContractionPlan, Copy, PairStep, Product
 
 Labels = tuple[str, ...]
 

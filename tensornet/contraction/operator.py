@@ -16,7 +16,7 @@ from tensornet.contraction.cost import dense_seconds, plan_seconds
 from tensornet.contraction.lowering import lower_path
 from tensornet.contraction.machine import CPU, Machine
 from tensornet.contraction.path import find_path
-from tensornet.contraction.plan import TOKENS, ContractionPlan, run
+from tensornet.contraction.steps import TOKENS, ContractionPlan, run
 from tensornet.topology import Topology
 
 #: Token count assumed where the actual one is not known, as in an exported program.

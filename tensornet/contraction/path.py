@@ -11,7 +11,7 @@ from typing import Any
 import opt_einsum
 
 from tensornet.contraction.lowering import lower_path
-from tensornet.contraction.plan import TOKENS, ContractionPlan, PairStep, run
+from tensornet.contraction.steps import TOKENS, ContractionPlan, PairStep, run
 from tensornet.errors import TopologyError
 from tensornet.optional import import_optional
 

@@ -12,9 +12,9 @@ from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, check_machine, default_machine
 from tensornet.contraction.operator import plan_operator
 from tensornet.errors import BudgetError, ShapeError, TopologyError
+from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import check_finite
 from tensornet.search.result import SearchPoint, TopologySearch, pareto_front
-from tensornet.search.spectra import CutSpectra
 from tensornet.topologies import Proposal, topology_family, topology_names
 from tensornet.topology import Topology
 

@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from tensornet.budget import Budget, check_budget
 from tensornet.checks import check_dense
 from tensornet.context import outside_autocast
 from tensornet.errors import TopologyError
+from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.topologies.decomposition import Decomposition
@@ -21,9 +22,6 @@ from tensornet.topologies.structure import Side, bond_cuts, gauge_bonds
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topologies.weighted_fit import fit_weighted, structured_start
 from tensornet.topology import Topology
-
-if TYPE_CHECKING:
-    from tensornet.search.spectra import CutSpectra
 
 
 class TopologyFamily(ABC):
@@ -262,7 +260,7 @@ class TopologyFamily(ABC):
     # --- search ----------------------------------------------------------------------------------
 
     def proposals(
-        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
         """Topologies worth a look within a number of parameters, for `search_topology`.
 

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import (
     Method,
     allowed_energy,
@@ -37,9 +37,6 @@ from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_propo
 from tensornet.topologies.registry import register_topology
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topology import CoreSpec, Topology
-
-if TYPE_CHECKING:
-    from tensornet.search.spectra import CutSpectra
 
 
 def block_tt(
@@ -152,7 +149,7 @@ class BlockTTFamily(FactoredFamily):
         return Decomposition(fitted_network(topology, cores), error, bound_by)
 
     def proposals(
-        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
         """Block tensor trains of two cores, whose errors are exact."""
         for out_dims, in_dims in _block_dims(shape):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from tensornet.budget import Budget, caps_of_bonds, check_budget
 from tensornet.checks import check_dense, check_size
 from tensornet.errors import TopologyError
+from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import Method, TruncatedSVD, result_dtype, truncated_svd
 from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, frobenius_errors, tail_costs, weighted_svd
@@ -26,9 +27,6 @@ from tensornet.topologies.proposals import KERNEL_STEP, Proposal, known_proposal
 from tensornet.topologies.registry import register_topology
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
-
-if TYPE_CHECKING:
-    from tensornet.search.spectra import CutSpectra
 
 #: Fractions of the full rank at which a lossy encoding is tried; between them its cost is interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
@@ -153,7 +151,7 @@ class LowRankFamily(TopologyFamily):
         return self.build(*topology.shape, max_bond=max(topology.bond_dims.values()) + rank)
 
     def proposals(
-        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
         """The truncated SVD of the largest rank that fits, and of one that kernels like better."""
         largest = min(params // (shape[0] + shape[1]), *shape)

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
+from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import cap_bonds, max_bonds, mpo_params, tt_svd
 from tensornet.linalg.weighted_svd import Weighting
@@ -27,9 +28,6 @@ from tensornet.topologies.registry import register_topology
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topologies.weighted_fit import leading, legs_of
 from tensornet.topology import CoreSpec, Topology
-
-if TYPE_CHECKING:
-    from tensornet.search.spectra import CutSpectra
 
 
 def mpo(
@@ -155,7 +153,7 @@ class MPOFamily(FactoredFamily):
         return gauge_bonds(topology, always=True)
 
     def proposals(
-        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
         """Chains of 2 to `max_sites` cores; bonds share the error evenly, or are uniform without a matrix."""
         for out_dims, in_dims in _mpo_dims(shape, max_sites):
@@ -178,7 +176,7 @@ def _mpo_bonds(
     out_dims: Sequence[int],
     in_dims: Sequence[int],
     params: int,
-    spectra: "CutSpectra | None",
+    spectra: CutSpectra | None,
 ) -> tuple[int, ...] | None:
     """Bonds that fit, None if not even bonds of 1 do."""
     full = max_bonds(out_dims, in_dims)

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from tensornet.errors import FormatError
 from tensornet.nn.serialization import build_module
 from tensornet_hf.checkpoint.describe import is_inside
+from tensornet_hf.checkpoint.guards import without_guards
 from tensornet_hf.checkpoint.json_files import read_json
+from tensornet_hf.checkpoint.links import inside
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
-from tensornet_hf.guards import without_guards
-from tensornet_hf.links import inside
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -59,7 +59,7 @@ class Checkpoint:
         folder: where it is.
         config: content of `config.json`.
         compression: description of the compressed modules, None for an ordinary model.
-        tensors: every stored tensor by name, guards left out (see `tensornet_hf.guards`).
+        tensors: every stored tensor by name, guards left out (see `tensornet_hf.checkpoint.guards`).
     """
 
     folder: Path

@@ -18,11 +18,11 @@ from tensornet.nn.structure_hooks import register_structure_hook
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
 from tensornet_hf.checkpoint.describe import describe, is_inside
+from tensornet_hf.checkpoint.guards import make_guards, pass_by_guards, without_guards
 from tensornet_hf.checkpoint.headers import check_layers, read_headers
 from tensornet_hf.checkpoint.parallelism import check_distribution
 from tensornet_hf.checkpoint.placement import place_layers, rename
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
-from tensornet_hf.guards import make_guards, pass_by_guards, without_guards
 from tensornet_hf.moe.aux_losses import join_aux_losses
 from tensornet_moe import ParallelExperts
 

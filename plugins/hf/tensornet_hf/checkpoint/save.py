@@ -12,8 +12,8 @@ import tensornet as tn
 from tensornet.errors import FormatError, TargetError
 from tensornet_hf.checkpoint.describe import compressed_layers
 from tensornet_hf.checkpoint.folders import write_folder
+from tensornet_hf.checkpoint.links import inside
 from tensornet_hf.checkpoint.quantizer import prepare_for_saving
-from tensornet_hf.links import inside
 
 #: What goes along from the source: tokenizer, templates, licence. Weights, pickles and code do not.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")

@@ -11,8 +11,8 @@ from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
 from tensornet.nn.structure_hooks import structure_changed
 from tensornet.progress import progress_bar
-from tensornet_hf.causality import causal_networks
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners
+from tensornet_hf.moe.causality import causal_networks
 from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.finder import find_feed_forwards
 from tensornet_hf.moe.upcycle_config import MoEConfig

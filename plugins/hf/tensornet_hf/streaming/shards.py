@@ -16,9 +16,9 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.streaming.worker import Piece
 from tensornet_hf.checkpoint.describe import describe
+from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.checkpoint.headers import WEIGHTS
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
-from tensornet_hf.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.streaming.source import total_bytes
 
 
@@ -88,7 +88,7 @@ def config_text(
 def guards(
     dense: Iterable[str], skeleton: nn.Module, pieces: Iterable[Piece], source: Iterable[Slice]
 ) -> Part:
-    """Empty tensors in place of the dense weights, as saving a model writes them (`tensornet_hf.guards`).
+    """Make empty tensors in place of the dense weights, as saving a model writes them (`checkpoint.guards`).
 
     Args:
         dense: names of the tensors of the dense model.

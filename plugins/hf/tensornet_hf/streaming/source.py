@@ -11,7 +11,7 @@ from tensornet.errors import FormatError
 from tensornet.io.safetensors_header import MAX_HEADER, Slice, read_header
 from tensornet_hf.checkpoint.headers import INDEX, WEIGHTS
 from tensornet_hf.checkpoint.json_files import read_json
-from tensornet_hf.links import inside as _inside
+from tensornet_hf.checkpoint.links import inside as _inside
 
 #: Other forms of weights; a compressed model must not carry the dense ones along.
 WEIGHT_SUFFIXES = (
