@@ -32,7 +32,7 @@ PUBLIC_MODULES = ("tensornet", "tensornet.nn", "tensornet.testing", "tensornet_h
 
 # Optional packages of the core: imported inside the function that needs them, never with the package.
 LAZY = {"quimb", "tensorly", "matplotlib", "jinja2"}
-HUGGING_FACE = {"transformers", "accelerate", "safetensors", "peft", "typer", "rich"}
+HUGGING_FACE = {"transformers", "accelerate", "peft", "typer", "rich"}
 
 MAX_LINES = 400
 # Path from the root -> why one idea needs more lines than that.

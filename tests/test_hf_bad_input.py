@@ -155,7 +155,7 @@ def test_an_index_that_leads_out_of_the_folder(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "model" / content["weight_map"][name], tmp_path / "outside.safetensors")
     content["weight_map"][name] = "../outside.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(FormatError, match=r"lacks outside\.safetensors"):
+    with pytest.raises(FormatError, match="nothing outside the folder"):
         th.load(tmp_path / "model")
 
 
@@ -318,7 +318,7 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, compressed: bool
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
     if not compressed:
         edit_config(folder, lambda config: config.pop("quantization_config"))
-    with pytest.raises(FormatError, match=r"pickles \(pytorch_model\.bin\).*Convert"):
+    with pytest.raises(FormatError, match=r"only pytorch_model\.bin.*convert"):
         th.load(folder)
     options = {} if compressed else {"quantization_config": th.TensorNetworkConfig(max_bond=4)}
     with pytest.raises(FormatError, match=r"pytorch_model\.bin: only safetensors"):

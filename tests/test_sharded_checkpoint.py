@@ -16,8 +16,7 @@ from sharded_folders import HALF, contents, save, save_tensors
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError, TargetError
-from tensornet.io.safetensors_header import load_slice, read_header
-from tensornet.io.safetensors_writer import ShardTask, write_shard, write_tensors
+from tensornet.io.safetensors_files import ShardTask, load_slice, read_header, write_shard, write_tensors
 from tensornet.nn.targets import find_targets
 from tensornet_hf.streaming.skeleton import skeleton_from_names
 from tensornet_hf.streaming.source import open_source

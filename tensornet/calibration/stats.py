@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors
 from torch import Tensor
 
 from tensornet.errors import FormatError
-from tensornet.io.tensor_files import write_tensors
-from tensornet.optional import import_optional
+from tensornet.io.safetensors_files import write_tensors
 
 STATS_VERSION = 1
-_USER = "Saving or loading calibration statistics"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class CalibrationStats:
             **sides,
         }
         metadata = {"calibration": json.dumps(header)}
-        write_tensors("The statistics", path, tensors, metadata, user=_USER)
+        write_tensors(path, tensors, metadata, what="The statistics")
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
@@ -81,7 +80,6 @@ class CalibrationStats:
         Raises:
             FormatError: the file is missing, damaged, or holds something else.
         """
-        safetensors = import_optional("safetensors", extra="hf", user=_USER)
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["calibration"])

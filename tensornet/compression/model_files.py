@@ -8,21 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
 from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
-from tensornet.io.tensor_files import write_tensors
+from tensornet.io.safetensors_files import write_tensors
 from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.structure_hooks import structure_changed
-from tensornet.optional import import_optional
 
 FILE_VERSION = 1
-_USER = "Saving or loading a model"
 
 
 def save_model(model: nn.Module, path: str | Path) -> None:
@@ -55,7 +54,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         tensors[name] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
     header = {"version": FILE_VERSION, "layers": _descriptions(model), "ties": ties}
-    write_tensors("The model", path, tensors, {"tensornet": json.dumps(header)}, user=_USER)
+    write_tensors(path, tensors, {"tensornet": json.dumps(header)}, what="The model")
 
 
 @torch.no_grad()
@@ -108,7 +107,6 @@ def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header, and all tensors under all their names."""
-    safetensors = import_optional("safetensors", extra="hf", user=_USER)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("tensornet")

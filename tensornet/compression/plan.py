@@ -15,6 +15,7 @@ from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES
 from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
+from tensornet.io.atomic import write_file
 from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.topology import Topology
 
@@ -239,8 +240,12 @@ class CompressionPlan:
             raise FormatError(f"Bad compression plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+        """Write the plan as JSON; an earlier file stays until the new one is complete.
+
+        Raises:
+            DestinationError: the file cannot be written there.
+        """
+        write_file(Path(path), [json.dumps(self.to_dict(), indent=1).encode()], what="The plan")
 
     @classmethod
     def load(cls, path: str | Path) -> "CompressionPlan":

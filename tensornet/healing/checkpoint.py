@@ -4,14 +4,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
 from tensornet.errors import FormatError
-from tensornet.io.tensor_files import write_tensors
-from tensornet.optional import import_optional
+from tensornet.io.safetensors_files import write_tensors
 
-_USER = "Resuming tensornet.heal"
 #: What AdamW keeps of the gradients of a parameter.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,7 +43,7 @@ def save_state(
             if key in optimizer.state[parameter]:
                 tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
     header = json.dumps({"step": done, "layer_steps": layer_steps})
-    write_tensors("The checkpoint", path, tensors, {"heal": header}, user=_USER)
+    write_tensors(path, tensors, {"heal": header}, what="The checkpoint")
 
 
 def load_state(
@@ -59,7 +58,6 @@ def load_state(
     Raises:
         FormatError: the file is damaged, of another model, or of a run with other layer-wise steps.
     """
-    safetensors = import_optional("safetensors", extra="hf", user=_USER)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["heal"])

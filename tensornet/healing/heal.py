@@ -17,7 +17,7 @@ from tensornet.calibration.losses import only_hidden, output_distances, pooled, 
 from tensornet.checks import check_size
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
-from tensornet.io.tensor_files import check_place
+from tensornet.io.atomic import check_place
 from tensornet.nn.expansion import expanded
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.modes import in_eval_mode

@@ -1,1 +1,1 @@
-"""Files: safetensors read strictly, and written completely or not at all."""
+"""Read safetensors files strictly; write files and folders completely or not at all."""

@@ -4,8 +4,15 @@ A model is compressed one weight after the other, by workers that know nothing o
 needs the library that the model comes from, and a worker is up as soon as it has imported torch.
 """
 
-from tensornet.io.safetensors_header import Slice, load_slice, read_header
-from tensornet.io.safetensors_writer import ShardTask, Written, write_shard, write_tensors
+from tensornet.io.atomic import Written
+from tensornet.io.safetensors_files import (
+    ShardTask,
+    Slice,
+    load_slice,
+    read_header,
+    write_shard,
+    write_tensors,
+)
 from tensornet.streaming.pool import WorkerError, run_tasks
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet.streaming.worker import Piece, PieceTask, Use, compress_piece, copy_matrix

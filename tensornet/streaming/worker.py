@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan, apply_plan, plan
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_header import Slice, read_header
-from tensornet.io.safetensors_writer import Written, write_tensors
+from tensornet.io.atomic import Written, file_digest
+from tensornet.io.safetensors_files import Slice, read_header, write_tensors
 from tensornet.nn.serialization import module_spec
 from tensornet.nn.stock_layers import layer_kind
 from tensornet.streaming.stored_matrix import StoredMatrix
@@ -140,8 +140,8 @@ def compress_piece(task: PieceTask) -> Piece:
         written, specs, tensors = None, {}, {}
         if layer.topology is not None:
             specs = {use.name: module_spec(root.get_submodule(use.name)) or {} for use in task.uses}
-            written = write_tensors(task.path, _cores(root, task.uses[0].name))
-            tensors = read_header(task.path)
+            write_tensors(task.path, _cores(root, task.uses[0].name))
+            written, tensors = file_digest(task.path), read_header(task.path)
     error = errors.get(layer.name, 0.0)
     return Piece(layer, error, specs, written, tensors, peak_memory(), getpid())
 
@@ -153,9 +153,9 @@ def copy_matrix(task: PieceTask) -> Piece:
         OSError: it cannot be read or written.
     """
     use, matrix = task.uses[0], task.weight.load().contiguous()
-    written = write_tensors(task.path, {f"{use.name}.matrix": matrix})
+    write_tensors(task.path, {f"{use.name}.matrix": matrix})
     layer = LayerPlan(use.name, task.weight.shape, None, "dense", 0.0, 0.0, ())
-    return Piece(layer, 0.0, {}, written, read_header(task.path), peak_memory(), getpid())
+    return Piece(layer, 0.0, {}, file_digest(task.path), read_header(task.path), peak_memory(), getpid())
 
 
 def place(root: nn.Module, name: str, module: nn.Module) -> None:

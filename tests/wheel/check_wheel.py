@@ -39,7 +39,7 @@ class Extra:
 
 
 EXTRAS = {
-    "hf": Extra(("transformers", "accelerate", "safetensors"), "import tensornet_hf"),
+    "hf": Extra(("transformers", "accelerate"), "import tensornet_hf"),
     "viz": Extra(("matplotlib",), "import matplotlib.pyplot, jinja2"),
     "interop": Extra(("quimb", "tensorly"), "import quimb.tensor, tensorly"),
     "testing": Extra(

@@ -1,4 +1,4 @@
-"""Reading a model folder without loading it: what it promises, what it holds, and whether the two agree.
+"""Read a model folder without loading it, and compare its description with the stored tensors.
 
 Only headers are read. Nothing here allocates a weight, and nothing unpickles.
 """
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from tensornet.errors import FormatError
+from tensornet.io.safetensors_files import read_headers as locate_tensors
 from tensornet.nn.serialization import build_module
 from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.guards import without_guards
@@ -19,7 +18,11 @@ from tensornet_hf.checkpoint.links import inside
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+#: Other forms of weights; a compressed model must not carry the dense ones along.
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot",
+    ".npz", ".onnx_data", ".tflite", ".mlmodel",
+)  # fmt: skip
 
 #: Names of dtypes in safetensors headers.
 DTYPES = {
@@ -38,7 +41,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of one tensor.
+    """Dtype, shape and file of a stored tensor.
 
     Args:
         dtype: name as in torch, such as `"float32"`.
@@ -69,7 +72,7 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold weights."""
+        """Files that hold weights."""
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
 
@@ -83,11 +86,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise FormatError(_not_a_model(folder))
     config = read_json(inside(folder, "config.json"))
-    tensors = read_headers(weight_files(folder))
+    tensors = read_headers(weight_files(folder)[0])
     compression = read_compression(config)
     if compression is not None:
         tensors = without_guards(tensors)
-    if compression is not None:
         check_layers(compression, tensors, where=str(folder))
     elif cores := [name for name in tensors if _names_a_core(name)]:
         raise FormatError(
@@ -98,7 +100,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
-    """The description of the compressed modules in a configuration, None for an ordinary model.
+    """Return the description of the compressed modules in a configuration, None for an ordinary model.
 
     Raises:
         FormatError: it is damaged, of an unknown version, or of another quantization method.
@@ -120,54 +122,52 @@ def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
         raise FormatError(f"The quantization_config of the model is damaged: {error}") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Find the safetensors files of a model folder.
+
+    Returns:
+        The files, and the index `{tensor: file name}`, empty for a single file.
 
     Raises:
-        FormatError: there is none, one is missing, or the weights are pickled.
+        FormatError: there is none, one is missing or lies elsewhere, or the weights are pickled.
     """
     if (folder / WEIGHTS).is_file():
-        return [inside(folder, WEIGHTS)]
-    if (folder / INDEX).is_file():
-        parts = read_json(inside(folder, INDEX)).get("weight_map")
-        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
-            raise FormatError(f"{folder / INDEX} has no weight_map: it is not an index of weight files.")
-        files = sorted({folder / name for name in parts.values()})
-        if missing := [file.name for file in files if file.parent != folder or not file.is_file()]:
-            raise FormatError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Copy it again.")
-        return [inside(folder, file.name) for file in files]
-    if pickles := [file.name for pattern in PICKLES for file in folder.glob(pattern)]:
+        return [inside(folder, WEIGHTS)], {}
+    if not (folder / INDEX).is_file():
+        other = sorted(x.name for x in folder.iterdir() if x.suffix in WEIGHT_SUFFIXES)
+        if not other:
+            raise FormatError(f"{folder} holds no weights: there is no {WEIGHTS} and no {INDEX}.")
         raise FormatError(
-            f"{folder} holds its weights only as pickles ({', '.join(sorted(pickles))}), which can run code "
-            "when they are opened and are refused. Convert them to safetensors where you trust them, with "
-            "model.save_pretrained(folder)."
+            f"{folder} holds no {WEIGHTS} and no {INDEX}, only {', '.join(other)}. Pickles can run code and "
+            "are never opened: convert them where you trust them, with model.save_pretrained(folder)."
         )
-    raise FormatError(f"{folder} holds no weights: there is no {WEIGHTS} and no {INDEX}.")
+    index = read_json(inside(folder, INDEX)).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
+        raise FormatError(f"{folder / INDEX} has no weight_map from tensors to files.")
+    names = sorted(set(index.values()))
+    for name in names:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise FormatError(
+                f"{folder / INDEX} names {name!r:.200}: only safetensors files beside the index are read, "
+                "nothing outside the folder."
+            )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FormatError(
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Copy or download it again."
+        )
+    return [inside(folder, name) for name in names], index
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Names, dtypes and shapes of all tensors in safetensors files.
+    """Read names, dtypes and shapes of all tensors in safetensors files.
 
     Raises:
         FormatError: a file is truncated or damaged, or two hold the same name.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # not a mapping
-                    part = opened.get_slice(name)
-                    if name in tensors:
-                        raise FormatError(f"{file} and {tensors[name].file} both store {name!r}.")
-                    dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-                    tensors[name] = StoredTensor(dtype, tuple(part.get_shape()), file)
-        except (SafetensorError, OSError, ValueError) as error:
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(
-                f"{file} is truncated or damaged ({error}). Copy or download it again."
-            ) from error
-    return tensors
+    return {
+        name: StoredTensor(DTYPES.get(part.dtype, part.dtype), part.shape, part.file)
+        for name, part in locate_tensors(files).items()
+    }
 
 
 def check_layers(
@@ -223,7 +223,7 @@ def _check_tensor(
 
 
 def _renaming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Callable[[str], str]:
-    """From names in the description to names in the files.
+    """Return the map from names in the description to names in the files.
 
     They differ by a prefix if one was written for a part of the model and the other for the whole.
     """
@@ -241,7 +241,7 @@ def _names_a_core(name: str) -> bool:
 
 
 def promised_shapes(layer: str, spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of the module that a description stands for; nothing is allocated.
+    """Return the shapes of all tensors of a described module; nothing is allocated.
 
     Raises:
         FormatError: nothing can be built from the description.

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: one kind of error, bounded in size."""
+"""Read JSON from untrusted files: one kind of error, bounded in size."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ MAX_JSON = 256_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         FormatError: absent, unreadable, too large, not JSON, nested without end, or not an object.

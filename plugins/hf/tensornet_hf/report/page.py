@@ -12,6 +12,7 @@ from typing import Any
 
 from tensornet.compression import CompressionPlan, CompressionReport
 from tensornet.compression.reach import compact_count
+from tensornet.io.atomic import write_file
 from tensornet.optional import require
 from tensornet_hf.report.spectra import BondSpectrum
 from tensornet_hf.text.perplexity import Perplexity
@@ -69,11 +70,10 @@ def write_report(page: Page, path: str | Path) -> Path:
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
-        OSError: the file cannot be written.
+        DestinationError: the file cannot be written.
     """
-    path = Path(path)
-    path.write_text(render(page), encoding="utf-8")
-    return path
+    write_file(Path(path), [render(page).encode()], what="The report")
+    return Path(path)
 
 
 def render(page: Page) -> str:

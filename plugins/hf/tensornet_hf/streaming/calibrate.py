@@ -23,8 +23,7 @@ from tensornet.calibration.losses import TokenLosses, label_losses
 from tensornet.calibration.sequential import Stop, hidden_of
 from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
-from tensornet.io.safetensors_header import load_slice, read_header
-from tensornet.io.safetensors_writer import write_tensors
+from tensornet.io.safetensors_files import load_slice, read_header, write_tensors
 from tensornet.progress import progress_bar
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.moments import Moments

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.io.safetensors_files import FLOATS, Slice
 from tensornet.nn.compound import Compound, Stack
 from tensornet.nn.expansion import take_apart
 from tensornet.nn.expert_matrix import ExpertMatrix

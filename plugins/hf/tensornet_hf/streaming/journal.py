@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tensornet.errors import DestinationError
-from tensornet_hf.checkpoint.folders import take_place
+from tensornet.io.atomic import take_place, write_file
 
 
 class Staging:
@@ -55,9 +55,7 @@ class Staging:
 
     def begin(self, kept: list[dict[str, Any]]) -> None:
         """Start a journal that holds the entries kept of an earlier one, for `note` to add to."""
-        beside = self.journal.with_suffix(".tmp")
-        beside.write_bytes(b"".join(map(_line, kept)))
-        beside.replace(self.journal)
+        write_file(self.journal, map(_line, kept))
         self._journal = self.journal.open("ab")
 
     def note(self, entry: dict[str, Any]) -> None:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.stats import STATS_VERSION
-from tensornet.io.safetensors_header import Slice, read_header
-from tensornet.io.safetensors_writer import ShardTask, write_shard, write_tensors
+from tensornet.io.safetensors_files import ShardTask, Slice, read_header, write_shard, write_tensors
 
 
 class Moments:

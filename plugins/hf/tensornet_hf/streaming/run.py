@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,8 @@ from tensornet.compression import CompressionConfig, CompressionPlan, Compressio
 from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
-from tensornet.io.safetensors_writer import (
-    ShardTask,
-    Written,
-    copy_file,
-    file_digest,
-    write_file,
-    write_shard,
-)
+from tensornet.io.atomic import CHUNK, Written, file_digest, write_file
+from tensornet.io.safetensors_files import ShardTask, write_shard
 from tensornet.nn.expert_matrix import ExpertMatrix
 from tensornet.progress import progress_bar
 from tensornet.streaming.pool import run_tasks
@@ -340,7 +335,9 @@ def _finish(
         if name == MANIFEST:
             continue
         (work.out / name).parent.mkdir(parents=True, exist_ok=True)
-        written.append(copy_file(source.folder / name, work.out / name, name))
+        with (source.folder / name).open("rb") as file:
+            copied = write_file(work.out / name, iter(partial(file.read, CHUNK), b""))
+        written.append(replace(copied, name=name))
     written += [write_file(work.out / name, [text.encode()]) for name, text in rest.items()]
     if CARD not in source.others:
         write_card(work.out, architecture)

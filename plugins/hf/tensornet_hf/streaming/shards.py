@@ -9,7 +9,7 @@ from torch import nn
 
 from tensornet.compression import CompressionConfig
 from tensornet.compression.apply import set_submodule
-from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.io.safetensors_files import FLOATS, Slice
 from tensornet.nn.expansion import settle
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule

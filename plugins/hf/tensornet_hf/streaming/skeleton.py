@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_header import FLOATS, Slice
+from tensornet.io.safetensors_files import FLOATS, Slice
 from tensornet.nn.stock_layers import LayerKind, layer_kind
 from tensornet.streaming.worker import place
 

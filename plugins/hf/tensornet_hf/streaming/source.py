@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_header import MAX_HEADER, Slice, read_header
-from tensornet_hf.checkpoint.headers import INDEX, WEIGHTS
+from tensornet.io.safetensors_files import Slice, read_headers
+from tensornet_hf.checkpoint.headers import INDEX, WEIGHT_SUFFIXES, weight_files
 from tensornet_hf.checkpoint.json_files import read_json
-from tensornet_hf.checkpoint.links import inside as _inside
+from tensornet_hf.checkpoint.links import inside
 
-#: Other forms of weights; a compressed model must not carry the dense ones along.
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot",
-    ".npz", ".onnx_data", ".tflite", ".mlmodel",
-)  # fmt: skip
 #: Written anew.
 REWRITTEN = ("config.json", INDEX)
 
@@ -55,14 +50,9 @@ def open_source(folder: Path) -> Source:
             f"{folder} is not a model folder: it has no config.json. Give a folder written by "
             "save_pretrained."
         )
-    config = read_json(_inside(folder, "config.json"))
-    files, index = _weight_files(folder)
-    tensors: dict[str, Slice] = {}
-    for name in files:
-        for tensor, part in read_header(_inside(folder, name)).items():
-            if tensor in tensors:
-                raise FormatError(f"{part.file} and {tensors[tensor].file} both store {tensor!r}.")
-            tensors[tensor] = part
+    config = read_json(inside(folder, "config.json"))
+    files, index = weight_files(folder)
+    tensors = read_headers(files)
     for tensor, name in index.items():
         if tensor not in tensors or tensors[tensor].file.name != name:
             raise FormatError(
@@ -70,7 +60,7 @@ def open_source(folder: Path) -> Source:
                 "other files, or a file is incomplete. Copy or download the folder again."
             )
     others = tuple(_others(folder))
-    used = ["config.json", *files, *others]
+    used = ["config.json", *(file.name for file in files), *others]
     return Source(folder, config, tensors, others, {name: _mark(folder, name) for name in used})
 
 
@@ -94,34 +84,6 @@ def marks_now(source: Source) -> dict[str, Mark]:
     return {name: _mark(source.folder, name) for name in source.marks if (source.folder / name).is_file()}
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """File names, and the index `{tensor: file}` (empty for a single file)."""
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS], {}
-    if not (folder / INDEX).is_file():
-        found = sorted(x.name for x in folder.iterdir() if x.suffix in WEIGHT_SUFFIXES)
-        raise FormatError(
-            f"{folder} holds no {WEIGHTS} and no {INDEX}"
-            + (f", only {', '.join(found)}" if found else "")
-            + ". Pickles can run code and are never opened: convert them where you trust them, with "
-            "model.save_pretrained(folder)."
-        )
-    index = read_json(_inside(folder, INDEX)).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
-        raise FormatError(f"{folder / INDEX} has no weight_map from tensors to files.")
-    files = sorted(set(index.values()))
-    for name in files:
-        if Path(name).name != name or Path(name).suffix != ".safetensors":
-            raise FormatError(
-                f"{folder / INDEX} names {name!r:.200}: only safetensors files beside the index are read, "
-                "nothing "
-                "outside the folder."
-            )
-        if not (folder / name).is_file():
-            raise FormatError(f"{folder} lacks {name}, which {INDEX} names. Copy or download it again.")
-    return files, index
-
-
 def _others(folder: Path) -> Iterator[str]:
     """Everything else, hidden files and weights in other forms left out."""
     for path in sorted(folder.rglob("*")):
@@ -131,7 +93,7 @@ def _others(folder: Path) -> Iterator[str]:
             continue
         if path.is_dir() and not path.is_symlink():
             continue
-        _inside(folder, name)
+        inside(folder, name)
         if not path.is_file():
             raise FormatError(f"{path} is neither a file nor a folder; only those are copied. Remove it.")
         yield name
@@ -146,7 +108,7 @@ def _mark(folder: Path, name: str) -> Mark:
 def _header_hash(path: Path) -> str:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return hashlib.sha256(file.read(min(length, MAX_HEADER))).hexdigest()
+        return hashlib.sha256(file.read(min(length, 100_000_000))).hexdigest()
 
 
 def digest(content: Any) -> str:

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from tensornet.compression import CompressionConfig, CompressionPlan
 from tensornet.errors import TargetError
-from tensornet.io.safetensors_header import FLOATS, Slice
-from tensornet.io.safetensors_writer import CHUNK
+from tensornet.io.safetensors_files import FLOATS, Slice, contents
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.targets import Target, all_targets, find_targets
 from tensornet.streaming.stored_matrix import StoredMatrix
@@ -119,15 +118,5 @@ def _stored_weight(target: Target, stored: Mapping[str, Slice]) -> StoredMatrix:
 
 
 def _equal(first: Slice, second: Slice) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with first.file.open("rb") as one, second.file.open("rb") as two:
-        one.seek(first.start)
-        two.seek(second.start)
-        left = first.nbytes
-        while left > 0:
-            chunk = one.read(min(left, CHUNK))
-            if not chunk or chunk != two.read(len(chunk)):
-                return False
-            left -= len(chunk)
-    return True
+    chunks = zip(contents([first]), contents([second]), strict=True)
+    return (first.dtype, first.shape) == (second.dtype, second.shape) and all(a == b for a, b in chunks)

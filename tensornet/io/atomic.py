@@ -1,0 +1,155 @@
+"""Write files and folders atomically: beside their place, flushed to the disk, then renamed."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensornet.errors import DestinationError
+
+#: Bytes copied at a time.
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Written:
+    """Name, length and checksum of a finished file.
+
+    Args:
+        name: of the file.
+        nbytes: its length.
+        sha256: of its content.
+    """
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+def check_place(what: str, path: Path) -> None:
+    """Raise DestinationError unless a file can be written to `path`.
+
+    Args:
+        what: the file, as in a sentence: `"The checkpoint"`.
+        path: of the file.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
+
+
+@contextmanager
+def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
+    """Yield a path that takes the place of `path` when the block ends without an error.
+
+    An earlier file stays until then, and stays for good after an error.
+
+    Args:
+        path: of the file.
+        what: names the file in errors, see `check_place`.
+
+    Raises:
+        DestinationError: `what` is given, and the file cannot be written.
+        OSError: it cannot be written otherwise.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with new_file(folder / "x") as beside:
+        ...     _ = beside.write_text("done")
+        >>> (folder / "x").read_text()
+        'done'
+    """
+    if what is not None:
+        check_place(what, path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        if what is None:
+            raise
+        raise DestinationError(f"{what} cannot be written to {path}: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | None = None) -> Written:
+    """Write chunks of bytes into one file; arguments and errors as for `new_file`.
+
+    Example:
+        >>> write_file(Path(tempfile.mkdtemp(), "x"), [b"a", b"b"]).nbytes
+        2
+    """
+    total, checksum = 0, hashlib.sha256()
+    with new_file(path, what=what) as beside, beside.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            checksum.update(chunk)
+            total += len(chunk)
+    return Written(path.name, total, checksum.hexdigest())
+
+
+def file_digest(path: Path) -> Written:
+    """Return what `write_file` would have returned for an existing file."""
+    checksum = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            checksum.update(chunk)
+    return Written(path.name, path.stat().st_size, checksum.hexdigest())
+
+
+def intact(path: Path, written: Written) -> bool:
+    """Return whether a file exists and has the noted content."""
+    try:
+        return path.stat().st_size == written.nbytes and file_digest(path).sha256 == written.sha256
+    except OSError:
+        return False
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that takes the place of `target` when the block ends without an error.
+
+    What was at `target` stays until then, and stays for good after an error.
+
+    Raises:
+        DestinationError: no folder can be made beside `target`.
+        OSError: the folder cannot take its place.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise DestinationError(f"Cannot write {target}: {error}.") from error
+    try:
+        yield folder
+        os.umask(mask := os.umask(0))  # the only way to read it
+        folder.chmod(0o777 & ~mask)  # mkdtemp makes folders for the owner alone
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
+        take_place(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone already if it took its place
+
+
+def take_place(folder: Path, target: Path) -> None:
+    """Rename a finished folder to its destination; remove what was there, or put it back on failure."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        try:
+            folder.rename(target)
+        except OSError:
+            (old / target.name).rename(target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
