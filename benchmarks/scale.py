@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
@@ -71,8 +71,8 @@ class Sizes:
     starts: bool
 
 
-FULL = Sizes(768, 24, (8, 32, 128), 3, 2048, (4, 4, 8, 6), (4, 4, 12, 16), True)
-TOY = Sizes(32, 6, (2, 4), 1, 32, (2, 4), (4, 4), False)
+FULL = Sizes(768, 28, (7, 35, 126), 3, 2048, (4, 4, 8, 6), (4, 4, 12, 16), True)
+TOY = Sizes(32, 7, (7, 14), 1, 32, (2, 4), (4, 4), False)
 
 
 class Stop(Exception):
@@ -94,16 +94,16 @@ def interrupted_after(lines: int) -> Iterator[None]:
 
 
 def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> Path:
-    """A folder with so many random square weights in bfloat16, of no model in particular."""
-    folder.mkdir(parents=True)
-    index = {}
-    for number in range(files):
-        names = [f"layers.{k}.weight" for k in range(weights) if k % files == number]
-        tensors = {name: torch.randn(width, width).bfloat16() for name in names}
-        save_file(tensors, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
-        index |= dict.fromkeys(names, f"model-{number}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text('{"model_type": "random"}')
+    """Save a random bfloat16 model with so many square weights (a multiple of 7), in about `files` shards."""
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=weights // 7,
+        num_attention_heads=4,
+        vocab_size=8,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(folder, max_shard_size=2 * width**2 * weights // files)
     return folder
 
 

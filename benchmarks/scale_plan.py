@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
@@ -35,9 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, ROOT, record
 
 SIZES, TOY = (256, 512, 1024), (16, 32)
+#: The weight that is compressed: the output head of a model that has little else.
+HEAD: dict[str, Any] = {"target_modules": "lm_head", "param_ratio": 0.5, "objective": "weight"}
 CONFIGS = {
-    "auto": tn.CompressionConfig(param_ratio=0.5, objective="weight"),
-    "low rank": tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank"),
+    "auto": tn.CompressionConfig(**HEAD),
+    "low rank": tn.CompressionConfig(**HEAD, topology="low_rank"),
 }
 KEPT = 0.5
 CORES = (2, 16, 256, 4096)
@@ -101,10 +103,10 @@ def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
     for name, config in CONFIGS.items():
         for size in sizes:
             source = folder / f"{name}{size}"
-            source.mkdir()
-            weight = torch.randn(size, size).bfloat16()
-            save_file({"layer.weight": weight}, source / "model.safetensors", metadata={"format": "pt"})
-            (source / "config.json").write_text('{"model_type": "random"}')
+            only_a_head = LlamaConfig(
+                hidden_size=size, vocab_size=size, num_hidden_layers=0, num_attention_heads=1
+            )
+            LlamaForCausalLM(only_a_head).bfloat16().save_pretrained(source)
             start = time.process_time()
             th.compress_checkpoint(source, folder / f"{name}{size}-out", config)
             seconds = time.process_time() - start

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sharded_folders import HALF, contents, save, save_tensors
+from sharded_folders import HALF, contents, save
 
 import tensornet as tn
 import tensornet_hf as th
@@ -305,10 +305,13 @@ def test_pickles_are_not_opened(source: Path) -> None:
 
 
 def test_integer_weights(tmp_path: Path) -> None:
-    tensors = {"layer.weight": torch.ones(8, 8, dtype=torch.int8), "other.weight": torch.ones(8, 8)}
-    source = save_tensors(tensors, tmp_path / "dense", {"model_type": "of_tomorrow"})
-    with pytest.raises(TargetError, match="matches no layer"):
-        th.compress_checkpoint(source, tmp_path / "out", tn.CompressionConfig(target_modules="layer", **HALF))
+    file = save("llama", tmp_path / "dense", shard="1GB") / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj"
+    tensors = load_file(file)
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.int8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(TargetError, match=rf"'{name}' is stored as I8; .*before quantization, or exclude"):
+        th.compress_checkpoint(tmp_path / "dense", tmp_path / "out", CONFIG)
 
 
 def test_a_pipe_is_not_copied(source: Path) -> None:

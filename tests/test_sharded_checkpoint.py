@@ -16,10 +16,15 @@ from sharded_folders import HALF, contents, save, save_tensors
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError, TargetError
-from tensornet.io.safetensors_files import ShardTask, load_slice, read_header, write_shard, write_tensors
-from tensornet.nn.targets import find_targets
-from tensornet_hf.streaming.skeleton import skeleton_from_names
-from tensornet_hf.streaming.source import open_source
+from tensornet.io.safetensors_files import (
+    ShardTask,
+    Slice,
+    load_slice,
+    read_header,
+    write_shard,
+    write_tensors,
+)
+from tensornet_hf.streaming.shards import Part, layout
 
 EVERYTHING = tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6)
 LINEARS = tn.CompressionConfig(**HALF)
@@ -132,43 +137,42 @@ def test_names_without_the_prefix_of_the_model(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5_relu", "t5_gated", "bert", "llama", "qwen2", "opt"])
-def test_layers_are_told_by_names_alone(name: str, tmp_path: Path) -> None:
-    """The same layers, kinds and shapes as the class of the model has, heads left out by default."""
-    source, model = open_source(save(name, tmp_path)), ARCHITECTURES[name].dense
-    skeleton = skeleton_from_names(source.config["model_type"], source.tensors)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "of_tomorrow", "architectures": ["TomorrowForCausalLM"]},
+        {"model_type": "of_tomorrow"},
+        {"model_type": "llama"},
+        {"model_type": "llama", "architectures": ["of.tomorrow"]},
+        {"model_type": "llama", "architectures": ["LlamaConfig"]},
+        {"model_type": ["llama"], "architectures": [["LlamaForCausalLM"]]},
+    ],
+)
+def test_a_model_that_transformers_lacks_is_refused(config: dict[str, object], tmp_path: Path) -> None:
+    """Nothing is guessed from the names of tensors."""
+    tensors = {"embed_tokens.weight": torch.ones(30, 16), "layers.0.mlp.up_proj.weight": torch.ones(64, 16)}
+    source = save_tensors(tensors, tmp_path / "dense", config)
+    with pytest.raises(FormatError, match=r"names the class .* does not have.*convert .*tensornet\.compress"):
+        th.compress_checkpoint(source, tmp_path / "ours", LINEARS)
+    assert os.listdir(tmp_path) == ["dense"]
 
-    def layers(root: torch.nn.Module, config: tn.CompressionConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {x.name: (x.kinds[0].name, tuple(x.matrix.shape)) for x in find_targets(root, config)}
 
-    for config in (tn.CompressionConfig(**HALF), tn.CompressionConfig(target_modules="all", **HALF)):
-        ours, theirs = layers(skeleton, config), layers(model, config)
-        assert ours == {key: value for key, value in theirs.items() if f"{key}.weight" in source.tensors}
-
-
-def test_a_model_type_that_transformers_lacks(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "embed_tokens.weight": torch.randn(30, 16, generator=generator),
-        "layers.0.mlp.gate_up_proj.weight": torch.randn(64, 16, generator=generator),
-        "layers.0.mlp.gate_up_proj.bias": torch.randn(64, generator=generator),
-        "layers.0.mlp.gate.weight": torch.randn(4, 16, generator=generator),
-        "layers.0.norm.weight": torch.ones(16),
-    }
-    source = save_tensors(tensors, tmp_path / "dense", {"model_type": "of_tomorrow"})
-    report = th.compress_checkpoint(source, tmp_path / "ours", LINEARS)
-    made = weights(tmp_path / "ours")
-    (layer,) = report.compression.layers
-    assert layer.name == "layers.0.mlp.gate_up_proj"
-    spec = described(tmp_path / "ours")["layers"][layer.name]
-    module = tn.nn.build_module(spec)
-    module.load_state_dict(
-        {k.removeprefix(f"{layer.name}."): v for k, v in made.items() if layer.name in k and v.numel()}
-    )
-    reference = tensors[f"{layer.name}.weight"]
-    error = torch.linalg.norm(module.to_matrix() - reference) / torch.linalg.norm(reference)
-    assert float(error.detach()) == pytest.approx(layer.error, rel=1e-3)
-    assert torch.equal(made["layers.0.mlp.gate.weight"], tensors["layers.0.mlp.gate.weight"])
+@pytest.mark.parametrize(
+    ("sizes", "files"),
+    [
+        ((3, 3, 3), [[0, 1, 2]]),
+        ((6, 6, 2, 6, 2, 2), [[0], [1, 2], [3, 4, 5]]),
+        ((4, 20, 4), [[1], [0, 2]]),  # what is larger than a file has one of its own
+        ((0,), [[0]]),
+        ((10, 0, 10), [[0, 1], [2]]),
+    ],
+)
+def test_files_are_filled_as_transformers_fills_them(sizes: tuple[int, ...], files: list[list[int]]) -> None:
+    parts = [Part(str(k), {"x": Slice(Path("file"), "U8", (n,), 0, n)}) for k, n in enumerate(sizes)]
+    made = layout(parts, 10)
+    assert [[int(part.key) for part in content] for content in made.values()] == files
+    names = [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
+    assert list(made) == (names if len(files) > 1 else ["model.safetensors"])
 
 
 def test_a_given_plan_is_carried_out(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mixture_models import EXPERTS, FAMILIES, logits, mixture, tokens
 from safetensors.torch import load_file, save_file
-from sharded_folders import contents, save_tensors
+from sharded_folders import contents
 
 import tensornet as tn
 import tensornet_hf as th
@@ -129,36 +129,6 @@ def test_calibrated_without_loading(source: Path, tmp_path: Path) -> None:
     expected = tn.compress(model, config, calibration=ours, progress=False)
     assert str(report.compression.plan) == str(expected.plan)
     torch.testing.assert_close(logits(th.load(tmp_path / "ours")), logits(model))
-
-
-def test_stacks_of_a_model_that_transformers_lacks(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "layers.0.moe.experts.w_in": torch.randn(4, 32, 16, generator=generator),
-        "layers.0.moe.experts.w_out.weight": torch.randn(4, 16, 32, generator=generator),
-        "layers.0.moe.experts.w_in_bias": torch.randn(4, 32, generator=generator),
-        "layers.0.moe.gate.weight": torch.randn(4, 16, generator=generator),
-        "layers.0.conv.weight": torch.randn(8, 4, 3, generator=generator),  # no stack, whatever its shape
-    }
-    source = save_tensors(tensors, tmp_path / "dense", {"model_type": "of_tomorrow"})
-    report = th.compress_checkpoint(source, tmp_path / "ours", HALF)
-    made, layers = weights(tmp_path / "ours"), described(tmp_path / "ours")["layers"]
-    names = [f"layers.0.moe.experts.{k}.{w}" for w in ("w_in", "w_out") for k in range(4)]
-    assert sorted(x.name for x in report.compression.layers) == sorted(names)
-    for layer in report.compression.layers:
-        module = tn.nn.build_module(layers[layer.name])
-        module.load_state_dict(
-            {k.removeprefix(f"{layer.name}."): v for k, v in made.items() if layer.name in k}
-        )
-        *_, number, name = layer.name.split(".")
-        stack = tensors.get(
-            f"layers.0.moe.experts.{name}", tensors.get(f"layers.0.moe.experts.{name}.weight")
-        )
-        reference = stack[int(number)]
-        error = torch.linalg.norm(module.to_matrix() - reference) / torch.linalg.norm(reference)
-        assert float(error.detach()) == pytest.approx(layer.error, rel=1e-3)
-    for key in ("layers.0.moe.experts.w_in_bias", "layers.0.moe.gate.weight", "layers.0.conv.weight"):
-        assert torch.equal(made[key], tensors[key])
 
 
 def edited(change: Callable[[dict[str, torch.Tensor]], object], folder: Path) -> Path:

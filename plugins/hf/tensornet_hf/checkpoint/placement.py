@@ -1,4 +1,4 @@
-"""Putting empty compressed modules into a model skeleton, under the names of its class."""
+"""Put empty compressed modules into a model skeleton, under the names of its class."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensornet.compression.apply import set_submodule
 from tensornet.errors import FormatError
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of
@@ -45,13 +44,13 @@ def place_layers(
     for layer, name in names.items():
         _check_place(name, model.get_submodule(name), layers[layer])
     for layer, name in names.items():
-        set_submodule(model, name, build_module(layers[layer], device="meta", dtype=dtype))
+        model.set_submodule(name, build_module(layers[layer], device="meta", dtype=dtype))
     lend_shared_cores(model)
     return names
 
 
 def rename(parameter: str, names: Mapping[str, str]) -> str | None:
-    """A parameter's name in this model, from its name in the saved one; None if its module is not here.
+    """Map a parameter's name in the saved model to its name in this one; None if its module is not here.
 
     Names outside the compressed modules are returned as they are.
     """
@@ -64,7 +63,7 @@ def rename(parameter: str, names: Mapping[str, str]) -> str | None:
 
 
 def _name_in(model: PreTrainedModel, layer: str) -> str | None:
-    """transformers saves a model with or without its head: names differ by the prefix of the base model."""
+    """Find a layer whose name may lack the prefix of the base model, or have it in surplus."""
     prefix = f"{model.base_model_prefix}."
     for name in (layer, prefix + layer, layer.removeprefix(prefix)):
         try:
@@ -76,7 +75,7 @@ def _name_in(model: PreTrainedModel, layer: str) -> str | None:
 
 
 def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any]) -> None:
-    """Linear layers and embeddings must stand for the layer that is there; other types choose freely."""
+    """Raise FormatError unless a described linear layer or embedding fits the layer in its place."""
     if spec.get("type") not in ("linear", "embedding"):
         return
     kind = kind_of(module)

@@ -1,43 +1,30 @@
-"""Modules of a checkpoint that own several matrices: where the single matrices lie in its tensors.
+"""Locate the single matrices of modules that own several, such as mixtures of experts.
 
-A matrix is a stretch of rows of a stored parameter. Mixtures of experts may be stored otherwise: a checkpoint
-holds the matrices of a mixture in one of two forms: as the stacks `(experts, ...)` of the
-model, of which every expert is a stretch of bytes; or one by one under other names (`experts.3.w1.weight`),
-which loading joins and stacks. Either way a matrix is a few slices of files, and no stack is ever read.
+A checkpoint holds the matrices of a mixture as the stacks `(experts, ...)` of the model, so that every expert
+is a stretch of bytes; or one by one under other names (`experts.3.w1.weight`), which loading joins and
+stacks. Either way a matrix is a few slices of files, and no stack is ever read.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
-    WeightRenaming,
     dot_natural_key,
-    rename_source_key,
 )
 
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_files import FLOATS, Slice
 from tensornet.nn.compound import Compound, Stack
 from tensornet.nn.expansion import take_apart
-from tensornet.nn.expert_matrix import ExpertMatrix
 from tensornet.nn.stock_layers import compound_of
 from tensornet.streaming.stored_matrix import StoredMatrix
-from tensornet.streaming.worker import place
-from tensornet_hf.streaming.skeleton import NamedLayers
-
-#: No mixture of this form has more.
-MOST_EXPERTS = 4096
-
-_STACK = re.compile(r"(.+\.experts)\.(\w+?)(?:\.weight)?")
+from tensornet_hf.streaming.skeleton import as_loaded
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ class ExpertSource:
 
 
 def take_experts_apart(
-    skeleton: nn.Module, tensors: Mapping[str, Slice], stored: Mapping[str, str]
+    skeleton: PreTrainedModel, tensors: Mapping[str, Slice], stored: Mapping[str, str]
 ) -> ExpertSource:
     """Take modules apart whose matrices can be found in the checkpoint, in place.
 
@@ -70,9 +57,6 @@ def take_experts_apart(
     Raises:
         FormatError: a mixture of another size than `config.json` says.
     """
-    if isinstance(skeleton, NamedLayers):
-        return _by_names(skeleton, tensors)
-    assert isinstance(skeleton, PreTrainedModel)
     joined = _joined_when_loaded(skeleton, tensors)
     matrices: dict[str, StoredMatrix] = {}
     keys: dict[str, tuple[str, ...]] = {}
@@ -114,7 +98,7 @@ def _of_stack(
     stored: Mapping[str, str],
     joined: Mapping[str, list[tuple[str, ...]]],
 ) -> _Found | None:
-    """Matrix and stored names of every layer of one stack, None if it is stored in a form not known here."""
+    """Return matrix and stored names of every layer of one stack; None if it is stored in an unknown form."""
     transposed = stack.transposed
     whole = tensors.get(stored.get(name, ""))
     if whole is not None:
@@ -132,15 +116,8 @@ def _of_stack(
     return [(StoredMatrix(x, transposed), keys) for x, keys in zip(joint, experts, strict=True)]
 
 
-def unstacked(stack: Slice) -> list[Slice]:
-    """The matrices of a stack `(experts, rows, columns)`; empty if it is none in floating point."""
-    if len(stack.shape) != 3 or stack.dtype not in FLOATS or not 0 < stack.shape[0] <= MOST_EXPERTS:
-        return []
-    return _stretches(stack, stack.shape[0], stack.shape[2])
-
-
 def _stretches(whole: Slice, count: int, columns: int) -> list[Slice]:
-    """Equal matrices `(rows, columns)`, one below the other in a tensor; empty if it is not floating."""
+    """Split a tensor into equal matrices `(rows, columns)`; return none if it is not floating point."""
     size = whole.nbytes // count
     if whole.dtype not in FLOATS or not size:
         return []
@@ -158,16 +135,12 @@ def _can_join(slices: tuple[Slice, ...]) -> bool:
 
 
 def _joined_when_loaded(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
-    """`{stack: stored names of the parts of each expert}`, as loading would collect them."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
-    converters = [x for x in transforms if isinstance(x, WeightConverter)]
-    state = model.state_dict()
+    """Return `{stack: stored names of the parts of each expert}`, as loading would collect them."""
     collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for key in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+    for key, name, pattern in as_loaded(model, sorted(tensors, key=dot_natural_key)):
         if pattern is not None:
             collected[name][pattern].append(key)
+    converters = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightConverter)]
     found = {}
     for name, by_pattern in collected.items():
         using = next(x for x in converters if by_pattern.keys() <= set(x.source_patterns))
@@ -179,31 +152,13 @@ def _joined_when_loaded(model: PreTrainedModel, tensors: Iterable[str]) -> dict[
 
 
 def _stacks(converter: WeightConverter) -> bool:
-    """Whether it stacks experts, each a matrix or several of them one below the other."""
+    """Return whether a converter stacks experts, each a matrix or several of them one below the other."""
     match converter.operations:
         case [MergeModulelist(dim=0)]:
             return len(converter.source_patterns) == 1
         case [MergeModulelist(dim=0), Concatenate(dim=1)]:
             return True
     return False
-
-
-def _by_names(root: NamedLayers, tensors: Mapping[str, Slice]) -> ExpertSource:
-    """Of a model that transformers lacks: three-dimensional tensors that are named as stacks of experts.
-
-    Nothing says which way their matrices lie; they are taken as `(out_features, in_features)`.
-    """
-    matrices: dict[str, StoredMatrix] = {}
-    keys: dict[str, tuple[str, ...]] = {}
-    modules: dict[str, str] = {}
-    for key, stack in tensors.items():
-        match = _STACK.fullmatch(key)
-        for number, part in enumerate(unstacked(stack) if match else []):
-            assert match is not None
-            layer = f"{match[1]}.{number}.{match[2]}"
-            place(root, layer, ExpertMatrix(torch.empty(part.shape, dtype=FLOATS[part.dtype], device="meta")))
-            matrices[layer], keys[layer], modules[layer] = StoredMatrix((part,)), (key,), match[1]
-    return ExpertSource(matrices, _users(keys), modules)
 
 
 def _users(keys: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""A model whose weights stay on the disk: they are mapped, and only what is touched is ever resident."""
+"""Map the weights of a model from the disk: only pages that are touched are ever resident."""
 
 import mmap
 import tempfile
@@ -21,7 +21,7 @@ _T = TypeVar("_T", bound=torch.Tensor)
 
 
 def mapped_model(folder: str | Path, *, spill: str | Path | None = None) -> PreTrainedModel:
-    """A model with the weights of a folder, in the dtype they are stored in, without reading them.
+    """Build a model whose weights are mapped from a folder, in the dtype in which they are stored.
 
     It computes as a loaded model does, at the speed of the disk where memory does not hold it. Changing
     its weights in place does not change the files. Experts are taken apart
@@ -33,13 +33,11 @@ def mapped_model(folder: str | Path, *, spill: str | Path | None = None) -> PreT
             files without a name that go with the model. The system's temporary folder if absent.
 
     Raises:
-        FormatError: the folder is damaged or contradictory.
-        TargetError: transformers does not have the model, or keeps weights in another form than stored.
+        FormatError: the folder is damaged or contradictory, or transformers does not have the model.
+        TargetError: the model keeps weights in another form than stored.
     """
     source = open_source(Path(folder))
     model, stored = model_skeleton(source.config, source.tensors)
-    if not isinstance(model, PreTrainedModel):
-        raise TargetError(f"transformers does not have the model in {folder}; it cannot be run.")
     experts = take_experts_apart(model, source.tensors, stored).matrices
     slices = {name: source.tensors[key] for name, key in stored.items()}
     untie_different(model, slices)

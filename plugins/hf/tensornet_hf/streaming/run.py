@@ -1,27 +1,26 @@
-"""`compress_checkpoint`: a model folder is compressed weight by weight, and never held in memory."""
+"""Compress a model folder weight by weight, without ever holding the model in memory."""
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 import tensornet.compression
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
-from tensornet.compression.reach import measure_reach
+from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet.io.atomic import CHUNK, Written, file_digest, write_file
-from tensornet.io.safetensors_files import ShardTask, write_shard
+from tensornet.io.safetensors_files import ShardTask, Slice, write_shard
 from tensornet.nn.expert_matrix import ExpertMatrix
 from tensornet.progress import progress_bar
 from tensornet.streaming.pool import run_tasks
@@ -43,10 +42,13 @@ from tensornet_hf.streaming.journal import Staging, staging, staging_folder
 from tensornet_hf.streaming.manifest import MANIFEST, manifest_text
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.resume import Past, identity, take_over
-from tensornet_hf.streaming.shards import Part, config_text, guards, index_text, layout
-from tensornet_hf.streaming.skeleton import NamedLayers, model_skeleton
+from tensornet_hf.streaming.shards import Part, collect_parts, config_text, guards, index_text, layout
+from tensornet_hf.streaming.skeleton import model_skeleton
 from tensornet_hf.streaming.source import Source, check_unchanged, marks_now, open_source
 from tensornet_hf.streaming.tasks import find_tasks
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 #: Files are filled up to this size. Space on the disk is needed for the result and one more of them.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -103,92 +105,160 @@ def compress_checkpoint(
         ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
     """
     start = time.perf_counter()
-    if workers < 1 or max_shard_bytes < 1:
-        raise ValueError(
-            f"workers and max_shard_bytes must be at least 1, got {workers} and {max_shard_bytes}."
-        )
-    if executor is None:  # whose workers may have what this machine lacks
-        _check_device(device)
+    options = _Options(config, workers, executor, device, resume, max_shard_bytes, progress)
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(f"{target} lies inside the source {folder}; choose another destination.")
+    dense = _open_dense(folder)
+    with _told_apart(folder, target), staging(target) as work:
+        measured = _stats_file(stats, work)
+        if measured is not None and plan is None:
+            plan = _make_plan(folder, measured, options, work)
+        made = _compress(dense, plan, measured, options, work)
+        check_unchanged(dense.source, marks_now(dense.source), since="this run began")
+        work.publish(target)
+    plan = plan or CompressionPlan((), topology_options=config.topology_options)
+    return _report(dense, plan, made, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options of `compress_checkpoint` that hold for the whole run."""
+
+    config: CompressionConfig
+    workers: int
+    executor: Executor | None
+    device: str
+    resume: bool
+    max_shard_bytes: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.max_shard_bytes < 1:
+            raise ValueError(
+                "workers and max_shard_bytes must be at least 1, got "
+                f"{self.workers} and {self.max_shard_bytes}."
+            )
+        if self.executor is None:  # whose workers may have what this machine lacks
+            _check_device(self.device)
+
+    def run(
+        self,
+        function: Callable[[_T], _R],
+        tasks: Iterable[tuple[str, _T]],
+        done: Callable[[str, _R], None],
+    ) -> None:
+        """Run tasks in the workers or by the executor."""
+        run_tasks(function, tasks, done, workers=self.workers, executor=self.executor)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The model to compress: its folder, its skeleton, and where the parameters of it are stored."""
+
+    source: Source
+    skeleton: PreTrainedModel
+    stored: Mapping[str, str]
+    experts: ExpertSource
+    names: tuple[str, ...]  # of all tensors of the dense model
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a run has written."""
+
+    pieces: Mapping[str, Piece]
+    tensors: Mapping[str, Slice]
+    files: list[Written]
+    left_out: list[str]
+    reach: Reach
+    resumed: int
+
+
+def _open_dense(folder: Path) -> _Dense:
     source = open_source(folder)
     _refuse_quantized(source)
     skeleton, stored = model_skeleton(source.config, source.tensors)
-    dense = tuple(skeleton.state_dict())
-    experts = take_experts_apart(skeleton, source.tensors, stored)
-    slices = {name: source.tensors[key] for name, key in stored.items()}
-    with _told_apart(folder, target), staging(target) as work:
-        options: dict[str, Any] = {"device": device, "shard": max_shard_bytes}
-        measured = _stats_file(stats, work)
-        if measured is not None:
-            options["stats"] = file_digest(measured).sha256
-            if plan is None:
-                with one_thread():
-                    known = CalibrationStats.load(measured)
-                    mapped = mapped_model(folder, spill=work.folder)
-                    plan = tensornet.compression.plan(mapped, config, known, progress=progress)
-        if plan is not None:
-            options["plan"] = plan.to_dict()
-        tasks = find_tasks(
-            skeleton, slices, experts.matrices, config, plan, measured, device=device, folder=work.pieces
-        )
-        reach = measure_reach(skeleton, tasks)
-        if isinstance(skeleton, NamedLayers):  # told from names: other tensors have no module
-            reach = reach.among(sum(part.numel for part in source.tensors.values()))
-        me = identity(source, config.to_dict() | options)
-        past = take_over(work, me, source) if resume else Past({}, {})
-        work.begin([me, *past.entries()])
-        pool: dict[str, Any] = {"workers": workers, "executor": executor}
-        pieces = _make_pieces(compress_piece, work, tasks, past, pool, progress)
-        beside = _make_pieces(
-            copy_matrix, work, _left_dense(experts, pieces, config, work), past, pool, progress
-        )
-        parts, left_out = _parts(source, stored, experts, skeleton, tasks, pieces | beside)
-        rest = {"config.json": config_text(source.config, skeleton, pieces.values(), config)}
-        parts.append(guards(dense, skeleton, pieces.values(), source.tensors.values()))
-        shards = layout(parts, max_shard_bytes)
-        files = _write_shards(work, shards, past, pool, progress)
-        tensors = {name: part for x in parts for name, part in x.tensors.items()}
-        if len(shards) > 1:
-            rest[INDEX] = index_text(shards)
-        written = _finish(work, source, type(skeleton).__name__, files, rest)
-        check_unchanged(source, marks_now(source), since="this run began")
-        work.publish(target)
-    made = replace(
-        plan or CompressionPlan((), topology_options=config.topology_options),
-        layers=tuple(piece.plan for piece in pieces.values()),
+    names = tuple(skeleton.state_dict())
+    return _Dense(source, skeleton, stored, take_experts_apart(skeleton, source.tensors, stored), names)
+
+
+def _make_plan(folder: Path, measured: Path, options: _Options, work: Staging) -> CompressionPlan:
+    """Plan over all layers together, in this process."""
+    with one_thread():
+        stats, model = CalibrationStats.load(measured), mapped_model(folder, spill=work.folder)
+        return tensornet.compression.plan(model, options.config, stats, progress=options.progress)
+
+
+def _compress(
+    dense: _Dense, plan: CompressionPlan | None, measured: Path | None, options: _Options, work: Staging
+) -> _Made:
+    """Write everything that the new folder holds into the staging folder."""
+    source, config = dense.source, options.config
+    stored = {name: source.tensors[key] for name, key in dense.stored.items()}
+    tasks = find_tasks(
+        dense.skeleton,
+        stored,
+        dense.experts.matrices,
+        config,
+        plan,
+        measured,
+        device=options.device,
+        folder=work.pieces,
     )
-    kept = [source.tensors[key] for key in source.tensors if key not in left_out]
+    reach = measure_reach(dense.skeleton, tasks)
+    decisive: dict[str, Any] = {"device": options.device, "shard": options.max_shard_bytes}
+    if measured is not None:
+        decisive["stats"] = file_digest(measured).sha256
+    if plan is not None:
+        decisive["plan"] = plan.to_dict()
+    me = identity(source, config.to_dict() | decisive)
+    past = take_over(work, me, source) if options.resume else Past({}, {})
+    work.begin([me, *past.entries()])
+    pieces = _make_pieces(compress_piece, work, tasks, past, options)
+    beside = _make_pieces(copy_matrix, work, _left_dense(dense.experts, pieces, config, work), past, options)
+    layer_of = {f"{use.name}.weight": name for name, task in tasks.items() for use in task.uses}
+    parts, left_out = collect_parts(
+        source, dense.stored, dense.experts, dense.skeleton.state_dict(), layer_of, pieces | beside
+    )
+    rest = {"config.json": config_text(source.config, dense.skeleton, pieces.values(), config)}
+    parts.append(guards(dense.names, dense.skeleton, pieces.values(), source.tensors.values()))
+    shards = layout(parts, options.max_shard_bytes)
+    if len(shards) > 1:
+        rest[INDEX] = index_text(shards)
+    files = _write_shards(work, shards, past, options)
+    written = _finish(work, source, type(dense.skeleton).__name__, files, rest)
+    tensors = {name: x for part in parts for name, x in part.tensors.items()}
+    return _Made(pieces, tensors, written, left_out, reach, len(past.pieces))
+
+
+def _report(dense: _Dense, plan: CompressionPlan, made: _Made, seconds: float) -> CheckpointReport:
+    pieces, source = made.pieces.values(), dense.source.tensors
+    done = replace(plan, layers=tuple(piece.plan for piece in pieces))
+    kept = [source[key] for key in source if key not in made.left_out]
     compression = CompressionReport(
-        layers=layer_reports(made, {name: piece.error for name, piece in pieces.items()}),
+        layers=layer_reports(done, {name: piece.error for name, piece in made.pieces.items()}),
         model_params_before=sum(part.numel for part in kept),
-        model_params_after=sum(part.numel for part in tensors.values()),
+        model_params_after=sum(part.numel for part in made.tensors.values()),
         model_bytes_before=sum(part.nbytes for part in kept),
-        model_bytes_after=sum(part.nbytes for part in tensors.values()),
-        seconds=time.perf_counter() - start,
-        plan=made,
-        reach=reach,
+        model_bytes_after=sum(part.nbytes for part in made.tensors.values()),
+        seconds=seconds,
+        plan=done,
+        reach=made.reach,
     )
-    remote = {
-        piece.worker: piece.peak_memory for piece in pieces.values() if piece.worker not in (0, os.getpid())
-    }
+    remote = {x.worker: x.peak_memory for x in pieces if x.worker not in (0, os.getpid())}
+    read = [matrix.nbytes for matrix in dense.experts.matrices.values()]
+    read += [part.nbytes for key, part in source.items() if key not in dense.experts.layers]
     return CheckpointReport(
         compression=compression,
-        files={file.name: file.sha256 for file in written},
-        left_out=tuple(left_out),
-        resumed=len(past.pieces),
+        files={file.name: file.sha256 for file in made.files},
+        left_out=tuple(made.left_out),
+        resumed=made.resumed,
         workers=max(1, len(remote)),
-        largest_tensor=max(
-            *(matrix.nbytes for matrix in experts.matrices.values()),
-            *(part.nbytes for key, part in source.tensors.items() if key not in experts.layers),
-            0,
-        ),
+        largest_tensor=max(read, default=0),
         peak_memory=peak_memory(),
-        worker_memory=max(
-            (piece.peak_memory for piece in pieces.values() if piece.worker in remote), default=0
-        ),
+        worker_memory=max((x.peak_memory for x in pieces if x.worker in remote), default=0),
     )
 
 
@@ -216,8 +286,7 @@ def _make_pieces(
     work: Staging,
     tasks: dict[str, PieceTask],
     past: Past,
-    pool: dict[str, Any],
-    progress: bool,
+    options: _Options,
 ) -> dict[str, Piece]:
     """Make what is not finished; large weights first, so that no worker is left with one at the end."""
     done_before = {name: past.pieces[name] for name in tasks if name in past.pieces}
@@ -226,7 +295,11 @@ def _make_pieces(
     pieces = dict(done_before)
     todo = [(name, task) for name, task in tasks.items() if name not in pieces]
     with progress_bar(
-        total=len(tasks), initial=len(pieces), desc="compressing", disable=not progress, unit="layer"
+        total=len(tasks),
+        initial=len(pieces),
+        desc="compressing",
+        disable=not options.progress,
+        unit="layer",
     ) as bar:
 
         def done(name: str, piece: Piece) -> None:
@@ -234,7 +307,7 @@ def _make_pieces(
             work.note({"piece": piece.to_dict()})
             bar.update()
 
-        run_tasks(make, sorted(todo, key=lambda x: -x[1].weight.nbytes), done, **pool)
+        options.run(make, sorted(todo, key=lambda x: -x[1].weight.nbytes), done)
     return {name: pieces[name] for name in tasks}
 
 
@@ -252,49 +325,15 @@ def _left_dense(
     return tasks
 
 
-def _parts(
-    source: Source,
-    stored: dict[str, str],
-    experts: ExpertSource,
-    skeleton: nn.Module,
-    tasks: dict[str, PieceTask],
-    pieces: dict[str, Piece],
-) -> tuple[list[Part], list[str]]:
-    """Everything that goes into the new files, in the order of the old ones, and what does not."""
-    layer_of = {f"{use.name}.weight": name for name, task in tasks.items() for use in task.uses}
-    name_of = {key: name for name, key in stored.items()}
-    known = skeleton.state_dict().keys() if isinstance(skeleton, PreTrainedModel) else stored.keys()
-    parts: dict[str, Part] = {}
-    left_out = []
-    for key, part in sorted(
-        source.tensors.items(), key=lambda item: (item[1].file.name, item[1].start, item[0])
-    ):
-        name = name_of.get(key, key)  # stored in another form: loading converts it, under its old name
-        layer = layer_of.get(name)
-        matrices = [x for x in experts.layers.get(key, ()) if x in pieces and pieces[x].written is not None]
-        for matrix in matrices:
-            parts.setdefault(matrix, Part(matrix, pieces[matrix].tensors))
-        if matrices:
-            continue
-        if layer is not None and pieces[layer].written is not None:
-            parts.setdefault(layer, Part(layer, pieces[layer].tensors))
-        elif key in name_of and name not in known and key not in experts.layers:
-            left_out.append(key)
-        else:
-            parts[name] = Part(name, {name: part})
-    return list(parts.values()), left_out
-
-
 def _write_shards(
-    work: Staging, shards: dict[str, list[Part]], past: Past, pool: dict[str, Any], progress: bool
+    work: Staging, shards: dict[str, list[Part]], past: Past, options: _Options
 ) -> list[Written]:
     """Put the files of weights together; pieces that have gone into one are removed."""
     keys = {file: [part.key for part in parts] for file, parts in shards.items()}
     if strange := sorted(file for file, (_, old) in past.shards.items() if keys.get(file) != old):
         raise FormatError(
             f"{work.folder} holds {', '.join(strange)} with other layers than this run would put there. "
-            "Start "
-            "again with resume=False."
+            "Start again with resume=False."
         )
     written = {file: done for file, (done, _) in past.shards.items()}
     todo = {
@@ -303,7 +342,7 @@ def _write_shards(
         if file not in written
     }
     with progress_bar(
-        total=len(shards), initial=len(written), desc="writing", disable=not progress, unit="file"
+        total=len(shards), initial=len(written), desc="writing", disable=not options.progress, unit="file"
     ) as bar:
 
         def done(file: str, result: Written) -> None:
@@ -315,11 +354,11 @@ def _write_shards(
                 used.unlink(missing_ok=True)
             bar.update()
 
-        if pool["executor"] is None:  # copying leaves the interpreter free: threads do, and start at once
-            with ThreadPoolExecutor(pool["workers"]) as threads:
+        if options.executor is None:  # copying leaves the interpreter free: threads do, and start at once
+            with ThreadPoolExecutor(options.workers) as threads:
                 run_tasks(write_shard, todo.items(), done, executor=threads)
         else:
-            run_tasks(write_shard, todo.items(), done, executor=pool["executor"])
+            options.run(write_shard, todo.items(), done)
     return [written[file] for file in shards]
 
 
@@ -335,8 +374,8 @@ def _finish(
         if name == MANIFEST:
             continue
         (work.out / name).parent.mkdir(parents=True, exist_ok=True)
-        with (source.folder / name).open("rb") as file:
-            copied = write_file(work.out / name, iter(partial(file.read, CHUNK), b""))
+        with (source.folder / name).open("rb") as opened:
+            copied = write_file(work.out / name, iter(partial(opened.read, CHUNK), b""))
         written.append(replace(copied, name=name))
     written += [write_file(work.out / name, [text.encode()]) for name, text in rest.items()]
     if CARD not in source.others:

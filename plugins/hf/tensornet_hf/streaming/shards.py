@@ -1,14 +1,14 @@
-"""From cores and untouched tensors to the files of the new folder: names, shards, index, configuration."""
+"""Lay out the files of the new folder: parts, shards, index, configuration."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 
 from tensornet.compression import CompressionConfig
-from tensornet.compression.apply import set_submodule
 from tensornet.io.safetensors_files import FLOATS, Slice
 from tensornet.nn.expansion import settle
 from tensornet.nn.linear import TensorNetworkLinear
@@ -19,7 +19,9 @@ from tensornet_hf.checkpoint.describe import describe
 from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.checkpoint.headers import WEIGHTS
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
-from tensornet_hf.streaming.source import total_bytes
+from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
+from tensornet_hf.streaming.expert_slices import ExpertSource
+from tensornet_hf.streaming.source import Source, total_bytes
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,62 @@ class Part:
     tensors: Mapping[str, Slice]
 
 
-def layout(parts: Iterable[Part], max_bytes: int) -> dict[str, list[Part]]:
-    """Spread parts over files of at most `max_bytes` (one part may be larger), in order.
+def collect_parts(
+    source: Source,
+    stored: Mapping[str, str],
+    experts: ExpertSource,
+    known: Collection[str],
+    layer_of: Mapping[str, str],
+    pieces: Mapping[str, Piece],
+) -> tuple[list[Part], list[str]]:
+    """List everything that goes into the new files, in the order of the old ones.
+
+    Args:
+        source: the folder that is compressed.
+        stored: `{parameter of the model: stored name}` of those that are stored as they are.
+        experts: matrices of modules that own several.
+        known: names of the tensors of the model.
+        layer_of: layers by the parameters that are their weights.
+        pieces: finished weights by layer.
+
+    Returns:
+        The parts, and the stored names that are left out, since the model does not have them.
+    """
+    name_of = {key: name for name, key in stored.items()}
+    parts: dict[str, Part] = {}
+    left_out = []
+    for key, part in sorted(
+        source.tensors.items(), key=lambda item: (item[1].file.name, item[1].start, item[0])
+    ):
+        name = name_of.get(key, key)  # stored in another form: loading converts it, under its old name
+        layers = [*experts.layers.get(key, ()), *([layer_of[name]] if name in layer_of else [])]
+        made = [layer for layer in layers if layer in pieces and pieces[layer].written is not None]
+        for layer in made:
+            parts.setdefault(layer, Part(layer, pieces[layer].tensors))
+        if not made and key in name_of and name not in known and key not in experts.layers:
+            left_out.append(key)
+        elif not made:
+            parts[name] = Part(name, {name: part})
+    return list(parts.values()), left_out
+
+
+def layout(parts: Sequence[Part], max_bytes: int) -> dict[str, list[Part]]:
+    """Spread parts over files of at most `max_bytes`, in order; a larger part gets a file of its own.
 
     Returns:
         The parts of each file, by the file names that transformers uses.
     """
-    shards: list[list[Part]] = [[]]
-    size = 0
-    for part in parts:
-        more = total_bytes(part.tensors.values())
-        if shards[-1] and size + more > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(part)
-        size += more
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": s for k, s in enumerate(shards, start=1)}
+    split = split_state_dict_into_shards_factory(
+        {str(number): part for number, part in enumerate(parts)},
+        get_storage_size=lambda part: total_bytes(part.tensors.values()),
+        filename_pattern=WEIGHTS.replace(".", "{suffix}."),
+        max_shard_size=max_bytes,
+    )
+    return {file: [parts[int(key)] for key in keys] for file, keys in split.filename_to_tensors.items()}
 
 
 def index_text(shards: Mapping[str, Sequence[Part]]) -> str:
-    """Content of `model.safetensors.index.json`."""
+    """Return the content of `model.safetensors.index.json`."""
     parts = [(file, part) for file, content in shards.items() for part in content]
     weight_map = {name: file for file, part in parts for name in part.tensors}
     total = sum(total_bytes(part.tensors.values()) for _, part in parts)
@@ -70,7 +106,7 @@ def config_text(
     pieces: Iterable[Piece],
     config: CompressionConfig,
 ) -> str:
-    """Content of `config.json`: that of the source, and the description of the compressed layers.
+    """Return the content of `config.json`: that of the source, and the description of compressed layers.
 
     Args:
         source: content of the old `config.json`.
@@ -88,7 +124,7 @@ def config_text(
 def guards(
     dense: Iterable[str], skeleton: nn.Module, pieces: Iterable[Piece], source: Iterable[Slice]
 ) -> Part:
-    """Make empty tensors in place of the dense weights, as saving a model writes them (`checkpoint.guards`).
+    """Return empty tensors in place of dense weights, as saving a model writes them (`tensornet_hf.checkpoint.guards`).
 
     Args:
         dense: names of the tensors of the dense model.
@@ -118,4 +154,4 @@ def _put_in_place(skeleton: nn.Module, piece: Piece) -> None:
         if first is not None:
             module.share_cores(first)
         first = first or module
-        set_submodule(skeleton, name, module)
+        skeleton.set_submodule(name, module)

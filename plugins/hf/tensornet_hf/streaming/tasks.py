@@ -1,4 +1,4 @@
-"""From the targets of a skeleton to tasks: which stored weight each of them is, and where it is used."""
+"""Turn the targets of a skeleton into tasks: the stored weight of each, and the places that use it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tensornet.streaming.worker import PieceTask, Use
 
 
 def find_tasks(
-    skeleton: nn.Module,
+    skeleton: PreTrainedModel,
     stored: Mapping[str, Slice],
     experts: Mapping[str, StoredMatrix],
     config: CompressionConfig,
@@ -57,13 +57,11 @@ def find_tasks(
     return tasks
 
 
-def untie_different(skeleton: nn.Module, stored: Mapping[str, Slice]) -> None:
+def untie_different(skeleton: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
     """Give tied layers weights of their own where the checkpoint holds different ones.
 
     A configuration may claim a tie that the weights do not have (T5 v1.1); loading decides as we do here.
     """
-    if not isinstance(skeleton, PreTrainedModel):
-        return
     for target, source in skeleton.all_tied_weights_keys.items():
         if target in stored and source in stored and not _equal(stored[target], stored[source]):
             path, _, name = target.rpartition(".")
