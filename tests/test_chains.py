@@ -23,6 +23,7 @@ from transformers import (
 
 import tensornet as tn
 from tensornet.calibration.sequential import ChainRun, find_chains
+from tensornet.errors import TargetError
 from tensornet.healing.teacher_student import Group, PairedMoments, PairedRun
 from tensornet.nn.expansion import expanded
 from tensornet.nn.modes import without_cache
@@ -187,3 +188,68 @@ def test_a_sequential_model_is_a_chain() -> None:
 
     model = Model(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     assert find_chains(model, {"input_ids": torch.randn(5, 4)}) == {"": ("0", "1", "2")}
+
+
+class Masked(nn.Module):
+    """Blocks whose hidden state is not the first tensor that they are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Part() for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        mask, x = (input_ids > 0).float(), input_ids
+        for part in self.parts:
+            (x,) = part(mask=mask, x=x)
+        return 2 * x
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.runs = nn.Linear(4, 4), 0
+
+    def forward(self, mask: Tensor, x: Tensor) -> tuple[Tensor]:
+        self.runs += 1
+        return (self.linear(x * mask),)
+
+
+@torch.no_grad()
+def test_the_hidden_state_is_found_among_other_tensors() -> None:
+    model, batches = Masked().eval(), [{"input_ids": torch.randn(5, 4)} for _ in range(2)]
+    run = ChainRun(model, ("parts.0", "parts.1", "parts.2"), batches)
+    run.enter()
+    assert all(torch.equal(x, batch["input_ids"]) for x, batch in zip(run.hidden, batches, strict=True))
+    for _ in model.parts:
+        run.advance()
+    for x, batch in zip(run.hidden, batches, strict=True):
+        torch.testing.assert_close(2 * x, model(**batch))
+
+
+@torch.no_grad()
+def test_a_chain_is_entered_and_left_without_running_all_of_it() -> None:
+    model, batch = Masked().eval(), {"input_ids": torch.randn(5, 4)}
+    run = ChainRun(model, ("parts.0", "parts.1", "parts.2"), [batch])
+    model.parts[0].forward = model.parts[0].forward  # as others leave it who wrap a module
+    run.enter(skip=True)
+    assert [part.runs for part in model.parts] == [1, 0, 0]
+    for _ in model.parts:
+        run.advance()
+    seen = [part.runs for part in model.parts]
+    with run.leaving(0, torch.ones(5, 4)):
+        assert torch.equal(model(**batch), 2 * torch.ones(5, 4))
+    assert [part.runs for part in model.parts] == seen
+    torch.testing.assert_close(2 * run.hidden[0], model(**batch))
+    assert "forward" in vars(model.parts[0])
+    assert "forward" not in vars(model.parts[1])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_blocks_that_are_no_chain_are_refused_by_name(skip: bool) -> None:
+    run = ChainRun(
+        Stack("changed in between").eval(),
+        [f"parts.{k}" for k in range(3)],
+        [{"input_ids": torch.ones(5, 4)}],
+    )
+    with pytest.raises(TargetError, match=r"parts\.1 of Stack does not read what the block before it"):
+        run.enter(skip=skip)

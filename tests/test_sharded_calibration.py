@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from hf_models import ARCHITECTURES, VOCAB
 from safetensors.torch import load_file
 from sharded_folders import save
 from torch import Tensor
+from transformers import T5Config, T5EncoderModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.calibration.losses import cosine_losses
 from tensornet.errors import TargetError
 from tensornet_hf.streaming.mapped_model import mapped_model
 
@@ -97,8 +100,26 @@ def test_half_precision_is_calibrated_in_single(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.rows[layer], moment, rtol=1e-3, atol=1e-5 * float(moment.max()))
 
 
+def test_blocks_get_the_arguments_of_their_own_batch(tmp_path: Path) -> None:
+    """The first block of T5 hands on a position bias, which holds the padding of the batch."""
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=VOCAB))
+    model.eval().save_pretrained(tmp_path / "dense")
+    given = [{k: v[:, : 9 - n] for k, v in x.items()} for n, x in enumerate(batches("t5"))]
+    expected = tn.calibrate(model, given, loss_fn=cosine_losses)
+    ours = th.calibrate_checkpoint(tmp_path / "dense", given, tmp_path / "stats", loss_fn=cosine_losses)
+    assert math.isnan(ours.loss)  # a random projection has no value that means something
+    assert math.isnan(expected.loss)
+    for layer, moment in ours.columns.items():
+        torch.testing.assert_close(moment, expected.columns[layer], rtol=1e-4, atol=1e-5)
+
+
 def test_models_that_cannot_be_streamed(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"has 2 stacks of blocks \(encoder.block, decoder.block\)"):
         th.calibrate_checkpoint(save("t5_relu", tmp_path / "t5"), batches("t5"), tmp_path / "stats")
+    save("gpt2", tmp_path / "gpt2")
+    one = [{"input_ids": torch.ones(2, 1, dtype=torch.long)}]
+    with pytest.raises(TargetError, match="No token of the calibration data has a loss"):
+        th.calibrate_checkpoint(tmp_path / "gpt2", one, tmp_path / "stats")
     with pytest.raises(TargetError, match="no batches"):
-        th.calibrate_checkpoint(save("gpt2", tmp_path / "gpt2"), [], tmp_path / "stats")
+        th.calibrate_checkpoint(tmp_path / "gpt2", [], tmp_path / "stats")

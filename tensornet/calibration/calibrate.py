@@ -82,10 +82,10 @@ def calibrate(
         check_type("config", config, LayerSelection, advice)
     check_batches(batches, "calibrate")
     _check_arguments(fisher, gradient_batches)
-    recorder = _Recorder(full_up_to, dtype)
+    recorder = MomentRecorder(full_up_to, dtype)
     total, scored, count = 0.0, 0, 0
     length = len(batches) if isinstance(batches, Sized) else None
-    with _observed(model, recorder, config):
+    with observed(model, recorder, config):
         device = next(model.parameters()).device
         for batch in progress_bar(
             batches, desc="calibrating", disable=not progress, unit="batch", total=length
@@ -101,7 +101,7 @@ def calibrate(
                     loss_fn = loss_fn or default
                 if with_gradients:
                     assert loss_fn is not None
-                    each = _checked(loss_fn(model, recorder.batch))
+                    each = checked_losses(loss_fn(model, recorder.batch))
                     each.sum().backward()
                     total, scored = total + float(each.detach().sum()), scored + each.numel()
                 elif loss_fn is not None:  # it knows how this model is called
@@ -111,21 +111,15 @@ def calibrate(
             count += 1
     if count == 0:
         raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
-    if scored == 0 and gradient_batches != 0:
-        raise TargetError(
-            "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
-            "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
-        )
-    loss = total / scored if scored else None
-    # A random projection is no loss of tokens, of which a perplexity could be told.
-    return recorder.finish(scored, math.nan if loss_fn in PROJECTIONS and scored else loss, source)
+    loss = None if gradient_batches == 0 else mean_loss(total, scored, loss_fn)
+    return recorder.finish(scored, loss, source)
 
 
 def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
     return lambda twin: run_model(twin, batch) if loss_fn is None else loss_fn(twin, batch)
 
 
-def _checked(losses: Any) -> Tensor:
+def checked_losses(losses: Any) -> Tensor:
     """Losses of a function that callers may have written.
 
     Raises:
@@ -140,6 +134,20 @@ def _checked(losses: Any) -> Tensor:
     )
 
 
+def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
+    """Return the mean loss of a token; NaN for random projections, whose value means nothing.
+
+    Raises:
+        TargetError: no token has a loss.
+    """
+    if scored == 0:
+        raise TargetError(
+            "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
+            "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
+        )
+    return math.nan if loss_fn in PROJECTIONS else total / scored
+
+
 def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
     """Refuse what would be taken for something else.
 
@@ -152,7 +160,7 @@ def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
         raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
 
 
-class _Recorder:
+class MomentRecorder:
     """Running sums of one calibration. Hooks call it; `finish` divides."""
 
     def __init__(self, full_up_to: int, dtype: torch.dtype) -> None:
@@ -285,14 +293,14 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 @contextmanager
-def _observed(model: nn.Module, recorder: _Recorder, config: LayerSelection | None) -> Iterator[None]:
+def observed(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
     """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
     with expanded(model), in_eval_mode(model), uncompiled(), _hooked(model, recorder, config):
         yield
 
 
 @contextmanager
-def _hooked(model: nn.Module, recorder: _Recorder, config: LayerSelection | None) -> Iterator[None]:
+def _hooked(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
     targets = find_targets(model, config or LayerSelection(target_modules="all"))
     check_loaded(targets)
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
@@ -315,7 +323,7 @@ def _hooked(model: nn.Module, recorder: _Recorder, config: LayerSelection | None
             parameter.requires_grad_(flag)
 
 
-def _input_hook(name: str, recorder: _Recorder) -> Any:
+def _input_hook(name: str, recorder: MomentRecorder) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         (given,) = (*args, *kwargs.values())  # some models name the only argument
         kind = kind_of(module)
@@ -327,7 +335,7 @@ def _input_hook(name: str, recorder: _Recorder) -> Any:
     return hook
 
 
-def _output_hook(name: str, recorder: _Recorder) -> Any:
+def _output_hook(name: str, recorder: MomentRecorder) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None

@@ -1,31 +1,33 @@
-"""Models as chains of blocks: each block reads the hidden state that the one before it has left.
+"""Run models block by block, where each block reads the hidden state that the one before it returned.
 
-Whoever keeps hidden states can go through a model one block at a time, at the price of one forward pass,
-where running the whole model for every block would cost as many passes as there are blocks. What is a chain
-is not told by names of architectures: the model is run once and the tensors are watched.
+With the hidden states kept, all blocks together cost one forward pass; running the whole model for every
+block would cost as many passes as there are blocks. Chains are found by running the model once and watching
+the tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model
+from tensornet.errors import TargetError
 
 
 class Stop(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
+    """End a forward pass whose further results are not needed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with, and where among that its hidden state stands.
+    """Arguments of a block, and the place of the hidden state among them.
 
     Args:
-        args, kwargs: of the call, None in place of the hidden state.
+        args, kwargs: of the call.
         slot: index among `args`, or name among `kwargs`.
     """
 
@@ -33,16 +35,31 @@ class Call:
     kwargs: Mapping[str, Any]
     slot: int | str
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden state that the block makes of this one."""
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state."""
+        found: Tensor = self.kwargs[self.slot] if isinstance(self.slot, str) else self.args[self.slot]
+        return found
+
+    def with_hidden(self, hidden: Tensor | None) -> "Call":
+        """The same call with another hidden state."""
         if isinstance(self.slot, str):
-            return hidden_of(block(*self.args, **{**self.kwargs, self.slot: hidden}))
-        args = (*self.args[: self.slot], hidden, *self.args[self.slot + 1 :])
-        return hidden_of(block(*args, **self.kwargs))
+            return replace(self, kwargs={**self.kwargs, self.slot: hidden})
+        return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
+
+    def with_slot(self, slot: int | str) -> "Call":
+        """The same call with the hidden state in another place, if there is a tensor."""
+        places: dict[int | str, Any] = {**dict(enumerate(self.args)), **self.kwargs}
+        return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Return the hidden state that the block makes of this one."""
+        call = self.with_hidden(hidden)
+        return hidden_of(block(*call.args, **call.kwargs))
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state among what a block returns: the output itself, or the first of a tuple.
+    """Return the hidden state in the output of a block: the output itself, or the first of a tuple.
 
     Raises:
         TypeError: it is something else.
@@ -57,7 +74,7 @@ def hidden_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
-    """Stacks of modules that are chains, by name, each as the names of its blocks.
+    """Find the stacks of modules that are chains, by name, each as the names of its blocks.
 
     Candidates are the outermost `nn.ModuleList` and `nn.Sequential` of at least two modules; a chain is one
     whose modules run once each, in order, each on the very tensor that the one before it has returned.
@@ -66,7 +83,7 @@ def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
         model: in eval mode.
         batch: keyword arguments of the model; it is run once.
     """
-    stacks = _stacks(model)
+    stacks = outer_stacks(model)
     made: dict[str, list[Tensor | None]] = {stack: [] for stack in stacks}
     broken: set[str] = set()
 
@@ -107,94 +124,154 @@ def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
     }
 
 
+class States(Protocol):
+    """Hidden states by block and batch: a dictionary, or a store on the disk."""
+
+    def __getitem__(self, key: tuple[int, int], /) -> Tensor: ...
+    def __setitem__(self, key: tuple[int, int], value: Tensor, /) -> None: ...
+    def __delitem__(self, key: tuple[int, int], /) -> None: ...
+
+
 @dataclass
 class ChainRun:
-    """A chain that is gone through block by block, for several batches at once.
+    """Run the blocks of a chain one after the other, each on all batches.
 
     Args:
         model: that the chain is part of.
         names: its blocks.
         batches: keyword arguments of the model.
-        position: block that `hidden` is the input of.
-        hidden: by batch.
+        states: hidden states; `states[k, n]` is what block `k` reads in batch `n`.
+        position: block that comes next.
         calls: by batch and block.
     """
 
     model: nn.Module
     names: Sequence[str]
     batches: Sequence[Batch]
+    states: States = field(default_factory=dict)  # type: ignore[assignment]
     position: int = 0
-    hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+    _first: list[Any] = field(default_factory=list)  # output of the first block, by batch
+
+    @property
+    def block(self) -> nn.Module:
+        """The block at `position`."""
+        return self.model.get_submodule(self.names[self.position])
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Hidden states that the block at `position` reads, by batch."""
+        return [self.states[self.position, number] for number in range(len(self.batches))]
 
     @torch.no_grad()
-    def enter(self) -> None:
-        """Run the model up to the last block, to learn what all blocks are called with."""
-        for batch in self.batches:
+    def enter(self, *, skip: bool = False) -> None:
+        """Run the model up to the last block, to learn the arguments of all blocks.
+
+        Args:
+            skip: run the first block only, and hand its output on in place of the outputs of the others.
+                For models too large to be run as a whole; arguments that a later block computes are missed.
+
+        Raises:
+            TargetError: a block does not read the hidden state that the one before it returned.
+        """
+        for number, batch in enumerate(self.batches):
             calls: list[Call] = []
-            last: list[Tensor] = []
-            with self._watched(calls, last), suppress(Stop):
+            outputs: list[Any] = []
+            step = partial(self._note, calls, outputs, skip)
+            with replaced_blocks(self.model, self.names, step), suppress(Stop):
                 run_model(self.model, batch)
-            self.calls.append(calls)
+            if len(calls) > 1:  # where the state stands in the first call, the second tells for certain
+                calls[0] = calls[0].with_slot(calls[1].slot)
+            self.states[0, number] = calls[0].hidden
+            self.calls.append([call.with_hidden(None) for call in calls])
+            self._first.append(outputs[0])
+
+    def run(self, number: int) -> Tensor:
+        """Return the output of the block at `position` for one batch; states stay as they are."""
+        return self.calls[number][self.position].run(self.block, self.states[self.position, number])
 
     @torch.no_grad()
-    def run(self, number: int) -> Tensor:
-        """The output of the block at `position` for one batch."""
-        block = self.model.get_submodule(self.names[self.position])
-        return self.calls[number][self.position].run(block, self.hidden[number])
+    def advance(self, *, keep: bool = False, before: Callable[[Batch], None] | None = None) -> None:
+        """Run the block at `position` on all batches and go on to the next.
 
-    def advance(self) -> None:
-        """Go on to the next block."""
-        self.hidden = [self.run(number) for number in range(len(self.batches))]
+        Args:
+            keep: keep the states that the block has read.
+            before: called with each batch before the block runs on it.
+        """
+        for number, batch in enumerate(self.batches):
+            if before is not None:
+                before(batch)
+            self.states[self.position + 1, number] = self.run(number)
+            if not keep:
+                del self.states[self.position, number]
         self.position += 1
 
     @contextmanager
-    def _watched(self, calls: list[Call], last: list[Tensor]) -> Iterator[None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            slot = _slot(args, kwargs, last[0] if last else None)
-            assert slot is not None, "find_chains saw this block read what the one before it returned"
-            if not last:
-                self.hidden.append(kwargs[slot] if isinstance(slot, str) else args[slot])
-            calls.append(_call(args, kwargs, slot))
-            if len(calls) == len(self.names):
-                raise Stop
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            last[:] = [hidden_of(output)]
-
-        handles = []
-        for name in self.names:
-            block = self.model.get_submodule(name)
-            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(block.register_forward_hook(after))
-        try:
+    def leaving(self, number: int, hidden: Tensor) -> Iterator[None]:
+        """Have the model skip the blocks inside the block, and go on from `hidden` behind them."""
+        first = self._first[number]
+        output = (hidden, *first[1:]) if isinstance(first, tuple) else hidden
+        with replaced_blocks(self.model, self.names, lambda *args, **kwargs: output):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _note(
+        self,
+        calls: list[Call],
+        outputs: list[Any],
+        skip: bool,
+        index: int,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        slot = _slot(args, kwargs, hidden_of(outputs[-1]) if outputs else None)
+        if len(calls) != index or slot is None:
+            raise TargetError(
+                f"{self.names[index]} of {type(self.model).__name__} does not read what the block before it "
+                "returned: its blocks cannot be run one by one. Load the model and use tensornet.calibrate."
+            )
+        calls.append(Call(args, kwargs, slot))
+        if index and index == len(self.names) - 1:
+            raise Stop
+        outputs.append(outputs[0] if skip and outputs else forward(*args, **kwargs))
+        if index == len(self.names) - 1:
+            raise Stop
+        return outputs[-1]
 
 
-def _stacks(model: nn.Module) -> dict[str, tuple[str, ...]]:
+@contextmanager
+def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., Any]) -> Iterator[None]:
+    """Have `step(index, forward, *args, **kwargs)` called in place of the `forward` of each block."""
+    blocks = [model.get_submodule(name) for name in names]
+    before = [vars(block).get("forward") for block in blocks]  # others may have replaced it as well
+    for index, block in enumerate(blocks):
+        block.forward = partial(step, index, block.forward)
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
+
+
+def outer_stacks(
+    model: nn.Module, kinds: Any = (nn.ModuleList, nn.Sequential), *, least: int = 2
+) -> dict[str, tuple[str, ...]]:
+    """List the outermost containers of at least `least` modules, by name, each as the names of these."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and not inside:
+        if isinstance(module, kinds) and len(module) >= least and not inside:
             found[name] = tuple(f"{name}.{key}".lstrip(".") for key in module._modules)
     return found
 
 
 def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Tensor | None) -> int | str | None:
-    """Where a tensor stands among arguments; the first tensor if it does not matter which."""
+    """Find a tensor among arguments, or the first tensor if `wanted` is None."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in places:
         if isinstance(value, Tensor) if wanted is None else value is wanted:
             return key
     return None
-
-
-def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any], slot: int | str) -> Call:
-    return Call(
-        tuple(None if key == slot else value for key, value in enumerate(args)),
-        {key: None if key == slot else value for key, value in kwargs.items()},
-        slot,
-    )

@@ -1,26 +1,24 @@
-"""Calibrating a model that does not fit into memory: block by block, activations kept on the disk.
+"""Calibrate a model that does not fit into memory: block by block, with activations on the disk.
 
-Forward, each block reads what the block before left for every batch; backward, the same from the end, each
-block run once more from the input it had. So the weights of one block are in memory at a time, the moments
-of one block, and the activations of one batch. The result is that of `tensornet.calibrate`.
+Forward, each block runs on all batches before the next does; backward, the same from the end, each block run
+once more from its input. So memory holds the weights and moments of one block, and the activations of one
+batch. The result is that of `tensornet.calibrate`.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats
-from tensornet.calibration.batches import Batch, BatchLike, as_batch, run_model
-from tensornet.calibration.calibrate import _observed, _Recorder
+from tensornet.calibration.batches import Batch, BatchLike, as_batch
+from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss, observed
 from tensornet.calibration.losses import TokenLosses, label_losses
-from tensornet.calibration.sequential import Stop, hidden_of
+from tensornet.calibration.sequential import ChainRun, outer_stacks
 from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io.safetensors_files import load_slice, read_header, write_tensors
@@ -28,7 +26,7 @@ from tensornet.progress import progress_bar
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.moments import Moments
 
-#: How folders of activations are called, beside the statistics.
+#: Prefix of folders of activations, beside the statistics.
 SPILL = ".calibration."
 #: Observes all linear layers but the head; nothing is compressed here, so the budget means nothing.
 LINEAR_LAYERS = CompressionConfig(max_bond=1)
@@ -71,32 +69,28 @@ def calibrate_checkpoint(
     _, blocks = find_blocks(model)
     with tempfile.TemporaryDirectory(dir=spill or Path(path).parent, prefix=SPILL) as folder:
         run = _Streamed(model, blocks, Path(folder), full_up_to)
-        with _observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
+        with observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
             run.enter([as_batch(batch, model, torch.device("cpu")) for batch in batches])
             bar = progress_bar(total=2 * len(blocks), desc="calibrating", disable=not progress, unit="block")
-            for index in range(len(blocks)):
-                run.forward(index)
+            for _ in blocks:
+                run.forward()
                 bar.update()
             loss, scored = run.leave(loss_fn)
-            for index in reversed(range(len(blocks))):
-                run.backward(index, scored)
+            for _ in blocks:
+                run.backward(scored)
                 bar.update()
             bar.close()
         run.moments.write(Path(path), tokens=run.tokens, loss=loss, source=source)
     return CalibrationStats.load(path)
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of blocks of a model and its name.
+def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
+    """Return the name of the stack of blocks of a model, and the names of the blocks.
 
     Raises:
         TargetError: there is none, or several.
     """
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and not inside:
-            found[name] = module
+    found = outer_stacks(model, nn.ModuleList, least=1)
     if len(found) != 1:
         raise TargetError(
             f"{type(model).__name__} has {len(found)} stacks of blocks ({', '.join(found) or 'none'}); "
@@ -107,158 +101,114 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a block is called with besides the hidden states."""
+class _OnDisk:
+    """Hidden states and gradients in files, by block and batch; see `sequential.States`."""
 
-    rest: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, key: tuple[int, int], /) -> Tensor:
+        return load_slice(read_header(self._path(key))["x"])
+
+    def __setitem__(self, key: tuple[int, int], value: Tensor, /) -> None:
+        write_tensors(self._path(key), {"x": value.detach().float().contiguous()})
+
+    def __delitem__(self, key: tuple[int, int], /) -> None:
+        self._path(key).unlink()
+
+    def _path(self, key: tuple[int, int]) -> Path:
+        return self.folder / "{}-{}.safetensors".format(*key)
 
 
 class _Streamed:
-    """One calibration. Stands in for the recorder of `tensornet.calibrate`, and passes on what is wanted."""
+    """One calibration. Takes the place of the recorder of `tensornet.calibrate`, and passes on to it."""
 
-    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, folder: Path, full_up_to: int) -> None:
-        self.model, self.blocks, self.folder = model, list(blocks), folder
-        self.full_up_to = full_up_to
-        inside = {id(module) for block in blocks for module in block.modules()}
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], folder: Path, full_up_to: int) -> None:
+        self.model = model
+        self.chain = ChainRun(model, blocks, (), _OnDisk(folder))
+        inside = {id(module) for name in blocks for module in model.get_submodule(name).modules()}
         self.rest = [module for module in model.modules() if id(module) not in inside]
-        self.moments = Moments(folder / "moments")
-        self.batches: list[Batch] = []
-        self.calls: list[list[_Call]] = []  # by batch and block
-        self.shape: Callable[[Tensor], Any] = lambda hidden: hidden  # what a block returns for a hidden state
-        self.recorder: _Recorder | None = None
+        self.full_up_to, self.moments = full_up_to, Moments(folder / "moments")
+        self.recorder = MomentRecorder(full_up_to, torch.float32)
         self.sees = "nothing"
         self.tokens = 0
 
     # What hooks call.
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Passed on in the forward pass."""
-        if self.sees == "inputs" and self.recorder is not None:
+        """Pass an input on in the forward pass."""
+        if self.sees == "inputs":
             self.recorder.see_input(name, x)
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
-        """Embeddings lie outside the blocks."""
+        """Ignore embeddings, which lie outside the blocks."""
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
-        """Passed on in the backward pass."""
-        if self.sees == "gradients" and self.recorder is not None:
+        """Pass a gradient on in the backward pass."""
+        if self.sees == "gradients":
             self.recorder.see_gradient(name, gradient)
 
     # The phases.
 
-    @torch.no_grad()
     def enter(self, batches: Sequence[Batch]) -> None:
-        """Find what the first block is given, and the arguments of every block."""
+        """Find the input of the first block, and the arguments of every block."""
         if not batches:
             raise TargetError("Calibration got no batches; pass at least one, better 30 of 1,000 tokens.")
-        self.batches = list(batches)
-        for number, batch in enumerate(batches):
-            self.calls.append([])
-            with self._blocks_replaced(self._note_call(number)), _in_memory(self.rest), suppress(Stop):
-                run_model(self.model, batch)
+        self.chain.batches = list(batches)
+        with _in_memory([*self.rest, *self.chain.block.modules()]):
+            self.chain.enter(skip=True)
 
-    @torch.no_grad()
-    def forward(self, index: int) -> None:
-        """Run one block on all batches; keep its outputs, and the moments of its inputs."""
+    def forward(self) -> None:
+        """Run the next block on all batches; keep its outputs, and the moments of its inputs."""
         self._observe("inputs")
-        block = self.blocks[index]
-        with _in_memory(block.modules()):
-            for number, batch in enumerate(self.batches):
-                self._recorder.batch = batch
-                call = self.calls[number][index]
-                output = block(self._load("hidden", index, number), *call.rest, **call.kwargs)
-                self._save("hidden", index + 1, number, hidden_of(output))
-        self.tokens = max(self.tokens, *self._recorder.counts.values(), 0)
-        self.moments.add(self._recorder.finish(1, None, ""))
+        with _in_memory(self.chain.block.modules()):
+            self.chain.advance(keep=True, before=self._expect)
+        self.tokens = max(self.tokens, *self.recorder.counts.values(), 0)
+        self.moments.add(self.recorder.finish(1, None, ""))
 
     def leave(self, loss_fn: TokenLosses) -> tuple[float, int]:
-        """From the last hidden states to losses, and back.
+        """Compute losses from the last hidden states, and put gradients in the place of these.
 
         Returns:
             Mean loss of a token, and the number of tokens that have one.
         """
         self.sees, total, scored = "nothing", 0.0, 0
-        for number, batch in enumerate(self.batches):
-            hidden = self._load("hidden", len(self.blocks), number).requires_grad_()
-            with self._blocks_replaced(_constant(self.shape(hidden))), _in_memory(self.rest):
-                each = loss_fn(self.model, batch)
+        for number, batch in enumerate(self.chain.batches):
+            hidden = self.chain.states[self.chain.position, number].requires_grad_()
+            with self.chain.leaving(number, hidden), _in_memory(self.rest):
+                each = checked_losses(loss_fn(self.model, batch))
                 each.sum().backward()
             assert hidden.grad is not None
-            self._save("gradient", len(self.blocks), number, hidden.grad)
+            self.chain.states[self.chain.position, number] = hidden.grad
             total, scored = total + float(each.detach().sum()), scored + each.numel()
-        return total / max(scored, 1), scored
+        return mean_loss(total, scored, loss_fn), scored
 
-    def backward(self, index: int, scored: int) -> None:
-        """Run one block again and differentiate it; keep the gradients of its input, and their moments."""
+    def backward(self, scored: int) -> None:
+        """Run the last block again and differentiate it; its input gives way to the gradient of that."""
         self._observe("gradients")
-        block = self.blocks[index]
-        with _in_memory(block.modules()), torch.enable_grad():
-            for number, batch in enumerate(self.batches):
-                self._recorder.batch = batch
-                hidden = self._load("hidden", index, number).requires_grad_()
-                call = self.calls[number][index]
-                output = hidden_of(block(hidden, *call.rest, **call.kwargs))
-                output.backward(self._load("gradient", index + 1, number))
+        chain = self.chain
+        chain.position -= 1
+        with _in_memory(chain.block.modules()), torch.enable_grad():
+            for number, batch in enumerate(chain.batches):
+                self._expect(batch)
+                hidden = chain.states[chain.position, number].requires_grad_()
+                output = chain.calls[number][chain.position].run(chain.block, hidden)
+                output.backward(chain.states[chain.position + 1, number])
                 assert hidden.grad is not None
-                self._save("gradient", index, number, hidden.grad)
-                self._path("gradient", index + 1, number).unlink()
-                self._path("hidden", index + 1, number).unlink()
-        self.moments.add(self._recorder.finish(scored, None, ""))
-
-    @property
-    def _recorder(self) -> _Recorder:
-        assert self.recorder is not None
-        return self.recorder
+                chain.states[chain.position, number] = hidden.grad
+                del chain.states[chain.position + 1, number]
+        self.moments.add(self.recorder.finish(scored, None, ""))
 
     def _observe(self, what: str) -> None:
-        self.recorder, self.sees = _Recorder(self.full_up_to, torch.float32), what
+        self.recorder, self.sees = MomentRecorder(self.full_up_to, torch.float32), what
 
-    def _note_call(self, number: int) -> Callable[[int, Tensor, _Call], Any]:
-        def note(index: int, hidden: Tensor, call: _Call) -> Any:
-            if number == 0 and index == 0:
-                block = self.blocks[0]
-                with _in_memory(block.modules()):
-                    self.shape = _like(type(block).forward(block, hidden, *call.rest, **call.kwargs))
-            if index == 0:
-                self._save("hidden", 0, number, hidden)
-            self.calls[number].append(call)
-            if index == len(self.blocks) - 1:
-                raise Stop
-            return self.shape(hidden)
-
-        return note
-
-    @contextmanager
-    def _blocks_replaced(self, function: Callable[[int, Tensor, _Call], Any]) -> Iterator[None]:
-        """Have `function(index, hidden, call)` called in place of each block."""
-        for index, block in enumerate(self.blocks):
-
-            def forward(*args: Any, index: int = index, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs.pop("hidden_states")
-                return function(index, hidden, _Call(args[1:], kwargs))
-
-            block.forward = forward
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
-
-    def _path(self, kind: str, index: int, number: int) -> Path:
-        return self.folder / f"{kind}-{index}-{number}.safetensors"
-
-    def _save(self, kind: str, index: int, number: int, value: Tensor) -> None:
-        write_tensors(self._path(kind, index, number), {"x": value.detach().float().contiguous()})
-
-    def _load(self, kind: str, index: int, number: int) -> Tensor:
-        return load_slice(read_header(self._path(kind, index, number))["x"])
+    def _expect(self, batch: Batch) -> None:
+        self.recorder.batch = batch
 
 
 @contextmanager
 def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The weights of modules in single precision inside the block, mapped from the disk outside."""
+    """Hold the weights of modules in memory in single precision; outside they are mapped from the disk."""
     owners = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
     held: dict[int, nn.Parameter] = {}  # tied weights are held once
     for module, name, parameter in owners:
@@ -271,14 +221,3 @@ def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, parameter in owners:
             module._parameters[name] = parameter
-
-
-def _constant(value: Any) -> Callable[[int, Tensor, _Call], Any]:
-    return lambda index, hidden, call: value
-
-
-def _like(output: Any) -> Callable[[Tensor], Any]:
-    """Makes of a hidden state what a block returns for it."""
-    if isinstance(output, Tensor):
-        return lambda hidden: hidden
-    return lambda hidden: (hidden, *output[1:])
