@@ -49,7 +49,7 @@ class Call:
 
     def with_slot(self, slot: int | str) -> "Call":
         """The same call with the hidden state in another place, if there is a tensor."""
-        places: dict[int | str, Any] = {**dict(enumerate(self.args)), **self.kwargs}
+        places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
