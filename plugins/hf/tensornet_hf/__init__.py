@@ -5,8 +5,9 @@ Importing this package registers the quantization method "tensornet" with transf
 
 from tensornet.optional import require
 
-require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
+require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
+import tensornet_hf.checkpoint.stacked_experts  # (registers how stacks of experts are taken apart)
 import tensornet_hf.falcon_linear
 import tensornet_hf.sample_runs  # noqa: F401  (registers how models are run on made-up data)
 from tensornet_hf.checkpoint.folders import check_free, write_folder
