@@ -116,6 +116,9 @@ def test_same_bytes_from_processes(tmp_path: Path) -> None:
 
 def test_calibrated_without_loading(source: Path, tmp_path: Path) -> None:
     batches = [{"input_ids": tokens(2) + k, "labels": tokens(2) + k} for k in (0, -1)]
+    for number, batch in enumerate(batches):  # each with padding of its own
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][number, 2 + number :] = 0
     config = tn.CompressionConfig(param_ratio=0.6)
     assert torch.equal(logits(mapped_model(source)), logits(mapped_model(source, spill=tmp_path)))
     torch.testing.assert_close(logits(mapped_model(source)), logits(th.load(source)), rtol=1e-4, atol=1e-4)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model
 from tensornet.errors import TargetError
+from tensornet.nn.expansion import announce_batch
 
 
 class Stop(Exception):
@@ -186,9 +187,16 @@ class ChainRun:
             self.calls.append([call.with_hidden(None) for call in calls])
             self._first.append(outputs[0])
 
-    def run(self, number: int) -> Tensor:
-        """Return the output of the block at `position` for one batch; states stay as they are."""
-        return self.calls[number][self.position].run(self.block, self.states[self.position, number])
+    def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
+        """Return the output of the block at `position` for one batch; states stay as they are.
+
+        Args:
+            number: of the batch.
+            hidden: instead of the state that the block reads in this batch.
+        """
+        hidden = self.states[self.position, number] if hidden is None else hidden
+        announce_batch(self.block, self.batches[number])
+        return self.calls[number][self.position].run(self.block, hidden)
 
     @torch.no_grad()
     def advance(self, *, keep: bool = False, before: Callable[[Batch], None] | None = None) -> None:

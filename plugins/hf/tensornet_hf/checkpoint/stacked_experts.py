@@ -5,7 +5,7 @@ apart, every expert has linear layers of its own, `experts.3.down_proj`, and wha
 works for them. Experts none of whose matrices became cores go back into their stacks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.nn.compound import Compound, Shared, Stack
-from tensornet.nn.expansion import register_expansion, settle, take_apart
+from tensornet.nn.expansion import register_batch_listener, register_expansion, settle, take_apart
 from tensornet.nn.expert_matrix import ExpertMatrix
 from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
 
@@ -116,7 +116,7 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
         settle(model, names)
 
 
-def _tell_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _tell_padding(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Experts read tokens without their places, so the mask must reach them past the layers between."""
     mask = kwargs.get("attention_mask")
     _set_padding(model, mask if isinstance(mask, Tensor) else None)
@@ -143,3 +143,4 @@ class _ExpertsKind(CompoundKind):
 
 register_compound_kind(_ExpertsKind())
 register_expansion(experts_apart)
+register_batch_listener(lambda block, batch: _tell_padding(block, (), batch))

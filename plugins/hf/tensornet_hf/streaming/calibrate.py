@@ -192,8 +192,7 @@ class _Streamed:
             for number, batch in enumerate(chain.batches):
                 self._expect(batch)
                 hidden = chain.states[chain.position, number].requires_grad_()
-                output = chain.calls[number][chain.position].run(chain.block, hidden)
-                output.backward(chain.states[chain.position + 1, number])
+                chain.run(number, hidden).backward(chain.states[chain.position + 1, number])
                 assert hidden.grad is not None
                 chain.states[chain.position, number] = hidden.grad
                 del chain.states[chain.position + 1, number]
