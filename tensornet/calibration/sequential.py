@@ -43,13 +43,13 @@ class Call:
         return found
 
     def with_hidden(self, hidden: Tensor | None) -> "Call":
-        """The same call with another hidden state."""
+        """Return the same call with another hidden state."""
         if isinstance(self.slot, str):
             return replace(self, kwargs={**self.kwargs, self.slot: hidden})
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """The same call with the hidden state in another place, if there is a tensor."""
+        """Return the same call with the hidden state at `slot`, if a tensor is there."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 

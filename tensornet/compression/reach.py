@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -14,8 +14,6 @@ from tensornet.nn.targets import all_targets
 
 #: Entry for the biases of layers whose matrices are reached or left out.
 BIASES = "biases"
-#: Entry for stored tensors that no module of the model is known for.
-OTHERS = "tensors without a module"
 #: Types named in one line; the others are added up.
 _NAMED = 5
 
@@ -51,12 +49,6 @@ class Reach:
             if sizes:
                 parts.append(f"{label}: {_listed(sizes)}")
         return "; ".join(parts)
-
-    def among(self, total: int) -> "Reach":
-        """Count the same layers as part of a larger model, whose other parameters have no module here."""
-        if (rest := total - self.total) <= 0:
-            return self
-        return replace(self, total=total, unknown=_by_size(Counter(self.unknown) + Counter({OTHERS: rest})))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

@@ -1,7 +1,6 @@
-"""Work on single stored weights, to be shared among processes: read, decompose, write.
+"""Read, decompose and write single stored weights in worker processes.
 
-A model is compressed one weight after the other, by workers that know nothing of the model. So nothing here
-needs the library that the model comes from, and a worker is up as soon as it has imported torch.
+Workers know nothing of the model that the weights belong to, so they start without its library.
 """
 
 from tensornet.io.atomic import Written

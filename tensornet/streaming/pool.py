@@ -1,4 +1,4 @@
-"""Running independent tasks: here, in processes of our own, or on any `concurrent.futures.Executor`."""
+"""Run independent tasks: here, in processes of our own, or on any `concurrent.futures.Executor`."""
 
 import os
 import sys
@@ -16,12 +16,12 @@ from tensornet.errors import TensorNetError
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: How often a task may be in flight when a worker dies before it is blamed.
+#: Deaths of workers with a task in flight before the task is blamed.
 ATTEMPTS = 3
 
 
 class WorkerError(TensorNetError, RuntimeError):
-    """Worker processes die again and again over the same work."""
+    """Worker processes died again and again over the same work."""
 
 
 def run_tasks(
@@ -41,7 +41,7 @@ def run_tasks(
         done: called here with the name and result of each, as they come.
         workers: 1 runs in this process; more start as many processes, and start them again if one dies.
         executor: runs the tasks instead, and stays open.
-        start_method: of our processes; a plain fork would copy the locks of the threads that torch keeps.
+        start_method: of our processes; a plain fork would copy the locks of torch's threads.
 
     Raises:
         WorkerError: a worker died three times over the same tasks, or an executor of the caller broke.
@@ -77,25 +77,24 @@ def _own_pool(
             min(workers, len(pending)), mp_context=get_context(start_method), initializer=_end_with_parent
         )
         try:
-            # No more in flight than can run, so that few are suspected when a worker dies.
+            # No more in flight than can run, so that few are suspected when a worker dies
             _drain(pool, function, pending, done, window=workers, flying=flying)
         except BrokenProcessPool as error:
             deaths.update(flying)
             if worst := sorted(name for name in flying if deaths[name] >= ATTEMPTS):
                 raise WorkerError(
                     f"Workers died {ATTEMPTS} times while at work on {', '.join(worst)} ({error}). Most "
-                    "likely "
-                    "memory ran out: use fewer workers. What is finished is kept; run again to continue."
+                    "likely memory ran out: use fewer workers. What is finished is kept; run again to "
+                    "continue."
                 ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Processes(ProcessPoolExecutor):
-    """Processes that do not run the caller's script once more when they start.
+    """Processes that do not run the caller's script again when they start.
 
-    They would, for the sake of functions defined in it; ours are not. What the script imports is saved, and
-    it needs no guard around its code.
+    They would, for functions defined in it; ours are not. So the script needs no guard around its code.
     """
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +107,7 @@ class _Processes(ProcessPoolExecutor):
 
 
 def _end_with_parent() -> None:
-    """Leave when the parent is gone: a pool's workers would wait for its next task for ever."""
+    """End this process when its parent is gone, instead of waiting for a task for ever."""
     parent = parent_process()
     assert parent is not None
 
@@ -128,7 +127,7 @@ def _drain(
     window: int,
     flying: set[str] | None = None,
 ) -> None:
-    """Run all pending tasks; what is finished leaves `pending`, what is in flight is in `flying`."""
+    """Run all tasks of `pending`, removing finished ones; `flying` holds those in flight."""
     flying = set() if flying is None else flying
     queue = list(pending.items())[::-1]
     futures: dict[Future[R], str] = {}

@@ -1,4 +1,4 @@
-"""The matrix of one layer, as it lies in the files of a checkpoint."""
+"""Locate the matrix of one layer in the files of a checkpoint."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from tensornet.io.safetensors_files import Slice, load_slice
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One or more slices of files, one below the other.
+    """A matrix stored as one or more slices of files, one below the other.
 
     Args:
         parts: two-dimensional, of one dtype and width.
-        transposed: what they make is the transpose of the matrix `(out_features, in_features)`.
+        transposed: together they are the transpose of the matrix `(out_features, in_features)`.
     """
 
     parts: tuple[Slice, ...]
@@ -22,7 +22,7 @@ class StoredMatrix:
 
     @property
     def dtype(self) -> str:
-        """As named in headers."""
+        """Dtype as named in headers."""
         return self.parts[0].dtype
 
     @property
@@ -32,12 +32,12 @@ class StoredMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
+        """Shape `(out_features, in_features)`."""
         rows, columns = sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
         return (columns, rows) if self.transposed else (rows, columns)
 
     def load(self) -> Tensor:
-        """The matrix `(out_features, in_features)`: mapped if it is one slice, else in memory.
+        """Return the matrix `(out_features, in_features)`: mapped if it is one slice, else in memory.
 
         Raises:
             FormatError: a file has become shorter.

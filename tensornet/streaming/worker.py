@@ -1,7 +1,7 @@
-"""The work of one worker: one stored weight becomes the cores of one layer, in a file of its own.
+"""Decompose one stored weight into the cores of one layer, in a file of its own.
 
-Everything a worker needs travels in a `PieceTask` of a few hundred bytes; what comes back is the plan, the
-descriptions and a checksum. Tensors go through the file system only.
+A worker gets a `PieceTask` of a few hundred bytes and returns the plan, the descriptions and a checksum.
+Tensors go through the file system only.
 """
 
 import sys
@@ -28,13 +28,13 @@ from tensornet.streaming.stored_matrix import StoredMatrix
 
 @dataclass(frozen=True)
 class Use:
-    """One place in the model where a weight is used.
+    """One module that uses a weight.
 
     Args:
         name: of the module.
         kind: name of its layer kind.
         registered_in: module that registers this kind; workers import it and nothing else.
-        bias: whether it has one.
+        bias: whether the module has one.
         padding_idx: of an embedding.
     """
 
@@ -50,9 +50,9 @@ class PieceTask:
     """One weight to compress.
 
     Args:
-        uses: where it is used; the first stands for all.
+        uses: the modules that use it; they share what is made of the first.
         weight: where the weight lies.
-        config: how far to compress.
+        config: options of the compression.
         planned: a plan of this layer alone, instead of planning.
         stats: file of the statistics that the plan was made with.
         device: where to compute.
@@ -70,7 +70,7 @@ class PieceTask:
 
 @dataclass(frozen=True)
 class Piece:
-    """A finished weight.
+    """The result of one task.
 
     Args:
         plan: the plan of the layer, without its spectrum; no topology means that it stays dense.
@@ -91,7 +91,7 @@ class Piece:
     worker: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, for the journal; `from_dict` is the inverse."""
+        """Return a JSON-ready form, for the journal; `from_dict` is the inverse."""
         return {
             "plan": CompressionPlan((self.plan,)).to_dict(),
             "error": self.error,
@@ -123,8 +123,8 @@ class Piece:
 def compress_piece(task: PieceTask) -> Piece:
     """Plan and decompose one weight, and write its cores.
 
-    The arithmetic uses one thread: sums in another order would give other bits, and the processor is kept
-    busy by other workers.
+    One thread computes: sums in another order would give other bits, and other workers keep the processor
+    busy.
 
     Raises:
         NonFiniteError, BudgetError, TopologyError: naming the layer.
@@ -133,7 +133,6 @@ def compress_piece(task: PieceTask) -> Piece:
     with one_thread():
         root, everything = _stand_in(task), replace(task.config, target_modules="all", exclude_modules=None)
         made = plan(root, everything) if task.planned is None else task.planned
-        # Read from the file as they are needed: those of one layer.
         stats = None if task.stats is None else CalibrationStats.load(task.stats)
         errors = apply_plan(root, made, stats)
         layer = replace(made.layers[0], singular_values=())
@@ -147,7 +146,7 @@ def compress_piece(task: PieceTask) -> Piece:
 
 
 def copy_matrix(task: PieceTask) -> Piece:
-    """Write the matrix of an expert as it is, out of its stack: others of its mixture became cores.
+    """Copy the matrix of an expert out of its stack, for mixtures of which other matrices became cores.
 
     Raises:
         OSError: it cannot be read or written.
@@ -159,7 +158,7 @@ def copy_matrix(task: PieceTask) -> Piece:
 
 
 def place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a dotted name, making the containers on the way."""
+    """Put a module at a dotted name, and make the containers on the way."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:
@@ -169,7 +168,7 @@ def place(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def peak_memory() -> int:
-    """Largest resident size this process has had, in bytes; 0 where the system does not tell."""
+    """Return the largest resident size of this process so far, in bytes; 0 where the system does not tell."""
     if sys.platform == "win32":
         return 0
     import resource  # absent there
@@ -190,7 +189,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _stand_in(task: PieceTask) -> nn.Module:
-    """A model that consists of the layers that use the weight."""
+    """Build a model of nothing but the layers that use the weight."""
     root, shared = nn.Module(), None
     for use in task.uses:
         import_module(use.registered_in)

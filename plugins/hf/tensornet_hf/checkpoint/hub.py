@@ -1,7 +1,4 @@
-"""Where a finished model goes: a local folder, or with `hf://owner/name` a repository on the hub.
-
-(Where models come from is `loading.resolve_folder`: a path if there is one of that name, else a hub id.)
-"""
+"""Save a finished model in a local folder, or with `hf://owner/name` in a repository on the hub."""
 
 import re
 import tempfile
@@ -23,7 +20,7 @@ def save_to(model: PreTrainedModel, destination: str, *, source: Path, force: bo
     """Save a model as a folder, or upload it as one; see `save_model` for what the folder holds.
 
     Args:
-        model: what to save.
+        model: to save.
         destination: a local path, or `hf://owner/name`.
         source: the folder that the model came from.
         force: replace what is there.
@@ -45,10 +42,10 @@ def save_to(model: PreTrainedModel, destination: str, *, source: Path, force: bo
 
 
 def require_free(destination: str, *, source: Path, force: bool) -> None:
-    """Refuse a destination before any work is done for it.
+    """Check that a destination may be written, before any work is done for it.
 
     Raises:
-        DestinationError: it exists and `force` is not set, it is the source, or it is no address.
+        DestinationError: it exists and `force` is not set, it is the source, or it is not an address.
     """
     if not destination.startswith(HUB):
         check_free(destination, force=force, sources=(source,))

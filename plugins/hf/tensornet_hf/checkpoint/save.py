@@ -1,4 +1,4 @@
-"""`save_model` and `decompress`: whole folders, written completely or not at all."""
+"""Save models as whole folders, and put stock layers back before saving."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tensornet_hf.checkpoint.folders import write_folder
 from tensornet_hf.checkpoint.links import inside
 from tensornet_hf.checkpoint.quantizer import prepare_for_saving
 
-#: What goes along from the source: tokenizer, templates, licence. Weights, pickles and code do not.
+#: Copied from the source: tokenizer, templates, licence. Weights, pickles and code are not.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
 #: Where sentence-transformers lists its modules and their folders.
@@ -34,7 +34,7 @@ def save_model(
     """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
 
     Args:
-        model: what to save.
+        model: to save.
         destination: the new folder.
         source: the folder that the model came from; its tokenizer and other small files are copied.
         force: replace a model folder that is at the destination.
@@ -78,7 +78,7 @@ def copy_small_files(source: Path, destination: Path) -> list[str]:
 
 
 def _module_files(source: Path) -> list[str]:
-    """Files in the folders that `modules.json` of sentence-transformers names, pickles left out."""
+    """List the files in the folders that `modules.json` of sentence-transformers names, without pickles."""
     if not (source / MODULES).is_file():
         return []
     try:

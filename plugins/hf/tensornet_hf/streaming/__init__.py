@@ -1,4 +1,4 @@
-"""Compressing checkpoints of any size: shard by shard, with many workers, across interruptions."""
+"""Compress checkpoints of any size: shard by shard, with many workers, across interruptions."""
 
 from tensornet.streaming.pool import WorkerError
 from tensornet_hf.streaming.calibrate import calibrate_checkpoint

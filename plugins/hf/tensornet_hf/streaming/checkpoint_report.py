@@ -1,4 +1,4 @@
-"""What compressing a checkpoint did, and what it took."""
+"""Report of the compression of a checkpoint: sizes, files, time and memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class CheckpointReport:
 
     @property
     def param_ratio(self) -> float:
-        """Parameters of the targeted weights after, as a share of before."""
+        """Kept parameters of the targeted weights, over those before."""
         return self.compression.param_ratio
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class CheckpointReport:
 
     @property
     def memory(self) -> str:
-        """What memory the run took, in a line."""
+        """Peak memory of the run, in a line."""
         largest = f"largest tensor {self.largest_tensor / 1e6:,.1f} MB"
         workers = f", {self.worker_memory / 1e6:,.0f} MB in the largest of {self.workers} workers"
         return (
@@ -57,7 +57,7 @@ class CheckpointReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return a JSON-ready form."""
         return self.compression.to_dict() | {
             "files": dict(self.files),
             "left_out": list(self.left_out),

@@ -29,7 +29,7 @@ from tensornet_hf.streaming.skeleton import as_loaded
 
 @dataclass(frozen=True)
 class ExpertSource:
-    """Where the matrices of modules that own several are stored.
+    """Stored places of the matrices of modules that own several.
 
     Args:
         matrices: by the name of the layer, such as `layers.0.mlp.experts.3.down_proj`.
@@ -55,7 +55,7 @@ def take_experts_apart(
         stored: `{parameter of the skeleton: stored name}` of those that are stored as they are.
 
     Raises:
-        FormatError: a mixture of another size than `config.json` says.
+        FormatError: a mixture has another size than `config.json` says.
     """
     joined = _joined_when_loaded(skeleton, tensors)
     matrices: dict[str, StoredMatrix] = {}

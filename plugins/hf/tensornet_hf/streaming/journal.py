@@ -1,4 +1,4 @@
-"""Where a run keeps its work until it is complete: a folder beside the destination, a lock, a journal.
+"""Keep the work of a run until it is complete: a folder beside the destination, a lock, a journal.
 
     .NAME.partial/lock           held while a run writes here
     .NAME.partial/journal        one line for each finished piece or file, with its checksum
@@ -14,9 +14,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from tensornet.errors import DestinationError
 from tensornet.io.atomic import take_place, write_file
@@ -42,7 +44,7 @@ class Staging:
         return self.folder / "journal"
 
     def entries(self) -> list[dict[str, Any]]:
-        """Lines of the journal in order, up to the first torn or changed one."""
+        """Read the lines of the journal in order, up to the first torn or changed one."""
         if not self.journal.is_file():
             return []
         entries = []
@@ -89,13 +91,13 @@ class Staging:
 
 
 def staging_folder(destination: Path) -> Path:
-    """The folder beside a destination: on the same file system, so that the rename is one step."""
+    """Return the folder beside a destination: on the same file system, so that the rename is one step."""
     return destination.with_name(f".{destination.name}.partial")
 
 
 @contextmanager
 def staging(destination: Path) -> Iterator[Staging]:
-    """The staging folder of a destination, made if absent, locked against other runs.
+    """Open the staging folder of a destination, made if absent, locked against other runs.
 
     The lock belongs to the process: the system drops it when the process ends, however it ends.
 
@@ -105,17 +107,19 @@ def staging(destination: Path) -> Iterator[Staging]:
     """
     folder = staging_folder(destination)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("ab") as lock:
-        if not _try_lock(lock):
-            raise DestinationError(
-                f"Another run is writing {destination} (it holds {folder / 'lock'}). Wait for it, or choose "
-                "another destination."
-            )
-        made = Staging(folder)
-        try:
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DestinationError(
+            f"Another run is writing {destination} (it holds {folder / 'lock'}). Wait for it, or choose "
+            "another destination."
+        ) from error
+    try:
+        with closing(Staging(folder)) as made:
             yield made
-        finally:
-            made.close()
+    finally:
+        lock.release()
 
 
 def sync_folder(folder: Path) -> None:
@@ -135,25 +139,10 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """The entry of a line, None if the line is not as it was written."""
+    """Return the entry of a line, or None if the line is not as it was written."""
     checksum, _, text = line.partition(b" ")
     if not line.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest().encode() != checksum:
         return None
     entry = json.loads(text)
     assert isinstance(entry, dict)
     return entry
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    try:
-        if os.name == "posix":
-            import fcntl  # absent elsewhere
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-    except OSError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""The list of a finished folder's files with their checksums, by which it can be checked anywhere."""
+"""List the files of a finished folder with their checksums, and verify a folder by its list."""
 
 import json
 import re
@@ -14,13 +14,13 @@ MANIFEST_VERSION = 1
 
 
 def manifest_text(files: Iterable[Written]) -> str:
-    """Content of the manifest. It says nothing of when and where, so equal folders have equal manifests."""
+    """Return the content of the manifest; equal folders have equal manifests."""
     entries = {file.name: {"bytes": file.nbytes, "sha256": file.sha256} for file in files}
     return json.dumps({"version": MANIFEST_VERSION, "files": dict(sorted(entries.items()))}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Written]:
-    """The files that a folder should hold.
+    """Read the list of files that a folder should hold.
 
     Raises:
         FormatError: there is no manifest, or it is damaged, or names files elsewhere.

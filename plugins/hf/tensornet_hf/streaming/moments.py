@@ -1,4 +1,4 @@
-"""Moments of many layers on the disk, and the one file of statistics that is made of them."""
+"""Keep moments of many layers on the disk, and join them into one file of statistics."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an interrupted run left: which of it may be used, checked byte for byte."""
+"""Take over the work of an interrupted run, checked byte for byte."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Past:
     shards: Mapping[str, tuple[Written, list[str]]]
 
     def entries(self) -> list[dict[str, Any]]:
-        """Lines of the journal that say the same."""
+        """Return the lines of the journal for this work."""
         shards = [
             {"file": name, "sha256": written.sha256, "nbytes": written.nbytes, "parts": keys}
             for name, (written, keys) in self.shards.items()
@@ -38,7 +38,7 @@ class Past:
 
 
 def identity(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
-    """First line of a journal: what the work depends on.
+    """Return the first line of a journal: everything that the work depends on.
 
     Args:
         source: read from.
@@ -72,8 +72,7 @@ def take_over(work: Staging, me: Mapping[str, Any], source: Source) -> Past:
         if first.get(key) != me[key]:
             raise FormatError(
                 f"The interrupted run in {work.folder} had {what}. Repeat them to continue it, or start "
-                "again "
-                "with resume=False (--no-resume)."
+                "again with resume=False (--no-resume)."
             )
     shards = dict(filter(None, (_shard(entry, work) for entry in entries)))
     covered = {key for _, keys in shards.values() for key in keys}

@@ -82,13 +82,13 @@ def compress_checkpoint(
     Args:
         src: a folder with `config.json` and safetensors files; it is only read.
         dst: the new folder.
-        config: what to compress and how far.
+        config: options of the compression.
         workers: processes. With 1, everything happens in this one.
         executor: runs the work instead: any `concurrent.futures.Executor` whose workers see the same file
             system, for example `dask.distributed.Client(...).get_executor()`.
         device: where weights are decomposed.
         resume: continue an interrupted run; otherwise its work is thrown away.
-        plan: forms to use, instead of planning; layers it does not name stay dense.
+        plan: to carry out, instead of planning; layers it does not name stay dense.
         stats: from `calibrate_checkpoint` or `tensornet.calibrate`, better as a file. With them and without
             a plan, one is made here, in this process, over all layers together. Without, each layer is
             planned by the error of its weight alone.
@@ -166,7 +166,7 @@ class _Dense:
 
 @dataclass(frozen=True)
 class _Made:
-    """What a run has written."""
+    """The new folder, while it lies in the staging folder."""
 
     pieces: Mapping[str, Piece]
     tensors: Mapping[str, Slice]
@@ -273,7 +273,7 @@ def _check_device(device: str) -> None:
 
 
 def _stats_file(stats: str | os.PathLike[str] | CalibrationStats | None, work: Staging) -> Path | None:
-    """Where workers find the statistics."""
+    """Return the file in which workers find the statistics."""
     if not isinstance(stats, CalibrationStats):
         return None if stats is None else Path(stats)
     path = work.folder / "stats.safetensors"
@@ -288,7 +288,7 @@ def _make_pieces(
     past: Past,
     options: _Options,
 ) -> dict[str, Piece]:
-    """Make what is not finished; large weights first, so that no worker is left with one at the end."""
+    """Run unfinished tasks; large weights first, so that no worker is left with one at the end."""
     done_before = {name: past.pieces[name] for name in tasks if name in past.pieces}
     if make is copy_matrix:
         done_before = {name: piece for name, piece in done_before.items() if piece.written is not None}
@@ -314,7 +314,7 @@ def _make_pieces(
 def _left_dense(
     experts: ExpertSource, pieces: Mapping[str, Piece], config: CompressionConfig, work: Staging
 ) -> dict[str, PieceTask]:
-    """Matrices that leave their stack as they are: of mixtures of which others became cores."""
+    """Make tasks for matrices that leave their stack dense, since others of the mixture became cores."""
     changed = {experts.modules[name] for name in experts.matrices if name in pieces and pieces[name].specs}
     tasks = {}
     for index, (name, matrix) in enumerate(experts.matrices.items()):
@@ -328,7 +328,7 @@ def _left_dense(
 def _write_shards(
     work: Staging, shards: dict[str, list[Part]], past: Past, options: _Options
 ) -> list[Written]:
-    """Put the files of weights together; pieces that have gone into one are removed."""
+    """Put the files of weights together, and remove the pieces that went into them."""
     keys = {file: [part.key for part in parts] for file, parts in shards.items()}
     if strange := sorted(file for file, (_, old) in past.shards.items() if keys.get(file) != old):
         raise FormatError(
@@ -365,7 +365,7 @@ def _write_shards(
 def _finish(
     work: Staging, source: Source, architecture: str, files: list[Written], rest: dict[str, str]
 ) -> list[Written]:
-    """Add everything but weights, and the manifest."""
+    """Add all files but weights, and the manifest."""
     for file in work.out.rglob("*"):
         if file.is_file() and file.name not in {done.name for done in files}:
             file.unlink()  # of an earlier run that did not come to its end
@@ -391,14 +391,13 @@ def _refuse_quantized(source: Source) -> None:
         method = entry.get("quant_method") if isinstance(entry, dict) else entry
         raise FormatError(
             f"{source.folder} is quantized or compressed already (by {method!r:.80}). Use the original "
-            "model, "
-            "with weights in floating point."
+            "model, with weights in floating point."
         )
 
 
 @contextmanager
 def _told_apart(source: Path, target: Path) -> Iterator[None]:
-    """Say of a failure whether it was in reading or in writing."""
+    """Tell failures of reading and of writing apart."""
     try:
         yield
     except TensorNetError:

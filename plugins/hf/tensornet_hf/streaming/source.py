@@ -1,4 +1,4 @@
-"""The folder to compress: its tensors, its other files, and the marks by which a change is noticed."""
+"""Open the folder to compress: its tensors, its other files, and marks by which a change is noticed."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from tensornet_hf.checkpoint.links import inside
 #: Written anew.
 REWRITTEN = ("config.json", INDEX)
 
-#: What identifies a file between two runs: bytes, time of change in ns, SHA-256 of its header if it has one.
+#: Identifies a file between two runs: bytes, time of change in ns, SHA-256 of its header if it has one.
 Mark = tuple[int, int, str | None]
 
 
@@ -80,12 +80,12 @@ def check_unchanged(source: Source, marks: Mapping[str, Mark | None], *, since: 
 
 
 def marks_now(source: Source) -> dict[str, Mark]:
-    """The marks of the same files as they are now; absent files are left out."""
+    """Return the present marks of the same files; absent files are left out."""
     return {name: _mark(source.folder, name) for name in source.marks if (source.folder / name).is_file()}
 
 
 def _others(folder: Path) -> Iterator[str]:
-    """Everything else, hidden files and weights in other forms left out."""
+    """Yield all other files, without hidden ones and weights in other forms."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
@@ -112,10 +112,10 @@ def _header_hash(path: Path) -> str:
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of JSON-ready content, whatever the order of its keys."""
+    """Return the SHA-256 of JSON-ready content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def total_bytes(parts: Iterable[Slice]) -> int:
-    """Length of several tensors together."""
+    """Return the length of several tensors together."""
     return sum(part.nbytes for part in parts)

@@ -28,14 +28,14 @@ def find_tasks(
     device: str,
     folder: Path,
 ) -> dict[str, PieceTask]:
-    """One task for each weight to compress, by the name of its layer.
+    """Make a task for each weight to compress, by the name of its layer.
 
     Args:
         skeleton: the model on the meta device.
         stored: where its parameters lie, by their names in the skeleton.
         experts: where the matrices of its experts lie, by the names of their layers.
-        config: what to compress.
-        plan: forms to use, instead of planning; layers it does not name stay dense.
+        config: options of the compression.
+        plan: to carry out, instead of planning; layers it does not name stay dense.
         stats: file of the statistics that the plan was made with.
         device: where to compute.
         folder: where the pieces are written.
@@ -101,16 +101,13 @@ def _stored_weight(target: Target, stored: Mapping[str, Slice]) -> StoredMatrix:
     if not found:
         raise TargetError(
             f"The weight of {target.name!r} is not stored under its own name: this checkpoint keeps it in "
-            "another "
-            f"form, or lacks it. Exclude the layer (exclude_modules=[{target.name!r}]), or load the model "
-            "and use "
-            "tensornet.compress."
+            f"another form, or lacks it. Exclude the layer (exclude_modules=[{target.name!r}]), or load the "
+            "model and use tensornet.compress."
         )
     if found[0].dtype not in FLOATS:
         raise TargetError(
             f"The weight of {target.name!r} is stored as {found[0].dtype}; weights of dtype "
-            f"{', '.join(FLOATS)} can "
-            "be compressed. Use the model before quantization, or exclude the layer."
+            f"{', '.join(FLOATS)} can be compressed. Use the model before quantization, or exclude the layer."
         )
     return StoredMatrix((found[0],), transposed=target.kinds[0].name == "conv1d")
 
