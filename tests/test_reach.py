@@ -93,15 +93,6 @@ def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
     assert reach.unknown.keys() == {"LayerNorm", "biases"}
 
 
-def test_checkpoints_of_unknown_models_count_all_tensors(tmp_path: Path) -> None:
-    folder = save("gpt2", tmp_path / "source")
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "unheard_of"}
-    (folder / "config.json").write_text(json.dumps(config))
-    reach = th.compress_checkpoint(folder, tmp_path / "made", tn.CompressionConfig(**HALF)).compression.reach
-    assert reach.total == sum(p.numel() for p in th.load(save("gpt2", tmp_path / "again")).parameters())
-    assert "tensors without a module" in reach.unknown
-
-
 def test_the_command_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save("gpt2", tmp_path / "source")
 

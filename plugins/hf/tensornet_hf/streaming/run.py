@@ -178,7 +178,6 @@ class _Made:
 
 def _open_dense(folder: Path) -> _Dense:
     source = open_source(folder)
-    _refuse_quantized(source)
     skeleton, stored = model_skeleton(source.config, source.tensors)
     names = tuple(skeleton.state_dict())
     return _Dense(source, skeleton, stored, take_experts_apart(skeleton, source.tensors, stored), names)
@@ -289,10 +288,9 @@ def _make_pieces(
     options: _Options,
 ) -> dict[str, Piece]:
     """Run unfinished tasks; large weights first, so that no worker is left with one at the end."""
-    done_before = {name: past.pieces[name] for name in tasks if name in past.pieces}
+    pieces = {name: past.pieces[name] for name in tasks if name in past.pieces}
     if make is copy_matrix:
-        done_before = {name: piece for name, piece in done_before.items() if piece.written is not None}
-    pieces = dict(done_before)
+        pieces = {name: piece for name, piece in pieces.items() if piece.written is not None}
     todo = [(name, task) for name, task in tasks.items() if name not in pieces]
     with progress_bar(
         total=len(tasks),
@@ -383,16 +381,6 @@ def _finish(
         written.append(file_digest(work.out / CARD))
     write_file(work.out / MANIFEST, [manifest_text(written).encode()])
     return written
-
-
-def _refuse_quantized(source: Source) -> None:
-    entry = source.config.get("quantization_config")
-    if entry is not None:
-        method = entry.get("quant_method") if isinstance(entry, dict) else entry
-        raise FormatError(
-            f"{source.folder} is quantized or compressed already (by {method!r:.80}). Use the original "
-            "model, with weights in floating point."
-        )
 
 
 @contextmanager

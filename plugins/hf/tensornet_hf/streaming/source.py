@@ -43,7 +43,7 @@ def open_source(folder: Path) -> Source:
     """Read configuration, index and headers of a model folder.
 
     Raises:
-        FormatError: naming what is missing, damaged, contradictory, or leads out of the folder.
+        FormatError: naming what is missing, damaged, contradictory, quantized, or leads out of the folder.
     """
     if not (folder / "config.json").is_file():
         raise FormatError(
@@ -51,6 +51,12 @@ def open_source(folder: Path) -> Source:
             "save_pretrained."
         )
     config = read_json(inside(folder, "config.json"))
+    if (entry := config.get("quantization_config")) is not None:
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        raise FormatError(
+            f"{folder} is quantized or compressed already (by {method!r:.80}). Use the original model, with "
+            "weights in floating point."
+        )
     files, index = weight_files(folder)
     tensors = read_headers(files)
     for tensor, name in index.items():
