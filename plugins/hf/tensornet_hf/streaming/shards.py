@@ -19,7 +19,6 @@ from tensornet_hf.checkpoint.describe import describe
 from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.checkpoint.headers import WEIGHTS
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
-from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.streaming.expert_slices import ExpertSource
 from tensornet_hf.streaming.source import Source, total_bytes
 
@@ -124,7 +123,7 @@ def config_text(
 def guards(
     dense: Iterable[str], skeleton: nn.Module, pieces: Iterable[Piece], source: Iterable[Slice]
 ) -> Part:
-    """Return empty tensors in place of dense weights, as saving a model writes them (`tensornet_hf.checkpoint.guards`).
+    """Return empty tensors in place of dense weights, as saving a model writes them (`checkpoint.guards`).
 
     Args:
         dense: names of the tensors of the dense model.
