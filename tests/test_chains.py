@@ -23,8 +23,8 @@ from transformers import (
 
 import tensornet as tn
 from tensornet.calibration.sequential import ChainRun, find_chains
+from tensornet.context import without_cache
 from tensornet.healing.teacher_student import Group, PairedMoments, PairedRun
-from tensornet.nn.modes import without_cache
 
 MASK = torch.ones(3, 9, dtype=torch.long)
 MASK[1, 6:] = 0

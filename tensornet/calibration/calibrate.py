@@ -21,9 +21,9 @@ from tensornet.calibration.losses import (
 )
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
+from tensornet.context import in_eval_mode, uncompiled
 from tensornet.errors import NonFiniteError, TargetError
-from tensornet.nn.expansion import expanded
-from tensornet.nn.modes import in_eval_mode, uncompiled
+from tensornet.extension import expanded
 from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
 from tensornet.nn.weight_readers import Run, weight_readers

@@ -13,13 +13,12 @@ from tensornet.compression.curvature_plan import layer_weighting
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.stored_error import decompose_at, relative_gap
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
+from tensornet.extension import expanded, structure_changed
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
-from tensornet.nn.expansion import expanded
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias
-from tensornet.nn.structure_hooks import structure_changed
 from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
 from tensornet.progress import progress_bar
 from tensornet.topologies import Decomposition, topology_family

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
+from tensornet.extension import structure_changed
 from tensornet.io.tensor_files import write_tensors
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of
-from tensornet.nn.structure_hooks import structure_changed
 from tensornet.optional import import_optional
 
 FILE_VERSION = 1

@@ -22,8 +22,8 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, TargetError
+from tensornet.extension import expanded
 from tensornet.linalg.svd import check_finite, working_dtype
-from tensornet.nn.expansion import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets
 from tensornet.progress import progress_bar
 from tensornet.topologies import Decomposition, topology_family

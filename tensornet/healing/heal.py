@@ -15,11 +15,11 @@ from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batc
 from tensornet.calibration.label_shift import field
 from tensornet.calibration.losses import only_hidden, output_distances, pooled, token_mask
 from tensornet.checks import check_size
+from tensornet.context import in_eval_mode
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.io.tensor_files import check_place
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.modes import in_eval_mode
 from tensornet.nn.module import NetworkModule
 from tensornet.progress import progress_bar
 

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.weighted import INPUT_DAMPING, decompose_weighted
+from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import TargetError
 from tensornet.healing.heal import compressed_layers, output_distance
 from tensornet.healing.teacher_student import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.encoding import encode
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.modes import in_eval_mode, uncompiled, without_cache
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of
 from tensornet.progress import progress_bar

@@ -1,6 +1,5 @@
 """Layers made of cores, and the stock layers they stand for."""
 
-import tensornet.nn.fused_paths  # noqa: F401  (registers what keeps PyTorch's encoders right)
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.explain import Explanation, StrategyCost
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear

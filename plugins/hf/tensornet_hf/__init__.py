@@ -7,14 +7,15 @@ from tensornet.optional import require
 
 require(("transformers", "accelerate", "safetensors"), extra="hf", user="tensornet_hf")
 
-import tensornet_hf.falcon_linear
-import tensornet_hf.sample_runs  # noqa: F401  (registers how models are run on made-up data)
+import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
+from tensornet.extension import register_extension
 from tensornet_hf.checkpoint.folders import check_free, write_folder
 from tensornet_hf.checkpoint.headers import Checkpoint, StoredTensor, read_checkpoint
 from tensornet_hf.checkpoint.load import load, resolve_folder
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
 from tensornet_hf.checkpoint.quantizer import TensorNetworkQuantizer, prepare_for_saving
 from tensornet_hf.checkpoint.save import decompress, save_model
+from tensornet_hf.extension import TransformersExtension
 from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_hf.streaming import (
@@ -26,6 +27,8 @@ from tensornet_hf.streaming import (
 )
 from tensornet_hf.text.default_data import embedded_text
 from tensornet_hf.training.callbacks import GradientMaskCallback, RouterStatsCallback
+
+register_extension(TransformersExtension())
 
 __all__ = [
     "Checkpoint",

@@ -23,10 +23,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
+from tensornet.extension import structure_changed
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
 from tensornet.nn.linear import linear_from_network
 from tensornet.nn.stock_layers import layer_bias
-from tensornet.nn.structure_hooks import structure_changed
 from tensornet.topologies import low_rank, topology_family
 
 ALL_LINEAR = "all-linear"

@@ -13,9 +13,9 @@ from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
+from tensornet.extension import expanded
 from tensornet.healing import RefineReport, refine
 from tensornet.healing.heal import HealReport, heal
-from tensornet.nn.expansion import expanded
 from tensornet.nn.targets import all_targets
 from tensornet.progress import progress_bar
 from tensornet_hf.checkpoint.headers import read_checkpoint

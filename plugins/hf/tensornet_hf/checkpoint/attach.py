@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from tensornet.errors import TargetError
+from tensornet.extension import structure_changed
 from tensornet.nn import MPOEmbedding
-from tensornet.nn.structure_hooks import structure_changed
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.describe import compressed_layers, is_inside
 from tensornet_hf.checkpoint.model_card import write_card

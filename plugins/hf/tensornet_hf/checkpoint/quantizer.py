@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, TargetError
-from tensornet.nn.structure_hooks import register_structure_hook
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
 from tensornet_hf.checkpoint.describe import describe, is_inside
@@ -218,4 +217,3 @@ def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
 
 register_quantization_config(METHOD)(TensorNetworkConfig)
 register_quantizer(METHOD)(TensorNetworkQuantizer)
-register_structure_hook(prepare_for_saving)

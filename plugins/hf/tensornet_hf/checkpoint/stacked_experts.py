@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.compression.apply import set_submodule
-from tensornet.nn.expansion import register_expansion
 from tensornet.nn.expert_matrix import ExpertMatrix
 from tensornet_hf.checkpoint.describe import is_inside
 
@@ -200,6 +199,3 @@ def _own(matrix: Tensor) -> Tensor:
 def _bias_names(stock: nn.Module) -> tuple[str, ...]:
     names = ("gate_up_proj" if stock.has_gate else "up_proj", "down_proj")
     return tuple(f"{name}_bias" for name in names) if stock.has_bias else ()
-
-
-register_expansion(experts_apart)

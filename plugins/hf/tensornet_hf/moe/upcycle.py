@@ -9,7 +9,7 @@ from torch import nn
 
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
-from tensornet.nn.structure_hooks import structure_changed
+from tensornet.extension import structure_changed
 from tensornet.progress import progress_bar
 from tensornet_hf.causality import causal_networks
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners

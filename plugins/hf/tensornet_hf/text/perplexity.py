@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.label_shift import field, predicts_next_token
+from tensornet.context import in_eval_mode
 from tensornet.errors import NonFiniteError, ShapeError, TargetError
-from tensornet.nn.modes import in_eval_mode
 from tensornet.progress import progress_bar
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from tensornet.calibration.batches import as_batch
+from tensornet.context import in_eval_mode
 from tensornet.errors import TargetError
 from tensornet.healing.heal import (
     ADAPTER_LR,
@@ -22,7 +23,6 @@ from tensornet.healing.heal import (
     relative_groups,
     trainable_cores,
 )
-from tensornet.nn.modes import in_eval_mode
 from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
 #: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
