@@ -37,7 +37,8 @@ from tensornet.errors import (
     TensorNetError,
     TopologyError,
 )
-from tensornet.healing import HealReport, heal
+from tensornet.extension import ModelExtension, register_extension
+from tensornet.healing import HealingConfig, HealReport, heal
 from tensornet.linalg.svd import TruncatedSVD, truncated_svd
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
@@ -60,10 +61,12 @@ __all__ = [
     "DestinationError",
     "FormatError",
     "HealReport",
+    "HealingConfig",
     "LayerPlan",
     "LayerReport",
     "Machine",
     "MissingDependencyError",
+    "ModelExtension",
     "NonFiniteError",
     "SearchPoint",
     "ShapeError",
@@ -84,6 +87,7 @@ __all__ = [
     "measure_machine",
     "nn",
     "plan",
+    "register_extension",
     "register_topology",
     "save_model",
     "search_topology",

@@ -21,6 +21,7 @@ from tensornet_hf.embedded import gpt2_path
 #: Tries to load each folder by each call; prints what came of it, a line each.
 STRANGER = """
 import sys, torch, transformers
+from tensornet_hf.checkpoint.headers import read_checkpoint
 assert not any(name.startswith("tensornet") for name in sys.modules)
 for line in sys.argv[1:]:
     folder, name = line.rsplit(":", 1)
@@ -99,7 +100,7 @@ def test_nothing_of_ours_sees_them(
     layers = model.config.quantization_config.layers
     assert guards.keys() == {f"{name}.weight" for name in layers}
     assert sum(len(name) + 60 for name in guards) < 20_000
-    checkpoint = th.read_checkpoint(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
     assert not guards.keys() & checkpoint.tensors.keys()
     inspected = inspect_folder(tmp_path)
     assert inspected.params == sum(x.numel() for x in {id(p): p for p in model.parameters()}.values())

@@ -186,7 +186,7 @@ def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixt
     said = capfd.readouterr().err
     assert len(re.findall(r"layers refitted: distance .* on text held back", said)) == 2
     assert len(re.findall(r"healed for 30 steps, 30 of them now", said)) == 2
-    assert said.count("what was foreseen is for the model before that") == 3
+    assert said.count("what was predicted is for the model before that") == 3
     dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     batch = {"input_ids": TextWindows(gpt2_path(), heldout_text()[:20_000], length=128).windows[:16]}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`calibrate`: run a model over text and collect second moments, streaming, in bounded memory."""
+"""`calibrate`: run a model over text and accumulate second moments in bounded memory."""
 
 import math
 import weakref
@@ -34,7 +34,7 @@ Fisher = Literal["labels", "sampled"]
 _OWN = (label_losses, sampled_losses)
 
 
-@torch.inference_mode(False)  # there, no gradient could be had
+@torch.inference_mode(False)  # inside it nothing can be differentiated
 def calibrate(
     model: nn.Module,
     batches: Iterable[BatchLike],
@@ -48,7 +48,7 @@ def calibrate(
     source: str = "calibration data",
     progress: bool = False,
 ) -> CalibrationStats:
-    """Collect what `plan` needs to know the price of an error in each weight.
+    """Collect the second moments that predict the loss increase of an error in each weight.
 
     Memory is that of the moments plus one batch; weights get no gradients. The model runs in eval mode on
     the device its parameters are on, and is left as it was.
@@ -83,42 +83,75 @@ def calibrate(
     check_batches(batches, "calibrate")
     _check_arguments(fisher, gradient_batches)
     recorder = _Recorder(full_up_to, dtype)
-    total, scored, count = 0.0, 0, 0
+    runs = _Runs(model, recorder, loss_fn, fisher, gradient_batches)
     length = len(batches) if isinstance(batches, Sized) else None
     with _observed(model, recorder, config):
         device = next(model.parameters()).device
         for batch in progress_bar(
             batches, desc="calibrating", disable=not progress, unit="batch", total=length
         ):
-            recorder.batch = as_batch(batch, model, device)
-            if count == 0:
-                recorder.readers = weight_readers(model, [_batch_run(recorder.batch, loss_fn)])
-            with_gradients = gradient_batches is None or count < gradient_batches
-            with torch.set_grad_enabled(with_gradients):
-                if count == 0 and (with_gradients if loss_fn is None else loss_fn in _OWN):
-                    with recorder.paused():
-                        default = default_losses(model, recorder.batch, fisher)
-                    loss_fn = loss_fn or default
-                if with_gradients:
-                    assert loss_fn is not None
-                    each = _checked(loss_fn(model, recorder.batch))
-                    each.sum().backward()
-                    total, scored = total + float(each.detach().sum()), scored + each.numel()
-                elif loss_fn is not None:  # it knows how this model is called
-                    loss_fn(model, recorder.batch)
-                else:
-                    run_model(model, recorder.batch)
-            count += 1
-    if count == 0:
-        raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
-    if scored == 0 and gradient_batches != 0:
-        raise TargetError(
-            "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
-            "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
-        )
-    loss = total / scored if scored else None
-    # A random projection is no loss of tokens, of which a perplexity could be told.
-    return recorder.finish(scored, math.nan if loss_fn in PROJECTIONS and scored else loss, source)
+            runs.add(as_batch(batch, model, device))
+    return recorder.finish(runs.scored, runs.mean_loss(), source)
+
+
+@dataclass
+class _Runs:
+    """Runs of the model on one batch after another, and the losses of their tokens."""
+
+    model: nn.Module
+    recorder: "_Recorder"
+    loss_fn: TokenLosses | None
+    fisher: Fisher
+    gradient_batches: int | None
+    total: float = 0.0
+    scored: int = 0
+    count: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Run the model on a batch, and differentiate unless enough batches were."""
+        self.recorder.batch = batch
+        with_gradients = self.gradient_batches is None or self.count < self.gradient_batches
+        if self.count == 0:
+            self._first(batch, with_gradients)
+        with torch.set_grad_enabled(with_gradients):
+            if with_gradients:
+                assert self.loss_fn is not None
+                each = _checked(self.loss_fn(self.model, batch))
+                each.sum().backward()
+                self.total += float(each.detach().sum())
+                self.scored += each.numel()
+            elif self.loss_fn is not None:  # it knows how this model is called
+                self.loss_fn(self.model, batch)
+            else:
+                run_model(self.model, batch)
+        self.count += 1
+
+    def _first(self, batch: Batch, with_gradients: bool) -> None:
+        """Find readers of weights and the default loss on the first batch."""
+        self.recorder.readers = weight_readers(self.model, [_batch_run(batch, self.loss_fn)])
+        with torch.set_grad_enabled(with_gradients):
+            if with_gradients if self.loss_fn is None else self.loss_fn in _OWN:
+                with self.recorder.paused():
+                    default = default_losses(self.model, batch, self.fisher)
+                self.loss_fn = self.loss_fn or default
+
+    def mean_loss(self) -> float | None:
+        """Return the mean loss of a token; None without gradients, NaN for random projections.
+
+        Raises:
+            TargetError: there was no batch, or no token with a loss.
+        """
+        if self.count == 0:
+            raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
+        if self.scored == 0 and self.gradient_batches != 0:
+            raise TargetError(
+                "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
+                "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
+            )
+        if not self.scored:
+            return None
+        # A random projection is not a loss of tokens, and has no perplexity.
+        return math.nan if self.loss_fn in PROJECTIONS else self.total / self.scored
 
 
 def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
@@ -126,10 +159,10 @@ def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
 
 
 def _checked(losses: Any) -> Tensor:
-    """Losses of a function that callers may have written.
+    """Return the losses of a function that callers may have written.
 
     Raises:
-        TargetError: no tensor, or one that no gradient comes from.
+        TargetError: they are not a tensor that requires gradients.
     """
     if isinstance(losses, Tensor) and losses.requires_grad:
         return losses
@@ -141,10 +174,10 @@ def _checked(losses: Any) -> Tensor:
 
 
 def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
-    """Refuse what would be taken for something else.
+    """Raise ValueError unless both options are valid.
 
     Raises:
-        ValueError: an option that is none.
+        ValueError: naming the option.
     """
     if fisher not in ("labels", "sampled"):
         raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
@@ -168,7 +201,7 @@ class _Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """See nothing of what runs inside."""
+        """Record nothing inside the block."""
         self.seeing = False
         try:
             yield

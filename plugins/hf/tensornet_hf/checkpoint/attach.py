@@ -61,23 +61,23 @@ class CompressedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the class of transformers: the name of the subclass leads to that one."""
-        _, _, *rest = super().__reduce_ex__(max(2, protocol))
-        return (_new, (_stock_class(type(self)),), *rest)
+        state: Any = super().__reduce_ex__(max(2, protocol))
+        return (_new, (_stock_class(type(self)),), *state[2:])
 
 
 @cache
-def _compressed_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _compressed_class(stock: Any) -> Any:
     """Make the subclass for attached models of a class; the same one each time."""
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(stock)(stock.__name__, (CompressedModel, stock), names)
 
 
-def _stock_class(kind: type) -> type[PreTrainedModel]:
+def _stock_class(kind: type) -> Any:
     """Return the class that a subclass was made for."""
     return kind.__mro__[kind.__mro__.index(CompressedModel) + 1]
 
 
-def _new(stock: type[PreTrainedModel]) -> PreTrainedModel:
+def _new(stock: type) -> Any:
     """Make an empty attached model, which unpickling and copying fill."""
     kind = _compressed_class(stock)
     return kind.__new__(kind)
@@ -104,7 +104,7 @@ def attach(model: PreTrainedModel, config: TensorNetworkConfig, quantizer: HfQua
         setattr(model, name, value)
     model.config.quantization_config = config
     if not isinstance(model, CompressedModel):
-        model.__class__ = _compressed_class(type(model))
+        model.__class__ = _compressed_class(type(model))  # type: ignore[arg-type]
     ties.hand_over(model, config.layers, config.ties)
 
 

@@ -80,9 +80,14 @@ def calibration_data(
         return CalibrationData(tuple(batches), label_losses, windows.numel())
     tokenizer = _tokenizer_of(model, folder)
     passages = _passages(model, tokenizer, text)
-    if type(model).__name__.endswith("ForMaskedLM"):
+    if scores_tokens(type(model)):
         return _collected(_hidden(passages, tokenizer), sampled_losses, tokens)
     return _collected(passages, _losses_of(model, tokenizer), tokens)
+
+
+def scores_tokens(kind: type[PreTrainedModel]) -> bool:
+    """Return whether models of a class are scored on tokens, so that a perplexity describes them."""
+    return kind.can_generate() or kind.__name__.endswith("ForMaskedLM")
 
 
 def text_windows(

@@ -10,6 +10,24 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tensornet.errors import FormatError, TargetError
 
 
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8, or empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    if not text.strip():
+        raise ValueError(f"{path} holds no text.")
+    return text
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder.
 
