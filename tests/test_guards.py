@@ -15,13 +15,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipelin
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.inspection import inspect_folder
 from tensornet_hf.embedded import gpt2_path
 
 #: Tries to load each folder by each call; prints what came of it, a line each.
 STRANGER = """
 import sys, torch, transformers
-from tensornet_hf.checkpoint.headers import read_checkpoint
 assert not any(name.startswith("tensornet") for name in sys.modules)
 for line in sys.argv[1:]:
     folder, name = line.rsplit(":", 1)

@@ -82,10 +82,10 @@ def calibrate(
         check_type("config", config, LayerSelection, advice)
     check_batches(batches, "calibrate")
     _check_arguments(fisher, gradient_batches)
-    recorder = _Recorder(full_up_to, dtype)
+    recorder = Recorder(full_up_to, dtype)
     runs = _Runs(model, recorder, loss_fn, fisher, gradient_batches)
     length = len(batches) if isinstance(batches, Sized) else None
-    with _observed(model, recorder, config):
+    with observed(model, recorder, config):
         device = next(model.parameters()).device
         for batch in progress_bar(
             batches, desc="calibrating", disable=not progress, unit="batch", total=length
@@ -99,7 +99,7 @@ class _Runs:
     """Runs of the model on one batch after another, and the losses of their tokens."""
 
     model: nn.Module
-    recorder: "_Recorder"
+    recorder: "Recorder"
     loss_fn: TokenLosses | None
     fisher: Fisher
     gradient_batches: int | None
@@ -185,8 +185,8 @@ def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
         raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
 
 
-class _Recorder:
-    """Running sums of one calibration. Hooks call it; `finish` divides."""
+class Recorder:
+    """Running sums of one calibration: hooks add to them, `finish` divides."""
 
     def __init__(self, full_up_to: int, dtype: torch.dtype) -> None:
         self.full_up_to, self.dtype = full_up_to, dtype
@@ -318,14 +318,14 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 @contextmanager
-def _observed(model: nn.Module, recorder: _Recorder, config: LayerSelection | None) -> Iterator[None]:
-    """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
+def observed(model: nn.Module, recorder: Recorder, config: LayerSelection | None) -> Iterator[None]:
+    """Record the chosen layers inside the block, in eval mode and with frozen weights."""
     with expanded(model), in_eval_mode(model), uncompiled(), _hooked(model, recorder, config):
         yield
 
 
 @contextmanager
-def _hooked(model: nn.Module, recorder: _Recorder, config: LayerSelection | None) -> Iterator[None]:
+def _hooked(model: nn.Module, recorder: Recorder, config: LayerSelection | None) -> Iterator[None]:
     targets = find_targets(model, config or LayerSelection(target_modules="all"))
     check_loaded(targets)
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
@@ -348,7 +348,7 @@ def _hooked(model: nn.Module, recorder: _Recorder, config: LayerSelection | None
             parameter.requires_grad_(flag)
 
 
-def _input_hook(name: str, recorder: _Recorder) -> Any:
+def _input_hook(name: str, recorder: Recorder) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         (given,) = (*args, *kwargs.values())  # some models name the only argument
         kind = kind_of(module)
@@ -360,7 +360,7 @@ def _input_hook(name: str, recorder: _Recorder) -> Any:
     return hook
 
 
-def _output_hook(name: str, recorder: _Recorder) -> Any:
+def _output_hook(name: str, recorder: Recorder) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None

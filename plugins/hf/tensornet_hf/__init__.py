@@ -14,15 +14,9 @@ from tensornet_hf.checkpoint.load import load
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
 from tensornet_hf.checkpoint.quantizer import prepare_for_saving
 from tensornet_hf.checkpoint.save import decompress, save_model
+from tensornet_hf.compress_options import CompressOptions, OptionError
 from tensornet_hf.extension import TransformersExtension
-from tensornet_hf.folder_compression import (
-    CompressOptions,
-    FolderReport,
-    OptionError,
-    PlannedFolder,
-    compress_folder,
-    plan_folder,
-)
+from tensornet_hf.folder_compression import FolderReport, PlannedFolder, compress_folder, plan_folder
 from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_hf.pipeline import upcycle_folder

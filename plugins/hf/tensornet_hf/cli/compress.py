@@ -12,7 +12,8 @@ from tensornet.compression import CompressionConfig
 from tensornet.errors import BudgetError
 from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.values import parse_share, parse_size
-from tensornet_hf.folder_compression import CompressOptions, FolderReport, compress_folder, plan_folder
+from tensornet_hf.compress_options import CompressOptions
+from tensornet_hf.folder_compression import FolderReport, compress_folder, plan_folder
 
 
 def run(

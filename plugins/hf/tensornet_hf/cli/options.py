@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tensornet_hf.cli.values import parse_device
-from tensornet_hf.folder_compression import OptionError
+from tensornet_hf.compress_options import OptionError
 
 Source = Annotated[str, typer.Argument(help="Model folder, or hub id where no folder has that name.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, run_model
-from tensornet.calibration.calibrate import _observed, _Recorder
+from tensornet.calibration.calibrate import Recorder, observed
 from tensornet.calibration.losses import TokenLosses, label_losses
 from tensornet.calibration.sequential import Stop, hidden_of
 from tensornet.compression import CompressionConfig
@@ -72,7 +72,7 @@ def calibrate_checkpoint(
     _, blocks = find_blocks(model)
     with tempfile.TemporaryDirectory(dir=spill or Path(path).parent, prefix=SPILL) as folder:
         run = _Streamed(model, blocks, Path(folder), full_up_to)
-        with _observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
+        with observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
             run.enter([as_batch(batch, model, torch.device("cpu")) for batch in batches])
             bar = progress_bar(total=2 * len(blocks), desc="calibrating", disable=not progress, unit="block")
             for index in range(len(blocks)):
@@ -128,7 +128,7 @@ class _Streamed:
         self.batches: list[Batch] = []
         self.calls: list[list[_Call]] = []  # by batch and block
         self.shape: Callable[[Tensor], Any] = lambda hidden: hidden  # what a block returns for a hidden state
-        self.recorder: _Recorder | None = None
+        self.recorder: Recorder | None = None
         self.sees = "nothing"
         self.tokens = 0
 
@@ -209,12 +209,12 @@ class _Streamed:
         self.moments.add(self._recorder.finish(scored, None, ""))
 
     @property
-    def _recorder(self) -> _Recorder:
+    def _recorder(self) -> Recorder:
         assert self.recorder is not None
         return self.recorder
 
     def _observe(self, what: str) -> None:
-        self.recorder, self.sees = _Recorder(self.full_up_to, torch.float32), what
+        self.recorder, self.sees = Recorder(self.full_up_to, torch.float32), what
 
     def _note_call(self, number: int) -> Callable[[int, Tensor, _Call], Any]:
         def note(index: int, hidden: Tensor, call: _Call) -> Any:
