@@ -252,7 +252,7 @@ class Recorder:
         _accumulate(self.gradients, name, self._moment(self._tokens(gradient)))
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
-        """Means: inputs over the tokens a layer saw, gradients over the tokens that have a loss."""
+        """Return means: inputs over the tokens of a layer, gradients over the tokens that have a loss."""
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
@@ -300,13 +300,13 @@ class _Reading:
         self._version = _version(x)
 
     def joins(self, name: str, x: Tensor) -> bool:
-        """Whether a layer reads this tensor, unchanged, for the first time."""
+        """Return whether a layer reads this tensor, unchanged, for the first time."""
         unchanged = self._version is not None and _version(x) == self._version
         return self._of() is x and unchanged and name not in self.layers
 
 
 def _version(x: Tensor) -> int | None:
-    """Number of in-place changes of a tensor; None if it keeps no count of them."""
+    """Return the number of in-place changes of a tensor; None if it does not count them."""
     return None if x.is_inference() else x._version
 
 

@@ -92,7 +92,7 @@ def validation_data(model: PreTrainedModel, folder: Path, text: str) -> Calibrat
     """Make batches of the beginning of a text, for `PreparedPlan.measured`.
 
     Raises:
-        TargetError: a classifier, which a text gives no labels that a loss could be measured with.
+        TargetError: a classifier, a text has no labels for it, so no loss can be measured.
         ValueError: the text is too short.
     """
     data = calibration_data(model, folder, text, tokens=VALIDATION_TOKENS)
@@ -115,7 +115,7 @@ def heal_on(
     checkpoint: Path | None = None,
     progress: bool = False,
 ) -> HealReport:
-    """Train the cores to the dense model's outputs on a whole text, a batch in a step, in mixed order.
+    """Train the cores to the dense model's outputs on a whole text, one batch a step, in random order.
 
     With a checkpoint an interrupted run goes on where it was, see `tensornet.heal`.
 

@@ -1,4 +1,4 @@
-"""What several commands need: options with their help, output for people and for machines."""
+"""Options, output and errors that several commands share."""
 
 import json
 import sys
@@ -36,12 +36,12 @@ TextFile = Annotated[Path, typer.Option(help="Text file, UTF-8.")]
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     typer.echo(json.dumps(data, indent=1))
 
 
 def print_lines(*lines: str) -> None:
-    """Plain text on stdout, nothing of it read as markup."""
+    """Print plain text on stdout, without interpreting markup."""
     for line in lines:
         typer.echo(line)
 
@@ -63,12 +63,12 @@ def print_result(result: Printable, as_json: bool) -> None:
 
 
 def note(text: str) -> None:
-    """A remark on stderr."""
+    """Print a remark on stderr."""
     typer.echo(f"tensornet: note: {text}", err=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout, first column left, the others right; as wide as it needs when piped."""
+    """Print a table on stdout, the first column aligned left, the others right."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):

@@ -1,4 +1,4 @@
-"""Singular-value spectra of the unfoldings that a decomposition cuts."""
+"""Singular-value spectra of the unfoldings that a decomposition truncates."""
 
 import math
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from tensornet.topology import Topology
 
 @dataclass(frozen=True)
 class BondSpectrum:
-    """What one bond cuts.
+    """Spectrum that one bond truncates.
 
     Args:
         values: singular values in descending order, divided by the largest.
-        kept: how many of them the bond keeps.
-        exact: whether the bond cuts exactly this spectrum. If not (a family that is no chain), `values`
+        kept: number of values that the bond keeps.
+        exact: whether the bond truncates exactly this spectrum. If not (other families), `values`
             belong to the weight itself and `kept` is the rank of the same number of parameters.
     """
 
@@ -30,7 +30,7 @@ class BondSpectrum:
 
 @torch.no_grad()
 def bond_spectra(matrix: Tensor, layer: LayerPlan) -> tuple[BondSpectrum, ...]:
-    """One spectrum for each bond of the planned form; that of the weight for a layer that stays dense.
+    """Return one spectrum for each planned bond; that of the weight for a layer that stays dense.
 
     Args:
         matrix: the dense weight, shape `(out_features, in_features)`.
@@ -50,7 +50,7 @@ def bond_spectra(matrix: Tensor, layer: LayerPlan) -> tuple[BondSpectrum, ...]:
 
 
 def _chain_spectra(matrix: Tensor, topology: Topology) -> tuple[BondSpectrum, ...]:
-    """Bond `k` of a chain cuts the matrix whose rows are the legs of the sites before it."""
+    """Return the spectra of a chain: bond `k` truncates the matrix with the legs before it as rows."""
     out_dims, in_dims = topology.out_dims, topology.in_dims
     sites = len(out_dims)
     order = [axis for site in range(sites) for axis in (site, sites + site)]
@@ -64,7 +64,7 @@ def _chain_spectra(matrix: Tensor, topology: Topology) -> tuple[BondSpectrum, ..
 
 
 def _bond_between(topology: Topology, bond: int) -> int:
-    """Size of the label that the cores on both sides of a bond share."""
+    """Return the size of the label that the cores on both sides of a bond share."""
     left, right = topology.cores[bond - 1], topology.cores[bond]
     (label,) = set(left.labels) & set(right.labels)
     return topology.size_of[label]
