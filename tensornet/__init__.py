@@ -37,10 +37,11 @@ from tensornet.errors import (
     TensorNetError,
     TopologyError,
 )
-from tensornet.healing import HealReport, heal
+from tensornet.healing import HealingConfig, HealReport, heal
 from tensornet.linalg.svd import TruncatedSVD, truncated_svd
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
+from tensornet.nn.extension import ModelExtension, register_extension
 from tensornet.search import SearchPoint, TopologySearch, search_topology
 from tensornet.topologies import register_topology
 from tensornet.topology import CoreSpec, Topology
@@ -60,10 +61,12 @@ __all__ = [
     "DestinationError",
     "FormatError",
     "HealReport",
+    "HealingConfig",
     "LayerPlan",
     "LayerReport",
     "Machine",
     "MissingDependencyError",
+    "ModelExtension",
     "NonFiniteError",
     "SearchPoint",
     "ShapeError",
@@ -84,6 +87,7 @@ __all__ = [
     "measure_machine",
     "nn",
     "plan",
+    "register_extension",
     "register_topology",
     "save_model",
     "search_topology",

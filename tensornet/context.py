@@ -1,11 +1,12 @@
-"""Results that do not depend on what a caller has switched on: autocast, another default device."""
+"""Context managers and decorators that fix autocast, default device, eval mode, compilation and caches."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -14,7 +15,7 @@ _DEVICES = ("cpu", "cuda")
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Switch autocast off in a function: products of singular vectors in 16 bits would break its bounds."""
+    """Disable autocast in a function, whose error bounds products in 16 bits would break."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -28,10 +29,10 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
-    """Make new tensors on the CPU in a function, whatever `torch.set_default_device` says.
+    """Create new tensors on the CPU in a function, whatever `torch.set_default_device` says.
 
-    Prices and ranks are worked out there, beside weights on any device. Not for functions that run a model,
-    which may rely on the default.
+    Sensitivities and ranks are computed there, beside weights on any device. Not for functions that run a
+    model, which may rely on the default.
     """
 
     @wraps(function)
@@ -40,3 +41,47 @@ def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode inside the block and restore the mode of every module after it.
+
+    The fused paths of PyTorch's encoders are disabled, since they bypass the hooks of layers.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run modules that `torch.compile` has wrapped eagerly, so that hooks on their parts are called."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Disable the key/value cache of a model whose blocks run several times on one batch.
+
+    The cache would take every further run for new tokens.
+    """
+    found = (getattr(module, "config", None) for module in model.modules())  # stacks may have copies
+    configs: list[Any] = [*{id(x): x for x in found if getattr(x, "use_cache", None) is not None}.values()]
+    flags = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, flag in zip(configs, flags, strict=True):
+            config.use_cache = flag

@@ -10,7 +10,7 @@ from hf_models import gpt2
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.healing.heal import output_distance
+from tensornet.healing.objective import output_distance
 
 CONFIG = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank", pivoted=True)
 

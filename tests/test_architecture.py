@@ -113,6 +113,30 @@ def test_moe_imports_no_hugging_face() -> None:
     assert offenders(python_files(MOE), {"tensornet_hf"} | HUGGING_FACE) == {}
 
 
+def test_plugins_import_no_private_name_of_another_package() -> None:
+    found = {
+        f"{path.relative_to(ROOT)}: {node.module}.{alias.name}"
+        for root in (MOE, HF)
+        for path in python_files(root)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tensornet")
+        for alias in node.names
+        if node.module.split(".")[0] != root.name
+        and any(part.startswith("_") for part in (*node.module.split("."), alias.name))
+    }
+    assert found == set()
+
+
+def test_the_hugging_face_plugin_registers_one_extension() -> None:
+    calls = [
+        path.name
+        for path in python_files(HF, MOE)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_extension"
+    ]
+    assert calls == ["__init__.py"]
+
+
 @pytest.mark.parametrize("package", ["tensornet", "tensornet_moe"])
 def test_loading_a_package_loads_nothing_optional(package: str) -> None:
     plugins = {"tensornet_hf", "tensornet_moe"} - {package}

@@ -23,10 +23,10 @@ from transformers import (
 
 import tensornet as tn
 from tensornet.calibration.sequential import ChainRun, find_chains
+from tensornet.context import without_cache
 from tensornet.errors import TargetError
 from tensornet.healing.teacher_student import Group, PairedMoments, PairedRun
-from tensornet.nn.expansion import expanded
-from tensornet.nn.modes import without_cache
+from tensornet.nn.extension import expanded
 
 MASK = torch.ones(3, 9, dtype=torch.long)
 MASK[1, 6:] = 0

@@ -18,7 +18,8 @@ import tensornet as tn
 from tensornet.compression.reach import measure_reach
 from tensornet.healing import refine
 from tensornet.nn import MatrixAttention, MatrixConvolution, MatrixRecurrence
-from tensornet.nn.expansion import expanded, settle, take_apart
+from tensornet.nn.expansion import settle, take_apart
+from tensornet.nn.extension import expanded
 from tensornet.nn.recurrent import in_one_chunk
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipelin
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.inspection import inspect_folder
 from tensornet_hf.embedded import gpt2_path
 
@@ -99,7 +100,7 @@ def test_nothing_of_ours_sees_them(
     layers = model.config.quantization_config.layers
     assert guards.keys() == {f"{name}.weight" for name in layers}
     assert sum(len(name) + 60 for name in guards) < 20_000
-    checkpoint = th.read_checkpoint(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
     assert not guards.keys() & checkpoint.tensors.keys()
     inspected = inspect_folder(tmp_path)
     assert inspected.params == sum(x.numel() for x in {id(p): p for p in model.parameters()}.values())

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against
-from tensornet.healing.heal import compressed_layers, layer_step, output_distance, trainable_cores
+from tensornet.healing.objective import layer_step, output_distance
+from tensornet.healing.trained import compressed_layers, trainable_cores
 
 
 def test_end_to_end_healing_brings_the_models_together() -> None:

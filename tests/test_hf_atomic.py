@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 import tensornet_hf as th
 from tensornet.errors import DestinationError
+from tensornet_hf.checkpoint.folders import check_free, write_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -20,7 +21,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def write_and_fail(target: Path, failure: Exception, *, force: bool = False) -> None:
-    with th.write_folder(target, force=force) as folder:
+    with write_folder(target, force=force) as folder:
         (folder / "half").write_text("half")
         raise failure
 
@@ -36,7 +37,7 @@ def old_model(tmp_path: Path) -> Path:
 
 def test_takes_its_place_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
-    with th.write_folder(target) as folder:
+    with write_folder(target) as folder:
         (folder / "a").write_text("a")
         assert not target.exists()
         assert folder.parent == target.parent
@@ -55,11 +56,11 @@ def test_an_error_leaves_nothing_and_loses_nothing(tmp_path: Path, old_model: Pa
 
 
 def test_existing_destination_is_refused_unless_forced(old_model: Path) -> None:
-    for refuse in (th.check_free, lambda path: th.write_folder(path).__enter__()):
+    for refuse in (check_free, lambda path: write_folder(path).__enter__()):
         with pytest.raises(DestinationError, match=r"exists already.*force"):
             refuse(old_model)
     assert contents(old_model).keys() == {"config.json", "old"}
-    with th.write_folder(old_model, force=True) as folder:
+    with write_folder(old_model, force=True) as folder:
         (folder / "a").write_text("a")
     assert contents(old_model.parent) == {"model/a": b"a"}
 
@@ -69,11 +70,11 @@ def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
     with pytest.raises(DestinationError, match="no model folder"):
-        th.check_free(tmp_path / "home", force=True)
+        check_free(tmp_path / "home", force=True)
     with pytest.raises(DestinationError, match="is a file"):
-        th.check_free(tmp_path / "file", force=True)
+        check_free(tmp_path / "file", force=True)
     (tmp_path / "empty").mkdir()
-    th.check_free(tmp_path / "empty")  # as `mkdtemp` leaves it
+    check_free(tmp_path / "empty")  # as `mkdtemp` leaves it
 
 
 def test_the_source_is_never_replaced(old_model: Path, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_the_source_is_never_replaced(old_model: Path, tmp_path: Path) -> None:
     link.symlink_to(old_model)
     for target in (old_model, link, tmp_path):
         with pytest.raises(DestinationError, match="is or holds the source"):
-            th.check_free(target, force=True, sources=(old_model,))
+            check_free(target, force=True, sources=(old_model,))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ raise SystemExit("no error")
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DestinationError, match="Cannot write"), th.write_folder(tmp_path / "file" / "model"):
+    with pytest.raises(DestinationError, match="Cannot write"), write_folder(tmp_path / "file" / "model"):
         pass
 
 

@@ -59,11 +59,15 @@ def test_links_out_of_a_folder_are_not_copied(encoder: Path, tmp_path: Path) -> 
     assert not (tmp_path / "made").exists()
 
 
-def test_layers_replaced_by_hand_are_saved(tmp_path: Path) -> None:
+def test_layers_replaced_by_hand_are_saved_once_described(tmp_path: Path) -> None:
     model = GPT2.dense
     mlp = model.transformer.h[0].mlp
     mlp.c_fc = tn.nn.TensorNetworkLinear.from_linear(mlp.c_fc, topology="low_rank", max_bond=4)
-    model.save_pretrained(tmp_path)
-    loaded = th.load(tmp_path)
+    model.save_pretrained(tmp_path / "undescribed")
+    with pytest.raises(FormatError, match=r"stores cores \(.*mlp.c_fc.*prepare_for_saving\(model\)"):
+        th.load(tmp_path / "undescribed")
+    assert th.prepare_for_saving(model)
+    model.save_pretrained(tmp_path / "described")
+    loaded = th.load(tmp_path / "described")
     torch.testing.assert_close(logits(loaded, GPT2), logits(model.eval(), GPT2))
     assert [*loaded.config.quantization_config.layers] == ["transformer.h.0.mlp.c_fc"]

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.healing.heal import compressed_layers, output_distance, trainable_cores
+from tensornet.healing.objective import output_distance
+from tensornet.healing.trained import compressed_layers, trainable_cores
 from tensornet_hf import pipeline as conversion
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
@@ -158,6 +159,9 @@ def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
     options = {"steps": 2, "output_dir": str(tmp_path), **OPTIONS}
     with pytest.raises(tn.TargetError, match=r"copy\.deepcopy\(model\)"):
         heal(student, student, Examples(), **options)
+    for layer in compressed_layers(student).values():
+        layer.requires_grad_(False)
+    flags = [p.requires_grad for p in student.parameters()]
     with pytest.raises(tn.TargetError, match="layer_steps=0"):
         heal(student, teacher, Examples(), layer_steps=2, parameters="trainable", **options)
     assert [p.requires_grad for p in student.parameters()] == flags
@@ -182,7 +186,7 @@ def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixt
     said = capfd.readouterr().err
     assert len(re.findall(r"layers refitted: distance .* on text held back", said)) == 2
     assert len(re.findall(r"healed for 30 steps, 30 of them now", said)) == 2
-    assert said.count("what was foreseen is for the model before that") == 3
+    assert said.count("what was predicted is for the model before that") == 3
     dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     batch = {"input_ids": TextWindows(gpt2_path(), heldout_text()[:20_000], length=128).windows[:16]}
     with torch.no_grad():
@@ -232,13 +236,13 @@ PROGRAM = """
 import os, signal, sys
 from tensornet_hf.cli.main import run
 module = sys.modules["tensornet.healing.heal"]
-before, made = module._end_to_end, []
+before, made = module.end_to_end_step, []
 def step(*arguments):
     if len(made) == {stop_at}:
         os.kill(os.getpid(), signal.SIGKILL)
     made.append(1)
     return before(*arguments)
-module._end_to_end = step
+module.end_to_end_step = step
 status = run(sys.argv[1:])
 print(len(made), "steps")
 sys.exit(status)

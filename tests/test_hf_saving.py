@@ -18,12 +18,13 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import FormatError
 from tensornet.nn import NetworkModule
+from tensornet_hf.checkpoint.headers import read_checkpoint
 
 each = pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.name)
 
 
 def stored_names(folder: Path) -> set[str]:
-    return set(th.read_checkpoint(folder).tensors)
+    return set(read_checkpoint(folder).tensors)
 
 
 def assert_same(a: nn.Module, b: nn.Module, architecture: Architecture, atol: float = 0.0) -> None:
@@ -36,7 +37,7 @@ def test_only_cores_are_saved_and_every_core_once(architecture: Architecture, tm
     model.save_pretrained(tmp_path)
     layers = {name for name, module in model.named_modules() if isinstance(module, NetworkModule)}
     assert not stored_names(tmp_path) & {f"{layer}.weight" for layer in layers}
-    stored = sum(torch.Size(t.shape).numel() for t in th.read_checkpoint(tmp_path).tensors.values())
+    stored = sum(torch.Size(t.shape).numel() for t in read_checkpoint(tmp_path).tensors.values())
     assert stored == sum(p.numel() for p in model.parameters())
     assert "import tensornet_hf" in (tmp_path / "README.md").read_text()
 
@@ -105,7 +106,7 @@ def test_compressing_while_loading_saves_cores(architecture: Architecture, tmp_p
 def test_dtype_is_kept_or_chosen(dtype: torch.dtype, tmp_path: Path) -> None:
     architecture = ARCHITECTURES["gpt2"]
     architecture.compressed.to(dtype).save_pretrained(tmp_path)
-    assert {tensor.dtype for tensor in th.read_checkpoint(tmp_path).tensors.values()} == {
+    assert {tensor.dtype for tensor in read_checkpoint(tmp_path).tensors.values()} == {
         str(dtype).removeprefix("torch.")
     }
     assert {p.dtype for p in th.load(tmp_path).parameters()} == {dtype}
@@ -120,7 +121,7 @@ def test_other_forms_of_cores(name: str, form: str, tmp_path: Path) -> None:
     config = tn.CompressionConfig(target_modules="all", max_bond=6, objective="weight", **{form: True})
     tn.compress(model, config, progress=False)
     model.save_pretrained(tmp_path)
-    kinds = {tensor.dtype for tensor in th.read_checkpoint(tmp_path).tensors.values()}
+    kinds = {tensor.dtype for tensor in read_checkpoint(tmp_path).tensors.values()}
     assert kinds == {"float32", "int8" if form == "int8" else "int32"}
     loaded = th.load(tmp_path)
     assert_same(loaded, model, architecture, atol=1e-5)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import tensornet as tn
+from tensornet import extension as extensions
 from tensornet.errors import TargetError
-from tensornet.nn import structure_hooks as hooks
 
 
 class Model(nn.Module):
@@ -26,13 +26,16 @@ class Model(nn.Module):
         return f"saved in {folder}"
 
 
-@pytest.fixture
-def no_hooks(monkeypatch: pytest.MonkeyPatch) -> list[hooks.StructureHook]:
-    monkeypatch.setattr(hooks, "_HOOKS", [])
-    return hooks._HOOKS
+@pytest.fixture(autouse=True)
+def no_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extensions, "_EXTENSIONS", [])
 
 
-@pytest.mark.usefixtures("no_hooks")
+class Saving(extensions.ModelExtension):
+    def layers_replaced(self, model: nn.Module) -> bool:
+        return True
+
+
 def test_saving_is_refused_until_the_model_is_dense_again() -> None:
     model = Model()
     tn.compress(model, tn.CompressionConfig(max_bond=4), progress=False)
@@ -42,10 +45,10 @@ def test_saving_is_refused_until_the_model_is_dense_again() -> None:
     assert model.save_pretrained("x") == "saved in x"
 
 
-def test_a_hook_that_comes_later_is_asked(no_hooks: list[hooks.StructureHook]) -> None:
+def test_an_extension_that_comes_later_is_asked() -> None:
     model = Model()
     tn.compress(model, tn.CompressionConfig(max_bond=4), progress=False)
-    no_hooks.append(lambda model: True)
+    extensions.register_extension(Saving())
     assert model.save_pretrained("x") == "saved in x"
     assert "save_pretrained" not in vars(model)
 

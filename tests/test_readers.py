@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.nn.weight_readers import weight_readers
+from tensornet_hf.checkpoint.headers import read_checkpoint
 
 
 class Reader(nn.Module):
@@ -207,5 +208,5 @@ def test_files_without_the_model_show_the_same(tmp_path: Path) -> None:
         th.compress_checkpoint(tmp_path / "dense", tmp_path / "files", options)
     with pytest.warns(UserWarning, match=r"read past the layers: model.layers.0.altup"):
         tn.compress(model, options, progress=False)
-    names = set(th.read_checkpoint(tmp_path / "files").compression.layers)
+    names = set(read_checkpoint(tmp_path / "files").compression.layers)
     assert names == set(model.config.quantization_config.layers)

@@ -16,7 +16,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TargetError
-from tensornet.nn.expansion import expanded, take_apart
+from tensornet.nn.expansion import take_apart
+from tensornet.nn.extension import expanded
 from tensornet.nn.targets import find_targets
 from tensornet_hf.checkpoint.stacked_experts import SplitExperts, experts_apart
 

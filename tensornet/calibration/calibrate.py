@@ -1,4 +1,4 @@
-"""`calibrate`: run a model over text and collect second moments, streaming, in bounded memory."""
+"""`calibrate`: run a model over text and accumulate second moments in bounded memory."""
 
 import math
 import weakref
@@ -21,9 +21,9 @@ from tensornet.calibration.losses import (
 )
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
+from tensornet.context import in_eval_mode, uncompiled
 from tensornet.errors import NonFiniteError, TargetError
-from tensornet.nn.expansion import expanded
-from tensornet.nn.modes import in_eval_mode, uncompiled
+from tensornet.nn.extension import expanded
 from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
 from tensornet.nn.weight_readers import Run, weight_readers
@@ -34,7 +34,7 @@ Fisher = Literal["labels", "sampled"]
 _OWN = (label_losses, sampled_losses)
 
 
-@torch.inference_mode(False)  # there, no gradient could be had
+@torch.inference_mode(False)  # inside it nothing can be differentiated
 def calibrate(
     model: nn.Module,
     batches: Iterable[BatchLike],
@@ -48,7 +48,7 @@ def calibrate(
     source: str = "calibration data",
     progress: bool = False,
 ) -> CalibrationStats:
-    """Collect what `plan` needs to know the price of an error in each weight.
+    """Collect the second moments that predict the loss increase of an error in each weight.
 
     Memory is that of the moments plus one batch; weights get no gradients. The model runs in eval mode on
     the device its parameters are on, and is left as it was.
@@ -83,36 +83,75 @@ def calibrate(
     check_batches(batches, "calibrate")
     _check_arguments(fisher, gradient_batches)
     recorder = MomentRecorder(full_up_to, dtype)
-    total, scored, count = 0.0, 0, 0
+    runs = _Runs(model, recorder, loss_fn, fisher, gradient_batches)
     length = len(batches) if isinstance(batches, Sized) else None
     with observed(model, recorder, config):
         device = next(model.parameters()).device
         for batch in progress_bar(
             batches, desc="calibrating", disable=not progress, unit="batch", total=length
         ):
-            recorder.batch = as_batch(batch, model, device)
-            if count == 0:
-                recorder.readers = weight_readers(model, [_batch_run(recorder.batch, loss_fn)])
-            with_gradients = gradient_batches is None or count < gradient_batches
-            with torch.set_grad_enabled(with_gradients):
-                if count == 0 and (with_gradients if loss_fn is None else loss_fn in _OWN):
-                    with recorder.paused():
-                        default = default_losses(model, recorder.batch, fisher)
-                    loss_fn = loss_fn or default
-                if with_gradients:
-                    assert loss_fn is not None
-                    each = checked_losses(loss_fn(model, recorder.batch))
-                    each.sum().backward()
-                    total, scored = total + float(each.detach().sum()), scored + each.numel()
-                elif loss_fn is not None:  # it knows how this model is called
-                    loss_fn(model, recorder.batch)
-                else:
-                    run_model(model, recorder.batch)
-            count += 1
-    if count == 0:
-        raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
-    loss = None if gradient_batches == 0 else mean_loss(total, scored, loss_fn)
-    return recorder.finish(scored, loss, source)
+            runs.add(as_batch(batch, model, device))
+    return recorder.finish(runs.scored, runs.mean_loss(), source)
+
+
+@dataclass
+class _Runs:
+    """Runs of the model on one batch after another, and the losses of their tokens."""
+
+    model: nn.Module
+    recorder: "MomentRecorder"
+    loss_fn: TokenLosses | None
+    fisher: Fisher
+    gradient_batches: int | None
+    total: float = 0.0
+    scored: int = 0
+    count: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Run the model on a batch, and differentiate unless enough batches were."""
+        self.recorder.batch = batch
+        with_gradients = self.gradient_batches is None or self.count < self.gradient_batches
+        if self.count == 0:
+            self._first(batch, with_gradients)
+        with torch.set_grad_enabled(with_gradients):
+            if with_gradients:
+                assert self.loss_fn is not None
+                each = checked_losses(self.loss_fn(self.model, batch))
+                each.sum().backward()
+                self.total += float(each.detach().sum())
+                self.scored += each.numel()
+            elif self.loss_fn is not None:  # it knows how this model is called
+                self.loss_fn(self.model, batch)
+            else:
+                run_model(self.model, batch)
+        self.count += 1
+
+    def _first(self, batch: Batch, with_gradients: bool) -> None:
+        """Find readers of weights and the default loss on the first batch."""
+        self.recorder.readers = weight_readers(self.model, [_batch_run(batch, self.loss_fn)])
+        with torch.set_grad_enabled(with_gradients):
+            if with_gradients if self.loss_fn is None else self.loss_fn in _OWN:
+                with self.recorder.paused():
+                    default = default_losses(self.model, batch, self.fisher)
+                self.loss_fn = self.loss_fn or default
+
+    def mean_loss(self) -> float | None:
+        """Return the mean loss of a token; None without gradients, NaN for random projections.
+
+        Raises:
+            TargetError: there was no batch, or no token with a loss.
+        """
+        if self.count == 0:
+            raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
+        if self.scored == 0 and self.gradient_batches != 0:
+            raise TargetError(
+                "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
+                "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
+            )
+        if not self.scored:
+            return None
+        # A random projection is not a loss of tokens, and has no perplexity.
+        return math.nan if self.loss_fn in PROJECTIONS else self.total / self.scored
 
 
 def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
@@ -120,10 +159,10 @@ def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
 
 
 def checked_losses(losses: Any) -> Tensor:
-    """Losses of a function that callers may have written.
+    """Return the losses of a function that callers may have written.
 
     Raises:
-        TargetError: no tensor, or one that no gradient comes from.
+        TargetError: they are not a tensor that requires gradients.
     """
     if isinstance(losses, Tensor) and losses.requires_grad:
         return losses
@@ -149,10 +188,10 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
 
 
 def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
-    """Refuse what would be taken for something else.
+    """Raise ValueError unless both options are valid.
 
     Raises:
-        ValueError: an option that is none.
+        ValueError: naming the option.
     """
     if fisher not in ("labels", "sampled"):
         raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
@@ -161,7 +200,7 @@ def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
 
 
 class MomentRecorder:
-    """Running sums of one calibration. Hooks call it; `finish` divides."""
+    """Running sums of one calibration: hooks add to them, `finish` divides."""
 
     def __init__(self, full_up_to: int, dtype: torch.dtype) -> None:
         self.full_up_to, self.dtype = full_up_to, dtype
@@ -176,7 +215,7 @@ class MomentRecorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """See nothing of what runs inside."""
+        """Record nothing inside the block."""
         self.seeing = False
         try:
             yield
@@ -227,7 +266,7 @@ class MomentRecorder:
         _accumulate(self.gradients, name, self._moment(self._tokens(gradient)))
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
-        """Means: inputs over the tokens a layer saw, gradients over the tokens that have a loss."""
+        """Return means: inputs over the tokens of a layer, gradients over the tokens that have a loss."""
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
@@ -275,13 +314,13 @@ class _Reading:
         self._version = _version(x)
 
     def joins(self, name: str, x: Tensor) -> bool:
-        """Whether a layer reads this tensor, unchanged, for the first time."""
+        """Return whether a layer reads this tensor, unchanged, for the first time."""
         unchanged = self._version is not None and _version(x) == self._version
         return self._of() is x and unchanged and name not in self.layers
 
 
 def _version(x: Tensor) -> int | None:
-    """Number of in-place changes of a tensor; None if it keeps no count of them."""
+    """Return the number of in-place changes of a tensor; None if it does not count them."""
     return None if x.is_inference() else x._version
 
 
@@ -294,7 +333,7 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 @contextmanager
 def observed(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
-    """Hooks on the chosen layers, eval mode, and weights that ask for no gradient; undone at the end."""
+    """Record the chosen layers inside the block, in eval mode and with frozen weights."""
     with expanded(model), in_eval_mode(model), uncompiled(), _hooked(model, recorder, config):
         yield
 

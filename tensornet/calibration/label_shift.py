@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model, takes_labels
+from tensornet.context import in_eval_mode
 from tensornet.errors import CalibrationWarning
-from tensornet.nn.modes import in_eval_mode
 
 #: Label of a position that has no loss.
 IGNORED = -100

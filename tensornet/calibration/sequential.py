@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model
 from tensornet.errors import TargetError
-from tensornet.nn.expansion import announce_batch
+from tensornet.nn.extension import announce_batch
 
 
 class Stop(Exception):

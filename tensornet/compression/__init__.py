@@ -32,20 +32,29 @@ __getattr__ = moved(
         **dict.fromkeys(
             (
                 "CalibrationStats",
-                "ProvidedData",
                 "calibrate",
                 "cosine_losses",
                 "label_losses",
                 "losses_against",
-                "register_calibration_provider",
                 "sampled_losses",
             ),
             "tensornet.calibration",
         ),
         **dict.fromkeys(("HealReport", "RefineReport", "heal", "refine"), "tensornet.healing"),
         **dict.fromkeys(("Target", "find_targets"), "tensornet.nn.targets"),
-        **dict.fromkeys(("expanded", "register_expansion"), "tensornet.nn.expansion"),
-        **dict.fromkeys(("register_structure_hook", "structure_changed"), "tensornet.nn.structure_hooks"),
+        **dict.fromkeys(
+            (
+                "ProvidedData",
+                "Run",
+                "expanded",
+                "register_calibration_provider",
+                "register_expansion",
+                "register_runs",
+                "register_structure_hook",
+                "structure_changed",
+            ),
+            "tensornet.nn.extension",
+        ),
         "keep_off_fused_paths": "tensornet.nn.fused_paths",
     },
 )

@@ -15,11 +15,11 @@ from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
-from tensornet.nn.expansion import expanded, settle
+from tensornet.nn.expansion import settle
+from tensornet.nn.extension import expanded, structure_changed
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias, layer_kind
-from tensornet.nn.structure_hooks import structure_changed
 from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
 from tensornet.progress import progress_bar
 from tensornet.topologies import Decomposition, topology_family

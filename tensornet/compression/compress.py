@@ -1,14 +1,13 @@
 """`compress`: calibrate, plan, carry out, report."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.calibrate import calibrate
-from tensornet.calibration.default_data import Calibration, provided_data
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig, check_config
@@ -16,8 +15,11 @@ from tensornet.compression.planner import prepare
 from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
 from tensornet.errors import CalibrationWarning, TargetError
+from tensornet.nn.extension import provided_data
 from tensornet.nn.targets import check_model
 from tensornet.notices import warn
+
+Calibration = CalibrationStats | Iterable[BatchLike]
 
 
 @torch.inference_mode(False)  # what is made there could not be trained

@@ -18,8 +18,8 @@ from torch import nn
 from tensornet.calibration.batches import BatchLike, as_batch
 from tensornet.calibration.label_shift import same_convention
 from tensornet.calibration.losses import TokenLosses
+from tensornet.context import in_eval_mode
 from tensornet.errors import BudgetError, TargetError
-from tensornet.nn.modes import in_eval_mode
 
 
 @dataclass(frozen=True)

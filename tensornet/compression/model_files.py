@@ -16,10 +16,10 @@ from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
 from tensornet.io.safetensors_files import write_tensors
 from tensornet.nn.expansion import settle, take_apart
+from tensornet.nn.extension import structure_changed
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of
-from tensornet.nn.structure_hooks import structure_changed
 
 FILE_VERSION = 1
 

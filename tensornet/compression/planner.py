@@ -22,7 +22,7 @@ from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.svd import check_finite, working_dtype
-from tensornet.nn.expansion import expanded
+from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets
 from tensornet.progress import progress_bar
 from tensornet.topologies import Decomposition, topology_family

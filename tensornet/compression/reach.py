@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tensornet.nn.compound import Compound
-from tensornet.nn.expansion import expanded
+from tensornet.nn.extension import expanded
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.targets import all_targets
 

@@ -1,6 +1,7 @@
 """Healing: training or refitting the cores of a compressed model against its dense teacher."""
 
+from tensornet.healing.config import HealingConfig
 from tensornet.healing.heal import HealReport, heal
 from tensornet.healing.refine import RefineReport, refine
 
-__all__ = ["HealReport", "RefineReport", "heal", "refine"]
+__all__ = ["HealReport", "HealingConfig", "RefineReport", "heal", "refine"]

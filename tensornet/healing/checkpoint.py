@@ -1,4 +1,4 @@
-"""What a healing run has reached, on file: cores, which of their rows is which, and optimizer state."""
+"""Checkpoint of a healing run: cores, their row permutations, and optimizer state."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_files import write_tensors
 
-#: What AdamW keeps of the gradients of a parameter.
+#: Moments of the gradients of a parameter in the state of AdamW.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -23,23 +23,23 @@ def save_state(
     done: int,
     layer_steps: int,
 ) -> None:
-    """Write it, in place of an earlier file.
+    """Write the checkpoint, replacing an earlier one.
 
     Args:
         path: of the file.
-        trained: what is trained, by name.
-        fixed: what it means nothing without.
-        optimizer: of what is trained.
+        trained: trained parameters by name.
+        fixed: tensors that give them their meaning, by name.
+        optimizer: of the trained parameters.
         done: steps made, layer-wise ones included.
-        layer_steps: how many of the steps are layer-wise.
+        layer_steps: number of layer-wise steps of the run.
 
     Raises:
-        DestinationError: there is no place for it.
+        DestinationError: the file cannot be written.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in fixed.items()}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach().contiguous()
-        for key in _MOMENTS:  # none where no gradient ever came
+        for key in _MOMENTS:  # absent if the parameter never had a gradient
             if key in optimizer.state[parameter]:
                 tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
     header = json.dumps({"step": done, "layer_steps": layer_steps})
@@ -53,7 +53,7 @@ def load_state(
     optimizer: torch.optim.AdamW,
     layer_steps: int,
 ) -> int:
-    """Read it back; returns the number of steps made. Nothing is changed unless everything fits.
+    """Restore a run from its checkpoint and return the number of steps made; change nothing unless all fits.
 
     Raises:
         FormatError: the file is damaged, of another model, or of a run with other layer-wise steps.

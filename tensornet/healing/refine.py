@@ -1,4 +1,4 @@
-"""`refine`: fit compressed layers again to what they really receive, in closed form.
+"""`refine`: refit compressed layers to the inputs that they really receive, in closed form.
 
 A layer was compressed for the inputs x that it had in the dense model. Behind other compressed layers it
 receives x' instead. Over calibration tokens, with `C` the moments of x that calibration collected,
@@ -6,14 +6,14 @@ receives x' instead. Over calibration tokens, with `C` the moments of x that cal
     M = W + correction W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + anchor C)^-1
 
 is a step from `W` towards the matrix whose outputs for x' come closest to the old outputs `W x`; its best
-network under the weighting `(R, E[x' x'^T] + anchor C)` takes the place of the old one. Layers are refitted
-in the order in which they run, each behind all that were refitted before it: fitted at once, each would
-correct the same error in full. The whole step did harm where much was cut (docs/quality.md).
+network under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old one. Layers are refitted in the
+order in which they run, each behind all that were refitted before it: fitted at once, each would correct the
+same error in full. The whole step did harm at high compression (docs/quality.md).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,34 +24,35 @@ from torch import Tensor, nn
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.sensitivity import INPUT_DAMPING
+from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import TargetError
-from tensornet.healing.heal import compressed_layers, output_distance
+from tensornet.healing.objective import output_distance
 from tensornet.healing.teacher_student import NEVER_REACHED, PairedMoments, PairedRun
+from tensornet.healing.trained import compressed_layers
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.encoding import encode
-from tensornet.nn.expansion import expanded
+from tensornet.nn.extension import expanded
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.modes import in_eval_mode, uncompiled, without_cache
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of
 from tensornet.progress import progress_bar
 from tensornet.topologies import topology_family
 
-#: Share of the batches that are not fitted, but judge whether refitting helped.
+#: Fraction of the batches that are held back to judge whether refitting helped.
 JUDGED = 1 / 8
 
 
 @dataclass(frozen=True)
 class RefineReport:
-    """What refitting did.
+    """Result of refitting.
 
     Args:
         before, after: relative squared error of the outputs of each layer on the data, by name; both behind
             the layers that were refitted before it.
-        left: layers that stayed as they were, each with the reason.
+        left: layers that were not refitted, each with the reason.
         distances: from the dense model's outputs, before and after, on batches that were not fitted (on all
-            if there was one alone): divergence of the logits, or what `heal` lowers.
-        kept: whether the model is the refitted one; the old one if that was closer to the dense model.
+            if there was only one): divergence of the logits, or the other distances of `heal`.
+        kept: whether the model is the refitted one; False if the old one was closer to the dense model.
     """
 
     before: dict[str, float]
@@ -76,44 +77,50 @@ def refine(
 ) -> RefineReport:
     """Refit the linear layers of a compressed model to the dense model's outputs, in order, in place.
 
-    Sizes and topologies stay. Blocks that hand one hidden state on (`find_chains`) are run once for every
+    Sizes and topologies stay. Blocks that pass one hidden state on (`find_chains`) are run once for every
     group of layers that read one input, from hidden states of both models that are kept for all batches. For
     a layer outside such a chain both models are run over all batches. An eighth of the batches is held back:
-    if the outputs for it do not come closer to the dense model's, the old cores come back.
+    unless their outputs come closer to the dense model's, the old cores are restored.
 
     Args:
         model: compressed.
         teacher: the dense model, on the same device; not changed.
         batches: as for `calibrate`; tens of thousands of tokens, since a matrix is fitted to them.
-        stats: sensitivity of the loss to output errors, and moments of the dense inputs over more tokens than
-            these batches hold. Without, all outputs count alike, and the batches must do.
-        correction: share of the step towards the dense model's outputs, from 0 (fit `W` to the real inputs)
-            to 1.
+        stats: sensitivity to output errors, and moments of the dense inputs over more tokens than these
+            batches hold. Without, all outputs count alike, and the batches must do.
+        correction: fraction of the step towards the dense model's outputs, from 0 (fit `W` to the real
+            inputs) to 1.
         anchor: weight of the dense inputs' moments against the real ones; 0 trusts the batches alone.
         damping: of the gradient moments.
         autocast: run both models in this dtype where that is safe, as in `heal`.
         progress: show a progress bar.
 
+    Returns:
+        Errors of the layers, and the distance between the models, before and after.
+
     Raises:
-        TargetError: no compressed linear layer, no data, or a layer that is no stock one in the teacher.
+        TargetError: no compressed linear layer, no data, or a layer without a stock layer in the teacher.
         ValueError: an option is out of its range.
 
     Reference:
-        Wang et al. 2024, "SVD-LLM", fits each layer to the inputs it gets behind compressed ones; Li et al.
-        2025, "GPTAQ", fits to the dense model's outputs, in quantization.
+        Wang et al. 2024, "SVD-LLM", fits each layer to its inputs behind compressed layers; Li et al. 2025,
+        "GPTAQ", fits to the dense model's outputs, in quantization.
+
+    Example:
+        >>> teacher = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        >>> model = copy.deepcopy(teacher)
+        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, target_modules="all"), progress=False)
+        >>> report = refine(model, teacher, [torch.randn(64, 16) for _ in range(8)])
+        >>> sorted(report.after)
+        ['0', '2']
     """
-    if not 0 <= correction <= 1 or not 0 <= anchor < math.inf or not 0 <= damping < math.inf:
-        raise ValueError(
-            "refine takes a correction from 0 to 1, and an anchor and a damping from 0 on; got "
-            f"{correction}, {anchor} and {damping}."
-        )
+    options = _Options(correction, anchor, damping)
     layers = {n: x for n, x in compressed_layers(model).items() if isinstance(x, TensorNetworkLinear)}
     check_batches(batches, "refine")
     device = next(model.parameters()).device
     given = [as_batch(batch, model, device) for batch in batches]
     if not layers or not given:
         raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
-    tied = _tied(model)
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
@@ -125,29 +132,15 @@ def refine(
             stack.enter_context(context)
         with reduced():
             distance = _distance(model, teacher, judges)
-            run = PairedRun(model, teacher, fitted)
-            groups = run.groups([name for name in layers if name not in tied])
-        before, after = {}, {}
-        left = {name: tied.get(name, NEVER_REACHED) for name in layers}
         put_back = stack.enter_context(_restoring([*layers.values()]))
-        for group in progress_bar(groups, desc="refining", disable=not progress, unit="group"):
-            with reduced():  # models only: what is computed from moments must not be rounded
-                moments = run.moments(group)
-            for name in group.names:
-                if isinstance(moments, str):
-                    left[name] = moments
-                    continue
-                del left[name]
-                weight, layer = stocks[name].double(), layers[name]
-                error = _OutputError(weight, moments)
-                before[name] = error.of(layer)
-                metric, wanted = _target(weight, name, moments, stats, correction, anchor)
-                rows = None if stats is None or name not in stats.rows else damped(stats.rows[name], damping)
-                family = topology_family(layer.topology.family)
-                wanted = wanted.to(layer.weight.dtype)
-                made = family.fit(wanted, layer.topology, Weighting(rows, metric))
-                _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores])
-                after[name] = error.of(layer)
+        before, after = {}, {}
+        left = {name: reason for name, reason in _tied(model).items() if name in layers}
+        for names, moments in _moments(PairedRun(model, teacher, fitted), layers, left, reduced, progress):
+            for name in names:
+                error = _OutputError(stocks[name].double(), moments)
+                before[name] = error.of(layers[name])
+                _refit(layers[name], name, stocks[name].double(), moments, stats, options)
+                after[name] = error.of(layers[name])
         with reduced():
             distances = (distance, _distance(model, teacher, judges))
         kept = distances[1] <= distances[0]
@@ -156,8 +149,70 @@ def refine(
     return RefineReport(before, after, left, distances, kept)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Weights of the step, see `refine`."""
+
+    correction: float
+    anchor: float
+    damping: float
+
+    def __post_init__(self) -> None:
+        numbers = (self.anchor, self.damping)
+        if not 0 <= self.correction <= 1 or not all(0 <= x < math.inf for x in numbers):
+            raise ValueError(
+                "refine takes a correction from 0 to 1, and an anchor and a damping from 0 on; got "
+                f"{self.correction}, {self.anchor} and {self.damping}."
+            )
+
+
+def _moments(
+    run: PairedRun,
+    layers: Collection[str],
+    left: dict[str, str],
+    reduced: Callable[[], AbstractContextManager[object]],
+    progress: bool,
+) -> Iterator[tuple[tuple[str, ...], PairedMoments]]:
+    """Yield groups of layers that read one input with its moments, in the order in which they run.
+
+    Args:
+        run: both models; a group's moments are taken after the groups before it were refitted.
+        layers: to be refitted.
+        left: layers that are not, with the reason; layers that no data reach are added.
+        reduced: precision in which the models run. Computations on moments must not be rounded.
+        progress: show a progress bar.
+    """
+    with reduced():
+        groups = run.groups([name for name in layers if name not in left])
+    reached = {name for group in groups for name in group.names}
+    left |= {name: NEVER_REACHED for name in layers if name not in reached and name not in left}
+    for group in progress_bar(groups, desc="refining", disable=not progress, unit="group"):
+        with reduced():
+            moments = run.moments(group)
+        if isinstance(moments, str):
+            left |= dict.fromkeys(group.names, moments)
+        else:
+            yield group.names, moments
+
+
+def _refit(
+    layer: TensorNetworkLinear,
+    name: str,
+    weight: Tensor,
+    moments: PairedMoments,
+    stats: CalibrationStats | None,
+    options: _Options,
+) -> None:
+    """Write the cores that are closest to the target matrix of a layer into it."""
+    metric, wanted = _target(weight, name, moments, stats, options)
+    rows = None if stats is None or name not in stats.rows else damped(stats.rows[name], options.damping)
+    family = topology_family(layer.topology.family)
+    made = family.fit(wanted.to(layer.weight.dtype), layer.topology, Weighting(rows, metric))
+    _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores])
+
+
 def _write(layer: NetworkModule, cores: Sequence[Tensor]) -> None:
-    """Put cores into the parameters that a layer has."""
+    """Write cores into the parameters of a layer."""
     kept = encode(layer.topology, layer.storage, cores)
     for name, parameter in layer.stored.items():
         parameter.copy_(kept[name])
@@ -165,7 +220,7 @@ def _write(layer: NetworkModule, cores: Sequence[Tensor]) -> None:
 
 @contextmanager
 def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts the cores back that were there; does so itself if the block fails."""
+    """Yield a function that restores the old cores; restore them if the block raises."""
     old = [(parameter, parameter.clone()) for layer in layers for parameter in layer.stored.values()]
 
     def put_back() -> None:
@@ -174,13 +229,13 @@ def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
 
     try:
         yield put_back
-    except BaseException:  # an interrupt as well: half of the layers would have been fitted to the other half
+    except BaseException:  # an interrupt too: half of the layers would be fitted to the other half
         put_back()
         raise
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Layers that share cores with another module, each with the reason why it is not fitted alone."""
+    """Return layers that share cores with another module, each with the reason why it is not refitted."""
     users: dict[int, list[str]] = {}
     for name, module in compressed_layers(model).items():
         for parameter in module.stored.values():
@@ -198,22 +253,21 @@ def _target(
     name: str,
     moments: PairedMoments,
     stats: CalibrationStats | None,
-    correction: float,
-    anchor: float,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """The metric of the inputs of one layer, and the matrix that its network shall be close to."""
+    """Return the metric of a layer's inputs and the matrix that its network approximates."""
     known = moments.dense.double()
     if stats is not None and name in stats.columns:
         columns = stats.columns[name].to(known) * moments.tokens
         known = columns if columns.ndim == 2 else columns.diag()
     real = moments.real.double()
-    metric = damped(real + anchor * known, INPUT_DAMPING)
+    metric = damped(real + options.anchor * known, INPUT_DAMPING)
     step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
-    return metric, weight + correction * step
+    return metric, weight + options.correction * step
 
 
 def _stock(teacher: nn.Module, name: str) -> Tensor:
-    """The matrix of the dense layer behind a compressed one, shape `(out, in)`."""
+    """Return the matrix of the teacher's layer of that name, shape `(out, in)`."""
     try:
         module: Any = teacher.get_submodule(name)
     except AttributeError:
@@ -228,12 +282,13 @@ def _stock(teacher: nn.Module, name: str) -> Tensor:
 
 
 def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
+    """Return the mean distance between the outputs of both models."""
     gaps = (output_distance(run_model(model, batch), run_model(teacher, batch), batch) for batch in batches)
     return sum(float(gap) for gap in gaps) / len(batches)
 
 
 class _OutputError:
-    """`E |W x - M x'|^2 / E |W x|^2` of one layer."""
+    """Relative squared error `E |W x - M x'|^2 / E |W x|^2` of one layer."""
 
     def __init__(self, weight: Tensor, moments: PairedMoments) -> None:
         dense = moments.dense.double()
@@ -241,7 +296,7 @@ class _OutputError:
         self.mixed, self.real = weight @ moments.mixed.double(), moments.real.double()
 
     def of(self, layer: TensorNetworkLinear) -> float:
-        """With the matrix M that the layer has now."""
+        """Return the error of the matrix M that the layer has now."""
         matrix = layer.to_matrix().double()
         cross, own = float((self.mixed * matrix).sum()), float((matrix @ self.real * matrix).sum())
         return (self.full - 2 * cross + own) / max(self.full, 1e-300)

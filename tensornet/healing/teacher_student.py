@@ -1,4 +1,4 @@
-"""A compressed model and its dense teacher run side by side, up to one group of layers after another."""
+"""Run a compressed model and its dense teacher side by side, up to one group of layers after another."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,14 +26,14 @@ class PairedMoments:
 
     @classmethod
     def zeros(cls, like: Tensor) -> "PairedMoments":
-        """Nothing seen yet of inputs of this width."""
+        """Return empty sums for inputs of this width."""
         width = like.shape[-1]
         dense, mixed, real = (like.new_zeros(width, width) for _ in range(3))
         return cls(dense, mixed, real)
 
     def add(self, dense: Tensor, real: Tensor) -> None:
-        """Further inputs, shape `(tokens, in)` each."""
-        # A step is made of the difference of two moments: rounded to 16 bits, it would be noise.
+        """Add inputs of both models, shape `(tokens, in)` each."""
+        # The step is a difference of two moments: rounded to 16 bits, it would be noise.
         with torch.autocast(real.device.type, enabled=False):
             self.dense += dense.T @ dense
             self.mixed += dense.T @ real
@@ -51,7 +51,7 @@ class Group:
 
 @dataclass
 class PairedRun:
-    """Both models on the same batches, block by block where they are chains.
+    """Runs of both models on the same batches, block by block where they are chains.
 
     Args:
         model: compressed; its layers may change between two calls of `moments`.
@@ -70,8 +70,8 @@ class PairedRun:
         self.chains = {name: blocks for name, blocks in both[0].items() if both[1].get(name) == blocks}
 
     def groups(self, names: Sequence[str]) -> list[Group]:
-        """Layers in the order in which they run; neighbours that read the same tensor are together."""
-        seen: list[tuple[str, Tensor]] = []  # the tensors are kept: no other may take their address
+        """Return layers in the order in which they run; neighbours that read the same tensor form a group."""
+        seen: list[tuple[str, Tensor]] = []  # the tensors are kept, so that no other takes their address
 
         def hook(name: str) -> Callable[[Tensor], None]:
             def note(x: Tensor) -> None:
@@ -92,7 +92,7 @@ class PairedRun:
         return groups
 
     def moments(self, group: Group) -> PairedMoments | str:
-        """Moments of what a group reads, or why there are none."""
+        """Return the moments of the inputs of a group, or the reason why they are unknown."""
         first = group.names[0]
         total: PairedMoments | None = None
         for number, batch in enumerate(self.batches):
@@ -107,7 +107,7 @@ class PairedRun:
     def _input(
         self, side: int, name: str, place: tuple[str, int] | None, number: int, batch: Batch
     ) -> Tensor:
-        """What a layer of one model (0: compressed, 1: dense) reads in one batch, shape `(tokens, in)`."""
+        """Return the inputs of a layer of one model (0: compressed, 1: dense), shape `(tokens, in)`."""
         found: list[Tensor] = []
         model = (self.model, self.teacher)[side]
 
@@ -123,7 +123,7 @@ class PairedRun:
         return torch.cat(found) if found else torch.empty(0, 0)
 
     def _chain(self, chain: str, index: int) -> tuple[ChainRun, ChainRun]:
-        """Both models at one block."""
+        """Advance both models to a block and return their runs."""
         if self.at is None or self.at[0] != chain:
             runs = [ChainRun(x, self.chains[chain], self.batches) for x in (self.model, self.teacher)]
             for run in runs:
@@ -135,7 +135,7 @@ class PairedRun:
         return self.at[1], self.at[2]
 
     def _place(self, name: str) -> tuple[str, int] | None:
-        """Chain and block that a layer lies in."""
+        """Return the chain and block that a layer lies in, or None."""
         for chain, blocks in self.chains.items():
             for index, block in enumerate(blocks):
                 if name == block or name.startswith(f"{block}."):
@@ -145,7 +145,7 @@ class PairedRun:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Have functions called with the inputs of modules."""
+    """Call functions with the inputs of modules inside the block."""
 
     def before(function: Callable[[Tensor], None]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

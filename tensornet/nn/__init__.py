@@ -1,6 +1,5 @@
 """Layers made of cores, and the stock layers they stand for."""
 
-import tensornet.nn.fused_paths  # noqa: F401  (registers what keeps PyTorch's encoders right)
 from tensornet.nn.attention import MatrixAttention
 from tensornet.nn.compound import Compound, PartMatrix, Stack
 from tensornet.nn.convolution import MatrixConvolution

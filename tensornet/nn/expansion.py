@@ -4,50 +4,13 @@ A module may own many matrices, as recurrent layers and stacks of experts do, no
 a model is observed, planned or changed, such modules are replaced by equivalent ones with layers in them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from tensornet.nn.compound import Compound, Shared
 from tensornet.nn.stock_layers import compound_of
-
-#: Takes parts of a model apart inside the block, and puts back at its end what was not replaced.
-Expansion = Callable[[nn.Module], AbstractContextManager[None]]
-
-#: Called with a module and the keyword arguments of the model that the module is going to run on.
-BatchListener = Callable[[nn.Module, Mapping[str, Any]], None]
-
-_EXPANSIONS: list[Expansion] = []
-_LISTENERS: list[BatchListener] = []
-
-
-def register_expansion(expansion: Expansion) -> Expansion:
-    """Have `expansion` applied wherever targets of a model are looked for. Usable as a decorator."""
-    _EXPANSIONS.append(expansion)
-    return expansion
-
-
-def register_batch_listener(listener: BatchListener) -> BatchListener:
-    """Have `listener` called where blocks run without their model. Usable as a decorator."""
-    _LISTENERS.append(listener)
-    return listener
-
-
-def announce_batch(block: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Tell modules taken apart inside `block` which batch comes next, as the model would tell them."""
-    for listener in _LISTENERS:
-        listener(block, batch)
-
-
-@contextmanager
-def expanded(model: nn.Module) -> Iterator[None]:
-    """A model with all its weights as layers, inside the block; may be nested."""
-    with ExitStack() as stack:
-        for expansion in (matrices_apart, *_EXPANSIONS):
-            stack.enter_context(expansion(model))
-        yield
 
 
 @contextmanager

@@ -1,11 +1,10 @@
-"""Fused paths of PyTorch's own modules, which read weights past the layers that hold them."""
+"""Fused paths of PyTorch's encoders, which read the weights of their layers without calling them."""
 
 from torch import nn
 
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.structure_hooks import register_structure_hook
 
-#: What PyTorch asks before it takes a fused path, by the class that asks.
+#: Attribute that a class checks before it takes a fused path.
 _QUESTIONS = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
@@ -13,15 +12,11 @@ _QUESTIONS = {
 _BEFORE = "_tensornet_fused_path"
 
 
-@register_structure_hook
-def keep_off_fused_paths(model: nn.Module) -> bool:
-    """Let PyTorch's encoders call their layers where some are made of cores, and fuse them where none are.
+def keep_off_fused_paths(model: nn.Module) -> None:
+    """Disable the fused paths of PyTorch's encoders that hold tensor-network layers, and restore the others.
 
-    In eval without gradients they would hand `linear1.weight` to one fused operation, which such a layer
-    cannot answer.
-
-    Returns:
-        False: how the model is saved is for others to see to.
+    In eval without gradients an encoder passes `linear1.weight` to one fused operation, and a tensor-network
+    layer has no such weight.
     """
     for module in model.modules():
         question = next((x for kind, x in _QUESTIONS.items() if isinstance(module, kind)), None)
@@ -32,4 +27,3 @@ def keep_off_fused_paths(model: nn.Module) -> bool:
             setattr(module, question, False)
         elif _BEFORE in vars(module):
             setattr(module, question, vars(module).pop(_BEFORE))
-    return False

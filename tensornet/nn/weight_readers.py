@@ -4,35 +4,23 @@ To find them, a twin of the model is run with a *probe* in place of every weight
 the weight itself; whoever else computes with the probe, or asks for its shape, is noticed. The twin shares or
 lacks the numbers of the model: on the meta device a run costs neither memory nor arithmetic.
 
-The core cannot call a model without data. A plugin registers runs for the models that it knows; `calibrate`
-adds one with the first batch.
+The core cannot call a model without data. An extension brings runs of the models that it knows
+(`ModelExtension.sample_runs`); `calibrate` adds one with the first batch.
 """
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensornet.context import uncompiled
 from tensornet.nn.compound import Compound, PartMatrix
-from tensornet.nn.modes import uncompiled
+from tensornet.nn.extension import Run, sample_runs
 from tensornet.nn.stock_layers import kind_of
-
-#: Runs a twin of a model, or parts of it; fails as it likes where it cannot.
-Run = Callable[[nn.Module], Any]
-#: Ways to run a model, none for a model that is not known.
-RunProvider = Callable[[nn.Module], Iterable[Run]]
-
-_PROVIDERS: list[RunProvider] = []
-
-
-def register_runs(provider: RunProvider) -> RunProvider:
-    """Have the runs of `provider` used to find readers of weights. Usable as a decorator."""
-    _PROVIDERS.append(provider)
-    return provider
 
 
 def weight_readers(model: nn.Module, runs: Iterable[Run] = ()) -> frozenset[str]:
@@ -47,7 +35,7 @@ def weight_readers(model: nn.Module, runs: Iterable[Run] = ()) -> frozenset[str]
         runs: taken where no run is registered, or one of those failed.
     """
     found: set[str] = set()
-    registered = [run for provider in _PROVIDERS for run in provider(model)]
+    registered = sample_runs(model)
     failed = _probe(model, registered, found, on_meta=True) if registered else []
     if not any(parameter.is_meta for parameter in model.parameters()):
         failed = _probe(model, failed, found, on_meta=False) if failed else []

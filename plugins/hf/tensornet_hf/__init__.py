@@ -7,17 +7,19 @@ from tensornet.optional import require
 
 require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
-import tensornet_hf.checkpoint.stacked_experts  # (registers how stacks of experts are taken apart)
-import tensornet_hf.falcon_linear
-import tensornet_hf.sample_runs  # noqa: F401  (registers how models are run on made-up data)
-from tensornet_hf.checkpoint.folders import check_free, write_folder
-from tensornet_hf.checkpoint.headers import Checkpoint, StoredTensor, read_checkpoint
-from tensornet_hf.checkpoint.load import load, resolve_folder
+import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
+from tensornet.deprecation import moved
+from tensornet.nn.extension import register_extension
+from tensornet_hf.checkpoint.load import load
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
-from tensornet_hf.checkpoint.quantizer import TensorNetworkQuantizer, prepare_for_saving
+from tensornet_hf.checkpoint.quantizer import prepare_for_saving
 from tensornet_hf.checkpoint.save import decompress, save_model
+from tensornet_hf.compress_options import CompressOptions, OptionError
+from tensornet_hf.extension import TransformersExtension
+from tensornet_hf.folder_compression import FolderReport, PlannedFolder, compress_folder, plan_folder
 from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
 from tensornet_hf.moe.upcycle_config import MoEConfig
+from tensornet_hf.pipeline import upcycle_folder
 from tensornet_hf.streaming import (
     CheckpointReport,
     WorkerError,
@@ -25,31 +27,43 @@ from tensornet_hf.streaming import (
     compress_checkpoint,
     verify_manifest,
 )
-from tensornet_hf.text.default_data import embedded_text
 from tensornet_hf.training.callbacks import GradientMaskCallback, RouterStatsCallback
 
+register_extension(TransformersExtension())
+
 __all__ = [
-    "Checkpoint",
     "CheckpointReport",
+    "CompressOptions",
+    "FolderReport",
     "GradientMaskCallback",
     "MoEConfig",
+    "OptionError",
+    "PlannedFolder",
     "RouterStatsCallback",
-    "StoredTensor",
     "TensorNetworkConfig",
-    "TensorNetworkQuantizer",
     "UpcycleReport",
     "WorkerError",
     "calibrate_checkpoint",
-    "check_free",
     "compress_checkpoint",
+    "compress_folder",
     "decompress",
-    "embedded_text",
     "load",
+    "plan_folder",
     "prepare_for_saving",
-    "read_checkpoint",
-    "resolve_folder",
     "save_model",
     "upcycle",
+    "upcycle_folder",
     "verify_manifest",
-    "write_folder",
 ]
+
+#: Internals that were exported here; they go with the next release.
+__getattr__ = moved(
+    __name__,
+    {
+        **dict.fromkeys(("Checkpoint", "StoredTensor", "read_checkpoint"), "tensornet_hf.checkpoint.headers"),
+        **dict.fromkeys(("check_free", "write_folder"), "tensornet_hf.checkpoint.folders"),
+        "resolve_folder": "tensornet_hf.checkpoint.load",
+        "TensorNetworkQuantizer": "tensornet_hf.checkpoint.quantizer",
+        "embedded_text": "tensornet_hf.text.default_data",
+    },
+)

@@ -1,21 +1,23 @@
-"""The main job from end to end on the embedded GPT-2: compress, judge, save, load again, write, report."""
+"""The main job from end to end on the embedded GPT-2: compress, evaluate, save, reload, generate, report."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
-from tensornet_hf import pipeline as conversion
+from tensornet_hf import pipeline
 from tensornet_hf.checkpoint.folders import check_free
 from tensornet_hf.checkpoint.inspection import weight_bytes
 from tensornet_hf.checkpoint.load import on_device
 from tensornet_hf.checkpoint.save import save_model
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.report import ModelFacts, Page, versions, write_report
+from tensornet_hf.report import BondSpectrum, ModelFacts, Page, versions, write_report
 from tensornet_hf.report.page import plain
 from tensornet_hf.text.perplexity import Perplexity, perplexity
 from tensornet_hf.text.tokens import continue_text, load_tokenizer, token_ids, usual_context
@@ -28,10 +30,10 @@ _CALIBRATION_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made and measured.
+    """Result of the demo.
 
     Args:
-        page: everything that stands in the report.
+        page: contents of the report.
         folder: the saved compressed model.
         report: the HTML page.
         seconds: of each step, by name.
@@ -43,7 +45,7 @@ class Demo:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return the JSON-ready form."""
         files = {"folder": str(self.folder), "report": str(self.report)}
         return {**plain(self.page), **files, "seconds": self.seconds}
 
@@ -60,12 +62,12 @@ def run_demo(
 ) -> Demo:
     """Compress the embedded GPT-2 and write `model/` and `report.html` below `output`.
 
-    Beside it stands the plain SVD: every layer cut by its own singular values to the same share of its
-    parameters, with no look at any text.
+    The baseline is plain SVD: every layer truncated by its own singular values to the same keep ratio,
+    without calibration.
 
     Args:
         output: folder, made if it is not there.
-        param_ratio: share of the parameters of the linear layers to keep.
+        param_ratio: fraction of the parameters of the linear layers to keep.
         seed: of the generated samples.
         device: where the models run.
         force: replace a model that is there.
@@ -78,23 +80,70 @@ def run_demo(
     source, folder = gpt2_path(), output / "model"
     check_free(folder, force=force, sources=(source,))
     clock = _Clock()
-    tokenizer = load_tokenizer(source)
-    tokens = token_ids(tokenizer, heldout_text())
+    evaluate = _Evaluation.on(source, seed=seed, progress=progress)
+    original = on_device(pipeline.open_dense(source), device)
+    original_facts = evaluate(original)
+    clock.lap("measure the original")
 
-    def judge(model: PreTrainedModel) -> tuple[Perplexity, str]:
-        measured = perplexity(model, tokens, context=usual_context(model), progress=progress)
+    model = on_device(pipeline.open_dense(source), device)
+    done, spectra = _compress(model, source, param_ratio, clock, progress=progress)
+    save_model(model, folder, source=source, force=force)
+    # Users of the folder have only transformers and one import of tensornet_hf.
+    reloaded = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
+    clock.lap("save and load again")
+    facts = evaluate(reloaded)
+    clock.lap("measure the compressed model")
+
+    svd = on_device(pipeline.open_dense(source), device)
+    ratio = tn.CompressionConfig(topology="low_rank", param_ratio=done.param_ratio, objective="weight")
+    svd_report = tn.compress(svd, ratio, progress=progress)
+    svd_facts = evaluate(svd)
+    clock.lap("plain SVD at the same size")
+
+    models = (
+        ModelFacts("original", done.model_params_before, weight_bytes(source), *original_facts),
+        ModelFacts("compressed", done.model_params_after, weight_bytes(folder), *facts),
+        ModelFacts("plain SVD", svd_report.model_params_after, None, *svd_facts),
+    )
+    page = _page(models, done, spectra, command=command, seed=seed)
+    written = write_report(page, output / "report.html")
+    clock.lap("write the report")
+    return Demo(page, folder, written, clock.laps)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Perplexity on the held-out text, and a sample."""
+
+    tokenizer: Any
+    tokens: Tensor
+    seed: int
+    progress: bool
+
+    @classmethod
+    def on(cls, source: Path, *, seed: int, progress: bool) -> "_Evaluation":
+        tokenizer = load_tokenizer(source)
+        return cls(tokenizer, token_ids(tokenizer, heldout_text()), seed, progress)
+
+    def __call__(self, model: PreTrainedModel) -> tuple[Perplexity, str]:
+        measured = perplexity(model, self.tokens, context=usual_context(model), progress=self.progress)
         sample = continue_text(
-            model, tokenizer, PROMPT, max_new_tokens=_NEW_TOKENS, temperature=_TEMPERATURE, seed=seed
+            model,
+            self.tokenizer,
+            PROMPT,
+            max_new_tokens=_NEW_TOKENS,
+            temperature=_TEMPERATURE,
+            seed=self.seed,
         )
         return measured, sample
 
-    original = on_device(conversion.open_dense(source), device)
-    original_facts = judge(original)
-    clock.lap("measure the original")
 
-    model = on_device(conversion.open_dense(source), device)
+def _compress(
+    model: PreTrainedModel, source: Path, param_ratio: float, clock: "_Clock", *, progress: bool
+) -> tuple[tn.CompressionReport, Mapping[str, Sequence[BondSpectrum]]]:
+    """Calibrate, plan and compress a model in place; return the report and the spectra of its layers."""
     config = tn.CompressionConfig(param_ratio=param_ratio)
-    stats = conversion.collect_stats(
+    stats = pipeline.collect_stats(
         model,
         source,
         calibration_text(),
@@ -104,29 +153,22 @@ def run_demo(
         progress=progress,
     )
     planned = tn.plan(model, config, stats, progress=progress)
-    spectra = conversion.plan_spectra(model, planned)
-    done = conversion.carry_out(model, planned, stats, started=clock.last, progress=progress)
+    spectra = pipeline.plan_spectra(model, planned)
+    done = pipeline.carry_out(model, planned, stats, started=clock.last, progress=progress)
     clock.lap("compress")
+    return done, spectra
 
-    save_model(model, folder, source=source, force=force)
-    # Whoever gets the folder has only this: transformers, and one import of tensornet_hf.
-    reloaded = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
-    clock.lap("save and load again")
-    facts = judge(reloaded)
-    clock.lap("measure the compressed model")
 
-    svd = on_device(conversion.open_dense(source), device)
-    share = tn.CompressionConfig(topology="low_rank", param_ratio=done.param_ratio, objective="weight")
-    svd_report = tn.compress(svd, share, progress=progress)
-    svd_facts = judge(svd)
-    clock.lap("plain SVD at the same size")
-
-    models = (
-        ModelFacts("original", done.model_params_before, weight_bytes(source), *original_facts),
-        ModelFacts("compressed", done.model_params_after, weight_bytes(folder), *facts),
-        ModelFacts("plain SVD", svd_report.model_params_after, None, *svd_facts),
-    )
-    page = Page(
+def _page(
+    models: Sequence[ModelFacts],
+    done: tn.CompressionReport,
+    spectra: Mapping[str, Sequence[BondSpectrum]],
+    *,
+    command: str,
+    seed: int,
+) -> Page:
+    """Return the contents of the report."""
+    return Page(
         title="The embedded GPT-2, compressed",
         models=models,
         report=done,
@@ -136,21 +178,15 @@ def run_demo(
             ("Command", command),
             ("Model", "tensornet_hf.embedded.gpt2_path(), trained on the King James Bible"),
             ("Held-out text", "30 chapters that neither training nor calibration saw"),
-            (
-                "Calibration",
-                stats.source,
-            ),
+            ("Calibration", done.plan.calibration or ""),
             ("Samples", f"temperature {_TEMPERATURE:g}, seed {seed}"),
             ("Versions", versions()),
         ),
         notes=(
-            "Plain SVD: every layer cut by its own singular values to the same share of its parameters, "
-            "rounded down to a whole rank, without looking at any text.",
+            "Plain SVD: every layer truncated by its own singular values to the same keep ratio, rounded "
+            "down to a whole rank, without calibration.",
         ),
     )
-    written = write_report(page, output / "report.html")
-    clock.lap("write the report")
-    return Demo(page, folder, written, clock.laps)
 
 
 class _Clock:

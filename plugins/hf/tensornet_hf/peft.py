@@ -1,4 +1,4 @@
-"""LoRA on compressed layers, through the door PEFT has for layers it does not know.
+"""LoRA on compressed layers, registered with PEFT as custom modules.
 
 config = lora_config(model, target_modules="all-linear", r=8)
 adapted = peft.get_peft_model(model, config)          # train, adapted.save_pretrained(folder)
@@ -24,13 +24,13 @@ from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
+from tensornet.nn.extension import structure_changed
 from tensornet.nn.linear import linear_from_network
 from tensornet.nn.stock_layers import layer_bias
-from tensornet.nn.structure_hooks import structure_changed
 from tensornet.topologies import topology_family
 
 ALL_LINEAR = "all-linear"
-#: Values of `init_lora_weights` that leave the layer beside them as it is.
+#: Values of `init_lora_weights` that do not change the base layer.
 STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -61,7 +61,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        """Known, so PEFT need not guess (and warn)."""
+        """Return both sizes, so that PEFT need not guess (and warn)."""
         assert isinstance(module, TensorNetworkLinear)
         return module.in_features, module.out_features
 
@@ -81,12 +81,12 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`s B A`, shape `(out_features, in_features)`."""
+        """Return `s B A`, shape `(out_features, in_features)`."""
         up, down = self._factors(adapter)
         return up @ down * float(self.scaling[adapter])
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """`B: (out, r)` and `A: (r, in)`."""
+        """Return `B: (out, r)` and `A: (r, in)`."""
         up, down = self.lora_B[adapter].weight, self.lora_A[adapter].weight
         assert isinstance(up, Tensor)
         assert isinstance(down, Tensor)
@@ -94,7 +94,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Take adapters into the layer; `unmerge` puts the old layer back.
+        """Merge adapters into the layer; `unmerge` restores the old layer.
 
         Raises:
             ValueError: an adapter holds NaN or infinity.
@@ -125,7 +125,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the layer back that was there before merging."""
+        """Restore the layer from before merging."""
         if self._unmerged is not None:
             self.base_layer, self._unmerged = self._unmerged, None
         self.merged_adapters.clear()
@@ -134,7 +134,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 def lora_config(
     model: nn.Module, *, target_modules: str | list[str] = ALL_LINEAR, **options: Any
 ) -> LoraConfig:
-    """A LoRA configuration that reaches compressed layers.
+    """Make a LoRA configuration that reaches compressed layers.
 
     Args:
         model: compressed or not.
@@ -150,7 +150,7 @@ def lora_config(
 
 
 def register_layers(config: LoraConfig) -> LoraConfig:
-    """Teach a LoRA configuration about compressed layers; files do not keep this. Returns the same one.
+    """Register compressed layers with a LoRA configuration and return it; files do not keep this.
 
     Raises:
         TargetError: it asks for all linear layers, which PEFT looks for itself, and sees stock ones alone.
@@ -165,7 +165,7 @@ def register_layers(config: LoraConfig) -> LoraConfig:
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """Names of all linear layers, stock or compressed, without the output head.
+    """Return the names of all linear layers, stock or compressed, without the output head.
 
     Raises:
         TargetError: there is none.
@@ -183,7 +183,7 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) -> PeftModel:
-    """Adapters from a folder that PEFT wrote, on a compressed model.
+    """Load adapters from a folder that PEFT wrote, onto a compressed model.
 
     Args:
         model: of the same form as the one the adapters were trained on.
@@ -197,7 +197,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
 
 
 def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
-    """The model with its adapters taken in, ready to be saved as a compressed model."""
+    """Merge the adapters into the model, ready to be saved as a compressed model."""
     model = adapted.merge_and_unload()
     structure_changed(model)
     assert isinstance(model, PreTrainedModel)
@@ -205,7 +205,7 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _check(config: LoraConfig) -> None:
-    """Refuse what would need the dense weight, or train something that `forward` leaves out.
+    """Raise TargetError for options that need the dense weight or that `forward` does not support.
 
     Raises:
         TargetError: saying what to use instead.
@@ -222,7 +222,7 @@ def _check(config: LoraConfig) -> None:
 
 
 def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
-    """A layer like `base` with this matrix, whose rank is at most `added` larger."""
+    """Make a layer like `base` with another matrix, whose rank is at most `added` larger."""
     kind = kind_of(base)
     if kind is not None:
         return kind.build(matrix, layer_bias(base))

@@ -1,4 +1,4 @@
-"""A model folder on its way to another form: open, plan, carry out."""
+"""Steps from one model folder to another: open, calibrate, plan, carry out, refit, heal, upcycle."""
 
 import math
 import time
@@ -14,17 +14,19 @@ from tensornet.compression import CompressionConfig, CompressionPlan, Compressio
 from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
-from tensornet.healing import RefineReport, refine
-from tensornet.healing.heal import HealReport, heal
-from tensornet.nn.expansion import expanded
+from tensornet.healing import HealReport, RefineReport, heal, refine
+from tensornet.nn.extension import expanded
 from tensornet.nn.targets import all_targets
 from tensornet.progress import progress_bar
 from tensornet_hf.checkpoint.headers import read_checkpoint
-from tensornet_hf.checkpoint.load import load
+from tensornet_hf.checkpoint.hub import require_free, save_to
+from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
+from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
+from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
 from tensornet_hf.text.calibration_data import CalibrationData, calibration_data
 
-#: Of a validation text. It is run once for the dense model and once for each size that is measured.
+#: Tokens of a validation text that are used: for the dense model and for each size that is measured.
 VALIDATION_TOKENS = 10_240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,13 +67,13 @@ def collect_stats(
     tokens: int,
     progress: bool = False,
 ) -> CalibrationStats:
-    """Run a model over a text and collect what decides where parameters are spent.
+    """Calibrate a model on a text.
 
     Args:
-        model: dense; what it makes of a text is said in `tensornet_hf.text.calibration_data`.
+        model: dense; `tensornet_hf.text.calibration_data` makes batches of the text for it.
         folder: holds its tokenizer.
-        text: like what the model will see; its beginning is used.
-        name: how reports call the text.
+        text: similar to what the model will read; its beginning is used.
+        name: of the text, for reports.
         config: observe the layers it selects.
         tokens: how much of the text to use; a few ten thousand are enough.
         progress: show a progress bar.
@@ -88,10 +90,10 @@ def collect_stats(
 
 
 def validation_data(model: PreTrainedModel, folder: Path, text: str) -> CalibrationData:
-    """Batches of the beginning of a text, for `PreparedPlan.measured`.
+    """Make batches of the beginning of a text, for `PreparedPlan.measured`.
 
     Raises:
-        TargetError: a classifier, which a text gives no labels that a loss could be measured with.
+        TargetError: a classifier, a text has no labels for it, so no loss can be measured.
         ValueError: the text is too short.
     """
     data = calibration_data(model, folder, text, tokens=VALIDATION_TOKENS)
@@ -114,7 +116,7 @@ def heal_on(
     checkpoint: Path | None = None,
     progress: bool = False,
 ) -> HealReport:
-    """Train the cores to the dense model's outputs on a whole text, a batch in a step, in mixed order.
+    """Train the cores to the dense model's outputs on a whole text, one batch a step, in random order.
 
     With a checkpoint an interrupted run goes on where it was, see `tensornet.heal`.
 
@@ -140,9 +142,9 @@ def refine_on(
     tokens: int = 16_384,
     progress: bool = False,
 ) -> RefineReport:
-    """Refit the layers behind one another, on about so many tokens from all over a text.
+    """Refit the layers one behind another, on `tokens` tokens spread over a text.
 
-    Where the text goes on far enough behind its beginning, which calibration has seen, on that part of it.
+    The beginning, which calibration has seen, is left out if the rest is long enough.
 
     Raises:
         TargetError: there are no compressed linear layers.
@@ -160,7 +162,7 @@ def refine_on(
 def plan_spectra(
     model: PreTrainedModel, planned: CompressionPlan, *, progress: bool = False
 ) -> dict[str, tuple[BondSpectrum, ...]]:
-    """What each bond of a plan cuts, by layer; to be asked before the plan is carried out."""
+    """Return the spectrum that each bond of a plan truncates, by layer, of a model that is still dense."""
     with expanded(model):
         matrices = {x.name: x.matrix for x in all_targets(model)}
     layers = progress_bar(planned, desc="spectra", unit="layer", disable=not progress)
@@ -175,12 +177,12 @@ def carry_out(
     started: float,
     progress: bool = False,
 ) -> CompressionReport:
-    """Carry a plan out and report as `tensornet.compress` does.
+    """Carry a plan out and return the report of `tensornet.compress`.
 
     Args:
         model: changed in place.
         planned: made for it.
-        stats: what the plan was made with.
+        stats: the plan was made with them.
         started: `time.perf_counter()` when the work began, planning included.
         progress: show a progress bar.
 
@@ -208,7 +210,7 @@ def planned_reach(model: PreTrainedModel, planned: CompressionPlan) -> Reach:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype of that name; None stays None.
+    """Return the dtype of that name; None stays None.
 
     Raises:
         ValueError: listing the names.
@@ -219,14 +221,14 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def stored_as(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model converted to a dtype in place; None leaves it as it is."""
+    """Convert a model to a dtype in place and return it; None leaves it as it is."""
     if dtype is not None:
         torch.nn.Module.to(model, dtype=dtype)
     return model
 
 
 def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[str, int]:
-    """Sizes before and after a plan, without carrying it out."""
+    """Return sizes before and after a plan, without carrying it out."""
     params, size = model_size(model)
     with expanded(model):
         dtypes = {x.name: x.weight.dtype for x in all_targets(model)}
@@ -240,3 +242,48 @@ def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[st
         "layers_bytes_before": before,
         "layers_bytes_after": after,
     }
+
+
+def upcycle_folder(
+    source: str | Path,
+    destination: str | Path | None,
+    config: MoEConfig,
+    *,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    progress: bool = False,
+) -> UpcycleReport:
+    """Turn a dense model folder into a mixture of experts that share cores, and save it as another folder.
+
+    Args:
+        source: model folder, or hub id if there is no folder of that name.
+        destination: folder to write, or `hf://owner/name` to upload; None writes nothing.
+        config: of the mixtures.
+        dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; as they are if absent.
+        device: where the model runs.
+        force: replace a destination that exists.
+        progress: show a progress bar.
+
+    Returns:
+        Sizes of the mixtures.
+
+    Raises:
+        FormatError: the source is not a model, or damaged.
+        TargetError: it is compressed already, or has no feed-forward network.
+        DestinationError: the destination exists already, or cannot be written.
+
+    Example:
+        >>> report = upcycle_folder(gpt2_path(), None, MoEConfig(num_experts=2))
+        >>> report.num_experts
+        2
+    """
+    stored = dtype_of(dtype)
+    folder = resolve_folder(source)
+    if destination is not None:
+        require_free(str(destination), source=folder, force=force)
+    model = on_device(open_dense(folder), device)
+    report = upcycle(model, config, progress=progress)
+    if destination is not None:
+        save_to(stored_as(model, stored), str(destination), source=folder, force=force)
+    return report

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensornet.nn.extension import Run
 from tensornet.nn.stock_layers import kind_of
-from tensornet.nn.weight_readers import Run, register_runs
 
 #: Rows and tokens of the data.
 _ROWS, _TOKENS = 1, 8
 
 
-@register_runs
 def sample_runs(model: nn.Module) -> Iterable[Run]:
     """Initialisation, training step and inference of every part that is a model of transformers.
 

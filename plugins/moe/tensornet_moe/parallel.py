@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tensornet.errors import TargetError, TopologyError
-from tensornet.nn.structure_hooks import structure_changed
+from tensornet.nn.extension import structure_changed
 from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN

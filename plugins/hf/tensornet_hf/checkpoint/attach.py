@@ -1,27 +1,86 @@
-"""Teaching a model how it is stored: what transformers looks for on a model, put on and taken off."""
+"""Attach to a model what transformers needs to save it as a compressed one, and detach it again.
+
+Saving writes a model card as well, and resizing the vocabulary has to refuse tables made of cores. Both are
+methods of the model's class. So an attached model gets a subclass of its class, made at run time under the
+same name, as `torch.distributed.fsdp.fully_shard` does; no class of transformers is changed. Bound methods on
+the instance would be a cycle of references, which keeps the weights of an unused model in memory until Python
+collects cycles.
+"""
 
 import os
-from functools import wraps
+from functools import cache
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from tensornet.errors import TargetError
 from tensornet.nn import MPOEmbedding
-from tensornet.nn.structure_hooks import structure_changed
 from tensornet_hf.checkpoint import ties
-from tensornet_hf.checkpoint.describe import compressed_layers, is_inside
+from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.model_card import write_card
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
 
-#: What is put on a model.
+#: Attributes that are set on a model.
 ATTRIBUTES = (
     "hf_quantizer",
     "quantization_method",
     "is_quantized",
     "_weight_conversions",
 )
+
+
+class CompressedModel:
+    """Methods of attached models, mixed into a subclass of the model's class."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save, and write a model card that says how to load: without tensornet_hf transformers fails."""
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if is_attached(self):
+            write_card(save_directory, type(self).__name__)
+        return result
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """Resize the vocabulary, unless its table is made of cores and the number of tokens changes.
+
+        Raises:
+            TargetError: naming the tables, which transformers would fail on.
+        """
+        if is_attached(self) and new_num_tokens is not None and not args and not kwargs:
+            table: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
+            if isinstance(table, MPOEmbedding) and table.num_embeddings == new_num_tokens:
+                return table
+        changes = new_num_tokens is not None or kwargs.get("pad_to_multiple_of") or any(args)
+        if is_attached(self) and changes:
+            _refuse_tables_of_cores(self)
+        resized: nn.Module = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
+        return resized
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the class of transformers: the name of the subclass leads to that one."""
+        state: Any = super().__reduce_ex__(max(2, protocol))
+        return (_new, (_stock_class(type(self)),), *state[2:])
+
+
+@cache
+def _compressed_class(stock: Any) -> Any:
+    """Make the subclass for attached models of a class; the same one each time."""
+    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock)(stock.__name__, (CompressedModel, stock), names)
+
+
+def _stock_class(kind: type) -> Any:
+    """Return the class that a subclass was made for."""
+    return kind.__mro__[kind.__mro__.index(CompressedModel) + 1]
+
+
+def _new(stock: type) -> Any:
+    """Make an empty attached model, which unpickling and copying fill."""
+    kind = _compressed_class(stock)
+    return kind.__new__(kind)
 
 
 def attach(model: PreTrainedModel, config: TensorNetworkConfig, quantizer: HfQuantizer) -> None:
@@ -44,6 +103,8 @@ def attach(model: PreTrainedModel, config: TensorNetworkConfig, quantizer: HfQua
     for name, value in attributes.items():
         setattr(model, name, value)
     model.config.quantization_config = config
+    if not isinstance(model, CompressedModel):
+        model.__class__ = _compressed_class(type(model))  # type: ignore[arg-type]
     ties.hand_over(model, config.layers, config.ties)
 
 
@@ -55,52 +116,16 @@ def detach(model: PreTrainedModel) -> None:
         config.__dict__.pop("quantization_config", None)
         config.__dict__.pop("_is_quantized", None)
     ties.take_back(model)
+    if CompressedModel in type(model).__bases__:  # not if the class was derived once more
+        model.__class__ = _stock_class(type(model))
 
 
-def is_attached(model: PreTrainedModel) -> bool:
-    """Whether `attach` was the last word."""
+def is_attached(model: Any) -> bool:
+    """Return whether a model is attached: the class may outlive it."""
     return model.__dict__.get("quantization_method") == METHOD
 
 
-# Two methods of PreTrainedModel do more for models that are attached. They are wrapped once, in its class: a
-# bound method put on a model would be a cycle of references, and the weights of a model that nobody uses any
-# more would stay in memory until Python happens to look for cycles, which may be many models later.
-
-_save_pretrained = PreTrainedModel.save_pretrained
-_resize_token_embeddings = PreTrainedModel.resize_token_embeddings
-
-
-@wraps(_save_pretrained)
-def save_pretrained(
-    self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
-) -> Any:
-    """Save, and put a model card beside that says how to load: transformers without us would not.
-
-    Layers that were replaced by hand are described first.
-    """
-    if not is_attached(self) and compressed_layers(self):
-        structure_changed(self)
-    result = _save_pretrained(self, save_directory, *args, **kwargs)
-    if is_attached(self):
-        write_card(save_directory, type(self).__name__)
-    return result
-
-
-@wraps(_resize_token_embeddings)
-def resize_token_embeddings(
-    self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-) -> Any:
-    """Refuse where the rows are made of cores, unless their number stays; transformers would fail on it."""
-    if is_attached(self) and new_num_tokens is not None and not args and not kwargs:
-        table = self.get_input_embeddings()
-        if isinstance(table, MPOEmbedding) and table.num_embeddings == new_num_tokens:
-            return table
-    if is_attached(self) and (new_num_tokens is not None or kwargs.get("pad_to_multiple_of") or any(args)):
-        _refuse_tables_of_cores(self)
-    return _resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
-
-
-def _refuse_tables_of_cores(model: PreTrainedModel) -> None:
+def _refuse_tables_of_cores(model: Any) -> None:
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
     layers = set(model.config.quantization_config.layers)
@@ -110,7 +135,3 @@ def _refuse_tables_of_cores(model: PreTrainedModel) -> None:
             "tensornet.decompress(model), resize, and compress again; or compress with "
             f"exclude_modules={inside!r}."
         )
-
-
-PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
-PreTrainedModel.resize_token_embeddings = resize_token_embeddings  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Reading off a live model which of its modules hold cores, and which parameters they share."""
+"""Description of a model: which modules hold cores, and which parameters they share."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,13 +10,13 @@ from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
 
 
 def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
-    """The description with which a model is stored; its `layers` are empty for an ordinary model.
+    """Return the description with which a model is stored; `layers` is empty for an ordinary model.
 
     Args:
         model: any model.
         compression: options to record, see `TensorNetworkConfig`.
     """
-    layers = compressed_layers(model)
+    layers = layer_descriptions(model)
     ties = shared_parameters(model, layers)
     dtypes = {
         name: str(tensor.dtype).removeprefix("torch.")
@@ -34,8 +34,8 @@ def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) 
     )
 
 
-def compressed_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Descriptions of the outermost modules that have one, by name; a module used twice is named twice."""
+def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the descriptions of the outermost modules that have one; a module used twice has two names."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         spec = module_spec(module)
@@ -45,7 +45,7 @@ def compressed_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def shared_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """`{name: owner}` for every parameter or buffer of a compressed module that another name owns.
+    """Map every parameter or buffer of a compressed module that another name owns to that name.
 
     The owner is the first name outside the compressed modules, or else the first inside.
     """
@@ -60,7 +60,7 @@ def shared_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, str]
 
 
 def is_inside(name: str, layers: Iterable[str]) -> bool:
-    """Whether a dotted name lies below one of the named modules."""
+    """Return whether a dotted name lies below one of the named modules."""
     names = layers if isinstance(layers, set | dict | frozenset) else set(layers)
     end = name.rfind(".")
     while end > 0:

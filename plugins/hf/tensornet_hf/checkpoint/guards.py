@@ -1,9 +1,9 @@
 """Empty tensors that stop a loader that does not know compressed layers.
 
 Without this library transformers only warns of an unknown quantization type, and fills dense weights that it
-finds nowhere with random numbers. It refuses tensors of another shape, though. So a saved folder holds, under
-the name of every dense weight that cores stand for, a tensor without elements: a *guard*. Our own loading
-passes guards by. They take no bytes but their names in the header.
+finds nowhere with random numbers. But it refuses tensors of another shape. So a saved folder holds, under the
+name of every dense weight that cores replace, a tensor without elements: a *guard*. Our own loading ignores
+guards. They take no bytes but their names in the header.
 """
 
 import copy
@@ -21,12 +21,12 @@ from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
 
 _Stored = TypeVar("_Stored")
 
-#: Shape of a guard; no weight has it.
+#: Shape of a guard; weights are never empty.
 GUARD_SHAPE = (0,)
 
 
 def make_guards(model: PreTrainedModel, config: TensorNetworkConfig) -> dict[str, Tensor]:
-    """Guards by name for a compressed model.
+    """Make the guards of a compressed model, by name.
 
     Args:
         model: the model that is saved.
@@ -39,7 +39,7 @@ def make_guards(model: PreTrainedModel, config: TensorNetworkConfig) -> dict[str
 
 
 def replaced_names(dense: Iterable[str], present: Iterable[str], layers: Iterable[str]) -> list[str]:
-    """Names of weights that compressed layers stand for.
+    """Return the names of weights that compressed layers replace.
 
     Args:
         dense: names of the tensors of the dense model.
@@ -54,7 +54,7 @@ def replaced_names(dense: Iterable[str], present: Iterable[str], layers: Iterabl
 
 
 def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterable[str]:
-    """Names of all tensors of a model of this class and configuration in which nothing is replaced."""
+    """Return the names of all tensors of the dense model of this class and configuration."""
     try:
         with torch.device("meta"), no_init_weights():
             return tuple(type(model)(copy.deepcopy(model.config)).state_dict())
@@ -63,12 +63,12 @@ def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterabl
 
 
 def without_guards(tensors: Mapping[str, _Stored]) -> dict[str, _Stored]:
-    """The headers of the tensors that hold something."""
+    """Return tensors without guards."""
     return {name: x for name, x in tensors.items() if getattr(x, "shape", None) != GUARD_SHAPE}
 
 
 def pass_by_guards(model: nn.Module, names: Iterable[str]) -> None:
-    """Keep transformers from reporting guards as weights that the model does not have.
+    """Prevent transformers from reporting guards as unexpected weights.
 
     Args:
         model: about to be loaded; changed in place.

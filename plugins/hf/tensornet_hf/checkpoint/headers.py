@@ -94,7 +94,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     elif cores := [name for name in tensors if _names_a_core(name)]:
         raise FormatError(
             f"{folder} stores cores ({cores[0]} and {len(cores) - 1} more), but its config.json has no "
-            "quantization_config that describes them. Restore the config.json that was saved with the model."
+            "quantization_config that describes them. Restore the config.json that was saved with the model; "
+            "if layers were replaced by hand, call tensornet_hf.prepare_for_saving(model) before saving it."
         )
     return Checkpoint(folder, config, compression, tensors)
 

@@ -14,7 +14,6 @@ from transformers.utils import logging
 from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.expansion import settle, take_apart
-from tensornet.nn.structure_hooks import register_structure_hook
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
 from tensornet_hf.checkpoint.describe import describe, is_inside
@@ -44,7 +43,7 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Cores are ordinary parameters. `Trainer` asks before it trains.
+        """True, since cores are ordinary parameters; `Trainer` asks before it trains.
 
         Raises:
             TargetError: experts are spread over processes, and `Trainer` saves from one.
@@ -69,7 +68,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
-        """Everything can be saved."""
+        """Return True: every compressed model can be saved."""
         return True
 
     def _process_model_before_weight_loading(
@@ -108,7 +107,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         ties.detach_targets(model, self._ties)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Leave stored names as they are if they fit the model: its renamings are made for other folders.
+        """Keep stored names as they are if they fit the model: its renamings are for other folders.
 
         A compressed model is saved under the names of its class. Those of Qwen2-VL, for one, would be taken
         for names of an older version by the class without a head.
@@ -126,7 +125,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         return [] if fitting([], []) >= fitting(renamings, converters) else weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Tie shared cores; or compress, if the model was stored dense."""
+        """Tie shared cores; compress the model if it was stored dense."""
         if not self.pre_quantized:
             detach(model)  # what `postprocess_model` put on describes nothing yet
             options = self.quantization_config.compression_config
@@ -138,7 +137,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         _prepare(model, compression=self.quantization_config.compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """What `save_pretrained` writes: every tensor once. Called before the configuration is written."""
+        """Return the tensors to save, each once; called before the configuration is written."""
         config = describe(model, compression=self.quantization_config.compression)
         if not config.layers:
             detach(model)
@@ -149,13 +148,13 @@ class TensorNetworkQuantizer(HfQuantizer):
         return tensors | make_guards(model, config), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Behind `model.dequantize()`."""
+        """Implement `model.dequantize()`."""
         decompress(model)
         return model
 
 
 def prepare_for_saving(model: nn.Module) -> bool:
-    """Make a Hugging Face model describe itself as what it is now: compressed or not.
+    """Update the description with which a Hugging Face model is saved, compressed or not.
 
     `tensornet.compress`, `tensornet.decompress` and `tensornet_hf.upcycle` do this themselves. Call it after
     replacing layers by hand.
@@ -164,7 +163,7 @@ def prepare_for_saving(model: nn.Module) -> bool:
         model: a Hugging Face model, or a module that holds one.
 
     Returns:
-        Whether there was a Hugging Face model.
+        True if there was a Hugging Face model.
     """
     found = _outermost(model)
     for part in found:
@@ -195,7 +194,7 @@ def _outermost(module: nn.Module) -> list[PreTrainedModel]:
 
 
 def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Iterable[str]) -> None:
-    """A model saved without its head has none to load where the head was tied to a table of cores."""
+    """Raise FormatError if the head was tied to a table of cores and the checkpoint holds none."""
     stored = set(stored)
     for target, source in model.all_tied_weights_keys.items():
         if is_inside(source, set(layers)) and not is_inside(target, set(layers)) and target not in stored:
@@ -207,7 +206,7 @@ def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Itera
 
 
 def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
-    """transformers only reports a parameter that it found nowhere, and fills it with something."""
+    """Raise FormatError for a missing core, which transformers only reports and fills with something."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         # Set by transformers on everything that it loaded.
         if is_inside(name, set(layers)) and not getattr(tensor, "_is_hf_initialized", False):
@@ -216,4 +215,3 @@ def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
 
 register_quantization_config(METHOD)(TensorNetworkConfig)
 register_quantizer(METHOD)(TensorNetworkQuantizer)
-register_structure_hook(prepare_for_saving)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet.errors import FormatError, TargetError
-from tensornet_hf.checkpoint.describe import compressed_layers
+from tensornet_hf.checkpoint.describe import layer_descriptions
 from tensornet_hf.checkpoint.folders import write_folder
 from tensornet_hf.checkpoint.links import inside
 from tensornet_hf.checkpoint.quantizer import prepare_for_saving
@@ -105,7 +105,7 @@ def decompress(model: nn.Module) -> nn.Module:
     Raises:
         TargetError: the model holds modules that have no dense form, such as experts.
     """
-    layers = compressed_layers(model)
+    layers = layer_descriptions(model)
     if stays := [name for name, spec in layers.items() if spec["type"] not in ("linear", "embedding")]:
         kinds = sorted({str(layers[name]["type"]) for name in stays})
         raise TargetError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.nn.compound import Compound, Shared, Stack
-from tensornet.nn.expansion import register_batch_listener, register_expansion, settle, take_apart
+from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.expert_matrix import ExpertMatrix
 from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
 
@@ -107,7 +107,11 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
 def experts_apart(model: nn.Module) -> Iterator[None]:
     """Have the experts of a model taken apart inside the block; there they leave padding out."""
     names = take_apart(model)
-    handle = model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
+
+    def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tell_padding(model, kwargs)
+
+    handle = model.register_forward_pre_hook(tell, with_kwargs=True)
     try:
         yield
     finally:
@@ -116,9 +120,9 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
         settle(model, names)
 
 
-def _tell_padding(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Experts read tokens without their places, so the mask must reach them past the layers between."""
-    mask = kwargs.get("attention_mask")
+def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Pass the attention mask of a batch to experts, which read tokens without their places."""
+    mask = batch.get("attention_mask")
     _set_padding(model, mask if isinstance(mask, Tensor) else None)
 
 
@@ -142,5 +146,3 @@ class _ExpertsKind(CompoundKind):
 
 
 register_compound_kind(_ExpertsKind())
-register_expansion(experts_apart)
-register_batch_listener(lambda block, batch: _tell_padding(block, (), batch))

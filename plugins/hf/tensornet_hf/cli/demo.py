@@ -26,7 +26,7 @@ def run(
     force: shared.Force = False,
     as_json: shared.Json = False,
 ) -> None:
-    """Compress a small trained GPT-2, judge it, save it, load it again, and write a report."""
+    """Compress a small trained GPT-2, evaluate it, save it, load it again, and write a report."""
     done = run_demo(
         output,
         param_ratio=param_ratio,
@@ -61,7 +61,7 @@ def _print(done: Demo) -> None:
     shared.print_lines(
         "",
         f"Perplexity, lower is better: {how.how if how else 'not measured'}. "
-        "Plain SVD: every layer cut to the same share.",
+        "Plain SVD: every layer truncated to the same keep ratio.",
         "",
     )
     for model in models:

@@ -7,7 +7,7 @@ import typer
 from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.text.perplexity import perplexity
-from tensornet_hf.text.tokens import load_tokenizer, require_causal, token_ids, usual_context
+from tensornet_hf.text.tokens import load_tokenizer, read_text, require_causal, token_ids, usual_context
 
 
 def run(
@@ -25,7 +25,7 @@ def run(
     as_json: shared.Json = False,
 ) -> None:
     """Measure the perplexity of a causal language model on a text file."""
-    content = shared.read_text(text)
+    content = read_text(text)
     folder = resolve_folder(path)
     model = on_device(load(folder), device)
     require_causal(model)

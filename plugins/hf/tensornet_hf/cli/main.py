@@ -1,4 +1,4 @@
-"""The commands, and how the program fails: one line on stderr and a status that is not zero."""
+"""The commands, and failures: one line on stderr and a non-zero status."""
 
 import os
 import sys
@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _quiet(debug: bool) -> list[str]:
-    """Leave stderr to our own lines: other libraries warn about things a user here cannot change.
+    """Silence other libraries, which warn about things that a user of the program cannot change.
 
     Returns:
         A list that fills with our own warnings, which are shown after a success; a failure is one line.

@@ -1,10 +1,11 @@
-"""What several commands need: options with their help, output for people and for machines."""
+"""Options, output and errors that several commands share."""
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tensornet_hf.cli.values import parse_device
+from tensornet_hf.compress_options import OptionError
 
 Source = Annotated[str, typer.Argument(help="Model folder, or hub id where no folder has that name.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]
@@ -38,23 +40,39 @@ TextFile = Annotated[Path, typer.Option(help="Text file, UTF-8.")]
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     typer.echo(json.dumps(data, indent=1))
 
 
 def print_lines(*lines: str) -> None:
-    """Plain text on stdout, nothing of it read as markup."""
+    """Print plain text on stdout, without interpreting markup."""
     for line in lines:
         typer.echo(line)
 
 
+class Printable(Protocol):
+    """A result that prints itself, for people and for machines."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        ...
+
+
+def print_result(result: Printable, as_json: bool) -> None:
+    """Print a result on stdout, as text or as JSON."""
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_lines(str(result))
+
+
 def note(text: str) -> None:
-    """A remark on stderr."""
+    """Print a remark on stderr."""
     typer.echo(f"tensornet: note: {text}", err=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout, first column left, the others right; as wide as it needs when piped."""
+    """Print a table on stdout, the first column aligned left, the others right."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):
@@ -92,19 +110,10 @@ def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def read_text(path: Path) -> str:
-    """A text file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not UTF-8, or empty.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Report options that exclude one another as wrong usage, by their names on the command line."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    if not text.strip():
-        raise ValueError(f"{path} holds no text.")
-    return text
+        yield
+    except OptionError as error:
+        raise typer.BadParameter(error.for_command_line) from error

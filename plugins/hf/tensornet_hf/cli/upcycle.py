@@ -4,13 +4,11 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf import pipeline as conversion
-from tensornet_hf.checkpoint.hub import require_free, save_to
-from tensornet_hf.checkpoint.load import on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.values import parse_share
-from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
+from tensornet_hf.moe.upcycle import UpcycleReport
 from tensornet_hf.moe.upcycle_config import MoEConfig
+from tensornet_hf.pipeline import upcycle_folder
 
 
 def run(
@@ -86,20 +84,12 @@ def run(
     )
     if destination is None and not dry_run:
         raise typer.BadParameter("Name a destination, or ask for --dry-run.")
-    stored = conversion.dtype_of(dtype)
-    folder = resolve_folder(source)
-    if destination is not None and not dry_run:
-        require_free(destination, source=folder, force=force)
-    model = on_device(conversion.open_dense(folder), device)
-    report = upcycle(model, config, progress=True)
-    if destination is not None and not dry_run:
-        save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
+    written = None if dry_run else destination
+    report = upcycle_folder(source, written, config, dtype=dtype, device=device, force=force, progress=True)
     if as_json:
-        shared.print_json(
-            {"source": source, "destination": None if dry_run else destination, **report.to_dict()}
-        )
+        shared.print_json({"source": source, "destination": written, **report.to_dict()})
     else:
-        _show(report, None if dry_run else destination)
+        _show(report, written)
 
 
 def _shared(names: list[str] | None) -> str | list[str]:

@@ -105,7 +105,7 @@ def _mixtures(part: nn.Module) -> list[SharedCoreMoE]:
 
 
 def _split(part: PreTrainedModel) -> tuple[list[SharedCoreMoE], list[SharedCoreMoE]]:
-    """Mixtures whose tokens are the input of the call, and those of the decoder of an encoder-decoder."""
+    """Split mixtures into those that read the input of the call and those of an encoder-decoder's decoder."""
     everything = _mixtures(part)
     if not getattr(part.config, "is_encoder_decoder", False):
         return everything, []
@@ -123,7 +123,7 @@ def _decoder_mask(given: Mapping[str, Any]) -> Tensor | None:
 
 
 def _fit(mask: Any, given: Mapping[str, Any], *tokens: str) -> Tensor | None:
-    """A mask over this call's tokens: with a cache, the attention mask covers earlier ones as well."""
+    """Return the mask of this call's tokens; with a cache the attention mask covers earlier ones too."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None  # masks of attention patterns say nothing of single tokens
     called = next((given[name] for name in tokens if given.get(name) is not None), None)

@@ -23,7 +23,7 @@ OWNERS = "shared_cores"
 def alone(
     network: FeedForward, config: MoEConfig, seed: int, made: Mapping[str, SharedCoreExperts]
 ) -> dict[str, SharedCoreExperts]:
-    """Banks of one network by name; those that were not made together with other layers are made here."""
+    """Return the banks of one network by name; make those that were not made together with other layers."""
     banks = dict(made)
     for position, name in enumerate(network.matrices):
         if name in made:
@@ -47,7 +47,7 @@ def alone(
 def across_layers(
     networks: Sequence[FeedForward], config: MoEConfig, place: nn.Module | None, *, progress: bool = False
 ) -> tuple[list[SharedCores], list[dict[str, SharedCoreExperts]]]:
-    """Banks whose shared cores belong to all layers with a matrix of one name and shape.
+    """Make banks whose shared cores belong to all layers with a matrix of one name and shape.
 
     Args:
         networks: of the model.
@@ -84,7 +84,7 @@ def across_layers(
 
 
 def owner_place(model: nn.Module) -> nn.Module:
-    """The module beside whose layers shared cores belong: the body of the model, with or without a head.
+    """Return the module that owns shared cores: the body of the model, with or without a head.
 
     Raises:
         TargetError: the model is a bare container, which would run the owner as one of its layers.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import TargetError
-from tensornet.nn.modes import in_eval_mode, uncompiled, without_cache
 from tensornet_hf.moe.feed_forward import FeedForward
 
 _TOKENS = 8

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.compression.apply import set_submodule
+from tensornet.context import in_eval_mode
 from tensornet.errors import TargetError
-from tensornet.nn.modes import in_eval_mode
 from tensornet.nn.stock_layers import LayerKind, kind_of, layer_bias
 from tensornet_hf.moe.identity import DoneBefore
 from tensornet_moe.ffn import ACTIVATIONS
@@ -60,12 +60,12 @@ class FeedForward:
         return tuple(path.replace(".", "_") for path in self.paths)
 
     def matrix(self, name: str) -> Tensor:
-        """One weight, shape `(out_features, in_features)`."""
+        """Return one weight, shape `(out_features, in_features)`."""
         layer = self.layer(name)
         return _kind(layer).matrix(layer).detach()
 
     def bias(self, name: str) -> Tensor | None:
-        """One bias, shape `(out_features,)`."""
+        """Return one bias, shape `(out_features,)`."""
         return layer_bias(self.layer(name))
 
     @property
@@ -74,26 +74,26 @@ class FeedForward:
         return sum(p.numel() for name in self.matrices for p in self.layer(name).parameters())
 
     def replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
-        """What is to stand in the model instead of the network, by name in the model."""
+        """Return the modules that replace the network, by name in the model."""
         if self.inside is None:
             return dict.fromkeys(self.names, mixture)
         parts = self.inside_replacements(mixture)
         return {f"{name}.{path}": part for name in self.names for path, part in parts.items()}
 
     def inside_replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
-        """The same by path in the larger layer that has the network inside."""
+        """Return the same modules by path in the larger layer that holds the network."""
         assert self.inside is not None
         first, *others = self.inside
         return {first: mixture, **{path: DoneBefore() for path in others}}
 
     def layer(self, name: str) -> nn.Module:
-        """One of its layers."""
+        """Return one of its layers."""
         return self.module.get_submodule(self.paths[self.matrices.index(name)])
 
 
 @torch.no_grad()
 def check_reading(network: FeedForward) -> None:
-    """Compare a module that should be the network with what was read off it, on random tokens.
+    """Compare a module with the feed-forward network found in it, on random tokens.
 
     Raises:
         TargetError: they differ, or the module does not take tokens alone.
@@ -112,7 +112,7 @@ def check_reading(network: FeedForward) -> None:
 
 @torch.no_grad()
 def computes_inside(network: FeedForward) -> bool:
-    """Whether a larger layer computes the same with all of the network done in place of its first matrix."""
+    """Return whether a larger layer computes the same with the whole network in place of its first matrix."""
     if network.matrix(network.matrices[0]).is_meta:
         return False
     x = _tokens(network)
@@ -145,7 +145,7 @@ def _tokens(network: FeedForward) -> Tensor:
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """Output of a layer of a transformer for tokens alone, None if it cannot be called like that."""
+    """Return the output of a transformer layer for tokens alone; None if it cannot be called so."""
     parameters = list(inspect.signature(layer.forward).parameters.values())
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     for rest in (None, x):  # a mask that may be None, a residual that may not

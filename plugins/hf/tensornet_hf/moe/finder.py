@@ -41,7 +41,7 @@ def find_feed_forwards(
     target_modules: Sequence[str] | None = None,
     matrices: Sequence[str] | None = None,
 ) -> list[FeedForward]:
-    """Feed-forward networks of a model, each checked to compute what was read off it.
+    """Find the feed-forward networks of a model, and check each by its outputs.
 
     Args:
         model: any model.
@@ -115,7 +115,7 @@ def _form(module: nn.Module, matrices: Sequence[str] | None) -> tuple[tuple[str,
 
 
 def _experts(model: nn.Module, names: Sequence[str], matrices: Sequence[str] | None) -> dict[str, str]:
-    """Networks among which a router chooses, and the module that holds router and experts.
+    """Find networks among which a router chooses, and the module that holds router and experts.
 
     Beside `n > 1` networks of one container lies a router: a weight `(n, features)`, in either order.
     """
@@ -141,7 +141,7 @@ def _experts(model: nn.Module, names: Sequence[str], matrices: Sequence[str] | N
 
 
 def _has_weight(module: nn.Module, sizes: set[int], without: Sequence[nn.Module]) -> bool:
-    """Whether a module has a matrix of these sizes that is no table and lies in none of some parts."""
+    """Return whether a module has a matrix of these sizes outside some parts, embeddings aside."""
     inside = {id(part) for root in without for part in root.modules()}
     return any(
         parameter.ndim == 2 and set(parameter.shape) == sizes
@@ -185,7 +185,7 @@ def _read(names: tuple[str, ...], module: nn.Module, matrices: Sequence[str] | N
 
 
 def _activation(module: nn.Module, beside: str) -> tuple[str | None, str]:
-    """Path of the activation if it is a module, and its name, recognised by its values."""
+    """Return the path of the activation if it is a module, and its name, recognized by its values."""
     grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
     places = [(module, "")] + ([(module.get_submodule(beside), f"{beside}.")] if beside else [])
     found = [

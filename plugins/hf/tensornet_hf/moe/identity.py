@@ -18,7 +18,7 @@ class DoneBefore(nn.Module):
         return x
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return the JSON-ready description, see `tensornet.nn.register_module_type`."""
         return {"type": "done_before"}
 
 

@@ -1,4 +1,4 @@
-"""Upcycling: the dense feed-forward networks of a model become mixtures of experts that share cores."""
+"""Upcycling: replace dense feed-forward networks by mixtures of experts that share cores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from torch import nn
 
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
-from tensornet.nn.structure_hooks import structure_changed
+from tensornet.nn.extension import structure_changed
 from tensornet.progress import progress_bar
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners
 from tensornet_hf.moe.causality import causal_networks
@@ -22,13 +22,13 @@ from tensornet_moe.router_base import router_kind
 
 @dataclass(frozen=True)
 class UpcycledLayer:
-    """One network that became a mixture.
+    """Entry of the report: one network that became a mixture.
 
     Args:
         name: of the module.
         dense_params: parameters before.
         params: parameters after, router included; without those that several layers share.
-        shared_params: what all experts share.
+        shared_params: parameters that all experts share.
         error: largest relative Frobenius error among its matrices.
     """
 
@@ -41,7 +41,7 @@ class UpcycledLayer:
 
 @dataclass(frozen=True)
 class UpcycleReport:
-    """What `upcycle` did.
+    """Result of `upcycle`.
 
     Args:
         layers: one entry for each network.
@@ -69,7 +69,7 @@ class UpcycleReport:
         return self.params / (self.num_experts * self.dense_params)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the JSON-ready form."""
         totals = {"dense_params": self.dense_params, "params": self.params}
         return {
             "num_experts": self.num_experts,
@@ -168,7 +168,7 @@ def _refuse_causal(config: MoEConfig, networks: Sequence[FeedForward], causal: S
 def make_mixture(
     network: FeedForward, banks: Mapping[str, SharedCoreExperts], config: MoEConfig, *, seed: int
 ) -> tuple[SharedCoreMoE, UpcycledLayer]:
-    """A mixture of these experts, and its line in the report; the seed is that of the router."""
+    """Make a mixture of these experts and its line in the report; the seed is that of the router."""
     first = network.matrix(network.matrices[0])
     where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
     biases = {name: network.bias(name) for name in network.matrices}

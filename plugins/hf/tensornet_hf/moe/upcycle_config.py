@@ -121,7 +121,7 @@ class MoEConfig:
         return "capacity_factor" in router_kind(self.router).options
 
     def make_router(self, num_features: int, *, seed: int) -> Router:
-        """A router with weights drawn from `seed`, in float32 on the CPU."""
+        """Make a router with weights drawn from `seed`, in float32 on the CPU."""
         kind = router_kind(self.router)
         options = {key: getattr(self, key, None) for key in ("jitter", "combine", *kind.options)}
         given = {key: value for key, value in options.items() if value is not None}

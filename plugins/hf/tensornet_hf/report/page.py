@@ -1,4 +1,4 @@
-"""The report page: what goes on it, and writing it as one file that needs nothing else."""
+"""The report page: its contents, and writing it as one self-contained file."""
 
 import math
 import platform
@@ -17,9 +17,9 @@ from tensornet.optional import require
 from tensornet_hf.report.spectra import BondSpectrum
 from tensornet_hf.text.perplexity import Perplexity
 
-#: Nats. Beyond, the perplexity is so far off that no budget worth having is left.
+#: Nats. Models with a larger predicted rise of the loss are useless.
 _MEANINGFUL_RISE = 3.0
-#: On a logarithmic axis nothing is at zero.
+#: Smallest value that is drawn on the logarithmic axis.
 _VISIBLE_RISE = 1e-5
 
 
@@ -32,7 +32,7 @@ class ModelFacts:
         params: elements of all its parameters.
         file_bytes: size of its weight files, None if it was not saved.
         perplexity: on the held-out text, None if not measured.
-        sample: text it generated, None if none was.
+        sample: generated text, if any.
     """
 
     name: str
@@ -44,16 +44,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything the report shows.
+    """Contents of the report.
 
     Args:
         title: heading, for example the name of the model.
         models: the columns of the comparison: the original first, then the compressed model, then baselines.
-        report: what was done to each layer.
+        report: of the compression.
         spectra: by layer name (see `bond_spectra`); empty leaves the picture out.
-        prompt: what the samples continue.
-        made: how the page was made, label and text.
+        prompt: text that the samples continue.
+        made: rows of label and text that say how the page was made.
         notes: remarks shown below the comparison.
+        of_tokens: whether the loss is that of predicted tokens, so that its exponential is a perplexity.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Page:
     prompt: str | None = None
     made: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
+    of_tokens: bool = True
 
 
 def write_report(page: Page, path: str | Path) -> Path:
@@ -77,7 +79,7 @@ def write_report(page: Page, path: str | Path) -> Path:
 
 
 def render(page: Page) -> str:
-    """The page as HTML: styles and pictures inside, no script, no request to anywhere.
+    """Render the page as HTML with styles and pictures inside, without scripts or requests.
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
@@ -93,12 +95,14 @@ def render(page: Page) -> str:
     template = environment.from_string(
         (files("tensornet_hf.report") / "page.html.j2").read_text(encoding="utf-8")
     )
-    # What was certified in carrying the plan out, which edits may not have known.
+    # The certified errors, which an edited plan may not have known.
     done = zip(page.report.plan, page.report.layers, strict=True)
     layers = [replace(planned, error=made.error) for planned, made in done]
-    curve = predicted_curve(page.report.plan)
-    encoder = page.report.plan.dense_loss is None
-    label = "predicted one minus cosine" if encoder else "predicted perplexity"
+    plan = page.report.plan
+    curve = predicted_curve(plan, of_tokens=page.of_tokens)
+    measure = "cosine" if plan.dense_loss is None else "perplexity" if page.of_tokens else "loss"
+    label = {"cosine": "predicted one minus cosine"}.get(measure, f"predicted {measure}")
+    rise = plan.predicted_loss_increase
     shown = min(len(page.spectra), pictures.PANELS)
     return template.render(
         page=page,
@@ -110,27 +114,38 @@ def render(page: Page) -> str:
         curve_picture=Markup(pictures.curve_picture(curve, page.report.param_ratio, label))
         if curve
         else None,
-        predicted=page.report.plan.predicted_perplexity,
-        encoder=encoder,
+        predicted=None if rise is None or plan.dense_loss is None else _predicted(plan, rise, page.of_tokens),
+        measure=measure,
         spectra_shown=shown,
     )
 
 
-def predicted_curve(plan: CompressionPlan) -> list[tuple[float, float]]:
-    """Predicted perplexity over all budgets, `(share of targeted parameters kept, perplexity)`.
+def predicted_curve(plan: CompressionPlan, *, of_tokens: bool = True) -> list[tuple[float, float]]:
+    """Return the predicted perplexity over all budgets, `(fraction of targeted parameters kept, perplexity)`.
 
-    For an encoder one minus the cosine with what it was, in place of the perplexity. Empty for a plan made
-    without calibrated gradients. Ends where the prediction means nothing any more: it is second order in the
-    errors.
+    Without a loss of tokens the loss itself; for an encoder one minus the cosine with its old outputs. Empty
+    for a plan made without calibrated gradients. The curve ends where the prediction, which is of second
+    order in the errors, becomes meaningless.
+
+    Args:
+        plan: made with calibrated gradients.
+        of_tokens: whether the loss is that of predicted tokens.
     """
     points = [(size / plan.params_before, rise) for size, rise in plan.curve()]
     if plan.dense_loss is None:
         return [point for point in points if _VISIBLE_RISE < point[1] < 1]
-    return [(share, math.exp(plan.dense_loss + rise)) for share, rise in points if rise < _MEANINGFUL_RISE]
+    return [(kept, _predicted(plan, rise, of_tokens)) for kept, rise in points if rise < _MEANINGFUL_RISE]
+
+
+def _predicted(plan: CompressionPlan, rise: float, of_tokens: bool) -> float:
+    """Return the perplexity, or the loss if it is not one of tokens, after a rise of the loss."""
+    assert plan.dense_loss is not None
+    loss = plan.dense_loss + rise
+    return math.exp(loss) if of_tokens else loss
 
 
 def versions() -> str:
-    """Versions of everything that decides the numbers, in one line."""
+    """Return the versions of everything that the numbers depend on, in one line."""
     names = ("tensornet-torch", "torch", "transformers", "safetensors")
     python = f"Python {platform.python_version()}"
     return ", ".join([*(f"{name} {version(name)}" for name in names), python, sys.platform])
@@ -141,7 +156,7 @@ def _three_digits(value: float) -> str:
 
 
 def compact_bytes(value: float) -> str:
-    """`1234567` -> `1.23 MB`, three digits that matter."""
+    """Format a size with three significant digits: `1234567` -> `1.23 MB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{_three_digits(value / size)} {unit}"
@@ -149,7 +164,7 @@ def compact_bytes(value: float) -> str:
 
 
 def plain(page: Page) -> dict[str, Any]:
-    """The numbers of the page, JSON-ready."""
+    """Return the numbers of the page, JSON-ready."""
     return {
         "models": [
             {

@@ -1,4 +1,4 @@
-"""The pictures of the report, as inline SVG that takes its colours from the page.
+"""Figures of the report, as inline SVG in the colours of the page.
 
 matplotlib cannot write CSS variables, so every role is drawn in a colour of its own that nobody would
 choose, and the finished SVG has these replaced: one picture serves light and dark pages alike.
@@ -49,7 +49,7 @@ _FLOOR = 1e-3  # singular values below this share of the largest are off the pic
 
 
 def layers_picture(layers: Sequence[LayerPlan]) -> str:
-    """Parameters before and after, the form with its bonds, and each error beside that of plain SVD."""
+    """Draw parameters before and after, topology with bonds, and each error beside that of plain SVD."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 1.0 + 0.27 * len(layers)), layout="constrained")
         sizes, errors = figure.subplots(1, 2, sharey=True, width_ratios=[1.15, 1])
@@ -84,7 +84,7 @@ def layers_picture(layers: Sequence[LayerPlan]) -> str:
 
 
 def spectra_picture(spectra: Mapping[str, Sequence[BondSpectrum]]) -> str:
-    """Singular values of each layer on a logarithmic scale, with the cut; a chain has one line a bond."""
+    """Draw the singular values of each layer with the truncation; a chain has one line a bond."""
     chosen = spread(list(spectra), PANELS)
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -108,8 +108,8 @@ def spectra_picture(spectra: Mapping[str, Sequence[BondSpectrum]]) -> str:
             axes.set_axis_off()
         handles = [
             Line2D([], [], color=OURS, label="singular values kept"),
-            Line2D([], [], color=DENSE, label="cut away"),
-            Line2D([], [], color=SVD, linestyle="--", label="the cut"),
+            Line2D([], [], color=DENSE, label="truncated"),
+            Line2D([], [], color=SVD, linestyle="--", label="truncation"),
         ]
         if not all(s.exact for name in chosen for s in spectra[name]):
             handles.append(Line2D([], [], color=SVD, linestyle=":", label="rank of the same size"))
@@ -120,7 +120,7 @@ def spectra_picture(spectra: Mapping[str, Sequence[BondSpectrum]]) -> str:
 def curve_picture(
     points: Sequence[tuple[float, float]], kept: float, label: str = "predicted perplexity"
 ) -> str:
-    """What is predicted, `(share of parameters kept, value)`, over all budgets, this one marked."""
+    """Draw the prediction, `(fraction of parameters kept, value)`, over all budgets, this one marked."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -147,14 +147,14 @@ def curve_picture(
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the dotted prefix they all share; the last part always stays."""
+    """Strip the dotted prefix that all names share; the last part always stays."""
     parts = [name.split(".") for name in names]
     shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # works on lists as on strings
     return [".".join(p[shared:]) for p in parts]
 
 
 def spread(names: Sequence[str], limit: int) -> list[str]:
-    """At most `limit` of the names, evenly spread, first and last included."""
+    """Choose at most `limit` of the names, evenly spread, first and last included."""
     if len(names) <= limit:
         return list(names)
     return [names[round(k * (len(names) - 1) / (limit - 1))] for k in range(limit)]
@@ -182,7 +182,7 @@ def _draw_spectrum(axes: Axes, spectrum: BondSpectrum, number: int) -> None:
 
 
 def spread_indices(length: int, points: int) -> list[int]:
-    """At most `points` of the indices `0 ... length - 1`, evenly spread."""
+    """Choose at most `points` of the indices `0 ... length - 1`, evenly spread."""
     return sorted({round(k * (length - 1) / max(1, points - 1)) for k in range(points)})
 
 

@@ -1,4 +1,4 @@
-"""Singular-value spectra of the unfoldings that a decomposition cuts."""
+"""Singular-value spectra of the unfoldings that a decomposition truncates."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tensornet.topology import Topology
 
 @dataclass(frozen=True)
 class BondSpectrum:
-    """What one bond cuts.
+    """Spectrum that one bond truncates.
 
     Args:
         values: singular values in descending order, divided by the largest.
@@ -32,7 +32,7 @@ class BondSpectrum:
 
 @torch.no_grad()
 def bond_spectra(matrix: Tensor, layer: LayerPlan) -> tuple[BondSpectrum, ...]:
-    """One spectrum for each bond of the planned form; that of the weight for a layer that stays dense.
+    """Return one spectrum for each planned bond; that of the weight for a layer that stays dense.
 
     Args:
         matrix: the dense weight, shape `(out_features, in_features)`.

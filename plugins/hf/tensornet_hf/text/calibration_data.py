@@ -1,8 +1,7 @@
-"""From a text to what a model is calibrated and healed on: windows, pairs or passages, by kind of model.
+"""Batches of a text to calibrate and heal on: windows, pairs or passages, by kind of model.
 
 * Causal language models read windows of the text and are scored on the next token.
-* Encoder-decoders read the lines of the text. What they shall answer stands behind a tab, or is what the
-  model itself answers.
+* Encoder-decoders read the lines of the text. The answer follows a tab, or is the model's own.
 * Encoders read passages. With a masked language model's head they are scored on hidden tokens, with a
   classifier's on their own predictions, and without a head by the cosine of their pooled outputs.
 """
@@ -23,24 +22,24 @@ from tensornet.calibration.losses import IGNORED, TokenLosses
 from tensornet.errors import TargetError
 from tensornet_hf.text.tokens import load_tokenizer, token_ids, usual_context
 
-#: Longest line or passage, in tokens; what is longer is cut.
+#: Longest line or passage, in tokens; longer ones are truncated.
 PASSAGE = 128
 #: Longest answer of an encoder-decoder, in tokens.
 ANSWER = 64
 #: Passages of a batch.
 ROWS = 16
-#: Share of the tokens hidden from a masked language model, as in its training.
+#: Fraction of the tokens that are masked for a masked language model, as in its training.
 HIDDEN = 0.15
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Batches of a model, and the losses whose curvature is the price of an error.
+    """Batches of a model, and the losses whose curvature gives the sensitivity to errors.
 
     Args:
         batches: keyword arguments of the model, or token indices.
         loss_fn: see `tensornet.calibration.losses`.
-        tokens: how many the model reads, padding left out.
+        tokens: number of tokens that the model reads, without padding.
     """
 
     batches: tuple[BatchLike, ...]
@@ -57,12 +56,12 @@ def calibration_data(
     window: int = 512,
     window_batch: int = 1024,
 ) -> CalibrationData:
-    """What the beginning of a text is for this model.
+    """Make batches of the beginning of a text for a model.
 
     Args:
         model: dense.
         folder: holds its tokenizer.
-        text: like what the model will see.
+        text: similar to what the model will read.
         tokens: about how much of it to use; all if absent.
         window: longest window of a causal model.
         window_batch: tokens of a batch of a causal model.
@@ -80,15 +79,20 @@ def calibration_data(
         return CalibrationData(tuple(batches), label_losses, windows.numel())
     tokenizer = _tokenizer_of(model, folder)
     passages = _passages(model, tokenizer, text)
-    if type(model).__name__.endswith("ForMaskedLM"):
+    if scores_tokens(type(model)):
         return _collected(_hidden(passages, tokenizer), sampled_losses, tokens)
     return _collected(passages, _losses_of(model, tokenizer), tokens)
+
+
+def scores_tokens(kind: type[PreTrainedModel]) -> bool:
+    """Return whether models of a class are scored on tokens, so that a perplexity describes them."""
+    return kind.can_generate() or kind.__name__.endswith("ForMaskedLM")
 
 
 def text_windows(
     model: PreTrainedModel, folder: Path, text: str, *, limit: int, tokens: int | None = None
 ) -> Tensor:
-    """The beginning of a text in windows of at most `limit` tokens that do not overlap, one in each row.
+    """Split the beginning of a text into windows of at most `limit` tokens, one in each row.
 
     Raises:
         ValueError: the text is shorter than one window.
@@ -114,7 +118,7 @@ def _tokenizer_of(model: PreTrainedModel, folder: Path) -> Any:
 
 
 def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
-    """What an encoder is judged by, from what it returns for a word.
+    """Choose the loss of an encoder by its output for one word.
 
     Raises:
         TargetError: neither classes nor hidden states.
@@ -138,7 +142,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Batch]:
-    """Paragraphs, or lines where no blank line separates any."""
+    """Read paragraphs, or lines if there is no blank line."""
     parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
     parts = parts if len(parts) > 1 else _lines(text)
     for start in range(0, len(parts), ROWS):
@@ -146,7 +150,7 @@ def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Bat
 
 
 def _pairs(model: PreTrainedModel, tokenizer: Any, lines: Sequence[str]) -> Iterator[Batch]:
-    """Lines and their answers: what stands behind the tab, or what the model says."""
+    """Read lines with their answers: the text behind the tab, or the model's own."""
     given = all(line.count("\t") == 1 for line in lines)
     for start in range(0, len(lines), ROWS):
         part = lines[start : start + ROWS]
@@ -161,7 +165,7 @@ def _pairs(model: PreTrainedModel, tokenizer: Any, lines: Sequence[str]) -> Iter
 
 @torch.no_grad()
 def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Greedy answers as labels; what follows the end is ignored, the end itself is not."""
+    """Generate greedy answers as labels; tokens after the end of an answer are ignored."""
     generate: Any = model.generate
     inputs = as_batch(batch, model, model.device)
     labels = generate(**inputs, max_new_tokens=ANSWER, do_sample=False, num_beams=1)[:, 1:].cpu()
@@ -172,7 +176,7 @@ def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _hidden(passages: Iterator[Batch], tokenizer: Any) -> Iterator[Batch]:
-    """Passages with some tokens masked; only those have labels. The same ones every time."""
+    """Mask some tokens of passages, always the same ones; only those have labels."""
     if tokenizer.mask_token_id is None:
         raise TargetError(
             "The tokenizer of this masked language model has no mask token; calibrate it in Python with "
@@ -191,7 +195,7 @@ def _hidden(passages: Iterator[Batch], tokenizer: Any) -> Iterator[Batch]:
 
 
 def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str, Tensor]:
-    """A padded batch of the arguments that the model's tokenizer makes, `attention_mask` among them."""
+    """Tokenize passages to a padded batch of model arguments, `attention_mask` among them."""
     length = usual_context(model, limit=PASSAGE)
     return dict(
         tokenizer(
@@ -206,7 +210,7 @@ def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str,
 
 
 def _collected(batches: Iterator[Batch], loss_fn: TokenLosses, tokens: int | None) -> CalibrationData:
-    """The first batches, until they hold enough tokens."""
+    """Collect the first batches until they hold enough tokens."""
     kept, count = [], 0
     for batch in batches:
         kept.append(batch)

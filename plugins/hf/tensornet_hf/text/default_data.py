@@ -1,23 +1,23 @@
-"""Text of our own for language models that are compressed without calibration data."""
+"""Default calibration text for language models that are compressed without calibration data."""
 
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensornet.calibration import ProvidedData, register_calibration_provider
 from tensornet.errors import FormatError
+from tensornet.nn.extension import ProvidedData
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.text.tokens import load_tokenizer, token_ids, usual_context
 
 TOKENS = 16_384
 
 
-@register_calibration_provider
 def embedded_text(model: nn.Module) -> ProvidedData | None:
-    """The embedded chapters of the King James Bible in the tokens of a causal language model.
+    """Tokenize the embedded chapters of the King James Bible for a causal language model.
 
-    None for models of other kinds, and where no tokenizer lies beside the model or in the hub's cache.
+    Returns None for models of other kinds, and if neither the model's folder nor the cache of the hub holds a
+    tokenizer.
     """
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
         return None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.label_shift import field, predicts_next_token
+from tensornet.context import in_eval_mode
 from tensornet.errors import NonFiniteError, ShapeError, TargetError
-from tensornet.nn.modes import in_eval_mode
 from tensornet.progress import progress_bar
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
@@ -49,7 +49,7 @@ class Perplexity:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return the JSON-ready form."""
         return asdict(self)
 
 
@@ -63,7 +63,7 @@ class Window:
 
 
 def windows(length: int, *, context: int, stride: int) -> Iterator[Window]:
-    """Windows of `context` tokens, `stride` apart, that score each token once.
+    """Split a text into windows of `context` tokens, `stride` apart, that score each token once.
 
     The first token of a window has no predecessor there, so non-overlapping windows
     (`stride == context`) leave one token each unscored; with a smaller stride every token but the first
@@ -102,7 +102,7 @@ def perplexity(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Perplexity:
-    """Perplexity of a text, `exp(-1/N sum log p(token | tokens before it in its window))`.
+    """Measure the perplexity of a text, `exp(-1/N sum log p(token | tokens before it in its window))`.
 
     No token is added; the model sees the windows as they are cut, each from position 0. The loss is summed
     in float64 from float32 log-probabilities, whatever the model's dtype.
@@ -171,7 +171,7 @@ def _check_next_token(model: nn.Module, ids: Tensor) -> None:
 
 
 def _batches(cut: list[Window], size: int) -> Iterator[list[Window]]:
-    """Neighbours of one length; only the last window can be shorter."""
+    """Group neighbouring windows of one length; only the last can be shorter."""
     batch: list[Window] = []
     for window in cut:
         if batch and (len(batch) == size or window.end - window.start != batch[0].end - batch[0].start):

@@ -1,4 +1,4 @@
-"""Text in and out of a causal language model: token ids of a long text, and continuing a prompt."""
+"""Tokens of texts, and text that models generate."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,29 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tensornet.errors import FormatError, TargetError
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
+def read_text(path: Path) -> str:
+    """Read a text file.
 
     Raises:
-        FormatError: there is none that transformers can read.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8, or empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    if not text.strip():
+        raise ValueError(f"{path} holds no text.")
+    return text
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        FormatError: transformers can read no tokenizer there.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -24,7 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
             "Copy the tokenizer files of the original model into it."
         ) from error
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
-        # What transformers makes where the files are missing: it reads every text as nothing.
+        # transformers makes such a tokenizer if the files are missing; every text is empty to it.
         raise FormatError(
             f"{folder} has no tokenizer: its files are missing. Copy them from the original model."
         )
@@ -32,7 +50,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
-    """Ids of a whole text, shape `(length,)`; no special token is added.
+    """Return the ids of a whole text, shape `(length,)`, without special tokens.
 
     Args:
         tokenizer: of transformers.
@@ -44,15 +62,15 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
 
 
 def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
-    """Tokens of a window where none is asked for: all positions of the model, but no more than `limit`."""
+    """Return the default length of a window: all positions of the model, but at most `limit`."""
     return min(limit, getattr(model.config, "max_position_embeddings", None) or limit)
 
 
 def require_causal(model: PreTrainedModel) -> None:
-    """Refuse a model that does not continue text.
+    """Raise TargetError unless a model continues text.
 
     Raises:
-        TargetError: naming the class and what would do.
+        TargetError: naming the class, and suitable ones.
     """
     if model.config.is_encoder_decoder or not model.can_generate():
         raise TargetError(
@@ -62,7 +80,7 @@ def require_causal(model: PreTrainedModel) -> None:
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer says how messages are written for its model."""
+    """Return whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -122,7 +140,7 @@ def continue_text(
 
 
 def _prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """Token ids and mask of a prompt, one row."""
+    """Tokenize a prompt: ids and mask of one row."""
     if not chat:
         return tokenizer(prompt, return_tensors="pt")
     if not has_chat_template(tokenizer):
@@ -137,5 +155,5 @@ def _prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, which of many libraries is the one that says something."""
+    """Return the first line of a message; with many libraries it is the informative one."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -72,12 +72,12 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the mask off."""
+        """Remove the mask."""
         if self.mask is not None:
             self.mask.detach()
 
     def state(self) -> dict[str, Any]:
-        """For `trainer_state.json`."""
+        """Return the state for `trainer_state.json`."""
         if self.mask is None:
             return {"args": {}, "attributes": {}}
         state = self.mask.state_dict()
@@ -120,7 +120,7 @@ class RouterStatsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the cores, if this step is to be logged."""
+        """Copy the cores if this step is logged."""
         step = state.global_step + 1
         due = step % max(1, int(state.logging_steps)) == 0 or (step == 1 and args.logging_first_step)
         self._before = (
@@ -132,7 +132,7 @@ class RouterStatsCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure."""
+        """Measure how far the cores moved, if this step is logged."""
         if not self._before:
             return
         model = kwargs["model"]

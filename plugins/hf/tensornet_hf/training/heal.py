@@ -1,8 +1,8 @@
 """Healing through transformers' `Trainer`: its schedules, precision, devices, logging and checkpoints."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,21 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from tensornet.calibration.batches import as_batch
-from tensornet.errors import TargetError
-from tensornet.healing.heal import (
-    ADAPTER_LR,
-    CORE_LR,
-    check_teacher,
+import tensornet as tn
+from tensornet.context import in_eval_mode
+from tensornet.healing import HealingConfig
+from tensornet.healing.config import Parameters
+from tensornet.healing.objective import output_distance
+from tensornet.healing.trained import (
     compressed_layers,
-    layer_step,
-    output_distance,
+    only_training,
     relative_groups,
     trainable_cores,
+    trained_parameters,
 )
-from tensornet.nn.modes import in_eval_mode
 from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
-#: What suits cores: no decay (it would shrink products of cores twice), a short warm-up, a linear fall.
+#: Arguments that suit cores: no decay (it would shrink products of cores twice), short warm-up, linear decay.
 DEFAULTS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
@@ -44,8 +43,8 @@ class HealingTrainer(Trainer):
     Args:
         teacher: the dense model; kept in eval mode, moved to the device of the training model.
         temperature: of the softmax whose divergence is lowered.
-        relative: take the learning rate as a share of the size of each parameter, as `tensornet.heal` does
-            for cores.
+        relative: multiply the learning rate by the size of each parameter, as `tensornet.heal` does for
+            cores.
         kwargs: of `Trainer`. The model's parameters that require gradients are trained: the cores after
             `freeze_all_but_cores`, or adapters.
     """
@@ -60,7 +59,7 @@ class HealingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean over each batch already
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer` does, with a learning rate for each parameter where they are relative."""
+        """Create the optimizer of `Trainer`, with a rate for each parameter if they are relative."""
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.relative and not made:
@@ -78,7 +77,7 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """See `tensornet.healing.heal.output_distance`."""
+        """Return the distance from the teacher's outputs, see `output_distance`."""
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         device = next(model.parameters()).device
         self.teacher.to(device)
@@ -98,7 +97,7 @@ def heal(
     layer_steps: int = 0,
     output_dir: str,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
-    parameters: Literal["cores", "trainable"] = "cores",
+    parameters: Parameters = "cores",
     resume: bool = False,
     **arguments: Any,
 ) -> float:
@@ -106,16 +105,16 @@ def heal(
 
     Args:
         model: compressed, changed in place.
-        teacher: the dense model; left as it was, but on the device of the other.
+        teacher: the dense model; only moved to the device of the other.
         data: of examples with `input_ids`, for example `TextWindows`.
         steps: end-to-end steps.
-        layer_steps: layer-wise steps before them (see `tensornet.heal`); not repeated when resuming.
+        layer_steps: layer-wise steps before them, made by `tensornet.heal`; not repeated when resuming.
         output_dir: for checkpoints.
         collate: puts examples together; transformers' default if absent.
-        parameters: `"cores"`, or `"trainable"` for all that require gradients now, as adapters do.
-        resume: go on from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
+        parameters: `"cores"`, or `"trainable"` for all that require gradients now, such as adapters.
+        resume: resume from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
             50 steps.
-        arguments: of `TrainingArguments`, on top of `DEFAULTS`; `learning_rate` is meant as in
+        arguments: of `TrainingArguments`, on top of `DEFAULTS`; `learning_rate` means the same as `lr` of
             `tensornet.heal`.
 
     Returns:
@@ -124,43 +123,27 @@ def heal(
     Raises:
         TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
     """
-    flags = {x: x.requires_grad for side in (teacher, model) for x in side.parameters()}
-    if parameters == "cores":
-        trained: Collection[nn.Parameter] = trainable_cores(compressed_layers(model)).values()
-    elif layer_steps:
-        raise TargetError(
-            "Layer-wise steps train cores; heal what else requires gradients end to end, with layer_steps=0."
-        )
-    else:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise TargetError(
-            "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
-        )
-    check_teacher(teacher, trained)
-    if parameters == "cores":
-        freeze_all_but_cores(model)
+    trained = trained_parameters(model, teacher, parameters, layer_steps).values()
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
-    rate = CORE_LR if parameters == "cores" else ADAPTER_LR
+    rate = HealingConfig(parameters=parameters).rate
     options = TrainingArguments(
         output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": rate, **arguments}
     )
-    try:
-        with in_eval_mode(teacher):
-            trainer = HealingTrainer(
-                model=model,
-                teacher=teacher,
-                relative=parameters == "cores",
-                args=options,
-                train_dataset=data,
-                data_collator=collate,
-            )
-            if layer_steps and last is None:
-                _layer_wise(trainer, teacher, layer_steps)
-            return float(trainer.train(resume_from_checkpoint=last).training_loss)
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with in_eval_mode(teacher), only_training(teacher, ()), only_training(model, trained):
+        trainer = HealingTrainer(
+            model=model,
+            teacher=teacher,
+            relative=parameters == "cores",
+            args=options,
+            train_dataset=data,
+            data_collator=collate,
+        )
+        if layer_steps and last is None:
+            teacher.to(options.device)
+            batches = trainer.get_train_dataloader()
+            lr = options.learning_rate
+            tn.heal(model, teacher, batches, steps=0, layer_steps=layer_steps, lr=lr, parameters=parameters)
+        return float(trainer.train(resume_from_checkpoint=last).training_loss)
 
 
 def freeze_all_but_cores(model: nn.Module) -> None:
@@ -180,7 +163,7 @@ class TextWindows(Dataset[dict[str, Tensor]]):
 
     Args:
         folder: holds the tokenizer of the model.
-        text: cut into windows that do not overlap.
+        text: split into windows that do not overlap.
         length: tokens of each.
     """
 
@@ -193,23 +176,3 @@ class TextWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.windows[index]}
-
-
-def _layer_wise(trainer: HealingTrainer, teacher: nn.Module, steps: int) -> None:
-    """Layer-wise steps with the optimizer settings of the trainer."""
-    assert trainer.model is not None
-    layers = compressed_layers(trainer.model)
-    optimizer = torch.optim.AdamW(relative_groups(trainable_cores(layers).values()), weight_decay=0)
-    device = next(trainer.model.parameters()).device
-    teacher.to(device)
-    done = 0
-    while done < steps:
-        for batch in trainer.get_train_dataloader():
-            if done == steps:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = trainer.args.learning_rate * group["size"] * (1 - done / steps)
-            layer_step(layers, teacher, as_batch(batch, teacher, device))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done += 1

@@ -1,6 +1,6 @@
-"""What `tensornet compress` does after it has compressed: `--refine` and `--heal`.
+"""Correction of a model after it was compressed: refitting and healing on a text.
 
-Healing keeps its work in a file, so that a killed run need not begin again.
+Healing keeps a checkpoint beside the destination, so that a killed run need not begin again.
 """
 
 from collections.abc import Sequence
@@ -8,24 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet import CalibrationStats, HealReport
 from tensornet.healing import RefineReport
-from tensornet_hf import pipeline as conversion
+from tensornet_hf import pipeline
 from tensornet_hf.checkpoint.hub import HUB
 from tensornet_hf.streaming.source import digest, open_source
 
 
 class HealingFile:
-    """A file beside the destination, `.NAME.heal-KEY.safetensors`, that goes when the model is written.
+    """Checkpoint beside the destination, `.NAME.heal-KEY.safetensors`, removed when the model is written.
 
     Args:
-        destination: of the model; an address on the hub has no place beside it, and no file.
+        destination: of the model; an upload has no checkpoint.
         folder: the dense model.
-        options: JSON-ready, all that the healed model depends on: another command has another key.
+        options: JSON-ready, everything that the healed model depends on: other options have another key.
     """
 
     def __init__(self, destination: str, folder: Path, options: Sequence[Any]) -> None:
@@ -41,7 +40,7 @@ class HealingFile:
             self._others = [x for x in target.parent.glob(f".{target.name}.heal-*") if x != self.path]
 
     def begin(self, *, resume: bool) -> Path | None:
-        """The checkpoint to heal with; what other commands left for this destination is removed."""
+        """Return the checkpoint, and remove those that other options left for this destination."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for file in self._others if resume else [*self._others, self.path]:
@@ -49,23 +48,9 @@ class HealingFile:
         return self.path
 
     def end(self) -> None:
-        """The model is written; the checkpoint is not needed any more."""
+        """Remove the checkpoint once the model is written."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def check_correction(refine: bool, heal: int, calibration: Path | None, int8: bool) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        typer.BadParameter: saying what to give or to leave out.
-    """
-    if refine and calibration is None:
-        raise typer.BadParameter("--refine fits layers on the text of --calibration; give one.")
-    if heal and calibration is None:
-        raise typer.BadParameter("--heal trains on the text of --calibration; give one.")
-    if heal and int8:
-        raise typer.BadParameter("--heal trains cores, --int8 keeps them as integers; leave one of them out.")
 
 
 def correct(
@@ -77,24 +62,38 @@ def correct(
     *,
     refine: bool,
     heal: int,
-    file: HealingFile | None,
-    resume: bool,
+    checkpoint: Path | None,
     progress: bool,
 ) -> tuple[str, ...]:
-    """Refit and train a compressed model on a text, in place; returns what that did, in words."""
+    """Refit and train a compressed model on a text, in place.
+
+    Args:
+        model: compressed.
+        teacher: the dense model.
+        folder: holds its tokenizer.
+        text: that calibration has seen the beginning of.
+        stats: of that calibration.
+        refine: refit the layers first.
+        heal: steps of training after it.
+        checkpoint: file that training resumes from.
+        progress: show progress bars.
+
+    Returns:
+        Results in words.
+    """
     notes = []
     if refine:
-        notes.append(_refined(conversion.refine_on(model, teacher, folder, text, stats, progress=progress)))
-    if heal and file is not None:
-        checkpoint = file.begin(resume=resume)
-        report = conversion.heal_on(
+        notes.append(_refined(pipeline.refine_on(model, teacher, folder, text, stats, progress=progress)))
+    if heal:
+        report = pipeline.heal_on(
             model, teacher, folder, text, steps=heal, checkpoint=checkpoint, progress=progress
         )
         notes.append(_healed(report))
-    return (*notes, "what was foreseen is for the model before that")
+    return (*notes, "what was predicted is for the model before that")
 
 
 def _refined(report: RefineReport) -> str:
+    """Describe the result of refitting."""
     before, after = report.distances
     count = f"{len(report.after)} layers refitted"
     if report.left:
@@ -104,7 +103,7 @@ def _refined(report: RefineReport) -> str:
 
 
 def _healed(report: HealReport) -> str:
-    """What training did, from the means over its first and its last tenth."""
+    """Describe the result of training by the mean losses of its first and its last tenth."""
     part = max(1, len(report.losses) // 10)
     if not report.losses:
         return f"healed for {report.steps:,} steps, all of them before"

@@ -1,0 +1,37 @@
+"""Models of transformers as an extension of tensornet."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from tensornet.nn.extension import ModelExtension, ProvidedData, Run
+from tensornet_hf.checkpoint.quantizer import prepare_for_saving
+from tensornet_hf.checkpoint.stacked_experts import experts_apart, tell_padding
+from tensornet_hf.sample_runs import sample_runs
+from tensornet_hf.text.default_data import embedded_text
+
+
+class TransformersExtension(ModelExtension):
+    """Show stacked experts as layers, describe models for saving, and offer calibration text."""
+
+    def expanded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Show every matrix of stacked experts as a layer."""
+        return experts_apart(model)
+
+    def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Tell stacked experts the padding of a batch."""
+        tell_padding(block, batch)
+
+    def layers_replaced(self, model: nn.Module) -> bool:
+        """Have transformers save the model as it is now; True if it is one of transformers."""
+        return prepare_for_saving(model)
+
+    def calibration_data(self, model: nn.Module) -> ProvidedData | None:
+        """Return the embedded text in the tokens of a causal language model."""
+        return embedded_text(model)
+
+    def sample_runs(self, model: nn.Module) -> Iterable[Run]:
+        """Return initialisation, training and inference of every part that is a model of transformers."""
+        return sample_runs(model)

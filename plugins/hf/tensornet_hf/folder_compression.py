@@ -1,0 +1,360 @@
+"""Compression of whole model folders: the functions behind `tensornet compress`."""
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tensornet.calibration import CalibrationStats
+from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
+from tensornet.compression.compress import gather_statistics
+from tensornet.compression.reach import Reach
+from tensornet.errors import BudgetError, TargetError
+from tensornet_hf import pipeline
+from tensornet_hf.checkpoint.headers import read_checkpoint
+from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
+from tensornet_hf.checkpoint.inspection import weight_bytes
+from tensornet_hf.checkpoint.load import model_class, on_device, resolve_folder
+from tensornet_hf.compress_options import CompressOptions, OptionError
+from tensornet_hf.report import BondSpectrum, ModelFacts, Page, versions, write_report
+from tensornet_hf.report.page import compact_bytes
+from tensornet_hf.streaming import compress_checkpoint
+from tensornet_hf.streaming.text_statistics import statistics_of_text
+from tensornet_hf.text.calibration_data import scores_tokens
+from tensornet_hf.text.tokens import read_text
+from tensornet_hf.training.correction import HealingFile, correct
+
+
+@dataclass(frozen=True)
+class PlannedFolder:
+    """Plan for a model folder.
+
+    Args:
+        plan: can be edited, saved, and carried out with `CompressOptions(plan=...)`.
+        sizes: parameters and bytes before and after, see `tensornet_hf.pipeline.plan_summary`.
+        reach: which of the model's parameters the plan considers.
+    """
+
+    plan: CompressionPlan
+    sizes: Mapping[str, int]
+    reach: Reach
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form, which `CompressionPlan.load` reads as well."""
+        plan = {**self.plan.to_dict(), **self.plan.predictions()}
+        return {**plan, **self.sizes, "reach": self.reach.to_dict()}
+
+    def __str__(self) -> str:
+        sizes = {name: compact_bytes(size) for name, size in self.sizes.items() if "bytes" in name}
+        before, after = self.sizes["model_params_before"], self.sizes["model_params_after"]
+        return (
+            f"{self.plan}\n"
+            f"layers: {sizes['layers_bytes_before']} -> {sizes['layers_bytes_after']}\n"
+            f"model: {before:,} -> {after:,} parameters, {sizes['model_bytes_before']} -> "
+            f"{sizes['model_bytes_after']}\n{self.reach}"
+        )
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """Result of `compress_folder`.
+
+    Args:
+        source, destination: as they were given.
+        report: what was done to each layer.
+        file_bytes_before, file_bytes_after: size of the weight files.
+        of_tokens: whether the loss is that of predicted tokens, so that its exponential is a perplexity.
+        notes: results of refitting and healing, in words.
+        memory: remark on the memory of workers, if there were any.
+    """
+
+    source: str
+    destination: str
+    report: CompressionReport
+    file_bytes_before: int
+    file_bytes_after: int
+    of_tokens: bool
+    notes: tuple[str, ...] = ()
+    memory: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        sizes = {"file_bytes_before": self.file_bytes_before, "file_bytes_after": self.file_bytes_after}
+        return {"source": self.source, "destination": self.destination, **sizes, **self.report.to_dict()}
+
+    def __str__(self) -> str:
+        done = self.report
+        dense = sum(layer.form == "dense" for layer in done.layers)
+        left = f" ({dense} of them stay dense)" if dense else ""
+        lines = (
+            f"layers      {len(done.layers)}{left}, kept {done.param_ratio:.1%} of their parameters",
+            f"reach       {str(done.reach).removeprefix('reached ')}",
+            f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
+            f"files       {compact_bytes(self.file_bytes_before)} -> {compact_bytes(self.file_bytes_after)}",
+            *self._predicted(),
+            f"seconds     {done.seconds:.1f}",
+            f"written to  {self.destination}",
+        )
+        return "\n".join(lines)
+
+    def _predicted(self) -> list[str]:
+        """Return the predicted cost of the compression alone; refitting and healing are not predicted."""
+        plan = self.report.plan
+        rise, perplexity = plan.predicted_loss_increase, plan.predicted_perplexity
+        if rise is None:
+            return []
+        where = f"measured on {plan.forecast.source}" if plan.forecast.source else plan.calibration
+        if plan.dense_loss is None or perplexity is None:  # an encoder
+            return [f"predicted   cosine with the original {1 - rise:.4f} ({where})"]
+        change = f", perplexity {math.exp(plan.dense_loss):.4g} -> {perplexity:.4g}" if self.of_tokens else ""
+        return [f"predicted   loss +{rise:.4f}{change} ({where})"]
+
+
+def compress_folder(source: str | Path, destination: str | Path, options: CompressOptions) -> FolderReport:
+    """Compress a model folder and save the result as another one.
+
+    Args:
+        source: model folder, or hub id if there is no folder of that name.
+        destination: folder to write, or `hf://owner/name` to upload.
+        options: see there.
+
+    Returns:
+        What was done; printed, it is a short summary.
+
+    Raises:
+        FormatError: the source is not a model, or damaged.
+        TargetError: it is compressed already, or text says too little about models of its kind.
+        BudgetError: the budget cannot be met, or a plan was made with another calibration.
+        DestinationError: the destination exists already, or cannot be written.
+        OptionError: `workers` with a destination on the hub.
+
+    Example:
+        >>> options = CompressOptions(tn.CompressionConfig(param_ratio=0.5, objective="weight"))
+        >>> done = compress_folder(gpt2_path(), "small", options)
+        >>> round(done.report.param_ratio, 2)
+        0.5
+    """
+    started = time.perf_counter()
+    if options.workers is not None and str(destination).startswith(HUB):
+        raise OptionError("{workers} writes to a local folder; name one.")
+    texts = _Texts.read(options)
+    folder = resolve_folder(source)
+    require_free(str(destination), source=folder, force=options.force)
+    if options.workers is not None:
+        return _streamed(str(source), folder, str(destination), options, texts)
+    work = _plan(folder, options, texts)
+    spectra = {}
+    if options.report is not None:
+        spectra = pipeline.plan_spectra(work.model, work.plan, progress=options.progress)
+    done, notes = _carried_out(work, str(destination), options, texts, started)
+    report = FolderReport(
+        source=str(source),
+        destination=str(destination),
+        report=done,
+        file_bytes_before=weight_bytes(folder),
+        file_bytes_after=_written_bytes(str(destination), done),
+        of_tokens=scores_tokens(type(work.model)),
+        notes=notes,
+    )
+    if options.report is not None:
+        write_report(_page(report, spectra, options.command), options.report)
+    return report
+
+
+def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
+    """Plan the compression of a model folder and write nothing.
+
+    Args:
+        source: model folder, or hub id if there is no folder of that name.
+        options: without `report` and `workers`.
+
+    Raises:
+        OptionError: `report` or `workers` is given.
+        FormatError, TargetError, BudgetError: as `compress_folder`.
+
+    Example:
+        >>> options = CompressOptions(tn.CompressionConfig(param_ratio=0.5, objective="weight"))
+        >>> planned = plan_folder(gpt2_path(), options)
+        >>> planned.plan.params_after < planned.plan.params_before
+        True
+    """
+    if options.report is not None:
+        raise OptionError("{dry_run} writes nothing; leave out {report}.")
+    if options.workers is not None:
+        options.check_needs_no_model({"dry_run": True})
+    work = _plan(resolve_folder(source), options, _Texts.read(options))
+    reach = pipeline.planned_reach(work.model, work.plan)
+    return PlannedFolder(work.plan, pipeline.plan_summary(work.model, work.plan), reach)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Contents of the text files."""
+
+    calibration: str | None
+    validation: str | None
+
+    @classmethod
+    def read(cls, options: CompressOptions) -> "_Texts":
+        files = (options.calibration, options.validation)
+        return cls(*(None if file is None else read_text(Path(file)) for file in files))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A dense model, its plan and the statistics that the plan was made with."""
+
+    folder: Path
+    model: PreTrainedModel
+    plan: CompressionPlan
+    stats: CalibrationStats | None
+
+
+def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
+    """Load the model, calibrate it, and make or check the plan."""
+    progress, planned = options.progress, options.load_plan()
+    config = options.config or _observed(planned)
+    model = on_device(pipeline.open_dense(folder), options.device)
+    validated = None
+    if texts.validation is not None:
+        validated = pipeline.validation_data(model, folder, texts.validation)
+    stats = None
+    if options.calibration is not None and texts.calibration is not None:
+        stats = pipeline.collect_stats(
+            model,
+            folder,
+            texts.calibration,
+            name=Path(options.calibration).name,
+            config=config,
+            tokens=options.calibration_tokens,
+            progress=progress,
+        )
+    stats = gather_statistics(model, config, stats, progress=progress)
+    if planned is not None:
+        _check_calibration(planned, stats)
+        return _Work(folder, model, planned, stats)
+    prepared = prepare(model, config, stats, progress=progress)
+    if options.validation is not None and validated is not None:
+        if stats is None:
+            raise TargetError(
+                "The validation text corrects what calibration predicts; give a calibration text too."
+            )
+        seen = f"{validated.tokens:,} tokens of {Path(options.validation).name}"
+        prepared = prepared.measured(model, stats, validated.batches, source=seen, progress=progress)
+    return _Work(folder, model, prepared.plan(progress=progress), stats)
+
+
+def _carried_out(
+    work: _Work, destination: str, options: CompressOptions, texts: _Texts, started: float
+) -> tuple[CompressionReport, tuple[str, ...]]:
+    """Carry a plan out, refit and heal if asked for, and save the model."""
+    model, progress = work.model, options.progress
+    teacher = copy.deepcopy(model) if options.heal or options.refine else None
+    done = pipeline.carry_out(model, work.plan, work.stats, started=started, progress=progress)
+    file = None
+    if options.heal:
+        config = options.config or CompressionConfig()
+        plan = work.plan.to_dict() if options.plan is not None else None
+        key = [config.to_dict(), plan, texts.calibration, options.calibration_tokens, texts.validation]
+        file = HealingFile(destination, work.folder, [*key, options.refine, options.heal])
+    notes: tuple[str, ...] = ()
+    if teacher is not None and texts.calibration is not None:
+        notes = correct(
+            model,
+            teacher,
+            work.folder,
+            texts.calibration,
+            work.stats,
+            refine=options.refine,
+            heal=options.heal,
+            checkpoint=None if file is None else file.begin(resume=options.resume),
+            progress=progress,
+        )
+        done = replace(done, seconds=time.perf_counter() - started)
+    stored = pipeline.stored_as(model, pipeline.dtype_of(options.dtype))
+    save_to(stored, destination, source=work.folder, force=options.force)
+    if file is not None:
+        file.end()
+    return done, notes
+
+
+def _page(done: FolderReport, spectra: Mapping[str, Sequence[BondSpectrum]], command: str) -> Page:
+    """Return the contents of the HTML page."""
+    before, after = done.report.model_params_before, done.report.model_params_after
+    return Page(
+        f"{done.source}, compressed",
+        (
+            ModelFacts("original", before, done.file_bytes_before),
+            ModelFacts("compressed", after, done.file_bytes_after),
+        ),
+        done.report,
+        spectra,
+        made=(("Command", command), ("Versions", versions())),
+        notes=done.notes,
+        of_tokens=done.of_tokens,
+    )
+
+
+def _streamed(
+    source: str, folder: Path, destination: str, options: CompressOptions, texts: _Texts
+) -> FolderReport:
+    """Compress weight by weight."""
+    planned, progress = options.load_plan(), options.progress
+    statistics = None
+    if options.calibration is not None and texts.calibration is not None:
+        statistics = statistics_of_text(
+            folder,
+            destination,
+            texts.calibration,
+            name=Path(options.calibration).name,
+            config=options.config or _observed(planned),
+            tokens=options.calibration_tokens,
+            resume=options.resume,
+            progress=progress,
+        )
+    if planned is not None:
+        _check_calibration(planned, None if statistics is None else CalibrationStats.load(statistics))
+    streamed = compress_checkpoint(
+        folder,
+        destination,
+        options.config or CompressionConfig(),
+        workers=options.workers or 1,
+        device=str(options.device),
+        resume=options.resume,
+        plan=planned,
+        stats=statistics,
+        force=options.force,
+        progress=progress,
+    )
+    done = streamed.compression
+    # A prediction was made with a model of the class; without one the class need not be known.
+    known = done.plan.predicted_perplexity is not None
+    of_tokens = known and scores_tokens(model_class(read_checkpoint(folder)))
+    sizes = (weight_bytes(folder), _written_bytes(destination, done))
+    return FolderReport(source, destination, done, *sizes, of_tokens, memory=streamed.memory)
+
+
+def _observed(planned: CompressionPlan | None) -> CompressionConfig:
+    """Return a configuration with the layers and the objective of a plan; its budget is never read."""
+    assert planned is not None  # the options have a config or a plan
+    names = [layer.name for layer in planned]
+    return CompressionConfig(target_modules=names, objective=planned.objective, max_bond=1)  # type: ignore[arg-type]
+
+
+def _check_calibration(planned: CompressionPlan, stats: CalibrationStats | None) -> None:
+    """Raise BudgetError unless the statistics are those that the plan was made with."""
+    if planned.objective != "weight" and (stats is None or stats.source != planned.calibration):
+        raise BudgetError(
+            f"The plan was made with {planned.calibration}, on which the cores depend; give the same text "
+            "and number of tokens (--calibration and --calibration-tokens on the command line)."
+        )
+
+
+def _written_bytes(destination: str, done: CompressionReport) -> int:
+    """Return the size of the weight files; for an upload, which has none here, that of the weights."""
+    return done.model_bytes_after if destination.startswith(HUB) else weight_bytes(destination)

@@ -1,0 +1,106 @@
+"""Selection of the parameters that healing trains."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.errors import TargetError
+from tensornet.healing.config import Parameters
+from tensornet.nn.module import NetworkModule
+
+
+def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
+    """Return the tensor-network layers of a model by name; one with several names comes once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NetworkModule)}
+
+
+def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
+    """Return the floating-point tensors that hold cores by name, tied ones once.
+
+    Raises:
+        TargetError: no layer has any.
+    """
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, module in layers.items():
+        for part, tensor in module.stored.items():
+            if tensor.is_floating_point() and not module.storage.int8:
+                assert isinstance(tensor, nn.Parameter)
+                found.setdefault(id(tensor), (f"{name}.{part}", tensor))
+    if not found:
+        raise TargetError(
+            "Nothing to heal: the model has no layer made of trainable cores. Compress it first; eight-bit "
+            "cores are not trained, so heal before storing them so."
+        )
+    return dict(found.values())
+
+
+def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
+    """Return the row permutations of pivoted cores by name, tied ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, module in layers.items():
+        for part, tensor in module.stored.items():
+            if tensor.dtype == torch.int32:
+                found.setdefault(id(tensor), (f"{name}.{part}", tensor))
+    return dict(found.values())
+
+
+def trained_parameters(
+    model: nn.Module, teacher: nn.Module, parameters: Parameters, layer_steps: int
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that healing trains, by name.
+
+    Args:
+        model: the student.
+        teacher: shares no parameter with those that are trained.
+        parameters: see `HealingConfig`.
+        layer_steps: number of layer-wise steps, which train cores alone.
+
+    Raises:
+        TargetError: nothing can be trained, the teacher would be trained too, or no core takes part in the
+            layer-wise steps.
+    """
+    layers = compressed_layers(model)
+    if parameters == "cores":
+        trained = trainable_cores(layers)
+    else:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise TargetError(
+            "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
+        )
+    own = {id(parameter) for parameter in teacher.parameters()}
+    if any(id(parameter) in own for parameter in trained.values()):
+        raise TargetError(
+            "The teacher holds the very parameters that are trained. compress changes a model in place: "
+            "keep the dense one before, teacher = copy.deepcopy(model)."
+        )
+    stored = {id(tensor) for layer in layers.values() for tensor in layer.stored.values()}
+    if layer_steps and not any(id(parameter) in stored for parameter in trained.values()):
+        raise TargetError(
+            "Layer-wise steps train cores, and none of them requires gradients; use layer_steps=0."
+        )
+    return trained
+
+
+def relative_groups(cores: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return one optimizer group for each core, with the root mean square of its entries as `size`."""
+    sizes = ((core, float(core.detach().float().square().mean().sqrt())) for core in cores)
+    return [{"params": [core], "size": max(size, 1e-6)} for core, size in sizes]
+
+
+@contextmanager
+def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
+    """Let only some parameters require gradients inside the block; then restore flags, drop gradients."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
