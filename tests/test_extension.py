@@ -11,7 +11,7 @@ from torch import nn
 
 import tensornet as tn
 from tensornet import calibration, compression
-from tensornet import extension as extensions
+from tensornet.nn import extension as extensions
 from tensornet.nn.extension import ModelExtension, ProvidedData, register_extension
 
 CONFIG = tn.CompressionConfig(param_ratio=0.5, target_modules="all")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet import extension as extensions
 from tensornet.errors import TargetError
+from tensornet.nn import extension as extensions
 
 
 class Model(nn.Module):

@@ -23,7 +23,7 @@ FAMILIES = {"mpo", "low_rank", "tucker", "tensor_ring", "kronecker", "block_tt"}
 MAX_FUNCTION, MAX_PARAMETERS = 60, 10
 #: Function -> why a reader is better served by its length than by its parts.
 LONG_FUNCTIONS: dict[str, str] = {
-    "plugins/hf/tensornet_hf/cli/compress.py:run": "the options of the command with their help, one after another",
+    "plugins/hf/tensornet_hf/cli/compress.py:run": "the options of the command, with their help",
     "plugins/hf/tensornet_hf/cli/upcycle.py:run": "likewise",
 }
 #: Function -> why it takes more than ten parameters.
