@@ -252,7 +252,7 @@ def promised_shapes(layer: str, spec: Mapping[str, Any]) -> dict[str, tuple[int,
     except (FormatError, RuntimeError, OverflowError, MemoryError) as error:
         # torch raises RuntimeError for sizes beyond what it can count
         raise FormatError(
-            f"The description of {layer!r} in quantization_config is unusable: {error}"
+            f"The description of {layer!r} in quantization_config is unusable: {error!s:.500}"
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 

@@ -123,7 +123,7 @@ def config_text(
 def guards(
     dense: Iterable[str], skeleton: nn.Module, pieces: Iterable[Piece], source: Iterable[Slice]
 ) -> Part:
-    """Return empty tensors in place of dense weights, as saving a model writes them (`checkpoint.guards`).
+    """Return empty tensors in place of dense weights, as saving writes them (see `checkpoint.guards`).
 
     Args:
         dense: names of the tensors of the dense model.
