@@ -75,6 +75,7 @@ def config(targets: str | list[str] | None) -> tn.CompressionConfig:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Left dense, because their weights are read")
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_of_scaled_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
     model: PreTrainedModel = MODELS[name]().eval()

@@ -208,7 +208,16 @@ class RoutedModule(MatrixKeeper):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is None or moved is None or moved is buffer:
+                continue
+            if torch._has_compatible_shallow_copy_type(buffer, moved):
+                # As PyTorch moves parameters, but not buffers: the tensor of tied layers stays one.
+                buffer.data = moved
+                self._buffers[name] = buffer
         self._forget_routes()
         return self
 

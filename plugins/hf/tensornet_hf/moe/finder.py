@@ -141,8 +141,11 @@ def _experts(model: nn.Module, names: Sequence[str], matrices: Sequence[str] | N
 
 
 def _has_weight(module: nn.Module, sizes: set[int], without: Sequence[nn.Module]) -> bool:
-    """Return whether a module has a matrix of these sizes outside some parts, embeddings aside."""
-    inside = {id(part) for root in without for part in root.modules()}
+    """Return whether a module has a matrix of these sizes outside some parts, embeddings and our mixtures."""
+    ours = [
+        part for part in module.modules() if isinstance(part, SharedCoreMoE)
+    ]  # they have their own routers
+    inside = {id(part) for root in (*without, *ours) for part in root.modules()}
     return any(
         parameter.ndim == 2 and set(parameter.shape) == sizes
         for part in module.modules()
