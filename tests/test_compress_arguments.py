@@ -14,9 +14,7 @@ import tensornet as tn
 
 
 def test_a_model_that_is_a_layer_itself() -> None:
-    with pytest.raises(
-        tn.TargetError, match=r"The model is a Linear.*torch\.nn\.ModuleList\(\[layer\]\)"
-    ):
+    with pytest.raises(tn.TargetError, match=r"The model is a Linear.*torch\.nn\.ModuleList\(\[layer\]\)"):
         tn.compress(nn.Linear(8, 8), HALF, progress=False)
     with pytest.raises(tn.TargetError, match=r"its to_linear\(\)"):
         tn.decompress(tn.nn.MPOLinear.from_linear(nn.Linear(8, 8), max_bond=2))
