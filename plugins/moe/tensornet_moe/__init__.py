@@ -1,4 +1,4 @@
-"""Mixtures of experts that share cores: experts, routers, losses, gradient mask."""
+"""Mixtures of experts that share tensor-network cores: experts, routers, auxiliary losses, gradient mask."""
 
 import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
 from tensornet_moe.expert_bank import ExpertBank, SharedCores

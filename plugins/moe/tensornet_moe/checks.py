@@ -1,4 +1,4 @@
-"""Checks of arguments that several parts take. Messages name the argument as the caller wrote it."""
+"""Argument checks that several modules share; messages name the argument as the caller wrote it."""
 
 import math
 
@@ -8,7 +8,7 @@ from tensornet.errors import ShapeError
 
 
 def check_whole(**counts: int | None) -> None:
-    """Raise a ValueError unless each is None or a whole number of at least 1."""
+    """Raise ValueError unless each value is None or a whole number of at least 1."""
     for name, value in counts.items():
         if value is None:
             continue
@@ -17,26 +17,26 @@ def check_whole(**counts: int | None) -> None:
 
 
 def check_not_negative(**values: float) -> None:
-    """Raise a ValueError unless each is a finite number of at least 0."""
+    """Raise ValueError unless each value is a finite number of at least 0."""
     for name, value in values.items():
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {value!r}.")
 
 
 def check_noise(noise: float) -> None:
-    """Raise a ValueError unless the noise is a finite number of at least 0."""
+    """Raise ValueError unless the noise is a finite number of at least 0."""
     if not isinstance(noise, int | float) or not 0 <= noise < math.inf:
         raise ValueError(f"noise must be at least 0, got {noise!r}: it is relative to the size of the cores.")
 
 
 def check_capacity(factor: float | None) -> None:
-    """Raise a ValueError unless the factor is None or a finite number above 0."""
+    """Raise ValueError unless the capacity factor is None or a finite number above 0."""
     if factor is not None and not (isinstance(factor, int | float) and 0 < factor < math.inf):
         raise ValueError(f"capacity_factor must be above 0, got {factor!r}; None computes every token.")
 
 
 def check_weights(weights: object, *shape: str) -> None:
-    """Raise a ShapeError unless it is a floating tensor with as many dimensions as the shape has names."""
+    """Raise ShapeError unless `weights` is a floating tensor with one dimension for each name in `shape`."""
     expected = f"a floating tensor of shape ({', '.join(shape)})"
     if not isinstance(weights, Tensor):
         raise ShapeError(f"Expected {expected}, got a {type(weights).__name__}.")

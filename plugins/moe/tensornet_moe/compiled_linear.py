@@ -1,7 +1,7 @@
-"""The product of rows with their expert's matrix as one operator, for compiled code.
+"""Custom operator that multiplies each row by the matrix of its expert, for compiled code.
 
-How many rows each expert has is known only when the code runs, and a loop over such sizes cannot be compiled.
-As an operator of its own it is opaque to the compiler, so a mixture compiles into one graph in every dtype
+The row count of each expert is known only at run time, and a loop over such sizes cannot be compiled.
+A custom operator is opaque to the compiler, so that a mixture compiles into one graph in every dtype
 (`grouped_mm` compiles for bfloat16 only).
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @torch.library.custom_op("tensornet_moe::expert_linear", mutates_args=())
 def expert_linear(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """`y_r = W_e(r) x_r` for rows sorted by expert.
+    """Compute `y_r = W_e(r) x_r` for rows sorted by expert.
 
     Args:
         x: shape `(rows, in)`.

@@ -1,4 +1,4 @@
-"""The contract of a bank of expert matrices, and the owner of cores that several banks use."""
+"""Abstract bank of expert matrices, and the owner of cores that several banks share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from tensornet_moe.stacked import resolve_shared
 
 
 class ExpertBank(nn.Module, ABC):
-    """Contract: the matrices `(out_features, in_features)` of `num_experts` experts.
+    """Abstract bank of `num_experts` expert matrices of shape `(out_features, in_features)`.
 
     Subclass it to invent experts; `ExpertFFN` and `SharedCoreMoE` need nothing else. Laws to keep: the
     result is differentiable with respect to every parameter, *every* expert's parameters stay in the graph
@@ -38,7 +38,7 @@ class ExpertBank(nn.Module, ABC):
 
     @abstractmethod
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Matrices of the experts asked for, shape `(len(experts), out_features, in_features)`.
+        """Return the matrices of the given experts, shape `(len(experts), out_features, in_features)`.
 
         Args:
             experts: indices, repetition allowed; all experts in order if absent.
@@ -46,14 +46,14 @@ class ExpertBank(nn.Module, ABC):
 
     @abstractmethod
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """What every expert uses, by name: the parameters a `GradientMask` is about."""
+        """Return the cores that all experts share, by name: the parameters that a `GradientMask` masks."""
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
 
     def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """The same matrices one by one, in order; a bank that keeps them need not copy.
+        """Return the matrices of the given experts one by one; a bank that caches them need not copy.
 
         Those that are built as they are asked for are used while the caches still hold them, and so are
         their gradients, in the reverse order.
@@ -61,17 +61,17 @@ class ExpertBank(nn.Module, ABC):
         return self.expert_matrices(experts).unbind(0)
 
     def keeps_matrices(self) -> bool:
-        """Whether all matrices are kept between calls, so that asking for all of them costs nothing."""
+        """Return True if the bank holds the matrices of all experts in its cache."""
         return False
 
     @property
     def num_params(self) -> int:
-        """Number of elements this bank owns; cores it borrows count where they are owned."""
+        """Number of elements that this bank owns; borrowed cores count at their owner."""
         return sum(p.numel() for p in self.parameters())
 
 
 class SharedCores(nn.Module):
-    """Owner of cores that several banks use, for example one center for all layers.
+    """Owner of cores that several banks share, for example one center for all layers.
 
     A parameter must be owned once: state dicts, safetensors, optimizers and FSDP units then see it once.
     Put the owner into the model beside the layers that borrow from it (under FSDP: in the root unit).
@@ -107,11 +107,11 @@ class SharedCores(nn.Module):
             self.register_parameter(f"core_{name}", nn.Parameter(cores[name]))
 
     def core(self, name: str) -> nn.Parameter:
-        """The parameter of a core."""
+        """Return the parameter of one shared core."""
         return getattr(self, f"core_{name}")
 
     def check_fits(self, topology: Topology) -> None:
-        """Check that a bank of this topology can borrow every core.
+        """Raise ShapeError unless a bank of this topology can borrow every core.
 
         Raises:
             ShapeError: a core has another shape there.
@@ -125,7 +125,7 @@ class SharedCores(nn.Module):
                 )
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         return {
             "type": "shared_cores",
             "topology": self.topology.to_dict(),
@@ -134,18 +134,18 @@ class SharedCores(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Describe the module for `print(model)`."""
         return f"label={self.label!r}, cores={list(self.names)}, topology={self.topology.family}"
 
 
 class AbsentCores(SharedCores):
-    """Stands for an owner that a description names by its label, until `lend_shared_cores` finds it."""
+    """Placeholder for an owner that is known by its label only, until `lend_shared_cores` finds it."""
 
     def __init__(self, topology: Topology, shared: Sequence[str], *, label: str) -> None:
         super().__init__(topology, shared, label=label, device="meta")
 
     def core(self, name: str) -> nn.Parameter:
-        """Refused.
+        """Raise RuntimeError: the owner has not been found yet.
 
         Raises:
             RuntimeError: always.

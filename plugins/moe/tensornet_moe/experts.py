@@ -1,4 +1,4 @@
-"""Experts that share cores."""
+"""Experts whose matrices are tensor networks with shared and private cores."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,13 +21,13 @@ from tensornet_moe.initialization import Start, start_from_dense
 from tensornet_moe.joint_fit import JointFit, fit_jointly
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
-#: Matrices of at least so many elements are built one after the other on CPUs: what one needs fits the caches
-#: and its memory is used again for the next, which saves a tenth of a training step.
+#: Matrices with at least this many elements are built one after another on CPUs: the working set of one fits
+#: the caches and its memory is reused for the next, which saves a tenth of a training step.
 _BUILT_ALONE = 2**18
 
 
 class SharedCoreExperts(MatrixKeeper, ExpertBank):
-    """Matrices of experts that share some cores of their network and keep the others to themselves.
+    """Expert matrices whose tensor networks share some cores and keep the other cores private.
 
     A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. Where
     the experts' bonds differ, a private core is stored for each expert at its true size
@@ -80,9 +80,9 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
         self._start_keeping("cached" if cache_bytes else "auto", cache_bytes or None)
-        #: Relative Frobenius error against what the bank was made from; None for a new one.
+        #: Relative Frobenius error against the matrices the bank was built from; None for a new bank.
         self.error: float | None = None
-        #: How `from_experts` went.
+        #: Result of the joint fit of `from_experts`.
         self.fit: JointFit | None = None
         if owner is not None:
             owner.check_fits(enclosing)
@@ -106,7 +106,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         cache_bytes: int = 0,
         **options: Any,
     ) -> "SharedCoreExperts":
-        """Upcycling: every expert starts as the same decomposition of one dense matrix.
+        """Upcycle one dense matrix: every expert starts from the same decomposition of it.
 
         `.error` of the result is the relative Frobenius error of the first expert before noise.
 
@@ -144,10 +144,10 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         cache_bytes: int = 0,
         **options: Any,
     ) -> "SharedCoreExperts":
-        """Joint decomposition of given, different experts into shared and private cores (our addition).
+        """Decompose different experts jointly into shared and private cores (our addition).
 
-        Never worse than decomposing each expert alone with the same number of parameters in all: where that
-        is the better way, its result is returned, with nothing shared, and `.fit.fell_back` says so.
+        The error is at most that of separate decompositions with the same total number of parameters: where
+        those have the smaller error they are returned, with nothing shared, and `.fit.fell_back` is True.
 
         Args:
             weights: shape `(num_experts, out, in)`.
@@ -162,7 +162,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
             The bank; `.fit` is a `JointFit` with the errors of both ways, `.error` the one reached.
 
         Raises:
-            ShapeError: `weights` is no stack of matrices of the topology's shape.
+            ShapeError: `weights` is not a stack of matrices of the topology's shape.
             NonFiniteError: NaN or infinity in `weights`.
         """
         check_weights(weights, "num_experts", "out", "in")
@@ -191,7 +191,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         return bank
 
     def _store(self, name: str, core: Tensor | Sequence[Tensor]) -> None:
-        """Register a core: a tensor as one parameter, one tensor for each expert as that many."""
+        """Register a core: a tensor as one parameter, a list of tensors as one parameter per expert."""
         if isinstance(core, Tensor):
             self.register_parameter(f"core_{name}", nn.Parameter(core))
             return
@@ -199,18 +199,18 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
             self.register_parameter(f"core_{name}_expert_{expert}", nn.Parameter(piece))
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """See `ExpertBank`; borrowed cores included."""
+        """Return the shared cores by name, borrowed ones included; see `ExpertBank`."""
         if self._owner:
             return {name: self._owner[0].core(name) for name in self.shared}
         return {name: getattr(self, f"core_{name}") for name in self.shared}
 
     @property
     def owner(self) -> SharedCores | None:
-        """Who owns the shared cores, None if this bank does."""
+        """Owner of the shared cores, None if this bank owns them."""
         return self._owner[0] if self._owner else None
 
     def borrow(self, owner: SharedCores) -> None:
-        """Take the shared cores from another owner than now; for banks made from a description.
+        """Replace the owner of the shared cores; for banks rebuilt from a description.
 
         Raises:
             RuntimeError: the bank owns its cores.
@@ -228,7 +228,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         self._owner = (owner,)
 
     def private_core(self, name: str) -> Tensor:
-        """A private core of all experts, `(num_experts, *shape)`, padded with zeros where bonds differ."""
+        """Stack a private core of all experts, `(num_experts, *shape)`, zero-padded where bonds differ."""
         stacked = getattr(self, f"core_{name}", None)
         if stacked is not None:
             return stacked
@@ -237,7 +237,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         return torch.stack([pad_core(piece, shape) for piece in pieces])
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """See `ExpertBank`; cost about `(l + r) * out * in` multiply-adds an expert, none when kept.
+        """Build expert matrices, about `(l + r) * out * in` multiply-adds each, or read them from the cache.
 
         Raises:
             IndexError: an index outside `[0, num_experts)`, or no index at all.
@@ -249,7 +249,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         return self._rebuild(index) if kept is None else kept.index_select(0, index)
 
     def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """See `ExpertBank`; views where the matrices are kept."""
+        """Return the matrices of the given experts one by one, as views where the matrices are cached."""
         kept = self._kept()
         if kept is not None:
             return [kept[e] for e in experts]
@@ -260,18 +260,18 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         return self.expert_matrices(None if everything else experts).unbind(0)
 
     def keeps_matrices(self) -> bool:
-        """See `ExpertBank`: if asked to, in eval, where no gradient of the cores is recorded."""
+        """Return True if the matrices are cached: on request, in eval mode, without core gradients."""
         return self.keeps_now()
 
     @property
     def matrix_bytes(self) -> int:
-        """Size of the matrices of all experts in the dtype of the cores."""
+        """Bytes of the matrices of all experts in the dtype of the cores."""
         first = next(iter(self._core_tensors()))
         return self.num_experts * self.out_features * self.in_features * first.element_size()
 
     @property
     def seconds_saved(self) -> float:
-        """Predicted time that kept matrices save in a pass of one token."""
+        """Predicted seconds that cached matrices save in a forward pass of one token."""
         return self.plan.multiply_adds(1) / default_machine(self._device).peak
 
     def _core_tensors(self) -> tuple[Tensor, ...]:
@@ -328,7 +328,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def spec(self) -> dict[str, Any]:
-        """See `ExpertBank`."""
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         same = len(set(self.topologies)) == 1
         return {
             "type": "shared_core_experts",
@@ -339,7 +339,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         }
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Describe the module for `print(model)`."""
         return (
             f"{self.num_experts} x ({self.out_features}, {self.in_features}), "
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "

@@ -1,4 +1,4 @@
-"""The feed-forward network of every expert, on rows sorted by expert."""
+"""Feed-forward networks of all experts of a layer, applied to rows sorted by expert."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ExpertFFN(nn.Module):
-    """`y = W_down act(W_up x)`, or gated `y = W_down (act(W_gate x) * W_up x)`, with matrices by expert.
+    """Expert feed-forward network `W_down act(W_up x)`, or gated `W_down (act(W_gate x) * W_up x)`.
 
     Args:
         matrices: the banks by name, in order: `up, down`, or gated `gate, up, down`. The names become the
@@ -69,7 +69,7 @@ class ExpertFFN(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(zeros) if bias else None)
 
     def bank(self, name: str) -> ExpertBank:
-        """The matrices of that name."""
+        """Return the bank of a given name."""
         return getattr(self, name)
 
     @property
@@ -79,12 +79,12 @@ class ExpertFFN(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Size of a token."""
+        """Number of input features of a token."""
         return self.bank(self.names[0]).in_features
 
     @property
     def out_features(self) -> int:
-        """Size of a result."""
+        """Number of output features of a token."""
         return self.bank(self.names[-1]).out_features
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
@@ -114,7 +114,7 @@ class ExpertFFN(nn.Module):
         return y if bias is None else y + bias.index_select(0, groups.expert_of_row).to(y.dtype)
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         return {
             "type": "expert_ffn",
             "names": list(self.names),  # the order of a mapping does not survive every JSON writer
@@ -125,7 +125,7 @@ class ExpertFFN(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Describe the module for `print(model)`."""
         return f"activation={self.activation}, gated={self.gated}, dropout={self.dropout}"
 
 

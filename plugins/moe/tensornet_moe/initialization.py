@@ -1,4 +1,4 @@
-"""The cores experts start from when they are upcycled from one dense matrix."""
+"""Initial cores of experts that are upcycled from one dense matrix."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tensornet_moe.stacked import enclosing_topology, resolve_shared
 
 @dataclass(frozen=True)
 class Start:
-    """Everything a bank of experts is made of.
+    """Topologies and initial cores from which a bank of experts is built.
 
     Args:
         topologies: one for each expert.
@@ -46,7 +46,7 @@ def start_from_dense(
     seed: int,
     options: Mapping[str, Any],
 ) -> Start:
-    """See `SharedCoreExperts.from_dense`."""
+    """Decompose a dense matrix into the initial cores of all experts; see `SharedCoreExperts.from_dense`."""
     check_weights(weight, "out", "in")
     check_noise(noise)
     check_whole(num_experts=num_experts)
@@ -85,7 +85,7 @@ def _leading(core: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """A core with Gaussian noise of standard deviation `noise` relative to its root mean square."""
+    """Add Gaussian noise of standard deviation `noise` relative to the root mean square of the core."""
     if noise == 0:
         return core
     size = frobenius(core) / core.numel() ** 0.5  # no square vanishes, whatever the scale

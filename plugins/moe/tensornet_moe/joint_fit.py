@@ -1,4 +1,4 @@
-"""Fit given, different expert matrices by shared and private cores.
+"""Joint fit of different expert matrices by shared and private cores.
 
 The model `W_e ~ network(shared, private_e)` is one network with one more leg, which counts experts: private
 cores carry its label, shared ones do not. So `tensornet.als` fits it as it fits any other network.
@@ -23,15 +23,15 @@ from tensornet.topology import CoreSpec, Topology
 
 #: Label of the leg that counts experts.
 EXPERTS = "expert"
-#: Steps for one core in one sweep: the first solves for it where no leg is padded and bonds are few.
+#: Conjugate gradient steps per core and sweep; the first is exact without padding and with small bonds.
 _STEPS = 2
-#: Sweeps after which the better of the starts is continued and the others are given up.
+#: Sweeps after which only the better of the starts is continued.
 _TRIAL_SWEEPS = 3
 
 
 @dataclass(frozen=True)
 class JointFit:
-    """Cores found for a stack of matrices.
+    """Cores fitted to a stack of expert matrices, with the errors of joint and separate decompositions.
 
     Args:
         topologies: one for each expert; they differ only where the fit fell back on separate experts.
@@ -65,7 +65,7 @@ class JointFit:
 
 @dataclass(frozen=True)
 class SharedFit:
-    """Shared and private cores found by alternating least squares.
+    """Shared and private cores fitted by alternating least squares.
 
     Args:
         cores: shared cores by name, private ones `(E, *shape)`.
@@ -95,7 +95,7 @@ def fit_jointly(
     max_sweeps: int = 30,
     tolerance: float = 1e-4,
 ) -> JointFit:
-    """Fit `weights: (E, out, in)` by shared and private cores, or by separate ones where that is better.
+    """Fit `weights: (E, out, in)` by shared and private cores, or separately where that error is smaller.
 
     Args:
         weights: given experts.
@@ -141,7 +141,7 @@ def fit_shared(
         topology: the operator of one of them.
         shared: names of shared cores.
         max_sweeps: limit of alternating least squares.
-        tolerance: stop when a sweep lowers the relative error by less than this share of it.
+        tolerance: stop when a sweep lowers the relative error by less than this fraction of it.
 
     Raises:
         ShapeError: `weights` is not a stack of matrices of the topology's shape.
@@ -153,7 +153,7 @@ def fit_shared(
             f"this topology, got {tuple(weights.shape)}."
         )
     check_finite(weights, "The stack of expert matrices")
-    scale = safe_scale(weights)  # squares of what is fitted neither overflow nor vanish
+    scale = safe_scale(weights)  # squares of the target neither overflow nor vanish
     target = weights.detach().to(working_dtype(weights.dtype)) / scale
     fitted = target
     if len(shared) == len(topology.cores):  # nothing private: the mean is all that one network can fit
@@ -161,7 +161,7 @@ def fit_shared(
     stack = Stack.of(fitted, topology, shared)
     trials = [stack.fit(start, _TRIAL_SWEEPS, 0.0) for start in _starts(fitted, topology)]
     best = min(trials, key=lambda fit: fit.cost)
-    # The tolerance is one of the error, whose square is fitted.
+    # The tolerance is relative to the error, whose square is fitted.
     rest = stack.fit(best.network, max(max_sweeps - _TRIAL_SWEEPS, 0), 2 * tolerance)
     error = stack_error(target, stack.matrices(rest.network).expand_as(target))
     part = scale ** (1 / len(topology.cores))  # every core takes an equal part of the scale
@@ -171,7 +171,7 @@ def fit_shared(
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of matrices as one matrix `(experts * out, in)`, and the network that fits it.
+    """Stack of matrices written as one matrix `(experts * out, in)`, and the network that fits it.
 
     Args:
         topology: of the whole stack, for matrices padded to the legs.
@@ -189,7 +189,7 @@ class Stack:
 
     @classmethod
     def of(cls, target: Tensor, topology: Topology, shared: Sequence[str]) -> "Stack":
-        """Stack `target: (experts, out, in)` for a fit with these shared cores."""
+        """Stack `target: (experts, out, in)` for a fit with the given shared cores."""
         count, (rows, columns) = len(target), topology.padded_shape
         outs, sizes = topology.out_labels, topology.sizes
         private = [core.name for core in topology.cores if core.name not in shared]
@@ -208,23 +208,23 @@ class Stack:
         return cls(whole, topology, matrix, weighting, count)
 
     def fit(self, start: TensorNetwork | Sequence[TensorNetwork], sweeps: int, tolerance: float) -> Fit:
-        """Run alternating least squares from a network of the stack, or from one for each matrix."""
+        """Run alternating least squares from a network of the stack, or from one network for each matrix."""
         network = start if isinstance(start, TensorNetwork) else self._stacked(start)
         return fit_network(
             self.matrix, network, self.weighting, sweeps=sweeps, steps=_STEPS, tolerance=tolerance
         )
 
     def unstacked(self, network: TensorNetwork) -> dict[str, Tensor]:
-        """Cores by name, private ones `(experts, *shape)`."""
+        """Split the network of the stack into cores by name, private ones as `(experts, *shape)`."""
         return dict(zip(self.topology.core_names, network.cores, strict=True))
 
     def matrices(self, network: TensorNetwork) -> Tensor:
-        """The matrices of the network, shape `(experts, out, in)`."""
+        """Contract the network to the matrices, shape `(experts, out, in)`."""
         made = network.to_matrix().reshape(self.count, *self.single.padded_shape)
         return made[:, : self.single.out_features, : self.single.in_features]
 
     def _stacked(self, networks: Sequence[TensorNetwork]) -> TensorNetwork:
-        """Average the shared cores of one network for each matrix, and stack the private ones."""
+        """Average the shared cores of several networks, and stack their private cores."""
         stacks = [torch.stack(cores) for cores in zip(*(x.cores for x in networks), strict=True)]
         cores = [
             stack if EXPERTS in spec.labels else stack.mean(0)
@@ -234,7 +234,7 @@ class Stack:
 
 
 def stack_error(target: Tensor, made: Tensor) -> float:
-    """Measure the relative Frobenius error over a whole stack, at any scale of its elements.
+    """Compute the relative Frobenius error over a whole stack, at any scale of its elements.
 
     Example:
         >>> stack_error(torch.ones(2, 3, 3) * 1e-30, torch.zeros(2, 3, 3))
@@ -261,7 +261,7 @@ class _Alone:
 
 
 def _alone(target: Tensor, topology: Topology, parameters: int) -> _Alone | None:
-    """The best separate decompositions that use at most `parameters` elements in all."""
+    """Find the best separate decompositions with at most `parameters` elements in total."""
     count, rows, columns = target.shape
     budget = Budget(param_ratio=parameters / (count * rows * columns))
     rivals: list[tuple[TopologyFamily, dict[str, Any]]] = [(LowRankFamily(), {})]

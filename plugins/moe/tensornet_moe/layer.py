@@ -1,4 +1,4 @@
-"""The mixture: a router, experts, and the auxiliary losses of the last step."""
+"""Mixture-of-experts layer: a router, experts, and the auxiliary losses of the last forward pass."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from tensornet_moe.router_base import Router, Routing, limit_capacity
 
 @dataclass(frozen=True)
 class AuxLosses:
-    """Auxiliary losses of one layer, or summed over layers.
+    """Auxiliary losses of one layer, or of all layers of a model.
 
     Args:
-        total: weighted by the coefficients of each layer; what is added to the loss. A scalar.
+        total: sum weighted by the coefficients of each layer, to be added to the loss. A scalar.
         balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
         z: router z-loss, unweighted, shape `(layers,)`.
     """
@@ -31,7 +31,7 @@ class AuxLosses:
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """What happened to the tokens of the last forward of one layer; detached.
+    """Routing statistics of the last forward pass of one layer, detached from the graph.
 
     Args:
         load: tokens computed by each expert, shape `(E,)`.
@@ -53,7 +53,7 @@ class RoutingStats:
 
 
 class SharedCoreMoE(nn.Module):
-    """`y_t = sum over the experts e chosen for token t of  w_te * FFN_e(x_t)`.
+    """Mixture-of-experts layer `y_t = sum_e w_te FFN_e(x_t)` over the experts chosen for token `t`.
 
     Each active expert's matrices are rebuilt once a step; in eval without gradients they are kept. The parts
     are replaceable: any `Router`, any `ExpertFFN` over any `ExpertBank`.
@@ -61,8 +61,8 @@ class SharedCoreMoE(nn.Module):
     Args:
         router: chooses experts.
         experts: the feed-forward networks.
-        capacity_factor: None computes every choice (dropless); a number drops what exceeds
-            `ceil(capacity_factor * k * tokens / E)` choices of an expert, see `limit_capacity`: a dropped
+        capacity_factor: None computes every choice (dropless); a number drops the choices beyond
+            `ceil(capacity_factor * k * tokens / E)` for each expert, see `limit_capacity`: a dropped
             token gets 0 here and passes through the residual connection alone.
         balance_coef: weight of `load_balancing_loss`.
         z_coef: weight of `router_z_loss`.
@@ -150,11 +150,11 @@ class SharedCoreMoE(nn.Module):
         self.stats = routing_stats(routing, balance.detach(), z.detach())
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the last step left belongs to its graph: it can be neither copied nor pickled.
+        # Losses and statistics of the last step hold its graph, which can be neither copied nor pickled.
         return {**self.__dict__, "aux_losses": None, "stats": None, "token_mask": None}
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         return {
             "type": "shared_core_moe",
             "router": self.router.spec(),
@@ -166,14 +166,14 @@ class SharedCoreMoE(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Describe the module for `print(model)`."""
         return (
             f"capacity_factor={self.capacity_factor}, balance_coef={self.balance_coef}, z_coef={self.z_coef}"
         )
 
 
 def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
-    """Send tokens to their experts and sum what comes back.
+    """Send every token to its experts and sum their weighted outputs.
 
     Args:
         x: tokens, shape `(tokens, in_features)`.
@@ -198,15 +198,15 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
 
 @torch.no_grad()
 def routing_stats(routing: Routing, balance: Tensor, z: Tensor) -> RoutingStats:
-    """Statistics of one decision with these losses."""
+    """Compute load and entropy of a routing, and attach its auxiliary losses."""
     load = routing.load()
-    share = load / load.sum().clamp_min(1)
+    fractions = load / load.sum().clamp_min(1)
     real = torch.ones_like(routing.probs[:, 0]) if routing.mask is None else routing.mask.float()
     uncertainty = torch.where(real > 0, torch.special.entr(routing.probs).sum(-1), 0)
     return RoutingStats(
         load=load,
         dropped=routing.dropped(),
-        entropy=torch.special.entr(share).sum(),
+        entropy=torch.special.entr(fractions).sum(),
         router_entropy=uncertainty.sum() / real.sum().clamp_min(1),
         tokens=real.sum(),
         balance=balance,
@@ -215,14 +215,14 @@ def routing_stats(routing: Routing, balance: Tensor, z: Tensor) -> RoutingStats:
 
 
 def collect_aux_losses(model: nn.Module) -> AuxLosses:
-    """Take the auxiliary losses of the last forward out of every mixture of a model.
+    """Collect and clear the auxiliary losses of the last forward pass of every mixture in a model.
 
     Taking them out clears them, so that no step can count the losses of another: call it once after each
     forward in training, and add `.total` to the loss.
 
     Raises:
-        RuntimeError: there is no mixture; none has run since the last call; or the losses carry no gradient
-            in training because of reentrant gradient checkpointing.
+        RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry
+            no gradient in training because of reentrant gradient checkpointing.
     """
     layers = [module for module in model.modules() if isinstance(module, SharedCoreMoE)]
     if not layers:
@@ -246,7 +246,7 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
 
 
 def _is_recomputing() -> bool:
-    """Whether this forward is the second one of gradient checkpointing, which runs inside backward.
+    """Return True inside the recomputation of gradient checkpointing, which runs during backward.
 
     Its routing has been counted already, and its graph ends where the recomputation stops.
     """

@@ -1,4 +1,4 @@
-"""Auxiliary losses of routers, as pure functions. One call for each layer."""
+"""Auxiliary losses of routers as pure functions, called once for each layer."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def load_balancing_loss(
     router_probs: Tensor, expert_indices: Tensor, *, num_experts: int, mask: Tensor | None = None
 ) -> Tensor:
-    """`E * sum_e f_e P_e`: `f_e` the share of assignments that expert e gets, `P_e` its mean probability.
+    """Compute `E * sum_e f_e P_e`, with the fraction of assignments `f_e` and the mean probability `P_e`.
 
     It is 1 at uniform load and `E` when every token is sent to one expert with certainty. `f` counts
     assignments before any is dropped for capacity, and carries no gradient.
@@ -16,26 +16,26 @@ def load_balancing_loss(
         router_probs: softmax over experts, shape `(tokens, E)`.
         expert_indices: experts chosen for each token, shape `(tokens, k)`.
         num_experts: `E`.
-        mask: shape `(tokens,)`, False or 0 for padding, which counts in neither mean.
+        mask: shape `(tokens,)`, False or 0 for padding, which is excluded from both means.
 
     Returns:
         A scalar; 0 if there is no token.
 
     Reference:
-        Fedus, Zoph, Shazeer 2021, "Switch Transformers", equations 4 to 6. With k > 1 the shares sum to one,
-        so the value does not grow with k.
+        Fedus, Zoph, Shazeer 2021, "Switch Transformers", equations 4 to 6. With k > 1 the fractions sum to
+        one, so the value does not grow with k.
     """
     real = router_probs.new_ones(len(router_probs)) if mask is None else mask.to(router_probs.dtype)
     chosen = expert_indices.unsqueeze(-1) == torch.arange(num_experts, device=expert_indices.device)
     counts = (chosen.to(router_probs.dtype) * real[:, None, None]).sum((0, 1))  # shape: (E,)
-    shares = counts / counts.sum().clamp_min(1)
+    fractions = counts / counts.sum().clamp_min(1)
     # where, not a product: padding may hold NaN, and 0 * NaN is NaN
     probabilities = torch.where(real[:, None] > 0, router_probs, 0).sum(0) / real.sum().clamp_min(1)
-    return num_experts * (shares * probabilities).sum()
+    return num_experts * (fractions * probabilities).sum()
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`mean(logsumexp(logits)^2)` over tokens: keeps router logits small.
+    """Compute the mean of `logsumexp(logits)^2` over tokens, a penalty that keeps router logits small.
 
     Args:
         logits: shape `(tokens, E)`.

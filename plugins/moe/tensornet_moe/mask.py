@@ -15,7 +15,7 @@ GRANULARITIES = ("core", "element")
 
 
 class GradientMask:
-    """At each optimizer step, leave each shared core alone with probability `p`.
+    """Random gradient mask: at each optimizer step, skip each shared core with probability `p`.
 
     In one step a shared core collects the gradients of all tokens, a private one only those routed to its
     expert; masking evens out how much they move. For each core `b ~ Bernoulli(1 - p)` is drawn at each step:
@@ -34,13 +34,13 @@ class GradientMask:
     the optimizer really steps: once for many micro-batches under gradient accumulation, and not at all for a
     step that `GradScaler` skips. Clip gradients before; the norm then counts the gradients that are masked.
     A step with a closure computes its gradients too late to be masked, and is refused when attached.
-    Compile the model, not the optimizer's step: which gradients exist is part of what is compiled. SGD with
-    `fused=True` and momentum needs `attach`, which gives masked cores the momentum it expects.
+    Compile the model, not the optimizer's step: a compiled step is specialised to the gradients that exist.
+    SGD with `fused=True` and momentum needs `attach`, which gives masked cores the momentum it expects.
 
     Args:
         module_or_parameters: a module, whose banks' shared cores are masked (borrowed ones too, each once),
             or parameters.
-        p: probability of leaving a core alone, in `[0, 1]`.
+        p: probability of skipping a core, in `[0, 1]`.
         granularity: `"core"` or `"element"`.
         seed: of the generator.
         schedule: factor on `p` by the number of steps taken before, for example `linear_fade(1000)`.
@@ -49,7 +49,7 @@ class GradientMask:
             and granularity `"core"`.
 
     Raises:
-        TargetError: there is no shared core, or one of them has a mask already.
+        TargetError: no core is shared, or a shared core has a mask already.
         ValueError: an option out of its range.
 
     Reference:
@@ -84,10 +84,10 @@ class GradientMask:
         _claim(self, self.parameters)
 
     def apply(self) -> int:
-        """Draw, and mask gradients; call it right before `optimizer.step()`.
+        """Draw a mask and apply it to the gradients; call this right before `optimizer.step()`.
 
         Returns:
-            How many cores were left alone (0 for elementwise masks).
+            Number of cores skipped in this step (0 for elementwise masks).
 
         Raises:
             RuntimeError: the mask is attached and draws by itself, or it compensates.
@@ -101,7 +101,7 @@ class GradientMask:
         return self._draw()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> "GradientMask":
-        """Have every `optimizer.step()` draw and mask first; `detach` undoes it.
+        """Draw and apply a mask before every `optimizer.step()`, until `detach` is called.
 
         Args:
             optimizer: of torch, or what accelerate's `prepare` made of one.
@@ -128,7 +128,7 @@ class GradientMask:
         return self
 
     def detach(self) -> None:
-        """Stop masking: remove the hooks, and let another mask have the cores."""
+        """Remove the hooks from the optimizer and release the cores for another mask."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -137,15 +137,15 @@ class GradientMask:
 
     @property
     def current_p(self) -> float:
-        """The probability of the next draw."""
+        """Probability of skipping a core at the next draw."""
         return self.p if self.schedule is None else min(max(self.p * self.schedule(self.steps), 0.0), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Generator and step count: with them a resumed run repeats the uninterrupted one exactly."""
+        """Return generator state and step count, from which a resumed run draws the same masks."""
         return {"generator": self._generator.get_state(), "steps": self.steps, "cores": len(self.parameters)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Restore the generator and step count that `state_dict` returned.
 
         Raises:
             FormatError: the state is of a mask over another number of cores, or no state of a mask.
@@ -219,7 +219,7 @@ class GradientMask:
 
 
 def _start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Fused SGD fails where some parameters have momentum and others, masked until now, have none yet.
+    """Give masked parameters a zero momentum, because fused SGD needs all momenta or none.
 
     A momentum of zero is the same: the first one is the gradient.
     """
@@ -238,7 +238,7 @@ def _start_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def linear_fade(steps: int) -> Callable[[int], float]:
-    """A schedule for `GradientMask`: the full `p` at first, falling linearly to none after `steps` steps.
+    """Return a schedule for `GradientMask` that lowers the factor on `p` linearly to 0 in `steps` steps.
 
     Raises:
         ValueError: `steps` is below 1.
@@ -249,7 +249,7 @@ def linear_fade(steps: int) -> Callable[[int], float]:
 
 
 def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Every core of a module that experts share, each once, in the order of the module's parts."""
+    """Collect all shared cores of a module, each once, in the order of its submodules."""
     found: dict[int, nn.Parameter] = {}
     for part in module.modules():
         if isinstance(part, ExpertBank):
@@ -277,7 +277,7 @@ _CLAIM = "_tensornet_gradient_mask"
 
 
 class _Claim:
-    """Says on a parameter which mask it has. Weak, and empty after pickling: a mask is no part of a model."""
+    """Weak reference from a parameter to its mask, empty after pickling: a mask belongs to no model."""
 
     def __init__(self, mask: GradientMask | None = None) -> None:
         self.mask = weakref.ref(mask) if mask is not None else lambda: None

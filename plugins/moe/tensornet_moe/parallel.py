@@ -1,4 +1,4 @@
-"""Expert parallelism: a process keeps the private cores of some experts, and all keep the shared ones.
+"""Expert parallelism: each process stores the private cores of some experts; shared cores are replicated.
 
 Tokens travel to the process of their expert and back (two all-to-all exchanges a layer). The gradients of
 private cores then hold the tokens of all processes already; those of shared cores and of everything else
@@ -22,17 +22,17 @@ from tensornet_moe.layer import SharedCoreMoE
 
 
 class ParallelExperts(nn.Module):
-    """The experts of one layer, spread over the processes of a group; stands in for their `ExpertFFN`.
+    """Experts of one layer distributed over a process group; replaces their `ExpertFFN`.
 
     Process `r` of `R` holds experts `r * E / R` to `(r + 1) * E / R - 1`. Every process must run the layer
-    equally often, forward and backward, be it with tokens or without.
+    equally often, forward and backward, with or without tokens.
 
     Args:
         local: the experts of this process.
         shared: owners of the cores that all experts share, by the name of the bank; replicated.
         group: the processes.
 
-    See `shard_experts`, which makes it.
+    Built by `shard_experts`.
     """
 
     def __init__(self, local: ExpertFFN, shared: nn.ModuleDict, group: dist.ProcessGroup) -> None:
@@ -44,7 +44,7 @@ class ParallelExperts(nn.Module):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The processes that share the experts."""
+        """Process group over which the experts are distributed."""
         return self._group[0]
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
@@ -62,7 +62,7 @@ class ParallelExperts(nn.Module):
         return _Exchange.apply(torch.empty_like(y).index_copy(0, order, y), received, sent, self.group)
 
     def spec(self) -> dict[str, Any]:
-        """Refused: a checkpoint is that of the whole layer.
+        """Raise TargetError: only the gathered layer can be saved, see `gather_experts`.
 
         Raises:
             TargetError: always; see `gather_experts`.
@@ -74,10 +74,10 @@ class ParallelExperts(nn.Module):
 
 
 def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Spread the experts of every `SharedCoreMoE` in a module over processes, in place.
+    """Distribute the experts of every `SharedCoreMoE` in a module over a process group, in place.
 
-    Every process must hold the same weights when it calls this, and keeps its share. Call it before the
-    optimizer is made. Then either wrap the model with `DistributedDataParallel`, or call
+    Every process must hold the same weights before the call, and keeps its own experts. Call this before
+    building the optimizer. Then either wrap the model with `DistributedDataParallel`, or call
     `average_gradients(model)` before each `optimizer.step()`. `Trainer` of transformers refuses such a model:
     its checkpoints are written by one process, which does not hold all experts.
 
@@ -90,9 +90,9 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         leave alone (this function does it for `module`).
 
     Raises:
-        TargetError: there are no processes or no mixture, or its experts are no `SharedCoreExperts`, or are
-            spread already.
-        TopologyError: the number of experts is no multiple of that of processes, or their bonds differ.
+        TargetError: no process group or mixture exists, or its experts are not `SharedCoreExperts`, or are
+            distributed already.
+        TopologyError: the number of processes does not divide that of experts, or the experts' bonds differ.
     """
     group = group if group is not None else dist.group.WORLD
     if group is None:
@@ -117,10 +117,10 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
 @torch.no_grad()
 def gather_experts(module: nn.Module) -> None:
-    """Undo `shard_experts`: every process gets all experts again, in place. Gradients are dropped.
+    """Undo `shard_experts` in place: every process gets all experts again, without their gradients.
 
     Raises:
-        TargetError: no experts are spread.
+        TargetError: the module has no distributed experts.
     """
     found = [part for part in module.modules() if isinstance(getattr(part, "experts", None), ParallelExperts)]
     if not found:
@@ -133,10 +133,10 @@ def gather_experts(module: nn.Module) -> None:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Average over processes the gradients of all parameters but those of private cores.
+    """Average the gradients of all parameters except private cores over the process group.
 
-    What `DistributedDataParallel` does during the backward; for loops without it. A parameter without a
-    gradient on some process counts as zero there.
+    For training loops without `DistributedDataParallel`, which does the same during the backward pass. A
+    missing gradient on some process counts as zero.
     """
     own = {id(p) for p in _private_parameters(module)}
     replicated = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
@@ -154,7 +154,7 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
 
 
 class _Exchange(torch.autograd.Function):
-    """Send rows to processes, so many to each; the gradient goes the way back."""
+    """Differentiable all-to-all exchange of rows; gradients take the reverse path."""
 
     @staticmethod
     def forward(
@@ -236,7 +236,7 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
 
 
 def _slice_bank(bank: SharedCoreExperts, here: slice) -> tuple[SharedCoreExperts, SharedCores | None]:
-    """The bank of some experts, and the new owner of the shared cores (None if another layer owns them)."""
+    """Select some experts of a bank, with a new owner of its shared cores (None if they are borrowed)."""
     owner = None
     shared: Any = bank.shared if bank.owner is None else bank.owner
     if bank.shared and bank.owner is None:

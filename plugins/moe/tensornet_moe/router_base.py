@@ -1,4 +1,4 @@
-"""Routers: which experts compute which tokens, and with what weight."""
+"""Router base class: experts and combine weights of every token, registry, expert capacity."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,14 +19,14 @@ COMBINE = ("unit", "prob")
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided for `tokens` tokens with up to `k` experts each.
+    """Routing decision: up to `k` experts, with combine weights, for each of `tokens` tokens.
 
     Args:
         expert_indices: shape `(tokens, k)`, integer.
         weights: combine weight of each choice, shape `(tokens, k)`, float32.
         probs: softmax over experts, shape `(tokens, E)`, float32.
         logits: shape `(tokens, E)`, float32.
-        mask: shape `(tokens,)`, False for padding; None if there is none.
+        mask: shape `(tokens,)`, False for padding; None without padding.
         kept: shape `(tokens, k)`, False where a choice is not computed (over capacity, or not chosen by the
             expert); None if all are.
     """
@@ -40,17 +40,17 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        """`E`."""
+        """Number of experts `E`."""
         return self.probs.shape[-1]
 
     def load(self) -> Tensor:
-        """Number of real tokens each expert computes, shape `(E,)`."""
+        """Count the tokens that each expert computes, padding excluded, shape `(E,)`."""
         chosen = self.expert_indices.unsqueeze(-1) == torch.arange(self.num_experts, device=self.probs.device)
         counted = chosen & self._real().unsqueeze(-1)
         return counted.sum((0, 1))
 
     def dropped(self) -> Tensor:
-        """Number of real tokens that no expert computes: they pass through the residual alone. A scalar."""
+        """Count the tokens that no expert computes, padding excluded; only the residual carries them on."""
         tokens = torch.ones_like(self.probs[:, 0], dtype=torch.bool) if self.mask is None else self.mask
         return (tokens & ~self._real().any(-1)).sum()
 
@@ -60,7 +60,7 @@ class Routing:
 
 
 class Router(nn.Module, ABC):
-    """Contract and the common part: jitter, float32 logits and softmax, the check for NaN.
+    """Abstract router with the shared part: jitter, float32 logits, softmax, check for NaN.
 
     Subclasses define `select`, and name the arguments of their own in `options`; `register_router` makes them
     known to configurations and checkpoints. One that looks at later tokens sets `causal = False`.
@@ -85,7 +85,7 @@ class Router(nn.Module, ABC):
 
     #: Arguments beyond those of this class, each kept as an attribute of the same name.
     options: ClassVar[tuple[str, ...]] = ()
-    #: Whether the experts of a token depend on no later token. Others are for encoders alone.
+    #: True if the experts of a token are independent of later tokens; other routers are for encoders only.
     causal: ClassVar[bool] = True
 
     def __init__(
@@ -111,10 +111,10 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """Choose experts from float32 `logits` and `probs`, both `(tokens, E)`; `mask: (tokens,)` bool."""
+        """Choose experts from float32 `logits` and `probs: (tokens, E)` and a bool `mask: (tokens,)`."""
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description, see `tensornet.nn.register_module_type`.
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`.
 
         Raises:
             TypeError: the class is not registered.
@@ -129,7 +129,7 @@ class Router(nn.Module, ABC):
         return {"type": f"{name}_router", **{key: getattr(self, key) for key in (*common, *self.options)}}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """Route `x: (tokens, features)`; `mask: (tokens,)` is False or 0 for padding.
+        """Route tokens `x: (tokens, features)`; a False or 0 in `mask: (tokens,)` marks padding.
 
         Raises:
             NonFiniteError: a token that is not padding has NaN or infinite logits. (RuntimeError when
@@ -163,7 +163,7 @@ class Router(nn.Module, ABC):
             )
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Describe the module for `print(model)`."""
         return f"{self.num_features}, {self.num_experts}, jitter={self.jitter}, combine={self.combine}"
 
 
@@ -171,7 +171,7 @@ _ROUTERS: dict[str, type[Router]] = {}
 
 
 def register_router(name: str, kind: type[Router]) -> None:
-    """Make a router available by name in configurations, and its description in checkpoints.
+    """Register a router class under the name that configurations and checkpoints use.
 
     Args:
         name: for `MoEConfig(router=name)`.
@@ -199,7 +199,7 @@ def register_router(name: str, kind: type[Router]) -> None:
 
 
 def router_kind(name: str) -> type[Router]:
-    """The router of a name.
+    """Look up a router class by its registered name.
 
     Raises:
         ValueError: listing the names that exist.
@@ -210,7 +210,7 @@ def router_kind(name: str) -> type[Router]:
 
 
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
-    """Let each expert compute at most `ceil(capacity_factor * k * tokens / E)` choices; the rest are dropped.
+    """Drop the choices of each expert beyond its capacity `ceil(capacity_factor * k * tokens / E)`.
 
     First choices of all tokens come before second choices, earlier tokens before later ones, padding last. A
     dropped choice contributes nothing; weights of the others stay as they are, so that a token all of whose
@@ -218,7 +218,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
 
     Args:
         routing: a decision without `kept`.
-        capacity_factor: 1 gives every expert exactly its share of an even load.
+        capacity_factor: 1 gives every expert exactly the load of an even distribution.
 
     Reference:
         Fedus et al. 2021, equation 3; GShard, algorithm 1 for the order.

@@ -1,4 +1,4 @@
-"""The routers: Switch, top-k, expert choice."""
+"""Routers: Switch, top-k, expert choice."""
 
 import math
 from typing import ClassVar
@@ -11,7 +11,7 @@ from tensornet_moe.router_base import Combine, Router, Routing, register_router
 
 
 class TopKRouter(Router):
-    """Each token goes to its `top_k` most probable experts.
+    """Router that sends each token to its `top_k` most probable experts.
 
     With `combine="unit"` the weights of the chosen are `p_i / sum_j p_j`; for `top_k=1`, where that would be
     a constant without gradient, `p / stop_gradient(p)`.
@@ -52,7 +52,7 @@ class TopKRouter(Router):
         self.top_k = top_k
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """See `Router`."""
+        """Choose the `top_k` most probable experts of every token; see `Router.select`."""
         chosen, indices = probs.topk(self.top_k, dim=-1)
         if self.combine == "unit":
             total = chosen.sum(-1, keepdim=True)
@@ -61,7 +61,7 @@ class TopKRouter(Router):
 
 
 class SwitchRouter(TopKRouter):
-    """Each token goes to its one most probable expert (Switch). See `Router` for the arguments.
+    """Switch router: send each token to its most probable expert. See `Router` for the arguments.
 
     Reference:
         Fedus, Zoph, Shazeer 2021, "Switch Transformers", section 2.1.
@@ -85,7 +85,7 @@ class SwitchRouter(TopKRouter):
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert chooses its `ceil(capacity_factor * tokens / E)` most probable tokens: load is always even.
+    """Router whose experts choose `ceil(capacity_factor * tokens / E)` tokens each: the load is even.
 
     A token may be chosen by several experts or by none. Which tokens are chosen depends on the *other* tokens
     of the batch, later ones included: right for encoders, not for autoregressive decoding, where the result
@@ -129,7 +129,7 @@ class ExpertChoiceRouter(Router):
         self.capacity_factor = capacity_factor
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """See `Router`; every expert is listed for every token, `kept` says which chose it."""
+        """List every expert for every token, and mark in `kept` the choices made; see `Router.select`."""
         tokens = len(probs) if mask is None else int(mask.sum())
         slots = min(math.ceil(self.capacity_factor * tokens / self.num_experts), tokens)
         ranked = probs.detach() if mask is None else probs.detach().masked_fill(~mask[:, None], -1.0)

@@ -1,4 +1,4 @@
-"""Making empty parts of a mixture from their descriptions, for checkpoints."""
+"""Builders of empty mixture modules from their JSON descriptions, for checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any

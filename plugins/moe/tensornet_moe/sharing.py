@@ -1,4 +1,4 @@
-"""Sharing across layers: one owner of the shared cores of several layers, and who borrows from whom."""
+"""Sharing cores across layers: one owner for the shared cores of several layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,11 +32,11 @@ def share_across_layers(
     cache_bytes: int = 0,
     **options: Any,
 ) -> tuple[SharedCores, list[SharedCoreExperts]]:
-    """Upcycling of several layers at once: all experts of all layers share the same cores (our extension).
+    """Upcycle several layers at once, with cores shared by all experts of all layers (our extension).
 
-    The matrices of the layers are fitted jointly (see `fit_shared`); the experts of one layer all start as
-    what the fit has for it. Unrelated layers are fitted badly by one center: `.error` of each bank says how
-    badly, and such a model has to be trained before it is of use.
+    The matrices of the layers are fitted jointly (see `fit_shared`); all experts of one layer start as the
+    fit of its matrix. One center fits unrelated layers badly: `.error` of each bank measures this, and such
+    a model must be trained before use.
 
     Args:
         weights: the dense matrix of each layer, shape `(layers, out, in)`.
@@ -55,7 +55,7 @@ def share_across_layers(
         from it. `.error` of a bank is the relative Frobenius error of that layer's matrix before noise.
 
     Raises:
-        ShapeError: `weights` is no stack of matrices of the topology's shape.
+        ShapeError: `weights` is not a stack of matrices of the topology's shape.
         NonFiniteError: NaN or infinity in `weights`.
         TopologyError: `shared` chooses no core, or an unknown one.
         ValueError: noise below 0, or no expert.
@@ -85,7 +85,7 @@ def share_across_layers(
 
 
 def lend_shared_cores(model: nn.Module) -> int:
-    """Give the banks that were made from a description the owner they borrow from, found by its label.
+    """Connect banks rebuilt from descriptions with the owners of their shared cores, found by label.
 
     Args:
         model: holds banks and owners.

@@ -1,4 +1,4 @@
-"""A stack of operators that share cores: which cores, which shapes, and the one contraction that builds all.
+"""Stack of operators that share cores: shared names, enclosing topology, one contraction for all matrices.
 
 Pure functions; `experts.py` puts the tensors into a module.
 """
@@ -20,14 +20,14 @@ EXPERTS = TOKENS
 #: Up to this many cores the best contraction order is found by trying all; beyond, by a heuristic.
 _EXHAUSTIVE_CORES = 7
 
-#: A merged group of cores may hold this share of a matrix's elements: reordering it costs next to nothing.
+#: A merged group of cores may hold this fraction of a matrix's elements: reordering it is almost free.
 _SMALL = 1 / 8
 
 SHARED_KEYWORDS = ("center", "ends", "none", "all")
 
 
 def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the shared cores, in the order of the topology.
+    """Resolve `shared` to core names, in the order of the topology.
 
     Args:
         topology: the operator of one expert.
@@ -57,7 +57,7 @@ def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str
 
 
 def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
-    """The topology whose bonds are the largest of each: every expert fits into it by padding with zeros.
+    """Take the largest size of every bond, so that zero-padding fits every expert into one topology.
 
     Raises:
         TopologyError: the topologies differ in more than their bonds.
@@ -81,7 +81,7 @@ def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
 
 @dataclass(frozen=True)
 class Group:
-    """Cores that are contracted with one another first.
+    """Cores that are contracted with one another before the rest.
 
     Args:
         cores: their names.
@@ -96,7 +96,7 @@ class Group:
 
 @dataclass(frozen=True)
 class StackPlan:
-    """The contraction that builds the matrices of all experts at once.
+    """Planned contraction that builds the matrices of all experts at once.
 
     Small neighbours, such as the private cores on either side of a shared center, are merged first, with
     their out-legs together and their in-legs together. The matrices then need one copy with long runs to
@@ -105,7 +105,7 @@ class StackPlan:
     Args:
         topology: the operator of one expert.
         shared: names of the cores that all experts share.
-        groups: what is merged first.
+        groups: cores that are merged first.
         contraction: builds the matrices from the groups.
     """
 
@@ -115,14 +115,14 @@ class StackPlan:
     contraction: ContractionPlan
 
     def multiply_adds(self, num_experts: int) -> int:
-        """Multiply-adds of building so many matrices."""
+        """Count the multiply-adds of building the matrices of `num_experts` experts."""
         merging = sum(g.merge.multiply_adds(num_experts) for g in self.groups if g.merge is not None)
         return merging + self.contraction.multiply_adds(num_experts)
 
 
 @lru_cache(maxsize=1024)
 def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) -> StackPlan:
-    """Plan the rebuilding of `num_experts` matrices; the plan runs for any other number as well.
+    """Plan the contraction that builds `num_experts` matrices; the plan also runs for other numbers.
 
     For a chain with a shared center of bonds `l` and `r` one expert costs about
     `(l + r) * out_features * in_features` multiply-adds.
@@ -159,7 +159,7 @@ def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) ->
 
 
 def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: int) -> Tensor:
-    """Dense matrices, shape `(num_experts, out_features, in_features)`, differentiable.
+    """Build dense matrices, shape `(num_experts, out_features, in_features)`, with gradient.
 
     Args:
         plan: the planned stack.
@@ -190,7 +190,7 @@ def _mergeable(
     sizes: Mapping[str, int],
     path: Sequence[tuple[int, int]],
 ) -> list[tuple[str, ...]]:
-    """Groups of cores that the path merges into something small before anything large is made."""
+    """Find the groups of cores that the contraction path merges into small tensors first."""
     limit = _SMALL * math.prod(sizes[x] for x in output if x != EXPERTS)
     work: list[tuple[tuple[str, ...], bool]] = [((name,), True) for name in cores]  # names, still small
     groups: list[tuple[str, ...]] = []
@@ -209,7 +209,7 @@ def _mergeable(
 def _labels_left(
     names: Sequence[str], cores: Mapping[str, tuple[str, ...]], output: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Labels of merged cores, experts first, then legs in the order of the output, then bonds."""
+    """Order the labels that merging leaves: experts, then legs as in the output, then bonds."""
     inside = {x for name in names for x in cores[name]}
     outside = {x for name, labels in cores.items() if name not in names for x in labels}
     legs = tuple(x for x in output if x in inside)
@@ -217,7 +217,7 @@ def _labels_left(
 
 
 def _fuse(own: set[str], legs: tuple[str, ...]) -> dict[str, str]:
-    """One label for each run of legs that only this group carries and that stand together in the matrix."""
+    """Map each run of adjacent output legs that only this group carries to one fused label."""
     runs: list[list[str]] = []
     for k, label in enumerate(legs):
         if label in own and k > 0 and legs[k - 1] in own:

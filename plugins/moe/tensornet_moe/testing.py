@@ -1,10 +1,10 @@
-"""Laws that every router must keep, to be subclassed by the tests of one.
+"""Laws that every router must satisfy, to be subclassed by the tests of a router.
 
     class TestMine(RouterLaws):
         def router(self, num_features, num_experts):
             return MyRouter(num_features, num_experts)
 
-They need pytest and say what is wrong by an assertion. Set a law to None if it does not hold, for example
+They need pytest and fail by assertion. Set a law to None if it does not hold, for example
 `test_causal = None` for a router that looks at the whole batch.
 """
 
@@ -20,15 +20,15 @@ _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 
 
 class RouterLaws:
-    """Subclass as `class TestMine(RouterLaws)` and define `router`."""
+    """Laws of routers: subclass as `class TestMine(RouterLaws)` and define `router`."""
 
     def router(self, num_features: int, num_experts: int) -> Router:
-        """A new router of the kind under test, with the combine weights that are its default."""
+        """Build the router under test with its default combine weights."""
         raise NotImplementedError(f"{type(self).__name__} must define router(num_features, num_experts).")
 
     @pytest.mark.parametrize("tokens", [0, 1, _TOKENS])
     def test_shapes(self, tokens: int) -> None:
-        """Indices name experts; probabilities sum to one; everything is float32; any number of tokens."""
+        """Check expert indices, normalised probabilities and float32 results for any number of tokens."""
         routing = self._made()(torch.randn(tokens, _FEATURES))
         k = routing.expert_indices.shape[1]
         assert routing.expert_indices.shape == routing.weights.shape == (tokens, k)
@@ -40,19 +40,19 @@ class RouterLaws:
         assert int(routing.load().sum()) <= tokens * k
 
     def test_no_expert_twice(self) -> None:
-        """A token names each expert at most once, or its weight would count twice."""
+        """Check that a token names each expert at most once; duplicates would count its weight twice."""
         indices = self._made()(torch.randn(_TOKENS, _FEATURES)).expert_indices
         assert all(len(set(row)) == len(row) for row in indices.tolist())
 
     def test_equal_experts_act_as_one(self) -> None:
-        """Weights of a token that some expert computes sum to one: upcycling starts from the dense model."""
+        """Check that combine weights sum to one, so that upcycled experts reproduce the dense model."""
         routing = self._made()(torch.randn(_TOKENS, _FEATURES))
         sums, reached = _weights(routing).sum(-1), _reached(routing)
         assert bool(reached.any())
         assert torch.allclose(sums[reached], torch.ones(int(reached.sum())), atol=1e-5)
 
     def test_trains(self) -> None:
-        """The combine weights have a gradient by the weight of the router."""
+        """Check that the combine weights have a gradient with respect to the router weight."""
         router = self._made()
         routing = router(torch.randn(_TOKENS, _FEATURES))
         (_weights(routing) * torch.randn(routing.weights.shape)).sum().backward()
@@ -60,7 +60,7 @@ class RouterLaws:
         assert float(router.weight.grad.norm()) > 0
 
     def test_padding_decides_nothing(self) -> None:
-        """Real tokens are routed as if the padding were not there, whatever it holds."""
+        """Check that padding, whatever its values, changes no routing of real tokens."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         mask = torch.arange(_TOKENS) % 3 != 1
         padded = x.masked_fill(~mask[:, None], 1e4)
@@ -70,20 +70,20 @@ class RouterLaws:
         assert int(masked.dropped()) == int(alone.dropped())
 
     def test_causal(self) -> None:
-        """A token's experts do not depend on later tokens: decoding with a cache is decoding without."""
+        """Check that routing ignores later tokens, so that decoding with a cache equals decoding without."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         whole = _dense(router(x))
         for seen in range(1, _TOKENS):
             assert torch.allclose(_dense(router(x[:seen])), whole[:seen], atol=1e-6)
 
     def test_deterministic_in_eval(self) -> None:
-        """The same tokens, the same experts."""
+        """Check that equal tokens get equal experts in eval mode."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         assert torch.equal(_dense(router(x)), _dense(router(x)))
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_refuses_non_finite(self, value: float) -> None:
-        """A broken token is named, not routed; in padding anything may stand."""
+        """Check that NaN and infinity raise NonFiniteError in tokens and are ignored in padding."""
         router, x = self._made(), torch.randn(_TOKENS, _FEATURES)
         x[3] = value
         with pytest.raises(NonFiniteError):
@@ -91,7 +91,7 @@ class RouterLaws:
         router(x, torch.arange(_TOKENS) != 3)
 
     def test_float32_whatever_the_model(self) -> None:
-        """Logits do not change under autocast, and are float32 in half precision."""
+        """Check that logits are float32 in half precision and unchanged under autocast."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         exact = router(x).logits
         with torch.autocast("cpu", torch.bfloat16):
@@ -99,7 +99,7 @@ class RouterLaws:
         assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
 
     def test_survives_a_checkpoint(self) -> None:
-        """`spec` and the state dict make the router again: needs `register_module_type` for the type."""
+        """Check that `spec` and the state dict rebuild the router, which needs `register_router`."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         again = build_module(router.spec(), device=None, dtype=None)
         assert type(again) is type(router)
@@ -121,5 +121,5 @@ def _reached(routing: Routing) -> Tensor:
 
 
 def _dense(routing: Routing) -> Tensor:
-    """Combine weight of every expert for every token, shape `(tokens, E)`."""
+    """Scatter combine weights to a dense tensor, shape `(tokens, E)`."""
     return torch.zeros_like(routing.probs).scatter_add(1, routing.expert_indices, _weights(routing))
