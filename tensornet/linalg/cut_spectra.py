@@ -1,4 +1,4 @@
-"""Singular values of a matrix across cuts of its legs: bounds of the error before anything is decomposed.
+"""Singular values of the unfoldings of a matrix: error bounds before any decomposition.
 
 A cut `(a, c)` splits the rows into `(a, out/a)` and the columns into `(c, in/c)` and reorders the matrix to
 `(a c, rest)`. A chain whose bond there is `d` has an unfolding of rank `d`, so the energy beyond the `d`-th
@@ -14,13 +14,13 @@ from torch import Tensor
 from tensornet.linalg.svd import result_dtype, safe_scale, working_dtype
 from tensornet.linalg.tt_svd import pad_matrix
 
-#: A spectrum with less than this share of its energy in the lower half is steep: rounding in single precision
-#: would drown its tail, so it is computed again in double precision.
+#: A spectrum with less than this fraction of its energy in the lower half is steep: rounding in single
+#: precision would drown its tail, so it is computed again in double precision.
 _STEEP = 1e-3
 
 
 class CutSpectra:
-    """Relative energies across cuts of one matrix, each computed once.
+    """Relative discarded energies of the unfoldings of one matrix, each computed once.
 
     Args:
         matrix: shape `(out_features, in_features)`, finite.
@@ -32,7 +32,7 @@ class CutSpectra:
         self._blocks: dict[tuple[int, int, int, int], Tensor] = {}
 
     def tails(self, out_dims: Sequence[int], in_dims: Sequence[int], cut: int) -> Tensor:
-        """Share of the energy beyond the first `d` singular values, `d = 0, 1, ...`, across cut `cut`."""
+        """Compute the energy fraction beyond the first `d = 0, 1, ...` singular values of an unfolding."""
         rows, columns = math.prod(out_dims), math.prod(in_dims)
         a, c = math.prod(out_dims[:cut]), math.prod(in_dims[:cut])
         key = (rows, columns, a, c)
@@ -43,7 +43,7 @@ class CutSpectra:
         return self._tails[key]
 
     def block_tails(self, out_dims: Sequence[int], in_dims: Sequence[int]) -> Tensor:
-        """The same for the blocks of a block tensor train of two cores, one rank for all blocks."""
+        """Compute the tails of the blocks of a two-core block tensor train, one rank for all blocks."""
         (o0, o1), (i0, i1) = out_dims, in_dims
         key = (o0, o1, i0, i1)
         if key not in self._blocks:
@@ -54,12 +54,12 @@ class CutSpectra:
 
     @staticmethod
     def rank_for(tails: Tensor, allowed: float) -> int:
-        """Smallest rank, at least 1, that leaves at most this fraction of the energy."""
+        """Find the smallest rank, at least 1, that discards at most the allowed fraction of the energy."""
         return max(1, int((tails > allowed).sum()))
 
 
 def _energies(blocks: Tensor) -> Tensor:
-    """Squared singular values in descending order, by the smaller Gram matrix; shape `(..., min(m, n))`."""
+    """Compute squared singular values, descending, from the smaller Gram matrix; `(..., min(m, n))`."""
     if blocks.shape[-2] > blocks.shape[-1]:
         blocks = blocks.mH
     return torch.linalg.eigvalsh(blocks @ blocks.mH).flip(-1).clamp_min(0)

@@ -1,4 +1,4 @@
-"""The leading left singular subspace of a wide block, by iteration: for ranks far below the size.
+"""Leading left singular subspace of a wide block by subspace iteration, for ranks far below the size.
 
 Subspace iteration started from a seeded Gaussian block. It multiplies by the Gram matrix where forming it
 is cheaper, and by the block and its adjoint otherwise. It watches the captured energy and gives up, rather
@@ -12,31 +12,31 @@ from torch import Tensor
 
 #: Below this size an eigendecomposition of the Gram matrix is as fast.
 MIN_SIZE = 256
-#: Above this share of the smaller dimension an eigendecomposition is as fast.
+#: Above this fraction of the smaller dimension an eigendecomposition is as fast.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
-#: Singular values settle later than the energy does; so many times the iterations are spent on them.
+#: Singular values converge later than the energy: factor on the number of iterations if they are wanted.
 _PATIENCE = 2
 #: Forming the Gram matrix costs size/width iterations of the direct product; six are typical.
 _GRAM_PAYS_BELOW = 12
 
 
 def worth_iterating(size: int, rank: int) -> bool:
-    """Whether iteration beats an eigendecomposition for `rank` leading vectors of `size`."""
+    """Return True if iteration is faster than an eigendecomposition for `rank` vectors of length `size`."""
     return size >= MIN_SIZE and rank <= MAX_SHARE * size
 
 
 def iterated_basis(
     block: Tensor, total: Tensor, rank: int, *, slack: float, kept_slack: float | None = None
 ) -> Tensor | None:
-    """Orthonormal basis of the `rank` leading left singular vectors, in descending order.
+    """Compute an orthonormal basis of the `rank` leading left singular vectors, in descending order.
 
     Args:
         block: shape `(*batch, m, n)` with `m <= n`.
         total: energy of the blocks, shape `(*batch)`, double precision.
         rank: number of vectors, at most `m`.
-        slack: stop when an iteration lowers the energy left outside by less than this share of it.
-        kept_slack: and by less than this share of the energy inside, for who wants the singular values
+        slack: stop when an iteration lowers the energy left outside by less than this fraction of it.
+        kept_slack: and by less than this fraction of the energy inside, for accurate singular values
             themselves: next to a large rest they may be far off while the rest hardly changes.
 
     Returns:
@@ -65,5 +65,5 @@ def iterated_basis(
 
 
 def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
-    """`block @ block^H @ vectors`."""
+    """Compute `block @ block^H @ vectors`."""
     return block @ (block.mH @ vectors) if gram is None else gram @ vectors

@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition: exact, by Gram matrix, or randomized; always certified.
+"""Truncated singular value decomposition, exact, by Gram matrix, or randomized, with certified error.
 
 Everything is computed in double precision and returned in the dtype of the input (float32 for half
 types). For float32 input that makes the Gram route *more* accurate than a float32 SVD: squaring the
@@ -30,7 +30,7 @@ _SAFE_RANGE = (1e-8, 1e8)
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """`matrix ~ U @ diag(S) @ Vh`, signs fixed.
+    """Truncated SVD `matrix ~ U @ diag(S) @ Vh` with fixed signs.
 
     Args:
         U: left singular vectors, shape `(m, rank)`.
@@ -48,7 +48,7 @@ class TruncatedSVD:
 
 
 class Factors(NamedTuple):
-    """A truncated SVD of a stack of blocks in double precision, before signs are fixed.
+    """Truncated SVD of a stack of blocks in double precision, before signs are fixed.
 
     `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`, and the discarded energy
     `sum of discarded S^2: (*batch)`.
@@ -62,22 +62,22 @@ class Factors(NamedTuple):
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Double precision of the same kind: complex128 for complex dtypes, float64 otherwise."""
+    """Return the double-precision dtype of the same kind: complex128 or float64."""
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of returned factors: the input's, float32 for half types (decompositions never return half)."""
+    """Return the dtype of decomposed factors: the dtype of the input, float32 for half types."""
     return dtype if dtype.is_complex or dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def is_single(dtype: torch.dtype) -> bool:
-    """Whether numbers of this dtype carry at most single precision."""
+    """Return True if the dtype has at most single precision."""
     return dtype not in (torch.float64, torch.complex128)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Refuse NaN and infinity by name.
+    """Raise NonFiniteError if the tensor holds NaN or infinity.
 
     Raises:
         NonFiniteError: with the count of offending elements and what to do.
@@ -91,20 +91,20 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def largest_element(tensor: Tensor) -> float:
-    """Largest absolute value of a real or imaginary part; NaN if there is one. One fast pass."""
+    """Find the largest absolute real or imaginary part in one fast pass; NaN if the tensor holds one."""
     parts = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     low, high = torch.aminmax(parts.detach())
     return max(abs(float(low)), abs(float(high))) if not math.isnan(float(low)) else math.nan
 
 
 def safe_scale(tensor: Tensor) -> float:
-    """The number to divide by so that squares of the elements neither overflow nor vanish, mostly 1."""
+    """Choose a divisor after which squares neither overflow nor underflow, mostly 1."""
     size = largest_element(tensor)
     return size if size > 0 and not _SAFE_RANGE[0] <= size <= _SAFE_RANGE[1] else 1.0
 
 
 def safe_scales(stack: Tensor) -> Tensor | None:
-    """`safe_scale` of every item of a finite stack, shape `(items,)`; None where all of them are 1."""
+    """Compute `safe_scale` of every item of a finite stack, shape `(items,)`; None if all are 1."""
     scales = [safe_scale(item) for item in stack]  # a reduction over all but one axis takes ten times as long
     if all(scale == 1 for scale in scales):
         return None
@@ -139,7 +139,7 @@ def truncated_svd(
 
     The best low-rank approximation in the Frobenius norm (Eckart-Young).
 
-    The rank is the smallest that satisfies `rel_error`, cut at `max_rank` if that is smaller.
+    The rank is the smallest that satisfies `rel_error`, capped at `max_rank`.
 
     Args:
         matrix: shape `(m, n)`, real or complex, any floating dtype.
@@ -188,13 +188,13 @@ def truncated_svd(
 
 
 def check_method(method: str) -> None:
-    """Refuse an unknown method, listing those that exist."""
+    """Raise ValueError unless `method` is a known SVD method."""
     if method not in METHODS:
         raise ValueError(f"Unknown SVD method {method!r}; choose one of {', '.join(METHODS)}.")
 
 
 def factorize(work: Tensor, cap: int, allowed: Tensor | None, *, method: Method, single: bool) -> Factors:
-    """Truncated SVD of a stack of double-precision blocks, all cut at the same rank.
+    """Truncate the SVD of a stack of double-precision blocks, all at the same rank.
 
     Args:
         work: shape `(*batch, m, n)`.
@@ -214,12 +214,12 @@ def factorize(work: Tensor, cap: int, allowed: Tensor | None, *, method: Method,
 
 
 def allowed_energy(rel_error: float, total: Tensor) -> Tensor:
-    """Energy that a relative error lets go, less the rounding of the sums that will be compared with it."""
+    """Compute the energy that a relative error may discard, less the rounding of the energies compared."""
     return (1 - 1e-12) * rel_error**2 * total
 
 
 def keep_rank(energies: Tensor, cap: int, allowed: Tensor | None) -> int:
-    """Smallest rank whose discarded energy is at most `allowed` everywhere, cut at `cap`, at least 1.
+    """Find the smallest rank in `1 .. cap` whose discarded energy is at most `allowed` in every block.
 
     Args:
         energies: squared singular values in descending order, shape `(*batch, k)`.
@@ -242,20 +242,20 @@ def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def energy(block: Tensor) -> Tensor:
-    """Squared Frobenius norm of each block, shape `(*batch)`, in double precision."""
+    """Compute the squared Frobenius norm of each block, shape `(*batch)`, in double precision."""
     norm = torch.linalg.vector_norm(block, dim=(-2, -1), dtype=working_dtype(block.dtype))
     return norm.square()
 
 
 def frobenius(tensor: Tensor) -> float:
-    """Frobenius norm whose squares neither overflow nor vanish, whatever the scale and dtype."""
+    """Compute the Frobenius norm without overflow or underflow of squares, for any scale and dtype."""
     scale = safe_scale(tensor)
     norm = torch.linalg.vector_norm(tensor.detach() / scale, dtype=working_dtype(tensor.dtype))
     return float(norm) * scale
 
 
 def relative(discarded: float, total: float) -> float:
-    """Relative error of a discarded energy."""
+    """Convert a discarded energy to a relative error."""
     return math.sqrt(max(discarded, 0.0) / total) if total > 0 else 0.0
 
 
@@ -274,7 +274,7 @@ def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> Factors:
 
 
 def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD that survives a diverging driver: the divide-and-conquer driver fails on rare inputs."""
+    """Compute a thin SVD, with a second LAPACK driver where divide and conquer fails to converge."""
     try:
         U, S, Vh = torch.linalg.svd(work, full_matrices=False)
         if bool(torch.isfinite(S).all() & torch.isfinite(U).all() & torch.isfinite(Vh).all()):
@@ -333,7 +333,7 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
 
 
 def _project(work: Tensor, U: Tensor, method: str) -> Factors:
-    """Factors of the projection of `work` onto orthonormal columns `U` that diagonalise it."""
+    """Diagonalise the projection of `work` onto the orthonormal columns of `U`."""
     projected = U.mH @ work  # shape: (*batch, rank, n), rows orthogonal up to rounding
     S, order = torch.linalg.vector_norm(projected, dim=-1).sort(dim=-1, descending=True, stable=True)
     U, projected = (

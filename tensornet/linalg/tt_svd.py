@@ -1,7 +1,7 @@
-"""TT-SVD of a matrix into matrix-product-operator cores, with a certificate.
+"""TT-SVD of a matrix into matrix-product-operator cores, with certified error.
 
-Bonds that nothing cuts cost nothing: their cores are identities, and the sweep runs only over the bonds
-that are cut, from the end with the smaller legs.
+Bonds without truncation cost nothing: their cores are identities, and the sweep runs only over the
+truncated bonds, from the end with the smaller legs.
 
 Reference: Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 and theorem 2.2.
 """
@@ -34,7 +34,7 @@ from tensornet.linalg.tt_svd_step import split_block
 
 @dataclass(frozen=True)
 class TTResult:
-    """Cores `(left, out, in, right)` and what was cut.
+    """Chain of cores `(left, out, in, right)` with the certified truncation error.
 
     Args:
         cores: the chain, canonical around `center`: left-orthonormal before it, right-orthonormal after.
@@ -51,7 +51,7 @@ class TTResult:
 
 @dataclass(frozen=True)
 class TTStack:
-    """As `TTResult` for a stack: cores `(batch, left, out, in, right)` and an error for each item."""
+    """Chains of a stack: cores `(batch, left, out, in, right)` and one certified error for each item."""
 
     cores: tuple[Tensor, ...]
     errors: tuple[float, ...]
@@ -60,7 +60,7 @@ class TTStack:
 
 
 def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int]) -> None:
-    """Refuse leg sizes that cannot carry a matrix of this shape.
+    """Raise TopologyError unless the leg sizes can hold a matrix of this shape.
 
     Raises:
         TopologyError: no sequences of integers of at least 1, different numbers of out- and in-dims, or a
@@ -82,13 +82,13 @@ def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequenc
 
 
 def max_bonds(out_dims: Sequence[int], in_dims: Sequence[int]) -> tuple[int, ...]:
-    """Largest useful bonds: `d_k = min(prod of legs left of bond k, prod of legs right of it)`."""
+    """Compute the exact bonds `d_k = min(prod of legs left of bond k, prod of legs right of it)`."""
     legs = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(legs[:k]), math.prod(legs[k:])) for k in range(1, len(legs)))
 
 
 def mpo_params(out_dims: Sequence[int], in_dims: Sequence[int], bonds: Sequence[int]) -> int:
-    """Number of elements of all cores."""
+    """Count the elements of all cores of a chain."""
     full = (1, *bonds, 1)
     return sum(full[k] * o * i * full[k + 1] for k, (o, i) in enumerate(zip(out_dims, in_dims, strict=True)))
 
@@ -96,12 +96,12 @@ def mpo_params(out_dims: Sequence[int], in_dims: Sequence[int], bonds: Sequence[
 def cap_bonds(
     shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int], budget: Budget
 ) -> tuple[tuple[int, ...], str]:
-    """Bond caps that `max_bond` and `param_ratio` imply, and which of the two decides.
+    """Turn `max_bond` and `param_ratio` into one cap for each bond, and name the cap that decides.
 
     The parameter budget is turned into the largest uniform cap that fits it.
 
     Returns:
-        `(bonds, bound_by)`; `bound_by` is `"exact"` if no cap cuts anything.
+        `(bonds, bound_by)`; `bound_by` is `"exact"` if no cap truncates a bond.
 
     Raises:
         BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.
@@ -136,7 +136,7 @@ def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
-    """Relative error allowed where a caller asks for nothing: `eps^(3/4)` of the dtype of the result.
+    """Return the default relative error `eps^(3/4)` of the dtype of the result.
 
     1.8e-12 in double and 6.4e-6 in single precision: above the rounding of a matrix computed in that dtype,
     so that an exact rank is found, and below what anybody can want to keep.
@@ -152,7 +152,7 @@ def default_tolerance(dtype: torch.dtype) -> float:
 def has_full_bonds(
     matrices: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], tolerance: float
 ) -> bool:
-    """Whether an error of `tolerance` cuts no bond of any matrix of a stack, by Gram matrices.
+    """Return True if an error of `tolerance` truncates no bond of any matrix of a stack, by Gram matrices.
 
     May be false where it is true: a Gram matrix in double precision resolves singular values down to 1e-6.
     """
@@ -185,7 +185,8 @@ def tt_svd(
 ) -> TTResult:
     """Decompose `matrix: (out, in)` into a chain of cores `(left, out_k, in_k, right)`.
 
-    Args: as in `tt_svd_stack`, for one matrix.
+    Arguments are those of `tt_svd_stack`, for one matrix.
+
     Raises:
         BudgetError, NonFiniteError, TopologyError: see `cap_bonds`, `check_finite`, `check_dims`.
     """
@@ -213,7 +214,7 @@ def tt_svd_stack(
             over goes to the next.
         bonds: an explicit cap for each bond, on top of the budget.
         method: see `truncated_svd`; `"auto"` also computes single-precision input in single precision
-            where the energy cut is far above its rounding.
+            where the discarded energy is far above its rounding.
 
     Raises:
         BudgetError, NonFiniteError, TopologyError: see `cap_bonds`, `check_finite`, `check_dims`.
@@ -265,7 +266,7 @@ def _sweep(
     rel_error: float | None,
     method: Method,
 ) -> _Sweep:
-    """Left-to-right TT-SVD of `rest: (batch, product of all legs)`."""
+    """Decompose `rest: (batch, product of all legs)` by TT-SVD from left to right."""
     batch, sites, single = rest.shape[0], len(dims), is_single(rest.dtype)
     sizes = [o * i for o, i in dims]
     first, last = (0, sites - 1) if rel_error is not None else _cut_range(sizes, caps)
@@ -294,7 +295,7 @@ def _sweep(
 
 
 def _cut_range(sizes: Sequence[int], caps: Sequence[int]) -> tuple[int, int]:
-    """First and last site of the part of the chain whose inner bonds are cut; the rest are identities."""
+    """Find the sites between which bonds are truncated; the cores outside are identities."""
     first, last = 0, len(sizes) - 1
     while first < last and caps[first] == math.prod(sizes[: first + 1]):
         first += 1

@@ -1,9 +1,9 @@
-"""One step of TT-SVD: a block becomes an orthonormal factor times the rest.
+"""One step of TT-SVD: split a block into an orthonormal factor and the rest.
 
 Only the subspace and the projection onto it are needed here, not the singular vectors themselves. That
-is why this step can be taken in single precision where the energy cut away is large: a rounding error of
-the subspace changes that energy to second order only. What was cut is measured, not assumed, and where it
-is too close to the rounding the step is taken again in double precision.
+is why this step can be taken in single precision where the discarded energy is large: a rounding error of
+the subspace changes that energy to second order only. The discarded energy is measured, not assumed, and
+where it is too close to the rounding the step is taken again in double precision.
 """
 
 from typing import NamedTuple
@@ -14,18 +14,18 @@ from torch import Tensor
 from tensornet.linalg.subspace_iteration import iterated_basis, worth_iterating
 from tensornet.linalg.svd import Method, energy, factorize, fix_signs, working_dtype
 
-#: Smallest share of the energy cut away, in units of rounding, for which the fast step is trusted.
+#: Smallest fraction of discarded energy, in units of rounding, for which the fast step is trusted.
 _TRUSTED = 1e5
-#: Iterated subspaces may leave this share of the cut energy on the table (half of it in the error).
+#: Iterated subspaces may exceed the optimal discarded energy by this fraction (half of it in the error).
 _SLACK = 3e-3
-#: Below this share of the total the energy cut away is summed from the residual, not taken as a difference.
+#: Below this fraction of the total, discarded energy is summed from the residual, not taken as a difference.
 _MEASURED_BELOW = 1e-4
 #: Rounding of a sum of squares, in units of the last digit; 26 were seen for blocks of 400 x 400.
 _ROUNDING = 64
 
 
 class Split(NamedTuple):
-    """`block ~ left @ rest` with `left: (*batch, m, r)` and `rest: (*batch, r, n)`.
+    """Split block `block ~ left @ rest` with `left: (*batch, m, r)` and `rest: (*batch, r, n)`.
 
     Orthonormal are the columns of `left`, or, where `centered` says so, the rows of `rest`. The energies
     `kept = |left @ rest|^2` and `discarded = |block - left @ rest|^2` have shape `(*batch)`.
@@ -84,7 +84,7 @@ def _whole(block: Tensor, total: Tensor, last: bool) -> Split:
 
 
 def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
-    """In the dtype of the block; None if what was cut is not far above the rounding of that dtype."""
+    """Split in the dtype of the block; None if the discarded energy is near the rounding of that dtype."""
     tall = block.shape[-2] > block.shape[-1]
     wide = block.mH if tall else block  # shape: (*batch, short, long)
     basis = None

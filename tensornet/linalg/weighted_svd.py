@@ -1,4 +1,4 @@
-"""Low rank under a two-sided weighting, in closed form: pure functions on matrices.
+"""Low-rank approximation under a two-sided weighting, in closed form, as pure functions on matrices.
 
 The weighted error of an approximation `W'` of `W: (out, in)` is
 
@@ -26,7 +26,7 @@ _EIGEN_FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class Weighting:
-    """Sensitivity of the loss to errors.
+    """Sensitivity of the loss to errors of a matrix: a second moment for rows and one for columns.
 
     Args:
         rows: moment of the gradients at the outputs, `(out, out)`, `(out,)` or None.
@@ -37,7 +37,7 @@ class Weighting:
     columns: Tensor | None = None
 
     def cost(self, error: Tensor) -> float:
-        """`1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
+        """Compute the predicted loss increase `1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
         # Products of moments and errors need no more digits than the error has; their sum does.
         weighed = times(self.rows, error) * times(self.columns, error.T).T.conj()
         return 0.5 * float(weighed.sum(dtype=working_dtype(error.dtype)).real)
@@ -45,7 +45,7 @@ class Weighting:
 
 @dataclass(frozen=True)
 class WeightedSVD:
-    """Singular values of the whitened matrix, and what turns them into factors.
+    """SVD of the whitened matrix, with factors in the coordinates of the matrix.
 
     Args:
         values: in descending order, shape `(min(out, in),)`.
@@ -60,12 +60,12 @@ class WeightedSVD:
     right: Tensor
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Best factors `(out, rank)` and `(rank, in)`."""
+        """Slice the best factors `(out, rank)` and `(rank, in)` of a rank."""
         return self.left[:, :rank], self.right[:rank]
 
 
 def damped(moment: Tensor, amount: float) -> Tensor:
-    """`M + amount * mean(diag M) * 1` in double precision, for a matrix or the vector of a diagonal one."""
+    """Add `amount * mean(diag M)` to the diagonal of a moment, in double precision."""
     moment = moment.to(working_dtype(moment.dtype))
     if moment.ndim == 1:
         return moment + amount * moment.mean()
@@ -75,7 +75,7 @@ def damped(moment: Tensor, amount: float) -> Tensor:
 
 
 def root(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """`(L, L^+)` with `M = L L^T`: Cholesky, or eigenvectors where `M` is singular.
+    """Factorise `M = L L^T` and return `(L, L^+)`, by Cholesky or, if `M` is singular, by eigenvectors.
 
     Args:
         moment: symmetric positive semi-definite `(n, n)`, or the diagonal `(n,)` of such a matrix.
@@ -102,7 +102,7 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) -> WeightedSVD:
-    """The whitened SVD of a matrix, all ranks at once.
+    """Compute the SVD of the whitened matrix, which holds the best approximations of all ranks.
 
     Only the moment on the shorter side is factorised: with `m <= n` the left singular vectors come from the
     Gram matrix `Lr^T W C W^T Lr`, and `W' = Lr^-T U U^T Lr^T W` needs no root of `C`, which may be singular.
@@ -132,10 +132,10 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
 
 
 def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
-    """Relative Frobenius error at every rank from 0 on, shape `(k + 1,)`, of the matrix that was decomposed.
+    """Compute the relative Frobenius error at every rank from 0 on, shape `(k + 1,)`.
 
-    With a singular moment there are fewer values than the full rank: what lies where nothing has a price is
-    left out at every rank, at right angles to the rest.
+    A singular moment gives fewer values than the full rank: the part of the matrix in its null space, which
+    is orthogonal to the rest, is discarded at every rank.
     """
     squares = 2 * tail_costs(result, Weighting())
     total = squares[0]
@@ -145,9 +145,9 @@ def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
 
 
 def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
-    """`1/2 tr(R E C E^T)` of what every rank leaves out, under any weighting, shape `(k + 1,)`.
+    """Compute the predicted loss increase of every rank under any weighting, shape `(k + 1,)`.
 
-    Rank `r` leaves out `L_> Q_>`, the product of the trailing columns and rows, whose cost is half the sum of
+    Rank `r` discards `L_> Q_>`, the product of the trailing columns and rows, whose loss is half the sum of
     the trailing block of `(L^T R L) * (Q C Q^T)`, elementwise.
     """
     left, right = result.left, result.right
@@ -157,10 +157,10 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
 
 
 def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
-    """Refuse moments that do not fit a matrix.
+    """Raise ShapeError unless both moments fit the matrix.
 
     Raises:
-        ShapeError: saying which side.
+        ShapeError: a moment has another shape; the message names the side.
     """
     for side, moment, size in (
         ("rows", weighting.rows, matrix.shape[0]),
@@ -174,7 +174,7 @@ def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
 
 
 def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
-    """`weighted_svd` for `work: (m, n)` with `m <= n`; `near` weighs its rows."""
+    """Compute the whitened SVD of `work: (m, n)` with `m <= n`; `near` weighs its rows."""
     lower, inverse = (None, None) if near is None else root(near)
     half = work if lower is None else times(_transposed(lower), work)  # shape: (r, n), Lr^T W
     values, vectors = torch.linalg.eigh(half @ times(far, half.T))
@@ -193,14 +193,14 @@ def _transposed(factor: Tensor) -> Tensor:
 
 
 def times(moment: Tensor | None, matrix: Tensor) -> Tensor:
-    """Product of a moment, the vector of a diagonal one, or None for the identity, with a matrix."""
+    """Multiply a matrix by a moment: full, diagonal as a vector, or None for the identity."""
     if moment is None:
         return matrix
     return moment.to(matrix)[:, None] * matrix if moment.ndim == 1 else moment.to(matrix) @ matrix
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:
-    """One Kronecker product close to a sum of several: what a weight costs that is used in several places.
+    """Approximate a sum of Kronecker products by one, for a weight that is used in several places.
 
     Minimises `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C` in the span of the terms, where the best
     pair lies. All moments of one side must have the same form (a diagonal joins as a diagonal).
