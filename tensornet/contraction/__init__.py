@@ -1,1 +1,1 @@
-"""Contractions: planned once, run as pairwise matrix products, with a model of what they cost."""
+"""Tensor contractions: planned once, run as pairwise matrix products, timed by a cost model."""

@@ -16,7 +16,7 @@ _FAR = 2**20
 
 
 def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predicted time of one (batched) matrix product whose operands are in a cache."""
+    """Predict the time of one (batched) matrix product whose operands are in a cache."""
     batch, rows, inner, columns = product.at(tokens)
     peak = machine.half_peak if itemsize == 2 else machine.peak * 4 / itemsize
     return machine.overhead + batch * rows * inner * columns / (
@@ -25,7 +25,7 @@ def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: i
 
 
 def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predicted time of one permuting copy."""
+    """Predict the time of one permuting copy."""
     elements = copy.elements * (tokens if copy.per_token else 1)
     each = machine.copy_element + machine.copy_run / copy.run
     if elements * itemsize > _FAR:
@@ -34,7 +34,7 @@ def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -
 
 
 def plan_seconds(plan: ContractionPlan, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predicted time of a contraction for that many tokens, operands without tokens coming from memory."""
+    """Predict the time of a contraction for a token count, with operands without tokens read from memory."""
     read = sum(math.prod(shape) for shape in plan.stored_shapes) * itemsize / machine.bandwidth
     products = sum(product_seconds(step.product, tokens, machine, itemsize) for step in plan.steps)
     return read + products + sum(copy_seconds(copy, tokens, machine, itemsize) for copy in plan.copies)
@@ -49,7 +49,7 @@ def dense_seconds(
     *,
     from_memory: bool = True,
 ) -> float:
-    """Predicted time of `nn.Linear`; a weight that was just rebuilt does not come from memory."""
+    """Predict the time of `nn.Linear`; a weight that was just rebuilt is read from a cache."""
     product = Product(1, 1, in_features, out_features, "rows")
     read = out_features * in_features * itemsize / machine.bandwidth if from_memory else 0.0
     return read + product_seconds(product, tokens, machine, itemsize)

@@ -1,4 +1,4 @@
-"""From a contraction order to permutations, reshapes and matrix products, with few copies.
+"""Lower a contraction path to permutations, reshapes and matrix products, with few copies.
 
 A path says which operands meet; it leaves open which of the two comes first and in which order the indices of
 each product are written. Those choices decide how much is copied, which for small bonds costs more than the
@@ -21,7 +21,7 @@ _BEAM = 4
 
 @dataclass(frozen=True)
 class _Partial:
-    """A lowering of the first steps: its cost so far and the operands it leaves."""
+    """Lowering of the first steps of a path: predicted time so far, and the remaining operands."""
 
     seconds: float
     operands: tuple[Labels, ...]
@@ -34,7 +34,7 @@ def lower_path(
     size_of: Mapping[str, int],
     path: Sequence[tuple[int, int]],
 ) -> ContractionPlan:
-    """Lower a pairwise path; `size_of[TOKENS]` is the token count it is made fast for.
+    """Lower a pairwise path to a plan that is fast for `size_of[TOKENS]` tokens.
 
     Args:
         operands: labels of each operand.
@@ -71,7 +71,7 @@ def lower_path(
 
 
 def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], ...]:
-    """See `ContractionPlan.matrices`; empty if a step does anything else."""
+    """List the right operands of a path of plain matrix products, else nothing; see `ContractionPlan`."""
     operands, found = list(range(len(steps) + 1)), []
     for step in steps:
         product = step.product
@@ -90,7 +90,7 @@ def _is_linear(product: Product) -> bool:
 
 @dataclass(frozen=True)
 class _Choice:
-    """How one step is written: operands in order, and the labels of each group."""
+    """Operand order and index order of one pairwise step."""
 
     left: int
     right: int
@@ -123,7 +123,7 @@ def _choices(
 
 
 def _orders(labels: Labels, output: Labels) -> list[Labels]:
-    """Orders worth trying: as it is, and as the output wants it."""
+    """List the index orders to try: the present order, and the order of the output."""
     by_output = tuple(sorted(labels, key=lambda x: output.index(x) if x in output else len(output)))
     return list(dict.fromkeys((labels, by_output)))
 
@@ -174,7 +174,7 @@ def _tokens_in(choice: _Choice) -> str | None:
 
 
 def _copy(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Copy | None:
-    """What bringing `labels` into `groups` copies: nothing where every group stays in one piece.
+    """Describe the copy that groups `labels`, None if every group is contiguous already.
 
     A matrix product reads a transposed operand as it is, but not one whose innermost index counts batches.
     """
@@ -213,7 +213,7 @@ def _squeeze(labels: Sequence[str], size_of: Mapping[str, int]) -> Labels:
 
 
 def _size(labels: Sequence[str], size_of: Mapping[str, int]) -> int:
-    """Product of the sizes, tokens left out."""
+    """Multiply the sizes of all labels except the token index."""
     return math.prod(size_of[x] for x in labels if x != TOKENS)
 
 
@@ -229,7 +229,7 @@ def _arrangement(
 
 
 def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Arrangement:
-    """One dimension for each group, none for an empty batch."""
+    """Arrange a tensor with one dimension for each group, without an empty batch."""
     kept = groups if groups[0] else groups[1:]
     shape = tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
     return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)

@@ -1,4 +1,4 @@
-"""The constants of a machine that decide how fast a contraction runs, shipped or measured on request."""
+"""Machine constants of the cost model of contractions, shipped or measured on request."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """Constants of a machine, in seconds and single-precision elements unless said otherwise.
+    """Machine constants of the cost model, in seconds and single-precision elements unless stated otherwise.
 
     Args:
         name: for reports.
@@ -36,7 +36,7 @@ class Machine:
     half_size: float
 
     def efficiency(self, rows: int, inner: int, columns: int) -> float:
-        """Fraction of the peak that a product of this size can reach."""
+        """Compute the fraction of the peak that a matrix product of this size can reach."""
         # A vector times a matrix takes the time to read the matrix, which is counted apart.
         sizes = (inner,) if rows == 1 else (rows, inner, columns)
         reached = 1.0
@@ -81,7 +81,7 @@ _SYNCHRONIZE = 8e-6
 
 @lru_cache(maxsize=64)
 def machine_with_threads(machine: Machine, threads: int) -> Machine:
-    """The machine with more threads at work."""
+    """Scale machine constants to a number of threads."""
     if threads == 1:
         return machine
     products, copies = (1 + gain * (threads - 1) for gain in (_PRODUCT_GAIN, _COPY_GAIN))
@@ -111,7 +111,7 @@ def check_machine(machine: object) -> None:
 
 
 def default_machine(device: torch.device | str) -> Machine:
-    """Shipped constants for a device: `CPU` with the current number of threads, `GPU` for all else."""
+    """Return shipped constants for a device: `CPU` with the current number of threads, else `GPU`."""
     if torch.device(device).type in ("cpu", "meta"):
         return machine_with_threads(CPU, torch.get_num_threads())
     return GPU
@@ -119,7 +119,7 @@ def default_machine(device: torch.device | str) -> Machine:
 
 @torch.no_grad()
 def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> Machine:
-    """Measure the constants of a device with the current number of threads; takes about a second.
+    """Measure the machine constants of a device with the current number of threads, in about a second.
 
     Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. `half_size` is that of the shipped
     machine: it belongs to the kernels, not to the clock.
@@ -152,7 +152,7 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         return torch.ones(shape, device=where, dtype=dtype)
 
     def copying(count: int, run: int) -> float:
-        """Seconds for each element of a copy of 4,096 elements or more whose runs have this length."""
+        """Measure seconds per element of a copy with runs of this length, 4,096 elements or more."""
         operand = ones(count, 64, run).permute(1, 0, 2)
         whole = fastest(lambda: operand.reshape(-1), calls=20 if count * run < 2**18 else 1)
         return max(whole - overhead, 1e-9) / operand.numel()

@@ -1,4 +1,4 @@
-"""Contractions of a linear operator: planned once for each topology, run with or without its matrix."""
+"""Contraction plans of a linear operator: applied core by core, or with the matrix rebuilt first."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ Bounds = tuple[tuple[float, int], ...]
 
 @dataclass(frozen=True)
 class OperatorPlan:
-    """The contractions of an operator, planned once.
+    """Contraction plans of an operator, one for each route.
 
     Args:
         topology: the operator.
@@ -51,7 +51,7 @@ class OperatorPlan:
         blocked: leading out-legs and how many of their indices a block of rows takes at once.
         rows: one such block; operands are the cores at these indices.
         shape: `(out_features, in_features)`.
-        padded_shape: of the matrix before padding is cut off.
+        padded_shape: of the matrix including padding.
     """
 
     topology: Topology
@@ -63,21 +63,21 @@ class OperatorPlan:
     padded_shape: tuple[int, int]
 
     def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predicted time for that many tokens; the route is a position in `applies` or `RECONSTRUCT`."""
+        """Predict the time for a token count; the route is a position in `applies` or `RECONSTRUCT`."""
         if route != RECONSTRUCT:
             return plan_seconds(self.applies[route], tokens, machine, itemsize)
         dense = dense_seconds(*self.shape, tokens, machine, itemsize, from_memory=False)
         return dense + plan_seconds(self.matrix, 1, machine, itemsize)
 
     def fastest(self, tokens: int, machine: Machine, itemsize: int = 4, *, rebuild: bool = True) -> int:
-        """Route with the least predicted time; `rebuild=False` leaves `RECONSTRUCT` out."""
+        """Find the route with the least predicted time; `rebuild=False` excludes `RECONSTRUCT`."""
         routes = [*range(len(self.applies)), *([RECONSTRUCT] if rebuild else [])]
         return min(routes, key=lambda route: self.seconds(route, tokens, machine, itemsize))
 
 
 @lru_cache(maxsize=4096)
 def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
-    """Plan an operator; equal topologies are planned once.
+    """Plan the contractions of an operator; equal topologies share one plan.
 
     Args:
         topology: the operator.
@@ -101,12 +101,12 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
 
 @lru_cache(maxsize=4096)
 def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
-    """Plan the padded matrix: the cheapest of several orders."""
+    """Plan the contraction to the padded matrix, in the cheapest of several orders."""
     return _plan_matrix(topology, {}, optimize)
 
 
 def _plan_matrix(topology: Topology, widths: Mapping[str, int], optimize: str) -> ContractionPlan:
-    """Plan the padded matrix, of some leading out-legs only so many indices."""
+    """Plan the contraction to the padded matrix, for some leading out-legs only over a block of indices."""
     cores = [core.labels for core in topology.cores]
     output = (*topology.out_labels, *topology.in_labels)
     sizes = {**topology.size_of, **widths}
@@ -121,7 +121,7 @@ def _with_shape(plan: ContractionPlan, shape: tuple[int, ...]) -> ContractionPla
 
 
 def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:
-    """Blocks just small enough; none where the matrix comes out without a copy."""
+    """Choose blocks of leading out-legs that are just small enough, none if the matrix needs no copy."""
     if matrix.output_copy is None:
         return ()
     size, legs = math.prod(topology.padded_shape), []
@@ -145,7 +145,7 @@ def _candidate_paths(
 
 
 def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
-    """Start with the first operand and take in the others one by one, in order or in reverse."""
+    """List the paths that start at the first operand and absorb the others in order or in reverse."""
     if count == 1:
         return ([],)
     forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
@@ -154,13 +154,13 @@ def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
 
 
 def _builds_matrix(path: Sequence[tuple[int, int]]) -> bool:
-    """Whether the input, operand 0, is only touched by the last step."""
+    """Return True if the input, operand 0, is used in the last step only."""
     return all(0 not in step for step in path[:-1])
 
 
 @lru_cache(maxsize=4096)
 def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebuild: bool = True) -> Bounds:
-    """The fastest route for every token count, to within a tenth of the count where it changes.
+    """Tabulate the fastest route for every token count, exact to a tenth of the count where it changes.
 
     Args:
         plan: the operator.
@@ -188,7 +188,7 @@ _GRID = tuple(4**k for k in range(9))
 
 
 def choose(bounds: Bounds, tokens: int) -> int:
-    """The route for that many tokens."""
+    """Look up the fastest route for a token count."""
     for largest, route in bounds[:-1]:
         if tokens <= largest:
             return route
@@ -196,7 +196,7 @@ def choose(bounds: Bounds, tokens: int) -> int:
 
 
 def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
-    """Dense matrix of the operator, shape `(out_features, in_features)`, differentiable.
+    """Contract the cores to the dense matrix, shape `(out_features, in_features)`, with gradient.
 
     Where nothing records gradients of the cores it is written block by block of rows, so that beside the
     matrix only one block is held.
@@ -226,7 +226,7 @@ def _in_blocks(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _may_write(cores: Sequence[Tensor]) -> bool:
-    """Whether a result may be written in place: nothing differentiates or traces."""
+    """Return True if results may be written in place: neither autograd nor tracing is active."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
         return False
     recording = torch.is_grad_enabled() and any(core.requires_grad for core in cores)

@@ -1,4 +1,4 @@
-"""Plan a contraction once, run it as pairwise matrix products.
+"""Plan a contraction once, and run it as pairwise matrix products.
 
 `opt_einsum` finds the order, `lowering` writes it as permutations, reshapes and (batched) matrix products.
 Calling opt_einsum inside `forward` would break `torch.compile(fullgraph=True)` and autocast; the lowered
@@ -50,7 +50,7 @@ def plan_contraction(
         A plan for `run`.
 
     Raises:
-        TopologyError: the path is not pairwise, or `optimize` is no known name.
+        TopologyError: the path is not pairwise, or `optimize` is an unknown name.
         MissingDependencyError: `optimize="cotengra"` without cotengra.
     """
     path = find_path(operands, output, size_of, optimize)
@@ -63,7 +63,7 @@ def find_path(
     size_of: Mapping[str, int],
     optimize: Optimize = "auto",
 ) -> list[tuple[int, int]]:
-    """The pairwise order with the fewest multiply-adds that `optimize` finds."""
+    """Find the pairwise contraction order with the fewest multiply-adds that `optimize` finds."""
     if len(operands) == 1:
         return []
     squeezed = [tuple(x for x in labels if x == TOKENS or size_of[x] > 1) for labels in operands]
@@ -91,7 +91,7 @@ def find_path(
 
 
 def check_optimize(optimize: Optimize) -> None:
-    """Raise unless `optimize` can find orders; planning itself happens at the first forward pass.
+    """Raise unless `optimize` is accepted by opt_einsum; planning happens at the first forward pass.
 
     Raises:
         TopologyError: no optimizer has this name.

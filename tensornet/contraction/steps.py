@@ -1,4 +1,4 @@
-"""A lowered contraction as data, and how it is run.
+"""Lowered contraction as data, and its execution.
 
 Every step is a permutation, a reshape and one (batched) matrix product, so running a plan works under
 `torch.compile(fullgraph=True)`, `torch.export`, autocast and `torch.func`.
@@ -17,7 +17,7 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class Copy:
-    """A permutation that has to be written out before its operand can enter a matrix product.
+    """Permutation that is copied before its operand enters a matrix product.
 
     Args:
         elements: elements moved, for each token if `per_token`.
@@ -46,7 +46,7 @@ class Product:
     tokens_in: str | None
 
     def at(self, tokens: int) -> tuple[int, int, int, int]:
-        """`(batch, rows, inner, columns)` for that many tokens."""
+        """Return `(batch, rows, inner, columns)` for a token count."""
         return (
             self.batch * (tokens if self.tokens_in == "batch" else 1),
             self.rows * (tokens if self.tokens_in == "rows" else 1),
@@ -57,10 +57,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How a tensor is brought into another order. Shapes hold -1 where the token index takes part.
+    """Permutation and reshape of a tensor; shapes hold -1 for the token index.
 
     Args:
-        permutation: the new order of the dimensions; None if it is the order they are in.
+        permutation: the new order of the dimensions; None if the order is unchanged.
         view: one dimension for each index, before the permutation.
         shape: the shape in the end.
     """
@@ -72,14 +72,14 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class PairStep:
-    """One pairwise product: operands `left` and `right` of the working list are replaced by the result.
+    """Pairwise product that replaces operands `left` and `right` of the working list by the result.
 
     Args:
         left, right: positions in the working list; the result is appended to what remains.
-        arrange_left: to `(batch, rows, inner)`, without batch where there is none.
+        arrange_left: to `(batch, rows, inner)`, without a batch dimension if the batch is empty.
         arrange_right: to `(batch, inner, columns)`, likewise.
-        product: what the step multiplies, for the cost model.
-        copies: what it copies, for the cost model.
+        product: sizes of the matrix product, for the cost model.
+        copies: copies before the product, for the cost model.
     """
 
     left: int
@@ -92,7 +92,7 @@ class PairStep:
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """A lowered contraction.
+    """Lowered contraction: pairwise products in order, and the arrangement of the output.
 
     Args:
         stored_shapes: full shapes of the operands that carry no token index.
@@ -117,12 +117,12 @@ class ContractionPlan:
 
     @property
     def copies(self) -> tuple[Copy, ...]:
-        """All copies, the output's included."""
+        """All copies, including that of the output."""
         inner = tuple(copy for step in self.steps for copy in step.copies)
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
     def multiply_adds(self, tokens: int) -> int:
-        """Multiply-add operations for that many tokens."""
+        """Count the multiply-adds for a token count."""
         total = 0
         for step in self.steps:
             batch, rows, inner, columns = step.product.at(tokens)
@@ -130,11 +130,11 @@ class ContractionPlan:
         return total
 
     def moved(self, tokens: int) -> int:
-        """Elements copied by permutations for that many tokens."""
+        """Count the elements that permutations copy for a token count."""
         return sum(copy.elements * (tokens if copy.per_token else 1) for copy in self.copies)
 
     def largest_intermediate(self, tokens: int) -> int:
-        """Elements of the largest result of a step."""
+        """Count the elements of the largest result of a step."""
         sizes = [0]
         for step in self.steps:
             batch, rows, _, columns = step.product.at(tokens)
@@ -143,7 +143,7 @@ class ContractionPlan:
 
 
 def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | None = None) -> Tensor:
-    """Execute a plan.
+    """Execute a contraction plan.
 
     Args:
         plan: from `plan_contraction`.
@@ -182,7 +182,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
 
 
 def is_slow(tensor: Tensor) -> bool:
-    """Whether products of such tensors are better computed in float32: float16 on the CPU, 10 to 50 times."""
+    """Return True for float16 on the CPU, whose products are 10 to 50 times faster in float32."""
     return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
 
 
