@@ -1,4 +1,4 @@
-"""Search over shapes: which family, dims and bonds for a matrix and a budget."""
+"""Topology search: family, dims and bonds for a matrix and a parameter budget."""
 
 from tensornet.search.result import SearchPoint, TopologySearch
 from tensornet.search.search import search_topology

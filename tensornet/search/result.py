@@ -1,4 +1,4 @@
-"""What a search found: points of parameters, error and time, and their Pareto front."""
+"""Search results: candidates with parameters, error and time, and their Pareto front."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,24 +12,25 @@ from tensornet.topology import Topology
 Objective = Literal["error", "time", "params"]
 OBJECTIVES = ("error", "time", "params")
 
-#: "time" compares candidates that use at least this share of the parameter budget: fewer numbers are always
-#: faster, and were not asked for.
+#: "time" compares candidates that use at least this fraction of the parameter budget: smaller networks are
+#: always faster, but were not requested.
 FULL_USE = 0.9
 
-#: "time" accepts this multiple of the smallest error among those.
+#: "time" accepts this multiple of the smallest error among those candidates.
 TIME_SLACK = 1.25
 
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """One candidate.
+    """Candidate topology with its parameters, error and predicted time.
 
     Args:
         topology: the network.
         params: stored numbers.
         milliseconds: predicted for one forward pass; the geometric mean over the token counts of the search.
-        error: relative Frobenius error. Where spectra tell it, the smallest of any network of this topology,
-            which the decomposition meets to half a percent; else what that certifies. None without a matrix.
+        error: relative Frobenius error. If known from spectra, the smallest of all networks of this topology,
+            which the decomposition reaches to half a percent; else the certified error of the decomposition.
+            None without a matrix.
         error_bound: error that no matrix of this shape exceeds, None where the family has no such bound.
     """
 
@@ -48,14 +49,14 @@ class SearchPoint:
 
     @property
     def ranked_error(self) -> float:
-        """The error, else its bound, else 1."""
+        """Error used for ranking: the error if known, else its bound, else 1."""
         found = self.error if self.error is not None else self.error_bound
         return 1.0 if found is None else found
 
 
 @dataclass(frozen=True)
 class TopologySearch:
-    """Result of `search_topology`: iterate over the Pareto front, print it, ask for the `best`.
+    """Result of `search_topology`: iterate over the Pareto front, print it, or select the `best` point.
 
     Args:
         shape: `(out_features, in_features)`.
@@ -87,7 +88,7 @@ class TopologySearch:
     def best(
         self, objective: Objective = "error", *, max_error: float | None = None, max_ms: float | None = None
     ) -> SearchPoint:
-        """The best point under the limits.
+        """Select the best point within the limits.
 
         Args:
             objective: `"error"`: smallest error. `"params"`: fewest parameters. `"time"`: fastest among those
@@ -99,7 +100,7 @@ class TopologySearch:
 
         Raises:
             ValueError: unknown objective.
-            BudgetError: nothing meets the limits, or one is no number.
+            BudgetError: no candidate meets the limits, or a limit is not a number.
         """
         if objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}.")
@@ -151,7 +152,7 @@ class TopologySearch:
 
 
 def form(topology: Topology) -> str:
-    """Family, dims and bonds in a few characters; dims that say no more than the shape are left out."""
+    """Format family, dims and bonds in short; dims that follow from the shape are omitted."""
     bonds = "x".join(str(size) for size in topology.bond_dims.values() if size > 1) or "1"
     if (max(topology.out_dims), max(topology.in_dims)) == topology.shape:
         return f"{topology.family} {bonds}"
@@ -161,7 +162,7 @@ def form(topology: Topology) -> str:
 
 
 def pareto_front(points: Sequence[SearchPoint]) -> tuple[SearchPoint, ...]:
-    """Points to which no other is equal or better in parameters, error and time alike; by parameters."""
+    """Find the points that no other point matches or beats in parameters, error and time, by parameters."""
     front: list[SearchPoint] = []
     for point in sorted(points, key=_key):
         mine = _key(point)

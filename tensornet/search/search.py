@@ -1,4 +1,4 @@
-"""The search itself: propose, bound, predict, and decompose only what no bound rules out."""
+"""Topology search: propose candidates, bound their errors, predict their times, decompose few."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from tensornet.topology import Topology
 #: Families that are searched by default: their errors are known from spectra, without decomposing.
 FAMILIES = ("low_rank", "mpo", "block_tt")
 
-#: Shares of the parameter budget at which candidates are made, so that the front has more than one end.
+#: Fractions of the parameter budget at which candidates are proposed, so that the front has several points.
 _LEVELS = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 
@@ -36,18 +36,18 @@ def search_topology(
     max_sites: int = 3,
     machine: Machine | None = None,
 ) -> TopologySearch:
-    """Which family, dims and bonds suit a matrix under a parameter budget.
+    """Search family, dims and bonds for a matrix under a parameter budget.
 
     Times are predicted by the cost model for the faster of contracting and rebuilding; a matrix kept in eval
     takes the time of a dense layer whatever the topology. Errors of plain low rank, of two-site chains and of
-    two-core block tensor trains are exact, from singular values across cuts; longer chains are bounded by
-    those of their cuts and decomposed only if the bounds leave them a chance. With a shape only, errors are
-    unknown and points are ranked by the largest error any matrix of that shape can have: a bond `d` of at
-    most `r` loses at most the share `1 - d/r` of the energy.
+    two-core block tensor trains are exact, from singular values of unfoldings; longer chains are bounded by
+    the values of their unfoldings and decomposed only if no other candidate dominates the bounds. With a
+    shape only, errors are unknown and points are ranked by the largest error any matrix of that shape can
+    have: a bond `d` of at most `r` loses at most the fraction `1 - d/r` of the energy.
 
     Args:
         matrix_or_shape: matrix `(out_features, in_features)`, or its shape.
-        param_ratio: largest share of the dense parameters.
+        param_ratio: largest keep ratio, relative to the dense parameters.
         max_params: largest number of parameters; the tighter of the two decides.
         tokens: token count for which times are predicted, or several: then times are geometric means, so
             that every count weighs the same.
@@ -60,12 +60,12 @@ def search_topology(
         The Pareto front in parameters, error and milliseconds; see `TopologySearch.best`.
 
     Raises:
-        BudgetError: no limit given, a limit out of range, or nothing fits.
+        BudgetError: no limit given, a limit out of range, or no network fits.
         NonFiniteError: the matrix holds NaN or infinity.
         ShapeError: not a matrix and not a shape.
-        TopologyError: unknown family, or none.
-        TypeError: `machine` is none.
-        ValueError: `tokens` below 1 or `max_sites` below 2, or no integers.
+        TopologyError: unknown family, or no family given.
+        TypeError: `machine` is neither a Machine nor None.
+        ValueError: `tokens` below 1 or `max_sites` below 2, or not integers.
     """
     matrix, shape = _operand(matrix_or_shape)
     budget = _budget(shape, param_ratio, max_params)
@@ -104,7 +104,7 @@ def search_topology(
 
 
 class _Clock:
-    """Predicted milliseconds of topologies, the geometric mean over the token counts."""
+    """Predicted milliseconds of topologies, as geometric means over the token counts."""
 
     def __init__(self, tokens: Sequence[int], machine: Machine, itemsize: int) -> None:
         self.tokens, self.machine, self.itemsize = tokens, machine, itemsize
@@ -119,7 +119,7 @@ class _Clock:
         return self._mean(seconds)
 
     def at_least(self, topology: Topology) -> float:
-        """Every stored number is read once and takes part in one multiply-add for each token."""
+        """Bound the time from below: every parameter is read once and multiplied once for each token."""
         read = topology.num_params * self.itemsize / self.machine.bandwidth
         fastest = max(self.machine.peak, self.machine.half_peak)
         return self._mean(lambda count: read + topology.num_params * count / fastest)
@@ -135,10 +135,10 @@ class _Clock:
 def _evaluate(
     candidates: Sequence[Proposal], matrix: Tensor | None, clock: _Clock
 ) -> tuple[list[SearchPoint], int]:
-    """Points of all candidates that neither bounds nor the points before them rule out, and how many were.
+    """Evaluate the candidates that no bound and no earlier point dominates; count the dominated ones.
 
-    Baselines (plain low rank) stay: everything is compared with them, and a smaller point that beats one by a
-    bound is no answer for those who want to use the whole budget.
+    Baselines (plain low rank) are always evaluated, for comparison: a smaller candidate that dominates one by
+    a bound does not help callers who want to use the whole budget.
     """
     points: list[SearchPoint] = []
     pruned = 0
