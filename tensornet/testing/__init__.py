@@ -1,4 +1,4 @@
-"""Hypothesis strategies, laws and slow references for property-testing tensor networks."""
+"""Property testing of tensor networks: hypothesis strategies, laws, slow references."""
 
 from tensornet.optional import require
 

@@ -1,4 +1,4 @@
-"""Laws of decompositions and networks, to call or to subclass.
+"""Laws of decompositions and networks, as functions to call and classes to subclass.
 
 Every law is a function `check_...` that raises `AssertionError` with the numbers in the message. The
 classes at the end draw examples by hypothesis and call them: subclass one, say how your decomposition is
@@ -31,14 +31,14 @@ from tensornet.topologies import Decomposition, TopologyFamily
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a decomposition says about itself.
+    """Result of the decomposition under test: dense matrix, certificate, parameters, bonds, tensors.
 
     Args:
-        matrix: what it stands for, same shape as the input.
-        error: its certificate, an upper bound of the relative Frobenius error.
+        matrix: dense matrix of the result, same shape as the input.
+        error: certificate, an upper bound of the relative Frobenius error.
         params: stored elements, None if `param_ratio` is not supported.
-        bonds: its bonds.
-        tensors: what it stores, for the checks of dtype and device.
+        bonds: bond sizes.
+        tensors: stored tensors, for the checks of dtype and device.
     """
 
     matrix: Tensor
@@ -49,7 +49,7 @@ class Outcome:
 
     @classmethod
     def of(cls, result: Decomposition | MPO) -> "Outcome":
-        """Of what this library returns."""
+        """Convert a `Decomposition` or `MPO` of this library."""
         network = result.network
         return cls(
             matrix=network.to_matrix(),
@@ -67,7 +67,7 @@ _RENAMED = 3
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative rounding that results stored in this dtype may show: some hundred units."""
+    """Return the relative rounding allowed for this dtype: 300 units in the last place."""
     return 300 * torch.finfo(result_dtype(dtype)).eps
 
 
@@ -75,7 +75,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_exact(decompose: Decompose, matrix: Tensor) -> None:
-    """Without a budget the matrix comes back, to rounding, and the certificate says so."""
+    """Check that a decomposition without budget is exact to rounding, and certified so."""
     outcome = decompose(matrix, Budget())
     error = _true_error(matrix, outcome)
     assert error <= tolerance(matrix.dtype), f"relative error {error:.3g} without a budget"
@@ -83,7 +83,7 @@ def check_exact(decompose: Decompose, matrix: Tensor) -> None:
 
 
 def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """The true error is at most the certificate, and the certificate at most the promise.
+    """Check that the certificate bounds the true error and respects `rel_error`.
 
     Certificates above 1, infinite ones included, promise little but are allowed.
     """
@@ -101,7 +101,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
 
 
 def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """No bond exceeds `max_bond`, and no more parameters are stored than `param_ratio` allows."""
+    """Check that bonds respect `max_bond` and parameters respect `param_ratio`."""
     outcome = _within(decompose, matrix, budget)
     if budget.max_bond is not None:
         caps = budget.max_bond
@@ -117,7 +117,7 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
 
 
 def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = tuple(range(1, 9))) -> None:
-    """A larger `max_bond` never gives a larger error, neither certified nor true."""
+    """Check that a larger `max_bond` never increases the error, neither certified nor true."""
     before: tuple[int, float, float] | None = None
     for cap in caps:
         outcome = decompose(matrix, Budget(max_bond=cap))
@@ -134,7 +134,7 @@ def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = t
 
 
 def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """The input is not changed and shares no memory with the result."""
+    """Check that the input is unchanged and shares no memory with the result."""
     before = matrix.clone()
     outcome = _within(decompose, matrix, budget)
     assert torch.equal(matrix, before), "the input was changed"
@@ -143,7 +143,7 @@ def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> No
 
 
 def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Stored tensors have the dtype of the input (float32 for half types) and lie on its device."""
+    """Check that stored tensors have the input's dtype (float32 for half types) and device."""
     outcome = _within(decompose, matrix, budget)
     for tensor in (outcome.matrix, *outcome.tensors):
         expected = (result_dtype(matrix.dtype), matrix.device)
@@ -153,7 +153,7 @@ def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget)
 
 
 def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """The same input gives bit for bit the same matrix, certificate and tensors."""
+    """Check that equal inputs give bit-identical matrices, certificates and tensors."""
     first, second = _within(decompose, matrix, budget), _within(decompose, matrix, budget)
     assert float(first.error) == float(second.error), f"not reproducible: {first.error} and {second.error}"
     assert len(first.tensors) == len(second.tensors), "not reproducible: another number of tensors"
@@ -162,7 +162,7 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
 
 
 def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float) -> None:
-    """NaN and infinity are refused by a `NonFiniteError` that says something, in any words."""
+    """Check that NaN and infinity raise NonFiniteError with a message."""
     broken = matrix.clone()
     broken[-1, 0] = value
     message = None
@@ -175,7 +175,7 @@ def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float)
 
 
 def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> Outcome:
-    """The outcome; examples that no network of the family fits say nothing about it."""
+    """Decompose within the budget; reject examples that no network of the family can meet."""
     try:
         return decompose(matrix, budget)
     except BudgetError:
@@ -191,7 +191,7 @@ def _true_error(matrix: Tensor, outcome: Outcome) -> float:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether their storages overlap; tensors may repeat elements, so writing is no test."""
+    """Return True if the storages overlap; writing is no test, since tensors may repeat elements."""
     a, b = one.untyped_storage(), other.untyped_storage()
     first, last = max(a.data_ptr(), b.data_ptr()), min(a.data_ptr() + a.nbytes(), b.data_ptr() + b.nbytes())
     return one.device == other.device and first < last
@@ -201,13 +201,13 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def check_matrix(network: TensorNetwork) -> None:
-    """`to_matrix` is the sum over all bonds, written out."""
+    """Check that `to_matrix` equals the explicit sum over all bonds."""
     expected = reference.network_matrix(network.topology, network.cores)
     _assert_close(network, network.to_matrix(), expected, "the matrix")
 
 
 def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
-    """`apply` multiplies by the matrix along the last dimension, whatever the batch shape."""
+    """Check that `apply` multiplies the last dimension by the matrix, for any batch shape."""
     core = network.cores[0]
     x = torch.randn(*batch, network.shape[1], dtype=core.dtype, device=core.device)
     y = network.apply(x)
@@ -217,7 +217,7 @@ def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
 
 
 def check_gradients(network: TensorNetwork, tokens: int = 3) -> None:
-    """Gradients for the input and every core are those of the dense operator (real networks)."""
+    """Check the gradients of input and cores against those of the dense operator (real networks)."""
     cores = [core.detach().clone().requires_grad_() for core in network.cores]
     like: dict[str, Any] = {"dtype": cores[0].dtype, "device": cores[0].device}
     x = torch.randn(tokens, network.shape[1], requires_grad=True, **like)
@@ -247,7 +247,7 @@ def _assert_close(network: TensorNetwork, actual: Tensor, expected: reference.Ar
 
 
 def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
-    """An invertible matrix and its inverse put into a bond change neither matrix, norm nor spectrum."""
+    """Check that a gauge transformation on a bond preserves matrix, norm and spectrum."""
     left, right = operator.cores[bond], operator.cores[bond + 1]
     size = left.shape[3]
     generator = torch.Generator().manual_seed(seed)
@@ -267,7 +267,7 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
 
 
 def check_canonical(operator: MPO, center: int) -> None:
-    """The canonical form is the same operator, orthonormal on both sides, its norm in the center."""
+    """Check that the canonical form preserves the operator and is orthonormal around its center."""
     moved = operator.canonicalize(center=center)
     center %= len(operator.cores)
     rounding = tolerance(operator.cores[0].dtype)
@@ -284,7 +284,7 @@ def check_canonical(operator: MPO, center: int) -> None:
 
 
 class Law(NamedTuple):
-    """A check and what it draws.
+    """Law: a check and the strategies of its arguments.
 
     Args:
         check: raises `AssertionError`.
@@ -303,13 +303,13 @@ Laws = dict[str, Law]
 
 
 class _Laws:
-    """Binds laws to a subclass as test methods that draw from the strategies of that subclass."""
+    """Base class that adds laws to a subclass as test methods drawing from its strategies."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name, entry in cls._laws().items():
             law = Law(*entry)
-            # Drawn anew from what this class narrows; what a class above wrote or switched off stays.
+            # Drawn from the strategies of this class; laws that a base class defines or disables stay so.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
                 setattr(cls, name, _test(law, cls.deadline))
@@ -323,7 +323,7 @@ class _Laws:
     deadline: ClassVar[float | None] = 20_000
 
     def subject(self) -> tuple[Any, ...]:
-        """Leading arguments of every law."""
+        """Return the leading arguments of every law."""
         return ()
 
 
@@ -341,10 +341,10 @@ def _test(law: Law, deadline: float | None) -> Callable[..., None]:
 
 
 class DecompositionLaws(_Laws):
-    """Subclass as `class TestMine(DecompositionLaws)`, define `decompose`, and narrow what is drawn.
+    """Laws of decompositions: subclass, define `decompose`, and narrow the strategies.
 
-    Set a law to None in the subclass if it does not hold, for example `test_monotone = None`; what a subclass
-    switches off, or writes itself, stays so in classes below it.
+    Set a law to None in the subclass if it does not hold, for example `test_monotone = None`; a law that
+    a subclass disables, or defines itself, stays so in its own subclasses.
     """
 
     #: Matrices to decompose.
@@ -353,11 +353,11 @@ class DecompositionLaws(_Laws):
     budgets: SearchStrategy[Budget] = strategies.budgets()
 
     def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:
-        """The decomposition under test."""
+        """Decompose a matrix with the decomposition under test."""
         raise NotImplementedError(f"{type(self).__name__} must define decompose(matrix, budget).")
 
     def subject(self) -> tuple[Any, ...]:
-        """The decomposition."""
+        """Return the decomposition under test."""
         return (self.decompose,)
 
     @classmethod
@@ -379,14 +379,14 @@ class DecompositionLaws(_Laws):
 
 
 class FamilyLaws(DecompositionLaws):
-    """The laws of `TopologyFamily`: set `family` to an instance and, if needed, `options`."""
+    """Laws of a `TopologyFamily`: set `family` to an instance and, if needed, `options`."""
 
     family: TopologyFamily
     #: Passed to `decompose`.
     options: ClassVar[dict[str, Any]] = {}
 
     def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:
-        """By the family."""
+        """Decompose a matrix with the family under test."""
         return Outcome.of(self.family.decompose(matrix, budget, **self.options))
 
     @classmethod
@@ -397,7 +397,7 @@ class FamilyLaws(DecompositionLaws):
 
 
 class NetworkLaws(_Laws):
-    """Matrix, application and gradients of the networks that `networks` draws."""
+    """Laws of networks from the strategy `networks`: matrix, application, gradients."""
 
     networks: SearchStrategy[TensorNetwork] = strategies.networks()
 

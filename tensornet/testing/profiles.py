@@ -1,4 +1,4 @@
-"""Hypothesis profiles: how many examples a law is tried on, and whether they are reproducible."""
+"""Hypothesis profiles: number of examples and reproducibility."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def register_profiles() -> None:
 
     - `default`: 50 random examples, for work at the desk.
     - `ci`: 25 examples, derandomised, so that the same commit always gives the same verdict.
-    - `nightly`: 1000 random examples, to look for what the others miss.
+    - `nightly`: 1000 random examples, to find rare failures.
 
-    None has a deadline: the first call of an operation plans or compiles and is slower than the rest.
+    No profile has a deadline: the first call of an operation plans or compiles and is slower than the rest.
     """
     # Each option is written out: on a CI machine hypothesis changes the defaults it would inherit.
     common: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Slow and obviously right: NumPy, double precision, no planning, no tricks.
+"""Slow reference implementations in NumPy and double precision, correct by inspection.
 
 Everything the library computes cleverly is here computed by one `numpy.einsum` over all indices at once,
 or by a dense SVD. Meant for small operators.
@@ -18,13 +18,13 @@ Array = NDArray[Any]
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """A double-precision copy on the CPU."""
+    """Copy a tensor to the CPU in double precision."""
     double = tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
     return double.resolve_conj().resolve_neg().numpy()
 
 
 def network_matrix(topology: Topology, cores: Sequence[Tensor]) -> Array:
-    """Dense matrix of a network, shape `(out_features, in_features)`, from the definition."""
+    """Compute the dense matrix of a network from the definition, shape `(out_features, in_features)`."""
     number = {label: k for k, label in enumerate(topology.size_of)}
     operands: list[Any] = []
     for spec, core in zip(topology.cores, cores, strict=True):
@@ -35,7 +35,7 @@ def network_matrix(topology: Topology, cores: Sequence[Tensor]) -> Array:
 
 
 def chain_matrix(cores: Sequence[Tensor]) -> Array:
-    """Dense matrix of a chain of cores `(left, out, in, right)`, one element at a time."""
+    """Compute the dense matrix of a chain of cores `(left, out, in, right)`, one element at a time."""
     arrays = [to_numpy(core) for core in cores]
     out_dims, in_dims = [a.shape[1] for a in arrays], [a.shape[2] for a in arrays]
     dense = np.zeros((int(np.prod(out_dims)), int(np.prod(in_dims))), dtype=arrays[0].dtype)
@@ -49,7 +49,7 @@ def chain_matrix(cores: Sequence[Tensor]) -> Array:
 
 
 def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradient: Tensor) -> list[Array]:
-    """Gradients of a real loss for every core, given its gradient for the matrix (real networks).
+    """Compute the gradient of every core from the gradient of the dense matrix (real networks).
 
     The derivative of the matrix for one core is the network without that core, so the gradient is that
     network contracted with the gradient of the matrix.
@@ -72,7 +72,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
 
 
 def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], bond: int) -> Array:
-    """The matrix `(legs of sites up to bond, legs after it)` of an operator that needs no padding."""
+    """Unfold an operator without padding to `(legs of sites up to bond, legs after it)`."""
     sites = len(out_dims)
     order = [axis for k in range(sites) for axis in (k, sites + k)]
     tensor = to_numpy(matrix).reshape(*out_dims, *in_dims).transpose(order)
@@ -81,7 +81,7 @@ def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], b
 
 
 def best_error(matrix: Tensor | Array, rank: int) -> float:
-    """Relative Frobenius error of the best approximation of that rank (Eckart-Young)."""
+    """Compute the relative Frobenius error of the best approximation of a given rank (Eckart-Young)."""
     array = to_numpy(matrix) if isinstance(matrix, Tensor) else matrix
     values = np.linalg.svd(array, compute_uv=False)
     total = float(np.sum(values**2))
@@ -89,7 +89,7 @@ def best_error(matrix: Tensor | Array, rank: int) -> float:
 
 
 def relative_error(matrix: Tensor | Array, approximation: Tensor | Array) -> float:
-    """`|W - W'|_F / |W|_F`, and `|W'|_F` where W is zero."""
+    """Compute `|W - W'|_F / |W|_F`, or `|W'|_F` if W is zero."""
     true, other = (to_numpy(x) if isinstance(x, Tensor) else x for x in (matrix, approximation))
     size = float(np.linalg.norm(true))
     return float(np.linalg.norm(true - other)) / (size or 1.0)

@@ -1,4 +1,4 @@
-"""The law that a family's name does not matter: nobody asks for it."""
+"""Law that a topology family behaves the same under any name."""
 
 import copy
 import tempfile
@@ -29,7 +29,7 @@ _CONFIGS: tuple[dict[str, Any], ...] = (
 
 
 def renamed(family: TopologyFamily, name: str | None = None) -> TopologyFamily:
-    """Make an instance of a subclass that differs from a family in its name alone.
+    """Make an instance of a subclass that differs from its parent only in the name.
 
     Args:
         family: the parent.
@@ -53,7 +53,7 @@ def check_name_does_not_matter(
     param_ratio: float = 0.6,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """A subclass under another name plans, predicts, encodes, saves and loads as its parent does.
+    """Check that a renamed subclass plans, predicts, encodes, saves and loads as its parent does.
 
     Args:
         family: registered or not.
@@ -91,7 +91,7 @@ def check_name_does_not_matter(
 
 
 def _journey(weight: Tensor, config: CompressionConfig) -> tuple[LayerPlan | None, dict[str, Tensor]]:
-    """Plan, compress, save and load one layer: its plan, and what was loaded. None if nothing fits."""
+    """Plan, compress, save and load one layer; return its plan and loaded tensors, None if nothing fits."""
     model, stats = _model(weight), _statistics(weight.shape[0], weight.shape[1])
     known = stats if config.objective != "weight" else None
     try:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what this library works on.
+"""Hypothesis strategies for matrices, tensors, budgets, topologies and networks.
 
 Numbers come from a seeded generator rather than from hypothesis itself: hypothesis chooses shapes, kinds,
 dtypes and seeds, which it can shrink, and not thousands of floats, which it cannot.
@@ -17,7 +17,7 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
-#: What the singular values of a generated matrix look like.
+#: Shapes of the singular spectrum of a generated matrix.
 #: The last two have a rank of their own, 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
 #: Those whose rank is drawn where none is given.
@@ -33,7 +33,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.dtype]:
-    """Floating dtypes; complex and half ones on request."""
+    """Draw floating dtypes; complex and half dtypes on request."""
     return st.sampled_from((*REAL, *(COMPLEX if complex else ()), *(HALF if half else ())))
 
 
@@ -41,7 +41,7 @@ def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.
 def dims(
     draw: DrawFn, *, min_sites: int = 1, max_sites: int = 4, max_dim: int = 4
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Leg sizes `(out_dims, in_dims)` with equal numbers of sites; sizes of 1 are frequent."""
+    """Draw leg sizes `(out_dims, in_dims)` for equal numbers of sites; sizes of 1 are frequent."""
     sites = draw(st.integers(min_sites, max_sites))
     legs = st.tuples(*[st.integers(1, max_dim)] * sites)
     return draw(legs), draw(legs)
@@ -58,14 +58,14 @@ def matrices(
     rank: int | None = None,
     scales: bool = True,
 ) -> Tensor:
-    """A matrix of chosen shape, dtype, spectrum, rank and scale.
+    """Draw a matrix of chosen or random shape, dtype, spectrum, rank and scale.
 
     Args:
         shape: `(out, in)`; any up to `max_size` if absent, one row or one column included.
         max_size: largest size where the shape is free.
         dtype: a dtype or a strategy; real and complex ones if absent.
         spectrum: one of `SPECTRA`; any if absent, but with a `rank` none that has a rank of its own.
-        rank: exact rank, cut at the smaller size; full if absent, except for `"low_rank"`.
+        rank: exact rank, capped at the smaller size; full if absent, except for `"low_rank"`.
         scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
     """
     sizes = st.integers(1, max_size)
@@ -163,7 +163,7 @@ def tensor_of_kind(shape: tuple[int, ...], kind: str, *, seed: int, complex: boo
 
 
 def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: int | None = None) -> Tensor:
-    """A float64 matrix whose singular values follow one of `SPECTRA`; reproducible by its seed.
+    """Build a float64 matrix whose singular values follow one of `SPECTRA`, reproducible by its seed.
 
     Raises:
         ValueError: unknown spectrum.
@@ -194,7 +194,7 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
 
 @st.composite
 def budgets(draw: DrawFn, *, max_bond: int = 8) -> Budget:
-    """Any combination of caps, none at all included."""
+    """Draw budgets with any combination of caps, including none."""
     return Budget(
         max_bond=draw(st.none() | st.integers(1, max_bond)),
         rel_error=draw(st.none() | st.sampled_from((0.0, 0.01, 0.1, 0.5, 0.9))),
@@ -211,7 +211,7 @@ def mpos(
     dtype: SearchStrategy[torch.dtype] | torch.dtype | None = None,
     padded: bool = True,
 ) -> MPO:
-    """A random chain, sometimes with padding, bonds free (also above the useful ones).
+    """Draw a random chain, sometimes padded, whose bonds may exceed the exact ones.
 
     Args:
         dims: strategy of `(out_dims, in_dims)`.
@@ -240,7 +240,7 @@ def mpos(
 def topologies(
     draw: DrawFn, *, families: tuple[str, ...] | None = None, max_size: int = 16, max_bond: int = 4
 ) -> Topology:
-    """A topology of a registered family, built for a random shape.
+    """Draw a topology of a registered family, built for a random shape.
 
     Args:
         families: names to choose from, all registered ones if absent.
@@ -259,7 +259,7 @@ def networks(
     topology: SearchStrategy[Topology] | None = None,
     dtype: SearchStrategy[torch.dtype] | torch.dtype = torch.float64,
 ) -> TensorNetwork:
-    """A topology with variance-correct Gaussian cores."""
+    """Draw a network with variance-preserving Gaussian cores."""
     drawn = draw(topology if topology is not None else topologies())
     kind = dtype if isinstance(dtype, torch.dtype) else draw(dtype)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
