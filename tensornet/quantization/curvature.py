@@ -1,4 +1,4 @@
-"""The two second moments of a weight, damped, ordered and factorised for rounding."""
+"""Second moments of a weight (inputs and output gradients), damped and factorised for rounding."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from tensornet.linalg.svd import check_finite
 
 @dataclass(frozen=True)
 class Side:
-    """One moment of a stack of matrices.
+    """Second moments of one side, rows or columns, of a stack of matrices.
 
     Args:
         moment: damped, shape `(stack, n, n)`, or `(stack, n)` if only its diagonal is known.
@@ -26,18 +26,18 @@ class Side:
 
     @property
     def couples(self) -> bool:
-        """Whether there is feedback between elements of this side."""
+        """True if the moment has off-diagonal elements, so that rounding one element feeds back to others."""
         return self.moment.ndim == 3
 
     def order(self) -> Tensor:
-        """Indices in the order of rounding, largest diagonal first, shape `(stack, n)`.
+        """Sort the indices by descending diagonal, the order of rounding, shape `(stack, n)`.
 
-        What is rounded last takes the errors of all before it and passes none on, and should matter least.
+        The element rounded last absorbs the errors of all before it, and should have the least sensitivity.
         """
         return self.diagonal.argsort(dim=1, descending=True, stable=True)
 
     def feedback(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factorise `M = U D U^T` in that order.
+        """Factorise `M = U D U^T` in the given order.
 
         Returns:
             `U` less its diagonal, shape `(stack, n, n)`; `D`, shape `(stack, n)`; and `D_i (M^-1)_ii`, the
@@ -63,20 +63,20 @@ class Side:
         return unit.to(dtype), kept.to(dtype), kept.to(dtype) * inverse
 
     def times(self, matrix: Tensor) -> Tensor:
-        """Product with a stack of matrices from the left."""
+        """Multiply a stack of matrices by the moment from the left."""
         return self.moment @ matrix if self.couples else self.moment[:, :, None] * matrix
 
 
 def prepare_side(
     moment: Tensor | None, size: int, lead: tuple[int, ...], damping: float, like: Tensor, name: str
 ) -> Side | None:
-    """Damped moment for a stack of matrices; None if it is missing or all zero.
+    """Validate and damp the moment of a stack of matrices; return None if it is missing or all zero.
 
     Args:
         moment: `(n, n)` or `(n,)` for all matrices, or `(*lead, n, n)`, one for each.
         size: `n`.
         lead: leading dimensions of the weight.
-        damping: share of the mean diagonal that is added.
+        damping: fraction of the mean diagonal that is added.
         like: tensor of the dtype and device to compute in.
         name: `"rows"` or `"columns"`, for errors.
 
@@ -107,7 +107,7 @@ def prepare_side(
 
 
 def loss_increase(error: Tensor, rows: Side | None, columns: Side | None) -> Tensor:
-    """`1/2 tr(R E C E^T)` of errors `(stack, out, in)`, shape `(stack,)`; a missing side is the identity."""
+    """Compute `1/2 tr(R E C E^T)` of `error: (stack, out, in)`, shape `(stack,)`; None is the identity."""
     left = error if rows is None else rows.times(error)
     right = error if columns is None else columns.times(error.mT).mT
     return 0.5 * (left * right).sum((1, 2), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Descent on the exact loss increase after rounding: codes one column at a time, scales one group at a time.
+"""Descent on the exact loss increase after rounding: codes column by column, scales group by group.
 
 Error feedback fixes an element once and for all. With `P = R E C` at hand, moving one element by `d` raises
 the loss by `d P_ij + 1/2 d^2 R_ii C_jj`, so that a sweep over the columns finds the elements that should
@@ -32,7 +32,7 @@ def sweep_codes(
     rows: Tensor,
     columns: Tensor,
 ) -> Tensor:
-    """Move codes to where the loss increase is lower, all columns once.
+    """Move codes to lower the loss increase, in one pass over all columns.
 
     Args:
         weight: shape `(out, in)`.
@@ -75,7 +75,7 @@ def sweep_codes(
 
 
 def _compatible(gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor) -> Tensor:
-    """Indices of moves that lower the loss increase together."""
+    """Select moves of one column that together lower the loss increase."""
     chosen = (gain < -1e-12 * gain.abs().max()).nonzero()[:, 0]
     if len(chosen) > 1:
         chosen = chosen[gain[chosen].argsort(stable=True)]
@@ -91,7 +91,7 @@ def _compatible(gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, co
 def sweep_scales(
     weight: Tensor, points: Tensor, scales: Tensor, number_format: NumberFormat, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """Refit the scales of one group column after another under both moments, all groups once.
+    """Refit the scales under both moments, in one pass over all group columns.
 
     Args:
         weight: shape `(out, in)`.
@@ -121,7 +121,7 @@ def sweep_scales(
 
 
 def _conjugate_gradients(matrix: Tensor, right: Tensor) -> Tensor:
-    """Some steps towards `matrix^-1 right`; each of them lowers the quadratic that it minimises."""
+    """Approximate `matrix^-1 right` by a few conjugate gradient steps, each lowering the quadratic."""
     diagonal = matrix.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal.clamp_min(1e-300), 0.0)
     solution = torch.zeros_like(right)
@@ -150,7 +150,7 @@ def descend(
     columns: Tensor,
     sweeps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Alternate `sweep_scales` and `sweep_codes`; arguments as theirs.
+    """Alternate `sweep_scales` and `sweep_codes`, with the same arguments.
 
     Returns:
         Codes, and scales in the dtype they are stored in.

@@ -1,4 +1,4 @@
-"""Round both factors of a low-rank product, each with the moments it sees.
+"""Rounding of both factors of a low-rank product, each under the moments that it sees.
 
 An error `F` of the right factor of `A B` is the error `A F` of the product, so that its loss increase is that
 under `(A^T R A, C)`. An error of the left factor is seen through `(R, B C B^T)`. After the right factor has
@@ -23,7 +23,7 @@ _LEAST_DAMPING = 1e-6
 
 @dataclass(frozen=True)
 class RoundedFactors:
-    """Both factors of a low-rank product in integers.
+    """Rounded factors of a low-rank product.
 
     Args:
         left: codes of `A: (out, rank)`.
@@ -36,7 +36,7 @@ class RoundedFactors:
     loss_increase: float
 
     def to_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The product, shape `(out, in)`."""
+        """Multiply the dequantized factors, shape `(out, in)`."""
         return self.left.dequantize(dtype) @ self.right.dequantize(dtype)
 
 
@@ -53,7 +53,7 @@ def round_factors(
     row_damping: float = ROW_DAMPING,
     column_damping: float = COLUMN_DAMPING,
 ) -> RoundedFactors:
-    """Round the right factor, fit the left one again, round that; or without the fit where that is cheaper.
+    """Round the right factor, refit and round the left one; skip the refit if that gives a lower loss.
 
     Args:
         left: `A`, shape `(out, rank)`.

@@ -1,4 +1,4 @@
-"""Rounding with error feedback on one side or both: the two loops, blocked and batched over stacks.
+"""Rounding with error feedback along one side or both, blocked and batched over stacks.
 
 With `M = U D U^T` for both second moments (`U` unit upper triangular) the loss increase of an error
 `E = W - Q` is
@@ -33,7 +33,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Grid:
-    """Points `scale * (code - zero)` that every element can be rounded to, `code` from 0 to `top`.
+    """Rounding grid `scale * (code - zero)` of every element, with `code` from 0 to `top`.
 
     Args:
         scale: of every element, shape `(stack, out, in)`; where it is zero, zero is the only point.
@@ -46,21 +46,21 @@ class Grid:
     top: int
 
     def codes(self, target: Tensor) -> Tensor:
-        """Nearest codes, as floating-point numbers, of targets of the shape of the scales."""
+        """Compute the nearest codes, as floating-point numbers, of targets with the shape of the scales."""
         return _round(target, self.divisor, self.zero, self.top)
 
     @property
     def divisor(self) -> Tensor:
-        """Scales without zeros."""
+        """Scales with zeros replaced by ones."""
         return torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
 
     def transposed(self) -> "Grid":
-        """Grid of the transposed matrix."""
+        """Transpose the grid."""
         zero = self.zero.mT if isinstance(self.zero, Tensor) else self.zero
         return Grid(self.scale.mT, zero, self.top)
 
     def points(self, codes: Tensor) -> Tensor:
-        """Values of codes."""
+        """Convert codes to values."""
         return (codes - self.zero) * self.scale
 
 
@@ -69,7 +69,7 @@ def _round(target: Tensor, divisor: Tensor, zero: Tensor | float, top: int) -> T
 
 
 def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
-    """Round column after column, all rows at once.
+    """Round one column after another with feedback, all rows at once.
 
     Args:
         weight: shape `(stack, out, in)`.
@@ -106,7 +106,7 @@ def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
 
 
 def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:
-    """Round antidiagonal after antidiagonal with feedback from rows above and columns to the left.
+    """Round one antidiagonal after another, with feedback from rows above and columns to the left.
 
     Args:
         weight: shape `(stack, out, in)`.
@@ -160,7 +160,7 @@ def _block_size(size: int) -> int:
 
 @dataclass(frozen=True)
 class _BlockInput:
-    """Blocks that are rounded together; every field is a stack of matrices.
+    """Stack of blocks that are rounded together, with the feedback from blocks already rounded.
 
     Args:
         weight: elements to round.
@@ -182,7 +182,7 @@ class _BlockInput:
 
 
 def _joined(parts: list[_BlockInput]) -> _BlockInput:
-    """Several stacks as one."""
+    """Concatenate several stacks of blocks."""
     names = ("weight", "scale", "above", "left", "rows", "columns")
     zeros = [p.zero for p in parts if p.zero is not None]
     return _BlockInput(
@@ -192,7 +192,7 @@ def _joined(parts: list[_BlockInput]) -> _BlockInput:
 
 
 def _round_blocks(given: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, errors `E` and half-coupled errors `U_R^T E` of a stack of blocks."""
+    """Round a stack of blocks; return codes, errors `E` and half-coupled errors `U_R^T E`."""
     count, high, wide = given.weight.shape
     down, across = high // TILE, wide // TILE
 
@@ -244,7 +244,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _round_tiles(tile: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, `E` and `U_R^T E` of a stack of tiles; `left` holds targets, feedback from outside included."""
+    """Round a stack of tiles; `tile.left` holds the targets with all feedback from outside the tile."""
     size = tile.weight.shape[-1]
     divisors = Grid(tile.scale, 0.0, 0).divisor
     given = torch.stack([tile.weight, tile.scale, divisors, tile.above, tile.left])

@@ -1,4 +1,4 @@
-"""Number formats: how many bits an element takes, which points it can take, and what it costs in bytes.
+"""Number formats: bits per element, rounding grid, and size in bytes.
 
 An integer format stores every element as a code of `bits` bits and every group of neighbouring inputs of one
 row as a scale, `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups. Scales
@@ -32,7 +32,7 @@ _PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """How the elements of a core or matrix are stored.
+    """Storage format of the elements of a core or matrix.
 
     Args:
         bits: of an integer code, 2 to 8; None for floating-point formats.
@@ -110,7 +110,7 @@ class NumberFormat:
 
     @property
     def name(self) -> str:
-        """Shortest name that `parse` reads back."""
+        """Shortest name that `parse` accepts for this format."""
         if self.bits is None:
             return "float" if self.dtype is None else "bf16"
         parts = [f"int{self.bits}"]
@@ -126,7 +126,7 @@ class NumberFormat:
 
     @property
     def is_integer(self) -> bool:
-        """Whether elements are codes with scales."""
+        """True if elements are stored as integer codes with scales."""
         return self.bits is not None
 
     @property
@@ -136,17 +136,17 @@ class NumberFormat:
 
     @property
     def center(self) -> float:
-        """Zero of formats without zero points: the code, or half-way mark between two, whose value is 0."""
+        """Code, possibly half-integer, whose value is 0 in formats without zero points."""
         half = 2.0 ** (self._integer_bits() - 1)
         return half - 0.5 if self.bits == 2 else half
 
     def groups(self, size: int) -> int:
-        """Number of groups in a row of that many inputs."""
+        """Count the groups in a row of `inputs` elements."""
         self._integer_bits()
         return 1 if self.group is None else math.ceil(size / self.group)
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
-        """Exact bytes of a tensor, scales, zero points and padding included.
+        """Count the exact bytes of a tensor, including scales, zero points and padding.
 
         Args:
             shape: `(..., out, in)` of the tensor, groups along the last dimension.
@@ -161,7 +161,7 @@ class NumberFormat:
         return rows * (each + (packed_bytes(groups, self.bits) if self.zero_point else 0))
 
     def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-        """Eight times the bytes, per element."""
+        """Compute eight times the bytes, divided by the number of elements."""
         return 8 * self.nbytes(shape, dtype) / math.prod(shape)
 
     def _integer_bits(self) -> int:
@@ -171,7 +171,7 @@ class NumberFormat:
 
 
 def format_names() -> tuple[str, ...]:
-    """Names of all formats with their default groups, largest first.
+    """List the names of all formats with their default groups, largest first.
 
     Example:
         >>> from tensornet.quantization import format_names

@@ -1,6 +1,6 @@
-"""Tight packing of integers of 2 to 8 bits into bytes, row by row.
+"""Dense packing of integers of 2 to 8 bits into bytes, row by row.
 
-To explain the layout: with 3 bits, 8 codes fill 3 bytes. A row of `n` codes is cut into 8 segments of
+To explain the layout: with 3 bits, 8 codes fill 3 bytes. A row of `n` codes is split into 8 segments of
 `ceil(n / 8)` codes, and the k-th codes of all segments fill the k-th bytes of 3 byte planes. So packing and
 unpacking are shifts of whole segments, which processors do many at a time, and rows can be sliced without
 unpacking. Generally `8 / gcd(8, bits)` segments fill `bits / gcd(8, bits)` planes. The last segment may be
@@ -17,7 +17,7 @@ from tensornet.errors import ShapeError
 
 
 def packed_bytes(size: int, bits: int) -> int:
-    """Bytes of a packed row: `ceil(size / segments) * planes`.
+    """Count the bytes of a packed row: `ceil(size / segments) * planes`.
 
     Example:
         >>> from tensornet.quantization import packed_bytes
@@ -69,7 +69,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
-    """Inverse of `pack`.
+    """Unpack codes: the inverse of `pack`.
 
     Args:
         packed: `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
@@ -104,7 +104,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
 
 def _layout(bits: int) -> tuple[int, int]:
-    """Number of segments and of byte planes.
+    """Return the numbers of segments and of byte planes.
 
     Raises:
         ShapeError: other than 2 to 8 bits.

@@ -1,4 +1,4 @@
-"""Expected rounding residuals, from which the loss increase is predicted before anything is rounded.
+"""Expected rounding residuals, from which the loss increase is predicted before rounding.
 
 The bare formula `s^2/24 tr D_R tr D_C` takes every residual as uniform on one step. Feedback also moves
 targets out of the range of few bits, where they are clamped; at 4 bits that adds a fifth.
@@ -11,7 +11,7 @@ from tensornet.quantization.feedback import Grid
 
 
 def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
-    """Expected squares of rounding residuals with feedback: `s^2/12` inside of the grid, more outside.
+    """Predict squared rounding residuals with feedback: `s^2/12` inside the grid, more beyond its ends.
 
     Args:
         weight: shape `(stack, out, in)`.

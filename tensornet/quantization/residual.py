@@ -1,4 +1,4 @@
-"""An integer matrix plus a low-rank product, fitted in turns.
+"""Integer matrix plus low-rank product, fitted alternately.
 
 Given the product `A B` the codes round `W - A B`; given the codes `Q` the best product of rank `r` is the
 truncated SVD of the whitened rest `W - Q`, in closed form. Low rank takes what few bits leave where the
@@ -29,7 +29,7 @@ from tensornet.quantization.rounding import (
 
 @dataclass(frozen=True)
 class ResidualFit:
-    """An integer matrix plus a low-rank product, `W ~ Q + A B`.
+    """Integer matrix plus low-rank product, `W ~ Q + A B`.
 
     Args:
         rounded: `Q`, rounded from `W - A B` with the product of the turn before; so its own loss increase is
@@ -47,7 +47,7 @@ class ResidualFit:
     history: tuple[float, ...]
 
     def to_matrix(self) -> Tensor:
-        """The sum, shape `(out, in)`."""
+        """Add the dequantized matrix and the product, shape `(out, in)`."""
         return self.rounded.dequantize(self.left.dtype) + self.left @ self.right
 
 
@@ -66,7 +66,7 @@ def fit_residual(
     column_damping: float = COLUMN_DAMPING,
     sweeps: int = 0,
 ) -> ResidualFit:
-    """Fit an integer matrix plus a product of rank `rank` to a weight; the cheapest of all turns is returned.
+    """Fit an integer matrix plus a product of rank `rank` to a weight; keep the turn with the lowest loss.
 
     Args:
         weight: shape `(out, in)`.

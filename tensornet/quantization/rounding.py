@@ -1,4 +1,4 @@
-"""Round a matrix to a number format so that the loss increases little: nearest, one-sided, two-sided.
+"""Rounding of a matrix to a number format at little loss increase: nearest, one-sided, two-sided.
 
 To explain the choice: feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`,
 but pushes some elements out of the range of their grid, where they are clamped. So each method that the given
@@ -31,7 +31,7 @@ ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """Codes and scales of a matrix or a stack of matrices.
+    """Codes and scales of a rounded matrix or stack of matrices.
 
     Args:
         codes: `torch.uint8`, shape `(..., out, in)`.
@@ -53,11 +53,11 @@ class RoundedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when packed, scales and zero points included."""
+        """Bytes when packed, including scales and zero points."""
         return self.number_format.nbytes(self.codes.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values of the codes, shape `(..., out, in)`."""
+        """Convert the codes to values, shape `(..., out, in)`."""
         return dequantize(self.codes, self.scales, self.zeros, self.number_format, dtype)
 
 
@@ -114,7 +114,7 @@ def round_weight(
         columns: moment `C` of the inputs, likewise.
         method: the most that is tried: `"nearest"`, `"columns"` (one-sided, GPTQ), `"rows"` or `"both"`
             (two-sided). All that the moments allow if absent. Cheaper ones are tried as well.
-        row_damping: share of the mean diagonal of `R` that is added to it; 0 if it is damped already.
+        row_damping: fraction of the mean diagonal of `R` that is added to it; 0 if it is damped already.
         column_damping: the same for `C`.
         refits: how often scales are refitted to the codes and codes rounded again.
         sweeps: rounds of descent on the exact loss increase afterwards.
@@ -162,7 +162,7 @@ def round_weight(
 
 
 def _methods(method: Method | None, problem: "_Problem") -> list[Method]:
-    """Methods to try, that with most feedback last.
+    """List the methods to try, the one with most feedback last.
 
     Raises:
         ShapeError: a method that the moments do not allow, or that does not exist.
@@ -194,7 +194,7 @@ def _methods(method: Method | None, problem: "_Problem") -> list[Method]:
 
 @dataclass(frozen=True)
 class _Solution:
-    """Codes of a stack with scales, prices `(stack,)` and the method of each matrix."""
+    """Rounded stack: codes, scales, loss increase `(stack,)` and method of each matrix."""
 
     codes: Tensor
     scales: GroupScales
@@ -204,7 +204,7 @@ class _Solution:
 
 @dataclass(frozen=True)
 class _Loop:
-    """A method made ready: orders, and of both sides `D` and growth; all shaped `(stack or 1, n)`."""
+    """Rounding loop with its orders, and `D` and error growth of both sides, each `(stack or 1, n)`."""
 
     run: Callable[[Tensor, Grid], Tensor]
     rows: tuple[Tensor, Tensor] | None
@@ -215,7 +215,7 @@ class _Loop:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A stack of weights `(stack, out, in)`, the format to round to, and both moments."""
+    """Rounding problem: weights `(stack, out, in)`, the target format, and both moments."""
 
     weight: Tensor
     format: NumberFormat
@@ -223,7 +223,7 @@ class _Problem:
     columns: Side | None
 
     def grid(self, found: GroupScales) -> Grid:
-        """Grid of every element."""
+        """Expand scales and zero points to a grid of every element."""
         return Grid(*_spread(found, self.format, self.weight.shape[2], self.weight.dtype), self.format.top)
 
     def rounder(self, method: Method) -> _Loop:
@@ -252,7 +252,7 @@ class _Problem:
         return _Loop(run, _pair(rows), _pair(columns), row_order, column_order)
 
     def solve(self, scales: GroupScales, method: Method, loop: _Loop) -> _Solution:
-        """Round with given scales."""
+        """Round all matrices with given scales."""
         grid = self.grid(scales)
 
         def ordered(x: Tensor, *, back: bool = False) -> Tensor:
@@ -269,7 +269,7 @@ class _Problem:
         return _Solution(codes, scales, price, (method,) * len(codes))
 
     def cheapest(self, solutions: list[_Solution]) -> _Solution:
-        """Best solution for each matrix; of equals the first."""
+        """Select the solution of least loss increase for each matrix; ties go to the first."""
         best = solutions[0]
         for other in solutions[1:]:
             better = other.price < best.price
@@ -288,7 +288,7 @@ class _Problem:
         return best
 
     def refitted(self, solution: _Solution) -> Tensor:
-        """Scales refitted to the codes under the input moment."""
+        """Refit the scales to the codes under the input moment."""
         moment = None if self.columns is None else self.columns.moment
         if moment is not None and moment.ndim == 2:
             moment = moment[0]
@@ -317,7 +317,7 @@ class _Problem:
         return self.cheapest([solution, _Solution(codes, found, price, solution.methods)])
 
     def result(self, solution: _Solution, predicted: Tensor, like: Tensor) -> RoundedWeight:
-        """Solution in the shape of the weight as it was given."""
+        """Reshape a solution to the shape of the original weight."""
         lead = like.shape[:-2]
         groups = (*like.shape[:-1], self.format.groups(like.shape[-1]))
         zeros = solution.scales.zeros
@@ -332,7 +332,7 @@ class _Problem:
         )
 
     def predicted(self, scales: GroupScales, loop: _Loop) -> Tensor:
-        """`1/2 sum v_ij d_i e_j` with expected squared residuals `v`, shape `(stack,)`."""
+        """Predict the loss increase `1/2 sum v_ij d_i e_j` from expected squares `v`, shape `(stack,)`."""
         grid = self.grid(scales)
         left, far = _undone(loop.rows, loop.row_order, self.rows, self.weight)
         right, wide = _undone(loop.columns, loop.column_order, self.columns, self.weight)
@@ -351,7 +351,7 @@ def _pair(values: list[Tensor] | None) -> tuple[Tensor, Tensor] | None:
 def _undone(
     kept: tuple[Tensor, Tensor] | None, order: Tensor | None, side: Side | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Diagonal of one side that a method leaves in the loss increase, and growth of errors along it."""
+    """Restore the order of one side: its diagonal in the loss increase, and the growth of errors."""
     if kept is not None:
         assert order is not None
         back = order.argsort(1)
@@ -363,7 +363,7 @@ def _undone(
 def _spread(
     found: GroupScales, number_format: NumberFormat, size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | float]:
-    """Scale and zero of every element."""
+    """Expand scales and zero points to every element."""
     scale = spread_groups(found.scales.to(dtype), number_format, size)
     if found.zeros is None:
         return scale, number_format.center
@@ -371,13 +371,13 @@ def _spread(
 
 
 def _storable(scales: Tensor, number_format: NumberFormat) -> Tensor:
-    """Scales in their dtype; those too large for it as large as it goes."""
+    """Cast scales to their storage dtype, clamped to its range."""
     limit = torch.finfo(number_format.scale_dtype).max
     return scales.clamp(-limit, limit).to(number_format.scale_dtype)
 
 
 def _one(side: Side | None, k: int, size: int, like: Tensor) -> Tensor:
-    """Moment of one matrix of the stack as a full matrix."""
+    """Expand the moment of one matrix of the stack to a full matrix."""
     if side is None:
         return torch.eye(size, dtype=like.dtype, device=like.device)
     moment = side.moment[k if len(side.moment) > 1 else 0]

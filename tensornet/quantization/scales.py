@@ -1,4 +1,4 @@
-"""Scales and zero points of groups: search by weighted error, and refit by least squares.
+"""Scales and zero points of groups: search by weighted error, refit by least squares.
 
 The search minimises `sum_j C_jj (w_j - q_j)^2` in every group over shrunken ranges, since a few clamped
 elements often cost less than a coarse grid. The refit takes the codes as given and minimises
@@ -51,7 +51,7 @@ def search_scales(
 
     Raises:
         NonFiniteError: the weight or the importance holds NaN or infinity.
-        ShapeError: the weight is no matrix or stack of matrices.
+        ShapeError: the weight is neither a matrix nor a stack of matrices.
 
     Example:
         >>> import torch
@@ -84,7 +84,7 @@ def search_scales(
 
 
 def as_groups(x: Tensor, number_format: NumberFormat) -> Tensor:
-    """Reshape `(..., in)` to `(..., groups, group)`, padded by zeros."""
+    """Reshape `(..., in)` to `(..., groups, group)` with zero padding."""
     size = x.shape[-1]
     groups = number_format.groups(size)
     width = number_format.group or max(size, 1)
@@ -92,13 +92,13 @@ def as_groups(x: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def spread_groups(values: Tensor, number_format: NumberFormat, size: int) -> Tensor:
-    """Repeat one value of each group `(..., groups)` for all its elements, `(..., size)`."""
+    """Repeat the value of each group `(..., groups)` for all its elements, `(..., size)`."""
     width = number_format.group or max(size, 1)
     return values.repeat_interleave(width, -1)[..., :size]
 
 
 def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor) -> tuple[Tensor, Tensor]:
-    """Best scale and zero, shape `(groups,)` each, of groups `(groups, width)`."""
+    """Find the best scale and zero, shape `(groups,)` each, for groups `(groups, width)`."""
     best = _Best(flat, prices, number_format)
     for share in torch.linspace(_narrowest(number_format), _WIDEST, _TRIED).tolist():
         for scale, zero in _candidates(flat, number_format, share):
@@ -117,7 +117,7 @@ def _narrowest(number_format: NumberFormat) -> float:
 
 
 class _Best:
-    """Cheapest scale and zero offered so far, for every group."""
+    """Best scale and zero found so far for every group."""
 
     def __init__(self, flat: Tensor, prices: Tensor, number_format: NumberFormat) -> None:
         self.flat, self.prices, self.format = flat, prices, number_format
@@ -146,7 +146,7 @@ class _Best:
 
 
 def _candidates(flat: Tensor, number_format: NumberFormat, share: float) -> list[tuple[Tensor, Tensor]]:
-    """Scales and zeros at which a share of the range of every group is within the grid."""
+    """List scales and zeros that fit a given fraction of the range of every group into the grid."""
     low, high = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
     top = number_format.top
     if not number_format.zero_point:
@@ -168,7 +168,7 @@ def refit_scales(
     number_format: NumberFormat,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """Best scales for given codes: least squares under the input moment, all groups of a row together.
+    """Fit the scales to given codes by least squares under the input moment, jointly for each row.
 
     Args:
         weight: shape `(..., out, in)`.
