@@ -1,4 +1,4 @@
-"""The contract of a topology family."""
+"""Abstract base class of topology families."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -25,11 +25,11 @@ from tensornet.topology import Topology
 
 
 class TopologyFamily(ABC):
-    """A way to write matrices as networks. Subclass it and pass an instance to `register_topology`.
+    """Topology family: subclass it and pass an instance to `register_topology`.
 
-    `build` and `decompose_to` are all that a family must write. Every other method answers a question that
-    the rest of the library asks of a family instead of its name, with an answer that is right for any
-    network; override one where the family knows a better answer (docs/guides/topologies.md).
+    A family must implement `build` and `decompose_to`. The rest of the library calls the other methods
+    instead of checking for names of families; their defaults are right for any network. Override one where
+    the family has a better answer (docs/guides/topologies.md).
 
     Laws an implementation must keep (`tensornet.testing.laws` checks them):
     `build` accepts every shape of at least `(1, 1)`, padding where it must; `decompose(w, Budget())` is
@@ -63,10 +63,10 @@ class TopologyFamily(ABC):
         max_bond: int | Sequence[int] | None = None,
         **options: Any,
     ) -> Topology:
-        """Topology for a matrix `(out_features, in_features)` with bonds at most `max_bond`.
+        """Build the topology of a matrix `(out_features, in_features)` with bonds at most `max_bond`.
 
         It records `self.name` as its family. `max_bond` is one cap for all bonds, or a sequence with one for
-        each; without it the bonds are as large as is of use.
+        each; by default bonds are as large as an exact network needs.
 
         Raises:
             TopologyError: the options do not fit the shape.
@@ -74,7 +74,7 @@ class TopologyFamily(ABC):
 
     @abstractmethod
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Write `matrix` as a network of exactly this topology, dims and bonds included.
+        """Decompose `matrix` into a network of exactly this topology, including dims and bonds.
 
         A plan fixes topologies first and decomposes later; bonds the matrix does not need are filled
         with zeros, so that shapes are those of the plan. Cores come back in `result_dtype(matrix.dtype)` on
@@ -97,7 +97,7 @@ class TopologyFamily(ABC):
         return tuple(sorted(found - {"max_bond", "method"}))
 
     def options_of(self, topology: Topology) -> dict[str, Any]:
-        """Options with which `build` and `decompose` give networks with the legs of this one.
+        """Return the options with which `build` and `decompose` reproduce the legs of a topology.
 
         By default none. Override it if the family has options that choose the legs.
         """
@@ -110,7 +110,7 @@ class TopologyFamily(ABC):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Options of `build` whose legs suit this matrix; by default those given.
+        """Choose options of `build` whose legs suit a matrix; by default the given options.
 
         Override it if the sizes of the legs are free and a cheap bound tells good ones from bad ones.
 
@@ -126,7 +126,7 @@ class TopologyFamily(ABC):
 
     @outside_autocast
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
-        """Write `matrix: (out_features, in_features)` as a network within the budget.
+        """Decompose `matrix: (out_features, in_features)` into a network within the budget.
 
         By default all bonds share the largest cap that `max_bond` and `param_ratio` allow, and under
         `rel_error` the smallest that keeps it, found by bisection with `decompose_to`.
@@ -163,7 +163,7 @@ class TopologyFamily(ABC):
 
     @outside_autocast
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Write `matrix` as a network of this topology with little weighted error.
+        """Fit a network of this topology to `matrix` at little weighted error.
 
         By default alternating least squares from a structured start (`tensornet.als`), which needs nothing
         of the family but `decompose_to`. Override it if the weighted problem has a closed form.
@@ -184,7 +184,7 @@ class TopologyFamily(ABC):
     def starts(
         self, matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting
     ) -> list[TensorNetwork]:
-        """Decompose quickly to several topologies that differ only in bonds; their losses are upper bounds.
+        """Decompose quickly to topologies that differ only in bonds; their losses are upper bounds.
 
         By default one decomposition for each. Override it if the leading part of a large one serves all.
         """
@@ -200,7 +200,7 @@ class TopologyFamily(ABC):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """Candidates for one matrix and the predicted loss increase of each.
+        """List candidates for one matrix with the predicted loss increase of each.
 
         By default up to 400 bond sizes, of which ten are decomposed, one is fitted, and the others are
         interpolated. Override it if all of them have a closed form.
@@ -209,7 +209,7 @@ class TopologyFamily(ABC):
             matrix: shape `(out, in)`.
             weightings: sensitivities under which losses are predicted; candidates are fitted to the first.
             max_bond: largest bond.
-            round_trip: how cores come back from their encoding; None if exactly.
+            round_trip: encodes and decodes the cores; None if the encoding is exact.
             options: of `build`.
 
         Raises:
@@ -218,7 +218,7 @@ class TopologyFamily(ABC):
         return bond_ladder(self, matrix, weightings, max_bond=max_bond, round_trip=round_trip, **options)
 
     def stack_starts(self, weights: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
-        """Start the joint fit of a stack of matrices by networks that share cores.
+        """Initialise the joint fit of a stack of matrices by networks that share cores.
 
         By default two starts: the decomposition of the mean matrix for all of them (right where they grew
         from one matrix), and each matrix's own. Shared cores are averaged, then all are fitted together.
@@ -236,7 +236,7 @@ class TopologyFamily(ABC):
     # --- structure -------------------------------------------------------------------------------
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Bonds whose gauge is fixed by the pivoted encoding, by the core that holds the identity block.
+        """Map each core that holds an identity block to the bond whose gauge the pivoted encoding fixes.
 
         By default, for each core but the last, its largest bond to a later core if that saves numbers. Never
         change the answer of a family whose models have been saved: it decides the shapes in their files.
@@ -244,16 +244,16 @@ class TopologyFamily(ABC):
         return gauge_bonds(topology)
 
     def bond_cuts(self, topology: Topology) -> dict[str, Side]:
-        """Bonds that have a spectrum to draw: each cuts the matrix between two groups of legs.
+        """Map each bond that separates the network to the legs on one side, for plots of its spectrum.
 
         By default the bonds that separate the network.
         """
         return bond_cuts(topology)
 
     def with_rank(self, topology: Topology, rank: int) -> Topology | None:
-        """Topology that also holds a matrix of this rank added to the operator, such as a LoRA adapter.
+        """Build the topology that holds this operator plus a matrix of rank `rank`, such as a LoRA adapter.
 
-        By default None: there is no small one, and a layer that takes an adapter in becomes dense.
+        By default None: no small topology is known, and a layer that merges an adapter becomes dense.
         """
         return None
 
@@ -262,10 +262,10 @@ class TopologyFamily(ABC):
     def proposals(
         self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
-        """Topologies worth a look within a number of parameters, for `search_topology`.
+        """Propose topologies within a number of parameters, for `search_topology`.
 
         By default the largest uniform bond that fits, whose error is found by decomposing. Override it if
-        singular values across cuts bound the error before anything is decomposed.
+        singular values of unfoldings bound the error before any decomposition.
 
         Args:
             shape: `(out_features, in_features)`.
@@ -277,11 +277,11 @@ class TopologyFamily(ABC):
 
 
 def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
-    """Refuse a topology of another family or for another shape, and what is no matrix.
+    """Raise unless the topology has this family and the shape of a dense matrix.
 
     Raises:
-        ShapeError: no dense floating matrix.
-        TopologyError: saying what was got and what was expected.
+        ShapeError: not a dense floating matrix.
+        TopologyError: another family or shape; the message shows both.
     """
     if not isinstance(topology, Topology):
         raise TopologyError(f"Expected a Topology, got {topology!r}; a family's `build` makes one.")
@@ -294,7 +294,7 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
 
 
 def check_options(family: TopologyFamily, options: Mapping[str, Any]) -> None:
-    """Raise TopologyError unless the family has all of these options, listing those it has."""
+    """Raise TopologyError unless the family has all of these options; the message lists those it has."""
     if unknown := sorted(key for key in options if key not in family.options):
         exist = f"it knows {', '.join(family.options)}" if family.options else "it takes none"
         raise TopologyError(

@@ -1,4 +1,4 @@
-"""Block tensor trains: a chain whose cores also depend on the legs they do not contract."""
+"""Block tensor trains: chains whose cores also carry legs that they do not contract."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ def block_tt(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """Cores `"0" ... "n-1"`; core `k` carries `(b_k, o_k ... o_{n-1}, i_0 ... i_k, b_{k+1})`.
+    """Build a block tensor train; core `k` carries `(b_k, o_k ... o_{n-1}, i_0 ... i_k, b_{k+1})`.
 
     `W[o, i] = sum over bonds of prod_k core_k[b_k, o_k.., ..i_k, b_{k+1}]`, `b_0 = b_n = 1`. Of these legs
     core `k` maps `i_k` to `o_k`; the others only select which matrix it uses. Applying it costs as many
@@ -93,11 +93,11 @@ def block_tt(
 
 
 class BlockTTFamily(FactoredFamily):
-    """Block tensor trains by one truncated SVD for each block of each bond.
+    """Block tensor trains, decomposed by one truncated SVD for each block of each bond.
 
     For fixed selecting legs the two sides of a bond are a plain low-rank product, so the leading singular
     pairs of every block are optimal for two cores; more cores are split off from the right one by one.
-    Right factors are orthonormal, so the certificate is `sqrt(sum of cut energies) / |W|`.
+    Right factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`.
 
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
     """
@@ -115,7 +115,7 @@ class BlockTTFamily(FactoredFamily):
         *,
         method: Method,
     ) -> Decomposition:
-        """All blocks of a bond get the same rank."""
+        """Decompose with the same rank for all blocks of a bond."""
         shape, count = (matrix.shape[0], matrix.shape[1]), len(out_dims) - 1
 
         def at(bonds: Sequence[int]) -> Topology:
@@ -141,7 +141,7 @@ class BlockTTFamily(FactoredFamily):
         return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
 
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """The ranks of the topology."""
+        """Decompose at the ranks of a topology."""
         bonds = list(topology.bond_dims.values())[1:-1]
         cores, error = _block_svd(matrix, topology.out_dims, topology.in_dims, bonds)
         exact = bonds == _ranks(topology.out_dims, topology.in_dims, [math.prod(topology.shape)] * len(bonds))
@@ -151,7 +151,7 @@ class BlockTTFamily(FactoredFamily):
     def proposals(
         self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
-        """Block tensor trains of two cores, whose errors are exact."""
+        """Propose block tensor trains of two cores, whose errors are exact."""
         for out_dims, in_dims in _block_dims(shape):
             full = min(out_dims[0], in_dims[1])
             each = block_tt(out_dims=out_dims, in_dims=in_dims, max_bond=1).num_params
@@ -171,7 +171,7 @@ def _block_dims(shape: tuple[int, int]) -> Iterator[Dims]:
 
 
 def _ranks(out_dims: Sequence[int], in_dims: Sequence[int], caps: Sequence[int]) -> list[int]:
-    """Bonds that are of use at these caps: `b_k <= min(prod of o_m before k, i_k * b_{k+1})`."""
+    """Limit the bonds to useful sizes under the caps: `b_k <= min(prod of o_m before k, i_k * b_{k+1})`."""
     ranks: list[int] = []
     right = 1
     for k in range(len(out_dims) - 1, 0, -1):

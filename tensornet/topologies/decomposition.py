@@ -1,4 +1,4 @@
-"""The result of decomposing a matrix."""
+"""Result of decomposing a matrix."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from tensornet.network import TensorNetwork
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A matrix written as a network, with a certified error.
+    """Network that approximates a matrix, with certified error.
 
     Args:
         network: the cores.
         error: guaranteed upper bound of `|W - W'|_F / |W|_F`.
         bound_by: the cap that decided the bonds: `"max_bond"`, `"rel_error"`, `"param_ratio"`, or
-            `"exact"` if nothing was cut.
+            `"exact"` if no bond was truncated.
         iterations: sweeps of alternating least squares, 0 where the decomposition has a closed form.
         converged: whether alternating least squares settled before its sweep limit.
     """

@@ -1,4 +1,4 @@
-"""Families that factor both features into legs: the options they share, and helpers for their cores."""
+"""Families that factor both feature dimensions into legs: shared options and helpers for cores."""
 
 import math
 from abc import abstractmethod
@@ -25,10 +25,10 @@ DEFAULT_SITES = 3
 
 
 class FactoredFamily(TopologyFamily):
-    """A family with the options `out_dims`, `in_dims` and `sites`; dims are balanced where not given.
+    """Family with the options `out_dims`, `in_dims` and `sites`; dims default to balanced factors.
 
-    A subclass says how a topology is built from dims and how a matrix is cut at given dims; options of its
-    own are named in `build_options` and `decompose_options` and passed on as keywords.
+    A subclass implements building a topology and decomposing a matrix at given dims; its own options are
+    named in `build_options` and `decompose_options` and passed on as keywords.
     """
 
     #: Sites where neither dims nor `sites` are given.
@@ -49,7 +49,7 @@ class FactoredFamily(TopologyFamily):
         sites: int | None = None,
         **options: Any,
     ) -> Topology:
-        """The builder's topology at the chosen dims."""
+        """Build the topology at the chosen dims."""
         own = self._own(options, self.build_options)
         shape = (out_features, in_features)
         rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
@@ -74,7 +74,7 @@ class FactoredFamily(TopologyFamily):
         method: Method = "auto",
         **options: Any,
     ) -> Decomposition:
-        """`decompose_at` the chosen dims."""
+        """Decompose a matrix at the chosen dims; see `decompose_at`."""
         own = self._own(options, self.decompose_options)
         check_budget(budget)
         check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
@@ -91,24 +91,24 @@ class FactoredFamily(TopologyFamily):
         *,
         method: Method,
     ) -> Decomposition:
-        """Write `matrix: (out_features, in_features)` as a network with these legs, see `decompose`."""
+        """Decompose `matrix: (out_features, in_features)` with these legs; see `decompose`."""
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """`decompose_into` after a check that family and shape agree."""
+        """Check family and shape, then call `decompose_into`."""
         check_topology(self.name, topology, matrix)
         return self._renamed(self.decompose_into(matrix, topology))
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Dims and sites, and those of the subclass."""
+        """Names of all options: dims, sites, and those of the subclass."""
         return tuple(sorted({"out_dims", "in_dims", "sites", *self.build_options, *self.decompose_options}))
 
     def options_of(self, topology: Topology) -> dict[str, Any]:
-        """The sizes of the legs."""
+        """Return the leg sizes of a topology as options."""
         return {"out_dims": topology.out_dims, "in_dims": topology.in_dims}
 
     def _renamed(self, made: Decomposition) -> Decomposition:
-        """A subclass under another name records its own, though builders know that of its parent."""
+        """Record the name of this family, which builders of a renamed parent do not know."""
         network = made.network
         if network.topology.family == self.name:
             return made
@@ -117,7 +117,7 @@ class FactoredFamily(TopologyFamily):
 
     @abstractmethod
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Write `matrix` as a network of exactly this topology, which is of this family and shape."""
+        """Decompose `matrix` into a network of exactly this topology, already checked."""
 
     def choose_dims(
         self,
@@ -126,7 +126,7 @@ class FactoredFamily(TopologyFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Fill in what the caller left open; a family with fixed sites refuses others here."""
+        """Complete missing dims; families with a fixed number of sites reject others here."""
         return choose_dims(shape, out_dims, in_dims, sites, self.default_sites)
 
     def _own(self, options: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def choose_dims(
     sites: int | None,
     default_sites: int = DEFAULT_SITES,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Fill in what the caller left open: balanced dims, out ascending and in descending.
+    """Complete missing dims with balanced factors, out ascending and in descending.
 
     Opposite orders keep the legs of each site, and so the bonds, balanced.
 
@@ -168,7 +168,7 @@ def choose_dims(
 def padded_shape(
     out_dims: Sequence[int], in_dims: Sequence[int], out_features: int | None, in_features: int | None
 ) -> tuple[int, int]:
-    """`(out_features, in_features)` of a builder's arguments, the products of the dims where absent.
+    """Resolve `(out_features, in_features)` of a builder; the products of the dims by default.
 
     Raises:
         TopologyError: the dims do not fit each other or the features.
@@ -187,7 +187,7 @@ def check_bonds(
     each: str,
     max_bond: int | Sequence[int] | None,
 ) -> tuple[int | None, ...]:
-    """Check the bonds and caps handed to a builder.
+    """Check the bonds and caps passed to a builder.
 
     Args:
         name: the argument that holds the bonds.
@@ -197,7 +197,7 @@ def check_bonds(
         max_bond: cap on all of them, one cap for each, or None.
 
     Returns:
-        One cap for each bond; None caps nothing.
+        One cap for each bond; None leaves a bond uncapped.
 
     Raises:
         TopologyError: not `count` integers of at least 1.
@@ -209,12 +209,12 @@ def check_bonds(
 
 
 def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[int]:
-    """`wanted` cut down to `useful`, said by a warning where the two differ.
+    """Clip `wanted` bonds to `useful` ones, with a warning where they differ.
 
     Args:
         name: the argument of the builder, for the warning.
-        wanted: what the caller asked for.
-        useful: the largest bonds that the dims, and the bonds beside them, can make use of.
+        wanted: bonds that the caller requested.
+        useful: largest bonds that the dims and the neighbouring bonds support.
     """
     kept = [min(pair) for pair in zip(wanted, useful, strict=True)]
     if kept != list(wanted):
@@ -225,7 +225,7 @@ def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[
 
 
 def refuse_options(name: str, options: dict[str, Any], known: Sequence[str] = ()) -> None:
-    """Refuse options that a family does not know.
+    """Raise TopologyError if any option is unknown to the family.
 
     Raises:
         TopologyError: naming them, and those that exist.
@@ -236,9 +236,9 @@ def refuse_options(name: str, options: dict[str, Any], known: Sequence[str] = ()
 
 
 def fitted_network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:
-    """A network of exactly this topology: cores padded with zeros to its bonds, their norms balanced.
+    """Build a network of exactly this topology from smaller cores: zero padding, balanced norms.
 
-    Decompositions keep fewer than asked where an earlier cut left a block of smaller rank.
+    Decompositions return smaller bonds where an earlier truncation left a block of smaller rank.
     """
     shapes = topology.core_shapes.values()
     padded = [pad_core(core, shape) for core, shape in zip(cores, shapes, strict=True)]

@@ -30,7 +30,7 @@ def kronecker(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """Two cores `left: (terms, o_0, i_0)` and `right: (terms, o_1, i_1)`, the matrices `A_t` and `B_t`.
+    """Build a sum of Kronecker products with cores `left: (terms, o_0, i_0)`, `right: (terms, o_1, i_1)`.
 
     Args:
         out_dims: rows of `A` and of `B`.
@@ -68,7 +68,7 @@ def kronecker(
 
 
 class KroneckerFamily(FactoredFamily):
-    """Optimal sums of Kronecker products: a truncated SVD of Van Loan's rearrangement.
+    """Sums of Kronecker products, decomposed optimally by an SVD of Van Loan's rearrangement.
 
     Rearranged to `(o_0 i_0, o_1 i_1)` a Kronecker product is a matrix of rank 1, so the best `t` terms are
     the `t` leading singular pairs, and the certificate is the exact error.
@@ -87,7 +87,7 @@ class KroneckerFamily(FactoredFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Two dims each.
+        """Complete missing dims, two for each side.
 
         Raises:
             TopologyError: `sites` is another number.
@@ -105,7 +105,7 @@ class KroneckerFamily(FactoredFamily):
         *,
         method: Method,
     ) -> Decomposition:
-        """`max_bond` caps the number of terms."""
+        """Decompose with `max_bond` as a cap on the number of terms."""
         result = tt_svd(matrix, out_dims, in_dims, budget, method=method)
         topology = kronecker(
             out_dims=out_dims,
@@ -117,7 +117,7 @@ class KroneckerFamily(FactoredFamily):
         return _decomposition(topology, result)
 
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """The terms of the topology."""
+        """Decompose with the number of terms of a topology."""
         bonds = list(topology.bond_dims.values())
         result = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
         return _decomposition(topology, result)

@@ -1,4 +1,4 @@
-"""Candidates of one family for one matrix, by rising bond, with the predicted loss increase of each."""
+"""Candidates of one family for one matrix, by increasing bond, with predicted loss increases."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,14 +29,14 @@ MAX_LEGS = 25
 
 @dataclass(frozen=True)
 class Ladder:
-    """Candidates of one family for one matrix.
+    """Candidates of one family for one matrix, by increasing bond.
 
     Args:
         topologies: of the candidates, by rising bond.
         losses: `1/2 tr(R E C E^T)` of each under each weighting that was asked for, shape
             `(weightings, candidates)`.
         errors: relative Frobenius error of each, shape `(candidates,)`.
-        complete: whether the last one has the largest bonds that are of use.
+        complete: whether the last candidate has the bonds of an exact network.
     """
 
     topologies: tuple[Topology, ...]
@@ -54,12 +54,12 @@ def bond_ladder(
     round_trip: RoundTrip | None = None,
     **options: Any,
 ) -> Ladder:
-    """Try a few caps on the bonds of any family and interpolate between them; see `TopologyFamily.ladder`.
+    """Decompose at a few bonds of any family and interpolate between them; see `TopologyFamily.ladder`.
 
     Losses are those of starts, lowered by as much as fitting a start in the middle gains.
 
     Raises:
-        TopologyError: a moment cannot be taken apart into so many legs.
+        TopologyError: the topology has more legs than a moment can be split into.
     """
     rows, columns = matrix.shape
     full = family.build(rows, columns, **options)
@@ -99,7 +99,7 @@ def bond_ladder(
 
 
 def scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
-    """Rescale the curve through one exact point; the smallest cap gains nothing."""
+    """Rescale a curve through one exact point; the smallest cap stays unscaled."""
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
     if factor == 0 or index == 0:
         return list(values)
@@ -108,7 +108,7 @@ def scaled(caps: Sequence[int], values: Sequence[float], index: int, known: floa
 
 
 def interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
-    """Interpolate values linearly in their logarithm; next to an exact candidate, linearly."""
+    """Interpolate values linearly in their logarithm, but linearly next to an exact candidate."""
     logs = np.log(np.maximum(values, 1e-300))
     plain, geometric = np.interp(caps, tried, values), np.exp(np.interp(caps, tried, logs))
     exact = np.array(values) <= 1e-12 * max(*values, 1e-300)

@@ -1,4 +1,4 @@
-"""Splitting a dimension into factors, padding it where it has no good ones."""
+"""Factorisation of a feature dimension into leg sizes, with padding where it has no good factors."""
 
 import math
 from functools import lru_cache
@@ -56,7 +56,7 @@ def _imbalance(factors: tuple[int, ...], size: int) -> float:
 
 
 def _exact_factors(size: int, sites: int) -> tuple[int, ...]:
-    """Factors with product exactly `size`: at each step the divisor nearest to the remaining root."""
+    """Factor `size` exactly, choosing at each step the divisor nearest to the remaining root."""
     factors, rest = [], size
     for left in range(sites, 1, -1):
         root = rest ** (1 / left)
@@ -68,6 +68,6 @@ def _exact_factors(size: int, sites: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=65536)
 def divisors(size: int) -> tuple[int, ...]:
-    """All divisors of a positive size, in ascending order."""
+    """List all divisors of a positive size, in ascending order."""
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return tuple(sorted({*small, *(size // d for d in small)}))

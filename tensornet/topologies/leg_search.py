@@ -1,4 +1,4 @@
-"""Choose the leg sizes of a chain by the predicted loss increase.
+"""Choice of the leg sizes of a chain by predicted loss increase.
 
 Balanced legs store a chain compactly, but what a trained weight holds is spread over them; legs of which one
 is large keep more of it together. The splits tried here have no leg of size 1, so none of them is low rank.
@@ -30,7 +30,7 @@ def best_dims(
     build: Callable[..., Topology],
     num_params: Callable[[Topology], int],
 ) -> Dims:
-    """Find the leg sizes at which a chain loses least, balanced ones among them.
+    """Find the leg sizes with the least predicted loss of a chain, balanced ones among them.
 
     Compared by the geometric mean, over two sizes, of what truncating the widest bond loses in
     leg-whitened coordinates.
@@ -49,7 +49,7 @@ def best_dims(
 
 
 def unbalanced_dims(rows: int, columns: int, sites: int) -> Iterator[Dims]:
-    """Splits with one large out-leg on the first site and one large in-leg on the second, others small."""
+    """List splits with one large out-leg on the first site and one large in-leg on the second."""
     if sites < 2:
         return
     for p in _SMALL:
@@ -68,7 +68,7 @@ def _lost(
     build: Callable[..., Topology],
     num_params: Callable[[Topology], int],
 ) -> float:
-    """Fraction of the whitened energy beyond the widest bond, at the bonds that the sizes compared afford."""
+    """Compute the whitened energy fraction that truncating the widest bond discards."""
     rows, columns = matrix.shape
     full = build(rows, columns, out_dims=dims[0], in_dims=dims[1])
     bonds = max_bonds(*dims)

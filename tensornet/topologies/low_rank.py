@@ -1,4 +1,4 @@
-"""Plain low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
+"""Low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ _ENCODED = (0.1, 0.4, 1.0)
 
 
 def low_rank(*, out_features: int, in_features: int, rank: int | None = None) -> Topology:
-    """Two cores `(1, out, 1, rank)` and `(rank, 1, in, 1)`.
+    """Build a low-rank topology with cores `(1, out, 1, rank)` and `(rank, 1, in, 1)`.
 
     Args:
         out_features: rows.
@@ -41,7 +41,7 @@ def low_rank(*, out_features: int, in_features: int, rank: int | None = None) ->
         rank: the bond; `min(out_features, in_features)` if absent or larger.
 
     Raises:
-        TopologyError: a size is no integer of at least 1.
+        TopologyError: a size is not an integer of at least 1.
     """
     for name, size in (("out_features", out_features), ("in_features", in_features), ("rank", rank)):
         if size is not None:
@@ -50,7 +50,7 @@ def low_rank(*, out_features: int, in_features: int, rank: int | None = None) ->
 
 
 class LowRankFamily(TopologyFamily):
-    """Truncated SVD. Singular values are split evenly, `U sqrt(S)` and `sqrt(S) Vh`."""
+    """Low rank, decomposed by truncated SVD into `U sqrt(S)` and `sqrt(S) Vh`."""
 
     name = "low_rank"
 
@@ -62,7 +62,7 @@ class LowRankFamily(TopologyFamily):
         max_bond: int | Sequence[int] | None = None,
         **options: Any,
     ) -> Topology:
-        """See `low_rank`."""
+        """Build the low-rank topology; see `low_rank`."""
         refuse_options(self.name, options)
         (rank,) = caps_of_bonds(max_bond, 1, TopologyError)
         topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
@@ -71,7 +71,7 @@ class LowRankFamily(TopologyFamily):
     def decompose(
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any
     ) -> Decomposition:
-        """Optimal in the Frobenius norm (Eckart-Young)."""
+        """Truncate the SVD, which is optimal in the Frobenius norm (Eckart-Young)."""
         refuse_options(self.name, options)
         check_budget(budget)
         check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
@@ -84,7 +84,7 @@ class LowRankFamily(TopologyFamily):
         return Decomposition(self._balanced(result, rows, columns), result.error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Truncated SVD at the rank of the topology."""
+        """Truncate the SVD at the rank of a topology."""
         check_topology(self.name, topology, matrix)
         rank = max(topology.bond_dims.values())
         result = truncated_svd(matrix, max_rank=rank)
@@ -93,7 +93,7 @@ class LowRankFamily(TopologyFamily):
         return Decomposition(network, result.error, "exact" if exact else "max_bond")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """The whitened SVD: no network of this rank has a smaller weighted error."""
+        """Truncate the whitened SVD, which has the least weighted error of all networks of this rank."""
         if weighting == Weighting():
             return self.decompose_to(matrix, topology)
         check_topology(self.name, topology, matrix)
@@ -111,9 +111,9 @@ class LowRankFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """Every rank, in closed form: tails of the whitened singular values.
+        """List every rank with its loss in closed form, from the tails of the whitened singular values.
 
-        Rounding errors of a lossy encoding are independent of what was truncated, so that the two add.
+        Rounding errors of a lossy encoding are independent of the truncation error, so that their losses add.
         """
         refuse_options(self.name, options)
         result = weighted_svd(matrix, weightings[0])
@@ -131,7 +131,7 @@ class LowRankFamily(TopologyFamily):
         return Ladder(topologies, losses[:, :count], errors[:count], complete)
 
     def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
-        """Factors of one rank, of equal size column by column, in the dtype of decompositions of `matrix`."""
+        """Split the whitened SVD into factors of one rank, with columns and rows of equal norm."""
         left, right = result.factors(rank)
         balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
         balance = torch.where(balance > 0, balance, torch.ones_like(balance))
@@ -143,17 +143,17 @@ class LowRankFamily(TopologyFamily):
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Of the first core, also where the order of its rows takes more numbers than it saves."""
+        """Fix the gauge of the first core, even where storing its row order costs more than it saves."""
         return gauge_bonds(topology, always=True)
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Ranks add up."""
+        """Build the topology whose rank is the sum of both ranks."""
         return self.build(*topology.shape, max_bond=max(topology.bond_dims.values()) + rank)
 
     def proposals(
         self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
-        """The truncated SVD of the largest rank that fits, and of one that kernels like better."""
+        """Propose the largest rank that fits, and the largest multiple of `KERNEL_STEP` that fits."""
         largest = min(params // (shape[0] + shape[1]), *shape)
         for rank in dict.fromkeys((largest, largest - largest % KERNEL_STEP)):
             if rank < 1:
@@ -172,7 +172,7 @@ class LowRankFamily(TopologyFamily):
     def _encoding_losses(
         self, matrix: Tensor, result: WeightedSVD, round_trip: RoundTrip, weightings: Sequence[Weighting]
     ) -> list[Tensor]:
-        """Loss added by the encoding of the factors, for every rank, under each weighting."""
+        """Predict the loss that encoding the factors adds, for every rank under each weighting."""
         full = len(result.values)
         tried = sorted({max(1, round(fraction * full)) for fraction in _ENCODED})
         found = []
@@ -187,7 +187,7 @@ class LowRankFamily(TopologyFamily):
 
 @lru_cache(maxsize=256)
 def _every_rank(rows: int, columns: int, family: str) -> tuple[Topology, ...]:
-    """Topologies of all ranks, by rising rank."""
+    """Build the topologies of all ranks, in ascending order."""
     ranks = range(1, min(rows, columns) + 1)
     made = (low_rank(out_features=rows, in_features=columns, rank=rank) for rank in ranks)
     return tuple(replace(topology, family=family) for topology in made)

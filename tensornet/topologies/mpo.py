@@ -40,7 +40,7 @@ def mpo(
     in_features: int | None = None,
     family: str = "mpo",
 ) -> Topology:
-    """Chain of `n` cores named `"0" ... "n-1"` with shapes `(d_{k-1}, o_k, i_k, d_k)`, `d_0 = d_n = 1`.
+    """Build a chain of `n` cores `"0" ... "n-1"` of shapes `(d_{k-1}, o_k, i_k, d_k)`, `d_0 = d_n = 1`.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
@@ -70,7 +70,7 @@ def chain(
     *,
     family: str = "mpo",
 ) -> Topology:
-    """The topology of an existing chain: as `mpo`, but bonds are taken as they are.
+    """Describe an existing chain: as `mpo`, but without clipping bonds.
 
     Sums and products of chains have bonds above the largest useful ones until they are rounded.
     """
@@ -89,7 +89,7 @@ def chain(
 
 
 class MPOFamily(FactoredFamily):
-    """Chains of any length, found by TT-SVD. See `mpo` and `tt_svd`."""
+    """Matrix product operators, decomposed by TT-SVD. See `mpo` and `tt_svd`."""
 
     name = "mpo"
     builder = mpo
@@ -107,7 +107,7 @@ class MPOFamily(FactoredFamily):
         method: Method,
         bond_dims: Sequence[int] | None = None,
     ) -> Decomposition:
-        """TT-SVD; the norm is spread evenly over the cores, which is what training wants."""
+        """Decompose by TT-SVD, with the norm spread evenly over the cores, which eases training."""
         if bond_dims is not None:
             full = max_bonds(out_dims, in_dims)
             check_bonds("bond_dims", bond_dims, len(full), "one for each bond", None)
@@ -118,7 +118,7 @@ class MPOFamily(FactoredFamily):
         return Decomposition(fitted_network(topology, result.cores), result.error, result.bound_by)
 
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """TT-SVD at the bonds of the topology."""
+        """Decompose by TT-SVD at the bonds of a topology."""
         bonds = list(topology.bond_dims.values())[1:-1]
         result = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
         return Decomposition(fitted_network(topology, result.cores), result.error, result.bound_by)
@@ -126,7 +126,7 @@ class MPOFamily(FactoredFamily):
     def starts(
         self, matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting
     ) -> list[TensorNetwork]:
-        """One decomposition serves all: the leading slices of its bonds."""
+        """Slice one decomposition to the bonds of every topology."""
         first = topologies[0]
         full = self.build(*matrix.shape, out_dims=first.out_dims, in_dims=first.in_dims)
         exact = legs_of(full, weighting).decompose(self.decompose_to, matrix, full)
@@ -149,13 +149,13 @@ class MPOFamily(FactoredFamily):
         return {**kept, "out_dims": outs, "in_dims": ins}
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Of all cores but the last, also where the order of rows takes more numbers than it saves."""
+        """Fix the gauge of all cores but the last, even where storing row orders costs more than it saves."""
         return gauge_bonds(topology, always=True)
 
     def proposals(
         self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
-        """Chains of 2 to `max_sites` cores; bonds share the error evenly, or are uniform without a matrix."""
+        """Propose chains of 2 to `max_sites` cores with even errors at all bonds, or with uniform bonds."""
         for out_dims, in_dims in _mpo_dims(shape, max_sites):
             found = _mpo_bonds(shape, out_dims, in_dims, params, spectra)
             if found is None:
@@ -178,7 +178,7 @@ def _mpo_bonds(
     params: int,
     spectra: CutSpectra | None,
 ) -> tuple[int, ...] | None:
-    """Bonds that fit, None if not even bonds of 1 do."""
+    """Find the largest bonds that fit, None if even bonds of 1 do not."""
     full = max_bonds(out_dims, in_dims)
     if mpo_params(out_dims, in_dims, [1] * len(full)) > params:
         return None

@@ -1,4 +1,4 @@
-"""Topologies worth a look for a shape and a number of parameters, with bounds of their errors."""
+"""Topology proposals for a shape and a number of parameters, with error bounds."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _CUT_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Proposal:
-    """A topology and what is known of its error before it is decomposed.
+    """Proposed topology with bounds of its error before decomposition.
 
     Args:
         topology: bonds included.
@@ -43,13 +43,13 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]
 def known_proposal(
     topology: Topology, exact: float | None, worst: float, *, baseline: bool = False
 ) -> Proposal:
-    """Propose a topology whose error is known exactly, or without a matrix by its worst case."""
+    """Propose a topology with its exact error or, without a matrix, its worst-case error."""
     error = worst if exact is None else exact
     return Proposal(topology, error, error, worst, baseline)
 
 
 def uniform_proposals(family: "TopologyFamily", shape: tuple[int, int], params: int) -> Iterator[Proposal]:
-    """Propose the largest uniform bond of any family that fits; its error is found by decomposing."""
+    """Propose the largest uniform bond that fits, for any family; only a decomposition tells its error."""
 
     def fits(bond: int) -> bool:
         return family.build(*shape, max_bond=bond).num_params <= params
@@ -60,7 +60,7 @@ def uniform_proposals(family: "TopologyFamily", shape: tuple[int, int], params: 
 
 
 def cut_dims(shape: tuple[int, int]) -> Iterator[Dims]:
-    """Split rows and columns in two, at divisors between 1 and the whole."""
+    """Split rows and columns into two factors each."""
     for a in _cuts(shape[0]):
         for c in _cuts(shape[1]):
             yield (a, shape[0] // a), (c, shape[1] // c)
@@ -73,7 +73,7 @@ def _cuts(size: int) -> list[int]:
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Largest number in `1 .. limit` that fits; 1 does."""
+    """Find the largest number in `1 .. limit` that fits, given that 1 fits."""
     low, high = 1, limit + 1
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""The registry of topology families: by hand, or by the entry points of installed packages."""
+"""Registry of topology families, filled by calls and by entry points of installed packages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ _BROKEN: dict[str, str] = {}
 
 
 def register_topology(family: TopologyFamily, *, replace: bool = False) -> TopologyFamily:
-    """Make a family available by its name in every configuration.
+    """Register a topology family, so that configurations can use its name.
 
     Args:
         family: an instance of a `TopologyFamily` subclass.
@@ -44,7 +44,7 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
 
 
 def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
-    """Look a family up by name; the entry points of installed packages are searched last.
+    """Look up a family by name; entry points of installed packages are searched last.
 
     Args:
         name: of a registered family; a registered family itself is returned.
@@ -74,14 +74,14 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
 
 
 def topology_names() -> tuple[str, ...]:
-    """Names of all families, those of installed packages included, sorted."""
+    """List the names of all families in order, including those of installed packages."""
     _load_entry_points()
     return tuple(sorted(_FAMILIES))
 
 
 @contextmanager
 def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
-    """Register a family for the duration of a `with` block, in place of one of the same name.
+    """Register a family for the duration of a `with` block, replacing one of the same name.
 
     Example:
         >>> import tensornet as tn
@@ -103,7 +103,7 @@ def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
 
 @cache
 def _load_entry_points() -> None:
-    """Register what installed packages offer, once; what cannot be loaded is named in a warning."""
+    """Register the families of installed packages, once; warn about those that fail to load."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             family = entry.load()

@@ -1,4 +1,4 @@
-"""Structure of a network, read from its topology: bonds with a free gauge, bonds that cut it in two."""
+"""Structure of a network: bonds with a free gauge, and bonds that separate it into two parts."""
 
 import math
 
@@ -68,7 +68,7 @@ def bond_cuts(topology: Topology) -> dict[str, Side]:
 
 
 def is_chain(topology: Topology) -> bool:
-    """Tell whether the cores are matrices in a row, `(left, out, in, right)`, with a leg of each kind.
+    """Return True if the cores form a chain `(left, out, in, right)` with one leg of each kind per core.
 
     Example:
         >>> import tensornet as tn
@@ -88,7 +88,7 @@ def is_chain(topology: Topology) -> bool:
 
 
 def _reachable(topology: Topology, start: int, without: str) -> set[int]:
-    """Cores connected to one by labels other than `without`."""
+    """Collect the cores connected to `start` by labels other than `without`."""
     side, waiting = {start}, [start]
     while waiting:
         labels = set(topology.cores[waiting.pop()].labels) - {without}

@@ -1,4 +1,4 @@
-"""Tensor rings: a chain whose ends are joined by a bond."""
+"""Tensor rings: chains whose ends are joined by a bond."""
 
 import math
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def tensor_ring(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """Ring of `n >= 2` cores `"0" ... "n-1"` of shapes `(b_{k-1}, o_k, i_k, b_k)` with `b_{-1} = b_{n-1}`.
+    """Build a ring of `n >= 2` cores of shapes `(b_{k-1}, o_k, i_k, b_k)` with `b_{-1} = b_{n-1}`.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
@@ -91,7 +91,7 @@ def tensor_ring(
 def _ring(
     out_dims: Sequence[int], in_dims: Sequence[int], bonds: Sequence[int], shape: tuple[int, int]
 ) -> Topology:
-    """The topology of existing cores: as `tensor_ring`, but bonds are taken as they are."""
+    """Describe existing cores: as `tensor_ring`, but without clipping bonds."""
     sites = len(out_dims)
     sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
     sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
@@ -124,14 +124,14 @@ class _Ring:
 
 
 class TensorRingFamily(FactoredFamily):
-    """Tensor rings by sequential SVD.
+    """Tensor rings, decomposed by sequential SVD.
 
-    The first SVD is cut at `ring_bond * bond`, and its index split into the two; the rest is TT-SVD. All
-    left factors are orthonormal, so the certificate is `sqrt(sum of cut energies) / |W|`. Where
+    The first SVD is truncated at `ring_bond * bond`, and its index split into the two; the rest is TT-SVD.
+    All left factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`. Where
     `ring_bond` is not given several are tried and the best is kept: the closing bond is 1, an open
     chain, where a ring does not pay.
 
-    That is not optimal, and no closed form is. With `sweeps=` alternating least squares starts from it:
+    No closed form is optimal. With `sweeps=` alternating least squares starts from it:
     the error is then measured, never larger, and `iterations` and `converged` of the result say how it
     went. Refined errors need not fall monotonically with the budget.
 
@@ -153,7 +153,7 @@ class TensorRingFamily(FactoredFamily):
         ring_bond: int | None = None,
         sweeps: int = 0,
     ) -> Decomposition:
-        """The smallest error within the caps, or under `rel_error` the fewest parameters that keep it.
+        """Decompose to the least error within the caps or, under `rel_error`, to the fewest parameters.
 
         Args:
             matrix: shape `(out_features, in_features)`.
@@ -161,7 +161,7 @@ class TensorRingFamily(FactoredFamily):
             budget: caps.
             method: see `truncated_svd`.
             ring_bond: the closing bond, at most `max_bond`; several are tried if absent. More than the first
-                cut can use is clipped, with a warning.
+                SVD can use is clipped, with a warning.
             sweeps: most sweeps of alternating least squares, each time over all cores.
         """
         rows, columns, shape = out_dims, in_dims, (matrix.shape[0], matrix.shape[1])
@@ -196,7 +196,7 @@ class TensorRingFamily(FactoredFamily):
         return _decomposition(best, shape)
 
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Sequential SVD at the bonds of the topology."""
+        """Decompose by sequential SVD at the bonds of a topology."""
         *bonds, closing = topology.bond_dims.values()
         ring = _tr_svd(matrix, topology.out_dims, topology.in_dims, closing, bonds)
         return Decomposition(fitted_network(topology, ring.cores), ring.error, ring.bound_by)
@@ -226,7 +226,7 @@ def _decompose(
 
 
 def _ranks(legs: Sequence[int], closing: int, caps: Sequence[int]) -> list[int]:
-    """Bonds that the sequential SVD gives at these caps where no error is allowed for."""
+    """Compute the bonds of the sequential SVD under these caps, without an allowed error."""
     right = math.prod(legs[1:])
     ranks = [min(caps[0], -(-min(legs[0], right) // closing))]
     for k in range(1, len(legs) - 1):

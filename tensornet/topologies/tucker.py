@@ -1,4 +1,4 @@
-"""Tucker networks: one small matrix for every leg, and a core tensor that joins them."""
+"""Tucker networks: one small factor matrix for every leg, and a core tensor that joins them."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def tucker(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """A core `(r_0, ..., r_{2n-1})` and, for each leg that is cut, a factor `(leg, rank)`.
+    """Build a Tucker network: a core `(r_0, ..., r_{2n-1})` and a factor `(leg, rank)` for truncated legs.
 
     `W[o_0.., i_0..] = sum over ranks of core[...] * prod_k out_k[o_k, p_k] * prod_k in_k[i_k, q_k]`. A leg
     whose rank is its full size sits on the core itself, without a factor.
@@ -83,10 +83,10 @@ def tucker(
 
 
 class TuckerFamily(FactoredFamily):
-    """Sequentially truncated higher-order SVD.
+    """Tucker networks, decomposed by sequentially truncated higher-order SVD.
 
-    Each leg in turn is projected on its leading subspace; what is cut adds up in squares, so the
-    certificate `sqrt(sum of cut energies) / |W|` is the exact error.
+    Each leg in turn is projected on its leading subspace; the discarded parts are orthogonal, so that the
+    certificate `sqrt(sum of discarded energies) / |W|` is the exact error.
 
     Reference: Vannieuwenhoven, Vandebril, Meerbergen 2012, "A New Truncation Strategy for the
     Higher-Order Singular Value Decomposition".
@@ -106,7 +106,7 @@ class TuckerFamily(FactoredFamily):
         *,
         method: Method,
     ) -> Decomposition:
-        """Ranks share the cap that `param_ratio` implies."""
+        """Decompose with a common cap on all ranks if `param_ratio` is given."""
         shape, legs = (matrix.shape[0], matrix.shape[1]), (*out_dims, *in_dims)
 
         def at(ranks: Sequence[int]) -> Topology:
@@ -131,7 +131,7 @@ class TuckerFamily(FactoredFamily):
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Projection to the ranks of the topology."""
+        """Project the matrix to the ranks of a topology."""
         caps = topology.core_shapes["core"]
         core, factors, error = st_hosvd(matrix, topology.out_dims, topology.in_dims, caps)
         bound_by = "exact" if len(topology.cores) == 1 else "max_bond"
@@ -147,7 +147,7 @@ def st_hosvd(
     rel_error: float | None = None,
     method: Method = "auto",
 ) -> tuple[Tensor, list[Tensor], float]:
-    """Core tensor, one orthonormal factor `(leg, rank)` for each leg, and the certified error.
+    """Compute the core tensor, one orthonormal factor `(leg, rank)` per leg, and the certified error.
 
     Args:
         matrix: shape `(out, in)`, padded with zeros to the product of the dims.
@@ -187,7 +187,7 @@ def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
 
 
 def _network(topology: Topology, core: Tensor, factors: Sequence[Tensor]) -> TensorNetwork:
-    """Factors of legs without one in the topology go back into the core."""
+    """Absorb the factors of legs that have none in the topology into the core."""
     kept = []
     for axis, (label, factor) in enumerate(
         zip((*topology.out_labels, *topology.in_labels), factors, strict=True)

@@ -1,4 +1,4 @@
-"""Turning a budget into caps of bonds, for families whose bonds share a cap."""
+"""Conversion of a budget into bond caps, for families whose bonds share a cap."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,19 +13,19 @@ def uniform_caps(
     params: Callable[[list[int]], int],
     what: str,
 ) -> tuple[list[int], str]:
-    """Find the largest bonds within `max_bond` and `param_ratio`, and which of the two decides.
+    """Find the largest bonds within `max_bond` and `param_ratio`, and name the cap that decides.
 
     `param_ratio` is turned into one cap for all bonds.
 
     Args:
         budget: caps of the caller.
         shape: `(out_features, in_features)`, without padding.
-        exact: bonds at which nothing is cut.
+        exact: bonds of the exact network.
         params: parameters of the network at such bonds; need not be monotone.
         what: the network, for the error message.
 
     Returns:
-        `(bonds, bound_by)`; `bound_by` is `"exact"` if nothing is cut.
+        `(bonds, bound_by)`; `bound_by` is `"exact"` if no bond is truncated.
 
     Raises:
         BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.

@@ -1,4 +1,4 @@
-"""Fit a network of any family under a two-sided weighting: a structured start, then least squares."""
+"""Fit of a network of any family under a two-sided weighting: structured start, then least squares."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +28,12 @@ _FACTOR_DAMPING = 1e-4
 def fit_weighted(
     decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int = 3
 ) -> Decomposition:
-    """Find cores of a given topology with little weighted error, never more than the plain decomposition's.
+    """Fit cores of a given topology at little weighted error, at most that of the plain decomposition.
 
     The start is the decomposition that is optimal (as far as the family's own is) for moments replaced by
     Kronecker products over the legs. It is fitted to the full weighting in coordinates in which those
     products are identities, where a few steps go as far as hundreds would in the coordinates of the matrix.
-    Where the plain decomposition is cheaper nevertheless, that one is fitted.
+    If the plain decomposition still has less weighted error, it is fitted instead.
 
     Args:
         decompose: `decompose_to` of the family.
@@ -61,7 +61,7 @@ def fit_weighted(
 def structured_start(
     decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting
 ) -> TensorNetwork:
-    """Take the better of the plain and the leg-whitened decomposition, by the full weighting."""
+    """Choose the better of the plain and the leg-whitened decomposition by the full weighting."""
     plain = decompose(matrix, topology).network
     legs = legs_of(topology, weighting)
     if not legs.roots:
@@ -72,7 +72,7 @@ def structured_start(
 
 
 def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
-    """Slice a network down to smaller bonds; right where bonds are sorted by importance, as after TT-SVD."""
+    """Slice a network to smaller bonds, for bonds sorted by importance as after TT-SVD."""
     sizes = topology.core_shapes.values()
     cut = [core[tuple(slice(n) for n in shape)] for core, shape in zip(network.cores, sizes, strict=True)]
     return TensorNetwork(topology, [core.contiguous() for core in cut])
@@ -80,7 +80,7 @@ def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
 
 @dataclass(frozen=True)
 class Legs:
-    """Coordinates in which the moment of every leg is the identity.
+    """Leg-whitened coordinates, in which the moment of every leg is the identity.
 
     Args:
         roots: by label, `L` and its inverse with `L L^T` the moment of the leg; vectors where that is
@@ -94,14 +94,14 @@ class Legs:
     dims: tuple[tuple[int, ...], tuple[int, ...]]
 
     def decompose(self, decompose: Decompose, matrix: Tensor, topology: Topology) -> TensorNetwork:
-        """Whiten every leg, decompose, undo in the cores: bonds are not affected."""
+        """Decompose in leg-whitened coordinates and transform the cores back; bonds stay the same."""
         found = decompose(self.whitened_matrix(matrix), _unpadded(topology))
         return self.undone(found.network, topology, matrix.dtype)
 
     def whitened(
         self, matrix: Tensor, network: TensorNetwork, weighting: Weighting
     ) -> tuple[Tensor, TensorNetwork, Weighting]:
-        """Turn a matrix, its network and the weighting into these coordinates; costs stay the same."""
+        """Transform a matrix, its network and the weighting to whitened coordinates at equal loss."""
         topology = network.topology
         cores = self._on_cores(topology, network.cores, inverse=False)
         moments = zip(matrix.shape, (weighting.rows, weighting.columns), strict=True)
@@ -113,7 +113,7 @@ class Legs:
     def undone(
         self, network: TensorNetwork, topology: Topology, dtype: torch.dtype | None = None
     ) -> TensorNetwork:
-        """A network of these coordinates in those of the matrix."""
+        """Transform a network from whitened coordinates back to those of the matrix."""
         cores = self._on_cores(topology, network.cores, inverse=True)
         kept = [
             core.to(dtype or old.dtype).contiguous() for core, old in zip(cores, network.cores, strict=True)
@@ -121,7 +121,7 @@ class Legs:
         return TensorNetwork(topology, kept)
 
     def whitened_matrix(self, matrix: Tensor) -> Tensor:
-        """`Lr^T W Lc`, as a matrix without padding: what was padded belongs to the legs now."""
+        """Compute `Lr^T W Lc` without padding: the whitened matrix fills the legs."""
         shape = tuple(math.prod(dims) for dims in self.dims)
         work = pad_matrix(matrix.double(), shape[0], shape[1]).reshape(*self.dims[0], *self.dims[1])
         for axis, label in enumerate((*self.sides[0], *self.sides[1])):
@@ -132,7 +132,7 @@ class Legs:
     def _moment(
         self, labels: Sequence[str], dims: Sequence[int], features: int, moment: Tensor | None
     ) -> Tensor | None:
-        """`L^-1 M L^-T`, with no weight on padding."""
+        """Compute `L^-1 M L^-T`, with zero weight on padding."""
         size, count = math.prod(dims), len(dims)
         if moment is None:
             return None if size == features else pad_vector(torch.ones(features, dtype=torch.float64), size)
@@ -148,7 +148,7 @@ class Legs:
         return work.reshape(size, size)
 
     def _on_cores(self, topology: Topology, cores: Sequence[Tensor], *, inverse: bool) -> list[Tensor]:
-        """Every leg of every core turned by `L^T`, or back."""
+        """Multiply every leg of every core by `L^T`, or by its inverse."""
         turned = []
         for spec, core in zip(topology.cores, cores, strict=True):
             work = core.double()
@@ -160,7 +160,7 @@ class Legs:
 
 
 def legs_of(topology: Topology, weighting: Weighting) -> Legs:
-    """Coordinates for a topology; no roots where a leg is on several cores, or without a weighting."""
+    """Compute whitening roots for a topology; none without a weighting or if cores share a leg."""
     roots: dict[str, tuple[Tensor, Tensor]] = {}
     sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
     if _every_leg_on_one_core(topology):
@@ -171,7 +171,7 @@ def legs_of(topology: Topology, weighting: Weighting) -> Legs:
 
 
 def _unpadded(topology: Topology) -> Topology:
-    """The same network for a matrix of the size that its legs hold."""
+    """Describe the same network without padding: its features are the products of its legs."""
     rows, columns = topology.padded_shape
     return replace(topology, out_features=rows, in_features=columns)
 
@@ -181,14 +181,14 @@ def _transposed(factor: Tensor) -> Tensor:
 
 
 def _on_axis(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
-    """Multiply one axis by a matrix, or by the vector of a diagonal one."""
+    """Multiply one axis by a matrix, or by a diagonal given as a vector."""
     if factor.ndim == 1:
         return tensor * factor.reshape([-1 if k == axis else 1 for k in range(tensor.ndim)])
     return torch.movedim(torch.tensordot(factor, tensor, ([1], [axis])), 0, axis)
 
 
 def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """A moment `(n, n)` or `(n,)` as one for each leg, of the same form: partial traces, mean diagonal 1.
+    """Split a moment `(n, n)` or `(n,)` into one for each leg by partial traces, mean diagonal 1.
 
     Their Kronecker product is proportional to the moment where the moment is such a product. Legs may hold
     more than `n` indices; what exceeds it has no weight.
@@ -211,7 +211,7 @@ def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
 
 
 def pad_vector(vector: Tensor, size: int) -> Tensor:
-    """Zeros appended up to a size."""
+    """Pad a vector with zeros to a given size."""
     return torch.nn.functional.pad(vector, (0, size - vector.shape[0]))
 
 
