@@ -69,7 +69,7 @@ def fit_network(
     steps: int = 8,
     tolerance: float = TOLERANCE,
 ) -> Fit:
-    """Lower the weighted error of a network by alternating least squares; never raises it.
+    """Reduce the weighted error of a network by alternating least squares, monotonically.
 
     Args:
         matrix: the target, shape `(out, in)`.
@@ -113,7 +113,7 @@ def fit_network(
 def fit_from_random(
     matrix: Tensor, topology: Topology, *, max_sweeps: int = 200, tolerance: float = 1e-5, seed: int = 0
 ) -> Fit:
-    """Fit a network of any topology to a matrix from random starts, to a local minimum.
+    """Fit a network of any topology to a matrix from several random starts, to a local minimum.
 
     Args:
         matrix: shape `(out, in)`, finite, elements of moderate size.
@@ -158,7 +158,7 @@ def _weigh(weighting: Weighting, error: Tensor) -> Tensor:
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
-    """Real part of the inner product of two tensors."""
+    """Compute the real part of the inner product of two tensors."""
     return float((a.conj() * b).sum().real)
 
 
@@ -171,7 +171,7 @@ def _improve(
     steps: int,
     cost: float,
 ) -> float:
-    """Run preconditioned conjugate gradients on one core, in place; return the new cost."""
+    """Run preconditioned conjugate gradients on one core, in place; return the new weighted error."""
 
     def operator(core: Tensor) -> Tensor:  # linear in the core
         return _matrix(topology, [*cores[:index], core, *cores[index + 1 :]])
@@ -246,7 +246,7 @@ def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> C
 
 @dataclass(frozen=True)
 class GramPlan:
-    """Gram matrix of a core's environment over some of its bonds, and how it acts on the core.
+    """Plan of the Gram matrix of a core's environment over some of its bonds, and its action on the core.
 
     Args:
         plan: contraction of the conjugate other cores, then of the others; gives `(batch, size, size)`.
@@ -265,7 +265,7 @@ class GramPlan:
 
 @lru_cache(maxsize=4096)
 def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
-    """Plan the Gram matrices of a core's environment: a single one if it is small, else one for each bond."""
+    """Plan the Gram matrices of a core's environment: one for all bonds if small, else one for each bond."""
     legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
     own = topology.cores[index].labels
     elsewhere = {x for k, core in enumerate(topology.cores) if k != index for x in core.labels}

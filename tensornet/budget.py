@@ -1,4 +1,4 @@
-"""What a decomposition may cost: a frozen triple of caps, of which the tightest wins."""
+"""Budget of a decomposition: caps on bonds, error and parameters, of which the tightest wins."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ class Budget:
             the family's bonds (chains: left to right; rings: the closing bond last; Tucker: one rank for each
             leg, out-legs first). A cap above the exact bond is clipped to it.
         rel_error: largest relative Frobenius error `|W - W'| / |W|`, in `[0, 1)`.
-        param_ratio: largest share of the dense parameter count `out_features * in_features`, above 0.
+        param_ratio: largest keep ratio, relative to the dense parameter count `out_features * in_features`,
+            above 0.
 
     Raises:
         BudgetError: a cap is outside its range.
@@ -52,11 +53,11 @@ class Budget:
 
     @property
     def unlimited(self) -> bool:
-        """True if no cap is set, so the decomposition is exact."""
+        """True if no cap is set, so that the decomposition is exact."""
         return self.max_bond is None and self.rel_error is None and self.param_ratio is None
 
     def caps_of_bonds(self, count: int) -> tuple[int | None, ...]:
-        """Expand `max_bond` to one cap for each of `count` bonds; None caps nothing.
+        """Expand `max_bond` to one cap for each of `count` bonds; None leaves a bond uncapped.
 
         Raises:
             BudgetError: a sequence of another length.
@@ -65,7 +66,7 @@ class Budget:
 
 
 def check_max_bond(value: Any, error: type[ValueError] = BudgetError) -> int | tuple[int, ...]:
-    """Check a cap on bonds, one integer or a sequence of them.
+    """Raise BudgetError unless `value` is a cap on bonds: one integer or a sequence of them.
 
     Raises:
         BudgetError: not integers of at least 1 (or the class given by `error`).
@@ -106,10 +107,10 @@ def caps_of_bonds(
 
 
 def check_budget(value: Any) -> None:
-    """Refuse what is no `Budget`.
+    """Raise BudgetError unless `value` is a Budget.
 
     Raises:
-        BudgetError: saying what was got.
+        BudgetError: another type; the message shows the value.
     """
     if not isinstance(value, Budget):
         raise BudgetError(

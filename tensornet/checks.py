@@ -1,4 +1,4 @@
-"""Checks of what callers hand in. Messages say what is needed, what was got, and what to do."""
+"""Argument checks; messages state the expected value, the value received, and the remedy."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -22,16 +22,16 @@ FLOATING = (
 
 
 def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
-    """Refuse what is no dense floating tensor of that many dimensions, numbers included.
+    """Raise ShapeError unless `value` is a dense floating tensor with `ndim` dimensions, not on meta.
 
     Args:
-        value: what was handed in.
-        who: the function or class, as the caller knows it.
-        what: what it needs, for example `"a matrix of shape (out, in)"`.
+        value: the argument.
+        who: the public function or class that was called.
+        what: the expected argument, for example `"a matrix of shape (out, in)"`.
         ndim: number of dimensions.
 
     Raises:
-        ShapeError: naming both, and the way out.
+        ShapeError: another type, shape, dtype or layout; the message names the remedy.
     """
     if not isinstance(value, Tensor):
         raise ShapeError(
@@ -53,10 +53,10 @@ def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
 
 
 def check_input(x: Tensor, in_features: int) -> None:
-    """Refuse an input whose last dimension is another.
+    """Raise ShapeError unless the last dimension of the input is `in_features`.
 
     Raises:
-        ShapeError: saying what was got and what was expected.
+        ShapeError: another size; the message shows both.
     """
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ShapeError(
@@ -65,11 +65,11 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 
 def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError] = TopologyError) -> int:
-    """The value as an `int`, NumPy's integers included.
+    """Convert a size to `int`, NumPy integers included, or raise if it is below `least`.
 
     Args:
         name: the argument as the caller wrote it.
-        value: what was handed in.
+        value: the size to convert.
         least: smallest value allowed.
         error: class to raise.
     """
@@ -83,7 +83,7 @@ def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError]
 
 
 def check_sizes(name: str, values: Any) -> tuple[int, ...]:
-    """The sizes as a tuple of `int`.
+    """Convert a sequence of sizes to a tuple of `int`.
 
     Raises:
         TopologyError: not a sequence of integers of at least 1.
@@ -94,16 +94,16 @@ def check_sizes(name: str, values: Any) -> tuple[int, ...]:
 
 
 def check_type(name: str, value: Any, kind: type, advice: str) -> None:
-    """Refuse what is no instance of a class.
+    """Raise TypeError unless `value` is an instance of `kind`.
 
     Args:
         name: the argument as the caller wrote it.
-        value: what was handed in.
-        kind: what it must be.
-        advice: what to do instead.
+        value: the argument.
+        kind: the expected class.
+        advice: the remedy, for the message.
 
     Raises:
-        TypeError: saying what was got.
+        TypeError: another type; the message shows it.
     """
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
@@ -111,10 +111,10 @@ def check_type(name: str, value: Any, kind: type, advice: str) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuse what is no real number.
+    """Raise BudgetError unless `value` is a real number.
 
     Raises:
-        BudgetError: saying what was got.
+        BudgetError: another type; the message shows the value.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise BudgetError(f"{name} must be a number, got {value!r}.")

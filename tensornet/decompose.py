@@ -1,4 +1,4 @@
-"""The one call that writes a matrix as a network of any topology."""
+"""Decompose a matrix into a network of any topology, in one call."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def decompose(
     param_ratio: float | None = None,
     **options: Any,
 ) -> Decomposition:
-    """Write a matrix as a network of any topology; the result carries no gradient.
+    """Decompose a matrix into a network of any topology; the result carries no gradient.
 
     The family of the topology decomposes, where it is registered. The cores of a topology of your own, whose
     family no one has registered, are found by alternating least squares from random starts with a fixed seed:
@@ -41,7 +41,7 @@ def decompose(
             chooses them within the budget.
         max_bond: cap on every bond, or one for each; for names only.
         rel_error: largest relative Frobenius error; for names only.
-        param_ratio: largest share of the dense parameters; for names only.
+        param_ratio: largest keep ratio, relative to the dense parameters; for names only.
         options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`; for names only.
 
     Returns:
@@ -50,7 +50,7 @@ def decompose(
     Raises:
         BudgetError: a cap is out of range, or not even the smallest network of the family keeps it.
         NonFiniteError: the matrix holds NaN or infinity.
-        ShapeError: the matrix is no dense floating matrix, or not of the shape of the topology.
+        ShapeError: the matrix is not a dense floating matrix of the shape of the topology.
         TopologyError: an unknown name, options that the family does not know, or a budget or options beside
             a topology, which has all dims and bonds already.
 
@@ -89,9 +89,9 @@ def _alternated(matrix: Tensor, topology: Topology) -> Decomposition:
     kept = TensorNetwork(topology, [core.to(dtype) for core in cores])
     total = frobenius(work)
     residual = frobenius(work - kept.to(work.dtype).to_matrix())
-    share = scale ** (1 / len(cores))  # every core takes an equal part of the scale
+    factor = scale ** (1 / len(cores))  # every core takes an equal part of the scale
     return Decomposition(
-        TensorNetwork(topology, [scaled_back(core, share, dtype) for core in cores]),
+        TensorNetwork(topology, [scaled_back(core, factor, dtype) for core in cores]),
         residual / total if total > 0 else 0.0,
         "max_bond",
         iterations=found.sweeps,

@@ -1,4 +1,4 @@
-"""A picture of a network: cores as discs, bonds as lines, out-legs up, in-legs down."""
+"""Drawing of a network: cores as discs, bonds as lines, out-legs up, in-legs down."""
 
 import math
 from itertools import pairwise
@@ -17,7 +17,7 @@ _CORE, _BOND, _OUT, _IN, _SHARED = "#2b5c8a", "#444444", "#b3541e", "#3a7d44", "
 
 
 def draw_topology(topology: Topology) -> "Figure":
-    """Draw a topology; sizes stand beside their lines, indices of size 1 are left out.
+    """Draw a topology with sizes beside their lines; indices of size 1 are omitted.
 
     The area of a disc grows with the logarithm of the parameters of its core. A leg that several cores
     carry (block tensor trains) is drawn at each of them and tied together by a dashed line; so is a bond
@@ -49,8 +49,7 @@ def draw_topology(topology: Topology) -> "Figure":
 
 
 def _places(topology: Topology) -> dict[str, Point]:
-    """Cores on a line where all bonds join neighbours, around a hub where one core has them all, else on
-    a circle."""
+    """Place the cores: on a line if bonds join neighbours, around a hub if one exists, else on a circle."""
     names = topology.core_names
     count = len(names)
     carriers = [_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1]
@@ -112,7 +111,7 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
 
 
 def _tilt(topology: Topology, places: dict[str, Point]) -> float:
-    """How far legs lean to the side: 0 on a line, else what keeps them farthest off the bonds."""
+    """Choose the tilt of the legs: 0 for cores on a line, else the tilt farthest from the bonds."""
     if len({y for _, y in places.values()}) == 1:
         return 0.0
     carriers = (_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1)

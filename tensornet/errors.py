@@ -1,7 +1,7 @@
-"""Every error the library raises on purpose.
+"""Errors and warnings of the library.
 
 Each class also inherits the builtin a caller would expect, so `except ValueError` keeps working.
-Messages say what was got, what was expected, what to do, and list the alternatives.
+Messages show the value received, the value expected and the remedy, and list the alternatives.
 """
 
 
@@ -34,12 +34,12 @@ class FormatError(TensorNetError, ValueError):
 
 
 class DestinationError(TensorNetError, OSError):
-    """A destination exists already, or cannot be written: what was asked for is not there."""
+    """A destination exists already or cannot be written, so that the requested output is missing."""
 
 
 class CalibrationWarning(UserWarning):
-    """A model is compressed without calibration data of the caller's: say what is used instead."""
+    """A model is compressed without calibration data from the caller; the message names the replacement."""
 
 
 class MissingDependencyError(TensorNetError, ImportError):
-    """An optional package is needed; the message holds the pip line that installs it."""
+    """An optional package is missing; the message holds the pip command that installs it."""

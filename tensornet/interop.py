@@ -1,4 +1,4 @@
-"""Matrix product operators to and from quimb, TensorLy and torchTT.
+"""Conversion of matrix product operators to and from quimb, TensorLy and torchTT.
 
 All three store a chain of the same cores; they differ in the order of the indices, in what they do with
 the end bonds, and in that none of them knows padding. Converting a padded operator gives the padded one.
@@ -16,7 +16,7 @@ from tensornet.optional import import_optional
 
 
 def to_quimb(cores: Sequence[Tensor]) -> Any:
-    """A quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
+    """Convert to a quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
 
     Sites may be rectangular; `to_dense` then takes the two lists of legs. Arrays are copies, in NumPy;
     bfloat16, which NumPy lacks, becomes float32.
@@ -35,10 +35,10 @@ def to_quimb(cores: Sequence[Tensor]) -> Any:
 
 
 def from_quimb(operator: Any) -> tuple[Tensor, ...]:
-    """Cores of a quimb `MatrixProductOperator` with open ends, copies where its arrays are NumPy's.
+    """Extract the cores of a quimb `MatrixProductOperator` with open ends; NumPy arrays are copied.
 
     Raises:
-        ShapeError: the operator is cyclic, lacks sites, or is no `MatrixProductOperator`.
+        ShapeError: the operator is cyclic, lacks sites, or is not a `MatrixProductOperator`.
     """
     if not all(hasattr(operator, name) for name in ("cyclic", "upper_ind", "lower_ind")):
         raise ShapeError(f"Expected a quimb MatrixProductOperator, got {type(operator).__name__}.")
@@ -65,7 +65,7 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
 
 
 def to_tensorly(cores: Sequence[Tensor]) -> Any:
-    """A `tensorly.tt_matrix.TTMatrix`, whose factors have our order `(left, out, in, right)`.
+    """Convert to a `tensorly.tt_matrix.TTMatrix`, whose factors also are `(left, out, in, right)`.
 
     TensorLy computes with them if its backend is set to PyTorch.
     """
@@ -74,7 +74,7 @@ def to_tensorly(cores: Sequence[Tensor]) -> Any:
 
 
 def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
-    """Cores of a TensorLy `TTMatrix` of any backend, of tltorch's `BlockTT`, or of a list of factors.
+    """Extract the cores of a TensorLy `TTMatrix`, a tltorch `BlockTT`, or a list of factors.
 
     Raises:
         ShapeError: it is another object.
@@ -87,13 +87,13 @@ def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
 
 
 def to_torchtt(cores: Sequence[Tensor]) -> Any:
-    """A `torchtt.TT` matrix, whose cores have our order `(left, out, in, right)`."""
+    """Convert to a `torchtt.TT` matrix, whose cores also are `(left, out, in, right)`."""
     torchtt = import_optional("torchtt", extra="bench", user="to_torchtt")
     return torchtt.TT(list(cores))
 
 
 def from_torchtt(operator: Any) -> tuple[Tensor, ...]:
-    """Cores of a `torchtt.TT` matrix.
+    """Extract the cores of a `torchtt.TT` matrix.
 
     Raises:
         ShapeError: it is a tensor train of a tensor, not of a matrix, or no train at all.

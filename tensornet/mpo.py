@@ -1,4 +1,4 @@
-"""Matrix product operators as objects: what only chains can do.
+"""Matrix product operators as objects, with the operations that only chains support.
 
 The mathematics is in `tensornet.mpo_algebra`; nothing forms the matrix except `to_matrix` and `np.asarray`.
 """
@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 
 class MPO:
-    """A matrix `(out_features, in_features)` as a chain of cores.
+    """Matrix product operator: a matrix `(out_features, in_features)` as a chain of cores.
 
     `len(mpo)` is the number of sites and `mpo[k]` core `k`; `mpo @ x` takes vectors, matrices and other
     operators, `mpo ** n` multiplies by itself, `np.asarray(mpo)` is the dense matrix. Everything is
@@ -44,8 +44,8 @@ class MPO:
         error: certified relative Frobenius error against the matrix it was made from.
 
     Raises:
-        ShapeError: neighbouring bonds differ, an end bond is not 1, a core is no 4-dimensional tensor or has
-            another dtype or device than the first, or the features exceed the product of the legs.
+        ShapeError: neighbouring bonds differ, an end bond is not 1, a core is not a 4-dimensional tensor or
+            has another dtype or device than the first, or the features exceed the product of the legs.
 
     Example:
         >>> operator = MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)])
@@ -90,9 +90,9 @@ class MPO:
         """Decompose a matrix by TT-SVD; the result carries no gradient.
 
         With nothing asked for, bonds are the ranks up to a relative error of `eps^(3/4)`: 1.8e-12 in double
-        and 6.4e-6 in single precision, so that an exponential has bond 1. (quimb's `from_dense` cuts at
+        and 6.4e-6 in single precision, so that an exponential has bond 1. (quimb's `from_dense` truncates at
         1e-10 of the largest singular value of each bond, torchTT's `TT` at a relative error of 1e-10, both in
-        every precision.) Where that cuts no bond the result is exact, and some cores are identities.
+        every precision.) If no bond is truncated the result is exact, and some cores are identities.
 
         Args:
             w: shape `(out, in)`, real or complex, any size (padded where the dims need it).
@@ -101,17 +101,17 @@ class MPO:
             sites: number of cores where dims are absent, 3 by default.
             max_bond: cap on every bond, or a sequence with one for each.
             rel_error: largest relative Frobenius error.
-            param_ratio: largest share of the dense parameters.
+            param_ratio: largest keep ratio, relative to the dense parameters.
             method: see `truncated_svd`.
 
         Returns:
             An MPO whose `error` is the certificate; canonical around one site, the others orthonormal
-            (`canonicalize` moves that site). Bonds that nothing cuts have identities as cores.
+            (`canonicalize` moves that site). Cores beside bonds without truncation are identities.
 
         Raises:
             BudgetError: a cap is out of range or cannot be met.
             NonFiniteError: `w` holds NaN or infinity.
-            ShapeError: `w` is no floating matrix.
+            ShapeError: `w` is not a floating matrix.
             TopologyError: the dims do not fit.
 
         Example:
@@ -223,7 +223,7 @@ class MPO:
     # --- as a sequence of cores ------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Number of sites."""
+        """Return the number of sites."""
         return len(self.cores)
 
     @overload
@@ -233,7 +233,7 @@ class MPO:
     def __getitem__(self, site: slice) -> tuple[Tensor, ...]: ...
 
     def __getitem__(self, site: int | slice) -> Tensor | tuple[Tensor, ...]:
-        """Core of a site, itself and not a copy; a tuple of cores for a slice."""
+        """Return the core of a site, not a copy; a tuple of cores for a slice."""
         return self.cores[site]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -270,7 +270,7 @@ class MPO:
         return self._copy([core.detach() for core in self.cores])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """Dense matrix as a NumPy array, for `np.asarray(mpo)`; bfloat16 becomes float32."""
+        """Build the dense matrix as a NumPy array, for `np.asarray(mpo)`; bfloat16 becomes float32."""
         if copy is False:
             raise ValueError("The dense matrix of an MPO is always computed anew; do not ask for copy=False.")
         dense = _to_numpy(self.to_matrix())
@@ -288,7 +288,7 @@ class MPO:
 
     @property
     def bond_dims(self) -> tuple[int, ...]:
-        """The `n - 1` inner bonds."""
+        """Sizes of the `n - 1` inner bonds."""
         return tuple(core.shape[3] for core in self.cores[:-1])
 
     @property
@@ -303,16 +303,16 @@ class MPO:
 
     @property
     def topology(self) -> Topology:
-        """The chain as data."""
+        """Topology of the chain."""
         return chain(self.out_dims, self.in_dims, self.bond_dims, self.shape)
 
     @property
     def network(self) -> TensorNetwork:
-        """The same operator as a general network, sharing the cores."""
+        """Same operator as a general network that shares the cores."""
         return TensorNetwork(self.topology, self.cores)
 
     def to_matrix(self) -> Tensor:
-        """Dense matrix, shape `(out_features, in_features)`."""
+        """Contract the chain to the dense matrix, shape `(out_features, in_features)`."""
         return self.network.to_matrix()
 
     @overload
@@ -322,7 +322,7 @@ class MPO:
     def apply(self, x: Array) -> Array: ...
 
     def apply(self, x: Tensor | Array) -> Tensor | Array:
-        """Apply to `x: (..., in_features)`, giving `(..., out_features)`; a NumPy array gives one back.
+        """Multiply `x: (..., in_features)`, giving `(..., out_features)`; NumPy arrays return NumPy arrays.
 
         Example:
             >>> MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
@@ -337,7 +337,7 @@ class MPO:
     # --- algebra ---------------------------------------------------------------------------------
 
     def __add__(self, other: "MPO") -> "MPO":
-        """Sum; bonds add up. The certificate of the result combines both."""
+        """Add two operators; bonds add up, and the certificate combines both."""
         if not isinstance(other, MPO):
             return NotImplemented
         self._check_same_dims(other, "added")
@@ -347,7 +347,7 @@ class MPO:
         return total
 
     def __sub__(self, other: "MPO") -> "MPO":
-        """Difference; bonds add up."""
+        """Subtract two operators; bonds add up."""
         if not isinstance(other, MPO):
             return NotImplemented
         return self + (-other)
@@ -356,7 +356,7 @@ class MPO:
         return self * -1
 
     def __mul__(self, factor: complex | Tensor) -> "MPO":
-        """Product with a number. For the product of two operators use `@`."""
+        """Multiply by a number; `@` multiplies two operators."""
         if not isinstance(factor, Number | Tensor):
             return NotImplemented
         if isinstance(factor, Tensor) and factor.numel() != 1:
@@ -373,7 +373,7 @@ class MPO:
     __rmul__ = __mul__
 
     def __truediv__(self, factor: complex | Tensor) -> "MPO":
-        """Quotient by a number."""
+        """Divide by a number."""
         if not isinstance(factor, Number | Tensor):
             return NotImplemented
         return self * (1 / factor)
@@ -390,9 +390,9 @@ class MPO:
     def __matmul__(self, other: "MPO | Tensor | Array") -> "MPO | Tensor | Array":
         """Multiply by an operator (bonds multiply), or by a vector `(in,)` or matrices `(..., in, columns)`.
 
-        Padding of the shared legs is cut out exactly. Where the in-dims of the left are not the out-dims of
-        the right, an identity between the two takes the digits of the one to those of the other, at the
-        price of larger bonds.
+        Padding of the contracted legs is removed exactly. Where the in-dims of the left are not the out-dims
+        of the right, an identity between the two takes the digits of the one to those of the other, at the
+        cost of larger bonds.
 
         Raises:
             ShapeError: the shapes do not fit, or the operators have different numbers of sites.
@@ -484,7 +484,7 @@ class MPO:
         return product
 
     def kron(self, other: "MPO") -> "MPO":
-        """Kronecker product: the sites of this operator, then those of the other, with a bond of 1 between.
+        """Compute the Kronecker product: the sites of this operator, then those of the other, bond 1 between.
 
         Raises:
             ShapeError: the other operator has padding, which would lie amid the rows of the product.
@@ -512,7 +512,7 @@ class MPO:
         return product
 
     def trace(self) -> Tensor:
-        """Contract to the trace of a square operator, a 0-dimensional tensor; in- and out-dims may differ.
+        """Contract to the trace of a square operator, a 0-dimensional tensor; out- and in-dims may differ.
 
         Raises:
             ShapeError: the operator is not square.
@@ -590,7 +590,7 @@ class MPO:
 
     @property
     def absolute_error(self) -> float:
-        """Certified Frobenius distance `|W0 - W|` from the matrix this operator was made from.
+        """Certified Frobenius distance `|W0 - W|` to the matrix that this operator approximates.
 
         Finite for sums and products of certified operators; `error` is infinite where this bound does not
         exclude that the sum or product of the origins is zero.
@@ -602,7 +602,7 @@ class MPO:
         return algebra.norm(self._masked)
 
     def log_norm(self) -> Tensor:
-        """Compute the logarithm of the Frobenius norm, also where no number holds the norm itself.
+        """Compute the logarithm of the Frobenius norm, also where the norm itself overflows or underflows.
 
         Example:
             >>> MPO([torch.ones(1, 2, 2, 1)] * 2000).log_norm()
@@ -620,7 +620,7 @@ class MPO:
         return algebra.inner(self._masked, other.cores)
 
     def bond_spectrum(self, k: int) -> Tensor:
-        """Compute the singular values across bond `k`, on the right of core `k`, with gradient."""
+        """Compute the singular values across bond `k`, to the right of core `k`, with gradient."""
         return algebra.bond_spectrum(self._masked, k)
 
     def bond_entropy(self, k: int) -> Tensor:
@@ -630,44 +630,44 @@ class MPO:
     # --- other libraries -------------------------------------------------------------------------
 
     def to_quimb(self) -> Any:
-        """A quimb `MatrixProductOperator`. See `tensornet.interop`."""
+        """Convert to a quimb `MatrixProductOperator`. See `tensornet.interop`."""
         return interop.to_quimb(self.cores)
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
-        """From a quimb `MatrixProductOperator`, rectangular sites included."""
+        """Convert a quimb `MatrixProductOperator`, including rectangular sites."""
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:
-        """A TensorLy `TTMatrix`."""
+        """Convert to a TensorLy `TTMatrix`."""
         return interop.to_tensorly(self.cores)
 
     @classmethod
     def from_tensorly(cls, operator: Any) -> "MPO":
-        """From a TensorLy `TTMatrix`."""
+        """Convert a TensorLy `TTMatrix`."""
         return cls(interop.from_tensorly(operator))
 
     def to_torchtt(self) -> Any:
-        """A `torchtt.TT` matrix."""
+        """Convert to a `torchtt.TT` matrix."""
         return interop.to_torchtt(self.cores)
 
     @classmethod
     def from_torchtt(cls, operator: Any) -> "MPO":
-        """From a `torchtt.TT` matrix."""
+        """Convert a `torchtt.TT` matrix."""
         return cls(interop.from_torchtt(operator))
 
     # --- inside ----------------------------------------------------------------------------------
 
     @property
     def _masked(self) -> tuple[Tensor, ...]:
-        """Cores of the same operator with zeros in the padding, so that padding has no norm."""
+        """Cores of the operator with zeros in the padding, so that padding adds nothing to the norm."""
         return algebra.mask_padding(self.cores, *self.shape)
 
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
 
     def _copy(self, cores: Sequence[Tensor]) -> "MPO":
-        """The same operator in other tensors."""
+        """Wrap other cores of the same operator, with the same certificate."""
         same = self._like(cores, error=self.error)
         same._log_distance = self._log_distance
         return same
@@ -680,7 +680,7 @@ class MPO:
         return float(self.log_norm().detach())
 
     def _log_bound(self) -> float:
-        """Logarithm of the certified absolute error."""
+        """Compute the logarithm of the certified absolute error."""
         if self._log_distance is not None or self.error == 0:
             return -math.inf if self._log_distance is None else self._log_distance
         return certificates.log_distance(self.error, self._log_norm())
@@ -721,7 +721,7 @@ class MPO:
 
 
 def _by_default(budget: Budget, stack: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Budget:
-    """The budget; with nothing asked, the default tolerance, unless that cuts nothing and costs an SVD."""
+    """Choose the default tolerance for an unlimited budget, unless it truncates no bond."""
     check_finite(stack, "The matrix")
     tolerance = default_tolerance(stack.dtype)
     if not budget.unlimited or has_full_bonds(stack, rows, columns, tolerance):
@@ -730,12 +730,12 @@ def _by_default(budget: Budget, stack: Tensor, rows: Sequence[int], columns: Seq
 
 
 def _plus(*errors: float) -> float:
-    """Sum of certificates; infinity times zero, which says nothing, is infinite."""
+    """Add certificates; NaN, from infinity times zero, becomes infinity."""
     return math.fsum(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def _from_numpy(value: Any) -> Any:
-    """A tensor with a copy of the numbers for a NumPy array; anything else as it is."""
+    """Copy a NumPy array to a tensor; return any other value unchanged."""
     return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
 
 

@@ -29,7 +29,7 @@ _TAME = 100
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Sum of two chains with equal dims; bonds add up."""
+    """Add two chains with equal dims; bonds add up."""
     left, right = _same_dtype(left, right)
     last = len(left) - 1
     if last == 0:
@@ -48,7 +48,7 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
-    """The chain times a number; the last core takes it."""
+    """Multiply a chain by a number, in its last core."""
     last = cores[-1]
     if not isinstance(factor, Tensor | int | float | complex):  # a fraction, or one of NumPy's numbers
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
@@ -61,7 +61,7 @@ def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
 
 @outside_autocast
 def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Product of two chains as operators; in-dims of `left` are out-dims of `right`, bonds multiply."""
+    """Multiply two operators as chains; in-dims of `left` are out-dims of `right`, bonds multiply."""
     left, right = _same_dtype(left, right)
     product = []
     for a, b in zip(left, right, strict=True):
@@ -82,13 +82,13 @@ def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def kron(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Kronecker product of two chains: the sites of `left`, then those of `right`."""
+    """Compute the Kronecker product of two chains: the sites of `left`, then those of `right`."""
     left, right = _same_dtype(left, right)
     return (*left, *right)
 
 
 def transpose(cores: Sequence[Tensor]) -> Cores:
-    """The transposed operator."""
+    """Transpose the operator."""
     return tuple(core.transpose(1, 2) for core in cores)
 
 
@@ -118,13 +118,13 @@ def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Cores | None:
-    """The diagonal operator that keeps the first `features` of `prod(dims)` indices, bonds at most 2.
+    """Build the diagonal projector on the first `features` of `prod(dims)` indices, with bonds at most 2.
 
     An index lies below `features` if, read from its most significant digit, it stays equal to the digits
     of `features - 1` or falls below them at some digit; the two bond values are these two states.
 
     Returns:
-        The chain, or None where nothing is cut.
+        The chain, or None if all indices are kept.
     """
     if features == math.prod(dims):
         return None
@@ -179,7 +179,7 @@ def identity_chain(out_dims: Sequence[int], in_dims: Sequence[int], *, like: Ten
 
 
 def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -> Cores:
-    """The same leading block with exact zeros in the padding; bonds at most four times as large."""
+    """Set the padding of a chain to exact zeros; bonds grow at most fourfold."""
     rows = leading_projector([core.shape[1] for core in cores], out_features, like=cores[0])
     columns = leading_projector([core.shape[2] for core in cores], in_features, like=cores[0])
     masked = tuple(cores)
@@ -219,7 +219,7 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
-    """Canonical form in double precision; the operator is that chain times `2^exponent`."""
+    """Compute the canonical form in double precision; the operator is the chain times `2^exponent`."""
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
         check_finite(core, "The operator")
@@ -242,7 +242,7 @@ def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tens
 
 
 def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Split off an exponent where products with numbers alike could leave the range of double precision."""
+    """Split off a power of two where later products could leave the range of double precision."""
     size = largest_element(tensor)
     return (tensor, 0.0) if size == 0 or 2.0**-_TAME < size < 2.0**_TAME else split_exponent(tensor)
 
@@ -254,9 +254,9 @@ def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype:
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
         scaled = [times_power_of_two(c, exponent) if k == center else c for k, c in enumerate(work)]
     else:
-        share = torch.floor(exponent / len(work))
-        rest = exponent - share * len(work)
-        scaled = [times_power_of_two(c, share + (k < rest).to(share)) for k, c in enumerate(work)]
+        each = torch.floor(exponent / len(work))
+        rest = exponent - each * len(work)
+        scaled = [times_power_of_two(c, each + (k < rest).to(each)) for k, c in enumerate(work)]
     result = tuple(core.to(dtype) for core in scaled)
     for core in result:
         check_finite(core, f"The result in {dtype}")
@@ -281,8 +281,8 @@ def round_chain(
             goes to the next.
 
     Returns:
-        The cores, left-canonical, and the certified relative error `sqrt(sum of cut energies) / norm`. A norm
-        out of the range of the dtype is spread over the cores, see `canonicalize`.
+        The cores, left-canonical, and the certified relative error `sqrt(sum of discarded energies) / norm`.
+        A norm out of the range of the dtype is spread over the cores, see `canonicalize`.
 
     Raises:
         BudgetError: a sequence of caps of another length than there are bonds.
@@ -312,19 +312,19 @@ def round_chain(
 def bond_tolerance(
     rel_error: float | None, total: float, spent: float, energy: float, *, bonds_left: int
 ) -> float | None:
-    """Relative error that the next bond may make: an even share of the energy that is still allowed.
+    """Distribute the remaining allowed energy evenly: the relative error that the next bond may make.
 
     Args:
         rel_error: promise for the whole chain, None for no promise.
         total: squared norm of the operator.
-        spent: energy cut at the bonds before.
-        energy: squared norm of the block about to be cut.
+        spent: energy discarded at the bonds before.
+        energy: squared norm of the block about to be truncated.
         bonds_left: this bond and those after it.
     """
     if rel_error is None or energy == 0:
         return None
-    share = max(rel_error**2 * total - spent, 0.0) / bonds_left
-    return min(math.sqrt(share / energy), 1 - 1e-12)
+    allowed = max(rel_error**2 * total - spent, 0.0) / bonds_left
+    return min(math.sqrt(allowed / energy), 1 - 1e-12)
 
 
 @outside_autocast
@@ -350,7 +350,7 @@ def log_norm(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Frobenius norm as `mantissa * 2^exponent` in double precision."""
+    """Compute the Frobenius norm as `mantissa * 2^exponent` in double precision."""
     last = len(cores) - 1
     with torch.no_grad():
         frozen, exponent = _canonical(cores, last)
@@ -360,7 +360,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     frozen[last] = frozen[last] / size if float(size) > 0 else frozen[last]
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """`Re <W / |W|, live>`, whose derivative is that of the norm: no QR is differentiated."""
+        """Compute `Re <W / |W|, live>`, whose gradient is that of the norm, without differentiating QR."""
         product, of_product = _transfer(frozen, _working(live))
         return times_power_of_two(product[0, 0].real, of_product - exponent)
 
@@ -409,7 +409,7 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
 
 
 def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
-    """Singular values across a bond as `mantissas * 2^exponent`, in double precision."""
+    """Compute the singular values across a bond as `mantissas * 2^exponent`, in double precision."""
     if not _is_place(bond, 0, len(cores) - 1):
         there = (
             f"{len(cores)} cores have bonds 0 to {len(cores) - 2}" if len(cores) > 1 else "one core has none"
@@ -426,7 +426,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
     frozen[bond + 1] = torch.tensordot(Vh, frozen[bond + 1], dims=1)
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """`Re <u_j v_j, live>` for each pair of singular vectors, whose derivative is that of the values."""
+        """Compute `Re <u_j v_j, live>` for all singular pairs, with the gradient of the singular values."""
         live = _working(live)
         before, of_before = _transfer(frozen[: bond + 1], live[: bond + 1])
         after, of_after = _transfer(_reversed(frozen[bond + 1 :]), _reversed(live[bond + 1 :]))
@@ -437,7 +437,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
 
 
 class _Projected(torch.autograd.Function):
-    """A value with the gradient of a projection, which has the same first derivative but no other.
+    """Value with the gradient of a projection, which is correct to first order only.
 
     `once_differentiable` would let second derivatives through as zeros where the incoming gradient is a
     constant, so they are refused by `_NoSecondDerivative` instead.
@@ -463,7 +463,7 @@ class _Projected(torch.autograd.Function):
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient that refuses to be differentiated again."""
+    """Gradient that raises on a second differentiation."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, gradient: Tensor) -> Tensor:
@@ -486,12 +486,12 @@ def _working(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _reversed(cores: Sequence[Tensor]) -> list[Tensor]:
-    """Read a chain from its end."""
+    """Reverse the order of the cores of a chain."""
     return [core.permute(3, 1, 2, 0) for core in reversed(cores)]
 
 
 def _is_place(value: int, first: int, end: int) -> bool:
-    """Whether it is an integer, of NumPy as well, from `first` to before `end`."""
+    """Return True if the value is an integer, NumPy's included, with `first <= value < end`."""
     try:
         return first <= index(value) < end
     except TypeError:

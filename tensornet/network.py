@@ -1,4 +1,4 @@
-"""A topology with tensors in it: the operator itself."""
+"""Tensor network: a topology together with its cores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TensorNetwork:
-    """A linear operator `(out_features, in_features)` stored as cores.
+    """Linear operator `(out_features, in_features)` stored as cores.
 
     Args:
         topology: the description.
@@ -51,15 +51,15 @@ class TensorNetwork:
         return self.topology.num_params
 
     def to_matrix(self) -> Tensor:
-        """Dense matrix, shape `(out_features, in_features)`."""
+        """Contract the cores to the dense matrix, shape `(out_features, in_features)`."""
         dense = run(plan_matrix(self.topology), self.cores)
         return dense[: self.shape[0], : self.shape[1]]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Apply to `x: (..., in_features)`, giving `(..., out_features)`, without building the matrix.
+        """Multiply `x: (..., in_features)` by the operator without building its matrix.
 
         Raises:
-            ShapeError: no tensor, or its last dimension is another.
+            ShapeError: not a tensor, or its last dimension is not `in_features`.
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__
@@ -73,29 +73,29 @@ class TensorNetwork:
         return contract_with_input(plan, self.cores, x, candidate=candidate)
 
     def flops(self, tokens: int) -> int:
-        """Floating-point operations of `apply` for that many tokens (a multiply-add counts as two).
+        """Count the floating-point operations of `apply` for a token count (a multiply-add counts as two).
 
         Raises:
-            ValueError: `tokens` is negative or no integer.
+            ValueError: `tokens` is negative or not an integer.
         """
         check_size("tokens", tokens, least=0, error=ValueError)
         return 2 * min(plan.multiply_adds(tokens) for plan in plan_operator(self.topology).applies)
 
     def draw(self) -> "Figure":
-        """A picture of the network, a `matplotlib.figure.Figure`. See `tensornet.drawing`."""
+        """Draw the network as a `matplotlib.figure.Figure`. See `tensornet.drawing`."""
         return draw_topology(self.topology)
 
     def to(self, dtype: torch.dtype) -> "TensorNetwork":
-        """A copy with every core cast to `dtype`."""
+        """Copy the network with every core cast to `dtype`."""
         return TensorNetwork(self.topology, [core.to(dtype) for core in self.cores])
 
 
 def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Cores in the order of the topology, after comparing every shape, dtype and device.
+    """Order the cores as in the topology, and check their shapes, dtypes and devices.
 
     Raises:
-        ShapeError: naming the core, what was expected and what was got.
-        TopologyError: the first argument is no topology.
+        ShapeError: a core is missing, surplus or unfit; the message names the core and both shapes.
+        TopologyError: the first argument is not a topology.
     """
     if not isinstance(topology, Topology):
         raise TopologyError(
@@ -133,7 +133,7 @@ def random_cores(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gaussian cores such that each matrix element has mean 0 and variance `gain^2 / in_features`.
+    """Draw Gaussian cores such that each matrix element has mean 0 and variance `gain^2 / in_features`.
 
     An element of the matrix is a sum over `B = product of all bond sizes` products of `n` independent core
     elements, so with standard deviation `s` for every core its variance is `B * s^(2n)`; hence

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the caller, however deep inside the library they arise."""
+"""Warnings that point at the caller's line, from any depth inside the library."""
 
 import sys
 import warnings
@@ -13,7 +13,7 @@ WRAPPERS = ("torch.utils._contextlib", "contextlib")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line outside of the library that led here.
+    """Warn at the first line of the call stack outside the library.
 
     Args:
         message: says what happens and what to do about it.

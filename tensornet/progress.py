@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal or in a notebook, else a line now and then."""
+"""Progress of long work: a bar on a terminal or in a notebook, else an occasional line."""
 
 import sys
 import threading
@@ -15,7 +15,7 @@ FIRST = 5.0
 
 
 class LineProgress(std.tqdm):
-    """Progress as lines on stderr, for logs: an estimate soon, then one line every `PERIOD` seconds.
+    """Progress as lines on stderr, for logs: an early estimate, then one line every `PERIOD` seconds.
 
     Takes the arguments of `tqdm`. A thread writes the lines, so that they come while one step takes long.
     """
@@ -28,23 +28,23 @@ class LineProgress(std.tqdm):
             threading.Thread(target=self._report, daemon=True).start()
 
     def refresh(self, *_: Any, **__: Any) -> bool:
-        """Not at every step; see `_report`."""
+        """Skip the redraw of tqdm: a thread writes the lines, see `_report`."""
         return False
 
     def clear(self, *_: Any, **__: Any) -> None:
-        """Lines stay where they are."""
+        """Skip the erasure of tqdm: written lines stay."""
 
     def display(self, *_: Any, **__: Any) -> bool:
-        """Nothing is drawn in place."""
+        """Skip the drawing of tqdm: no line is drawn in place."""
         return False
 
     def close(self) -> None:
-        """End the lines."""
+        """Stop the thread that writes lines."""
         self._over.set()
         super().close()
 
     def line(self) -> str:
-        """Say how far the work is, and how long it will take at this pace.
+        """Format the steps done, the elapsed time, and the estimated remaining time.
 
         Examples:
             >>> with LineProgress(total=4, desc="planning", unit="layer") as progress:
@@ -59,7 +59,7 @@ class LineProgress(std.tqdm):
         return f"{text}, {_time(gone)} gone" + (f", about {_time(whole - gone)} left" if whole else "")
 
     def _whole(self, gone: float) -> float:
-        """Predicted seconds of all steps of this run."""
+        """Estimate the seconds of all steps of this run."""
         done = self.n - self.initial
         return gone * (self.total - self.initial) / done if done > 0 and self.total is not None else 0.0
 
@@ -80,7 +80,7 @@ class LineProgress(std.tqdm):
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> Any:
-    """Make a progress bar of tqdm, or lines where stderr is neither a terminal nor a notebook.
+    """Make a tqdm progress bar, or a line writer if stderr is neither a terminal nor a notebook.
 
     Args:
         args, kwargs: of `tqdm`.

@@ -1,4 +1,4 @@
-"""Numbers kept as `mantissa * 2^exponent`, so that products of many factors neither overflow nor vanish.
+"""Numbers as `mantissa * 2^exponent`, so that long products neither overflow nor underflow.
 
 Multiplying by a power of two is exact. Exponents are 0-dimensional float64 tensors without gradient.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a tensor into one whose largest element lies in `[1/2, 1)`, and the exponent of two.
+    """Split a tensor into one whose largest element lies in `[1/2, 1)`, and a power of two.
 
     The exponent of zeros, and of a tensor with NaN or infinity in it, is 0. The first result has a gradient.
     """
@@ -19,7 +19,7 @@ def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def times_power_of_two(tensor: Tensor, exponent: Tensor) -> Tensor:
-    """`tensor * 2^exponent` without an intermediate result that leaves the range of the dtype."""
+    """Compute `tensor * 2^exponent` without an intermediate result outside the range of the dtype."""
     limit = 1000 if tensor.dtype in (torch.float64, torch.complex128) else 120
     first = exponent.clamp(-limit, limit)
     second = (exponent - first).clamp(-limit, limit)  # beyond, a mantissa becomes 0 or infinite anyhow

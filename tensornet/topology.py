@@ -1,4 +1,4 @@
-"""A topology is data: which cores a network has, how they are connected, and how large each index is."""
+"""Topology of a tensor network: its cores, their connections, and the size of every index."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from tensornet.errors import TopologyError
 
 @dataclass(frozen=True)
 class CoreSpec:
-    """One core: its name and the label of each of its indices, in storage order.
+    """Description of one core: its name and the label of each of its indices, in storage order.
 
     Args:
         name: a Python identifier or number, unique in its topology.
@@ -24,7 +24,7 @@ class CoreSpec:
 
 @dataclass(frozen=True)
 class Topology:
-    """A linear operator `(out_features, in_features)` as a network of named cores with labelled indices.
+    """Topology of a linear operator `(out_features, in_features)`: named cores with labelled indices.
 
     Labels listed in `out_labels` are the out-legs (row-major, most significant first), those in
     `in_labels` the in-legs; every other label is a bond and is summed. A label may occur in any number
@@ -101,22 +101,22 @@ class Topology:
 
     @property
     def padded_shape(self) -> tuple[int, int]:
-        """Shape before padding is cut off."""
+        """Shape `(rows, columns)` including padding."""
         return math.prod(self.out_dims), math.prod(self.in_dims)
 
     @property
     def num_params(self) -> int:
-        """Number of stored elements, padding included."""
+        """Number of stored elements, including padding."""
         return sum(math.prod(shape) for shape in self.core_shapes.values())
 
     @property
     def central_core(self) -> str:
-        """Name of the core with the most parameters (the first of them): MPOE's shared center."""
+        """Name of the core with the most parameters (the first if several): the shared center of MPOE."""
         shapes = self.core_shapes
         return max(self.core_names, key=lambda name: math.prod(shapes[name]))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_dict` is its inverse, also where a writer sorted the keys.
+        """Convert to a JSON-ready dictionary; `from_dict` restores it even if a writer sorted the keys.
 
         transformers sorts the keys of config.json. The order of cores and bonds matters, so it is written
         down where sorting would change it.
@@ -136,7 +136,7 @@ class Topology:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Topology":
-        """Rebuild a topology from `to_dict`, validating everything.
+        """Rebuild a topology from `to_dict`, with full validation.
 
         Raises:
             TopologyError: the description is incomplete or inconsistent.
