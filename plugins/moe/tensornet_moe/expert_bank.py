@@ -28,6 +28,22 @@ class ExpertBank(nn.Module, ABC):
 
     Raises:
         ValueError: `num_experts` is below 1.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> class DenseBank(tm.ExpertBank):
+        ...     def __init__(self, num_experts, shape):
+        ...         super().__init__(num_experts, shape)
+        ...         self.weight = torch.nn.Parameter(torch.randn(num_experts, *shape))
+        ...     def expert_matrices(self, experts=None):
+        ...         return self.weight if experts is None else self.weight[experts]
+        ...     def shared_parameters(self):
+        ...         return {}
+        ...     def spec(self):
+        ...         return {"type": "dense_bank"}
+        >>> DenseBank(4, (16, 8)).expert_matrices([0, 2]).shape
+        torch.Size([2, 16, 8])
     """
 
     def __init__(self, num_experts: int, shape: tuple[int, int]) -> None:
@@ -84,6 +100,15 @@ class SharedCores(nn.Module):
 
     Raises:
         TopologyError: no core is chosen, or an unknown one.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_moe as tm
+        >>> topology = tn.topologies.mpo(out_dims=(2, 4, 2), in_dims=(2, 2, 2), max_bond=3)
+        >>> owner = tm.SharedCores(topology, "center")
+        >>> first, second = (tm.SharedCoreExperts(topology, 4, shared=owner) for _ in range(2))
+        >>> first.shared_parameters()["1"] is second.shared_parameters()["1"]
+        True
     """
 
     def __init__(

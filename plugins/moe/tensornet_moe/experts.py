@@ -55,6 +55,15 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         Gao et al. 2022, "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language
         Models", section 4.1. Sharing other cores than the center, different bonds and sharing across layers
         are our extensions.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> bank.expert_matrices([0, 2]).shape
+        torch.Size([2, 16, 8])
+        >>> list(bank.shared_parameters())
+        ['1']
     """
 
     def __init__(

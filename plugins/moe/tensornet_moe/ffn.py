@@ -40,6 +40,15 @@ class ExpertFFN(nn.Module):
     Raises:
         ValueError: unknown activation, or other than two or three banks.
         ShapeError: the banks do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> experts = tm.ExpertFFN({"up": up, "down": down}, activation="relu", bias=True)
+        >>> experts.num_experts, experts.in_features, experts.out_features
+        (4, 8, 8)
     """
 
     def __init__(

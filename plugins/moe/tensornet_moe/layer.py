@@ -22,6 +22,17 @@ class AuxLosses:
         total: sum weighted by the coefficients of each layer, to be added to the loss. A scalar.
         balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
         z: router z-loss, unweighted, shape `(layers,)`.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> _ = moe(torch.randn(5, 8))
+        >>> losses = tm.collect_aux_losses(moe)
+        >>> losses.total.shape, losses.balance.shape
+        (torch.Size([]), torch.Size([1]))
     """
 
     total: Tensor
@@ -41,6 +52,16 @@ class RoutingStats:
         tokens: tokens that are not padding, a scalar.
         balance: load-balancing loss, unweighted.
         z: router z-loss, unweighted.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> _ = moe(torch.randn(5, 8))
+        >>> int(moe.stats.tokens), int(moe.stats.load.sum()), int(moe.stats.dropped)
+        (5, 10, 0)
     """
 
     load: Tensor
@@ -74,6 +95,15 @@ class SharedCoreMoE(nn.Module):
 
     After a forward `.stats` holds `RoutingStats`, and `.aux_losses` what `collect_aux_losses` gathers. Both
     are replaced by the next forward, and not touched by the second forward of gradient checkpointing.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> moe(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -223,6 +253,17 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     Raises:
         RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry
             no gradient in training because of reentrant gradient checkpointing.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> loss = moe(torch.randn(5, 8)).square().mean() + tm.collect_aux_losses(moe).total
+        >>> loss.backward()
+        >>> moe.router.weight.grad is not None
+        True
     """
     layers = [module for module in model.modules() if isinstance(module, SharedCoreMoE)]
     if not layers:

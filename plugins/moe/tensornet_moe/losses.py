@@ -24,6 +24,14 @@ def load_balancing_loss(
     Reference:
         Fedus, Zoph, Shazeer 2021, "Switch Transformers", equations 4 to 6. With k > 1 the fractions sum to
         one, so the value does not grow with k.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> probabilities = torch.full((6, 3), 1 / 3)
+        >>> even = torch.tensor([[0], [1], [2], [0], [1], [2]])
+        >>> tm.load_balancing_loss(probabilities, even, num_experts=3)
+        tensor(1.0000)
     """
     real = router_probs.new_ones(len(router_probs)) if mask is None else mask.to(router_probs.dtype)
     chosen = expert_indices.unsqueeze(-1) == torch.arange(num_experts, device=expert_indices.device)
@@ -46,6 +54,12 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Reference:
         Zoph et al. 2022, "ST-MoE", equation 5.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> tm.router_z_loss(torch.tensor([[0.0, 0.0], [5.0, -5.0]]))
+        tensor(12.7405)
     """
     squares = torch.logsumexp(logits, dim=-1).square()
     if mask is None:

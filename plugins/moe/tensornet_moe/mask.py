@@ -55,6 +55,17 @@ class GradientMask:
     Reference:
         Gao et al. 2022, section 4.2, masks the gradient of the central core at random. The draw for each core
         and step, bit-identity, the elementwise variant, schedules and compensation are our definition.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> mask = tm.GradientMask(bank, p=1.0)
+        >>> bank.expert_matrices().square().sum().backward()
+        >>> mask.apply()
+        1
+        >>> [name for name, core in bank.named_parameters() if core.grad is None]
+        ['core_1']
     """
 
     def __init__(
@@ -242,6 +253,12 @@ def linear_fade(steps: int) -> Callable[[int], float]:
 
     Raises:
         ValueError: `steps` is below 1.
+
+    Example:
+        >>> import tensornet_moe as tm
+        >>> fade = tm.linear_fade(100)
+        >>> fade(0), fade(50), fade(200)
+        (1.0, 0.5, 0.0)
     """
     if steps < 1:
         raise ValueError(f"linear_fade needs at least 1 step, got {steps}.")
@@ -249,7 +266,15 @@ def linear_fade(steps: int) -> Callable[[int], float]:
 
 
 def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Collect all shared cores of a module, each once, in the order of its submodules."""
+    """Collect all shared cores of a module, each once, in the order of its submodules.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> tm.shared_parameters(bank)[0] is bank.shared_parameters()["1"]
+        True
+    """
     found: dict[int, nn.Parameter] = {}
     for part in module.modules():
         if isinstance(part, ExpertBank):

@@ -33,6 +33,19 @@ class ParallelExperts(nn.Module):
         group: the processes.
 
     Built by `shard_experts`.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> names = tm.shard_experts(moe)
+        >>> type(moe.experts).__name__, moe.experts.num_experts
+        ('ParallelExperts', 4)
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, local: ExpertFFN, shared: nn.ModuleDict, group: dist.ProcessGroup) -> None:
@@ -93,6 +106,18 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         TargetError: no process group or mixture exists, or its experts are not `SharedCoreExperts`, or are
             distributed already.
         TopologyError: the number of processes does not divide that of experts, or the experts' bonds differ.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tm.shard_experts(moe)[:2]
+        ['experts.local.up.core_0', 'experts.local.up.core_2']
+        >>> dist.destroy_process_group()
     """
     group = group if group is not None else dist.group.WORLD
     if group is None:
@@ -121,6 +146,20 @@ def gather_experts(module: nn.Module) -> None:
 
     Raises:
         TargetError: the module has no distributed experts.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> _ = tm.shard_experts(moe)
+        >>> tm.gather_experts(moe)
+        >>> type(moe.experts).__name__
+        'ExpertFFN'
+        >>> dist.destroy_process_group()
     """
     found = [part for part in module.modules() if isinstance(getattr(part, "experts", None), ParallelExperts)]
     if not found:
@@ -137,6 +176,19 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
 
     For training loops without `DistributedDataParallel`, which does the same during the backward pass. A
     missing gradient on some process counts as zero.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> import tensornet_moe as tm
+        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> _ = tm.shard_experts(moe)
+        >>> moe(torch.randn(5, 8)).square().sum().backward()
+        >>> tm.average_gradients(moe)  # then optimizer.step()
+        >>> dist.destroy_process_group()
     """
     own = {id(p) for p in _private_parameters(module)}
     replicated = [p for p in module.parameters() if id(p) not in own and p.requires_grad]

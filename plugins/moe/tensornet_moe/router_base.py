@@ -29,6 +29,13 @@ class Routing:
         mask: shape `(tokens,)`, False for padding; None without padding.
         kept: shape `(tokens, k)`, False where a choice is not computed (over capacity, or not chosen by the
             expert); None if all are.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> routing = tm.TopKRouter(8, 4, top_k=2)(torch.randn(5, 8))
+        >>> routing.expert_indices.shape, int(routing.load().sum()), int(routing.dropped())
+        (torch.Size([5, 2]), 10, 0)
     """
 
     expert_indices: Tensor
@@ -81,6 +88,16 @@ class Router(nn.Module, ABC):
 
     Raises:
         ValueError: an option out of its range.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> class RoundRobinRouter(tm.Router):
+        ...     def select(self, logits, probs, mask):
+        ...         index = torch.arange(len(probs))[:, None] % self.num_experts
+        ...         return tm.Routing(index, probs.gather(1, index), probs, logits, mask)
+        >>> RoundRobinRouter(8, 4)(torch.randn(6, 8)).load()
+        tensor([2, 2, 1, 1])
     """
 
     #: Arguments beyond those of this class, each kept as an attribute of the same name.
@@ -180,6 +197,14 @@ def register_router(name: str, kind: type[Router]) -> None:
 
     Raises:
         ValueError: the name is taken by another class.
+
+    Example:
+        >>> import tensornet_moe as tm
+        >>> class CalmRouter(tm.SwitchRouter):
+        ...     pass
+        >>> tm.register_router("calm", CalmRouter)
+        >>> CalmRouter(8, 4).spec()["type"]
+        'calm_router'
     """
     known = _ROUTERS.get(name)
     if known is kind:

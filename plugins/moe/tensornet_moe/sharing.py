@@ -59,6 +59,13 @@ def share_across_layers(
         NonFiniteError: NaN or infinity in `weights`.
         TopologyError: `shared` chooses no core, or an unknown one.
         ValueError: noise below 0, or no expert.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
+        >>> owner.names, len(banks), banks[0].owner is owner
+        (('1',), 2, True)
     """
     check_weights(weights, "layers", "out", "in")
     check_noise(noise)
@@ -96,6 +103,16 @@ def lend_shared_cores(model: nn.Module) -> int:
     Raises:
         FormatError: the model has no owner of a label, or several.
         TopologyError, ShapeError: an owner has other cores than its borrower expects.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> import tensornet_moe as tm
+        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
+        >>> specs = [part.spec() for part in (owner, *banks)]
+        >>> model = torch.nn.ModuleList(tn.nn.build_module(spec, device=None, dtype=None) for spec in specs)
+        >>> tm.lend_shared_cores(model)
+        2
     """
     waiting = [m for m in model.modules() if isinstance(m, SharedCoreExperts) and _waits(m)]
     owners: dict[str, list[SharedCores]] = {}
