@@ -25,6 +25,7 @@ class Budget:
         BudgetError: a cap is outside its range.
 
     Example:
+        >>> from tensornet import Budget
         >>> Budget(max_bond=(4, 8)).caps_of_bonds(2)
         (4, 8)
     """
@@ -90,6 +91,7 @@ def caps_of_bonds(
         BudgetError: not integers of at least 1, or a sequence of another length.
 
     Example:
+        >>> from tensornet.budget import caps_of_bonds
         >>> caps_of_bonds(4, 3)
         (4, 4, 4)
     """

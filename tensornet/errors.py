@@ -6,40 +6,135 @@ Messages show the value received, the value expected and the remedy, and list th
 
 
 class TensorNetError(Exception):
-    """Base class of all errors raised by tensornet and its plugins."""
+    """Base class of all errors raised by tensornet and its plugins.
+
+    Example:
+        >>> import tensornet as tn
+        >>> try:
+        ...     tn.Budget(max_bond=0)
+        ... except tn.TensorNetError as error:
+        ...     print(type(error).__name__, isinstance(error, ValueError))
+        BudgetError True
+    """
 
 
 class NonFiniteError(TensorNetError, ValueError):
-    """A weight, gradient or activation contains NaN or infinity."""
+    """A weight, gradient or activation contains NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> tn.truncated_svd(torch.tensor([[float("nan")]]))
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.NonFiniteError: The matrix holds 1 NaN or infinite value of 1; ...
+    """
 
 
 class BudgetError(TensorNetError, ValueError):
-    """A budget is contradictory or cannot be met by any network of the requested kind."""
+    """A budget is contradictory or cannot be met by any network of the requested kind.
+
+    Example:
+        >>> import tensornet as tn
+        >>> tn.Budget(rel_error=2)
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.BudgetError: rel_error must lie in [0, 1), got 2: ...
+    """
 
 
 class TopologyError(TensorNetError, ValueError):
-    """A topology is malformed, unknown, or does not fit the matrix it is used for."""
+    """A topology is malformed, unknown, or does not fit the matrix it is used for.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> tn.decompose(torch.eye(4), "ring")
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.TopologyError: Unknown topology 'ring'; registered are ...
+    """
 
 
 class ShapeError(TensorNetError, ValueError):
-    """A tensor has a shape or dtype other than the one its place requires."""
+    """A tensor has a shape or dtype other than the one its place requires.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> tn.truncated_svd(torch.ones(3))
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.ShapeError: truncated_svd needs a matrix of shape (m, n) ...
+    """
 
 
 class TargetError(TensorNetError, ValueError):
-    """A module pattern matches nothing, or a module cannot be compressed."""
+    """A module pattern matches nothing, or a module cannot be compressed.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> config = tn.CompressionConfig(param_ratio=0.5, exclude_modules=["attention.*"])
+        >>> tn.plan(torch.nn.Sequential(torch.nn.Linear(32, 32)), config)
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.TargetError: ...
+    """
 
 
 class FormatError(TensorNetError, ValueError):
-    """A stored file or folder does not follow the format it claims to follow."""
+    """A stored file or folder does not follow the format it claims to follow.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "model.safetensors"
+        ...     _ = path.write_bytes(b"not a model")
+        ...     tn.load_model(torch.nn.Linear(8, 8), path)
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.FormatError: Cannot read a model from ...
+    """
 
 
 class DestinationError(TensorNetError, OSError):
-    """A destination exists already or cannot be written, so that the requested output is missing."""
+    """A destination exists already or cannot be written, so that the requested output is missing.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> tn.save_model(torch.nn.Linear(8, 8), "/dev/null/model.safetensors")
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.DestinationError: The model cannot be written to /dev/null/model.safetensors: ...
+    """
 
 
 class CalibrationWarning(UserWarning):
-    """A model is compressed without calibration data from the caller; the message names the replacement."""
+    """A model is compressed without calibration data from the caller; the message names the replacement.
+
+    Example:
+        >>> import warnings
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", tn.CalibrationWarning)
+        ...     report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5))
+    """
 
 
 class MissingDependencyError(TensorNetError, ImportError):
-    """An optional package is missing; the message holds the pip command that installs it."""
+    """An optional package is missing; the message holds the pip command that installs it.
+
+    Example:
+        >>> from tensornet.optional import require
+        >>> require(("no_such_package",), extra="viz", user="draw")
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.MissingDependencyError: draw needs no_such_package, ...
+    """

@@ -48,6 +48,8 @@ class MPO:
             has another dtype or device than the first, or the features exceed the product of the legs.
 
     Example:
+        >>> import torch
+        >>> from tensornet import MPO
         >>> operator = MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)])
         >>> operator.shape, operator.bond_dims, len(operator)
         ((8, 4), (3,), 2)
@@ -115,6 +117,8 @@ class MPO:
             TopologyError: the dims do not fit.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> x = torch.arange(64, dtype=torch.float64) / 64
             >>> MPO.from_matrix(torch.exp(x)[:, None] * torch.exp(-x), sites=3).bond_dims
             (1, 1)
@@ -163,6 +167,8 @@ class MPO:
         Raises: as in `from_matrix`.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> [mpo.bond_dims for mpo in MPO.from_matrices(torch.ones(2, 8, 8), sites=3)]
             [(1, 1), (1, 1)]
         """
@@ -205,6 +211,8 @@ class MPO:
             ShapeError: different numbers of sites, or `features` exceeds a product of the dims.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> MPO.identity((2, 3)).to_matrix().equal(torch.eye(6))
             True
         """
@@ -256,6 +264,8 @@ class MPO:
         The certificate does not count the rounding of a narrower dtype.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> MPO.identity((2, 2)).to(torch.float64).dtype
             torch.float64
         """
@@ -325,6 +335,8 @@ class MPO:
         """Multiply `x: (..., in_features)`, giving `(..., out_features)`; NumPy arrays return NumPy arrays.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
             torch.Size([5, 4])
         """
@@ -398,6 +410,8 @@ class MPO:
             ShapeError: the shapes do not fit, or the operators have different numbers of sites.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> flip = MPO([torch.eye(2).flip(0).reshape(1, 2, 2, 1)] * 2)
             >>> flip @ torch.arange(4.0)
             tensor([3., 2., 1., 0.])
@@ -447,6 +461,8 @@ class MPO:
             ValueError: the exponent is negative.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> flip = MPO([torch.eye(2).flip(0).reshape(1, 2, 2, 1)] * 2)
             >>> (flip**2).to_matrix().equal(torch.eye(4))
             True
@@ -474,6 +490,8 @@ class MPO:
             ShapeError: dims or shapes differ.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> eye = MPO.identity((2, 2))
             >>> eye.hadamard(eye).to_matrix().equal(torch.eye(4))
             True
@@ -490,6 +508,8 @@ class MPO:
             ShapeError: the other operator has padding, which would lie amid the rows of the product.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> MPO.identity((2,)).kron(MPO.identity((3,))).to_matrix().equal(torch.eye(6))
             True
         """
@@ -518,6 +538,7 @@ class MPO:
             ShapeError: the operator is not square.
 
         Example:
+            >>> from tensornet import MPO
             >>> MPO.identity((2, 3)).trace()
             tensor(6.)
         """
@@ -548,6 +569,8 @@ class MPO:
         """Move the orthogonality center by QR, with gradient. See `mpo_algebra.canonicalize`.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> operator = MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)]).canonicalize(center=1)
             >>> float(operator[1].norm()) == float(operator.norm())
             True
@@ -574,6 +597,7 @@ class MPO:
             NonFiniteError: the operator holds NaN or infinity.
 
         Example:
+            >>> from tensornet import MPO
             >>> eye = MPO.identity((2, 2, 2))
             >>> (eye + eye).round().bond_dims
             (1, 1)
@@ -605,6 +629,8 @@ class MPO:
         """Compute the logarithm of the Frobenius norm, also where the norm itself overflows or underflows.
 
         Example:
+            >>> import torch
+            >>> from tensornet import MPO
             >>> MPO([torch.ones(1, 2, 2, 1)] * 2000).log_norm()
             tensor(1386.2944, dtype=torch.float64)
         """

@@ -28,6 +28,15 @@ class TensorNetwork:
 
     Raises:
         ShapeError: a core is missing, surplus, or has another shape, dtype or device than the rest.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> topology = tn.topologies.low_rank(out_features=8, in_features=6, rank=2)
+        >>> shapes = topology.core_shapes.values()
+        >>> network = tn.TensorNetwork(topology, [torch.randn(shape) for shape in shapes])
+        >>> network.apply(torch.randn(5, 6)).shape, network.to_matrix().shape
+        (torch.Size([5, 8]), torch.Size([8, 6]))
     """
 
     def __init__(self, topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     Examples:
         >>> import warnings
         >>> with warnings.catch_warnings(record=True) as seen:
+        ...     warnings.simplefilter("always")
         ...     warn("Left dense.")
         >>> str(seen[0].message)
         'Left dense.'

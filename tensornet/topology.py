@@ -16,6 +16,13 @@ class CoreSpec:
     Args:
         name: a Python identifier or number, unique in its topology.
         labels: one label for each dimension of the core's tensor.
+
+    Example:
+        >>> import tensornet as tn
+        >>> tn.topologies.low_rank(out_features=8, in_features=6, rank=2).cores[0]
+        CoreSpec(name='0', labels=('b0', 'o0', 'i0', 'b1'))
+        >>> tn.CoreSpec("left", ("o", "rank"))
+        CoreSpec(name='left', labels=('o', 'rank'))
     """
 
     name: str
@@ -44,6 +51,20 @@ class Topology:
 
     Raises:
         TopologyError: a label has no size, a leg is missing, names repeat, or features exceed the legs.
+
+    Example:
+        >>> import tensornet as tn
+        >>> topology = tn.Topology(
+        ...     family="mine",
+        ...     cores=(tn.CoreSpec("left", ("o", "rank")), tn.CoreSpec("right", ("rank", "i"))),
+        ...     sizes=(("o", 8), ("rank", 2), ("i", 6)),
+        ...     out_labels=("o",),
+        ...     in_labels=("i",),
+        ...     out_features=8,
+        ...     in_features=6,
+        ... )
+        >>> topology.shape, topology.bond_dims, topology.num_params
+        ((8, 6), {'rank': 2}, 28)
     """
 
     family: str

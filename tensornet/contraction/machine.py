@@ -23,6 +23,13 @@ class Machine:
         copy_run: more for each contiguous run of a copy: for each element if the innermost index changes.
         copy_far: more for each element of a copy that the cache of a core does not hold.
         half_size: rows, columns or summed indices at which a product reaches half of its peak.
+
+    Example:
+        >>> import dataclasses
+        >>> from tensornet.contraction.machine import default_machine
+        >>> machine = dataclasses.replace(default_machine("cpu"), name="mine", bandwidth=40e9)
+        >>> machine.efficiency(64, 64, 64) < 1
+        True
     """
 
     name: str

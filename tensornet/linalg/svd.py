@@ -38,6 +38,13 @@ class TruncatedSVD:
         Vh: right singular vectors, shape `(rank, n)`.
         error: certified relative Frobenius error of the truncation, `sqrt(sum discarded S^2) / |matrix|`.
         method: the route that produced it: `"exact"`, `"gram"` or `"randomized"`.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> found = tn.truncated_svd(torch.diag(torch.tensor([4.0, 3.0, 0.0])), max_rank=1)
+        >>> found.S, round(found.error, 3), found.method
+        (tensor([4.]), 0.6, 'gram')
     """
 
     U: Tensor
@@ -167,6 +174,13 @@ def truncated_svd(
 
     Reference:
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> found = tn.truncated_svd(torch.randn(20, 30), rel_error=0.5)
+        >>> found.U.shape[1] == len(found.S), found.error <= 0.5
+        (True, True)
     """
     check_dense(matrix, "truncated_svd", "a matrix of shape (m, n)", 2)
     check_method(method)

@@ -32,6 +32,13 @@ class SearchPoint:
             which the decomposition reaches to half a percent; else the certified error of the decomposition.
             None without a matrix.
         error_bound: error that no matrix of this shape exceeds, None where the family has no such bound.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> point = tn.search_topology(torch.randn(32, 48), param_ratio=0.5).best()
+        >>> point.params <= 32 * 48 / 2, 0 < point.error < 1
+        (True, True)
     """
 
     topology: Topology
@@ -66,6 +73,13 @@ class TopologySearch:
         points: everything that was evaluated, by parameters.
         front: points that no other point beats in parameters, error and time at once.
         pruned: candidates that a bound ruled out before they were decomposed.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> found = tn.search_topology(torch.randn(32, 48), param_ratio=0.5)
+        >>> found.best("params").params <= found.best("error").params
+        True
     """
 
     shape: tuple[int, int]

@@ -66,6 +66,14 @@ def search_topology(
         TopologyError: unknown family, or no family given.
         TypeError: `machine` is neither a Machine nor None.
         ValueError: `tokens` below 1 or `max_sites` below 2, or not integers.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> found = tn.search_topology(torch.randn(32, 48), param_ratio=0.5, tokens=(1, 256))
+        >>> best = found.best("error")
+        >>> best.topology.shape, best.params <= found.max_params
+        ((32, 48), True)
     """
     matrix, shape = _operand(matrix_or_shape)
     budget = _budget(shape, param_ratio, max_params)

@@ -18,6 +18,13 @@ def register_profiles() -> None:
     - `nightly`: 1000 random examples, to find rare failures.
 
     No profile has a deadline: the first call of an operation plans or compiles and is slower than the rest.
+
+    Example:
+        >>> from hypothesis import settings
+        >>> from tensornet.testing import register_profiles
+        >>> register_profiles()
+        >>> settings.get_profile("ci").max_examples
+        25
     """
     # Each option is written out: on a CI machine hypothesis changes the defaults it would inherit.
     common: dict[str, Any] = {

@@ -26,6 +26,14 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
 
     Raises:
         TopologyError: not such an instance, it has no name, or the name is taken and `replace` is false.
+
+    Example:
+        >>> import tensornet as tn
+        >>> class MyFamily(tn.topologies.MPOFamily):
+        ...     name = "mine"
+        >>> family = tn.register_topology(MyFamily())
+        >>> tn.topologies.topology_family("mine") is family
+        True
     """
     if not isinstance(family, TopologyFamily):
         raise TopologyError(
