@@ -11,7 +11,7 @@ from tensornet.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """Caps on one decomposition. Any may be combined; the tightest decides each bond.
+    """Caps on bonds, error and parameters of one decomposition; the tightest decides each bond.
 
     Args:
         max_bond: largest bond dimension, at least 1, or a sequence with one cap for each bond in the order of
@@ -80,7 +80,7 @@ def check_max_bond(value: Any, error: type[ValueError] = BudgetError) -> int | t
 def caps_of_bonds(
     max_bond: int | Sequence[int] | None, count: int, error: type[ValueError] = BudgetError
 ) -> tuple[int | None, ...]:
-    """Expand a cap to one for each bond.
+    """Expand `max_bond` to a tuple with one cap for each bond.
 
     Args:
         max_bond: one cap for all bonds, a sequence with one for each, or None.

@@ -57,7 +57,7 @@ class TopologyError(TensorNetError, ValueError):
 
 
 class ShapeError(TensorNetError, ValueError):
-    """A tensor has a shape or dtype other than the one its place requires.
+    """A tensor has the wrong shape or dtype.
 
     Example:
         >>> import torch

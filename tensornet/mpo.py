@@ -332,7 +332,7 @@ class MPO:
     def apply(self, x: Array) -> Array: ...
 
     def apply(self, x: Tensor | Array) -> Tensor | Array:
-        """Multiply `x: (..., in_features)`, giving `(..., out_features)`; NumPy arrays return NumPy arrays.
+        """Apply the operator to `x: (..., in_features)`, giving `(..., out_features)`; NumPy in, NumPy out.
 
         Example:
             >>> import torch
@@ -579,7 +579,7 @@ class MPO:
 
     @outside_autocast
     def round(self, *, max_bond: int | Sequence[int] | None = None, rel_error: float | None = None) -> "MPO":
-        """Truncate the bonds, at most `rel_error` away from this operator; the result carries no gradient.
+        """Truncate the bonds to a relative error of at most `rel_error`; the result carries no gradient.
 
         Args:
             max_bond: cap on every bond, or a sequence with one for each.

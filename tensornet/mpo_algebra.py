@@ -146,7 +146,7 @@ def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Co
 
 
 def identity_chain(out_dims: Sequence[int], in_dims: Sequence[int], *, like: Tensor) -> Cores:
-    """Build the operator with ones where row and column index are equal; bonds are 1 for equal dims.
+    """Build the identity as a chain; bonds are 1 if out- and in-dims are equal.
 
     To explain how this works where the dims differ: after the digits of some sites the row index lies in an
     interval that starts at `r`, the column index in one that starts at `c`. The bond values are the offsets
@@ -312,7 +312,7 @@ def round_chain(
 def bond_tolerance(
     rel_error: float | None, total: float, spent: float, energy: float, *, bonds_left: int
 ) -> float | None:
-    """Distribute the remaining allowed energy evenly: the relative error that the next bond may make.
+    """Compute the relative error allowed at the next bond: an even part of the remaining energy.
 
     Args:
         rel_error: promise for the whole chain, None for no promise.
@@ -437,7 +437,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
 
 
 class _Projected(torch.autograd.Function):
-    """Value with the gradient of a projection, which is correct to first order only.
+    """Autograd function: the value as given, with the gradient of `project`; no second derivatives.
 
     `once_differentiable` would let second derivatives through as zeros where the incoming gradient is a
     constant, so they are refused by `_NoSecondDerivative` instead.

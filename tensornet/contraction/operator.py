@@ -160,7 +160,7 @@ def _builds_matrix(path: Sequence[tuple[int, int]]) -> bool:
 
 @lru_cache(maxsize=4096)
 def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebuild: bool = True) -> Bounds:
-    """Tabulate the fastest route for every token count, exact to a tenth of the count where it changes.
+    """Tabulate the fastest route by token count; crossover counts are exact to a tenth.
 
     Args:
         plan: the operator.

@@ -63,7 +63,7 @@ def find_path(
     size_of: Mapping[str, int],
     optimize: Optimize = "auto",
 ) -> list[tuple[int, int]]:
-    """Find the pairwise contraction order with the fewest multiply-adds that `optimize` finds."""
+    """Find a pairwise contraction order with few multiply-adds, by the optimizer `optimize`."""
     if len(operands) == 1:
         return []
     squeezed = [tuple(x for x in labels if x == TOKENS or size_of[x] > 1) for labels in operands]
@@ -91,7 +91,7 @@ def find_path(
 
 
 def check_optimize(optimize: Optimize) -> None:
-    """Raise unless `optimize` is accepted by opt_einsum; planning happens at the first forward pass.
+    """Raise early unless `optimize` can find paths, since planning waits for the first forward pass.
 
     Raises:
         TopologyError: no optimizer has this name.

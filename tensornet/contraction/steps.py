@@ -117,7 +117,7 @@ class ContractionPlan:
 
     @property
     def copies(self) -> tuple[Copy, ...]:
-        """All copies, including that of the output."""
+        """Copies of all steps, and that of the output."""
         inner = tuple(copy for step in self.steps for copy in step.copies)
         return inner if self.output_copy is None else (*inner, self.output_copy)
 

@@ -66,7 +66,7 @@ def fit_residual(
     column_damping: float = COLUMN_DAMPING,
     sweeps: int = 0,
 ) -> ResidualFit:
-    """Fit an integer matrix plus a product of rank `rank` to a weight; keep the turn with the lowest loss.
+    """Fit an integer matrix plus a rank-`rank` product to a weight; return the iterate with the least loss.
 
     Args:
         weight: shape `(out, in)`.

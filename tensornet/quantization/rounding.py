@@ -227,7 +227,7 @@ class _Problem:
         return Grid(*_spread(found, self.format, self.weight.shape[2], self.weight.dtype), self.format.top)
 
     def rounder(self, method: Method) -> _Loop:
-        """Factorise the moments that a method needs."""
+        """Build the rounding loop of a method, with its moments factorised."""
         stack = len(self.weight)
         rows = columns = row_feedback = column_feedback = row_order = column_order = None
         if method in ("rows", "both"):
@@ -351,7 +351,7 @@ def _pair(values: list[Tensor] | None) -> tuple[Tensor, Tensor] | None:
 def _undone(
     kept: tuple[Tensor, Tensor] | None, order: Tensor | None, side: Side | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Restore the order of one side: its diagonal in the loss increase, and the growth of errors."""
+    """Undo the rounding order of one side; return its weights in the loss and its error growth."""
     if kept is not None:
         assert order is not None
         back = order.argsort(1)

@@ -176,7 +176,7 @@ def form(topology: Topology) -> str:
 
 
 def pareto_front(points: Sequence[SearchPoint]) -> tuple[SearchPoint, ...]:
-    """Find the points that no other point matches or beats in parameters, error and time, by parameters."""
+    """Select the Pareto-optimal points in parameters, error and time, sorted by parameters."""
     front: list[SearchPoint] = []
     for point in sorted(points, key=_key):
         mine = _key(point)

@@ -284,7 +284,7 @@ def check_canonical(operator: MPO, center: int) -> None:
 
 
 class Law(NamedTuple):
-    """Law: a check and the strategies of its arguments.
+    """Check together with the hypothesis strategies of its arguments.
 
     Args:
         check: raises `AssertionError`.

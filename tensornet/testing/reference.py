@@ -72,7 +72,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
 
 
 def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], bond: int) -> Array:
-    """Unfold an operator without padding to `(legs of sites up to bond, legs after it)`."""
+    """Compute the unfolding `(legs up to a bond, legs after it)` of an operator without padding."""
     sites = len(out_dims)
     order = [axis for k in range(sites) for axis in (k, sites + k)]
     tensor = to_numpy(matrix).reshape(*out_dims, *in_dims).transpose(order)

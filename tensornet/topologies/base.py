@@ -184,7 +184,7 @@ class TopologyFamily(ABC):
     def starts(
         self, matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting
     ) -> list[TensorNetwork]:
-        """Decompose quickly to topologies that differ only in bonds; their losses are upper bounds.
+        """Compute a fast decomposition for each of several topologies that differ only in bonds.
 
         By default one decomposition for each. Override it if the leading part of a large one serves all.
         """

@@ -108,7 +108,7 @@ def scaled(caps: Sequence[int], values: Sequence[float], index: int, known: floa
 
 
 def interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
-    """Interpolate values linearly in their logarithm, but linearly next to an exact candidate."""
+    """Interpolate values log-linearly, but linearly next to an exact candidate."""
     logs = np.log(np.maximum(values, 1e-300))
     plain, geometric = np.interp(caps, tried, values), np.exp(np.interp(caps, tried, logs))
     exact = np.array(values) <= 1e-12 * max(*values, 1e-300)

@@ -30,7 +30,7 @@ def best_dims(
     build: Callable[..., Topology],
     num_params: Callable[[Topology], int],
 ) -> Dims:
-    """Find the leg sizes with the least predicted loss of a chain, balanced ones among them.
+    """Find the leg sizes of least predicted loss, among balanced and unbalanced candidates.
 
     Compared by the geometric mean, over two sizes, of what truncating the widest bond loses in
     leg-whitened coordinates.

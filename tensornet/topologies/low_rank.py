@@ -143,7 +143,7 @@ class LowRankFamily(TopologyFamily):
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Fix the gauge of the first core, even where storing its row order costs more than it saves."""
+        """Map the first core to its bond, even where storing the row order costs more than it saves."""
         return gauge_bonds(topology, always=True)
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:

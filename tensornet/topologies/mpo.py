@@ -149,7 +149,7 @@ class MPOFamily(FactoredFamily):
         return {**kept, "out_dims": outs, "in_dims": ins}
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Fix the gauge of all cores but the last, even where storing row orders costs more than it saves."""
+        """Map every core but the last to its right bond, even where a row order costs more than it saves."""
         return gauge_bonds(topology, always=True)
 
     def proposals(

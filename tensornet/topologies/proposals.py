@@ -49,7 +49,7 @@ def known_proposal(
 
 
 def uniform_proposals(family: "TopologyFamily", shape: tuple[int, int], params: int) -> Iterator[Proposal]:
-    """Propose the largest uniform bond that fits, for any family; only a decomposition tells its error."""
+    """Propose the largest uniform bond that fits, for any family; its error is unknown in advance."""
 
     def fits(bond: int) -> bool:
         return family.build(*shape, max_bond=bond).num_params <= params

@@ -187,7 +187,7 @@ def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
 
 
 def _network(topology: Topology, core: Tensor, factors: Sequence[Tensor]) -> TensorNetwork:
-    """Absorb the factors of legs that have none in the topology into the core."""
+    """Absorb into the core the factors that the topology does not have."""
     kept = []
     for axis, (label, factor) in enumerate(
         zip((*topology.out_labels, *topology.in_labels), factors, strict=True)
