@@ -68,6 +68,7 @@ def fit_network(
     sweeps: int = 2,
     steps: int = 8,
     tolerance: float = TOLERANCE,
+    only: Sequence[int] | None = None,
 ) -> Fit:
     """Reduce the weighted error of a network by alternating least squares, monotonically.
 
@@ -78,6 +79,7 @@ def fit_network(
         sweeps: largest number of rounds over all cores.
         steps: conjugate gradient steps for each core.
         tolerance: stop after a sweep that lowers the cost by less than this fraction.
+        only: positions of the cores that are fitted; all if absent.
 
     Raises:
         ShapeError: the weighting does not fit the matrix.
@@ -101,7 +103,7 @@ def fit_network(
     done, converged = 0, False
     while done < sweeps and not converged:
         before = cost
-        for index in range(len(cores)):
+        for index in range(len(cores)) if only is None else only:
             cost = _improve(target, cast, network.topology, cores, index, steps, cost)
         done += 1
         converged = before - cost <= tolerance * before

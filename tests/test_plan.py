@@ -93,7 +93,7 @@ def test_editing_to_any_family(family: str, tmp_path: Path) -> None:
     (line,) = [line for line in str(edited).splitlines() if line.startswith(NAME)]
     assert re.fullmatch(rf"{NAME} +{family} [0-9x]+ +[0-9,]+ -> [0-9,]+ +\? +0\.\d{{4}}", line)
     error = tn.apply_plan(model, edited, stats)[NAME]
-    assert 0 < error < 2
+    assert 0 < error < 2 or (error == 0 and not topology_family(family).build(4, 4).bond_dims)
     assert sum(x.numel() for x in model.get_submodule(NAME).stored.values()) == edited[NAME].params_after
 
 

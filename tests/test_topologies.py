@@ -42,6 +42,11 @@ class TestLowRank(laws.FamilyLaws):
     matrices = small
 
 
+class TestDense(laws.FamilyLaws):
+    family = topology_family("dense")
+    matrices = small
+
+
 class TestKronecker(laws.FamilyLaws):
     family = topology_family("kronecker")
     matrices = small

@@ -71,8 +71,9 @@ def apply_plan(
             _check_fits(model, layer, targets.get(layer.name))
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
-            result = _decomposed(target, layer, plan, stats)
-            modules, errors[layer.name] = _compressed(target, layer, result)
+            weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
+            result = _decomposed(target, layer, weighting)
+            modules, errors[layer.name] = _compressed(target, layer, result, weighting)
             made.update(zip(target.names, modules, strict=True))
         with replaced(model, made):
             structure_changed(model)
@@ -118,13 +119,14 @@ def decompress(model: nn.Module) -> nn.Module:
             "decompress puts layers into the model that holds them; for a layer alone take what its "
             "to_linear() or to_embedding() returns."
         )
-    dense: dict[int, nn.Module] = {}  # by first core: tied layers share it
+    dense: dict[int, nn.Module] = {}  # by first stored tensor: tied layers share it
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
         stock = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
-        stock.weight.requires_grad_(module.weight.requires_grad)
-        twin = dense.setdefault(id(module.weight), stock)
+        stored = list(module.stored.values())
+        stock.weight.requires_grad_(any(tensor.requires_grad for tensor in stored))
+        twin = dense.setdefault(id(stored[0]), stock)
         if twin is not stock:
             layer_kind(module.source).share(stock, twin.weight)  # type: ignore[arg-type]
         if (bias := layer_bias(module)) is not None:
@@ -161,13 +163,10 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         )
 
 
-def _decomposed(
-    target: Target, layer: LayerPlan, plan: CompressionPlan, stats: CalibrationStats | None
-) -> Decomposition:
+def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decomposition:
     """Decompose one layer under the weighting that the plan was made with."""
     assert layer.topology is not None
     family = topology_family(layer.topology.family)
-    weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
     try:
         made = family.fit(target.matrix, layer.topology, weighting)
         if made.network.topology.core_shapes != layer.topology.core_shapes:
@@ -183,27 +182,30 @@ def _decomposed(
     return made
 
 
-def _compressed(target: Target, layer: LayerPlan, result: Decomposition) -> tuple[list[nn.Module], float]:
+def _compressed(
+    target: Target, layer: LayerPlan, result: Decomposition, weighting: Weighting
+) -> tuple[list[nn.Module], float]:
     """New modules for every name of a target, sharing the cores, and the certified error."""
     matrix = target.matrix
     network = result.network.to(matrix.dtype)
     trainable = target.weight.requires_grad
     made: dict[int, nn.Module] = {}  # one object used under several names stays one object
     first: NetworkModule | None = None
+    options: dict[str, Any] = {"storage": layer.storage, "weighting": weighting}
     for module, kind in zip(target.modules, target.kinds, strict=True):
         if id(module) in made:
             continue
         new: NetworkModule
         if isinstance(module, nn.Embedding):
-            new = embedding_from_network(network, padding_idx=module.padding_idx, storage=layer.storage)
+            new = embedding_from_network(network, padding_idx=module.padding_idx, **options)
         else:
-            new = linear_from_network(network, bias=None, source=kind.name, storage=layer.storage)
+            new = linear_from_network(network, bias=None, source=kind.name, **options)
             new.bias = layer_bias(module)  # the parameter itself: another module may be tied to it
         if first is not None:
             new.share_cores(first)
         first = first or new
         for stored in new.stored.values():
-            stored.requires_grad_(trainable and stored.is_floating_point())
+            stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
         made[id(module)] = new
     assert first is not None
     error = result.error if layer.storage.plain else relative_gap(matrix, first.to_matrix())

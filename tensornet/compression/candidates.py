@@ -149,7 +149,11 @@ def family_candidates(
         (sensitivity.choice, sensitivity.forecast),
         max_bond=max_bond,
         # Fixing a gauge adds no rounding worth the time.
-        round_trip=(lambda network: round_trip(network, storage, matrix.dtype)) if storage.int8 else None,
+        round_trip=(
+            (lambda network: round_trip(network, storage, matrix.dtype, sensitivity.choice))
+            if storage.quantized
+            else None
+        ),
         **chosen,
     )
     topologies = ladder.topologies
@@ -237,7 +241,7 @@ def keep_promise(
         if topology is None:
             break
         made = topology_family(topology.family).fit(matrix, topology, weighting)
-        error = stored_error(matrix, made, storage)
+        error = stored_error(matrix, made, storage, weighting)
         if error <= rel_error:
             break
         wanted = float(candidates.errors[order[place]]) * rel_error / error
@@ -247,17 +251,30 @@ def keep_promise(
     return candidates.only(sorted(order[place:]))
 
 
-def round_trip(network: TensorNetwork, storage: Storage, dtype: torch.dtype) -> TensorNetwork:
-    """Encode the cores of a network in a dtype, and decode them again."""
-    kept = encode(network.topology, storage, network.to(dtype).cores)
-    return TensorNetwork(network.topology, decode(network.topology, storage, kept))
+def round_trip(
+    network: TensorNetwork, storage: Storage, dtype: torch.dtype, weighting: Weighting | None = None
+) -> TensorNetwork:
+    """Encode the cores of a network in a dtype, and decode them again.
+
+    Args:
+        network: to be stored.
+        storage: how its cores are kept.
+        dtype: of the model.
+        weighting: sensitivity of the loss, with which cores are rounded to integers.
+    """
+    kept = encode(network.topology, storage, network.to(dtype).cores, weighting)
+    # Integers are looked at in full precision.
+    seen = network.cores[0].dtype if storage.own_dtypes else None
+    return TensorNetwork(network.topology, decode(network.topology, storage, kept, dtype=seen))
 
 
-def stored_error(matrix: Tensor, made: Decomposition, storage: Storage) -> float:
+def stored_error(
+    matrix: Tensor, made: Decomposition, storage: Storage, weighting: Weighting | None = None
+) -> float:
     """Relative Frobenius error of the stored network: certified for plain cores, measured for others."""
     if storage.plain:
         return made.error
-    return relative_gap(matrix, round_trip(made.network, storage, matrix.dtype).to_matrix())
+    return relative_gap(matrix, round_trip(made.network, storage, matrix.dtype, weighting).to_matrix())
 
 
 def relative_gap(matrix: Tensor, other: Tensor) -> float:

@@ -207,13 +207,14 @@ def _refit(
     metric, wanted = _target(weight, name, moments, stats, options)
     rows = None if stats is None or name not in stats.rows else damped(stats.rows[name], options.damping)
     family = topology_family(layer.topology.family)
-    made = family.fit(wanted.to(layer.weight.dtype), layer.topology, Weighting(rows, metric))
-    _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores])
+    weighting = Weighting(rows, metric)
+    made = family.fit(wanted.to(layer.weight.dtype), layer.topology, weighting)
+    _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores], weighting)
 
 
-def _write(layer: NetworkModule, cores: Sequence[Tensor]) -> None:
+def _write(layer: NetworkModule, cores: Sequence[Tensor], weighting: Weighting) -> None:
     """Write cores into the parameters of a layer."""
-    kept = encode(layer.topology, layer.storage, cores)
+    kept = encode(layer.topology, layer.storage, cores, weighting)
     for name, parameter in layer.stored.items():
         parameter.copy_(kept[name])
 

@@ -26,7 +26,7 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
         for part, tensor in module.stored.items():
-            if tensor.is_floating_point() and not module.storage.int8:
+            if isinstance(tensor, nn.Parameter) and not module.storage.int8:
                 assert isinstance(tensor, nn.Parameter)
                 found.setdefault(id(tensor), (f"{name}.{part}", tensor))
     if not found:

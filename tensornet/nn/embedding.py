@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from tensornet.budget import Budget
 from tensornet.contraction.path import TOKENS, ContractionPlan, plan_contraction, run
 from tensornet.errors import ShapeError, TargetError
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.nn.execution import CACHED
@@ -164,9 +165,13 @@ def plan_lookup(topology: Topology) -> ContractionPlan:
 
 
 def embedding_from_network(
-    network: TensorNetwork, *, padding_idx: int | None = None, storage: Storage = PLAIN
+    network: TensorNetwork,
+    *,
+    padding_idx: int | None = None,
+    storage: Storage = PLAIN,
+    weighting: Weighting | None = None,
 ) -> MPOEmbedding:
-    """An embedding with these cores."""
+    """An embedding with these cores; `weighting` decides how they are rounded."""
     layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
-    layer.set_cores(network.cores)
+    layer.set_cores(network.cores, weighting)
     return layer

@@ -199,6 +199,9 @@ class RoutedModule(MatrixKeeper):
             return {"cached": "gradients of the cores are recorded; use torch.no_grad()"}
         return {}
 
+    def _computed_like(self) -> Tensor:
+        return self.weight
+
     def _core_tensors(self) -> tuple[Tensor | None, ...]:
         # Straight from the dictionaries: a parametrized tensor is then not taken for a parameter.
         parameters, buffers = self._parameters, self._buffers

@@ -12,6 +12,7 @@ from tensornet.budget import Budget
 from tensornet.checks import check_input
 from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input
 from tensornet.errors import TargetError
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.nn.execution import CACHED
@@ -262,8 +263,12 @@ def linear_from_network(
     source: str,
     strategy: Strategy = "auto",
     storage: Storage = PLAIN,
+    weighting: Weighting | None = None,
 ) -> TensorNetworkLinear:
-    """A layer with these cores and a copy of this bias, in the dtype and on the device of the cores."""
+    """A layer with these cores and a copy of this bias, in the dtype and on the device of the cores.
+
+    `weighting` decides how cores are rounded, see `NetworkModule.set_cores`.
+    """
     layer = empty_linear(
         network.topology,
         bias=bias is not None,
@@ -272,7 +277,7 @@ def linear_from_network(
         storage=storage,
         device="meta",
     )
-    layer.set_cores(network.cores)
+    layer.set_cores(network.cores, weighting)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(network.cores[0].dtype).clone())
     return layer

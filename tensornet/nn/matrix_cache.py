@@ -18,6 +18,8 @@ from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
 from typing_extensions import Self
 
+from tensornet.nn.encoding import is_trainable
+
 #: How a layer is applied, see `tensornet.nn.NetworkModule`.
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
 STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
@@ -72,8 +74,8 @@ def may_cache(cores: Sequence[Tensor | None]) -> bool:
         return False
     recording = is_grad_enabled()
     for core in cores:
-        # Integers are buffers.
-        if type(core) is not nn.Parameter and (type(core) is not Tensor or core.is_floating_point()):
+        # Integers and scales in 8 bits are buffers.
+        if type(core) is not nn.Parameter and (type(core) is not Tensor or is_trainable(core)):
             return False
         if core.is_inference() or core.is_meta:
             return False
@@ -146,6 +148,10 @@ class MatrixKeeper(nn.Module):
         """Everything the matrices are built from; None for what is no tensor of the module itself."""
         raise TypeError(f"{type(self).__name__} must define _core_tensors().")
 
+    def _computed_like(self) -> Tensor:
+        """A tensor of the dtype and on the device of computing."""
+        return next(x for x in self._core_tensors() if x is not None and x.is_floating_point())
+
     @property
     def cached_bytes(self) -> int:
         """Size of what is kept at the moment, 0 if nothing is."""
@@ -189,9 +195,9 @@ class MatrixKeeper(nn.Module):
         cores = self._core_tensors()
         if self._cached is None or not self._cached.holds_for(cores):
             self.drop_cache()  # frees the old one before the new one is built
-            first = next(core for core in cores if core is not None and core.is_floating_point())
-            off = torch.autocast(first.device.type, enabled=False)
-            dtype = compute_dtype(first)
+            like = self._computed_like()
+            off = torch.autocast(like.device.type, enabled=False)
+            dtype = compute_dtype(like)
             # An inference tensor could not serve a later pass that records gradients of its input.
             with torch.inference_mode(False), torch.no_grad(), off:
                 matrix = build().to(dtype).contiguous()

@@ -1,14 +1,16 @@
 """Base of all tensor-network layers: parameters, description, strategy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tensornet.contraction.operator import contract_to_matrix
 from tensornet.contraction.path import check_optimize
 from tensornet.errors import ShapeError
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores
 from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, gauge_axes, hold, layout
 from tensornet.nn.execution import RoutedModule
@@ -20,7 +22,8 @@ class NetworkModule(RoutedModule):
     """Abstract base: cores registered as parameters `core_<name>`, and a topology that describes them.
 
     With another than plain storage `tensornet.nn.encoding` derives the stored tensors from the cores:
-    floating ones are parameters, integers are persistent buffers.
+    floating ones are parameters, integers are persistent buffers. Where number formats fix dtypes, `.to()`,
+    `.half()` and the like move those tensors and keep their dtype, while the dtype of computing follows.
 
     Args:
         topology: the operator `(out_features, in_features)`.
@@ -65,6 +68,9 @@ class NetworkModule(RoutedModule):
             kept = encode(topology, storage, random_cores(topology, device=device, dtype=dtype))
         for name, tensor in kept.items():
             hold(self, name, tensor)
+        if storage.own_dtypes:
+            like = torch.empty(0, dtype=dtype or torch.get_default_dtype(), device=device)
+            self.register_buffer("compute_like", like, persistent=False)
         self._start_routing(strategy, cache_limit, optimize)
 
     @property
@@ -72,25 +78,31 @@ class NetworkModule(RoutedModule):
         """The cores, in the order of the topology: the parameters themselves if storage is plain."""
         if self.storage.plain:
             return tuple(getattr(self, f"core_{name}") for name in self.topology.core_names)
-        return decode(self.topology, self.storage, self.stored, self._gauge_axes)
+        dtype = self.weight.dtype if self.storage.own_dtypes else None
+        return decode(self.topology, self.storage, self.stored, self._gauge_axes, dtype)
 
     @property
     def stored(self) -> dict[str, Tensor]:
         """The parameters and buffers that hold the cores, by name."""
         return {name: getattr(self, name) for name in self._tensor_names}
 
-    def set_cores(self, cores: Sequence[Tensor]) -> None:
+    def set_cores(self, cores: Sequence[Tensor], weighting: Weighting | None = None) -> None:
         """Replace the core parameters, keeping dtype and device of the tensors given.
 
         Tensors that are parameters already are shared, not copied: that is how tied layers stay tied.
 
+        Args:
+            cores: in the order of the topology.
+            weighting: sensitivity of the loss, with which cores are rounded where they are kept as integers.
+
         Raises:
             ShapeError: a core does not have the shape its topology says.
         """
-        kept = encode(self.topology, self.storage, check_cores(self.topology, cores))
+        kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting)
         for name, tensor in kept.items():
             # Contiguous, as they come back from a file: a pass reads them without a copy, to the same bits.
             hold(self, name, tensor if isinstance(tensor, nn.Parameter) else tensor.contiguous())
+        self._compute_as(cores[0])
         self._forget_routes()
 
     def share_cores(self, other: "NetworkModule") -> None:
@@ -103,6 +115,7 @@ class NetworkModule(RoutedModule):
             raise ShapeError("Only modules of the same topology and storage can share cores.")
         for name, tensor in other.stored.items():
             hold(self, name, tensor)
+        self._compute_as(other.weight)
         self._forget_routes()
 
     @property
@@ -117,14 +130,19 @@ class NetworkModule(RoutedModule):
 
     @property
     def weight(self) -> Tensor:
-        """A stored floating tensor: dtype and device for code that reads `layer.weight.dtype`.
+        """A tensor with the dtype and device of computing, for code that reads `layer.weight.dtype`.
 
-        Never the dense matrix, which would bring back what was compressed; use `to_matrix` for that.
+        It is a stored floating tensor, or an empty one where number formats fix their dtypes. Never the dense
+        matrix, which would bring back what was compressed; use `to_matrix` for that.
         """
         first = self.topology.core_names[0]
-        stored = getattr(self, f"scale_{first}" if self.storage.int8 else f"core_{first}")
-        assert isinstance(stored, Tensor)
-        return stored
+        if not self.storage.own_dtypes:
+            stored = getattr(self, f"scale_{first}" if self.storage.int8 else f"core_{first}")
+            assert isinstance(stored, Tensor)
+            return stored
+        like, device = self.compute_like, getattr(self, f"core_{first}").device
+        # They part where stored tensors are put in place of those on the meta device.
+        return like if like.device == device else torch.empty(0, dtype=like.dtype, device=device)
 
     def to_matrix(self) -> Tensor:
         """Dense matrix, shape `(out_features, in_features)`, differentiable."""
@@ -136,6 +154,29 @@ class NetworkModule(RoutedModule):
         if len(self.topology.cores) > 1 and matrix.untyped_storage().nbytes() == matrix.nbytes:
             return matrix.contiguous()
         return matrix.clone(memory_format=torch.contiguous_format)
+
+    def _compute_as(self, tensor: Tensor) -> None:
+        """Compute in the dtype and on the device of a tensor from now on."""
+        if self.storage.own_dtypes:
+            self.compute_like = tensor.new_empty(0)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        if not self.storage.own_dtypes:
+            return super()._apply(fn, recurse)
+        fixed = [getattr(self, name) for name in self._tensor_names if self._is_fixed(name)]
+        known = {id(x) for tensor in fixed for x in (tensor, tensor.grad) if x is not None}
+
+        def keeping(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            if id(tensor) not in known or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(keeping, recurse)
+
+    def _is_fixed(self, name: str) -> bool:
+        """Whether a stored tensor has a dtype of its own."""
+        return self.storage.format_of(name.partition("_")[2]) != PLAIN.number_format
 
     def spec(self) -> dict[str, Any]:
         """JSON-ready description from which `tensornet.nn.build_module` makes an empty twin."""

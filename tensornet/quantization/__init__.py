@@ -1,6 +1,6 @@
 """Number formats, their packing, and rounding with the curvature of the loss."""
 
-from tensornet.quantization.factors import RoundedFactors, round_factors
+from tensornet.quantization.factors import RoundedFactors, RoundedProduct, round_factors, round_product
 from tensornet.quantization.formats import NumberFormat, format_names
 from tensornet.quantization.packing import pack, packed_bytes, unpack
 from tensornet.quantization.residual import ResidualFit, fit_residual
@@ -13,6 +13,7 @@ __all__ = [
     "NumberFormat",
     "ResidualFit",
     "RoundedFactors",
+    "RoundedProduct",
     "RoundedWeight",
     "dequantize",
     "fit_residual",
@@ -21,6 +22,7 @@ __all__ = [
     "packed_bytes",
     "refit_scales",
     "round_factors",
+    "round_product",
     "round_weight",
     "search_scales",
     "unpack",

@@ -2,7 +2,9 @@
 
 An error `F` of the right factor of `A B` is the error `A F` of the product, so that its loss increase is that
 under `(A^T R A, C)`. An error of the left factor is seen through `(R, B C B^T)`. After the right factor has
-been rounded the left one is fitted again, which compensates a part of the rounding error.
+been rounded the left one is fitted again, which compensates a part of the rounding error. Of a pivoted left
+factor, whose pivot rows are an identity, only the other rows are free: the error of the pivot rows couples to
+them through `R`.
 """
 
 from dataclasses import dataclass
@@ -15,10 +17,31 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, damped, times
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, RoundedWeight, round_weight
+from tensornet.quantization.rounding import (
+    COLUMN_DAMPING,
+    ROW_DAMPING,
+    RoundedWeight,
+    empty_weight,
+    round_weight,
+)
 
 #: Damping of moments seen through a factor: only against singular ones, since both sides are damped already.
 _LEAST_DAMPING = 1e-6
+
+
+@dataclass(frozen=True)
+class RoundedProduct:
+    """A product of which one factor or both are integers.
+
+    Args:
+        left: codes or values of `A`, `(out, rank)`; of its free rows where it is pivoted.
+        right: codes or values of `B`, `(rank, in)`.
+        loss_increase: exact loss increase of the product against the target.
+    """
+
+    left: RoundedWeight | Tensor
+    right: RoundedWeight | Tensor
+    loss_increase: float
 
 
 @dataclass(frozen=True)
@@ -74,39 +97,146 @@ def round_factors(
         >>> round_factors(torch.randn(16, 4), torch.randn(4, 64), "int8").left.codes.shape
         torch.Size([16, 4])
     """
+    number_format = NumberFormat.parse(number_format)
+    weighting = Weighting(
+        None if rows is None or not rows.any() else damped(rows, row_damping),
+        None if columns is None or not columns.any() else damped(columns, column_damping),
+    )
+    made = round_product(left, right, number_format, number_format, weighting, target=target)
+    assert isinstance(made.left, RoundedWeight)
+    assert isinstance(made.right, RoundedWeight)
+    return RoundedFactors(made.left, made.right, made.loss_increase)
+
+
+@torch.no_grad()
+@outside_autocast
+def round_product(
+    left: Tensor,
+    right: Tensor,
+    left_format: NumberFormat | None,
+    right_format: NumberFormat | None,
+    weighting: Weighting,
+    *,
+    target: Tensor | None = None,
+    order: Tensor | None = None,
+) -> RoundedProduct:
+    """Round one factor of a product or both, and fit the other again.
+
+    Args:
+        left: `A`, shape `(out, rank)`.
+        right: `B`, shape `(rank, in)`.
+        left_format: integer format of `A`; None leaves it in floating point.
+        right_format: integer format of `B`, likewise.
+        weighting: moments, damped as far as they should be.
+        target: matrix `(out, in)` that the product stands for; the product itself if absent.
+        order: position of every row of `A` in an identity followed by its free rows; None if all are free.
+
+    Raises:
+        FormatError, NonFiniteError, ShapeError: as `round_weight`; also for factors that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> from tensornet.quantization import NumberFormat, round_product
+        >>> int4 = NumberFormat.parse("int4")
+        >>> made = round_product(torch.randn(16, 4), torch.randn(4, 64), None, int4, Weighting())
+        >>> made.left.shape, made.right.codes.shape
+        (torch.Size([16, 4]), torch.Size([4, 64]))
+    """
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         raise ShapeError(
-            f"round_factors needs factors (out, rank) and (rank, in), got {tuple(left.shape)} and "
+            f"A product needs factors (out, rank) and (rank, in), got {tuple(left.shape)} and "
             f"{tuple(right.shape)}."
         )
     a, b = left.double(), right.double()
     for factor, name in ((a, "The left factor"), (b, "The right factor")):
         check_finite(factor, name)
-    weighting = Weighting(
-        None if rows is None or not rows.any() else damped(rows, row_damping),
-        None if columns is None or not columns.any() else damped(columns, column_damping),
-    )
     wanted = a @ b if target is None else target.double()
     if wanted.shape != (a.shape[0], b.shape[1]):
         raise ShapeError(f"target= has shape {tuple(wanted.shape)}; the product {(a.shape[0], b.shape[1])}.")
-
-    def rounded(factor: Tensor, r: Tensor | None, c: Tensor | None) -> RoundedWeight:
-        return round_weight(
-            factor,
-            number_format,
-            rows=r,
-            columns=c,
-            row_damping=_LEAST_DAMPING,
-            column_damping=_LEAST_DAMPING,
-        )
-
-    right_codes = rounded(b, a.mT @ times(weighting.rows, a), weighting.columns)
-    b = right_codes.dequantize(torch.float64)
-    seen = times(weighting.columns, b.mT)  # shape: (in, rank), C B^T
-    fitted = wanted @ seen @ torch.linalg.pinv(b @ seen, hermitian=True)
+    rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
+    product = _Product(wanted, Weighting(rows, columns), order)
+    if right_format is None:
+        made = product.rounded_left(a, b, left_format)
+        fitted = product.fit_right(product.values(made))
+        return RoundedProduct(made, fitted, product.cost(made, fitted))
+    codes = _rounded(b, right_format, a.mT @ times(rows, a), columns)
+    b = codes.dequantize(torch.float64)
     found = []
-    for factor in (fitted, a):
-        left_codes = rounded(factor, weighting.rows, b @ seen)
-        cost = weighting.cost(wanted - left_codes.dequantize(torch.float64) @ b)
-        found.append(RoundedFactors(left_codes, right_codes, cost))
+    for factor in (product.fit_left(b), a):
+        made = product.rounded_left(factor, b, left_format)
+        found.append(RoundedProduct(made, codes, product.cost(made, b)))
     return min(found, key=lambda each: each.loss_increase)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Target of a product, its weighting, and the order of the rows of a pivoted left factor."""
+
+    wanted: Tensor
+    weighting: Weighting
+    order: Tensor | None
+
+    def _split(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Indices of the pivot rows, and of the free ones."""
+        if self.order is None:
+            every = torch.arange(len(self.wanted), device=self.wanted.device)
+            return every[:0], every
+        rows = self.order.long().argsort()
+        return rows[:rank], rows[rank:]
+
+    def fit_left(self, b: Tensor) -> Tensor:
+        """Best left factor for a right one."""
+        pivots, free = self._split(len(b))
+        wanted = self.wanted[free]
+        moment = self.weighting.rows
+        if moment is not None and moment.ndim == 2 and len(pivots) and len(free):
+            coupled = moment[free][:, pivots] @ (self.wanted[pivots] - b)
+            wanted = wanted + torch.linalg.lstsq(moment[free][:, free], coupled).solution
+        seen = times(self.weighting.columns, b.mT)  # shape: (in, rank), C B^T
+        return self._whole(wanted @ seen @ torch.linalg.pinv(b @ seen, hermitian=True))
+
+    def fit_right(self, a: Tensor) -> Tensor:
+        """Best right factor for a left one."""
+        seen = times(self.weighting.rows, a)  # shape: (out, rank), R A
+        return torch.linalg.pinv(a.mT @ seen, hermitian=True) @ (seen.mT @ self.wanted)
+
+    def rounded_left(
+        self, a: Tensor, b: Tensor, number_format: NumberFormat | None
+    ) -> RoundedWeight | Tensor:
+        """Free rows of a left factor, rounded with the moments that they see."""
+        _, free = self._split(len(b))
+        moment = self.weighting.rows
+        if moment is not None:
+            moment = moment[free] if moment.ndim == 1 else moment[free][:, free]
+        if number_format is None:
+            return a[free]
+        return _rounded(a[free], number_format, moment, b @ times(self.weighting.columns, b.mT))
+
+    def values(self, made: RoundedWeight | Tensor) -> Tensor:
+        """Whole left factor from its free rows."""
+        return self._whole(made if isinstance(made, Tensor) else made.dequantize(torch.float64))
+
+    def cost(self, made: RoundedWeight | Tensor, b: Tensor) -> float:
+        return self.weighting.cost(self.wanted - self.values(made) @ b)
+
+    def _whole(self, free: Tensor) -> Tensor:
+        if self.order is None:
+            return free
+        eye = torch.eye(free.shape[1], dtype=free.dtype, device=free.device)
+        return torch.cat((eye, free))[self.order.long()]
+
+
+def _rounded(
+    factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
+) -> RoundedWeight:
+    if factor.numel() == 0:
+        return empty_weight(factor, number_format)
+    return round_weight(
+        factor,
+        number_format,
+        rows=rows,
+        columns=columns,
+        row_damping=_LEAST_DAMPING,
+        column_damping=_LEAST_DAMPING,
+    )

@@ -61,6 +61,16 @@ class RoundedWeight:
         return dequantize(self.codes, self.scales, self.zeros, self.number_format, dtype)
 
 
+def empty_weight(matrix: Tensor, number_format: NumberFormat) -> RoundedWeight:
+    """Codes of a matrix without elements, such as the free rows of a factor that is all pivots."""
+    groups = (*matrix.shape[:-1], number_format.groups(matrix.shape[-1]))
+    scales = matrix.new_zeros(groups).to(number_format.scale_dtype)
+    codes = matrix.new_zeros(matrix.shape, dtype=torch.uint8)
+    zeros = codes.new_zeros(groups) if number_format.zero_point else None
+    nothing = matrix.new_zeros(matrix.shape[:-2], dtype=torch.float64)
+    return RoundedWeight(codes, scales, zeros, number_format, (), nothing, nothing)
+
+
 def dequantize(
     codes: Tensor,
     scales: Tensor,

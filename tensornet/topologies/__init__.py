@@ -3,6 +3,7 @@
 from tensornet.topologies.base import TopologyFamily, check_topology
 from tensornet.topologies.block_tt import BlockTTFamily, block_tt
 from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.dense import DenseFamily, dense
 from tensornet.topologies.factored import FactoredFamily
 from tensornet.topologies.kronecker import KroneckerFamily, kronecker
 from tensornet.topologies.ladder import Ladder
@@ -22,6 +23,7 @@ from tensornet.topologies.tucker import TuckerFamily, tucker
 __all__ = [
     "BlockTTFamily",
     "Decomposition",
+    "DenseFamily",
     "FactoredFamily",
     "KroneckerFamily",
     "Ladder",
@@ -34,6 +36,7 @@ __all__ = [
     "balanced_factors",
     "block_tt",
     "check_topology",
+    "dense",
     "kronecker",
     "low_rank",
     "mpo",

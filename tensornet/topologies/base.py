@@ -18,6 +18,7 @@ from tensornet.network import TensorNetwork
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.ladder import Ladder, RoundTrip, bond_ladder
 from tensornet.topologies.proposals import Proposal, uniform_proposals
+from tensornet.topologies.stored_cores import RoundedCores, StoredCores, round_in_turn
 from tensornet.topologies.structure import Side, bond_cuts, gauge_bonds
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topologies.weighted_fit import fit_weighted, structured_start
@@ -48,7 +49,7 @@ class TopologyFamily(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("decompose", "decompose_to", "fit", "starts", "ladder"):
+        for name in ("decompose", "decompose_to", "fit", "starts", "ladder", "round_cores"):
             if name in vars(cls):
                 setattr(cls, name, torch.no_grad()(outside_autocast(vars(cls)[name])))
 
@@ -232,6 +233,19 @@ class TopologyFamily(ABC):
         """
         mean = self.decompose_to(weights.mean(0), topology).network
         return [[mean] * len(weights), [self.decompose_to(x, topology).network for x in weights]]
+
+    @outside_autocast
+    def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
+        """Round cores to integers with little weighted error of the matrix.
+
+        By default one core after the other with estimated moments, the rest refitted. Override it if the
+        moments that cores see have a closed form.
+
+        Args:
+            stored: the cores, and number formats of those that become integers.
+            weighting: sensitivity of the loss to errors of the matrix.
+        """
+        return round_in_turn(stored, weighting)
 
     # --- structure -------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from tensornet.linalg.svd import Method, TruncatedSVD, result_dtype, truncated_s
 from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, frobenius_errors, tail_costs, weighted_svd
 from tensornet.network import TensorNetwork
+from tensornet.quantization.factors import round_product
+from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
@@ -25,6 +27,7 @@ from tensornet.topologies.ladder import Ladder, RoundTrip
 from tensornet.topologies.mpo import mpo
 from tensornet.topologies.proposals import KERNEL_STEP, Proposal, known_proposal
 from tensornet.topologies.registry import register_topology
+from tensornet.topologies.stored_cores import RoundedCores, StoredCores
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
 
@@ -141,6 +144,28 @@ class LowRankFamily(TopologyFamily):
             (right / balance[:, None])[:, None, :, None].to(dtype),
         )
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
+
+    def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
+        """The right factor with `(A^T R A, C)`, the left one, fitted again, with `(R, B C B^T)`."""
+        left, right = stored.topology.core_names
+        rank = max(stored.topology.bond_dims.values())
+        a, b = stored.assemble(stored.tensors)
+        made = round_product(
+            a.reshape(-1, rank),
+            b.reshape(rank, -1),
+            stored.formats.get(left),
+            stored.formats.get(right),
+            weighting,
+            order=stored.orders.get(left),
+        )
+        done = RoundedCores()
+        for name, factor in ((left, made.left), (right, made.right)):
+            if isinstance(factor, RoundedWeight):
+                done.codes[name] = factor
+            else:
+                kept = stored.tensors[name]
+                done.tensors[name] = factor.reshape(kept.shape).to(kept)
+        return done
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
         """Map the first core to its bond, even where storing the row order costs more than it saves."""

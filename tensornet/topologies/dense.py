@@ -1,0 +1,150 @@
+"""The matrix itself, as a network of one core: what plain quantization rounds."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tensornet.budget import Budget, caps_of_bonds, check_budget
+from tensornet.checks import check_dense, check_size
+from tensornet.errors import BudgetError, TopologyError
+from tensornet.linalg.svd import check_finite, result_dtype
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.network import TensorNetwork
+from tensornet.quantization import round_weight
+from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.factored import refuse_options
+from tensornet.topologies.ladder import Ladder, RoundTrip
+from tensornet.topologies.proposals import Proposal, known_proposal
+from tensornet.topologies.registry import register_topology
+from tensornet.topologies.stored_cores import RoundedCores, StoredCores
+from tensornet.topology import CoreSpec, Topology
+
+if TYPE_CHECKING:
+    from tensornet.search.spectra import CutSpectra
+
+#: Added to the row moment, which a plan has damped already: only against singular ones.
+_ROW_DAMPING = 1e-6
+
+
+def dense(*, out_features: int, in_features: int) -> Topology:
+    """One core `matrix: (out, in)`.
+
+    Args:
+        out_features: rows.
+        in_features: columns.
+
+    Raises:
+        TopologyError: a size is no integer of at least 1.
+
+    Example:
+        >>> import tensornet as tn
+        >>> tn.topologies.dense(out_features=6, in_features=4).core_shapes
+        {'matrix': (6, 4)}
+    """
+    for name, size in (("out_features", out_features), ("in_features", in_features)):
+        check_size(name, size)
+    return Topology(
+        family="dense",
+        cores=(CoreSpec("matrix", ("o0", "i0")),),
+        sizes=(("o0", out_features), ("i0", in_features)),
+        out_labels=("o0",),
+        in_labels=("i0",),
+        out_features=out_features,
+        in_features=in_features,
+    )
+
+
+class DenseFamily(TopologyFamily):
+    """No decomposition: only the number format of the core makes it smaller."""
+
+    name = "dense"
+
+    def build(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        max_bond: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Topology:
+        """See `dense`; there is no bond to cap."""
+        refuse_options(self.name, options)
+        caps_of_bonds(max_bond, 0, TopologyError)
+        made = dense(out_features=out_features, in_features=in_features)
+        return replace(made, family=self.name)
+
+    def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
+        """Copy the matrix.
+
+        Raises:
+            BudgetError: fewer parameters than the matrix has are allowed.
+        """
+        refuse_options(self.name, options)
+        check_budget(budget)
+        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
+        if budget.param_ratio is not None and budget.param_ratio < 1:
+            raise BudgetError(
+                f"param_ratio={budget.param_ratio} allows fewer parameters than the {matrix.numel()} of the "
+                f"matrix, and the topology {self.name!r} keeps them all; a number format makes it smaller, "
+                "or take another topology."
+            )
+        return self.decompose_to(matrix, self.build(matrix.shape[0], matrix.shape[1]))
+
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
+        """Copy the matrix."""
+        check_topology(self.name, topology, matrix)
+        check_finite(matrix, "The matrix")
+        core = matrix.detach().to(result_dtype(matrix.dtype), copy=True).contiguous()
+        return Decomposition(TensorNetwork(topology, (core,)), 0.0, "exact")
+
+    def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
+        """Copy the matrix, whatever the weighting."""
+        return self.decompose_to(matrix, topology)
+
+    def ladder(
+        self,
+        matrix: Tensor,
+        weightings: Sequence[Weighting],
+        *,
+        max_bond: int | None = None,
+        round_trip: RoundTrip | None = None,
+        **options: Any,
+    ) -> Ladder:
+        """One candidate, whose loss is that of its number format."""
+        refuse_options(self.name, options)
+        topology = self.build(matrix.shape[0], matrix.shape[1])
+        network = self.decompose_to(matrix, topology).network
+        gap = torch.zeros_like(network.cores[0])
+        if round_trip is not None:
+            gap = network.cores[0] - round_trip(network).to_matrix()
+        losses = torch.tensor([[weighting.cost(gap)] for weighting in weightings], dtype=torch.float64)
+        error = float(gap.double().norm() / matrix.double().norm().clamp_min(1e-300))
+        return Ladder((topology,), losses, torch.tensor([error], dtype=torch.float64), complete=True)
+
+    def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
+        """Two-sided rounding with the moments of the weight."""
+        codes = {
+            name: round_weight(
+                stored.tensors[name],
+                number_format,
+                rows=weighting.rows,
+                columns=weighting.columns,
+                row_damping=_ROW_DAMPING,
+            )
+            for name, number_format in stored.formats.items()
+        }
+        return RoundedCores(codes)
+
+    def proposals(
+        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+    ) -> Iterator[Proposal]:
+        """The matrix, where it fits."""
+        if shape[0] * shape[1] <= params:
+            yield known_proposal(self.build(*shape), 0.0, 0.0)
+
+
+register_topology(DenseFamily())

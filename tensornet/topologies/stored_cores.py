@@ -1,0 +1,194 @@
+"""Round the cores of any network to integers, each with the moments that it sees.
+
+To explain how a core of any network is rounded: the matrix of a network is linear in each core, so that the
+loss increase is quadratic in the error of a core. Its curvature is the covariance of the gradients that
+random errors of the matrix send to the core, `J^T vec(L_R Z L_C^T)` with white `Z`. A few of them give the
+moments of the rows and columns of the core, seen as a matrix. After a core has been rounded, those that have
+not been are refitted, which compensates a part of the rounding error.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.als import fit_network
+from tensornet.contraction.operator import plan_matrix
+from tensornet.contraction.plan import run
+from tensornet.linalg.weighted_svd import Weighting, root
+from tensornet.network import TensorNetwork
+from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.rounding import RoundedWeight, empty_weight, round_weight
+from tensornet.topology import Topology
+
+#: Random errors that estimate the moments of a core.
+_PROBES = 6
+#: Damping of estimated moments.
+_ESTIMATE_DAMPING = 0.1
+#: Conjugate gradient steps for each core that is refitted.
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class StoredCores:
+    """Cores on their way into storage.
+
+    Args:
+        topology: of the network.
+        tensors: by name of the core: a matrix `(rows, columns)` where it will be integers, else the tensor
+            that will be stored.
+        formats: of the cores that will be integers, by name.
+        orders: of pivoted cores the position of every row in the identity followed by the stored rows.
+        assemble: full cores, in the order of the topology, from such tensors.
+    """
+
+    topology: Topology
+    tensors: Mapping[str, Tensor]
+    formats: Mapping[str, NumberFormat]
+    orders: Mapping[str, Tensor]
+    assemble: Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+
+    def matrix(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Matrix `(out, in)` of the network with these tensors, by default its own."""
+        cores = self.assemble(self.tensors if tensors is None else tensors)
+        dense = run(plan_matrix(self.topology), cores)
+        return dense[: self.topology.out_features, : self.topology.in_features]
+
+
+@dataclass
+class RoundedCores:
+    """Result of rounding.
+
+    Args:
+        codes: integer cores by name.
+        tensors: all others, refitted.
+    """
+
+    codes: dict[str, RoundedWeight] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
+    """Rows and columns of a core as the matrix whose groups share scales: they lie along the inputs.
+
+    Columns are the axes from the first in-leg on; the last axis alone where no axis comes before an in-leg.
+
+    Example:
+        >>> import tensornet as tn
+        >>> matrix_view(tn.topologies.low_rank(out_features=6, in_features=4, rank=2), "1")
+        (2, 4)
+    """
+    labels = next(core.labels for core in topology.cores if core.name == name)
+    legs = [axis for axis, label in enumerate(labels) if label in topology.in_labels]
+    split = legs[0] if legs and legs[0] > 0 else len(labels) - 1
+    shape = topology.core_shapes[name]
+    return math.prod(shape[:split]), math.prod(shape[split:])
+
+
+def round_in_turn(stored: StoredCores, weighting: Weighting) -> RoundedCores:
+    """Round one integer core after the other, with estimated moments, and refit the cores that are left.
+
+    Args:
+        stored: cores of any network.
+        weighting: sensitivity of the loss to errors of its matrix.
+    """
+    target, tensors = stored.matrix(), dict(stored.tensors)
+    done = RoundedCores()
+    left = [name for name in stored.topology.core_names if name not in stored.formats]
+    waiting = list(stored.formats)
+    while waiting:
+        name = waiting.pop(0)
+        done.codes[name] = _round_core(stored, tensors, name, target, weighting)
+        tensors[name] = done.codes[name].dequantize(target.dtype)
+        if not stored.orders and (left or waiting):
+            tensors = _refitted(stored, tensors, [*left, *waiting], target, weighting)
+    done.tensors = {name: tensors[name] for name in left}
+    return done
+
+
+def _rounded(
+    matrix: Tensor, number_format: NumberFormat, rows: Tensor | None = None, columns: Tensor | None = None
+) -> RoundedWeight:
+    return round_weight(
+        matrix,
+        number_format,
+        rows=rows,
+        columns=columns,
+        row_damping=_ESTIMATE_DAMPING,
+        column_damping=_ESTIMATE_DAMPING,
+    )
+
+
+def _round_core(
+    stored: StoredCores, tensors: Mapping[str, Tensor], name: str, target: Tensor, weighting: Weighting
+) -> RoundedWeight:
+    """Cheaper of rounding with estimated moments and to nearest, by the exact loss increase."""
+    number_format, matrix = stored.formats[name], tensors[name]
+    if matrix.numel() == 0:
+        return empty_weight(matrix, number_format)
+    moments = seen_moments(stored, tensors, name, weighting)
+    tried = [_rounded(matrix, number_format), _rounded(matrix, number_format, *moments)]
+
+    def cost(found: RoundedWeight) -> float:
+        made = stored.matrix({**tensors, name: found.dequantize(target.dtype)})
+        return weighting.cost(target - made)
+
+    return min(tried, key=cost)
+
+
+def seen_moments(
+    stored: StoredCores, tensors: Mapping[str, Tensor], name: str, weighting: Weighting
+) -> tuple[Tensor, Tensor]:
+    """Estimate the row and column moments that errors of one core see, scaled to a mean diagonal of 1.
+
+    Returns:
+        Shapes `(rows, rows)` and `(columns, columns)`.
+    """
+
+    def matrix(core: Tensor) -> Tensor:  # affine in the core
+        return stored.matrix({**tensors, name: core})
+
+    core = tensors[name]
+    linear: Any = torch.func.vjp(matrix, core)
+    made, adjoint = linear
+    roots = [None if x is None else root(x)[0].to(made) for x in (weighting.rows, weighting.columns)]
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = core.new_zeros(core.shape[0], core.shape[0]), core.new_zeros(core.shape[1], core.shape[1])
+    for _ in range(_PROBES):
+        widths = [n if x is None else x.shape[-1] for n, x in zip(made.shape, roots, strict=True)]
+        noise = torch.randn(widths, generator=generator, device="cpu").to(made)
+        (gradient,) = adjoint(_times(roots[1], _times(roots[0], noise).mT).mT)
+        rows.addmm_(gradient, gradient.mT)
+        columns.addmm_(gradient.mT, gradient)
+    return _scaled(rows), _scaled(columns)
+
+
+def _times(factor: Tensor | None, matrix: Tensor) -> Tensor:
+    if factor is None:
+        return matrix
+    return factor[:, None] * matrix if factor.ndim == 1 else factor @ matrix
+
+
+def _scaled(moment: Tensor) -> Tensor:
+    mean = moment.diagonal().mean()
+    return moment / torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def _refitted(
+    stored: StoredCores,
+    tensors: dict[str, Tensor],
+    names: Sequence[str],
+    target: Tensor,
+    weighting: Weighting,
+) -> dict[str, Tensor]:
+    """Lower the weighted error over some cores, all others as they are."""
+    chosen = [k for k, name in enumerate(stored.topology.core_names) if name in names]
+    start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))
+    fit = fit_network(target, start, weighting, sweeps=1, steps=_STEPS, only=chosen)
+    for k in chosen:
+        name = stored.topology.core_names[k]
+        tensors[name] = fit.network.cores[k].reshape(tensors[name].shape)
+    return tensors

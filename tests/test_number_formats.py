@@ -1,0 +1,186 @@
+"""Number formats of cores: every family in every format, stored, moved, copied, described and trained."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tensornet as tn
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.encoding import Storage, decode, encode, layout
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.quantization import NumberFormat
+from tensornet.topologies import topology_family
+
+FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "tensor_ring", "tucker"]
+FORMATS = ["bf16", "int8", "int5:g32", "int4:g32:zero", "int3:row", "int2:g32:float8"]
+INTEGERS = [name for name in FORMATS if name != "bf16"]
+STORAGES = [Storage(pivoted=p, number_format=NumberFormat.parse(f)) for f in FORMATS for p in (False, True)]
+NAMES = [f"{'pivoted-' if x.pivoted else ''}{x.number_format}" for x in STORAGES]
+SHAPE = (20, 36)
+
+
+def network(family: str, shape: tuple[int, int] = SHAPE) -> tn.TensorNetwork:
+    torch.manual_seed(0)
+    return topology_family(family).decompose(torch.randn(shape), tn.Budget(max_bond=6)).network
+
+
+def moments(shape: tuple[int, int] = SHAPE) -> Weighting:
+    generator = torch.Generator().manual_seed(1)
+    rows, columns = (
+        torch.randn(2 * n, n, generator=generator) * torch.arange(1, n + 1) ** -0.5 for n in shape
+    )
+    return Weighting(rows.T @ rows / len(rows), columns.T @ columns / len(columns))
+
+
+def layer(family: str, storage: Storage, weighting: Weighting | None = None) -> TensorNetworkLinear:
+    made = network(family)
+    bias = torch.linspace(-1, 1, SHAPE[0])
+    return linear_from_network(made, bias=bias, source="linear", storage=storage, weighting=weighting)
+
+
+def stored(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in module.state_dict().items() if name != "bias"}
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_every_format(family: str, storage: Storage) -> None:
+    """What is stored is what is counted; copies and twins from a description are the same layer."""
+    made = layer(family, storage)
+    tensors = stored(made)
+    assert {k: (tuple(x.shape), x.dtype) for k, x in tensors.items()} == layout(
+        made.topology, storage, torch.float32
+    )
+    assert sum(x.nbytes for x in tensors.values()) == storage.num_bytes(made.topology, torch.float32)
+    spec = json.loads(json.dumps(tn.nn.module_spec(made), sort_keys=True))
+    twin = tn.nn.build_module(spec, device="meta", dtype=torch.float32)
+    assert all(x.is_meta for x in (*twin.parameters(), *twin.buffers()))
+    twin.load_state_dict(made.state_dict(), assign=True)
+    x = torch.randn(3, SHAPE[1])
+    expected = made(x)
+    assert torch.equal(twin(x), expected)
+    assert twin.weight.device == expected.device
+    assert torch.equal(copy.deepcopy(made)(x), expected)
+    torch.save(made, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("storage", STORAGES[::2], ids=NAMES[::2])
+def test_stored_dtypes_stay_when_the_model_changes_its_own(storage: Storage, dtype: torch.dtype) -> None:
+    made = layer("low_rank", storage)
+    before = {name: x.dtype for name, x in stored(made).items()}
+    values = {name: x.clone() for name, x in stored(made).items()}
+    for change in (lambda m: m.to(dtype), lambda m: m.to("cpu", dtype)):
+        moved = change(copy.deepcopy(made))
+        assert {name: x.dtype for name, x in stored(moved).items()} == before
+        assert all(torch.equal(x.float(), values[name].float()) for name, x in stored(moved).items())
+        assert moved.weight.dtype == dtype
+        assert moved.bias is not None
+        assert moved.bias.dtype == dtype
+        assert moved(torch.randn(2, SHAPE[1], dtype=dtype)).dtype == dtype
+    assert copy.deepcopy(made).half().weight.dtype == torch.float16
+    assert made.to("meta").weight.is_meta
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_and_inputs_have_gradients_and_integers_are_frozen(family: str, name: str) -> None:
+    made = layer(family, Storage(number_format=NumberFormat.parse(name)))
+    integers = {k: x.clone() for k, x in made.named_buffers() if not x.is_floating_point()}
+    assert integers
+    made.requires_grad_(True)
+    x = torch.randn(4, SHAPE[1], requires_grad=True)
+    made(x).square().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 2 * made(x.detach()) @ made.to_matrix(), rtol=1e-4, atol=1e-4)
+    for key, parameter in made.named_parameters():
+        assert parameter.grad is not None, key
+        assert bool(parameter.grad.float().abs().sum() > 0), key
+    assert all(torch.equal(made.get_buffer(k), x) for k, x in integers.items())
+
+
+def test_gradients_of_scales_are_those_of_the_matrix() -> None:
+    made = layer("dense", Storage(number_format=NumberFormat.parse("int8:g32")))
+    made.scale_matrix = nn.Parameter(made.scale_matrix.detach().double())
+    made.double()
+    made.to_matrix().square().sum().backward()
+    scale = made.scale_matrix
+    assert scale.grad is not None
+    with torch.no_grad():
+        values = []
+        for step in (1e-4, -1e-4):
+            scale[3, 1] += step
+            values.append(float(made.to_matrix().square().sum()))
+            scale[3, 1] -= step
+    assert float(scale.grad[3, 1]) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int4:g32", "int3:g32", "int2:g32"])
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("family", ["dense", "low_rank", "mpo", "tucker"])
+def test_moments_lower_the_loss_increase(family: str, pivoted: bool, name: str) -> None:
+    made, weighting = network(family), moments()
+    storage = Storage(pivoted=pivoted, number_format=NumberFormat.parse(name)).for_topology(made.topology)
+    costs = []
+    for given in (None, weighting):
+        kept = encode(made.topology, storage, made.cores, given)
+        again = tn.TensorNetwork(made.topology, decode(made.topology, storage, kept))
+        costs.append(weighting.cost(made.to_matrix() - again.to_matrix()))
+    assert costs[1] < (0.9 if family == "dense" else 1.02) * costs[0]
+
+
+def test_low_rank_in_integers_takes_the_numbers_of_its_pivoted_form() -> None:
+    topology = tn.topologies.low_rank(out_features=64, in_features=128, rank=32)
+    storage = Storage(pivoted=True, number_format=NumberFormat.parse("int8:row"))
+    elements, scales, order = 32 * (64 + 128 - 32), 32 + 32, 64
+    assert storage.num_params(topology) == elements + scales + order
+    assert storage.num_bytes(topology, torch.float32) == elements + 2 * scales + 4 * order
+
+
+def test_one_core_may_have_a_format_of_its_own() -> None:
+    storage = Storage(number_format="int4", core_formats={"1": "float"})  # type: ignore[arg-type]
+    made = layer("low_rank", storage)
+    assert made.core_0.dtype == torch.uint8
+    assert made.core_1.dtype == torch.float32
+    assert made.storage == Storage.from_dict(json.loads(json.dumps(storage.to_dict())))
+    whole = Storage(number_format=NumberFormat.parse("int4"))
+    exact = network("low_rank").to_matrix()
+    one, both = (float((layer("low_rank", x).to_matrix() - exact).detach().norm()) for x in (storage, whole))
+    assert 0 < one < both  # the float core was fitted again
+
+
+def test_old_descriptions_are_as_they_were() -> None:
+    assert Storage(pivoted=True, int8=True).to_dict() == {"pivoted": True, "int8": True}
+    assert Storage.from_dict({}) == Storage()
+    assert Storage.from_dict({"pivoted": True, "int8": False}) == Storage(pivoted=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"int4": True},
+            "A storage holds pivoted, .*core_formats; got the unknown entries int4",
+        ),
+        ({"pivoted": 1}, "are true or false"),
+        ({"number_format": "int9"}, "Unknown number format 'int9'; known are float, bf16, int8"),
+        ({"number_format": 4}, "number_format is the name of a format"),
+        ({"core_formats": ["int4"]}, "core_formats maps names of cores"),
+        ({"core_formats": {"0": None}}, "core_formats maps names of cores"),
+        ({"core_formats": {"7": "int4"}}, "number formats for cores 7; the topology 'mpo' has 0, 1, 2"),
+        ({"int8": True, "number_format": "int4"}, "int8=True is the older encoding"),
+    ],
+)
+def test_bad_descriptions(data: dict[str, object], message: str) -> None:
+    spec = tn.nn.module_spec(layer("mpo", Storage()))
+    assert spec is not None
+    with pytest.raises(tn.FormatError, match=message):
+        tn.nn.build_module({**spec, "storage": data}, device="meta")
