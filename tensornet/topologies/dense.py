@@ -24,7 +24,7 @@ from tensornet.topologies.stored_cores import RoundedCores, StoredCores
 from tensornet.topology import CoreSpec, Topology
 
 if TYPE_CHECKING:
-    from tensornet.search.spectra import CutSpectra
+    from tensornet.linalg.cut_spectra import CutSpectra
 
 #: Added to the row moment, which a plan has damped already: only against singular ones.
 _ROW_DAMPING = 1e-6

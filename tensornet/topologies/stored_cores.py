@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensornet.als import fit_network
 from tensornet.contraction.operator import plan_matrix
-from tensornet.contraction.plan import run
+from tensornet.contraction.steps import run
 from tensornet.linalg.weighted_svd import Weighting, root
 from tensornet.network import TensorNetwork
 from tensornet.quantization.formats import NumberFormat
