@@ -20,7 +20,13 @@ from tensornet.quantization.descent import descend
 from tensornet.quantization.feedback import Grid, one_sided, two_sided
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.prediction import expected_residuals
-from tensornet.quantization.scales import GroupScales, refit_scales, search_scales, spread_groups
+from tensornet.quantization.scales import (
+    GroupScales,
+    as_groups,
+    refit_scales,
+    search_scales,
+    spread_groups,
+)
 
 #: Ways to round: without feedback, with feedback along one side, with feedback along both.
 Method = Literal["nearest", "columns", "rows", "both"]
@@ -94,8 +100,20 @@ def dequantize(
         >>> dequantize(codes, torch.tensor([[0.5]]), None, NumberFormat.parse("int4"))
         tensor([[-4.0000,  0.0000,  0.5000]])
     """
-    scale, zero = _spread(GroupScales(scales, zeros), number_format, codes.shape[-1], dtype)
-    return (codes.to(dtype) - zero) * scale
+    grouped = as_groups(codes, number_format)
+    factor = scales.to(dtype)
+    # Differences of small integers are exact and fast in 8 bits; two bits count halves.
+    if zeros is not None:
+        kind = torch.int16 if number_format.bits == 8 else torch.int8
+        points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
+    elif number_format.center % 1:
+        points = 2 * grouped.view(torch.int8) - int(2 * number_format.center)
+        factor = factor / 2
+    elif number_format.bits == 8:
+        points = (grouped ^ 128).view(torch.int8)
+    else:
+        points = grouped.view(torch.int8) - int(number_format.center)
+    return (points.to(dtype) * factor.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]]
 
 
 @torch.no_grad()

@@ -94,7 +94,8 @@ def as_groups(x: Tensor, number_format: NumberFormat) -> Tensor:
 def spread_groups(values: Tensor, number_format: NumberFormat, size: int) -> Tensor:
     """Repeat the value of each group `(..., groups)` for all its elements, `(..., size)`."""
     width = number_format.group or max(size, 1)
-    return values.repeat_interleave(width, -1)[..., :size]
+    # Many times faster than `repeat_interleave`.
+    return values.unsqueeze(-1).expand(*values.shape, width).flatten(-2)[..., :size]
 
 
 def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor) -> tuple[Tensor, Tensor]:
