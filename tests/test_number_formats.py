@@ -96,6 +96,10 @@ def test_scales_and_inputs_have_gradients_and_integers_are_frozen(family: str, n
     made = layer(family, Storage(number_format=NumberFormat.parse(name)))
     integers = {k: x.clone() for k, x in made.named_buffers() if not x.is_floating_point()}
     assert integers
+    assert [name for name, _ in made.named_parameters()] == ["bias"]
+    matrix = made.to_matrix()
+    made.train_scales()
+    assert torch.equal(made.to_matrix(), matrix)
     made.requires_grad_(True)
     x = torch.randn(4, SHAPE[1], requires_grad=True)
     made(x).square().sum().backward()
@@ -105,10 +109,39 @@ def test_scales_and_inputs_have_gradients_and_integers_are_frozen(family: str, n
         assert parameter.grad is not None, key
         assert bool(parameter.grad.float().abs().sum() > 0), key
     assert all(torch.equal(made.get_buffer(k), x) for k, x in integers.items())
+    made.train_scales(False)
+    assert [name for name, _ in made.named_parameters()] == ["bias"]
+    assert torch.equal(made.to_matrix(), matrix)
+
+
+def test_heal_trains_scales_and_keeps_integers() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 36))
+    student = copy.deepcopy(teacher)
+    for k in (0, 2):
+        topology = topology_family("dense").build(*teacher[k].weight.shape)
+        made = tn.TensorNetwork(topology, (teacher[k].weight.detach(),))
+        storage = Storage(number_format=NumberFormat.parse("int2:g32"))
+        student[k] = linear_from_network(made, bias=teacher[k].bias, source="linear", storage=storage)
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    batches = [(torch.randn(64, 36), torch.randn(64, 36)) for _ in range(4)]
+
+    def distance() -> float:
+        return float((student(batches[0][0]) - teacher(batches[0][0])).detach().square().mean())
+
+    first = distance()
+    report = tn.heal(student, teacher, batches, steps=60, lr=1e-2, progress=False)
+    assert report.steps == 60
+    after = student.state_dict()
+    assert {k: x.dtype for k, x in after.items()} == {k: x.dtype for k, x in before.items()}
+    assert torch.equal(after["0.core_matrix"], before["0.core_matrix"])
+    assert not torch.equal(after["0.scale_matrix"].float(), before["0.scale_matrix"].float())
+    assert distance() < 0.95 * first
 
 
 def test_gradients_of_scales_are_those_of_the_matrix() -> None:
     made = layer("dense", Storage(number_format=NumberFormat.parse("int8:g32")))
+    made.train_scales()
     made.scale_matrix = nn.Parameter(made.scale_matrix.detach().double())
     made.double()
     made.to_matrix().square().sum().backward()

@@ -125,7 +125,10 @@ def decompress(model: nn.Module) -> nn.Module:
             continue
         stock = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
         stored = list(module.stored.values())
-        stock.weight.requires_grad_(any(tensor.requires_grad for tensor in stored))
+        cores = [
+            tensor for tensor in stored if isinstance(tensor, nn.Parameter)
+        ]  # none where all are integers
+        stock.weight.requires_grad_(not cores or any(tensor.requires_grad for tensor in cores))
         twin = dense.setdefault(id(stored[0]), stock)
         if twin is not stock:
             layer_kind(module.source).share(stock, twin.weight)  # type: ignore[arg-type]

@@ -96,6 +96,7 @@ def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tenso
         places[name] = made.setdefault(id(stock), _built(name, spec, stock, path))
     with replaced(model, places):
         _check_state(model, state, path)
+        _check_scales(model, state, path)
     _tie(model, header["ties"])
     model.load_state_dict(state)
 
@@ -175,6 +176,18 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
                 f"{path} is of another model: {name} has shape {tuple(tensor.shape)} here, "
                 f"{tuple(state[name].shape)} there."
             )
+
+
+def _check_scales(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, NetworkModule) or not module.storage.quantized:
+            continue
+        for part in (x for x in module.stored if x.startswith("scale_")):
+            if not bool(state[f"{name}.{part}"].float().isfinite().all()):
+                raise FormatError(
+                    f"{path} is damaged: {name}.{part} holds NaN or infinite scales. Copy it again, or save "
+                    "the model again."
+                )
 
 
 def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:

@@ -103,6 +103,10 @@ class Storage:
         """Number format of one core."""
         return dict(self.core_formats).get(name, self.number_format)
 
+    def has_own_dtype(self, name: str) -> bool:
+        """Whether the stored tensor of that name, such as `scale_0`, has a dtype that is not the model's."""
+        return self.format_of(name.partition("_")[2]) != _FLOAT
+
     def for_topology(self, topology: Topology) -> "Storage":
         """The encoding that cores of this topology have: not pivoted where no bond has a gauge to fix."""
         return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
@@ -403,21 +407,22 @@ def empty(
 
 
 def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register a stored tensor: trainable ones as a parameter, all others as a persistent buffer.
+    """Register a stored tensor: in the model's dtype as a parameter, all others as a persistent buffer.
 
     Integers among the parameters would break what trains, averages or shards all parameters alike, such as
-    `requires_grad_(True)`, `AveragedModel` and FSDP. A parameter is registered itself, so that it is shared.
+    `requires_grad_(True)`, `AveragedModel` and FSDP. Scales in 16 bits are too coarse for the steps of an
+    optimizer, and transformers takes the dtype of the first parameter for that of the model; see
+    `NetworkModule.train_scales`. A parameter is registered itself, so that it is shared.
     """
-    if is_trainable(tensor):
+    storage = getattr(module, "storage", None)
+    own = isinstance(storage, Storage) and storage.has_own_dtype(name)
+    if isinstance(tensor, nn.Parameter) or (tensor.is_floating_point() and not own):
         shared = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        module._buffers.pop(name, None)
         module.register_parameter(name, shared)
     else:
+        module._parameters.pop(name, None)
         module.register_buffer(name, tensor)
-
-
-def is_trainable(tensor: Tensor) -> bool:
-    """Whether a stored tensor can be trained: no integers, and no scales in 8 bits, too coarse for a step."""
-    return tensor.is_floating_point() and tensor.itemsize > 1
 
 
 def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ address. Writing *into* `parameter.data` or into a NumPy view raises no version 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
 from typing_extensions import Self
-
-from tensornet.nn.encoding import is_trainable
 
 #: How a layer is applied, see `tensornet.nn.NetworkModule`.
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
@@ -63,19 +61,23 @@ class CachedMatrix:
         return True
 
 
-def may_cache(cores: Sequence[Tensor | None]) -> bool:
+def may_cache(cores: Sequence[Tensor | None], buffers: Iterable[Tensor | None] = ()) -> bool:
     """Whether a matrix built from these cores may be kept, and used for this call.
 
     Not where gradients of the cores are recorded, not inside a `torch.func` transform or a trace (their
     tensors die with them), and only for ordinary parameters: substitutes of `functional_call`,
     parametrizations, sharded and fake tensors have no identity or version that would tell when they change.
+
+    Args:
+        cores: the stored tensors.
+        buffers: of the module, which may be floating: scales.
     """
+    plain = {id(x) for x in buffers if type(x) is Tensor}
     if transforms_active() or torch.jit.is_tracing():  # a tracer crashes on tensors kept from its trace
         return False
     recording = is_grad_enabled()
     for core in cores:
-        # Integers and scales in 8 bits are buffers.
-        if type(core) is not nn.Parameter and (type(core) is not Tensor or is_trainable(core)):
+        if type(core) is not nn.Parameter and id(core) not in plain:
             return False
         if core.is_inference() or core.is_meta:
             return False
@@ -168,7 +170,7 @@ class MatrixKeeper(nn.Module):
         """Whether the next pass would use a kept matrix, in the present mode."""
         if self.strategy != "cached" or self.training or torch.compiler.is_compiling():
             return False  # tracers must see no kept matrix: it would become a constant that no update reaches
-        return self.may_keep_matrix and may_cache(self._core_tensors())
+        return self.may_keep_matrix and may_cache(self._core_tensors(), self._buffers.values())
 
     def drop_cache(self) -> None:
         """Free the kept matrix; the next forward pass that wants one builds it again."""

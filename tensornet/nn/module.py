@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from tensornet.contraction.operator import contract_to_matrix
 from tensornet.contraction.path import check_optimize
-from tensornet.errors import ShapeError
+from tensornet.errors import FormatError, ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores
 from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, gauge_axes, hold, layout
@@ -155,6 +155,41 @@ class NetworkModule(RoutedModule):
             return matrix.contiguous()
         return matrix.clone(memory_format=torch.contiguous_format)
 
+    def train_scales(self, on: bool = True, shared: dict[int, Tensor] | None = None) -> None:
+        """Make scales, and cores in bfloat16, trainable parameters in float32; or store them as before.
+
+        Args:
+            on: whether they are parameters from now on.
+            shared: tensors made for other modules, by the identity of those that they replace, which keeps
+                tied modules tied.
+        """
+        shared = {} if shared is None else shared
+        kinds = layout(self.topology, self.storage, self.weight.dtype)
+        for name, tensor in self.stored.items():
+            kind = kinds[name][1]
+            if not self.storage.has_own_dtype(name) or not kind.is_floating_point or kind.itemsize < 2:
+                continue  # 8 bits would undo what is trained
+            if id(tensor) not in shared:
+                value = tensor.detach().float() if on else tensor.detach().to(kind)
+                shared[id(tensor)] = nn.Parameter(value) if on else value
+            hold(self, name, shared[id(tensor)])
+        self._forget_routes()
+
+    def check_finite_scales(self, name: str) -> None:
+        """Raise FormatError if a scale is NaN or infinite, as in a damaged file.
+
+        Args:
+            name: of this module in its model, for the message.
+        """
+        if not self.storage.quantized:
+            return
+        for part, tensor in self.stored.items():
+            if part.startswith("scale_") and not bool(tensor.float().isfinite().all()):
+                raise FormatError(
+                    f"{name}.{part} holds NaN or infinite scales, so that the weight has no value. The file "
+                    "is damaged: copy or download it again, or compress the model again."
+                )
+
     def _compute_as(self, tensor: Tensor) -> None:
         """Compute in the dtype and on the device of a tensor from now on."""
         if self.storage.own_dtypes:
@@ -163,7 +198,7 @@ class NetworkModule(RoutedModule):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         if not self.storage.own_dtypes:
             return super()._apply(fn, recurse)
-        fixed = [getattr(self, name) for name in self._tensor_names if self._is_fixed(name)]
+        fixed = [getattr(self, name) for name in self._tensor_names if self.storage.has_own_dtype(name)]
         known = {id(x) for tensor in fixed for x in (tensor, tensor.grad) if x is not None}
 
         def keeping(tensor: Tensor) -> Tensor:
@@ -173,10 +208,6 @@ class NetworkModule(RoutedModule):
             return tensor.to(moved.device)
 
         return super()._apply(keeping, recurse)
-
-    def _is_fixed(self, name: str) -> bool:
-        """Whether a stored tensor has a dtype of its own."""
-        return self.storage.format_of(name.partition("_")[2]) != PLAIN.number_format
 
     def spec(self) -> dict[str, Any]:
         """JSON-ready description from which `tensornet.nn.build_module` makes an empty twin."""

@@ -139,6 +139,10 @@ class DenseFamily(TopologyFamily):
         }
         return RoundedCores(codes)
 
+    def with_rank(self, topology: Topology, rank: int) -> Topology:
+        """A matrix holds any other added to it."""
+        return topology
+
     def proposals(
         self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
     ) -> Iterator[Proposal]:

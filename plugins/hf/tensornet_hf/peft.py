@@ -38,7 +38,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     """A compressed linear layer with low-rank adapters beside it: `y = W x + b + s B A x`.
 
     Merging a layer of low rank `r` gives one of rank `r + r_adapter`, without loss. Layers of a family that
-    has no such topology (`TopologyFamily.with_rank`) cannot take the adapter in and become dense. Eight-bit
+    has no such topology (`TopologyFamily.with_rank`) cannot take the adapter in and become dense. Integer
     cores are rounded again, with a warning.
     """
 
@@ -109,9 +109,9 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         else:
             assert isinstance(base, TensorNetworkLinear)
             matrix = base.to_matrix()
-        if isinstance(base, TensorNetworkLinear) and base.storage.int8:
+        if isinstance(base, TensorNetworkLinear) and base.storage.quantized:
             warn(
-                "Merging into eight-bit cores rounds them again: outputs move a little. Keep the adapters "
+                "Merging into integer cores rounds them again: outputs move a little. Keep the adapters "
                 "beside the model for exactly what was trained.",
             )
         rank = 0

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, TargetError
+from tensornet.nn import NetworkModule
 from tensornet.nn.expansion import settle, take_apart
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
@@ -134,6 +135,9 @@ class TensorNetworkQuantizer(HfQuantizer):
             return
         _refuse_unloaded(model, self._layers)
         ties.attach_targets(model, self._ties)
+        for name in self._layers:
+            if isinstance(layer := model.get_submodule(name), NetworkModule):
+                layer.check_finite_scales(name)
         _prepare(model, compression=self.quantization_config.compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:

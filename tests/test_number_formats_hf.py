@@ -1,0 +1,193 @@
+"""Hugging Face models in number formats: saved, loaded, sharded, refused if damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.compression.plan import LayerPlan
+from tensornet.nn.encoding import Storage
+from tensornet.quantization import NumberFormat
+from tensornet.topologies import topology_family
+from tensornet_hf.checkpoint.inspection import inspect_folder
+from tensornet_hf.embedded import gpt2_path
+
+FORMATS = ["int8:row", "int5:g32", "int4:g32:zero", "int3", "int2:g32:float8", "bf16"]
+TABLE = "transformer.wte"
+
+
+def plan_of(model: nn.Module, names: list[str]) -> tn.CompressionPlan:
+    """Some layers dense in integers, one of low rank with a format for each core."""
+    layers = []
+    for k, name in enumerate(names):
+        weight = model.get_submodule(name).weight
+        shape = tuple(weight.shape) if name == TABLE else tuple(weight.shape[::-1])
+        family = topology_family("low_rank" if k == 1 else "dense")
+        storage = Storage(number_format=NumberFormat.parse(FORMATS[k % len(FORMATS)]))
+        if k == 1:
+            storage = Storage(pivoted=True, core_formats=(("0", NumberFormat.parse("int8")),))
+        topology = family.build(*shape, max_bond=() if k != 1 else 16)
+        layers.append(LayerPlan(name, shape, topology, "edited", None, 0.0, storage=storage))
+    return tn.CompressionPlan(tuple(layers))
+
+
+def names_of(model: nn.Module) -> list[str]:
+    blocks = [
+        f"transformer.h.{k}.{part}" for k in (0, 1) for part in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj")
+    ]
+    return [*blocks, TABLE]
+
+
+def quantized() -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
+    tn.apply_plan(model, plan_of(model, names_of(model)))
+    return model
+
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("formats") / "model"
+    th.save_model(quantized(), path)
+    return path
+
+
+def test_saved_and_loaded_by_every_door(folder: Path) -> None:
+    model = quantized()
+    expected = model(TOKENS).logits
+    assert torch.equal(th.load(folder).eval()(TOKENS).logits, expected)
+    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(again(TOKENS).logits, expected)
+    assert again.lm_head.core_matrix is again.transformer.wte.core_matrix  # the tied head once
+    assert again.lm_head.scale_matrix is again.transformer.wte.scale_matrix
+    for name, tensor in model.state_dict().items():
+        assert again.state_dict()[name].dtype == tensor.dtype, name
+    tokens = again.generate(TOKENS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (1, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loaded_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    expected = quantized().to(dtype).state_dict()
+    found = model.state_dict()
+    assert {k: x.dtype for k, x in found.items()} == {k: x.dtype for k, x in expected.items()}
+    layer = model.transformer.h[0].attn.c_attn
+    assert layer.weight.dtype == dtype
+    assert model(TOKENS).logits.dtype == dtype
+
+
+def test_counted_bytes_are_those_on_the_disk(folder: Path) -> None:
+    (file,) = folder.glob("*.safetensors")
+    data = file.read_bytes()
+    tensors = load_file(file)
+    assert len(data) - 8 - int.from_bytes(data[:8], "little") == sum(x.nbytes for x in tensors.values())
+    for layer in quantized().transformer.h[0].modules():
+        if isinstance(layer, tn.nn.NetworkModule):
+            held = sum(x.nbytes for x in layer.stored.values())
+            assert held == layer.storage.num_bytes(layer.topology, torch.float32)
+    assert {x.dtype for x in inspect_folder(folder).layers} >= {"uint8"}
+
+
+def test_sharded_and_decompressed(folder: Path, tmp_path: Path) -> None:
+    model = quantized()
+    expected = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(th.load(tmp_path / "sharded").eval()(TOKENS).logits, expected)
+    tn.decompress(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def _damaged(folder: Path, path: Path, name: str, change: str) -> Path:
+    path.mkdir()
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensor = tensors[name]
+    tensors[name] = tensor[..., :-1].contiguous() if change == "short" else torch.full_like(tensor, torch.nan)
+    save_file(tensors, path / file.name, metadata={"format": "pt"})
+    (path / "config.json").write_text((folder / "config.json").read_text())
+    return path
+
+
+def test_packed_tensors_of_another_length_are_refused(folder: Path, tmp_path: Path) -> None:
+    bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.core_matrix", "short")
+    with pytest.raises(tn.FormatError, match=r"core_matrix is stored with shape .*, its description says"):
+        th.load(bad)
+
+
+def test_scales_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.scale_matrix", "nan")
+    with pytest.raises(tn.FormatError, match="scale_matrix holds NaN or infinite scales"):
+        th.load(bad)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"number_format": "int1"}, "Unknown number format 'int1'"),
+        ({"number_format": "int4:g64"}, "is stored with shape .*, its description says"),
+        ({"number_format": "int8", "core_formats": {"left": "int4"}}, "for cores left"),
+    ],
+)
+def test_descriptions_that_claim_something_else(
+    folder: Path, tmp_path: Path, entry: dict[str, object], message: str
+) -> None:
+    (file,) = folder.glob("*.safetensors")
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    layers["transformer.h.0.attn.c_attn"]["storage"] = entry
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tn.FormatError, match=message):
+        th.load(tmp_path)
+
+
+def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
+    def fresh() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 8))
+
+    model = fresh()
+    topology = topology_family("dense").build(24, 40)
+    storage = Storage(number_format=NumberFormat.parse("int3:g32:zero"))
+    plan = tn.CompressionPlan((LayerPlan("0", (24, 40), topology, "edited", None, 0.0, storage=storage),))
+    plan.save(tmp_path / "plan.json")
+    assert tn.CompressionPlan.load(tmp_path / "plan.json") == plan
+    tn.apply_plan(model, plan)
+    tn.save_model(model, tmp_path / "net.safetensors")
+    x = torch.randn(3, 40)
+    assert torch.equal(tn.load_model(fresh(), tmp_path / "net.safetensors")(x), model(x))
+    with torch.no_grad():
+        model[0].scale_matrix[0, 0] = torch.inf
+    tn.save_model(model, tmp_path / "net.safetensors")
+    with pytest.raises(tn.FormatError, match=r"0\.scale_matrix holds NaN or infinite scales"):
+        tn.load_model(fresh(), tmp_path / "net.safetensors")
+
+
+def test_file_to_file_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+    model.save_pretrained(source)
+    plan = plan_of(model, names_of(model))
+    config = tn.CompressionConfig(target_modules="all", param_ratio=0.9)
+    for workers in (1, 2):
+        th.compress_checkpoint(source, tmp_path / f"by{workers}", config, workers=workers, plan=plan)
+    one, two = (tmp_path / f"by{workers}" / "model.safetensors" for workers in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+    expected = quantized().state_dict()
+    found = th.load(tmp_path / "by1").state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].float(), tensor.float(), atol=0.02, rtol=0.02, msg=name)
