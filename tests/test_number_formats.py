@@ -12,6 +12,8 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn import encoding, integer_product
+from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.encoding import Storage, decode, encode, layout
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.quantization import NumberFormat
@@ -156,6 +158,28 @@ def test_gradients_of_scales_are_those_of_the_matrix() -> None:
     assert float(scale.grad[3, 1]) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-6)
 
 
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tables_read_rows(family: str, name: str, pivoted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network(family)
+    storage = Storage(pivoted=pivoted, number_format=NumberFormat.parse(name))
+    table = embedding_from_network(made, storage=storage)
+    expected = table.to_matrix()
+    if family in ("dense", "low_rank") and not pivoted:  # the first core is read row by row
+        most, real = [], encoding.unpack
+        monkeypatch.setattr(encoding, "unpack", lambda x, *rest: (most.append(x.shape), real(x, *rest))[1])
+        table(torch.tensor([3, 3, 7]))
+        assert 3 in [shape[0] for shape in most]
+        assert SHAPE[0] not in [shape[0] for shape in most]
+    tokens = torch.tensor([[0, 19, 7], [3, 3, 11]])
+    torch.testing.assert_close(table(tokens), expected[tokens])
+    with pytest.raises(IndexError, match="Token index 20 is outside the table"):
+        table(torch.tensor([20]))
+    with pytest.raises(IndexError, match="Token index -1 is outside the table"):
+        table(torch.tensor([-1]))
+
+
 @pytest.mark.parametrize("name", ["int4:g32", "int3:g32", "int2:g32"])
 @pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("family", ["dense", "low_rank", "mpo", "tucker"])
@@ -217,3 +241,61 @@ def test_bad_descriptions(data: dict[str, object], message: str) -> None:
     assert spec is not None
     with pytest.raises(tn.FormatError, match=message):
         tn.nn.build_module({**spec, "storage": data}, device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [(1,), (3, 5), (0,), ()])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_products_in_blocks(
+    name: str, tokens: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integer_product, "_BLOCK", 4 * SHAPE[1])
+    made = layer("dense", Storage(number_format=NumberFormat.parse(name))).to(dtype)
+    twin = copy.deepcopy(made).configure(strategy="reconstruct")
+    inputs = [torch.randn(*tokens, SHAPE[1], dtype=dtype, requires_grad=True) for _ in range(2)]
+    with torch.no_grad():
+        inputs[1].copy_(inputs[0])
+    outputs = [module(x) for module, x in zip((made, twin), inputs, strict=True)]
+    room = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.1}
+    torch.testing.assert_close(*outputs, **room)
+    pull = torch.randn_like(outputs[0])
+    for y in outputs:
+        y.backward(pull)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **room)
+    assert made.bias is not None
+    assert twin.bias is not None
+    torch.testing.assert_close(made.bias.grad, twin.bias.grad, **room)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (20, 36), (32, 48)])
+@pytest.mark.parametrize("tokens", [1, 5, 100])
+def test_the_int8_kernel_where_it_can_read_the_codes(shape: tuple[int, int], tokens: int) -> None:
+    """It crashes on sizes that are not multiples of its blocks."""
+    made = topology_family("dense").decompose(torch.randn(shape), tn.Budget()).network
+    storage = Storage(number_format=NumberFormat.parse("int8:row"))
+    layer = linear_from_network(made, bias=None, source="linear", storage=storage).bfloat16()
+    x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
+    integers = layer._integers(x)
+    assert integers is not None
+    assert integers.has_kernel(x) == (shape == (64, 96) and tokens < 10)
+    expected = x.float() @ copy.deepcopy(layer).float().to_matrix().T
+    torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["int8:row", "int4:g32", "int3:g32:zero"])
+@pytest.mark.parametrize("family", ["dense", "low_rank"])
+def test_compiled_exported_and_under_autocast(family: str, name: str) -> None:
+    made = layer(family, Storage(number_format=NumberFormat.parse(name))).eval()
+    x = torch.randn(4, SHAPE[1])
+    expected = made(x).detach()
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x).detach(), expected, rtol=1e-4, atol=1e-4)
+    program = torch.export.export(made, (x,))
+    torch.testing.assert_close(program.module()(x).detach(), expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert made(x).dtype == torch.bfloat16
+    made.configure(strategy="cached")
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-4)
+        assert tn.nn.cached_bytes(made) == 4 * SHAPE[0] * SHAPE[1]
+        assert torch.equal(made(x), made(x))

@@ -1,6 +1,7 @@
 """Embedding tables whose rows are read straight from the cores."""
 
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from tensornet.contraction.path import TOKENS, ContractionPlan, plan_contraction
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.encoding import PLAIN, Storage, storage_entry
+from tensornet.nn.encoding import PLAIN, Storage, decode, row_cores, storage_entry, unpacked
 from tensornet.nn.execution import CACHED
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of, layer_kind
 from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies.stored_cores import matrix_view
 from tensornet.topology import Topology
 
 
@@ -52,6 +54,7 @@ class MPOEmbedding(NetworkModule):
         self.num_embeddings, self.embedding_dim = topology.shape
         self.padding_idx = padding_idx
         self.lookup = plan_lookup(topology)
+        self._row_cores = row_cores(topology, storage)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map token indices `input: (...)` to vectors `(..., embedding_dim)`; named as in `nn.Embedding`."""
@@ -59,7 +62,17 @@ class MPOEmbedding(NetworkModule):
             return nn.functional.embedding(input, self.to_matrix())
         if self.strategy == "cached" and self.route(input.numel()) == CACHED:
             return nn.functional.embedding(input, self.kept_matrix())
-        return lookup_rows(self.topology, self.lookup, self.cores, input)
+        if not self._row_cores:
+            return lookup_rows(self.topology, self.lookup, self.cores, input)
+        kept, dtype = self.stored, self.weight.dtype
+        # Of integer tables only the rows are unpacked that are asked for.
+        readers = {name: partial(self._rows, kept, name, dtype) for name in self._row_cores}
+        cores = decode(self.topology, self.storage, kept, self._gauge_axes, dtype, skip=self._row_cores)
+        return lookup_rows(self.topology, self.lookup, cores, input, readers)
+
+    def _rows(self, kept: Mapping[str, Tensor], name: str, dtype: torch.dtype, rows: Tensor) -> Tensor:
+        columns = matrix_view(self.topology, name)[1]
+        return unpacked(self.storage.format_of(name), kept, name, columns, dtype, rows)
 
     @classmethod
     def from_embedding(
@@ -113,9 +126,20 @@ class MPOEmbedding(NetworkModule):
 
 
 def lookup_rows(
-    topology: Topology, plan: ContractionPlan, cores: tuple[Tensor, ...], indices: Tensor
+    topology: Topology,
+    plan: ContractionPlan,
+    cores: tuple[Tensor, ...],
+    indices: Tensor,
+    readers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Tensor:
     """Rows of the operator, shape `(*indices.shape, in_features)`, by slicing cores at the index digits.
+
+    Args:
+        topology: of the operator.
+        plan: `plan_lookup(topology)`.
+        cores: in its order; empty where there is a reader.
+        indices: of the rows.
+        readers: by name of a core a function from row indices `(tokens,)` to rows `(tokens, columns)`.
 
     Raises:
         IndexError: an index lies outside the table. As in `nn.Embedding`, that is an assertion of the device
@@ -139,7 +163,17 @@ def lookup_rows(
     # Its digits may all exist, of padding or of another row: a digit that does not lets the core refuse it.
     first, size = topology.out_labels[0], topology.out_dims[0]
     digits[first] = torch.where(outside, size, digits[first])
-    slices = [_take(core, spec.labels, digits) for spec, core in zip(topology.cores, cores, strict=True)]
+    slices = []
+    for spec, core in zip(topology.cores, cores, strict=True):
+        reader = (readers or {}).get(spec.name)
+        if reader is None:
+            slices.append(_take(core, spec.labels, digits))
+            continue
+        row, sizes = torch.zeros_like(flat), topology.size_of
+        for label in (x for x in spec.labels if x in digits):
+            row = row * sizes[label] + digits[label]
+        shape = [sizes[label] for label in spec.labels if label not in digits]
+        slices.append(reader(row).reshape(-1, *shape))
     rows = run(plan, slices).reshape(flat.shape[0], topology.padded_shape[1])[:, : topology.in_features]
     return rows.reshape(*indices.shape, topology.in_features)
 

@@ -20,7 +20,7 @@ Reference:
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -302,10 +302,16 @@ def _packed(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
     """Stored tensors of a core of integers."""
     bits = rounded.number_format.bits
     assert bits is not None
-    found = {f"core_{name}": pack(rounded.codes, bits), f"scale_{name}": rounded.scales}
+    codes = pack(rounded.codes, bits)
+    found = {f"core_{name}": _signed(codes, bits), f"scale_{name}": rounded.scales}
     if rounded.zeros is not None:
         found[f"zero_{name}"] = pack(rounded.zeros, bits)
     return found
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 8 bits as signed integers around their center, the layout of torch's kernels; and back."""
+    return codes ^ 128 if bits == 8 else codes
 
 
 def gauge_axes(topology: Topology, storage: Storage) -> dict[str, int]:
@@ -320,6 +326,7 @@ def decode(
     kept: Mapping[str, Tensor],
     axes: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
+    skip: Collection[str] = (),
 ) -> tuple[Tensor, ...]:
     """The cores again, differentiable by every stored floating tensor.
 
@@ -329,24 +336,57 @@ def decode(
         kept: stored tensors.
         axes: `gauge_axes(topology, storage)`, for callers that decode often.
         dtype: of the cores; that of the floating ones if absent, or float32 where all are integers.
+        skip: names of cores that are not needed; empty tensors take their places.
     """
     axes = gauge_axes(topology, storage) if axes is None else axes
     dtype = stored_dtype(topology, storage, kept) if dtype is None else dtype
-    cores = []
+    nothing = torch.empty(0)
+    return tuple(
+        nothing if name in skip else _decoded(topology, storage, kept, name, axes, dtype)
+        for name in topology.core_names
+    )
+
+
+def _decoded(
+    topology: Topology,
+    storage: Storage,
+    kept: Mapping[str, Tensor],
+    name: str,
+    axes: Mapping[str, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """One core again."""
+    core, order = kept[f"core_{name}"], kept.get(f"order_{name}")
+    number_format = storage.format_of(name)
+    if storage.int8:
+        scale = kept[f"scale_{name}"]
+        core = core.to(scale.dtype) * scale
+    elif number_format.is_integer:
+        bond = None if order is None else topology.core_shapes[name][axes[name]]
+        columns = matrix_view(topology, name)[1] if bond is None else bond
+        core = unpacked(number_format, kept, name, columns, dtype)
+    elif number_format.dtype is not None:
+        core = core.to(dtype)
+    return _whole(topology, name, core, order, axes.get(name))
+
+
+def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
+    """Integer cores whose stored rows are the indices of their out-legs: a lookup unpacks rows alone."""
+    gauge = gauge_of(topology) if storage.pivoted else {}
+    found = []
     for spec in topology.cores:
-        core, order = kept[f"core_{spec.name}"], kept.get(f"order_{spec.name}")
-        number_format = storage.format_of(spec.name)
-        if storage.int8:
-            scale = kept[f"scale_{spec.name}"]
-            core = core.to(scale.dtype) * scale
-        elif number_format.is_integer:
-            bond = None if order is None else topology.core_shapes[spec.name][axes[spec.name]]
-            columns = matrix_view(topology, spec.name)[1] if bond is None else bond
-            core = unpacked(number_format, kept, spec.name, columns, dtype)
-        elif number_format.dtype is not None:
-            core = core.to(dtype)
-        cores.append(_whole(topology, spec.name, core, order, axes.get(spec.name)))
-    return tuple(cores)
+        shape = topology.core_shapes[spec.name]
+        legs = [n for n, label in zip(shape, spec.labels, strict=True) if label in topology.out_labels]
+        rows = matrix_view(topology, spec.name)[0]
+        integers = storage.format_of(spec.name).is_integer and spec.name not in gauge
+        first = len(legs) > 0 and math.prod(shape[: _last_leg(topology, spec.labels) + 1]) == rows
+        if integers and first and math.prod(legs) == rows:
+            found.append(spec.name)
+    return tuple(found)
+
+
+def _last_leg(topology: Topology, labels: Sequence[str]) -> int:
+    return max(axis for axis, label in enumerate(labels) if label in topology.out_labels)
 
 
 def stored_dtype(topology: Topology, storage: Storage, kept: Mapping[str, Tensor]) -> torch.dtype:
@@ -383,7 +423,7 @@ def unpacked(
     assert scales is not None
     if zeros is not None:
         zeros = unpack(zeros, bits, scales.shape[-1])
-    return dequantize(unpack(codes, bits, columns), scales, zeros, number_format, dtype)
+    return dequantize(_signed(unpack(codes, bits, columns), bits), scales, zeros, number_format, dtype)
 
 
 def _whole(topology: Topology, name: str, core: Tensor, order: Tensor | None, axis: int | None) -> Tensor:

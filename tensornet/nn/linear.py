@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
@@ -17,6 +19,7 @@ from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.nn.execution import CACHED
 from tensornet.nn.fast_path import through_matrices, with_kept_matrix
+from tensornet.nn.integer_product import IntegerMatrix, multiply
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule, require_linear_shape
 from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
@@ -74,6 +77,8 @@ class TensorNetworkLinear(NetworkModule):
             if y is not None:
                 return y
         check_input(input, self.in_features)
+        if (integers := self._integers(input)) is not None:
+            return multiply(input, integers, self.bias)
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
@@ -84,6 +89,23 @@ class TensorNetworkLinear(NetworkModule):
         if not is_compiling():
             self._remember(route, input.is_cpu)
         return y
+
+    def _integers(self, input: Tensor) -> IntegerMatrix | None:
+        """The matrix, if it is one of integers that is best multiplied block by block."""
+        if not self.storage.own_dtypes or len(self.topology.cores) > 1 or is_compiling():
+            return None
+        if self.strategy not in ("auto", "factorized") or input.dtype != self.weight.dtype:
+            return None
+        name = self.topology.core_names[0]
+        number_format, tensors = self.storage.format_of(name), self.stored
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+        if not number_format.is_integer or recorded or transforms_active() or any_autocast():
+            return None
+        codes, scales = tensors[f"core_{name}"], tensors[f"scale_{name}"]
+        zeros = tensors.get(f"zero_{name}")
+        if self.topology.shape != self.topology.padded_shape:
+            return None
+        return IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
 
     def _remember(self, route: int, on_cpu: bool) -> None:
         """Have a fast path for passes that take this route, if it has one."""

@@ -77,7 +77,7 @@ def may_cache(cores: Sequence[Tensor | None], buffers: Iterable[Tensor | None] =
         return False
     recording = is_grad_enabled()
     for core in cores:
-        if type(core) is not nn.Parameter and id(core) not in plain:
+        if core is None or (type(core) is not nn.Parameter and id(core) not in plain):
             return False
         if core.is_inference() or core.is_meta:
             return False

@@ -92,14 +92,21 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         )
     length = math.ceil(size / segments)
     parts = packed.reshape(*packed.shape[:-1], planes, length)
-    codes = packed.new_empty(*packed.shape[:-1], segments, length)
+    # A compiler wants no views to write into, and needs none.
+    tracing = torch.compiler.is_compiling()
+    codes = packed.new_empty(*packed.shape[:-1], 0 if tracing else segments, length)
+    found = []
     for segment in range(segments):
         plane, offset = divmod(segment * bits, 8)
-        code = torch.bitwise_right_shift(parts[..., plane, :], offset, out=codes[..., segment, :])
+        out = None if tracing else codes[..., segment, :]
+        code = torch.bitwise_right_shift(parts[..., plane, :], offset, out=out)
         if offset + bits > 8:
             code |= parts[..., plane + 1, :] << (8 - offset)
         if offset + bits != 8:
             code &= 2**bits - 1
+        found.append(code)
+    if tracing:
+        codes = torch.stack(found, -2)
     return codes.reshape(*packed.shape[:-1], segments * length)[..., :size]
 
 
