@@ -17,6 +17,7 @@ from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.healing.config import HealingConfig
 from tensornet.healing.objective import end_to_end_step, layer_step, output_distance
+from tensornet.healing.scales import trained_scales
 from tensornet.healing.trained import (
     compressed_layers,
     only_training,
@@ -99,8 +100,15 @@ def heal(
             f"heal takes a config or options, got both; put {', '.join(options)} into the config."
         )
     config = HealingConfig(**options) if config is None else config
-    start = config.clock()
     check_batches(data, "heal")
+    with trained_scales(model) if config.parameters == "cores" else nullcontext():
+        return _healed(model, teacher, data, config)
+
+
+def _healed(
+    model: nn.Module, teacher: nn.Module, data: Iterable[BatchLike], config: HealingConfig
+) -> HealReport:
+    start = config.clock()
     run = _Run.start(model, teacher, config)
     batches = _forever(data, skip=run.done)
     device = next(model.parameters()).device

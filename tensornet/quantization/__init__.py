@@ -1,10 +1,11 @@
 """Number formats, their packing, and rounding with the curvature of the loss."""
 
+from tensornet.quantization.codes import dequantize
 from tensornet.quantization.factors import RoundedFactors, RoundedProduct, round_factors, round_product
 from tensornet.quantization.formats import NumberFormat, format_names
 from tensornet.quantization.packing import pack, packed_bytes, unpack
 from tensornet.quantization.residual import ResidualFit, fit_residual
-from tensornet.quantization.rounding import Method, RoundedWeight, dequantize, round_weight
+from tensornet.quantization.rounding import Method, RoundedWeight, round_weight
 from tensornet.quantization.scales import GroupScales, refit_scales, search_scales
 
 __all__ = [

@@ -15,6 +15,7 @@ from torch import Tensor
 from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
+from tensornet.quantization.codes import dequantize
 from tensornet.quantization.curvature import Side, loss_increase, prepare_side
 from tensornet.quantization.descent import descend
 from tensornet.quantization.feedback import Grid, one_sided, two_sided
@@ -22,7 +23,6 @@ from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.prediction import expected_residuals
 from tensornet.quantization.scales import (
     GroupScales,
-    as_groups,
     refit_scales,
     search_scales,
     spread_groups,
@@ -75,45 +75,6 @@ def empty_weight(matrix: Tensor, number_format: NumberFormat) -> RoundedWeight:
     zeros = codes.new_zeros(groups) if number_format.zero_point else None
     nothing = matrix.new_zeros(matrix.shape[:-2], dtype=torch.float64)
     return RoundedWeight(codes, scales, zeros, number_format, (), nothing, nothing)
-
-
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    number_format: NumberFormat,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Compute `scale * (code - zero)`, differentiable by the scales.
-
-    Args:
-        codes: `torch.uint8`, shape `(..., out, in)`.
-        scales: shape `(..., out, groups)`.
-        zeros: `torch.uint8` of the same shape; None without zero points.
-        number_format: of the codes.
-        dtype: of the result.
-
-    Example:
-        >>> import torch
-        >>> from tensornet.quantization import NumberFormat, dequantize
-        >>> codes = torch.tensor([[0, 8, 9]], dtype=torch.uint8)
-        >>> dequantize(codes, torch.tensor([[0.5]]), None, NumberFormat.parse("int4"))
-        tensor([[-4.0000,  0.0000,  0.5000]])
-    """
-    grouped = as_groups(codes, number_format)
-    factor = scales.to(dtype)
-    # Differences of small integers are exact and fast in 8 bits; two bits count halves.
-    if zeros is not None:
-        kind = torch.int16 if number_format.bits == 8 else torch.int8
-        points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
-    elif number_format.center % 1:
-        points = 2 * grouped.view(torch.int8) - int(2 * number_format.center)
-        factor = factor / 2
-    elif number_format.bits == 8:
-        points = (grouped ^ 128).view(torch.int8)
-    else:
-        points = grouped.view(torch.int8) - int(number_format.center)
-    return (points.to(dtype) * factor.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]]
 
 
 @torch.no_grad()

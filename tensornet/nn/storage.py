@@ -1,0 +1,220 @@
+"""Description of an encoding of cores, and the tensors that it stores; `tensornet.nn.encoding` makes them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tensornet.errors import FormatError
+from tensornet.quantization import NumberFormat, packed_bytes
+from tensornet.topologies import topology_family
+from tensornet.topologies.stored_cores import matrix_view
+from tensornet.topology import Topology
+
+#: The model's own dtype.
+FLOAT = NumberFormat()
+_OPTIONS = ("pivoted", "int8", "number_format", "core_formats")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Form in which cores are kept.
+
+    Args:
+        pivoted: fix the gauge of bonds by an identity block in one of their cores.
+        int8: keep eight-bit integers with a scale for each channel. Such cores are not trained.
+        number_format: of all cores, or its name.
+        core_formats: `(name of a core, format)` pairs, or a mapping; they overrule `number_format`.
+
+    Raises:
+        FormatError: unknown formats, a core named twice, or formats beside `int8`.
+
+    Example:
+        >>> import torch, tensornet as tn
+        >>> storage = Storage(number_format="int4", core_formats={"left": "int8"})
+        >>> storage.format_of("matrix").name, storage.format_of("left").name
+        ('int4', 'int8')
+    """
+
+    pivoted: bool = False
+    int8: bool = False
+    number_format: NumberFormat = FLOAT
+    core_formats: tuple[tuple[str, NumberFormat], ...] = ()
+
+    def __post_init__(self) -> None:
+        given = self.core_formats
+        pairs = given.items() if isinstance(given, Mapping) else given
+        parsed = sorted((name, NumberFormat.parse(each)) for name, each in pairs)
+        object.__setattr__(self, "number_format", NumberFormat.parse(self.number_format))
+        object.__setattr__(self, "core_formats", tuple(parsed))
+        names = [name for name, _ in parsed]
+        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+            raise FormatError(f"core_formats must name every core once, got {names}.")
+        if self.int8 and (parsed or self.number_format != FLOAT):
+            raise FormatError(
+                "int8=True is the older encoding of all cores and takes no number formats beside it; use "
+                "number_format='int8' in its place."
+            )
+
+    @property
+    def plain(self) -> bool:
+        """True if parameters are the cores themselves."""
+        return not self.pivoted and not self.int8 and not self.own_dtypes
+
+    @property
+    def quantized(self) -> bool:
+        """True if some cores are integers."""
+        return self.int8 or any(each.is_integer for each in self._formats)
+
+    @property
+    def own_dtypes(self) -> bool:
+        """True if some stored tensors have a dtype that is not the model's, and keep it."""
+        return any(each != FLOAT for each in self._formats)
+
+    @property
+    def _formats(self) -> tuple[NumberFormat, ...]:
+        return self.number_format, *(each for _, each in self.core_formats)
+
+    def format_of(self, name: str) -> NumberFormat:
+        """Number format of one core."""
+        return dict(self.core_formats).get(name, self.number_format)
+
+    def has_own_dtype(self, name: str) -> bool:
+        """Whether the stored tensor of that name, such as `scale_0`, has a dtype that is not the model's."""
+        return self.format_of(name.partition("_")[2]) != FLOAT
+
+    def for_topology(self, topology: Topology) -> "Storage":
+        """The encoding that cores of this topology have: not pivoted where no bond has a gauge to fix."""
+        return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        data: dict[str, Any] = {"pivoted": self.pivoted, "int8": self.int8}
+        if self.number_format != FLOAT:
+            data["number_format"] = self.number_format.name
+        if self.core_formats:
+            data["core_formats"] = {name: each.name for name, each in self.core_formats}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Storage":
+        """Inverse of `to_dict`; an empty mapping means plain.
+
+        Raises:
+            FormatError: unknown entries or formats, or values of another type.
+        """
+        if not isinstance(data, Mapping) or (unknown := sorted(map(str, data.keys() - set(_OPTIONS)))):
+            got = f"the unknown entries {', '.join(unknown)}" if isinstance(data, Mapping) else repr(data)
+            raise FormatError(f"A storage holds {', '.join(_OPTIONS)}; got {got}.")
+        if any(type(data.get(name, False)) is not bool for name in _OPTIONS[:2]):
+            raise FormatError(f"The storage options pivoted and int8 are true or false, got {dict(data)}.")
+        formats = data.get("core_formats", {})
+        names = [data.get("number_format", "float")]
+        names += formats.values() if isinstance(formats, Mapping) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise FormatError(
+                "In a storage number_format is the name of a format, and core_formats maps names of cores to "
+                f"names of formats; got {dict(data)}."
+            )
+        return cls(**data)
+
+    def num_params(self, topology: Topology) -> int:
+        """Stored numbers: elements, scales, zero points and row orders, however they are packed.
+
+        Example:
+            >>> import tensornet as tn
+            >>> Storage(number_format="int4").num_params(tn.topologies.dense(out_features=2, in_features=64))
+            130
+        """
+        return sum(_numbers(topology, self))
+
+    def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
+        """Bytes of all stored tensors for cores of this dtype."""
+        tensors = layout(topology, self, dtype).values()
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in tensors)
+
+
+#: The parameters are the cores.
+PLAIN = Storage()
+
+
+def storage_entry(storage: Storage) -> dict[str, Any]:
+    """The part of a module's description that says how its cores are kept; nothing if they are plain."""
+    return {} if storage.plain else {"storage": storage.to_dict()}
+
+
+def layout(
+    topology: Topology, storage: Storage, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor that is stored for a topology.
+
+    Raises:
+        FormatError: a number format for a core that the topology does not have.
+    """
+    if unknown := sorted(dict(storage.core_formats).keys() - set(topology.core_names)):
+        raise FormatError(
+            f"The storage has number formats for cores {', '.join(unknown)}; the topology "
+            f"{topology.family!r} has {', '.join(topology.core_names)}."
+        )
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, kept, order in kept_shapes(topology, storage):
+        number_format = storage.format_of(name)
+        if order is not None:
+            found[f"order_{name}"] = ((order,), torch.int32)
+        if number_format.bits is not None:
+            rows, columns = kept
+            groups = number_format.groups(columns)
+            found[f"core_{name}"] = ((rows, packed_bytes(columns, number_format.bits)), torch.uint8)
+            found[f"scale_{name}"] = ((rows, groups), number_format.scale_dtype)
+            if number_format.zero_point:
+                found[f"zero_{name}"] = ((rows, packed_bytes(groups, number_format.bits)), torch.uint8)
+            continue
+        found[f"core_{name}"] = (kept, torch.int8 if storage.int8 else number_format.dtype or dtype)
+        if storage.int8:
+            found[f"scale_{name}"] = (scale_shape(kept), dtype)
+    return found
+
+
+def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    """Name of every core, its shape before packing, and the length of its row order if it is pivoted."""
+    gauge = gauge_of(topology) if storage.pivoted else {}
+    for name, shape in topology.core_shapes.items():
+        if name in gauge:
+            bond = topology.size_of[gauge[name]]
+            rows = math.prod(shape) // bond
+            yield name, (rows - bond, bond), rows
+        elif storage.format_of(name).is_integer:
+            yield name, matrix_view(topology, name), None
+        else:
+            yield name, shape, None
+
+
+def _numbers(topology: Topology, storage: Storage) -> Iterator[int]:
+    """Count the stored numbers of every core."""
+    for name, kept, order in kept_shapes(topology, storage):
+        number_format = storage.format_of(name)
+        yield math.prod(kept) + (order or 0)
+        if storage.int8:
+            yield math.prod(scale_shape(kept))
+        elif number_format.is_integer:
+            yield kept[0] * number_format.groups(kept[1]) * (2 if number_format.zero_point else 1)
+
+
+def gauge_of(topology: Topology) -> dict[str, str]:
+    """Bonds whose gauge the family fixes, by the core that holds the identity.
+
+    Raises:
+        TopologyError: the family is not registered.
+    """
+    return topology_family(topology.family).gauge_bonds(topology)
+
+
+def long_axis(shape: Sequence[int]) -> int:
+    return max(range(len(shape)), key=lambda axis: shape[axis])
+
+
+def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    axis = long_axis(shape)
+    return tuple(1 if k == axis else size for k, size in enumerate(shape))

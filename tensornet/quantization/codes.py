@@ -1,0 +1,46 @@
+"""Values of integer codes."""
+
+import torch
+from torch import Tensor
+
+from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.scales import as_groups
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    number_format: NumberFormat,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Compute `scale * (code - zero)`, differentiable by the scales.
+
+    Args:
+        codes: `torch.uint8`, shape `(..., out, in)`.
+        scales: shape `(..., out, groups)`.
+        zeros: `torch.uint8` of the same shape; None without zero points.
+        number_format: of the codes.
+        dtype: of the result.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, dequantize
+        >>> codes = torch.tensor([[0, 8, 9]], dtype=torch.uint8)
+        >>> dequantize(codes, torch.tensor([[0.5]]), None, NumberFormat.parse("int4"))
+        tensor([[-4.0000,  0.0000,  0.5000]])
+    """
+    grouped = as_groups(codes, number_format)
+    factor = scales.to(dtype)
+    # Differences of small integers are exact and fast in 8 bits; two bits count halves.
+    if zeros is not None:
+        kind = torch.int16 if number_format.bits == 8 else torch.int8
+        points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
+    elif number_format.center % 1:
+        points = 2 * grouped.view(torch.int8) - int(2 * number_format.center)
+        factor = factor / 2
+    elif number_format.bits == 8:
+        points = (grouped ^ 128).view(torch.int8)
+    else:
+        points = grouped.view(torch.int8) - int(number_format.center)
+    return (points.to(dtype) * factor.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]]
