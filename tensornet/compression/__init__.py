@@ -3,8 +3,9 @@
 from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.model_files import load_model, save_model
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planner import PreparedPlan, plan, prepare
 from tensornet.compression.report import CompressionReport, LayerReport
 from tensornet.deprecation import moved

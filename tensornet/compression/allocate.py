@@ -2,7 +2,9 @@
 
 Each layer has candidates, each with a size and a cost. With one price for a unit of size, every layer takes
 the candidate with the least `cost + price * size`, which is optimal for the size that comes out (Everett's
-theorem); bisection finds the price for a given budget, and what is left over is spent greedily.
+theorem). Lowering the price walks every layer along the lower convex hull of its candidates, one step after
+the other in the order of what a step saves for its size; a budget ends the walk, and what is left over is
+spent so that a larger budget never costs more.
 
 Reference:
     Everett 1963, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
@@ -11,18 +13,13 @@ Reference:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tensornet.compression.config import CompressionConfig
-from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.errors import BudgetError
-from tensornet.nn.targets import Target
-
-if TYPE_CHECKING:
-    from tensornet.compression.candidates import LayerCandidates
 
 _Choice = TypeVar("_Choice")
 
@@ -56,8 +53,10 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             f"The budget allows {budget:,.6g}, the smallest candidates of all layers need {least:,.6g}; "
             "raise the budget or choose fewer layers."
         )
-    price = _price(curves, lambda chosen: total_size(curves, chosen) <= budget)
-    return _fill(curves, [curve.best(price) for curve in curves], budget)
+    steps = _steps(curves)
+    start = [_cheapest_of_smallest(curve) for curve in curves]
+    ways = [_walk(curves, start, steps, budget), _one_more(curves, start, steps, budget)]
+    return min(ways, key=lambda chosen: total_cost(curves, chosen))
 
 
 def spend_cost(
@@ -162,19 +161,91 @@ def total_cost(curves: Sequence[CostCurve], chosen: Sequence[int]) -> float:
     return sum(float(curve.costs[index]) for curve, index in zip(curves, chosen, strict=True))
 
 
-def _price(curves: Sequence[CostCurve], fits: object) -> float:
-    """The smallest price whose candidates fit."""
-    assert callable(fits)
-    low, high = 0.0, 1.0
-    if fits([curve.best(0.0) for curve in curves]):
-        return 0.0
-    while not fits([curve.best(high) for curve in curves]):
-        high *= 4
-    for _ in range(100):
-        middle = _middle(low, high)
-        ok = fits([curve.best(middle) for curve in curves])
-        low, high = (low, middle) if ok else (middle, high)
-    return high
+@dataclass(frozen=True, order=True)
+class _Step:
+    """One step along a hull: what it saves for its size (negative, so that the best comes first)."""
+
+    slope: float
+    layer: int
+    growth: float
+    candidate: int
+
+
+def _cheapest_of_smallest(curve: CostCurve) -> int:
+    smallest = curve.sizes == curve.sizes.min()
+    return int(torch.where(smallest, curve.costs, torch.inf).argmin())
+
+
+def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
+    """Indices of the lower convex hull of points, by rising size and falling cost.
+
+    Example:
+        >>> from tensornet.compression.allocate import lower_hull
+        >>> lower_hull([4, 2, 3, 1], [0.0, 1.0, 0.9, 5.0])
+        [3, 1, 0]
+    """
+    hull: list[int] = []
+    for k in sorted(range(len(sizes)), key=lambda index: (sizes[index], costs[index], index)):
+        if hull and costs[k] >= costs[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (costs[b] - costs[a]) * (sizes[k] - sizes[a]) < (costs[k] - costs[a]) * (sizes[b] - sizes[a]):
+                break
+            hull.pop()
+        hull.append(k)
+    return hull
+
+
+def _steps(curves: Sequence[CostCurve]) -> list[_Step]:
+    """Steps along the hulls of all layers, those that save most for their size first."""
+    found = []
+    for layer, curve in enumerate(curves):
+        sizes, costs = curve.sizes.tolist(), curve.costs.tolist()
+        for a, b in pairwise(lower_hull(sizes, costs)):
+            growth = sizes[b] - sizes[a]
+            found.append(_Step((costs[b] - costs[a]) / growth, layer, growth, b))
+    return sorted(found)
+
+
+def _walk(
+    curves: Sequence[CostCurve], start: Sequence[int], steps: Sequence[_Step], budget: float
+) -> list[int]:
+    """Take all steps that fit; a layer whose step does not fit takes none of its later ones.
+
+    A larger budget never costs more: where two walks part, that with the larger budget takes a step, and all
+    that the other one can still take is smaller and saves less for its size.
+    """
+    chosen, blocked = list(start), set()
+    left = budget - total_size(curves, start)
+    for step in steps:
+        if step.layer in blocked:
+            continue
+        if step.growth <= left:
+            chosen[step.layer], left = step.candidate, left - step.growth
+        else:
+            blocked.add(step.layer)
+    return chosen
+
+
+def _one_more(
+    curves: Sequence[CostCurve], start: Sequence[int], steps: Sequence[_Step], budget: float
+) -> list[int]:
+    """Take steps while they fit, then the one candidate of any layer, on a hull or not, that saves most."""
+    chosen, left = list(start), budget - total_size(curves, start)
+    for step in steps:
+        if step.growth > left:
+            break
+        chosen[step.layer], left = step.candidate, left - step.growth
+    best, place = 0.0, None
+    for layer, (curve, index) in enumerate(zip(curves, chosen, strict=True)):
+        saving = curve.costs[index] - curve.costs
+        saving = torch.where(curve.sizes - curve.sizes[index] <= left, saving, 0.0)
+        if float(saving.max()) > best:
+            best, place = float(saving.max()), (layer, int(saving.argmax()))
+    if place is not None:
+        chosen[place[0]] = place[1]
+    return chosen
 
 
 def _middle(low: float, high: float) -> float:
@@ -188,103 +259,3 @@ def _price_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
     top = max(max(float(step) for step in steps), 1e-300)
     exponent = float(torch.tensor(top, dtype=torch.float64).log10())
     return exponent - 8, exponent + 3
-
-
-def _fill(curves: Sequence[CostCurve], chosen: list[int], budget: float) -> list[int]:
-    """Spend what the multiplier left over: the upgrade that saves most for its size, while one fits."""
-    left = budget - total_size(curves, chosen)
-    while True:
-        best: tuple[float, int, int, float] | None = None
-        for layer, (curve, index) in enumerate(zip(curves, chosen, strict=True)):
-            growth = curve.sizes - curve.sizes[index]
-            saving = curve.costs[index] - curve.costs
-            rate = torch.where(
-                (growth > 0) & (growth <= left) & (saving > 0), saving / growth.clamp_min(1e-9), -1.0
-            )
-            top = int(rate.argmax())
-            if float(rate[top]) > 0 and (best is None or float(rate[top]) > best[0]):
-                best = (float(rate[top]), layer, top, float(growth[top]))
-        if best is None:
-            return chosen
-        chosen[best[1]], left = best[2], left - best[3]
-
-
-def choose_candidates(
-    targets: Sequence[Target],
-    candidates: Sequence["LayerCandidates"],
-    config: CompressionConfig,
-    objective: str,
-    forecast: Forecast = UNMEASURED,
-) -> tuple[list[int], str]:
-    """Choose a candidate for each layer, by its index; also say which cap decided.
-
-    With several caps on the whole, the one that leaves least wins. `forecast` corrects predicted
-    losses by measured ones.
-
-    Raises:
-        BudgetError: the caps cannot be kept.
-    """
-    if objective != "curvature" or (config.param_ratio is None and not config.needs_curvature):
-        return _alone(targets, candidates, config), _cap(config)
-    curves = [found.curve("params") for found in candidates]
-    choices = []
-    if config.param_ratio is not None:
-        allowed = config.param_ratio * sum(target.matrix.numel() for target in targets)
-        choices.append((_spend(curves, allowed, "param_ratio", config), "param_ratio"))
-    for unit, name in (("num_bytes", "max_bytes"), ("milliseconds", "max_milliseconds")):
-        if (allowed := getattr(config, name)) is not None:
-            choices.append((_spend([found.curve(unit) for found in candidates], allowed, name, config), name))
-    if config.loss_increase is not None:
-        allowed = forecast.price(config.loss_increase)
-        chosen = spend_cost(curves, allowed, [found.forecasts for found in candidates])
-        if not choices:
-            return chosen, "loss_increase"
-        cheapest = max(choices, key=lambda choice: total_cost(curves, choice[0]))
-        price = sum(float(f.forecasts[k]) for f, k in zip(candidates, cheapest[0], strict=True))
-        predicted = forecast.rise(price)
-        if predicted > config.loss_increase:
-            raise BudgetError(
-                f"{cheapest[1]} and loss_increase={config.loss_increase} contradict each other: the best "
-                f"plan of that size raises the loss by {predicted:.4g}. Drop one of them or raise it."
-            )
-        return cheapest
-    return max(choices, key=lambda choice: total_cost(curves, choice[0]))
-
-
-def _spend(curves: Sequence[CostCurve], allowed: float, name: str, config: CompressionConfig) -> list[int]:
-    """`spend_size`, whose errors name the budget."""
-    try:
-        return spend_size(curves, allowed)
-    except BudgetError as error:
-        raise BudgetError(f"{name}={getattr(config, name)}: {error}") from error
-
-
-def _alone(
-    targets: Sequence[Target], candidates: Sequence["LayerCandidates"], config: CompressionConfig
-) -> list[int]:
-    """The best candidate of each layer under the caps on single layers."""
-    if config.param_ratio is not None:
-        sizes = [target.matrix.numel() for target in targets]
-
-        def decide(index: int, ratio: float) -> int:
-            try:
-                return spend_size([candidates[index].curve("params")], ratio * sizes[index])[0]
-            except BudgetError as error:
-                raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
-
-        def stay(index: int) -> tuple[int, float]:
-            """The dense candidate, which is the last one; the smallest where a cap on ranks excludes it."""
-            params = candidates[index].params
-            last = len(params) - 1
-            place = last if candidates[index].make(last)[0] is None else int(params.argmin())
-            return place, float(params[place])
-
-        return decide_alone(sizes, config.param_ratio, decide, stay)
-    if config.rel_error is not None:
-        return [int(found.params.argmin()) for found in candidates]
-    return [int(found.costs.argmin()) for found in candidates]
-
-
-def _cap(config: CompressionConfig) -> str:
-    names = ("param_ratio", "rel_error", "max_bond")
-    return next((name for name in names if getattr(config, name) is not None), "exact")

@@ -10,7 +10,8 @@ from torch import nn
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
 from tensornet.compression.candidates import relative_gap
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.layer_plan import LayerPlan
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting

@@ -4,24 +4,21 @@ A candidate is a topology and a `Storage`, the encoding of its cores; the dense 
 topologies and losses come from the family (`TopologyFamily.ladder`); bytes and times are added here.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import CostCurve
+from tensornet.compression.allocate import CostCurve, lower_hull
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.latency import Clock
-from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.errors import BudgetError
+from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, decode, encode
-from tensornet.nn.targets import Target
 from tensornet.topologies import Decomposition, TopologyFamily, topology_family
 from tensornet.topology import Topology
 
@@ -41,6 +38,8 @@ class LayerCandidates:
         errors: relative Frobenius error of each, shape `(candidates,)`.
         milliseconds: predicted time of a forward pass, shape `(candidates,)`; zeros where nobody asked.
         make: topology (None for dense) and storage of a candidate, by its index.
+        uniform: indices of the dense matrix in each number format, by the name of the format.
+        nearest: predicted loss increase of rounding to nearest in each integer format, for comparison.
     """
 
     params: Tensor
@@ -50,6 +49,8 @@ class LayerCandidates:
     errors: Tensor
     milliseconds: Tensor
     make: Callable[[int], tuple[Topology | None, Storage]]
+    uniform: Mapping[str, int] = field(default_factory=dict)
+    nearest: Mapping[str, float] = field(default_factory=dict)
 
     def curve(self, unit: str) -> CostCurve:
         """Costs over `"params"`, `"num_bytes"` or `"milliseconds"`."""
@@ -58,59 +59,19 @@ class LayerCandidates:
     def only(self, indices: Sequence[int]) -> "LayerCandidates":
         """Some of the candidates."""
         values = {name: getattr(self, name)[list(indices)] for name in _VALUES}
-        return LayerCandidates(**values, make=lambda index: self.make(indices[index]))
+        places = {old: new for new, old in enumerate(indices)}
+        uniform = {name: places[k] for name, k in self.uniform.items() if k in places}
+        return replace(self, **values, make=lambda index: self.make(indices[index]), uniform=uniform)
 
-    def hull(self) -> tuple[tuple[int, float], ...]:
-        """Lower convex hull of forecasts over parameters: all that a budget of the whole model ever takes."""
-        points = sorted(zip(self.params.tolist(), self.forecasts.tolist(), strict=True))
-        hull: list[tuple[float, float]] = []
-        for point in points:
-            while len(hull) > 1 and _above(hull[-2], hull[-1], point):
-                hull.pop()
-            if not hull or point[1] < hull[-1][1]:
-                hull.append(point)
-        return tuple((int(size), cost) for size, cost in hull)
+    def free(self) -> "LayerCandidates":
+        """The same candidates where no error costs anything."""
+        nothing = torch.zeros_like(self.costs)
+        return replace(self, costs=nothing, forecasts=nothing, nearest=dict.fromkeys(self.nearest, 0.0))
 
-
-def layer_candidates(
-    target: Target,
-    config: CompressionConfig,
-    objective: str,
-    stats: CalibrationStats | None,
-    clock: Clock | None = None,
-) -> LayerCandidates:
-    """Make all candidates of one layer that the caps on single layers allow; `clock` predicts their times.
-
-    Raises:
-        BudgetError: none is left.
-    """
-    sensitivity = layer_sensitivity(target, objective, stats, config.damping)
-    if sensitivity is None:
-        return dense_candidate(target.matrix, clock)
-    found = joined(
-        [
-            family_candidates(
-                target.matrix,
-                sensitivity,
-                storage_of(config, objective),
-                topology_family(name),
-                max_bond=config.max_bond,
-                rel_error=config.rel_error,
-                clock=clock,
-                search_legs=config.dims == "auto",
-                options=config.family_options(name),
-            )
-            for name in config.calibrated_families
-        ]
-    )
-    if config.rel_error is not None:
-        found = keep_promise(found, target.matrix, sensitivity.choice, config.rel_error)
-    if len(found.params) == 0:
-        raise BudgetError(
-            f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
-            f"most rel_error={config.rel_error}."
-        )
-    return found
+    def hull(self, unit: str) -> tuple[tuple[int, float], ...]:
+        """Lower convex hull of forecasts over a size: all that a budget of the whole model ever takes."""
+        sizes, costs = getattr(self, unit).tolist(), self.forecasts.tolist()
+        return tuple((int(sizes[k]), costs[k]) for k in lower_hull(sizes, costs))
 
 
 def family_candidates(
@@ -208,7 +169,13 @@ def joined(candidates: Sequence[LayerCandidates]) -> LayerCandidates:
         return candidates[family].make(index - starts[family])
 
     values = {name: torch.cat([getattr(found, name) for found in candidates]) for name in _VALUES}
-    return LayerCandidates(**values, make=make)
+    uniform = {
+        name: start + k
+        for start, found in zip(starts, candidates, strict=False)
+        for name, k in found.uniform.items()
+    }
+    nearest = {name: loss for found in candidates for name, loss in found.nearest.items()}
+    return LayerCandidates(**values, make=make, uniform=uniform, nearest=nearest)
 
 
 def dense_candidate(matrix: Tensor, clock: Clock | None = None) -> LayerCandidates:
@@ -290,8 +257,3 @@ def _sizes(topologies: tuple[Topology, ...], storage: Storage, dtype: torch.dtyp
     params = torch.tensor([storage.num_params(t) for t in topologies], dtype=torch.float64)
     sizes = torch.tensor([storage.num_bytes(t, dtype) for t in topologies], dtype=torch.float64)
     return params, sizes
-
-
-def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether `b` lies on or above the line from `a` to `c`."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

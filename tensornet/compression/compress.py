@@ -90,12 +90,21 @@ def gather_statistics(
     """
     if isinstance(calibration, CalibrationStats):
         return calibration
-    if config.objective == "weight" or (config.budget.unlimited and not config.needs_curvature):
+    unlimited = config.budget.unlimited and not config.needs_curvature and not config.plans_formats
+    if config.objective == "weight" or unlimited:
         return None
     source = "calibration data"
     if calibration is None:
         found = provided_data(model)
         if found is None:
+            if config.objective == "auto" and config.one_format_keeps:
+                warn(
+                    f"No calibration data: all layers of {type(model).__name__} get one number format, int8 "
+                    "unless formats= names others, rounded to nearest. Pass calibration=batches (about 30 of "
+                    "1,000 tokens) for fewer bits at less loss, or objective='weight' if this is meant.",
+                    CalibrationWarning,
+                )
+                return None
             if config.objective == "auto" and not config.needs_curvature:
                 warn(
                     f"No calibration data: {type(model).__name__} is compressed by the error of its weights "

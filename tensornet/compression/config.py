@@ -1,13 +1,14 @@
 """Options of `tensornet.compress`: targets, budgets, topology, objective."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tensornet.budget import Budget
 from tensornet.checks import check_number, check_size, check_type
-from tensornet.errors import BudgetError, TopologyError
-from tensornet.nn.targets import LayerSelection
+from tensornet.errors import BudgetError, FormatError, TopologyError
+from tensornet.nn.targets import ALL, LayerSelection
+from tensornet.quantization import NumberFormat
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
 
@@ -15,7 +16,20 @@ Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
 AUTO = "auto"
 #: Budgets of all layers together, which need the sensitivity of the loss to an error in each.
-WHOLE_MODEL_BUDGETS = ("max_bytes", "loss_increase", "max_milliseconds")
+WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase", "max_milliseconds")
+#: Those among them that cap bytes.
+BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
+#: Number formats that are tried where bits or a byte ratio are asked for and no formats are named. Groups of
+#: 32 with 8-bit scales take as many bytes as groups of 64 with 16-bit ones and round more accurately.
+DEFAULT_FORMATS = (
+    "float",
+    "int8",
+    "int6:g32:float8",
+    "int5:g32:float8",
+    "int4:g32:float8",
+    "int3:g32:float8",
+    "int2:g32:float8",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,18 @@ class CompressionConfig(LayerSelection):
         rel_error: largest relative Frobenius error of each layer.
         param_ratio: keep ratio: fraction of the parameters of the targeted layers to keep; of all together
             with the curvature objective, of each layer with the others.
-        max_bytes: size of the targeted layers together. Curvature only.
+        bits_per_weight: mean bits of a weight of the targeted layers, scales included. Like all budgets of
+            bytes it needs calibrated gradients; without calibration data layers become int8, if that fits.
+        byte_ratio: bytes of the whole model, embeddings and biases included, as a share of its bytes now.
+        max_bytes: size in bytes: of the whole model where number formats are chosen, else of the targeted
+            layers.
+        whole_model: True lets all three count the whole model, False the targeted layers alone; None is as
+            said above. Where the whole model counts, embeddings and heads are targets too unless
+            `target_modules` says otherwise.
+        formats: number formats that layers may be stored in, as names for `NumberFormat.parse`: `"float"` is
+            the model's own, `"int4"` has groups of 64. Dense layers take any of them, factors of networks
+            those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` where
+            `bits_per_weight` or `byte_ratio` is given, else the model's own alone.
         loss_increase: predicted rise of the loss of a token that all layers together may cause. Curvature
             only; alone it asks for the smallest such model.
         max_milliseconds: predicted time of one forward pass through the targeted layers together, by the
@@ -70,7 +95,11 @@ class CompressionConfig(LayerSelection):
     max_bond: int | None = None
     rel_error: float | None = None
     param_ratio: float | None = None
+    bits_per_weight: float | None = None
+    byte_ratio: float | None = None
     max_bytes: int | None = None
+    whole_model: bool | None = None
+    formats: Sequence[str] | None = None
     loss_increase: float | None = None
     max_milliseconds: float | None = None
     tokens: int | None = None
@@ -81,6 +110,10 @@ class CompressionConfig(LayerSelection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "formats", _checked_formats(self))
+        counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
+        if self.target_modules is None and any(self.counts_model(name) for name in counted):
+            object.__setattr__(self, "target_modules", ALL)
         if self.budget.unlimited and not self.needs_curvature and self.topology == AUTO:
             object.__setattr__(self, "topology", "mpo")  # without a budget every family is exact
         if not isinstance(self.topology, str | TopologyFamily):
@@ -109,7 +142,13 @@ class CompressionConfig(LayerSelection):
             check_number(name, value)
             if not value > 0:
                 raise BudgetError(f"{name} must be above 0, got {value!r}.")
-        if self.needs_curvature and self.objective not in ("auto", "curvature"):
+        if self.byte_ratio is not None and self.byte_ratio > 1:
+            raise BudgetError(
+                f"byte_ratio is a share of the model's bytes, at most 1; got {self.byte_ratio!r}. Sizes in "
+                "bytes are max_bytes=, bits of a weight bits_per_weight=."
+            )
+        without = self.objective == "weight" and self.one_format_keeps
+        if self.needs_curvature and self.objective not in ("auto", "curvature") and not without:
             raise BudgetError(
                 f"{', '.join(WHOLE_MODEL_BUDGETS)} are spent over all layers together, which needs the price "
                 f"of an error in each: use objective='curvature' with calibration data, not "
@@ -123,6 +162,35 @@ class CompressionConfig(LayerSelection):
                 "pivoted must be True, False or None, and int8 True or False; got "
                 f"{self.pivoted!r} and {self.int8!r}."
             )
+
+    def counts_model(self, budget: str) -> bool:
+        """Whether a budget of bytes counts the whole model, or the targeted layers alone.
+
+        Example:
+            >>> from tensornet import CompressionConfig
+            >>> config = CompressionConfig(bits_per_weight=4.25)
+            >>> [config.counts_model(name) for name in ("bits_per_weight", "byte_ratio", "max_bytes")]
+            [False, True, True]
+        """
+        if self.whole_model is not None:
+            return self.whole_model
+        return budget == "byte_ratio" or (budget == "max_bytes" and self.plans_formats)
+
+    @property
+    def number_formats(self) -> tuple[NumberFormat, ...]:
+        """Formats that layers may be stored in; empty where only networks of floating-point cores may."""
+        return tuple(NumberFormat.parse(name) for name in self.formats or ())
+
+    @property
+    def plans_formats(self) -> bool:
+        """Whether number formats are chosen along with topologies."""
+        return bool(self.formats)
+
+    @property
+    def one_format_keeps(self) -> bool:
+        """Whether one number format for all layers can keep the budgets, without calibration data."""
+        others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
+        return self.plans_formats and all(value is None for value in others)
 
     @property
     def needs_curvature(self) -> bool:
@@ -169,6 +237,31 @@ class CompressionConfig(LayerSelection):
                 f"Unknown compression options {', '.join(unknown)}; known are {', '.join(sorted(known))}."
             )
         return cls(**data)
+
+
+def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
+    """Names of the formats, the default ones where bits are asked for; None if no formats are chosen.
+
+    Raises:
+        FormatError: no sequence of names, or an unknown one.
+        BudgetError: formats contradict `int8`.
+    """
+    formats = config.formats
+    if formats is None:
+        if config.int8 or (config.bits_per_weight is None and config.byte_ratio is None):
+            return None
+        formats = DEFAULT_FORMATS
+    if config.int8:
+        raise BudgetError(
+            "int8=True stores the cores of all networks with one scale a channel; formats= lets the plan "
+            "choose. Leave out int8=True and name 'int8' among the formats."
+        )
+    if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
+        raise FormatError(
+            f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, got {formats!r}; 'int4' alone is "
+            "written ('int4',)."
+        )
+    return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:

@@ -4,71 +4,34 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES
 from tensornet.compression.forecast import UNMEASURED, Forecast
+from tensornet.compression.layer_plan import (
+    Baseline,
+    LayerPlan,
+    describe,
+    layer_from_dict,
+    layer_to_dict,
+    with_baseline,
+)
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io.atomic import write_file
 from tensornet.nn.encoding import PLAIN, Storage
+from tensornet.quantization import NumberFormat
+from tensornet.topologies import dense
 from tensornet.topology import Topology
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+#: Versions that are read; plans of version 1 hold no dtypes and no number formats.
+_KNOWN_VERSIONS = (1, PLAN_VERSION)
 _HEADER = ("objective", "damping", "dense_loss", "calibration")
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """Plan for one weight.
-
-    Args:
-        name: module name of the (first) layer that uses the weight.
-        shape: `(out_features, in_features)`.
-        topology: the network that replaces it, bonds included; None keeps it dense.
-        bound_by: the cap that decided, or `"dense"`.
-        error: expected relative Frobenius error; None where the plan was edited and it is not known yet.
-        baseline_error: error of the plain truncated SVD with the same number of parameters.
-        singular_values: spectrum of the weight in descending order, for pictures.
-        storage: how the cores are kept.
-        loss_increase: predicted rise of the loss of a token by this layer alone, before measurements of the
-            whole model correct it; None without calibrated gradients.
-        curve: `(parameters, predicted loss increase)`, likewise, on the convex hull of the candidates.
-        milliseconds: predicted time of a forward pass, None where no token count was given.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    topology: Topology | None
-    bound_by: str
-    error: float | None
-    baseline_error: float
-    singular_values: tuple[float, ...] = ()
-    storage: Storage = PLAIN
-    loss_increase: float | None = None
-    curve: tuple[tuple[int, float], ...] = ()
-    milliseconds: float | None = None
-
-    @property
-    def params_before(self) -> int:
-        """Dense parameters of the weight (bias not counted)."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def params_after(self) -> int:
-        """Stored numbers of the planned network, padding, scales and row orders included."""
-        return self.params_before if self.topology is None else self.storage.num_params(self.topology)
-
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the planned network for a weight of this dtype."""
-        if self.topology is None:
-            return self.params_before * dtype.itemsize
-        return self.storage.num_bytes(self.topology, dtype)
 
 
 @dataclass(frozen=True)
@@ -87,6 +50,7 @@ class CompressionPlan:
         tokens: for which `milliseconds` were predicted.
         forecast: corrects the sum over layers, where rises were measured (`PreparedPlan.measured`).
         topology_options: options of the family that the topologies were built with.
+        baseline: rounding to nearest at the same bytes, where number formats were planned.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -97,6 +61,7 @@ class CompressionPlan:
     tokens: int | None = None
     forecast: Forecast = UNMEASURED
     topology_options: Mapping[str, Any] | None = None
+    baseline: Baseline | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -119,6 +84,21 @@ class CompressionPlan:
     def params_after(self) -> int:
         """Parameters of all targeted weights as planned."""
         return sum(layer.params_after for layer in self.layers)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all targeted weights in their own dtypes."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all targeted weights as planned."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits of a weight as planned."""
+        return 8 * self.bytes_after / self.params_before
 
     @property
     def predicted_loss_increase(self) -> float | None:
@@ -146,55 +126,100 @@ class CompressionPlan:
         names = ("predicted_loss_increase", "predicted_perplexity", "predicted_milliseconds")
         return {name: getattr(self, name) for name in names}
 
-    def curve(self, points: int = 64) -> list[tuple[int, float]]:
-        """`(parameters of all targeted layers, predicted rise of the loss)` over all budgets, largest first.
+    def curve(self, points: int = 64, *, unit: str = "params") -> list[tuple[int, float]]:
+        """`(size of all targeted layers, predicted rise of the loss)` over all budgets, largest first.
 
         Empty without calibrated gradients.
+
+        Args:
+            points: at most so many.
+            unit: `"params"` or `"bytes"`.
+
+        Raises:
+            ValueError: another unit.
         """
-        if any(not layer.curve for layer in self.layers):
+        if unit not in ("params", "bytes"):
+            raise ValueError(f"The unit of a curve is 'params' or 'bytes', got {unit!r}.")
+        curves = [layer.curve if unit == "params" else layer.byte_curve for layer in self.layers]
+        if not all(curves):
             return []
-        hulls = [torch.tensor(layer.curve, dtype=torch.float64) for layer in self.layers]
+        hulls = [torch.tensor(curve, dtype=torch.float64) for curve in curves]
         pairs = frontier([CostCurve(hull[:, 0], hull[:, 1]) for hull in hulls], points)
         return [(int(size), self.forecast.rise(cost)) for size, cost in pairs]
 
-    def replace_layer(self, name: str, topology: Topology | None) -> "CompressionPlan":
-        """A plan in which one layer becomes `topology` (None: stays dense).
+    def replace_layer(
+        self, name: str, topology: Topology | None, storage: Storage | str | None = None
+    ) -> "CompressionPlan":
+        """A plan in which one layer becomes `topology`, stored as `storage`.
 
-        Its cores are encoded as before, as far as the family allows. Error and predicted loss increase of
-        that layer are no longer known; both are 0 where it stays dense.
+        Error and predicted loss increase of that layer are no longer known; both are 0 where it stays dense.
+
+        Args:
+            name: of the layer.
+            topology: the network; None is the dense matrix.
+            storage: how its cores are kept, or the name of a number format. If absent, cores are encoded as
+                before, as far as the family allows, and the dense matrix stays as it is in the model.
 
         Raises:
+            FormatError: an unknown number format, or formats for cores that are not there.
             KeyError: no such layer.
             TopologyError: not a topology, or for a matrix of another shape.
+
+        Example:
+            >>> import torch, tensornet as tn
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+            >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8))
+            >>> plan.replace_layer("0", None, "int4").bits_per_weight
+            4.25
         """
         old = self[name]
+        if isinstance(storage, str):
+            storage = Storage(number_format=NumberFormat.parse(storage))
+        if topology is None and storage is not None and not storage.plain:
+            topology = dense(out_features=old.shape[0], in_features=old.shape[1])
         if topology is None:
             rise = None if old.loss_increase is None else 0.0
             edited = replace(old, topology=None, bound_by="dense", error=0.0, baseline_error=0.0)
             edited = replace(edited, storage=PLAIN, loss_increase=rise, milliseconds=None)
         else:
             _check_topology(old, topology)
-            storage = old.storage.for_topology(topology)
-            edited = replace(old, topology=topology, bound_by="edited", error=None, storage=storage)
+            kept = (storage or _general(old.storage)).for_topology(topology)
+            kept.num_params(topology)  # formats of unknown cores are refused
+            edited = replace(old, topology=topology, bound_by="edited", error=None, storage=kept)
             edited = with_baseline(replace(edited, loss_increase=None, milliseconds=None))
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
-        lines = [f"{'layer':<{width}}  {'form':<28} {'parameters':>24} {'error':>8} {'plain SVD':>9}"]
+        lines = [
+            f"{'layer':<{width}}  {'form':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
+            f"{'plain SVD':>9}"
+        ]
         for layer in self.layers:
-            form = "dense" if layer.topology is None else describe(layer.topology)
-            size = f"{layer.params_before:,} -> {layer.params_after:,}"
+            form = describe(layer.topology, layer.storage)
+            size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
+            count = f"{layer.params_before:,} -> {layer.params_after:,}"
             error = "?" if layer.error is None else f"{layer.error:.4f}"
-            errors = f"{error:>8} {layer.baseline_error:>9.4f}"
-            lines.append(f"{layer.name:<{width}}  {form:<28} {size:>24} {errors}")
-        lines.append(f"total: {self.params_before:,} -> {self.params_after:,} parameters")
+            lines.append(
+                f"{layer.name:<{width}}  {form:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
+                f"{count:>24} {error:>8} {layer.baseline_error:>9.4f}"
+            )
+        lines.append(
+            f"total: {self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a "
+            f"weight, {self.params_before:,} -> {self.params_after:,} parameters"
+        )
         if self.predicted_loss_increase is not None:
             seen = f" (measured on {self.forecast.source})" if self.forecast.source else ""
             text = f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}{seen}"
             if self.dense_loss is not None and self.predicted_perplexity is not None:
                 text += f", perplexity {math.exp(self.dense_loss):.4g} -> {self.predicted_perplexity:.4g}"
             lines.append(text)
+        if self.baseline is not None:
+            rise = self.forecast.rise(self.baseline.loss_increase)
+            lines.append(
+                f"round to nearest, {self.baseline.number_format} everywhere: {self.baseline.num_bytes:,} "
+                f"bytes, predicted rise {rise:.4f}"
+            )
         if self.predicted_milliseconds is not None:
             lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
         return "\n".join(lines)
@@ -208,7 +233,8 @@ class CompressionPlan:
             "tokens": self.tokens,
             "forecast": self.forecast.to_dict(),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
-            "layers": [_layer_to_dict(x) for x in self.layers],
+            "baseline": None if self.baseline is None else asdict(self.baseline),
+            "layers": [layer_to_dict(x) for x in self.layers],
         }
 
     @classmethod
@@ -218,21 +244,23 @@ class CompressionPlan:
         Raises:
             FormatError: not a plan, of an unknown version, or edited to something else.
         """
-        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
-            raise FormatError(f"Not a compression plan of version {PLAN_VERSION}.")
+        if not isinstance(data, dict) or data.get("version") not in _KNOWN_VERSIONS:
+            raise FormatError(f"Not a compression plan of version {' or '.join(map(str, _KNOWN_VERSIONS))}.")
         try:
-            layers = tuple(_layer_from_dict(layer) for layer in data["layers"])
+            layers = tuple(layer_from_dict(layer) for layer in data["layers"])
             header = {name: data[name] for name in _HEADER}
             forecast = Forecast.from_dict(data["forecast"]) if "forecast" in data else UNMEASURED
             options = data.get("topology_options")
             if not isinstance(options, Mapping | None):
                 raise TypeError(f"topology_options must be a mapping, got {options!r}")
+            baseline = data.get("baseline")
             made = cls(
                 layers,
                 **header,
                 tokens=data.get("tokens"),
                 forecast=forecast,
                 topology_options=options,
+                baseline=None if baseline is None else Baseline(**baseline),
             )
             _check(made)
             return made
@@ -261,20 +289,9 @@ class CompressionPlan:
         return cls.from_dict(data)
 
 
-def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> float:
-    """Relative error of the truncated SVD that has at most this many parameters (rank at least 1)."""
-    rank = max(1, params // (shape[0] + shape[1]))
-    energies = spectrum.square()
-    total = float(energies.sum())
-    return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
-
-
-def with_baseline(layer: LayerPlan) -> LayerPlan:
-    """The plan with the error of the plain SVD of its size, by its spectrum; 0 for a dense layer."""
-    if layer.topology is None:
-        return layer
-    spectrum = torch.tensor(layer.singular_values, dtype=torch.float64)
-    return replace(layer, baseline_error=low_rank_error(spectrum, layer.shape, layer.params_after))
+def _general(storage: Storage) -> Storage:
+    """An encoding for another topology: formats of single cores are left out."""
+    return replace(storage, core_formats=())
 
 
 def _check_topology(layer: LayerPlan, topology: Topology) -> None:
@@ -315,42 +332,3 @@ def _sum(values: Sequence[float | None]) -> float | None:
     """Sum of the values; None if empty or if any is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
-
-
-def describe(topology: Topology) -> str:
-    """Family and bonds in a few characters, boundary bonds of 1 left out."""
-    bonds = [size for size in topology.bond_dims.values() if size > 1] or [1]
-    return f"{topology.family} {'x'.join(map(str, bonds))}"
-
-
-def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "shape": list(layer.shape),
-        "topology": None if layer.topology is None else layer.topology.to_dict(),
-        "bound_by": layer.bound_by,
-        "error": layer.error,
-        "baseline_error": layer.baseline_error,
-        "singular_values": list(layer.singular_values),
-        "storage": layer.storage.to_dict(),
-        "loss_increase": layer.loss_increase,
-        "curve": [list(point) for point in layer.curve],
-        "milliseconds": layer.milliseconds,
-    }
-
-
-def _layer_from_dict(data: dict[str, Any]) -> LayerPlan:
-    topology = data["topology"]
-    return LayerPlan(
-        name=data["name"],
-        shape=(data["shape"][0], data["shape"][1]),
-        topology=None if topology is None else Topology.from_dict(topology),
-        bound_by=data["bound_by"],
-        error=data["error"],
-        baseline_error=data["baseline_error"],
-        singular_values=tuple(data["singular_values"]),
-        storage=Storage.from_dict(data["storage"]),
-        loss_increase=data["loss_increase"],
-        curve=tuple((int(size), cost) for size, cost in data["curve"]),
-        milliseconds=data.get("milliseconds"),
-    )

@@ -11,13 +11,17 @@ from tensornet.budget import Budget
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import choose_candidates, decide_alone
+from tensornet.compression.allocate import decide_alone
 from tensornet.compression.apply import apply_plan, check_stats
-from tensornet.compression.candidates import LayerCandidates, layer_candidates, storage_of
+from tensornet.compression.candidates import LayerCandidates, storage_of
+from tensornet.compression.choose import NO_REST, ModelRest, choose_candidates
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
 from tensornet.compression.latency import Clock
-from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
+from tensornet.compression.layer_candidates import layer_candidates
+from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.report import model_size
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, TargetError
@@ -25,10 +29,14 @@ from tensornet.linalg.svd import check_finite, working_dtype
 from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets
 from tensornet.progress import progress_bar
+from tensornet.quantization import NumberFormat
 from tensornet.topologies import Decomposition, topology_family
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
+#: Bits of a weight at which `PreparedPlan.measured` measures the loss where number formats are planned; those
+#: below what the formats allow are left out.
+MEASURED_BITS = (4.25, 3.25, 2.25)
 #: Shares of the parameters at which `PreparedPlan.measured` measures the loss.
 MEASURED_SHARES = (0.9, 0.75, 0.6)
 
@@ -48,6 +56,7 @@ class PreparedPlan:
         dense_loss: mean loss of a token during calibration, None where tokens have none.
         calibration: what the statistics were collected on.
         forecast: corrects predicted rises, see `measured`.
+        rest: the part of the model that is not targeted, for budgets that count all of it.
     """
 
     config: CompressionConfig
@@ -58,6 +67,7 @@ class PreparedPlan:
     dense_loss: float | None
     calibration: str | None
     forecast: Forecast = UNMEASURED
+    rest: ModelRest = NO_REST
 
     def measured(
         self,
@@ -66,7 +76,8 @@ class PreparedPlan:
         validation: Collection[BatchLike],
         *,
         loss_fn: TokenLosses | None = None,
-        shares: Sequence[float] = MEASURED_SHARES,
+        shares: Sequence[float] | None = None,
+        sizes: Sequence[int] | None = None,
         source: str = "validation text",
         progress: bool = False,
     ) -> "PreparedPlan":
@@ -84,7 +95,8 @@ class PreparedPlan:
             loss_fn: see `tensornet.calibration.losses`; not one that draws labels. `losses_against(model)` if
                 absent: of labels, or one minus the cosine for encoders.
             shares: of the parameters of the targeted layers, to measure at; what lies between is
-                interpolated.
+                interpolated. `MEASURED_SHARES` if absent, or `MEASURED_BITS` where formats are planned.
+            sizes: bytes of the targeted layers to measure at, in place of shares.
             source: what the text is, for reports.
             progress: show a progress bar.
 
@@ -99,13 +111,37 @@ class PreparedPlan:
         loss_fn = loss_fn or losses_against(model)
         dense = mean_loss(model, validation, loss_fn)
         found = []
-        for share in progress_bar(shares, desc="measuring the forecast", disable=not progress, unit="size"):
-            made = replace(self, forecast=UNMEASURED).plan(param_ratio=share)
+        budgets = self._measured_budgets(shares, sizes)
+        layers_alone = replace(self, forecast=UNMEASURED, config=replace(self.config, whole_model=False))
+        for budget in progress_bar(budgets, desc="measuring the forecast", disable=not progress, unit="size"):
+            made = layers_alone.plan(**budget)
             copied = light_copy(model)
             apply_plan(copied, made, stats)
             assert made.predicted_loss_increase is not None
             found.append((made.predicted_loss_increase, mean_loss(copied, validation, loss_fn) - dense))
         return replace(self, forecast=Forecast.through(found, source))
+
+    def _measured_budgets(
+        self, shares: Sequence[float] | None, sizes: Sequence[int] | None
+    ) -> list[dict[str, float]]:
+        """Budgets at which the loss is measured.
+
+        Raises:
+            BudgetError: shares and sizes are both given.
+        """
+        if shares is not None and sizes is not None:
+            raise BudgetError(
+                "Losses are measured at shares= of the parameters or at sizes= in bytes, not both."
+            )
+        if sizes is not None:
+            return [{"max_bytes": size} for size in sizes]
+        if shares is not None or not self.config.plans_formats:
+            return [{"param_ratio": share} for share in shares or MEASURED_SHARES]
+        least = 8 * sum(float(found.num_bytes.min()) for found in self.candidates)
+        smallest = least / sum(target.matrix.numel() for target in self.targets)
+        return [{"bits_per_weight": bits} for bits in MEASURED_BITS if bits >= smallest] or [
+            {"bits_per_weight": smallest * (1 + 1e-9)}
+        ]
 
     @torch.no_grad()
     @on_cpu_unless_said
@@ -114,8 +150,9 @@ class PreparedPlan:
 
         Args:
             progress: show a progress bar where layers are decomposed one by one.
-            budget: any of `param_ratio`, `max_bytes`, `loss_increase` and `max_milliseconds` (for the token
-                count of the configuration), in place of the configuration's.
+            budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes`, `loss_increase` and
+                `max_milliseconds` (for the token count of the configuration), in place of the
+                configuration's.
 
         Raises:
             BudgetError: the budget cannot be met, or a cap was named that candidates depend on.
@@ -130,10 +167,10 @@ class PreparedPlan:
         if not self.candidates:
             alone = plan_layers(self.targets, config, progress=progress)
             return CompressionPlan(alone, topology_options=config.topology_options)
-        if config.needs_curvature and self.objective != "curvature":
+        if config.needs_curvature and self.objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
         chosen, bound_by = choose_candidates(
-            self.targets, self.candidates, config, self.objective, self.forecast
+            self.targets, self.candidates, config, self.objective, self.forecast, self.rest
         )
         layers = []
         work = zip(self.targets, self.candidates, chosen, self.spectra, strict=True)
@@ -149,8 +186,10 @@ class PreparedPlan:
                 singular_values=spectrum,
                 storage=storage,
                 loss_increase=float(found.forecasts[index]) if self.objective == "curvature" else None,
-                curve=found.hull() if self.objective == "curvature" else (),
+                curve=found.hull("params") if self.objective == "curvature" else (),
                 milliseconds=float(found.milliseconds[index]) if config.tokens is not None else None,
+                dtype=target.matrix.dtype,
+                byte_curve=found.hull("num_bytes") if self.objective == "curvature" else (),
             )
             layers.append(with_baseline(made))
         return CompressionPlan(
@@ -162,7 +201,24 @@ class PreparedPlan:
             tokens=config.tokens,
             forecast=self.forecast,
             topology_options=config.topology_options,
+            baseline=self._baseline(sum(layer.bytes_after for layer in layers)),
         )
+
+    def _baseline(self, num_bytes: int) -> Baseline | None:
+        """Rounding to nearest in the largest format of about these bytes, or in the smallest of all."""
+        known = [found.nearest for found in self.candidates]
+        names = [name for name in known[0] if all(name in losses for losses in known)]
+        if not names or self.objective != "curvature":
+            return None
+        made = []
+        for name in names:
+            number_format = NumberFormat.parse(name)
+            size = sum(number_format.nbytes(target.matrix.shape) for target in self.targets)
+            made.append(Baseline(name, size, sum(losses[name] for losses in known)))
+        fitting = [each for each in made if each.num_bytes <= 1.01 * num_bytes]
+        if not fitting:
+            return min(made, key=lambda each: each.num_bytes)
+        return max(fitting, key=lambda each: each.num_bytes)
 
 
 def plan(
@@ -207,9 +263,14 @@ def prepare(
     check_loaded(targets)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
+    params, size = model_size(model)
+    rest = ModelRest(
+        params - sum(target.matrix.numel() for target in targets),
+        size - sum(target.matrix.numel() * target.matrix.element_size() for target in targets),
+    )
     candidates, spectra = [], []
     clock = _clock(config, targets[0].weight)
-    if objective != "weight" or not storage_of(config, objective).plain:
+    if objective != "weight" or config.plans_formats or not storage_of(config, objective).plain:
         for target in progress_bar(targets, desc="planning", disable=not progress, unit="layer"):
             candidates.append(layer_candidates(target, config, objective, stats, clock))
             spectra.append(tuple(singular_values(target.matrix).tolist()))
@@ -221,6 +282,7 @@ def prepare(
         tuple(spectra),
         stats.loss if stats is not None and stats.loss == stats.loss else None,  # NaN: no loss of tokens
         stats.source if stats is not None else None,
+        rest=rest,
     )
 
 
@@ -238,6 +300,8 @@ def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None)
     """
     known = "weight" if stats is None else "curvature" if stats.has_gradients else "activation"
     order = ("weight", "activation", "curvature")
+    if known == "weight" and config.objective in ("auto", "weight") and config.one_format_keeps:
+        return known
     wanted = "curvature" if config.needs_curvature else config.objective
     if wanted == "auto":
         return known

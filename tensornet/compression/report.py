@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tensornet.compression.plan import CompressionPlan, describe
+from tensornet.compression.layer_plan import describe
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.reach import Reach
 from tensornet.nn.module import NetworkModule
 
@@ -18,7 +19,8 @@ class LayerReport:
     Args:
         name: module name.
         shape: `(out_features, in_features)`.
-        form: family and bonds, or `"dense"`.
+        form: number formats, family and bonds, or `"dense"`.
+        bytes_before, bytes_after: of the weight before and after, scales and padding included.
         params_before, params_after: elements of the weight before and after, padding included.
         error: certified relative Frobenius error.
         baseline_error: error of the plain truncated SVD with the same number of parameters.
@@ -28,6 +30,8 @@ class LayerReport:
     name: str
     shape: tuple[int, int]
     form: str
+    bytes_before: int
+    bytes_after: int
     params_before: int
     params_after: int
     error: float
@@ -58,14 +62,20 @@ class CompressionReport:
     reach: Reach
 
     @property
+    def byte_ratio(self) -> float:
+        """Bytes of the whole model after, as a share of before."""
+        return self.model_bytes_after / self.model_bytes_before
+
+    @property
     def param_ratio(self) -> float:
         """Parameters of the targeted weights after, as a share of before."""
         return sum(x.params_after for x in self.layers) / sum(x.params_before for x in self.layers)
 
     def __str__(self) -> str:
         return (
-            f"{self.plan}\nmodel: {self.model_params_before:,} -> {self.model_params_after:,} parameters, "
-            f"{self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
+            f"{self.plan}\n"
+            f"model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
+            f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
             f"{self.seconds:.1f} s\n{self.reach}"
         )
 
@@ -73,7 +83,13 @@ class CompressionReport:
         """JSON-ready form, without spectra."""
         data = asdict(self)
         del data["plan"]
-        counted = {"param_ratio": self.param_ratio, "reach": self.reach.to_dict()}
+        counted = {
+            "byte_ratio": self.byte_ratio,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "param_ratio": self.param_ratio,
+            "reach": self.reach.to_dict(),
+            "baseline": None if self.plan.baseline is None else asdict(self.plan.baseline),
+        }
         return data | counted | self.plan.predictions()
 
     def to_json(self) -> str:
@@ -87,7 +103,9 @@ def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[Laye
         LayerReport(
             name=layer.name,
             shape=layer.shape,
-            form="dense" if layer.topology is None else describe(layer.topology),
+            form=describe(layer.topology, layer.storage),
+            bytes_before=layer.bytes_before,
+            bytes_after=layer.bytes_after,
             params_before=layer.params_before,
             params_after=layer.params_after,
             error=errors.get(layer.name, 0.0),

@@ -1,6 +1,7 @@
 """Number formats, their packing, and rounding with the curvature of the loss."""
 
 from tensornet.quantization.codes import dequantize
+from tensornet.quantization.expected_loss import predict_loss_increase
 from tensornet.quantization.factors import RoundedFactors, RoundedProduct, round_factors, round_product
 from tensornet.quantization.formats import NumberFormat, format_names
 from tensornet.quantization.packing import pack, packed_bytes, unpack
@@ -21,6 +22,7 @@ __all__ = [
     "format_names",
     "pack",
     "packed_bytes",
+    "predict_loss_increase",
     "refit_scales",
     "round_factors",
     "round_product",

@@ -58,6 +58,10 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
+#: Sweeps of descent after rounding, by bits: with few bits scales and clamping leave much to gain.
+_SWEEPS = {3: 2, 2: 4}
+
+
 class DenseFamily(TopologyFamily):
     """No decomposition: only the number format of the core makes it smaller."""
 
@@ -134,6 +138,7 @@ class DenseFamily(TopologyFamily):
                 rows=weighting.rows,
                 columns=weighting.columns,
                 row_damping=_ROW_DAMPING,
+                sweeps=_SWEEPS.get(number_format.bits or 0, 0),
             )
             for name, number_format in stored.formats.items()
         }

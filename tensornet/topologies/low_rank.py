@@ -31,7 +31,7 @@ from tensornet.topologies.stored_cores import RoundedCores, StoredCores
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
 
-#: Fractions of the full rank at which a lossy encoding is tried; between them its cost is interpolated.
+#: Fractions of the largest rank at which a lossy encoding is tried; between them its cost is interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
 
 
@@ -124,7 +124,8 @@ class LowRankFamily(TopologyFamily):
         losses = torch.stack([tail[1:].cpu().double() for tail in tails])
         errors = frobenius_errors(result, matrix)[1:].cpu().double()
         if round_trip is not None:
-            added = self._encoding_losses(matrix, result, round_trip, [*weightings, Weighting()])
+            most = min(len(result.values), max_bond or len(result.values))
+            added = self._encoding_losses(matrix, result, round_trip, [*weightings, Weighting()], most)
             losses = losses + torch.stack(added[:-1])
             energy = matrix.double().square().sum().cpu().clamp_min(1e-300)
             errors = (errors.square() + 2 * added[-1] / energy).sqrt()
@@ -195,11 +196,19 @@ class LowRankFamily(TopologyFamily):
         return TensorNetwork(self.build(rows, columns, max_bond=result.S.numel()), cores)
 
     def _encoding_losses(
-        self, matrix: Tensor, result: WeightedSVD, round_trip: RoundTrip, weightings: Sequence[Weighting]
+        self,
+        matrix: Tensor,
+        result: WeightedSVD,
+        round_trip: RoundTrip,
+        weightings: Sequence[Weighting],
+        most: int,
     ) -> list[Tensor]:
-        """Predict the loss that encoding the factors adds, for every rank under each weighting."""
+        """Predict the loss that encoding the factors adds, for every rank under each weighting.
+
+        Ranks up to `most` are tried.
+        """
         full = len(result.values)
-        tried = sorted({max(1, round(fraction * full)) for fraction in _ENCODED})
+        tried = sorted({max(1, round(fraction * most)) for fraction in _ENCODED})
         found = []
         for rank in tried:
             network = self.whitened_network(result, rank, matrix)

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tensornet.compression.plan import describe
+from tensornet.compression.layer_plan import describe
+from tensornet.nn.encoding import Storage
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint.headers import StoredTensor, read_checkpoint
 
@@ -98,10 +99,11 @@ def _stored_layer(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Stor
     inside = [tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")]
     cores = [t.dtype for key, t in tensors.items() if key.startswith(f"{name}.core_")]
     topology = Topology.from_dict(spec["topology"]) if "topology" in spec else None
+    storage = Storage.from_dict(spec.get("storage", {}))
     single = topology is not None and spec["type"] in ("linear", "embedding")
     return StoredLayer(
         name=name,
-        form=describe(topology) if topology is not None and single else str(spec["type"]),
+        form=describe(topology, storage) if topology is not None and single else str(spec["type"]),
         shape=topology.shape if topology is not None and single else None,
         params=sum(math.prod(tensor.shape) for tensor in inside),
         dense_params=math.prod(topology.shape) if topology is not None and single else None,

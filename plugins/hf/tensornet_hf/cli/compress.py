@@ -28,13 +28,27 @@ def run(
     ] = None,
     max_bond: Annotated[int | None, typer.Option(help="Largest bond.")] = None,
     rel_error: Annotated[float | None, typer.Option(help="Largest relative error of each weight.")] = None,
+    bits_per_weight: Annotated[
+        float | None, typer.Option("--bits", help="Bits of a weight, scales included; needs --calibration.")
+    ] = None,
+    byte_ratio: Annotated[
+        float | None,
+        typer.Option(parser=parse_share, metavar="SHARE", help="Share of the whole model's bytes to keep."),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="Number formats that layers may have, as float,int8,int4; default with --bits."),
+    ] = None,
     loss_increase: Annotated[
         float | None, typer.Option(help="Predicted rise of the loss to allow, in nats; needs --calibration.")
     ] = None,
     max_bytes: Annotated[
         int | None,
         typer.Option(
-            parser=parse_size, metavar="SIZE", help="Size of the chosen layers, as 60MB; needs --calibration."
+            parser=parse_size,
+            metavar="SIZE",
+            help="Size of the chosen layers, or with --formats of the whole model, as 60MB; needs "
+            "--calibration.",
         ),
     ] = None,
     max_milliseconds: Annotated[
@@ -117,12 +131,14 @@ def run(
         "max_bond": max_bond,
         "rel_error": rel_error,
         "loss_increase": loss_increase,
+        "bits_per_weight": bits_per_weight,
+        "byte_ratio": byte_ratio,
         "max_bytes": max_bytes,
         "max_milliseconds": max_milliseconds,
     }
     others: dict[str, object] = {"sites": sites, "target": target, "exclude": exclude, "tokens": tokens}
     others |= {"int8": int8, "topology": topology != "auto", "objective": objective != "auto"}
-    others["topology-option"] = topology_option
+    others |= {"topology-option": topology_option, "formats": formats}
     with shared.usage_errors():
         config = CompressionConfig(
             target_modules=target or None,
@@ -131,6 +147,7 @@ def run(
             topology_options=shared.key_values("--topology-option", topology_option),
             sites=sites,
             int8=int8,
+            formats=None if formats is None else tuple(formats.split(",")),
             tokens=tokens,
             objective=objective,  # type: ignore[arg-type]  # checked by the class
             **budget,  # type: ignore[arg-type]
@@ -168,14 +185,19 @@ def run(
 
 def _check_usage(budget: Mapping[str, object], others: Mapping[str, object], plan: Path | None) -> None:
     """Raise BudgetError unless there is a budget or a plan, and not both."""
-    given = [f"--{name.replace('_', '-')}" for name, value in budget.items() if value is not None]
+    spelled = {"bits_per_weight": "--bits"}
+    given = [
+        spelled.get(name, f"--{name.replace('_', '-')}")
+        for name, value in budget.items()
+        if value is not None
+    ]
     chosen = [*given, *(f"--{name}" for name, value in others.items() if value)]
     if plan is not None and chosen:
         raise BudgetError(f"--plan says already what every layer becomes; leave out {' and '.join(chosen)}.")
     if plan is None and not given:
         raise BudgetError(
-            "Say how far to compress: --param-ratio 0.5, --max-bond, --rel-error, --loss-increase, "
-            "--max-bytes or --max-milliseconds, or --plan with a file."
+            "Say how far to compress: --bits 4.25, --byte-ratio 0.25, --max-bytes, --param-ratio 0.5, "
+            "--max-bond, --rel-error, --loss-increase or --max-milliseconds, or --plan with a file."
         )
 
 

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from tensornet.compression import LayerPlan
-from tensornet.compression.plan import describe
+from tensornet.compression.layer_plan import describe
 from tensornet_hf.report.spectra import BondSpectrum
 
 # role (a CSS variable of the page) -> stand-in colour
@@ -58,7 +58,7 @@ def layers_picture(layers: Sequence[LayerPlan]) -> str:
         sizes.barh(rows, [x.params_after for x in layers], height=0.62, color=OURS, label="kept")
         widest = max(x.params_before for x in layers)
         for row, layer in enumerate(layers):
-            form = "dense" if layer.topology is None else describe(layer.topology)
+            form = describe(layer.topology, layer.storage)
             share = layer.params_after / layer.params_before
             sizes.text(
                 layer.params_before + 0.02 * widest, row, f"{form}, {share:.0%}", va="center", color=MUTED

@@ -113,7 +113,7 @@ def compress_checkpoint(
     dense = _open_dense(folder)
     with _told_apart(folder, target), staging(target) as work:
         measured = _stats_file(stats, work)
-        if measured is not None and plan is None:
+        if plan is None and (measured is not None or options.config.plans_formats):
             plan = _make_plan(folder, measured, options, work)
         made = _compress(dense, plan, measured, options, work)
         check_unchanged(dense.source, marks_now(dense.source), since="this run began")
@@ -183,10 +183,11 @@ def _open_dense(folder: Path) -> _Dense:
     return _Dense(source, skeleton, stored, take_experts_apart(skeleton, source.tensors, stored), names)
 
 
-def _make_plan(folder: Path, measured: Path, options: _Options, work: Staging) -> CompressionPlan:
+def _make_plan(folder: Path, measured: Path | None, options: _Options, work: Staging) -> CompressionPlan:
     """Plan over all layers together, in this process."""
     with one_thread():
-        stats, model = CalibrationStats.load(measured), mapped_model(folder, spill=work.folder)
+        stats = None if measured is None else CalibrationStats.load(measured)
+        model = mapped_model(folder, spill=work.folder)
         return tensornet.compression.plan(model, options.config, stats, progress=options.progress)
 
 

@@ -1,0 +1,255 @@
+"""Choose a candidate for every layer of a model under all the caps of a configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensornet.compression.allocate import (
+    CostCurve,
+    decide_alone,
+    spend_cost,
+    spend_size,
+    total_cost,
+    total_size,
+)
+from tensornet.compression.candidates import LayerCandidates
+from tensornet.compression.config import BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig
+from tensornet.compression.forecast import UNMEASURED, Forecast
+from tensornet.errors import BudgetError
+from tensornet.nn.targets import Target
+
+
+@dataclass(frozen=True)
+class ModelRest:
+    """Distinct tensors of a model that are not targeted: how many numbers, and their bytes."""
+
+    params: int = 0
+    num_bytes: int = 0
+
+
+NO_REST = ModelRest()
+
+
+@dataclass(frozen=True)
+class Cap:
+    """A cap on the sum of one size over all layers.
+
+    Args:
+        name: of the budget, for errors and reports.
+        curves: cost over this size, of each layer; the costs are those of all other caps.
+        allowed: the cap.
+    """
+
+    name: str
+    curves: Sequence[CostCurve]
+    allowed: float
+
+    def use(self, chosen: Sequence[int]) -> float:
+        """Part of the cap that a choice takes; at most 1 keeps it."""
+        return total_size(self.curves, chosen) / self.allowed
+
+
+#: Format of all layers where nothing is known of their errors.
+_BLIND = "int8"
+#: Rounds in which the weights of several caps are adjusted.
+_ROUNDS = 80
+
+
+def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
+    """Choose the candidates of least total cost that keep all caps, and name the tightest one.
+
+    To explain how this works: a choice that keeps all caps also keeps any weighted mean of them, which is one
+    cap. Weights of caps that are exceeded are raised until all are kept.
+
+    Raises:
+        BudgetError: a cap cannot be kept, or they cannot be kept together.
+    """
+    alone = [_spend(cap) for cap in caps]
+    kept = [chosen for chosen in alone if all(cap.use(chosen) <= 1 for cap in caps)]
+    weights, allowed = torch.full((len(caps),), 1 / len(caps), dtype=torch.float64), 1.0
+    for round_ in range(0 if kept or len(caps) == 1 else _ROUNDS):
+        mixed = [_mixed(caps, layer, weights) for layer in range(len(caps[0].curves))]
+        least = sum(float(curve.sizes.min()) for curve in mixed)
+        chosen = spend_size(mixed, max(least * (1 + 1e-12), allowed))
+        use = torch.tensor([cap.use(chosen) for cap in caps], dtype=torch.float64)
+        if bool((use <= 1).all()):
+            kept.append(chosen)
+            allowed = 1.0
+        else:  # candidates are few: what is allowed together must leave some slack
+            allowed *= 0.99
+        weights = weights * use.clamp(0.5, 2.0) ** (0.95**round_)
+        weights = weights / weights.sum()
+    if not kept:
+        raise BudgetError(
+            f"{' and '.join(cap.name for cap in caps)} contradict each other: no choice of candidates was "
+            "found that keeps them all. Drop one of them or raise it."
+        )
+    best = min(kept, key=lambda chosen: total_cost(caps[0].curves, chosen))
+    return best, max(caps, key=lambda cap: cap.use(best)).name
+
+
+def _mixed(caps: Sequence[Cap], layer: int, weights: Tensor) -> CostCurve:
+    """Costs of one layer over a weighted mean of its parts of all caps."""
+    parts = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
+    return CostCurve(weights @ parts, caps[0].curves[layer].costs)
+
+
+def choose_candidates(
+    targets: Sequence[Target],
+    candidates: Sequence[LayerCandidates],
+    config: CompressionConfig,
+    objective: str,
+    forecast: Forecast = UNMEASURED,
+    rest: ModelRest = NO_REST,
+) -> tuple[list[int], str]:
+    """Choose a candidate for each layer, by its index; also say which cap decided.
+
+    Several caps on the whole are all kept. `forecast` corrects predicted losses by measured ones; `rest` is
+    the part of the model that is not targeted, for budgets that count all of it.
+
+    Raises:
+        BudgetError: the caps cannot be kept.
+    """
+    if objective != "curvature" or (config.param_ratio is None and not config.needs_curvature):
+        if config.plans_formats:
+            return one_format(targets, candidates, config, rest)
+        return _alone(targets, candidates, config), _cap(config)
+    caps = []
+    if config.param_ratio is not None:
+        allowed = config.param_ratio * sum(target.matrix.numel() for target in targets)
+        caps.append(Cap("param_ratio", [found.curve("params") for found in candidates], allowed))
+    curves = [found.curve("num_bytes") for found in candidates]
+    caps += [Cap(name, curves, size) for name, size in allowed_bytes(config, targets, rest).items()]
+    if config.max_milliseconds is not None:
+        curves = [found.curve("milliseconds") for found in candidates]
+        caps.append(Cap("max_milliseconds", curves, config.max_milliseconds))
+    cheapest = None if not caps else _or_one_format(spend_all(caps), candidates, caps)
+    if config.loss_increase is None:
+        assert cheapest is not None
+        return cheapest
+    allowed = forecast.price(config.loss_increase)
+    if cheapest is None:
+        unit = "num_bytes" if config.plans_formats else "params"
+        curves = [found.curve(unit) for found in candidates]
+        return spend_cost(curves, allowed, [found.forecasts for found in candidates]), "loss_increase"
+    price = sum(float(f.forecasts[k]) for f, k in zip(candidates, cheapest[0], strict=True))
+    predicted = forecast.rise(price)
+    if predicted > config.loss_increase:
+        raise BudgetError(
+            f"{cheapest[1]} and loss_increase={config.loss_increase} contradict each other: the best "
+            f"plan of that size raises the loss by {predicted:.4g}. Drop one of them or raise it."
+        )
+    return cheapest
+
+
+def allowed_bytes(config: CompressionConfig, targets: Sequence[Target], rest: ModelRest) -> dict[str, float]:
+    """Bytes that the targeted layers together may take, by the name of the budget that says so.
+
+    Raises:
+        BudgetError: the rest of the model alone takes more.
+    """
+    weights = sum(target.matrix.numel() for target in targets)
+    now = sum(target.matrix.numel() * target.matrix.element_size() for target in targets)
+    found = {}
+    for name in BYTE_BUDGETS:
+        if (value := getattr(config, name)) is None:
+            continue
+        whole = config.counts_model(name)
+        params, size = (weights + rest.params, now + rest.num_bytes) if whole else (weights, now)
+        total = {"bits_per_weight": value / 8 * params, "byte_ratio": value * size, "max_bytes": value}[name]
+        found[name] = total - (rest.num_bytes if whole else 0)
+        if found[name] <= 0:
+            raise BudgetError(
+                f"{name}={value} allows {total:,.0f} bytes for the whole model, {rest.num_bytes:,} of which "
+                "are tensors that are not compressed. Raise it, target more layers, or count the targeted "
+                "layers alone by whole_model=False."
+            )
+    return found
+
+
+def _or_one_format(
+    planned: tuple[list[int], str], candidates: Sequence[LayerCandidates], caps: Sequence[Cap]
+) -> tuple[list[int], str]:
+    """The planned choice, or one format for all layers where that costs less."""
+    best = planned
+    for name in _common_formats(candidates):
+        chosen = [found.uniform[name] for found in candidates]
+        fits = all(cap.use(chosen) <= 1 for cap in caps)
+        if fits and total_cost(caps[0].curves, chosen) < total_cost(caps[0].curves, best[0]):
+            best = chosen, max(caps, key=lambda cap: cap.use(chosen)).name
+    return best
+
+
+def one_format(
+    targets: Sequence[Target],
+    candidates: Sequence[LayerCandidates],
+    config: CompressionConfig,
+    rest: ModelRest,
+) -> tuple[list[int], str]:
+    """The most accurate format in which all layers together keep the caps, for want of calibration data.
+
+    Raises:
+        BudgetError: none keeps them.
+    """
+    caps = allowed_bytes(config, targets, rest)
+    names = _common_formats(candidates)
+    if config.formats == DEFAULT_FORMATS:  # fewer bits are only rounded blindly where they were asked for
+        names = [_BLIND]
+    sizes = {x: sum(float(f.num_bytes[f.uniform[x]]) for f in candidates) for x in names}
+    for name in sorted(names, key=lambda x: -sizes[x]):
+        if all(sizes[name] <= allowed for allowed in caps.values()):
+            return [found.uniform[name] for found in candidates], min(
+                caps, key=caps.__getitem__, default="exact"
+            )
+    budget = " and ".join(f"{name}={getattr(config, name)}" for name in caps)
+    raise BudgetError(
+        f"{budget}: without calibration data all layers get one format, {' or '.join(names)}, which takes "
+        f"{min(sizes.values()):,.0f} bytes where {min(caps.values()):,.0f} are allowed. Pass "
+        "calibration=batches to plan smaller ones, or name the format to round to: formats=('int4',)."
+    )
+
+
+def _common_formats(candidates: Sequence[LayerCandidates]) -> list[str]:
+    """Formats that every layer can have as a dense matrix."""
+    return [x for x in candidates[0].uniform if all(x in found.uniform for found in candidates)]
+
+
+def _spend(cap: Cap) -> list[int]:
+    """`spend_size`, whose errors name the budget."""
+    try:
+        return spend_size(cap.curves, cap.allowed)
+    except BudgetError as error:
+        raise BudgetError(f"{cap.name}: {error}") from error
+
+
+def _alone(
+    targets: Sequence[Target], candidates: Sequence[LayerCandidates], config: CompressionConfig
+) -> list[int]:
+    """The best candidate of each layer under the caps on single layers."""
+    if config.param_ratio is not None:
+        sizes = [target.matrix.numel() for target in targets]
+
+        def decide(index: int, ratio: float) -> int:
+            try:
+                return spend_size([candidates[index].curve("params")], ratio * sizes[index])[0]
+            except BudgetError as error:
+                raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
+
+        def stay(index: int) -> tuple[int, float]:
+            """The dense candidate, which is the last one; the smallest where a cap on ranks excludes it."""
+            params = candidates[index].params
+            last = len(params) - 1
+            place = last if candidates[index].make(last)[0] is None else int(params.argmin())
+            return place, float(params[place])
+
+        return decide_alone(sizes, config.param_ratio, decide, stay)
+    if config.rel_error is not None:
+        return [int(found.params.argmin()) for found in candidates]
+    return [int(found.costs.argmin()) for found in candidates]
+
+
+def _cap(config: CompressionConfig) -> str:
+    names = ("param_ratio", "rel_error", "max_bond")
+    return next((name for name in names if getattr(config, name) is not None), "exact")

@@ -1,0 +1,133 @@
+"""All candidates of one layer that a configuration allows: families of networks, and number formats."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.candidates import (
+    LayerCandidates,
+    dense_candidate,
+    family_candidates,
+    joined,
+    keep_promise,
+    storage_of,
+)
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.format_candidates import dense_candidates
+from tensornet.compression.latency import Clock
+from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
+from tensornet.errors import BudgetError
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.encoding import Storage
+from tensornet.nn.targets import Target
+from tensornet.quantization import NumberFormat
+from tensornet.topologies import TopologyFamily, topology_family
+
+#: Bits of the cores of networks: those between would hardly differ from their neighbours.
+CORE_BITS = (8, 4)
+
+
+def layer_candidates(
+    target: Target,
+    config: CompressionConfig,
+    objective: str,
+    stats: CalibrationStats | None,
+    clock: Clock | None = None,
+) -> LayerCandidates:
+    """Make all candidates of one layer that the caps on single layers allow; `clock` predicts their times.
+
+    Raises:
+        BudgetError: none is left.
+    """
+    sensitivity = layer_sensitivity(target, objective, stats, config.damping)
+    if sensitivity is None:
+        return _insensitive(target.matrix, config, clock)
+    plain = storage_of(config, objective)
+    if not config.plans_formats:
+        found = _networks(target.matrix, sensitivity, plain, config, clock)
+    else:
+        found = dense_candidates(target.matrix, sensitivity, config.number_formats, clock)
+        if objective != "weight":
+            parts = [
+                _networks(target.matrix, sensitivity, Storage(plain.pivoted, number_format=x), config, clock)
+                for x in core_formats(config.number_formats)
+            ]
+            found = joined([found, *(_without_dense(part) for part in parts)])
+    if config.rel_error is not None:
+        found = keep_promise(found, target.matrix, sensitivity.choice, config.rel_error)
+    if len(found.params) == 0:
+        raise BudgetError(
+            f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
+            f"most rel_error={config.rel_error}."
+        )
+    return found
+
+
+def core_formats(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
+    """Formats for the cores of networks: floating-point ones, and integers of 8 and 4 bits."""
+    return [x for x in formats if x.bits is None or x.bits in CORE_BITS]
+
+
+def _networks(
+    matrix: Tensor, sensitivity: Sensitivity, storage: Storage, config: CompressionConfig, clock: Clock | None
+) -> LayerCandidates:
+    """Candidates of all families with one encoding."""
+    found = []
+    for name in config.calibrated_families:
+        family, options = topology_family(name), config.family_options(name)
+        max_bond = config.max_bond
+        if storage.number_format.is_integer:
+            max_bond = _largest_useful_bond(family, matrix, storage, max_bond, options)
+        made = family_candidates(
+            matrix,
+            sensitivity,
+            storage,
+            family,
+            max_bond=max_bond,
+            rel_error=config.rel_error,
+            clock=clock,
+            search_legs=config.dims == "auto",
+            options=options,
+        )
+        found.append(made)
+    return joined(found)
+
+
+def _largest_useful_bond(
+    family: TopologyFamily,
+    matrix: Tensor,
+    storage: Storage,
+    max_bond: int | None,
+    options: Mapping[str, Any],
+) -> int:
+    """Largest bond whose network takes fewer bytes than the dense matrix in the same format.
+
+    Larger ones are never worth their rounding, which takes most of the time of planning.
+    """
+    rows, columns = matrix.shape
+    limit = storage.number_format.nbytes((rows, columns), matrix.dtype)
+    low, high = 1, min(rows, columns, max_bond or rows)
+    while low < high:
+        middle = (low + high + 1) // 2
+        size = storage.num_bytes(family.build(rows, columns, max_bond=middle, **options), matrix.dtype)
+        low, high = (middle, high) if size < limit else (low, middle - 1)
+    return low
+
+
+def _without_dense(found: LayerCandidates) -> LayerCandidates:
+    """Networks alone: formats decide how a layer may stay dense."""
+    return found.only([k for k in range(len(found.params)) if found.make(k)[0] is not None])
+
+
+def _insensitive(matrix: Tensor, config: CompressionConfig, clock: Clock | None) -> LayerCandidates:
+    """Candidates of a layer that the calibration data says nothing about: stay accurate.
+
+    The most accurate integer format where formats are chosen, else the dense matrix.
+    """
+    integers = [x for x in config.number_formats if x.is_integer]
+    if not integers:
+        return dense_candidate(matrix, clock)
+    largest = max(integers, key=lambda x: x.nbytes(matrix.shape))
+    return dense_candidates(matrix, Sensitivity(Weighting(), Weighting()), [largest], clock).free()

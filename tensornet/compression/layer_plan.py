@@ -1,0 +1,186 @@
+"""Plan of one layer: what its matrix becomes, in bytes and parameters, and what that costs."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensornet.nn.encoding import PLAIN, Storage
+from tensornet.topology import Topology
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Plan for one weight.
+
+    Args:
+        name: module name of the (first) layer that uses the weight.
+        shape: `(out_features, in_features)`.
+        topology: the network that replaces it, bonds included; None keeps it dense.
+        bound_by: the cap that decided, or `"dense"`.
+        error: expected relative Frobenius error; None where the plan was edited and it is not known yet.
+        baseline_error: error of the plain truncated SVD with the same number of parameters.
+        singular_values: spectrum of the weight in descending order, for pictures.
+        storage: how the cores are kept.
+        loss_increase: predicted rise of the loss of a token by this layer alone, before measurements of the
+            whole model correct it; None without calibrated gradients.
+        curve: `(parameters, predicted loss increase)`, likewise, on the convex hull of the candidates.
+        milliseconds: predicted time of a forward pass, None where no token count was given.
+        dtype: of the weight; float32 in plans saved before it was recorded.
+        byte_curve: as `curve`, over bytes.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    topology: Topology | None
+    bound_by: str
+    error: float | None
+    baseline_error: float
+    singular_values: tuple[float, ...] = ()
+    storage: Storage = PLAIN
+    loss_increase: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+    milliseconds: float | None = None
+    dtype: torch.dtype = torch.float32
+    byte_curve: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def params_before(self) -> int:
+        """Dense parameters of the weight (bias not counted)."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def params_after(self) -> int:
+        """Stored numbers of the planned network, padding, scales and row orders included."""
+        return self.params_before if self.topology is None else self.storage.num_params(self.topology)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the dense weight in its own dtype."""
+        return self.params_before * self.dtype.itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes as planned: packed integers, scales, zero points and row orders included."""
+        return self.num_bytes(self.dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits as planned for each element of the dense weight."""
+        return 8 * self.bytes_after / self.params_before
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the planned network for a weight of this dtype."""
+        if self.topology is None:
+            return self.params_before * dtype.itemsize
+        return self.storage.num_bytes(self.topology, dtype)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Round to nearest with one number format for all layers: the simplest model of about the same bytes.
+
+    Args:
+        number_format: the largest that takes at most 1 % more bytes than the plan, or the smallest of all.
+        num_bytes: of all layers in that format.
+        loss_increase: predicted, before measurements of the whole model correct it.
+    """
+
+    number_format: str
+    num_bytes: int
+    loss_increase: float
+
+
+def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> float:
+    """Relative error of the truncated SVD that has at most this many parameters (rank at least 1)."""
+    rank = max(1, params // (shape[0] + shape[1]))
+    energies = spectrum.square()
+    total = float(energies.sum())
+    return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
+
+
+def with_baseline(layer: LayerPlan) -> LayerPlan:
+    """The plan with the error of the plain SVD of its size, by its spectrum; 0 for a dense layer.
+
+    The size is that in bytes where cores have number formats, and the SVD is kept in the model's dtype.
+    """
+    if layer.topology is None:
+        return layer
+    spectrum = torch.tensor(layer.singular_values, dtype=torch.float64)
+    size = layer.params_after
+    if layer.storage.own_dtypes:
+        size = layer.bytes_after // layer.dtype.itemsize
+    return replace(layer, baseline_error=low_rank_error(spectrum, layer.shape, size))
+
+
+def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
+    """Number formats, family and bonds in a few characters, boundary bonds of 1 left out.
+
+    Example:
+        >>> import tensornet as tn
+        >>> topology = tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
+        >>> describe(topology, Storage(number_format="int8"))
+        'int8 low_rank 8'
+    """
+    if topology is None:
+        return "dense"
+    bonds = [size for size in topology.bond_dims.values() if size > 1]
+    if not bonds and topology.bond_dims:
+        bonds = [1]
+    names = [storage.format_of(name).name for name in topology.core_names]
+    formats = "+".join(dict.fromkeys(name for name in names if name != "float"))
+    parts = [formats, topology.family, "x".join(map(str, bonds))]
+    return " ".join(part for part in parts if part)
+
+
+def layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
+    """JSON-ready form of one layer."""
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "topology": None if layer.topology is None else layer.topology.to_dict(),
+        "bound_by": layer.bound_by,
+        "error": layer.error,
+        "baseline_error": layer.baseline_error,
+        "singular_values": list(layer.singular_values),
+        "storage": layer.storage.to_dict(),
+        "loss_increase": layer.loss_increase,
+        "curve": [list(point) for point in layer.curve],
+        "milliseconds": layer.milliseconds,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "byte_curve": [list(point) for point in layer.byte_curve],
+    }
+
+
+def layer_from_dict(data: dict[str, Any]) -> LayerPlan:
+    """Inverse of `layer_to_dict`; plans of the first version hold no dtypes and no byte curves."""
+    topology = data["topology"]
+    return LayerPlan(
+        name=data["name"],
+        shape=(data["shape"][0], data["shape"][1]),
+        topology=None if topology is None else Topology.from_dict(topology),
+        bound_by=data["bound_by"],
+        error=data["error"],
+        baseline_error=data["baseline_error"],
+        singular_values=tuple(data["singular_values"]),
+        storage=Storage.from_dict(data["storage"]),
+        loss_increase=data["loss_increase"],
+        curve=tuple((int(size), cost) for size, cost in data["curve"]),
+        milliseconds=data.get("milliseconds"),
+        dtype=_dtype(data.get("dtype", "float32")),
+        byte_curve=tuple((int(size), cost) for size, cost in data.get("byte_curve", ())),
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    """A floating-point dtype by its name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"unknown dtype {name!r}")
+    return found

