@@ -37,6 +37,7 @@ HUGGING_FACE = {"transformers", "accelerate", "peft", "typer", "rich"}
 MAX_LINES = 400
 # Path from the root -> why one idea needs more lines than that.
 LONG_FILES: dict[str, str] = {
+    "plugins/hf/tensornet_hf/cli/compress.py": "one command: every option with its help, and their checks",
     "tensornet/testing/laws.py": "every law, and the classes that draw for them",
     "tensornet/mpo.py": "one class: the algebra of an operator, every method with its example",
     "tensornet/mpo_algebra.py": "the pure functions behind that class, one for each method",
