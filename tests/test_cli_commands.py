@@ -105,6 +105,23 @@ def test_json_is_all_that_stdout_holds(tensornet: Run) -> None:
     assert (status, json.loads(out)["prompt"]) == (0, "In the")
 
 
+def test_bits_are_planned_and_shown_in_bytes(tensornet: Run) -> None:
+    """Without calibration text one format is all that a plan can choose."""
+    how = ("--bits", 5, "--formats", "int8,int4", *TWO_LAYERS, "--objective", "weight")
+    status, out, _ = tensornet("compress", gpt2_path(), *how, "--dry-run")
+    assert status == 0
+    assert "int4 dense" in out
+    assert "bytes, 4.25 bits a weight" in out
+    status, out, _ = tensornet("compress", gpt2_path(), "small", *how, "--json")
+    data = json.loads(out)
+    assert (status, data["bits_per_weight"]) == (0, 4.25)
+    assert {layer["form"] for layer in data["layers"]} == {"int4 dense"}
+    assert data["file_bytes_after"] == Path("small/model.safetensors").stat().st_size
+    status, _, err = tensornet("compress", gpt2_path(), "less", "--bits", 4, "--formats", "int9")
+    assert status != 0
+    assert "Unknown number format 'int9'" in err
+
+
 def test_dry_run_is_a_plan_that_can_be_edited_and_carried_out(tensornet: Run) -> None:
     how = ("--param-ratio", 0.25, *TWO_LAYERS, "--objective", "weight")
     arguments = ("compress", gpt2_path(), *how, "--dry-run")
