@@ -17,7 +17,6 @@ from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.healing.config import HealingConfig
 from tensornet.healing.objective import end_to_end_step, layer_step, output_distance
-from tensornet.healing.scales import trained_scales
 from tensornet.healing.trained import (
     compressed_layers,
     only_training,
@@ -25,6 +24,7 @@ from tensornet.healing.trained import (
     row_orders,
     trained_parameters,
 )
+from tensornet.healing.trained_scales import trained_scales
 from tensornet.io.atomic import check_place
 from tensornet.nn.extension import expanded
 from tensornet.nn.module import NetworkModule

@@ -212,9 +212,11 @@ def gauge_of(topology: Topology) -> dict[str, str]:
 
 
 def long_axis(shape: Sequence[int]) -> int:
+    """Return the longest axis, along which the per-channel encoding shares a scale."""
     return max(range(len(shape)), key=lambda axis: shape[axis])
 
 
 def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the scales of the per-channel encoding."""
     axis = long_axis(shape)
     return tuple(1 if k == axis else size for k, size in enumerate(shape))

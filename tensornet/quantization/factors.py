@@ -178,7 +178,7 @@ class _Product:
     order: Tensor | None
 
     def _split(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Indices of the pivot rows, and of the free ones."""
+        """Return the indices of the pivot rows, and of the free ones."""
         if self.order is None:
             every = torch.arange(len(self.wanted), device=self.wanted.device)
             return every[:0], every

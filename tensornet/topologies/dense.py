@@ -145,13 +145,13 @@ class DenseFamily(TopologyFamily):
         return RoundedCores(codes)
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """A matrix holds any other added to it."""
+        """Return the same topology: a matrix holds any other added to it."""
         return topology
 
     def proposals(
         self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
     ) -> Iterator[Proposal]:
-        """The matrix, where it fits."""
+        """Propose the matrix, if it fits."""
         if shape[0] * shape[1] <= params:
             yield known_proposal(self.build(*shape), 0.0, 0.0)
 
