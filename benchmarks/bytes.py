@@ -1,0 +1,296 @@
+"""How much does the loss rise at the same bytes: for one plan over formats and ranks, and for quantizers?
+
+Every row is one model after calibration alone, all linear layers but the output head, at a number of bits
+of a weight, scales included. `plan` chooses format and rank of every layer; `two-sided`, `one-sided` (GPTQ
+by our code) and `nearest` use one format everywhere, integers in groups of 32 with 8-bit scales or of 64
+with 16-bit ones, which are as large. Peers run as installed packages with their defaults, symmetric groups
+of 64 (hqq: zero points, groups of 128, as many bytes). They write dequantized weights, and one judge
+measures all. Calibration, validation and judged windows do not overlap, and are of different sources for
+MiniLM and SmolLM2. `predicted` is the forecast of the plan, alone and corrected by losses measured at a few
+sizes on a text. SmolLM2 has its residual stream turned: the published file holds weights on a 4-bit grid.
+Seconds are of one thread of a shared machine. Rows that the record has are skipped, so that a run goes on
+where one ended.
+
+    OMP_NUM_THREADS=1 python benchmarks/bytes.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
+        [--peers ENVIRONMENT/bin/python] [--methods plan gptq] [--seeds 0 1 2]
+
+The peers need an environment of their own: `pip install 'tensornet-torch[peers]'`. Writes `bytes.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import bytes_models
+from bytes_models import Subject, judge, pooled, tokens_of
+from harness import RECORDS, provenance, record
+
+import tensornet as tn
+from tensornet.compression import prepare
+from tensornet.compression.sensitivity import INPUT_DAMPING, layer_weighting
+from tensornet.linalg.weighted_svd import damped
+from tensornet.nn.targets import LayerSelection, Target, find_targets
+from tensornet.quantization import round_weight
+from tensornet.quantization.rounding import ROW_DAMPING
+
+SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
+PEERS = ("torchao", "hqq", "gptq", "autoround")
+OURS = ("plan", "two-sided", "one-sided", "nearest")
+#: Methods measured with every seed of calibration windows; the others look at no text, or take long.
+SEEDED = ("plan", "two-sided", "one-sided", "gptq")
+#: Formats of the methods that use one everywhere; all take the bits and a quarter.
+UNIFORM = {"two-sided": "int{}:g32:float8", "one-sided": "int{}:g64", "nearest": "int{}:g64"}
+Row = dict[str, Any]
+
+
+class Book:
+    """The record: rows that are there, and rows to come."""
+
+    def __init__(self, folder: Path, subject: Subject, origin: Mapping[str, Any]) -> None:
+        self.folder, self.subject, self.origin = folder, subject, origin
+
+    def rows(self) -> list[Row]:
+        """All rows, read anew: another process may have added some."""
+        path = self.folder / "bytes.json"
+        return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+    def missing(self, method: str, seed: int, sizes: Sequence[float]) -> list[float]:
+        """Sizes that a method has not been measured at."""
+        known = {(r["model"], r["method"], r["seed"], r["bits"]) for r in self.rows()}
+        return [bits for bits in sizes if (self.subject.name, method, seed, bits) not in known]
+
+    def add(self, method: str, seed: int, bits: float, **found: Any) -> None:
+        """Write one more row."""
+        row = {"model": self.subject.name, "method": method, "seed": seed, "bits": bits, **found}
+        row |= {"unit": self.subject.unit, "threads": torch.get_num_threads(), **self.origin}
+        print(row, flush=True)
+        record("bytes", [*self.rows(), row], folder=self.folder, dtype="float32")
+
+
+class Bench:
+    """One model and its judge; calibration statistics are kept for a seed."""
+
+    def __init__(self, subject: Subject, book: Book) -> None:
+        self.subject, self.book = subject, book
+        model = subject.load()
+        self.dense = [pooled(model, x) for x in subject.judged] if subject.encoder else []
+        self.loss = judge(subject, model, self.dense)
+        self.prepared: dict[int, tuple[nn.Module, tn.CalibrationStats, float]] = {}
+
+    def statistics(self, seed: int) -> tuple[nn.Module, tn.CalibrationStats, float]:
+        """A dense model, its moments for a seed and the seconds they took."""
+        if seed not in self.prepared:
+            model, start = self.subject.load(), time.perf_counter()
+            data = self.subject.calibration(seed)
+            stats = tn.calibrate(model, data, config=self.subject.layers, loss_fn=self.subject.losses)
+            self.prepared = {seed: (model, stats, time.perf_counter() - start)}
+        return self.prepared[seed]
+
+    def rise(self, model: nn.Module) -> float:
+        """Rise of the loss over the dense model."""
+        return judge(self.subject, model, self.dense) - self.loss
+
+    def plan(self, seed: int, sizes: Sequence[float]) -> None:
+        """The whole plan at every size, and its forecasts."""
+        model, stats, calibrated = self.statistics(seed)
+        start = time.perf_counter()
+        config = tn.CompressionConfig(
+            target_modules=self.subject.layers.target_modules, bits_per_weight=max(sizes)
+        )
+        prepared = prepare(model, config, stats)
+        planned = time.perf_counter() - start
+        measured = {
+            name: prepared.measured(model, stats, data) for name, data in self.subject.validation.items()
+        }
+        for bits in sizes:
+            made, start = prepared.plan(bits_per_weight=bits), time.perf_counter()
+            small = self.subject.load()
+            tn.apply_plan(small, made, stats)
+            seconds = time.perf_counter() - start
+            predicted = {"alone": made.predicted_loss_increase} | {
+                name: each.plan(bits_per_weight=bits).predicted_loss_increase
+                for name, each in measured.items()
+            }
+            formats: dict[str, int] = {}
+            for layer in made:
+                name = "float" if layer.topology is None else layer.storage.number_format.name
+                if layer.topology is not None and layer.topology.family != "dense":
+                    name = f"{layer.topology.family} {name}"
+                formats[name] = formats.get(name, 0) + 1
+            self.book.add(
+                "plan",
+                seed,
+                bits,
+                bits_per_weight=made.bits_per_weight,
+                loss_increase=self.rise(small),
+                dense_loss=self.loss,
+                predicted=predicted,
+                formats=formats,
+                seconds={"calibrate": calibrated, "plan": planned, "round": seconds},
+            )
+
+    def uniform(self, method: str, seed: int, sizes: Sequence[float]) -> None:
+        """One format everywhere, rounded by our own code."""
+        for bits in sizes:
+            name, model, calibrated, stats = UNIFORM[method].format(int(bits)), self.subject.load(), 0.0, None
+            if method != "nearest":
+                _, stats, calibrated = self.statistics(seed)
+            start = time.perf_counter()
+            for target in find_targets(model, self.subject.layers):
+                options = rounding_options(method, target, stats)
+                target.matrix.copy_(round_weight(target.matrix, name, **options).dequantize())
+            rounded = time.perf_counter() - start
+            self.book.add(
+                method,
+                seed,
+                bits,
+                bits_per_weight=float(int(bits) + 0.25),
+                loss_increase=self.rise(model),
+                dense_loss=self.loss,
+                seconds={"calibrate": calibrated, "round": rounded},
+            )
+
+    def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:
+        """An installed package, in a process of its own."""
+        from safetensors.torch import load_file, save_file
+
+        script = Path(__file__).with_name("bytes_peers.py")
+        with tempfile.TemporaryDirectory() as scratch:
+            given = Path(scratch) / "calibration.safetensors"
+            save_file(joined(self.subject.calibration(seed)), given)
+            command = [str(python), str(script), str(self.subject.folder), str(given), scratch]
+            command += ["--method", method, "--bits", *(str(int(bits)) for bits in sizes)]
+            command += ["--encoder"] if self.subject.encoder else []
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            for bits in sizes:
+                said = Path(scratch) / f"{int(bits)}.json"
+                if not said.is_file():
+                    raise SystemExit(f"{method} ended early:\n{done.stderr[-2000:]}")
+                found = json.loads(said.read_text())
+                seconds = {"all": found["seconds"]}
+                if "refused" in found:
+                    self.book.add(method, seed, bits, refused=found["refused"], seconds=seconds)
+                    continue
+                model = self.subject.load()
+                put(model, load_file(Path(scratch) / f"{int(bits)}.safetensors"), self.subject)
+                self.book.add(
+                    method,
+                    seed,
+                    bits,
+                    bits_per_weight=int(bits) + 0.25,
+                    loss_increase=self.rise(model),
+                    dense_loss=self.loss,
+                    seconds=seconds,
+                )
+
+
+def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | None) -> dict[str, Any]:
+    """Arguments of `round_weight` for one of the uniform methods."""
+    if stats is None:
+        return {"method": "nearest", "refits": 0}
+    if method == "one-sided":
+        return {"method": "columns", "columns": damped(stats.columns[target.names[0]], INPUT_DAMPING)}
+    found = layer_weighting(target, "curvature", stats, ROW_DAMPING)
+    if found is None:
+        raise SystemExit(f"no gradient reaches {target.name}")
+    return {"rows": found.rows, "columns": found.columns, "row_damping": 0.0}
+
+
+def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All windows in one tensor for each argument, the shorter ones padded."""
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    return {
+        name: torch.cat(
+            [nn.functional.pad(batch[name], (0, length - batch[name].shape[1])) for batch in batches]
+        )
+        for name in ("input_ids", "attention_mask")
+    }
+
+
+@torch.no_grad()
+def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> None:
+    """Put weights `(out, in)` into a dense model.
+
+    Raises:
+        SystemExit: they are not those of all targeted layers.
+    """
+    targets = {target.name: target.matrix for target in find_targets(model, subject.layers)}
+    if targets.keys() != weights.keys():
+        raise SystemExit(f"a peer left out {sorted(targets.keys() ^ weights.keys())}")
+    for name, matrix in targets.items():
+        matrix.copy_(weights[name])
+
+
+def subjects(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
+    """The models by name, made when they are asked for."""
+    if given.toy:
+        layers = LayerSelection(target_modules=("h.3.attn.c_proj",))
+        return {"gpt2": lambda: bytes_models.gpt2(count=8, limit=8_000, layers=layers)}
+    return {
+        "gpt2": bytes_models.gpt2,
+        "minilm": lambda: bytes_models.minilm(given.cache),
+        "smollm2": lambda: bytes_models.smollm2(given.cache),
+    }
+
+
+def run(subject: Subject, given: argparse.Namespace) -> None:
+    """All missing rows of one model."""
+    origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "load")}
+    origin["calibration_tokens"] = tokens_of(subject.calibration(0))
+    origin["judged_tokens"] = tokens_of(subject.judged)
+    book = Book(given.records, subject, origin)
+    bench = None
+    for seed in given.seeds if subject.name == "gpt2" else given.seeds[:1]:
+        for method in given.methods:
+            if method not in SEEDED and seed != given.seeds[0]:
+                continue
+            sizes = book.missing(method, seed, given.sizes)
+            if not sizes or (method in PEERS and given.peers is None):
+                continue
+            bench = bench or Bench(subject, book)
+            if method == "plan":
+                bench.plan(seed, sizes)
+            elif method in PEERS:
+                bench.peer(method, seed, sizes, given.peers)
+            else:
+                bench.uniform(method, seed, sizes)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Run what is missing and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="two sizes of the embedded model, few tokens")
+    parser.add_argument("--models", nargs="+", default=["gpt2", "minilm", "smollm2"])
+    parser.add_argument("--methods", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, help="folder of `real_data.py`")
+    parser.add_argument("--peers", type=Path, help="Python with the extra `peers`; without it no peers")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    given = parser.parse_args(arguments)
+    if given.toy:
+        given.models, given.sizes, given.seeds = ["gpt2"], [4.25, 3.25], [0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in given.models:
+            run(subjects(given)[name](), given)
+    finally:
+        torch.set_num_threads(before)
+    return given.records / "bytes.json"
+
+
+if __name__ == "__main__":
+    print(main())
