@@ -60,6 +60,7 @@ __all__ = [
     "row_cores",
     "storage_entry",
     "unpacked",
+    "unpacked_codes",
 ]
 
 
@@ -253,7 +254,12 @@ def unpacked(
     assert scales is not None
     if zeros is not None:
         zeros = unpack(zeros, bits, scales.shape[-1])
-    return dequantize(_signed(unpack(codes, bits, columns), bits), scales, zeros, number_format, dtype)
+    return dequantize(unpacked_codes(codes, bits, columns), scales, zeros, number_format, dtype)
+
+
+def unpacked_codes(core: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes from 0 to `2**bits - 1` of a stored integer core, shape `(rows, columns)`."""
+    return _signed(unpack(core, bits, columns), bits)
 
 
 def _whole(topology: Topology, name: str, core: Tensor, order: Tensor | None, axis: int | None) -> Tensor:

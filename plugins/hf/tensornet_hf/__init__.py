@@ -10,6 +10,7 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
 from tensornet.deprecation import moved
 from tensornet.nn.extension import register_extension
+from tensornet_hf.checkpoint.export import ExportReport, export_compressed_tensors
 from tensornet_hf.checkpoint.load import load
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
 from tensornet_hf.checkpoint.quantizer import prepare_for_saving
@@ -34,6 +35,7 @@ register_extension(TransformersExtension())
 __all__ = [
     "CheckpointReport",
     "CompressOptions",
+    "ExportReport",
     "FolderReport",
     "GradientMaskCallback",
     "MoEConfig",
@@ -47,6 +49,8 @@ __all__ = [
     "compress_checkpoint",
     "compress_folder",
     "decompress",
+    "embedded_text",
+    "export_compressed_tensors",
     "load",
     "plan_folder",
     "prepare_for_saving",

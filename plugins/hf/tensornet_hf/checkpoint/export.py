@@ -1,0 +1,212 @@
+"""Export integer layers as a compressed-tensors checkpoint, which needs nothing of this library.
+
+To explain the format: a layer of `nn.Linear` becomes `weight_packed`, codes of 4 or 8 bits side by side in
+32-bit words, lowest bits first; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The
+configuration lists the layers of each number format in a group of its own.
+"""
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import tensornet as tn
+from tensornet.compression.forecast import light_copy
+from tensornet.errors import TargetError
+from tensornet.nn.encoding import unpacked_codes
+from tensornet.quantization import NumberFormat
+from tensornet_hf.checkpoint.folders import check_free, write_folder
+from tensornet_hf.checkpoint.load import load
+from tensornet_hf.checkpoint.save import copy_small_files, decompress
+
+#: Bits that `pack-quantized` readers such as vLLM have kernels for.
+EXPORTED_BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Args:
+        destination: the folder.
+        packed: number format of every layer that was written packed, by name.
+        dense: reason for every compressed layer that was written dense, by name.
+    """
+
+    destination: Path
+    packed: dict[str, str]
+    dense: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.packed)} layers packed, {len(self.dense)} written dense: {self.destination}"]
+        return "\n".join([*lines, *(f"dense: {name}: {why}" for name, why in self.dense.items())])
+
+
+@torch.no_grad()
+def export_compressed_tensors(
+    model_or_folder: PreTrainedModel | str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> ExportReport:
+    """Write a folder that transformers with `compressed-tensors` loads, without this library.
+
+    Packed are dense matrices of `nn.Linear` layers in symmetric integers of 4 or 8 bits, in groups that
+    divide the inputs or with one scale a row. All other layers are written dense, and the report lists them.
+    vLLM reads this format as well (not tested here) if the projections that it fuses, query, key and value or
+    gate and up, share a number format.
+
+    Args:
+        model_or_folder: a compressed model, which is left as it is, or its folder.
+        destination: the new folder.
+        source: folder whose tokenizer and other small files are copied; by default the folder given.
+        force: replace a model folder that is at the destination.
+
+    Returns:
+        Which layers were packed, and why others were not.
+
+    Raises:
+        DestinationError: it exists already, is the source, or cannot be written; nothing is left.
+        TargetError: no layer can be packed.
+
+    Example:
+        >>> import tensornet as tn, tensornet_hf as th
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(config)
+        >>> plan = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), objective="weight")
+        >>> report = tn.compress(model, plan, progress=False)
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     exported = th.export_compressed_tensors(model, folder)
+        >>> len(exported.packed), exported.dense
+        (7, {})
+    """
+    if isinstance(model_or_folder, PreTrainedModel):
+        given = model_or_folder
+        folders = () if source is None else (Path(source),)
+    else:
+        given = load(model_or_folder)
+        folders = (Path(source or model_or_folder),)
+    check_free(destination, force=force, sources=folders)
+    model = light_copy(given)
+    assert isinstance(model, PreTrainedModel)
+    model.config = copy.deepcopy(given.config)
+    layers = dict(_integer_layers(model))
+    if not layers:
+        raise TargetError(
+            "This model has no tensor-network layers, so there is nothing to pack; compress it first, by "
+            'tensornet.compress(model, CompressionConfig(bits_per_weight=4.25, formats=("int4",))).'
+        )
+    decompress(model)
+    state, packed, dense = model.state_dict(), {}, {}
+    for name, layer in layers.items():
+        found = _packed(layer, model.get_submodule(name), shared=_is_shared(layer, layers))
+        if isinstance(found, str):
+            dense[name] = found
+            continue
+        del state[f"{name}.weight"]
+        state |= {f"{name}.{part}": tensor for part, tensor in found.items()}
+        packed[name] = layer.storage.format_of("matrix").name
+    if not packed:
+        raise TargetError(
+            "No layer can be packed: "
+            + "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
+            + ". Compress with formats such as ('int4', 'int8'), or write all layers dense by "
+            "tensornet_hf.decompress."
+        )
+    model.config.quantization_config = quantization_entry(packed)
+    with write_folder(destination, force=force, sources=folders) as folder:
+        model.save_pretrained(folder, state_dict=state)
+        for origin in folders:
+            copy_small_files(origin, folder)
+    return ExportReport(Path(destination), packed, dense)
+
+
+def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint: a group of layers for each number format."""
+    groups = {}
+    for number, name in enumerate(sorted(set(packed.values()))):
+        number_format = NumberFormat.parse(name)
+        weights: dict[str, Any] = {"num_bits": number_format.bits, "type": "int", "symmetric": True}
+        if number_format.group is None:
+            weights["strategy"] = "channel"
+        else:
+            weights |= {"strategy": "group", "group_size": number_format.group}
+        groups[f"group_{number}"] = {
+            "targets": [layer for layer, used in packed.items() if used == name],
+            "weights": weights,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [],
+    }
+
+
+def _integer_layers(model: nn.Module) -> Iterator[tuple[str, tn.nn.TensorNetworkLinear]]:
+    """All compressed linear layers, under every name they have."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, tn.nn.TensorNetworkLinear):
+            yield name, module
+
+
+def _is_shared(layer: tn.nn.TensorNetworkLinear, layers: dict[str, tn.nn.TensorNetworkLinear]) -> bool:
+    """Whether another layer stores the same tensors."""
+    first = Counter(id(next(iter(each.stored.values()))) for each in layers.values())
+    return first[id(next(iter(layer.stored.values())))] > 1
+
+
+def _packed(layer: tn.nn.TensorNetworkLinear, stock: nn.Module, *, shared: bool) -> dict[str, Tensor] | str:
+    """Tensors of one layer, or the reason why it has to be written dense."""
+    if type(stock) is not nn.Linear:
+        return f"a {type(stock).__name__}; only nn.Linear can be packed"
+    if layer.topology.family != "dense":
+        return f"a network of the family {layer.topology.family!r}; only dense matrices can be packed"
+    number_format = layer.storage.format_of("matrix")
+    bits = number_format.bits
+    if bits not in EXPORTED_BITS or number_format.zero_point:
+        return f"stored as {number_format.name}; only symmetric integers of 4 or 8 bits can be packed"
+    rows, columns = stock.weight.shape
+    if number_format.group is not None and columns % number_format.group:
+        return f"groups of {number_format.group} do not divide {columns} inputs"
+    if shared:
+        return "its tensors are tied to those of another layer"
+    stored = layer.stored
+    scale = stored["scale_matrix"].to(stock.weight.dtype)
+    if not torch.equal(scale.float(), stored["scale_matrix"].float()):
+        return f"scales are not exact in {stock.weight.dtype}"
+    return {
+        "weight_packed": words(unpacked_codes(stored["core_matrix"], bits, columns), bits),
+        "weight_scale": scale.contiguous(),
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+def words(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 4 or 8 bits in 32-bit words, lowest bits first, rows padded with zeros.
+
+    Args:
+        codes: `torch.uint8`, shape `(rows, columns)`.
+        bits: of a code.
+
+    Example:
+        >>> words(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist()
+        [[801]]
+    """
+    per_word = 32 // bits
+    wide = nn.functional.pad(codes, (0, -codes.shape[1] % per_word)).to(torch.int64)
+    shifts = torch.arange(per_word, device=codes.device) * bits
+    joined = (wide.unflatten(1, (-1, per_word)) << shifts).sum(2)
+    return (joined - ((joined >> 31) << 32)).to(torch.int32)  # the highest bit is the sign
