@@ -124,6 +124,7 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
             "other source": batches(folder, spread(other, 128)),
         },
         encoder=True,
+        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # not in the pooled output that counts
     )
 
 
@@ -199,19 +200,17 @@ def turn(folder: Path, destination: Path, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def judge(subject: Subject, model: nn.Module, dense: list[Tensor]) -> float:
-    """Mean loss: of a token by its labels, or one minus the cosine to the dense pooled output."""
-    total, count = 0.0, 0
+def judge(subject: Subject, model: nn.Module, dense: list[Tensor]) -> Tensor:
+    """Loss of every judged token by its label, or one minus the cosine of every text to the dense output."""
+    found = []
     for index, batch in enumerate(subject.judged):
         if subject.encoder:
-            each = 1 - (pooled(model, batch) * dense[index]).sum(1)
-        else:
-            logits = model(**batch).logits[:, :-1]
-            each = nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
-            )
-        total, count = total + float(each.sum(dtype=torch.float64)), count + each.numel()
-    return total / count
+            found.append(1 - (pooled(model, batch) * dense[index]).sum(1))
+            continue
+        logits = model(**batch).logits[:, :-1]
+        labels = batch["input_ids"][:, 1:].flatten()
+        found.append(nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none"))
+    return torch.cat(found).double()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-MODULES = ("harness", "real_data", "encoder", "bytes_models", "bytes")
+MODULES = ("harness", "real_data", "encoder", "bytes_models", "bytes", "bytes_page")
 
 
 @pytest.fixture
@@ -32,7 +32,16 @@ def test_toy_run_writes_a_record_and_resumes(load: Any, tmp_path: Path) -> None:
         (method, bits) for method in module.OURS for bits in (4.25, 3.25)
     }
     for row in record["rows"]:
-        assert {"commit", "dirty", "threads", "seed", "seconds", "unit", "dense_loss"} <= row.keys()
+        assert {
+            "commit",
+            "dirty",
+            "threads",
+            "seed",
+            "seconds",
+            "unit",
+            "dense_loss",
+            "standard_error",
+        } <= row.keys()
         assert row["bits_per_weight"] <= row["bits"]
         assert row["loss_increase"] == row["loss_increase"]
     assert {"dtype", "device", "versions"} <= record.keys()
@@ -70,3 +79,38 @@ def test_turning_the_residual_stream_changes_weights_and_no_output(load: Any, tm
         torch.testing.assert_close(turned(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
     before = model.model.layers[0].mlp.up_proj.weight
     assert (turned.model.layers[0].mlp.up_proj.weight - before).norm() > 0.5 * before.norm()
+
+
+def a_row(method: str, bits: float, loss: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+    row = {"model": "gpt2", "method": method, "bits": bits, "seed": seed, "loss_increase": loss}
+    origin = {"unit": "nats a token", "commit": "c" * 40, "dirty": False}
+    tokens = {"calibration_tokens": 64_000, "judged_tokens": 25_344}
+    return {**row, "standard_error": 0.001, **origin, **tokens, **more}
+
+
+def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
+    page = load("bytes_page")
+    rows = [
+        a_row("plan", 4.25, 0.004, predicted={"alone": 0.01, "judged source": 0.005}),
+        a_row("plan", 4.25, 0.006, seed=1, predicted={"alone": 0.01, "judged source": 0.005}),
+        a_row("gptq", 4.25, 0.02),
+        a_row("hqq", 4.25, 0.03),
+        a_row("nearest", 4.25, 0.025),
+        a_row("plan", 8.25, 0.0001, predicted={"alone": 0.0001, "judged source": None}),
+        a_row("gptq", 8.25, -0.0001),
+        a_row("nearest", 8.25, 0.0002),
+    ]
+    rows.append({**a_row("autoround", 8.25, 0.0), "refused": "ValueError: 8 bits"})
+    del rows[-1]["loss_increase"]
+    record = {"rows": rows, "device": "a processor", "dtype": "float32"}
+    names = ("result", "bytes", "forecast", "origin")
+    text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), record)
+    assert "old" not in text
+    assert "lower in 1 cases, level within two standard errors in 1, higher in 0" in text
+    assert "0.25x at 4.25 bits (0.0050, 0.020)" in text
+    assert "| **one plan (ours)** | 0.00010 |  | 0.0050 ± 0.0010 |" in text
+    assert "| auto-round | refused |" in text
+    assert "| embedded GPT-2 | 4.25 | 0.0050 | 2.00x | 1.00x |" in text
+    assert "not measured yet: two-sided rounding" in text
+    page.draw(rows, tmp_path / "picture.svg")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()

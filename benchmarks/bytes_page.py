@@ -1,0 +1,248 @@
+"""Write the figures and the picture of docs/bytes.md from the record of bytes.py.
+
+    python benchmarks/bytes_page.py
+
+The text of the page is written by hand; what lies between `<!-- table NAME -->` and `<!-- end -->` is
+replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import RECORDS, ROOT
+
+Row = Mapping[str, Any]
+PAGE, PICTURE = ROOT / "docs" / "bytes.md", ROOT / "docs" / "bytes.svg"
+SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
+MODELS = {"gpt2": "embedded GPT-2", "minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M, turned"}
+METHODS = {
+    "plan": "**one plan (ours)**",
+    "two-sided": "two-sided rounding, same bits (ours)",
+    "one-sided": "one-sided rounding, same bits (ours)",
+    "nearest": "round to nearest (ours)",
+    "gptq": "GPTQ (llmcompressor)",
+    "autoround": "auto-round",
+    "hqq": "hqq",
+    "torchao": "round to nearest (torchao)",
+}
+PEERS = ("gptq", "autoround", "hqq", "torchao")
+STYLES = {
+    "plan": ("o-", "C0", 2.2),
+    "gptq": ("s--", "C1", 1.3),
+    "autoround": ("^--", "C2", 1.3),
+    "hqq": ("D:", "C3", 1.1),
+    "torchao": ("v:", "C7", 1.1),
+}
+
+
+def main() -> None:
+    """Replace the generated parts."""
+    record = json.loads((RECORDS / "bytes.json").read_text())
+    PAGE.write_text(filled(PAGE.read_text(), record))
+    draw(record["rows"], PICTURE)
+
+
+def filled(text: str, record: Mapping[str, Any]) -> str:
+    """The page with its figures taken from a record."""
+    rows = record["rows"]
+    parts = {
+        "result": result(rows),
+        "bytes": bytes_table(rows),
+        "forecast": forecast_table(rows),
+        "origin": origin(record),
+    }
+    for name, content in parts.items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, c=content: m[1] + c + "\n" + m[2], text, flags=re.S)
+    return text
+
+
+def rises(rows: Sequence[Row], model: str, method: str, bits: float) -> list[float]:
+    """Measured rises of the loss, one for each seed."""
+    return [
+        row["loss_increase"]
+        for row in rows
+        if (row["model"], row["method"], row["bits"]) == (model, method, bits) and "loss_increase" in row
+    ]
+
+
+def refused(rows: Sequence[Row], model: str, method: str, bits: float) -> bool:
+    """Whether a package refused a model or a number of bits."""
+    wanted = (model, method, bits)
+    return any((r["model"], r["method"], r["bits"]) == wanted and "refused" in r for r in rows)
+
+
+def best_peer(rows: Sequence[Row], model: str, bits: float) -> tuple[str, float] | None:
+    """Installed package with the lowest mean rise, and that rise."""
+    found = {m: statistics.mean(x) for m in PEERS if (x := rises(rows, model, m, bits))}
+    return min(found.items(), key=lambda item: item[1]) if found else None
+
+
+def standard_error(rows: Sequence[Row], model: str, bits: float) -> float:
+    """Of the rise of the loss at a size, from rounding to nearest, which every record has."""
+    found = [r for r in rows if (r["model"], r["method"], r["bits"]) == (model, "nearest", bits)]
+    return float(found[0].get("standard_error", 0.0)) if found else 0.0
+
+
+def verdict(rows: Sequence[Row], model: str, bits: float) -> str:
+    """The plan against the best peer: lower, level or higher; empty where one of them was not measured."""
+    ours, peer = rises(rows, model, "plan", bits), best_peer(rows, model, bits)
+    if not ours or peer is None:
+        return ""
+    gap = statistics.mean(ours) - peer[1]
+    if abs(gap) <= 2 * standard_error(rows, model, bits):
+        return "level"
+    return "lower" if gap < 0 else "higher"
+
+
+def result(rows: Sequence[Row]) -> str:
+    """How often the plan beats the best peer, and a line for each model."""
+    cases = [verdict(rows, model, bits) for model in MODELS for bits in SIZES]
+    count = {name: cases.count(name) for name in ("lower", "level", "higher")}
+    lines = [
+        "- Loss increase of one plan against the best installed quantizer at the same bytes, all models "
+        f"and sizes: lower in {count['lower']} cases, level within two standard errors in {count['level']}, "
+        f"higher in {count['higher']}."
+    ]
+    for model, title in MODELS.items():
+        parts = []
+        for bits in (4.25, 3.25, 2.25):
+            ours, peer = rises(rows, model, "plan", bits), best_peer(rows, model, bits)
+            if ours and peer is not None:
+                mean = statistics.mean(ours)
+                parts.append(f"{mean / peer[1]:.2f}x at {bits} bits ({number(mean)}, {number(peer[1])})")
+        if parts:
+            unit = next(row["unit"] for row in rows if row["model"] == model)
+            lines.append(
+                f"- {title}: loss increase of one plan, relative to the best installed quantizer: "
+                f"{', '.join(parts)}; {unit}."
+            )
+    return "\n".join(lines)
+
+
+def bytes_table(rows: Sequence[Row]) -> str:
+    """Loss increases, a line for each method and a column for each size."""
+    heads = " | ".join(f"{bits}" for bits in SIZES)
+    lines = [f"| model | method | {heads} |", "|---|---|" + "--:|" * len(SIZES)]
+    for model, title in MODELS.items():
+        for method, name in METHODS.items():
+            cells = [cell(rows, model, method, bits) for bits in SIZES]
+            if any(cells):
+                lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
+        errors = [standard_error(rows, model, bits) for bits in SIZES]
+        if any(errors):
+            lines.append(
+                f"| {title} | standard error | {' | '.join(number(x) if x else '' for x in errors)} |"
+            )
+    return "\n".join(lines)
+
+
+def cell(rows: Sequence[Row], model: str, method: str, bits: float) -> str:
+    """Mean over seeds, and half of their range where there are several."""
+    found = rises(rows, model, method, bits)
+    if not found:
+        return "refused" if refused(rows, model, method, bits) else ""
+    text = number(statistics.mean(found))
+    return f"{text} ± {number((max(found) - min(found)) / 2)}" if len(found) > 1 else text
+
+
+def forecast_table(rows: Sequence[Row]) -> str:
+    """Predicted over measured loss increases of the plan, mean over seeds."""
+    plans = [row for row in rows if row["method"] == "plan" and "predicted" in row]
+    names = list(dict.fromkeys(name for row in plans for name in row["predicted"]))
+    titles = {"alone": "moments alone", "judged source": "corrected, text of the judged source"}
+    heads = " | ".join(
+        titles.get(name, f"corrected, text of {name.replace('other', 'another')}") for name in names
+    )
+    lines = [f"| model | bits | measured | {heads} |", "|---|--:|--:|" + "--:|" * len(names)]
+    for model, title in MODELS.items():
+        for bits in SIZES:
+            found = [row for row in plans if row["model"] == model and row["bits"] == bits]
+            if not found:
+                continue
+            measured = statistics.mean(row["loss_increase"] for row in found)
+            cells = []
+            for name in names:
+                values = [row["predicted"][name] for row in found if row["predicted"].get(name) is not None]
+                ratio = statistics.mean(values) / measured if values and measured > 0 else None
+                cells.append("" if ratio is None else f"{ratio:.2f}x")
+            lines.append(f"| {title} | {bits} | {number(measured)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """Where the record was made and what is still missing in it."""
+    rows = record["rows"]
+    commits = sorted({row["commit"][:10] for row in rows})
+    dirty = ", some with uncommitted changes" if any(row["dirty"] for row in rows) else ""
+    texts = []
+    for model, title in MODELS.items():
+        found = [row for row in rows if row["model"] == model]
+        if not found:
+            texts.append(f"{title}: not measured yet")
+            continue
+        left = [name for name in METHODS if not any(row["method"] == name for row in found)]
+        plain = ", ".join(METHODS[name].strip("*") for name in left)
+        text = f"{title}: calibrated on {found[0]['calibration_tokens']:,} tokens, judged on "
+        text += f"{found[0]['judged_tokens']:,}"
+        texts.append(text + (f"; not measured yet: {plain}" if left else ""))
+    return (
+        f"Commits {', '.join(commits)}{dirty}, {record['device']}, {record['dtype']}, one thread of a shared "
+        f"machine.\n" + "\n".join(f"{text}." for text in texts)
+    )
+
+
+def number(value: float) -> str:
+    """Two significant digits below 0.1 and three decimals above."""
+    if abs(value) < 1e-5:
+        return "0"
+    if abs(value) >= 0.1:
+        return f"{value:.3f}"
+    digits = 1
+    while abs(value) < 10.0**-digits:
+        digits += 1
+    return f"{value:.{digits + 1}f}"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Loss increase over bits of a weight: ours and the peers, a panel for each model."""
+    models = [model for model in MODELS if any(row["model"] == model for row in rows)]
+    with plt.rc_context({"svg.hashsalt": "bytes", "font.size": 9}):
+        figure, panels = plt.subplots(1, len(models), figsize=(4.6 * len(models), 3.4), squeeze=False)
+        for axes, model in zip(panels[0], models, strict=True):
+            for method, (style, color, width) in STYLES.items():
+                points = [
+                    (bits, statistics.mean(found))
+                    for bits in SIZES
+                    if (found := rises(rows, model, method, bits)) and statistics.mean(found) > 0
+                ]
+                if points:
+                    name = METHODS[method].strip("*")
+                    axes.plot(*zip(*points, strict=True), style, color=color, lw=width, ms=4, label=name)
+            axes.set(yscale="log", xlabel="bits of a weight, scales included", title=MODELS[model])
+            axes.set_xticks(SIZES)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        unit = next(row["unit"] for row in rows if row["model"] == models[0])
+        panels[0][0].set_ylabel(f"loss increase ({unit})")
+        panels[0][0].legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
