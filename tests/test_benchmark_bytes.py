@@ -103,13 +103,14 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     rows.append({**a_row("autoround", 8.25, 0.0), "refused": "ValueError: 8 bits"})
     del rows[-1]["loss_increase"]
     record = {"rows": rows, "device": "a processor", "dtype": "float32"}
-    names = ("result", "bytes", "forecast", "origin")
+    names = ("why", "result", "bytes", "forecast", "origin")
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), record)
     assert "old" not in text
     assert "lower in 1 cases, level within two standard errors in 1, higher in 0" in text
     assert "0.25x at 4.25 bits (0.0050, 0.020)" in text
     assert "| **one plan (ours)** | 0.00010 |  | 0.0050 ± 0.0010 |" in text
     assert "| auto-round | refused |" in text
+    assert "rises by 0.0050 nats; 0.020 by GPTQ (llmcompressor), 0.030 by hqq." in text
     assert "| embedded GPT-2 | 4.25 | 0.0050 | 2.00x | 1.00x |" in text
     assert "not measured yet: two-sided rounding" in text
     page.draw(rows, tmp_path / "picture.svg")

@@ -49,7 +49,6 @@ __all__ = [
     "compress_checkpoint",
     "compress_folder",
     "decompress",
-    "embedded_text",
     "export_compressed_tensors",
     "load",
     "plan_folder",
