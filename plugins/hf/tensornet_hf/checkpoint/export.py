@@ -23,7 +23,7 @@ from tensornet.errors import TargetError
 from tensornet.nn.encoding import unpacked_codes
 from tensornet.quantization import NumberFormat
 from tensornet_hf.checkpoint.folders import check_free, write_folder
-from tensornet_hf.checkpoint.load import load
+from tensornet_hf.checkpoint.load import load, resolve_folder
 from tensornet_hf.checkpoint.save import copy_small_files, decompress
 
 #: Bits that `pack-quantized` readers such as vLLM have kernels for.
@@ -65,7 +65,7 @@ def export_compressed_tensors(
     gate and up, share a number format.
 
     Args:
-        model_or_folder: a compressed model, which is left as it is, or its folder.
+        model_or_folder: a compressed model, which is left as it is, or its folder or hub id.
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied; by default the folder given.
         force: replace a model folder that is at the destination.
@@ -94,8 +94,9 @@ def export_compressed_tensors(
         given = model_or_folder
         folders = () if source is None else (Path(source),)
     else:
-        given = load(model_or_folder)
-        folders = (Path(source or model_or_folder),)
+        origin = resolve_folder(os.fspath(model_or_folder))
+        given = load(origin)
+        folders = (Path(source or origin),)
     check_free(destination, force=force, sources=folders)
     model = light_copy(given)
     assert isinstance(model, PreTrainedModel)
@@ -126,8 +127,8 @@ def export_compressed_tensors(
     model.config.quantization_config = quantization_entry(packed)
     with write_folder(destination, force=force, sources=folders) as folder:
         model.save_pretrained(folder, state_dict=state)
-        for origin in folders:
-            copy_small_files(origin, folder)
+        for each in folders:
+            copy_small_files(each, folder)
     return ExportReport(Path(destination), packed, dense)
 
 
