@@ -185,9 +185,11 @@ class Bench:
                 if not said.is_file():
                     raise SystemExit(f"{method} ended early:\n{done.stderr[-2000:]}")
                 found = json.loads(said.read_text())
-                seconds = {"all": found["seconds"]}
+                seconds, version = {"all": found["seconds"]}, found["version"]
                 if "refused" in found:
-                    self.book.add(method, seed, bits, refused=found["refused"], seconds=seconds)
+                    self.book.add(
+                        method, seed, bits, refused=found["refused"], version=version, seconds=seconds
+                    )
                     continue
                 model = self.subject.load()
                 put(model, load_file(Path(scratch) / f"{int(bits)}.safetensors"), self.subject)
@@ -197,6 +199,7 @@ class Bench:
                     bits,
                     bits_per_weight=int(bits) + 0.25,
                     **self.rise(model),
+                    version=version,
                     seconds=seconds,
                 )
 

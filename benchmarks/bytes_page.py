@@ -114,7 +114,8 @@ def verdict(rows: Sequence[Row], model: str, bits: float) -> str:
     if not ours or peer is None:
         return ""
     gap = statistics.mean(ours) - peer[1]
-    if abs(gap) <= 2 * standard_error(rows, model, bits):
+    # Both rises have the error of the judged text, hence the root of two.
+    if abs(gap) <= 2 * 2**0.5 * standard_error(rows, model, bits):
         return "level"
     return "lower" if gap < 0 else "higher"
 

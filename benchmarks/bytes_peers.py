@@ -11,6 +11,7 @@ package takes them.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import time
 import traceback
@@ -121,6 +122,9 @@ METHODS: dict[str, Callable[[Any, Weights, int, Any], Weights]] = {
 }
 
 
+PACKAGES = {"gptq": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "autoround": "auto-round"}
+
+
 def main() -> None:
     """Quantize to each number of bits; what fails is told in `BITS.json`, and the others go on."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -139,7 +143,7 @@ def main() -> None:
     for bits in given.bits:
         torch.manual_seed(0)
         model = as_linear(kind.from_pretrained(given.folder, dtype=torch.float32)).eval()
-        start, said = time.perf_counter(), {}
+        start, said = time.perf_counter(), {"version": importlib.metadata.version(PACKAGES[given.method])}
         try:
             found = METHODS[given.method](model, load_file(given.calibration), bits, tokenizer)
         except Exception as error:
