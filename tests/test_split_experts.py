@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,19 @@ ONE_EXPERT = tn.CompressionConfig(
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:
     return [layer.mlp.experts for layer in model.model.layers]
+
+
+def test_importing_the_package_is_enough() -> None:
+    """Nothing else has to be imported for experts to be reached; other tests import the module itself."""
+    code = (
+        "import tensornet_hf\n"
+        "from tensornet.nn.stock_layers import compound_of\n"
+        "from transformers import MixtralConfig\n"
+        "from transformers.models.mixtral.modeling_mixtral import MixtralExperts\n"
+        "config = MixtralConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)\n"
+        "assert compound_of(MixtralExperts(config)) is not None\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
