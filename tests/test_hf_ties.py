@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import ALL, ARCHITECTURES, Architecture, logits
-from transformers import PreTrainedModel, T5EncoderModel
+from hf_models import ALL, ARCHITECTURES, EVERY_LAYER, NO_DROPOUT, TOKENS, Architecture, logits
+from transformers import (
+    AutoModel,
+    CamembertConfig,
+    CamembertForMaskedLM,
+    FunnelConfig,
+    FunnelForMaskedLM,
+    PreTrainedModel,
+    T5EncoderModel,
+)
 
 import tensornet as tn
 import tensornet_hf as th
@@ -122,6 +130,30 @@ def test_encoder_alone_of_a_whole_t5(tmp_path: Path) -> None:
     ids = ARCHITECTURES["t5_relu"].inputs()["input_ids"]
     torch.testing.assert_close(encoder(ids)[0], model.encoder(ids)[0], atol=0, rtol=0)
     assert encoder.encoder.embed_tokens.cores[0] is encoder.shared.cores[0]
+
+
+def test_base_model_alone_where_the_head_comes_first(tmp_path: Path) -> None:
+    """CamemBERT registers its head before its table; the base model owns the shared cores nevertheless."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 44}
+    model = CamembertForMaskedLM(CamembertConfig(**sizes, **NO_DROPOUT, **TOKENS)).eval()
+    assert next(iter(model.state_dict())).startswith("lm_head")
+    tn.compress(model, EVERY_LAYER, progress=False)
+    model.save_pretrained(tmp_path)
+    ids = ARCHITECTURES["bert"].inputs()["input_ids"]
+    base = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(base(ids)[0], model.roberta(ids)[0], atol=0, rtol=0)
+    table = th.load(tmp_path).roberta.embeddings.word_embeddings
+    assert torch.equal(table.cores[0], model.lm_head.decoder.cores[0])
+
+
+def test_classes_that_initialize_by_the_name_of_a_type(tmp_path: Path) -> None:
+    """Funnel reads the shape of `weight` of every module with "Linear" in the name of its type."""
+    sizes = {"block_sizes": [1], "d_model": 24, "n_head": 4, "d_head": 6, "d_inner": 44}
+    model = FunnelForMaskedLM(FunnelConfig(**sizes, **TOKENS)).eval()
+    tn.compress(model, tn.CompressionConfig(), progress=False)
+    model.save_pretrained(tmp_path)
+    ids = ARCHITECTURES["bert"].inputs()["input_ids"]
+    torch.testing.assert_close(th.load(tmp_path)(ids).logits, model(ids).logits, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["t5_relu", "t5_gated"])

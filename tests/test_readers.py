@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_architectures import ARCHITECTURES
 from reader_models import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -140,6 +141,19 @@ def test_matrices_of_other_modules_are_read_as_well() -> None:
         report = tn.compress(model, config(None), calibration=[torch.randn(2, 8, 9)], progress=False)
     assert [layer.name for layer in report.layers] == ["0.called.matrix"]
     assert model(torch.randn(2, 8, 9)).shape == (2, 5, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("DETR", "query_position_embeddings"), ("SAM", r"point_embed\.3")]
+)
+def test_models_of_images_of_any_size_and_of_places(name: str, read: str) -> None:
+    """DETR reads its queries and names no size of images; SAM reads what stands for points and boxes."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.dense
+    with pytest.warns(UserWarning, match=read):
+        tn.compress(model, config("all", objective="weight"), progress=False)
+    with torch.no_grad():
+        model(**architecture.batch())
 
 
 def test_an_unknown_subclass_of_a_stock_layer_is_named() -> None:

@@ -14,6 +14,8 @@ from tensornet.nn.stock_layers import kind_of
 
 #: Rows and tokens of the data.
 _ROWS, _TOKENS = 1, 8
+#: Side of an image for models that take any size.
+_SIDE = 224
 
 
 def sample_runs(model: nn.Module) -> Iterable[Run]:
@@ -145,9 +147,9 @@ def _pixels(model: PreTrainedModel, names: Any) -> Tensor | None:
     if "spatial_shapes" in names:
         patches = _size(model, "num_patches", inside="vision_config")
         return None if patches is None else torch.zeros(_ROWS, patches, channels * patch**2, device="cpu")
-    size = _size(model, "image_size", inside="vision_config")
-    if size is None or (model.main_input_name == "input_ids" and "image_grid_thw" in names):
+    if model.main_input_name == "input_ids" and "image_grid_thw" in names:
         return None
+    size = _size(model, "image_size", inside="vision_config") or _SIDE
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     return torch.zeros(_ROWS, channels, height, width, device="cpu")
 
@@ -170,6 +172,14 @@ def _features(model: PreTrainedModel, names: Any) -> Tensor | None:
     return torch.zeros(_ROWS, bins, length, device="cpu")
 
 
+def _point(model: PreTrainedModel, names: Any) -> Tensor:
+    return torch.zeros(_ROWS, 1, 1, 2, device="cpu")
+
+
+def _box(model: PreTrainedModel, names: Any) -> Tensor:
+    return torch.zeros(_ROWS, 1, 4, device="cpu")
+
+
 def _samples(model: PreTrainedModel, names: Any) -> Tensor | None:
     strides = _size(model, "conv_stride")
     if strides is None:
@@ -187,6 +197,8 @@ _MAKERS: dict[str, Callable[[PreTrainedModel, Any], Tensor | None]] = {
     "pixel_values": _pixels,
     "pixel_attention_mask": _patch_mask,
     "spatial_shapes": _spatial_shapes,
+    "input_points": _point,
+    "input_boxes": _box,
     "input_features": _features,
     "input_values": _samples,
 }

@@ -47,13 +47,16 @@ def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
 def shared_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     """Map every parameter or buffer of a compressed module that another name owns to that name.
 
-    The owner is the first name outside the compressed modules, or else the first inside.
+    The owner is the first name outside the compressed modules, or else the first inside. Names of the base
+    model come before those of a head, so that the base model finds its own tensors when it is loaded alone.
     """
     names = set(layers)
     named = [(name, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    base_first = sorted(named, key=lambda item: not item[0].startswith(prefix))
     owners: dict[int, str] = {}
     for inside in (False, True):
-        for name, key in named:
+        for name, key in base_first:
             if is_inside(name, names) is inside:
                 owners.setdefault(key, name)
     return {name: owners[key] for name, key in named if is_inside(name, names) and owners[key] != name}

@@ -1,6 +1,6 @@
 """Put empty compressed modules into a model skeleton, under the names of its class."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -44,21 +44,30 @@ def place_layers(
     for layer, name in names.items():
         _check_place(name, model.get_submodule(name), layers[layer])
     for layer, name in names.items():
-        model.set_submodule(name, build_module(layers[layer], device="meta", dtype=dtype))
+        made = build_module(layers[layer], device="meta", dtype=dtype)
+        # Every core is loaded: the model's class has nothing to initialize in these modules.
+        for part in made.modules():
+            part._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(name, made)
     lend_shared_cores(model)
     return names
 
 
-def rename(parameter: str, names: Mapping[str, str]) -> str | None:
+def rename(parameter: str, names: Mapping[str, str], layers: Collection[str]) -> str | None:
     """Map a parameter's name in the saved model to its name in this one; None if its module is not here.
 
     Names outside the compressed modules are returned as they are.
+
+    Args:
+        parameter: name in the saved model.
+        names: name in this model of each compressed module that it has, by its name in the saved one.
+        layers: names of all compressed modules of the saved model.
     """
     layer = parameter
     while layer:
         layer = layer.rpartition(".")[0]
-        if layer in names:
-            return names[layer] + parameter[len(layer) :]
+        if layer in layers:
+            return names[layer] + parameter[len(layer) :] if layer in names else None
     return parameter
 
 

@@ -102,7 +102,8 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._layers = list(names.values())
         if files:
             _refuse_random_head(model, self._layers, stored)
-        renamed = {rename(k, names): rename(v, names) for k, v in config.ties.items()}
+        known = config.layers.keys()
+        renamed = {rename(k, names, known): rename(v, names, known) for k, v in config.ties.items()}
         self._ties = {k: v for k, v in renamed.items() if k and v and is_inside(k, self._layers)}
         ties.hand_over(model, self._layers, {}, loading=True)
         ties.detach_targets(model, self._ties)
