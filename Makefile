@@ -10,11 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread per test worker: more would only wait for one another. The demo's model is too small for two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE) $(BIN)/python -m pytest
+TESTS := $(ONE_THREAD) HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE)
+PYTEST := $(TESTS) $(BIN)/python -m pytest
+LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel-test docs-test names clean
+.PHONY: help demo test test-lowest lint format wheel-test docs-test names clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -26,6 +28,9 @@ demo: $(VENV)/.made-cli ## compress the embedded GPT-2, evaluate, reload, genera
 
 test: $(VENV)/.made-dev ## run the tests
 	$(PYTEST) -n $(WORKERS) -m "not docs" $(ARGS)
+
+test-lowest: $(LOWEST)/.made ## run the tests with the lowest versions that pyproject.toml allows
+	$(TESTS) $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "not docs" $(ARGS)
 
 lint: $(VENV)/.made-dev ## linter, formatter, types: only report
 	$(BIN)/ruff check .
@@ -46,7 +51,7 @@ names: $(VENV)/.made-dev ## record the public names after changing them on purpo
 	$(BIN)/python tests/test_architecture.py --update
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) demo_out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) demo_out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: set-up runs once, and again when pyproject.toml changes.
@@ -62,6 +67,15 @@ $(VENV)/.made:
 $(VENV)/.made-cli: pyproject.toml $(VENV)/.made
 	@echo "Setting up $(VENV), once: the first time PyTorch is downloaded, which can take some minutes."
 	$(BIN)/python -m pip install -e '.[cli]'
+	@touch $@
+
+# Direct dependencies at their lower bounds, theirs as new as they may be. pip cannot resolve so; uv can. PyTorch
+# comes from the package index with what it needs for CUDA: some gigabytes.
+$(LOWEST)/.made: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) on this machine" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[all,test]'
 	@touch $@
 
 # One environment for tests and linters, so that types are checked against the packages that are tested.
