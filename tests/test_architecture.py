@@ -39,6 +39,7 @@ MAX_LINES = 400
 LONG_FILES: dict[str, str] = {
     "plugins/hf/tensornet_hf/cli/compress.py": "one command: every option with its help, and their checks",
     "tensornet/testing/laws.py": "every law, and the classes that draw for them",
+    "tests/hf_architectures.py": "one table: an entry for each architecture, with its configuration",
     "tensornet/mpo.py": "one class: the algebra of an operator, every method with its example",
     "tensornet/mpo_algebra.py": "the pure functions behind that class, one for each method",
 }
