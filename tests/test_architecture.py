@@ -37,7 +37,6 @@ HUGGING_FACE = {"transformers", "accelerate", "peft", "typer", "rich"}
 MAX_LINES = 400
 # Path from the root -> why one idea needs more lines than that.
 LONG_FILES: dict[str, str] = {
-    "plugins/hf/tensornet_hf/cli/compress.py": "one command: every option with its help, and their checks",
     "tensornet/testing/laws.py": "every law, and the classes that draw for them",
     "tests/hf_architectures.py": "one table: an entry for each architecture, with its configuration",
     "tensornet/mpo.py": "one class: the algebra of an operator, every method with its example",

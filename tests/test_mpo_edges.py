@@ -92,7 +92,8 @@ def test_items_of_a_stack_may_differ_in_magnitude(budget: dict[str, float], dtyp
         assert true <= chain.error * (1 + 1e-5) + 1e-5
 
 
-@pytest.mark.parametrize("family", tn.topologies.topology_names())
+# The dense family keeps the matrix itself, whose elements do fit.
+@pytest.mark.parametrize("family", sorted({*tn.topologies.topology_names()} - {"dense"}))
 def test_factors_that_no_single_number_holds_are_refused(family: str) -> None:
     """Elements that fit single precision, with a norm that does not: no infinity, and no certificate of 0."""
     matrix = torch.full((64, 64), 3e38)

@@ -19,6 +19,7 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import TopologyFamily, registered
+from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, write_report
 
@@ -133,7 +134,7 @@ def test_options_are_saved_with_a_model_compressed_while_loading(tmp_path: Path)
     config = th.TensorNetworkConfig(compression={**OPTIONS, "objective": "weight"})
     model = AutoModelForCausalLM.from_pretrained(gpt2_path(), quantization_config=config)
     model.save_pretrained(tmp_path)
-    saved = th.read_checkpoint(tmp_path).compression
+    saved = read_checkpoint(tmp_path).compression
     assert saved is not None
     assert saved.compression_config.topology_options == {"sites": 3}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
