@@ -70,12 +70,12 @@ $(VENV)/.made-cli: pyproject.toml $(VENV)/.made
 	@touch $@
 
 # Direct dependencies at their lower bounds, theirs as new as they may be. pip cannot resolve so; uv can. PyTorch
-# comes from the package index with what it needs for CUDA: some gigabytes.
+# comes from the package index with what it needs for CUDA: some gigabytes. Its compiler imports setuptools.
 $(LOWEST)/.made: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) on this machine" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install uv
-	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[all,test]'
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[all,test]' 'setuptools>=70'
 	@touch $@
 
 # One environment for tests and linters, so that types are checked against the packages that are tested.

@@ -1,5 +1,6 @@
 """The quantization method "tensornet": how transformers loads and saves compressed models."""
 
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._layers: list[str] = []
         self._stored: tuple[str, ...] = ()
         self._experts_spread = False
+        #: A weak reference: the model holds this quantizer, and a cycle would keep unused weights in memory.
+        self._skeleton: weakref.ref[PreTrainedModel] | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -86,6 +89,7 @@ class TensorNetworkQuantizer(HfQuantizer):
                 f"{', '.join(pickles)}: only safetensors files are loaded, pickles can run code when they "
                 "are opened. Convert the model where you trust it, with model.save_pretrained(folder)."
             )
+        self._skeleton = weakref.ref(model)
         if not self.pre_quantized:
             return
         config = self.quantization_config
@@ -108,14 +112,18 @@ class TensorNetworkQuantizer(HfQuantizer):
         ties.hand_over(model, self._layers, {}, loading=True)
         ties.detach_targets(model, self._ties)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """Keep stored names as they are if they fit the model: its renamings are for other folders.
 
         A compressed model is saved under the names of its class. Those of Qwen2-VL, for one, would be taken
         for names of an older version by the class without a head.
         """
-        if not self.pre_quantized:
-            return super().update_weight_conversions(weight_conversions, model)
+        # transformers before 5.21 does not hand the model over.
+        model = self._skeleton() if model is None and self._skeleton is not None else model
+        if not self.pre_quantized or model is None:
+            return weight_conversions
         renamings = [x for x in weight_conversions if isinstance(x, WeightRenaming)]
         converters = [x for x in weight_conversions if isinstance(x, WeightConverter)]
         state, prefix = model.state_dict(), model.base_model_prefix
@@ -128,6 +136,7 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Tie shared cores; compress the model if it was stored dense."""
+        self._skeleton = None  # weak references cannot be pickled
         if not self.pre_quantized:
             detach(model)  # what `postprocess_model` put on describes nothing yet
             options = self.quantization_config.compression_config
