@@ -12,7 +12,7 @@ from importlib import import_module
 from tensornet.optional import missing_hint
 
 # What the extra `cli` brings; an architecture test compares this with pyproject.toml.
-CLI_MODULES = ("accelerate", "jinja2", "matplotlib", "rich", "safetensors", "transformers", "typer")
+CLI_MODULES = ("accelerate", "filelock", "jinja2", "matplotlib", "rich", "transformers", "typer")
 
 
 def main() -> None:

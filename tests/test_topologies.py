@@ -230,9 +230,7 @@ def test_ring_bond_obeys_the_cap() -> None:
 
 
 def test_unknown_topology_lists_what_exists() -> None:
-    with pytest.raises(
-        tn.TopologyError, match=r"Unknown topology 'mps'; registered are block_tt, dense"
-    ):
+    with pytest.raises(tn.TopologyError, match=r"Unknown topology 'mps'; registered are block_tt, dense"):
         topology_family("mps")
 
 

@@ -32,12 +32,18 @@ EXPORTED_BITS = (4, 8)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote.
+    """Report of an export: layers that were packed, and layers that were written dense.
 
     Args:
         destination: the folder.
         packed: number format of every layer that was written packed, by name.
         dense: reason for every compressed layer that was written dense, by name.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tensornet_hf import ExportReport
+        >>> print(ExportReport(Path("out"), packed={"lm_head": "int8"}, dense={}))
+        1 layers packed, 0 written dense: out
     """
 
     destination: Path
