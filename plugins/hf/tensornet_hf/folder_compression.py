@@ -92,10 +92,10 @@ class FolderReport:
         dense = sum(layer.form == "dense" for layer in done.layers)
         left = f" ({dense} of them stay dense)" if dense else ""
         lines = (
-            f"layers      {len(done.layers)}{left}, kept {done.param_ratio:.1%} of their parameters",
-            f"reach       {str(done.reach).removeprefix('reached ')}",
-            f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
             f"files       {compact_bytes(self.file_bytes_before)} -> {compact_bytes(self.file_bytes_after)}",
+            f"layers      {len(done.layers)}{left}, {done.plan.bits_per_weight:.2f} bits a weight",
+            f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
+            f"reach       {str(done.reach).removeprefix('reached ')}",
             *self._predicted(),
             f"seconds     {done.seconds:.1f}",
             f"written to  {self.destination}",
