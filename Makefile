@@ -45,10 +45,10 @@ wheel-test: $(VENV)/.made-dev ## build the wheel and install it away from here: 
 	$(BIN)/python tests/wheel/check_wheel.py
 
 docs-test: $(VENV)/.made-dev ## run the code blocks of README.md and docs/
-	$(PYTEST) tests/test_docs_code.py $(ARGS)
+	$(PYTEST) tests/project/test_docs_code.py $(ARGS)
 
 names: $(VENV)/.made-dev ## record the public names after changing them on purpose
-	$(BIN)/python tests/test_architecture.py --update
+	$(BIN)/python tests/project/test_architecture.py --update
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) $(LOWEST) demo_out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,356 @@
+"""One plan over number formats, ranks and networks: bytes are kept, and one format never costs less."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from compression.test_planner import curves
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import tensornet as tn
+from tensornet.calibration import CalibrationStats, sampled_losses
+from tensornet.compression import CompressionConfig, PreparedPlan, prepare
+from tensornet.compression.allocate import CostCurve, spend_size, total_cost, total_size
+from tensornet.compression.choose import Cap, spend_all
+from tensornet.compression.config import DEFAULT_FORMATS
+from tensornet.compression.forecast import Forecast
+from tensornet.compression.format_candidates import PREDICTED_BITS
+from tensornet.compression.layer_plan import describe
+from tensornet.compression.report import model_size
+from tensornet.nn.encoding import Storage
+from tensornet.quantization import NumberFormat, predict_loss_increase, round_weight
+
+FORMATS = ("float", "int8", "int4", "int3", "int2")
+SIZES = st.floats(2.3, 34.0)
+
+
+@cache
+def _calibrated() -> tuple[nn.Module, CalibrationStats, PreparedPlan]:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_embd=64, n_head=2, n_positions=32, vocab_size=80, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # random models predict nothing; larger weights make their opinions strong
+    stats = tn.calibrate(model, list(tokens(1)), loss_fn=sampled_losses)
+    return model, stats, prepare(model, CompressionConfig(bits_per_weight=4.25, formats=FORMATS), stats)
+
+
+def calibrated() -> tuple[nn.Module, CalibrationStats, PreparedPlan]:
+    model, stats, prepared = _calibrated()
+    return copy.deepcopy(model), stats, prepared
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randint(1, 80, (3, 8, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def cost(prepared: PreparedPlan, plan: tn.CompressionPlan) -> float:
+    """Cost that decides, which is not the forecast."""
+    total = 0.0
+    for found, layer in zip(prepared.candidates, plan, strict=True):
+        made = [found.make(k) for k in range(len(found.costs))]
+        total += float(found.costs[made.index((layer.topology, layer.storage))])
+    return total
+
+
+# --- allocation -----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(curves())
+def test_more_bytes_never_cost_more(layers: list[CostCurve]) -> None:
+    least, most = (int(sum(float(x) for x in ends)) for ends in zip(*map(ends_of, layers), strict=True))
+    before = float("inf")
+    for budget in range(least, most + 1):
+        chosen = spend_size(layers, budget)
+        assert total_size(layers, chosen) <= budget
+        assert total_cost(layers, chosen) <= before + 1e-9
+        before = total_cost(layers, chosen)
+
+
+def ends_of(curve: CostCurve) -> tuple[float, float]:
+    return float(curve.sizes.min()), float(curve.sizes.max())
+
+
+@given(curves(), st.data())
+def test_several_caps_are_all_kept(layers: list[CostCurve], data: st.DataObject) -> None:
+    count = st.integers(1, 40)
+    others = [
+        CostCurve(torch.tensor([data.draw(count) for _ in curve.sizes]).double(), curve.costs)
+        for curve in layers
+    ]
+    caps = [
+        Cap(name, made, data.draw(st.integers(1, 160)))
+        for name, made in (("max_bytes", layers), ("max_milliseconds", others))
+    ]
+    try:
+        chosen, name = spend_all(caps)
+    except tn.BudgetError:
+        return
+    assert all(total_size(cap.curves, chosen) <= cap.allowed * (1 + 1e-12) for cap in caps)
+    assert name == max(caps, key=lambda cap: cap.use(chosen)).name
+
+
+def test_caps_that_contradict_each_other() -> None:
+    sizes, costs = torch.tensor([1.0, 9.0]).double(), torch.tensor([5.0, 0.0]).double()
+    caps = [
+        Cap("max_bytes", [CostCurve(sizes, costs)], 2.0),
+        Cap("max_milliseconds", [CostCurve(sizes.flip(0), costs)], 2.0),
+    ]
+    with pytest.raises(tn.BudgetError, match="max_bytes and max_milliseconds contradict each other"):
+        spend_all(caps)
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(SIZES, SIZES)
+def test_plans_keep_to_their_bytes_and_never_cost_more_than_one_format(a: float, b: float) -> None:
+    _, _, prepared = calibrated()
+    low, high = (prepared.plan(bits_per_weight=bits) for bits in sorted((a, b)))
+    assert low.bits_per_weight <= min(a, b)
+    assert high.bits_per_weight <= max(a, b)
+    assert cost(prepared, high) <= cost(prepared, low) + 1e-12
+    assert prepared.plan(bits_per_weight=min(a, b)) == low
+    for name in FORMATS:
+        places = [found.uniform[name] for found in prepared.candidates]
+        size = sum(float(x.num_bytes[k]) for x, k in zip(prepared.candidates, places, strict=True))
+        if size <= low.params_before * min(a, b) / 8:
+            dear = sum(float(x.costs[k]) for x, k in zip(prepared.candidates, places, strict=True))
+            assert cost(prepared, low) <= dear + 1e-12
+
+
+def test_bytes_of_the_plan_are_those_of_the_model() -> None:
+    model, stats, prepared = calibrated()
+    for bits in (8.25, 4.25, 2.6):
+        made, plan = copy.deepcopy(model), prepared.plan(bits_per_weight=bits)
+        tn.apply_plan(made, plan, stats)
+        before, after = model_size(model)[1], model_size(made)[1]
+        assert before - after == plan.bytes_before - plan.bytes_after
+        assert any(layer.storage.own_dtypes for layer in plan)
+
+
+def test_predicted_and_rounded_losses_agree() -> None:
+    """Predicted candidates are as good as those that rounding gives."""
+    _, _, prepared = calibrated()
+    for target, found in zip(prepared.targets, prepared.candidates, strict=True):
+        for name in ("int8", "int4"):
+            assert NumberFormat.parse(name).bits >= PREDICTED_BITS  # type: ignore[operator]
+            index = found.uniform[name]
+            topology, storage = found.make(index)
+            assert topology is not None
+            assert storage.number_format.name == name
+            assert float(found.num_bytes[index]) == storage.num_bytes(topology, target.matrix.dtype)
+    weight, inputs = torch.randn(48, 128), torch.randn(500, 128) @ torch.randn(128, 128)
+    columns = inputs.T @ inputs / 500
+    predicted = predict_loss_increase(weight, ("int8", "int4"), columns=columns)
+    for name, value in zip(("int8", "int4"), predicted, strict=True):
+        assert value == pytest.approx(
+            float(round_weight(weight, name, columns=columns).loss_increase), rel=0.3
+        )
+    assert predict_loss_increase(weight, ()) == ()
+
+
+def test_the_whole_model_counts_embeddings_and_everything_else() -> None:
+    model, stats, _ = calibrated()
+    params, size = model_size(model)
+    for budget, allowed in (
+        ({"byte_ratio": 0.3}, 0.3 * size),
+        ({"max_bytes": 90_000, "formats": FORMATS}, 90_000),
+        ({"bits_per_weight": 6.0, "whole_model": True}, 6.0 * params / 8),
+    ):
+        config = CompressionConfig(**budget)  # type: ignore[arg-type]
+        assert config.target_modules == "all"
+        made = copy.deepcopy(model)
+        plan = tn.plan(made, config, stats)
+        assert {"transformer.wte", "transformer.wpe"} <= {layer.name for layer in plan}
+        tn.apply_plan(made, plan, stats)
+        assert 0.8 * allowed <= model_size(made)[1] <= allowed
+        assert made.lm_head.weight is made.transformer.wte.weight or made.lm_head.stored  # type: ignore[union-attr]
+
+
+def test_old_calls_count_the_targeted_layers() -> None:
+    model, stats, prepared = calibrated()
+    config = CompressionConfig(max_bytes=60_000)
+    assert (config.formats, config.target_modules, config.counts_model("max_bytes")) == (None, None, False)
+    plan = tn.plan(model, config, stats)
+    assert plan.bytes_after <= 60_000
+    assert not any(layer.storage.own_dtypes for layer in plan)
+    same = replace(prepared, config=replace(prepared.config, whole_model=False)).plan(max_bytes=20_000)
+    assert same.bytes_after <= 20_000
+
+
+def test_a_cap_on_parameters_beside_one_on_bytes() -> None:
+    _, _, prepared = calibrated()
+    plan = prepared.plan(param_ratio=0.6, bits_per_weight=6.0)
+    assert plan.bits_per_weight <= 6.0
+    assert plan.params_after <= 0.6 * plan.params_before
+    alone = prepared.plan(bits_per_weight=6.0)
+    assert cost(prepared, alone) <= cost(prepared, plan)
+
+
+def test_the_smallest_model_within_a_loss() -> None:
+    _, _, prepared = calibrated()
+    rises = [prepared.plan(bits_per_weight=bits).predicted_loss_increase for bits in (6.0, 3.5)]
+    assert rises[0] is not None
+    assert rises[1] is not None
+    plan = prepared.plan(loss_increase=rises[1])
+    assert plan.predicted_loss_increase <= rises[1]  # type: ignore[operator]
+    assert plan.bits_per_weight < 6.0
+    with pytest.raises(tn.BudgetError, match=r"bits_per_weight and loss_increase=.* contradict each other"):
+        prepared.plan(loss_increase=rises[0] / 10, bits_per_weight=2.6)
+
+
+def test_losses_measured_at_sizes_in_bytes_correct_the_forecast() -> None:
+    model, stats, prepared = calibrated()
+    sizes = [prepared.plan(bits_per_weight=bits).bytes_after for bits in (2.5, 3.0)]
+    measured = prepared.measured(model, stats, list(tokens(1)), sizes=sizes, loss_fn=sampled_like)
+    assert len(measured.forecast.points) in (1, 2)
+    plain = [replace(measured, forecast=Forecast()).plan(bits_per_weight=8 * s / 49152) for s in sizes]
+    known = {plan.predicted_loss_increase for plan in plain}
+    assert {price for price, _ in measured.forecast.points} <= known
+    assert prepared.measured(model, stats, list(tokens(1)), loss_fn=sampled_like).forecast.points
+    with pytest.raises(tn.BudgetError, match="shares= of the parameters or at sizes= in bytes, not both"):
+        prepared.measured(model, stats, list(tokens(1)), sizes=sizes, shares=(0.5,))
+
+
+def sampled_like(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Squared distance from the outputs of the dense model."""
+    dense = _calibrated()[0]
+    with torch.no_grad():
+        return (model(**batch).logits - dense(**batch).logits).square().mean(-1).flatten()
+
+
+def test_a_plan_is_printed_and_kept_in_bytes(tmp_path: Path) -> None:
+    _, _, prepared = calibrated()
+    plan = prepared.plan(bits_per_weight=4.25)
+    text = str(plan)
+    for layer in plan:
+        (line,) = [x for x in text.splitlines() if x.startswith(f"{layer.name} ")]
+        assert f"{layer.bits_per_weight:.2f}" in line
+        assert describe(layer.topology, layer.storage) in line
+        assert line.index(f"{layer.bytes_after:,}") < line.rindex(f"{layer.params_after:,}")
+    assert f"{plan.bytes_before:,} -> {plan.bytes_after:,} bytes, {plan.bits_per_weight:.2f} bits" in text
+    assert plan.baseline is not None
+    assert plan.baseline.number_format in ("int4", "int3")
+    assert plan.baseline.num_bytes <= 1.01 * plan.bytes_after
+    assert "round to nearest, " in text
+    plan.save(tmp_path / "plan.json")
+    assert tn.CompressionPlan.load(tmp_path / "plan.json") == plan
+    points = plan.curve(unit="bytes")
+    assert len(points) > 3
+    assert points == sorted(points, reverse=True)
+    with pytest.raises(ValueError, match="'params' or 'bytes', got 'nats'"):
+        plan.curve(unit="nats")
+
+
+def test_plans_of_the_first_version_are_read() -> None:
+    _, stats, _ = calibrated()
+    model = calibrated()[0]
+    data = tn.plan(model, CompressionConfig(param_ratio=0.5), stats).to_dict()
+    data["version"] = 1
+    del data["baseline"]
+    for layer in data["layers"]:
+        del layer["dtype"], layer["byte_curve"]
+    plan = tn.CompressionPlan.from_dict(json.loads(json.dumps(data)))
+    assert plan.bytes_before == 4 * plan.params_before
+    assert plan.curve(unit="bytes") == []
+    for version in (0, 3):
+        with pytest.raises(tn.FormatError, match="Not a compression plan of version 1 or 2"):
+            tn.CompressionPlan.from_dict({**data, "version": version})
+    data["layers"][0]["dtype"] = "uint8"
+    with pytest.raises(tn.FormatError, match="unknown dtype 'uint8'"):
+        tn.CompressionPlan.from_dict(data)
+
+
+def test_editing_the_storage_of_a_layer() -> None:
+    model, stats, prepared = calibrated()
+    name = "transformer.h.0.mlp.c_fc"
+    plan = prepared.plan(bits_per_weight=4.25)
+    edited = plan.replace_layer(name, None, "int8")
+    assert (edited[name].bits_per_weight, edited[name].bound_by) == (8.25, "edited")
+    assert edited.predicted_loss_increase is None
+    rank = tn.topologies.low_rank(out_features=256, in_features=64, rank=4)
+    edited = edited.replace_layer(name, rank, Storage(number_format=NumberFormat.parse("int4")))
+    assert describe(edited[name].topology, edited[name].storage) == "int4 low_rank 4"
+    tn.apply_plan(model, edited, stats)
+    assert model.get_submodule(name).storage == edited[name].storage
+    assert plan.replace_layer(name, None)[name].bits_per_weight == 32
+    with pytest.raises(tn.FormatError, match="Unknown number format 'int9'"):
+        plan.replace_layer(name, None, "int9")
+
+
+def test_without_calibration_data_layers_become_int8() -> None:
+    model = calibrated()[0]
+    with pytest.warns(
+        tn.CalibrationWarning, match="get one number format, int8 unless formats= names others"
+    ):
+        report = tn.compress(model, CompressionConfig(bits_per_weight=9), progress=False)
+    assert {layer.form for layer in report.layers} == {"int8 dense"}
+    assert report.plan.objective == "weight"
+    assert report.plan.bits_per_weight == 8.25
+    assert report.to_dict()["bits_per_weight"] == 8.25
+    assert "8.25 bits a weight" in str(report)
+    assert report.byte_ratio < 0.5
+    model = calibrated()[0]
+    config = CompressionConfig(bits_per_weight=4.25, objective="weight")
+    with pytest.raises(tn.BudgetError, match=r"one format, int8, which takes .* formats=\('int4',\)"):
+        tn.compress(model, config, progress=False)
+    report = tn.compress(model, replace(config, formats=("int4",)), progress=False)
+    assert {layer.form for layer in report.layers} == {"int4 dense"}
+
+
+def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
+    model, stats, prepared = calibrated()
+    name = prepared.targets[0].name
+    silent = replace(stats, rows={**stats.rows, name: torch.zeros_like(stats.rows[name])})
+    plan = tn.plan(model, CompressionConfig(bits_per_weight=5, formats=FORMATS), silent)
+    assert describe(plan[name].topology, plan[name].storage) == "int8 dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits_per_weight": 0}, "bits_per_weight must be above 0"),
+        ({"bits_per_weight": "4"}, "bits_per_weight must be a number, got '4'"),
+        ({"byte_ratio": 1.5}, "byte_ratio is a share of the model's bytes, at most 1; got 1.5"),
+        ({"formats": ("int9",)}, "Unknown number format 'int9'; known are float, bf16, int8"),
+        ({"formats": "int4"}, r"formats is a sequence of names .* got 'int4'"),
+        ({"formats": ()}, r"formats is a sequence of names .* got \(\)"),
+        ({"formats": ("int8",), "int8": True}, "int8=True stores the cores of all networks"),
+        ({"byte_ratio": 0.5, "objective": "activation"}, "needs the price of an error"),
+    ],
+)
+def test_options_that_are_none(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressionConfig(**options)  # type: ignore[arg-type]
+
+
+def test_budgets_that_nothing_keeps() -> None:
+    _, _, prepared = calibrated()
+    with pytest.raises(tn.BudgetError, match=r"bits_per_weight: The budget allows .* smallest candidates"):
+        replace(prepared, candidates=tuple(x.only([x.uniform["int8"]]) for x in prepared.candidates)).plan(
+            bits_per_weight=4
+        )
+    with pytest.raises(tn.BudgetError, match="max_bytes=100 allows 100 bytes for the whole model"):
+        prepared.plan(max_bytes=100)
+
+
+def test_options_survive_json() -> None:
+    config = CompressionConfig(bits_per_weight=4.25)
+    assert config.formats == tuple(NumberFormat.parse(x).name for x in DEFAULT_FORMATS)
+    again = CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert replace(again, formats=tuple(again.formats or ())) == config

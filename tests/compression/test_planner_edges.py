@@ -1,0 +1,107 @@
+"""Where a plan has to watch out: layers without a price, families with few forms, foreign statistics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from compression.test_planner import MLP, gpt2_stats, tokens
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import tensornet as tn
+from tensornet.compression import CompressionConfig
+from tensornet.topologies import topology_names
+
+
+class Silent(nn.Module):
+    """One layer without influence on the loss, one that reads nothing but zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard, self.unheard, self.unfed = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(6, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heard(x) + 0 * self.unheard(x) + self.unfed(0 * x)
+
+
+def silent_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+@pytest.mark.parametrize("objective", ["curvature", "activation"])
+@pytest.mark.parametrize("topology", ["auto", "mpo"])
+def test_layers_whose_prices_are_zero(objective: str, topology: str) -> None:
+    """They are not thrown away: they stay dense, or their weights decide."""
+    model, batch = Silent(), {"x": torch.randn(40, 6), "y": torch.randint(9, (40,))}
+    stats = tn.calibrate(model, [batch], loss_fn=silent_losses)
+    config = CompressionConfig(param_ratio=0.95, rel_error=0.9, objective=objective, topology=topology)  # type: ignore[arg-type]
+    plan = tn.plan(model, config, stats)
+    expected = {layer.name: layer.error for layer in plan if layer.topology is not None}
+    if objective == "curvature":
+        assert {"unheard", "unfed"}.isdisjoint(expected)
+    else:
+        assert "unfed" in expected
+    for name, error in tn.apply_plan(model, plan, stats).items():
+        assert error <= 0.9
+        assert error <= expected[name] + 1e-6
+
+
+@pytest.mark.parametrize("objective", ["curvature", "activation"])
+@pytest.mark.parametrize("topology", sorted({*topology_names()} - {"dense"}))
+def test_every_family_spends_what_it_may(topology: str, objective: str) -> None:
+    """All families have forms of many sizes: what is allowed is not left unused."""
+    model, stats = gpt2_stats()
+    config = CompressionConfig(
+        target_modules="h.0.mlp.c_fc",
+        param_ratio=0.7,
+        topology=topology,
+        objective=objective,  # type: ignore[arg-type]
+    )
+    (layer,) = tn.plan(model, config, stats)
+    assert 0.3 * layer.params_before < layer.params_after <= 0.7 * layer.params_before
+    assert layer.topology is not None
+    assert layer.topology.family == topology
+
+
+@pytest.mark.parametrize(
+    "budget", [{"param_ratio": 1.5}, {"max_bytes": 10**9}, {"max_milliseconds": 1e3, "tokens": 9}]
+)
+@pytest.mark.parametrize("topology", ["auto", "mpo", "tucker"])
+def test_a_budget_with_room_for_all_leaves_all_dense(budget: dict[str, Any], topology: str) -> None:
+    """And not in forms as exact, but larger."""
+    model, stats = gpt2_stats()
+    plan = tn.plan(model, CompressionConfig(target_modules=MLP, topology=topology, **budget), stats)
+    assert all(layer.topology is None for layer in plan)
+
+
+def test_statistics_of_another_model() -> None:
+    _, stats = gpt2_stats()
+    other = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=101, n_positions=64))
+    with pytest.raises(
+        tn.TargetError, match=r"not belong to this model: layer 'transformer\.h\.0\.attn\.c_attn'"
+    ):
+        tn.plan(other, CompressionConfig(param_ratio=0.8), stats)
+    model, _ = gpt2_stats()
+    plan = tn.plan(model, CompressionConfig(param_ratio=0.8), stats)
+    with pytest.raises(tn.TargetError, match="made with gradients, which these statistics are without"):
+        tn.apply_plan(copy.deepcopy(model), plan, tn.calibrate(model, list(tokens()), gradient_batches=0))
+
+
+@pytest.mark.parametrize("pivoted", [True, False])
+def test_moments_that_rounding_made_singular(pivoted: bool) -> None:
+    """Accumulated in 16 bits they have negative eigenvalues; errors without a price are still certified."""
+    model = nn.Sequential(nn.Linear(12, 8, bias=False))
+    rows = torch.eye(8)
+    rows[0, 0] = -1.0
+    stats = tn.CalibrationStats({"0": rows}, {"0": torch.eye(12)}, tokens=9, loss=1.0)
+    weight = model[0].weight.detach().clone()
+    planned = tn.plan(model, CompressionConfig(param_ratio=0.95, max_bond=7, pivoted=pivoted), stats)
+    assert planned.layers[0].topology is not None
+    errors = tn.apply_plan(model, planned, stats)
+    real = float((model[0].to_matrix().detach() - weight).norm() / weight.norm())  # type: ignore[operator]
+    assert real > 0.1  # the row without a price is not there
+    assert errors["0"] == pytest.approx(real, rel=1e-5)
+    assert planned.layers[0].error == pytest.approx(real, rel=1e-5)

@@ -1,0 +1,39 @@
+"""The training script of docs/guides/scale.md, started as the guide says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import tensornet_moe as tm
+from tensornet.topologies import mpo
+
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "scale.md"
+
+
+def test_accelerate_recipe(tmp_path: Path) -> None:
+    script = next(part for part in GUIDE.read_text().split("```python\n") if part.startswith("# train.py"))
+    (tmp_path / "train.py").write_text(script.partition("```")[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert len(losses) == 4
+    assert losses[-1] < 0.8 * losses[0]
+    up, down = mpo(out_dims=(4, 4, 4), in_dims=(2, 4, 2)), mpo(out_dims=(2, 4, 2), in_dims=(4, 4, 4))
+    experts = tm.ExpertFFN({"up": tm.SharedCoreExperts(up, 4), "down": tm.SharedCoreExperts(down, 4)})
+    model = torch.nn.Sequential(tm.SharedCoreMoE(tm.SwitchRouter(16, 4), experts), torch.nn.Linear(16, 3))
+    model.load_state_dict(torch.load(tmp_path / "mixture.pt", weights_only=True))
+    assert torch.isfinite(model(torch.randn(5, 16))).all()

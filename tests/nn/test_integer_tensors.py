@@ -1,0 +1,147 @@
+"""Integers of a compressed model are buffers: training, averaging and sharding of parameters pass them by."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import distributed_tasks as tasks
+import pytest
+import torch
+from hf_models import ARCHITECTURES, logits
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet_hf.checkpoint.headers import read_checkpoint
+
+#: Written by the version that kept integers as parameters: a GPT-2 of one block, every layer compressed.
+BEFORE = Path(__file__).resolve().parents[1] / "fixtures" / "saved_before"
+FORMS = {"pivoted": {"pivoted": True}, "int8": {"pivoted": True, "int8": True}}
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def options(form: str) -> tn.CompressionConfig:
+    return tn.CompressionConfig(
+        target_modules="all", topology="low_rank", param_ratio=0.7, objective="weight", **FORMS[form]
+    )
+
+
+class Tied(nn.Module):
+    """An embedding tied to its head, and a layer between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(30, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 30, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(self.table(ids)))
+
+
+def compressed(form: str) -> Tied:
+    torch.manual_seed(1)
+    model = Tied()
+    tn.compress(model, options(form), progress=False)
+    return model.eval()
+
+
+IDS = torch.arange(30)
+
+
+@each_form
+def test_every_parameter_can_require_gradients(form: str) -> None:
+    model = compressed(form).requires_grad_(True)
+    assert all(p.is_floating_point() for p in model.parameters())
+    assert any(name.rpartition(".")[2] == "order_0" for name, _ in model.named_buffers())
+    model(IDS).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@each_form
+def test_an_average_of_equal_models_is_that_model(form: str) -> None:
+    model = compressed(form)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(3):
+        average.update_parameters(model)
+    torch.testing.assert_close(average(IDS), model(IDS))
+
+
+@each_form
+def test_kept_matrices_and_fast_paths_see_new_integers(form: str) -> None:
+    model = compressed(form)
+    with torch.no_grad():
+        first = [model(IDS) for _ in range(3)][-1]
+        order = model.inner.order_0
+        order.copy_(order.flip(0))
+        assert not torch.allclose(model(IDS), first)
+        model.inner.order_0 = order.flip(0)
+        torch.testing.assert_close(model(IDS), first)
+
+
+@each_form
+def test_moving_keeps_one_tensor_for_tied_layers(form: str) -> None:
+    model = compressed(form)
+    expected = model(IDS)
+    model._apply(torch.clone)  # as moving to a device makes new tensors
+    for moved in (model, copy.deepcopy(model), copy.deepcopy(model).double()):
+        stored = moved.table.stored
+        assert all(tensor is moved.head.stored[name] for name, tensor in stored.items())
+        torch.testing.assert_close(moved(IDS).float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@each_form
+def test_sizes_count_integers(form: str) -> None:
+    model, fresh = compressed(form), Tied()
+    report = tn.compress(fresh, options(form), progress=False)
+    stored = {id(x): x for x in model.state_dict(keep_vars=True).values()}.values()
+    assert report.model_params_after == sum(x.numel() for x in stored)
+    assert report.model_bytes_after == sum(x.nbytes for x in stored)
+
+
+@each_form
+def test_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    tn.compress(model, options(form), progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = th.load(tmp_path)
+    torch.testing.assert_close(loaded(IDS[None]).logits, model(IDS[None]).logits, atol=0, rtol=0)
+    assert loaded.lm_head.order_0 is loaded.transformer.wte.order_0
+    assert "lm_head.order_0" not in read_checkpoint(tmp_path).tensors
+    loaded.tie_weights()
+    got = logits(loaded, ARCHITECTURES["gpt2"])
+    torch.testing.assert_close(got, logits(model, ARCHITECTURES["gpt2"]), atol=0, rtol=0)
+
+
+@each_form
+def test_folders_that_were_saved_before_still_load(form: str, tmp_path: Path) -> None:
+    wanted = torch.tensor(json.loads((BEFORE / form / "logits.json").read_text()))
+    loaded = th.load(BEFORE / form)
+    for model in (loaded, th.load(th.save_model(loaded, tmp_path / "again"))):
+        got = model(torch.arange(7)[None]).logits[0, -1]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert all(p.is_floating_point() for p in model.parameters())
+
+
+def test_sharded_by_fsdp1(tmp_path: Path) -> None:
+    (losses,) = tasks.in_processes(fsdp1, 1, tmp_path)
+    assert losses[-1] < losses[0]
+
+
+def fsdp1(rank: int, ranks: int) -> list[float]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = compressed("pivoted").train()
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(sharded(IDS), IDS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
