@@ -13,7 +13,7 @@ DISTRIBUTION = "tensornet-torch"
 
 
 def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None:
-    """One line that names the pip command to run, or None when every module is there.
+    """Compose a line with the pip command for missing modules; None if every module is installed.
 
     Looks the modules up without importing them, so that a failure *inside* an installed package
     is never mistaken for an absent one.
@@ -21,7 +21,7 @@ def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None
     Args:
         modules: top-level module names, as imported.
         extra: the extra of this distribution that brings them.
-        user: what needs them, as the reader knows it ("the command line", "tensornet_hf").
+        user: the part of the library that needs them, as the reader knows it ("the command line").
     """
     missing = [name for name in modules if find_spec(name) is None]
     if not missing:
@@ -34,7 +34,11 @@ def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None
 def require(modules: Sequence[str], *, extra: str, user: str) -> None:
     """Raise an error with the pip command when one of ``modules`` is not installed.
 
-    Args: as in :func:`missing_hint`.
+    Args:
+        modules: top-level module names, as imported.
+        extra: the extra of this distribution that brings them.
+        user: the part of the library that needs them, as the reader knows it.
+
     Raises:
         MissingDependencyError: names the missing modules and the extra that brings them.
     """
@@ -46,7 +50,11 @@ def require(modules: Sequence[str], *, extra: str, user: str) -> None:
 def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
     """Import and return a dotted module of an optional package.
 
-    Args: the dotted name, and the rest as in :func:`missing_hint`.
+    Args:
+        module: dotted name of the module.
+        extra: the extra of this distribution that brings it.
+        user: the part of the library that needs it, as the reader knows it.
+
     Raises:
         MissingDependencyError: the package is not installed.
     """

@@ -38,7 +38,7 @@ def check_batches(batches: Any, who: str) -> None:
 
 
 def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
-    """A batch as keyword arguments on a device.
+    """Convert a batch to keyword arguments on a device.
 
     Args:
         given: keyword arguments (a Hugging Face batch); or a tensor, which is the model's first argument; or
@@ -69,7 +69,7 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch; labels that its `forward` does not take are for the loss alone.
+    """Run the model on a batch, without the labels that its `forward` does not take.
 
     A model whose first argument is annotated as a mapping (`features: dict[str, Tensor]`) is given the batch
     as that one argument, a copy without labels.
@@ -120,7 +120,7 @@ def _arguments(model: nn.Module) -> tuple[list[str], bool]:
 
 
 def _inside(model: nn.Module) -> nn.Module:
-    """What PyTorch has wrapped for several devices or for compilation, by wrappers that take anything."""
+    """Unwrap a model from `DataParallel`, `DistributedDataParallel` and `torch.compile`."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module

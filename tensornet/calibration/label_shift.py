@@ -156,5 +156,5 @@ def _log_probabilities(output: Any, chosen: tuple[Tensor, Tensor]) -> tuple[Tens
 
 
 def field(output: Any, name: str) -> Any:
-    """A named part of what a model returns, an object or a mapping; None if it has none."""
+    """Return a named field of a model output, an object or a mapping; None if the field is missing."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

@@ -142,7 +142,6 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
     dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
     squared difference of other outputs relative to the dense ones.
     """
-
     judged_by: TokenLosses | None = None
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -196,7 +195,7 @@ def _output_rows(output: Any, batch: Batch) -> Tensor:
 
 
 def _tensors(output: Any, batch: Batch) -> list[Tensor]:
-    """The floating tensors of an output that have one entry for each row of the batch."""
+    """List the floating-point tensors of an output that have one entry for each row of the batch."""
     if isinstance(output, Tensor):
         return [output]
     values = output.values() if isinstance(output, Mapping) else output
@@ -230,7 +229,7 @@ SENTENCE = "sentence_embedding"
 
 
 def pooled(output: Any, batch: Batch) -> Tensor:
-    """Unit vectors of the rows: sentence embeddings, else means of hidden states with padding left out."""
+    """Pool each row to a unit vector: its sentence embedding, else the mean hidden state without padding."""
     if (embedding := field(output, SENTENCE)) is not None:
         return nn.functional.normalize(embedding.float(), dim=-1)
     hidden = field(output, "last_hidden_state").float()  # shape: (rows, tokens, width)
@@ -265,7 +264,7 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
 
 def _logits(output: Any) -> Tensor | None:
-    """What a model returns for classes: its logits, or all of it if that is one tensor."""
+    """Return the class logits of an output: its field `logits`, or the output itself if it is a tensor."""
     return output if isinstance(output, Tensor) else field(output, "logits")
 
 

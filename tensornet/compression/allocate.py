@@ -177,7 +177,7 @@ def _cheapest_of_smallest(curve: CostCurve) -> int:
 
 
 def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Indices of the lower convex hull of points, by rising size and falling cost.
+    """Find the lower convex hull of points; indices by rising size and falling cost.
 
     Example:
         >>> from tensornet.compression.allocate import lower_hull
@@ -198,7 +198,7 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 
 
 def _steps(curves: Sequence[CostCurve]) -> list[_Step]:
-    """Steps along the hulls of all layers, those that save most for their size first."""
+    """Sort the steps along the hulls of all layers by the loss they save for each unit of size."""
     found = []
     for layer, curve in enumerate(curves):
         sizes, costs = curve.sizes.tolist(), curve.costs.tolist()

@@ -189,7 +189,7 @@ def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decom
 def _compressed(
     target: Target, layer: LayerPlan, result: Decomposition, weighting: Weighting
 ) -> tuple[list[nn.Module], float]:
-    """New modules for every name of a target, sharing the cores, and the certified error."""
+    """Build tensor-network modules that share cores, one for each name of a target; return the error too."""
     matrix = target.matrix
     network = result.network.to(matrix.dtype)
     trainable = target.weight.requires_grad

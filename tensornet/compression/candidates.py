@@ -57,14 +57,14 @@ class LayerCandidates:
         return CostCurve(getattr(self, unit), self.costs)
 
     def only(self, indices: Sequence[int]) -> "LayerCandidates":
-        """Some of the candidates."""
+        """Select candidates by index."""
         values = {name: getattr(self, name)[list(indices)] for name in _VALUES}
         places = {old: new for new, old in enumerate(indices)}
         uniform = {name: places[k] for name, k in self.uniform.items() if k in places}
         return replace(self, **values, make=lambda index: self.make(indices[index]), uniform=uniform)
 
     def free(self) -> "LayerCandidates":
-        """The same candidates where no error costs anything."""
+        """Copy the candidates with all predicted losses set to zero."""
         nothing = torch.zeros_like(self.costs)
         return replace(self, costs=nothing, forecasts=nothing, nearest=dict.fromkeys(self.nearest, 0.0))
 
@@ -153,7 +153,7 @@ def family_candidates(
 
 
 def storage_of(config: CompressionConfig, objective: str) -> Storage:
-    """Encoding of cores: pivoted with calibration data unless the configuration says otherwise."""
+    """Choose the encoding of cores: pivoted with calibration data unless the configuration names another."""
     pivoted = objective != "weight" if config.pivoted is None else config.pivoted
     return Storage(pivoted=pivoted, int8=config.int8)
 
@@ -253,7 +253,7 @@ def relative_gap(matrix: Tensor, other: Tensor) -> float:
 
 @lru_cache(maxsize=256)
 def _sizes(topologies: tuple[Topology, ...], storage: Storage, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Stored numbers and bytes of every topology; layers of one shape have the same ladder."""
+    """Count stored numbers and bytes of each topology; cached, since layers of one shape share candidates."""
     params = torch.tensor([storage.num_params(t) for t in topologies], dtype=torch.float64)
     sizes = torch.tensor([storage.num_bytes(t, dtype) for t in topologies], dtype=torch.float64)
     return params, sizes

@@ -172,7 +172,7 @@ def allowed_bytes(config: CompressionConfig, targets: Sequence[Target], rest: Mo
 def _or_one_format(
     planned: tuple[list[int], str], candidates: Sequence[LayerCandidates], caps: Sequence[Cap]
 ) -> tuple[list[int], str]:
-    """The planned choice, or one format for all layers where that costs less."""
+    """Replace the planned choice by one format for all layers if that has the smaller predicted loss."""
     best = planned
     for name in _common_formats(candidates):
         chosen = [found.uniform[name] for found in candidates]
@@ -188,7 +188,7 @@ def one_format(
     config: CompressionConfig,
     rest: ModelRest,
 ) -> tuple[list[int], str]:
-    """The most accurate format in which all layers together keep the caps, for want of calibration data.
+    """Choose the most accurate single format that keeps the caps, for plans without calibration data.
 
     Raises:
         BudgetError: none keeps them.
@@ -212,7 +212,7 @@ def one_format(
 
 
 def _common_formats(candidates: Sequence[LayerCandidates]) -> list[str]:
-    """Formats that every layer can have as a dense matrix."""
+    """List the formats in which every layer has a dense candidate."""
     return [x for x in candidates[0].uniform if all(x in found.uniform for found in candidates)]
 
 
@@ -227,7 +227,7 @@ def _spend(cap: Cap) -> list[int]:
 def _alone(
     targets: Sequence[Target], candidates: Sequence[LayerCandidates], config: CompressionConfig
 ) -> list[int]:
-    """The best candidate of each layer under the caps on single layers."""
+    """Choose the best candidate of each layer under the caps on single layers."""
     if config.param_ratio is not None:
         sizes = [target.matrix.numel() for target in targets]
 
@@ -238,7 +238,7 @@ def _alone(
                 raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
 
         def stay(index: int) -> tuple[int, float]:
-            """The dense candidate, which is the last one; the smallest where a cap on ranks excludes it."""
+            """Keep the dense candidate, the last one; the smallest one if a cap on ranks excludes it."""
             params = candidates[index].params
             last = len(params) - 1
             place = last if candidates[index].make(last)[0] is None else int(params.argmin())

@@ -47,7 +47,7 @@ class Forecast:
 
     @classmethod
     def through(cls, measured: Iterable[tuple[float, float]], source: str | None = None) -> "Forecast":
-        """The forecast that follows measurements, `(price, rise)`.
+        """Fit a forecast through measured pairs `(price, rise)`.
 
         A rise that is not above 0, or not above that of a smaller price, is noise and left out.
 
@@ -70,7 +70,7 @@ class Forecast:
         return _along(self.points, price)
 
     def price(self, rise: float) -> float:
-        """The price at which this rise is foreseen: the inverse of `rise`."""
+        """Compute the price at which this rise is predicted: the inverse of `rise`."""
         return _along([(b, a) for a, b in self.points], rise)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ UNMEASURED = Forecast()
 
 
 def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The curve through points, straight in logarithms, of constant ratio beyond them."""
+    """Interpolate through points linearly in logarithms, with a constant ratio beyond them."""
     if not points or x <= 0:
         return x
     below = [point for point in points if point[0] <= x]
@@ -122,7 +122,7 @@ def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLoss
 
 
 def light_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules of a model that shares all their parameters and buffers."""
+    """Copy the modules of a model without their parameters and buffers, which are shared."""
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     same_convention(copied, model)

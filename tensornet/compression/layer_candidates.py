@@ -66,7 +66,7 @@ def layer_candidates(
 
 
 def core_formats(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
-    """Formats for the cores of networks: floating-point ones, and integers of 8 and 4 bits."""
+    """Filter the formats for cores of networks: floating-point ones, and integers of 8 and 4 bits."""
     return [x for x in formats if x.bits is None or x.bits in CORE_BITS]
 
 

@@ -102,7 +102,7 @@ def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> flo
 
 
 def with_baseline(layer: LayerPlan) -> LayerPlan:
-    """The plan with the error of the plain SVD of its size, by its spectrum; 0 for a dense layer.
+    """Add the error of the plain SVD of the same size, from the spectrum; 0 for a dense layer.
 
     The size is that in bytes where cores have number formats, and the SVD is kept in the model's dtype.
     """
@@ -116,7 +116,7 @@ def with_baseline(layer: LayerPlan) -> LayerPlan:
 
 
 def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
-    """Number formats, family and bonds in a few characters, boundary bonds of 1 left out.
+    """Abbreviate number formats, family and bonds, without boundary bonds of 1.
 
     Example:
         >>> import tensornet as tn
@@ -175,7 +175,7 @@ def layer_from_dict(data: dict[str, Any]) -> LayerPlan:
 
 
 def _dtype(name: str) -> torch.dtype:
-    """A floating-point dtype by its name.
+    """Look up a floating-point dtype by its name.
 
     Raises:
         ValueError: there is none of this name.

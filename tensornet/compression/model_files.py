@@ -107,7 +107,7 @@ def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header, and all tensors under all their names."""
+    """Read the header, and all tensors under all their names."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("tensornet")
@@ -144,7 +144,7 @@ def _stock(model: nn.Module, name: str, path: str | Path) -> nn.Module:
 
 
 def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Path) -> nn.Module:
-    """An empty compressed layer for the place of a dense one."""
+    """Build an empty compressed layer in place of a dense one."""
     kind = kind_of(stock)
     if kind is None or kind.name != spec.get("source"):
         raise FormatError(

@@ -150,7 +150,7 @@ class CompressionPlan:
     def replace_layer(
         self, name: str, topology: Topology | None, storage: Storage | str | None = None
     ) -> "CompressionPlan":
-        """A plan in which one layer becomes `topology`, stored as `storage`.
+        """Return a plan in which one layer becomes `topology`, stored as `storage`.
 
         Error and predicted loss increase of that layer are no longer known; both are 0 where it stays dense.
 
@@ -290,7 +290,7 @@ class CompressionPlan:
 
 
 def _general(storage: Storage) -> Storage:
-    """An encoding for another topology: formats of single cores are left out."""
+    """Drop the formats of single cores, so that an encoding fits other topologies."""
     return replace(storage, core_formats=())
 
 

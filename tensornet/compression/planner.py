@@ -81,7 +81,7 @@ class PreparedPlan:
         source: str = "validation text",
         progress: bool = False,
     ) -> "PreparedPlan":
-        """The same preparation with forecasts corrected by measuring the rise of the loss at a few sizes.
+        """Correct the forecast by loss increases measured at a few sizes, and return the new preparation.
 
         A copy of the model that shares its weights is compressed to each size and run on the text; nothing
         is trained, and the model is left as it was. Takes one compression for each size, and one forward
@@ -146,7 +146,7 @@ class PreparedPlan:
     @torch.no_grad()
     @on_cpu_unless_said
     def plan(self, *, progress: bool = False, **budget: Any) -> CompressionPlan:
-        """The best plan for one budget.
+        """Compute the plan of least predicted loss for one budget.
 
         Args:
             progress: show a progress bar where layers are decomposed one by one.
@@ -205,7 +205,7 @@ class PreparedPlan:
         )
 
     def _baseline(self, num_bytes: int) -> Baseline | None:
-        """Rounding to nearest in the largest format of about these bytes, or in the smallest of all."""
+        """Return round to nearest in the largest format of about these bytes, or else in the smallest."""
         known = [found.nearest for found in self.candidates]
         names = [name for name in known[0] if all(name in losses for losses in known)]
         if not names or self.objective != "curvature":
@@ -293,7 +293,7 @@ def _clock(config: CompressionConfig, weight: Tensor) -> Clock | None:
 
 
 def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None) -> str:
-    """The objective that `"auto"` stands for.
+    """Resolve the objective `"auto"` by the statistics at hand.
 
     Raises:
         TargetError: the objective needs statistics that are not there.

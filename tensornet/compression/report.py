@@ -98,7 +98,7 @@ class CompressionReport:
 
 
 def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[LayerReport, ...]:
-    """Reports of the layers of a plan, with the errors that carrying it out certified."""
+    """Combine the layers of a plan with their certified errors into layer reports."""
     return tuple(
         LayerReport(
             name=layer.name,

@@ -94,7 +94,7 @@ class MatrixAttention(Compound):
         return y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
 
     def _mask(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """The sum of both masks, broadcastable to `(batch, heads, length, source)`."""
+        """Add both masks, broadcastable to `(batch, heads, length, source)`."""
         added = []
         if mask is not None:
             full = mask if mask.ndim == 2 else mask.unflatten(0, (len(q), self.num_heads))
@@ -121,7 +121,7 @@ class MatrixAttention(Compound):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to scores: minus infinity where a boolean one is true."""
+    """Convert a mask to one that is added to scores: minus infinity where a boolean mask is true."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

@@ -102,7 +102,7 @@ class Stack:
     bias: str | None = None
 
     def views(self, parameter: nn.Parameter, shared: Shared) -> list[nn.Parameter]:
-        """The matrices `(out_features, in_features)`, sharing memory with the parameter."""
+        """Split the parameter into matrices `(out_features, in_features)` that share memory with it."""
         if self._is_whole(parameter):
             return [parameter]
         stacked = parameter.detach().reshape(len(self.names), -1, self.columns)
@@ -115,7 +115,7 @@ class Stack:
         ]
 
     def joined(self, matrices: list[nn.Parameter], like: Tensor, shared: Shared) -> nn.Parameter:
-        """The parameter of these matrices; the same one for the same matrices."""
+        """Join matrices into one parameter; the same matrices give the same parameter."""
         if self._is_whole(like):
             return matrices[0]
         rows = [x.detach().T if self.transposed else x.detach() for x in matrices]
@@ -247,7 +247,7 @@ def is_observed(*layers: nn.Module) -> bool:
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """The matrix of a layer of a compound, differentiable; the kept one where its strategy has one."""
+    """Return the differentiable matrix of a layer of a compound, from the cache if its strategy keeps one."""
     if isinstance(layer, NetworkModule):
         return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
     assert isinstance(layer, PartMatrix)
@@ -270,7 +270,7 @@ def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 def _own(matrix: Tensor) -> Tensor:
-    """The same numbers, in order, in memory that holds nothing else."""
+    """Copy a matrix to contiguous memory of its own, unless it has that already."""
     alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
 

@@ -102,7 +102,7 @@ class MPOEmbedding(NetworkModule):
         return embedding_from_network(result.network.to(layer.weight.dtype), padding_idx=layer.padding_idx)
 
     def to_embedding(self) -> nn.Embedding:
-        """The stock layer with the rebuilt table."""
+        """Convert to `nn.Embedding` with the rebuilt table."""
         with torch.no_grad():
             layer = layer_kind("embedding").build(self.own_matrix(), None)
         assert isinstance(layer, nn.Embedding)
@@ -205,7 +205,7 @@ def embedding_from_network(
     storage: Storage = PLAIN,
     weighting: Weighting | None = None,
 ) -> MPOEmbedding:
-    """An embedding with these cores; `weighting` decides how they are rounded."""
+    """Build an embedding from cores, rounded by `weighting` where the storage is integer."""
     layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
     layer.set_cores(network.cores, weighting)
     return layer

@@ -69,7 +69,7 @@ __all__ = [
 def encode(
     topology: Topology, storage: Storage, cores: Sequence[Tensor], weighting: Weighting | None = None
 ) -> dict[str, Tensor]:
-    """Stored tensors for cores, named and shaped as `layout` says, floating cores in the dtype of the cores.
+    """Encode cores as stored tensors, with the names and shapes of `layout`; floating cores keep their dtype.
 
     Args:
         topology: of the network.
@@ -130,7 +130,7 @@ def _rounded(
 
 
 def _packed(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
-    """Stored tensors of a core of integers."""
+    """Pack a rounded core into its stored tensors."""
     bits = rounded.number_format.bits
     assert bits is not None
     codes = pack(rounded.codes, bits)
@@ -159,7 +159,7 @@ def decode(
     dtype: torch.dtype | None = None,
     skip: Collection[str] = (),
 ) -> tuple[Tensor, ...]:
-    """The cores again, differentiable by every stored floating tensor.
+    """Decode stored tensors to cores, differentiable by every stored floating tensor.
 
     Args:
         topology: of the network.
@@ -277,7 +277,7 @@ def _whole(topology: Topology, name: str, core: Tensor, order: Tensor | None, ax
 def empty(
     topology: Topology, storage: Storage, *, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Stored tensors without content."""
+    """Allocate stored tensors without initializing them."""
     tensors = layout(topology, storage, dtype or torch.get_default_dtype())
     return {name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in tensors.items()}
 

@@ -65,7 +65,7 @@ class RoutedModule(MatrixKeeper):
         return self._plan
 
     def routes(self, on_cpu: bool, *, rebuild: bool = True) -> Bounds:
-        """The fastest routes for all token counts, without a kept matrix.
+        """Compute the fastest route for every token count, without a kept matrix.
 
         Args:
             on_cpu: whether it is done on the CPU.
@@ -98,7 +98,7 @@ class RoutedModule(MatrixKeeper):
         return choose(self.routes(on_cpu, rebuild=self.strategy != "factorized"), tokens)
 
     def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
-        """What each strategy costs for that many tokens, and which one the layer takes as it is now.
+        """Report the cost of each strategy for a token count, and the strategy that the layer takes now.
 
         Raises:
             ValueError: `tokens` is no integer of at least 1.
@@ -156,7 +156,7 @@ class RoutedModule(MatrixKeeper):
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.stored.values())
 
     def kept_matrix(self) -> Tensor:
-        """The kept matrix, built if it is absent or out of date; only where `route` gives `CACHED`."""
+        """Return the kept matrix, rebuilt if absent or out of date; only where `route` gives `CACHED`."""
         return self.kept(self.to_matrix)
 
     def drop_cache(self) -> None:

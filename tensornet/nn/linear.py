@@ -91,7 +91,7 @@ class TensorNetworkLinear(NetworkModule):
         return y
 
     def _integers(self, input: Tensor) -> IntegerMatrix | None:
-        """The matrix, if it is one of integers that is best multiplied block by block."""
+        """Return the integer matrix of the layer if it is multiplied block by block, else None."""
         if not self.storage.own_dtypes or len(self.topology.cores) > 1 or is_compiling():
             return None
         if self.strategy not in ("auto", "factorized") or input.dtype != self.weight.dtype:
@@ -157,7 +157,7 @@ class TensorNetworkLinear(NetworkModule):
         return made.configure(cache_limit=cache_limit)
 
     def to_linear(self) -> nn.Module:
-        """The stock layer with the rebuilt dense weight, of the type this layer was made from."""
+        """Convert to the stock layer this layer was made from, with the rebuilt dense weight."""
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.detach().clone()
             return layer_kind(self.source).build(self.own_matrix(), bias)
@@ -254,7 +254,7 @@ def empty_linear(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> TensorNetworkLinear:
-    """A layer for this topology: `MPOLinear` for chains, `TensorNetworkLinear` otherwise."""
+    """Build an uninitialized layer for a topology: `MPOLinear` for chains, else `TensorNetworkLinear`."""
     if is_chain(topology):
         return MPOLinear(
             topology.in_features,
@@ -287,7 +287,7 @@ def linear_from_network(
     storage: Storage = PLAIN,
     weighting: Weighting | None = None,
 ) -> TensorNetworkLinear:
-    """A layer with these cores and a copy of this bias, in the dtype and on the device of the cores.
+    """Build a layer from cores and a copy of the bias, in the dtype and on the device of the cores.
 
     `weighting` decides how cores are rounded, see `NetworkModule.set_cores`.
     """

@@ -87,7 +87,7 @@ def may_cache(cores: Sequence[Tensor | None], buffers: Iterable[Tensor | None] =
 
 
 def compute_dtype(core: Tensor) -> torch.dtype:
-    """The dtype in which a product with this core is computed: autocast's where that is on."""
+    """Return the dtype in which a product with this core is computed: autocast's where it is on."""
     lowered = autocast_dtype(core.device.type)
     if lowered is None or core.dtype == torch.float64 or core.is_complex():
         return core.dtype
@@ -95,7 +95,7 @@ def compute_dtype(core: Tensor) -> torch.dtype:
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The dtype of autocast on a device type, None where it is off."""
+    """Return the dtype of autocast on a device type; None where it is off."""
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
@@ -151,7 +151,7 @@ class MatrixKeeper(nn.Module):
         raise TypeError(f"{type(self).__name__} must define _core_tensors().")
 
     def _computed_like(self) -> Tensor:
-        """A tensor of the dtype and on the device of computing."""
+        """Return a tensor with the dtype and device of the computation."""
         return next(x for x in self._core_tensors() if x is not None and x.is_floating_point())
 
     @property
@@ -193,7 +193,7 @@ class MatrixKeeper(nn.Module):
         return self
 
     def kept(self, build: Callable[[], Tensor]) -> Tensor:
-        """What `build` makes of the cores, made if it is absent or out of date; only where `keeps_now`."""
+        """Return the cached result of `build`, built again if absent or stale; only where `keeps_now`."""
         cores = self._core_tensors()
         if self._cached is None or not self._cached.holds_for(cores):
             self.drop_cache()  # frees the old one before the new one is built

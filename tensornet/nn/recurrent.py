@@ -84,7 +84,7 @@ class MatrixRecurrence(Compound):
         """Do nothing: the matrices are laid out anew for each call."""
 
     def _states(self, x: Tensor, hx: Any, batch: int, order: Tensor | None, alone: bool) -> State:
-        """The initial states, each `(layers * directions, batch, size)`, in the order of the batch."""
+        """Prepare initial states `(layers * directions, batch, size)`, sorted like the batch."""
         count = self.num_layers * (2 if self.bidirectional else 1)
         sizes = [self.proj_size or self.hidden_size, *([self.hidden_size] if self.mode == "LSTM" else [])]
         if hx is None:
@@ -174,7 +174,7 @@ class MatrixRecurrence(Compound):
         return y + self.get_parameter(f"bias_{which}_{suffix}") if self.bias else y
 
     def _cell(self, given: Tensor, state: State, suffix: str) -> State:
-        """The next state, from `W_ih x + b_ih`."""
+        """Compute the next state from `W_ih x + b_ih`."""
         hidden = state[0]
         own = self._applied("hh", suffix, hidden)
         if self.mode == "LSTM":
@@ -191,7 +191,7 @@ class MatrixRecurrence(Compound):
 
 
 def in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers side by side in memory, matrices first: cuDNN would copy and warn otherwise."""
+    """Copy tensors into one chunk of memory, matrices first: cuDNN would copy and warn otherwise."""
     order = sorted(range(len(tensors)), key=lambda k: tensors[k].ndim == 1)
     chunk = torch.cat([tensors[k].reshape(-1) for k in order])
     parts = chunk.split([tensors[k].numel() for k in order])

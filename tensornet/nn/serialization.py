@@ -34,7 +34,7 @@ def register_module_type(name: str, builder: Builder) -> None:
 
 
 def module_spec(module: nn.Module) -> dict[str, Any] | None:
-    """The description of a module of a registered type, None for any other module."""
+    """Describe a module of a registered type; None for any other module."""
     spec = getattr(module, "spec", None)
     described = spec() if callable(spec) else None
     return described if isinstance(described, dict) and described.get("type") in _BUILDERS else None
@@ -46,7 +46,7 @@ def build_module(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """An empty module for a description; on `device="meta"` nothing is allocated.
+    """Build an uninitialized module from its description; on `device="meta"` nothing is allocated.
 
     Raises:
         FormatError: unknown type, or a description that is incomplete or inconsistent.

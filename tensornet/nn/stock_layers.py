@@ -30,11 +30,11 @@ class LayerKind(ABC):
 
     @abstractmethod
     def matrix(self, module: nn.Module) -> Tensor:
-        """The operator, shape `(out_features, in_features)`; a view of the weight where possible."""
+        """Return the operator `(out_features, in_features)` of a layer, a view of the weight if possible."""
 
     @abstractmethod
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
-        """A stock layer with this matrix and bias, on their device and in their dtype."""
+        """Build a stock layer from a matrix and a bias, on their device and in their dtype."""
 
     def share(self, module: nn.Module, weight: nn.Parameter) -> None:
         """Let a stock layer use this parameter as its weight: tied layers stay tied."""
@@ -50,7 +50,7 @@ class LayerKind(ABC):
 
 
 def _last_number(name: str) -> tuple[tuple[str, ...], str | None]:
-    """The parts of a name without the last number among them, marked by `#`, and that number."""
+    """Split a name into its parts, with the last number replaced by `#`, and that number."""
     parts = name.split(".")
     for place in reversed(range(len(parts))):
         if parts[place].isdecimal():
@@ -181,7 +181,7 @@ def layer_kind(name: str) -> LayerKind:
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The kind that describes a module, or None if it cannot be compressed."""
+    """Look up the `LayerKind` of a module; None if the module cannot be compressed."""
     return next((kind for kind in _KINDS.values() if kind.matches(module)), None)
 
 
@@ -195,7 +195,7 @@ def compound_of(module: nn.Module) -> CompoundKind | None:
 
 
 def layer_bias(module: nn.Module) -> Tensor | None:
-    """The bias of a stock layer, None if it has none (embeddings never have)."""
+    """Return the bias of a stock layer; None if absent, as in embeddings."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
 

@@ -78,7 +78,7 @@ class Storage:
         return self.number_format, *(each for _, each in self.core_formats)
 
     def format_of(self, name: str) -> NumberFormat:
-        """Number format of one core."""
+        """Look up the number format of one core."""
         return dict(self.core_formats).get(name, self.number_format)
 
     def has_own_dtype(self, name: str) -> bool:
@@ -86,7 +86,7 @@ class Storage:
         return self.format_of(name.partition("_")[2]) != FLOAT
 
     def for_topology(self, topology: Topology) -> "Storage":
-        """The encoding that cores of this topology have: not pivoted where no bond has a gauge to fix."""
+        """Adapt the encoding to a topology: not pivoted if no bond has a gauge to fix."""
         return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Storage:
         return cls(**data)
 
     def num_params(self, topology: Topology) -> int:
-        """Stored numbers: elements, scales, zero points and row orders, however they are packed.
+        """Count stored numbers: elements, scales, zero points and row orders, however packed.
 
         Example:
             >>> import tensornet as tn
@@ -141,7 +141,7 @@ PLAIN = Storage()
 
 
 def storage_entry(storage: Storage) -> dict[str, Any]:
-    """The part of a module's description that says how its cores are kept; nothing if they are plain."""
+    """Describe the encoding of cores for a module's description; empty for plain storage."""
     return {} if storage.plain else {"storage": storage.to_dict()}
 
 

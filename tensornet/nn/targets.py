@@ -165,7 +165,7 @@ def check_loaded(targets: Sequence[Target]) -> None:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits, for models that can name it (Hugging Face)."""
+    """Return the output head of a model that can name it (Hugging Face), else None."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None
@@ -274,7 +274,7 @@ def _memory(tensor: Tensor) -> Hashable:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """The names of the modules that a module lies in, innermost first, without the model."""
+    """List the names of a module's ancestors, innermost first, without the model."""
     while name := name.rpartition(".")[0]:
         yield name
 
@@ -310,7 +310,7 @@ def compressed_names(model: nn.Module) -> list[str]:
 
 
 def _made_of_cores(model: nn.Module) -> str:
-    """A hint at layers that were compressed before."""
+    """Compose a hint that names layers compressed before."""
     names = compressed_names(model)
     if not names:
         return ""
@@ -321,7 +321,7 @@ def _made_of_cores(model: nn.Module) -> str:
 
 
 def _unknown_layers(model: nn.Module) -> str:
-    """A hint at subclasses of stock layers, which might compute something else and are left alone."""
+    """Compose a hint that names subclasses of stock layers: left alone, since their `forward` may differ."""
     stock = (nn.Linear, nn.Embedding)
     kinds = {type(m).__name__ for m in model.modules() if isinstance(m, stock) and kind_of(m) is None}
     if not kinds:

@@ -63,7 +63,7 @@ def _probe(model: nn.Module, runs: Iterable[Run], found: set[str], *, on_meta: b
 
 
 def _twin(model: nn.Module, *, on_meta: bool) -> nn.Module:
-    """A copy of the modules with the same parameters, or with parameters and buffers on the meta device."""
+    """Copy the modules with shared parameters, or with parameters and buffers on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in _tensors(model):
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -99,7 +99,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def _probes(model: nn.Module, found: set[str]) -> Iterator[None]:
-    """A probe in place of every weight, except inside the layer's own `forward`; names of readers are added.
+    """Replace every weight by a probe outside the layer's own `forward`, and collect names of its readers.
 
     Modules of the model are changed and not restored: it is a twin.
     """

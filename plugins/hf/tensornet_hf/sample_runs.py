@@ -19,7 +19,7 @@ _SIDE = 224
 
 
 def sample_runs(model: nn.Module) -> Iterable[Run]:
-    """Initialisation, training step and inference of every part that is a model of transformers.
+    """List runs of initialization, a training step and inference for every part that is a transformers model.
 
     Parts are tried one by one: a whole multimodal model may want its inputs to fit together in a way that
     only its processor knows, where its image encoder alone is content with an image.
@@ -31,7 +31,7 @@ def sample_runs(model: nn.Module) -> Iterable[Run]:
 
 def _initialise(name: str) -> Run:
     def run(twin: nn.Module) -> None:
-        """What loading does: `_init_weights` of each module, with every tensor marked as loaded."""
+        """Initialize weights as loading does, with every tensor marked as loaded."""
         model = twin.get_submodule(name)
         assert isinstance(model, PreTrainedModel)
         if not next(model.parameters()).is_meta:
@@ -48,7 +48,7 @@ def _initialise(name: str) -> Run:
 
 
 def _forward(model: nn.Module, name: str, reached: dict[str, set[str]]) -> Iterator[Run]:
-    """A training step and an inference of one part, unless it runs inside another one."""
+    """Run a training step and inference of one part, unless it runs inside another part."""
     part = model.get_submodule(name)
     assert isinstance(part, PreTrainedModel)
     if (inputs := sample_inputs(part)) is None:
@@ -108,9 +108,9 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """Data for the arguments that a model's `forward` names, by the sizes in its configuration.
+    """Generate inputs for the arguments of a model's `forward`, with sizes from its configuration.
 
-    None where it names nothing that data can be made up for.
+    Returns None if `forward` names no argument that inputs can be generated for.
     """
     names = inspect.signature(model.forward).parameters
     found: dict[str, Tensor] = {}
@@ -121,7 +121,7 @@ def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:
 
 
 def _size(model: PreTrainedModel, *names: str, inside: str = "") -> Any:
-    """The first of these entries that the configuration has, or the one of a part of the model."""
+    """Return the first of these entries found in the configuration, or in that of a part of the model."""
     config = model.config
     for place in (getattr(config, inside, None) if inside else None, config):
         for name in names:

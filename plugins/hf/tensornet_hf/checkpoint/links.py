@@ -6,7 +6,7 @@ from tensornet.errors import FormatError
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file, refused if links lead out of the folder.
+    """Resolve the path of a file in a folder, and refuse links that lead out of it.
 
     Hub caches are the exception: `snapshots/REVISION/name` is a link to `blobs/HASH` of the same repository.
 

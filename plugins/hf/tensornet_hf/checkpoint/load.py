@@ -83,7 +83,7 @@ def _refusing(folder: Path, kind: type[PreTrainedModel], *, damaged: bool) -> It
 
 
 def resolve_folder(path: str | Path, **hub: Any) -> Path:
-    """A local folder for a path or hub id; files from the hub are downloaded, or taken from its cache.
+    """Return a local folder for a path or hub id; files of the hub are downloaded or taken from its cache.
 
     Args:
         path: a folder, or a hub id; a folder wins.
@@ -104,7 +104,7 @@ def resolve_folder(path: str | Path, **hub: Any) -> Path:
 
 
 def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
-    """The class named in `architectures`.
+    """Import the model class that the configuration names in `architectures`.
 
     Args:
         checkpoint: what was read of the folder.

@@ -72,7 +72,7 @@ def attach_targets(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
 
 
 def _one_tensor(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, str]:
-    """The pairs that are tied: a configuration may claim ties that the weights do not have (T5 v1.1)."""
+    """Select the pairs that share one tensor: a configuration may claim ties that weights lack (T5 v1.1)."""
     get = model.get_parameter_or_buffer
     return {target: source for target, source in pairs.items() if get(target) is get(source)}
 

@@ -104,7 +104,7 @@ def _example_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _one_row(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first row of a batch: then tokens are in order even where layers flatten them."""
+    """Select the first row of a batch: then tokens are in order even where layers flatten them."""
     return {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
@@ -120,7 +120,7 @@ def _last_exchanged(value: Tensor) -> Tensor:
 
 
 def _rows_seen(model: nn.Module, networks: Sequence[FeedForward], inputs: Mapping[str, Any]) -> Rows:
-    """The rows that the first layer of each network is given, `(tokens, features)`, call by call."""
+    """Record the inputs `(tokens, features)` of the first layer of each network, call by call."""
     seen: Rows = {k: [] for k in range(len(networks))}
     with _watching(networks, seen), in_eval_mode(model), uncompiled(), without_cache(model):
         try:

@@ -64,7 +64,7 @@ def _separates_sides(topology: Topology, side: Side) -> bool:
 
 
 def _unfolding(matrix: Tensor, topology: Topology, side: Side) -> Tensor:
-    """The matrix with the legs on one side of a bond as rows, all others as columns."""
+    """Unfold the matrix at a bond: legs on one side of it become rows, all others columns."""
     legs = (*topology.out_labels, *topology.in_labels)
     near = {x for labels in side for x in labels}
     order = sorted(range(len(legs)), key=lambda axis: legs[axis] not in near)
