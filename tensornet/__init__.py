@@ -97,7 +97,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`tensornet.testing` on first use: it needs hypothesis, which the core does not."""
+    """Import `tensornet.testing` on first use: it needs hypothesis, which the core does not."""
     if name == "testing":
         return import_module("tensornet.testing")
     raise AttributeError(f"module 'tensornet' has no attribute {name!r}")

@@ -16,7 +16,7 @@ CLI_MODULES = ("accelerate", "filelock", "jinja2", "matplotlib", "rich", "transf
 
 
 def main() -> None:
-    """Run the command line, or say in one line which pip command is missing and exit with 1."""
+    """Run the command line; without its packages print the pip command and exit with status 1."""
     hint = missing_hint(CLI_MODULES, extra="cli", user="the tensornet command")
     if hint is not None:
         raise SystemExit(f"tensornet: {hint}")

@@ -1,4 +1,4 @@
-"""The one place that knows how to ask for an optional dependency."""
+"""Optional dependencies: the error that names the pip command for a missing package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal or in a notebook, else an occasional line."""
+"""Progress of long work: a bar on a terminal or in a notebook, else occasional lines."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""Batches of data as the arguments of a model."""
+"""Conversion of data batches to the arguments of a model."""
 
 import inspect
 import re
@@ -26,7 +26,7 @@ _FORMS = (
 
 
 def check_batches(batches: Any, who: str) -> None:
-    """Refuse a single batch, and what cannot be walked through.
+    """Raise TypeError for a single batch, or for batches that cannot be iterated over.
 
     Raises:
         TargetError: saying what was got.
@@ -92,13 +92,13 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def takes_labels(model: nn.Module) -> bool:
-    """Whether `forward` takes an argument `labels`, or any name."""
+    """Return True if `forward` takes an argument `labels`, or any keyword."""
     names, any_name = _arguments(model)
     return _mapping_argument(model) is None and (any_name or "labels" in names)
 
 
 def _mapping_argument(model: nn.Module) -> str | None:
-    """Name of the first argument of a model that takes one mapping; None for all other models."""
+    """Return the name of the first argument of a model that takes one mapping; None for other models."""
     first = next(iter(inspect.signature(_inside(model).forward).parameters.values()), None)
     if first is None or first.annotation is first.empty:
         return None
@@ -110,7 +110,7 @@ def _mapping_argument(model: nn.Module) -> str | None:
 
 
 def _arguments(model: nn.Module) -> tuple[list[str], bool]:
-    """Names that `forward` takes by keyword, and whether it takes any other name as well."""
+    """Return the keywords that `forward` names, and True if it takes any other keyword as well."""
     kinds = inspect.signature(_inside(model).forward).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return (

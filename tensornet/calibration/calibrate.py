@@ -1,4 +1,4 @@
-"""`calibrate`: run a model over text and accumulate second moments in bounded memory."""
+"""Calibration: run a model over data and accumulate second moments in bounded memory."""
 
 import math
 import weakref
@@ -96,7 +96,7 @@ def calibrate(
 
 @dataclass
 class _Runs:
-    """Runs of the model on one batch after another, and the losses of their tokens."""
+    """Run the model on batch after batch, and average the losses of their tokens."""
 
     model: nn.Module
     recorder: "MomentRecorder"
@@ -108,7 +108,7 @@ class _Runs:
     count: int = 0
 
     def add(self, batch: Batch) -> None:
-        """Run the model on a batch, and differentiate unless enough batches were."""
+        """Run the model on a batch, with a backward pass while gradients are still collected."""
         self.recorder.batch = batch
         with_gradients = self.gradient_batches is None or self.count < self.gradient_batches
         if self.count == 0:
@@ -159,7 +159,7 @@ def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
 
 
 def checked_losses(losses: Any) -> Tensor:
-    """Return the losses of a function that callers may have written.
+    """Validate the losses that a user-supplied function returns.
 
     Raises:
         TargetError: they are not a tensor that requires gradients.
@@ -215,7 +215,7 @@ class MomentRecorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record nothing inside the block."""
+        """Suspend recording inside the block."""
         self.seeing = False
         try:
             yield
@@ -223,7 +223,7 @@ class MomentRecorder:
             self.seeing = True
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Add one input; layers that read one tensor in turn share its moment."""
+        """Add one input; layers that read the same tensor share its moment."""
         if not self.seeing:
             return
         if self._last is None or not self._last.joins(name, x):
@@ -234,7 +234,7 @@ class MomentRecorder:
         self.counts[name] = self.counts.get(name, 0) + self._last.tokens
 
     def _settle(self) -> None:
-        """Add the moment of the last tensor to the sums of the layers that read it.
+        """Add the moment of the pending tensor to the sums of the layers that read it.
 
         To explain how this works: layers share a sum as long as they have read the same tensors. A tensor
         that only some of them read (an expert may get no token in a batch) splits the sum in two.
@@ -253,7 +253,7 @@ class MomentRecorder:
             shared.total += moment
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
-        """Count which rows of an embedding were read."""
+        """Count the lookups of each row of an embedding."""
         if not self.seeing:
             return
         mask = token_mask(self.batch, indices.shape)
@@ -262,11 +262,11 @@ class MomentRecorder:
         _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).to(self.dtype))
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of the summed loss by one output."""
+        """Add the gradient of the summed loss with respect to one output."""
         _accumulate(self.gradients, name, self._moment(self._tokens(gradient)))
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
-        """Return means: inputs over the tokens of a layer, gradients over the tokens that have a loss."""
+        """Divide the sums: inputs by the tokens of a layer, gradients by the tokens that have a loss."""
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
@@ -305,7 +305,7 @@ class _InputSum:
 
 
 class _Reading:
-    """One tensor, its moment, and the layers that have read it in turn."""
+    """A tensor, its moment, and the layers that have read it."""
 
     def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
         self.moment, self.tokens = moment, tokens
@@ -314,13 +314,13 @@ class _Reading:
         self._version = _version(x)
 
     def joins(self, name: str, x: Tensor) -> bool:
-        """Return whether a layer reads this tensor, unchanged, for the first time."""
+        """Return True if a layer reads this tensor, unchanged, for the first time."""
         unchanged = self._version is not None and _version(x) == self._version
         return self._of() is x and unchanged and name not in self.layers
 
 
 def _version(x: Tensor) -> int | None:
-    """Return the number of in-place changes of a tensor; None if it does not count them."""
+    """Return the in-place version of a tensor; None if it has no version counter."""
     return None if x.is_inference() else x._version
 
 

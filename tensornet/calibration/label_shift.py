@@ -1,4 +1,4 @@
-"""Whether a model scores a label at its own position or at the one before, asked of the model's own loss."""
+"""Label convention of a model, tested with its own loss: is a label scored at its position or one before?"""
 
 import math
 import warnings
@@ -25,7 +25,7 @@ _ASSUMED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
-    """Decide whether logits are scored on the label behind them, by the model's own loss where it has one.
+    """Return True if labels are scored one position earlier, by the model's own loss if it has one.
 
     Where it has none, labels that are the input tokens are shifted, since every model sees those; labels of
     their own are scored in their place. A `CalibrationWarning` says so once for each model.
@@ -58,7 +58,7 @@ def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
 
 
 def same_convention(copy: nn.Module, model: nn.Module) -> None:
-    """Take over for a copy what is known of a model, so that both are scored alike."""
+    """Copy the known label convention of a model to its copy, so that both are scored alike."""
     if model in _ANSWERS:
         _ANSWERS[copy] = _ANSWERS[model]
     if model in _ASSUMED:
@@ -120,7 +120,7 @@ def _ask(model: nn.Module, batch: Batch, labels: Tensor, chosen: tuple[Tensor, T
 
 
 def _positions(batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of some labels that are scored and have a token before them."""
+    """Select rows and columns of scored labels that have a token before them."""
     counted = labels != IGNORED
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
@@ -132,7 +132,7 @@ def _positions(batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _trial(
     model: nn.Module, batch: Batch, labels: Tensor, chosen: tuple[Tensor, Tensor], output: Any, sign: int
 ) -> tuple[float, float, float]:
-    """Losses for labels likely at their position and unlikely at the one before, or the opposite for -1.
+    """Score labels that are likely under one convention and unlikely under the other.
 
     Returns:
         The model's own loss, the cross entropy in place, and that with labels shifted.
@@ -148,7 +148,7 @@ def _trial(
 
 
 def _log_probabilities(output: Any, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """At the chosen positions and at those before, shape `(positions, classes)`."""
+    """Compute log probabilities at the chosen positions and one before, shape `(positions, classes)`."""
     rows, columns = chosen
     logits = field(output, "logits")
     here, before = (logits[rows, places].float().log_softmax(-1) for places in (columns, columns - 1))

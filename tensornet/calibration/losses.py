@@ -1,4 +1,4 @@
-"""Losses of single tokens, the gradients of which calibration collects.
+"""Per-token losses whose gradients calibration collects.
 
 A loss function maps `(model, batch)` to the losses of all tokens that have one, shape `(tokens,)`, padding
 left out. Any function of that form can be given to `calibrate`.
@@ -19,7 +19,7 @@ TokenLosses = Callable[[nn.Module, Batch], Tensor]
 
 
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy of the labels under the model's logits.
+    """Compute the cross entropy of the labels under the model's logits.
 
     Labels are `batch["labels"]`, else the unpadded `input_ids`. Whether logits are scored on the label at
     their position or on the next one is decided by the model's own loss (`labels_are_shifted`); the next
@@ -50,7 +50,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
-    """Mean squared difference of each row of an output from labels of its shape."""
+    """Compute the mean squared difference of each output row from labels of its shape."""
     if labels is None or labels.shape != output.shape or not labels.is_floating_point():
         what = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
         raise TargetError(
@@ -64,7 +64,7 @@ def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy of labels drawn from the model itself: gradients then give the true Fisher matrix.
+    """Compute the cross entropy of labels sampled from the model: gradients then give the Fisher matrix.
 
     The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
     not shrink where the model already predicts its text well. A classifier of whole rows has one loss for
@@ -84,7 +84,7 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """For encoders: a random projection of each row's mean-pooled, normalised output, shape `(rows,)`.
+    """Compute a random projection of each row's mean-pooled, normalized hidden states, shape `(rows,)`.
 
     With projections drawn from a normal distribution the second moment of the gradients is that of the
     Jacobian, so the predicted rise of this "loss" is half the squared distance between old and new unit
@@ -94,7 +94,7 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def output_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """For models without labels: a random projection of each row's outputs over their norm, shape `(rows,)`.
+    """Compute a random projection of each row's normalized outputs `(rows,)`, for models without labels.
 
     As with `cosine_losses`, the predicted rise of this "loss" is half the squared distance between the old
     and the new outputs of a row, relative to the square of the old ones.
@@ -136,7 +136,7 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> TokenLosses:
 
 
 def losses_against(teacher: nn.Module) -> TokenLosses:
-    """Losses of compressed models beside those of a dense one, with the same labels each time.
+    """Build a loss that scores compressed models beside their dense teacher, with the same labels each time.
 
     `label_losses`, which scores labels where the dense model does. Without labels, the distance from the
     dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
@@ -162,7 +162,7 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
 
 
 def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """Squared distance of each row of outputs from those of another model, relative to the latter's square.
+    """Compute the squared distance of output rows from those of another model, relative to the latter.
 
     Args:
         outputs: a tensor, or an object or mapping of tensors, the first dimension of each being rows.
@@ -185,7 +185,7 @@ _TINY = 1e-30
 
 
 def _output_rows(output: Any, batch: Batch) -> Tensor:
-    """All numbers that a model returns for each row, padding set to zero, shape `(rows, numbers)`."""
+    """Concatenate all floating outputs of each row, padding set to zero, shape `(rows, numbers)`."""
     parts = []
     for value in _tensors(output, batch):
         mask = token_mask(batch, value.shape[:2]) if value.ndim > 2 else None
@@ -211,12 +211,12 @@ def _tensors(output: Any, batch: Batch) -> list[Tensor]:
 
 
 def _rows(batch: Batch) -> int:
-    """Rows of a batch, by the first tensor in it."""
+    """Return the number of rows of a batch, from its first tensor."""
     return next((len(x) for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0), 1)
 
 
 def only_hidden(output: Any) -> bool:
-    """Whether a model returns hidden states or sentence embeddings, and neither logits nor a loss."""
+    """Return True if a model returns hidden states or embeddings, and neither logits nor a loss."""
     hidden, judged = (
         any(field(output, name) is not None for name in names)
         for names in ((SENTENCE, "last_hidden_state"), ("logits", "loss"))
@@ -245,7 +245,7 @@ def _projected(unit: Tensor) -> Tensor:
 
 
 def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
-    """Which positions of a tensor with these leading dimensions are tokens; None if all are.
+    """Return the mask of the positions that are tokens, for these leading dimensions; None if all are.
 
     Padding is what `attention_mask` says, or, for decoders and where there is no such mask, what the labels
     ignore. Where an encoder's and a decoder's mask have one shape, a position counts if either says so.
@@ -269,12 +269,12 @@ def _logits(output: Any) -> Tensor | None:
 
 
 def _numbers(labels: Tensor | None) -> bool:
-    """Whether labels are values to be predicted instead of classes."""
+    """Return True if labels are regression targets instead of classes."""
     return labels is not None and labels.is_floating_point()
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
-    """`(labels, logits for each label or None, all that the model returns)`."""
+    """Run the model and return `(labels, logits of each label or None, output)`."""
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
         labels = batch["input_ids"]
@@ -293,7 +293,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
 
 
 def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits `(tokens, classes)` beside the labels `(tokens,)` they predict, ignored ones left out."""
+    """Align logits `(tokens, classes)` with the labels `(tokens,)` they predict, without ignored ones."""
     mask = batch.get("attention_mask")
     causal = labels.ndim == 2 and labels_are_shifted(model, batch, labels)
     padded = causal and mask is not None and mask.shape == labels.shape

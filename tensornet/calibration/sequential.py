@@ -20,12 +20,12 @@ from tensornet.nn.extension import announce_batch
 
 
 class Stop(Exception):
-    """End a forward pass whose further results are not needed."""
+    """Exception that ends a forward pass whose further results are not needed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a block, and the place of the hidden state among them.
+    """Arguments of a block, and the position of the hidden state among them.
 
     Args:
         args, kwargs: of the call.
@@ -43,24 +43,24 @@ class Call:
         return found
 
     def with_hidden(self, hidden: Tensor | None) -> "Call":
-        """Return the same call with another hidden state."""
+        """Replace the hidden state of the call."""
         if isinstance(self.slot, str):
             return replace(self, kwargs={**self.kwargs, self.slot: hidden})
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Return the same call with the hidden state at `slot`, if a tensor is there."""
+        """Mark the tensor at `slot` as the hidden state, if a tensor is there."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Return the hidden state that the block makes of this one."""
+        """Run the block and return the hidden state in its output."""
         call = self.with_hidden(hidden)
         return hidden_of(block(*call.args, **call.kwargs))
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Return the hidden state in the output of a block: the output itself, or the first of a tuple.
+    """Return the hidden state in the output of a block: the output itself, or the first item of a tuple.
 
     Raises:
         TypeError: it is something else.
@@ -75,7 +75,7 @@ def hidden_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
-    """Find the stacks of modules that are chains, by name, each as the names of its blocks.
+    """Find stacks of modules that run as a chain; map their names to the names of the blocks.
 
     Candidates are the outermost `nn.ModuleList` and `nn.Sequential` of at least two modules; a chain is one
     whose modules run once each, in order, each on the very tensor that the one before it has returned.
@@ -156,7 +156,7 @@ class ChainRun:
 
     @property
     def block(self) -> nn.Module:
-        """The block at `position`."""
+        """Block at `position`."""
         return self.model.get_submodule(self.names[self.position])
 
     @property
@@ -166,7 +166,7 @@ class ChainRun:
 
     @torch.no_grad()
     def enter(self, *, skip: bool = False) -> None:
-        """Run the model up to the last block, to learn the arguments of all blocks.
+        """Run the model up to the last block, to record the arguments of all blocks.
 
         Args:
             skip: run the first block only, and hand its output on in place of the outputs of the others.
@@ -188,7 +188,7 @@ class ChainRun:
             self._first.append(outputs[0])
 
     def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
-        """Return the output of the block at `position` for one batch; states stay as they are.
+        """Run the block at `position` for one batch and return its output; states stay as they are.
 
         Args:
             number: of the batch.
@@ -216,7 +216,7 @@ class ChainRun:
 
     @contextmanager
     def leaving(self, number: int, hidden: Tensor) -> Iterator[None]:
-        """Have the model skip the blocks inside the block, and go on from `hidden` behind them."""
+        """Skip the blocks inside the context, and continue the model with `hidden` behind them."""
         first = self._first[number]
         output = (hidden, *first[1:]) if isinstance(first, tuple) else hidden
         with replaced_blocks(self.model, self.names, lambda *args, **kwargs: output):
@@ -249,7 +249,7 @@ class ChainRun:
 
 @contextmanager
 def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., Any]) -> Iterator[None]:
-    """Have `step(index, forward, *args, **kwargs)` called in place of the `forward` of each block."""
+    """Call `step(index, forward, *args, **kwargs)` in place of the `forward` of each block."""
     blocks = [model.get_submodule(name) for name in names]
     before = [vars(block).get("forward") for block in blocks]  # others may have replaced it as well
     for index, block in enumerate(blocks):
@@ -267,7 +267,7 @@ def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., 
 def outer_stacks(
     model: nn.Module, kinds: Any = (nn.ModuleList, nn.Sequential), *, least: int = 2
 ) -> dict[str, tuple[str, ...]]:
-    """List the outermost containers of at least `least` modules, by name, each as the names of these."""
+    """List the outermost containers of at least `least` modules, by name, with the names of their modules."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
@@ -277,7 +277,7 @@ def outer_stacks(
 
 
 def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Tensor | None) -> int | str | None:
-    """Find a tensor among arguments, or the first tensor if `wanted` is None."""
+    """Find the position of a tensor among arguments, or of the first tensor if `wanted` is None."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in places:
         if isinstance(value, Tensor) if wanted is None else value is wanted:

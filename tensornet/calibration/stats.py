@@ -1,4 +1,4 @@
-"""Second moments that calibration collects, and how they are kept on disk."""
+"""Second moments that calibration collects, and their file format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ STATS_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """How much an error in each row and column of each weight costs, in units of the loss.
+    """Second moments of inputs and output gradients of every layer: the curvature of the loss.
 
     A change `dW: (out, in)` of the weight of one layer raises the loss of a token by about
     `1/2 tr(R dW C dW^T)`, with `R` from `rows` and `C` from `columns` (K-FAC's view of the Fisher matrix).
@@ -45,7 +45,7 @@ class CalibrationStats:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether losses can be predicted, or only outputs of layers."""
+        """True if losses can be predicted, False if only errors of layer outputs can."""
         return self.loss is not None
 
     @property
@@ -108,7 +108,7 @@ class CalibrationStats:
 
 
 def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Add every distinct tensor to `tensors` under the first layer's name; returns layer -> key."""
+    """Add each distinct tensor to `tensors` under the first layer's name; return layer -> key."""
     keys: dict[int, str] = {}
     for name, moment in moments.items():
         key = keys.setdefault(id(moment), f"{side}.{name}")
@@ -117,5 +117,5 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
 
 
 def covers(stats: CalibrationStats, names: Sequence[str]) -> bool:
-    """Whether at least one of the modules that use a weight ran during calibration."""
+    """Return True if at least one of the modules that use a weight ran during calibration."""
     return any(name in stats.columns for name in names)

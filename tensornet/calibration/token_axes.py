@@ -1,4 +1,4 @@
-"""Which dimensions of a layer's input are the rows and the tokens of a batch, found from their sizes.
+"""Row and token dimensions of a layer's input, inferred from their sizes.
 
 Most layers read `(rows, tokens, features)`. Others read `(tokens, rows, features)`, heads between rows and
 tokens, `(rows, heads, tokens, features)`, or rows and tokens in one dimension.
@@ -14,7 +14,7 @@ from tensornet.errors import CalibrationWarning
 
 
 def place_masks(masks: Sequence[Tensor], shape: torch.Size) -> Tensor | None:
-    """Bring a mask over the tokens of a batch into the shape of a tensor that holds a value for each.
+    """Reshape a mask over the tokens of a batch to match a tensor with one value for each token.
 
     Masks of one shape count together: a position is a token if either says so. Where sizes fit in several
     ways that disagree about padding, a `CalibrationWarning` says so: rows first are assumed for
@@ -57,7 +57,7 @@ def place_masks(masks: Sequence[Tensor], shape: torch.Size) -> Tensor | None:
 
 
 def _placements(mask: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """Every way in which the dimensions of a mask may be those of a shape; rows before tokens first."""
+    """List the ways to match the dimensions of a mask with those of a shape, rows before tokens first."""
     if mask.ndim != 2:
         if mask.shape == shape:
             yield mask
@@ -78,6 +78,6 @@ def _placements(mask: Tensor, shape: torch.Size) -> Iterator[Tensor]:
 
 
 def _spread(values: Tensor, axes: tuple[int, ...], shape: torch.Size) -> Tensor:
-    """Values along some dimensions of a shape, the same over all others."""
+    """Broadcast values along some dimensions over all others of a shape."""
     sizes = [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
     return values.reshape(sizes).expand(shape)

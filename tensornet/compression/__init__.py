@@ -1,4 +1,4 @@
-"""Compressing whole models: candidates of every layer, one plan, one report."""
+"""Compression of whole models: candidates of every layer, one plan, one report."""
 
 from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.compress import compress

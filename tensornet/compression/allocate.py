@@ -1,4 +1,4 @@
-"""Spend one budget over many layers: one multiplier for all cost curves.
+"""Allocation of one budget over many layers, by one Lagrange multiplier for all cost curves.
 
 Each layer has candidates, each with a size and a cost. With one price for a unit of size, every layer takes
 the candidate with the least `cost + price * size`, which is optimal for the size that comes out (Everett's
@@ -26,7 +26,7 @@ _Choice = TypeVar("_Choice")
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Candidates of one layer.
+    """Sizes and costs of the candidates of one layer.
 
     Args:
         sizes: parameters or bytes of each candidate, shape `(candidates,)`.
@@ -37,7 +37,7 @@ class CostCurve:
     costs: Tensor
 
     def best(self, price: float) -> int:
-        """Index of the candidate with the least `cost + price * size`; the smallest of equals."""
+        """Find the candidate of least `cost + price * size`; ties go to the smallest."""
         return int((self.costs + price * self.sizes).argmin())
 
 
@@ -96,7 +96,7 @@ def decide_alone(
     decide: Callable[[int, float], _Choice],
     stay: Callable[[int], tuple[_Choice, float]],
 ) -> list[_Choice]:
-    """Decide each layer by itself under one keep ratio.
+    """Choose the candidate of each layer separately, under the same keep ratio.
 
     To explain how this works: the smallest candidate of a tiny matrix may have more parameters than the ratio
     allows. Such a layer stays as it is, and the others pay for it with a smaller ratio, so that all layers
@@ -143,7 +143,7 @@ def decide_alone(
 
 
 def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:
-    """`(total size, total cost)` along the optimal allocations, by falling size."""
+    """Compute `(total size, total cost)` along the optimal allocations, by decreasing size."""
     low, high = _price_range(curves)
     prices = [0.0, *torch.logspace(low, high, points - 1, base=10, dtype=torch.float64).tolist()]
     allocations = [[curve.best(price) for curve in curves] for price in prices]
@@ -152,18 +152,18 @@ def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float,
 
 
 def total_size(curves: Sequence[CostCurve], chosen: Sequence[int]) -> float:
-    """Sum of the sizes of the chosen candidates."""
+    """Sum the sizes of the chosen candidates."""
     return sum(float(curve.sizes[index]) for curve, index in zip(curves, chosen, strict=True))
 
 
 def total_cost(curves: Sequence[CostCurve], chosen: Sequence[int]) -> float:
-    """Sum of the costs of the chosen candidates."""
+    """Sum the costs of the chosen candidates."""
     return sum(float(curve.costs[index]) for curve, index in zip(curves, chosen, strict=True))
 
 
 @dataclass(frozen=True, order=True)
 class _Step:
-    """One step along a hull: what it saves for its size (negative, so that the best comes first)."""
+    """Step along a hull, ordered by cost saved for each unit of size (negated: the best comes first)."""
 
     slope: float
     layer: int
@@ -211,7 +211,7 @@ def _steps(curves: Sequence[CostCurve]) -> list[_Step]:
 def _walk(
     curves: Sequence[CostCurve], start: Sequence[int], steps: Sequence[_Step], budget: float
 ) -> list[int]:
-    """Take all steps that fit; a layer whose step does not fit takes none of its later ones.
+    """Take steps in order while they fit; a layer whose step does not fit takes none of its later steps.
 
     A larger budget never costs more: where two walks part, that with the larger budget takes a step, and all
     that the other one can still take is smaller and saves less for its size.
@@ -231,7 +231,7 @@ def _walk(
 def _one_more(
     curves: Sequence[CostCurve], start: Sequence[int], steps: Sequence[_Step], budget: float
 ) -> list[int]:
-    """Take steps while they fit, then the one candidate of any layer, on a hull or not, that saves most."""
+    """Take steps while they fit, then the single candidate of any layer that saves most."""
     chosen, left = list(start), budget - total_size(curves, start)
     for step in steps:
         if step.growth > left:
@@ -249,12 +249,12 @@ def _one_more(
 
 
 def _middle(low: float, high: float) -> float:
-    """Geometric mean: prices span many orders of magnitude."""
+    """Compute the geometric mean, since prices span many orders of magnitude."""
     return (max(low, high * 1e-12) * high) ** 0.5
 
 
 def _price_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
-    """Exponents of ten between which allocations change."""
+    """Compute the exponents of ten between which allocations change."""
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     top = max(max(float(step) for step in steps), 1e-300)
     exponent = float(torch.tensor(top, dtype=torch.float64).log10())

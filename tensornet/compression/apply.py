@@ -1,4 +1,4 @@
-"""Carry a plan out: replace stock layers by tensor-network layers, and back."""
+"""Execution of a plan: replace stock layers by tensor-network layers, and back."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,7 +83,7 @@ def apply_plan(
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules at dotted names, all or none: what was there comes back if anything goes wrong inside."""
+    """Replace modules at dotted names; restore all of them if the block raises."""
     before = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -97,7 +97,7 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted name, keeping the training flag of what was there."""
+    """Set `module` at a dotted name, with the training flag of the module it replaces."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     module.train(parent.training)
@@ -107,7 +107,7 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def decompress(model: nn.Module) -> nn.Module:
-    """Put stock layers back in place of every tensor-network layer; tied layers stay tied.
+    """Replace every tensor-network layer by a stock layer; tied layers stay tied.
 
     Returns:
         The same model; what was frozen is frozen.
@@ -142,7 +142,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 def check_stats(stats: Any) -> None:
-    """Refuse what is neither statistics nor None.
+    """Raise TypeError unless `stats` is a CalibrationStats or None.
 
     Raises:
         TypeError: saying what was got.
@@ -168,7 +168,7 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
 
 
 def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decomposition:
-    """Decompose one layer under the weighting that the plan was made with."""
+    """Decompose one layer under the weighting of the plan."""
     assert layer.topology is not None
     family = topology_family(layer.topology.family)
     try:

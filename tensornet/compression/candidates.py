@@ -53,7 +53,7 @@ class LayerCandidates:
     nearest: Mapping[str, float] = field(default_factory=dict)
 
     def curve(self, unit: str) -> CostCurve:
-        """Costs over `"params"`, `"num_bytes"` or `"milliseconds"`."""
+        """Build the cost curve over `"params"`, `"num_bytes"` or `"milliseconds"`."""
         return CostCurve(getattr(self, unit), self.costs)
 
     def only(self, indices: Sequence[int]) -> "LayerCandidates":
@@ -69,7 +69,7 @@ class LayerCandidates:
         return replace(self, costs=nothing, forecasts=nothing, nearest=dict.fromkeys(self.nearest, 0.0))
 
     def hull(self, unit: str) -> tuple[tuple[int, float], ...]:
-        """Lower convex hull of forecasts over a size: all that a budget of the whole model ever takes."""
+        """Compute the lower convex hull of forecasts over a size, from which budgets of the model choose."""
         sizes, costs = getattr(self, unit).tolist(), self.forecasts.tolist()
         return tuple((int(sizes[k]), costs[k]) for k in lower_hull(sizes, costs))
 
@@ -86,7 +86,7 @@ def family_candidates(
     search_legs: bool = False,
     options: dict[str, Any] | None = None,
 ) -> LayerCandidates:
-    """Make the candidates of one family for one matrix, and the dense one.
+    """Build the candidates of one family for one matrix, and the dense one.
 
     Args:
         matrix: shape `(out, in)`.
@@ -179,7 +179,7 @@ def joined(candidates: Sequence[LayerCandidates]) -> LayerCandidates:
 
 
 def dense_candidate(matrix: Tensor, clock: Clock | None = None) -> LayerCandidates:
-    """Leave no choice but to stay dense."""
+    """Build candidates with the dense matrix as the only choice."""
     count = torch.tensor([float(matrix.numel())], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     time = zero if clock is None else zero + clock.dense((matrix.shape[0], matrix.shape[1]))
@@ -238,14 +238,14 @@ def round_trip(
 def stored_error(
     matrix: Tensor, made: Decomposition, storage: Storage, weighting: Weighting | None = None
 ) -> float:
-    """Relative Frobenius error of the stored network: certified for plain cores, measured for others."""
+    """Compute the relative Frobenius error of the stored network: certified if plain, else measured."""
     if storage.plain:
         return made.error
     return relative_gap(matrix, round_trip(made.network, storage, matrix.dtype, weighting).to_matrix())
 
 
 def relative_gap(matrix: Tensor, other: Tensor) -> float:
-    """`|W - W'|_F / |W|_F`."""
+    """Compute `|W - W'|_F / |W|_F`."""
     exact = matrix.double()
     gap = torch.linalg.vector_norm(exact - other.double())
     return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))

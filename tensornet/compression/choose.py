@@ -23,7 +23,7 @@ from tensornet.nn.targets import Target
 
 @dataclass(frozen=True)
 class ModelRest:
-    """Distinct tensors of a model that are not targeted: how many numbers, and their bytes."""
+    """Elements and bytes of the parameters that are not targeted."""
 
     params: int = 0
     num_bytes: int = 0
@@ -47,7 +47,7 @@ class Cap:
     allowed: float
 
     def use(self, chosen: Sequence[int]) -> float:
-        """Part of the cap that a choice takes; at most 1 keeps it."""
+        """Compute the fraction of the cap that a choice uses; at most 1 keeps the cap."""
         return total_size(self.curves, chosen) / self.allowed
 
 
@@ -91,7 +91,7 @@ def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
 
 
 def _mixed(caps: Sequence[Cap], layer: int, weights: Tensor) -> CostCurve:
-    """Costs of one layer over a weighted mean of its parts of all caps."""
+    """Combine all sizes of one layer, each relative to its cap, by a weighted mean; the costs stay."""
     parts = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
     return CostCurve(weights @ parts, caps[0].curves[layer].costs)
 
@@ -104,7 +104,7 @@ def choose_candidates(
     forecast: Forecast = UNMEASURED,
     rest: ModelRest = NO_REST,
 ) -> tuple[list[int], str]:
-    """Choose a candidate for each layer, by its index; also say which cap decided.
+    """Choose a candidate index for each layer, and name the cap that was decisive.
 
     Several caps on the whole are all kept. `forecast` corrects predicted losses by measured ones; `rest` is
     the part of the model that is not targeted, for budgets that count all of it.
@@ -145,7 +145,7 @@ def choose_candidates(
 
 
 def allowed_bytes(config: CompressionConfig, targets: Sequence[Target], rest: ModelRest) -> dict[str, float]:
-    """Bytes that the targeted layers together may take, by the name of the budget that says so.
+    """Compute the bytes available to the targeted layers, by the name of the budget.
 
     Raises:
         BudgetError: the rest of the model alone takes more.
@@ -217,7 +217,7 @@ def _common_formats(candidates: Sequence[LayerCandidates]) -> list[str]:
 
 
 def _spend(cap: Cap) -> list[int]:
-    """`spend_size`, whose errors name the budget."""
+    """Call `spend_size`, with errors that name the budget."""
     try:
         return spend_size(cap.curves, cap.allowed)
     except BudgetError as error:

@@ -1,4 +1,4 @@
-"""`compress`: calibrate, plan, carry out, report."""
+"""Compression in one call: calibrate, plan, execute, report."""
 
 import time
 from collections.abc import Collection, Iterable
@@ -31,7 +31,7 @@ def compress(
     validation: Collection[BatchLike] | None = None,
     progress: bool = True,
 ) -> CompressionReport:
-    """Replace the targeted layers of a model by layers made of cores, in place.
+    """Compress a model in place: replace the targeted layers by tensor-network layers.
 
     Args:
         model: any module.
@@ -84,7 +84,7 @@ def compress(
 def gather_statistics(
     model: nn.Module, config: CompressionConfig, calibration: Calibration | None, *, progress: bool
 ) -> CalibrationStats | None:
-    """Statistics for a configuration, collected unless they are given; None where it needs none.
+    """Collect the statistics that a configuration needs, unless they are given; None if it needs none.
 
     Warns where it takes data of its own, and where the error of the weights must do.
     """

@@ -164,7 +164,7 @@ class CompressionConfig(LayerSelection):
             )
 
     def counts_model(self, budget: str) -> bool:
-        """Whether a budget of bytes counts the whole model, or the targeted layers alone.
+        """Return True if a budget of bytes counts the whole model, False for the targeted layers alone.
 
         Example:
             >>> from tensornet import CompressionConfig
@@ -178,23 +178,23 @@ class CompressionConfig(LayerSelection):
 
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
-        """Formats that layers may be stored in; empty where only networks of floating-point cores may."""
+        """Number formats in which layers may be stored; empty for floating-point networks alone."""
         return tuple(NumberFormat.parse(name) for name in self.formats or ())
 
     @property
     def plans_formats(self) -> bool:
-        """Whether number formats are chosen along with topologies."""
+        """True if number formats are planned along with topologies."""
         return bool(self.formats)
 
     @property
     def one_format_keeps(self) -> bool:
-        """Whether one number format for all layers can keep the budgets, without calibration data."""
+        """True if one number format for all layers can keep the budgets, without calibration data."""
         others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
         return self.plans_formats and all(value is None for value in others)
 
     @property
     def needs_curvature(self) -> bool:
-        """Whether a budget is set that only the curvature objective can keep."""
+        """True if a budget is set that only the curvature objective can keep."""
         return any(getattr(self, name) is not None for name in WHOLE_MODEL_BUDGETS)
 
     @property
@@ -209,11 +209,11 @@ class CompressionConfig(LayerSelection):
 
     @property
     def calibrated_families(self) -> tuple[str, ...]:
-        """The same with calibration data, with which chains lose to low rank on pretrained layers."""
+        """Names of the families with calibration data: without chains, which lose to low rank there."""
         return ("low_rank",) if self.topology == AUTO else self.families
 
     def family_options(self, name: str) -> dict[str, Any]:
-        """Options for `build` of a family: `topology_options`, and `sites` if it can choose them."""
+        """Select the options for `build` of a family: `topology_options`, and `sites` if supported."""
         options = dict(self.topology_options or {})
         if self.sites is not None and "sites" in topology_family(name).options:
             options["sites"] = self.sites
@@ -240,7 +240,7 @@ class CompressionConfig(LayerSelection):
 
 
 def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
-    """Names of the formats, the default ones where bits are asked for; None if no formats are chosen.
+    """Validate the names of formats; the default ones if bits are asked for, None if no formats are planned.
 
     Raises:
         FormatError: no sequence of names, or an unknown one.
@@ -265,7 +265,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
-    """JSON-ready `topology_options`, None if there are none.
+    """Validate JSON-ready `topology_options`; None if there are none.
 
     Raises:
         TopologyError: no mapping, no family they are for, or an option that the family does not have.
@@ -287,7 +287,7 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
 
 
 def check_config(config: Any) -> None:
-    """Refuse what is no configuration.
+    """Raise TypeError unless `config` is a CompressionConfig.
 
     Raises:
         TypeError: saying what was got.

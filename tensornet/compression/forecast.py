@@ -1,4 +1,4 @@
-"""Forecasts of the loss, corrected by rises that were measured at a few sizes.
+"""Forecast of the loss increase, corrected by measurements at a few sizes.
 
 The price of a plan is second order, sums over layers as if they did not meet, and knows only the calibration
 text. All three make it miss in proportion, and by how much can be measured: a model cut to a few sizes is run
@@ -24,7 +24,7 @@ from tensornet.errors import BudgetError, TargetError
 
 @dataclass(frozen=True)
 class Forecast:
-    """From the price of a plan to the rise of the loss, by measured points.
+    """Map from the predicted loss increase of a plan to the measured scale, through measured points.
 
     Logarithms are interpolated linearly between points; beyond the first and the last the ratio of rise and
     price stays what it is there. Without points a price is its own forecast.
@@ -66,7 +66,7 @@ class Forecast:
         return cls(tuple(points), source)
 
     def rise(self, price: float) -> float:
-        """Foreseen rise of the loss of a token."""
+        """Predict the increase of the loss of a token."""
         return _along(self.points, price)
 
     def price(self, rise: float) -> float:
@@ -102,7 +102,7 @@ def _along(points: Sequence[tuple[float, float]], x: float) -> float:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLosses) -> float:
-    """Mean loss of the tokens of all batches, in eval mode.
+    """Compute the mean loss of the tokens of all batches, in eval mode.
 
     Raises:
         TargetError: there are none.

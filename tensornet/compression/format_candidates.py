@@ -42,7 +42,7 @@ class FormatLosses:
 def dense_candidates(
     matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat], clock: Clock | None
 ) -> LayerCandidates:
-    """Make one candidate of the dense matrix for each format, in their order."""
+    """Build one candidate of the dense matrix for each format, in their order."""
     losses = format_losses(matrix, sensitivity, formats)
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storages = [PLAIN if x == NumberFormat() else Storage(number_format=x) for x in formats]
@@ -70,7 +70,7 @@ def dense_candidates(
 def format_losses(
     matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
 ) -> list[FormatLosses]:
-    """Losses of a matrix in each format, rounded where predictions are not accurate.
+    """Compute the losses of a matrix in each format; round where predictions are not accurate.
 
     How much more the forecast costs than the choice depends on the layer and hardly on the format: it is
     taken from the smallest integer format, which is always rounded.
@@ -101,7 +101,7 @@ def format_losses(
 def _predicted(
     matrix: Tensor, weighting: Weighting, formats: Sequence[NumberFormat], known: FormatLosses
 ) -> Mapping[NumberFormat, FormatLosses]:
-    """Predicted losses; forecast and error grow with the loss as they do where the matrix was rounded."""
+    """Predict losses of a matrix in each format, scaled where the matrix was rounded."""
     losses = predict_loss_increase(
         matrix, formats, rows=weighting.rows, columns=weighting.columns, row_damping=0.0
     )
@@ -114,7 +114,7 @@ def _predicted(
 
 
 def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[NumberFormat]) -> dict[str, float]:
-    """Predicted loss increase of rounding to nearest in each integer format: the baseline of every table."""
+    """Predict the loss increase of round to nearest in each integer format, the baseline of all tables."""
     found = {}
     for number_format in formats:
         if number_format.is_integer:

@@ -18,7 +18,7 @@ _TRIED = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Clock:
-    """Predicts milliseconds of one forward pass of a layer, by the route that is fastest; nothing is kept.
+    """Predicts the milliseconds of a layer's forward pass by its fastest route, without a kept matrix.
 
     Args:
         tokens: of the forward pass.
@@ -38,7 +38,7 @@ class Clock:
         return 1e3 * plan.seconds(route, self.tokens, self.machine, self.itemsize)
 
     def ladder(self, topologies: Sequence[Topology]) -> Tensor:
-        """Predict the times of layers whose topologies differ in their bonds, by rising bond."""
+        """Predict the times of layers whose topologies differ in their bonds, by increasing bond."""
         key = (topologies[0], topologies[-1], len(topologies))
         if key not in self._known:
             last = len(topologies) - 1

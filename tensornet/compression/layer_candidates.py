@@ -1,4 +1,4 @@
-"""All candidates of one layer that a configuration allows: families of networks, and number formats."""
+"""All candidates of one layer: families of networks, and number formats."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +36,7 @@ def layer_candidates(
     stats: CalibrationStats | None,
     clock: Clock | None = None,
 ) -> LayerCandidates:
-    """Make all candidates of one layer that the caps on single layers allow; `clock` predicts their times.
+    """Build all candidates of one layer within its own caps; `clock` predicts their times.
 
     Raises:
         BudgetError: none is left.
@@ -73,7 +73,7 @@ def core_formats(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
 def _networks(
     matrix: Tensor, sensitivity: Sensitivity, storage: Storage, config: CompressionConfig, clock: Clock | None
 ) -> LayerCandidates:
-    """Candidates of all families with one encoding."""
+    """Build the candidates of all families with one encoding."""
     found = []
     for name in config.calibrated_families:
         family, options = topology_family(name), config.family_options(name)
@@ -102,7 +102,7 @@ def _largest_useful_bond(
     max_bond: int | None,
     options: Mapping[str, Any],
 ) -> int:
-    """Largest bond whose network takes fewer bytes than the dense matrix in the same format.
+    """Find the largest bond whose network is smaller than the dense matrix in the same format.
 
     Larger ones are never worth their rounding, which takes most of the time of planning.
     """
@@ -117,12 +117,12 @@ def _largest_useful_bond(
 
 
 def _without_dense(found: LayerCandidates) -> LayerCandidates:
-    """Networks alone: formats decide how a layer may stay dense."""
+    """Remove the dense candidates: formats decide how a layer may stay dense."""
     return found.only([k for k in range(len(found.params)) if found.make(k)[0] is not None])
 
 
 def _insensitive(matrix: Tensor, config: CompressionConfig, clock: Clock | None) -> LayerCandidates:
-    """Candidates of a layer that the calibration data says nothing about: stay accurate.
+    """Build candidates of a layer without calibration statistics: only accurate ones.
 
     The most accurate integer format where formats are chosen, else the dense matrix.
     """

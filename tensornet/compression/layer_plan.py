@@ -1,4 +1,4 @@
-"""Plan of one layer: what its matrix becomes, in bytes and parameters, and what that costs."""
+"""Plan of one layer: its topology and number format, with bytes, parameters and predicted loss."""
 
 import math
 from dataclasses import dataclass, replace
@@ -68,11 +68,11 @@ class LayerPlan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits as planned for each element of the dense weight."""
+        """Planned bits for each element of the dense weight."""
         return 8 * self.bytes_after / self.params_before
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the planned network for a weight of this dtype."""
+        """Compute the bytes of the planned network for a weight of this dtype."""
         if self.topology is None:
             return self.params_before * dtype.itemsize
         return self.storage.num_bytes(self.topology, dtype)
@@ -94,7 +94,7 @@ class Baseline:
 
 
 def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> float:
-    """Relative error of the truncated SVD that has at most this many parameters (rank at least 1)."""
+    """Compute the relative error of the truncated SVD with at most this many parameters."""
     rank = max(1, params // (shape[0] + shape[1]))
     energies = spectrum.square()
     total = float(energies.sum())
@@ -136,7 +136,7 @@ def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
 
 
 def layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
-    """JSON-ready form of one layer."""
+    """Convert the plan of one layer to a JSON-ready form."""
     return {
         "name": layer.name,
         "shape": list(layer.shape),
@@ -155,7 +155,7 @@ def layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
 
 
 def layer_from_dict(data: dict[str, Any]) -> LayerPlan:
-    """Inverse of `layer_to_dict`; plans of the first version hold no dtypes and no byte curves."""
+    """Restore the plan of one layer; plans of the first version hold no dtypes and no byte curves."""
     topology = data["topology"]
     return LayerPlan(
         name=data["name"],

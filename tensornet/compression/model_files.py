@@ -1,4 +1,4 @@
-"""Files of compressed models of plain PyTorch: weights, and what stands in place of which layer.
+"""Files of compressed PyTorch models: weights, and descriptions of the tensor-network layers.
 
 Models of Hugging Face are saved by `tensornet_hf`, as folders that transformers loads.
 """
@@ -59,7 +59,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_model(model: nn.Module, path: str | Path) -> nn.Module:
-    """Give a model the compressed layers and the weights of a file that `save_model` wrote.
+    """Load the compressed layers and weights of a file that `save_model` wrote into a dense model.
 
     Args:
         model: a fresh instance of the class that was saved, in place of whose layers the compressed ones are
@@ -86,7 +86,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Put the compressed layers into a model that is taken apart where they are, and load all tensors."""
+    """Insert the compressed layers into an expanded model, and load all tensors."""
     made: dict[int, nn.Module] = {}  # by stock layer: one that has several names stays one
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
@@ -191,7 +191,7 @@ def _check_scales(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
 
 
 def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """One parameter under all names that shared it."""
+    """Assign one parameter to all names that share it."""
     for name, owner in ties.items():
         (place, key), (first, first_key) = (_split(model, x) for x in (name, owner))
         for table in ("_parameters", "_buffers"):

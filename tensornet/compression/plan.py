@@ -1,4 +1,4 @@
-"""A compression plan: which layer becomes which network. Printable, editable, saveable."""
+"""Compression plan: topology and number format of every layer; printable, editable, saveable."""
 
 import json
 import math
@@ -102,7 +102,7 @@ class CompressionPlan:
 
     @property
     def predicted_loss_increase(self) -> float | None:
-        """Rise of the loss of a token that all layers together will cause; None if nothing was calibrated.
+        """Predicted increase of the loss of a token by all layers together; None without calibration.
 
         Second order in the errors and without interplay between layers: close for small rises, low for
         large ones, unless measurements corrected it.
@@ -112,22 +112,22 @@ class CompressionPlan:
 
     @property
     def predicted_milliseconds(self) -> float | None:
-        """Time of one forward pass of `tokens` tokens through all layers together, by the cost model."""
+        """Predicted time of `tokens` tokens through all layers together, by the cost model."""
         return _sum([layer.milliseconds for layer in self.layers])
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """Perplexity of the calibration text after compression, or of the text that was measured."""
+        """Predicted perplexity on the calibration text, or on the text of the measurements."""
         rise = self.predicted_loss_increase
         return None if rise is None or self.dense_loss is None else math.exp(self.dense_loss + rise)
 
     def predictions(self) -> dict[str, float | None]:
-        """Predictions, JSON-ready: loss increase, perplexity, milliseconds; None for those unknown."""
+        """Collect loss increase, perplexity and milliseconds, JSON-ready; None for those unknown."""
         names = ("predicted_loss_increase", "predicted_perplexity", "predicted_milliseconds")
         return {name: getattr(self, name) for name in names}
 
     def curve(self, points: int = 64, *, unit: str = "params") -> list[tuple[int, float]]:
-        """`(size of all targeted layers, predicted rise of the loss)` over all budgets, largest first.
+        """Compute `(size of all targeted layers, predicted loss increase)` over all budgets, largest first.
 
         Empty without calibrated gradients.
 
@@ -225,7 +225,7 @@ class CompressionPlan:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Convert to a JSON-ready form."""
         data = {name: getattr(self, name) for name in _HEADER}
         return {
             "version": PLAN_VERSION,
@@ -239,7 +239,7 @@ class CompressionPlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CompressionPlan":
-        """Inverse of `to_dict`.
+        """Restore a plan from `to_dict`.
 
         Raises:
             FormatError: not a plan, of an unknown version, or edited to something else.
@@ -308,7 +308,7 @@ def _check_topology(layer: LayerPlan, topology: Topology) -> None:
 
 
 def _check(plan: CompressionPlan) -> None:
-    """Raise unless a plan that was read is consistent.
+    """Raise FormatError unless a plan that was read is consistent.
 
     Raises:
         ValueError, TopologyError: what does not fit.

@@ -1,4 +1,4 @@
-"""From a configuration to a plan: a topology and an encoding for every layer."""
+"""Planner: choose a topology and an encoding for every layer from a configuration."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ MEASURED_SHARES = (0.9, 0.75, 0.6)
 
 @dataclass(frozen=True)
 class PreparedPlan:
-    """All candidates of every layer with their predicted loss: slow to make, and good for all budgets.
+    """Candidates of every layer with predicted losses: slow to compute, and valid for all budgets.
 
     Made by `prepare`. It holds references to the weights, but no copies.
 
@@ -124,7 +124,7 @@ class PreparedPlan:
     def _measured_budgets(
         self, shares: Sequence[float] | None, sizes: Sequence[int] | None
     ) -> list[dict[str, float]]:
-        """Budgets at which the loss is measured.
+        """Choose the budgets at which the loss is measured.
 
         Raises:
             BudgetError: shares and sizes are both given.
@@ -253,7 +253,7 @@ def prepare(
     *,
     progress: bool = False,
 ) -> PreparedPlan:
-    """Make the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`."""
+    """Build the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`."""
     check_holder(model)
     check_config(config)
     check_stats(stats)
@@ -317,7 +317,7 @@ def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None)
 def plan_layers(
     targets: Sequence[Target], config: CompressionConfig, *, progress: bool = False
 ) -> tuple[LayerPlan, ...]:
-    """Plan each layer by the Frobenius error of its weight.
+    """Plan every layer by the Frobenius error of its weight.
 
     Raises:
         BudgetError: naming the layer that cannot meet the budget.
@@ -345,7 +345,7 @@ def _dense(target: Target) -> LayerPlan:
 
 
 def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
-    """Plan one layer by the Frobenius error of its weight: the best family under the budget."""
+    """Plan one layer by the Frobenius error of its weight: choose the best family within the budget."""
     matrix = target.matrix
     dense_params = matrix.numel()
     best: Decomposition | None = None
@@ -370,7 +370,7 @@ def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values in descending order, in double precision, by the smaller Gram matrix."""
+    """Compute the singular values in descending order, in double precision, from the smaller Gram matrix."""
     work = matrix.to(working_dtype(matrix.dtype))
     if work.shape[0] > work.shape[1]:
         work = work.mH
@@ -378,7 +378,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def _better(new: Decomposition, old: Decomposition, budget: Budget) -> bool:
-    """With an error promise the smaller network wins, with a size cap the more accurate one."""
+    """Compare two plans: the smaller wins under `rel_error`, the more accurate one under a size cap."""
     if budget.rel_error is not None:
         kept_new, kept_old = new.error <= budget.rel_error, old.error <= budget.rel_error
         if kept_new and kept_old:

@@ -1,4 +1,4 @@
-"""Which share of a model's parameters a compression considers, and which modules hold the rest."""
+"""Reach of a compression: the parameters of a model that it considers, and the holders of the rest."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -40,7 +40,7 @@ class Reach:
 
     @property
     def share(self) -> float:
-        """Reached parameters as a share of all."""
+        """Reached parameters as a ratio of all."""
         return self.reached / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Reach:
 
 
 def measure_reach(model: nn.Module, layers: Collection[str]) -> Reach:
-    """Sort the parameters of a dense model by whether a plan considers them.
+    """Count the parameters of a dense model that a plan considers, and list the others by type.
 
     Args:
         model: before the plan is carried out; may be on the meta device.
@@ -93,7 +93,7 @@ def measure_reach(model: nn.Module, layers: Collection[str]) -> Reach:
 
 
 def compact_count(value: float) -> str:
-    """Write a count with three significant digits.
+    """Format a count with three significant digits.
 
     >>> compact_count(940800)
     '941k'

@@ -1,4 +1,4 @@
-"""What a compression did and what it cost."""
+"""Report of a compression: sizes, errors and predicted losses, layer by layer."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -41,7 +41,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """Result of `compress`. `str(report)` is a table; `report.plan` holds topologies and spectra.
+    """Result of `compress`; `str(report)` is a table, `report.plan` holds topologies and spectra.
 
     Args:
         layers: one entry for each targeted weight.
@@ -63,12 +63,12 @@ class CompressionReport:
 
     @property
     def byte_ratio(self) -> float:
-        """Bytes of the whole model after, as a share of before."""
+        """Bytes of the whole model after compression, relative to before."""
         return self.model_bytes_after / self.model_bytes_before
 
     @property
     def param_ratio(self) -> float:
-        """Parameters of the targeted weights after, as a share of before."""
+        """Parameters of the targeted weights after compression, relative to before."""
         return sum(x.params_after for x in self.layers) / sum(x.params_before for x in self.layers)
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class CompressionReport:
         return data | counted | self.plan.predictions()
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
+        """Convert to JSON text, see `to_dict`."""
         return json.dumps(self.to_dict(), indent=1)
 
 
@@ -117,7 +117,7 @@ def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[Laye
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """`(elements, bytes)` of all distinct parameters, and of the integers that cores are stored in."""
+    """Count `(elements, bytes)` of all distinct parameters, integer cores included."""
     layers = [module for module in model.modules() if isinstance(module, NetworkModule)]
     stored = [tensor for layer in layers for tensor in layer.stored.values()]
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *stored)}.values()

@@ -134,12 +134,12 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
 
 
 def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a moment is there and not zero."""
+    """Return True if a moment exists and is not zero."""
     return moment is not None and bool(moment.any())
 
 
 def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
-    """Mean moments of gradients and inputs over the relatives of a weight that itself never ran.
+    """Average the moments of gradients and inputs over the relatives of a weight that never ran.
 
     Raises:
         TargetError: it has none, or they never ran either.

@@ -79,12 +79,12 @@ class HealingConfig:
 
     @property
     def rate(self) -> float:
-        """Largest learning rate, the default of the trained parameters filled in."""
+        """Maximum learning rate; by default that of the trained parameters."""
         if self.lr is not None:
             return self.lr
         return 5e-4 if self.parameters == "cores" else 1e-4
 
     @property
     def total(self) -> int:
-        """Steps of both kinds."""
+        """Number of steps of both kinds."""
         return self.layer_steps + self.steps

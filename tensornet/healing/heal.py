@@ -1,4 +1,4 @@
-"""`heal`: distil a dense model into the cores of its compressed student."""
+"""Healing: distil a dense model into the cores of its compressed student."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -163,7 +163,7 @@ class _Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """File of the checkpoint, if one is wanted."""
+        """Checkpoint file, None if not requested."""
         return None if self.config.checkpoint is None else Path(self.config.checkpoint)
 
     @property
@@ -207,7 +207,7 @@ class _Run:
         return loss
 
     def save(self) -> None:
-        """Write the checkpoint, if one is wanted."""
+        """Write the checkpoint, if requested."""
         if self.checkpoint is not None:
             save_state(
                 self.checkpoint,
@@ -219,7 +219,7 @@ class _Run:
             )
 
     def report(self, seconds: float) -> HealReport:
-        """Return the result."""
+        """Build the report."""
         count = sum(parameter.numel() for parameter in self.trained.values())
         return HealReport(tuple(self.losses), tuple(self.layer_losses), self.done, count, seconds)
 

@@ -64,7 +64,7 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
 
 
 def _counterpart(teacher: nn.Module, name: str) -> nn.Module:
-    """Return the teacher's layer of that name.
+    """Look up the teacher's layer of the same name.
 
     Raises:
         TargetError: there is no such layer.
@@ -80,7 +80,7 @@ def _counterpart(teacher: nn.Module, name: str) -> nn.Module:
 
 
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Return the mean divergence of the predicted distributions of all tokens, in nats.
+    """Compute the mean divergence of the predicted distributions of all tokens, in nats.
 
     Without logits: one minus the cosine of each row's mean-pooled hidden states, or the squared difference of
     other outputs relative to the teacher's square, as calibration measures them. Nothing is shifted: both

@@ -1,4 +1,4 @@
-"""`refine`: refit compressed layers to the inputs that they really receive, in closed form.
+"""Refitting in closed form: fit compressed layers to their real inputs, after errors of earlier layers.
 
 A layer was compressed for the inputs x that it had in the dense model. Behind other compressed layers it
 receives x' instead. Over calibration tokens, with `C` the moments of x that calibration collected,
@@ -203,7 +203,7 @@ def _refit(
     stats: CalibrationStats | None,
     options: _Options,
 ) -> None:
-    """Write the cores that are closest to the target matrix of a layer into it."""
+    """Fit the cores of a layer to its target matrix and write them."""
     metric, wanted = _target(weight, name, moments, stats, options)
     rows = None if stats is None or name not in stats.rows else damped(stats.rows[name], options.damping)
     family = topology_family(layer.topology.family)
@@ -236,7 +236,7 @@ def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Return layers that share cores with another module, each with the reason why it is not refitted."""
+    """List layers that share cores with another module, each with the reason why it is not refitted."""
     users: dict[int, list[str]] = {}
     for name, module in compressed_layers(model).items():
         for parameter in module.stored.values():
@@ -256,7 +256,7 @@ def _target(
     stats: CalibrationStats | None,
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return the metric of a layer's inputs and the matrix that its network approximates."""
+    """Compute the metric of a layer's inputs and the matrix that its network approximates."""
     known = moments.dense.double()
     if stats is not None and name in stats.columns:
         columns = stats.columns[name].to(known) * moments.tokens
@@ -268,7 +268,7 @@ def _target(
 
 
 def _stock(teacher: nn.Module, name: str) -> Tensor:
-    """Return the matrix of the teacher's layer of that name, shape `(out, in)`."""
+    """Return the matrix of the teacher's layer of the same name, shape `(out, in)`."""
     try:
         module: Any = teacher.get_submodule(name)
     except AttributeError:
@@ -283,7 +283,7 @@ def _stock(teacher: nn.Module, name: str) -> Tensor:
 
 
 def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
-    """Return the mean distance between the outputs of both models."""
+    """Compute the mean distance between the outputs of both models."""
     gaps = (output_distance(run_model(model, batch), run_model(teacher, batch), batch) for batch in batches)
     return sum(float(gap) for gap in gaps) / len(batches)
 
@@ -297,7 +297,7 @@ class _OutputError:
         self.mixed, self.real = weight @ moments.mixed.double(), moments.real.double()
 
     def of(self, layer: TensorNetworkLinear) -> float:
-        """Return the error of the matrix M that the layer has now."""
+        """Compute the error of a matrix M."""
         matrix = layer.to_matrix().double()
         cross, own = float((self.mixed * matrix).sum()), float((matrix @ self.real * matrix).sum())
         return (self.full - 2 * cross + own) / max(self.full, 1e-300)

@@ -1,4 +1,4 @@
-"""Run a compressed model and its dense teacher side by side, up to one group of layers after another."""
+"""Paired runs of a compressed model and its dense teacher, one group of layers after another."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +17,7 @@ NEVER_REACHED = "the data never reached it"
 
 @dataclass
 class PairedMoments:
-    """Sums over tokens: `x x^T`, `x x'^T` and `x' x'^T` of the dense inputs x and the real ones x'."""
+    """Sums over tokens of `x x^T`, `x x'^T` and `x' x'^T`, with dense inputs x and compressed inputs x'."""
 
     dense: Tensor
     mixed: Tensor
@@ -26,13 +26,13 @@ class PairedMoments:
 
     @classmethod
     def zeros(cls, like: Tensor) -> "PairedMoments":
-        """Return empty sums for inputs of this width."""
+        """Create empty sums for inputs of this width."""
         width = like.shape[-1]
         dense, mixed, real = (like.new_zeros(width, width) for _ in range(3))
         return cls(dense, mixed, real)
 
     def add(self, dense: Tensor, real: Tensor) -> None:
-        """Add inputs of both models, shape `(tokens, in)` each."""
+        """Add the inputs of both models, shape `(tokens, in)` each."""
         # The step is a difference of two moments: rounded to 16 bits, it would be noise.
         with torch.autocast(real.device.type, enabled=False):
             self.dense += dense.T @ dense
@@ -43,7 +43,7 @@ class PairedMoments:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that read one tensor, and the chain and block that they lie in, if any."""
+    """Layers that read the same tensor, and the chain and block in which they lie, if any."""
 
     names: tuple[str, ...]
     place: tuple[str, int] | None
@@ -70,7 +70,7 @@ class PairedRun:
         self.chains = {name: blocks for name, blocks in both[0].items() if both[1].get(name) == blocks}
 
     def groups(self, names: Sequence[str]) -> list[Group]:
-        """Return layers in the order in which they run; neighbours that read the same tensor form a group."""
+        """List groups of layers in execution order; neighbours that read the same tensor form a group."""
         seen: list[tuple[str, Tensor]] = []  # the tensors are kept, so that no other takes their address
 
         def hook(name: str) -> Callable[[Tensor], None]:
@@ -92,7 +92,7 @@ class PairedRun:
         return groups
 
     def moments(self, group: Group) -> PairedMoments | str:
-        """Return the moments of the inputs of a group, or the reason why they are unknown."""
+        """Compute the moments of the inputs of a group, or return the reason why they are unknown."""
         first = group.names[0]
         total: PairedMoments | None = None
         for number, batch in enumerate(self.batches):
@@ -107,7 +107,7 @@ class PairedRun:
     def _input(
         self, side: int, name: str, place: tuple[str, int] | None, number: int, batch: Batch
     ) -> Tensor:
-        """Return the inputs of a layer of one model (0: compressed, 1: dense), shape `(tokens, in)`."""
+        """Record the inputs of a layer of one model (0: compressed, 1: dense), shape `(tokens, in)`."""
         found: list[Tensor] = []
         model = (self.model, self.teacher)[side]
 
@@ -135,7 +135,7 @@ class PairedRun:
         return self.at[1], self.at[2]
 
     def _place(self, name: str) -> tuple[str, int] | None:
-        """Return the chain and block that a layer lies in, or None."""
+        """Find the chain and block in which a layer lies, or None."""
         for chain, blocks in self.chains.items():
             for index, block in enumerate(blocks):
                 if name == block or name.startswith(f"{block}."):
@@ -145,7 +145,7 @@ class PairedRun:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Call functions with the inputs of modules inside the block."""
+    """Call a function with the inputs of each module inside the block."""
 
     def before(function: Callable[[Tensor], None]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

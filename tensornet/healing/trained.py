@@ -13,12 +13,12 @@ from tensornet.nn.module import NetworkModule
 
 
 def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
-    """Return the tensor-network layers of a model by name; one with several names comes once."""
+    """Collect the tensor-network layers of a model by name; a layer with several names comes once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NetworkModule)}
 
 
 def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Return the floating-point tensors that hold cores by name, tied ones once.
+    """Collect the floating-point tensors that hold cores by name, tied ones once.
 
     Raises:
         TargetError: no layer has any.
@@ -38,7 +38,7 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
 
 
 def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
-    """Return the row permutations of pivoted cores by name, tied ones once."""
+    """Collect the row permutations of pivoted cores by name, tied ones once."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in layers.items():
         for part, tensor in module.stored.items():
@@ -50,7 +50,7 @@ def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
 def trained_parameters(
     model: nn.Module, teacher: nn.Module, parameters: Parameters, layer_steps: int
 ) -> dict[str, nn.Parameter]:
-    """Return the parameters that healing trains, by name.
+    """Collect the parameters that healing trains, by name.
 
     Args:
         model: the student.
@@ -86,14 +86,14 @@ def trained_parameters(
 
 
 def relative_groups(cores: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Return one optimizer group for each core, with the root mean square of its entries as `size`."""
+    """Build one optimizer group for each core, with the root mean square of its entries as `size`."""
     sizes = ((core, float(core.detach().float().square().mean().sqrt())) for core in cores)
     return [{"params": [core], "size": max(size, 1e-6)} for core, size in sizes]
 
 
 @contextmanager
 def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
-    """Let only some parameters require gradients inside the block; then restore flags, drop gradients."""
+    """Require gradients of some parameters alone inside the block; restore the flags after it."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     for parameter in trained:

@@ -1,4 +1,4 @@
-"""Scales of integer cores as parameters, while they are trained."""
+"""Scales of integer cores as parameters during training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from tensornet.nn.module import NetworkModule
 
 @contextmanager
 def trained_scales(model: nn.Module) -> Iterator[None]:
-    """Make scales and cores in bfloat16 parameters in float32 inside a block; then store them as before.
+    """Convert scales and bfloat16 cores to float32 parameters inside the block, and back after it.
 
     Args:
         model: with compressed layers; tied ones stay tied.

@@ -43,7 +43,7 @@ def check_place(what: str, path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
-    """Yield a path that takes the place of `path` when the block ends without an error.
+    """Yield a path that replaces `path` when the block ends without an error.
 
     An earlier file stays until then, and stays for good after an error.
 
@@ -95,7 +95,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | 
 
 
 def file_digest(path: Path) -> Written:
-    """Return what `write_file` would have returned for an existing file."""
+    """Compute the record that `write_file` would have returned for an existing file."""
     checksum = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -104,7 +104,7 @@ def file_digest(path: Path) -> Written:
 
 
 def intact(path: Path, written: Written) -> bool:
-    """Return whether a file exists and has the noted content."""
+    """Return True if a file exists with the recorded content."""
     try:
         return path.stat().st_size == written.nbytes and file_digest(path).sha256 == written.sha256
     except OSError:
@@ -113,7 +113,7 @@ def intact(path: Path, written: Written) -> bool:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that takes the place of `target` when the block ends without an error.
+    """Yield a folder that replaces `target` when the block ends without an error.
 
     What was at `target` stays until then, and stays for good after an error.
 
@@ -139,7 +139,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def take_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its destination; remove what was there, or put it back on failure."""
+    """Rename a finished folder to its destination; delete what was there, or restore it on failure."""
     if not target.exists():
         folder.rename(target)
         return

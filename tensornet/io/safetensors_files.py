@@ -36,7 +36,7 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor inside a file.
+    """Location of a tensor inside a file.
 
     Args:
         file: the safetensors file.
@@ -161,7 +161,7 @@ def write_tensors(
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One file of weights to put together.
+    """Shard to assemble: its path and the tensors it holds.
 
     Args:
         path: file to write.
@@ -197,7 +197,7 @@ def write_shard(task: ShardTask) -> Written:
 
 
 def contents(parts: Iterable[Slice]) -> Iterator[bytes]:
-    """Yield the bytes of tensors one after the other, in chunks.
+    """Yield the bytes of tensors one after another, in chunks.
 
     Raises:
         FormatError: a file has become shorter.

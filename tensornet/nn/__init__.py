@@ -1,4 +1,4 @@
-"""Layers made of cores, and the stock layers they stand for."""
+"""Tensor-network layers, and the stock layers that they replace."""
 
 from tensornet.nn.attention import MatrixAttention
 from tensornet.nn.compound import Compound, PartMatrix, Stack

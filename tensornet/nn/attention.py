@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` with a layer for each of its four projections."""
+"""`nn.MultiheadAttention` as a compound of four projection layers."""
 
 import math
 
@@ -14,7 +14,7 @@ _INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
 class MatrixAttention(Compound):
-    """Stands in for `nn.MultiheadAttention`; arguments, masks and results are the same.
+    """Replacement for `nn.MultiheadAttention` with the same arguments, masks and results.
 
     >>> stock = nn.MultiheadAttention(8, 2, batch_first=True)
     >>> x = torch.randn(3, 5, 8)
@@ -47,7 +47,7 @@ class MatrixAttention(Compound):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; see `nn.MultiheadAttention.forward`.
+        """Compute attention; see `nn.MultiheadAttention.forward`.
 
         Raises:
             ShapeError: `is_causal` without `attn_mask`.
@@ -104,7 +104,7 @@ class MatrixAttention(Compound):
         return sum(added[1:], added[0]) if added else None
 
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append the learned key and value, and zeros, where the module has these."""
+        """Append the learned key and value, and zeros, if the module has them."""
         batch, heads, _, dim = k.shape
         more = []
         if self.bias_k is not None and self.bias_v is not None:

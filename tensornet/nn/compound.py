@@ -1,4 +1,4 @@
-"""Modules that own several matrices, taken apart into layers and put back together.
+"""Modules that own several matrices, split into layers and joined again.
 
 To explain how this works: each matrix of the stock module is a stretch of rows of one of its parameters. A
 `Compound` computes the same as the stock module, but has a `PartMatrix` for every matrix, which is a view of
@@ -43,7 +43,7 @@ class PartMatrix(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The matrix, under the name that other layers have for it."""
+        """Weight matrix, under the name that other layers use."""
         return self.matrix
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class PartKind(LayerKind):
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices that lie one below the other in a parameter of the stock module.
+    """Matrices stacked along the rows of one parameter of the stock module.
 
     Args:
         parameter: its dotted name.
@@ -127,7 +127,7 @@ class Stack:
 
 
 class Compound(nn.Module):
-    """Abstract base: stands in for a stock module, computing the same from layers of single matrices.
+    """Abstract replacement for a stock module, which computes the same from layers of single matrices.
 
     Subclasses define `forward` with the arguments of the stock module.
 
@@ -157,7 +157,7 @@ class Compound(nn.Module):
 
     @property
     def type_name(self) -> str:
-        """Type of the stock module, by which reports count parameters."""
+        """Name of the stock module's type, by which reports count parameters."""
         return type(self._stock[0]).__name__
 
     @property
@@ -174,12 +174,12 @@ class Compound(nn.Module):
 
     @property
     def compressed(self) -> bool:
-        """Whether a layer has been replaced."""
+        """True if a layer has been replaced."""
         return any(not isinstance(self.get_submodule(name), PartMatrix) for name in self.layer_names)
 
     @torch.no_grad()
     def settle(self, shared: Shared) -> nn.Module:
-        """Choose what belongs in this place now.
+        """Return the module to keep: the compound if a layer was compressed, else the stock module.
 
         Args:
             shared: parameters that were put together before, so that tied ones stay tied.
@@ -209,7 +209,7 @@ class Compound(nn.Module):
         return stock
 
     def _free(self) -> None:
-        """Drop the stock parameters; layers that are dense get memory of their own."""
+        """Delete the stock parameters; dense layers get memory of their own."""
         stock = self._stock[0]
         for name in self.layer_names:
             if isinstance(layer := self.get_submodule(name), PartMatrix):
@@ -231,7 +231,7 @@ class Compound(nn.Module):
         place.add_module(last, layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Sizes and options are those of the stock module, which its owner may ask for."""
+        """Look up sizes and options in the stock module, for code that reads them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -242,7 +242,7 @@ class Compound(nn.Module):
 
 
 def is_observed(*layers: nn.Module) -> bool:
-    """Whether hooks wait for these layers, which then have to be called."""
+    """Return True if a layer has hooks, so that it must be called."""
     return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
@@ -255,7 +255,7 @@ def dense_matrix(layer: nn.Module) -> Tensor:
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Parameters of a module without parametrizations or hooks that replace some of them."""
+    """Return the parameters of a module that no parametrization or hook replaces."""
     return {name: p for name, p in module._parameters.items() if p is not None}
 
 

@@ -12,7 +12,7 @@ from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
 
 
 class MatrixConvolution(Compound):
-    """Stands in for `nn.Conv1d` or `nn.Conv2d`.
+    """Replacement for `nn.Conv1d` or `nn.Conv2d` that multiplies by matrices.
 
     A matrix of low rank `U V` is applied as two convolutions: `V` with the kernel, then `U` at every point.
     From any other network the kernel is rebuilt. While a layer is observed it is called with the unfolded
@@ -76,7 +76,7 @@ class MatrixConvolution(Compound):
 
 
 def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Factors `U: (out, rank)`, `V: (rank, in)`, if the layer has these and they are smaller than `U V`."""
+    """Return factors `U: (out, rank)`, `V: (rank, in)` if the layer has them and they save elements."""
     if not isinstance(layer, NetworkModule) or len(layer.topology.cores) != 2:
         return None
     rows, columns = layer.topology.shape
@@ -89,7 +89,7 @@ def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 class _ConvolutionKind(CompoundKind):
-    """Depthwise convolutions have no matrix: each of their channels has a kernel alone."""
+    """Compound kind of convolutions, depthwise ones excluded: each of their channels has a kernel alone."""
 
     def matches(self, module: nn.Module) -> bool:
         if type(module) not in (nn.Conv1d, nn.Conv2d) or own_parameters(module).keys() - {"weight", "bias"}:

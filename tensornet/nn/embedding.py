@@ -1,4 +1,4 @@
-"""Embedding tables whose rows are read straight from the cores."""
+"""Embedding whose rows are looked up directly in the cores."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -25,7 +25,7 @@ from tensornet.topology import Topology
 
 
 class MPOEmbedding(NetworkModule):
-    """Lookup of rows of `W: (num_embeddings, embedding_dim)` without building `W`.
+    """Embedding that looks up rows of `W: (num_embeddings, embedding_dim)` without building `W`.
 
     A token's index is split into its digits over the out-legs; each core gives the slice of its digit and
     the slices are contracted for all tokens at once. Any topology works whose out-legs each sit on one
@@ -85,7 +85,7 @@ class MPOEmbedding(NetworkModule):
         param_ratio: float | None = None,
         **options: Any,
     ) -> "MPOEmbedding":
-        """Decompose a stock embedding; the original is left as it is.
+        """Decompose a stock embedding, which stays unchanged.
 
         Raises:
             TargetError: the layer is of another type.
@@ -110,7 +110,7 @@ class MPOEmbedding(NetworkModule):
         return layer
 
     def spec(self) -> dict[str, Any]:
-        """See `NetworkModule.spec`."""
+        """Describe the layer, see `NetworkModule.spec`."""
         return {
             "type": "embedding",
             "source": self.source,
@@ -120,7 +120,7 @@ class MPOEmbedding(NetworkModule):
         }
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Format the sizes for `print(model)`."""
         bonds = list(self.topology.bond_dims.values())
         return f"{self.num_embeddings}, {self.embedding_dim}, topology={self.topology.family}, bonds={bonds}"
 
@@ -132,7 +132,7 @@ def lookup_rows(
     indices: Tensor,
     readers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Tensor:
-    """Rows of the operator, shape `(*indices.shape, in_features)`, by slicing cores at the index digits.
+    """Look up rows of the operator by slicing cores, shape `(*indices.shape, in_features)`.
 
     Args:
         topology: of the operator.
@@ -189,7 +189,7 @@ def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> T
 
 @lru_cache(maxsize=256)
 def plan_lookup(topology: Topology) -> ContractionPlan:
-    """Plan of `digit slices -> (tokens, *in_dims)`."""
+    """Plan the contraction `digit slices -> (tokens, *in_dims)`."""
     legs = set(topology.out_labels)
     operands = []
     for core in topology.cores:

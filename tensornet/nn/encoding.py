@@ -1,4 +1,4 @@
-"""Encodings of the cores of a layer: as they are, with their gauge fixed, in integers.
+"""Encodings of the cores of a layer: plain, pivoted, or integer.
 
 **Pivoted.** An operator does not determine the cores of its network: `G` and its inverse can be inserted at
 any bond of size `d` between two cores, so `d^2` of their numbers say nothing about the operator. Choosing `G`
@@ -141,12 +141,12 @@ def _packed(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 8 bits as signed integers around their center, the layout of torch's kernels; and back."""
+    """Convert codes of 8 bits to signed integers around their center, as torch's kernels read, and back."""
     return codes ^ 128 if bits == 8 else codes
 
 
 def gauge_axes(topology: Topology, storage: Storage) -> dict[str, int]:
-    """Axis of every core on which it holds an identity, by name; empty if cores are not pivoted."""
+    """Map each core with an identity block to its axis; empty if cores are not pivoted."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     return {x.name: x.labels.index(gauge[x.name]) for x in topology.cores if x.name in gauge}
 
@@ -186,7 +186,7 @@ def _decoded(
     axes: Mapping[str, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """One core again."""
+    """Decode one core."""
     core, order = kept[f"core_{name}"], kept.get(f"order_{name}")
     number_format = storage.format_of(name)
     if storage.int8:
@@ -202,7 +202,7 @@ def _decoded(
 
 
 def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
-    """Integer cores whose stored rows are the indices of their out-legs: a lookup unpacks rows alone."""
+    """List integer cores whose stored rows are out-leg indices, so that lookups unpack single rows."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     found = []
     for spec in topology.cores:
@@ -221,7 +221,7 @@ def _last_leg(topology: Topology, labels: Sequence[str]) -> int:
 
 
 def stored_dtype(topology: Topology, storage: Storage, kept: Mapping[str, Tensor]) -> torch.dtype:
-    """Dtype of the cores that are stored in the model's own, float32 if there are none."""
+    """Return the dtype of cores stored in the model's dtype; float32 if there are none."""
     for name in topology.core_names:
         if storage.format_of(name) == FLOAT:
             return kept[f"scale_{name}" if storage.int8 else f"core_{name}"].dtype
@@ -236,7 +236,7 @@ def unpacked(
     dtype: torch.dtype,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Values of an integer core as a matrix, or of some of its rows.
+    """Unpack an integer core to values, all rows or some of them.
 
     Args:
         number_format: of the core.
@@ -258,12 +258,12 @@ def unpacked(
 
 
 def unpacked_codes(core: Tensor, bits: int, columns: int) -> Tensor:
-    """Codes from 0 to `2**bits - 1` of a stored integer core, shape `(rows, columns)`."""
+    """Unpack the codes of a stored integer core, `0` to `2**bits - 1`, shape `(rows, columns)`."""
     return _signed(unpack(core, bits, columns), bits)
 
 
 def _whole(topology: Topology, name: str, core: Tensor, order: Tensor | None, axis: int | None) -> Tensor:
-    """Core in its shape, with its identity rows where they are left out."""
+    """Restore a core to its shape, with the identity rows that were omitted."""
     shape = topology.core_shapes[name]
     if order is not None:
         assert axis is not None
@@ -283,7 +283,7 @@ def empty(
 
 
 def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register a stored tensor: in the model's dtype as a parameter, all others as a persistent buffer.
+    """Register a stored tensor: a parameter if it has the model's dtype, else a persistent buffer.
 
     Integers among the parameters would break what trains, averages or shards all parameters alike, such as
     `requires_grad_(True)`, `AveragedModel` and FSDP. Scales in 16 bits are too coarse for the steps of an
@@ -302,7 +302,7 @@ def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest eight-bit integers and scales, `tensor ~ integers * scales`, at most half a scale off."""
+    """Round to eight-bit integers and scales, `tensor ~ integers * scales`, at most half a scale off."""
     axis = long_axis(tensor.shape)
     if tensor.numel() == 0:
         return tensor.to(torch.int8), tensor.new_zeros(scale_shape(tensor.shape))
@@ -313,7 +313,7 @@ def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pivot(topology: Topology, cores: Sequence[Tensor], kept: dict[str, Tensor]) -> list[Tensor]:
-    """Cores with the identity rows left out; the orders go into `kept`."""
+    """Omit the identity rows of cores; the row orders go into `kept`."""
     gauge = gauge_of(topology)
     work = [core.double() for core in cores]
     for index, spec in enumerate(topology.cores):
@@ -337,7 +337,7 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], kept: dict[str, Tensor])
 
 
 def _choose_rows(basis: Tensor) -> tuple[Tensor, int]:
-    """All row numbers, those of `rank` well-conditioned rows first, and the rank."""
+    """Order the rows, `rank` well-conditioned ones first; return the order and the rank."""
     import scipy.linalg  # LAPACK's pivoted QR, which torch does not offer
 
     rank = basis.shape[1]

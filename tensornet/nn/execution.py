@@ -1,4 +1,4 @@
-"""How a layer applies its operator: through the cores, with its matrix rebuilt, or with a kept one."""
+"""Execution of a layer: by contraction with the cores, a rebuilt matrix, or a cached matrix."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,21 +43,21 @@ class RoutedModule(MatrixKeeper):
 
     @property
     def stored(self) -> Mapping[str, Tensor]:
-        """The parameters and buffers that hold the cores, by name."""
+        """Parameters and buffers that hold the cores, by name."""
         raise TypeError(f"{type(self).__name__} must define stored.")
 
     @property
     def weight(self) -> Tensor:
-        """A tensor with the dtype and device of the cores."""
+        """Tensor with the dtype and device of the cores."""
         raise TypeError(f"{type(self).__name__} must define weight.")
 
     def to_matrix(self) -> Tensor:
-        """Dense matrix, shape `(out_features, in_features)`, differentiable."""
+        """Contract to the dense matrix, shape `(out_features, in_features)`, differentiable."""
         raise TypeError(f"{type(self).__name__} must define to_matrix().")
 
     @property
     def plan(self) -> OperatorPlan:
-        """The contractions of the operator; equal topologies are planned once."""
+        """Contractions of the operator; equal topologies share one plan."""
         if torch.compiler.is_dynamo_compiling():
             return self._plan_for_trace()
         if self._plan is None:
@@ -81,7 +81,7 @@ class RoutedModule(MatrixKeeper):
         return bounds
 
     def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
-        """How to apply the operator to that many tokens now.
+        """Choose the route for a token count.
 
         Args:
             tokens: number of input vectors.
@@ -152,7 +152,7 @@ class RoutedModule(MatrixKeeper):
         return fastest - dense_seconds(*self.topology.shape, 1, machine, itemsize)
 
     def records_gradients(self) -> bool:
-        """Whether a forward pass would now record gradients of the cores, which a kept matrix has not."""
+        """Return True if a forward pass would record gradients of the cores, which a kept matrix lacks."""
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.stored.values())
 
     def kept_matrix(self) -> Tensor:
@@ -171,7 +171,7 @@ class RoutedModule(MatrixKeeper):
         self._start_keeping(strategy, cache_limit)
 
     def _forget_routes(self) -> None:
-        """Decide anew how to apply the operator: device or dtype of the cores have changed."""
+        """Discard the choice of routes after a change of device or dtype."""
         self.drop_cache()
         self._routes.clear()
 
@@ -185,7 +185,7 @@ class RoutedModule(MatrixKeeper):
         return self.routes(on_cpu, rebuild=rebuild)
 
     def _refused(self) -> dict[str, str]:
-        """Why strategies are not taken now, by name."""
+        """Explain why strategies are unavailable now, by name."""
         if self.strategy in ("factorized", "reconstruct"):
             other = {"factorized", "reconstruct", "cached"} - {self.strategy}
             return dict.fromkeys(other, "not the strategy set")
@@ -235,7 +235,7 @@ def set_strategy(
     cache_limit: int | None = None,
     machine: Machine | None = None,
 ) -> dict[str, int]:
-    """Set strategy, memory limit and machine of every tensor-network layer, and of experts that share cores.
+    """Set strategy, cache limit and machine of every tensor-network layer and bank of shared-core experts.
 
     `"auto"` and the other strategies hold no more than the cores; `"cached"` is memory for speed.
 
@@ -285,7 +285,7 @@ def set_strategy(
 
 
 def cached_bytes(model: nn.Module) -> int:
-    """Bytes of all matrices that layers of a model keep at the moment; 0 unless `"cached"` was asked for.
+    """Count the bytes of all matrices kept by layers of a model; 0 unless `"cached"` was requested.
 
     Example:
         >>> import torch, tensornet as tn

@@ -1,4 +1,4 @@
-"""Showing a model's weights as layers where its classes keep them in another form.
+"""Expansion of a model: weights that its classes store in another form become layers.
 
 A module may own many matrices, as recurrent layers and stacks of experts do, none of which is a layer. While
 a model is observed, planned or changed, such modules are replaced by equivalent ones with layers in them.
@@ -15,7 +15,7 @@ from tensornet.nn.stock_layers import compound_of
 
 @contextmanager
 def matrices_apart(model: nn.Module) -> Iterator[None]:
-    """Take every module that owns several matrices apart inside the block."""
+    """Split every module that owns several matrices inside the block."""
     names = take_apart(model)
     try:
         yield
@@ -24,7 +24,7 @@ def matrices_apart(model: nn.Module) -> Iterator[None]:
 
 
 def take_apart(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str]:
-    """Replace modules that own several matrices by equivalent ones, in place; nothing is copied.
+    """Replace modules that own several matrices by equivalent compounds, in place, without copies.
 
     Args:
         model: any model; if it is such a module itself, it is left as it is.
@@ -52,7 +52,7 @@ def take_apart(model: nn.Module, *, inside: Iterable[str] | None = None) -> list
 
 
 def settle(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Put stock modules back where no matrix of theirs was replaced.
+    """Restore stock modules whose matrices were not replaced.
 
     Args:
         model: any model.

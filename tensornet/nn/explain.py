@@ -1,4 +1,4 @@
-"""Why a layer is applied the way it is: the predicted cost of every strategy."""
+"""Explanation of a layer's strategy: the predicted cost of every strategy."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ class StrategyCost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Costs of all strategies at one token count; print it.
+    """Predicted costs of all strategies at one token count; print it.
 
     Args:
         description: shape and form of the operator.
@@ -77,7 +77,7 @@ class Explanation:
 
 
 def size_in_words(size: int) -> str:
-    """Bytes in the unit that leaves something before the point."""
+    """Format bytes in the largest unit that leaves a digit before the point."""
     for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
@@ -93,7 +93,7 @@ def explain(
     choice: Callable[[], str],
     refused: Mapping[str, str],
 ) -> Explanation:
-    """Costs of an operator by every strategy.
+    """Compute the costs of an operator by every strategy.
 
     Args:
         plan: the planned operator.

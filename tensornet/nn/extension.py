@@ -1,4 +1,4 @@
-"""Extensions: how a library that owns model classes teaches tensornet about them.
+"""Extensions: how a library with model classes of its own integrates with tensornet.
 
 A model class may keep many matrices in one parameter, have its own way of saving, or come with text to
 calibrate on. A plugin subclasses `ModelExtension`, overrides methods and registers one instance.
@@ -50,7 +50,7 @@ class ModelExtension:
     """
 
     def expanded(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Show weights that the model keeps in another form as layers, inside the returned context.
+        """Expose weights that the model stores in another form as layers, inside the returned context.
 
         Entered while a model is observed, planned or changed. On exit every layer that was not replaced
         returns to the model's own form.
@@ -61,7 +61,7 @@ class ModelExtension:
         return nullcontext()
 
     def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Pass to modules inside `block` what the model would tell them of a batch, such as its padding.
+        """Pass information about a batch, such as its padding, to modules inside `block`.
 
         Called where blocks of a model run one by one, without the model around them.
 
@@ -83,7 +83,7 @@ class ModelExtension:
         return False
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return data for a model that is compressed without any, or None to leave it to other extensions.
+        """Return calibration data for a model compressed without any; None leaves it to other extensions.
 
         Args:
             model: dense, about to be compressed.
@@ -91,7 +91,7 @@ class ModelExtension:
         return None
 
     def sample_runs(self, model: nn.Module) -> Iterable[Run]:
-        """Return calls of the model on made-up data, which show the weights that it reads past its layers.
+        """Return runs of the model on generated data, which reveal weights read outside their layers.
 
         Args:
             model: says which calls are possible.
@@ -106,7 +106,7 @@ _EXTENSIONS: list[ModelExtension] = []
 
 
 def register_extension(extension: ModelExtension) -> ModelExtension:
-    """Have an extension asked about every model from now on.
+    """Register an extension, which is then asked about every model.
 
     Args:
         extension: an instance, not a class.
@@ -138,13 +138,13 @@ def expanded(model: nn.Module) -> Iterator[None]:
 
 
 def announce_batch(block: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Tell every extension which batch a block that runs without its model is given next."""
+    """Tell every extension the next batch of a block that runs without its model."""
     for extension in _EXTENSIONS:
         extension.next_batch(block, batch)
 
 
 def provided_data(model: nn.Module) -> ProvidedData | None:
-    """Return data of the first extension that has some for this model, or None."""
+    """Return the data of the first extension that has some for this model, or None."""
     return next((data for x in _EXTENSIONS if (data := x.calibration_data(model)) is not None), None)
 
 
@@ -154,7 +154,7 @@ def sample_runs(model: nn.Module) -> list[Run]:
 
 
 def structure_changed(model: nn.Module) -> None:
-    """Tell every extension that layers were replaced; make `save_pretrained` raise unless one handles saving.
+    """Tell every extension that layers were replaced; block `save_pretrained` unless one handles it.
 
     Code that replaces layers calls this once, after the last one.
     """
@@ -170,7 +170,7 @@ def structure_changed(model: nn.Module) -> None:
 
 
 def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Replace the model's own method: ask the extensions again, then save or raise TargetError.
+    """Ask the extensions again, then save or raise TargetError.
 
     It has that method's name because pickling finds a bound method by its function's name.
     """
@@ -190,7 +190,7 @@ def _tell_extensions(model: nn.Module) -> bool:
 
 
 def _is_special(module: nn.Module) -> bool:
-    """Return whether a module has a description, or refuses to give one as it is now."""
+    """Return True if a module has a description, or cannot be described in its present state."""
     try:
         return module_spec(module) is not None
     except TargetError:
@@ -206,7 +206,7 @@ def _remove_guard(model: nn.Module) -> None:
 
 
 class _FromFunction(ModelExtension):
-    """An extension with one method, as the functions below registered it."""
+    """Extension with one method, registered by one of the deprecated functions below."""
 
     def __init__(self, method: str, function: Callable[[nn.Module], Any]) -> None:
         setattr(self, method, function)

@@ -1,4 +1,4 @@
-"""Short ways through `forward` for one token, whose arithmetic takes less time than finding the route.
+"""Fast paths of `forward` for one token, where choosing the route takes longer than the arithmetic.
 
 After a pass that took the long way, a layer may remember how to answer without it. In doubt a fast path gives
 None, and the long way is taken again. Nothing is held beyond what the layer holds anyway.
@@ -22,7 +22,7 @@ FastPath = Callable[[Tensor], Tensor | None]
 def through_matrices(
     layer: MatrixKeeper, names: Sequence[str], plan: ContractionPlan, largest: float
 ) -> FastPath | None:
-    """Multiply by one core after the other, as they are at the time; None if the plan does more than that.
+    """Build a fast path that multiplies by the cores in turn; None if the plan has other steps.
 
     Args:
         layer: a layer whose strategy takes this plan for few tokens.
@@ -51,7 +51,7 @@ def through_matrices(
 
 
 def with_kept_matrix(layer: MatrixKeeper, kept: CachedMatrix) -> FastPath | None:
-    """Multiply by the kept matrix while nothing that it depends on has changed; it takes a microsecond."""
+    """Build a fast path that multiplies by the kept matrix while everything it depends on is unchanged."""
     if is_grad_enabled() or any_autocast():
         return None
     strategy, limit, matrix = layer.strategy, layer.cache_limit, kept.matrix

@@ -1,4 +1,4 @@
-"""Fused paths of PyTorch's encoders, which read the weights of their layers without calling them."""
+"""Fused paths of PyTorch's encoders, which bypass the `forward` of their layers."""
 
 from torch import nn
 
@@ -13,7 +13,7 @@ _BEFORE = "_tensornet_fused_path"
 
 
 def keep_off_fused_paths(model: nn.Module) -> None:
-    """Disable the fused paths of PyTorch's encoders that hold tensor-network layers, and restore the others.
+    """Disable the fused paths of encoders with tensor-network layers, and restore the others.
 
     In eval without gradients an encoder passes `linear1.weight` to one fused operation, and a tensor-network
     layer has no such weight.

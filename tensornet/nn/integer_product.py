@@ -1,4 +1,4 @@
-"""Products with an integer matrix, unpacked block by block of rows.
+"""Products with an integer matrix, unpacked in blocks of rows.
 
 To explain the blocks: a whole unpacked matrix would be written to memory and read again. A block of rows
 stays in the cache, and beside the output a pass holds nothing larger than it, backwards as well.
@@ -24,7 +24,7 @@ _KERNEL_STEP = 32
 
 @dataclass(frozen=True)
 class IntegerMatrix:
-    """A stored integer matrix `(out, in)`.
+    """Stored integer matrix `(out, in)`.
 
     Args:
         number_format: of its codes.
@@ -41,7 +41,7 @@ class IntegerMatrix:
     columns: int
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Values of the rows, block by block."""
+        """Yield the values of the rows, block by block."""
         step = max(1, _BLOCK // max(self.columns, 1))
         for start in range(0, len(self.codes), step):
             part = slice(start, min(start + step, len(self.codes)))
@@ -51,7 +51,7 @@ class IntegerMatrix:
             yield part, unpacked(self.number_format, kept, "", self.columns, dtype)
 
     def has_kernel(self, x: Tensor) -> bool:
-        """Whether torch has a kernel for this input that reads the codes as they are stored."""
+        """Return True if torch has a kernel for this input that reads the stored codes."""
         if self.number_format.bits != 8 or self.zeros is not None or self.scales.shape[1] > 1:
             return False
         # With other sizes the kernel reads beyond its operands and crashes.

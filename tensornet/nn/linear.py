@@ -29,7 +29,7 @@ from tensornet.topology import Topology
 
 
 class TensorNetworkLinear(NetworkModule):
-    """`y = x W^T + b` with `W: (out_features, in_features)` given by any topology.
+    """Linear layer `y = x W^T + b` whose matrix `W: (out_features, in_features)` is a tensor network.
 
     Args:
         topology: describes `W`.
@@ -108,7 +108,7 @@ class TensorNetworkLinear(NetworkModule):
         return IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
 
     def _remember(self, route: int, on_cpu: bool) -> None:
-        """Have a fast path for passes that take this route, if it has one."""
+        """Store a fast path for passes that take this route, if one exists."""
         if route == CACHED and self._cached is not None:
             self._fast_path = with_kept_matrix(self, self._cached)
         elif route >= 0 and self.storage.plain and self.strategy != "cached":
@@ -130,7 +130,7 @@ class TensorNetworkLinear(NetworkModule):
         cache_limit: int | None = None,
         **options: Any,
     ) -> "TensorNetworkLinear":
-        """Decompose a stock layer; the original is left as it is and shares nothing with the result.
+        """Decompose a stock layer, which stays unchanged; the result shares no memory with it.
 
         Args:
             layer: an `nn.Linear` or a Hugging Face `Conv1D`.
@@ -163,7 +163,7 @@ class TensorNetworkLinear(NetworkModule):
             return layer_kind(self.source).build(self.own_matrix(), bias)
 
     def spec(self) -> dict[str, Any]:
-        """See `NetworkModule.spec`."""
+        """Describe the layer, see `NetworkModule.spec`."""
         return {
             "type": "linear",
             "source": self.source,
@@ -173,7 +173,7 @@ class TensorNetworkLinear(NetworkModule):
         }
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Format the sizes for `print(model)`."""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
@@ -182,7 +182,7 @@ class TensorNetworkLinear(NetworkModule):
 
 
 class MPOLinear(TensorNetworkLinear):
-    """A linear layer whose weight is a matrix product operator; drop-in for `nn.Linear`.
+    """Linear layer whose weight is a matrix product operator; drop-in for `nn.Linear`.
 
     Args:
         in_features: size of each input.
@@ -306,6 +306,6 @@ def linear_from_network(
 
 
 def is_exporting() -> bool:
-    """Whether a program is being exported, where a comparison with the token count would restrict it."""
+    """Return True during export, where a comparison with the token count would restrict the program."""
     check = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # from torch 2.7 on
     return bool(check())

@@ -1,4 +1,4 @@
-"""Rebuilt matrices kept between forward passes: memory for speed, and only where it is asked for.
+"""Cache of rebuilt matrices between forward passes: memory for speed, on request only.
 
 The matrix belongs to the cores it was built from: the same parameter objects, at the same addresses, at the
 same version. PyTorch raises a tensor's version at every in-place change, so an optimizer step, `copy_`
@@ -25,7 +25,7 @@ STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
 
 @dataclass(frozen=True)
 class CachedMatrix:
-    """A dense matrix `(out_features, in_features)` and what it was made from.
+    """Dense matrix `(out_features, in_features)` with the state of the cores it was built from.
 
     Args:
         matrix: without gradient, in the dtype that products are computed in.
@@ -43,7 +43,7 @@ class CachedMatrix:
 
     @classmethod
     def of(cls, matrix: Tensor, cores: Sequence[Tensor | None]) -> "CachedMatrix":
-        """Bind a matrix to the present state of the cores."""
+        """Record a matrix with the present state of the cores."""
         assert all(core is not None for core in cores)
         known = tuple(core for core in cores if core is not None)
         aliases = tuple(core.detach() for core in known)
@@ -52,7 +52,7 @@ class CachedMatrix:
         return cls(matrix, states, aliases, kind, autocast_dtype(kind))
 
     def holds_for(self, cores: Sequence[Tensor | None]) -> bool:
-        """Whether rebuilding from these cores would give this matrix."""
+        """Return True if rebuilding from these cores would give this matrix."""
         if autocast_dtype(self.kind) != self.autocast:
             return False
         for core, (known, version, address) in zip(cores, self.states, strict=True):
@@ -62,7 +62,7 @@ class CachedMatrix:
 
 
 def may_cache(cores: Sequence[Tensor | None], buffers: Iterable[Tensor | None] = ()) -> bool:
-    """Whether a matrix built from these cores may be kept, and used for this call.
+    """Return True if a matrix built from these cores may be kept and used for this call.
 
     Not where gradients of the cores are recorded, not inside a `torch.func` transform or a trace (their
     tensors die with them), and only for ordinary parameters: substitutes of `functional_call`,
@@ -100,7 +100,7 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def check_options(strategy: str, cache_limit: int | None) -> None:
-    """Raise ValueError unless the options are known; warn of a limit that limits nothing.
+    """Raise ValueError for unknown options; warn about a limit without effect.
 
     Raises:
         ValueError: unknown strategy, or a limit that is no number of bytes.
@@ -121,7 +121,7 @@ def check_options(strategy: str, cache_limit: int | None) -> None:
 
 
 class MatrixKeeper(nn.Module):
-    """Abstract base of modules that rebuild matrices and keep them between passes if asked to.
+    """Abstract base of modules that rebuild matrices and keep them on request.
 
     Under `strategy="cached"` matrices are kept in eval while no gradient of a core is wanted, up to
     `cache_limit` bytes; under every other strategy nothing is kept. A kept matrix is no part of the state: it
@@ -147,7 +147,7 @@ class MatrixKeeper(nn.Module):
         raise TypeError(f"{type(self).__name__} must define seconds_saved.")
 
     def _core_tensors(self) -> tuple[Tensor | None, ...]:
-        """Everything the matrices are built from; None for what is no tensor of the module itself."""
+        """Tensors from which the matrices are built; None for values that are not tensors of the module."""
         raise TypeError(f"{type(self).__name__} must define _core_tensors().")
 
     def _computed_like(self) -> Tensor:
@@ -156,18 +156,18 @@ class MatrixKeeper(nn.Module):
 
     @property
     def cached_bytes(self) -> int:
-        """Size of what is kept at the moment, 0 if nothing is."""
+        """Size of the kept matrices, 0 if there are none."""
         return 0 if self._cached is None else self._cached.matrix.nbytes
 
     @property
     def may_keep_matrix(self) -> bool:
-        """Whether strategy and memory limit allow to keep the matrix in eval."""
+        """True if strategy and memory limit allow keeping the matrix in eval mode."""
         if self.strategy != "cached":
             return False
         return self.cache_limit is None or self.matrix_bytes <= self.cache_limit
 
     def keeps_now(self) -> bool:
-        """Whether the next pass would use a kept matrix, in the present mode."""
+        """Return True if the next pass would use a kept matrix, in the present mode."""
         if self.strategy != "cached" or self.training or torch.compiler.is_compiling():
             return False  # tracers must see no kept matrix: it would become a constant that no update reaches
         return self.may_keep_matrix and may_cache(self._core_tensors(), self._buffers.values())
@@ -207,7 +207,7 @@ class MatrixKeeper(nn.Module):
         return self._cached.matrix
 
     def train(self, mode: bool = True) -> Self:
-        """As in `nn.Module`; drops the kept matrix."""
+        """Set the mode as in `nn.Module`, and drop the kept matrix."""
         self.drop_cache()
         return super().train(mode)
 

@@ -1,4 +1,4 @@
-"""Base of all tensor-network layers: parameters, description, strategy."""
+"""Base class of all tensor-network layers: parameters, description, strategy."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,7 +75,7 @@ class NetworkModule(RoutedModule):
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
-        """The cores, in the order of the topology: the parameters themselves if storage is plain."""
+        """Cores in the order of the topology; the parameters themselves if storage is plain."""
         if self.storage.plain:
             return tuple(getattr(self, f"core_{name}") for name in self.topology.core_names)
         dtype = self.weight.dtype if self.storage.own_dtypes else None
@@ -83,11 +83,11 @@ class NetworkModule(RoutedModule):
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The parameters and buffers that hold the cores, by name."""
+        """Parameters and buffers that hold the cores, by name."""
         return {name: getattr(self, name) for name in self._tensor_names}
 
     def set_cores(self, cores: Sequence[Tensor], weighting: Weighting | None = None) -> None:
-        """Replace the core parameters, keeping dtype and device of the tensors given.
+        """Replace the core parameters by tensors, which keep their dtype and device.
 
         Tensors that are parameters already are shared, not copied: that is how tied layers stay tied.
 
@@ -120,7 +120,7 @@ class NetworkModule(RoutedModule):
 
     @property
     def network(self) -> TensorNetwork:
-        """The operator, sharing this layer's parameters."""
+        """Operator as a network that shares this layer's parameters."""
         return TensorNetwork(self.topology, self.cores)
 
     @property
@@ -130,7 +130,7 @@ class NetworkModule(RoutedModule):
 
     @property
     def weight(self) -> Tensor:
-        """A tensor with the dtype and device of computing, for code that reads `layer.weight.dtype`.
+        """Tensor with the dtype and device of the computation, for code that reads `layer.weight.dtype`.
 
         It is a stored floating tensor, or an empty one where number formats fix their dtypes. Never the dense
         matrix, which would bring back what was compressed; use `to_matrix` for that.
@@ -145,18 +145,18 @@ class NetworkModule(RoutedModule):
         return like if like.device == device else torch.empty(0, dtype=like.dtype, device=device)
 
     def to_matrix(self) -> Tensor:
-        """Dense matrix, shape `(out_features, in_features)`, differentiable."""
+        """Contract to the dense matrix, shape `(out_features, in_features)`, differentiable."""
         return contract_to_matrix(self.plan, self.cores)
 
     def own_matrix(self) -> Tensor:
-        """Dense matrix, contiguous and in memory of its own, where `to_matrix` may give a part of a core."""
+        """Contract to a contiguous matrix with memory of its own; `to_matrix` may return a view of a core."""
         matrix = self.to_matrix()
         if len(self.topology.cores) > 1 and matrix.untyped_storage().nbytes() == matrix.nbytes:
             return matrix.contiguous()
         return matrix.clone(memory_format=torch.contiguous_format)
 
     def train_scales(self, on: bool = True, shared: dict[int, Tensor] | None = None) -> None:
-        """Make scales, and cores in bfloat16, trainable parameters in float32; or store them as before.
+        """Convert scales and bfloat16 cores to trainable float32 parameters, or back.
 
         Args:
             on: whether they are parameters from now on.
@@ -210,12 +210,12 @@ class NetworkModule(RoutedModule):
         return super()._apply(keeping, recurse)
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready description from which `tensornet.nn.build_module` makes an empty twin."""
+        """Describe the layer for `tensornet.nn.build_module`, JSON-ready."""
         raise TypeError(f"{type(self).__name__} must define spec().")
 
 
 def require_linear_shape(topology: Topology, out_features: int, in_features: int) -> None:
-    """Refuse a topology for another shape.
+    """Raise TopologyError unless a topology has the given shape.
 
     Raises:
         ShapeError: the shapes differ.

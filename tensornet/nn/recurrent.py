@@ -1,4 +1,4 @@
-"""`nn.RNN`, `nn.LSTM` and `nn.GRU` with a layer for each of their matrices."""
+"""`nn.RNN`, `nn.LSTM` and `nn.GRU` as compounds with a layer for each matrix."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +24,7 @@ _FUSED: dict[str, Callable[..., Any]] = {
 
 
 class MatrixRecurrence(Compound):
-    """Stands in for `nn.RNN`, `nn.LSTM` or `nn.GRU`; arguments and results are the same.
+    """Replacement for `nn.RNN`, `nn.LSTM` or `nn.GRU` with the same arguments and results.
 
     The matrices are rebuilt for each call and given to PyTorch's fused operation: step by step, factors would
     be far slower. While a layer is observed, the steps are taken one by one and call it.
@@ -81,7 +81,7 @@ class MatrixRecurrence(Compound):
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), after
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the matrices are laid out anew for each call."""
+        """Do nothing: matrices are laid out for each call."""
 
     def _states(self, x: Tensor, hx: Any, batch: int, order: Tensor | None, alone: bool) -> State:
         """Prepare initial states `(layers * directions, batch, size)`, sorted like the batch."""
@@ -118,7 +118,7 @@ class MatrixRecurrence(Compound):
                 yield f"l{layer}_reverse"
 
     def _weights(self, suffix: str) -> list[Tensor]:
-        """Tensors of one layer and direction, in the order of the fused operation."""
+        """Collect the tensors of one layer and direction, in the order of the fused operation."""
         biases = [self.get_parameter(f"bias_{x}_{suffix}") for x in ("ih", "hh")] if self.bias else []
         ih, hh, *rest = (
             dense_matrix(self.get_submodule(f"matrix_{x}_{suffix}"))
@@ -127,7 +127,7 @@ class MatrixRecurrence(Compound):
         return [ih, hh, *biases, *rest]
 
     def _stepwise(self, x: Tensor, sizes: Tensor | None, states: State) -> tuple[Tensor, State]:
-        """As `_fused`, by calls of the layers."""
+        """Run like `_fused`, but by calls of the layers."""
         rows = x.transpose(0, 1) if self.batch_first and sizes is None else x
         counts = [rows.shape[1]] * len(rows) if sizes is None else sizes.tolist()
         rows = rows.flatten(0, 1) if sizes is None else rows
@@ -150,7 +150,7 @@ class MatrixRecurrence(Compound):
         return [f"l{layer}", *([f"l{layer}_reverse"] if self.bidirectional else [])]
 
     def _direction(self, rows: Tensor, counts: list[int], state: State, suffix: str) -> tuple[Tensor, State]:
-        """One layer in one direction.
+        """Run one layer in one direction.
 
         Args:
             rows: inputs of all steps one below the other, `(sum(counts), in)`.

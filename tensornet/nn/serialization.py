@@ -1,4 +1,4 @@
-"""Descriptions of layers made of cores, and empty layers made from descriptions.
+"""JSON descriptions of tensor-network layers, and uninitialized layers from descriptions.
 
 A checkpoint holds the description of each compressed module beside its cores. Plugins register their own
 module types here, so one loader serves them all.
@@ -23,7 +23,7 @@ _BUILDERS: dict[str, Builder] = {}
 
 
 def register_module_type(name: str, builder: Builder) -> None:
-    """Let `build_module` make modules whose `spec()["type"]` is `name`.
+    """Register a builder of modules for `build_module`, by their `spec()["type"]`.
 
     Raises:
         ValueError: the name is taken.

@@ -1,4 +1,4 @@
-"""How the code of a module class multiplies by its three-dimensional parameters.
+"""Analysis of how a module class multiplies by its three-dimensional parameters.
 
 Nothing else tells whether a stack of experts is `(experts, out, in)` or `(experts, in, out)`, or whether a
 parameter is one matrix with a split side: names and shapes do not.
@@ -21,7 +21,7 @@ _HARMLESS = {"shape", "dtype", "device", "ndim", "size", "dim"}
 
 @dataclass(frozen=True)
 class StackUse:
-    """How a parameter of three dimensions is multiplied by.
+    """How a three-dimensional parameter enters a product.
 
     Args:
         inputs: positions of the dimensions that are summed over.
@@ -35,7 +35,7 @@ class StackUse:
 
     @property
     def transposed(self) -> bool:
-        """Whether a matrix is stored as `(in_features, out_features)`."""
+        """True if a matrix is stored as `(in_features, out_features)`."""
         return self.inputs < self.outputs
 
 
@@ -58,7 +58,7 @@ def stack_uses(kind: type[nn.Module]) -> dict[str, StackUse]:
 
 
 def _methods(kind: type) -> list[ast.FunctionDef] | None:
-    """Methods of a class, its initialization aside; None where other code may run in their place."""
+    """Collect the methods of a class except initialization; None where other code may run instead."""
     forward = kind.__dict__.get("forward")
     if not inspect.isfunction(forward) or inspect.unwrap(forward) is not forward:
         return None
@@ -75,7 +75,7 @@ def _methods(kind: type) -> list[ast.FunctionDef] | None:
 
 
 def _uses(method: ast.FunctionDef) -> Iterator[tuple[str, StackUse | None]]:
-    """Every attribute of `self` that is read, with the product it is part of; None for any other use."""
+    """List the attributes of `self` that are read, with their products; None for any other use."""
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(method):
         match node:
@@ -114,7 +114,7 @@ def _product(out_first: bool) -> StackUse:
 
 
 def _einsum(equation: str) -> StackUse | None:
-    """One matrix whose sides are stretches of the dimensions of the parameter, or a stack of matrices."""
+    """Match an einsum with one matrix with split sides, or with a stack of matrices."""
     given, arrow, after = equation.replace(" ", "").partition("->")
     before, _, weight = given.partition(",")
     letters = [*before, *weight, *after]

@@ -1,4 +1,4 @@
-"""Modules whose parameters of three dimensions are stacks of matrices, or one matrix with a split side.
+"""Modules whose three-dimensional parameters are stacks of matrices, or one matrix with a split side.
 
 To explain how this works: the code of the stock module runs as it is, with a stand-in for each such
 parameter. The products that `tensornet.nn.stack_uses` has found in the code are then done by layers.
@@ -20,7 +20,7 @@ from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
 
 
 class StackedMatrices(Compound):
-    """Stands in for a module with such parameters, by the stock module's own code.
+    """Replacement for a module with three-dimensional parameters, run by the stock module's own code.
 
     >>> class Experts(nn.Module):
     ...     def __init__(self):
@@ -41,7 +41,7 @@ class StackedMatrices(Compound):
 
     @property
     def weight(self) -> Any:
-        """The stand-in of a stack of that name; else see `Compound.weight`."""
+        """Stand-in for a stack of that name; else see `Compound.weight`."""
         return self._stacked("weight") if "weight" in self.uses else super().weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ class StackedMatrices(Compound):
         return type(self._stock[0]).forward(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Stand-ins for the stacks, and what else the code of the stock module asks for."""
+        """Look up stand-ins for the stacks, and other attributes in the stock module."""
         uses = self.__dict__.get("uses", {})
         if name in uses:
             return self._stacked(name)
@@ -68,7 +68,7 @@ class StackedMatrices(Compound):
 
 
 class _Stacked:
-    """Stands in for a parameter in products; everything else is refused."""
+    """Stand-in for a parameter in products; raises for any other operation."""
 
     def __init__(self, layers: Sequence[nn.Module], use: StackUse, shape: tuple[int, ...]) -> None:
         self.layers, self.use, self.shape = layers, use, torch.Size(shape)
@@ -113,7 +113,7 @@ class _Stacked:
         )
 
     def _product(self, x: Tensor) -> Tensor:
-        """`x: (matrices, tokens, in)` by each matrix."""
+        """Multiply `x: (matrices, tokens, in)` by each matrix."""
         return torch.stack([layer(part) for layer, part in zip(self.layers, x.unbind(), strict=True)])
 
     def _einsum(self, equation: str, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class _Stacked:
 
 
 class _One:
-    """Stands in for one matrix of a stack, in whichever orientation the code asks for."""
+    """Stand-in for one matrix of a stack, in either orientation."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer

@@ -1,4 +1,4 @@
-"""Stock modules that can be compressed: how to read their matrices and how to build them again.
+"""Stock modules that can be compressed: reading their matrices, and rebuilding them.
 
 A module that is one matrix has a `LayerKind`. A module that owns several, or one that is applied in another
 way than `x W^T`, has a `CompoundKind`: it makes an equivalent module whose matrices are layers of their own,
@@ -19,14 +19,14 @@ from tensornet.optional import import_optional
 
 
 class LayerKind(ABC):
-    """One kind of stock layer. Subclass and `register_layer_kind` to make another kind compressible."""
+    """Abstract kind of stock layer; subclass and `register_layer_kind` to make another kind compressible."""
 
     #: Name stored in files.
     name: str
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether this kind describes the module."""
+        """Return True if this kind describes the module."""
 
     @abstractmethod
     def matrix(self, module: nn.Module) -> Tensor:
@@ -41,7 +41,7 @@ class LayerKind(ABC):
         module.weight = weight
 
     def relatives(self, name: str, others: Iterable[str]) -> list[str]:
-        """Layers whose statistics stand in for those of a layer that saw no data.
+        """Select the layers whose statistics replace those of a layer that saw no data.
 
         Names that differ in the last number alone: other experts of the same mixture.
         """
@@ -59,15 +59,15 @@ def _last_number(name: str) -> tuple[tuple[str, ...], str | None]:
 
 
 class CompoundKind(ABC):
-    """Modules that own several matrices. Subclass and `register_compound_kind` to compress another kind."""
+    """Abstract kind of module that owns several matrices; register it with `register_compound_kind`."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether this kind describes the module."""
+        """Return True if this kind describes the module."""
 
     @abstractmethod
     def take_apart(self, module: nn.Module, shared: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
-        """Make a `tensornet.nn.compound.Compound` that computes the same from the same numbers.
+        """Build a `tensornet.nn.compound.Compound` that computes the same from the same parameters.
 
         Args:
             module: the stock module; its parameters are viewed, not copied.
@@ -91,7 +91,7 @@ class _Linear(LayerKind):
 
 
 class _Conv1D(LayerKind):
-    """Hugging Face `Conv1D` (GPT-2): weight `(in, out)`, always a bias."""
+    """Layer kind of Hugging Face `Conv1D` (GPT-2): weight `(in, out)`, always a bias."""
 
     name = "conv1d"
 
@@ -114,7 +114,7 @@ class _Conv1D(LayerKind):
 
 
 class _Embedding(LayerKind):
-    """`nn.Embedding`: row `v` of the matrix is the vector of token `v`.
+    """Layer kind of `nn.Embedding`: row `v` of the matrix is the vector of token `v`.
 
     With `max_norm` it is not: `forward` shortens the rows that it reads.
     """
@@ -143,7 +143,7 @@ _COMPOUNDS: list[CompoundKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Make another kind of stock layer compressible.
+    """Register another kind of stock layer as compressible.
 
     Raises:
         TargetError: the name is taken.
@@ -155,7 +155,7 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
 
 def register_compound_kind(kind: CompoundKind) -> CompoundKind:
-    """Make the matrices of another kind of module compressible; it is asked before those that are there.
+    """Register another kind of module with several matrices, which takes precedence over earlier ones.
 
     >>> class Nothing(CompoundKind):
     ...     def matches(self, module):
@@ -170,7 +170,7 @@ def register_compound_kind(kind: CompoundKind) -> CompoundKind:
 
 
 def layer_kind(name: str) -> LayerKind:
-    """Look a kind up by name.
+    """Look up a layer kind by name.
 
     Raises:
         TargetError: listing the kinds that exist.

@@ -1,4 +1,4 @@
-"""Description of an encoding of cores, and the tensors that it stores; `tensornet.nn.encoding` makes them."""
+"""Description of an encoding of cores, and of the tensors it stores; see `tensornet.nn.encoding`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ _OPTIONS = ("pivoted", "int8", "number_format", "core_formats")
 
 @dataclass(frozen=True)
 class Storage:
-    """Form in which cores are kept.
+    """Encoding of the cores of a layer: number formats, pivoting, scales.
 
     Args:
         pivoted: fix the gauge of bonds by an identity block in one of their cores.
@@ -82,7 +82,7 @@ class Storage:
         return dict(self.core_formats).get(name, self.number_format)
 
     def has_own_dtype(self, name: str) -> bool:
-        """Whether the stored tensor of that name, such as `scale_0`, has a dtype that is not the model's."""
+        """Return True if a stored tensor, such as `scale_0`, keeps a dtype that is not the model's."""
         return self.format_of(name.partition("_")[2]) != FLOAT
 
     def for_topology(self, topology: Topology) -> "Storage":
@@ -131,7 +131,7 @@ class Storage:
         return sum(_numbers(topology, self))
 
     def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
-        """Bytes of all stored tensors for cores of this dtype."""
+        """Count the bytes of all stored tensors for cores of this dtype."""
         tensors = layout(topology, self, dtype).values()
         return sum(math.prod(shape) * kind.itemsize for shape, kind in tensors)
 
@@ -148,7 +148,7 @@ def storage_entry(storage: Storage) -> dict[str, Any]:
 def layout(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every tensor that is stored for a topology.
+    """List name, shape and dtype of every tensor that is stored for a topology.
 
     Raises:
         FormatError: a number format for a core that the topology does not have.
@@ -178,7 +178,7 @@ def layout(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """Name of every core, its shape before packing, and the length of its row order if it is pivoted."""
+    """List each core's name, shape before packing, and length of its row order if pivoted."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:
@@ -203,7 +203,7 @@ def _numbers(topology: Topology, storage: Storage) -> Iterator[int]:
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
-    """Bonds whose gauge the family fixes, by the core that holds the identity.
+    """Map each core with an identity block to the bond whose gauge the family fixes.
 
     Raises:
         TopologyError: the family is not registered.

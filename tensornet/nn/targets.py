@@ -1,4 +1,4 @@
-"""Which modules of a model are compressed, and which of them share one weight."""
+"""Targets of a compression: the modules to compress, grouped by the weight they share."""
 
 import fnmatch
 import re
@@ -21,7 +21,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """Choose layers of a model by the names of their modules.
+    """Patterns that choose layers of a model by module name.
 
     Args:
         target_modules: patterns of module names to take. A pattern matches a whole name, a suffix after
@@ -45,7 +45,7 @@ class LayerSelection:
 
 @dataclass(frozen=True)
 class Target:
-    """One weight to compress, with every place it is used in.
+    """Weight to compress, with all modules that use it.
 
     Args:
         names: module names that use the weight; the first stands for the group in plans and reports.
@@ -61,12 +61,12 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Name that stands for the group."""
+        """Representative name of the group."""
         return self.names[0]
 
     @property
     def weight(self) -> Tensor:
-        """The shared parameter, in the orientation of its layers."""
+        """Shared parameter, in the orientation of its layers."""
         weight = self.modules[0].weight
         assert isinstance(weight, Tensor)
         return weight
@@ -78,12 +78,12 @@ class Target:
 
     @property
     def matrix(self) -> Tensor:
-        """The operator, shape `(out_features, in_features)`."""
+        """Operator of shape `(out_features, in_features)`."""
         return self.kinds[0].matrix(self.modules[0]).detach()
 
 
 def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[str] = ()) -> list[Target]:
-    """List the weights that a selection takes, in the order of the model.
+    """List the weights that a selection matches, in the order of the model.
 
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
     A layer whose weight is read past the layer is left dense, with a warning; a pattern that names
@@ -149,7 +149,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
 
 
 def check_loaded(targets: Sequence[Target]) -> None:
-    """Refuse layers without numbers.
+    """Raise TargetError for layers on the meta device, which hold no numbers.
 
     Raises:
         TargetError: naming the first one.
@@ -172,7 +172,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module name matches one pattern (see `LayerSelection`).
+    """Return True if a module name matches one pattern (see `LayerSelection`).
 
     Raises:
         TargetError: the pattern is no regular expression.
@@ -186,7 +186,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _check_patterns(name: str, value: Any) -> None:
-    """Refuse what is no pattern and no sequence of patterns.
+    """Raise TypeError unless `patterns` is a pattern or a sequence of patterns.
 
     Raises:
         TargetError: saying what was got.
@@ -200,7 +200,7 @@ def _check_patterns(name: str, value: Any) -> None:
 
 
 def pattern_help(pattern: str, names: Sequence[str]) -> str:
-    """Explain patterns to someone whose pattern matches none of the names, with a pattern that would.
+    """Explain patterns that match no name, with an example of one that matches.
 
     Examples:
         >>> pattern_help("re:mlp", ["h.0.mlp.up", "h.0.attn"]).partition(". ")[2]
@@ -232,7 +232,7 @@ def _matches_any(target: Target, patterns: Sequence[str]) -> bool:
 
 
 def all_targets(model: nn.Module) -> list[Target]:
-    """All weights of compressible layers, in the order of the model; layers that share one are one target."""
+    """List all weights of compressible layers in the order of the model; shared weights are one target."""
     groups: dict[Hashable, list[tuple[str, nn.Module, LayerKind]]] = {}
     compounds: dict[str, Compound] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -255,7 +255,7 @@ def all_targets(model: nn.Module) -> list[Target]:
 
 
 def _users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
-    """By name of a target, a module outside it that uses the same memory, with its type."""
+    """Find a module outside each target that uses the same memory, by the name of the target."""
     places: dict[Hashable, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(_memory(parameter), []).append(name.rpartition(".")[0])
@@ -268,7 +268,7 @@ def _users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]
 
 
 def _memory(tensor: Tensor) -> Hashable:
-    """Where a tensor begins; the tensor itself where it has no memory of its own."""
+    """Identify the memory of a tensor; the tensor itself if it has none."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
     return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
 
@@ -280,7 +280,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no module.
+    """Raise TypeError unless `model` is a module.
 
     Raises:
         TypeError: saying what was got.
@@ -289,7 +289,7 @@ def check_model(model: Any) -> None:
 
 
 def check_holder(model: Any) -> None:
-    """Refuse what layers cannot be replaced in.
+    """Raise TargetError for a model whose layers cannot be replaced.
 
     Raises:
         TypeError: no module.
@@ -305,7 +305,7 @@ def check_holder(model: Any) -> None:
 
 
 def compressed_names(model: nn.Module) -> list[str]:
-    """Names of the layers that are made of cores."""
+    """List the names of the tensor-network layers."""
     return [name for name, module in model.named_modules() if isinstance(module, NetworkModule)]
 
 

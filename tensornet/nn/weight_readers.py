@@ -1,4 +1,4 @@
-"""Layers whose weight is read past their `forward`, which a tensor-network layer cannot answer.
+"""Layers whose weight is read outside their `forward`, so that they cannot be replaced.
 
 To find them, a twin of the model is run with a *probe* in place of every weight. A layer's own `forward` sees
 the weight itself; whoever else computes with the probe, or asks for its shape, is noticed. The twin shares or
@@ -24,7 +24,7 @@ from tensornet.nn.stock_layers import kind_of
 
 
 def weight_readers(model: nn.Module, runs: Iterable[Run] = ()) -> frozenset[str]:
-    """Names of the layers whose weight somebody else reads, as far as running the model shows it.
+    """Find layers whose weight is read outside their `forward`, by running the model.
 
     Mamba, for example, multiplies by `self.dt_proj.weight`, and Whisper takes rows of its position table.
     The registered runs are tried on the meta device. One that fails there, because it asks for values, is
@@ -45,7 +45,7 @@ def weight_readers(model: nn.Module, runs: Iterable[Run] = ()) -> frozenset[str]
 
 
 def _probe(model: nn.Module, runs: Iterable[Run], found: set[str], *, on_meta: bool) -> list[Run]:
-    """Add the readers that runs show to `found`; returns the runs that failed."""
+    """Add the readers that runs reveal to `found`; return the runs that failed."""
     try:
         made = _twin(model, on_meta=on_meta)
     except Exception:  # what a model holds need not be made to be copied
@@ -79,7 +79,7 @@ def _twin(model: nn.Module, *, on_meta: bool) -> nn.Module:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """All tensors that modules hold, those that are not registered as well."""
+    """List all tensors that modules hold, unregistered ones included."""
     seen: set[int] = set()
     left: list[Any] = [model]
     while left:
@@ -131,7 +131,7 @@ def _places_of_layer(name: str, module: nn.Module, found: set[str]) -> list["_Pl
 
 
 def _places_of_compound(name: str, module: Compound, found: set[str]) -> list["_Place"]:
-    """Its layers, and the parameters of the stock module that it stands for, in which they lie."""
+    """List the layers of a compound, and the stock parameters that hold their matrices."""
     places: list[_Place] = []
     for stack in module.stacks:
         for layer_name in stack.names:
@@ -167,7 +167,7 @@ def _show_only_outside(module: nn.Module, places: list["_Place"]) -> list[Any]:
 
 
 class _Probe(nn.Parameter):
-    """Stands for a weight: tells dtype and device freely, and notes by name that anything else was done."""
+    """Stand-in for a weight: gives dtype and device, and records any other access by name."""
 
     _name: str
     _found: set[str]

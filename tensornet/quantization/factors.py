@@ -186,7 +186,7 @@ class _Product:
         return rows[:rank], rows[rank:]
 
     def fit_left(self, b: Tensor) -> Tensor:
-        """Best left factor for a right one."""
+        """Compute the best left factor for a given right one."""
         pivots, free = self._split(len(b))
         wanted = self.wanted[free]
         moment = self.weighting.rows
@@ -197,14 +197,14 @@ class _Product:
         return self._whole(wanted @ seen @ torch.linalg.pinv(b @ seen, hermitian=True))
 
     def fit_right(self, a: Tensor) -> Tensor:
-        """Best right factor for a left one."""
+        """Compute the best right factor for a given left one."""
         seen = times(self.weighting.rows, a)  # shape: (out, rank), R A
         return torch.linalg.pinv(a.mT @ seen, hermitian=True) @ (seen.mT @ self.wanted)
 
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Free rows of a left factor, rounded with the moments that they see."""
+        """Round the free rows of a left factor under the moments that they see."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:
@@ -214,7 +214,7 @@ class _Product:
         return _rounded(a[free], number_format, moment, b @ times(self.weighting.columns, b.mT))
 
     def values(self, made: RoundedWeight | Tensor) -> Tensor:
-        """Whole left factor from its free rows."""
+        """Assemble the whole left factor from its free rows."""
         return self._whole(made if isinstance(made, Tensor) else made.dequantize(torch.float64))
 
     def cost(self, made: RoundedWeight | Tensor, b: Tensor) -> float:

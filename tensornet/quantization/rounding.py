@@ -68,7 +68,7 @@ class RoundedWeight:
 
 
 def empty_weight(matrix: Tensor, number_format: NumberFormat) -> RoundedWeight:
-    """Codes of a matrix without elements, such as the free rows of a factor that is all pivots."""
+    """Return the codes of a matrix without elements, such as the free rows of a factor of pivots alone."""
     groups = (*matrix.shape[:-1], number_format.groups(matrix.shape[-1]))
     scales = matrix.new_zeros(groups).to(number_format.scale_dtype)
     codes = matrix.new_zeros(matrix.shape, dtype=torch.uint8)

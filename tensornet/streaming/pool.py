@@ -1,4 +1,4 @@
-"""Run independent tasks: here, in processes of our own, or on any `concurrent.futures.Executor`."""
+"""Pool of independent tasks: in this process, in worker processes, or on a `concurrent.futures.Executor`."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ ATTEMPTS = 3
 
 
 class WorkerError(TensorNetError, RuntimeError):
-    """Worker processes died again and again over the same work."""
+    """Error after worker processes died repeatedly on the same work."""
 
 
 def run_tasks(
@@ -92,7 +92,7 @@ def _own_pool(
 
 
 class _Processes(ProcessPoolExecutor):
-    """Processes that do not run the caller's script again when they start.
+    """Pool of worker processes that do not run the caller's script again when they start.
 
     They would, for functions defined in it; ours are not. So the script needs no guard around its code.
     """
@@ -107,7 +107,7 @@ class _Processes(ProcessPoolExecutor):
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is gone, instead of waiting for a task for ever."""
+    """End this process when its parent has died, instead of waiting for tasks for ever."""
     parent = parent_process()
     assert parent is not None
 

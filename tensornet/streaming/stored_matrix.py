@@ -10,7 +10,7 @@ from tensornet.io.safetensors_files import Slice, load_slice
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix stored as one or more slices of files, one below the other.
+    """Matrix stored in one or more slices of files, concatenated along the rows.
 
     Args:
         parts: two-dimensional, of one dtype and width.
@@ -22,7 +22,7 @@ class StoredMatrix:
 
     @property
     def dtype(self) -> str:
-        """Dtype as named in headers."""
+        """Dtype as named in file headers."""
         return self.parts[0].dtype
 
     @property

@@ -1,4 +1,4 @@
-"""Decompose one stored weight into the cores of one layer, in a file of its own.
+"""Worker step: decompose one stored weight into the cores of one layer, in a file of its own.
 
 A worker gets a `PieceTask` of a few hundred bytes and returns the plan, the descriptions and a checksum.
 Tensors go through the file system only.
@@ -28,7 +28,7 @@ from tensornet.streaming.stored_matrix import StoredMatrix
 
 @dataclass(frozen=True)
 class Use:
-    """One module that uses a weight.
+    """Module that uses a weight.
 
     Args:
         name: of the module.
@@ -47,7 +47,7 @@ class Use:
 
 @dataclass(frozen=True)
 class PieceTask:
-    """One weight to compress.
+    """Task to compress one weight.
 
     Args:
         uses: the modules that use it; they share what is made of the first.
@@ -70,7 +70,7 @@ class PieceTask:
 
 @dataclass(frozen=True)
 class Piece:
-    """The result of one task.
+    """Result of one task.
 
     Args:
         plan: the plan of the layer, without its spectrum; no topology means that it stays dense.
@@ -146,7 +146,7 @@ def compress_piece(task: PieceTask) -> Piece:
 
 
 def copy_matrix(task: PieceTask) -> Piece:
-    """Copy the matrix of an expert out of its stack, for mixtures of which other matrices became cores.
+    """Copy the matrix of an expert out of its stack, if other matrices of the mixture are compressed.
 
     Raises:
         OSError: it cannot be read or written.
@@ -158,7 +158,7 @@ def copy_matrix(task: PieceTask) -> Piece:
 
 
 def place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a dotted name, and make the containers on the way."""
+    """Insert a module at a dotted name, with the containers that it needs."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:
@@ -168,7 +168,7 @@ def place(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    """Return the largest resident size of this process so far, in bytes; 0 where it is unavailable."""
     if sys.platform == "win32":
         return 0
     import resource  # absent there
@@ -189,7 +189,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _stand_in(task: PieceTask) -> nn.Module:
-    """Build a model of nothing but the layers that use the weight."""
+    """Build a model that contains only the layers that use the weight."""
     root, shared = nn.Module(), None
     for use in task.uses:
         import_module(use.registered_in)

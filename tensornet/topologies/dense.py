@@ -1,4 +1,4 @@
-"""The matrix itself, as a network of one core: what plain quantization rounds."""
+"""Dense family: the matrix itself as a network of one core, which plain quantization rounds."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -31,7 +31,7 @@ _ROW_DAMPING = 1e-6
 
 
 def dense(*, out_features: int, in_features: int) -> Topology:
-    """One core `matrix: (out, in)`.
+    """Build the topology of one core `matrix: (out, in)`.
 
     Args:
         out_features: rows.
@@ -63,7 +63,7 @@ _SWEEPS = {3: 2, 2: 4}
 
 
 class DenseFamily(TopologyFamily):
-    """No decomposition: only the number format of the core makes it smaller."""
+    """Family of one dense core, which only a number format makes smaller."""
 
     name = "dense"
 
@@ -75,7 +75,7 @@ class DenseFamily(TopologyFamily):
         max_bond: int | Sequence[int] | None = None,
         **options: Any,
     ) -> Topology:
-        """See `dense`; there is no bond to cap."""
+        """Build the topology, see `dense`; there is no bond to cap."""
         refuse_options(self.name, options)
         caps_of_bonds(max_bond, 0, TopologyError)
         made = dense(out_features=out_features, in_features=in_features)
@@ -106,7 +106,7 @@ class DenseFamily(TopologyFamily):
         return Decomposition(TensorNetwork(topology, (core,)), 0.0, "exact")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Copy the matrix, whatever the weighting."""
+        """Copy the matrix, for any weighting."""
         return self.decompose_to(matrix, topology)
 
     def ladder(
@@ -118,7 +118,7 @@ class DenseFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """One candidate, whose loss is that of its number format."""
+        """List one candidate, whose loss is that of its number format."""
         refuse_options(self.name, options)
         topology = self.build(matrix.shape[0], matrix.shape[1])
         network = self.decompose_to(matrix, topology).network
@@ -130,7 +130,7 @@ class DenseFamily(TopologyFamily):
         return Ladder((topology,), losses, torch.tensor([error], dtype=torch.float64), complete=True)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
-        """Two-sided rounding with the moments of the weight."""
+        """Round the matrix two-sidedly with the moments of the weight."""
         codes = {
             name: round_weight(
                 stored.tensors[name],

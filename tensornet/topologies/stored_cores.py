@@ -34,7 +34,7 @@ _STEPS = 4
 
 @dataclass(frozen=True)
 class StoredCores:
-    """Cores on their way into storage.
+    """Cores during encoding, with the weighting of their matrix.
 
     Args:
         topology: of the network.
@@ -52,7 +52,7 @@ class StoredCores:
     assemble: Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 
     def matrix(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Matrix `(out, in)` of the network with these tensors, by default its own."""
+        """Contract the network with these tensors, by default its own, to the matrix `(out, in)`."""
         cores = self.assemble(self.tensors if tensors is None else tensors)
         dense = run(plan_matrix(self.topology), cores)
         return dense[: self.topology.out_features, : self.topology.in_features]
@@ -60,7 +60,7 @@ class StoredCores:
 
 @dataclass
 class RoundedCores:
-    """Result of rounding.
+    """Result of rounding: integer codes of some cores, and the other stored tensors.
 
     Args:
         codes: integer cores by name.
@@ -72,7 +72,7 @@ class RoundedCores:
 
 
 def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
-    """Rows and columns of a core as the matrix whose groups share scales: they lie along the inputs.
+    """View a core as a matrix whose rows are groups along the inputs, which share scales.
 
     Columns are the axes from the first in-leg on; the last axis alone where no axis comes before an in-leg.
 
@@ -125,7 +125,7 @@ def _rounded(
 def _round_core(
     stored: StoredCores, tensors: Mapping[str, Tensor], name: str, target: Tensor, weighting: Weighting
 ) -> RoundedWeight:
-    """Cheaper of rounding with estimated moments and to nearest, by the exact loss increase."""
+    """Round one core with estimated moments and to nearest; return the result of smaller exact loss."""
     number_format, matrix = stored.formats[name], tensors[name]
     if matrix.numel() == 0:
         return empty_weight(matrix, number_format)
@@ -184,7 +184,7 @@ def _refitted(
     target: Tensor,
     weighting: Weighting,
 ) -> dict[str, Tensor]:
-    """Lower the weighted error over some cores, all others as they are."""
+    """Reduce the weighted error over some cores, with all others fixed."""
     chosen = [k for k, name in enumerate(stored.topology.core_names) if name in names]
     start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))
     fit = fit_network(target, start, weighting, sweeps=1, steps=_STEPS, only=chosen)

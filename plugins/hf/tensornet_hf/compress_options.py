@@ -1,4 +1,4 @@
-"""Options of compressing a model folder, and the rules between them."""
+"""Options for compressing a model folder, and the rules between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ class CompressOptions:
             raise OptionError("{heal} trains cores, {int8} keeps them as integers; leave one of them out.")
 
     def check_needs_no_model(self, more: Mapping[str, object]) -> None:
-        """Raise OptionError if workers, which never load the model, are asked for something that needs it."""
+        """Raise OptionError if an option needs the model in memory, which workers never load."""
         asked = {**more, "refine": self.refine, "heal": self.heal, "validation": self.validation}
         if given := [f"{{{name}}}" for name, value in asked.items() if value]:
             raise OptionError(
@@ -133,7 +133,7 @@ class CompressOptions:
             )
 
     def load_plan(self) -> CompressionPlan | None:
-        """Return the plan, read from its file if it is one."""
+        """Return the plan, read from its file if a path is given."""
         if self.plan is None or isinstance(self.plan, CompressionPlan):
             return self.plan
         return CompressionPlan.load(self.plan)

@@ -1,4 +1,4 @@
-"""The main job from end to end on the embedded GPT-2: compress, evaluate, save, reload, generate, report."""
+"""Demo on the embedded GPT-2: compress, evaluate, save, reload, generate, report."""
 
 import time
 from collections.abc import Mapping, Sequence

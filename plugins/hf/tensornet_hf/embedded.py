@@ -1,4 +1,4 @@
-"""The two small trained models that ship with the package, and the text to calibrate and judge them on.
+"""Two small trained models that ship with the package, with calibration and held-out text.
 
 A GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible; what they are,
 and how well they do, is in ``data/README.md`` and in the ``training.json`` of each folder. With them the demo

@@ -1,4 +1,4 @@
-"""Models of transformers as an extension of tensornet."""
+"""Extension of tensornet for transformers models."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -21,11 +21,11 @@ class TransformersExtension(ModelExtension):
         return experts_apart(model)
 
     def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Tell stacked experts the padding of a batch."""
+        """Pass the padding of a batch to stacked experts."""
         tell_padding(block, batch)
 
     def layers_replaced(self, model: nn.Module) -> bool:
-        """Have transformers save the model as it is now; True if it is one of transformers."""
+        """Attach a transformers model for saving; return False for any other model."""
         return prepare_for_saving(model)
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
@@ -33,5 +33,5 @@ class TransformersExtension(ModelExtension):
         return embedded_text(model)
 
     def sample_runs(self, model: nn.Module) -> Iterable[Run]:
-        """Return initialisation, training and inference of every part that is a model of transformers."""
+        """List runs of initialization, training and inference for every part that is a transformers model."""
         return sample_runs(model)

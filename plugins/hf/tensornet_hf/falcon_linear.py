@@ -1,4 +1,4 @@
-"""Linear layers of Hugging Face models that are no `nn.Linear`, made compressible."""
+"""Layer kinds for linear layers of Hugging Face models that are not `nn.Linear`."""
 
 from importlib import import_module
 
@@ -8,7 +8,7 @@ from tensornet.nn.stock_layers import LayerKind, register_layer_kind
 
 
 class _FalconLinear(LayerKind):
-    """Falcon's subclass of `nn.Linear`, which rounds product and bias apart in half precision."""
+    """Falcon's subclass of `nn.Linear`, which rounds the product before adding the bias in half precision."""
 
     name = "falcon_linear"
     _module = "transformers.models.falcon.modeling_falcon"

@@ -103,7 +103,7 @@ class FolderReport:
         return "\n".join(lines)
 
     def _predicted(self) -> list[str]:
-        """Return the predicted cost of the compression alone; refitting and healing are not predicted."""
+        """Return the predicted loss increase of compression alone; refitting and healing are excluded."""
         plan = self.report.plan
         rise, perplexity = plan.predicted_loss_increase, plan.predicted_perplexity
         if rise is None:
@@ -252,7 +252,7 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
 def _carried_out(
     work: _Work, destination: str, options: CompressOptions, texts: _Texts, started: float
 ) -> tuple[CompressionReport, tuple[str, ...]]:
-    """Carry a plan out, refit and heal if asked for, and save the model."""
+    """Execute a plan, refit and heal if requested, and save the model."""
     model, progress = work.model, options.progress
     teacher = copy.deepcopy(model) if options.heal or options.refine else None
     done = pipeline.carry_out(model, work.plan, work.stats, started=started, progress=progress)
@@ -303,7 +303,7 @@ def _page(done: FolderReport, spectra: Mapping[str, Sequence[BondSpectrum]], com
 def _streamed(
     source: str, folder: Path, destination: str, options: CompressOptions, texts: _Texts
 ) -> FolderReport:
-    """Compress weight by weight."""
+    """Compress a folder weight by weight, without loading the model."""
     planned, progress = options.load_plan(), options.progress
     statistics = None
     if options.calibration is not None and texts.calibration is not None:
@@ -340,7 +340,7 @@ def _streamed(
 
 
 def _observed(planned: CompressionPlan | None) -> CompressionConfig:
-    """Return a configuration with the layers and the objective of a plan; its budget is never read."""
+    """Build a configuration with the layers and objective of a plan; its budget is never read."""
     assert planned is not None  # the options have a config or a plan
     names = [layer.name for layer in planned]
     return CompressionConfig(target_modules=names, objective=planned.objective, max_bond=1)  # type: ignore[arg-type]
@@ -356,5 +356,5 @@ def _check_calibration(planned: CompressionPlan, stats: CalibrationStats | None)
 
 
 def _written_bytes(destination: str, done: CompressionReport) -> int:
-    """Return the size of the weight files; for an upload, which has none here, that of the weights."""
+    """Return the size of the weight files; for an upload, the size of the weights."""
     return done.model_bytes_after if destination.startswith(HUB) else weight_bytes(destination)

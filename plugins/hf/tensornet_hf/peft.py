@@ -56,7 +56,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        """Add an adapter; one that compressed layers cannot have is refused with a `TargetError`."""
+        """Add an adapter; raise TargetError for options that compressed layers do not support."""
         _check(config)
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
@@ -134,7 +134,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 def lora_config(
     model: nn.Module, *, target_modules: str | list[str] = ALL_LINEAR, **options: Any
 ) -> LoraConfig:
-    """Make a LoRA configuration that reaches compressed layers.
+    """Build a LoRA configuration that reaches compressed layers.
 
     Args:
         model: compressed or not.
@@ -222,7 +222,7 @@ def _check(config: LoraConfig) -> None:
 
 
 def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
-    """Make a layer like `base` with another matrix, whose rank is at most `added` larger."""
+    """Build a layer like `base` with another matrix, whose rank is at most `added` larger."""
     kind = kind_of(base)
     if kind is not None:
         return kind.build(matrix, layer_bias(base))

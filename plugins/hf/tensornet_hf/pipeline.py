@@ -1,4 +1,4 @@
-"""Steps from one model folder to another: open, calibrate, plan, carry out, refit, heal, upcycle."""
+"""Steps from one model folder to another: open, calibrate, plan, execute, refit, heal, upcycle."""
 
 import math
 import time
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def open_dense(folder: Path) -> PreTrainedModel:
-    """Load a model that is to be compressed, in the dtype it is stored in.
+    """Load a model for compression, in the dtype in which it is stored.
 
     Raises:
         FormatError: the folder is not a model, or damaged.
@@ -46,7 +46,7 @@ def open_dense(folder: Path) -> PreTrainedModel:
 
 
 def open_compressed(folder: Path) -> PreTrainedModel:
-    """Load a model that is to be made dense again.
+    """Load a compressed model for decompression.
 
     Raises:
         FormatError: the folder is not a model, or damaged.
@@ -90,7 +90,7 @@ def collect_stats(
 
 
 def validation_data(model: PreTrainedModel, folder: Path, text: str) -> CalibrationData:
-    """Make batches of the beginning of a text, for `PreparedPlan.measured`.
+    """Build batches from the beginning of a text, for `PreparedPlan.measured`.
 
     Raises:
         TargetError: a classifier, a text has no labels for it, so no loss can be measured.
@@ -116,7 +116,7 @@ def heal_on(
     checkpoint: Path | None = None,
     progress: bool = False,
 ) -> HealReport:
-    """Train the cores to the dense model's outputs on a whole text, one batch a step, in random order.
+    """Train the cores on the teacher's outputs over a whole text, one batch for each step, in random order.
 
     With a checkpoint an interrupted run goes on where it was, see `tensornet.heal`.
 
@@ -142,7 +142,7 @@ def refine_on(
     tokens: int = 16_384,
     progress: bool = False,
 ) -> RefineReport:
-    """Refit the layers one behind another, on `tokens` tokens spread over a text.
+    """Refit layer after layer on `tokens` tokens spread over a text.
 
     The beginning, which calibration has seen, is left out if the rest is long enough.
 
@@ -162,7 +162,7 @@ def refine_on(
 def plan_spectra(
     model: PreTrainedModel, planned: CompressionPlan, *, progress: bool = False
 ) -> dict[str, tuple[BondSpectrum, ...]]:
-    """Return the spectrum that each bond of a plan truncates, by layer, of a model that is still dense."""
+    """Compute the spectrum that each bond of a plan truncates, by layer, on the dense model."""
     with expanded(model):
         matrices = {x.name: x.matrix for x in all_targets(model)}
     layers = progress_bar(planned, desc="spectra", unit="layer", disable=not progress)
@@ -177,7 +177,7 @@ def carry_out(
     started: float,
     progress: bool = False,
 ) -> CompressionReport:
-    """Carry a plan out and return the report of `tensornet.compress`.
+    """Execute a plan and return the report of `tensornet.compress`.
 
     Args:
         model: changed in place.
@@ -205,12 +205,12 @@ def carry_out(
 
 
 def planned_reach(model: PreTrainedModel, planned: CompressionPlan) -> Reach:
-    """Count which parameters a plan considers; to be asked before the plan is carried out."""
+    """Count the parameters that a plan considers; call it before the plan is executed."""
     return measure_reach(model, [layer.name for layer in planned])
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return the dtype of that name; None stays None.
+    """Look up a dtype by name; None stays None.
 
     Raises:
         ValueError: listing the names.
@@ -228,7 +228,7 @@ def stored_as(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedMo
 
 
 def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[str, int]:
-    """Return sizes before and after a plan, without carrying it out."""
+    """Return sizes before and after a plan, without executing it."""
     params, size = model_size(model)
     with expanded(model):
         dtypes = {x.name: x.weight.dtype for x in all_targets(model)}

@@ -1,4 +1,4 @@
-"""Calls of Hugging Face models of any kind on made-up data, to see which weights they read past layers."""
+"""Sample runs of Hugging Face models on generated inputs, to find weights read outside their layers."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator

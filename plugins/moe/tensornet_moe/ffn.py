@@ -78,7 +78,7 @@ class ExpertFFN(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(zeros) if bias else None)
 
     def bank(self, name: str) -> ExpertBank:
-        """Return the bank of a given name."""
+        """Look up a bank by name."""
         return getattr(self, name)
 
     @property

@@ -60,14 +60,14 @@ class CompressedModel:
         return resized
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the class of transformers: the name of the subclass leads to that one."""
+        """Pickle and copy through transformers' own class, in place of the generated subclass."""
         state: Any = super().__reduce_ex__(max(2, protocol))
         return (_new, (_stock_class(type(self)),), *state[2:])
 
 
 @cache
 def _compressed_class(stock: Any) -> Any:
-    """Make the subclass for attached models of a class; the same one each time."""
+    """Build the subclass for attached models of a class, once for each class."""
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(stock)(stock.__name__, (CompressedModel, stock), names)
 
@@ -121,7 +121,7 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def is_attached(model: Any) -> bool:
-    """Return whether a model is attached: the class may outlive it."""
+    """Return True if the model is attached; a detached model may still have the subclass."""
     return model.__dict__.get("quantization_method") == METHOD
 
 

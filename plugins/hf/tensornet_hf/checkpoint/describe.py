@@ -1,4 +1,4 @@
-"""Description of a model: which modules hold cores, and which parameters they share."""
+"""Description of a compressed model: its tensor-network modules and the parameters that they share."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -35,7 +35,7 @@ def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) 
 
 
 def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the descriptions of the outermost modules that have one; a module used twice has two names."""
+    """Describe the outermost tensor-network modules; a module used twice is listed under both names."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         spec = module_spec(module)
@@ -63,7 +63,7 @@ def shared_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, str]
 
 
 def is_inside(name: str, layers: Iterable[str]) -> bool:
-    """Return whether a dotted name lies below one of the named modules."""
+    """Return True if a dotted name lies below one of the named modules."""
     names = layers if isinstance(layers, set | dict | frozenset) else set(layers)
     end = name.rfind(".")
     while end > 0:

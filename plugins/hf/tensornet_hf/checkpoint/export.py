@@ -139,7 +139,7 @@ def export_compressed_tensors(
 
 
 def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint: a group of layers for each number format."""
+    """Build `quantization_config` of a checkpoint: one group of layers for each number format."""
     groups = {}
     for number, name in enumerate(sorted(set(packed.values()))):
         number_format = NumberFormat.parse(name)
@@ -163,20 +163,20 @@ def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
 
 
 def _integer_layers(model: nn.Module) -> Iterator[tuple[str, tn.nn.TensorNetworkLinear]]:
-    """All compressed linear layers, under every name they have."""
+    """List all compressed linear layers under every name they have."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, tn.nn.TensorNetworkLinear):
             yield name, module
 
 
 def _is_shared(layer: tn.nn.TensorNetworkLinear, layers: dict[str, tn.nn.TensorNetworkLinear]) -> bool:
-    """Whether another layer stores the same tensors."""
+    """Return True if another layer stores the same tensors."""
     first = Counter(id(next(iter(each.stored.values()))) for each in layers.values())
     return first[id(next(iter(layer.stored.values())))] > 1
 
 
 def _packed(layer: tn.nn.TensorNetworkLinear, stock: nn.Module, *, shared: bool) -> dict[str, Tensor] | str:
-    """Tensors of one layer, or the reason why it has to be written dense."""
+    """Pack the tensors of one layer, or return the reason why it is written dense."""
     if type(stock) is not nn.Linear:
         return f"a {type(stock).__name__}; only nn.Linear can be packed"
     if layer.topology.family != "dense":
@@ -202,7 +202,7 @@ def _packed(layer: tn.nn.TensorNetworkLinear, stock: nn.Module, *, shared: bool)
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 4 or 8 bits in 32-bit words, lowest bits first, rows padded with zeros.
+    """Pack codes of 4 or 8 bits into 32-bit words, lowest bits first, with rows padded by zeros.
 
     Args:
         codes: `torch.uint8`, shape `(rows, columns)`.

@@ -71,7 +71,7 @@ def check_free(
 
 
 def _is_about(error: Exception, parent: Path) -> bool:
-    """Return whether writing failed; safetensors reports a full disk without naming the file."""
+    """Return True if an error is a failure to write; safetensors names no file if the disk is full."""
     if isinstance(error, SafetensorError):
         return True
     names = [name for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]

@@ -1,4 +1,4 @@
-"""Empty tensors that stop a loader that does not know compressed layers.
+"""Guards: empty tensors that make a loader fail if it does not know compressed layers.
 
 Without this library transformers only warns of an unknown quantization type, and fills dense weights that it
 finds nowhere with random numbers. But it refuses tensors of another shape. So a saved folder holds, under the
@@ -26,7 +26,7 @@ GUARD_SHAPE = (0,)
 
 
 def make_guards(model: PreTrainedModel, config: TensorNetworkConfig) -> dict[str, Tensor]:
-    """Make the guards of a compressed model, by name.
+    """Build the guards of a compressed model, by name.
 
     Args:
         model: the model that is saved.
@@ -63,7 +63,7 @@ def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterabl
 
 
 def without_guards(tensors: Mapping[str, _Stored]) -> dict[str, _Stored]:
-    """Return tensors without guards."""
+    """Remove guards from a mapping of tensors."""
     return {name: x for name, x in tensors.items() if getattr(x, "shape", None) != GUARD_SHAPE}
 
 

@@ -1,4 +1,4 @@
-"""What a model folder holds, told from its headers: no weight is loaded."""
+"""Inspection of a model folder from its file headers; no weight is loaded."""
 
 import math
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class Inspection:
 
 
 def inspect_folder(folder: str | Path) -> Inspection:
-    """Describe a model folder; everything that `tensornet_hf.load` would refuse in the headers is refused.
+    """Describe a model folder from its headers; raise for every header that `tensornet_hf.load` would refuse.
 
     Raises:
         FormatError: naming what is missing, surplus, damaged or contradictory.

@@ -1,4 +1,4 @@
-"""Files of a folder that nobody vouches for: no link leads out of it."""
+"""Path checks for untrusted folders: no symbolic link may lead out of the folder."""
 
 from pathlib import Path
 

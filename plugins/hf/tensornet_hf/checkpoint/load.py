@@ -1,4 +1,4 @@
-"""`load`: a model from a folder or the hub, in its own class, with nothing missing and nothing left over."""
+"""Load a model from a folder or the hub in its own class; missing and unexpected weights are errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
 
 @contextmanager
 def _refusing(folder: Path, kind: type[PreTrainedModel], *, damaged: bool) -> Iterator[None]:
-    """Say of what transformers cannot read that the folder is damaged.
+    """Convert errors of transformers inside the block to FormatError: the folder is damaged.
 
     Model classes fail on nonsense in every way there is. Where the caller gave options, which may be at fault
     as well, only a configuration that cannot be read is blamed on the folder.

@@ -1,4 +1,4 @@
-"""Which of transformers' ways to spread a model over processes (`DistributedConfig`) fit models of cores.
+"""Compatibility of compressed models with transformers' `DistributedConfig`.
 
 * FSDP (`fsdp_size`) shards any parameter: it fits.
 * Tensor parallelism (`tp_size`) cuts the weight of a named layer into rows or columns, and the activations
@@ -23,7 +23,7 @@ from tensornet.errors import TargetError
 
 
 def check_distribution(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a `DistributedConfig` that compressed layers do not fit.
+    """Raise unless a `DistributedConfig` fits the compressed layers.
 
     Args:
         model: a skeleton whose configuration says how it will be spread over processes, or nothing of it.
@@ -58,12 +58,12 @@ def check_distribution(model: PreTrainedModel, layers: Mapping[str, Mapping[str,
 
 
 def _plan(own: Mapping[str, str] | None, given: Any) -> set[str]:
-    """Names that have a rule, of the model or of the caller."""
+    """List the modules that have a parallelism rule, of the model or of the caller."""
     return {*(own or {}), *(given if isinstance(given, Mapping) else {})}
 
 
 def _named(layers: Iterable[str], rules: Iterable[str]) -> list[str]:
-    """Layers that a rule names, or that lie inside of what it names; `*` stands for the number of a layer."""
+    """List the layers that a rule matches, or that lie inside its match; `*` stands for a layer number."""
     patterns = [re.compile(re.escape(rule).replace(r"\*", r"\d+")) for rule in rules]
     found = []
     for layer in layers:

@@ -18,7 +18,7 @@ from tensornet_moe import lend_shared_cores
 def place_layers(
     model: PreTrainedModel, layers: Mapping[str, Any], *, dtype: torch.dtype | None
 ) -> dict[str, str]:
-    """Replace modules of a skeleton by empty ones made from descriptions.
+    """Replace modules of a skeleton by uninitialized ones built from descriptions.
 
     Args:
         model: on the meta device; changed in place.
@@ -54,7 +54,7 @@ def place_layers(
 
 
 def rename(parameter: str, names: Mapping[str, str], layers: Collection[str]) -> str | None:
-    """Map a parameter's name in the saved model to its name in this one; None if its module is not here.
+    """Translate a parameter name of the saved model to this model; None if its module does not exist here.
 
     Names outside the compressed modules are returned as they are.
 
@@ -72,7 +72,7 @@ def rename(parameter: str, names: Mapping[str, str], layers: Collection[str]) ->
 
 
 def _name_in(model: PreTrainedModel, layer: str) -> str | None:
-    """Find a layer whose name may lack the prefix of the base model, or have it in surplus."""
+    """Find a layer by a name with or without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     for name in (layer, prefix + layer, layer.removeprefix(prefix)):
         try:

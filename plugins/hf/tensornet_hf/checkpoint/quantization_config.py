@@ -1,4 +1,4 @@
-"""The entry `quantization_config` of `config.json`: which layers are made of cores, and how."""
+"""The entry `quantization_config` of `config.json`: the tensor-network layers and their topologies."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or te
 
 
 class TensorNetworkConfig(QuantizationConfigMixin):
-    """Describes a compressed model, or says how to compress one while it is loaded.
+    """Quantization config of transformers that describes a compressed model, or compresses one while loading.
 
     To compress while loading, give the options of `tensornet.CompressionConfig`:
     `AutoModelForCausalLM.from_pretrained(folder, quantization_config=TensorNetworkConfig(param_ratio=0.5))`.
@@ -70,11 +70,11 @@ class TensorNetworkConfig(QuantizationConfigMixin):
 
     @property
     def compression_config(self) -> CompressionConfig:
-        """The options as `CompressionConfig`."""
+        """The options as a `CompressionConfig`."""
         return CompressionConfig.from_dict(self.compression or {})
 
     def stored_dtype(self, parameter: str) -> str | None:
-        """Name of the dtype in which a parameter of a compressed module is stored, None if not recorded."""
+        """Look up the dtype in which a parameter of a compressed module is stored; None if not recorded."""
         return self.other_dtypes.get(parameter, self.dtype)
 
 

@@ -29,7 +29,7 @@ from tensornet_moe import ParallelExperts
 
 
 class TensorNetworkQuantizer(HfQuantizer):
-    """Loads cores into modules made for them, or compresses what was loaded dense; saves cores only.
+    """Quantizer of transformers that loads cores into compressed modules, or compresses dense weights.
 
     transformers makes one for each model it loads, and `tensornet.compress` one for each model it compresses.
     """
@@ -63,7 +63,7 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Without this as well, `Trainer` asks for an adapter."""
+        """True: otherwise `Trainer` demands an adapter."""
         return True
 
     @property
@@ -82,7 +82,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put empty modules, on the meta device, where the cores will be loaded."""
+        """Replace stock layers by uninitialized compressed ones on the meta device."""
         files = [Path(file) for file in checkpoint_files or []]
         if pickles := [file.name for file in files if file.suffix != ".safetensors"]:
             raise FormatError(
@@ -115,7 +115,7 @@ class TensorNetworkQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
-        """Keep stored names as they are if they fit the model: its renamings are for other folders.
+        """Disable renaming for stored names that fit the model already: the renamings are for other folders.
 
         A compressed model is saved under the names of its class. Those of Qwen2-VL, for one, would be taken
         for names of an older version by the class without a head.
@@ -135,7 +135,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         return [] if fitting([], []) >= fitting(renamings, converters) else weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Tie shared cores; compress the model if it was stored dense."""
+        """Tie shared cores, and compress the model if its weights were stored dense."""
         self._skeleton = None  # weak references cannot be pickled
         if not self.pre_quantized:
             detach(model)  # what `postprocess_model` put on describes nothing yet
@@ -220,7 +220,7 @@ def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Itera
 
 
 def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
-    """Raise FormatError for a missing core, which transformers only reports and fills with something."""
+    """Raise FormatError for a missing core, which transformers reports and then fills with random numbers."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         # Set by transformers on everything that it loaded.
         if is_inside(name, set(layers)) and not getattr(tensor, "_is_hf_initialized", False):

@@ -1,4 +1,4 @@
-"""Save models as whole folders, and put stock layers back before saving."""
+"""Save models as complete folders, and convert compressed models back to dense ones."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def save_model(
 
 
 def copy_small_files(source: Path, destination: Path) -> list[str]:
-    """Copy tokenizer, templates, licence and modules of sentence-transformers, replacing nothing.
+    """Copy tokenizer, templates, license and sentence-transformers modules, without overwriting files.
 
     Returns:
         Names of the copied files, those of modules with their folders.
@@ -95,7 +95,7 @@ def _module_files(source: Path) -> list[str]:
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Put stock layers back, so that the saved folder is one that transformers alone can load.
+    """Replace compressed layers by stock ones, so that transformers alone can load the saved folder.
 
     Same as `tensornet.decompress`, but refuses to leave anything behind that needs this library.
 

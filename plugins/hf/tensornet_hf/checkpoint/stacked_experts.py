@@ -1,4 +1,4 @@
-"""Experts that transformers keeps in stacks `(experts, ...)`, taken apart into single matrices and put back.
+"""Split experts that transformers stores in stacks `(experts, ...)` into single matrices, and join them.
 
 A stack is one parameter, so nothing in it is a layer that could be observed, planned or compressed. Taken
 apart, every expert has linear layers of its own, `experts.3.down_proj`, and what works for linear layers
@@ -22,7 +22,7 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 class SplitExperts(Compound):
-    """Stands in for an experts module of transformers: the same function of the same arguments.
+    """Replacement for an experts module of transformers: same function, one layer for each expert matrix.
 
     Args:
         stock: the module it stands for, asked for what it does between the matrices.
@@ -88,7 +88,7 @@ class SplitExperts(Compound):
 
 
 def stack_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the stacks of an experts module, first matrix first; none if it is not one that can be split.
+    """Return the names of the stacks of an experts module in order; empty if it cannot be split.
 
     Only modules that hold their matrices, their biases and an activation are split.
     """
@@ -105,7 +105,7 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Have the experts of a model taken apart inside the block; there they leave padding out."""
+    """Split the experts of a model inside the block; there they skip padding."""
     names = take_apart(model)
 
     def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
 
 
 def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Pass the attention mask of a batch to experts, which read tokens without their places."""
+    """Pass the attention mask of a batch to experts, which see tokens without their positions."""
     mask = batch.get("attention_mask")
     _set_padding(model, mask if isinstance(mask, Tensor) else None)
 

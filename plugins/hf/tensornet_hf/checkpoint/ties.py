@@ -1,4 +1,4 @@
-"""Parameters used under several names: what transformers ties itself, and what it must leave to us.
+"""Parameters used under several names: ties that transformers makes, and ties that we make.
 
 transformers keeps ties as pairs of names, `{target: source}`, and makes them with `setattr`. A pair that
 names the weight of a compressed module would put a core where a weight was, or cut the bias of an output
@@ -21,7 +21,7 @@ DENSE = "_dense_ties"
 def hand_over(
     model: PreTrainedModel, layers: Iterable[str], ties: Mapping[str, str], *, loading: bool = False
 ) -> None:
-    """Take pairs that touch compressed modules from transformers' lists, and list the shared cores instead.
+    """Remove pairs with compressed modules from transformers' list of ties, and list shared cores instead.
 
     Args:
         model: changed in place; `take_back` undoes it. May have been handed over before.
@@ -44,7 +44,7 @@ def hand_over(
 
 
 def take_back(model: PreTrainedModel) -> None:
-    """Give transformers its own lists again, once no compressed module is left."""
+    """Restore transformers' own lists of ties, once no compressed module is left."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.__dict__.pop("_tied_weights_keys", None)
@@ -53,7 +53,7 @@ def take_back(model: PreTrainedModel) -> None:
 
 
 def detach_targets(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Remove the tensors that are stored under another name, so that loading does not look for them."""
+    """Remove tensors that are stored under another name, so that loading does not expect them."""
     for target in ties:
         module, name = _owner(model, target)
         absent = getattr(module, name).detach()
@@ -64,7 +64,7 @@ def detach_targets(model: nn.Module, ties: Mapping[str, str]) -> None:
 
 
 def attach_targets(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
-    """Put the shared tensors in place."""
+    """Assign the shared tensors to their other names."""
     for target, source in ties.items():
         module, name = _owner(model, target)
         vars(module).pop(name, None)
@@ -78,7 +78,7 @@ def _one_tensor(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, s
 
 
 def _may_be_listed(model: nn.Module, target: str) -> bool:
-    """Whether transformers can take a shared tensor: a parameter, of a module without bias to adjust."""
+    """Return True if transformers can tie a tensor: a parameter of a module whose bias needs no resizing."""
     module, name = _owner(model, target)
     return name in module._parameters and getattr(module, "bias", None) is None
 

@@ -1,4 +1,4 @@
-"""`tensornet compress`: a model folder becomes a smaller one."""
+"""`tensornet compress`: compress a model folder into a new folder."""
 
 import shlex
 import sys
@@ -122,7 +122,7 @@ def run(
     force: shared.Force = False,
     as_json: shared.Json = False,
 ) -> None:
-    """Compress a model: decompose its linear layers within a budget and save what is left.
+    """Compress a model: replace its linear layers within a budget, and save the result.
 
     Budgets may be combined, the tightest decides for each layer.
     """
@@ -202,7 +202,7 @@ def _check_usage(budget: Mapping[str, object], others: Mapping[str, object], pla
 
 
 def _advice(done: FolderReport, given: CompressOptions) -> list[str]:
-    """Return a line that recommends calibration on text of the user's own, if there was none."""
+    """Return a line that recommends the user's own calibration text, if there was none."""
     plan, config = done.report.plan, given.config
     if given.calibration is None and plan.objective != "weight":
         return [f"calibrated on {plan.calibration}; --calibration with text of your own serves it better"]

@@ -1,4 +1,4 @@
-"""`tensornet decompress`: an ordinary model again."""
+"""`tensornet decompress`: convert a compressed model to an ordinary one."""
 
 from tensornet.compression.report import model_size
 from tensornet_hf import pipeline as conversion
@@ -18,7 +18,7 @@ def run(
     force: shared.Force = False,
     as_json: shared.Json = False,
 ) -> None:
-    """Multiply all cores out and save an ordinary model, which needs nothing of this library.
+    """Multiply all cores out and save an ordinary model, which loads without this library.
 
     What compression cut away does not come back.
     """

@@ -1,4 +1,4 @@
-"""`tensornet inspect`: what a model folder holds."""
+"""`tensornet inspect`: list the layers of a model folder."""
 
 from tensornet_hf.checkpoint.inspection import Inspection, inspect_folder
 from tensornet_hf.checkpoint.load import resolve_folder
@@ -7,7 +7,7 @@ from tensornet_hf.report.page import compact_bytes
 
 
 def run(path: shared.Source, as_json: shared.Json = False) -> None:
-    """Show the layers of a saved model, their forms and sizes, from file headers alone."""
+    """Show the layers of a saved model, their topologies and sizes, from file headers alone."""
     found = inspect_folder(resolve_folder(path))
     if as_json:
         shared.print_json(found.to_dict())

@@ -1,4 +1,4 @@
-"""The commands, and failures: one line on stderr and a non-zero status."""
+"""Entry of the command line; a failure prints one line on stderr and exits with a non-zero status."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ def _program() -> typer.Typer:
             typer.Option("--version", is_eager=True, callback=_version, help="Print versions and exit."),
         ] = False,
     ) -> None:
-        """Compress language models into tensor networks, look into the result, and use it.
+        """Compress language models into tensor networks, inspect the result, and use it.
 
         A model is a folder as transformers writes it, or a hub id. Destinations are folders, or
         hf://owner/name to upload.

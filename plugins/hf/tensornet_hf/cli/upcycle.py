@@ -1,4 +1,4 @@
-"""`tensornet upcycle`: the feed-forward networks of a model become mixtures of experts."""
+"""`tensornet upcycle`: convert the feed-forward networks of a model to mixtures of experts."""
 
 from typing import Annotated
 

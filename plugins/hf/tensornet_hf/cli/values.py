@@ -1,4 +1,4 @@
-"""Values of options that people write in a form of their own: sizes with units, shares, devices."""
+"""Parsers of option values: sizes with units, ratios, devices."""
 
 import re
 from fractions import Fraction
@@ -37,7 +37,7 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_share(text: str | float) -> float:
-    """Convert a share of parameters to keep, in `(0, 1]`.
+    """Parse a keep ratio in `(0, 1]`.
 
     Raises:
         typer.BadParameter: not a number, or outside; above 1 it says how a percentage is written.
@@ -61,7 +61,7 @@ def parse_share(text: str | float) -> float:
 
 
 def parse_device(text: str | torch.device) -> torch.device:
-    """Convert the name of a device on which this machine can compute.
+    """Parse the name of a device that is available on this machine.
 
     Raises:
         typer.BadParameter: torch knows no such device, or it is not there; lists those that are.

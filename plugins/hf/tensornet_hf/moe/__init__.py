@@ -1,1 +1,1 @@
-"""Upcycling: dense feed-forward networks of Hugging Face models become mixtures of experts."""
+"""Upcycling: convert dense feed-forward networks of Hugging Face models to mixtures of experts."""

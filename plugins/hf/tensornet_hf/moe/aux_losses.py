@@ -1,4 +1,4 @@
-"""Joining the auxiliary losses of mixtures to the loss of a Hugging Face model.
+"""Add the auxiliary losses of mixtures to the loss of a Hugging Face model.
 
 Models like T5 and GPT-2 know nothing of routers. Hooks on the model tell its mixtures which tokens are
 padding before a forward, and add their losses to the model's after it. Every part that can be called alone
@@ -21,7 +21,7 @@ FRAMES = ("input_features", "input_values", "pixel_values")
 
 
 def join_aux_losses(model: PreTrainedModel) -> bool:
-    """Have the mixtures of a model respect its padding, and their losses join its loss.
+    """Pass padding to the mixtures of a model, and add their auxiliary losses to its loss.
 
     In training, where labels are given, the loss becomes task loss + `collect_aux_losses(model).total`; in
     eval it stays the task loss, so that perplexities compare. When the trainer normalises the loss by the
@@ -48,7 +48,7 @@ def join_aux_losses(model: PreTrainedModel) -> bool:
 
 
 class _Before:
-    """Tells mixtures which tokens are padding. A class, so that models with it can be copied and pickled."""
+    """Forward pre-hook that passes padding to mixtures; a class, so that models can be pickled."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -74,7 +74,7 @@ class _Before:
 
 
 class _After:
-    """Adds the auxiliary losses to the loss of the model."""
+    """Forward hook that adds the auxiliary losses to the loss of the model."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -105,7 +105,7 @@ def _mixtures(part: nn.Module) -> list[SharedCoreMoE]:
 
 
 def _split(part: PreTrainedModel) -> tuple[list[SharedCoreMoE], list[SharedCoreMoE]]:
-    """Split mixtures into those that read the input of the call and those of an encoder-decoder's decoder."""
+    """Split mixtures into those that read the input of the call and those of the decoder."""
     everything = _mixtures(part)
     if not getattr(part.config, "is_encoder_decoder", False):
         return everything, []

@@ -1,4 +1,4 @@
-"""The banks of experts of every network: each matrix alone, or those of all layers together."""
+"""Banks of experts of every network: one bank for each matrix, or shared cores across layers."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ OWNERS = "shared_cores"
 def alone(
     network: FeedForward, config: MoEConfig, seed: int, made: Mapping[str, SharedCoreExperts]
 ) -> dict[str, SharedCoreExperts]:
-    """Return the banks of one network by name; make those that were not made together with other layers."""
+    """Return the banks of one network by name; build those that no other layer shares."""
     banks = dict(made)
     for position, name in enumerate(network.matrices):
         if name in made:
@@ -47,7 +47,7 @@ def alone(
 def across_layers(
     networks: Sequence[FeedForward], config: MoEConfig, place: nn.Module | None, *, progress: bool = False
 ) -> tuple[list[SharedCores], list[dict[str, SharedCoreExperts]]]:
-    """Make banks whose shared cores belong to all layers with a matrix of one name and shape.
+    """Build banks whose shared cores serve all layers with a matrix of the same name and shape.
 
     Args:
         networks: of the model.
@@ -84,7 +84,7 @@ def across_layers(
 
 
 def owner_place(model: nn.Module) -> nn.Module:
-    """Return the module that owns shared cores: the body of the model, with or without a head.
+    """Return the module that owns shared cores: the base model, with or without a head.
 
     Raises:
         TargetError: the model is a bare container, which would run the owner as one of its layers.
@@ -99,7 +99,7 @@ def owner_place(model: nn.Module) -> nn.Module:
 
 
 def put_owners(place: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-    """Put owners, by label, where `owner_place` says."""
+    """Register the owners of shared cores, by label, in the module of `owner_place`."""
     if owners and OWNERS not in place._modules:
         place.add_module(OWNERS, nn.ModuleDict())
     for label, owner in owners.items():
@@ -107,7 +107,7 @@ def put_owners(place: nn.Module, owners: Mapping[str, nn.Module]) -> None:
 
 
 def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Put empty modules where a saved model had owners, which no class of transformers makes.
+    """Add empty owners where a saved model had them, since no class of transformers builds them.
 
     Args:
         model: a skeleton.
@@ -160,7 +160,7 @@ def _errors_name(what: str) -> Iterator[None]:
 
 
 def _family_options(config: MoEConfig, *, is_down: bool) -> dict[str, Any]:
-    """Options of the family for one matrix; dims that it cannot take are passed on, for it to refuse."""
+    """Select the options of the family for one matrix; invalid dims pass, so that the family raises."""
     family = topology_family(config.topology)
     dims = (config.model_dims, config.hidden_dims)
     options: dict[str, Any] = {"sites": config.sites}

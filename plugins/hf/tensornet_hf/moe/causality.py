@@ -1,4 +1,4 @@
-"""Which feed-forward networks of a model must not see later tokens, found by running the model."""
+"""Find the feed-forward networks that must not see later tokens, by running the model."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +75,7 @@ def causal_networks(
 
 
 def _example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """One random row for a transformers model that reads tokens or images.
+    """Generate one random row for a transformers model that reads tokens or images.
 
     Raises:
         TargetError: another model.
@@ -148,7 +148,7 @@ def _watching(networks: Sequence[FeedForward], seen: Rows) -> Iterator[None]:
 
 
 def _moved(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
-    """For each call, which rows differ: shape `(tokens,)`, bool."""
+    """Compare the rows of two runs call by call; True where they differ, shape `(tokens,)`."""
     return [
         (new.float() - old.float()).norm(dim=-1) > _SAME * old.float().norm(dim=-1).max()
         for old, new in zip(before, after, strict=True)

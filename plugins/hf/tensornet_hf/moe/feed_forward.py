@@ -1,4 +1,4 @@
-"""What a feed-forward network is, and whether a module computes it.
+"""Feed-forward networks, and a check that a module computes one.
 
 Most are a module of their own. In BERT, OPT, BART and their kin the two matrices and the activation are parts
 of a larger layer that does more; there a mixture takes the place of the first matrix, and nothing is left to
@@ -51,12 +51,12 @@ class FeedForward:
 
     @property
     def name(self) -> str:
-        """Name that stands for the network."""
+        """Representative name of the network."""
         return self.names[0]
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of its layers, in order, that a submodule can have."""
+        """Names of its matrices in order, without dots."""
         return tuple(path.replace(".", "_") for path in self.paths)
 
     def matrix(self, name: str) -> Tensor:
@@ -81,7 +81,7 @@ class FeedForward:
         return {f"{name}.{path}": part for name in self.names for path, part in parts.items()}
 
     def inside_replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
-        """Return the same modules by path in the larger layer that holds the network."""
+        """Return the replacement modules by path in the larger layer that holds the network."""
         assert self.inside is not None
         first, *others = self.inside
         return {first: mixture, **{path: DoneBefore() for path in others}}
@@ -93,7 +93,7 @@ class FeedForward:
 
 @torch.no_grad()
 def check_reading(network: FeedForward) -> None:
-    """Compare a module with the feed-forward network found in it, on random tokens.
+    """Compare a module with the feed-forward network that was recognized in it, on random tokens.
 
     Raises:
         TargetError: they differ, or the module does not take tokens alone.
@@ -112,7 +112,7 @@ def check_reading(network: FeedForward) -> None:
 
 @torch.no_grad()
 def computes_inside(network: FeedForward) -> bool:
-    """Return whether a larger layer computes the same with the whole network in place of its first matrix."""
+    """Return True if a larger layer computes the same with the network in place of its first matrix."""
     if network.matrix(network.matrices[0]).is_meta:
         return False
     x = _tokens(network)
@@ -126,7 +126,7 @@ def computes_inside(network: FeedForward) -> bool:
 
 
 class _Whole(nn.Module):
-    """The network in one module, which uses the layers where they are."""
+    """The whole network as one module, which uses the layers in place."""
 
     def __init__(self, network: FeedForward) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def _tokens(network: FeedForward) -> Tensor:
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """Return the output of a transformer layer for tokens alone; None if it cannot be called so."""
+    """Call a transformer layer with tokens alone; None if it needs other arguments."""
     parameters = list(inspect.signature(layer.forward).parameters.values())
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     for rest in (None, x):  # a mask that may be None, a residual that may not

@@ -1,4 +1,4 @@
-"""Finding the feed-forward networks of a model and reading off what they compute."""
+"""Find the feed-forward networks of a model and recognize the function that they compute."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -115,7 +115,7 @@ def _form(module: nn.Module, matrices: Sequence[str] | None) -> tuple[tuple[str,
 
 
 def _experts(model: nn.Module, names: Sequence[str], matrices: Sequence[str] | None) -> dict[str, str]:
-    """Find networks among which a router chooses, and the module that holds router and experts.
+    """Find networks selected by a router, and the module that holds router and experts.
 
     Beside `n > 1` networks of one container lies a router: a weight `(n, features)`, in either order.
     """
@@ -141,7 +141,7 @@ def _experts(model: nn.Module, names: Sequence[str], matrices: Sequence[str] | N
 
 
 def _has_weight(module: nn.Module, sizes: set[int], without: Sequence[nn.Module]) -> bool:
-    """Return whether a module has a matrix of these sizes outside some parts, embeddings and our mixtures."""
+    """Return True if a module has a matrix of these sizes outside some parts, embeddings and our mixtures."""
     ours = [
         part for part in module.modules() if isinstance(part, SharedCoreMoE)
     ]  # they have their own routers

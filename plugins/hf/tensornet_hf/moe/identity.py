@@ -1,4 +1,4 @@
-"""A module with nothing left to do."""
+"""Identity module that remains in place of a merged part of a feed-forward network."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tensornet.nn import register_module_type
 
 
 class DoneBefore(nn.Module):
-    """Stands where a part of a feed-forward network was that a mixture before it computes now.
+    """Identity in place of a part of a feed-forward network whose work an earlier mixture does.
 
     Unlike `nn.Identity` it has a description, so that a saved model is built again with it.
     """

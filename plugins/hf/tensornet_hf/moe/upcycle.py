@@ -60,7 +60,7 @@ class UpcycleReport:
 
     @property
     def params(self) -> int:
-        """Parameters of the mixtures, those that several layers share counted once."""
+        """Parameters of the mixtures; cores shared by several layers count once."""
         return sum(layer.params for layer in self.layers) + self.across_params
 
     @property
@@ -168,7 +168,7 @@ def _refuse_causal(config: MoEConfig, networks: Sequence[FeedForward], causal: S
 def make_mixture(
     network: FeedForward, banks: Mapping[str, SharedCoreExperts], config: MoEConfig, *, seed: int
 ) -> tuple[SharedCoreMoE, UpcycledLayer]:
-    """Make a mixture of these experts and its line in the report; the seed is that of the router."""
+    """Build a mixture of these experts and its report entry; `seed` initializes the router."""
     first = network.matrix(network.matrices[0])
     where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
     biases = {name: network.bias(name) for name in network.matrices}

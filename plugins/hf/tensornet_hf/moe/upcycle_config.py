@@ -14,7 +14,7 @@ from tensornet_moe.router_base import COMBINE, Combine, router_kind
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """How dense feed-forward networks become mixtures.
+    """Options of `upcycle`: experts, router, shared cores and auxiliary losses.
 
     The variants of the paper's comparison: `shared="center"` is MPOE; `sites=1, shared="none"` gives every
     expert dense matrices of its own (Switch); `shared="none"` alone gives it all cores of its own;
@@ -117,11 +117,11 @@ class MoEConfig:
 
     @property
     def limits_itself(self) -> bool:
-        """Whether the router takes `capacity_factor` itself, so that the mixture drops nothing."""
+        """True if the router applies `capacity_factor` itself, so that the mixture drops no token."""
         return "capacity_factor" in router_kind(self.router).options
 
     def make_router(self, num_features: int, *, seed: int) -> Router:
-        """Make a router with weights drawn from `seed`, in float32 on the CPU."""
+        """Build a router with weights drawn from `seed`, in float32 on the CPU."""
         kind = router_kind(self.router)
         options = {key: getattr(self, key, None) for key in ("jitter", "combine", *kind.options)}
         given = {key: value for key, value in options.items() if value is not None}

@@ -121,7 +121,7 @@ def render(page: Page) -> str:
 
 
 def predicted_curve(plan: CompressionPlan, *, of_tokens: bool = True) -> list[tuple[float, float]]:
-    """Return the predicted perplexity over all budgets, `(fraction of targeted parameters kept, perplexity)`.
+    """Compute the predicted perplexity over all budgets, `(keep ratio of targeted parameters, perplexity)`.
 
     Without a loss of tokens the loss itself; for an encoder one minus the cosine with its old outputs. Empty
     for a plan made without calibrated gradients. The curve ends where the prediction, which is of second
@@ -138,7 +138,7 @@ def predicted_curve(plan: CompressionPlan, *, of_tokens: bool = True) -> list[tu
 
 
 def _predicted(plan: CompressionPlan, rise: float, of_tokens: bool) -> float:
-    """Return the perplexity, or the loss if it is not one of tokens, after a rise of the loss."""
+    """Convert a loss increase to a perplexity, or to a loss if the model is not scored on tokens."""
     assert plan.dense_loss is not None
     loss = plan.dense_loss + rise
     return math.exp(loss) if of_tokens else loss
@@ -164,7 +164,7 @@ def compact_bytes(value: float) -> str:
 
 
 def plain(page: Page) -> dict[str, Any]:
-    """Return the numbers of the page, JSON-ready."""
+    """Convert the numbers of the page to a JSON-ready form."""
     return {
         "models": [
             {

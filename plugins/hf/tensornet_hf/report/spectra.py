@@ -32,7 +32,7 @@ class BondSpectrum:
 
 @torch.no_grad()
 def bond_spectra(matrix: Tensor, layer: LayerPlan) -> tuple[BondSpectrum, ...]:
-    """Return one spectrum for each planned bond; that of the weight for a layer that stays dense.
+    """Compute one spectrum for each planned bond; that of the weight for a dense layer.
 
     Args:
         matrix: the dense weight, shape `(out_features, in_features)`.
@@ -55,7 +55,7 @@ def bond_spectra(matrix: Tensor, layer: LayerPlan) -> tuple[BondSpectrum, ...]:
 
 
 def _separates_sides(topology: Topology, side: Side) -> bool:
-    """Whether a bond cuts the matrix itself: all out-legs on one side, all in-legs on the other."""
+    """Return True if a bond separates all out-legs from all in-legs."""
     near, outs, ins = (
         {x for x in labels if topology.size_of[x] > 1}
         for labels in ((*side[0], *side[1]), topology.out_labels, topology.in_labels)

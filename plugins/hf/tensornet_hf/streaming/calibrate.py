@@ -102,7 +102,7 @@ def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
 
 
 class _OnDisk:
-    """Hidden states and gradients in files, by block and batch; see `sequential.States`."""
+    """Store of hidden states and gradients in files, by block and batch; see `sequential.States`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -121,7 +121,7 @@ class _OnDisk:
 
 
 class _Streamed:
-    """One calibration. Takes the place of the recorder of `tensornet.calibrate`, and passes on to it."""
+    """State of one streamed calibration; wraps the recorder of `tensornet.calibrate`."""
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[str], folder: Path, full_up_to: int) -> None:
         self.model = model
@@ -136,7 +136,7 @@ class _Streamed:
     # What hooks call.
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Pass an input on in the forward pass."""
+        """Forward an input to the recorder in the forward pass."""
         if self.sees == "inputs":
             self.recorder.see_input(name, x)
 
@@ -144,14 +144,14 @@ class _Streamed:
         """Ignore embeddings, which lie outside the blocks."""
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
-        """Pass a gradient on in the backward pass."""
+        """Forward a gradient to the recorder in the backward pass."""
         if self.sees == "gradients":
             self.recorder.see_gradient(name, gradient)
 
     # The phases.
 
     def enter(self, batches: Sequence[Batch]) -> None:
-        """Find the input of the first block, and the arguments of every block."""
+        """Run the model up to the last block, to record the first input and the arguments of all blocks."""
         if not batches:
             raise TargetError("Calibration got no batches; pass at least one, better 30 of 1,000 tokens.")
         self.chain.batches = list(batches)
@@ -167,7 +167,7 @@ class _Streamed:
         self.moments.add(self.recorder.finish(1, None, ""))
 
     def leave(self, loss_fn: TokenLosses) -> tuple[float, int]:
-        """Compute losses from the last hidden states, and put gradients in the place of these.
+        """Compute losses from the last hidden states, and replace these by their gradients.
 
         Returns:
             Mean loss of a token, and the number of tokens that have one.
@@ -184,7 +184,7 @@ class _Streamed:
         return mean_loss(total, scored, loss_fn), scored
 
     def backward(self, scored: int) -> None:
-        """Run the last block again and differentiate it; its input gives way to the gradient of that."""
+        """Run the last block again, differentiate it, and replace its input by the gradient."""
         self._observe("gradients")
         chain = self.chain
         chain.position -= 1

@@ -1,4 +1,4 @@
-"""Locate the single matrices of modules that own several, such as mixtures of experts.
+"""Locate the single matrices of modules that own several, such as experts, in a checkpoint.
 
 A checkpoint holds the matrices of a mixture as the stacks `(experts, ...)` of the model, so that every expert
 is a stretch of bytes; or one by one under other names (`experts.3.w1.weight`), which loading joins and
@@ -29,7 +29,7 @@ from tensornet_hf.streaming.skeleton import as_loaded
 
 @dataclass(frozen=True)
 class ExpertSource:
-    """Stored places of the matrices of modules that own several.
+    """Locations of the matrices of modules that own several.
 
     Args:
         matrices: by the name of the layer, such as `layers.0.mlp.experts.3.down_proj`.
@@ -45,7 +45,7 @@ class ExpertSource:
 def take_experts_apart(
     skeleton: PreTrainedModel, tensors: Mapping[str, Slice], stored: Mapping[str, str]
 ) -> ExpertSource:
-    """Take modules apart whose matrices can be found in the checkpoint, in place.
+    """Split modules in place whose matrices can be located in the checkpoint.
 
     Those whose parameters another module has as well stay whole.
 
@@ -135,7 +135,7 @@ def _can_join(slices: tuple[Slice, ...]) -> bool:
 
 
 def _joined_when_loaded(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
-    """Return `{stack: stored names of the parts of each expert}`, as loading would collect them."""
+    """Return `{stack: stored names of the parts of each expert}`, as transformers collects them."""
     collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key, name, pattern in as_loaded(model, sorted(tensors, key=dot_natural_key)):
         if pattern is not None:
@@ -152,7 +152,7 @@ def _joined_when_loaded(model: PreTrainedModel, tensors: Iterable[str]) -> dict[
 
 
 def _stacks(converter: WeightConverter) -> bool:
-    """Return whether a converter stacks experts, each a matrix or several of them one below the other."""
+    """Return True if a converter stacks experts, each of one matrix or of several concatenated ones."""
     match converter.operations:
         case [MergeModulelist(dim=0)]:
             return len(converter.source_patterns) == 1

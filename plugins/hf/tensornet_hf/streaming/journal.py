@@ -1,4 +1,4 @@
-"""Keep the work of a run until it is complete: a folder beside the destination, a lock, a journal.
+"""Staging folder beside the destination, with a lock and a journal, so that work survives interruption.
 
     .NAME.partial/lock           held while a run writes here
     .NAME.partial/journal        one line for each finished piece or file, with its checksum
@@ -25,7 +25,7 @@ from tensornet.io.atomic import take_place, write_file
 
 
 class Staging:
-    """The work of one run, present and past.
+    """Staging folder of a run, with the finished work of earlier attempts.
 
     Args:
         folder: the staging folder; see `staging`.
@@ -44,7 +44,7 @@ class Staging:
         return self.folder / "journal"
 
     def entries(self) -> list[dict[str, Any]]:
-        """Read the lines of the journal in order, up to the first torn or changed one."""
+        """Read the lines of the journal in order, up to the first torn or altered one."""
         if not self.journal.is_file():
             return []
         entries = []
@@ -56,12 +56,12 @@ class Staging:
         return entries
 
     def begin(self, kept: list[dict[str, Any]]) -> None:
-        """Start a journal that holds the entries kept of an earlier one, for `note` to add to."""
+        """Start a journal with the valid entries of an earlier one; `note` appends to it."""
         write_file(self.journal, map(_line, kept))
         self._journal = self.journal.open("ab")
 
     def note(self, entry: dict[str, Any]) -> None:
-        """Add one line and wait until it is on the disk."""
+        """Append one line and flush it to the disk."""
         assert self._journal is not None
         self._journal.write(_line(entry))
         self._journal.flush()
@@ -74,7 +74,7 @@ class Staging:
             self._journal = None
 
     def clear(self) -> None:
-        """Forget all work."""
+        """Delete all staged work."""
         self.close()
         self.journal.unlink(missing_ok=True)
         for folder in (self.pieces, self.out):
@@ -82,7 +82,7 @@ class Staging:
             folder.mkdir()
 
     def publish(self, destination: Path) -> None:
-        """Make the finished folder appear under its name, at once."""
+        """Rename the finished folder to its final name, atomically."""
         self.close()
         sync_folder(self.out)
         take_place(self.out, destination)
@@ -123,7 +123,7 @@ def staging(destination: Path) -> Iterator[Staging]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can do that."""
+    """Flush the directory entries of a folder to the disk, where the system supports it."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -139,7 +139,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """Return the entry of a line, or None if the line is not as it was written."""
+    """Parse a line of the journal; None if its checksum does not match."""
     checksum, _, text = line.partition(b" ")
     if not line.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest().encode() != checksum:
         return None

@@ -1,4 +1,4 @@
-"""Map the weights of a model from the disk: only pages that are touched are ever resident."""
+"""Memory-map the weights of a model from the disk: only touched pages are resident."""
 
 import mmap
 import tempfile

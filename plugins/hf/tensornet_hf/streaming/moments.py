@@ -1,4 +1,4 @@
-"""Keep moments of many layers on the disk, and join them into one file of statistics."""
+"""Store the moments of many layers on the disk, and join them into one file of statistics."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tensornet.io.safetensors_files import ShardTask, Slice, read_header, write_
 
 
 class Moments:
-    """Collects statistics of a few layers at a time; each is written at once and forgotten.
+    """Collector of statistics that writes a few layers at a time to the disk.
 
     Args:
         folder: where they are kept until `write`.
@@ -24,7 +24,7 @@ class Moments:
         self.stored: dict[str, Slice] = {}
 
     def add(self, stats: CalibrationStats) -> None:
-        """Keep the moments of some layers. Those that share one tensor keep sharing it."""
+        """Write the moments of some layers; shared tensors stay shared."""
         tensors: dict[str, Tensor] = {}
         keys: dict[int, str] = {}
         for side, moments in (("rows", stats.rows), ("columns", stats.columns)):
@@ -38,6 +38,6 @@ class Moments:
             self.stored |= read_header(path)
 
     def write(self, path: Path, *, tokens: int, loss: float, source: str) -> None:
-        """Write the file that `CalibrationStats.load` reads, byte for byte from what was kept."""
+        """Write the file that `CalibrationStats.load` reads, from the stored bytes."""
         header = {"version": STATS_VERSION, "tokens": tokens, "loss": loss, "source": source, **self.sides}
         write_shard(ShardTask(path, self.stored, {"calibration": json.dumps(header)}))

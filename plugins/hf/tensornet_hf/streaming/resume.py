@@ -1,4 +1,4 @@
-"""Take over the work of an interrupted run, checked byte for byte."""
+"""Resume an interrupted run from its journal, with every piece verified by checksum."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ JOURNAL_VERSION = 1
 
 @dataclass(frozen=True)
 class Past:
-    """Finished work.
+    """Finished work of an interrupted run.
 
     Args:
         pieces: layers by name.
@@ -38,7 +38,7 @@ class Past:
 
 
 def identity(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first line of a journal: everything that the work depends on.
+    """Describe everything that the work depends on, for the first line of a journal.
 
     Args:
         source: read from.
@@ -53,7 +53,7 @@ def identity(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take_over(work: Staging, me: Mapping[str, Any], source: Source) -> Past:
-    """Read the journal of an interrupted run, keep what is whole and drop the rest.
+    """Read the journal of an interrupted run, keep verified pieces and delete the rest.
 
     Raises:
         FormatError: the source changed since then, or the run had other options or library versions.

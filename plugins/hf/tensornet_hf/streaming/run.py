@@ -1,4 +1,4 @@
-"""Compress a model folder weight by weight, without ever holding the model in memory."""
+"""Compress a model folder weight by weight, without holding the model in memory."""
 
 import os
 import time
@@ -149,13 +149,13 @@ class _Options:
         tasks: Iterable[tuple[str, _T]],
         done: Callable[[str, _R], None],
     ) -> None:
-        """Run tasks in the workers or by the executor."""
+        """Run tasks in worker processes or by the given executor."""
         run_tasks(function, tasks, done, workers=self.workers, executor=self.executor)
 
 
 @dataclass(frozen=True)
 class _Dense:
-    """The model to compress: its folder, its skeleton, and where the parameters of it are stored."""
+    """Source model: its folder, its skeleton, and the locations of its parameters."""
 
     source: Source
     skeleton: PreTrainedModel
@@ -166,7 +166,7 @@ class _Dense:
 
 @dataclass(frozen=True)
 class _Made:
-    """The new folder, while it lies in the staging folder."""
+    """Contents of the new folder while it lies in the staging folder."""
 
     pieces: Mapping[str, Piece]
     tensors: Mapping[str, Slice]
@@ -184,7 +184,7 @@ def _open_dense(folder: Path) -> _Dense:
 
 
 def _make_plan(folder: Path, measured: Path | None, options: _Options, work: Staging) -> CompressionPlan:
-    """Plan over all layers together, in this process."""
+    """Plan all layers together, in this process."""
     with one_thread():
         stats = None if measured is None else CalibrationStats.load(measured)
         model = mapped_model(folder, spill=work.folder)
@@ -194,7 +194,7 @@ def _make_plan(folder: Path, measured: Path | None, options: _Options, work: Sta
 def _compress(
     dense: _Dense, plan: CompressionPlan | None, measured: Path | None, options: _Options, work: Staging
 ) -> _Made:
-    """Write everything that the new folder holds into the staging folder."""
+    """Write all contents of the new folder into the staging folder."""
     source, config = dense.source, options.config
     stored = {name: source.tensors[key] for name, key in dense.stored.items()}
     tasks = find_tasks(
@@ -288,7 +288,7 @@ def _make_pieces(
     past: Past,
     options: _Options,
 ) -> dict[str, Piece]:
-    """Run unfinished tasks; large weights first, so that no worker is left with one at the end."""
+    """Run unfinished tasks, large weights first, so that workers finish at about the same time."""
     pieces = {name: past.pieces[name] for name in tasks if name in past.pieces}
     if make is copy_matrix:
         pieces = {name: piece for name, piece in pieces.items() if piece.written is not None}
@@ -313,7 +313,7 @@ def _make_pieces(
 def _left_dense(
     experts: ExpertSource, pieces: Mapping[str, Piece], config: CompressionConfig, work: Staging
 ) -> dict[str, PieceTask]:
-    """Make tasks for matrices that leave their stack dense, since others of the mixture became cores."""
+    """Create copy tasks for matrices that stay dense in a stack whose other matrices are compressed."""
     changed = {experts.modules[name] for name in experts.matrices if name in pieces and pieces[name].specs}
     tasks = {}
     for index, (name, matrix) in enumerate(experts.matrices.items()):
@@ -327,7 +327,7 @@ def _left_dense(
 def _write_shards(
     work: Staging, shards: dict[str, list[Part]], past: Past, options: _Options
 ) -> list[Written]:
-    """Put the files of weights together, and remove the pieces that went into them."""
+    """Assemble the weight shards, and remove the pieces that were copied into them."""
     keys = {file: [part.key for part in parts] for file, parts in shards.items()}
     if strange := sorted(file for file, (_, old) in past.shards.items() if keys.get(file) != old):
         raise FormatError(
@@ -386,7 +386,7 @@ def _finish(
 
 @contextmanager
 def _told_apart(source: Path, target: Path) -> Iterator[None]:
-    """Tell failures of reading and of writing apart."""
+    """Distinguish failures of reading from failures of writing."""
     try:
         yield
     except TensorNetError:

@@ -44,7 +44,7 @@ def collect_parts(
     layer_of: Mapping[str, str],
     pieces: Mapping[str, Piece],
 ) -> tuple[list[Part], list[str]]:
-    """List everything that goes into the new files, in the order of the old ones.
+    """List all contents of the new files, in the order of the old ones.
 
     Args:
         source: the folder that is compressed.
@@ -105,7 +105,7 @@ def config_text(
     pieces: Iterable[Piece],
     config: CompressionConfig,
 ) -> str:
-    """Return the content of `config.json`: that of the source, and the description of compressed layers.
+    """Build the content of `config.json`: that of the source, with the description of compressed layers.
 
     Args:
         source: content of the old `config.json`.
@@ -123,7 +123,7 @@ def config_text(
 def guards(
     dense: Iterable[str], skeleton: nn.Module, pieces: Iterable[Piece], source: Iterable[Slice]
 ) -> Part:
-    """Return empty tensors in place of dense weights, as saving writes them (see `checkpoint.guards`).
+    """Create the guards that saving writes in place of dense weights (see `checkpoint.guards`).
 
     Args:
         dense: names of the tensors of the dense model.

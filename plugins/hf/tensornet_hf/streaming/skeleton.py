@@ -1,4 +1,4 @@
-"""Build the model of a checkpoint without weights, and find where its parameters are stored."""
+"""Build the model of a checkpoint without weights, and locate its stored parameters."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def model_skeleton(
 
 
 def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
-    """Raise FormatError for numbers that would make building even an empty model endless.
+    """Raise FormatError for sizes so large that building even an empty model would not end.
 
     Args:
         config: nested as it may be.
@@ -107,7 +107,7 @@ def _empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def _read_config(kind: str, content: Mapping[str, Any]) -> PreTrainedConfig:
-    """Read a configuration as loading does: transformers decodes what JSON cannot say, such as infinity."""
+    """Read a configuration as transformers does, which decodes infinity and NaN that JSON cannot express."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(content), encoding="utf-8")
         read: PreTrainedConfig = CONFIG_MAPPING[kind].from_pretrained(folder, local_files_only=True)
@@ -127,7 +127,7 @@ def as_loaded(model: PreTrainedModel, tensors: Iterable[str]) -> Iterator[tuple[
 
 
 def _stored_names(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """Map names as loading does, for tensors that it takes over one to one."""
+    """Map model names to stored names, for tensors that loading copies one to one."""
     found: dict[str, str] = {}
     for source, name, pattern in as_loaded(model, tensors):
         if pattern is None:

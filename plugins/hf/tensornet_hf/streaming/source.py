@@ -1,4 +1,4 @@
-"""Open the folder to compress: its tensors, its other files, and marks by which a change is noticed."""
+"""Open the source folder: its tensors, its other files, and fingerprints that reveal a later change."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def open_source(folder: Path) -> Source:
 
 
 def check_unchanged(source: Source, marks: Mapping[str, Mark | None], *, since: str) -> None:
-    """Compare the marks of a source with earlier ones.
+    """Compare the fingerprints of a source with earlier ones.
 
     Raises:
         FormatError: naming the files that differ and when they were first read.
@@ -86,12 +86,12 @@ def check_unchanged(source: Source, marks: Mapping[str, Mark | None], *, since: 
 
 
 def marks_now(source: Source) -> dict[str, Mark]:
-    """Return the present marks of the same files; absent files are left out."""
+    """Compute the present fingerprints of the same files; absent files are left out."""
     return {name: _mark(source.folder, name) for name in source.marks if (source.folder / name).is_file()}
 
 
 def _others(folder: Path) -> Iterator[str]:
-    """Yield all other files, without hidden ones and weights in other forms."""
+    """Yield all files except hidden ones and weights in other formats."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
@@ -123,5 +123,5 @@ def digest(content: Any) -> str:
 
 
 def total_bytes(parts: Iterable[Slice]) -> int:
-    """Return the length of several tensors together."""
+    """Sum the lengths of several tensors in bytes."""
     return sum(part.nbytes for part in parts)

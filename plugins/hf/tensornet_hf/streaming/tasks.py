@@ -1,4 +1,4 @@
-"""Turn the targets of a skeleton into tasks: the stored weight of each, and the places that use it."""
+"""Convert the targets of a skeleton to tasks: the stored weight of each, and the modules that use it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ def find_tasks(
     device: str,
     folder: Path,
 ) -> dict[str, PieceTask]:
-    """Make a task for each weight to compress, by the name of its layer.
+    """Create a task for each weight to compress, by the name of its layer.
 
     Args:
         skeleton: the model on the meta device.
@@ -58,7 +58,7 @@ def find_tasks(
 
 
 def untie_different(skeleton: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
-    """Give tied layers weights of their own where the checkpoint holds different ones.
+    """Untie tied layers whose stored weights differ.
 
     A configuration may claim a tie that the weights do not have (T5 v1.1); loading decides as we do here.
     """

@@ -1,4 +1,4 @@
-"""Collect statistics of a text for a model that is never loaded, for the run that needs them."""
+"""Collect statistics on a text for a model that is never loaded as a whole."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ def statistics_of_text(
     resume: bool = True,
     progress: bool = False,
 ) -> Path:
-    """Run a model over a text, block by block, and keep the moments for planning.
+    """Run a model over a text block by block, and store the moments for planning.
 
     The file lies in the staging folder of `destination` and goes when the run that compresses is through.
     An interrupted run finds it there: it is used again for the same model, text and layers.

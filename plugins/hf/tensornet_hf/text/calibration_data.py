@@ -34,7 +34,7 @@ HIDDEN = 0.15
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Batches of a model, and the losses whose curvature gives the sensitivity to errors.
+    """Calibration batches of a model, and the loss whose curvature gives the sensitivity to errors.
 
     Args:
         batches: keyword arguments of the model, or token indices.
@@ -85,7 +85,7 @@ def calibration_data(
 
 
 def scores_tokens(kind: type[PreTrainedModel]) -> bool:
-    """Return whether models of a class are scored on tokens, so that a perplexity describes them."""
+    """Return True if models of a class are scored on tokens, so that a perplexity describes them."""
     return kind.can_generate() or kind.__name__.endswith("ForMaskedLM")
 
 
@@ -118,7 +118,7 @@ def _tokenizer_of(model: PreTrainedModel, folder: Path) -> Any:
 
 
 def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
-    """Choose the loss of an encoder by its output for one word.
+    """Choose the loss of an encoder from its output for one word.
 
     Raises:
         TargetError: neither classes nor hidden states.
@@ -150,7 +150,7 @@ def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Bat
 
 
 def _pairs(model: PreTrainedModel, tokenizer: Any, lines: Sequence[str]) -> Iterator[Batch]:
-    """Read lines with their answers: the text behind the tab, or the model's own."""
+    """Read lines with their answers: the text after the tab, or the model's own output."""
     given = all(line.count("\t") == 1 for line in lines)
     for start in range(0, len(lines), ROWS):
         part = lines[start : start + ROWS]
@@ -176,7 +176,7 @@ def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _hidden(passages: Iterator[Batch], tokenizer: Any) -> Iterator[Batch]:
-    """Mask some tokens of passages, always the same ones; only those have labels."""
+    """Mask some tokens of passages reproducibly; only masked tokens have labels."""
     if tokenizer.mask_token_id is None:
         raise TargetError(
             "The tokenizer of this masked language model has no mask token; calibrate it in Python with "

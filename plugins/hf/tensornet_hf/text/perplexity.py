@@ -19,7 +19,7 @@ _LOGITS = 16_000_000
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and the windows it was measured over, without which the number means little.
+    """Perplexity together with the windows over which it was measured.
 
     Args:
         perplexity: `exp(loss)`.
@@ -42,7 +42,7 @@ class Perplexity:
 
     @property
     def how(self) -> str:
-        """How it was measured, in a few words."""
+        """Measurement protocol in a few words."""
         return (
             f"{self.tokens:,} tokens scored in {self.windows:,} window{'s' if self.windows > 1 else ''} "
             f"of {self.context}, stride {self.stride}"

@@ -1,4 +1,4 @@
-"""Tokens of texts, and text that models generate."""
+"""Tokenization of texts, and text generation."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
 
 
 def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
-    """Return the default length of a window: all positions of the model, but at most `limit`."""
+    """Return the default window length: all positions of the model, at most `limit`."""
     return min(limit, getattr(model.config, "max_position_embeddings", None) or limit)
 
 
@@ -80,7 +80,7 @@ def require_causal(model: PreTrainedModel) -> None:
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Return whether a tokenizer has a chat template."""
+    """Return True if a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 

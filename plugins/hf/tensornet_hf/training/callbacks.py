@@ -1,4 +1,4 @@
-"""Callbacks of `Trainer` for mixtures: masking the gradient of shared cores, watching routers."""
+"""Callbacks of `Trainer` for mixtures: mask the gradient of shared cores, log router statistics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from tensornet_moe.mask import Granularity
 
 
 class GradientMaskCallback(TrainerCallback, ExportableState):
-    """Puts a `tensornet_moe.GradientMask` on a model while it trains, and into its checkpoints.
+    """Attaches a `tensornet_moe.GradientMask` while `Trainer` trains, and saves it in checkpoints.
 
     A run resumed from a checkpoint continues the draws of the interrupted one.
 
@@ -77,7 +77,7 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
             self.mask.detach()
 
     def state(self) -> dict[str, Any]:
-        """Return the state for `trainer_state.json`."""
+        """Return the state that `Trainer` writes to `trainer_state.json`."""
         if self.mask is None:
             return {"args": {}, "attributes": {}}
         state = self.mask.state_dict()
@@ -85,7 +85,7 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
 
 
 class RouterStatsCallback(TrainerCallback):
-    """Measures, at the steps that `Trainer` logs, what routers do and how far cores move.
+    """Logs router statistics and the movement of cores at the logging steps of `Trainer`.
 
     One row a logged step in `.history`, and in the logs, averaged over layers:
 
@@ -111,7 +111,7 @@ class RouterStatsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that there is something to watch."""
+        """Check that the model has a mixture to observe."""
         if not _mixtures(kwargs["model"]):
             raise TargetError(
                 f"{type(kwargs['model']).__name__} has no mixture to watch; tensornet_hf.upcycle makes them."
@@ -132,7 +132,7 @@ class RouterStatsCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure how far the cores moved, if this step is logged."""
+        """Measure the movement of the cores, if this step is logged."""
         if not self._before:
             return
         model = kwargs["model"]
@@ -152,7 +152,7 @@ class RouterStatsCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add to the logs, and to the history of the trainer, which copied them already."""
+        """Add the statistics to the logs and to the history of the trainer, which has copied them already."""
         if logs is not None and "loss" in logs:
             logs.update(self._latest)
             if state.log_history:

@@ -1,4 +1,4 @@
-"""Correction of a model after it was compressed: refitting and healing on a text.
+"""Correction after compression: refitting and healing on a text.
 
 Healing keeps a checkpoint beside the destination, so that a killed run need not begin again.
 """
@@ -19,7 +19,7 @@ from tensornet_hf.streaming.source import digest, open_source
 
 
 class HealingFile:
-    """Checkpoint beside the destination, `.NAME.heal-KEY.safetensors`, removed when the model is written.
+    """Checkpoint of healing beside the destination, `.NAME.heal-KEY.safetensors`, deleted after saving.
 
     Args:
         destination: of the model; an upload has no checkpoint.
@@ -40,7 +40,7 @@ class HealingFile:
             self._others = [x for x in target.parent.glob(f".{target.name}.heal-*") if x != self.path]
 
     def begin(self, *, resume: bool) -> Path | None:
-        """Return the checkpoint, and remove those that other options left for this destination."""
+        """Return the checkpoint path, and delete checkpoints of other options for this destination."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for file in self._others if resume else [*self._others, self.path]:
@@ -48,7 +48,7 @@ class HealingFile:
         return self.path
 
     def end(self) -> None:
-        """Remove the checkpoint once the model is written."""
+        """Delete the checkpoint once the model is written."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -103,7 +103,7 @@ def _refined(report: RefineReport) -> str:
 
 
 def _healed(report: HealReport) -> str:
-    """Describe the result of training by the mean losses of its first and its last tenth."""
+    """Describe the result of training by the mean losses of the first and last tenth of the steps."""
     part = max(1, len(report.losses) // 10)
     if not report.losses:
         return f"healed for {report.steps:,} steps, all of them before"

@@ -59,7 +59,7 @@ class HealingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean over each batch already
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `Trainer`, with a rate for each parameter if they are relative."""
+        """Create the optimizer of `Trainer`, with one group for each parameter if rates are relative."""
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.relative and not made:
@@ -147,7 +147,7 @@ def heal(
 
 
 def freeze_all_but_cores(model: nn.Module) -> None:
-    """Let only the cores require gradients.
+    """Require gradients for the cores alone.
 
     Raises:
         TargetError: there are none that can be trained.
@@ -159,7 +159,7 @@ def freeze_all_but_cores(model: nn.Module) -> None:
 
 
 class TextWindows(Dataset[dict[str, Tensor]]):
-    """Windows of a long text as examples, `{"input_ids": (length,)}`.
+    """Dataset of windows of a long text, `{"input_ids": (length,)}`.
 
     Args:
         folder: holds the tokenizer of the model.
