@@ -8,7 +8,8 @@ of 64 (hqq: zero points, groups of 128, as many bytes). They write dequantized w
 measures all. Calibration, validation and judged windows do not overlap, and are of different sources for
 MiniLM and SmolLM2. `predicted` is the forecast of the plan, alone and corrected by losses measured at a few
 sizes on a text. SmolLM2 has its residual stream turned: the published file holds weights on a 4-bit grid.
-Seconds are of one thread of a shared machine. Rows that the record has are skipped, so that a run goes on
+Seconds are of one thread of a shared machine, peak memory of a whole
+process. Rows that the record has are skipped, so that a run goes on
 where one ended.
 
     OMP_NUM_THREADS=1 python benchmarks/bytes.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -146,6 +148,7 @@ class Bench:
                 predicted=predicted,
                 formats=formats,
                 seconds={"calibrate": calibrated, "plan": planned, "round": seconds},
+                peak_mib=peak_mib(),
             )
 
     def uniform(self, method: str, seed: int, sizes: Sequence[float]) -> None:
@@ -166,6 +169,7 @@ class Bench:
                 bits_per_weight=float(int(bits) + 0.25),
                 **self.rise(model),
                 seconds={"calibrate": calibrated, "round": rounded},
+                peak_mib=peak_mib(),
             )
 
     def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:
@@ -201,7 +205,13 @@ class Bench:
                     **self.rise(model),
                     version=version,
                     seconds=seconds,
+                    peak_mib=found["peak_mib"],
                 )
+
+
+def peak_mib() -> int:
+    """Peak memory of this process so far, the model and its texts included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | None) -> dict[str, Any]:

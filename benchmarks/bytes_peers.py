@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import resource
 import time
 import traceback
 from collections.abc import Callable
@@ -155,6 +156,7 @@ def main() -> None:
             tensors = {n: x.detach().to(torch.float32).contiguous() for n, x in found.items()}
             save_file(tensors, given.destination / f"{bits}.safetensors")
         said["seconds"] = round(time.perf_counter() - start, 1)
+        said["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         (given.destination / f"{bits}.json").write_text(json.dumps(said))
         print(given.method, bits, said, flush=True)
 
