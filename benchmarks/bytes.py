@@ -8,8 +8,8 @@ of 64 (hqq: zero points, groups of 128, as many bytes). They write dequantized w
 measures all. Calibration, validation and judged windows do not overlap, and are of different sources for
 MiniLM and SmolLM2. `predicted` is the forecast of the plan, alone and corrected by losses measured at a few
 sizes on a text. SmolLM2 has its residual stream turned: the published file holds weights on a 4-bit grid.
-Seconds are of one thread of a shared machine, peak memory of a whole
-process. Rows that the record has are skipped, so that a run goes on
+Seconds are those of the processor, one thread, since the machine is shared; peak
+memory is of a whole process. Rows that the record has are skipped, so that a run goes on
 where one ended.
 
     OMP_NUM_THREADS=1 python benchmarks/bytes.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
@@ -97,10 +97,10 @@ class Bench:
     def statistics(self, seed: int) -> tuple[nn.Module, tn.CalibrationStats, float]:
         """A dense model, its moments for a seed and the seconds they took."""
         if seed not in self.prepared:
-            model, start = self.subject.load(), time.perf_counter()
+            model, start = self.subject.load(), time.process_time()
             data = self.subject.calibration(seed)
             stats = tn.calibrate(model, data, config=self.subject.layers, loss_fn=self.subject.losses)
-            self.prepared = {seed: (model, stats, time.perf_counter() - start)}
+            self.prepared = {seed: (model, stats, time.process_time() - start)}
         return self.prepared[seed]
 
     def rise(self, model: nn.Module) -> Row:
@@ -115,20 +115,20 @@ class Bench:
     def plan(self, seed: int, sizes: Sequence[float]) -> None:
         """The whole plan at every size, and its forecasts."""
         model, stats, calibrated = self.statistics(seed)
-        start = time.perf_counter()
+        start = time.process_time()
         layers = asdict(self.subject.layers)
         config = tn.CompressionConfig(bits_per_weight=max(sizes), **layers)
         prepared = prepare(model, config, stats)
-        planned = time.perf_counter() - start
+        planned = time.process_time() - start
         measured = {}
         for name, data in self.subject.validation.items():
             with suppress(BudgetError):  # too few tokens to see a rise: no corrected prediction in the row
                 measured[name] = prepared.measured(model, stats, data)
         for bits in sizes:
-            made, start = prepared.plan(bits_per_weight=bits), time.perf_counter()
+            made, start = prepared.plan(bits_per_weight=bits), time.process_time()
             small = self.subject.load()
             tn.apply_plan(small, made, stats)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             predicted = {"alone": made.predicted_loss_increase} | {
                 name: each.plan(bits_per_weight=bits).predicted_loss_increase
                 for name, each in measured.items()
@@ -157,11 +157,11 @@ class Bench:
             name, model, calibrated, stats = UNIFORM[method].format(int(bits)), self.subject.load(), 0.0, None
             if method != "nearest":
                 _, stats, calibrated = self.statistics(seed)
-            start = time.perf_counter()
+            start = time.process_time()
             for target in find_targets(model, self.subject.layers):
                 options = rounding_options(method, target, stats)
                 target.matrix.copy_(round_weight(target.matrix, name, **options).dequantize())
-            rounded = time.perf_counter() - start
+            rounded = time.process_time() - start
             self.book.add(
                 method,
                 seed,
