@@ -23,6 +23,7 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import Method, check_finite, frobenius
 from tensornet.linalg.tt_svd import default_tolerance, has_full_bonds, tt_svd, tt_svd_stack
 from tensornet.network import TensorNetwork
+from tensornet.notebook import html_table
 from tensornet.topologies.factored import choose_dims
 from tensornet.topologies.mpo import chain
 from tensornet.topology import Topology
@@ -227,6 +228,14 @@ class MPO:
             f"MPO({self.shape}, out_dims={self.out_dims}, in_dims={self.in_dims}, "
             f"bond_dims={self.bond_dims}, {self.num_params:,} parameters)"
         )
+
+    def _repr_html_(self) -> str:
+        """Table for notebooks."""
+        rows, columns = self.shape
+        caption = f"MPO, {rows} x {columns}, {self.num_params:,} parameters, certified error {self.error:.3g}"
+        header = ("site", "left bond", "out", "in", "right bond", "parameters")
+        sites = ((k, *core.shape, f"{core.numel():,}") for k, core in enumerate(self.cores))
+        return html_table(caption, header, sites)
 
     # --- as a sequence of cores ------------------------------------------------------------------
 

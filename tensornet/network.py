@@ -13,6 +13,7 @@ from tensornet.contraction.operator import contract_with_input, plan_matrix, pla
 from tensornet.contraction.steps import run
 from tensornet.drawing import draw_topology
 from tensornet.errors import ShapeError, TopologyError
+from tensornet.notebook import html_table
 from tensornet.topology import Topology
 
 if TYPE_CHECKING:
@@ -47,6 +48,20 @@ class TensorNetwork:
         shapes = ", ".join(f"{name}{list(shape)}" for name, shape in self.topology.core_shapes.items())
         return (
             f"TensorNetwork({self.topology.family}, {self.shape}, {self.num_params:,} parameters: {shapes})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Table for notebooks."""
+        rows, columns = self.shape
+        caption = f"TensorNetwork, {self.topology.family}, {rows} x {columns}, {self.num_params:,} parameters"
+        cores = zip(self.topology.cores, self.cores, strict=True)
+        return html_table(
+            caption,
+            ("core", "indices", "shape", "parameters"),
+            [
+                (spec.name, " ".join(spec.labels), " x ".join(map(str, core.shape)), f"{core.numel():,}")
+                for spec, core in cores
+            ],
         )
 
     @property

@@ -4,12 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
 from torch import Tensor
 
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_files import write_tensors
+from tensornet.notebook import html_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATS_VERSION = 1
 
@@ -53,6 +58,38 @@ class CalibrationStats:
         """Memory of the distinct tensors."""
         distinct = {id(x): x for x in (*self.rows.values(), *self.columns.values())}
         return sum(x.numel() * x.element_size() for x in distinct.values())
+
+    def plot(self) -> "Figure":
+        """Draw the size of each layer's moments, and in how many directions its inputs vary.
+
+        Returns:
+            A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+
+        Example:
+            >>> import torch, tensornet as tn
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+            >>> stats = tn.calibrate(model, [torch.randn(32, 64)])
+            >>> [axes.get_xlabel() for axes in stats.plot().axes]
+            ['sensitivity 1/2 tr R tr C', 'directions that inputs use']
+        """
+        from tensornet.calibration.moment_figure import moment_figure
+
+        return moment_figure(self)
+
+    def _repr_html_(self) -> str:
+        """Table for notebooks."""
+        from tensornet.calibration.moment_figure import moment_summaries
+
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        caption = f"Statistics of {self.tokens:,} tokens of {self.source}{loss}"
+        rows = [
+            (x.name, f"{x.inputs:,}", f"{x.directions:.1f}", "" if x.loss is None else f"{x.loss:.3g}")
+            for x in moment_summaries(self)
+        ]
+        return html_table(caption, ("layer", "inputs", "directions used", "1/2 tr R tr C"), rows)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a tensor that several layers share is written once.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,9 +24,13 @@ from tensornet.compression.layer_plan import (
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io.atomic import write_file
 from tensornet.nn.encoding import PLAIN, Storage
+from tensornet.notebook import html_table
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
 from tensornet.topology import Topology
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLAN_VERSION = 2
 #: Versions that are read; plans of version 1 hold no dtypes and no number formats.
@@ -223,6 +227,47 @@ class CompressionPlan:
         if self.predicted_milliseconds is not None:
             lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
         return "\n".join(lines)
+
+    def plot(self) -> "Figure":
+        """Draw loss over bits of a weight, if it is predicted, and bits and ranks of all layers.
+
+        Returns:
+            A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+
+        Example:
+            >>> import torch, tensornet as tn
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+            >>> plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5))
+            >>> len(plan.plot().axes)
+            1
+        """
+        from tensornet.compression.pictures import plan_figure
+
+        return plan_figure(self)
+
+    def _repr_html_(self) -> str:
+        """Table for notebooks."""
+        total = (
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a weight"
+        )
+        rise = self.predicted_loss_increase
+        predicted = "" if rise is None else f", predicted rise of the loss {rise:.4f}"
+        rows = [
+            (
+                layer.name,
+                describe(layer.topology, layer.storage),
+                f"{layer.bits_per_weight:.2f}",
+                f"{layer.bytes_after:,}",
+                "" if layer.loss_increase is None else f"{layer.loss_increase:.2g}",
+                "" if layer.error is None else f"{layer.error:.4f}",
+            )
+            for layer in self.layers
+        ]
+        header = ("layer", "form", "bits", "bytes", "predicted rise", "error")
+        return html_table(f"Plan of {len(self)} layers: {total}{predicted}", header, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready form."""

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -10,6 +10,10 @@ from tensornet.compression.layer_plan import describe
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.reach import Reach
 from tensornet.nn.module import NetworkModule
+from tensornet.notebook import html_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,41 @@ class CompressionReport:
             f"model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
             f"{self.seconds:.1f} s\n{self.reach}"
+        )
+
+    def plot(self) -> "Figure":
+        """Draw bits and ranks of all layers, and the loss or the weight error of each.
+
+        Returns:
+            A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+
+        Example:
+            >>> import torch, tensornet as tn
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+            >>> report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5), progress=False)
+            >>> len(report.plot().axes)
+            2
+        """
+        from tensornet.compression.pictures import report_figure
+
+        return report_figure(self.plan, {layer.name: layer.error for layer in self.layers})
+
+    def _repr_html_(self) -> str:
+        """Table for notebooks."""
+        before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
+        rise = self.plan.predicted_loss_increase
+        predicted = "" if rise is None else f", predicted rise of the loss {rise:.4f}"
+        rows = [
+            (x.name, x.form, f"{x.bytes_before:,}", f"{x.bytes_after:,}", f"{x.error:.4f}")
+            for x in self.layers
+        ]
+        return html_table(
+            f"Compressed in {self.seconds:.1f} s: model {before:.2f} -> {after:.2f} MB{predicted}",
+            ("layer", "form", "bytes before", "bytes after", "error"),
+            rows,
         )
 
     def to_dict(self) -> dict[str, Any]:

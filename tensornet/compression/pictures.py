@@ -1,0 +1,362 @@
+"""Pictures of plans: loss over bits, bits and rank of every layer, losses beside the plain methods.
+
+Functions that draw on axes take a `Palette`, so that a page can draw the same pictures in its own colours.
+"""
+
+import os.path
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tensornet.compression.baselines import BaselineLosses
+from tensornet.compression.layer_plan import LayerPlan
+from tensornet.compression.plan import CompressionPlan
+from tensornet.optional import import_optional
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Smallest predicted loss increase that is drawn on a logarithmic axis.
+FLOOR = 1e-7
+#: Rises of the loss above this, in nats, are not drawn: the model is useless there.
+_USELESS = 12.0
+_WIDTH = 9.0  # inches
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a picture by their role.
+
+    Args:
+        ink: text.
+        muted: labels of axes.
+        grid: lines behind the data.
+        ours: the plan.
+        nearest: round to nearest.
+        gptq: GPTQ.
+        svd: plain SVD.
+        dense: the dense model.
+    """
+
+    ink: str = "#1a1f2b"
+    muted: str = "#667085"
+    grid: str = "#e3e6eb"
+    ours: str = "#2563eb"
+    nearest: str = "#d9730d"
+    gptq: str = "#0e7f4f"
+    svd: str = "#8b5cf6"
+    dense: str = "#98a2b3"
+
+
+DEFAULT = Palette()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One model in the picture of loss over bits.
+
+    Args:
+        label: its name.
+        bits: of a weight of the compressed layers.
+        rise: of the loss over that of the dense model.
+        color: of the mark.
+        measured: filled, else a ring.
+    """
+
+    label: str
+    bits: float
+    rise: float
+    color: str
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """Parts of the name of a layer: its block, and its name within the block.
+
+    Args:
+        name: in the model.
+        block: index of the block, None outside of blocks.
+        place: name of the block, such as `"layers.3"`; the name up to its last dot outside of blocks.
+        kind: what follows, such as `"mlp.up_proj"`.
+    """
+
+    name: str
+    block: int | None
+    place: str
+    kind: str
+
+
+def layer_names(names: Sequence[str]) -> list[LayerName]:
+    """Take the names of layers apart at the number of their block.
+
+    Example:
+        >>> from tensornet.compression.pictures import layer_names
+        >>> parts = layer_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+        >>> [(part.place, part.kind) for part in parts]
+        [('layers.0', 'mlp.up_proj'), ('layers.1', 'mlp.up_proj')]
+    """
+    parts = [name.split(".") for name in names]
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # works on lists as on strings
+    found = []
+    for name, part in zip(names, parts, strict=True):
+        at = next((k for k, word in enumerate(part) if word.isdigit()), None)
+        if at is None or at == len(part) - 1:
+            block, cut = None, len(part) - 1
+        else:
+            block, cut = int(part[at]), at + 1
+        first = max(0, min(shared - 1, cut - 2))
+        found.append(LayerName(name, block, ".".join(part[first:cut]), ".".join(part[cut:])))
+    return found
+
+
+def draw_loss_over_bits(
+    axes: "Axes",
+    plan: CompressionPlan,
+    marks: Sequence[Mark],
+    losses: BaselineLosses | None = None,
+    palette: Palette = DEFAULT,
+) -> None:
+    """Draw the predicted loss increase over bits of a weight, baselines and models beside it.
+
+    Args:
+        axes: to draw on.
+        plan: its curve over bytes, and its dense end.
+        marks: models.
+        losses: curves of the plain methods.
+        palette: colours.
+    """
+    from matplotlib.ticker import FixedLocator, NullFormatter
+
+    weights = plan.params_before
+
+    def line(points: Sequence[tuple[int, float]], color: str, label: str, **options: Any) -> list[float]:
+        shown = [(8 * size / weights, rise) for size, rise in sorted(points) if FLOOR < rise < _USELESS]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), color=color, label=label, **options)
+        return [rise for _, rise in shown]
+
+    curve = plan.curve(unit="bytes")
+    values = line(curve, palette.ours, "this method, predicted", linewidth=2)
+    if losses is not None:
+        options = {"linewidth": 1.2, "alpha": 0.8}
+        values += line(losses.nearest_curve, palette.nearest, "round to nearest, predicted", **options)
+        values += line(losses.svd_curve, palette.svd, "plain SVD, predicted", **options)
+    for mark in marks:
+        rise = min(max(mark.rise, FLOOR), _USELESS)
+        fill = mark.color if mark.measured else "none"
+        axes.plot([mark.bits], [rise], "o", color=mark.color, markerfacecolor=fill, markersize=8, zorder=4)
+        values.append(rise)
+    dense = 8 * plan.bytes_before / weights
+    axes.set_yscale("log")
+    low, high = min(values, default=1e-3), max(values, default=1.0)
+    axes.set_ylim(low / 2, high * 2)
+    axes.axvline(dense, color=palette.dense, linestyle="--", linewidth=1.1)
+    axes.annotate(
+        "dense, no rise",
+        (dense, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, -10),
+        textcoords="offset points",
+        ha="right",
+        color=palette.muted,
+        fontsize=8,
+    )
+    axes.set_xscale("log")
+    ticks = [bits for bits in (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64) if 0.9 <= bits <= 1.05 * dense]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    smallest = min([mark.bits for mark in marks] + [8 * size / weights for size, _ in curve] + [2.0])
+    axes.set_xlim(0.9 * smallest, 1.1 * dense)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("bits of a weight, scales included")
+    axes.set_ylabel("rise of the loss")
+    plain_axes(axes, palette, grid="both")
+
+
+def draw_bits(axes: "Axes", layers: Sequence[LayerPlan], palette: Palette = DEFAULT) -> None:
+    """Draw bits of a weight as a map: blocks from left to right, layers of a block from top to bottom.
+
+    Ranks are written into the cells of networks, as far as they are wide enough.
+    """
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    names = layer_names([layer.name for layer in layers])
+    rows, columns, cells = grid_of(names)
+    most = max(layer.bits_per_weight for layer in layers)
+    for layer, name in zip(layers, names, strict=True):
+        row, column = cells[name.name]
+        strength = 0.06 + 0.5 * layer.bits_per_weight / most  # text stays readable on the darkest
+        corner = (column - 0.47, row - 0.46)
+        axes.add_patch(Rectangle(corner, 0.94, 0.92, facecolor=to_rgba(palette.ours, strength), linewidth=0))
+        label = f"{layer.bits_per_weight:.3g}"
+        if rank := _rank(layer):
+            label += f"\nr {rank}"
+        if len(columns) <= 32:
+            small = 7.5 if len(columns) <= 16 else 5
+            axes.text(column, row, label, ha="center", va="center", fontsize=small, color=palette.ink)
+    axes.set_xlim(-0.6, len(columns) - 0.4)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), rows)
+    step = max(1, len(columns) // 16)
+    axes.set_xticks(list(range(0, len(columns), step)), columns[::step])
+    axes.set_xlabel("block" if len(columns) > 1 else "")
+    plain_axes(axes, palette, grid=None)
+
+
+def draw_layer_losses(
+    panels: Sequence["Axes"],
+    layers: Sequence[LayerPlan],
+    losses: BaselineLosses | None = None,
+    palette: Palette = DEFAULT,
+) -> None:
+    """Draw the predicted loss increase of layers over blocks, one panel for each kind of layer.
+
+    Args:
+        panels: as many axes as `kinds_of` gives.
+        layers: with predicted losses.
+        losses: of the plain methods at the same bytes.
+        palette: colours.
+    """
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    names = layer_names([layer.name for layer in layers])
+    rows, columns, cells = grid_of(names)
+    series: list[tuple[str, Mapping[str, float], dict[str, Any]]] = []
+    if losses is not None and losses.svd:
+        series = [
+            ("plain SVD", losses.svd, {"marker": "s", "color": palette.svd, "markersize": 3.5}),
+            ("round to nearest", losses.nearest, {"marker": "^", "color": palette.nearest, "markersize": 4}),
+        ]
+    ours = {layer.name: layer.loss_increase or 0.0 for layer in layers}
+    series.append(("this plan", ours, {"marker": "o", "color": palette.ours, "markersize": 4.5}))
+    values = [x for _, known, _ in series for x in known.values() if x > FLOOR]
+    low, high = min(values, default=FLOOR), max(values, default=1.0)
+    for row, (axes, kind) in enumerate(zip(panels, rows, strict=True)):
+        own = sorted((cells[n.name][1], n.name) for n in names if cells[n.name][0] == row)
+        for label, known, style in series:
+            points = [(x, max(known[name], low)) for x, name in own]
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1, **style)
+        axes.set_yscale("log")
+        axes.set_ylim(low / 2, high * 2)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_formatter(
+            lambda value, _: columns[int(value)] if 0 <= int(value) < len(columns) else ""
+        )
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(kind, loc="left", fontsize=9, color=palette.ink)
+        plain_axes(axes, palette, grid="y")
+
+
+def grid_of(names: Sequence[LayerName]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+    """Arrange layers: kinds as rows, blocks as columns.
+
+    Returns:
+        Labels of rows and of columns, and `(row, column)` of each layer by its name.
+
+    Example:
+        >>> from tensornet.compression.pictures import grid_of, layer_names
+        >>> grid_of(layer_names(["h.0.up", "h.0.down", "h.1.up"]))
+        (['up', 'down'], ['0', '1'], {'h.0.up': (0, 0), 'h.0.down': (1, 0), 'h.1.up': (0, 1)})
+    """
+    rows: dict[str, int] = {}
+    columns: dict[tuple[str, int], int] = {}
+    cells = {}
+    for name in names:
+        stack = re.sub(r"\d+$", "", name.place) if name.block is not None else ""
+        row = name.kind if name.block is not None else name.name
+        column = columns.setdefault((stack, name.block or 0), len(columns)) if name.block is not None else 0
+        cells[name.name] = (rows.setdefault(row, len(rows)), column)
+    several = len({stack for stack, _ in columns}) > 1
+    labels = [f"{stack}{block}" if several else str(block) for stack, block in columns]
+    return list(rows), labels or [""], cells
+
+
+def plain_axes(axes: "Axes", palette: Palette, *, grid: str | None) -> None:
+    """Leave out ticks, frames and everything else that is not data."""
+    axes.tick_params(length=0, which="both", colors=palette.muted)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(palette.grid)
+    axes.xaxis.label.set_color(palette.muted)
+    axes.yaxis.label.set_color(palette.muted)
+    axes.set_axisbelow(True)
+    if grid is not None:
+        axes.grid(axis=grid, color=palette.grid)  # type: ignore[arg-type]  # "x", "y" or "both"
+
+
+def plan_figure(plan: CompressionPlan, marks: Sequence[Mark] = (), *, user: str = "plan.plot()") -> "Figure":
+    """Draw a plan: loss over bits if it is predicted, and bits and ranks of all layers.
+
+    Args:
+        plan: to be drawn.
+        marks: models beside it.
+        user: named where matplotlib is missing.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    module = import_optional("matplotlib.figure", extra="viz", user=user)
+    names = layer_names([layer.name for layer in plan])
+    rows, columns, _ = grid_of(names)
+    map_height = 1.0 + 0.32 * len(rows)
+    curve = bool(plan.curve(unit="bytes"))
+    heights = [3.0, map_height] if curve else [map_height]
+    width = min(24.0, max(_WIDTH, 0.42 * len(columns)))
+    figure: Figure = module.Figure(figsize=(width, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    if curve:
+        rise = plan.predicted_loss_increase
+        own = [] if rise is None else [Mark("this plan", plan.bits_per_weight, rise, DEFAULT.ours)]
+        draw_loss_over_bits(panels[0], plan, [*own, *marks])
+        panels[0].set_title(f"{plan.bits_per_weight:.2f} bits a weight", loc="left", fontsize=10)
+    draw_bits(panels[-1], list(plan))
+    panels[-1].set_title("bits of a weight, and rank (r) of networks", loc="left", fontsize=10)
+    return figure
+
+
+def report_figure(plan: CompressionPlan, errors: Mapping[str, float]) -> "Figure":
+    """Draw a finished compression: the plan, and the loss or the weight error of every layer.
+
+    Args:
+        plan: that was carried out.
+        errors: relative Frobenius error of each layer.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    module = import_optional("matplotlib.figure", extra="viz", user="report.plot()")
+    layers = list(plan)
+    rows, columns, _ = grid_of(layer_names([layer.name for layer in layers]))
+    predicted = all(layer.loss_increase is not None for layer in layers)
+    height = 1.2 + 0.32 * len(rows)
+    width = min(24.0, max(_WIDTH, 0.42 * len(columns)))
+    figure: Figure = module.Figure(figsize=(width, height + 3.2), layout="constrained")
+    bits, values = figure.subplots(2, 1, height_ratios=[height, 3.2])
+    draw_bits(bits, layers)
+    bits.set_title(f"bits of a weight, {plan.bits_per_weight:.2f} in the mean", loc="left", fontsize=10)
+    places = range(len(layers))
+    if predicted:
+        values.bar(places, [layer.loss_increase or 0.0 for layer in layers], color=DEFAULT.ours)
+        values.set_ylabel("predicted rise of the loss")
+    else:
+        values.plot(places, [layer.baseline_error for layer in layers], "s", color=DEFAULT.svd, markersize=4)
+        values.plot(places, [errors[layer.name] for layer in layers], "o", color=DEFAULT.ours, markersize=4)
+        values.legend(["plain SVD, same size", "this model"], frameon=False, fontsize=8)
+        values.set_ylabel("relative error of the weight")
+    values.set_xlabel("layer, in the order of the model")
+    plain_axes(values, DEFAULT, grid="y")
+    return figure
+
+
+def _rank(layer: LayerPlan) -> str:
+    """Bonds of a planned network; empty for a matrix."""
+    if layer.topology is None:
+        return ""
+    return "x".join(str(size) for size in layer.topology.bond_dims.values() if size > 1)

@@ -1,0 +1,184 @@
+"""Figures and notebook tables of plans, reports, statistics and networks."""
+
+import io
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import matplotlib
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import tensornet as tn
+from tensornet.compression.baselines import BaselineLosses, baseline_losses
+from tensornet.compression.pictures import (
+    draw_layer_losses,
+    draw_loss_over_bits,
+    grid_of,
+    layer_names,
+    plan_figure,
+)
+from tensornet.notebook import ROWS, html_table
+
+Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport, BaselineLosses]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    config = tn.CompressionConfig(bits_per_weight=5)
+    stats = tn.calibrate(model, [torch.randn(64, 32) for _ in range(2)], config=config)
+    plan = tn.plan(model, config, stats)
+    losses = baseline_losses(model, plan, stats)
+    report = tn.compress(model, config, calibration=stats, progress=False)
+    return plan, stats, report, losses
+
+
+def text_of(figure: object) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg")  # type: ignore[attr-defined]
+    return buffer.getvalue()
+
+
+class Strict(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        assert tag in {"p", "table", "thead", "tbody", "tr", "th", "td"}
+        assert not attrs
+        self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def shown(html: str) -> str:
+    parser = Strict()
+    parser.feed(html)
+    assert parser.stack == []
+    return parser.text
+
+
+def test_plan_shows_its_point_and_the_bits_of_every_layer(made: Made) -> None:
+    plan, *_ = made
+    figure = plan.plot()
+    curve, bits = figure.axes
+    (point,) = (line for line in curve.lines if line.get_marker() == "o")
+    assert point.get_xdata()[0] == pytest.approx(plan.bits_per_weight)
+    assert point.get_ydata()[0] == pytest.approx(plan.predicted_loss_increase)
+    cells = {text.get_text().split()[0] for text in bits.texts}
+    assert cells == {f"{layer.bits_per_weight:.3g}" for layer in plan}
+    assert len(bits.patches) == len(plan)
+    assert "dense, no rise" in text_of(figure)
+
+
+def test_report_and_statistics_draw(made: Made) -> None:
+    _, stats, report, _ = made
+    assert "predicted rise of the loss" in text_of(report.plot())
+    assert "sensitivity" in text_of(stats.plot())
+    blind = tn.compress(nn.Sequential(Block()), tn.CompressionConfig(param_ratio=0.5), progress=False)
+    assert "relative error of the weight" in text_of(blind.plot())
+    assert len(blind.plan.plot().axes) == 1  # no curve where nothing is predicted
+
+
+def test_panels_of_losses_beside_the_plain_methods(made: Made) -> None:
+    plan, _, _, losses = made
+    figure = Figure()
+    draw_loss_over_bits(figure.add_subplot(3, 1, 1), plan, [], losses)
+    panels = [figure.add_subplot(3, 1, k) for k in (2, 3)]
+    draw_layer_losses(panels, list(plan), losses)
+    ours = next(line for line in panels[0].lines if line.get_label() == "this plan")
+    expected = [layer.loss_increase for layer in plan if layer.name.endswith("up")]
+    assert list(ours.get_ydata()) == pytest.approx(expected)
+    assert [panel.get_title(loc="left") for panel in panels] == ["up", "down"]
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_names_fall_into_blocks_and_kinds(count: int) -> None:
+    kinds = [f"self_attn.{x}_proj" for x in "qkvo"] + ["mlp.up_proj"]
+    names = [f"model.layers.{k}.{kind}" for k in range(count) for kind in kinds]
+    rows, columns, cells = grid_of(layer_names([*names, "lm_head"]))
+    assert rows == [*kinds, "lm_head"]
+    assert columns == [str(k) for k in range(count)]
+    assert len(set(cells.values())) == len(names) + 1
+    rows, columns, cells = grid_of(layer_names(["0", "2"]))
+    assert (rows, columns, len(set(cells.values()))) == (["0", "2"], [""], 2)
+    two = ["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q"]
+    assert len(set(grid_of(layer_names(two))[2].values())) == 3
+
+
+def test_notebook_tables_are_small_and_escaped(made: Made) -> None:
+    plan, stats, report, _ = made
+    for thing in (plan, report, stats):
+        text = shown(thing._repr_html_())
+        assert all(layer.name in text for layer in plan)
+    assert f"{plan.bytes_after:,} bytes" in shown(plan._repr_html_())
+    network = tn.MPO.from_matrix(torch.randn(16, 16), sites=2)
+    assert "certified error" in shown(network._repr_html_())
+    made_of = tn.TensorNetwork(
+        tn.topologies.low_rank(out_features=8, in_features=6, rank=2),
+        (torch.ones(1, 8, 1, 2), torch.ones(2, 1, 6, 1)),
+    )
+    assert "low_rank, 8 x 6" in shown(made_of._repr_html_())
+    text = html_table("<b>", ["a"], [["<script>"]] * (ROWS + 3))
+    assert "<script>" not in text
+    assert "and 3 more" in text
+    assert "<b>" in shown(text)
+
+
+def test_without_matplotlib_the_pip_line_is_named() -> None:
+    code = """
+import sys
+import importlib.util
+known = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "matplotlib" else known(name, *rest)
+import tensornet.optional
+tensornet.optional.find_spec = importlib.util.find_spec
+import torch, tensornet as tn
+assert "matplotlib" not in sys.modules
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+report = tn.compress(model, tn.CompressionConfig(max_bond=2), progress=False)
+for thing in (report, report.plan, tn.CalibrationStats({}, {}, 1)):
+    assert thing._repr_html_()
+    try:
+        thing.plot()
+    except tn.MissingDependencyError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all("needs matplotlib" in x and "pip install 'tensornet-torch[viz]'" in x for x in lines)
+    assert [x.split()[0] for x in lines] == ["report.plot()", "plan.plot()", "stats.plot()"]
+
+
+def test_a_plan_of_many_layers_stays_within_a_page() -> None:
+    layers = [
+        tn.LayerPlan(f"model.layers.{k}.{kind}", (8, 8), None, "dense", 0.0, 0.0)
+        for k in range(30)
+        for kind in "abcdefg"
+    ]
+    width, height = plan_figure(tn.CompressionPlan(tuple(layers))).get_size_inches()
+    assert width < 25
+    assert height < 8
