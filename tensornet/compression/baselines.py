@@ -17,6 +17,7 @@ from tensornet.nn.targets import Target, all_targets
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.formats import BITS
+from tensornet.quantization.rounding import Method
 
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
 #: Integer formats that the plain methods choose from, with 16-bit scales.
@@ -237,7 +238,7 @@ def _gptq(
     assert stats is not None  # checked with the method
     matrix = target.matrix
     columns = input_weighting(target, stats).columns
-    method = "nearest" if columns is None else "columns"
+    method: Method = "nearest" if columns is None else "columns"
     kept = round_weight(matrix, number_format, columns=columns, method=method).dequantize()
     return _Plain(kept, number_format.nbytes(matrix.shape), matrix.numel())
 
@@ -294,7 +295,7 @@ def _rank_bytes(matrix: Tensor, plan: CompressionPlan) -> int:
 
 
 def _format_of_size(plan: CompressionPlan) -> NumberFormat:
-    """The largest integer format that takes about the bytes of a plan at most, or the smallest of all."""
+    """Choose the largest integer format of at most about the bytes of a plan, or the smallest of all."""
     sizes = {x: sum(x.nbytes(layer.shape) for layer in plan) for x in _FORMATS}
     fitting = [x for x in _FORMATS if sizes[x] <= _SLACK * plan.bytes_after]
     return max(fitting, key=lambda x: sizes[x]) if fitting else min(_FORMATS, key=lambda x: sizes[x])
