@@ -1120,11 +1120,6 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
             "refused", _NOT_STORED, "The table of positions is not stored. Compress it in memory."
         )
     },
-    "ResNet": {
-        "file to file": Exceptional(
-            "fails", "Cannot map a tensor of dtype I64", "Counters of batch normalization are integers."
-        )
-    },
 }
 
 #: Close relatives of others in the table, which only the nightly profile runs.

@@ -26,6 +26,15 @@ from tensornet.io.atomic import CHUNK, Written, new_file, write_file
 PYTORCH = {"format": "pt"}
 #: Dtypes in which weights can be decomposed.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Dtypes of tensors that can be mapped: weights, and buffers such as counters, positions and masks.
+MAPPED = FLOATS | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 # The package sorts the tensors of a file by dtype in this order, then by name.
 _ORDER = (
@@ -108,12 +117,14 @@ def load_slice(part: Slice) -> Tensor:
     The mapping is private to the process and copy-on-write; the file is never changed.
 
     Raises:
-        FormatError: the file has become shorter.
-        TypeError: the dtype is not floating point.
+        FormatError: the file has become shorter, or holds a dtype that is not in `MAPPED`.
     """
-    if part.dtype not in FLOATS:
-        raise TypeError(f"Cannot map a tensor of dtype {part.dtype}; mapped are {', '.join(FLOATS)}.")
-    dtype = FLOATS[part.dtype]
+    if part.dtype not in MAPPED:
+        raise FormatError(
+            f"{part.file} holds a tensor of dtype {part.dtype}, which cannot be mapped; mapped are "
+            f"{', '.join(MAPPED)}. Load the model and save it in one of these."
+        )
+    dtype = MAPPED[part.dtype]
     if part.nbytes == 0:
         return torch.empty(part.shape, dtype=dtype)
     page = part.start - part.start % mmap.ALLOCATIONGRANULARITY

@@ -228,6 +228,8 @@ def test_written_files_are_those_of_the_safetensors_library(tmp_path: Path) -> N
         "c": torch.randn(2, 2).half(),
         "empty": torch.empty(0, 3),
         "scalar": torch.tensor(1.5),
+        "counter": torch.tensor(3),
+        "mask": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     write_tensors(tmp_path / "ours", tensors)
@@ -236,6 +238,12 @@ def test_written_files_are_those_of_the_safetensors_library(tmp_path: Path) -> N
     assert all(torch.equal(load_slice(part), tensors[name]) for name, part in slices.items())
     write_shard(ShardTask(tmp_path / "again", slices))
     assert (tmp_path / "again").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_dtype_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "file")
+    with pytest.raises(FormatError, match=r"holds a tensor of dtype F8_E4M3.*mapped are F64.*save it in"):
+        load_slice(read_header(tmp_path / "file")["x"])
 
 
 def test_a_mapped_tensor_does_not_write_to_its_file(tmp_path: Path) -> None:
