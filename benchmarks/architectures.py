@@ -1,9 +1,10 @@
 """Which architectures of transformers are compressed, saved, loaded and trained rightly?
 
-    python benchmarks/architectures.py [--record]
+    python benchmarks/architectures.py [--record [NAME ...]]
 
 Writes docs/architectures.md from the table of the tests and the record of what a run measured. With
-`--record` every architecture goes its way first, which takes some minutes, and the record is written anew.
+`--record` the named architectures, or all, go their way first, which takes some minutes for all, and the
+record is written anew.
 """
 
 from __future__ import annotations
@@ -84,12 +85,12 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def measure() -> dict[str, Any]:
-    """Run every architecture; an error where a step that is not excepted is wrong."""
+def measure(names: Sequence[str]) -> dict[str, Any]:
+    """Run architectures; an error where a step that is not excepted is wrong."""
     record, wrong = {}, []
-    for name, architecture in ARCHITECTURES.items():
-        trial = steps.Trial(architecture)
-        for step in steps.steps_of(architecture):
+    for name in names:
+        trial = steps.Trial(ARCHITECTURES[name])
+        for step in steps.steps_of(trial.architecture):
             error = steps.attempt(trial, step)
             if (error is None) == (step in EXCEPTIONS.get(name, {})):
                 wrong.append(f"{name}: {step}: {error!r}")
@@ -104,9 +105,10 @@ def measure() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true")
-    if parser.parse_args(arguments).record:
-        rows = [f" {json.dumps(name)}: {json.dumps(measured)}" for name, measured in measure().items()]
+    parser.add_argument("--record", nargs="*", metavar="NAME")
+    if (named := parser.parse_args(arguments).record) is not None:
+        record = json.loads(RECORD.read_text()) | measure(named or list(ARCHITECTURES))
+        rows = [f" {json.dumps(name)}: {json.dumps(record[name])}" for name in ARCHITECTURES]
         RECORD.write_text("{\n" + ",\n".join(rows) + "\n}\n")
     PAGE.write_text(page(json.loads(RECORD.read_text())))
     return PAGE

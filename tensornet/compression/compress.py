@@ -66,7 +66,7 @@ def compress(
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)
     made = prepared.plan(progress=progress)
-    reach = measure_reach(model, [layer.name for layer in made])
+    reach = measure_reach(model, [layer.name for layer in made], () if stats is None else stats.readers)
     errors = apply_plan(model, made, stats, progress=progress)
     params_after, bytes_after = model_size(model)
     return CompressionReport(

@@ -1,7 +1,7 @@
 """Reach of a compression: the parameters of a model that it considers, and the holders of the rest."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,11 +9,14 @@ from torch import nn
 
 from tensornet.nn.compound import Compound
 from tensornet.nn.extension import expanded
-from tensornet.nn.stock_layers import layer_bias
-from tensornet.nn.targets import all_targets
+from tensornet.nn.stock_layers import layer_bias, reason_against
+from tensornet.nn.targets import Target, all_targets, users_outside
+from tensornet.nn.weight_readers import weight_readers
 
 #: Entry for the biases of layers whose matrices are reached or left out.
 BIASES = "biases"
+#: Why a layer stays dense whose owner computes with its weight: no call of the layer could do that instead.
+READ = "weight read past the layer"
 #: Types named in one line; the others are added up.
 _NAMED = 5
 
@@ -26,8 +29,9 @@ class Reach:
         total: elements of all parameters.
         reached: elements of the matrices that were planned, dense ones included.
         excluded: elements of other matrices that could be compressed, by type of module: the configuration
-            leaves them out, or their owner reads them past the layer.
-        unknown: elements of parameters that no kind of layer describes, by type of module.
+            leaves them out.
+        unknown: elements of parameters that cannot be compressed, by type of module, with the reason in
+            brackets unless it is that no kind of layer describes the type.
 
     >>> print(Reach(1000, 800, {"Embedding": 150}, {"LayerNorm": 50}))
     reached 80.0 % of 1.00k parameters; left out by choice: Embedding 150; not reached: LayerNorm 50
@@ -55,12 +59,14 @@ class Reach:
         return asdict(self) | {"share": self.share}
 
 
-def measure_reach(model: nn.Module, layers: Collection[str]) -> Reach:
+def measure_reach(model: nn.Module, layers: Collection[str], readers: Iterable[str] = ()) -> Reach:
     """Count the parameters of a dense model that a plan considers, and list the others by type.
 
     Args:
         model: before the plan is carried out; may be on the meta device.
         layers: names of the layers in the plan.
+        readers: names of layers whose weight is known to be read past them, beside those that
+            `weight_readers` finds.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     >>> print(measure_reach(model, ["0"]))
@@ -73,23 +79,46 @@ def measure_reach(model: nn.Module, layers: Collection[str]) -> Reach:
     with expanded(model):
         seen: set[int] = set()
         biases: set[int] = set()
-        for target in all_targets(model):
-            size = target.weight.numel()
+        left = []
+        for target in (targets := all_targets(model)):
             seen.add(id(target.weight))
             biases |= {id(layer_bias(module)) for module in target.modules}
             if names.isdisjoint(target.names):
-                excluded[target.type_name] += size
+                left.append(target)
             else:
-                reached += size
+                reached += target.weight.numel()
+        reasons = _reasons(model, left, targets, readers)
+        for target in left:
+            reason = reasons.get(target.name)
+            label = target.type_name if reason is None else f"{target.type_name} ({reason})"
+            (excluded if reason is None else unknown)[label] += target.weight.numel()
         for module in model.modules():
             for parameter in module._parameters.values():
                 if parameter is None or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
                 bias = id(parameter) in biases or isinstance(module, Compound)
-                unknown[BIASES if bias else type(module).__name__] += parameter.numel()
+                unknown[BIASES if bias else _label(module)] += parameter.numel()
     total = reached + excluded.total() + unknown.total()
     return Reach(total, reached, _by_size(excluded), _by_size(unknown))
+
+
+def _reasons(
+    model: nn.Module, left: list[Target], targets: list[Target], readers: Iterable[str]
+) -> dict[str, str]:
+    """Find the layers that cannot be compressed among those that no plan names, each with the reason."""
+    if not left:
+        return {}
+    past = weight_readers(model).union(readers)
+    reasons = {x.name: READ for x in left if not past.isdisjoint((*x.names, *x.owners))}
+    for name, owner in users_outside(model, targets).items():
+        reasons[name] = f"tied to {type(model.get_submodule(owner)).__name__}"
+    return reasons
+
+
+def _label(module: nn.Module) -> str:
+    reason = reason_against(module)
+    return type(module).__name__ if reason is None else f"{type(module).__name__} ({reason})"
 
 
 def compact_count(value: float) -> str:

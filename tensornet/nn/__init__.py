@@ -2,7 +2,7 @@
 
 from tensornet.nn.attention import MatrixAttention
 from tensornet.nn.compound import Compound, PartMatrix, Stack
-from tensornet.nn.convolution import MatrixConvolution
+from tensornet.nn.convolution import MatrixConvolution, MatrixTransposedConvolution
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.execution import cached_bytes, set_strategy
 from tensornet.nn.explain import Explanation, StrategyCost
@@ -31,6 +31,7 @@ __all__ = [
     "MatrixAttention",
     "MatrixConvolution",
     "MatrixRecurrence",
+    "MatrixTransposedConvolution",
     "NetworkModule",
     "PartMatrix",
     "Stack",

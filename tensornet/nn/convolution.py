@@ -1,6 +1,11 @@
-"""Convolutions as matrices: `(out_channels, in_channels * kernel)`, one for each group."""
+"""Convolutions as matrices: `(out_channels, in_channels * kernel)`, one for each group.
+
+Transposed convolutions have `(out_channels * kernel, in_channels)`.
+"""
 
 import math
+from collections.abc import Callable, Sized
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +15,12 @@ from tensornet.nn.compound import Compound, Shared, Stack, dense_matrix, is_obse
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 class MatrixConvolution(Compound):
-    """Replacement for `nn.Conv1d` or `nn.Conv2d` that multiplies by matrices.
+    """Replacement for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` that multiplies by matrices.
 
     A matrix of low rank `U V` is applied as two convolutions: `V` with the kernel, then `U` at every point.
     From any other network the kernel is rebuilt. While a layer is observed it is called with the unfolded
@@ -24,11 +32,10 @@ class MatrixConvolution(Compound):
     True
     """
 
-    def __init__(self, stock: nn.Conv1d | nn.Conv2d, shared: Shared) -> None:
-        names = ("matrix",) if stock.groups == 1 else tuple(f"matrix_{k}" for k in range(stock.groups))
+    def __init__(self, stock: nn.Conv1d | nn.Conv2d | nn.Conv3d, shared: Shared) -> None:
         columns = stock.in_channels // stock.groups * math.prod(stock.kernel_size)
-        super().__init__(stock, (Stack("weight", names, columns),), shared)
-        self.in_channels, self.out_channels, self.groups = stock.in_channels, stock.out_channels, stock.groups
+        super().__init__(stock, (Stack("weight", _names(stock), columns),), shared)
+        self.out_channels, self.groups = stock.out_channels, stock.groups
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
         # Of the last dimension first, as F.pad wants it; `padding="same"` may differ at the two ends.
@@ -46,33 +53,95 @@ class MatrixConvolution(Compound):
         if len(layers) == 1 and (factors := _two_factors(layers[0])) is not None:
             left, right = factors
             inner = self._convolve(x, right, None)
-            return self._pointwise(inner, left)
+            pointwise = left.reshape(*left.shape, *[1] * len(self.kernel_size))
+            return _convolution(self.kernel_size)(inner, pointwise, self.bias)
         return self._convolve(x, torch.cat([dense_matrix(layer) for layer in layers]), self.bias)
 
     def _convolve(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         kernel = matrix.reshape(len(matrix), -1, *self.kernel_size)
-        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
+        convolve = _convolution(self.kernel_size)
         return convolve(x, kernel, bias, self.stride, 0, self.dilation, self.groups)
 
-    def _pointwise(self, x: Tensor, matrix: Tensor) -> Tensor:
-        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
-        return convolve(x, matrix.reshape(*matrix.shape, *[1] * len(self.kernel_size)), self.bias)
-
     def _unfolded(self, x: Tensor, layers: list[nn.Module]) -> Tensor:
-        sizes = [self.kernel_size, self.dilation, self.stride]
-        if len(self.kernel_size) == 1:  # F.unfold knows two dimensions
-            x, sizes = x[:, :, None], [(1, *size) for size in sizes]
-        kernel, dilation, stride = sizes
-        points = [
-            (n - d * (k - 1) - 1) // s + 1
-            for n, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)
-        ]
-        columns = F.unfold(x, kernel, dilation=dilation, stride=stride).transpose(1, 2)
+        sizes = zip(self.kernel_size, self.dilation, self.stride, strict=True)
+        for axis, (kernel, dilation, stride) in enumerate(sizes, start=2):
+            x = x.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+        # shape: (batch, channels, *points, *kernel)
+        last = 2 + len(self.kernel_size)
+        points = x.shape[2:last]
+        order = (0, *range(2, last), 1, *range(last, x.ndim))
+        columns = x.permute(order).flatten(last - 1).flatten(1, last - 2)
         parts = zip(layers, columns.chunk(self.groups, dim=2), strict=True)
         y = torch.cat([layer(part) for layer, part in parts], dim=2)
         y = y if self.bias is None else y + self.bias
-        y = y.transpose(1, 2).reshape(len(x), self.out_channels, *points)
-        return y[:, :, 0] if len(self.kernel_size) == 1 else y
+        return y.transpose(1, 2).reshape(len(x), self.out_channels, *points)
+
+
+class MatrixTransposedConvolution(Compound):
+    """Replacement for `nn.ConvTranspose1d`, `2d` or `3d` that multiplies by matrices.
+
+    To explain how this works: a matrix maps the channels of one input point to the patch
+    `(out_channels * kernel)` that it adds to the output. Low rank `U V` is `V` at every point, then a
+    transposed convolution by `U`. While a layer is observed it is called with `(batch, points, in_channels)`.
+
+    >>> stock = nn.ConvTranspose1d(8, 4, 3, stride=2)
+    >>> x = torch.randn(2, 8, 9)
+    >>> torch.allclose(MatrixTransposedConvolution(stock, {})(x), stock(x), atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self, stock: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, shared: Shared
+    ) -> None:
+        patch = stock.out_channels // stock.groups * math.prod(stock.kernel_size)
+        super().__init__(stock, (Stack("weight", _names(stock), patch, transposed=True),), shared)
+        self.out_channels, self.groups, self.kernel_size = stock.out_channels, stock.groups, stock.kernel_size
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map `(batch, in_channels, *points)` to `(batch, out_channels, *points)`; batch may be absent."""
+        layers = [self.get_submodule(name) for name in self.layer_names]
+        dims = len(self.kernel_size)
+        stock: Any = self._stock[0]
+        extra = stock._output_padding(
+            input, output_size, stock.stride, stock.padding, stock.kernel_size, dims, stock.dilation
+        )
+        x = input if input.ndim == dims + 2 else input[None]
+        if is_observed(*layers):
+            parts = x.flatten(2).transpose(1, 2).chunk(self.groups, dim=2)
+            patches = torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], dim=2)
+            patches = patches.transpose(1, 2).unflatten(2, x.shape[2:])
+            y = self._add_up(patches, self._places(patches), extra, self.out_channels)
+        elif len(layers) == 1 and (factors := _two_factors(layers[0])) is not None:
+            left, right = factors
+            inner = _convolution(self.kernel_size)(x, right.reshape(*right.shape, *[1] * dims))
+            y = self._add_up(inner, self._kernel([left]), extra, 1)
+        else:
+            y = self._add_up(x, self._kernel([dense_matrix(layer) for layer in layers]), extra, self.groups)
+        return y if input.ndim == dims + 2 else y[0]
+
+    def _kernel(self, matrices: list[Tensor]) -> Tensor:
+        """Lay the matrices of all groups out as a kernel `(in_channels, out_channels / groups, *kernel)`."""
+        return torch.cat([matrix.T.reshape(matrix.shape[1], -1, *self.kernel_size) for matrix in matrices])
+
+    def _places(self, like: Tensor) -> Tensor:
+        """Make the kernel that puts entry `k` of the patch of each output channel in place `k`."""
+        size = math.prod(self.kernel_size)
+        one = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, 1, *self.kernel_size)
+        return one.repeat(self.out_channels, *[1] * (one.ndim - 1))
+
+    def _add_up(self, x: Tensor, kernel: Tensor, extra: list[int], groups: int) -> Tensor:
+        stock: Any = self._stock[0]
+        transposed = _convolution(self.kernel_size, "_transpose")
+        return transposed(x, kernel, self.bias, stock.stride, stock.padding, extra, groups, stock.dilation)
+
+
+def _convolution(kernel_size: Sized, kind: str = "") -> Callable[..., Tensor]:
+    """Return torch's function for kernels of that many dimensions."""
+    return getattr(F, f"conv{kind}{len(kernel_size)}d")  # type: ignore[no-any-return]
+
+
+def _names(stock: Any) -> tuple[str, ...]:
+    return ("matrix",) if stock.groups == 1 else tuple(f"matrix_{k}" for k in range(stock.groups))
 
 
 def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -92,15 +161,34 @@ class _ConvolutionKind(CompoundKind):
     """Compound kind of convolutions, depthwise ones excluded: each of their channels has a kernel alone."""
 
     def matches(self, module: nn.Module) -> bool:
-        if type(module) not in (nn.Conv1d, nn.Conv2d) or own_parameters(module).keys() - {"weight", "bias"}:
-            return False
-        assert isinstance(module, nn.Conv1d | nn.Conv2d)
-        each = (module.in_channels // module.groups, module.out_channels // module.groups)
-        return "weight" in own_parameters(module) and (module.groups == 1 or min(each) > 1)
+        return _has_kernel(module) and _can_shrink(module)
 
     def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
+            return MatrixTransposedConvolution(module, shared)
+        assert isinstance(module, _CONVOLUTIONS)
         return MatrixConvolution(module, shared)
+
+    def reason_against(self, module: nn.Module) -> str | None:
+        if _has_kernel(module) and not _can_shrink(module):
+            return "groups too small for low rank"
+        return None
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    """Tell whether a module is a stock convolution whose parameters are its weight and bias."""
+    known = type(module) in (*_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)
+    names = own_parameters(module).keys()
+    return known and "weight" in names and names <= {"weight", "bias"}
+
+
+def _can_shrink(module: Any) -> bool:
+    """Tell whether rank one has fewer parameters than the matrix of a group; not in depthwise convolutions."""
+    channels_in, channels_out = module.in_channels // module.groups, module.out_channels // module.groups
+    kernel = math.prod(module.kernel_size)
+    turned = isinstance(module, _TRANSPOSED_CONVOLUTIONS)
+    rows, columns = (channels_out * kernel, channels_in) if turned else (channels_out, channels_in * kernel)
+    return module.groups == 1 or rows + columns < rows * columns
 
 
 register_compound_kind(_ConvolutionKind())

@@ -74,6 +74,10 @@ class CompoundKind(ABC):
             shared: matrices of modules taken apart before, so that tied parameters stay tied.
         """
 
+    def reason_against(self, module: nn.Module) -> str | None:
+        """Say in a few words why a module of a type that this kind knows is not taken apart, for reports."""
+        return None
+
 
 class _Linear(LayerKind):
     name = "linear"
@@ -192,6 +196,16 @@ def compound_of(module: nn.Module) -> CompoundKind | None:
     False
     """
     return next((kind for kind in _COMPOUNDS if kind.matches(module)), None)
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """Say why a module is not taken apart, by the first kind that knows its type; None if none does.
+
+    >>> reason_against(nn.Conv1d(8, 8, 3, groups=8))
+    'groups too small for low rank'
+    """
+    reasons = (kind.reason_against(module) for kind in _COMPOUNDS)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def layer_bias(module: nn.Module) -> Tensor | None:

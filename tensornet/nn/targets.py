@@ -100,7 +100,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         TargetError: a pattern matches no compressible module, or nothing is left to compress.
     """
     groups = all_targets(model)
-    outside = _users_outside(model, groups)
+    outside = users_outside(model, groups)
     included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
     heads = {id(module) for module in (output_head(model),) if module is not None}
     named = included is not None and included != [ALL]
@@ -133,7 +133,9 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
             f"Left dense, because their weights are read past the layers: {_summary(read)}. "
             "Name them in target_modules to compress them nevertheless.",
         )
-    pairs = [f"{group.name} and {outside[group.name]}" for group in tied]
+    owners = [outside[group.name] for group in tied]
+    kinds = [type(model.get_submodule(owner)).__name__ for owner in owners]
+    pairs = [f"{x.name} and {owner} ({kind})" for x, owner, kind in zip(tied, owners, kinds, strict=True)]
     shared = ", ".join(pairs[:4]) + (f", and {len(pairs) - 4} more" if len(pairs) > 4 else "")
     if tied and chosen:
         warn(
@@ -254,8 +256,14 @@ def all_targets(model: nn.Module) -> list[Target]:
     ]
 
 
-def _users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
-    """Find a module outside each target that uses the same memory, by the name of the target."""
+def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
+    """Find modules that use the memory of a target but are not of it, by name of the target.
+
+    >>> model = nn.ModuleDict({"table": nn.Embedding(5, 4, max_norm=1.0), "head": nn.Linear(4, 5)})
+    >>> model["head"].weight = model["table"].weight
+    >>> users_outside(model, all_targets(model))
+    {'head': 'table'}
+    """
     places: dict[Hashable, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(_memory(parameter), []).append(name.rpartition(".")[0])
@@ -263,7 +271,7 @@ def _users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]
     for group in groups:
         others = [owner for owner in places.get(_memory(group.weight), []) if owner not in group.names]
         if others:
-            found[group.name] = f"{others[0]} ({type(model.get_submodule(others[0])).__name__})"
+            found[group.name] = others[0]
     return found
 
 

@@ -30,7 +30,7 @@ class Mixed(nn.Module):
         self.table = nn.Embedding(11, 12)
         self.inner = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12, bias=False))
         self.norm = nn.LayerNorm(12)
-        self.upsample = nn.ConvTranspose1d(12, 4, 3)
+        self.depthwise = nn.Conv1d(12, 12, 3, groups=12)
         self.head = nn.Linear(12, 11, bias=False)
         self.head.weight = self.table.weight
 
@@ -41,7 +41,11 @@ def test_every_parameter_is_counted_once() -> None:
     assert reach.total == sum(p.numel() for p in Mixed().parameters())
     assert reach.reached == 2 * 12 * 24
     assert reach.excluded == {"Embedding": 11 * 12}  # the head is tied to it
-    assert reach.unknown == {"ConvTranspose1d": 12 * 4 * 3 + 4, "LayerNorm": 24, "biases": 24}
+    assert reach.unknown == {
+        "Conv1d (groups too small for low rank)": 12 * 3 + 12,
+        "LayerNorm": 24,
+        "biases": 24,
+    }
 
 
 def test_the_configuration_and_missing_kinds_are_told_apart() -> None:
@@ -49,7 +53,31 @@ def test_the_configuration_and_missing_kinds_are_told_apart() -> None:
     reach = tn.compress(Mixed(), config, progress=False).reach
     assert reach.excluded == {"Linear": 24 * 12, "Embedding": 11 * 12}
     assert reach.reached == 24 * 12
-    assert "left out by choice: Linear 288, Embedding 132; not reached: ConvTranspose1d 148" in str(reach)
+    assert "left out by choice: Linear 288, Embedding 132; not reached: Conv1d (groups too" in str(reach)
+
+
+def test_layers_that_cannot_be_compressed_are_not_left_out_by_choice() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.read = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+            self.table = nn.Embedding(5, 8, max_norm=1.0)
+            self.head = nn.Linear(8, 5, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.inner(x) @ self.read.weight)
+
+    inner = tn.CompressionConfig(target_modules="inner")
+    stats = tn.calibrate(Reader(), [torch.randn(4, 8)], config=inner)
+    with pytest.warns(UserWarning, match="Left dense"):
+        reach = tn.compress(Reader(), CONFIG, calibration=stats, progress=False).reach
+    assert reach.excluded == {}
+    assert reach.unknown == {
+        "Linear (weight read past the layer)": 64,
+        "Linear (tied to Embedding)": 40,
+        "biases": 8,
+    }
 
 
 def test_nothing_left_is_not_listed() -> None:

@@ -100,6 +100,31 @@ CASES = {
         10,
         1,
     ),
+    "conv2d_multiplied": _Case(lambda: nn.Conv2d(4, 12, 3, groups=4), _pooled, (4, 7, 6), 12, 4),
+    "conv3d": _Case(
+        lambda: nn.Conv3d(4, 9, (2, 3, 2), stride=(1, 2, 1), padding=(1, 0, 1), dilation=(2, 1, 1)),
+        _pooled,
+        (4, 5, 6, 4),
+        9,
+        1,
+    ),
+    "conv_transpose1d": _Case(
+        lambda: nn.ConvTranspose1d(12, 8, 5, stride=3, padding=2, output_padding=1, dilation=2),
+        _pooled,
+        (12, 7),
+        8,
+        1,
+    ),
+    "conv_transpose2d_groups": _Case(
+        lambda: nn.ConvTranspose2d(12, 8, (3, 2), stride=(2, 1), groups=2, bias=False),
+        _pooled,
+        (12, 5, 4),
+        8,
+        2,
+    ),
+    "conv_transpose3d": _Case(
+        lambda: nn.ConvTranspose3d(6, 4, 2, stride=2, padding=1), _pooled, (6, 3, 4, 3), 4, 1
+    ),
     "lstm": _Case(lambda: nn.LSTM(10, 12, batch_first=True), _last, (7, 10), 12, 2),
     "lstm_all": _Case(
         lambda: nn.LSTM(10, 12, num_layers=2, bidirectional=True, proj_size=7), _last, (7, 10), 14, 12
