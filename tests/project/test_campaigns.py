@@ -1,12 +1,10 @@
 """Campaigns of random trials against independent truths: a few here, thousands in the nightly profile.
 
-Every trial draws from a seed of its own, which a failure names. The nightly seeds start at the day, so that
-every night tries others; `CAMPAIGN_SEED` repeats a night.
+Every trial draws from a seed of its own, which a failure names (`campaign_seeds`).
 """
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from campaign_seeds import FIRST_SEED, NIGHTLY
 from hf.streaming.test_faults_processes import Run, finished_layers, processes  # noqa: F401
 from moe.test_block import FEATURES, ROUTERS, by_hand, make_moe
 from sharded_folders import HALF, contents, save
@@ -23,9 +22,6 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.testing import reference
-
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-FIRST_SEED = int(os.environ.get("CAMPAIGN_SEED", time.time() // 86400 * 100_000)) if NIGHTLY else 1
 
 
 def seeds(toy: int, night: int) -> Iterator[int]:
