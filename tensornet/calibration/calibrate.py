@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -91,7 +91,8 @@ def calibrate(
             batches, desc="calibrating", disable=not progress, unit="batch", total=length
         ):
             runs.add(as_batch(batch, model, device))
-    return recorder.finish(runs.scored, runs.mean_loss(), source)
+    stats = recorder.finish(runs.scored, runs.mean_loss(), source)
+    return replace(stats, of_tokens=runs.of_tokens)
 
 
 @dataclass
@@ -106,6 +107,7 @@ class _Runs:
     total: float = 0.0
     scored: int = 0
     count: int = 0
+    of_tokens: bool = False
 
     def add(self, batch: Batch) -> None:
         """Run the model on a batch, with a backward pass while gradients are still collected."""
@@ -133,7 +135,8 @@ class _Runs:
             if with_gradients if self.loss_fn is None else self.loss_fn in _OWN:
                 with self.recorder.paused():
                     default = default_losses(self.model, batch, self.fisher)
-                self.loss_fn = self.loss_fn or default
+                self.loss_fn = self.loss_fn or default.losses
+                self.of_tokens = self.loss_fn in _OWN and default.of_tokens
 
     def mean_loss(self) -> float | None:
         """Return the mean loss of a token; None without gradients, NaN for random projections.

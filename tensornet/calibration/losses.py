@@ -5,6 +5,7 @@ left out. Any function of that form can be given to `calibrate`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,8 +114,22 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 
 
+@dataclass(frozen=True)
+class DefaultLoss:
+    """Loss chosen for a model.
+
+    Args:
+        losses: the function.
+        of_tokens: it is the cross entropy of tokens of the model's vocabulary, so that its exponential is a
+            perplexity.
+    """
+
+    losses: TokenLosses
+    of_tokens: bool = False
+
+
 @torch.no_grad()
-def default_losses(model: nn.Module, batch: Batch, fisher: str) -> TokenLosses:
+def default_losses(model: nn.Module, batch: Batch, fisher: str) -> DefaultLoss:
     """Choose the loss for a model from its outputs for one batch.
 
     `cosine_losses` for hidden states or sentence embeddings alone; `output_losses` for other outputs that
@@ -123,16 +138,30 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> TokenLosses:
     """
     labels, logits, output = _predict(model, batch)
     if only_hidden(output):
-        return cosine_losses
-    if logits is not None and labels is not None:
+        return DefaultLoss(cosine_losses)
+    matched = logits is not None and labels is not None
+    if matched:
+        assert labels is not None
         if labels.ndim == 2:
             labels_are_shifted(model, batch, labels)
     elif "labels" not in batch and field(output, "loss") is None:
         classes = _logits(output)
         drawn = classes is not None and classes.ndim == 2 and classes.shape[1] > 1
         if not (drawn and fisher == "sampled") and _tensors(output, batch):
-            return output_losses
-    return sampled_losses if fisher == "sampled" else label_losses
+            return DefaultLoss(output_losses)
+    of_tokens = matched and logits is not None and logits.ndim == 3 and _has_table(model, logits.shape[-1])
+    return DefaultLoss(sampled_losses if fisher == "sampled" else label_losses, of_tokens)
+
+
+def _has_table(model: nn.Module, classes: int) -> bool:
+    """Whether the classes are the tokens that a model reads: as many as its input embedding has rows.
+
+    Of a model that does not say which embedding that is, any will do.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    named = getter() if callable(getter) else None
+    tables = [named] if isinstance(getattr(named, "num_embeddings", None), int) else model.modules()
+    return any(getattr(table, "num_embeddings", None) == classes for table in tables)
 
 
 def losses_against(teacher: nn.Module) -> TokenLosses:
@@ -147,7 +176,7 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal judged_by
         if judged_by is None:  # from the first batch; the teacher of a language model then runs no more
-            judged_by = default_losses(teacher, batch, "labels")
+            judged_by = default_losses(teacher, batch, "labels").losses
         if judged_by not in PROJECTIONS:
             same_convention(model, teacher)
             return judged_by(model, batch)

@@ -36,6 +36,7 @@ class CalibrationStats:
         loss: mean loss of a token, None where no loss was computed.
         source: where the text came from, for reports.
         readers: layers whose weight is read past them, as running a batch has shown.
+        of_tokens: the loss is the cross entropy of tokens, so that its exponential is a perplexity.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -47,6 +48,7 @@ class CalibrationStats:
     loss: float | None = None
     source: str = field(default="calibration data")
     readers: tuple[str, ...] = ()
+    of_tokens: bool = False
 
     @property
     def has_gradients(self) -> bool:
@@ -105,6 +107,7 @@ class CalibrationStats:
             "loss": self.loss,
             "source": self.source,
             "readers": list(self.readers),
+            "of_tokens": self.of_tokens,
             **sides,
         }
         metadata = {"calibration": json.dumps(header)}
@@ -137,6 +140,7 @@ class CalibrationStats:
                 loss=header["loss"],
                 source=header["source"],
                 readers=readers,
+                of_tokens=header.get("of_tokens", True),  # older files: of text, if there was a loss
             )
         except FormatError:
             raise

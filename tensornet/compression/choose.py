@@ -40,11 +40,13 @@ class Cap:
         name: of the budget, for errors and reports.
         curves: cost over this size, of each layer; the costs are those of all other caps.
         allowed: the cap.
+        layers: names, for errors.
     """
 
     name: str
     curves: Sequence[CostCurve]
     allowed: float
+    layers: Sequence[str] = ()
 
     def use(self, chosen: Sequence[int]) -> float:
         """Compute the fraction of the cap that a choice uses; at most 1 keeps the cap."""
@@ -53,6 +55,8 @@ class Cap:
 
 #: Format of all layers where nothing is known of their errors.
 _BLIND = "int8"
+#: Layers that an error names.
+_NAMED = 4
 #: Rounds in which the weights of several caps are adjusted.
 _ROUNDS = 80
 
@@ -116,15 +120,15 @@ def choose_candidates(
         if config.plans_formats:
             return one_format(targets, candidates, config, rest)
         return _alone(targets, candidates, config), _cap(config)
-    caps = []
+    caps, names = [], [target.name for target in targets]
     if config.param_ratio is not None:
         allowed = config.param_ratio * sum(target.matrix.numel() for target in targets)
-        caps.append(Cap("param_ratio", [found.curve("params") for found in candidates], allowed))
+        caps.append(Cap("param_ratio", [found.curve("params") for found in candidates], allowed, names))
     curves = [found.curve("num_bytes") for found in candidates]
-    caps += [Cap(name, curves, size) for name, size in allowed_bytes(config, targets, rest).items()]
+    caps += [Cap(name, curves, size, names) for name, size in allowed_bytes(config, targets, rest).items()]
     if config.max_milliseconds is not None:
         curves = [found.curve("milliseconds") for found in candidates]
-        caps.append(Cap("max_milliseconds", curves, config.max_milliseconds))
+        caps.append(Cap("max_milliseconds", curves, config.max_milliseconds, names))
     cheapest = None if not caps else _or_one_format(spend_all(caps), candidates, caps)
     if config.loss_increase is None:
         assert cheapest is not None
@@ -221,7 +225,20 @@ def _spend(cap: Cap) -> list[int]:
     try:
         return spend_size(cap.curves, cap.allowed)
     except BudgetError as error:
-        raise BudgetError(f"{cap.name}: {error}") from error
+        raise BudgetError(f"{cap.name}: {error}{_largest(cap)}") from error
+
+
+def _largest(cap: Cap) -> str:
+    """Name the layers whose smallest candidates take most room, those that cannot shrink at all first."""
+    least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
+    order = sorted(range(len(cap.layers)), key=lambda k: least[k], reverse=True)
+    shown = ", ".join(f"{cap.layers[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])
+    fixed = [size for alone, size in least if alone]
+    text = (
+        f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, as those do that no gradient "
+        "reaches in calibration: exclude them, or choose objective='activation', which needs none."
+    )
+    return f"{text if fixed else ''} Most room is taken by {shown}." if shown else ""
 
 
 def _alone(

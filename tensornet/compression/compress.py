@@ -66,7 +66,8 @@ def compress(
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)
     made = prepared.plan(progress=progress)
-    reach = measure_reach(model, [layer.name for layer in made], () if stats is None else stats.readers)
+    readers = () if stats is None else stats.readers
+    reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
     errors = apply_plan(model, made, stats, progress=progress)
     params_after, bytes_after = model_size(model)
     return CompressionReport(

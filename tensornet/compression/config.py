@@ -80,6 +80,9 @@ class CompressionConfig(LayerSelection):
         pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
             data if None.
         int8: keep cores as eight-bit integers; predicted losses include the rounding.
+        require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
+            that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
+            and names them in one warning.
 
     Raises:
         BudgetError: a cap is out of range or no number, or does not go with the objective.
@@ -107,6 +110,7 @@ class CompressionConfig(LayerSelection):
     damping: float = 0.1
     pivoted: bool | None = None
     int8: bool = False
+    require_calibrated: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,10 +161,11 @@ class CompressionConfig(LayerSelection):
         check_number("damping", self.damping)
         if not 0 <= self.damping < float("inf"):
             raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
-        if not isinstance(self.pivoted, bool | None) or not isinstance(self.int8, bool):
+        flags = (self.int8, self.require_calibrated)
+        if not isinstance(self.pivoted, bool | None) or not all(isinstance(flag, bool) for flag in flags):
             raise ValueError(
-                "pivoted must be True, False or None, and int8 True or False; got "
-                f"{self.pivoted!r} and {self.int8!r}."
+                "pivoted must be True, False or None, int8 and require_calibrated True or False; got "
+                f"{self.pivoted!r}, {self.int8!r} and {self.require_calibrated!r}."
             )
 
     def counts_model(self, budget: str) -> bool:

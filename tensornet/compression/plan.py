@@ -55,6 +55,8 @@ class CompressionPlan:
         forecast: corrects the sum over layers, where rises were measured (`PreparedPlan.measured`).
         topology_options: options of the family that the topologies were built with.
         baseline: rounding to nearest at the same bytes, where number formats were planned.
+        of_tokens: `dense_loss` is the cross entropy of tokens, so that its exponential is a perplexity.
+        unseen: layers that were to be compressed and stay dense, because they never ran in calibration.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -66,6 +68,8 @@ class CompressionPlan:
     forecast: Forecast = UNMEASURED
     topology_options: Mapping[str, Any] | None = None
     baseline: Baseline | None = None
+    of_tokens: bool = False
+    unseen: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -121,14 +125,34 @@ class CompressionPlan:
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """Predicted perplexity on the calibration text, or on the text of the measurements."""
+        """Predicted perplexity on the calibration text, or on the text of the measurements.
+
+        None where nothing was predicted, or the loss is not one of tokens.
+        """
         rise = self.predicted_loss_increase
-        return None if rise is None or self.dense_loss is None else math.exp(self.dense_loss + rise)
+        known = rise is not None and self.dense_loss is not None and self.of_tokens
+        return math.exp(self.dense_loss + rise) if known else None  # type: ignore[operator]
 
     def predictions(self) -> dict[str, float | None]:
         """Collect loss increase, perplexity and milliseconds, JSON-ready; None for those unknown."""
         names = ("predicted_loss_increase", "predicted_perplexity", "predicted_milliseconds")
         return {name: getattr(self, name) for name in names}
+
+    def predicted_change(self) -> str:
+        """Describe the predicted change: of the perplexity, or of the loss where that is not of tokens.
+
+        Empty where the loss has no value, as the cosine of encoders.
+
+        >>> CompressionPlan(()).predicted_change()
+        ''
+        """
+        rise = self.predicted_loss_increase
+        if rise is None or self.dense_loss is None:
+            return ""
+        before, after = self.dense_loss, self.dense_loss + rise
+        if self.of_tokens:
+            return f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
+        return f", from {before:.4g} to {after:.4g}"
 
     def curve(self, points: int = 64, *, unit: str = "params") -> list[tuple[int, float]]:
         """Compute `(size of all targeted layers, predicted loss increase)` over all budgets, largest first.
@@ -214,10 +238,9 @@ class CompressionPlan:
         )
         if self.predicted_loss_increase is not None:
             seen = f" (measured on {self.forecast.source})" if self.forecast.source else ""
-            text = f"predicted rise of the loss of a token: {self.predicted_loss_increase:.4f}{seen}"
-            if self.dense_loss is not None and self.predicted_perplexity is not None:
-                text += f", perplexity {math.exp(self.dense_loss):.4g} -> {self.predicted_perplexity:.4g}"
-            lines.append(text)
+            what = "loss of a token" if self.of_tokens else "loss"
+            text = f"predicted rise of the {what}: {self.predicted_loss_increase:.4f}{seen}"
+            lines.append(text + self.predicted_change())
         if self.baseline is not None:
             rise = self.forecast.rise(self.baseline.loss_increase)
             lines.append(
@@ -279,6 +302,8 @@ class CompressionPlan:
             "forecast": self.forecast.to_dict(),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
             "baseline": None if self.baseline is None else asdict(self.baseline),
+            "of_tokens": self.of_tokens,
+            "unseen": list(self.unseen),
             "layers": [layer_to_dict(x) for x in self.layers],
         }
 
@@ -306,6 +331,8 @@ class CompressionPlan:
                 forecast=forecast,
                 topology_options=options,
                 baseline=None if baseline is None else Baseline(**baseline),
+                of_tokens=data.get("of_tokens", True),  # older plans: of text, if there was a loss
+                unseen=tuple(data.get("unseen", ())),
             )
             _check(made)
             return made

@@ -22,12 +22,14 @@ from tensornet.compression.layer_candidates import layer_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
+from tensornet.compression.sensitivity import is_known, never_ran
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
-from tensornet.errors import BudgetError, TargetError
+from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.linalg.svd import check_finite, working_dtype
 from tensornet.nn.extension import expanded
-from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets
+from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
+from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import Decomposition, topology_family
@@ -57,6 +59,8 @@ class PreparedPlan:
         calibration: what the statistics were collected on.
         forecast: corrects predicted rises, see `measured`.
         rest: the part of the model that is not targeted, for budgets that count all of it.
+        unseen: layers that were to be targets, but never ran in calibration.
+        of_tokens: whether `dense_loss` is the cross entropy of tokens.
     """
 
     config: CompressionConfig
@@ -68,6 +72,8 @@ class PreparedPlan:
     calibration: str | None
     forecast: Forecast = UNMEASURED
     rest: ModelRest = NO_REST
+    unseen: tuple[str, ...] = ()
+    of_tokens: bool = False
 
     def measured(
         self,
@@ -202,6 +208,8 @@ class PreparedPlan:
             forecast=self.forecast,
             topology_options=config.topology_options,
             baseline=self._baseline(sum(layer.bytes_after for layer in layers)),
+            of_tokens=self.of_tokens,
+            unseen=self.unseen,
         )
 
     def _baseline(self, num_bytes: int) -> Baseline | None:
@@ -261,6 +269,7 @@ def prepare(
     with expanded(model):
         targets = tuple(find_targets(model, config, () if stats is None else stats.readers))
     check_loaded(targets)
+    targets, unseen = _seen(targets, config, objective, stats)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
     params, size = model_size(model)
@@ -283,7 +292,33 @@ def prepare(
         stats.loss if stats is not None and stats.loss == stats.loss else None,  # NaN: no loss of tokens
         stats.source if stats is not None else None,
         rest=rest,
+        unseen=unseen,
+        of_tokens=stats is not None and stats.of_tokens,
     )
+
+
+def _seen(
+    targets: tuple[Target, ...], config: CompressionConfig, objective: str, stats: CalibrationStats | None
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """Tell weights that calibration knows from those that it never ran; the latter by name, with a warning.
+
+    Raises:
+        TargetError: it ran none of them, or not all and the configuration requires all.
+    """
+    if objective == "weight" or stats is None:
+        return targets, ()
+    unseen = [target for target in targets if not is_known(target, stats)]
+    if unseen and (config.require_calibrated or len(unseen) == len(targets)):
+        raise never_ran(unseen[0])
+    names = tuple(target.name for target in unseen)
+    if names:
+        warn(
+            f"Left dense, because they never ran during calibration: {summary(unseen)}. Calibrate with data "
+            "that reaches them, compress them by their weights alone (objective='weight' with target_modules "
+            "that name them), or set require_calibrated=True for an error in place of this warning.",
+            CalibrationWarning,
+        )
+    return tuple(target for target in targets if target.name not in names), names
 
 
 def _clock(config: CompressionConfig, weight: Tensor) -> Clock | None:

@@ -17,6 +17,8 @@ from tensornet.nn.weight_readers import weight_readers
 BIASES = "biases"
 #: Why a layer stays dense whose owner computes with its weight: no call of the layer could do that instead.
 READ = "weight read past the layer"
+#: Why a layer stays dense whose errors nothing is known of.
+UNSEEN = "never ran in calibration"
 #: Types named in one line; the others are added up.
 _NAMED = 5
 
@@ -59,7 +61,9 @@ class Reach:
         return asdict(self) | {"share": self.share}
 
 
-def measure_reach(model: nn.Module, layers: Collection[str], readers: Iterable[str] = ()) -> Reach:
+def measure_reach(
+    model: nn.Module, layers: Collection[str], *, readers: Iterable[str] = (), unseen: Iterable[str] = ()
+) -> Reach:
     """Count the parameters of a dense model that a plan considers, and list the others by type.
 
     Args:
@@ -67,6 +71,7 @@ def measure_reach(model: nn.Module, layers: Collection[str], readers: Iterable[s
         layers: names of the layers in the plan.
         readers: names of layers whose weight is known to be read past them, beside those that
             `weight_readers` finds.
+        unseen: names of layers that never ran in calibration.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     >>> print(measure_reach(model, ["0"]))
@@ -87,7 +92,7 @@ def measure_reach(model: nn.Module, layers: Collection[str], readers: Iterable[s
                 left.append(target)
             else:
                 reached += target.weight.numel()
-        reasons = _reasons(model, left, targets, readers)
+        reasons = dict.fromkeys(unseen, UNSEEN) | _reasons(model, left, targets, readers)
         for target in left:
             reason = reasons.get(target.name)
             label = target.type_name if reason is None else f"{target.type_name} ({reason})"

@@ -144,14 +144,9 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
     Raises:
         TargetError: it has none, or they never ran either.
     """
-    sides = tuple(target.matrix.shape)
-    names = [
-        name
-        for name in target.kinds[0].relatives(target.name, stats.columns)
-        if (len(stats.rows.get(name, target.matrix)), len(stats.columns[name])) == sides
-    ]
+    names = _relatives(target, stats)
     if not names:
-        raise _never_ran(target)
+        raise never_ran(target)
     rows = [stats.rows[name] for name in names if name in stats.rows]
     mean = sum(rows[1:], start=rows[0].clone()) / len(names) if rows else None
     return mean, sum(
@@ -159,7 +154,24 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
     ) / len(names)
 
 
-def _never_ran(target: Target) -> TargetError:
+def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
+    """Names of layers that ran and whose moments may stand in for those of a weight."""
+    sides = tuple(target.matrix.shape)
+    return [
+        name
+        for name in target.kinds[0].relatives(target.name, stats.columns)
+        if (len(stats.rows.get(name, target.matrix)), len(stats.columns[name])) == sides
+    ]
+
+
+def is_known(target: Target, stats: CalibrationStats) -> bool:
+    """Whether a layer that uses a weight, or a relative of it, ran during calibration."""
+    ran = any(name in stats.rows or name in stats.columns for name in target.names)
+    return ran or bool(_relatives(target, stats))
+
+
+def never_ran(target: Target) -> TargetError:
+    """Make the error about a weight that nothing is known of."""
     return TargetError(
         f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
         "Calibrate with data that reaches it, or exclude it."

@@ -137,7 +137,7 @@ class MatrixTransposedConvolution(Compound):
 
 def _convolution(kernel_size: Sized, kind: str = "") -> Callable[..., Tensor]:
     """Return torch's function for kernels of that many dimensions."""
-    return getattr(F, f"conv{kind}{len(kernel_size)}d")  # type: ignore[no-any-return]
+    return getattr(F, f"conv{kind}{len(kernel_size)}d")
 
 
 def _names(stock: Any) -> tuple[str, ...]:

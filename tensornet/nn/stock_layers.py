@@ -8,6 +8,7 @@ A layer kind is matched by its exact type. Subclasses are left alone on purpose:
 for example, reads `out_proj.weight` itself and would silently compute with a core.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
@@ -43,18 +44,25 @@ class LayerKind(ABC):
     def relatives(self, name: str, others: Iterable[str]) -> list[str]:
         """Select the layers whose statistics replace those of a layer that saw no data.
 
-        Names that differ in the last number alone: other experts of the same mixture.
+        Names that differ in the last number alone: other experts of the same mixture. Numbers are those of a
+        list, or at the end of a key such as `expert_3`.
         """
         path, number = _last_number(name)
         return [] if number is None else [other for other in others if _last_number(other)[0] == path]
+
+
+#: A part of a name that counts modules. Layers such as `w_1` and `w_2` are no relatives.
+_COUNTED = re.compile(r"(.*_)?\d+")
 
 
 def _last_number(name: str) -> tuple[tuple[str, ...], str | None]:
     """Split a name into its parts, with the last number replaced by `#`, and that number."""
     parts = name.split(".")
     for place in reversed(range(len(parts))):
-        if parts[place].isdecimal():
-            return (*parts[:place], "#", *parts[place + 1 :]), parts[place]
+        part = parts[place]
+        if (found := _COUNTED.fullmatch(part)) and (part.isdecimal() or place < len(parts) - 1):
+            prefix = found[1] or ""
+            return (*parts[:place], f"{prefix}#", *parts[place + 1 :]), part[len(prefix) :]
     return tuple(parts), None
 
 

@@ -125,12 +125,12 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         if pattern != ALL and not any(_matches_any(group, [pattern]) for group in groups):
             raise TargetError(
                 f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
-                f"{_summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
+                f"{summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
                 f"{_made_of_cores(model)}"
             )
     if read:
         warn(
-            f"Left dense, because their weights are read past the layers: {_summary(read)}. "
+            f"Left dense, because their weights are read past the layers: {summary(read)}. "
             "Name them in target_modules to compress them nevertheless.",
         )
     owners = [outside[group.name] for group in tied]
@@ -144,7 +144,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         )
     if not chosen:
         raise TargetError(
-            f"Nothing to compress. Compressible layers: {_summary(groups)}.{_made_of_cores(model)}"
+            f"Nothing to compress. Compressible layers: {summary(groups)}.{_made_of_cores(model)}"
             f"{f' Compressing would untie {shared}.' if tied else ''}{_unknown_layers(model)}"
         )
     return chosen
@@ -341,7 +341,12 @@ def _unknown_layers(model: nn.Module) -> str:
     )
 
 
-def _summary(groups: Sequence[Target], limit: int = 8) -> str:
+def summary(groups: Sequence[Target], limit: int = 8) -> str:
+    """List the names of weights in one line; those beyond a limit are counted.
+
+    >>> summary(all_targets(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), limit=1)
+    '0, and 1 more'
+    """
     names = [group.name for group in groups]
     shown = ", ".join(names[:limit]) or "none (supported: nn.Linear, nn.Embedding, what owns such matrices)"
     return shown + (f", and {len(names) - limit} more" if len(names) > limit else "")

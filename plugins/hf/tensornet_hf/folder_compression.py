@@ -1,7 +1,6 @@
 """Compression of whole model folders: the functions behind `tensornet compress`."""
 
 import copy
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +15,14 @@ from tensornet.compression.compress import gather_statistics
 from tensornet.compression.reach import Reach
 from tensornet.errors import BudgetError, TargetError
 from tensornet_hf import pipeline
-from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
 from tensornet_hf.checkpoint.inspection import weight_bytes
-from tensornet_hf.checkpoint.load import model_class, on_device, resolve_folder
+from tensornet_hf.checkpoint.load import on_device, resolve_folder
 from tensornet_hf.compress_options import CompressOptions, OptionError
 from tensornet_hf.report import BondSpectrum, ModelFacts, Page, versions, write_report
 from tensornet_hf.report.page import compact_bytes
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.streaming.text_statistics import statistics_of_text
-from tensornet_hf.text.calibration_data import scores_tokens
 from tensornet_hf.text.tokens import read_text
 from tensornet_hf.training.correction import HealingFile, correct
 
@@ -68,7 +65,6 @@ class FolderReport:
         source, destination: as they were given.
         report: what was done to each layer.
         file_bytes_before, file_bytes_after: size of the weight files.
-        of_tokens: whether the loss is that of predicted tokens, so that its exponential is a perplexity.
         notes: results of refitting and healing, in words.
         memory: remark on the memory of workers, if there were any.
     """
@@ -78,7 +74,6 @@ class FolderReport:
     report: CompressionReport
     file_bytes_before: int
     file_bytes_after: int
-    of_tokens: bool
     notes: tuple[str, ...] = ()
     memory: str | None = None
 
@@ -105,14 +100,13 @@ class FolderReport:
     def _predicted(self) -> list[str]:
         """Return the predicted loss increase of compression alone; refitting and healing are excluded."""
         plan = self.report.plan
-        rise, perplexity = plan.predicted_loss_increase, plan.predicted_perplexity
+        rise = plan.predicted_loss_increase
         if rise is None:
             return []
         where = f"measured on {plan.forecast.source}" if plan.forecast.source else plan.calibration
-        if plan.dense_loss is None or perplexity is None:  # an encoder
+        if plan.dense_loss is None:  # an encoder
             return [f"predicted   cosine with the original {1 - rise:.4f} ({where})"]
-        change = f", perplexity {math.exp(plan.dense_loss):.4g} -> {perplexity:.4g}" if self.of_tokens else ""
-        return [f"predicted   loss +{rise:.4f}{change} ({where})"]
+        return [f"predicted   loss +{rise:.4f}{plan.predicted_change()} ({where})"]
 
 
 def compress_folder(source: str | Path, destination: str | Path, options: CompressOptions) -> FolderReport:
@@ -158,7 +152,6 @@ def compress_folder(source: str | Path, destination: str | Path, options: Compre
         report=done,
         file_bytes_before=weight_bytes(folder),
         file_bytes_after=_written_bytes(str(destination), done),
-        of_tokens=scores_tokens(type(work.model)),
         notes=notes,
     )
     if options.report is not None:
@@ -296,7 +289,6 @@ def _page(done: FolderReport, spectra: Mapping[str, Sequence[BondSpectrum]], com
         spectra,
         made=(("Command", command), ("Versions", versions())),
         notes=done.notes,
-        of_tokens=done.of_tokens,
     )
 
 
@@ -332,11 +324,8 @@ def _streamed(
         progress=progress,
     )
     done = streamed.compression
-    # A prediction was made with a model of the class; without one the class need not be known.
-    known = done.plan.predicted_perplexity is not None
-    of_tokens = known and scores_tokens(model_class(read_checkpoint(folder)))
     sizes = (weight_bytes(folder), _written_bytes(destination, done))
-    return FolderReport(source, destination, done, *sizes, of_tokens, memory=streamed.memory)
+    return FolderReport(source, destination, done, *sizes, memory=streamed.memory)
 
 
 def _observed(planned: CompressionPlan | None) -> CompressionConfig:

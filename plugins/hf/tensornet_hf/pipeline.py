@@ -206,7 +206,7 @@ def carry_out(
 
 def planned_reach(model: PreTrainedModel, planned: CompressionPlan) -> Reach:
     """Count the parameters that a plan considers; call it before the plan is executed."""
-    return measure_reach(model, [layer.name for layer in planned])
+    return measure_reach(model, [layer.name for layer in planned], unseen=planned.unseen)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -138,11 +138,12 @@ def test_a_classifier_has_no_perplexity() -> None:
     ids = torch.randint(1, 50, (8, 6))
     batches = [{"input_ids": ids, "labels": ids[:, 0] % 2}]
     report = tn.compress(model, tn.CompressionConfig(param_ratio=0.8), calibration=batches, progress=False)
-    told = th.FolderReport("a", "b", report, 1, 1, of_tokens=False)
+    told = th.FolderReport("a", "b", report, 1, 1)
     assert "predicted   loss +" in str(told)
-    assert "perplexity" not in str(told)
+    assert "perplexity" not in f"{told}{report}"
     plan = report.plan
+    assert plan.predicted_perplexity is None
     assert plan.dense_loss is not None
-    kept, loss = predicted_curve(plan, of_tokens=False)[-1]
+    kept, loss = predicted_curve(plan)[-1]
     assert 0 < kept <= 1
     assert loss == pytest.approx(plan.dense_loss, abs=3)

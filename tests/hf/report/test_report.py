@@ -141,7 +141,7 @@ def test_price_of_every_budget(tmp_path: Path) -> None:
         replace(layer, loss_increase=0.1, curve=((layer.params_after, 0.1), (layer.params_before, 0.0)))
         for layer in content.report.plan
     ]
-    plan = tn.CompressionPlan(tuple(priced), objective="curvature", dense_loss=math.log(20.0))
+    plan = tn.CompressionPlan(tuple(priced), objective="curvature", dense_loss=math.log(20.0), of_tokens=True)
     points = predicted_curve(plan)
     assert points[0] == (1.0, pytest.approx(20.0))
     assert points[-1] == (pytest.approx(content.report.param_ratio), pytest.approx(20.0 * math.exp(0.2)))

@@ -54,7 +54,6 @@ class Page:
         prompt: text that the samples continue.
         made: rows of label and text that say how the page was made.
         notes: remarks shown below the comparison.
-        of_tokens: whether the loss is that of predicted tokens, so that its exponential is a perplexity.
     """
 
     title: str
@@ -64,7 +63,6 @@ class Page:
     prompt: str | None = None
     made: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
-    of_tokens: bool = True
 
 
 def write_report(page: Page, path: str | Path) -> Path:
@@ -99,8 +97,8 @@ def render(page: Page) -> str:
     done = zip(page.report.plan, page.report.layers, strict=True)
     layers = [replace(planned, error=made.error) for planned, made in done]
     plan = page.report.plan
-    curve = predicted_curve(plan, of_tokens=page.of_tokens)
-    measure = "cosine" if plan.dense_loss is None else "perplexity" if page.of_tokens else "loss"
+    curve = predicted_curve(plan)
+    measure = "cosine" if plan.dense_loss is None else "perplexity" if plan.of_tokens else "loss"
     label = {"cosine": "predicted one minus cosine"}.get(measure, f"predicted {measure}")
     rise = plan.predicted_loss_increase
     shown = min(len(page.spectra), pictures.PANELS)
@@ -114,13 +112,13 @@ def render(page: Page) -> str:
         curve_picture=Markup(pictures.curve_picture(curve, page.report.param_ratio, label))
         if curve
         else None,
-        predicted=None if rise is None or plan.dense_loss is None else _predicted(plan, rise, page.of_tokens),
+        predicted=None if rise is None or plan.dense_loss is None else _predicted(plan, rise),
         measure=measure,
         spectra_shown=shown,
     )
 
 
-def predicted_curve(plan: CompressionPlan, *, of_tokens: bool = True) -> list[tuple[float, float]]:
+def predicted_curve(plan: CompressionPlan) -> list[tuple[float, float]]:
     """Compute the predicted perplexity over all budgets, `(keep ratio of targeted parameters, perplexity)`.
 
     Without a loss of tokens the loss itself; for an encoder one minus the cosine with its old outputs. Empty
@@ -129,19 +127,18 @@ def predicted_curve(plan: CompressionPlan, *, of_tokens: bool = True) -> list[tu
 
     Args:
         plan: made with calibrated gradients.
-        of_tokens: whether the loss is that of predicted tokens.
     """
     points = [(size / plan.params_before, rise) for size, rise in plan.curve()]
     if plan.dense_loss is None:
         return [point for point in points if _VISIBLE_RISE < point[1] < 1]
-    return [(kept, _predicted(plan, rise, of_tokens)) for kept, rise in points if rise < _MEANINGFUL_RISE]
+    return [(kept, _predicted(plan, rise)) for kept, rise in points if rise < _MEANINGFUL_RISE]
 
 
-def _predicted(plan: CompressionPlan, rise: float, of_tokens: bool) -> float:
-    """Convert a loss increase to a perplexity, or to a loss if the model is not scored on tokens."""
+def _predicted(plan: CompressionPlan, rise: float) -> float:
+    """Convert a loss increase to a perplexity, or to a loss if that is not one of tokens."""
     assert plan.dense_loss is not None
     loss = plan.dense_loss + rise
-    return math.exp(loss) if of_tokens else loss
+    return math.exp(loss) if plan.of_tokens else loss
 
 
 def versions() -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import Batch, BatchLike, as_batch
 from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss, observed
-from tensornet.calibration.losses import TokenLosses, label_losses
+from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, sampled_losses
 from tensornet.calibration.sequential import ChainRun, outer_stacks
 from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
@@ -80,7 +80,7 @@ def calibrate_checkpoint(
                 run.backward(scored)
                 bar.update()
             bar.close()
-        run.moments.write(Path(path), tokens=run.tokens, loss=loss, source=source)
+        run.moments.write(Path(path), tokens=run.tokens, loss=loss, source=source, of_tokens=run.of_tokens)
     return CalibrationStats.load(path)
 
 
@@ -131,7 +131,7 @@ class _Streamed:
         self.full_up_to, self.moments = full_up_to, Moments(folder / "moments")
         self.recorder = MomentRecorder(full_up_to, torch.float32)
         self.sees = "nothing"
-        self.tokens = 0
+        self.tokens, self.of_tokens = 0, False
 
     # What hooks call.
 
@@ -176,6 +176,8 @@ class _Streamed:
         for number, batch in enumerate(self.chain.batches):
             hidden = self.chain.states[self.chain.position, number].requires_grad_()
             with self.chain.leaving(number, hidden), _in_memory(self.rest):
+                if number == 0 and loss_fn in (label_losses, sampled_losses):
+                    self.of_tokens = default_losses(self.model, batch, "labels").of_tokens
                 each = checked_losses(loss_fn(self.model, batch))
                 each.sum().backward()
             assert hidden.grad is not None

@@ -37,7 +37,8 @@ class Moments:
             write_tensors(path, tensors)
             self.stored |= read_header(path)
 
-    def write(self, path: Path, *, tokens: int, loss: float, source: str) -> None:
+    def write(self, path: Path, *, tokens: int, loss: float, source: str, of_tokens: bool) -> None:
         """Write the file that `CalibrationStats.load` reads, from the stored bytes."""
-        header = {"version": STATS_VERSION, "tokens": tokens, "loss": loss, "source": source, **self.sides}
+        facts = {"tokens": tokens, "loss": loss, "source": source, "of_tokens": of_tokens}
+        header = {"version": STATS_VERSION, **facts, **self.sides}
         write_shard(ShardTask(path, self.stored, {"calibration": json.dumps(header)}))

@@ -207,7 +207,7 @@ def _compress(
         device=options.device,
         folder=work.pieces,
     )
-    reach = measure_reach(dense.skeleton, tasks)
+    reach = measure_reach(dense.skeleton, tasks, unseen=() if plan is None else plan.unseen)
     decisive: dict[str, Any] = {"device": options.device, "shard": options.max_shard_bytes}
     if measured is not None:
         decisive["stats"] = file_digest(measured).sha256

@@ -1,0 +1,122 @@
+"""Layers that calibration never ran: planned by their relatives, or left dense and named."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hf_architectures import ARCHITECTURES
+from torch import Tensor, nn
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import CalibrationWarning
+
+HALF = tn.CompressionConfig(param_ratio=0.5)
+BATCH = {"x": torch.randn(9, 8), "labels": torch.arange(9) % 3}
+
+
+class Towers(nn.Module):
+    """Sees images only where it is given some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.text, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        seen = 0 if image is None else self.vision(image)
+        return self.head(self.text(x).tanh() + seen)
+
+
+def towers() -> Towers:
+    torch.manual_seed(0)
+    return Towers()
+
+
+def test_they_stay_dense_and_one_warning_names_them() -> None:
+    model = towers()
+    stats = tn.calibrate(model, [BATCH])
+    with pytest.warns(CalibrationWarning) as caught:
+        report = tn.compress(model, HALF, calibration=stats, progress=False)
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith("Left dense, because they never ran during calibration: vision.0, vision.2.")
+    assert "require_calibrated=True" in message
+    assert [type(layer) for layer in model.vision] == [nn.Linear, nn.GELU, nn.Linear]
+    assert report.plan.unseen == ("vision.0", "vision.2")
+    assert {layer.name for layer in report.layers} == {"text", "head"}
+    assert report.param_ratio <= 0.5
+    assert report.reach.unknown["Linear (never ran in calibration)"] == 2 * 64
+    assert report.reach.excluded == {}
+    assert tn.CompressionPlan.from_dict(report.plan.to_dict()) == report.plan
+
+
+def test_they_count_in_budgets_of_the_whole_model() -> None:
+    model = towers()
+    stats = tn.calibrate(model, [BATCH])
+    size = sum(p.numel() * 4 for p in model.parameters())
+    with pytest.warns(CalibrationWarning, match="Left dense"):
+        report = tn.compress(model, tn.CompressionConfig(byte_ratio=0.8), calibration=stats, progress=False)
+    assert report.model_bytes_after <= 0.8 * size
+
+
+def test_who_wants_a_refusal_gets_it() -> None:
+    stats = tn.calibrate(towers(), [BATCH])
+    strict = replace(HALF, require_calibrated=True)
+    with pytest.raises(tn.TargetError, match=r"'vision.0' never ran during calibration.*or exclude it"):
+        tn.plan(towers(), strict, stats)
+    tn.plan(towers(), replace(strict, exclude_modules="vision.*"), stats)
+    tn.plan(towers(), strict, tn.calibrate(towers(), [BATCH | {"image": torch.randn(9, 8)}]))
+    with pytest.raises(ValueError, match="require_calibrated True or False; got None, False and 'yes'"):
+        replace(HALF, require_calibrated="yes")  # type: ignore[arg-type]
+
+
+class Experts(nn.Module):
+    """Experts by name, as NLLB-MoE keeps them, in numbered layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("expert_0", "expert_1", "expert_2")
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.ModuleDict({"w_1": nn.Linear(8, 8)}) for name in names}) for _ in range(2)
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + sum(layer[name]["w_1"](x).tanh() for name in ("expert_0", "expert_2"))
+        return self.head(x)
+
+
+def test_experts_in_dictionaries_take_the_moments_of_their_relatives() -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    stats = tn.calibrate(model, [BATCH])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = tn.plan(model, HALF, stats)
+    assert plan.unseen == ()
+    unseen, seen = plan["layers.0.expert_1.w_1"], plan["layers.0.expert_0.w_1"]
+    assert unseen.topology is not None
+    assert unseen.loss_increase is not None
+    assert seen.loss_increase is not None
+    assert 0 < unseen.loss_increase < 5 * seen.loss_increase
+
+
+def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["Gemma 3"]
+    ids = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
+    model = architecture.dense
+    stats = tn.calibrate(model, [{"input_ids": ids, "labels": ids}], config=HALF)
+    with pytest.warns(CalibrationWarning, match=r"never ran during calibration: model\.vision_tower\."):
+        report = tn.compress(model, HALF, calibration=stats, progress=False)
+    assert not any("vision" in layer.name for layer in report.layers)
+    architecture.dense.save_pretrained(tmp_path / "dense")
+    with pytest.warns(CalibrationWarning, match="Left dense"):
+        streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, stats=stats)
+    assert streamed.compression.reach == report.reach
+    batch = architecture.batch()
+    torch.testing.assert_close(th.load(tmp_path / "made")(**batch).logits, model(**batch).logits)
