@@ -154,7 +154,7 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> DefaultLoss:
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
-    """Whether the classes are the tokens that a model reads: as many as its input embedding has rows.
+    """Tell whether the classes are the tokens that a model reads: as many as its input embedding has rows.
 
     Of a model that does not say which embedding that is, any will do.
     """

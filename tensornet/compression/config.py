@@ -161,12 +161,13 @@ class CompressionConfig(LayerSelection):
         check_number("damping", self.damping)
         if not 0 <= self.damping < float("inf"):
             raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
-        flags = (self.int8, self.require_calibrated)
-        if not isinstance(self.pivoted, bool | None) or not all(isinstance(flag, bool) for flag in flags):
+        if not isinstance(self.pivoted, bool | None) or not isinstance(self.int8, bool):
             raise ValueError(
-                "pivoted must be True, False or None, int8 and require_calibrated True or False; got "
-                f"{self.pivoted!r}, {self.int8!r} and {self.require_calibrated!r}."
+                "pivoted must be True, False or None, and int8 True or False; got "
+                f"{self.pivoted!r} and {self.int8!r}."
             )
+        if not isinstance(self.require_calibrated, bool):
+            raise ValueError(f"require_calibrated must be True or False, got {self.require_calibrated!r}.")
 
     def counts_model(self, budget: str) -> bool:
         """Return True if a budget of bytes counts the whole model, False for the targeted layers alone.

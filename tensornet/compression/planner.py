@@ -300,7 +300,7 @@ def prepare(
 def _seen(
     targets: tuple[Target, ...], config: CompressionConfig, objective: str, stats: CalibrationStats | None
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Tell weights that calibration knows from those that it never ran; the latter by name, with a warning.
+    """Separate the weights that calibration knows from those that never ran, which a warning names.
 
     Raises:
         TargetError: it ran none of them, or not all and the configuration requires all.

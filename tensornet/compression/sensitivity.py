@@ -155,7 +155,7 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
 
 
 def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
-    """Names of layers that ran and whose moments may stand in for those of a weight."""
+    """List the layers that ran and whose moments may stand in for those of a weight."""
     sides = tuple(target.matrix.shape)
     return [
         name
@@ -165,7 +165,7 @@ def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
 
 
 def is_known(target: Target, stats: CalibrationStats) -> bool:
-    """Whether a layer that uses a weight, or a relative of it, ran during calibration."""
+    """Tell whether a layer that uses a weight, or a relative of it, ran during calibration."""
     ran = any(name in stats.rows or name in stats.columns for name in target.names)
     return ran or bool(_relatives(target, stats))
 

@@ -183,7 +183,7 @@ def _has_kernel(module: nn.Module) -> bool:
 
 
 def _can_shrink(module: Any) -> bool:
-    """Tell whether rank one has fewer parameters than the matrix of a group; not in depthwise convolutions."""
+    """Tell whether rank one has fewer parameters than the matrix of a group: not in a depthwise one."""
     channels_in, channels_out = module.in_channels // module.groups, module.out_channels // module.groups
     kernel = math.prod(module.kernel_size)
     turned = isinstance(module, _TRANSPOSED_CONVOLUTIONS)
