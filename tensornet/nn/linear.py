@@ -172,6 +172,14 @@ class TensorNetworkLinear(NetworkModule):
             **storage_entry(self.storage),
         }
 
+    def __format__(self, spec: str) -> str:
+        """Add a hint to the repr, since PEFT formats a layer that it cannot adapt into its error.
+
+        >>> f"{TensorNetworkLinear.from_linear(nn.Linear(4, 4), max_bond=1)}".partition(") (")[2]
+        'adapters reach it by tensornet_hf.peft.lora_config and load_adapters)'
+        """
+        return f"{self!r} (adapters reach it by tensornet_hf.peft.lora_config and load_adapters)"
+
     def extra_repr(self) -> str:
         """Format the sizes for `print(model)`."""
         return (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import gpt2, llama
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -222,6 +222,26 @@ def test_pefts_own_all_linear_is_refused() -> None:
     """It would leave compressed layers out without a word."""
     with pytest.raises(tn.TargetError, match=r"use tensornet_hf\.peft\.lora_config"):
         register_layers(LoraConfig(target_modules="all-linear"))
+
+
+def test_errors_of_peft_name_what_reaches_compressed_layers(tmp_path: Path) -> None:
+    (made := adapted(compressed())).save_pretrained(tmp_path)
+    named = r"MPOLinear\(.*\) \(adapters reach it by tensornet_hf\.peft\.lora_config and load_adapters\)"
+    with pytest.raises(ValueError, match=f"Target module {named} is not supported"):
+        get_peft_model(compressed(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=named):
+        PeftModel.from_pretrained(compressed(), tmp_path)
+    assert torch.equal(logits(load_adapters(compressed(), tmp_path)), logits(made))
+
+
+def test_pefts_all_linear_sees_stock_layers_alone() -> None:
+    """It asks compressed layers nothing, so only the page docs/guides/lora.md can say it."""
+    model = llama().eval()
+    tn.compress(model, tn.CompressionConfig(target_modules="*.mlp.*", max_bond=2), progress=False)
+    made = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
+    assert not any("mlp" in name for name, _ in made.named_parameters() if "lora_A" in name)
+    with pytest.raises(ValueError, match="No `target_modules` passed"):
+        get_peft_model(compressed(), LoraConfig(target_modules="all-linear"))
 
 
 def test_merging_into_eight_bits_is_said() -> None:
