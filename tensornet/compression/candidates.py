@@ -20,6 +20,7 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, decode, encode
 from tensornet.topologies import Decomposition, TopologyFamily, topology_family
+from tensornet.topologies.ladder import RoundTrip
 from tensornet.topology import Topology
 
 #: Fields of `LayerCandidates` with one value for each candidate.
@@ -111,7 +112,10 @@ def family_candidates(
         max_bond=max_bond,
         # Fixing a gauge adds no rounding worth the time.
         round_trip=(
-            (lambda network: round_trip(network, storage, matrix.dtype, sensitivity.choice))
+            RoundTrip(
+                lambda network: round_trip(network, storage, matrix.dtype, sensitivity.choice),
+                storage.number_format if storage.number_format.is_integer else None,
+            )
             if storage.quantized
             else None
         ),

@@ -1,10 +1,10 @@
 """The dense matrix of a layer as a candidate in every number format, with exact bytes and predicted loss.
 
 From 4 bits on the loss is predicted from the moments alone; at 2 and 3 bits, where clamping and scales
-decide, the matrix is rounded.
+decide, some rows of the matrix are rounded, and the prediction is corrected by what they cost.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,15 @@ from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage
-from tensornet.quantization import NumberFormat, predict_loss_increase, round_weight
+from tensornet.quantization import NumberFormat, round_weight
+from tensornet.quantization.expected_loss import expected_losses
 from tensornet.topologies import dense
 from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted instead of measured.
 PREDICTED_BITS = 4
+#: Rows that are rounded to measure it.
+SAMPLED_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,17 @@ class FormatLosses:
     forecast: float
     error: float
 
+    def scaled(self, measured: "FormatLosses", expected: "FormatLosses") -> "FormatLosses":
+        """Correct a prediction by the ratio of measured and expected values of a part of the matrix."""
+        names = ("choice", "forecast", "error")
+        values = [(getattr(self, n), getattr(measured, n), getattr(expected, n)) for n in names]
+        return FormatLosses(*(x * found / known if known > 0 else found for x, found, known in values))
+
 
 def dense_candidates(
     matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat], clock: Clock | None
 ) -> LayerCandidates:
-    """Build one candidate of the dense matrix for each format, in their order."""
+    """Make one candidate of the dense matrix for each format, in their order."""
     losses = format_losses(matrix, sensitivity, formats)
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storages = [PLAIN if x == NumberFormat() else Storage(number_format=x) for x in formats]
@@ -70,54 +79,56 @@ def dense_candidates(
 def format_losses(
     matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
 ) -> list[FormatLosses]:
-    """Compute the losses of a matrix in each format; round where predictions are not accurate.
-
-    How much more the forecast costs than the choice depends on the layer and hardly on the format: it is
-    taken from the smallest integer format, which is always rounded.
-    """
-    integers = [x for x in formats if x.bits is not None]
-    rounded = {x for x in integers if x.bits is not None and x.bits < PREDICTED_BITS}
-    if integers:
-        rounded.add(min(integers, key=lambda x: x.nbytes(matrix.shape)))
-    predicted = [x for x in integers if x not in rounded]
-    topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
-    network = TensorNetwork(topology, (matrix,))
-    found: dict[NumberFormat, FormatLosses] = {}
-    for number_format in formats:
-        if number_format in predicted:
-            continue
-        storage = Storage(number_format=number_format)
-        kept = round_trip(network, storage, matrix.dtype, sensitivity.choice).to_matrix()
-        error = matrix.double() - kept.double()
-        found[number_format] = FormatLosses(
-            sensitivity.choice.cost(error), sensitivity.forecast.cost(error), relative_gap(matrix, kept)
-        )
-    if predicted:
-        known = found[min(rounded, key=lambda x: x.nbytes(matrix.shape))]
-        found |= _predicted(matrix, sensitivity.choice, predicted, known)
+    """Losses of a matrix in each format, corrected where predictions are not accurate."""
+    integers = [x for x in formats if x.is_integer]
+    found = {x: _measured(matrix, sensitivity, x) for x in formats if not x.is_integer}
+    found |= dict(zip(integers, _predicted(matrix, sensitivity, integers), strict=True))
+    few = [x for x in integers if (x.bits or 0) < PREDICTED_BITS]
+    if few:
+        rows = torch.linspace(0, len(matrix) - 1, min(SAMPLED_ROWS, len(matrix)), device=matrix.device).long()
+        part = matrix[rows]
+        seen = Sensitivity(_of_rows(sensitivity.choice, rows), _of_rows(sensitivity.forecast, rows))
+        for x, expected in zip(few, _predicted(part, seen, few), strict=True):
+            found[x] = found[x].scaled(_measured(part, seen, x), expected)
     return [found[x] for x in formats]
 
 
-def _predicted(
-    matrix: Tensor, weighting: Weighting, formats: Sequence[NumberFormat], known: FormatLosses
-) -> Mapping[NumberFormat, FormatLosses]:
-    """Predict losses of a matrix in each format, scaled where the matrix was rounded."""
-    losses = predict_loss_increase(
-        matrix, formats, rows=weighting.rows, columns=weighting.columns, row_damping=0.0
+def _measured(matrix: Tensor, sensitivity: Sensitivity, number_format: NumberFormat) -> FormatLosses:
+    """Losses of a matrix that is stored in a format."""
+    topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
+    storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
+    kept = round_trip(network, storage, matrix.dtype, sensitivity.choice).to_matrix()
+    error = matrix.double() - kept.double()
+    return FormatLosses(
+        sensitivity.choice.cost(error), sensitivity.forecast.cost(error), relative_gap(matrix, kept)
     )
-    ratio = known.forecast / known.choice if known.choice > 0 else 1.0
-    root = known.error / known.choice**0.5 if known.choice > 0 else 0.0
-    return {
-        number_format: FormatLosses(loss, loss * ratio, loss**0.5 * root)
-        for number_format, loss in zip(formats, losses, strict=True)
-    }
+
+
+def _predicted(
+    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
+) -> list[FormatLosses]:
+    """Losses and errors of integer formats, predicted without rounding."""
+    weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
+    norm = float(matrix.double().square().sum().clamp_min(1e-300))
+    return [
+        FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
+        for choice, forecast, plain in expected_losses(matrix, formats, weightings).tolist()
+    ]
+
+
+def _of_rows(weighting: Weighting, rows: Tensor) -> Weighting:
+    """Sensitivity to errors of some rows alone."""
+    moment = weighting.rows
+    if moment is not None:
+        moment = moment[rows] if moment.ndim == 1 else moment[rows][:, rows]
+    return Weighting(moment, weighting.columns)
 
 
 def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[NumberFormat]) -> dict[str, float]:
-    """Predict the loss increase of round to nearest in each integer format, the baseline of all tables."""
+    """Predicted loss increase of rounding to nearest in each integer format: the baseline of every table."""
     found = {}
     for number_format in formats:
         if number_format.is_integer:
-            kept = round_weight(matrix, number_format, method="nearest", refits=0).dequantize(torch.float64)
-            found[number_format.name] = weighting.cost(matrix.double() - kept)
+            kept = round_weight(matrix, number_format, method="nearest", refits=0)
+            found[number_format.name] = weighting.cost(matrix - kept.dequantize(matrix.dtype))
     return found

@@ -9,9 +9,10 @@ from torch import Tensor
 from tensornet.checks import check_dense
 from tensornet.context import outside_autocast
 from tensornet.linalg.svd import check_finite
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _methods, _Problem
+from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _methods, _Problem, unit_losses
 from tensornet.quantization.scales import search_scales
 
 
@@ -51,20 +52,57 @@ def predict_loss_increase(
     """
     check_dense(weight, "predict_loss_increase", "a matrix of shape (out, in)", 2)
     check_finite(weight, "The weight")
+    seen = Weighting(rows, columns)
+    found = expected_losses(
+        weight, number_formats, [seen], row_damping=row_damping, column_damping=column_damping
+    )
+    return tuple(found[:, 0].tolist())
+
+
+@torch.no_grad()
+@outside_autocast
+def expected_losses(
+    weight: Tensor,
+    number_formats: Sequence[NumberFormat | str],
+    weightings: Sequence[Weighting],
+    *,
+    row_damping: float = 0.0,
+    column_damping: float = COLUMN_DAMPING,
+) -> Tensor:
+    """Predict losses of rounding with the first weighting under all of them, shape `(formats, weightings)`.
+
+    Args:
+        weight: shape `(out, in)`.
+        number_formats: integer formats or their names.
+        weightings: of the loss; moments of one side differ on the diagonal alone.
+        row_damping: as for `round_weight`.
+        column_damping: as for `round_weight`.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> from tensornet.quantization.expected_loss import expected_losses
+        >>> expected_losses(torch.randn(8, 64), ("int8", "int4"), [Weighting()]).shape
+        torch.Size([2, 1])
+    """
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)[None]
-    formats = [NumberFormat.parse(name) for name in number_formats]
+    formats, chosen = [NumberFormat.parse(name) for name in number_formats], weightings[0]
     if not formats:
-        return ()
+        return work.new_zeros(0, len(weightings))
     problem = _Problem(
         work,
         formats[0],
-        prepare_side(rows, work.shape[1], (), row_damping, work, "rows"),
-        prepare_side(columns, work.shape[2], (), column_damping, work, "columns"),
+        prepare_side(chosen.rows, work.shape[1], (), row_damping, work, "rows"),
+        prepare_side(chosen.columns, work.shape[2], (), column_damping, work, "columns"),
     )
     loop = problem.rounder(_methods(None, problem)[-1])
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
-    found = []
+    losses = []
     for number_format in formats:
         scales = search_scales(work, number_format, importance)
-        found.append(float(replace(problem, format=number_format).predicted(scales, loop)))
-    return tuple(found)
+        found = replace(problem, format=number_format).expected(scales, loop)
+        for each in weightings:
+            rows = unit_losses(found.rows, chosen.rows, each.rows)
+            columns = unit_losses(found.columns, chosen.columns, each.columns)
+            losses.append(found.loss(rows, columns))
+    return torch.cat(losses).reshape(len(formats), len(weightings))

@@ -322,15 +322,58 @@ class _Problem:
 
     def predicted(self, scales: GroupScales, loop: _Loop) -> Tensor:
         """Predict the loss increase `1/2 sum v_ij d_i e_j` from expected squares `v`, shape `(stack,)`."""
+        found = self.expected(scales, loop)
+        return found.loss(found.rows[0], found.columns[0])
+
+    def expected(self, scales: GroupScales, loop: _Loop) -> "ExpectedResiduals":
+        """Predict the squared rounding residuals, and how they turn into losses and errors."""
         grid = self.grid(scales)
-        left, far = _undone(loop.rows, loop.row_order, self.rows, self.weight)
-        right, wide = _undone(loop.columns, loop.column_order, self.columns, self.weight)
+        rows = _undone(loop.rows, loop.row_order, self.rows, self.weight)
+        columns = _undone(loop.columns, loop.column_order, self.columns, self.weight)
         if loop.rows is None and loop.columns is None:
             square = (self.weight - grid.points(grid.codes(self.weight))).square_()
         else:
-            spread = far[:, :, None] * wide[:, None, :] - 1
+            spread = rows[1][:, :, None] * columns[1][:, None, :] - 1
             square = expected_residuals(self.weight, grid, spread.clamp_min_(0))
-        return 0.5 * (square * left[:, :, None] * right[:, None, :]).sum((1, 2), dtype=torch.float64)
+        return ExpectedResiduals(square, rows, columns)
+
+
+@dataclass(frozen=True)
+class ExpectedResiduals:
+    """Expected squared residuals of rounding a stack of matrices with feedback.
+
+    Args:
+        squares: shape `(stack, out, in)`.
+        rows: `D` of the gradient moment and the growth of errors over residuals, each `(stack or 1, out)`.
+        columns: the same of the input moment, each `(stack or 1, in)`.
+    """
+
+    squares: Tensor
+    rows: tuple[Tensor, Tensor]
+    columns: tuple[Tensor, Tensor]
+
+    def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Sum the losses of all residuals, shape `(stack,)`."""
+        return 0.5 * (self.squares * rows[:, :, None] * columns[:, None, :]).sum((1, 2), dtype=torch.float64)
+
+
+def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None) -> Tensor:
+    """Predict the loss of a unit residual at every place, where errors cost by another moment.
+
+    Args:
+        kept: `D` and error growth of one side, each `(1, n)`.
+        chosen: moment that is rounded with, `(n, n)`, `(n,)` or None for the identity.
+        moment: moment that errors cost by; two full ones are taken to differ on the diagonal alone.
+
+    Returns:
+        Shape `(1, n)`.
+    """
+    weights, growth = kept
+    if moment is None:
+        return growth.expand_as(weights)
+    if moment.ndim == 1 or chosen is None or chosen.ndim == 1:
+        return growth * (moment if moment.ndim == 1 else moment.diagonal())[None].to(growth)
+    return weights + growth * (moment.diagonal() - chosen.diagonal())[None].to(growth)
 
 
 def _pair(values: list[Tensor] | None) -> tuple[Tensor, Tensor] | None:

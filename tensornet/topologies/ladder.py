@@ -12,19 +12,36 @@ from torch import Tensor
 from tensornet.errors import TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
+from tensornet.quantization.formats import NumberFormat
 from tensornet.topology import Topology
 
 if TYPE_CHECKING:
     from tensornet.topologies.base import TopologyFamily
 
-#: How a network comes back from the encoding in which its cores will be kept.
-RoundTrip = Callable[[TensorNetwork], TensorNetwork]
 #: Fractions of the largest bond at which candidates are decomposed; between them losses are interpolated.
 _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 #: Candidates made between bond 1 and the largest.
 _RUNGS = 400
 #: Partial traces of a moment name two indices for each leg, with letters.
 MAX_LEGS = 25
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Encode and decode the cores of a network, as they will be kept.
+
+    Args:
+        run: encodes and decodes.
+        number_format: integer format of all cores, from which a family may predict losses without rounding;
+            None for other encodings.
+    """
+
+    run: Callable[[TensorNetwork], TensorNetwork]
+    number_format: NumberFormat | None = None
+
+    def __call__(self, network: TensorNetwork) -> TensorNetwork:
+        """Return the decoded network."""
+        return self.run(network)
 
 
 @dataclass(frozen=True)

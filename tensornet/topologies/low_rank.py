@@ -19,6 +19,7 @@ from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, frobenius_errors, tail_costs, weighted_svd
 from tensornet.network import TensorNetwork
 from tensornet.quantization.factors import round_product
+from tensornet.quantization.product_loss import predict_product_losses
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_topology
 from tensornet.topologies.decomposition import Decomposition
@@ -205,9 +206,15 @@ class LowRankFamily(TopologyFamily):
     ) -> list[Tensor]:
         """Predict the loss that encoding the factors adds, for every rank under each weighting.
 
-        Ranks up to `most` are tried.
+        Losses of integers are predicted from moments; other encodings are tried at ranks up to `most`.
         """
         full = len(result.values)
+        if round_trip.number_format is not None:
+            a, b = (
+                core.reshape(core.shape[0] * core.shape[1], -1)
+                for core in self.whitened_network(result, full, matrix).cores
+            )
+            return list(predict_product_losses(a, b, round_trip.number_format, weightings).cpu())
         tried = sorted({max(1, round(fraction * most)) for fraction in _ENCODED})
         found = []
         for rank in tried:

@@ -1,0 +1,81 @@
+"""Predicted loss increase of rounding both factors of a product, for all ranks at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tensornet.context import outside_autocast
+from tensornet.linalg.weighted_svd import Weighting, times
+from tensornet.quantization.curvature import prepare_side
+from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.rounding import ExpectedResiduals, _methods, _Problem, unit_losses
+from tensornet.quantization.scales import search_scales
+
+#: Keeps the moments that factors see positive definite; they are damped already.
+_LEAST_DAMPING = 1e-6
+
+
+@torch.no_grad()
+@outside_autocast
+def predict_product_losses(
+    left: Tensor, right: Tensor, number_format: NumberFormat | str, weightings: Sequence[Weighting]
+) -> Tensor:
+    """Predict the loss increase of `round_product` for all leading parts of a sum of rank-one terms.
+
+    To explain how this works: `sum_k a_k b_k^T` of a whitened SVD is nested, and its terms do not meet in the
+    loss. An error of `b_k` costs by the norm of `a_k` and the input moment, an error of `a_k` by that of
+    `b_k` and the gradient moment. So the expected losses of single terms add up. Factors are rounded with
+    the first weighting; under another one errors also cost by the difference of the diagonals.
+
+    Args:
+        left: shape `(out, rank)`.
+        right: shape `(rank, in)`.
+        number_format: integer format of both factors, or its name.
+        weightings: of the loss; the first one is rounded with.
+
+    Returns:
+        Shape `(weightings, rank)`.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> from tensornet.quantization import predict_product_losses
+        >>> left, right = torch.randn(16, 4), torch.randn(4, 64)
+        >>> predict_product_losses(left, right, "int4", [Weighting()]).shape
+        torch.Size([1, 4])
+    """
+    number_format, chosen = NumberFormat.parse(number_format), weightings[0]
+    seen = [(_norms(left.mT, each.rows), _norms(right, each.columns)) for each in weightings]
+    errors_right = _expected(right, number_format, seen[0][0], chosen.columns)
+    errors_left = _expected(left, number_format, chosen.rows, seen[0][1])
+    found = []
+    for weighting, (of_left, of_right) in zip(weightings, seen, strict=True):
+        by_column = unit_losses(errors_right.columns, chosen.columns, weighting.columns)
+        by_row = unit_losses(errors_left.rows, chosen.rows, weighting.rows)
+        each = (errors_right.squares[0] * by_column).sum(1, dtype=torch.float64) * of_left
+        each += (errors_left.squares[0] * by_row.mT).sum(0, dtype=torch.float64) * of_right
+        found.append(each.cumsum(0) / 2)
+    return torch.stack(found)
+
+
+def _norms(vectors: Tensor, moment: Tensor | None) -> Tensor:
+    """Squared norms of the rows of a matrix under a moment."""
+    rows = vectors.double()
+    return (rows * times(moment, rows.mT).mT).sum(1)
+
+
+def _expected(
+    factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
+) -> ExpectedResiduals:
+    """Predict the residuals of one factor with all feedback that its moments allow."""
+    work = factor.float()[None]
+    problem = _Problem(
+        work,
+        number_format,
+        prepare_side(rows, work.shape[1], (), _LEAST_DAMPING, work, "rows"),
+        prepare_side(columns, work.shape[2], (), _LEAST_DAMPING, work, "columns"),
+    )
+    importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
+    scales = search_scales(work, number_format, importance)
+    return problem.expected(scales, problem.rounder(_methods(None, problem)[-1]))
