@@ -128,7 +128,7 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
     )
 
 
-def smollm2(cache: Path, calibration: int = 48, judged: int = 20) -> Subject:
+def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
     """SmolLM2-135M-Instruct with its residual stream turned, texts as for MiniLM, windows of 512 tokens."""
     from transformers import AutoTokenizer
 
