@@ -1,0 +1,22 @@
+"""Products of a matrix with itself, of which half is known by symmetry."""
+
+import torch
+from torch import Tensor
+
+#: Columns of a block.
+_BLOCK = 256
+
+
+def upper_gram(x: Tensor) -> Tensor:
+    """Compute the blocks of `X^T X` on and above the diagonal: little more than half of the products."""
+    size = x.shape[1]
+    found = x.new_zeros(size, size)
+    for start in range(0, size, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        torch.mm(x[:, rows].T, x[:, start:], out=found[rows, start:])
+    return found
+
+
+def mirrored(moment: Tensor) -> Tensor:
+    """Fill a moment whose upper triangle is known; diagonals alone stay as they are."""
+    return moment if moment.ndim == 1 else moment.triu_().add_(moment.triu(1).T)
