@@ -7,19 +7,21 @@ on text of another source. What lies between and beyond those sizes is read off 
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensornet.calibration.batches import BatchLike, as_batch
 from tensornet.calibration.label_shift import same_convention
 from tensornet.calibration.losses import TokenLosses
 from tensornet.context import in_eval_mode
 from tensornet.errors import BudgetError, TargetError
+from tensornet.nn.module import NetworkModule
 
 
 @dataclass(frozen=True)
@@ -100,25 +102,107 @@ def _along(points: Sequence[tuple[float, float]], x: float) -> float:
     return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
 
 
-@torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLosses) -> float:
     """Compute the mean loss of the tokens of all batches, in eval mode.
 
     Raises:
         TargetError: there are none.
     """
+    return float(all_losses(model, batches, loss_fn).mean())
+
+
+@torch.no_grad()
+def all_losses(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLosses) -> Tensor:
+    """Collect the losses of the tokens of all batches, in eval mode, shape `(tokens,)`.
+
+    Raises:
+        TargetError: there are none.
+    """
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    found = []
     with in_eval_mode(model):
         for batch in batches:
             losses = loss_fn(model, as_batch(batch, model, device))
-            total, count = total + float(losses.sum()), count + losses.numel()
-    if count == 0:
+            found.append(losses.double().flatten().cpu())
+    if not sum(losses.numel() for losses in found):
         raise TargetError(
             "No validation text is left: pass a list of batches or another collection that can be walked "
             "again, not an iterator."
         )
-    return total / count
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Rise:
+    """Measured rise of the loss of a token.
+
+    Args:
+        value: mean over tokens.
+        standard_error: of that mean.
+    """
+
+    value: float
+    standard_error: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the rise exceeds twice its standard error."""
+        return self.value > 2 * self.standard_error
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Rise":
+        """Average the rises of single tokens, shape `(tokens,)`."""
+        error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        return cls(float(values.mean()), error)
+
+
+def measured_rise(
+    model: nn.Module, compressed: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLosses, dense: Tensor
+) -> Rise:
+    """Measure by how much the loss of a compressed model is higher.
+
+    To explain how this works: to first order a small error moves the losses of single tokens up and down, by
+    far more than their mean. That part changes its sign with the error. So the model is also run with the
+    opposite error, dense outputs twice less compressed ones, and half of the difference is subtracted unless
+    it exceeds twice its own standard error.
+
+    Args:
+        model: the dense one.
+        compressed: the same with some layers replaced.
+        batches: text, walked through twice.
+        loss_fn: losses of tokens.
+        dense: losses of the dense model, from `all_losses`.
+    """
+    found = all_losses(compressed, batches, loss_fn)
+    with _opposite_errors(model, compressed):
+        odd = (found - all_losses(compressed, batches, loss_fn)) / 2
+    first_order = Rise.of(odd)
+    if abs(first_order.value) <= 2 * first_order.standard_error:
+        found = found - odd
+    return Rise.of(found - dense)
+
+
+@contextmanager
+def _opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
+    """Reflect the outputs of compressed layers in those of the dense ones, inside the block."""
+    stock = dict(model.named_modules())
+    handles = [
+        module.register_forward_hook(_reflection(stock[name]), with_kwargs=True)
+        for name, module in compressed.named_modules()
+        if isinstance(module, NetworkModule) and name in stock
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reflection(stock: nn.Module) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return 2 * stock(*args, **kwargs) - output
+
+    return hook
 
 
 def light_copy(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from tensornet.compression.apply import apply_plan, check_stats
 from tensornet.compression.candidates import LayerCandidates, storage_of
 from tensornet.compression.choose import NO_REST, ModelRest, choose_candidates
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
-from tensornet.compression.forecast import UNMEASURED, Forecast, light_copy, mean_loss
+from tensornet.compression.forecast import UNMEASURED, Forecast, all_losses, light_copy, measured_rise
 from tensornet.compression.latency import Clock
 from tensornet.compression.layer_candidates import layer_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
@@ -38,7 +38,7 @@ from tensornet.topologies import Decomposition, topology_family
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 #: Bits of a weight at which `PreparedPlan.measured` measures the loss where number formats are planned; those
 #: below what the formats allow are left out.
-MEASURED_BITS = (4.25, 3.25, 2.25)
+MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
 #: Shares of the parameters at which `PreparedPlan.measured` measures the loss.
 MEASURED_SHARES = (0.9, 0.75, 0.6)
 
@@ -90,8 +90,8 @@ class PreparedPlan:
         """Correct the forecast by loss increases measured at a few sizes, and return the new preparation.
 
         A copy of the model that shares its weights is compressed to each size and run on the text; nothing
-        is trained, and the model is left as it was. Takes one compression for each size, and one forward
-        pass over the text.
+        is trained, and the model is left as it was. Takes one compression for each size, and three forward
+        passes over the text. Rises below twice their standard error are left out.
 
         Args:
             model: what the preparation was made for.
@@ -115,7 +115,7 @@ class PreparedPlan:
                 f"Only the prices of objective='curvature' foresee a loss, not those of {self.objective!r}."
             )
         loss_fn = loss_fn or losses_against(model)
-        dense = mean_loss(model, validation, loss_fn)
+        dense = all_losses(model, validation, loss_fn)
         found = []
         budgets = self._measured_budgets(shares, sizes)
         layers_alone = replace(self, forecast=UNMEASURED, config=replace(self.config, whole_model=False))
@@ -124,7 +124,9 @@ class PreparedPlan:
             copied = light_copy(model)
             apply_plan(copied, made, stats)
             assert made.predicted_loss_increase is not None
-            found.append((made.predicted_loss_increase, mean_loss(copied, validation, loss_fn) - dense))
+            rise = measured_rise(model, copied, validation, loss_fn, dense)
+            if rise.significant:
+                found.append((made.predicted_loss_increase, rise.value))
         return replace(self, forecast=Forecast.through(found, source))
 
     def _measured_budgets(
