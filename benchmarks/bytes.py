@@ -6,11 +6,10 @@ by our code) and `nearest` use one format everywhere, integers in groups of 32 w
 with 16-bit ones, which are as large. Peers run as installed packages with their defaults, symmetric groups
 of 64 (hqq: zero points, groups of 128, as many bytes). They write dequantized weights, and one judge
 measures all. Calibration, validation and judged windows do not overlap, and are of different sources for
-MiniLM and SmolLM2. `predicted` is the forecast of the plan, alone and corrected by losses measured at a few
-sizes on a text. SmolLM2 has its residual stream turned: the published file holds weights on a 4-bit grid.
-Seconds are those of the processor, one thread, since the machine is shared; peak
-memory is of a whole process. Rows that the record has are skipped, so that a run goes on
-where one ended.
+MiniLM and SmolLM2. `predicted` is the forecast of the plan by its moments alone, `validation` the rises that
+correct it, measured on other text. SmolLM2 has its residual stream turned: the published file holds weights
+on a 4-bit grid. Seconds are those of the processor, since the machine is shared; peak memory is of a whole
+process. Rows that the record has are skipped, so that a run goes on where one ended.
 
     OMP_NUM_THREADS=1 python benchmarks/bytes.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
         [--peers ENVIRONMENT/bin/python] [--methods plan gptq] [--seeds 0 1 2]
@@ -22,14 +21,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,11 @@ from bytes_models import Subject, judge, pooled, tokens_of
 from harness import RECORDS, provenance, record
 
 import tensornet as tn
-from tensornet.compression import prepare
+from tensornet.calibration.losses import losses_against
+from tensornet.compression import PreparedPlan, prepare
+from tensornet.compression.candidates import LayerCandidates
+from tensornet.compression.forecast import all_losses, measured_rise
 from tensornet.compression.sensitivity import INPUT_DAMPING, layer_weighting
-from tensornet.errors import BudgetError
 from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.targets import LayerSelection, Target, find_targets
 from tensornet.quantization import round_weight
@@ -57,6 +58,8 @@ OURS = ("plan", "two-sided", "one-sided", "nearest")
 SEEDED = ("plan", "two-sided", "one-sided", "gptq")
 #: Formats of the methods that use one everywhere; all take the bits and a quarter.
 UNIFORM = {"two-sided": "int{}:g32:float8", "one-sided": "int{}:g64", "nearest": "int{}:g64"}
+#: The model runs in this dtype for moments of both sides, twice as fast.
+AUTOCAST = torch.bfloat16
 Row = dict[str, Any]
 
 
@@ -87,8 +90,8 @@ class Book:
 class Bench:
     """One model and its judge; calibration statistics are kept for a seed."""
 
-    def __init__(self, subject: Subject, book: Book) -> None:
-        self.subject, self.book = subject, book
+    def __init__(self, subject: Subject, book: Book, work: Path | None, workers: int) -> None:
+        self.subject, self.book, self.work, self.workers = subject, book, work, workers
         model = subject.load()
         self.dense = [pooled(model, x) for x in subject.judged] if subject.encoder else []
         self.losses = judge(subject, model, self.dense)
@@ -97,11 +100,31 @@ class Bench:
     def statistics(self, seed: int) -> tuple[nn.Module, tn.CalibrationStats, float]:
         """A dense model, its moments for a seed and the seconds they took."""
         if seed not in self.prepared:
-            model, start = self.subject.load(), time.process_time()
-            data = self.subject.calibration(seed)
-            stats = tn.calibrate(model, data, config=self.subject.layers, loss_fn=self.subject.losses)
-            self.prepared = {seed: (model, stats, time.process_time() - start)}
+            model = self.subject.load()
+            stats, seconds = self.kept(f"moments-{seed}", lambda: self.calibrated(model, seed))
+            self.prepared = {seed: (model, stats, seconds)}
         return self.prepared[seed]
+
+    def calibrated(self, model: nn.Module, seed: int) -> tn.CalibrationStats:
+        """Moments of both sides, the model run in bfloat16."""
+        return tn.calibrate(
+            model,
+            self.subject.calibration(seed),
+            config=self.subject.layers,
+            loss_fn=self.subject.losses,
+            autocast=AUTOCAST,
+        )
+
+    def kept(self, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
+        """Result of a slow step and the processor seconds it took, from the working folder if it is there."""
+        path = None if self.work is None else self.work / f"{self.subject.name}-{name}.pt"
+        if path is not None and path.is_file():
+            return torch.load(path, weights_only=False)
+        start = processor_seconds()
+        found = make(), processor_seconds() - start
+        if path is not None:
+            torch.save(found, path)
+        return found
 
     def rise(self, model: nn.Module) -> Row:
         """Rise of the loss over the dense model, and its standard error over tokens or texts."""
@@ -113,28 +136,22 @@ class Bench:
         }
 
     def plan(self, seed: int, sizes: Sequence[float]) -> None:
-        """The whole plan at every size, and its forecasts."""
+        """The whole plan at every size, and what corrects its forecast."""
         model, stats, calibrated = self.statistics(seed)
-        start = time.process_time()
-        layers = asdict(self.subject.layers)
-        config = tn.CompressionConfig(bits_per_weight=max(sizes), **layers)
-        prepared = prepare(model, config, stats)
-        planned = time.process_time() - start
-        measured = {}
-        for name, data in self.subject.validation.items():
-            with suppress(BudgetError):  # too few tokens to see a rise: no corrected prediction in the row
-                measured[name] = prepared.measured(model, stats, data)
+        config = tn.CompressionConfig(bits_per_weight=max(SIZES), **asdict(self.subject.layers))
+        made, planned = self.kept(f"plans-{seed}", lambda: self.plans(model, config, stats))
+        loss_fn = losses_against(model)
         for bits in sizes:
-            made, start = prepared.plan(bits_per_weight=bits), time.process_time()
+            plan, start = made[bits], time.process_time()
             small = self.subject.load()
-            tn.apply_plan(small, made, stats)
+            tn.apply_plan(small, plan, stats)
             seconds = time.process_time() - start
-            predicted = {"alone": made.predicted_loss_increase} | {
-                name: each.plan(bits_per_weight=bits).predicted_loss_increase
-                for name, each in measured.items()
-            }
+            rises = {}
+            for name, data in self.subject.validation.items():
+                dense, _ = self.kept(f"dense-{name}", lambda data=data: all_losses(model, data, loss_fn))
+                rises[name] = asdict(measured_rise(model, small, data, loss_fn, dense))
             formats: dict[str, int] = {}
-            for layer in made:
+            for layer in plan:
                 name = "float" if layer.topology is None else layer.storage.number_format.name
                 if layer.topology is not None and layer.topology.family != "dense":
                     name = f"{layer.topology.family} {name}"
@@ -143,13 +160,21 @@ class Bench:
                 "plan",
                 seed,
                 bits,
-                bits_per_weight=made.bits_per_weight,
+                bits_per_weight=plan.bits_per_weight,
                 **self.rise(small),
-                predicted=predicted,
+                predicted={"alone": plan.predicted_loss_increase},
+                validation=rises,
                 formats=formats,
                 seconds={"calibrate": calibrated, "plan": planned, "round": seconds},
                 peak_mib=peak_mib(),
             )
+
+    def plans(
+        self, model: nn.Module, config: tn.CompressionConfig, stats: tn.CalibrationStats
+    ) -> dict[float, tn.CompressionPlan]:
+        """Plans of all sizes."""
+        prepared = prepared_in_parallel(model, config, stats, self.workers)
+        return {bits: prepared.plan(bits_per_weight=bits) for bits in SIZES}
 
     def uniform(self, method: str, seed: int, sizes: Sequence[float]) -> None:
         """One format everywhere, rounded by our own code."""
@@ -209,6 +234,56 @@ class Bench:
                 )
 
 
+def prepared_in_parallel(
+    model: nn.Module, config: tn.CompressionConfig, stats: tn.CalibrationStats, workers: int
+) -> PreparedPlan:
+    """`prepare`, with the layers shared among forked processes."""
+    if workers == 1:
+        return prepare(model, config, stats)
+    targets = find_targets(model, config, stats.readers)
+    workers = min(workers, len(targets))
+    parts = [tuple(t.name for t in targets[k::workers]) for k in range(workers)]
+    given = [(model, replace(config, target_modules=part, exclude_modules=()), stats) for part in parts]
+    with multiprocessing.get_context("fork").Pool(workers, _hold, (given,)) as pool:
+        found: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {}
+        for each in pool.map(_candidates, range(workers), chunksize=1):
+            found |= each
+    candidates = [
+        LayerCandidates(**{**values, "make": values["make"].__getitem__})
+        for values, _ in (found[t.name] for t in targets)
+    ]
+    spectra = tuple(found[t.name][1] for t in targets)
+    return PreparedPlan(
+        config, "curvature", tuple(targets), tuple(candidates), spectra, stats.loss, stats.source
+    )
+
+
+_GIVEN: list[Any] = []
+
+
+def _hold(given: list[Any]) -> None:
+    """Keep what forked processes share."""
+    torch.set_num_threads(1)
+    _GIVEN.extend(given)
+
+
+def _candidates(part: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
+    """Candidates of some layers in a form that goes from process to process."""
+    made = prepare(*_GIVEN[part])
+    found = {}
+    for target, each, spectrum in zip(made.targets, made.candidates, made.spectra, strict=True):
+        values = {field.name: getattr(each, field.name) for field in fields(each)}
+        values["make"] = [each.make(k) for k in range(len(each.params))]
+        found[target.name] = values, spectrum
+    return found
+
+
+def processor_seconds() -> float:
+    """Seconds of the processor that this process and its children have taken."""
+    used = (resource.getrusage(x) for x in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(x.ru_utime + x.ru_stime for x in used)
+
+
 def peak_mib() -> int:
     """Peak memory of this process so far, the model and its texts included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -254,7 +329,7 @@ def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> No
 def subjects(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
     """The models by name, made when they are asked for."""
     if given.toy:
-        layers = LayerSelection(target_modules=("h.3.attn.c_proj",))
+        layers = LayerSelection(target_modules=("h.3.attn.c_proj", "h.2.attn.c_proj"))
         return {"gpt2": lambda: bytes_models.gpt2(count=8, limit=8_000, layers=layers)}
     return {
         "gpt2": bytes_models.gpt2,
@@ -277,7 +352,7 @@ def run(subject: Subject, given: argparse.Namespace) -> None:
             sizes = book.missing(method, seed, given.sizes)
             if not sizes or (method in PEERS and given.peers is None):
                 continue
-            bench = bench or Bench(subject, book)
+            bench = bench or Bench(subject, book, given.work, given.workers)
             if method == "plan":
                 bench.plan(seed, sizes)
             elif method in PEERS:
@@ -297,6 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--cache", type=Path, help="folder of `real_data.py`")
     parser.add_argument("--peers", type=Path, help="Python with the extra `peers`; without it no peers")
     parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--work", type=Path, help="folder for moments and plans that several runs share")
+    parser.add_argument("--workers", type=int, default=1, help="processes that plan")
     given = parser.parse_args(arguments)
     if given.toy:
         given.models, given.sizes, given.seeds = ["gpt2"], [4.25, 3.25], [0]

@@ -12,7 +12,8 @@ from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _methods, _Problem, unit_losses
+from tensornet.quantization.prediction import unit_losses
+from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _methods, _Problem
 from tensornet.quantization.scales import search_scales
 
 

@@ -4,6 +4,8 @@ The bare formula `s^2/24 tr D_R tr D_C` takes every residual as uniform on one s
 targets out of the range of few bits, where they are clamped; at 4 bits that adds a fifth.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,41 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
         outside += (2 * beyond + sigma * start) * sigma * density
         expected += outside - variance * tail
     return expected
+
+
+@dataclass(frozen=True)
+class ExpectedResiduals:
+    """Expected squared residuals of rounding a stack of matrices with feedback.
+
+    Args:
+        squares: shape `(stack, out, in)`.
+        rows: `D` of the gradient moment and the growth of errors over residuals, each `(stack or 1, out)`.
+        columns: the same of the input moment, each `(stack or 1, in)`.
+    """
+
+    squares: Tensor
+    rows: tuple[Tensor, Tensor]
+    columns: tuple[Tensor, Tensor]
+
+    def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Sum the losses of all residuals, shape `(stack,)`."""
+        return 0.5 * (self.squares * rows[:, :, None] * columns[:, None, :]).sum((1, 2), dtype=torch.float64)
+
+
+def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None) -> Tensor:
+    """Predict the loss of a unit residual at every place, where errors cost by another moment.
+
+    Args:
+        kept: `D` and error growth of one side, each `(1, n)`.
+        chosen: moment that is rounded with, `(n, n)`, `(n,)` or None for the identity.
+        moment: moment that errors cost by; two full ones are taken to differ on the diagonal alone.
+
+    Returns:
+        Shape `(1, n)`.
+    """
+    weights, growth = kept
+    if moment is None:
+        return growth.expand_as(weights)
+    if moment.ndim == 1 or chosen is None or chosen.ndim == 1:
+        return growth * (moment if moment.ndim == 1 else moment.diagonal())[None].to(growth)
+    return weights + growth * (moment.diagonal() - chosen.diagonal())[None].to(growth)

@@ -9,7 +9,8 @@ from tensornet.context import outside_autocast
 from tensornet.linalg.weighted_svd import Weighting, times
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.rounding import ExpectedResiduals, _methods, _Problem, unit_losses
+from tensornet.quantization.prediction import ExpectedResiduals, unit_losses
+from tensornet.quantization.rounding import _methods, _Problem
 from tensornet.quantization.scales import search_scales
 
 #: Keeps the moments that factors see positive definite; they are damped already.

@@ -20,7 +20,7 @@ from tensornet.quantization.curvature import Side, loss_increase, prepare_side
 from tensornet.quantization.descent import descend
 from tensornet.quantization.feedback import Grid, one_sided, two_sided
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.prediction import expected_residuals
+from tensornet.quantization.prediction import ExpectedResiduals, expected_residuals
 from tensornet.quantization.scales import (
     GroupScales,
     refit_scales,
@@ -325,7 +325,7 @@ class _Problem:
         found = self.expected(scales, loop)
         return found.loss(found.rows[0], found.columns[0])
 
-    def expected(self, scales: GroupScales, loop: _Loop) -> "ExpectedResiduals":
+    def expected(self, scales: GroupScales, loop: _Loop) -> ExpectedResiduals:
         """Predict the squared rounding residuals, and how they turn into losses and errors."""
         grid = self.grid(scales)
         rows = _undone(loop.rows, loop.row_order, self.rows, self.weight)
@@ -336,44 +336,6 @@ class _Problem:
             spread = rows[1][:, :, None] * columns[1][:, None, :] - 1
             square = expected_residuals(self.weight, grid, spread.clamp_min_(0))
         return ExpectedResiduals(square, rows, columns)
-
-
-@dataclass(frozen=True)
-class ExpectedResiduals:
-    """Expected squared residuals of rounding a stack of matrices with feedback.
-
-    Args:
-        squares: shape `(stack, out, in)`.
-        rows: `D` of the gradient moment and the growth of errors over residuals, each `(stack or 1, out)`.
-        columns: the same of the input moment, each `(stack or 1, in)`.
-    """
-
-    squares: Tensor
-    rows: tuple[Tensor, Tensor]
-    columns: tuple[Tensor, Tensor]
-
-    def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Sum the losses of all residuals, shape `(stack,)`."""
-        return 0.5 * (self.squares * rows[:, :, None] * columns[:, None, :]).sum((1, 2), dtype=torch.float64)
-
-
-def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None) -> Tensor:
-    """Predict the loss of a unit residual at every place, where errors cost by another moment.
-
-    Args:
-        kept: `D` and error growth of one side, each `(1, n)`.
-        chosen: moment that is rounded with, `(n, n)`, `(n,)` or None for the identity.
-        moment: moment that errors cost by; two full ones are taken to differ on the diagonal alone.
-
-    Returns:
-        Shape `(1, n)`.
-    """
-    weights, growth = kept
-    if moment is None:
-        return growth.expand_as(weights)
-    if moment.ndim == 1 or chosen is None or chosen.ndim == 1:
-        return growth * (moment if moment.ndim == 1 else moment.diagonal())[None].to(growth)
-    return weights + growth * (moment.diagonal() - chosen.diagonal())[None].to(growth)
 
 
 def _pair(values: list[Tensor] | None) -> tuple[Tensor, Tensor] | None:
