@@ -110,15 +110,7 @@ def family_candidates(
         matrix,
         (sensitivity.choice, sensitivity.forecast),
         max_bond=max_bond,
-        # Fixing a gauge adds no rounding worth the time.
-        round_trip=(
-            RoundTrip(
-                lambda network: round_trip(network, storage, matrix.dtype, sensitivity.choice),
-                storage.number_format if storage.number_format.is_integer else None,
-            )
-            if storage.quantized
-            else None
-        ),
+        round_trip=_rounding(storage, matrix.dtype, sensitivity.choice),
         **chosen,
     )
     topologies = ladder.topologies
@@ -154,6 +146,14 @@ def family_candidates(
         milliseconds=with_dense(times, dense_time),
         make=make,
     )
+
+
+def _rounding(storage: Storage, dtype: torch.dtype, weighting: Weighting) -> RoundTrip | None:
+    """Wrap `round_trip` for `TopologyFamily.ladder`; None where nothing is rounded."""
+    if not storage.quantized:
+        return None
+    number_format = storage.number_format if storage.number_format.is_integer else None
+    return RoundTrip(lambda network: round_trip(network, storage, dtype, weighting), number_format)
 
 
 def storage_of(config: CompressionConfig, objective: str) -> Storage:

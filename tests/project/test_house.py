@@ -28,6 +28,7 @@ LONG_FUNCTIONS: dict[str, str] = {
 }
 #: Function -> why it takes more than ten parameters.
 MANY_PARAMETERS: dict[str, str] = {
+    "tensornet/calibration/calibrate.py:calibrate": "documented keyword arguments",
     "plugins/hf/tensornet_hf/cli/compress.py:run": "the options of the command",
     "plugins/hf/tensornet_hf/cli/upcycle.py:run": "the options of the command",
     "plugins/hf/tensornet_hf/streaming/run.py:compress_checkpoint": "documented keyword arguments",
