@@ -80,6 +80,15 @@ def calibrate(
     Raises:
         TargetError: no batch, or a batch of an unknown form.
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> batches = [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(4)]  # (inputs, labels)
+        >>> stats = tn.calibrate(model, batches)
+        >>> sorted(stats.columns), stats.tokens, stats.has_gradients
+        (['0', '2'], 128, True)
     """
     check_model(model)
     if config is not None:

@@ -32,6 +32,13 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Raises:
         TargetError: the model returns neither logits nor a loss, or one tensor that no labels fit.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.calibration import label_losses
+        >>> model = torch.nn.Linear(8, 3)
+        >>> label_losses(model, {"input": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 0, 1])}).shape
+        torch.Size([5])
     """
     labels, logits, output = _predict(model, batch)
     if isinstance(output, Tensor) and logits is None:
@@ -70,6 +77,13 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
     not shrink where the model already predicts its text well. A classifier of whole rows has one loss for
     each row.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.calibration import sampled_losses
+        >>> model = torch.nn.Linear(8, 3)
+        >>> sampled_losses(model, {"input": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 0, 1])}).shape
+        torch.Size([5])
     """
     labels, logits, output = _predict(model, batch)
     if logits is not None and labels is not None:
@@ -90,6 +104,15 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     With projections drawn from a normal distribution the second moment of the gradients is that of the
     Jacobian, so the predicted rise of this "loss" is half the squared distance between old and new unit
     vectors: one minus their cosine.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.calibration import cosine_losses
+        >>> class Encoder(torch.nn.Embedding):
+        ...     def forward(self, input):
+        ...         return {"last_hidden_state": super().forward(input)}
+        >>> cosine_losses(Encoder(100, 8), {"input": torch.randint(100, (4, 6))}).shape
+        torch.Size([4])
     """
     return _projected(pooled(run_model(model, batch), batch))
 
@@ -102,7 +125,7 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from tensornet.compression import output_losses
+        >>> from tensornet.calibration import output_losses
         >>> output_losses(torch.nn.Linear(3, 2), {"input": torch.ones(4, 3)}).shape
         torch.Size([4])
     """
@@ -170,6 +193,15 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
     `label_losses`, which scores labels where the dense model does. Without labels, the distance from the
     dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
     squared difference of other outputs relative to the dense ones.
+
+    Example:
+        >>> import copy
+        >>> import torch
+        >>> from tensornet.calibration import losses_against
+        >>> teacher = torch.nn.Linear(8, 4)
+        >>> losses = losses_against(teacher)
+        >>> losses(copy.deepcopy(teacher), {"input": torch.randn(5, 8)}).tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0]
     """
     judged_by: TokenLosses | None = None
 

@@ -40,6 +40,14 @@ class CalibrationStats:
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Linear(8, 4)
+        >>> stats = tn.calibrate(model, [torch.randn(64, 8)])
+        >>> stats.columns[""].shape, stats.rows[""].shape, stats.tokens
+        (torch.Size([8, 8]), torch.Size([4, 4]), 64)
     """
 
     rows: Mapping[str, Tensor]

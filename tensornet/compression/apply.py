@@ -49,6 +49,15 @@ def apply_plan(
     Raises:
         TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
         TopologyError: a planned topology is none of its family.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+        >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=4, topology="low_rank"))
+        >>> errors = tn.apply_plan(model, plan)
+        >>> model[0].topology.bond_dims, sorted(errors)
+        ({'b0': 1, 'b1': 4, 'b2': 1}, ['0'])
     """
     check_holder(model)
     check_type("plan", plan, CompressionPlan, "CompressionPlan.load reads one from a file")
@@ -114,6 +123,14 @@ def decompress(model: nn.Module) -> nn.Module:
 
     Raises:
         TargetError: the model itself is such a layer.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> type(model[0]).__name__, type(tn.decompress(model)[0]).__name__
+        ('MPOLinear', 'Linear')
     """
     if isinstance(model, NetworkModule):
         raise TargetError(

@@ -89,6 +89,13 @@ class CompressionConfig(LayerSelection):
         TargetError: patterns that are no strings.
         TopologyError: unknown topology, or an option that the family does not have.
         ValueError: unknown objective or dims, or another option that is none.
+
+    Example:
+        >>> from tensornet import CompressionConfig
+        >>> CompressionConfig(bits_per_weight=4.25).formats[:2]
+        ('float', 'int8')
+        >>> CompressionConfig(target_modules="*.mlp.*", param_ratio=0.5, max_bond=64).max_bond
+        64
     """
 
     topology: str | TopologyFamily = AUTO

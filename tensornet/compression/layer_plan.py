@@ -30,6 +30,14 @@ class LayerPlan:
         milliseconds: predicted time of a forward pass, None where no token count was given.
         dtype: of the weight; float32 in plans saved before it was recorded.
         byte_curve: as `curve`, over bytes.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+        >>> layer = tn.plan(model, tn.CompressionConfig(max_bond=4, topology="low_rank"))["0"]
+        >>> layer.shape, layer.topology.family, layer.params_after, layer.bound_by
+        ((64, 32), 'low_rank', 384, 'max_bond')
     """
 
     name: str

@@ -37,6 +37,13 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     Raises:
         TargetError: the model has no numbers yet (meta device), or its state holds more than tensors.
         DestinationError: the file cannot be written there.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> tn.save_model(model, "model.safetensors")
     """
     state = model.state_dict(keep_vars=True)
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_meta]:
@@ -72,6 +79,16 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FormatError: the file is missing, damaged, or of another model, which then is as it was.
         TargetError: the model has no numbers (meta device).
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> tn.save_model(model, "model.safetensors")
+        >>> loaded = tn.load_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), "model.safetensors")
+        >>> torch.equal(loaded(torch.ones(16)), model(torch.ones(16)))
+        True
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TargetError("load_model fills a model that is in memory; this one is on the meta device.")

@@ -57,6 +57,17 @@ class CompressionPlan:
         baseline: rounding to nearest at the same bytes, where number formats were planned.
         of_tokens: `dense_loss` is the cross entropy of tokens, so that its exponential is a perplexity.
         unseen: layers that were to be compressed and stay dense, because they never ran in calibration.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+        >>> plan = tn.plan(model, tn.CompressionConfig(target_modules="all", max_bond=4, topology="low_rank"))
+        >>> [(layer.name, layer.params_before, layer.params_after) for layer in plan]
+        [('0', 2048, 384), ('2', 2048, 384)]
+        >>> plan = plan.replace_layer("2", None)  # keep this layer dense
+        >>> plan.params_after / plan.params_before < 0.6
+        True
     """
 
     layers: tuple[LayerPlan, ...]

@@ -61,6 +61,15 @@ class PreparedPlan:
         rest: the part of the model that is not targeted, for budgets that count all of it.
         unseen: layers that were to be targets, but never ran in calibration.
         of_tokens: whether `dense_loss` is the cross entropy of tokens.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.compression import prepare
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+        >>> prepared = prepare(model, tn.CompressionConfig(max_bond=8, topology="low_rank"))
+        >>> prepared.objective, len(prepared.targets)
+        ('weight', 1)
     """
 
     config: CompressionConfig
@@ -250,6 +259,15 @@ def plan(
         TargetError: nothing matches, or the objective needs statistics that are not there.
         NonFiniteError: naming the layer that holds NaN or infinity.
         BudgetError: naming the layer that cannot meet the budget.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(10, (64,)))])
+        >>> plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5), stats)
+        >>> plan.params_after <= 0.5 * plan.params_before
+        True
     """
     return prepare(model, config, stats, progress=progress).plan(progress=progress)
 
@@ -263,7 +281,19 @@ def prepare(
     *,
     progress: bool = False,
 ) -> PreparedPlan:
-    """Build the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`."""
+    """Build the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.compression import prepare
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(10, (64,)))])
+        >>> prepared = prepare(model, tn.CompressionConfig(param_ratio=0.5), stats)
+        >>> plans = [prepared.plan(param_ratio=ratio) for ratio in (0.7, 0.4)]
+        >>> plans[0].predicted_loss_increase < plans[1].predicted_loss_increase
+        True
+    """
     check_holder(model)
     check_config(config)
     check_stats(stats)

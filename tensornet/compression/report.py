@@ -29,6 +29,15 @@ class LayerReport:
         error: certified relative Frobenius error.
         baseline_error: error of the plain truncated SVD with the same number of parameters.
         bound_by: the cap that decided.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+        >>> config = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
+        >>> layer = tn.compress(model, config, progress=False).layers[0]
+        >>> layer.name, layer.form, layer.params_after, abs(layer.error - layer.baseline_error) < 1e-6
+        ('0', 'low_rank 4', 256, True)
     """
 
     name: str
@@ -54,6 +63,15 @@ class CompressionReport:
         seconds: wall time.
         plan: the plan that was carried out.
         reach: which share of the parameters was considered, and which modules hold the rest.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
+        >>> config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+        >>> report = tn.compress(model, config, progress=False)
+        >>> report.param_ratio <= 0.5, len(report.layers)
+        (True, 2)
     """
 
     layers: tuple[LayerReport, ...]

@@ -41,6 +41,17 @@ class HealReport:
         steps: steps made in all, earlier calls that were resumed included.
         trained: number of parameters that were trained.
         seconds: time of this call, by its clock.
+
+    Example:
+        >>> import copy
+        >>> import torch
+        >>> import tensornet as tn
+        >>> teacher = torch.nn.Linear(16, 16)
+        >>> student = torch.nn.Sequential(copy.deepcopy(teacher))
+        >>> _ = tn.compress(student, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> report = tn.heal(student, torch.nn.Sequential(teacher), [torch.randn(64, 16)], steps=5)
+        >>> report.steps, len(report.losses)
+        (5, 5)
     """
 
     losses: tuple[float, ...]
@@ -88,9 +99,12 @@ def heal(
         "Adafactor", section 8, for learning rates relative to the size of parameters.
 
     Example:
-        >>> teacher = nn.Sequential(nn.Linear(16, 16))
+        >>> import copy
+        >>> import torch
+        >>> import tensornet as tn
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(16, 16))
         >>> model = copy.deepcopy(teacher)
-        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, target_modules="all"), progress=False)
+        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
         >>> report = tn.heal(model, teacher, [torch.randn(64, 16)], steps=30, lr=1e-2)
         >>> report.losses[-1] < report.losses[0]
         True

@@ -53,6 +53,12 @@ class RefineReport:
         distances: from the dense model's outputs, before and after, on batches that were not fitted (on all
             if there was only one): divergence of the logits, or the other distances of `heal`.
         kept: whether the model is the refitted one; False if the old one was closer to the dense model.
+
+    Example:
+        >>> from tensornet.healing import RefineReport
+        >>> report = RefineReport({"0": 0.02}, {"0": 0.01}, left={}, distances=(0.3, 0.2), kept=True)
+        >>> report.kept, report.after["0"] < report.before["0"]
+        (True, True)
     """
 
     before: dict[str, float]
@@ -107,9 +113,15 @@ def refine(
         "GPTAQ", fits to the dense model's outputs, in quantization.
 
     Example:
-        >>> teacher = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        >>> import copy
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.healing import refine
+        >>> teacher = torch.nn.Sequential(
+        ...     torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16)
+        ... )
         >>> model = copy.deepcopy(teacher)
-        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, target_modules="all"), progress=False)
+        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
         >>> report = refine(model, teacher, [torch.randn(64, 16) for _ in range(8)])
         >>> sorted(report.after)
         ['0', '2']

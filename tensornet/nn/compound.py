@@ -31,6 +31,13 @@ class PartMatrix(nn.Module):
     Args:
         matrix: the matrix; a parameter is taken as it is.
         bias: shape `(out_features,)`; a parameter is taken as it is.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.nn import PartMatrix
+        >>> layer = PartMatrix(torch.randn(4, 8), bias=torch.zeros(4))
+        >>> layer(torch.randn(3, 8)).shape
+        torch.Size([3, 4])
     """
 
     bias: Tensor | None
@@ -93,6 +100,14 @@ class Stack:
         columns: width of a row.
         transposed: each matrix is stored as `(in_features, out_features)`.
         bias: dotted name of a parameter that is the bias of the only layer.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.nn import Stack
+        >>> stack = Stack("in_proj_weight", names=("query", "key", "value"), columns=16)
+        >>> parameter = torch.nn.Parameter(torch.randn(48, 16))
+        >>> [tuple(view.shape) for view in stack.views(parameter, {})]
+        [(16, 16), (16, 16), (16, 16)]
     """
 
     parameter: str
@@ -135,6 +150,14 @@ class Compound(nn.Module):
         stock: the module it stands for, kept outside the tree of modules.
         stacks: where the matrices lie in it.
         shared: see `CompoundKind.take_apart`.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.nn import compound_of
+        >>> attention = torch.nn.MultiheadAttention(16, 2)
+        >>> compound = compound_of(attention).take_apart(attention, {})
+        >>> compound.type_name, compound.layer_names
+        ('MultiheadAttention', ('q_proj', 'k_proj', 'v_proj', 'out_proj'))
     """
 
     #: What sort of layer each matrix becomes.

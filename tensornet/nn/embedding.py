@@ -36,6 +36,14 @@ class MPOEmbedding(NetworkModule):
         padding_idx: kept for information; the row is an ordinary one.
         strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` reads slices, `"reconstruct"`
             builds the table, `"cached"` keeps it in eval, `"auto"` reads slices.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> table = torch.nn.Embedding(1000, 64)
+        >>> small = tn.nn.MPOEmbedding.from_embedding(table, sites=3, max_bond=8)
+        >>> small(torch.tensor([[1, 5, 9]])).shape, small.num_params
+        (torch.Size([1, 3, 64]), 3200)
     """
 
     def __init__(

@@ -21,6 +21,13 @@ class StrategyCost:
         moved: elements copied by permutations.
         memory_bytes: largest tensor made on the way, or the matrix that is kept.
         refused: why the layer does not use it now; empty if it may.
+
+    Example:
+        >>> import tensornet as tn
+        >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
+        >>> cost = tn.nn.TensorNetworkLinear(topology).explain(tokens=64).costs[0]
+        >>> cost.strategy, cost.multiply_adds > 0
+        ('factorized', True)
     """
 
     strategy: str
@@ -42,6 +49,13 @@ class Explanation:
         costs: one for each strategy.
         choice: the strategy the layer takes now.
         dense_milliseconds: a dense layer of this shape, for comparison.
+
+    Example:
+        >>> import tensornet as tn
+        >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
+        >>> explanation = tn.nn.TensorNetworkLinear(topology).explain(tokens=64)
+        >>> explanation.tokens, explanation.choice in {cost.strategy for cost in explanation.costs}
+        (64, True)
     """
 
     description: str

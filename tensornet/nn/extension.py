@@ -41,11 +41,14 @@ class ModelExtension:
     """Base class of extensions; every method has a default that leaves models alone.
 
     Example:
-        >>> class Mine(ModelExtension):
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.nn.extension import ProvidedData
+        >>> class Mine(tn.ModelExtension):
         ...     def calibration_data(self, model):
-        ...         return ProvidedData([torch.ones(1, 8)], "ones") if isinstance(model, nn.Linear) else None
-        >>> provided = Mine().calibration_data(nn.Linear(8, 8))
-        >>> provided.source
+        ...         if isinstance(model, torch.nn.Linear):
+        ...             return ProvidedData([torch.ones(1, 8)], "ones")
+        >>> Mine().calibration_data(torch.nn.Linear(8, 8)).source
         'ones'
     """
 
@@ -118,9 +121,10 @@ def register_extension(extension: ModelExtension) -> ModelExtension:
         TypeError: `extension` is not a `ModelExtension`.
 
     Example:
-        >>> class Mine(ModelExtension):
+        >>> import tensornet as tn
+        >>> class Mine(tn.ModelExtension):
         ...     pass
-        >>> isinstance(register_extension(Mine()), Mine)
+        >>> isinstance(tn.register_extension(Mine()), Mine)
         True
     """
     check_type("extension", extension, ModelExtension, "pass an instance of your subclass of it")

@@ -39,6 +39,14 @@ class TensorNetworkLinear(NetworkModule):
         device, dtype: as in `nn.Linear`.
 
     A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> topology = tn.topologies.tucker(out_dims=(16, 16), in_dims=(8, 16), max_bond=8)
+        >>> layer = tn.nn.TensorNetworkLinear(topology)  # random cores, to train from scratch
+        >>> layer(torch.randn(4, 128)).shape
+        torch.Size([4, 256])
     """
 
     bias: Tensor | None
@@ -206,6 +214,14 @@ class MPOLinear(TensorNetworkLinear):
     Raises:
         TopologyError: the dims do not fit.
         ShapeError: `topology` describes another shape.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> layer = torch.nn.Linear(256, 512)
+        >>> small = tn.nn.MPOLinear.from_linear(layer, sites=3, max_bond=16)
+        >>> small(torch.randn(4, 256)).shape, small.topology.out_dims, small.topology.in_dims
+        (torch.Size([4, 512]), (8, 8, 8), (8, 8, 4))
     """
 
     def __init__(

@@ -27,6 +27,16 @@ def register_module_type(name: str, builder: Builder) -> None:
 
     Raises:
         ValueError: the name is taken.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> class Doubled(torch.nn.Identity):
+        ...     def spec(self):
+        ...         return {"type": "doubled"}
+        >>> tn.nn.register_module_type("doubled", lambda spec, device, dtype: Doubled())
+        >>> tn.nn.build_module({"type": "doubled"})
+        Doubled()
     """
     if name in _BUILDERS:
         raise ValueError(f"A module type named {name!r} is already registered.")
@@ -34,7 +44,16 @@ def register_module_type(name: str, builder: Builder) -> None:
 
 
 def module_spec(module: nn.Module) -> dict[str, Any] | None:
-    """Describe a module of a registered type; None for any other module."""
+    """Describe a module of a registered type; None for any other module.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> tn.nn.module_spec(tn.nn.MPOLinear(16, 32, max_bond=4))["type"]
+        'linear'
+        >>> tn.nn.module_spec(torch.nn.Linear(4, 4)) is None
+        True
+    """
     spec = getattr(module, "spec", None)
     described = spec() if callable(spec) else None
     return described if isinstance(described, dict) and described.get("type") in _BUILDERS else None
@@ -50,6 +69,13 @@ def build_module(
 
     Raises:
         FormatError: unknown type, or a description that is incomplete or inconsistent.
+
+    Example:
+        >>> import tensornet as tn
+        >>> layer = tn.nn.MPOLinear(16, 32, max_bond=4)
+        >>> twin = tn.nn.build_module(tn.nn.module_spec(layer), device="meta")
+        >>> twin.topology == layer.topology
+        True
     """
     kind = spec.get("type")
     if not isinstance(kind, str) or kind not in _BUILDERS:

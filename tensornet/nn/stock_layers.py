@@ -20,7 +20,28 @@ from tensornet.optional import import_optional
 
 
 class LayerKind(ABC):
-    """Abstract kind of stock layer; subclass and `register_layer_kind` to make another kind compressible."""
+    """Abstract kind of stock layer; subclass and `register_layer_kind` to make another kind compressible.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.nn import LayerKind
+        >>> class Scaled(torch.nn.Linear):
+        ...     pass
+        >>> class ScaledKind(LayerKind):
+        ...     name = "scaled"
+        ...     def matches(self, module):
+        ...         return type(module) is Scaled
+        ...     def matrix(self, module):
+        ...         return module.weight
+        ...     def build(self, matrix, bias):
+        ...         layer = Scaled(matrix.shape[1], matrix.shape[0], bias is not None)
+        ...         layer.weight.data = matrix
+        ...         if bias is not None:
+        ...             layer.bias.data = bias
+        ...         return layer
+        >>> ScaledKind().matrix(Scaled(8, 4)).shape
+        torch.Size([4, 8])
+    """
 
     #: Name stored in files.
     name: str
@@ -67,7 +88,15 @@ def _last_number(name: str) -> tuple[tuple[str, ...], str | None]:
 
 
 class CompoundKind(ABC):
-    """Abstract kind of module that owns several matrices; register it with `register_compound_kind`."""
+    """Abstract kind of module that owns several matrices; register it with `register_compound_kind`.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.nn import compound_of
+        >>> kind = compound_of(torch.nn.LSTM(8, 16))
+        >>> kind.matches(torch.nn.GRU(8, 16)), compound_of(torch.nn.Linear(8, 8))
+        (True, None)
+    """
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -159,6 +188,27 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
     Raises:
         TargetError: the name is taken.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.nn import LayerKind, kind_of, register_layer_kind
+        >>> class Mine(torch.nn.Linear):
+        ...     pass
+        >>> class MineKind(LayerKind):
+        ...     name = "mine"
+        ...     def matches(self, module):
+        ...         return type(module) is Mine
+        ...     def matrix(self, module):
+        ...         return module.weight
+        ...     def build(self, matrix, bias):
+        ...         layer = Mine(matrix.shape[1], matrix.shape[0], bias is not None)
+        ...         layer.weight.data = matrix
+        ...         if bias is not None:
+        ...             layer.bias.data = bias
+        ...         return layer
+        >>> _ = register_layer_kind(MineKind())
+        >>> kind_of(Mine(4, 4)).name
+        'mine'
     """
     if kind.name in _KINDS:
         raise TargetError(f"A layer kind named {kind.name!r} is already registered.")
@@ -186,6 +236,11 @@ def layer_kind(name: str) -> LayerKind:
 
     Raises:
         TargetError: listing the kinds that exist.
+
+    Example:
+        >>> from tensornet.nn import layer_kind
+        >>> layer_kind("embedding").name
+        'embedding'
     """
     if name not in _KINDS:
         raise TargetError(f"Unknown layer kind {name!r}; registered are {', '.join(sorted(_KINDS))}.")
@@ -193,7 +248,14 @@ def layer_kind(name: str) -> LayerKind:
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Look up the `LayerKind` of a module; None if the module cannot be compressed."""
+    """Look up the `LayerKind` of a module; None if the module cannot be compressed.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.nn import kind_of
+        >>> kind_of(torch.nn.Linear(4, 4)).name, kind_of(torch.nn.LayerNorm(4))
+        ('linear', None)
+    """
     return next((kind for kind in _KINDS.values() if kind.matches(module)), None)
 
 

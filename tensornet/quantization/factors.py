@@ -37,6 +37,12 @@ class RoundedProduct:
         left: codes or values of `A`, `(out, rank)`; of its free rows where it is pivoted.
         right: codes or values of `B`, `(rank, in)`.
         loss_increase: exact loss increase of the product against the target.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import RoundedProduct
+        >>> RoundedProduct(torch.randn(16, 4), torch.randn(4, 64), loss_increase=0.0).loss_increase
+        0.0
     """
 
     left: RoundedWeight | Tensor
@@ -52,6 +58,13 @@ class RoundedFactors:
         left: codes of `A: (out, rank)`.
         right: codes of `B: (rank, in)`.
         loss_increase: exact loss increase of the product against the target, under the damped moments.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, round_factors
+        >>> rounded = round_factors(torch.randn(16, 4), torch.randn(4, 64), NumberFormat.parse("int8"))
+        >>> rounded.left.codes.shape, rounded.right.codes.shape
+        (torch.Size([16, 4]), torch.Size([4, 64]))
     """
 
     left: RoundedWeight

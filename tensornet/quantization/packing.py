@@ -81,6 +81,13 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
     Raises:
         ShapeError: bytes of another dtype or length.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import pack, unpack
+        >>> codes = torch.tensor([[3, 0, 15, 7]], dtype=torch.uint8)
+        >>> unpack(pack(codes, 4), 4, size=4).tolist()
+        [[3, 0, 15, 7]]
     """
     segments, planes = _layout(bits)
     expected = packed_bytes(size, bits)

@@ -38,6 +38,13 @@ class ResidualFit:
         right: `B`, shape `(rank, in)`.
         loss_increase: exact loss increase of the sum under the damped moments.
         history: loss increase of the integers alone, and after each alternation.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, fit_residual
+        >>> fit = fit_residual(torch.randn(32, 64), NumberFormat.parse("int4"), rank=2)
+        >>> fit.left.shape, fit.right.shape, fit.to_matrix().shape
+        (torch.Size([32, 2]), torch.Size([2, 64]), torch.Size([32, 64]))
     """
 
     rounded: RoundedWeight

@@ -47,6 +47,13 @@ class RoundedWeight:
         methods: one for each matrix of the stack, in order: the cheapest of those that could be tried.
         predicted: loss increase expected before rounding, shape `(...)`.
         loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, round_weight
+        >>> rounded = round_weight(torch.randn(16, 64), NumberFormat.parse("int4"))
+        >>> rounded.codes.dtype, rounded.nbytes, rounded.dequantize().shape
+        (torch.uint8, 544, torch.Size([16, 64]))
     """
 
     codes: Tensor

@@ -31,6 +31,13 @@ class GroupScales:
         scales: shape `(..., out, groups)`, in the dtype of the format's scales. Scales may be negative: their
             sign mirrors a grid that has one point more below zero than above.
         zeros: codes whose value is zero, `torch.uint8` of the same shape; None without zero points.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, search_scales
+        >>> found = search_scales(torch.randn(4, 64), NumberFormat.parse("int4"))
+        >>> found.scales.shape, found.zeros
+        (torch.Size([4, 1]), None)
     """
 
     scales: Tensor
@@ -182,6 +189,14 @@ def refit_scales(
 
     Raises:
         NonFiniteError: the weight, the points or the moment hold NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.quantization import NumberFormat, refit_scales
+        >>> points = torch.randint(-7, 8, (4, 64)).double()
+        >>> scales = refit_scales(0.5 * points, points, NumberFormat.parse("int4"))
+        >>> bool(torch.allclose(scales.double(), torch.tensor(0.5).double()))
+        True
     """
     for tensor, name in ((weight, "The weight"), (points, "The points"), (columns, "The input moment")):
         if tensor is not None:

@@ -21,7 +21,13 @@ ATTEMPTS = 3
 
 
 class WorkerError(TensorNetError, RuntimeError):
-    """Error after worker processes died repeatedly on the same work."""
+    """Error after worker processes died repeatedly on the same work.
+
+    Example:
+        >>> from tensornet_hf import WorkerError
+        >>> issubclass(WorkerError, RuntimeError)
+        True
+    """
 
 
 def run_tasks(

@@ -39,6 +39,14 @@ class Outcome:
         params: stored elements, None if `param_ratio` is not supported.
         bonds: bond sizes.
         tensors: stored tensors, for the checks of dtype and device.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> outcome = laws.Outcome.of(tn.decompose(torch.randn(6, 4), "low_rank", max_bond=2))
+        >>> outcome.matrix.shape, outcome.params, outcome.bonds
+        (torch.Size([6, 4]), 20, (1, 2, 1))
     """
 
     matrix: Tensor
@@ -67,7 +75,14 @@ _RENAMED = 3
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative rounding allowed for this dtype: 300 units in the last place."""
+    """Return the relative rounding allowed for this dtype: 300 units in the last place.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.testing import laws
+        >>> laws.tolerance(torch.float64) < 1e-12 < laws.tolerance(torch.float32)
+        True
+    """
     return 300 * torch.finfo(result_dtype(dtype)).eps
 
 
@@ -75,7 +90,16 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_exact(decompose: Decompose, matrix: Tensor) -> None:
-    """Check that a decomposition without budget is exact to rounding, and certified so."""
+    """Check that a decomposition without budget is exact to rounding, and certified so.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_exact(decompose, torch.randn(6, 4))
+    """
     outcome = decompose(matrix, Budget())
     error = _true_error(matrix, outcome)
     assert error <= tolerance(matrix.dtype), f"relative error {error:.3g} without a budget"
@@ -86,6 +110,14 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
     """Check that the certificate bounds the true error and respects `rel_error`.
 
     Certificates above 1, infinite ones included, promise little but are allowed.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", rel_error=budget.rel_error))
+        >>> laws.check_certificate(decompose, torch.randn(6, 4), tn.Budget(rel_error=0.3))
     """
     outcome = _within(decompose, matrix, budget)
     error = _true_error(matrix, outcome)
@@ -101,7 +133,16 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
 
 
 def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that bonds respect `max_bond` and parameters respect `param_ratio`."""
+    """Check that bonds respect `max_bond` and parameters respect `param_ratio`.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_caps(decompose, torch.randn(6, 4), tn.Budget(max_bond=2))
+    """
     outcome = _within(decompose, matrix, budget)
     if budget.max_bond is not None:
         caps = budget.max_bond
@@ -117,7 +158,16 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
 
 
 def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = tuple(range(1, 9))) -> None:
-    """Check that a larger `max_bond` never increases the error, neither certified nor true."""
+    """Check that a larger `max_bond` never increases the error, neither certified nor true.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_monotone(decompose, torch.randn(6, 4), caps=(1, 2, 4))
+    """
     before: tuple[int, float, float] | None = None
     for cap in caps:
         outcome = decompose(matrix, Budget(max_bond=cap))
@@ -134,7 +184,16 @@ def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = t
 
 
 def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that the input is unchanged and shares no memory with the result."""
+    """Check that the input is unchanged and shares no memory with the result.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_input_kept(decompose, torch.randn(6, 4), tn.Budget(max_bond=2))
+    """
     before = matrix.clone()
     outcome = _within(decompose, matrix, budget)
     assert torch.equal(matrix, before), "the input was changed"
@@ -143,7 +202,16 @@ def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> No
 
 
 def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that stored tensors have the input's dtype (float32 for half types) and device."""
+    """Check that stored tensors have the input's dtype (float32 for half types) and device.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_dtype_and_device(decompose, torch.randn(6, 4).half(), tn.Budget(max_bond=2))
+    """
     outcome = _within(decompose, matrix, budget)
     for tensor in (outcome.matrix, *outcome.tensors):
         expected = (result_dtype(matrix.dtype), matrix.device)
@@ -153,7 +221,16 @@ def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget)
 
 
 def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that equal inputs give bit-identical matrices, certificates and tensors."""
+    """Check that equal inputs give bit-identical matrices, certificates and tensors.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_deterministic(decompose, torch.randn(6, 4), tn.Budget(max_bond=2))
+    """
     first, second = _within(decompose, matrix, budget), _within(decompose, matrix, budget)
     assert float(first.error) == float(second.error), f"not reproducible: {first.error} and {second.error}"
     assert len(first.tensors) == len(second.tensors), "not reproducible: another number of tensors"
@@ -162,7 +239,16 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
 
 
 def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float) -> None:
-    """Check that NaN and infinity raise NonFiniteError with a message."""
+    """Check that NaN and infinity raise NonFiniteError with a message.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_refuses_non_finite(decompose, torch.randn(6, 4), float("nan"))
+    """
     broken = matrix.clone()
     broken[-1, 0] = value
     message = None
@@ -201,13 +287,27 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def check_matrix(network: TensorNetwork) -> None:
-    """Check that `to_matrix` equals the explicit sum over all bonds."""
+    """Check that `to_matrix` equals the explicit sum over all bonds.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> laws.check_matrix(tn.decompose(torch.randn(6, 4), "tucker", max_bond=2).network)
+    """
     expected = reference.network_matrix(network.topology, network.cores)
     _assert_close(network, network.to_matrix(), expected, "the matrix")
 
 
 def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
-    """Check that `apply` multiplies the last dimension by the matrix, for any batch shape."""
+    """Check that `apply` multiplies the last dimension by the matrix, for any batch shape.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> laws.check_apply(tn.decompose(torch.randn(6, 4), "tucker", max_bond=2).network, batch=(2, 3))
+    """
     core = network.cores[0]
     x = torch.randn(*batch, network.shape[1], dtype=core.dtype, device=core.device)
     y = network.apply(x)
@@ -217,7 +317,14 @@ def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
 
 
 def check_gradients(network: TensorNetwork, tokens: int = 3) -> None:
-    """Check the gradients of input and cores against those of the dense operator (real networks)."""
+    """Check the gradients of input and cores against those of the dense operator (real networks).
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> laws.check_gradients(tn.decompose(torch.randn(6, 4), "tucker", max_bond=2).network)
+    """
     cores = [core.detach().clone().requires_grad_() for core in network.cores]
     like: dict[str, Any] = {"dtype": cores[0].dtype, "device": cores[0].device}
     x = torch.randn(tokens, network.shape[1], requires_grad=True, **like)
@@ -247,7 +354,14 @@ def _assert_close(network: TensorNetwork, actual: Tensor, expected: reference.Ar
 
 
 def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
-    """Check that a gauge transformation on a bond preserves matrix, norm and spectrum."""
+    """Check that a gauge transformation on a bond preserves matrix, norm and spectrum.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> laws.check_gauge(tn.MPO.from_matrix(torch.randn(8, 8).double(), sites=3), bond=0)
+    """
     left, right = operator.cores[bond], operator.cores[bond + 1]
     size = left.shape[3]
     generator = torch.Generator().manual_seed(seed)
@@ -267,7 +381,14 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
 
 
 def check_canonical(operator: MPO, center: int) -> None:
-    """Check that the canonical form preserves the operator and is orthonormal around its center."""
+    """Check that the canonical form preserves the operator and is orthonormal around its center.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws
+        >>> laws.check_canonical(tn.MPO.from_matrix(torch.randn(8, 8).double(), sites=3), center=1)
+    """
     moved = operator.canonicalize(center=center)
     center %= len(operator.cores)
     rounding = tolerance(operator.cores[0].dtype)
@@ -291,6 +412,12 @@ class Law(NamedTuple):
         drawn: strategies of its keyword arguments.
         subject: leading arguments from the class of laws; its own `subject()` if absent.
         examples: most examples, for a check that is slow; those of the hypothesis profile if absent.
+
+    Example:
+        >>> from tensornet.testing import laws, strategies
+        >>> law = laws.Law(laws.check_matrix, {"network": strategies.networks()}, subject=lambda _: ())
+        >>> law.check.__name__
+        'check_matrix'
     """
 
     check: Callable[..., None]
@@ -345,6 +472,16 @@ class DecompositionLaws(_Laws):
 
     Set a law to None in the subclass if it does not hold, for example `test_monotone = None`; a law that
     a subclass disables, or defines itself, stays so in its own subclasses.
+
+    Example:
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws, strategies
+        >>> class TestMine(laws.DecompositionLaws):
+        ...     matrices = strategies.matrices(max_size=6)
+        ...     def decompose(self, matrix, budget):
+        ...         caps = {"max_bond": budget.max_bond, "rel_error": budget.rel_error}
+        ...         return laws.Outcome.of(tn.decompose(matrix, "low_rank", **caps))
+        >>> TestMine().test_exact()  # pytest runs every law
     """
 
     #: Matrices to decompose.
@@ -379,7 +516,16 @@ class DecompositionLaws(_Laws):
 
 
 class FamilyLaws(DecompositionLaws):
-    """Laws of a `TopologyFamily`: set `family` to an instance and, if needed, `options`."""
+    """Laws of a `TopologyFamily`: set `family` to an instance and, if needed, `options`.
+
+    Example:
+        >>> import tensornet as tn
+        >>> from tensornet.testing import laws, strategies
+        >>> class TestTucker(laws.FamilyLaws):
+        ...     family = tn.topologies.TuckerFamily()
+        ...     matrices = strategies.matrices(max_size=6)
+        >>> TestTucker().test_exact()  # pytest runs every law
+    """
 
     family: TopologyFamily
     #: Passed to `decompose`.
@@ -397,7 +543,14 @@ class FamilyLaws(DecompositionLaws):
 
 
 class NetworkLaws(_Laws):
-    """Laws of networks from the strategy `networks`: matrix, application, gradients."""
+    """Laws of networks from the strategy `networks`: matrix, application, gradients.
+
+    Example:
+        >>> from tensornet.testing import laws, strategies
+        >>> class TestSmallNetworks(laws.NetworkLaws):
+        ...     networks = strategies.networks(topology=strategies.topologies(max_size=4))
+        >>> TestSmallNetworks().test_matrix()  # pytest runs every law
+    """
 
     networks: SearchStrategy[TensorNetwork] = strategies.networks()
 

@@ -33,7 +33,15 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.dtype]:
-    """Draw floating dtypes; complex and half dtypes on request."""
+    """Draw floating dtypes; complex and half dtypes on request.
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import find
+        >>> from tensornet.testing import strategies
+        >>> find(strategies.dtypes(half=True), lambda dtype: dtype == torch.bfloat16)
+        torch.bfloat16
+    """
     return st.sampled_from((*REAL, *(COMPLEX if complex else ()), *(HALF if half else ())))
 
 
@@ -41,7 +49,14 @@ def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.
 def dims(
     draw: DrawFn, *, min_sites: int = 1, max_sites: int = 4, max_dim: int = 4
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Draw leg sizes `(out_dims, in_dims)` for equal numbers of sites; sizes of 1 are frequent."""
+    """Draw leg sizes `(out_dims, in_dims)` for equal numbers of sites; sizes of 1 are frequent.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from tensornet.testing import strategies
+        >>> find(strategies.dims(min_sites=2), lambda dims: True)
+        ((1, 1), (1, 1))
+    """
     sites = draw(st.integers(min_sites, max_sites))
     legs = st.tuples(*[st.integers(1, max_dim)] * sites)
     return draw(legs), draw(legs)
@@ -67,6 +82,15 @@ def matrices(
         spectrum: one of `SPECTRA`; any if absent, but with a `rank` none that has a rank of its own.
         rank: exact rank, capped at the smaller size; full if absent, except for `"low_rank"`.
         scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import given
+        >>> from tensornet.testing import strategies
+        >>> @given(matrix=strategies.matrices(max_size=8, dtype=torch.float64))
+        ... def test(matrix):
+        ...     assert max(matrix.shape) <= 8
+        >>> test()
     """
     sizes = st.integers(1, max_size)
     rows, columns = shape or (draw(sizes), draw(sizes))
@@ -167,6 +191,11 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
 
     Raises:
         ValueError: unknown spectrum.
+
+    Example:
+        >>> from tensornet.testing import strategies
+        >>> strategies.matrix_with_spectrum((6, 4), "exponential", seed=0).shape
+        torch.Size([6, 4])
     """
     if name not in SPECTRA:
         raise ValueError(f"Unknown spectrum {name!r}; choose one of {', '.join(SPECTRA)}.")
@@ -194,7 +223,14 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
 
 @st.composite
 def budgets(draw: DrawFn, *, max_bond: int = 8) -> Budget:
-    """Draw budgets with any combination of caps, including none."""
+    """Draw budgets with any combination of caps, including none.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from tensornet.testing import strategies
+        >>> find(strategies.budgets(), lambda budget: budget.max_bond == 3).max_bond
+        3
+    """
     return Budget(
         max_bond=draw(st.none() | st.integers(1, max_bond)),
         rel_error=draw(st.none() | st.sampled_from((0.0, 0.01, 0.1, 0.5, 0.9))),
@@ -218,6 +254,14 @@ def mpos(
         max_bond: largest bond.
         dtype: a dtype or a strategy; real and complex ones if absent.
         padded: whether some rows and columns may be padding.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from tensornet.testing import strategies
+        >>> @given(mpo=strategies.mpos(max_bond=3))
+        ... def test(mpo):
+        ...     assert max(mpo.bond_dims, default=1) <= 3
+        >>> test()
     """
     rows, columns = draw(dims if dims is not None else _default_dims)
     kind = dtype if isinstance(dtype, torch.dtype) else draw(dtype if dtype is not None else dtypes())
@@ -246,6 +290,14 @@ def topologies(
         families: names to choose from, all registered ones if absent.
         max_size: largest number of rows and columns.
         max_bond: largest bond.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from tensornet.testing import strategies
+        >>> @given(topology=strategies.topologies(families=("tucker",), max_size=8))
+        ... def test(topology):
+        ...     assert topology.family == "tucker"
+        >>> test()
     """
     family = topology_family(draw(st.sampled_from(families or topology_names())))
     rows, columns = draw(st.integers(1, max_size)), draw(st.integers(1, max_size))
@@ -259,7 +311,16 @@ def networks(
     topology: SearchStrategy[Topology] | None = None,
     dtype: SearchStrategy[torch.dtype] | torch.dtype = torch.float64,
 ) -> TensorNetwork:
-    """Draw a network with variance-preserving Gaussian cores."""
+    """Draw a network with variance-preserving Gaussian cores.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from tensornet.testing import strategies
+        >>> @given(network=strategies.networks())
+        ... def test(network):
+        ...     assert network.to_matrix().shape == network.shape
+        >>> test()
+    """
     drawn = draw(topology if topology is not None else topologies())
     kind = dtype if isinstance(dtype, torch.dtype) else draw(dtype)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))

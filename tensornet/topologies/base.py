@@ -40,6 +40,13 @@ class TopologyFamily(ABC):
 
     The decompositions of a subclass run outside the caller's autocast, whose products in 16 bits would
     break the bound, and record no gradients; a subclass has nothing to do for that.
+
+    Example:
+        >>> import tensornet as tn
+        >>> family = tn.topologies.topology_family("low_rank")
+        >>> topology = family.build(12, 8, max_bond=3)
+        >>> topology.num_params, family.with_rank(topology, 2).num_params
+        (60, 100)
     """
 
     #: Name used in configurations and files.
@@ -296,6 +303,12 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
     Raises:
         ShapeError: not a dense floating matrix.
         TopologyError: another family or shape; the message shows both.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> topology = tn.topologies.low_rank(out_features=12, in_features=8, rank=3)
+        >>> tn.topologies.check_topology("low_rank", topology, torch.zeros(12, 8))
     """
     if not isinstance(topology, Topology):
         raise TopologyError(f"Expected a Topology, got {topology!r}; a family's `build` makes one.")

@@ -68,6 +68,11 @@ def block_tt(
     Reference:
         Qiu, Potapczynski, Finzi, Goldblum, Wilson 2024, "Compute Better Spent: Replacing Dense Layers
         with Structured Matrices", section 3.
+
+    Example:
+        >>> import tensornet as tn
+        >>> tn.topologies.block_tt(out_dims=(4, 4), in_dims=(4, 4), max_bond=1).num_params  # a Monarch matrix
+        128
     """
     shape = padded_shape(out_dims, in_dims, out_features, in_features)
     sites = len(out_dims)
@@ -100,6 +105,13 @@ class BlockTTFamily(FactoredFamily):
     Right factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`.
 
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> found = tn.decompose(torch.randn(12, 8), "block_tt", out_dims=(3, 4), in_dims=(2, 4), max_bond=1)
+        >>> found.network.topology.family, found.error < 1
+        ('block_tt', True)
     """
 
     name = "block_tt"

@@ -63,7 +63,15 @@ _SWEEPS = {3: 2, 2: 4}
 
 
 class DenseFamily(TopologyFamily):
-    """Family of one dense core, which only a number format makes smaller."""
+    """Family of one dense core, which only a number format makes smaller.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> found = tn.decompose(torch.randn(12, 8), "dense")
+        >>> found.network.num_params, found.error
+        (96, 0.0)
+    """
 
     name = "dense"
 

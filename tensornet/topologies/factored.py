@@ -29,6 +29,12 @@ class FactoredFamily(TopologyFamily):
 
     A subclass implements building a topology and decomposing a matrix at given dims; its own options are
     named in `build_options` and `decompose_options` and passed on as keywords.
+
+    Example:
+        >>> import tensornet as tn
+        >>> family = tn.topologies.topology_family("mpo")
+        >>> isinstance(family, tn.topologies.FactoredFamily), family.options
+        (True, ('bond_dims', 'in_dims', 'out_dims', 'sites'))
     """
 
     #: Sites where neither dims nor `sites` are given.

@@ -28,6 +28,13 @@ class Proposal:
         upper: its decomposition has at most this error.
         worst: no matrix of this shape has a larger one; None where no such bound is known.
         baseline: whether it stays in the result even if another one beats it, because people compare.
+
+    Example:
+        >>> import tensornet as tn
+        >>> family = tn.topologies.topology_family("low_rank")
+        >>> topology = tn.topologies.low_rank(out_features=12, in_features=8, rank=3)
+        >>> tn.topologies.Proposal(topology, lower=0.2, upper=0.2, worst=None).topology.num_params
+        60
     """
 
     topology: Topology

@@ -60,6 +60,11 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
     Raises:
         TopologyError: no such name, listing those that exist; or a family that is not registered, whose
             layers could not be saved.
+
+    Example:
+        >>> import tensornet as tn
+        >>> tn.topologies.topology_family("mpo").name
+        'mpo'
     """
     if isinstance(name, TopologyFamily):
         if _FAMILIES.get(name.name) is not name:
@@ -82,7 +87,13 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
 
 
 def topology_names() -> tuple[str, ...]:
-    """List the names of all families in order, including those of installed packages."""
+    """List the names of all families in order, including those of installed packages.
+
+    Example:
+        >>> import tensornet as tn
+        >>> "mpo" in tn.topologies.topology_names()
+        True
+    """
     _load_entry_points()
     return tuple(sorted(_FAMILIES))
 

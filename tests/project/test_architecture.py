@@ -20,6 +20,7 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from public_surface import PAGES
 
 from tensornet._entry import CLI_MODULES
 
@@ -28,7 +29,7 @@ CORE = ROOT / "tensornet"
 MOE = ROOT / "plugins" / "moe" / "tensornet_moe"
 HF = ROOT / "plugins" / "hf" / "tensornet_hf"
 SNAPSHOT = ROOT / "tests" / "public_names.txt"
-PUBLIC_MODULES = ("tensornet", "tensornet.nn", "tensornet.testing", "tensornet_hf", "tensornet_moe")
+PUBLIC_MODULES = tuple(PAGES)
 
 # Optional packages of the core: imported inside the function that needs them, never with the package.
 LAZY = {"quimb", "tensorly", "matplotlib", "jinja2"}

@@ -16,6 +16,11 @@ class OptionError(ValueError):
 
     Args:
         template: message with the names of options in braces.
+
+    Example:
+        >>> from tensornet_hf import OptionError
+        >>> str(OptionError("{refine} needs {calibration}."))
+        'refine needs calibration.'
     """
 
     def __init__(self, template: str) -> None:
@@ -65,6 +70,13 @@ class CompressOptions:
         OptionError: options exclude or need one another.
         DestinationError: the report cannot be written there.
         ValueError: an unknown dtype.
+
+    Example:
+        >>> import tensornet as tn
+        >>> from tensornet_hf import CompressOptions
+        >>> config = tn.CompressionConfig(bits_per_weight=4.25)
+        >>> CompressOptions(config, calibration="text.txt").calibration_tokens
+        32768
     """
 
     config: CompressionConfig | None = None

@@ -32,6 +32,12 @@ def gpt2_path() -> Path:
 
     Raises:
         FileNotFoundError: the package was installed without its data.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> len(AutoTokenizer.from_pretrained(gpt2_path()))
+        1024
     """
     return _data("gpt2")
 
@@ -43,6 +49,12 @@ def t5_path() -> Path:
 
     Raises:
         FileNotFoundError: the package was installed without its data.
+
+    Example:
+        >>> from transformers import AutoModelForSeq2SeqLM
+        >>> from tensornet_hf.embedded import t5_path
+        >>> type(AutoModelForSeq2SeqLM.from_pretrained(t5_path())).__name__
+        'T5ForConditionalGeneration'
     """
     return _data("t5")
 
@@ -52,6 +64,11 @@ def calibration_text() -> str:
 
     Raises:
         FileNotFoundError: the package was installed without its data.
+
+    Example:
+        >>> from tensornet_hf.embedded import calibration_text
+        >>> len(calibration_text()) > 200_000
+        True
     """
     return _data("calibration.txt").read_text(encoding="utf-8")
 
@@ -61,6 +78,11 @@ def heldout_text() -> str:
 
     Raises:
         FileNotFoundError: the package was installed without its data.
+
+    Example:
+        >>> from tensornet_hf.embedded import heldout_text
+        >>> len(heldout_text()) > 90_000
+        True
     """
     return _data("heldout.txt").read_text(encoding="utf-8")
 
@@ -74,6 +96,11 @@ def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
     Raises:
         ValueError: another split.
         FileNotFoundError: the package was installed without its data.
+
+    Example:
+        >>> from tensornet_hf.embedded import t5_pairs
+        >>> t5_pairs("heldout")[0]
+        ('t yr nstrls', 'at your nostrils')
     """
     if split not in ("calibration", "heldout"):
         raise ValueError(f"unknown split {split!r}: expected 'calibration' or 'heldout'")

@@ -35,6 +35,14 @@ class PlannedFolder:
         plan: can be edited, saved, and carried out with `CompressOptions(plan=...)`.
         sizes: parameters and bytes before and after, see `tensornet_hf.pipeline.plan_summary`.
         reach: which of the model's parameters the plan considers.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> planned = th.plan_folder(gpt2_path(), th.CompressOptions(config))
+        >>> planned.plan.save("plan.json")  # edit it, and pass it as CompressOptions(plan="plan.json")
     """
 
     plan: CompressionPlan
@@ -67,6 +75,15 @@ class FolderReport:
         file_bytes_before, file_bytes_after: size of the weight files.
         notes: results of refitting and healing, in words.
         memory: remark on the memory of workers, if there were any.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> report = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
+        >>> report.file_bytes_after < report.file_bytes_before
+        True
     """
 
     source: str
@@ -128,8 +145,11 @@ def compress_folder(source: str | Path, destination: str | Path, options: Compre
         OptionError: `workers` with a destination on the hub.
 
     Example:
-        >>> options = CompressOptions(tn.CompressionConfig(param_ratio=0.5, objective="weight"))
-        >>> done = compress_folder(gpt2_path(), "small", options)
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> done = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
         >>> round(done.report.param_ratio, 2)
         0.5
     """
@@ -171,8 +191,11 @@ def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
         FormatError, TargetError, BudgetError: as `compress_folder`.
 
     Example:
-        >>> options = CompressOptions(tn.CompressionConfig(param_ratio=0.5, objective="weight"))
-        >>> planned = plan_folder(gpt2_path(), options)
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> planned = th.plan_folder(gpt2_path(), th.CompressOptions(config))
         >>> planned.plan.params_after < planned.plan.params_before
         True
     """

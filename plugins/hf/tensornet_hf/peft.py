@@ -29,6 +29,8 @@ from tensornet.nn.linear import linear_from_network
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.topologies import topology_family
 
+__all__ = ["linear_layers", "load_adapters", "lora_config", "merge_adapters", "register_layers"]
+
 ALL_LINEAR = "all-linear"
 #: Values of `init_lora_weights` that do not change the base layer.
 STARTS = (True, False, "gaussian", "orthogonal")
@@ -143,6 +145,19 @@ def lora_config(
 
     Raises:
         TargetError: `"all-linear"` finds no layer.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from peft import get_peft_model
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> from tensornet_hf.peft import lora_config
+        >>> model = th.load(gpt2_path())
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
+        >>> adapted.get_nb_trainable_parameters()[0] > 0
+        True
     """
     if target_modules == ALL_LINEAR:
         target_modules = linear_layers(model)
@@ -154,6 +169,13 @@ def register_layers(config: LoraConfig) -> LoraConfig:
 
     Raises:
         TargetError: it asks for all linear layers, which PEFT looks for itself, and sees stock ones alone.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> from tensornet_hf.peft import register_layers
+        >>> config = register_layers(LoraConfig(target_modules=["c_fc"], r=4))
+        >>> config.r
+        4
     """
     if config.target_modules == ALL_LINEAR:
         raise TargetError(
@@ -169,6 +191,13 @@ def linear_layers(model: nn.Module) -> list[str]:
 
     Raises:
         TargetError: there is none.
+
+    Example:
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> from tensornet_hf.peft import linear_layers
+        >>> linear_layers(th.load(gpt2_path()))[:2]
+        ['transformer.h.0.attn.c_attn', 'transformer.h.0.attn.c_proj']
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found = []
@@ -189,6 +218,20 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
         model: of the same form as the one the adapters were trained on.
         folder: from `PeftModel.save_pretrained`.
         options: passed to `PeftModel.from_pretrained`, for example `is_trainable=True`.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from peft import get_peft_model
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> from tensornet_hf.peft import load_adapters, lora_config
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> _ = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
+        >>> model = th.load("small")
+        >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
+        >>> adapted.save_pretrained("adapters")
+        >>> load_adapters(th.load("small"), "adapters").active_adapter
+        'default'
     """
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
@@ -197,7 +240,21 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
 
 
 def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
-    """Merge the adapters into the model, ready to be saved as a compressed model."""
+    """Merge the adapters into the model, ready to be saved as a compressed model.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from peft import get_peft_model
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> from tensornet_hf.peft import lora_config, merge_adapters
+        >>> model = th.load(gpt2_path())
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
+        >>> type(merge_adapters(adapted)).__name__
+        'GPT2LMHeadModel'
+    """
     model = adapted.merge_and_unload()
     structure_changed(model)
     assert isinstance(model, PreTrainedModel)

@@ -274,7 +274,9 @@ def upcycle_folder(
         DestinationError: the destination exists already, or cannot be written.
 
     Example:
-        >>> report = upcycle_folder(gpt2_path(), None, MoEConfig(num_experts=2))
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> report = th.upcycle_folder(gpt2_path(), None, th.MoEConfig(num_experts=2))
         >>> report.num_experts
         2
     """

@@ -42,6 +42,12 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
         NonFiniteError: a stored core contains NaN or infinity.
+
+    Example:
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> type(th.load(gpt2_path())).__name__
+        'GPT2LMHeadModel'
     """
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     folder = resolve_folder(path, **hub) / kwargs.pop("subfolder", "")

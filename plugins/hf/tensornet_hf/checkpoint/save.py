@@ -44,6 +44,16 @@ def save_model(
 
     Raises:
         DestinationError: it exists already, is the source, or cannot be written (full disk); nothing is left.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> model = th.load(gpt2_path())
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> sorted(path.name for path in th.save_model(model, "small", source=gpt2_path()).iterdir())[:2]
+        ['README.md', 'config.json']
     """
     sources = (Path(source),) if source is not None else ()
     prepare_for_saving(model)
@@ -104,6 +114,16 @@ def decompress(model: nn.Module) -> nn.Module:
 
     Raises:
         TargetError: the model holds modules that have no dense form, such as experts.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> model = th.load(gpt2_path())
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> type(th.decompress(model).transformer.h[0].mlp.c_fc).__name__
+        'Conv1D'
     """
     layers = layer_descriptions(model)
     if stays := [name for name, spec in layers.items() if spec["type"] not in ("linear", "embedding")]:

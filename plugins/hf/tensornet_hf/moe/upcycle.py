@@ -47,6 +47,15 @@ class UpcycleReport:
         layers: one entry for each network.
         num_experts: experts of each.
         across_params: parameters that several layers share.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+        >>> report = th.upcycle(model, th.MoEConfig(num_experts=2))
+        >>> report.num_experts, report.dense_experts_ratio < 1
+        (2, True)
     """
 
     layers: tuple[UpcycledLayer, ...]
@@ -121,6 +130,15 @@ def upcycle(
             later tokens and a network is causal; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: from a decomposition; the model is unchanged.
         TypeError: no model, or no configuration.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+        >>> report = th.upcycle(model, th.MoEConfig(num_experts=4, max_bond=32))
+        >>> len(report.layers), report.params > report.dense_params
+        (4, False)
     """
     if not isinstance(model, nn.Module) or not isinstance(config, MoEConfig):
         raise TypeError(

@@ -48,6 +48,11 @@ class MoEConfig:
 
     Raises:
         ValueError, BudgetError: an option out of its range.
+
+    Example:
+        >>> from tensornet_hf import MoEConfig
+        >>> MoEConfig(num_experts=4, router="topk", top_k=2).top_k
+        2
     """
 
     num_experts: int = 8

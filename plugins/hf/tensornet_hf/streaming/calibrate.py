@@ -62,6 +62,16 @@ def calibrate_checkpoint(
         TargetError: no batch, no stack of blocks, or more than one.
         FormatError: the folder is damaged.
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
+
+    Example:
+        >>> import torch
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> batches = torch.randint(100, (2, 4, 32)).unbind()
+        >>> _ = th.calibrate_checkpoint(gpt2_path(), batches, "stats.safetensors", progress=False)
+        >>> tn.CalibrationStats.load("stats.safetensors").tokens
+        256
     """
     model = mapped_model(src, spill=spill or Path(path).parent)
     for part in (model.config, model.config.get_text_config(decoder=True)):

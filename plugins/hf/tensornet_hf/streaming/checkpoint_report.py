@@ -20,6 +20,15 @@ class CheckpointReport:
         largest_tensor: bytes of the largest tensor read.
         peak_memory: largest resident size of this process since it started, in bytes.
         worker_memory: the same of the largest worker; 0 where there was none.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
+        >>> report = th.compress_checkpoint(gpt2_path(), "small", config)
+        >>> report.param_ratio <= 0.5, sorted(report.files)[-1]
+        (True, 'training.json')
     """
 
     compression: CompressionReport

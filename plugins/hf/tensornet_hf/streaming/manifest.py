@@ -41,6 +41,15 @@ def verify_manifest(folder: str | Path) -> int:
 
     Raises:
         FormatError: naming all files that are missing or differ.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
+        >>> report = th.compress_checkpoint(gpt2_path(), "small", config)
+        >>> th.verify_manifest("small") > 0
+        True
     """
     folder = Path(folder)
     files = read_manifest(folder)

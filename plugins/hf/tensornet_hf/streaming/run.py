@@ -103,6 +103,15 @@ def compress_checkpoint(
         TargetError, BudgetError, NonFiniteError, TopologyError: naming the layer.
         WorkerError: workers die again and again.
         ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
+
+    Example:
+        >>> import tensornet as tn
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
+        >>> report = th.compress_checkpoint(gpt2_path(), "small", config)
+        >>> type(th.load("small").transformer.h[0].mlp.c_fc).__name__
+        'MPOLinear'
     """
     start = time.perf_counter()
     options = _Options(config, workers, executor, device, resume, max_shard_bytes, progress)

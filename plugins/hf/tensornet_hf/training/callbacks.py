@@ -28,6 +28,10 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
 
     Raises (when training begins):
         TargetError: there is no core that experts share.
+
+    Example:
+        >>> from tensornet_hf import GradientMaskCallback
+        >>> callback = GradientMaskCallback(p=0.8, fade_steps=1000)  # Trainer(..., callbacks=[callback])
     """
 
     def __init__(
@@ -101,6 +105,12 @@ class RouterStatsCallback(TrainerCallback):
 
     Raises (when training begins):
         TargetError: the model has no mixture.
+
+    Example:
+        >>> from tensornet_hf import RouterStatsCallback
+        >>> callback = RouterStatsCallback()  # Trainer(..., callbacks=[callback])
+        >>> callback.history
+        []
     """
 
     def __init__(self) -> None:
