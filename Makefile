@@ -48,7 +48,7 @@ docs-test: $(VENV)/.made-dev ## run the code blocks of README.md and docs/
 	$(PYTEST) tests/project/test_docs_code.py $(ARGS)
 
 names: $(VENV)/.made-dev ## record the public names after changing them on purpose
-	$(BIN)/python tests/project/test_architecture.py --update
+	PYTHONPATH=tests $(BIN)/python tests/project/test_architecture.py --update
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) $(LOWEST) demo_out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

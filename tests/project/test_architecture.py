@@ -38,6 +38,7 @@ HUGGING_FACE = {"transformers", "accelerate", "peft", "typer", "rich"}
 MAX_LINES = 500
 # Path from the root -> why one idea needs more lines than that.
 LONG_FILES: dict[str, str] = {
+    "tensornet/testing/laws.py": "every law with its example, and the classes that draw for them",
     "tests/hf_architectures.py": "one table: an entry for each architecture, with its configuration",
     "tensornet/mpo.py": "one class: the algebra of an operator, every method with its example",
     "tensornet/mpo_algebra.py": "the pure functions behind that class, one for each method",
