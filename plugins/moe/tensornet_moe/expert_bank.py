@@ -76,6 +76,23 @@ class ExpertBank(nn.Module, ABC):
         """
         return self.expert_matrices(experts).unbind(0)
 
+    def stored_tensors(self) -> tuple[Tensor, ...]:
+        """Return every parameter that the matrices are built from, borrowed ones included."""
+        return (*self.parameters(), *self.shared_parameters().values())
+
+    def check_experts(self, experts: Sequence[int] | Tensor) -> Tensor:
+        """Return expert indices as a tensor on the device of the bank.
+
+        Raises:
+            IndexError: an index outside `[0, num_experts)`, or no index at all.
+        """
+        index = torch.as_tensor(experts, dtype=torch.long)
+        if index.ndim != 1 or len(index) == 0 or not bool(((index >= 0) & (index < self.num_experts)).all()):
+            raise IndexError(
+                f"experts must be a non-empty list of indices in [0, {self.num_experts}), got {experts}."
+            )
+        return index.to(self.stored_tensors()[0].device)
+
     def keeps_matrices(self) -> bool:
         """Return True if the bank holds the matrices of all experts in its cache."""
         return False

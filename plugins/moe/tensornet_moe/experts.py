@@ -254,7 +254,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         kept = self._kept()
         if experts is None:
             return self._rebuild(None) if kept is None else kept
-        index = self._index(experts)
+        index = self.check_experts(experts)
         return self._rebuild(index) if kept is None else kept.index_select(0, index)
 
     def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
@@ -284,7 +284,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         return self.plan.multiply_adds(1) / default_machine(self._device).peak
 
     def _core_tensors(self) -> tuple[Tensor, ...]:
-        return (*self.parameters(), *self.shared_parameters().values())
+        return self.stored_tensors()
 
     def _kept(self) -> Tensor | None:
         return self.kept(lambda: self._rebuild(None)) if self.keeps_now() else None
@@ -314,15 +314,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
 
     @property
     def _device(self) -> torch.device:
-        return next(iter([*self.parameters(), *self.shared_parameters().values()])).device
-
-    def _index(self, experts: Sequence[int] | Tensor) -> Tensor:
-        index = torch.as_tensor(experts, dtype=torch.long)
-        if index.ndim != 1 or len(index) == 0 or not bool(((index >= 0) & (index < self.num_experts)).all()):
-            raise IndexError(
-                f"experts must be a non-empty list of indices in [0, {self.num_experts}), got {experts}."
-            )
-        return index.to(self._device)
+        return self.stored_tensors()[0].device
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.topology.core_names:

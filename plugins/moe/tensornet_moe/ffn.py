@@ -110,7 +110,7 @@ class ExpertFFN(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         else:
             # Mixed storage, such as T5's output matrix that stays in float32 in a half-precision model.
-            x = x.to(next(iter([*bank.parameters(), *bank.shared_parameters().values()])).dtype)
+            x = x.to(bank.stored_tensors()[0].dtype)
         if takes_grouped_mm(x, bank.out_features, groups):
             everything = groups.active is None or bank.keeps_matrices()
             matrices = bank.expert_matrices(None if everything else groups.active)

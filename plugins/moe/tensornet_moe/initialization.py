@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
+from tensornet.decompose import decompose
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import frobenius
 from tensornet.network import TensorNetwork
@@ -62,8 +63,7 @@ def start_from_dense(
         topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
         if len(topologies) != num_experts:
             raise ValueError(f"Got {len(topologies)} topologies for num_experts={num_experts}.")
-        enclosing = enclosing_topology(topologies)
-        result = topology_family(enclosing.family).decompose_to(weight, enclosing)
+        result = decompose(weight, enclosing_topology(topologies))
     network = result.network
     names = resolve_shared(network.topology, shared)
     generator = torch.Generator().manual_seed(seed)

@@ -82,6 +82,8 @@ class SharedCoreMoE(nn.Module):
     Args:
         router: chooses experts.
         experts: the feed-forward networks.
+        shared_expert: a network of one expert that computes every token beside the routed ones, with combine
+            weight 1 (DeepSeekMoE, Dai et al. 2024, section 3.2).
         capacity_factor: None computes every choice (dropless); a number drops the choices beyond
             `ceil(capacity_factor * k * tokens / E)` for each expert, see `limit_capacity`: a dropped
             token gets 0 here and passes through the residual connection alone.
@@ -90,7 +92,7 @@ class SharedCoreMoE(nn.Module):
         dropout: of the result, in training.
 
     Raises:
-        ShapeError: router and experts do not fit.
+        ShapeError: router and experts do not fit, or the shared expert has other features or is not one.
         ValueError: a capacity factor of at most 0, or a coefficient below 0.
 
     After a forward `.stats` holds `RoutingStats`, and `.aux_losses` what `collect_aux_losses` gathers. Both
@@ -111,6 +113,7 @@ class SharedCoreMoE(nn.Module):
         router: Router,
         experts: ExpertFFN,
         *,
+        shared_expert: ExpertFFN | None = None,
         capacity_factor: float | None = None,
         balance_coef: float = 0.01,
         z_coef: float = 0.0,
@@ -123,9 +126,10 @@ class SharedCoreMoE(nn.Module):
                 f"The router is for {have[0]} experts and tokens of size {have[1]}, the experts are "
                 f"{want[0]} for tokens of size {want[1]}."
             )
+        _check_shared_expert(shared_expert, experts)
         check_capacity(capacity_factor)
         check_not_negative(balance_coef=balance_coef, z_coef=z_coef)
-        self.router, self.experts = router, experts
+        self.router, self.experts, self.shared_expert = router, experts, shared_expert
         self.capacity_factor = capacity_factor
         self.balance_coef, self.z_coef, self.dropout = balance_coef, z_coef, dropout
         #: Used where `forward` gets no mask: for callers that cannot pass one. It stays until replaced:
@@ -165,6 +169,9 @@ class SharedCoreMoE(nn.Module):
             routing = limit_capacity(routing, self.capacity_factor)
         self._remember(routing)
         y = dispatch(flat, routing, self.experts)
+        if self.shared_expert is not None:
+            everyone = torch.zeros(len(flat), dtype=torch.long, device=flat.device)
+            y = y + self.shared_expert(flat, group_rows(everyone, 1))
         y = nn.functional.dropout(y, self.dropout, self.training)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -189,6 +196,7 @@ class SharedCoreMoE(nn.Module):
             "type": "shared_core_moe",
             "router": self.router.spec(),
             "experts": self.experts.spec(),
+            "shared_expert": None if self.shared_expert is None else self.shared_expert.spec(),
             "capacity_factor": self.capacity_factor,
             "balance_coef": self.balance_coef,
             "z_coef": self.z_coef,
@@ -199,6 +207,18 @@ class SharedCoreMoE(nn.Module):
         """Describe the module for `print(model)`."""
         return (
             f"capacity_factor={self.capacity_factor}, balance_coef={self.balance_coef}, z_coef={self.z_coef}"
+        )
+
+
+def _check_shared_expert(shared_expert: ExpertFFN | None, experts: ExpertFFN) -> None:
+    if shared_expert is None:
+        return
+    have = (shared_expert.num_experts, shared_expert.in_features, shared_expert.out_features)
+    want = (1, experts.in_features, experts.out_features)
+    if have != want:
+        raise ShapeError(
+            f"The shared expert has (experts, in, out) = {have}, expected {want}: it is one network over the "
+            "features of the routed experts. Several shared experts are one with a larger hidden layer."
         )
 
 

@@ -12,8 +12,10 @@ from tensornet_moe.expert_bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
+from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.router_base import Router
 from tensornet_moe.stacked import enclosing_topology
+from tensornet_moe.tied_experts import AbsentExperts, SharedExperts, TiedExperts
 
 _Device = torch.device | str | None
 
@@ -41,6 +43,29 @@ def _shared_cores(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype |
     return SharedCores(topology, spec["shared"], label=spec["label"], device=device, dtype=dtype)
 
 
+def _low_rank_deltas(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    base = _typed(build_module(spec["base"], device=device, dtype=dtype), ExpertBank)
+    return LowRankDeltaExperts(base, spec["rank"], device=device, dtype=dtype)
+
+
+def _shared_experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    banks = {
+        name: _typed(build_module(bank, device=device, dtype=dtype), ExpertBank)
+        for name, bank in zip(spec["names"], spec["banks"], strict=True)
+    }
+    return SharedExperts(banks, label=spec["label"])
+
+
+def _tied_experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    rows, columns = spec["shape"]
+    return TiedExperts(
+        AbsentExperts(label=spec["owner"]),
+        spec["name"],
+        num_experts=spec["num_experts"],
+        shape=(rows, columns),
+    )
+
+
 def _ffn(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
     banks = {
         name: _typed(build_module(spec["matrices"][name], device=device, dtype=dtype), ExpertBank)
@@ -57,9 +82,13 @@ def _ffn(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) ->
 
 
 def _moe(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
+    shared_expert = spec.get("shared_expert")  # absent in descriptions from before it existed
+    if shared_expert is not None:
+        shared_expert = _typed(build_module(shared_expert, device=device, dtype=dtype), ExpertFFN)
     return SharedCoreMoE(
         _typed(build_module(spec["router"], device=device, dtype=dtype), Router),
         _typed(build_module(spec["experts"], device=device, dtype=dtype), ExpertFFN),
+        shared_expert=shared_expert,
         capacity_factor=spec["capacity_factor"],
         balance_coef=spec["balance_coef"],
         z_coef=spec["z_coef"],
@@ -69,5 +98,8 @@ def _moe(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) ->
 
 register_module_type("shared_cores", _shared_cores)
 register_module_type("shared_core_experts", _experts)
+register_module_type("low_rank_delta_experts", _low_rank_deltas)
+register_module_type("shared_experts", _shared_experts)
+register_module_type("tied_experts", _tied_experts)
 register_module_type("expert_ffn", _ffn)
 register_module_type("shared_core_moe", _moe)

@@ -1,7 +1,7 @@
 """Sharing cores across layers: one owner for the shared cores of several layers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.initialization import Start, with_noise
 from tensornet_moe.joint_fit import fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, plan_stack
+from tensornet_moe.tied_experts import AbsentExperts, SharedExperts, TiedExperts
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def share_across_layers(
 
 
 def lend_shared_cores(model: nn.Module) -> int:
-    """Connect banks rebuilt from descriptions with the owners of their shared cores, found by label.
+    """Connect banks rebuilt from descriptions with the owners of their cores or matrices, found by label.
 
     Args:
         model: holds banks and owners.
@@ -102,7 +103,7 @@ def lend_shared_cores(model: nn.Module) -> int:
 
     Raises:
         FormatError: the model has no owner of a label, or several.
-        TopologyError, ShapeError: an owner has other cores than its borrower expects.
+        TopologyError, ShapeError: an owner has other cores or experts than its borrower expects.
 
     Example:
         >>> import torch
@@ -114,26 +115,32 @@ def lend_shared_cores(model: nn.Module) -> int:
         >>> tm.lend_shared_cores(model)
         2
     """
-    waiting = [m for m in model.modules() if isinstance(m, SharedCoreExperts) and _waits(m)]
-    owners: dict[str, list[SharedCores]] = {}
-    for module in model.modules():
-        if isinstance(module, SharedCores):
-            owners.setdefault(module.label, []).append(module)
-    for bank in waiting:
-        label = bank.owner.label if bank.owner is not None else ""
-        found = owners.get(label, [])
-        if len(found) != 1:
-            raise FormatError(
-                f"Experts borrow cores from the SharedCores labelled {label!r}, of which "
-                f"{type(model).__name__} has {len(found)}; its labels are {sorted(owners) or 'none'}. Put "
-                "the owner into the model, and give every owner a label of its own."
-            )
-        bank.borrow(found[0])
-    return len(waiting)
+    modules = list(model.modules())
+    cores = [m for m in modules if isinstance(m, SharedCoreExperts) and isinstance(m.owner, AbsentCores)]
+    experts = [m for m in modules if isinstance(m, TiedExperts) and isinstance(m.owner, AbsentExperts)]
+    for bank in cores:
+        assert bank.owner is not None
+        bank.borrow(_owner(model, SharedCores, bank.owner.label))
+    for tied in experts:
+        tied.borrow(_owner(model, SharedExperts, tied.owner.label))
+    return len(cores) + len(experts)
 
 
-def _waits(bank: SharedCoreExperts) -> bool:
-    return isinstance(bank.owner, AbsentCores)
+_Owner = TypeVar("_Owner", SharedCores, SharedExperts)
+
+
+def _owner(model: nn.Module, kind: type[_Owner], label: str) -> _Owner:
+    """Return the one owner of a kind with this label."""
+    owners = [m for m in model.modules() if isinstance(m, kind)]
+    found = [owner for owner in owners if owner.label == label]
+    if len(found) != 1:
+        raise FormatError(
+            f"Experts borrow from the {kind.__name__} labelled {label!r}, of which "
+            f"{type(model).__name__} has {len(found)}; its labels are "
+            f"{sorted({owner.label for owner in owners}) or 'none'}. Put the owner into the model, and give "
+            "every owner a label of its own."
+        )
+    return found[0]
 
 
 def _error(weight: Tensor, topology: Topology, cores: Mapping[str, Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Laws that every router must satisfy, to be subclassed by the tests of a router.
+"""Laws that every router and every expert bank must satisfy, to be subclassed by their tests.
 
     class TestMine(RouterLaws):
         def router(self, num_features, num_experts):
@@ -8,13 +8,21 @@ They need pytest and fail by assertion. Set a law to None if it does not hold, f
 `test_causal = None` for a router that looks at the whole batch.
 """
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
 from tensornet.errors import NonFiniteError
 from tensornet.nn import build_module
+from tensornet_moe.expert_bank import ExpertBank, SharedCores
+from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.grouped_linear import group_rows
+from tensornet_moe.mask import GradientMask
 from tensornet_moe.router_base import Router, Routing
+from tensornet_moe.sharing import lend_shared_cores
+from tensornet_moe.tied_experts import SharedExperts
 
 _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 
@@ -123,3 +131,135 @@ def _reached(routing: Routing) -> Tensor:
 def _dense(routing: Routing) -> Tensor:
     """Scatter combine weights to a dense tensor, shape `(tokens, E)`."""
     return torch.zeros_like(routing.probs).scatter_add(1, routing.expert_indices, _weights(routing))
+
+
+class BankLaws:
+    """Laws of expert banks: subclass as `class TestMine(BankLaws)` and define `bank` and `from_dense`.
+
+    Set `test_starts_as_the_dense_network = None` if a bank has no start from a dense matrix.
+    """
+
+    #: Shape of the matrices in the laws.
+    shape = (12, 8)
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> ExpertBank:
+        """Build a new bank in float64 whose experts differ."""
+        raise NotImplementedError(f"{type(self).__name__} must define bank(num_experts, shape).")
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> ExpertBank:
+        """Build a bank all of whose experts start as one dense matrix."""
+        raise NotImplementedError(f"{type(self).__name__} must define from_dense(weight, num_experts).")
+
+    def test_matrices(self) -> None:
+        """Check shapes, and that a selection, repeated indices included, equals the rows of the whole."""
+        bank = self._made()
+        whole = bank.expert_matrices()
+        assert whole.shape == (_EXPERTS, *self.shape)
+        assert bool(whole.isfinite().all())
+        for chosen in ([0], [2, 0], [3, 3, 1]):
+            assert torch.allclose(bank.expert_matrices(chosen), whole[chosen])
+            assert torch.allclose(bank.expert_matrices(torch.tensor(chosen)), whole[chosen])
+            assert torch.allclose(torch.stack(list(bank.matrix_list(chosen))), whole[chosen])
+
+    @pytest.mark.parametrize("experts", [[], [_EXPERTS], [-1]])
+    def test_refuses_unknown_experts(self, experts: list[int]) -> None:
+        """Check that indices outside the bank, or none at all, raise IndexError."""
+        with pytest.raises(IndexError, match=r"num_experts|indices"):
+            self._made().expert_matrices(experts)
+
+    def test_every_parameter_keeps_a_gradient(self) -> None:
+        """Check that all parameters stay in the graph whichever experts are asked for."""
+        bank = self._made()
+        bank.expert_matrices([1]).sum().backward()
+        assert [name for name, p in bank.named_parameters() if p.grad is None] == []
+
+    def test_gradients_of_dense_experts(self) -> None:
+        """Check outputs and gradients of a mixture against a loop over its dense matrices."""
+        up, down = self._made(), self._turned()
+        network = ExpertFFN({"up": up, "down": down}, activation="tanh").double()
+        expert = torch.tensor([0, 0, 1, 3, 3, 3])
+        x = torch.randn(len(expert), self.shape[1], dtype=torch.float64, requires_grad=True)
+        parameters = [x, *dict.fromkeys((*up.stored_tensors(), *down.stored_tensors()))]
+        y = network(x, group_rows(expert, _EXPERTS))
+        first, second = up.expert_matrices(), down.expert_matrices()
+        want = torch.stack(
+            [second[e] @ torch.tanh(first[e] @ row) for e, row in zip(expert.tolist(), x, strict=True)]
+        )
+        assert torch.allclose(y, want)
+        found, truth = (torch.autograd.grad(z.square().sum(), parameters) for z in (y, want))
+        for mine, dense in zip(found, truth, strict=True):
+            assert torch.allclose(mine, dense, atol=1e-9)
+
+    def test_starts_as_the_dense_network(self) -> None:
+        """Check that the experts of `from_dense` equal the matrix up to the bank's `error`, and can part."""
+        weight = torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        bank = self.from_dense(weight, _EXPERTS)
+        error = getattr(bank, "error", None) or 0.0
+        rest = (bank.expert_matrices().detach() - weight).flatten(1).norm(dim=1) / weight.norm()
+        assert float(rest.max()) <= error + 1e-6
+        _descend(bank, torch.randn(_EXPERTS, *self.shape, dtype=torch.float64))
+        first, *others = bank.expert_matrices().detach()
+        assert all(float((first - other).norm()) > 1e-3 * float(weight.norm()) for other in others)
+
+    def test_parameters_grow_with_the_experts_alone(self) -> None:
+        """Check that shared parameters count once and each expert adds the same number of its own."""
+        counts = []
+        for experts in (2, 3, 5):
+            bank = self.bank(experts, self.shape)
+            owned = {id(p) for p in bank.parameters()}
+            shared = [p for p in bank.shared_parameters().values() if id(p) in owned]
+            assert bank.num_params == sum(p.numel() for p in bank.parameters())
+            counts.append((experts, bank.num_params - sum(p.numel() for p in shared)))
+        assert len({private / experts for experts, private in counts}) == 1
+
+    def test_survives_a_checkpoint(self) -> None:
+        """Check that `spec`, through JSON, and the state dict rebuild the bank."""
+        bank = self._made()
+        holder = torch.nn.ModuleList([*self.owners(bank), bank])
+        specs = json.loads(json.dumps([part.spec() for part in (*self.owners(bank), bank)]))
+        again = torch.nn.ModuleList(build_module(spec, device=None, dtype=torch.float64) for spec in specs)
+        lend_shared_cores(again)
+        again.load_state_dict(holder.state_dict())
+        twin = again[-1]
+        assert isinstance(twin, ExpertBank)
+        assert type(twin) is type(bank)
+        assert torch.equal(twin.expert_matrices(), bank.expert_matrices())
+
+    def owners(self, bank: ExpertBank) -> list[SharedCores | SharedExperts]:
+        """Return the modules that own parameters of the bank beside itself; by default none."""
+        return []
+
+    def test_a_mask_leaves_shared_parameters(self) -> None:
+        """Check that a frozen mask keeps what experts share bit-identical, and nothing else."""
+        bank = self._made()
+        shared = bank.shared_parameters()
+        if not shared:
+            return
+        before = {name: p.detach().clone() for name, p in shared.items()}
+        known = {id(p) for p in shared.values()}
+        others = [p for p in bank.stored_tensors() if id(p) not in known]
+        kept = [p.detach().clone() for p in others]
+        optimizer = torch.optim.AdamW(dict.fromkeys(bank.stored_tensors()), lr=0.1)
+        mask = GradientMask(shared.values(), p=1.0).attach(optimizer)
+        bank.expert_matrices().square().sum().backward()
+        optimizer.step()
+        mask.detach()
+        assert all(torch.equal(shared[name], value) for name, value in before.items())
+        assert not others or any(not torch.equal(p, old) for p, old in zip(others, kept, strict=True))
+
+    def _made(self) -> ExpertBank:
+        torch.manual_seed(0)
+        return self.bank(_EXPERTS, self.shape)
+
+    def _turned(self) -> ExpertBank:
+        torch.manual_seed(1)
+        return self.bank(_EXPERTS, (self.shape[1], self.shape[0]))
+
+
+def _descend(bank: ExpertBank, target: Tensor) -> None:
+    """Take ten steps towards different matrices for each expert."""
+    optimizer = torch.optim.Adam(dict.fromkeys(bank.stored_tensors()), lr=0.05)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (bank.expert_matrices() - target).square().sum().backward()
+        optimizer.step()

@@ -1,0 +1,370 @@
+"""Which mixtures pay when a small model is trained from scratch, and what may their experts share?
+
+    python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 10] [--seeds 0 1]
+
+A small GPT-2 is trained from scratch on all permitted text (`scratch_text.py`), once for every row: dense, or
+with one of the mixtures of `scratch_rows.py`. All rows see the same batches for a seed. The rate is constant
+after a warm-up, and the loss is that of a running average of the weights over about the last tenth of the
+steps: so one run gives the loss at every number of tokens, and any run can be continued with more of them.
+
+Runs are resumable to the step: the state folder holds weights, optimizer, average, generator and step of each
+run, and the batches are a function of seed and step. A run whose configuration differs from the stored
+one is refused. `--minutes` stops in time; the same command continues. The record `moe_from_scratch.json`
+holds all runs, those that are to be continued included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import tensornet_moe as tm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import RECORDS, record
+from scratch_rows import ROWS, Row, Sizes, build
+from scratch_text import Corpus, corpus_of, load_corpus
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks" / "moe_from_scratch"
+MILLION = 1_000_000
+#: Tokens, in millions, at which a run is judged.
+JUDGED_AT = (0.5, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all rows have in common.
+
+    Args:
+        windows: in a batch.
+        rate: of AdamW, after the warm-up.
+        warmup: steps.
+        weight_decay: of matrices.
+        average: the running average reaches over about `1 / average` of the steps so far.
+        judge_windows: of the test part; half as many of the tuning part.
+    """
+
+    windows: int = 32
+    rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    average: int = 10
+    judge_windows: int = 512
+
+
+class Run:
+    """One row, rate and seed, on disk after each checkpoint.
+
+    Args:
+        row, sizes, recipe, corpus, seed: the configuration.
+        folder: of the state.
+    """
+
+    def __init__(
+        self, row: Row, sizes: Sizes, recipe: Recipe, corpus: Corpus, seed: int, *, folder: Path
+    ) -> None:
+        self.row, self.sizes, self.recipe, self.corpus, self.seed = row, sizes, recipe, corpus, seed
+        self.configuration = {
+            "row": json.loads(json.dumps(dataclasses.asdict(row))),
+            "sizes": dataclasses.asdict(sizes),
+            "recipe": dataclasses.asdict(recipe),
+            "seed": seed,
+            "corpus": corpus.fingerprint,
+        }
+        name = "".join(c if c.isalnum() else "_" for c in row.name)
+        stem = f"{name}-w{sizes.width}x{sizes.layers}-rate{recipe.rate:g}-seed{seed}"
+        self.file = folder / f"{stem}.pt"
+        torch.manual_seed(seed)
+        self.model = build(row, sizes, seed=seed).train()
+        self.optimizer = optimizer_of(self.model, row, recipe)
+        self.mean = [p.detach().clone() for p in self.model.parameters()]
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.flops_of_a_step = 0
+        if self.file.is_file():
+            self._resume()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.recipe.windows * self.sizes.context
+
+    def train(self, tokens: int, *, deadline: float, checkpoint_every: float = 60.0) -> bool:
+        """Train until so many tokens were seen; False if the deadline (of `time.monotonic`) came first."""
+        marks = {self._steps(at * MILLION) for at in JUDGED_AT} | {self._steps(tokens)}
+        started, saved = time.process_time(), time.monotonic()
+        while self.tokens < tokens:
+            self._train_step()
+            if self.step in marks:
+                self.seconds += time.process_time() - started
+                self._judge()
+                self.save()
+                started, saved = time.process_time(), time.monotonic()
+            elif time.monotonic() - saved > checkpoint_every or time.monotonic() > deadline:
+                now = time.process_time()
+                self.seconds, started = self.seconds + now - started, now
+                self.save()
+                saved = time.monotonic()
+            if time.monotonic() > deadline:
+                return self.tokens >= tokens
+        return True
+
+    def save(self) -> None:
+        """Write the state in one piece, or leave the one before."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        torch.save(
+            {
+                "configuration": self.configuration,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "mean": self.mean,
+                "generator": torch.get_rng_state(),
+                "step": self.step,
+                "history": self.history,
+                "seconds": self.seconds,
+                "flops_of_a_step": self.flops_of_a_step,
+            },
+            part,
+        )
+        os.replace(part, self.file)
+        self.file.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """What the record says of the run."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {
+            **self.configuration,
+            "tokens": self.tokens,
+            "parameters": parameters,
+            "expert_parameters": feed_forward_parameters(self.model),
+            "bytes": 4 * parameters,
+            "flops_per_token": self.flops_of_a_step / (self.recipe.windows * self.sizes.context),
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+
+    def _resume(self) -> None:
+        state = torch.load(self.file)
+        if state["configuration"] != self.configuration:
+            differing = {
+                key: (state["configuration"].get(key), value)
+                for key, value in self.configuration.items()
+                if state["configuration"].get(key) != value
+            }
+            raise SystemExit(
+                f"{self.file} was made with another configuration: {differing} (stored, asked). Move the "
+                "file away, or ask for the stored configuration."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.mean = state["mean"]
+        torch.set_rng_state(state["generator"])
+        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self.flops_of_a_step = state["flops_of_a_step"]
+
+    def _steps(self, tokens: float) -> int:
+        return math.ceil(tokens / (self.recipe.windows * self.sizes.context))
+
+    def _train_step(self) -> None:
+        recipe = self.recipe
+        batch = self.corpus.batch(
+            self.step, windows=recipe.windows, context=self.sizes.context, seed=self.seed
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, (self.step + 1) / recipe.warmup)
+        if self.flops_of_a_step == 0 and self.step == 20:  # once the routers have spread the tokens
+            with FlopCounterMode(display=False) as counter:
+                self._loss(batch).backward()
+            self.flops_of_a_step = counter.get_total_flops()
+        else:
+            self._loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        weight = (recipe.average + 1) / (self.step + recipe.average + 1)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mean, list(self.model.parameters()), weight)
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        loss = cross_entropy(self.model, batch)
+        return loss + tm.collect_aux_losses(self.model).total if self.row.experts else loss
+
+    def _judge(self) -> None:
+        """Judge the averaged weights on both parts, and the last ones on the test part."""
+        context, limit = self.sizes.context, self.recipe.judge_windows
+        test = self.corpus.windows("test", context=context, limit=limit)
+        tune = self.corpus.windows("tune", context=context, limit=limit // 2)
+        last_loss, _ = evaluate(self.model, test, self.recipe.windows)
+        self._exchange()
+        tune_loss, _ = evaluate(self.model, tune, self.recipe.windows)
+        loss, entropy = evaluate(self.model, test, self.recipe.windows)
+        self._exchange()
+        point = {
+            "tokens": self.tokens,
+            "loss": loss,
+            "tune_loss": tune_loss,
+            "last_loss": last_loss,
+            "entropy": entropy,
+            "seconds": self.seconds,
+            "flops": self.flops_of_a_step * self.step,
+        }
+        self.history.append(point)
+        spread = "" if entropy is None else f" entropy {entropy:.3f}"
+        print(
+            f"{self.row.name:28} seed {self.seed} rate {self.recipe.rate:<7g} {self.tokens / MILLION:6.2f}M "
+            f"loss {loss:.4f} (last {last_loss:.4f}, tune {tune_loss:.4f}){spread} "
+            f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s",
+            flush=True,
+        )
+
+    def _exchange(self) -> None:
+        """Swap the weights with their average."""
+        with torch.no_grad():
+            for parameter, mean in zip(self.model.parameters(), self.mean, strict=True):
+                kept = parameter.detach().clone()
+                parameter.copy_(mean)
+                mean.copy_(kept)
+
+
+def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean loss of a token in nats."""
+    ids = batch.long()
+    logits = model(input_ids=ids[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, float | None]:
+    """Mean loss of a token, and entropy of the load of experts relative to an even one, mean over layers."""
+    layers = [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
+    loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
+    total = 0.0
+    model.eval()
+    for part in windows.split(batch):
+        total += float(cross_entropy(model, part)) * len(part)
+        for load, layer in zip(loads, layers, strict=True):
+            assert layer.stats is not None
+            load += layer.stats.load
+    model.train()
+    if not layers:
+        return total / len(windows), None
+    entropies = [float(torch.special.entr(load / load.sum()).sum()) / math.log(len(load)) for load in loads]
+    return total / len(windows), statistics.mean(entropies)
+
+
+def feed_forward_parameters(model: nn.Module) -> int:
+    """Parameters of the feed-forward networks, always-on experts and cores of other owners included."""
+    routers = {id(p) for m in model.modules() if isinstance(m, tm.Router) for p in m.parameters()}
+    parts = [block.mlp for block in model.transformer.h]
+    parts += [model.owner] if hasattr(model, "owner") else []
+    found = {id(p): p for part in parts for p in part.parameters() if id(p) not in routers}
+    return sum(p.numel() for p in found.values())
+
+
+def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; what experts share and what each owns may have rates of their own."""
+    banks = [m for m in model.modules() if isinstance(m, tm.ExpertBank)]
+    shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
+    private = {id(p) for bank in banks for p in bank.parameters()} - shared
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        scale = 1.0
+        if id(parameter) in shared:
+            scale = row.shared_rate
+        elif id(parameter) in private:
+            scale = row.private_rate
+        decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": found, "lr": recipe.rate * scale, "peak": recipe.rate * scale, "weight_decay": decay}
+            for (scale, decay), found in groups.items()
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> Path | None:
+    """Run what is missing, write the record, return its path."""
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    sizes = Sizes(
+        width=options.width,
+        hidden=4 * options.width,
+        layers=options.layers,
+        heads=options.heads,
+        context=options.context,
+        vocabulary=options.vocabulary,
+    )
+    recipe = Recipe(windows=options.windows)
+    if options.toy:
+        sizes, recipe = toy_sizes(), Recipe(windows=4, warmup=2, judge_windows=8)
+        corpus = corpus_of(options.texts.read_text(encoding="utf-8"), vocabulary=sizes.vocabulary)
+    else:
+        corpus = load_corpus(options.texts, options.state / "text", vocabulary=sizes.vocabulary)
+    deadline = time.monotonic() + 60 * options.minutes
+    tokens = round(options.tokens * MILLION)
+    for seed in options.seeds:
+        for name in options.rows:
+            for rate in options.rates:
+                made = dataclasses.replace(recipe, rate=rate)
+                run = Run(ROWS[name], sizes, made, corpus, seed, folder=options.state)
+                if not run.train(tokens, deadline=deadline):
+                    return None
+    return write_record(options.state, options.out)
+
+
+def write_record(state: Path, out: Path) -> Path:
+    """Write the record of all runs of a state folder."""
+    lines = [json.loads(path.read_text()) for path in sorted(state.glob("*.json"))]
+    return record("moe_from_scratch", lines, folder=out, threads=1)
+
+
+def toy_sizes() -> Sizes:
+    """Sizes that train in a second."""
+    return Sizes(width=64, hidden=256, layers=2, heads=2, context=8, vocabulary=300)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("texts", type=Path, help="where the packages were unpacked; a text file with --toy")
+    parser.add_argument("--state", type=Path, default=CACHE, help="folder of runs, to be continued")
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--tokens", type=float, default=10.0, help="millions for each run")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to go on later")
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=32, help="of a batch")
+    parser.add_argument("--toy", action="store_true", help="a tiny model, to test the script")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

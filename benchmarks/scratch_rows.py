@@ -1,0 +1,364 @@
+"""The rows of moe_from_scratch.py: a small GPT-2 whose feed-forward networks are dense or a mixture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import tensornet as tn
+import tensornet_moe as tm
+
+ACTIVATION = "gelu_new"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the model.
+
+    Args:
+        width: of the residual stream.
+        hidden: of the dense feed-forward network, which is what a token passes in every row.
+        layers, heads: of the transformer.
+        context: tokens of a window.
+        vocabulary: number of tokens.
+    """
+
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    context: int
+    vocabulary: int
+
+    @property
+    def active(self) -> int:
+        """Parameters outside embeddings that a token passes in the dense row, biases and norms aside."""
+        return self.layers * (4 * self.width**2 + 2 * self.width * self.hidden)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to build and train the feed-forward networks.
+
+    Args:
+        name: in tables.
+        kind: a key of `KINDS`.
+        experts: routed experts; 0 for the dense rows.
+        top_k: experts of a token.
+        hidden: hidden size of one expert, in units of the dense one.
+        shared_hidden: hidden size of the always-on expert, in the same units.
+        options: of the kind.
+        private_rate: learning rate of what each expert owns, in units of the common one.
+        shared_rate: learning rate of what the experts share.
+        combine: combine weights of the router: `"unit"` or `"prob"`.
+        balance: coefficient of the load-balancing loss.
+    """
+
+    name: str
+    kind: str
+    experts: int = 0
+    top_k: int = 1
+    hidden: float = 1.0
+    shared_hidden: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    private_rate: float = 1.0
+    shared_rate: float = 1.0
+    combine: str = "unit"
+    balance: float = 0.01
+
+
+def build(row: Row, sizes: Sizes, *, seed: int) -> GPT2LMHeadModel:
+    """The model of a row; what is not a feed-forward network starts alike in every row of a seed."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=sizes.vocabulary,
+        n_positions=sizes.context,
+        n_embd=sizes.width,
+        n_inner=sizes.hidden,
+        n_layer=sizes.layers,
+        n_head=sizes.heads,
+        initializer_range=sizes.width**-0.5 / 2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    model = GPT2LMHeadModel(config)
+    networks, owner = KINDS[row.kind](row, sizes, torch.Generator().manual_seed(seed + 1))
+    if owner is not None:
+        model.add_module("owner", owner)
+    for block, network in zip(model.transformer.h, networks, strict=True):
+        block.mlp = network
+    return model
+
+
+class Dense(nn.Module):
+    """The dense feed-forward network, with the same start as an expert."""
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.up = nn.Linear(up.shape[1], up.shape[0])
+        self.down = nn.Linear(down.shape[1], down.shape[0])
+        with torch.no_grad():
+            self.up.weight.copy_(up)
+            self.down.weight.copy_(down)
+            self.up.bias.zero_()
+            self.down.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens."""
+        return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
+
+
+def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Matrices of one network: unit gain, and residual branches that add up to unit variance."""
+    up = torch.randn(hidden, sizes.width, generator=generator) / sizes.width**0.5
+    down = torch.randn(sizes.width, hidden, generator=generator) / hidden**0.5
+    return up, down / (2 * sizes.layers) ** 0.5
+
+
+Networks = tuple[list[nn.Module], nn.Module | None]
+Kind = Callable[[Row, Sizes, torch.Generator], Networks]
+
+
+def dense(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
+    """Dense networks of `row.hidden` times the width."""
+    hidden = round(row.hidden * sizes.hidden)
+    return [Dense(*gaussian(sizes, hidden, generator)) for _ in range(sizes.layers)], None
+
+
+Banks = dict[str, tm.ExpertBank]
+
+
+def mixtures(
+    make: Callable[[Row, Sizes, tuple[Tensor, Tensor], torch.Generator], Banks],
+) -> Kind:
+    """Make a kind of the function that builds the banks of one layer, given one Gaussian network."""
+
+    def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
+        hidden, found = round(row.hidden * sizes.hidden), []
+        for _ in range(sizes.layers):
+            pair = gaussian(sizes, hidden, generator)
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            found.append(mixture(row, sizes, make(row, sizes, pair, generator), generator))
+        return found, None
+
+    return kind
+
+
+def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
+    """Dense experts, each with a start of its own."""
+    others = [gaussian(sizes, len(pair[0]), generator) for _ in range(row.experts - 1)]
+    return {
+        name: separate(torch.stack([p[k] for p in (pair, *others)])) for k, name in enumerate(("up", "down"))
+    }
+
+
+def separate(weights: Tensor) -> tm.SharedCoreExperts:
+    """A bank of dense matrices, nothing shared."""
+    topology = tn.topologies.dense(out_features=weights.shape[1], in_features=weights.shape[2])
+    bank = tm.SharedCoreExperts(topology, len(weights), shared="none")
+    with torch.no_grad():
+        bank.core_matrix.copy_(weights)
+    return bank
+
+
+def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
+    """Legs of a matrix with so many rows: a long middle between two small ends."""
+    a, b = row.options.get("ends", (4, 4))
+    hidden = round(row.hidden * sizes.hidden)
+    width_dims, hidden_dims = (a, sizes.width // (a * b), b), (a, hidden // (a * b), b)
+    up = rows == hidden
+    return {"out_dims": hidden_dims if up else width_dims, "in_dims": width_dims if up else hidden_dims}
+
+
+def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
+    """Chains of three cores with one center.
+
+    `start="exact"`: every expert is the decomposition of one Gaussian matrix plus `noise`; `"random"`:
+    Gaussian cores. `delta`: rank of a low-rank bypass of each expert. `shared`: which cores are shared.
+    """
+    options = {
+        "start": "exact",
+        "noise": 0.05,
+        "max_bond": None,
+        "delta": 0,
+        "shared": "center",
+        **row.options,
+    }
+
+    def bank(weight: Tensor) -> tm.ExpertBank:
+        legs = dims(row, sizes, len(weight))
+        seed = int(torch.randint(2**31, (), generator=generator))
+        if options["start"] == "exact":
+            made = tm.SharedCoreExperts.from_dense(
+                weight,
+                num_experts=row.experts,
+                shared=options["shared"],
+                max_bond=options["max_bond"],
+                noise=options["noise"],
+                seed=seed,
+                **legs,
+            )
+        else:
+            topology = tn.topologies.mpo(**legs, max_bond=options["max_bond"])
+            made = tm.SharedCoreExperts(topology, row.experts, shared=options["shared"])
+        rescale(made, weight)
+        return tm.LowRankDeltaExperts(made, options["delta"]) if options["delta"] else made
+
+    return {"up": bank(pair[0]), "down": bank(pair[1])}
+
+
+def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
+    """One dense matrix for all experts, and a low-rank delta for each."""
+    return {
+        name: tm.LowRankDeltaExperts.from_dense(
+            weight,
+            num_experts=row.experts,
+            rank=row.options["rank"],
+            seed=int(torch.randint(2**31, (), generator=generator)),
+        )
+        for name, weight in zip(("up", "down"), pair, strict=True)
+    }
+
+
+def bases_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
+    """Shared bases that every expert mixes and transforms."""
+    banks: Banks = {}
+    for name, weight in zip(("up", "down"), pair, strict=True):
+        out_features, in_features = weight.shape
+        topology = tm.mixture_of_bases(out_features=out_features, in_features=in_features, **row.options)
+        made = tm.SharedCoreExperts(topology, row.experts, shared=("basis",))
+        rescale(made, weight)
+        banks[name] = made
+    return banks
+
+
+def block_tt_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
+    """Block tensor trains of two cores, nothing shared."""
+    banks: Banks = {}
+    for name, weight in zip(("up", "down"), pair, strict=True):
+        out_dims, in_dims = (_halves(size) for size in weight.shape)
+        topology = tn.topologies.block_tt(
+            out_dims=out_dims, in_dims=in_dims, max_bond=row.options["max_bond"]
+        )
+        made = tm.SharedCoreExperts(topology, row.experts, shared="none")
+        rescale(made, weight)
+        banks[name] = made
+    return banks
+
+
+def _halves(size: int) -> tuple[int, int]:
+    """The two most equal factors."""
+    small = max(x for x in range(1, math.isqrt(size) + 1) if size % x == 0)
+    return small, size // small
+
+
+def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
+    """Dense experts that every two neighbouring layers share; routers and biases stay apart."""
+    networks, _ = KINDS["switch"](row, sizes, generator)
+    owners = [
+        tm.tie_experts([network.experts for network in networks[k : k + 2]], label=f"experts{k}")
+        for k in range(0, len(networks) - 1, 2)
+    ]
+    return networks, nn.ModuleList(owners)
+
+
+@torch.no_grad()
+def rescale(bank: tm.SharedCoreExperts, like: Tensor) -> None:
+    """Give the matrices the root mean square of a dense one, by the same factor in every core."""
+    factor = float((like.square().mean() / bank.expert_matrices().square().mean()).sqrt())
+    each = factor ** (1 / len(bank.topology.core_names))
+    for parameter in bank.parameters():
+        parameter.mul_(each)
+
+
+def mixture(
+    row: Row, sizes: Sizes, banks: dict[str, tm.ExpertBank], generator: torch.Generator
+) -> tm.SharedCoreMoE:
+    """A mixture over given banks; the always-on expert is a dense network of its own."""
+    router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
+    router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
+    always = None
+    if row.shared_hidden:
+        pair = gaussian(sizes, round(row.shared_hidden * sizes.hidden), generator)
+        banks_of_one = {
+            name: separate(weight[None]) for name, weight in zip(("up", "down"), pair, strict=True)
+        }
+        always = tm.ExpertFFN(banks_of_one, activation=ACTIVATION, bias=True)
+    return tm.SharedCoreMoE(
+        router,
+        tm.ExpertFFN(banks, activation=ACTIVATION, bias=True),
+        shared_expert=always,
+        balance_coef=row.balance,
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "dense": dense,
+    "switch": mixtures(switch_banks),
+    "mpoe": mixtures(mpoe_banks),
+    "delta": mixtures(delta_banks),
+    "bases": mixtures(bases_banks),
+    "block_tt": mixtures(block_tt_banks),
+    "tied": tied,
+}
+
+
+def fine(name: str, kind: str, experts: int = 30, **options: Any) -> Row:
+    """An always-on expert of half the dense network, and two of many routed ones of a quarter each."""
+    rates = {key: options.pop(key) for key in ("private_rate", "shared_rate", "combine") if key in options}
+    return Row(
+        name, kind, experts=experts, top_k=2, hidden=1 / 4, shared_hidden=1 / 2, options=options, **rates
+    )
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("dense", "dense"),
+        Row("dense x2", "dense", hidden=2.0),
+        Row("dense x8", "dense", hidden=8.0),
+        # One expert a token.
+        Row("Switch", "switch", experts=8),
+        Row("Switch, prob", "switch", experts=8, combine="prob"),
+        Row("MPOE", "mpoe", experts=8),
+        Row("MPOE, random start", "mpoe", experts=8, options={"start": "random"}),
+        Row("MPOE, private rate 0.1", "mpoe", experts=8, private_rate=0.1),
+        Row("MPOE, bonds 8", "mpoe", experts=8, options={"max_bond": 8}),
+        Row("MPOE, ends 8x8", "mpoe", experts=8, options={"ends": (8, 8)}),
+        Row("MPOE and delta 4", "mpoe", experts=8, options={"delta": 4}),
+        Row("bypass", "mpoe", experts=8, options={"shared": "all", "max_bond": 12, "delta": 4}),
+        Row("base and deltas", "delta", experts=8, options={"rank": 4}),
+        Row("bases", "bases", experts=8, options={"bases": 2, "rank": 32}),
+        Row("block tensor trains", "block_tt", experts=8, options={"max_bond": 1}),
+        Row("tied over two layers", "tied", experts=8),
+        # Two small experts a token, and one that computes every token.
+        Row("fine-grained", "switch", experts=23, top_k=2, hidden=1 / 3, shared_hidden=1 / 3),
+        fine("fine, E = 30", "switch"),
+        fine("fine, E = 5", "switch", 5),
+        fine("fine, MPOE", "mpoe"),
+        fine("fine, MPOE, random start", "mpoe", start="random"),
+        fine("fine, MPOE, noise 0.5", "mpoe", noise=0.5),
+        fine("fine, MPOE, private rate 0.3", "mpoe", private_rate=0.3),
+        fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
+        fine("fine, MPOE, center rate 0.3", "mpoe", shared_rate=0.3),
+        fine("fine, MPOE, bonds 8", "mpoe", max_bond=8),
+        fine("fine, MPOE and delta 8", "mpoe", delta=8),
+        fine("fine, MPOE and delta 4", "mpoe", delta=4),
+        fine("fine, bypass", "mpoe", shared="all", max_bond=12, delta=4),
+        fine("fine, base and deltas", "delta", rank=4),
+        fine("fine, base and deltas 8", "delta", rank=8),
+        fine("fine, bases", "bases", bases=4, rank=8),
+        fine("fine, block tensor trains", "block_tt", max_bond=1),
+        fine("fine, tied over two layers", "tied"),
+    )
+}

@@ -1,0 +1,204 @@
+"""The text of moe_from_scratch.py: every permitted text, split by document, as tokens.
+
+The texts are Debian packages, unpacked and not installed (see `real_data.py` for the command):
+`postgresql-doc-17`, `linux-doc-6.12`, `python3.13-doc`, `debian-handbook`, `fortunes` and `bible-kjv` with
+`bible-kjv-text`. A paragraph that stands in several documents is kept in the first, so that nothing of the
+tuning and the test part is seen in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from embedded_text import read_chapters
+from mpoe_tasks import read_quotations
+from real_data import plain_text
+
+END = "<|end|>"
+#: Folders of pages under `usr/share/doc`; subfolders of other languages are left out.
+PAGES = ("postgresql-doc-17/html", "linux-doc-6.12/html", "python3.13/html", "debian-handbook/html/en-US")
+FOREIGN, QUOTATIONS_A_DOCUMENT, SHORTEST_REPEAT = "translations", 50, 60
+PARTS = ("train", "tune", "test")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token streams of the three parts.
+
+    Args:
+        parts: one stream of token numbers for each of `PARTS`, documents separated by one end token.
+        vocabulary: number of distinct tokens.
+        characters: of the training part, by which a loss in nats a token becomes one a character.
+    """
+
+    parts: dict[str, Tensor]
+    vocabulary: int
+    characters: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that is trained and judged on."""
+        digest = hashlib.sha256(str(self.vocabulary).encode())
+        for name in PARTS:
+            digest.update(self.parts[name].numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def batch(self, step: int, *, windows: int, context: int, seed: int) -> Tensor:
+        """Return the training batch of a step: a function of step and seed, so that runs resume anywhere.
+
+        Every pass over the text visits each window once, in an order of its own.
+
+        Returns:
+            Token numbers, shape `(windows, context + 1)`.
+        """
+        stream = self.parts["train"]
+        count = (len(stream) - 1) // context
+        first = step * windows
+        picked = []
+        while len(picked) < windows:
+            turn, place = divmod(first + len(picked), count)
+            order = _order(count, seed, turn)
+            picked += order[place : place + windows - len(picked)]
+        return torch.stack([stream[i * context : (i + 1) * context + 1] for i in picked])
+
+    def windows(self, part: str, *, context: int, limit: int) -> Tensor:
+        """Return up to `limit` windows of a part, evenly spread, shape `(windows, context + 1)`."""
+        stream = self.parts[part]
+        count = (len(stream) - 1) // context
+        picked = torch.linspace(0, count - 1, min(limit, count)).long().tolist()
+        return torch.stack([stream[i * context : (i + 1) * context + 1] for i in picked])
+
+
+_ORDERS: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _order(count: int, seed: int, turn: int) -> list[int]:
+    key = (count, seed, turn)
+    if key not in _ORDERS:
+        _ORDERS.clear()
+        generator = torch.Generator().manual_seed(1_000 * seed + turn)
+        _ORDERS[key] = torch.randperm(count, generator=generator).tolist()
+    return _ORDERS[key]
+
+
+def load_corpus(texts: Path, cache: Path, *, vocabulary: int) -> Corpus:
+    """Read the corpus from the cache, or make it of the unpacked packages.
+
+    Args:
+        texts: where the packages were unpacked.
+        cache: folder of what is made: the documents, and a tokenizer and tokens for each vocabulary.
+        vocabulary: tokens of the byte-level BPE.
+    """
+    stored = cache / f"tokens-{vocabulary}.pt"
+    if not stored.is_file():
+        documents = _stored_documents(texts, cache)
+        tokenizer = train_tokenizer(documents["train"], vocabulary)
+        tokenizer.save(str(cache / f"tokenizer-{vocabulary}.json"))
+        parts = {name: _encode(tokenizer, documents[name]) for name in PARTS}
+        characters = sum(map(len, documents["train"]))
+        torch.save({"parts": parts, "vocabulary": vocabulary, "characters": characters}, stored)
+    return Corpus(**torch.load(stored))
+
+
+def corpus_of(text: str, *, vocabulary: int) -> Corpus:
+    """Return a corpus of one text whose parts are cut from it by paragraph, for tests."""
+    documents = split(text.split("\n\n"), every=8)
+    tokenizer = train_tokenizer(documents["train"], vocabulary)
+    parts = {name: _encode(tokenizer, documents[name]) for name in PARTS}
+    return Corpus(parts, vocabulary, sum(map(len, documents["train"])))
+
+
+def split(documents: Iterable[str], *, every: int = 40) -> dict[str, list[str]]:
+    """Split by document: of every `every` one is for tuning and one for the test; train is shuffled."""
+    parts: dict[str, list[str]] = {name: [] for name in PARTS}
+    for i, document in enumerate(documents):
+        place = {3: "tune", every // 2 + 3: "test"}.get(i % every, "train")
+        parts[place].append(document)
+    random.Random(0).shuffle(parts["train"])
+    return parts
+
+
+def train_tokenizer(documents: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE with one special token between documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def _encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
+    end = tokenizer.token_to_id(END)
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch_fast(documents):
+        ids += [*encoding.ids, end]
+    return torch.tensor(ids, dtype=torch.int16)
+
+
+def _stored_documents(texts: Path, cache: Path) -> dict[str, list[str]]:
+    file = cache / "documents.json"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(split(_distinct(_documents(texts)))))
+    stored: dict[str, list[str]] = json.loads(file.read_text())
+    return stored
+
+
+def _documents(texts: Path) -> Iterator[str]:
+    """Every page, chapter and bundle of quotations, in an order that does not depend on the machine."""
+    for folder in PAGES:
+        root = texts / "usr" / "share" / "doc" / folder
+        pages = [p for p in sorted(root.rglob("*.html")) if FOREIGN not in p.relative_to(root).parts]
+        if not pages:
+            raise SystemExit(f"no pages under {root}; see the top of {Path(__file__).name}")
+        for page in pages:
+            yield plain_text(page.read_text(encoding="utf-8", errors="replace"))
+    quotations = read_quotations(texts / "usr" / "share" / "games" / "fortunes")
+    every = [*quotations.train, *quotations.tune, *quotations.test]
+    for start in range(0, len(every), QUOTATIONS_A_DOCUMENT):
+        yield "\n\n".join(every[start : start + QUOTATIONS_A_DOCUMENT])
+    yield from read_chapters(_bible(texts))
+
+
+def _bible(texts: Path) -> Path:
+    """The verses as train_embedded.py reads them, written by the package's own reader."""
+    data = texts / "usr" / "lib"  # the reader looks for its data in the current folder
+    command = [str((texts / "usr" / "bin" / "bible").resolve()), "-f", "Gen1:1-Rev22:21"]
+    verses = subprocess.run(command, cwd=data, check=True, capture_output=True, text=True).stdout
+    file = texts / "kjv.txt"
+    file.write_text(verses)
+    return file
+
+
+def _distinct(documents: Iterable[str]) -> Iterator[str]:
+    """Drop paragraphs that an earlier document has, and documents of which little is left."""
+    seen: set[str] = set()
+    for document in documents:
+        kept = []
+        for block in document.split("\n\n"):
+            if len(block) >= SHORTEST_REPEAT:
+                if block in seen:
+                    continue
+                seen.add(block)
+            kept.append(block)
+        text = "\n\n".join(kept)
+        if len(text) >= 4 * SHORTEST_REPEAT:
+            yield text

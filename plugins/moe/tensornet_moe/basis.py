@@ -1,0 +1,49 @@
+"""Mixture of bases: every expert recombines a few matrices that all experts share."""
+
+from tensornet.checks import check_size
+from tensornet.topology import CoreSpec, Topology
+
+
+def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: int | None = None) -> Topology:
+    """Build the network `W = A sum_k a_k B_k`; with shared `B_k` its experts are those of MoBE.
+
+    The transform `A` stands on the shorter side: `A: (out, rank)` where `out <= in`, else the product is
+    `(sum_k a_k B_k) A` with `A: (rank, in)`. In a `SharedCoreExperts` the default `shared="center"` shares
+    the core `basis`, usually the largest (`shared=("basis",)` does in any case), and each expert owns
+    `mix: (bases,)` and `transform`. MoBE has a nonlinearity behind the sum, which a tensor network has not.
+
+    Args:
+        out_features, in_features: shape of the matrix.
+        bases: number of matrices `B_k`.
+        rank: inner dimension; the shorter side if absent or larger.
+
+    Raises:
+        TopologyError: a size is not a whole number of at least 1.
+
+    Reference:
+        Chen et al. 2025, "MoBE: Mixture-of-Basis-Experts for Compressing MoE-based LLMs", equation 2.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> topology = tm.mixture_of_bases(out_features=16, in_features=8, bases=2)
+        >>> bank = tm.SharedCoreExperts(topology, 4, shared=("basis",))
+        >>> {name: tuple(core.shape) for name, core in bank.named_parameters()}
+        {'core_basis': (16, 8, 2), 'core_mix': (4, 2), 'core_transform': (4, 8, 8)}
+    """
+    sizes = {"out_features": out_features, "in_features": in_features, "bases": bases}
+    for name, size in (sizes if rank is None else {**sizes, "rank": rank}).items():
+        check_size(name, size)
+    widest = min(out_features, in_features)
+    basis, transform = ("o0", "r", "k"), ("r", "i0")
+    if out_features <= in_features:
+        basis, transform = ("k", "r", "i0"), ("o0", "r")
+    return Topology(
+        family="mixture_of_bases",
+        cores=(CoreSpec("basis", basis), CoreSpec("mix", ("k",)), CoreSpec("transform", transform)),
+        sizes=(("o0", out_features), ("i0", in_features), ("r", min(rank or widest, widest)), ("k", bases)),
+        out_labels=("o0",),
+        in_labels=("i0",),
+        out_features=out_features,
+        in_features=in_features,
+    )

@@ -1,0 +1,238 @@
+"""Experts that add private low-rank corrections to the matrices of another bank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.contraction.machine import default_machine
+from tensornet.decompose import decompose
+from tensornet.errors import ShapeError
+from tensornet.linalg.svd import check_finite, safe_scale, truncated_svd, working_dtype
+from tensornet.nn.matrix_cache import MatrixKeeper
+from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topology import Topology
+from tensornet_moe.checks import check_weights, check_whole
+from tensornet_moe.expert_bank import ExpertBank
+from tensornet_moe.experts import SharedCoreExperts
+from tensornet_moe.joint_fit import stack_error
+
+
+class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
+    """Experts `W_e = base_e + left_e right_e`, a private low-rank delta on the matrices of a base bank.
+
+    With a base that shares everything this is the form of D2-MoE, `W_e = W_0 + left_e right_e`; with a chain
+    of cores as base, a bypass around a tensor network. New deltas are zero (`left` is), as in LoRA, so
+    the experts start as their base.
+
+    Args:
+        base: any bank; its cores are trained with the deltas.
+        rank: of the deltas, at most the shorter side of the matrices.
+        device, dtype: of the deltas.
+
+    Raises:
+        TypeError: `base` is not an ExpertBank.
+        ShapeError: `rank` exceeds the shorter side.
+        ValueError: `rank` is not a whole number of at least 1.
+
+    Reference:
+        Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression", section 3; the tensor-network
+        base is our extension.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> weight = torch.randn(16, 8)
+        >>> bank = tm.LowRankDeltaExperts.from_dense(weight, num_experts=4, rank=2)
+        >>> bank.num_params == 16 * 8 + 4 * 2 * (16 + 8)
+        True
+        >>> torch.equal(bank.expert_matrices([3])[0], weight)
+        True
+    """
+
+    def __init__(
+        self,
+        base: ExpertBank,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(base, ExpertBank):
+            raise TypeError(f"base must be an ExpertBank, got a {type(base).__name__}.")
+        check_whole(rank=rank)
+        rows, columns = base.out_features, base.in_features
+        if rank > min(rows, columns):
+            raise ShapeError(f"rank={rank} exceeds the shorter side of {rows} x {columns} matrices.")
+        super().__init__(base.num_experts, (rows, columns))
+        self.base, self.rank = base, rank
+        left = torch.zeros(self.num_experts, rows, rank, device=device, dtype=dtype)
+        right = torch.randn(self.num_experts, rank, columns, device=device, dtype=dtype) / columns**0.5
+        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
+        self._start_keeping("auto", None)
+        #: Relative Frobenius error against the matrices the bank was built from; None for a new bank.
+        self.error: float | None = None
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        *,
+        num_experts: int,
+        rank: int,
+        topology: Topology | str | TopologyFamily = "dense",
+        shared: str | Sequence[str] = "all",
+        seed: int = 0,
+        **options: Any,
+    ) -> "LowRankDeltaExperts":
+        """Upcycle one dense matrix: the base is its decomposition, the deltas start at zero.
+
+        Args:
+            weight: shape `(out, in)`.
+            num_experts: number of experts.
+            rank: of the deltas.
+            topology: of the base; `"dense"` keeps the matrix itself.
+            shared: cores of the base that all experts share.
+            seed: of `right`; the same on every device.
+            options: further options of `SharedCoreExperts.from_dense`, for example `out_dims=`, `max_bond=`.
+
+        Raises:
+            TopologyError, BudgetError, NonFiniteError: from the decomposition of the base.
+        """
+        base = SharedCoreExperts.from_dense(
+            weight, num_experts=num_experts, topology=topology, shared=shared, seed=seed, **options
+        )
+        bank = cls(base, rank, device=weight.device, dtype=weight.dtype)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(bank.right.shape, generator=generator, device="cpu") / bank.in_features**0.5
+        with torch.no_grad():
+            bank.right.copy_(drawn)
+        bank.error = base.error
+        return bank
+
+    @classmethod
+    @torch.no_grad()
+    def from_experts(
+        cls,
+        weights: Tensor,
+        *,
+        rank: int,
+        topology: Topology | str | TopologyFamily = "dense",
+        max_sweeps: int = 10,
+        **options: Any,
+    ) -> "LowRankDeltaExperts":
+        """Fit different experts by one shared base and low-rank deltas, each in turn given the other.
+
+        The base is the decomposition of the mean of what the deltas leave, the deltas are truncated SVDs of
+        what the base leaves. With a dense base no sweep raises the error; the best sweep is returned.
+
+        Args:
+            weights: shape `(num_experts, out, in)`.
+            rank: of the deltas.
+            topology: of the base.
+            max_sweeps: at least 1; the first is the mean and one SVD for each expert.
+            options: of the family of the base.
+
+        Raises:
+            ShapeError: `weights` is not a stack of matrices, or `rank` exceeds their shorter side.
+            NonFiniteError: NaN or infinity in `weights`.
+        """
+        check_weights(weights, "num_experts", "out", "in")
+        check_whole(rank=rank, max_sweeps=max_sweeps)
+        check_finite(weights, "The stack of expert matrices")
+        if isinstance(topology, str | TopologyFamily):
+            topology = topology_family(topology).build(*weights.shape[1:], **options)
+        fit = _fit(weights, topology, rank, max_sweeps)
+        where: dict[str, Any] = {"device": weights.device, "dtype": weights.dtype}
+        base = SharedCoreExperts(topology, len(weights), shared="all", **where)
+        bank = cls(base, rank, **where)
+        for name, core in zip(topology.core_names, fit.cores, strict=True):
+            base.shared_parameters()[name].copy_(core)
+        bank.left.copy_(fit.left)
+        bank.right.copy_(fit.right)
+        bank.error = fit.error
+        return bank
+
+    def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Build the matrices of the given experts, or read them from the cache; see `ExpertBank`."""
+        if self.keeps_now():
+            kept = self.kept(lambda: self._rebuild(None))
+            return kept if experts is None else kept.index_select(0, self.check_experts(experts))
+        return self._rebuild(None if experts is None else self.check_experts(experts))
+
+    def keeps_matrices(self) -> bool:
+        """Return True if the matrices are cached: on request, in eval mode, without core gradients."""
+        return self.keeps_now()
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the shared cores of the base."""
+        return self.base.shared_parameters()
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of the matrices of all experts in the dtype of the deltas."""
+        return self.num_experts * self.out_features * self.in_features * self.left.element_size()
+
+    @property
+    def seconds_saved(self) -> float:
+        """Predicted seconds that cached matrices save in a forward pass of one token."""
+        peak = default_machine(self.left.device).peak
+        return self.rank * self.out_features * self.in_features / peak
+
+    def _core_tensors(self) -> tuple[Tensor, ...]:
+        return (self.left, self.right, *self.base.parameters(), *self.base.shared_parameters().values())
+
+    def _rebuild(self, index: Tensor | None) -> Tensor:
+        left: Tensor = self.left
+        right: Tensor = self.right
+        if index is not None:
+            left, right = left.index_select(0, index), right.index_select(0, index)
+        return torch.baddbmm(self.base.expert_matrices(index).to(left.dtype), left, right)
+
+    def spec(self) -> dict[str, Any]:
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        return {"type": "low_rank_delta_experts", "base": self.base.spec(), "rank": self.rank}
+
+    def extra_repr(self) -> str:
+        """Describe the module for `print(model)`."""
+        return f"{self.num_experts} x ({self.out_features}, {self.in_features}), rank={self.rank}"
+
+
+@dataclass(frozen=True)
+class _Fit:
+    cores: tuple[Tensor, ...]
+    left: Tensor
+    right: Tensor
+    error: float
+
+
+def _fit(weights: Tensor, topology: Topology, rank: int, max_sweeps: int) -> _Fit:
+    """Alternate between the base and the deltas until the error no longer falls."""
+    scale = safe_scale(weights)  # squares of the target neither overflow nor vanish
+    target = weights.detach().to(working_dtype(weights.dtype)) / scale
+    delta, best = torch.zeros_like(target), None
+    for _ in range(max_sweeps):
+        network = decompose((target - delta).mean(0), topology).network
+        rest = target - network.to_matrix()
+        pairs = [_factors(matrix, rank) for matrix in rest]
+        left, right = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        delta = left @ right
+        error = stack_error(target, target - rest + delta)
+        if best is not None and error >= best.error:
+            break
+        best = _Fit(tuple(network.cores), left, right, error)
+    assert best is not None
+    part = scale ** (1 / len(best.cores))  # every core takes an equal part of the scale
+    half = scale**0.5
+    return _Fit(tuple(core * part for core in best.cores), best.left * half, best.right * half, best.error)
+
+
+def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Split the best approximation of a rank into factors of equal norm, padded with zeros to the rank."""
+    result = truncated_svd(matrix, max_rank=rank)
+    scale, missing = result.S.sqrt(), rank - len(result.S)
+    left = torch.nn.functional.pad(result.U * scale, (0, missing))
+    right = torch.nn.functional.pad(scale[:, None] * result.Vh, (0, 0, 0, missing))
+    return left, right

@@ -1,0 +1,226 @@
+"""Experts that several layers share: one owner of the banks, and banks that borrow from it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tensornet.errors import ShapeError
+from tensornet_moe.expert_bank import ExpertBank
+from tensornet_moe.ffn import ExpertFFN
+
+
+class SharedExperts(nn.Module):
+    """Owner of banks that several layers use, each through a `TiedExperts`.
+
+    A parameter must be owned once: put the owner into the model beside the layers (under FSDP: in the root
+    unit).
+
+    Args:
+        banks: by name, for example `{"up": ..., "down": ...}`.
+        label: by which the descriptions of borrowers name it; give each owner in one model its own.
+
+    Raises:
+        TypeError: a value is not an ExpertBank.
+        ValueError: no bank.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> owner = tm.SharedExperts({"up": bank})
+        >>> first, second = (tm.TiedExperts(owner, "up") for _ in range(2))
+        >>> torch.equal(first.expert_matrices(), second.expert_matrices()), first.num_params
+        (True, 0)
+    """
+
+    def __init__(self, banks: Mapping[str, ExpertBank], *, label: str = "experts") -> None:
+        super().__init__()
+        if not banks:
+            raise ValueError("SharedExperts got no bank: there is nothing to own.")
+        for name, bank in banks.items():
+            if not isinstance(bank, ExpertBank):
+                raise TypeError(f"The bank {name!r} must be an ExpertBank, got a {type(bank).__name__}.")
+        self.banks, self.label = nn.ModuleDict(banks), label
+
+    def bank(self, name: str) -> ExpertBank:
+        """Return the bank of a given name.
+
+        Raises:
+            ShapeError: no bank has this name.
+        """
+        if name not in self.banks:
+            raise ShapeError(
+                f"The SharedExperts labelled {self.label!r} own no bank {name!r}, they own "
+                f"{', '.join(self.banks)}."
+            )
+        found = self.banks[name]
+        assert isinstance(found, ExpertBank)
+        return found
+
+    def spec(self) -> dict[str, Any]:
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        banks = [self.bank(name).spec() for name in self.banks]
+        return {"type": "shared_experts", "names": list(self.banks), "banks": banks, "label": self.label}
+
+    def extra_repr(self) -> str:
+        """Describe the module for `print(model)`."""
+        return f"label={self.label!r}"
+
+
+class AbsentExperts(SharedExperts):
+    """Placeholder for an owner that is known by its label only, until `lend_shared_cores` finds it."""
+
+    def __init__(self, *, label: str) -> None:
+        nn.Module.__init__(self)
+        self.banks, self.label = nn.ModuleDict(), label
+
+    def bank(self, name: str) -> ExpertBank:
+        """Raise RuntimeError: the owner has not been found yet.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"These experts borrow the bank {name!r} from the SharedExperts labelled {self.label!r}, which "
+            "they were not given: call tensornet_moe.lend_shared_cores(model) on the model that holds both, "
+            "or bank.borrow(owner)."
+        )
+
+
+class TiedExperts(ExpertBank):
+    """Bank that borrows all its matrices from a `SharedExperts`: experts tied over layers.
+
+    Args:
+        owner: holds the matrices.
+        name: of the bank there.
+        num_experts, shape: needed only if the owner is not known yet.
+
+    Raises:
+        ShapeError: the owner has no such bank.
+
+    Reference:
+        "Expert Tying" (arXiv 2606.16825): neighbouring layers use the same experts with routers of their own.
+    """
+
+    def __init__(
+        self,
+        owner: SharedExperts,
+        name: str,
+        *,
+        num_experts: int | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
+        if num_experts is None or shape is None:
+            bank = owner.bank(name)
+            num_experts, shape = bank.num_experts, (bank.out_features, bank.in_features)
+        super().__init__(num_experts, shape)
+        self.name = name
+        # In a tuple, so that the owner is not registered here as well.
+        self._owner: tuple[SharedExperts, ...] = (owner,)
+
+    @property
+    def owner(self) -> SharedExperts:
+        """Owner of the matrices."""
+        return self._owner[0]
+
+    def borrow(self, owner: SharedExperts) -> None:
+        """Replace the owner; for banks rebuilt from a description.
+
+        Raises:
+            ShapeError: the owner has no bank of this name, or one for other experts.
+        """
+        bank = owner.bank(self.name)
+        have = (bank.num_experts, bank.out_features, bank.in_features)
+        want = (self.num_experts, self.out_features, self.in_features)
+        if have != want:
+            raise ShapeError(
+                f"The bank {self.name!r} of {owner.label!r} has (experts, out, in) = {have}, the experts "
+                f"tied to it need {want}."
+            )
+        self._owner = (owner,)
+
+    def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Return the matrices of the owner's bank; see `ExpertBank`."""
+        return self._bank.expert_matrices(experts)
+
+    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
+        """Return the matrices of the owner's bank one by one; see `ExpertBank`."""
+        return self._bank.matrix_list(experts)
+
+    def keeps_matrices(self) -> bool:
+        """Return True if the owner's bank keeps its matrices."""
+        return self._bank.keeps_matrices()
+
+    def stored_tensors(self) -> tuple[Tensor, ...]:
+        """Return the parameters of the owner's bank; see `ExpertBank`."""
+        return self._bank.stored_tensors()
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the shared cores of the owner's bank; see `ExpertBank`."""
+        return self._bank.shared_parameters()
+
+    def spec(self) -> dict[str, Any]:
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        return {
+            "type": "tied_experts",
+            "owner": self.owner.label,
+            "name": self.name,
+            "num_experts": self.num_experts,
+            "shape": [self.out_features, self.in_features],
+        }
+
+    def extra_repr(self) -> str:
+        """Describe the module for `print(model)`."""
+        return f"{self.num_experts} x ({self.out_features}, {self.in_features}), tied to {self.owner.label!r}"
+
+    @property
+    def _bank(self) -> ExpertBank:
+        return self.owner.bank(self.name)
+
+
+def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> SharedExperts:
+    """Tie the expert matrices of several networks to those of the first; biases and routers stay apart.
+
+    Args:
+        networks: of neighbouring layers, with the same number, names and shapes of experts.
+        label: of the owner.
+
+    Returns:
+        The owner of the matrices, which belongs into the model beside the layers.
+
+    Raises:
+        ValueError: fewer than two networks, or the same one twice.
+        ShapeError: experts of other number, names or shapes cannot be tied.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> def network():
+        ...     up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        ...     down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
+        ...     return tm.ExpertFFN({"up": up, "down": down}, bias=True)
+        >>> first, second = network(), network()
+        >>> owner = tm.tie_experts([first, second])
+        >>> torch.equal(first.bank("up").expert_matrices(), second.bank("up").expert_matrices())
+        True
+    """
+    if len({id(network) for network in networks}) != len(networks) or len(networks) < 2:
+        raise ValueError(f"Expected at least two different networks to tie, got {len(networks)}.")
+    shapes = [_shapes(network) for network in networks]
+    for position, found in enumerate(shapes):
+        if found != shapes[0]:
+            raise ShapeError(
+                f"The experts of networks 0 and {position} cannot be tied: (experts, out, in) are "
+                f"{shapes[0]} and {found}."
+            )
+    owner = SharedExperts({name: networks[0].bank(name) for name in networks[0].names}, label=label)
+    for network in networks:
+        for name in network.names:
+            setattr(network, name, TiedExperts(owner, name))
+    return owner
+
+
+def _shapes(network: ExpertFFN) -> dict[str, tuple[int, int, int]]:
+    banks = {name: network.bank(name) for name in network.names}
+    return {name: (b.num_experts, b.out_features, b.in_features) for name, b in banks.items()}

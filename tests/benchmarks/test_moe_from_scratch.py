@@ -1,0 +1,153 @@
+"""The benchmark of training from scratch runs, resumes to the step, and refuses another configuration."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import tensornet_hf
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = Path(tensornet_hf.__file__).parent / "data" / "heldout.txt"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    return importlib.import_module("moe_from_scratch")
+
+
+@pytest.fixture
+def corpus(bench: ModuleType) -> Any:
+    return bench.corpus_of(TEXT.read_text(encoding="utf-8"), vocabulary=300)
+
+
+def start(bench: ModuleType, corpus: Any, name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Any:
+    recipe = bench.Recipe(windows=4, warmup=2, judge_windows=4)
+    row = replace(bench.ROWS[name], **changes)
+    return bench.Run(row, bench.toy_sizes(), recipe, corpus, seed, folder=folder)
+
+
+def train(run: Any, steps: int) -> None:
+    assert run.train(steps * 4 * 8, deadline=time.monotonic() + 600)
+
+
+def test_the_script_writes_its_record(bench: ModuleType, tmp_path: Path) -> None:
+    folders = ["--state", str(tmp_path / "state"), "--out", str(tmp_path)]
+    rows = ["dense", "Switch", "base and deltas"]
+    path = bench.main([str(TEXT), "--toy", *folders, "--rows", *rows, "--tokens", "0.0001"])
+    written = json.loads(path.read_text())
+    assert {line["row"]["name"] for line in written["rows"]} == set(rows)
+    for line in written["rows"]:
+        assert line["tokens"] >= 100
+        (point,) = line["history"]
+        assert point["loss"] > 0
+        assert (point["entropy"] is None) == (line["row"]["name"] == "dense")
+        assert line["bytes"] == 4 * line["parameters"] > 4 * line["expert_parameters"]
+    sizes = {line["row"]["name"]: line["expert_parameters"] for line in written["rows"]}
+    assert sizes["Switch"] == 8 * sizes["dense"]
+    assert sizes["dense"] < sizes["base and deltas"] < sizes["Switch"] / 4
+
+
+def test_no_run_ends_before_its_deadline(bench: ModuleType, tmp_path: Path) -> None:
+    folders = ["--state", str(tmp_path), "--out", str(tmp_path)]
+    assert (
+        bench.main([str(TEXT), "--toy", *folders, "--rows", "dense", "--tokens", "1", "--minutes", "0"])
+        is None
+    )
+    (state,) = tmp_path.glob("*.json")
+    assert json.loads(state.read_text())["tokens"] == 32  # one step, on disk
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    whole = start(bench, corpus, "MPOE and delta 4", tmp_path / "whole")
+    train(whole, 7)
+    first = start(bench, corpus, "MPOE and delta 4", tmp_path / "parts")
+    train(first, 3)
+    torch.manual_seed(99)  # whatever happened in between
+    second = start(bench, corpus, "MPOE and delta 4", tmp_path / "parts")
+    assert second.step == 3
+    train(second, 7)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+    assert all(torch.equal(a, b) for a, b in zip(whole.mean, second.mean, strict=True))
+    assert second.history[-1]["loss"] == whole.history[-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"balance": 0.1}, "'row'.*0.01.*0.1"), ({"private_rate": 0.5}, "private_rate")]
+)
+def test_refuses_to_resume_with_another_configuration(
+    bench: ModuleType, corpus: Any, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    train(start(bench, corpus, "Switch", tmp_path), 1)
+    with pytest.raises(SystemExit, match=f"(?s)another configuration.*{said}"):
+        start(bench, corpus, "Switch", tmp_path, **changes)
+
+
+def test_refuses_to_resume_on_another_text(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    train(start(bench, corpus, "dense", tmp_path), 1)
+    other = bench.corpus_of(TEXT.read_text(encoding="utf-8")[:20_000], vocabulary=300)
+    with pytest.raises(SystemExit, match="corpus"):
+        start(bench, other, "dense", tmp_path)
+
+
+def test_every_row_trains_all_that_it_has(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    for name in bench.ROWS:
+        run = start(bench, corpus, name, tmp_path)
+        before = [p.detach().clone() for p in run.model.parameters()]
+        run._train_step()
+        run._train_step()  # what starts at zero hides its partner from the first
+        same = [
+            n
+            for (n, p), old in zip(run.model.named_parameters(), before, strict=True)
+            if torch.equal(p, old) and "router" not in n
+        ]
+        assert not same, (name, same)
+
+
+def test_rows_of_a_seed_start_alike_but_for_their_networks(
+    bench: ModuleType, corpus: Any, tmp_path: Path
+) -> None:
+    first, second = (start(bench, corpus, name, tmp_path).model for name in ("dense", "Switch"))
+    for name, value in first.state_dict().items():
+        if ".mlp." not in name:
+            assert torch.equal(second.state_dict()[name], value), name
+
+
+def test_a_pass_visits_every_window_once(bench: ModuleType, corpus: Any) -> None:
+    context, windows = 8, 5
+    count = (len(corpus.parts["train"]) - 1) // context
+    assert count % windows  # so that a batch lies across two passes
+    batches = [
+        corpus.batch(step, windows=windows, context=context, seed=0) for step in range(2 * count // windows)
+    ]
+    seen = torch.cat(batches)
+    want = torch.stack([corpus.parts["train"][i * context : (i + 1) * context + 1] for i in range(count)])
+
+    def rows(x: torch.Tensor) -> list[tuple[int, ...]]:
+        return sorted(map(tuple, x.tolist()))
+
+    assert rows(seen[:count]) == rows(want)
+    assert not torch.equal(seen[:50], seen[count : count + 50])
+    again = corpus.batch(3, windows=windows, context=context, seed=0)
+    assert torch.equal(again, batches[3])
+    assert not torch.equal(corpus.batch(3, windows=windows, context=context, seed=1), again)
+
+
+def test_paragraphs_are_kept_once(bench: ModuleType) -> None:
+    text = importlib.import_module("scratch_text")
+    long, other = "a" * 300, "b" * 300
+    assert list(text._distinct([long, f"{long}\n\n{other}", long])) == [long, other]
+    parts = text.split(map(str, range(80)))
+    assert (parts["tune"], parts["test"]) == (["3", "43"], ["23", "63"])
+    assert len(parts["train"]) == 76

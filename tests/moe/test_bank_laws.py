@@ -1,0 +1,329 @@
+"""Every pattern of sharing keeps the laws of an expert bank, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tensornet as tn
+import tensornet_moe as tm
+from tensornet.errors import FormatError, NonFiniteError, ShapeError, TopologyError
+from tensornet.nn import build_module
+from tensornet_moe.testing import BankLaws
+
+E = 4
+OUT, IN = BankLaws.shape
+DOUBLE: dict[str, Any] = {"dtype": torch.float64}
+
+
+def chain(shape: tuple[int, int], max_bond: int | None = None) -> tn.Topology:
+    legs = {8: (2, 2, 2), 12: (2, 3, 2)}
+    return tn.topologies.mpo(out_dims=legs[shape[0]], in_dims=legs[shape[1]], max_bond=max_bond)
+
+
+class TestMPOE(BankLaws):
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        return tm.SharedCoreExperts(chain(shape, 3), num_experts, **DOUBLE)
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        return tm.SharedCoreExperts.from_dense(weight, num_experts=num_experts, topology=chain(self.shape))
+
+
+class TestBorrowedCenter(TestMPOE):
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        owner = tm.SharedCores(chain(shape, 3), **DOUBLE)
+        return tm.SharedCoreExperts(chain(shape, 3), num_experts, shared=owner, **DOUBLE)
+
+    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.SharedExperts]:
+        assert isinstance(bank, tm.SharedCoreExperts)
+        assert bank.owner is not None
+        return [bank.owner]
+
+
+class TestBlockTensorTrains(BankLaws):
+    def topology(self, shape: tuple[int, int]) -> tn.Topology:
+        legs = {8: (2, 4), 12: (3, 4)}
+        return tn.topologies.block_tt(out_dims=legs[shape[0]], in_dims=legs[shape[1]], max_bond=2)
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        return tm.SharedCoreExperts(self.topology(shape), num_experts, shared="none", **DOUBLE)
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        return tm.SharedCoreExperts.from_dense(
+            weight, num_experts=num_experts, topology=self.topology(self.shape), shared="none"
+        )
+
+
+class TestMixtureOfBases(BankLaws):
+    def topology(self, shape: tuple[int, int], rank: int | None) -> tn.Topology:
+        return tm.mixture_of_bases(out_features=shape[0], in_features=shape[1], bases=3, rank=rank)
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        return tm.SharedCoreExperts(self.topology(shape, 5), num_experts, shared=("basis",), **DOUBLE)
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        return tm.SharedCoreExperts.from_dense(
+            weight, num_experts=num_experts, topology=self.topology(self.shape, None), shared=("basis",)
+        )
+
+
+class TestLowRankDeltas(BankLaws):
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        base = tm.SharedCoreExperts(
+            tn.topologies.dense(out_features=shape[0], in_features=shape[1]),
+            num_experts,
+            shared="all",
+            **DOUBLE,
+        )
+        bank = tm.LowRankDeltaExperts(base, 2, **DOUBLE)
+        nn.init.normal_(bank.left)
+        return bank
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        return tm.LowRankDeltaExperts.from_dense(weight, num_experts=num_experts, rank=2)
+
+
+class TestBypass(BankLaws):
+    """Every expert is the network of one shared chain plus a low rank of its own."""
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        bank = tm.LowRankDeltaExperts(
+            tm.SharedCoreExperts(chain(shape, 3), num_experts, shared="all", **DOUBLE), 2, **DOUBLE
+        )
+        nn.init.normal_(bank.left)
+        return bank
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        return tm.LowRankDeltaExperts.from_dense(
+            weight, num_experts=num_experts, rank=2, topology=chain(self.shape, 4)
+        )
+
+
+class TestTied(TestMPOE):
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        owned = tm.SharedCoreExperts(chain(shape, 3), num_experts, **DOUBLE)
+        return tm.TiedExperts(tm.SharedExperts({"up": owned}), "up")
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        return tm.TiedExperts(tm.SharedExperts({"up": super().from_dense(weight, num_experts)}), "up")
+
+    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.SharedExperts]:
+        assert isinstance(bank, tm.TiedExperts)
+        return [bank.owner]
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+
+def test_parameter_counts() -> None:
+    deltas = tm.LowRankDeltaExperts.from_dense(torch.randn(OUT, IN), num_experts=E, rank=2)
+    assert deltas.num_params == OUT * IN + E * 2 * (OUT + IN)
+    bases = tm.SharedCoreExperts(
+        tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=3, rank=5), E, shared=("basis",)
+    )
+    assert bases.num_params == 3 * OUT * 5 + E * (3 + 5 * IN)
+
+
+def test_the_transform_stands_on_the_shorter_side() -> None:
+    for rows, columns in ((12, 8), (8, 12)):
+        shapes = tm.mixture_of_bases(out_features=rows, in_features=columns, bases=3, rank=5).core_shapes
+        assert shapes["mix"] == (3,)
+        assert shapes["basis"] == ((12, 5, 3) if rows == 12 else (3, 5, 12))
+        assert shapes["transform"] == ((5, 8) if rows == 12 else (8, 5))
+
+
+# --- given experts -------------------------------------------------------------------------------
+
+
+def planted(rank: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
+    left = torch.randn(E, OUT, rank, generator=generator, dtype=torch.float64)
+    return base + left @ torch.randn(E, rank, IN, generator=generator, dtype=torch.float64)
+
+
+def test_deltas_find_a_planted_base() -> None:
+    weights = planted(1)
+    found = tm.LowRankDeltaExperts.from_experts(weights, rank=1, max_sweeps=300)
+    assert found.error is not None
+    rest = float((found.expert_matrices().detach() - weights).norm() / weights.norm())
+    assert rest == pytest.approx(found.error, abs=1e-9)
+    assert rest < 0.01
+
+
+def test_more_sweeps_never_fit_worse() -> None:
+    weights = planted(3)
+    errors = [
+        tm.LowRankDeltaExperts.from_experts(weights, rank=1, max_sweeps=n).error or 0 for n in (1, 3, 9)
+    ]
+    mean = weights.mean(0)
+    rest = weights - mean
+    u, s, vh = torch.linalg.svd(rest, full_matrices=False)
+    first = (rest - u[..., :1] * s[..., None, :1] @ vh[..., :1, :]).norm() / weights.norm()
+    assert errors[0] == pytest.approx(float(first))
+    assert errors[0] >= errors[1] >= errors[2]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_deltas_fit_at_any_scale(scale: float) -> None:
+    weights = planted(1).float() * scale
+    found = tm.LowRankDeltaExperts.from_experts(weights, rank=1)
+    made = found.expert_matrices().detach() / scale
+    assert bool(made.isfinite().all())
+    assert float((made - weights / scale).norm() / (weights / scale).norm()) < 0.5
+
+
+# --- kept matrices -------------------------------------------------------------------------------
+
+
+def test_deltas_keep_matrices_only_on_request() -> None:
+    bank = tm.LowRankDeltaExperts.from_dense(torch.randn(OUT, IN), num_experts=E, rank=2).eval()
+    with torch.no_grad():
+        assert not bank.keeps_matrices()
+        tn.nn.set_strategy(bank, "cached")
+        assert bank.keeps_matrices()
+        before = bank.expert_matrices()
+        assert bank.expert_matrices() is before
+        bank.base.shared_parameters()["matrix"].mul_(2)
+        assert torch.allclose(bank.expert_matrices(), 2 * before)
+
+
+# --- tied layers ---------------------------------------------------------------------------------
+
+
+def network(shape: tuple[int, int] = (OUT, IN), experts: int = E) -> tm.ExpertFFN:
+    banks = {
+        "up": tm.SharedCoreExperts(chain(shape, 3), experts),
+        "down": tm.SharedCoreExperts(chain((shape[1], shape[0]), 3), experts),
+    }
+    return tm.ExpertFFN(banks, bias=True)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        networks = [network(), network()]
+        self.experts = tm.tie_experts(networks)
+        self.layers = nn.ModuleList(tm.SharedCoreMoE(tm.SwitchRouter(IN, E), x) for x in networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_tied_experts_are_owned_once() -> None:
+    model = TwoLayers()
+    single = sum(p.numel() for p in network().parameters())
+    biases = 2 * E * (OUT + IN)  # of both layers, which stay apart
+    routers = 2 * E * IN
+    assert sum(p.numel() for p in model.parameters()) == single - biases // 2 + biases + routers
+    assert sum(name.endswith("core_1") for name in model.state_dict()) == 2
+    model(torch.randn(5, IN)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_tied_experts_are_rebuilt_and_lent() -> None:
+    model = TwoLayers()
+    twin = nn.Module()
+    twin.experts = build_module(model.experts.spec(), device=None, dtype=None)
+    twin.layers = nn.ModuleList(build_module(x.spec(), device=None, dtype=None) for x in model.layers)
+    with pytest.raises(RuntimeError, match=r"'up' from the SharedExperts labelled 'experts'.*lend_shared"):
+        twin.layers[0](torch.randn(3, IN))
+    assert tm.lend_shared_cores(twin) == 4
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(5, IN)
+    assert torch.equal(twin.layers[1](x), model.layers[1](x))
+    del twin.experts
+    lonely = nn.ModuleList([build_module(model.layers[0].spec(), device=None, dtype=None)])
+    with pytest.raises(FormatError, match=r"SharedExperts labelled 'experts', of which ModuleList has 0"):
+        tm.lend_shared_cores(lonely)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_experts_of_other_shapes_cannot_be_tied() -> None:
+    with pytest.raises(ShapeError, match=r"networks 0 and 1 cannot be tied: .*\(4, 12, 8\).*\(3, 12, 8\)"):
+        tm.tie_experts([network(), network(experts=3)])
+    with pytest.raises(ShapeError, match="cannot be tied"):
+        tm.tie_experts([network(), network(shape=(IN, OUT))])
+    same = network()
+    with pytest.raises(ValueError, match="two different networks"):
+        tm.tie_experts([same, same])
+
+
+def test_a_tied_bank_refuses_another_owner() -> None:
+    tied = tm.TiedExperts(tm.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), E)}), "up")
+    other = tm.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), 2)}, label="other")
+    with pytest.raises(ShapeError, match=r"'other' has .* = \(2, 12, 8\).*need \(4, 12, 8\)"):
+        tied.borrow(other)
+    with pytest.raises(ShapeError, match=r"own no bank 'down', they own up"):
+        tm.TiedExperts(other, "down")
+    with pytest.raises(ValueError, match="no bank"):
+        tm.SharedExperts({})
+    with pytest.raises(TypeError, match="must be an ExpertBank, got a Linear"):
+        tm.SharedExperts({"up": nn.Linear(2, 2)})  # type: ignore[dict-item]
+
+
+def test_a_shared_core_refuses_banks_of_other_shapes() -> None:
+    owner = tm.SharedCores(tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=3), ("basis",))
+    with pytest.raises(ShapeError, match=r"core 'basis' has shape \(12, 8, 3\).*\(12, 8, 2\)"):
+        tm.SharedCoreExperts(tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=2), E, shared=owner)
+
+
+def test_deltas_refuse_what_they_cannot_be() -> None:
+    base = tm.SharedCoreExperts(chain((OUT, IN), 3), E)
+    with pytest.raises(ShapeError, match="rank=9 exceeds the shorter side of 12 x 8"):
+        tm.LowRankDeltaExperts(base, 9)
+    with pytest.raises(ValueError, match="rank must be a whole number"):
+        tm.LowRankDeltaExperts(base, 0)
+    with pytest.raises(TypeError, match="ExpertBank, got a Linear"):
+        tm.LowRankDeltaExperts(nn.Linear(2, 2), 1)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="num_experts, out, in"):
+        tm.LowRankDeltaExperts.from_experts(torch.randn(OUT, IN), rank=1)
+    with pytest.raises(NonFiniteError):
+        tm.LowRankDeltaExperts.from_experts(torch.full((2, OUT, IN), torch.nan), rank=1)
+
+
+@pytest.mark.parametrize("option", ["bases", "rank", "out_features"])
+def test_bases_refuse_sizes_below_one(option: str) -> None:
+    with pytest.raises(TopologyError, match=option):
+        tm.mixture_of_bases(**{"out_features": 4, "in_features": 4, "bases": 2, option: 0})
+
+
+# --- the always-on expert ------------------------------------------------------------------------
+
+
+def with_shared_expert() -> tm.SharedCoreMoE:
+    torch.manual_seed(0)
+    return tm.SharedCoreMoE(tm.TopKRouter(IN, E), network(), shared_expert=network(experts=1))
+
+
+def test_the_shared_expert_computes_every_token() -> None:
+    moe, x = with_shared_expert(), torch.randn(2, 5, IN)
+    assert moe.shared_expert is not None
+    alone = tm.SharedCoreMoE(moe.router, moe.experts)
+    up, down = (moe.shared_expert.bank(name).expert_matrices()[0] for name in ("up", "down"))
+    want = alone(x) + nn.functional.gelu(x @ up.T) @ down.T
+    assert torch.allclose(moe(x), want, atol=1e-6)
+    moe(x).square().sum().backward()
+    assert all(p.grad is not None for p in moe.shared_expert.parameters())
+
+
+def test_the_shared_expert_survives_a_checkpoint() -> None:
+    moe, x = with_shared_expert(), torch.randn(5, IN)
+    twin = build_module(moe.spec(), device=None, dtype=None)
+    twin.load_state_dict(moe.state_dict())
+    assert torch.equal(twin(x), moe(x))
+    old = {key: value for key, value in moe.spec().items() if key != "shared_expert"}
+    assert build_module(old, device=None, dtype=None).shared_expert is None
+
+
+def test_a_shared_expert_is_one_network_over_the_same_features() -> None:
+    for wrong in (network(experts=2), network(shape=(IN, OUT), experts=1)):
+        with pytest.raises(ShapeError, match=r"shared expert has .* = .* expected \(1, 8, 8\)"):
+            tm.SharedCoreMoE(tm.TopKRouter(IN, E), network(), shared_expert=wrong)
