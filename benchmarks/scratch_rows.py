@@ -172,9 +172,15 @@ def separate(weights: Tensor) -> tm.SharedCoreExperts:
 
 
 def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
-    """Legs of a matrix with so many rows: a long middle between two small ends."""
+    """Legs of a matrix with so many rows: a long middle between two small ends.
+
+    One-sided ends touch the outputs only and the inputs only, so that no matrix need be rebuilt.
+    """
     a, b = row.options.get("ends", (4, 4))
     hidden = round(row.hidden * sizes.hidden)
+    if row.options.get("one_sided"):
+        outs, ins = (hidden, sizes.width) if rows == hidden else (sizes.width, hidden)
+        return {"out_dims": (a * a, outs // (a * a), 1), "in_dims": (1, ins // (b * b), b * b)}
     width_dims, hidden_dims = (a, sizes.width // (a * b), b), (a, hidden // (a * b), b)
     up = rows == hidden
     return {"out_dims": hidden_dims if up else width_dims, "in_dims": width_dims if up else hidden_dims}
@@ -218,16 +224,25 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
 
 def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """One dense matrix for all experts, and a low-rank delta for each."""
-    return {
-        name: tm.LowRankDeltaExperts.from_dense(
-            weight,
+    """One dense matrix for all experts, and a low-rank delta for each.
+
+    `spread`: Frobenius norm of the deltas at the start, relative to that of the base; 0 starts them at zero.
+    """
+    spread, banks = row.options.get("spread", 0.0), {}
+    for name, weight in zip(("up", "down"), pair, strict=True):
+        bank = tm.LowRankDeltaExperts.from_dense(
+            weight / (1 + spread**2) ** 0.5,
             num_experts=row.experts,
             rank=row.options["rank"],
             seed=int(torch.randint(2**31, (), generator=generator)),
         )
-        for name, weight in zip(("up", "down"), pair, strict=True)
-    }
+        if spread:
+            with torch.no_grad():
+                bank.left.normal_(generator=generator)
+                size = (bank.left @ bank.right).square().mean().sqrt()
+                bank.left.mul_(spread * weight.square().mean().sqrt() / (size * (1 + spread**2) ** 0.5))
+        banks[name] = bank
+    return banks
 
 
 def bases_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
@@ -348,6 +363,7 @@ ROWS = {
         fine("fine, MPOE", "mpoe"),
         fine("fine, MPOE, random start", "mpoe", start="random"),
         fine("fine, MPOE, noise 0.5", "mpoe", noise=0.5),
+        fine("fine, MPOE, one-sided", "mpoe", one_sided=True, start="random"),
         fine("fine, MPOE, private rate 0.3", "mpoe", private_rate=0.3),
         fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
         fine("fine, MPOE, center rate 0.3", "mpoe", shared_rate=0.3),
@@ -357,8 +373,10 @@ ROWS = {
         fine("fine, bypass", "mpoe", shared="all", max_bond=12, delta=4),
         fine("fine, base and deltas", "delta", rank=4),
         fine("fine, base and deltas 8", "delta", rank=8),
+        fine("fine, base and deltas, spread", "delta", rank=4, spread=1.0),
         fine("fine, bases", "bases", bases=4, rank=8),
         fine("fine, block tensor trains", "block_tt", max_bond=1),
         fine("fine, tied over two layers", "tied"),
+        fine("fine, tied, E = 12", "tied", 12),
     )
 }

@@ -16,7 +16,7 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import build_module
-from tensornet_moe import ffn as ffn_module
+from tensornet_moe import expert_bank as bank_module
 from tensornet_moe.grouped_linear import group_rows, takes_grouped_mm
 
 FEATURES, HIDDEN, E = 8, 16, 4
@@ -94,7 +94,7 @@ def test_every_way_of_multiplying_agrees(
     moe, x = make_moe("top2", dtype=dtype), torch.randn(20, FEATURES, dtype=dtype)
     wanted = by_hand(moe.double(), x.double())
     moe = moe.to(dtype)
-    monkeypatch.setattr(ffn_module, "takes_grouped_mm", lambda *_: way == "grouped")
+    monkeypatch.setattr(bank_module, "takes_grouped_mm", lambda *_: way == "grouped")
     run = torch.compile(moe, backend="eager", fullgraph=True) if way == "compiled" else moe
     got = run(x)
     tolerance = 1e-5 if dtype is torch.float32 else 0.1

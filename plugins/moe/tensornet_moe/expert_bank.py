@@ -11,6 +11,8 @@ from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_whole
+from tensornet_moe.compiled_linear import expert_linear
+from tensornet_moe.grouped_linear import Groups, grouped_linear, looped_linear, takes_grouped_mm
 from tensornet_moe.stacked import resolve_shared
 
 
@@ -75,6 +77,26 @@ class ExpertBank(nn.Module, ABC):
         their gradients, in the reverse order.
         """
         return self.expert_matrices(experts).unbind(0)
+
+    def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
+        """Compute `y_r = W_e(r) x_r` for rows sorted by expert; by default with the active matrices.
+
+        Override it where something cheaper than a matrix for each expert gives the same result.
+
+        Args:
+            x: shape `(rows, in_features)`, in the dtype of computing.
+            groups: how the rows are grouped.
+
+        Returns:
+            Shape `(rows, out_features)`.
+        """
+        if takes_grouped_mm(x, self.out_features, groups):
+            everything = groups.active is None or self.keeps_matrices()
+            matrices = self.expert_matrices(None if everything else groups.active)
+            return grouped_linear(x, matrices.to(x.dtype), groups)
+        if groups.active is not None:
+            return looped_linear(x, self.matrix_list(groups.active), groups)
+        return expert_linear(x, self.expert_matrices().to(x.dtype), groups.counts)
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return every parameter that the matrices are built from, borrowed ones included."""

@@ -1,6 +1,5 @@
 """Experts whose matrices are tensor networks with shared and private cores."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,15 +8,22 @@ from torch import Tensor, nn
 
 from tensornet.budget import Budget
 from tensornet.contraction.machine import default_machine
+from tensornet.contraction.operator import (
+    RECONSTRUCT,
+    choose,
+    contract_with_input,
+    fastest_routes,
+    plan_operator,
+)
 from tensornet.errors import ShapeError, TopologyError
-from tensornet.network import random_cores
 from tensornet.nn.matrix_cache import MatrixKeeper
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_weights, check_whole
 from tensornet_moe.expert_bank import ExpertBank, SharedCores
-from tensornet_moe.initialization import Start, start_from_dense
+from tensornet_moe.grouped_linear import Groups
+from tensornet_moe.initialization import Start, initial_cores, start_from_dense
 from tensornet_moe.joint_fit import JointFit, fit_jointly
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
@@ -95,7 +101,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         self.fit: JointFit | None = None
         if owner is not None:
             owner.check_fits(enclosing)
-        for name, core in _initial_cores(topologies, enclosing, self.shared, device, dtype).items():
+        for name, core in initial_cores(topologies, enclosing, self.shared, device, dtype).items():
             if not (owner is not None and name in self.shared):
                 self._store(name, core)
 
@@ -262,11 +268,59 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         kept = self._kept()
         if kept is not None:
             return [kept[e] for e in experts]
-        if self.out_features * self.in_features >= _BUILT_ALONE and self._device.type == "cpu":
+        if (
+            self.out_features * self.in_features >= _BUILT_ALONE
+            and self.stored_tensors()[0].device.type == "cpu"
+        ):
             return self._one_by_one(experts)
         # Asked for all in order there is nothing to select: no copy of the private cores.
         everything = list(experts) == list(range(self.num_experts))
         return self.expert_matrices(None if everything else experts).unbind(0)
+
+    def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
+        """Compute `y_r = W_e(r) x_r`, core by core where that is predicted to be faster; see `ExpertBank`."""
+        if self.keeps_matrices():
+            return super().apply_rows(x, groups)
+        if len(self.shared) == len(self.topology.cores):
+            return self._apply_to_all(x)
+        if groups.active is None or groups.sizes is None:
+            return super().apply_rows(x, groups)
+        route = self._route(x, len(x) // len(groups.active))
+        if route == RECONSTRUCT:
+            return super().apply_rows(x, groups)
+        plan, cores = plan_operator(self.topology), self._cores_of_each()
+        pieces = x.split([groups.sizes[e] for e in groups.active])
+        outputs = [
+            contract_with_input(plan, cores[e], piece, candidate=route)
+            for e, piece in zip(groups.active, pieces, strict=True)
+        ]
+        return torch.cat(outputs)
+
+    def _apply_to_all(self, x: Tensor) -> Tensor:
+        """Apply the one matrix of a bank that shares everything."""
+        # The number of rows is no constant of compiled code.
+        route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
+        if route != RECONSTRUCT:
+            cores = list(self._shared_here().values())
+            return contract_with_input(plan_operator(self.topology), cores, x, candidate=route)
+        matrix = build_matrices(self.plan, self._shared_here(), 1).squeeze(0)
+        return nn.functional.linear(x, matrix.to(x.dtype))
+
+    def _route(self, x: Tensor, rows: int) -> int:
+        """Return the fastest way to apply the network of one expert to so many rows."""
+        if len(set(self.topologies)) > 1 or len(self.topology.cores) == 1:
+            return RECONSTRUCT
+        bounds = fastest_routes(plan_operator(self.topology), default_machine(x.device), x.element_size())
+        return choose(bounds, rows)
+
+    def _cores_of_each(self) -> list[list[Tensor]]:
+        """Return the cores of every expert in the order of the topology."""
+        shared = self._shared_here()
+        columns = [
+            [shared[name]] * self.num_experts if name in shared else self.private_core(name).unbind()
+            for name in self.topology.core_names
+        ]
+        return [list(cores) for cores in zip(*columns, strict=True)]
 
     def keeps_matrices(self) -> bool:
         """Return True if the matrices are cached: on request, in eval mode, without core gradients."""
@@ -281,7 +335,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
     @property
     def seconds_saved(self) -> float:
         """Predicted seconds that cached matrices save in a forward pass of one token."""
-        return self.plan.multiply_adds(1) / default_machine(self._device).peak
+        return self.plan.multiply_adds(1) / default_machine(self.stored_tensors()[0].device).peak
 
     def _core_tensors(self) -> tuple[Tensor, ...]:
         return self.stored_tensors()
@@ -310,11 +364,8 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
 
     def _shared_here(self) -> dict[str, Tensor]:
         # A model that is spread over devices may hold the owner on another one than this layer.
-        return {name: core.to(self._device) for name, core in self.shared_parameters().items()}
-
-    @property
-    def _device(self) -> torch.device:
-        return self.stored_tensors()[0].device
+        device = self.stored_tensors()[0].device
+        return {name: core.to(device) for name, core in self.shared_parameters().items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.topology.core_names:
@@ -346,34 +397,3 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
             f"shared={list(self.shared)}{f' of {self._owner[0].label!r}' if self._owner else ''}"
         )
-
-
-def _initial_cores(
-    topologies: Sequence[Topology],
-    enclosing: Topology,
-    shared: Sequence[str],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor | list[Tensor]]:
-    def draw(topology: Topology) -> dict[str, Tensor]:
-        cores = random_cores(topology, device=device, dtype=dtype)
-        return dict(zip(topology.core_names, cores, strict=True))
-
-    def bonds(topology: Topology) -> int:
-        return math.prod(topology.bond_dims.values())
-
-    count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
-    common = draw(enclosing)
-    experts = [draw(topology) for topology in topologies]
-    # random_cores gives every core of a network the standard deviation (in * bonds)^(-1/2n). A smaller expert
-    # meets the shared cores of the enclosing network, and its private ones make up for the difference.
-    gains = [
-        (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
-        for topology in topologies
-    ]
-    cores: dict[str, Tensor | list[Tensor]] = {}
-    for name in enclosing.core_names:
-        pieces = [expert[name] * gain for expert, gain in zip(experts, gains, strict=True)]
-        same = len({piece.shape for piece in pieces}) == 1
-        cores[name] = common[name] if name in shared else (torch.stack(pieces) if same else pieces)
-    return cores

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.errors import ShapeError
-from tensornet_moe.compiled_linear import expert_linear
 from tensornet_moe.expert_bank import ExpertBank
-from tensornet_moe.grouped_linear import Groups, grouped_linear, looped_linear, takes_grouped_mm
+from tensornet_moe.grouped_linear import Groups
 
 #: Activations by name; names of the common model configurations included.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -111,14 +110,7 @@ class ExpertFFN(nn.Module):
         else:
             # Mixed storage, such as T5's output matrix that stays in float32 in a half-precision model.
             x = x.to(bank.stored_tensors()[0].dtype)
-        if takes_grouped_mm(x, bank.out_features, groups):
-            everything = groups.active is None or bank.keeps_matrices()
-            matrices = bank.expert_matrices(None if everything else groups.active)
-            y = grouped_linear(x, matrices.to(x.dtype), groups)
-        elif groups.active is not None:
-            y = looped_linear(x, bank.matrix_list(groups.active), groups)
-        else:
-            y = expert_linear(x, bank.expert_matrices().to(x.dtype), groups.counts)
+        y = bank.apply_rows(x, groups)
         bias = getattr(self, f"{name}_bias")
         return y if bias is None else y + bias.index_select(0, groups.expert_of_row).to(y.dtype)
 

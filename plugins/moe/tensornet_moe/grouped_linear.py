@@ -48,6 +48,13 @@ def group_rows(expert_of_row: Tensor, num_experts: int) -> Groups:
     return Groups(counts, expert_of_row, sizes)
 
 
+def one_group(x: Tensor) -> Groups:
+    """Group all rows as those of one expert."""
+    counts = torch.full((1,), len(x), dtype=torch.long, device=x.device)
+    expert_of_row = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    return Groups(counts, expert_of_row, None if torch.compiler.is_compiling() else (len(x),))
+
+
 def takes_grouped_mm(x: Tensor, out_features: int, groups: Groups) -> bool:
     """Return True if `grouped_mm` supports the shapes and is faster than a loop over experts.
 

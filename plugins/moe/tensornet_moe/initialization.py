@@ -1,5 +1,6 @@
 """Initial cores of experts that are upcycled from one dense matrix."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from tensornet.budget import Budget
 from tensornet.decompose import decompose
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import frobenius
-from tensornet.network import TensorNetwork
+from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_noise, check_weights, check_whole
@@ -100,3 +101,36 @@ def _first_error(weight: Tensor, topology: Topology, network: TensorNetwork) -> 
         for core, shape in zip(network.cores, topology.core_shapes.values(), strict=True)
     ]
     return stack_error(weight[None], TensorNetwork(topology, cores).to_matrix()[None])
+
+
+def initial_cores(
+    topologies: Sequence[Topology],
+    enclosing: Topology,
+    shared: Sequence[str],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor | list[Tensor]]:
+    """Draw Gaussian cores with `Var(W) = 1 / in_features` for every expert."""
+
+    def draw(topology: Topology) -> dict[str, Tensor]:
+        cores = random_cores(topology, device=device, dtype=dtype)
+        return dict(zip(topology.core_names, cores, strict=True))
+
+    def bonds(topology: Topology) -> int:
+        return math.prod(topology.bond_dims.values())
+
+    count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
+    common = draw(enclosing)
+    experts = [draw(topology) for topology in topologies]
+    # random_cores gives every core of a network the standard deviation (in * bonds)^(-1/2n). A smaller expert
+    # meets the shared cores of the enclosing network, and its private ones make up for the difference.
+    gains = [
+        (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
+        for topology in topologies
+    ]
+    cores: dict[str, Tensor | list[Tensor]] = {}
+    for name in enclosing.core_names:
+        pieces = [expert[name] * gain for expert, gain in zip(experts, gains, strict=True)]
+        same = len({piece.shape for piece in pieces}) == 1
+        cores[name] = common[name] if name in shared else (torch.stack(pieces) if same else pieces)
+    return cores

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tensornet.errors import ShapeError
 from tensornet_moe.checks import check_capacity, check_not_negative
 from tensornet_moe.ffn import ExpertFFN
-from tensornet_moe.grouped_linear import group_rows
+from tensornet_moe.grouped_linear import group_rows, one_group
 from tensornet_moe.losses import load_balancing_loss, router_z_loss
 from tensornet_moe.router_base import Router, Routing, limit_capacity
 
@@ -170,8 +170,7 @@ class SharedCoreMoE(nn.Module):
         self._remember(routing)
         y = dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
-            everyone = torch.zeros(len(flat), dtype=torch.long, device=flat.device)
-            y = y + self.shared_expert(flat, group_rows(everyone, 1))
+            y = y + self.shared_expert(flat, one_group(flat))
         y = nn.functional.dropout(y, self.dropout, self.training)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

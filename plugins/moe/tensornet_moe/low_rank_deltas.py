@@ -15,8 +15,10 @@ from tensornet.nn.matrix_cache import MatrixKeeper
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_weights, check_whole
+from tensornet_moe.compiled_linear import expert_linear
 from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
+from tensornet_moe.grouped_linear import Groups, looped_linear
 from tensornet_moe.joint_fit import stack_error
 
 
@@ -161,6 +163,23 @@ class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
             kept = self.kept(lambda: self._rebuild(None))
             return kept if experts is None else kept.index_select(0, self.check_experts(experts))
         return self._rebuild(None if experts is None else self.check_experts(experts))
+
+    def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
+        """Compute `y_r = base_e x_r + left_e (right_e x_r)` where that is cheaper than the matrices.
+
+        Above all where the base shares everything: it is then one matrix for all rows.
+        """
+        built = self.num_experts if groups.active is None else len(groups.active)
+        rows, columns = self.out_features, self.in_features
+        if self.keeps_matrices() or len(x) * (rows + columns) >= built * rows * columns:
+            return super().apply_rows(x, groups)
+        y = self.base.apply_rows(x, groups)
+        if groups.active is None:
+            inner = expert_linear(x, self.right.to(x.dtype), groups.counts)
+            return y + expert_linear(inner, self.left.to(x.dtype), groups.counts)
+        left, right = self.left.unbind(), self.right.unbind()
+        inner = looped_linear(x, [right[e] for e in groups.active], groups)
+        return y + looped_linear(inner, [left[e] for e in groups.active], groups)
 
     def keeps_matrices(self) -> bool:
         """Return True if the matrices are cached: on request, in eval mode, without core gradients."""

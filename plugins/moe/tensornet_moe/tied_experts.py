@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tensornet.errors import ShapeError
 from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.grouped_linear import Groups
 
 
 class SharedExperts(nn.Module):
@@ -147,6 +148,10 @@ class TiedExperts(ExpertBank):
     def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
         """Return the matrices of the owner's bank one by one; see `ExpertBank`."""
         return self._bank.matrix_list(experts)
+
+    def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
+        """Apply the owner's bank; see `ExpertBank`."""
+        return self._bank.apply_rows(x, groups)
 
     def keeps_matrices(self) -> bool:
         """Return True if the owner's bank keeps its matrices."""
