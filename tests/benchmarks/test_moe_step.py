@@ -33,8 +33,10 @@ def test_the_toy_run_measures_and_records(script: ModuleType, tmp_path: Path) ->
     finally:
         torch.set_num_threads(before)
     stored = json.loads((tmp_path / "moe_step.json").read_text())
-    assert [row["what"] for row in stored["rows"]] == ["training step", "inference", "inference"] * 2
-    assert [row["threads"] for row in stored["rows"]] == [1] * 3 + [2] * 3
+    forms = [f"training step, {name}" for name in script.FORMS]
+    once = ["training step", *forms, "inference", "inference"]
+    assert [row["what"] for row in stored["rows"]] == once * 2
+    assert [row["threads"] for row in stored["rows"]] == [1] * len(once) + [2] * len(once)
     assert stored["rows"] == json.loads(json.dumps(rows))
     assert all(row["ratio"] > 0 for row in rows)
 
