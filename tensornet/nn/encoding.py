@@ -39,6 +39,8 @@ from tensornet.nn.storage import (
     storage_entry,
 )
 from tensornet.quantization import NumberFormat, RoundedWeight, dequantize, pack, unpack
+from tensornet.quantization.codes import scaled
+from tensornet.quantization.scales import as_groups
 from tensornet.topologies import topology_family
 from tensornet.topologies.stored_cores import StoredCores, matrix_view
 from tensornet.topology import Topology
@@ -252,6 +254,9 @@ def unpacked(
     codes, scales, zeros = (x if x is None or rows is None else x.index_select(0, rows) for x in parts)
     assert codes is not None
     assert scales is not None
+    if bits == 8 and zeros is None:  # as they are stored they are the points of the grid
+        points = as_groups(codes, number_format).view(torch.int8)
+        return scaled(points, scales.to(dtype).unsqueeze(-1), dtype).flatten(-2)[..., :columns]
     if zeros is not None:
         zeros = unpack(zeros, bits, scales.shape[-1])
     return dequantize(unpacked_codes(codes, bits, columns), scales, zeros, number_format, dtype)

@@ -6,7 +6,7 @@ None, and the long way is taken again. Nothing is held beyond what the layer hol
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, bfloat16, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _get_tracing_state as tracing_state
 from torch._C import _is_any_autocast_enabled as any_autocast
@@ -72,5 +72,44 @@ def with_kept_matrix(layer: MatrixKeeper, kept: CachedMatrix) -> FastPath | None
         if not shape or shape[-1] != in_features or "bias" not in parameters:
             return None
         return linear(x, matrix, parameters["bias"])
+
+    return answer
+
+
+def through_kernel(
+    layer: MatrixKeeper,
+    names: tuple[str, str],
+    shape: tuple[int, int],
+    most: int,
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> FastPath:
+    """Multiply by a kernel of torch that reads integer codes; for inputs without gradients.
+
+    Args:
+        layer: whose buffers hold codes and scales.
+        names: of the buffers of codes and of scales.
+        shape: `(out, in)`.
+        most: tokens for which the kernel is taken.
+        kernel: of input `(tokens, in)`, codes and scales.
+    """
+    strategy, (out_features, in_features) = layer.strategy, shape
+    codes_name, scales_name = names
+    most_elements = most * in_features
+
+    def answer(x: Tensor) -> Tensor | None:
+        parameters, buffers = layer._parameters, layer._buffers
+        codes, scales = buffers.get(codes_name), buffers.get(scales_name)
+        if codes is None or scales is None or layer.strategy is not strategy or "bias" not in parameters:
+            return None
+        size = x.shape
+        if x.dtype is not bfloat16 or not size or size[-1] != in_features or not x.is_cpu:
+            return None
+        if not 0 < x.numel() <= most_elements or (x.requires_grad and is_grad_enabled()):
+            return None
+        if any_autocast() or transforms_active() or tracing_state() is not None:
+            return None
+        y = kernel(x.reshape(-1, in_features).contiguous(), codes, scales).view(*size[:-1], out_features)
+        bias = parameters["bias"]
+        return y if bias is None else y + bias
 
     return answer

@@ -1,4 +1,4 @@
-"""Products with an integer matrix, unpacked in blocks of rows.
+"""Products with an integer matrix: by a kernel of torch that reads the codes, or unpacked block by block.
 
 To explain the blocks: a whole unpacked matrix would be written to memory and read again. A block of rows
 stays in the cache, and beside the output a pass holds nothing larger than it, backwards as well.
@@ -6,25 +6,45 @@ stays in the cache, and beside the output a pass holds nothing larger than it, b
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from tensornet.nn.encoding import unpacked
+from tensornet.nn.kernel_layout import KernelMatrix
 from tensornet.quantization import NumberFormat
 
 #: Elements that are unpacked at a time.
 _BLOCK = 2**17
 #: Most tokens for which torch's int8 kernel on the CPU is faster than unpacking.
-KERNEL_TOKENS = 48
+INT8_TOKENS = 48
 _KERNEL_STEP = 32
+#: Most tokens for which unpacking to float32, and multiplying there, is faster than in 16 bits.
+WIDE_TOKENS = 8
+
+
+class IntegerProduct(Protocol):
+    """Stored integer matrix that knows how to multiply."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Return True if a kernel of torch multiplies this input faster than unpacked blocks do."""
+
+    def by_kernel(self, x: Tensor) -> Tensor:
+        """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Unpack the rows, block by block."""
 
 
 @dataclass(frozen=True)
 class IntegerMatrix:
-    """Stored integer matrix `(out, in)`.
+    """Integer matrix `(out, in)` as it is stored.
 
     Args:
         number_format: of its codes.
@@ -40,8 +60,13 @@ class IntegerMatrix:
     zeros: Tensor | None
     columns: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return len(self.codes), self.columns
+
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the values of the rows, block by block."""
+        """Unpack the rows, block by block."""
         step = max(1, _BLOCK // max(self.columns, 1))
         for start in range(0, len(self.codes), step):
             part = slice(start, min(start + step, len(self.codes)))
@@ -51,16 +76,29 @@ class IntegerMatrix:
             yield part, unpacked(self.number_format, kept, "", self.columns, dtype)
 
     def has_kernel(self, x: Tensor) -> bool:
-        """Return True if torch has a kernel for this input that reads the stored codes."""
-        if self.number_format.bits != 8 or self.zeros is not None or self.scales.shape[1] > 1:
-            return False
-        # With other sizes the kernel reads beyond its operands and crashes.
-        fits = len(self.codes) % _KERNEL_STEP == 0 and self.columns % _KERNEL_STEP == 0
-        few = 0 < len(x) <= KERNEL_TOKENS
-        return fits and few and x.is_cpu and x.dtype == self.scales.dtype == torch.bfloat16
+        """Return True if torch's int8 kernel can read the codes, and is the faster way for this input."""
+        few = 0 < len(x) <= INT8_TOKENS and x.is_cpu and x.dtype == self.scales.dtype == torch.bfloat16
+        return few and has_int8_kernel(self.number_format, self.shape)
+
+    def by_kernel(self, x: Tensor) -> Tensor:
+        """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
+        return multiply_int8(x, self.codes, self.scales)
 
 
-def multiply(x: Tensor, matrix: IntegerMatrix, bias: Tensor | None) -> Tensor:
+def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Multiply `x: (tokens, in)` by codes of 8 bits `(out, in)` with one scale a row, `(out, 1)`."""
+    y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, codes.view(torch.int8), scales.reshape(-1))
+    return y
+
+
+def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
+    """Return True if torch's int8 kernel reads matrices of this format and shape as they are stored."""
+    whole = number_format.groups(shape[1]) == 1 and not number_format.zero_point
+    # With other sizes the kernel reads beyond its operands and crashes.
+    return number_format.bits == 8 and whole and all(n % _KERNEL_STEP == 0 for n in shape)
+
+
+def multiply(x: Tensor, matrix: IntegerMatrix | KernelMatrix, bias: Tensor | None) -> Tensor:
     """Map `x: (..., in)` to `(..., out)`, differentiable by the input and the bias.
 
     Args:
@@ -68,31 +106,100 @@ def multiply(x: Tensor, matrix: IntegerMatrix, bias: Tensor | None) -> Tensor:
         matrix: integers, whose scales are not trained.
         bias: shape `(out,)`, or None.
     """
-    flat = x.reshape(-1, matrix.columns)
-    y: Any = _Product.apply(flat, matrix)
-    y = y.reshape(*x.shape[:-1], len(matrix.codes))
+    out_features, in_features = matrix.shape
+    flat = x.reshape(-1, in_features)
+    recorded = torch.is_grad_enabled() and flat.requires_grad
+    if torch.compiler.is_compiling():
+        y = _traced(flat, matrix, recorded=recorded)
+    elif recorded:
+        y = _Product.apply(flat, matrix)
+    else:
+        y = _product(flat, matrix)
+    y = y.reshape(*x.shape[:-1], out_features)
     return y if bias is None else y + bias
+
+
+def _traced(x: Tensor, matrix: IntegerMatrix | KernelMatrix, *, recorded: bool) -> Tensor:
+    """Multiply in operations for a compiler, which differentiates no kernel."""
+    if not recorded and matrix.has_kernel(x):
+        return matrix.by_kernel(x)
+    if isinstance(matrix, KernelMatrix):
+        return linear(x, matrix.dense(x.dtype))
+    name = matrix.number_format.name
+    y: Tensor = integer_product(x, matrix.codes, matrix.scales, matrix.zeros, name)
+    return y
+
+
+def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
+    """Multiply `x: (tokens, in)`, without gradient."""
+    if matrix.has_kernel(x):
+        return matrix.by_kernel(x.contiguous())
+    y = x.new_empty(len(x), matrix.shape[0])
+    wide = x.float() if x.dtype == torch.bfloat16 and x.is_cpu and len(x) <= WIDE_TOKENS else x
+    for part, rows in matrix.blocks(wide.dtype):
+        y[:, part] = linear(wide, rows)
+    return y
+
+
+def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
+    """Gradient by the input for the gradient `(tokens, out)` by the output."""
+    made = gradient.new_zeros(len(gradient), matrix.shape[1])
+    for part, rows in matrix.blocks(gradient.dtype):
+        made.addmm_(gradient[:, part], rows)
+    return made
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: IntegerMatrix) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: IntegerProduct) -> Tensor:
         ctx.matrix = matrix
-        if matrix.has_kernel(x):
-            scales = matrix.scales[:, 0].contiguous()
-            codes = matrix.codes.view(torch.int8)
-            made: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, scales)
-            return made
-        y = x.new_empty(len(x), len(matrix.codes))
-        for part, rows in matrix.blocks(x.dtype):
-            y[:, part] = linear(x, rows)
-        return y
+        return _product(x, matrix)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        matrix: IntegerMatrix = ctx.matrix
-        made = gradient.new_zeros(len(gradient), matrix.columns)
-        for part, rows in matrix.blocks(gradient.dtype):
-            made.addmm_(gradient[:, part], rows)
-        return made, None
+        return _pulled_back(gradients[0], ctx.matrix), None
+
+
+# Compilers make slow code of unpacking: what they get is one operation that works as without them.
+@torch.library.custom_op("tensornet::integer_product", mutates_args=())
+def integer_product(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str
+) -> Tensor:
+    """Multiply `x: (tokens, in)` by the stored integer matrix `(out, in)`."""
+    parsed = NumberFormat.parse(number_format)
+    return _product(x, IntegerMatrix(parsed, codes, scales, zeros, x.shape[1]))
+
+
+@torch.library.custom_op("tensornet::integer_product_gradient", mutates_args=())
+def _gradient(
+    gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str, columns: int
+) -> Tensor:
+    parsed = NumberFormat.parse(number_format)
+    return _pulled_back(gradient, IntegerMatrix(parsed, codes, scales, zeros, columns))
+
+
+@integer_product.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@_gradient.register_fake
+def _(
+    gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str, columns: int
+) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], columns)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, zeros, ctx.number_format = inputs
+    ctx.columns = x.shape[1]
+    ctx.save_for_backward(codes, scales, zeros)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scales, zeros = ctx.saved_tensors
+    made = _gradient(gradient, codes, scales, zeros, ctx.number_format, ctx.columns)
+    return made, None, None, None, None
+
+
+integer_product.register_autograd(_backward, setup_context=_keep)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
-from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
@@ -18,17 +17,25 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.nn.execution import CACHED
-from tensornet.nn.fast_path import through_matrices, with_kept_matrix
-from tensornet.nn.integer_product import IntegerMatrix, multiply
+from tensornet.nn.fast_path import through_kernel, through_matrices, with_kept_matrix
+from tensornet.nn.integer_product import (
+    INT8_TOKENS,
+    IntegerMatrix,
+    has_int8_kernel,
+    multiply,
+    multiply_int8,
+)
+from tensornet.nn.kernel_keeper import KERNEL_BUFFERS, KernelKeeper
+from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int4
 from tensornet.nn.matrix_cache import Strategy
-from tensornet.nn.module import NetworkModule, require_linear_shape
+from tensornet.nn.module import require_linear_shape
 from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
 from tensornet.topologies import MPOFamily, TopologyFamily, topology_family
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
 
 
-class TensorNetworkLinear(NetworkModule):
+class TensorNetworkLinear(KernelKeeper):
     """Linear layer `y = x W^T + b` whose matrix `W: (out_features, in_features)` is a tensor network.
 
     Args:
@@ -86,6 +93,8 @@ class TensorNetworkLinear(NetworkModule):
                 return y
         check_input(input, self.in_features)
         if (integers := self._integers(input)) is not None:
+            if not is_compiling():
+                self._remember_kernel(integers)
             return multiply(input, integers, self.bias)
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
@@ -98,22 +107,38 @@ class TensorNetworkLinear(NetworkModule):
             self._remember(route, input.is_cpu)
         return y
 
-    def _integers(self, input: Tensor) -> IntegerMatrix | None:
-        """Return the integer matrix of the layer if it is multiplied block by block, else None."""
-        if not self.storage.own_dtypes or len(self.topology.cores) > 1 or is_compiling():
+    def _integers(self, input: Tensor) -> IntegerMatrix | KernelMatrix | None:
+        """Return the matrix, if it is one of integers that is best multiplied as such."""
+        number_format = self.integer_format if self.storage.own_dtypes else None
+        if number_format is None or self.strategy not in ("auto", "factorized") or is_exporting():
             return None
-        if self.strategy not in ("auto", "factorized") or input.dtype != self.weight.dtype:
+        if input.dtype != self.compute_like.dtype or torch.is_autocast_enabled(input.device.type):
             return None
-        name = self.topology.core_names[0]
-        number_format, tensors = self.storage.format_of(name), self.stored
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
-        if not number_format.is_integer or recorded or transforms_active() or any_autocast():
+        if not is_compiling() and transforms_active():
             return None
-        codes, scales = tensors[f"core_{name}"], tensors[f"scale_{name}"]
-        zeros = tensors.get(f"zero_{name}")
-        if self.topology.shape != self.topology.padded_shape:
+        half = input.dtype == torch.bfloat16 and input.is_cpu
+        if half and not is_compiling() and 0 < input.numel() <= KERNEL_TOKENS * self.in_features:
+            self.hold_for_kernel()
+        if (matrix := self.kernel_matrix) is not None:
+            return matrix
+        name, tensors = self.topology.core_names[0], self.stored
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
             return None
+        codes, scales, zeros = (tensors.get(f"{part}_{name}") for part in ("core", "scale", "zero"))
+        assert codes is not None
+        assert scales is not None
         return IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
+
+    def _remember_kernel(self, matrix: IntegerMatrix | KernelMatrix) -> None:
+        """Have a fast path for few tokens, if a kernel reads the matrix as it is held."""
+        if isinstance(matrix, KernelMatrix):
+            names, kernel, most = KERNEL_BUFFERS, multiply_int4, KERNEL_TOKENS
+        elif has_int8_kernel(matrix.number_format, matrix.shape) and matrix.scales.dtype == torch.bfloat16:
+            name = self.topology.core_names[0]
+            names, kernel, most = (f"core_{name}", f"scale_{name}"), multiply_int8, INT8_TOKENS
+        else:
+            return
+        self._fast_path = through_kernel(self, names, matrix.shape, most, kernel)
 
     def _remember(self, route: int, on_cpu: bool) -> None:
         """Store a fast path for passes that take this route, if one exists."""

@@ -82,10 +82,7 @@ class NetworkModule(RoutedModule):
     @property
     def cores(self) -> tuple[Tensor, ...]:
         """Cores in the order of the topology; the parameters themselves if storage is plain."""
-        if self.storage.plain:
-            return tuple(getattr(self, f"core_{name}") for name in self.topology.core_names)
-        dtype = self.weight.dtype if self.storage.own_dtypes else None
-        return decode(self.topology, self.storage, self.stored, self._gauge_axes, dtype)
+        return cores_of(self)
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -146,9 +143,13 @@ class NetworkModule(RoutedModule):
             stored = getattr(self, f"scale_{first}" if self.storage.int8 else f"core_{first}")
             assert isinstance(stored, Tensor)
             return stored
-        like, device = self.compute_like, getattr(self, f"core_{first}").device
+        like, device = self.compute_like, self._held_device()
         # They part where stored tensors are put in place of those on the meta device.
         return like if like.device == device else torch.empty(0, dtype=like.dtype, device=device)
+
+    def _held_device(self) -> torch.device:
+        device: torch.device = getattr(self, f"core_{self.topology.core_names[0]}").device
+        return device
 
     def to_matrix(self) -> Tensor:
         """Contract to the dense matrix, shape `(out_features, in_features)`, differentiable."""
@@ -218,6 +219,14 @@ class NetworkModule(RoutedModule):
     def spec(self) -> dict[str, Any]:
         """Describe the layer for `tensornet.nn.build_module`, JSON-ready."""
         raise TypeError(f"{type(self).__name__} must define spec().")
+
+
+def cores_of(module: NetworkModule) -> tuple[Tensor, ...]:
+    """Return the stored cores of a module, decoded."""
+    if module.storage.plain:
+        return tuple(getattr(module, f"core_{name}") for name in module.topology.core_names)
+    dtype = module.weight.dtype if module.storage.own_dtypes else None
+    return decode(module.topology, module.storage, module.stored, module._gauge_axes, dtype)
 
 
 def require_linear_shape(topology: Topology, out_features: int, in_features: int) -> None:

@@ -43,4 +43,19 @@ def dequantize(
         points = (grouped ^ 128).view(torch.int8)
     else:
         points = grouped.view(torch.int8) - int(number_format.center)
-    return (points.to(dtype) * factor.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]]
+    values = scaled(points, factor.unsqueeze(-1), dtype)
+    return values.flatten(-2)[..., : codes.shape[-1]]
+
+
+def scaled(points: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply small integers by scales of this dtype; the product is rounded once.
+
+    Args:
+        points: integers of any dtype.
+        factor: scales, whose shape broadcasts to that of the points.
+        dtype: of the result and of the scales.
+    """
+    if dtype in (torch.bfloat16, torch.float16) and points.is_cpu:
+        # Processors have no arithmetic in 16 bits: operations in float32 take half the time.
+        return (points.to(torch.float32) * factor.float()).to(dtype)
+    return points.to(dtype) * factor

@@ -9,6 +9,7 @@ segments divides the row.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -99,22 +100,61 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         )
     length = math.ceil(size / segments)
     parts = packed.reshape(*packed.shape[:-1], planes, length)
-    # A compiler wants no views to write into, and needs none.
-    tracing = torch.compiler.is_compiling()
-    codes = packed.new_empty(*packed.shape[:-1], 0 if tracing else segments, length)
-    found = []
-    for segment in range(segments):
-        plane, offset = divmod(segment * bits, 8)
-        out = None if tracing else codes[..., segment, :]
-        code = torch.bitwise_right_shift(parts[..., plane, :], offset, out=out)
-        if offset + bits > 8:
-            code |= parts[..., plane + 1, :] << (8 - offset)
-        if offset + bits != 8:
-            code &= 2**bits - 1
-        found.append(code)
-    if tracing:
-        codes = torch.stack(found, -2)
+    whole = _stacked if torch.compiler.is_compiling() else _shifted
+    codes = whole(parts, bits).bitwise_and_(2**bits - 1)
     return codes.reshape(*packed.shape[:-1], segments * length)[..., :size]
+
+
+def _stacked(parts: Tensor, bits: int) -> Tensor:
+    """Shift the planes segment by segment, without constants and views to write into: for compilers."""
+    found = []
+    for segment in range(_layout(bits)[0]):
+        plane, offset = divmod(segment * bits, 8)
+        code = parts[..., plane, :] >> offset
+        if offset + bits > 8:
+            code = code | (parts[..., plane + 1, :] << (8 - offset))
+        found.append(code)
+    return torch.stack(found, -2)
+
+
+def _shifted(parts: Tensor, bits: int) -> Tensor:
+    """Shift the planes of all segments at once, in few passes over memory."""
+    first, down, up, runs = _shifts(bits, parts.device)
+    if parts.shape[-2] == 1:
+        return parts >> down
+    codes = parts.index_select(-2, first).bitwise_right_shift_(down)
+    rest = parts[..., 1:, :] << up
+    for into, read in runs:
+        codes[..., into, :] |= rest[..., read, :]
+    return codes
+
+
+@lru_cache(maxsize=64)
+def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[tuple[slice, slice]]]:
+    """Constants of `_shifted`.
+
+    Returns:
+        The first plane and the shift of each segment; the shift of every plane but the first for the segment
+        that starts in the plane before and ends in it; and where those segments are, in evenly spaced runs.
+    """
+    segments, planes = _layout(bits)
+    starts = [divmod(segment * bits, 8) for segment in range(segments)]
+    crossing = [k for k, (_, offset) in enumerate(starts) if offset + bits > 8]
+    assert len(crossing) == planes - 1
+    runs: list[tuple[slice, slice]] = []
+    done = 0
+    while done < planes - 1:
+        step = crossing[done + 1] - crossing[done] if done + 1 < planes - 1 else 1
+        stop = done + 1
+        while stop < planes - 1 and crossing[stop] - crossing[stop - 1] == step:
+            stop += 1
+        runs.append((slice(crossing[done], crossing[stop - 1] + 1, step), slice(done, stop)))
+        done = stop
+    with torch.inference_mode(False):
+        first = torch.tensor([plane for plane, _ in starts], device=device)
+        down = torch.tensor([[offset] for _, offset in starts], dtype=torch.uint8, device=device)
+        up = torch.tensor([[8 - starts[k][1]] for k in crossing], dtype=torch.uint8, device=device)
+    return first, down, up, runs
 
 
 def _layout(bits: int) -> tuple[int, int]:

@@ -1,0 +1,258 @@
+"""Four-bit matrices in the layout of torch's kernel: the same numbers and bytes, whoever asks for them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import tensornet as tn
+from tensornet.nn import kernel_layout
+from tensornet.nn.encoding import Storage
+from tensornet.nn.integer_product import IntegerMatrix
+from tensornet.nn.kernel_layout import KERNEL_TOKENS, from_kernel, has_layout, to_kernel
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.quantization import NumberFormat, dequantize, pack
+from tensornet.topologies import topology_family
+
+SHAPE = (192, 128)
+LAYOUTS = ["int4", "int4:g32", "int4:row", "int4:g128:float8"]
+KERNELS = [*LAYOUTS, "int8:row"]
+FORMATS = [*KERNELS, "int3", "int8", "int4:g32:zero", "int2:row"]
+
+pytestmark = pytest.mark.skipif(
+    not has_layout(NumberFormat.parse("int4"), SHAPE), reason="this build of torch has no such kernel"
+)
+
+
+def layer(name: str, shape: tuple[int, int] = SHAPE) -> TensorNetworkLinear:
+    torch.manual_seed(0)
+    network = topology_family("dense").decompose(torch.randn(shape), tn.Budget()).network
+    storage = Storage(number_format=NumberFormat.parse(name))
+    made = linear_from_network(network, bias=torch.randn(shape[0]), source="linear", storage=storage)
+    return made.requires_grad_(False).bfloat16()
+
+
+def tokens(count: int, columns: int = SHAPE[1]) -> torch.Tensor:
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).bfloat16()
+
+
+def expected(made: TensorNetworkLinear, x: torch.Tensor) -> torch.Tensor:
+    assert made.bias is not None
+    twin = copy.deepcopy(made).float().configure(strategy="reconstruct")
+    return twin(x.float())
+
+
+def close(found: torch.Tensor, truth: torch.Tensor) -> None:
+    assert float((found.float() - truth).abs().max()) <= 0.01 * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (64, 1152), (1088, 128)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_is_torchs_and_converts_back(
+    name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_layout, "_BLOCK", 2 * 64 * shape[1])
+    number_format, (rows, columns) = NumberFormat.parse(name), shape
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8)
+    scales = torch.rand(rows, number_format.groups(columns)).to(number_format.scale_dtype)
+    packed = pack(codes, 4)
+    matrix = to_kernel(number_format, packed, scales, columns)
+    assert torch.equal(
+        matrix.codes, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    )
+    back = from_kernel(number_format, matrix)
+    assert torch.equal(back[0], packed)
+    assert torch.equal(back[1].float(), scales.float())
+    assert back[1].dtype == scales.dtype
+    for dtype in (torch.float32, torch.bfloat16):
+        values = dequantize(codes, scales, None, number_format, dtype)
+        assert torch.equal(matrix.dense(dtype), values)
+        assert torch.equal(torch.cat([rows for _, rows in matrix.blocks(dtype)]), values)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("int3", SHAPE),
+        ("int4:zero", SHAPE),
+        ("int4:float16", SHAPE),
+        ("int4", (100, 128)),
+        ("int4", (64, 100)),
+    ],
+)
+def test_other_formats_and_shapes_have_no_layout(name: str, shape: tuple[int, int]) -> None:
+    assert not has_layout(NumberFormat.parse(name), shape)
+    made = layer(name, shape).eval()
+    assert made.kernel_matrix is None
+    close(made(tokens(2, shape[1])), expected(made, tokens(2, shape[1])))
+
+
+@pytest.mark.parametrize("count", [1, 3, KERNEL_TOKENS, KERNEL_TOKENS + 1, 200])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products(name: str, count: int) -> None:
+    made = layer(name).eval()
+    x = tokens(count)
+    for _ in range(2):  # found, then remembered
+        close(made(x), expected(made, x))
+        close(made(x.view(1, count, -1))[0], expected(made, x))
+    pulled = x.clone().requires_grad_()
+    made(pulled).square().sum().backward()
+    exact = x.float().requires_grad_()
+    expected(made, exact).square().sum().backward()
+    assert exact.grad is not None
+    assert pulled.grad is not None
+    close(pulled.grad, exact.grad)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_it_takes_the_bytes_of_the_stored_form_and_offsets(name: str) -> None:
+    made = layer(name)
+    codes = made.core_matrix.nbytes
+    made.eval()
+    held = dict(made.named_buffers())
+    assert set(held) == {"kernel_codes", "kernel_scales", "compute_like"}
+    assert held["kernel_codes"].nbytes == codes
+    group = NumberFormat.parse(name).group or SHAPE[1]
+    assert held["kernel_scales"].nbytes == 4 * SHAPE[0] * SHAPE[1] // group
+
+
+MOVES: dict[str, Callable[[TensorNetworkLinear], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda made: _pickled(made),
+    "to": lambda made: made.to("cpu", torch.float64),
+    "train": lambda made: made.train(),
+    "load": lambda made: _loaded(made),
+    "itself": lambda made: made,
+}
+
+
+def _pickled(made: nn.Module) -> nn.Module:
+    torch.save(made, file := io.BytesIO())
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert isinstance(again, nn.Module)
+    return again
+
+
+def _loaded(made: nn.Module) -> nn.Module:
+    state = {name: x.clone() for name, x in made.state_dict().items()}
+    made.load_state_dict(state)
+    return made
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_stored_tensors_are_what_everybody_else_sees(name: str, move: str) -> None:
+    made = layer(name)
+    before = {key: x.clone() for key, x in made.state_dict().items()}
+    made.eval()
+    made(tokens(2))
+    assert made.kernel_matrix is not None
+    moved = MOVES[move](made)
+    assert isinstance(moved, TensorNetworkLinear)
+    after = moved.state_dict()
+    assert list(after) == list(before)
+    for key, x in after.items():
+        assert x.shape == before[key].shape, key
+        assert torch.equal(x.double(), before[key].double()), key
+        assert x.dtype == before[key].dtype or key == "bias"
+    assert torch.equal(moved.core_matrix, before["core_matrix"])
+    assert moved.kernel_matrix is None
+    assert [key for key, _ in moved.named_buffers()] == ["core_matrix", "scale_matrix", "compute_like"]
+    x = tokens(2).to(moved.weight.dtype)
+    close(moved(x).float(), expected(made, tokens(2)))
+
+
+def test_scales_that_are_replaced_are_used() -> None:
+    made = layer("int4").eval()
+    doubled = 2 * made.scale_matrix
+    made.eval()
+    assert made.kernel_matrix is not None
+    before = made(tokens(2)) - made.bias
+    made.scale_matrix = doubled
+    close(made(tokens(2)) - made.bias, 2 * before.float())
+
+
+def test_what_others_hold_stays_as_it_is() -> None:
+    """Converted, it would be held twice."""
+    first, second = layer("int4"), layer("int4")
+    second.share_cores(first)
+    for made in (first, second):
+        made.eval()(tokens(2))
+        assert made.kernel_matrix is None
+    assert first.core_matrix is second.core_matrix
+    alone = layer("int4")
+    codes = alone.core_matrix
+    assert alone.eval().kernel_matrix is None
+    del codes
+    alone(tokens(2))
+    assert alone.kernel_matrix is not None
+
+
+@pytest.mark.parametrize("strategy", ["reconstruct", "cached"])
+def test_other_strategies_use_no_kernel(strategy: str) -> None:
+    made = layer("int4").eval()
+    made.configure(strategy=strategy)  # type: ignore[arg-type]
+    close(made(tokens(2)), expected(made, tokens(2)))
+    assert made.kernel_matrix is None
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "held"),
+    [
+        ("int4", 2, True),
+        ("int4:row", 40, True),
+        ("int4", 2, False),
+        ("int8:row", 2, False),
+        ("int3", 2, False),
+    ],
+)
+def test_compiled_exported_and_under_autocast(name: str, count: int, held: bool) -> None:
+    made, x = layer(name).eval(), tokens(count)
+    torch._dynamo.reset()
+    truth = expected(made, x)
+    if not held:
+        made.hold_as_stored()
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        close(compiled(x), truth)
+    pulled, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    compiled(pulled).square().sum().backward()
+    expected(made, exact).square().sum().backward()
+    assert exact.grad is not None
+    assert pulled.grad is not None
+    close(pulled.grad, exact.grad)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        close(torch.compile(made, fullgraph=True, backend="eager")(x), truth)
+        close(made(x), truth)
+    close(torch.export.export(made, (x,)).module()(x), truth)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_compiled_program_calls_the_kernel(name: str) -> None:
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(layer(name).eval(), fullgraph=True, backend=backend)(tokens(2))
+    assert any("pack_mm" in name for name in seen)
+
+
+def test_int8_kernel_only_where_it_can_read_the_codes() -> None:
+    x, codes = tokens(1, 96), torch.zeros(64, 96, dtype=torch.uint8)
+    scales = torch.ones(64, 1, dtype=torch.bfloat16)
+    matrix = IntegerMatrix(NumberFormat.parse("int8:row"), codes, scales, None, 96)
+    assert matrix.has_kernel(x)
+    assert not matrix.has_kernel(x.float())
+    cut = IntegerMatrix(NumberFormat.parse("int8:row"), codes[:40], scales[:40], None, 96)
+    assert not cut.has_kernel(x)
