@@ -52,6 +52,7 @@ class OperatorPlan:
         rows: one such block; operands are the cores at these indices.
         shape: `(out_features, in_features)`.
         padded_shape: of the matrix including padding.
+        is_padded: whether the two differ; compilers before torch 2.13 cannot compare tuples for inequality.
     """
 
     topology: Topology
@@ -61,6 +62,7 @@ class OperatorPlan:
     rows: ContractionPlan
     shape: tuple[int, int]
     padded_shape: tuple[int, int]
+    is_padded: bool
 
     def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
         """Predict the time for a token count; the route is a position in `applies` or `RECONSTRUCT`."""
@@ -95,8 +97,10 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
     matrix = plan_matrix(topology, optimize)
     blocked = _blocked_legs(topology, matrix)
     rows = matrix if not blocked else _plan_matrix(topology, dict(blocked), optimize)
-    shapes = topology.shape, topology.padded_shape
-    return OperatorPlan(topology, tuple(applies.values()), matrix, blocked, rows, *shapes)
+    shape, padded = topology.shape, topology.padded_shape
+    return OperatorPlan(
+        topology, tuple(applies.values()), matrix, blocked, rows, shape, padded, shape != padded
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -202,7 +206,7 @@ def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
     matrix only one block is held.
     """
     dense = _in_blocks(plan, cores) if plan.blocked and _may_write(cores) else run(plan.matrix, cores)
-    if plan.padded_shape != plan.shape:
+    if plan.is_padded:
         dense = dense[: plan.shape[0], : plan.shape[1]]
     return dense
 

@@ -215,7 +215,8 @@ class _Run:
                 f"{config.rate}."
             )
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-        self.optimizer.step()
+        with torch.device("cpu"):  # counters of Adam belong there, also under `torch.set_default_device`
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         return loss

@@ -147,7 +147,7 @@ class TensorNetworkLinear(KernelKeeper):
         elif route >= 0 and self.storage.plain and self.strategy != "cached":
             largest, first = self.routes(on_cpu, rebuild=self.strategy == "auto")[0]
             plan = self.plan
-            if route == first and plan.padded_shape == plan.shape:
+            if route == first and not plan.is_padded:
                 self._fast_path = through_matrices(self, self._stored_names, plan.applies[route], largest)
 
     @classmethod

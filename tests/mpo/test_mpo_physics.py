@@ -369,4 +369,4 @@ def test_operations_that_do_not_fit_are_refused() -> None:
     with pytest.raises(tn.ShapeError, match="Kronecker product with an MPO, got Tensor"):
         eye.kron(torch.eye(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="do not ask for copy=False"):
-        np.asarray(eye, copy=False)
+        eye.__array__(copy=False)
