@@ -13,7 +13,7 @@ from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.linalg.svd import check_finite, frobenius, result_dtype, safe_scale, scaled_back, working_dtype
 from tensornet.network import TensorNetwork
-from tensornet.topologies import Decomposition, topology_family, topology_names
+from tensornet.topologies import Decomposition, TopologyFamily, topology_family, topology_names
 from tensornet.topologies.factored import balance_norms
 from tensornet.topology import Topology
 
@@ -22,7 +22,7 @@ from tensornet.topology import Topology
 @outside_autocast
 def decompose(
     matrix: Tensor,
-    topology: Topology | str,
+    topology: Topology | TopologyFamily | str,
     *,
     max_bond: int | Sequence[int] | None = None,
     rel_error: float | None = None,
@@ -37,7 +37,7 @@ def decompose(
 
     Args:
         matrix: shape `(out_features, in_features)`, real or complex.
-        topology: the network itself, dims and bonds included, or the name of a registered family, which
+        topology: the network itself, dims and bonds included, or a registered family or its name, which
             chooses them within the budget.
         max_bond: cap on every bond, or one for each; for names only.
         rel_error: largest relative Frobenius error; for names only.

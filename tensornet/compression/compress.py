@@ -102,6 +102,7 @@ def gather_statistics(
     if isinstance(calibration, CalibrationStats):
         return calibration
     unlimited = config.budget.unlimited and not config.needs_curvature and not config.plans_formats
+    unlimited = unlimited and not config.fixed
     if config.objective == "weight" or unlimited:
         return None
     source = "calibration data"

@@ -11,6 +11,8 @@ from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
+from tensornet.topologies.fixed import fixed_topologies
+from tensornet.topology import Topology
 
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
@@ -43,7 +45,9 @@ class CompressionConfig(LayerSelection):
             heads too.
         exclude_modules: patterns of module names to leave dense.
         topology: a registered family or its name, or `"auto"`: the best of low rank and MPO for each layer
-            by its weight, low rank with calibration data (chains lose to it on pretrained layers).
+            by its weight, low rank with calibration data (chains lose to it on pretrained layers). Or a
+            `Topology`, or several for matrices of different shapes: every targeted layer becomes the one of
+            its shape, and no budget chooses.
         topology_options: options of the family's `build`, such as `{"sites": 4}` or `{"out_dims": (8, 96)}`.
             Needs a `topology`. Values that do not fit a layer are refused when it is planned.
         sites: number of cores for families that can choose it.
@@ -98,7 +102,7 @@ class CompressionConfig(LayerSelection):
         64
     """
 
-    topology: str | TopologyFamily = AUTO
+    topology: str | TopologyFamily | Topology | Sequence[Topology] = AUTO
     topology_options: Mapping[str, Any] | None = None
     sites: int | None = None
     dims: Literal["auto", "balanced"] = "auto"
@@ -125,15 +129,7 @@ class CompressionConfig(LayerSelection):
         counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
         if self.target_modules is None and any(self.counts_model(name) for name in counted):
             object.__setattr__(self, "target_modules", ALL)
-        if self.budget.unlimited and not self.needs_curvature and self.topology == AUTO:
-            object.__setattr__(self, "topology", "mpo")  # without a budget every family is exact
-        if not isinstance(self.topology, str | TopologyFamily):
-            raise TopologyError(
-                f"topology must be the name of a family or a registered family, got {self.topology!r:.200}. "
-                "The topology of one layer is given to a plan: plan.replace_layer(name, topology)."
-            )
-        if self.topology != AUTO:
-            object.__setattr__(self, "topology", topology_family(self.topology).name)
+        object.__setattr__(self, "topology", _checked_topology(self))
         object.__setattr__(self, "topology_options", _checked_options(self))
         if self.objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
@@ -216,9 +212,17 @@ class CompressionConfig(LayerSelection):
         return Budget(self.max_bond, self.rel_error, self.param_ratio)
 
     @property
+    def fixed(self) -> tuple[Topology, ...]:
+        """Topologies that leave the planner no choice, one for each shape; empty where a family is given."""
+        return self.topology if isinstance(self.topology, tuple) else ()
+
+    @property
     def families(self) -> tuple[str, ...]:
         """Names of the families the planner may use."""
-        return ("low_rank", "mpo") if self.topology == AUTO else (topology_family(self.topology).name,)
+        if self.fixed:
+            return tuple(dict.fromkeys(topology.family for topology in self.fixed))
+        assert isinstance(self.topology, str)
+        return ("low_rank", "mpo") if self.topology == AUTO else (self.topology,)
 
     @property
     def calibrated_families(self) -> tuple[str, ...]:
@@ -235,6 +239,8 @@ class CompressionConfig(LayerSelection):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready options; `from_dict` is the inverse."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.fixed:
+            data["topology"] = [topology.to_dict() for topology in self.fixed]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @classmethod
@@ -250,6 +256,30 @@ class CompressionConfig(LayerSelection):
                 f"Unknown compression options {', '.join(unknown)}; known are {', '.join(sorted(known))}."
             )
         return cls(**data)
+
+
+def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
+    """Name the family, or read the topologies of a configuration.
+
+    Raises:
+        TopologyError: neither, an unknown family, or topologies beside options that would choose them.
+    """
+    given = config.topology
+    if config.budget.unlimited and not config.needs_curvature and given == AUTO:
+        return "mpo"  # without a budget every family is exact
+    if isinstance(given, str | TopologyFamily):
+        return AUTO if given == AUTO else topology_family(given).name
+    if not (found := fixed_topologies(given)):
+        raise TopologyError(
+            "topology must be the name of a family, a registered family, a Topology or a list of topologies; "
+            f"got {given!r:.200}."
+        )
+    choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats", "tokens")
+    if beside := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
+        raise TopologyError(
+            f"A topology fixes all dims and bonds: drop {', '.join(beside)}, or give the name of a family."
+        )
+    return found
 
 
 def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
@@ -293,7 +323,7 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
             f"topology_options {sorted(options)} are for one family: name it, as in "
             f'CompressionConfig(topology="mpo", ...); registered are {", ".join(topology_names())}.'
         )
-    check_options(topology_family(config.topology), options)
+    check_options(topology_family(config.families[0]), options)
     if config.sites is not None and options.get("sites", config.sites) != config.sites:
         raise TopologyError(f"sites={config.sites} contradicts topology_options sites={options['sites']}.")
     return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}

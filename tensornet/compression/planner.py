@@ -27,12 +27,14 @@ from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.linalg.svd import check_finite, working_dtype
+from tensornet.nn.encoding import Storage
 from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import Decomposition, topology_family
+from tensornet.topologies.fixed import topology_of_shape
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
@@ -183,7 +185,7 @@ class PreparedPlan:
         config = replace(self.config, **caps) if budget else self.config
         if not self.candidates:
             alone = plan_layers(self.targets, config, progress=progress)
-            return CompressionPlan(alone, topology_options=config.topology_options)
+            return self._as_plan(alone, config)
         if config.needs_curvature and self.objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
         chosen, bound_by = choose_candidates(
@@ -209,16 +211,21 @@ class PreparedPlan:
                 byte_curve=found.hull("num_bytes") if self.objective == "curvature" else (),
             )
             layers.append(with_baseline(made))
+        joined = self._as_plan(layers, config)
+        return replace(joined, baseline=self._baseline(sum(layer.bytes_after for layer in layers)))
+
+    def _as_plan(self, layers: Sequence[LayerPlan], config: CompressionConfig) -> CompressionPlan:
+        """Join the plans of layers, with the facts of the calibration."""
+        calibrated = self.objective != "weight"
         return CompressionPlan(
             tuple(layers),
             objective=self.objective,
-            damping=config.damping,
+            damping=config.damping if calibrated else 0.0,
             dense_loss=self.dense_loss,
             calibration=self.calibration,
             tokens=config.tokens,
             forecast=self.forecast,
             topology_options=config.topology_options,
-            baseline=self._baseline(sum(layer.bytes_after for layer in layers)),
             of_tokens=self.of_tokens,
             unseen=self.unseen,
         )
@@ -311,7 +318,8 @@ def prepare(
     )
     candidates, spectra = [], []
     clock = _clock(config, targets[0].weight)
-    if objective != "weight" or config.plans_formats or not storage_of(config, objective).plain:
+    alone = objective == "weight" and not config.plans_formats and storage_of(config, objective).plain
+    if not alone and not config.fixed:
         for target in progress_bar(targets, desc="planning", disable=not progress, unit="layer"):
             candidates.append(layer_candidates(target, config, objective, stats, clock))
             spectra.append(tuple(singular_values(target.matrix).tolist()))
@@ -413,6 +421,8 @@ def _dense(target: Target) -> LayerPlan:
 
 def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
     """Plan one layer by the Frobenius error of its weight: choose the best family within the budget."""
+    if config.fixed:
+        return _fixed(target, config)
     matrix = target.matrix
     dense_params = matrix.numel()
     best: Decomposition | None = None
@@ -434,6 +444,19 @@ def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
     return with_baseline(
         replace(dense, topology=best.network.topology, bound_by=best.bound_by, error=best.error)
     )
+
+
+def _fixed(target: Target, config: CompressionConfig) -> LayerPlan:
+    """Plan the topology that the configuration gives for the shape of a layer; its error is found by fitting.
+
+    Raises:
+        TopologyError: it gives none.
+    """
+    dense = _dense(target)
+    topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")
+    storage = Storage(pivoted=bool(config.pivoted), int8=config.int8).for_topology(topology)
+    made = replace(dense, topology=topology, bound_by="topology", error=None, storage=storage)
+    return with_baseline(made)
 
 
 def singular_values(matrix: Tensor) -> Tensor:

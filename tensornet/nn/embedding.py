@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 
-from tensornet.budget import Budget
 from tensornet.contraction.path import TOKENS, ContractionPlan, plan_contraction, run
+from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
@@ -19,7 +19,7 @@ from tensornet.nn.execution import CACHED
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import kind_of, layer_kind
-from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies import TopologyFamily
 from tensornet.topologies.stored_cores import matrix_view
 from tensornet.topology import Topology
 
@@ -87,13 +87,13 @@ class MPOEmbedding(NetworkModule):
         cls,
         layer: nn.Embedding,
         *,
-        topology: str | TopologyFamily = "mpo",
+        topology: str | TopologyFamily | Topology = "mpo",
         max_bond: int | None = None,
         rel_error: float | None = None,
         param_ratio: float | None = None,
         **options: Any,
     ) -> "MPOEmbedding":
-        """Decompose a stock embedding, which stays unchanged.
+        """Decompose a stock embedding, which stays unchanged; arguments as for `from_linear`.
 
         Raises:
             TargetError: the layer is of another type.
@@ -105,8 +105,9 @@ class MPOEmbedding(NetworkModule):
                 f"from_embedding takes nn.Embedding, got {type(layer).__name__}"
                 f"{'' if getattr(layer, 'max_norm', None) is None else ' whose max_norm changes its rows'}."
             )
-        budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
-        result = topology_family(topology).decompose(layer.weight, budget, **options)
+        result = decompose(
+            layer.weight, topology, max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio, **options
+        )
         return embedding_from_network(result.network.to(layer.weight.dtype), padding_idx=layer.padding_idx)
 
     def to_embedding(self) -> nn.Embedding:

@@ -9,9 +9,9 @@ from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from tensornet.budget import Budget
 from tensornet.checks import check_input
 from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input
+from tensornet.decompose import decompose
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
@@ -30,7 +30,7 @@ from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import require_linear_shape
 from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
-from tensornet.topologies import MPOFamily, TopologyFamily, topology_family
+from tensornet.topologies import MPOFamily, TopologyFamily
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
 
@@ -155,7 +155,7 @@ class TensorNetworkLinear(KernelKeeper):
         cls,
         layer: nn.Module,
         *,
-        topology: str | TopologyFamily = "mpo",
+        topology: str | TopologyFamily | Topology = "mpo",
         max_bond: int | None = None,
         rel_error: float | None = None,
         param_ratio: float | None = None,
@@ -167,7 +167,8 @@ class TensorNetworkLinear(KernelKeeper):
 
         Args:
             layer: an `nn.Linear` or a Hugging Face `Conv1D`.
-            topology: name of a registered family.
+            topology: a registered family or its name, which chooses dims and bonds; or a topology, which
+                leaves no choice.
             max_bond, rel_error, param_ratio: budget, see `Budget`.
             strategy, cache_limit: how the new layer is applied, see `NetworkModule`.
             options: passed to the family, for example `sites=`, `out_dims=`, `in_dims=`.
@@ -182,9 +183,10 @@ class TensorNetworkLinear(KernelKeeper):
                 f"from_linear takes nn.Linear or Conv1D, got {type(layer).__name__}; subclasses are refused "
                 "because their own code may read the dense weight."
             )
-        budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         matrix = kind.matrix(layer)
-        result = topology_family(topology).decompose(matrix, budget, **options)
+        result = decompose(
+            matrix, topology, max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio, **options
+        )
         network = result.network.to(matrix.dtype)
         made = linear_from_network(network, bias=layer_bias(layer), source=kind.name, strategy=strategy)
         return made.configure(cache_limit=cache_limit)

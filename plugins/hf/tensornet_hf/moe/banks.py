@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
 from tensornet.progress import progress_bar
 from tensornet.topologies import topology_family
+from tensornet.topologies.fixed import topology_of_shape
+from tensornet.topology import Topology
 from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_moe import SharedCoreExperts, SharedCores, share_across_layers
@@ -32,7 +34,7 @@ def alone(
             banks[name] = SharedCoreExperts.from_dense(
                 network.matrix(name),
                 num_experts=config.num_experts,
-                topology=config.topology,
+                topology=_topology(config, network.matrix(name), name),
                 shared=config.shared,
                 noise=config.noise,
                 seed=seed * 3 + position,
@@ -70,7 +72,7 @@ def across_layers(
                 torch.stack([w.to(weights[0]) for w in weights]),
                 num_experts=config.num_experts,
                 label=label,
-                topology=config.topology,
+                topology=_topology(config, weights[0], group.name),
                 shared=config.shared,
                 noise=config.noise,
                 seed=config.seed,
@@ -159,8 +161,19 @@ def _errors_name(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from error
 
 
+def _topology(config: MoEConfig, matrix: Tensor, name: str) -> Topology | str:
+    """Select the topology for one matrix, or the family that chooses it."""
+    if config.fixed:
+        return topology_of_shape(config.fixed, (matrix.shape[0], matrix.shape[1]), name)
+    assert isinstance(config.topology, str)
+    return config.topology
+
+
 def _family_options(config: MoEConfig, *, is_down: bool) -> dict[str, Any]:
     """Select the options of the family for one matrix; invalid dims pass, so that the family raises."""
+    if config.fixed:
+        return {}
+    assert isinstance(config.topology, str)
     family = topology_family(config.topology)
     dims = (config.model_dims, config.hidden_dims)
     options: dict[str, Any] = {"sites": config.sites}

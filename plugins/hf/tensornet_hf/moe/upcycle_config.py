@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from tensornet.budget import Budget
+from tensornet.errors import TopologyError
 from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies.fixed import fixed_topologies
+from tensornet.topology import Topology
 from tensornet_moe import Router
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
 from tensornet_moe.router_base import COMBINE, Combine, router_kind
@@ -29,7 +32,8 @@ class MoEConfig:
         share_across_layers: one owner of the shared cores for all layers whose matrices have one name and
             shape. The model then starts far from what it was, because one core cannot fit unrelated layers:
             see `tensornet_moe.share_across_layers`, and train it.
-        topology: family of the decomposition, by name or itself.
+        topology: family of the decomposition, by name or itself; or topologies, one for each shape of matrix
+            in the networks.
         sites: number of cores, 5 as in the paper if no dims are given.
         model_dims: factors of the model's width, for every matrix alike.
         hidden_dims: factors of the width of the hidden layer.
@@ -60,7 +64,7 @@ class MoEConfig:
     router: str = "switch"
     shared: str | Sequence[str] = "center"
     share_across_layers: bool = False
-    topology: str | TopologyFamily = "mpo"
+    topology: str | TopologyFamily | Topology | Sequence[Topology] = "mpo"
     sites: int | None = None
     model_dims: Sequence[int] | None = None
     hidden_dims: Sequence[int] | None = None
@@ -80,8 +84,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
         check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
-        if isinstance(self.topology, TopologyFamily):
-            object.__setattr__(self, "topology", topology_family(self.topology).name)
+        object.__setattr__(self, "topology", _checked_topology(self))
         kind = router_kind(self.router)
         if self.combine not in COMBINE:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
@@ -121,6 +124,11 @@ class MoEConfig:
             raise ValueError(f"target_modules is a list of patterns; write [{self.target_modules!r}].")
 
     @property
+    def fixed(self) -> tuple[Topology, ...]:
+        """Topologies for matrices of their shapes; empty where a family is given."""
+        return self.topology if isinstance(self.topology, tuple) else ()
+
+    @property
     def limits_itself(self) -> bool:
         """True if the router applies `capacity_factor` itself, so that the mixture drops no token."""
         return "capacity_factor" in router_kind(self.router).options
@@ -136,3 +144,25 @@ class MoEConfig:
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
         return router
+
+
+def _checked_topology(config: MoEConfig) -> str | tuple[Topology, ...]:
+    """Name the family, or read the topologies of a configuration.
+
+    Raises:
+        TopologyError: neither, or topologies beside options that would choose them.
+    """
+    given = config.topology
+    if isinstance(given, str | TopologyFamily):
+        return topology_family(given).name if isinstance(given, TopologyFamily) else given
+    if not (found := fixed_topologies(given)):
+        raise TopologyError(
+            "topology must be the name of a family, a registered family, a Topology or a list of topologies; "
+            f"got {given!r:.200}."
+        )
+    choosing = ("sites", "model_dims", "hidden_dims", "max_bond", "rel_error", "param_ratio")
+    if beside := [name for name in choosing if getattr(config, name) is not None]:
+        raise TopologyError(
+            f"A topology fixes all dims and bonds: drop {', '.join(beside)}, or give the name of a family."
+        )
+    return found
