@@ -1,4 +1,4 @@
-"""Modules whose three-dimensional parameters are stacks of matrices, or one matrix with a split side.
+"""Modules whose parameters are stacks of matrices, or one matrix with a split side.
 
 To explain how this works: the code of the stock module runs as it is, with a stand-in for each such
 parameter. The products that `tensornet.nn.stack_uses` has found in the code are then done by layers.
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.errors import TargetError
-from tensornet.nn.compound import Compound, Shared, Stack, own_parameters
+from tensornet.nn.compound import Compound, Shared, Stack
 from tensornet.nn.stack_uses import StackUse, stack_uses
-from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
+from tensornet.nn.stock_layers import CompoundKind, kind_of, register_compound_kind
 
 
 class StackedMatrices(Compound):
-    """Replacement for a module with three-dimensional parameters, run by the stock module's own code.
+    """Replacement for a module with such parameters, run by the stock module's own code.
+
+    The parameters are its own, or those of a child that holds nothing else; that child is then replaced too.
 
     >>> class Experts(nn.Module):
     ...     def __init__(self):
@@ -33,11 +35,13 @@ class StackedMatrices(Compound):
     """
 
     def __init__(self, stock: nn.Module, uses: dict[str, StackUse], shared: Shared) -> None:
-        shapes = {name: tuple(stock.get_parameter(name).shape) for name in uses}
+        shapes = {name: use.view or tuple(stock.get_parameter(name).shape) for name, use in uses.items()}
         super().__init__(stock, tuple(_stack(name, uses[name], shapes[name]) for name in uses), shared)
         self.uses, self.shapes = uses, shapes
+        self.holders = frozenset(name.partition(".")[0] for name in uses if "." in name)
         for name, child in stock.named_children():
-            self.add_module(name, child)
+            if name not in self.holders:
+                self.add_module(name, child)
 
     @property
     def weight(self) -> Any:
@@ -53,6 +57,8 @@ class StackedMatrices(Compound):
         uses = self.__dict__.get("uses", {})
         if name in uses:
             return self._stacked(name)
+        if name in self.__dict__.get("holders", ()):
+            return _Holder(self, name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -65,6 +71,21 @@ class StackedMatrices(Compound):
     def _stacked(self, name: str) -> "_Stacked":
         use, shape = self.uses[name], self.shapes[name]
         return _Stacked([self.get_submodule(x) for x in _stack(name, use, shape).names], use, shape)
+
+
+class _Holder:
+    """Stand-in for a child that holds stacks of the module: gives stand-ins for these, and runs its code."""
+
+    def __init__(self, owner: StackedMatrices, name: str) -> None:
+        self._owner, self._name = owner, name
+        self._child = owner._stock[0].get_submodule(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._child).forward(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        full = f"{self._name}.{name}"
+        return self._owner._stacked(full) if full in self._owner.uses else getattr(self._child, name)
 
 
 class _Stacked:
@@ -90,6 +111,19 @@ class _Stacked:
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
+
+    def view(self, *sizes: Any) -> "_Stacked":
+        """Return the stack itself, for the view that was found in the code."""
+        asked = tuple(sizes[0] if len(sizes) == 1 else sizes)
+        fits = self.use.view is not None and len(asked) == len(self.use.view)
+        if not fits or any(size not in (-1, known) for size, known in zip(asked, self.shape, strict=True)):
+            raise TargetError(
+                f"A stack of matrices that is taken apart cannot be viewed as {asked}, only as "
+                f"{tuple(self.shape)}; exclude the module (exclude_modules=...)."
+            )
+        return self
+
+    reshape = view
 
     def __getitem__(self, index: Any) -> "_One":
         return _One(self.layers[int(index)])
@@ -159,25 +193,20 @@ class _One:
 
 
 def _stack(name: str, use: StackUse, shape: tuple[int, ...]) -> Stack:
+    layer = name.replace(".", "_")
     if use.stacked:
-        names = tuple(f"{number}.{name}" for number in range(shape[0]))
+        names = tuple(f"{number}.{layer}" for number in range(shape[0]))
         return Stack(name, names, shape[2], use.transposed)
     columns = math.prod(shape[k] for k in (use.outputs if use.transposed else use.inputs))
-    return Stack(name, (f"{name}_matrix",), columns, use.transposed)
+    return Stack(name, (f"{layer}_matrix",), columns, use.transposed)
 
 
 class _StackedKind(CompoundKind):
     def matches(self, module: nn.Module) -> bool:
-        return bool(self._uses(module))
+        return kind_of(module) is None and bool(stack_uses(module))
 
     def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
-        return StackedMatrices(module, self._uses(module), shared)
-
-    def _uses(self, module: nn.Module) -> dict[str, StackUse]:
-        own = own_parameters(module)
-        stacks = [name for name, parameter in own.items() if parameter.ndim == 3]
-        found = stack_uses(type(module)) if stacks else {}  # type: ignore[arg-type]
-        return {name: found[name] for name in stacks if name in found}
+        return StackedMatrices(module, stack_uses(module), shared)
 
 
 register_compound_kind(_StackedKind())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    DbrxConfig,
+    DbrxForCausalLM,
     JetMoeConfig,
     JetMoeForCausalLM,
     Llama4ForCausalLM,
@@ -90,6 +92,48 @@ class Summed(nn.Module):
         return torch.einsum("etd,edf->tf", x.tanh(), self.c)[None]
 
 
+class Flat(nn.Module):
+    """Experts one below the other in parameters of two dimensions, followed through variables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.experts = 7, 6
+        self.first, self.last = nn.Parameter(torch.randn(6 * 7, 8)), nn.Parameter(torch.randn(6 * 7, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = (-1, self.width, 8)
+        results = []
+        for k, part in enumerate(x):
+            first = self.first.view(split)[k].T
+            last = self.last.reshape(self.experts, -1, 8)[k]
+            results.append(part.matmul(first).relu().matmul(last))
+        return torch.stack(results)
+
+
+class Rows(nn.Module):
+    """Holds the stacks of its parent, and computes with what it is handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6 * 7, 8)), nn.Parameter(torch.randn(6, 7, 8))
+        self.activation = nn.GELU()
+
+    def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return self.activation(x @ first.T) @ second
+
+
+class Parent(nn.Module):
+    """Takes single matrices from the stacks of a child, as DBRX does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.scale = Rows(), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = [self.rows(part, self.rows.up.view(6, 7, 8)[k], self.rows.down[k]) for k, part in enumerate(x)]
+        return torch.stack(one) * self.scale
+
+
 class Holder(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -108,7 +152,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(5, 6, 8), torch.arange(5) % 3) for _ in range(3)]
 
 
-KINDS = {Batched: 12, Looped: 12, Split: 2, Summed: 13}
+KINDS = {Batched: 12, Looped: 12, Split: 2, Summed: 13, Flat: 12, Parent: 12}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,10 +199,22 @@ def test_calibrated_compression_is_saved_copied_and_trained(kind: type[nn.Module
 
 
 def test_the_code_decides_not_names_or_shapes() -> None:
-    assert stack_uses(Batched) == {"first": StackUse((1,), (2,), True), "last": StackUse((2,), (1,), True)}
-    assert stack_uses(Looped) == {"a": StackUse((1,), (2,), True), "b": StackUse((2,), (1,), True)}
-    assert stack_uses(Split) == {"q": StackUse((0,), (1, 2), False), "o": StackUse((1, 2), (0,), False)}
+    assert stack_uses(Batched()) == {"first": StackUse((1,), (2,), True), "last": StackUse((2,), (1,), True)}
+    assert stack_uses(Looped()) == {"a": StackUse((1,), (2,), True), "b": StackUse((2,), (1,), True)}
+    assert stack_uses(Split()) == {"q": StackUse((0,), (1, 2), False), "o": StackUse((1, 2), (0,), False)}
     assert take_apart(holder(Batched)) == ["body"]
+
+
+def test_positions_are_those_of_the_view() -> None:
+    seen = {"first": ((2,), (1,), True, (6, 7, 8)), "last": ((1,), (2,), True, (6, 7, 8))}
+    assert stack_uses(Flat()) == {name: StackUse(*use) for name, use in seen.items()}
+    seen = {"rows.up": ((2,), (1,), True, (6, 7, 8)), "rows.down": ((1,), (2,), True)}
+    assert stack_uses(Parent()) == {name: StackUse(*use) for name, use in seen.items()}
+    model = holder(Parent)
+    with matrices_apart(model):
+        assert [x for x, _ in model.body.named_parameters()][:2] == ["scale", "0.rows_up.matrix"]
+        with pytest.raises(tn.TargetError, match=r"viewed as \(7, 6, 8\), only as \(6, 7, 8\); exclude"):
+            model.body.rows.up.view(7, 6, 8)
 
 
 class Both(nn.Module):
@@ -219,12 +275,74 @@ class Decorated(nn.Module):
         return torch.bmm(x, self.w)
 
 
-@pytest.mark.parametrize("kind", [Both, Read, Normed, Shared, Decorated])
+class Rebound(nn.Module):
+    """Uses a name for a stack and for something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6 * 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w.view(6, 8, 8)[0]
+        x = x @ w
+        w = x.mean((0, 1))
+        return x * w
+
+
+class Scaled(nn.Module):
+    """Changes a matrix before it multiplies by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6 * 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            w = self.w.view(6, 8, 8)[0]
+            w += 0
+            return x @ w
+
+
+class Mixed(nn.Module):
+    """Views columns as experts, which are no rows below each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 6 * 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[k] @ self.w.view(6, 8, 8)[k] for k in range(6)])
+
+
+class Reader(nn.Module):
+    """Reads its stack itself, beside its parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 8, 8))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return x @ w * self.w.norm()
+
+
+class Double(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reader()
+        self.w = nn.Parameter(torch.randn(6 * 8, 8))  # multiplied by as one matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.inner(x[k], self.inner.w[k]) for k in range(6)]) + (x @ self.w.T).mean()
+
+
+@pytest.mark.parametrize("kind", [Both, Read, Normed, Shared, Decorated, Rebound, Scaled, Mixed, Double])
 def test_what_cannot_be_decided_is_left_and_said(kind: type[nn.Module]) -> None:
     model = holder(kind)
+    expected = model(X.transpose(0, 1))
     assert take_apart(model) == []
     report = tn.compress(model, EXACT, progress=False)
     assert report.reach.unknown[kind.__name__] == 6 * 8 * 8
+    torch.testing.assert_close(model(X.transpose(0, 1)), expected, **CLOSE)
     with pytest.raises(tn.TargetError, match=r"'body' matches no layer that can be compressed"):
         tn.plan(model, tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules="body"))
 
@@ -251,6 +369,13 @@ def jetmoe() -> PreTrainedModel:
     return JetMoeForCausalLM(JetMoeConfig(**SIZES, **sizes, num_local_experts=3, num_experts_per_tok=2))
 
 
+def dbrx() -> PreTrainedModel:
+    experts = {"ffn_hidden_size": 20, "moe_num_experts": 3, "moe_top_k": 2}
+    sizes = {"d_model": 12, "n_heads": 2, "n_layers": 1, "vocab_size": 31, "max_seq_len": 16}
+    attention = {"kv_n_heads": 1, "clip_qkv": 9.0, "rope_theta": 1e4}
+    return DbrxForCausalLM(DbrxConfig(**sizes, attn_config=attention, ffn_config=experts, pad_token_id=0))
+
+
 def llama4() -> PreTrainedModel:
     sizes = {"intermediate_size": 20, "intermediate_size_mlp": 20, "head_dim": 6}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -261,6 +386,7 @@ def llama4() -> PreTrainedModel:
 LAYERS = {
     xlnet: "transformer.layer.0.rel_attn.q_matrix",
     jetmoe: "model.layers.0.mlp.input_linear.2.weight",
+    dbrx: "transformer.blocks.0.ffn.experts.2.mlp_w2",
     llama4: "model.layers.0.feed_forward.experts.2.down_proj",
 }
 
