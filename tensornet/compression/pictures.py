@@ -3,13 +3,12 @@
 Functions that draw on axes take a `Palette`, so that a page can draw the same pictures in its own colours.
 """
 
-import os.path
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensornet.compression.baselines import BaselineLosses
+from tensornet.compression.layer_blocks import Panel, grid_of, layer_names
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.optional import import_optional
@@ -72,52 +71,14 @@ class Mark:
     measured: bool = False
 
 
-@dataclass(frozen=True)
-class LayerName:
-    """Parts of the name of a layer: its block, and its name within the block.
-
-    Args:
-        name: in the model.
-        block: index of the block, None outside of blocks.
-        place: name of the block, such as `"layers.3"`; the name up to its last dot outside of blocks.
-        kind: what follows, such as `"mlp.up_proj"`.
-    """
-
-    name: str
-    block: int | None
-    place: str
-    kind: str
-
-
-def layer_names(names: Sequence[str]) -> list[LayerName]:
-    """Take the names of layers apart at the number of their block.
-
-    Example:
-        >>> from tensornet.compression.pictures import layer_names
-        >>> parts = layer_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
-        >>> [(part.place, part.kind) for part in parts]
-        [('layers.0', 'mlp.up_proj'), ('layers.1', 'mlp.up_proj')]
-    """
-    parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # works on lists as on strings
-    found = []
-    for name, part in zip(names, parts, strict=True):
-        at = next((k for k, word in enumerate(part) if word.isdigit()), None)
-        if at is None or at == len(part) - 1:
-            block, cut = None, len(part) - 1
-        else:
-            block, cut = int(part[at]), at + 1
-        first = max(0, min(shared - 1, cut - 2))
-        found.append(LayerName(name, block, ".".join(part[first:cut]), ".".join(part[cut:])))
-    return found
-
-
 def draw_loss_over_bits(
     axes: "Axes",
     plan: CompressionPlan,
     marks: Sequence[Mark],
     losses: BaselineLosses | None = None,
     palette: Palette = DEFAULT,
+    *,
+    label: str = "rise of the loss",
 ) -> None:
     """Draw the predicted loss increase over bits of a weight, baselines and models beside it.
 
@@ -127,6 +88,7 @@ def draw_loss_over_bits(
         marks: models.
         losses: curves of the plain methods.
         palette: colours.
+        label: of the vertical axis.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter
 
@@ -175,7 +137,7 @@ def draw_loss_over_bits(
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bits of a weight, scales included")
-    axes.set_ylabel("rise of the loss")
+    axes.set_ylabel(label)
     plain_axes(axes, palette, grid="both")
 
 
@@ -211,72 +173,61 @@ def draw_bits(axes: "Axes", layers: Sequence[LayerPlan], palette: Palette = DEFA
 
 
 def draw_layer_losses(
-    panels: Sequence["Axes"],
-    layers: Sequence[LayerPlan],
-    losses: BaselineLosses | None = None,
+    axes: "Axes",
+    panel: Panel,
+    losses: Mapping[str, Mapping[str, float]],
     palette: Palette = DEFAULT,
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """Draw the predicted loss increase of layers over blocks, one panel for each kind of layer.
+    """Draw the predicted loss increase of one panel of layers, one line for each method.
 
     Args:
-        panels: as many axes as `kinds_of` gives.
-        layers: with predicted losses.
-        losses: of the plain methods at the same bytes.
+        axes: to draw on.
+        panel: of `panels_of`.
+        losses: by method and layer, `"this plan"` among them.
         palette: colours.
+        limits: of the logarithmic axis, for several panels of one picture.
     """
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
-    names = layer_names([layer.name for layer in layers])
-    rows, columns, cells = grid_of(names)
-    series: list[tuple[str, Mapping[str, float], dict[str, Any]]] = []
+    low, high = limits or loss_limits(losses)
+    styles = {
+        "plain SVD": {"marker": "s", "color": palette.svd, "markersize": 3.5},
+        "round to nearest": {"marker": "^", "color": palette.nearest, "markersize": 4},
+        "this plan": {"marker": "o", "color": palette.ours, "markersize": 4.5},
+    }
+    for method, known in losses.items():
+        points = [(x, max(known[name], low)) for x, name in panel.layers]
+        axes.plot(*zip(*points, strict=True), label=method, linewidth=1, **styles[method])  # type: ignore[arg-type]
+
+    def label(value: float, _: int) -> str:
+        return panel.ticks[int(value)] if 0 <= value < len(panel.ticks) else ""
+
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(label)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(panel.title, loc="left", fontsize=9, color=palette.ink)
+    plain_axes(axes, palette, grid="y")
+
+
+def losses_by_method(
+    layers: Sequence[LayerPlan], losses: BaselineLosses | None
+) -> dict[str, Mapping[str, float]]:
+    """Collect the predicted loss increase of every layer, by method; the plan comes last."""
+    found: dict[str, Mapping[str, float]] = {}
     if losses is not None and losses.svd:
-        series = [
-            ("plain SVD", losses.svd, {"marker": "s", "color": palette.svd, "markersize": 3.5}),
-            ("round to nearest", losses.nearest, {"marker": "^", "color": palette.nearest, "markersize": 4}),
-        ]
-    ours = {layer.name: layer.loss_increase or 0.0 for layer in layers}
-    series.append(("this plan", ours, {"marker": "o", "color": palette.ours, "markersize": 4.5}))
-    values = [x for _, known, _ in series for x in known.values() if x > FLOOR]
-    low, high = min(values, default=FLOOR), max(values, default=1.0)
-    for row, (axes, kind) in enumerate(zip(panels, rows, strict=True)):
-        own = sorted((cells[n.name][1], n.name) for n in names if cells[n.name][0] == row)
-        for label, known, style in series:
-            points = [(x, max(known[name], low)) for x, name in own]
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1, **style)
-        axes.set_yscale("log")
-        axes.set_ylim(low / 2, high * 2)
-        axes.set_xlim(-0.5, len(columns) - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.xaxis.set_major_formatter(
-            lambda value, _: columns[int(value)] if 0 <= int(value) < len(columns) else ""
-        )
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(kind, loc="left", fontsize=9, color=palette.ink)
-        plain_axes(axes, palette, grid="y")
+        found = {"plain SVD": losses.svd, "round to nearest": losses.nearest}
+    return {**found, "this plan": {layer.name: layer.loss_increase or 0.0 for layer in layers}}
 
 
-def grid_of(names: Sequence[LayerName]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
-    """Arrange layers: kinds as rows, blocks as columns.
-
-    Returns:
-        Labels of rows and of columns, and `(row, column)` of each layer by its name.
-
-    Example:
-        >>> from tensornet.compression.pictures import grid_of, layer_names
-        >>> grid_of(layer_names(["h.0.up", "h.0.down", "h.1.up"]))
-        (['up', 'down'], ['0', '1'], {'h.0.up': (0, 0), 'h.0.down': (1, 0), 'h.1.up': (0, 1)})
-    """
-    rows: dict[str, int] = {}
-    columns: dict[tuple[str, int], int] = {}
-    cells = {}
-    for name in names:
-        stack = re.sub(r"\d+$", "", name.place) if name.block is not None else ""
-        row = name.kind if name.block is not None else name.name
-        column = columns.setdefault((stack, name.block or 0), len(columns)) if name.block is not None else 0
-        cells[name.name] = (rows.setdefault(row, len(rows)), column)
-    several = len({stack for stack, _ in columns}) > 1
-    labels = [f"{stack}{block}" if several else str(block) for stack, block in columns]
-    return list(rows), labels or [""], cells
+def loss_limits(losses: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
+    """Return the limits of a logarithmic axis that shows all losses but zeros."""
+    values = [x for known in losses.values() for x in known.values() if x > FLOOR]
+    return min(values, default=FLOOR) / 2, max(values, default=1.0) * 2
 
 
 def plain_axes(axes: "Axes", palette: Palette, *, grid: str | None) -> None:

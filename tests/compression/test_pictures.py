@@ -13,11 +13,11 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.compression.baselines import BaselineLosses, baseline_losses
+from tensornet.compression.layer_blocks import grid_of, layer_names, panels_of
 from tensornet.compression.pictures import (
     draw_layer_losses,
     draw_loss_over_bits,
-    grid_of,
-    layer_names,
+    losses_by_method,
     plan_figure,
 )
 from tensornet.notebook import ROWS, html_table
@@ -104,12 +104,15 @@ def test_panels_of_losses_beside_the_plain_methods(made: Made) -> None:
     plan, _, _, losses = made
     figure = Figure()
     draw_loss_over_bits(figure.add_subplot(3, 1, 1), plan, [], losses)
-    panels = [figure.add_subplot(3, 1, k) for k in (2, 3)]
-    draw_layer_losses(panels, list(plan), losses)
-    ours = next(line for line in panels[0].lines if line.get_label() == "this plan")
+    panels = panels_of(layer_names([layer.name for layer in plan]))
+    assert [panel.title for panel in panels] == ["up", "down"]
+    axes = figure.add_subplot(3, 1, 2)
+    draw_layer_losses(axes, panels[0], losses_by_method(list(plan), losses))
+    assert [line.get_label() for line in axes.lines] == ["plain SVD", "round to nearest", "this plan"]
     expected = [layer.loss_increase for layer in plan if layer.name.endswith("up")]
-    assert list(ours.get_ydata()) == pytest.approx(expected)
-    assert [panel.get_title(loc="left") for panel in panels] == ["up", "down"]
+    assert list(axes.lines[-1].get_ydata()) == pytest.approx(expected)
+    (one,) = panels_of(layer_names(["0", "2"]))  # without blocks one panel holds all
+    assert (one.layers, one.ticks) == (((0, "0"), (1, "2")), ("0", "2"))
 
 
 @pytest.mark.parametrize("count", [1, 30])

@@ -55,6 +55,8 @@ class CompressOptions:
         calibration_tokens: how much of it to use.
         validation: text file of another source, on which the loss is measured at a few sizes, which corrects
             the predicted loss increase. Not for classifiers.
+        held_out: text file on which the dense, the compressed model and plain methods of the same bytes are
+            measured. Not for classifiers. Holds two models in memory.
         refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
         heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
         dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; as they are if absent.
@@ -84,6 +86,7 @@ class CompressOptions:
     calibration: str | Path | None = None
     calibration_tokens: int = 32_768
     validation: str | Path | None = None
+    held_out: str | Path | None = None
     refine: bool = False
     heal: int = 0
     dtype: str | None = None
@@ -97,6 +100,7 @@ class CompressOptions:
 
     def __post_init__(self) -> None:
         self._check_validation()
+        self._check_held_out()
         if self.config is None and self.plan is None:
             raise OptionError("Give a config, which says how far to compress, or a {plan}.")
         if self.config is not None and self.plan is not None:
@@ -123,9 +127,15 @@ class CompressOptions:
                 f"{{validation}} corrects a forecast of the loss, which {{objective}} {objective} does not "
                 "make; leave one of them out."
             )
-        paths = [Path(x) for x in (self.validation, self.calibration) if x is not None]
-        if len(paths) == 2 and all(x.exists() for x in paths) and paths[0].samefile(paths[1]):
+        if _same_file(self.validation, self.calibration):
             raise OptionError("{validation} is the text of {calibration}; give one of another source.")
+
+    def _check_held_out(self) -> None:
+        for name in ("calibration", "validation"):
+            if self.held_out is not None and _same_file(self.held_out, getattr(self, name)):
+                raise OptionError(
+                    f"{{held_out}} is the text of {{{name}}}, which the model was made with; give another."
+                )
 
     def _check_correction(self) -> None:
         if self.refine and self.calibration is None:
@@ -138,6 +148,7 @@ class CompressOptions:
     def check_needs_no_model(self, more: Mapping[str, object]) -> None:
         """Raise OptionError if an option needs the model in memory, which workers never load."""
         asked = {**more, "refine": self.refine, "heal": self.heal, "validation": self.validation}
+        asked["held_out"] = self.held_out
         if given := [f"{{{name}}}" for name, value in asked.items() if value]:
             raise OptionError(
                 f"{{workers}} never loads the model, which {' and '.join(given)} would need; leave one of "
@@ -149,3 +160,8 @@ class CompressOptions:
         if self.plan is None or isinstance(self.plan, CompressionPlan):
             return self.plan
         return CompressionPlan.load(self.plan)
+
+
+def _same_file(one: str | Path | None, other: str | Path | None) -> bool:
+    paths = [Path(x) for x in (one, other) if x is not None]
+    return len(paths) == 2 and all(x.exists() for x in paths) and paths[0].samefile(paths[1])

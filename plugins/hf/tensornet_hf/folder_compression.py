@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from tensornet_hf import pipeline
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
 from tensornet_hf.checkpoint.inspection import weight_bytes
 from tensornet_hf.checkpoint.load import on_device, resolve_folder
+from tensornet_hf.comparison import Comparison, compare_baselines, folder_page
 from tensornet_hf.compress_options import CompressOptions, OptionError
-from tensornet_hf.report import BondSpectrum, ModelFacts, Page, versions, write_report
-from tensornet_hf.report.page import compact_bytes
+from tensornet_hf.report import ModelFacts, write_report
+from tensornet_hf.report.facts import compact_bytes
+from tensornet_hf.report.page import display_name
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.streaming.text_statistics import statistics_of_text
+from tensornet_hf.text.quality import Quality
 from tensornet_hf.text.tokens import read_text
 from tensornet_hf.training.correction import HealingFile, correct
 
@@ -75,6 +78,8 @@ class FolderReport:
         file_bytes_before, file_bytes_after: size of the weight files.
         notes: results of refitting and healing, in words.
         memory: remark on the memory of workers, if there were any.
+        models: original, compressed and plain methods of the same bytes, where a report or a held-out text
+            was asked for.
 
     Example:
         >>> import tensornet as tn
@@ -93,11 +98,14 @@ class FolderReport:
     file_bytes_after: int
     notes: tuple[str, ...] = ()
     memory: str | None = None
+    models: tuple[ModelFacts, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form."""
+        models = {"models": [model.to_dict() for model in self.models]}
         sizes = {"file_bytes_before": self.file_bytes_before, "file_bytes_after": self.file_bytes_after}
-        return {"source": self.source, "destination": self.destination, **sizes, **self.report.to_dict()}
+        names = {"source": self.source, "destination": self.destination}
+        return {**names, **sizes, **models, **self.report.to_dict()}
 
     def __str__(self) -> str:
         done = self.report
@@ -109,6 +117,7 @@ class FolderReport:
             f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
             f"reach       {str(done.reach).removeprefix('reached ')}",
             *self._predicted(),
+            *self._measured(),
             f"seconds     {done.seconds:.1f}",
             f"written to  {self.destination}",
         )
@@ -124,6 +133,21 @@ class FolderReport:
         if plan.dense_loss is None:  # an encoder
             return [f"predicted   cosine with the original {1 - rise:.4f} ({where})"]
         return [f"predicted   loss +{rise:.4f}{plan.predicted_change()} ({where})"]
+
+    def _measured(self) -> list[str]:
+        """Return the measured loss of the original, the compressed model and the plain methods."""
+        if not self.models or self.models[0].quality is None:
+            return []
+        original = self.models[0].quality
+        lines = [f"measured    loss {original.loss:.4f} ({original.how})"]
+        for model in self.models[1:]:
+            if model.quality is None:
+                continue
+            rise = f"{model.quality.loss - original.loss:+.4f}"
+            perplexity = model.quality.perplexity
+            much = "" if perplexity is None else f", perplexity {original.perplexity:.4g} -> {perplexity:.4g}"
+            lines.append(f"            {model.name} {rise}{much} ({model.form}, {model.bits:.2f} bits)")
+        return lines
 
 
 def compress_folder(source: str | Path, destination: str | Path, options: CompressOptions) -> FolderReport:
@@ -162,21 +186,29 @@ def compress_folder(source: str | Path, destination: str | Path, options: Compre
     if options.workers is not None:
         return _streamed(str(source), folder, str(destination), options, texts)
     work = _plan(folder, options, texts)
-    spectra = {}
+    spectra, comparison = {}, None
     if options.report is not None:
         spectra = pipeline.plan_spectra(work.model, work.plan, progress=options.progress)
-    done, notes = _carried_out(work, str(destination), options, texts, started)
-    report = FolderReport(
-        source=str(source),
-        destination=str(destination),
-        report=done,
-        file_bytes_before=weight_bytes(folder),
-        file_bytes_after=_written_bytes(str(destination), done),
-        notes=notes,
-    )
-    if options.report is not None:
-        write_report(_page(report, spectra, options.command), options.report)
-    return report
+    if options.report is not None or texts.held_out is not None:
+        before = time.perf_counter()
+        comparison = _compared(work, options, texts)
+        started += time.perf_counter() - before  # is no part of compressing
+    done, found, notes = _carried_out(work, str(destination), options, texts, started, comparison)
+    sizes = (weight_bytes(folder), _written_bytes(str(destination), done))
+    predicted = not (options.refine or options.heal)
+    rows = () if comparison is None else comparison.rows(done, sizes, found, predicted=predicted)
+    if options.report is not None and comparison is not None:
+        page = folder_page(
+            display_name(source),
+            comparison,
+            rows,
+            done,
+            spectra=spectra,
+            command=options.command,
+            notes=notes,
+        )
+        write_report(page, options.report)
+    return FolderReport(str(source), str(destination), done, *sizes, notes, models=rows)
 
 
 def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
@@ -184,10 +216,10 @@ def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
 
     Args:
         source: model folder, or hub id if there is no folder of that name.
-        options: without `report` and `workers`.
+        options: without `report`, `held_out` and `workers`.
 
     Raises:
-        OptionError: `report` or `workers` is given.
+        OptionError: `report`, `held_out` or `workers` is given.
         FormatError, TargetError, BudgetError: as `compress_folder`.
 
     Example:
@@ -201,6 +233,8 @@ def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
     """
     if options.report is not None:
         raise OptionError("{dry_run} writes nothing; leave out {report}.")
+    if options.held_out is not None:
+        raise OptionError("{dry_run} compresses nothing that could be measured; leave out {held_out}.")
     if options.workers is not None:
         options.check_needs_no_model({"dry_run": True})
     work = _plan(resolve_folder(source), options, _Texts.read(options))
@@ -214,10 +248,11 @@ class _Texts:
 
     calibration: str | None
     validation: str | None
+    held_out: str | None
 
     @classmethod
     def read(cls, options: CompressOptions) -> "_Texts":
-        files = (options.calibration, options.validation)
+        files = (options.calibration, options.validation, options.held_out)
         return cls(*(None if file is None else read_text(Path(file)) for file in files))
 
 
@@ -265,10 +300,28 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
     return _Work(folder, model, prepared.plan(progress=progress), stats)
 
 
+def _compared(work: _Work, options: CompressOptions, texts: _Texts) -> Comparison:
+    """Compare the dense model with plain methods at the bytes of the plan."""
+    return compare_baselines(
+        work.model,
+        work.folder,
+        work.plan,
+        work.stats,
+        text=texts.held_out,
+        name="" if options.held_out is None else Path(options.held_out).name,
+        progress=options.progress,
+    )
+
+
 def _carried_out(
-    work: _Work, destination: str, options: CompressOptions, texts: _Texts, started: float
-) -> tuple[CompressionReport, tuple[str, ...]]:
-    """Execute a plan, refit and heal if requested, and save the model."""
+    work: _Work,
+    destination: str,
+    options: CompressOptions,
+    texts: _Texts,
+    started: float,
+    comparison: Comparison | None,
+) -> tuple[CompressionReport, tuple[Quality | None, str | None], tuple[str, ...]]:
+    """Execute a plan, refit and heal if requested, measure and save the model."""
     model, progress = work.model, options.progress
     teacher = copy.deepcopy(model) if options.heal or options.refine else None
     done = pipeline.carry_out(model, work.plan, work.stats, started=started, progress=progress)
@@ -293,26 +346,11 @@ def _carried_out(
         )
         done = replace(done, seconds=time.perf_counter() - started)
     stored = pipeline.stored_as(model, pipeline.dtype_of(options.dtype))
+    found = (None, None) if comparison is None else comparison.of(stored)
     save_to(stored, destination, source=work.folder, force=options.force)
     if file is not None:
         file.end()
-    return done, notes
-
-
-def _page(done: FolderReport, spectra: Mapping[str, Sequence[BondSpectrum]], command: str) -> Page:
-    """Return the contents of the HTML page."""
-    before, after = done.report.model_params_before, done.report.model_params_after
-    return Page(
-        f"{done.source}, compressed",
-        (
-            ModelFacts("original", before, done.file_bytes_before),
-            ModelFacts("compressed", after, done.file_bytes_after),
-        ),
-        done.report,
-        spectra,
-        made=(("Command", command), ("Versions", versions())),
-        notes=done.notes,
-    )
+    return done, found, notes
 
 
 def _streamed(

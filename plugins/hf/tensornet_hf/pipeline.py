@@ -162,10 +162,14 @@ def refine_on(
 def plan_spectra(
     model: PreTrainedModel, planned: CompressionPlan, *, progress: bool = False
 ) -> dict[str, tuple[BondSpectrum, ...]]:
-    """Compute the spectrum that each bond of a plan truncates, by layer, on the dense model."""
+    """Compute the spectrum that each bond of a plan truncates, by layer, on the dense model.
+
+    Layers that stay matrices, in whatever number format, have no bond and are left out.
+    """
     with expanded(model):
         matrices = {x.name: x.matrix for x in all_targets(model)}
-    layers = progress_bar(planned, desc="spectra", unit="layer", disable=not progress)
+    networks = [layer for layer in planned if layer.topology is not None and layer.topology.bond_dims]
+    layers = progress_bar(networks, desc="spectra", unit="layer", disable=not progress)
     return {layer.name: bond_spectra(matrices[layer.name], layer) for layer in layers}
 
 

@@ -12,11 +12,21 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression.forecast import Forecast
+from tensornet.compression.baselines import BaselineLosses
+from tensornet.compression.forecast import UNMEASURED, Forecast
+from tensornet.compression.reach import compact_count
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, versions, write_report
-from tensornet_hf.report.page import compact_bytes, compact_count, predicted_curve
-from tensornet_hf.report.pictures import curve_picture, layers_picture, short_names, spectra_picture, spread
-from tensornet_hf.text.perplexity import Perplexity
+from tensornet_hf.report.facts import compact_bytes
+from tensornet_hf.report.page import display_command, display_name
+from tensornet_hf.report.pictures import (
+    bits_picture,
+    layer_losses_picture,
+    loss_picture,
+    short_names,
+    spectra_picture,
+    spread,
+)
+from tensornet_hf.text.quality import Quality
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -56,13 +66,13 @@ def a_page(**changes: object) -> Page:
     model = two_layers()
     matrices = {"0": model[0].weight.detach().clone(), "2": model[2].weight.detach().clone()}
     report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5), progress=False)
-    before, after = (Perplexity(p, math.log(p), 990, 10, 100, 100) for p in (33.25, 44.5))
+    before, after, plain = (Quality(math.log(p), True, "990 tokens of b.txt") for p in (33.25, 44.5, 90.0))
     options: dict[str, object] = {
         "title": "A small model",
         "models": [
-            ModelFacts("original", report.model_params_before, 8000, before, " there was light"),
-            ModelFacts("compressed", report.model_params_after, 4000, after, " there was <b>night</b>"),
-            ModelFacts("plain SVD", report.model_params_after),
+            ModelFacts("original", 1600, 8000, 32.0, quality=before, sample=" there was light"),
+            ModelFacts("compressed", 800, 4000, 16.0, quality=after, sample=" there was <b>night</b>"),
+            ModelFacts("plain SVD", 790, 3950, 15.8, "rank 7", plain),
         ],
         "report": report,
         "spectra": {layer.name: bond_spectra(matrices[layer.name], layer) for layer in report.plan},
@@ -87,10 +97,19 @@ def test_shows_every_number(tmp_path: Path) -> None:
         assert f"{layer.error:.4f}" in page.text
         assert f"{layer.baseline_error:.4f}" in page.text
         assert f"{layer.params_after:,}" in page.text
-    windows = "990 tokens scored in 10 windows of 100"
-    for expected in ("33.25", "44.50", windows, "8.00 kB", "not saved", "torch"):
+    for expected in (
+        "33.25",
+        "44.50",
+        "90.00",
+        "990 tokens of b.txt",
+        "8.00 kB",
+        "3.95 kB",
+        "rank 7",
+        "torch",
+    ):
         assert expected in page.text
-    assert page.tags.count("svg") == 2
+    pictures = 3  # losses, bits, spectra; a scale, two strips of marks and two signs of the key come with them
+    assert page.tags.count("svg") == pictures + 5
 
 
 def test_is_one_file_that_fetches_and_runs_nothing(tmp_path: Path) -> None:
@@ -113,7 +132,10 @@ def test_text_of_others_is_escaped(tmp_path: Path) -> None:
 
 def test_pictures_take_their_colours_from_the_page() -> None:
     page = a_page()
-    svg = layers_picture(list(page.report.plan)) + spectra_picture(page.spectra)
+    layers = list(priced(page).report.plan)
+    svg = bits_picture(layers) + spectra_picture(page.spectra)
+    svg += layer_losses_picture(layers, BaselineLosses()) or ""
+    svg += loss_picture(priced(page).report.plan, [(page.models[1], 0.2, True)], BaselineLosses()) or ""
     assert "var(--ours)" in svg
     assert not re.search(r"#0102", svg)
     assert re.findall(r"#[0-9a-f]{6}\b", svg) == []
@@ -130,46 +152,96 @@ def test_the_same_page_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     models = [ModelFacts("original", 10), ModelFacts("compressed", 5)]
     page = parsed(write_report(a_page(models=models, spectra={}, prompt=None), tmp_path / "r.html"))
-    assert page.tags.count("svg") == 1
-    for absent in ("Perplexity", "Singular values", "What they write", "price of every budget"):
+    for absent in ("Perplexity", "Singular values", "What they write", "measured", "Plain way"):
         assert absent not in page.text
+    assert "Nothing says what that costs" in page.text
+    assert "nothing is predicted" in page.text
 
 
-def test_price_of_every_budget(tmp_path: Path) -> None:
-    content = a_page()
-    priced = [
-        replace(layer, loss_increase=0.1, curve=((layer.params_after, 0.1), (layer.params_before, 0.0)))
+def priced(content: Page, forecast: Forecast = UNMEASURED, dense_loss: float | None = None) -> Page:
+    """The page with predicted losses: 0.1 for each layer, and nothing for dense ones."""
+    layers = [
+        replace(
+            layer,
+            loss_increase=0.1,
+            byte_curve=((layer.bytes_after, 0.1), (layer.bytes_before, 0.0)),
+        )
         for layer in content.report.plan
     ]
-    plan = tn.CompressionPlan(tuple(priced), objective="curvature", dense_loss=math.log(20.0), of_tokens=True)
-    points = predicted_curve(plan)
-    assert points[0] == (1.0, pytest.approx(20.0))
-    assert points[-1] == (pytest.approx(content.report.param_ratio), pytest.approx(20.0 * math.exp(0.2)))
-    page = parsed(
-        write_report(replace(content, report=replace(content.report, plan=plan)), tmp_path / "r.html")
-    )
-    assert page.tags.count("svg") == 3
-    assert f"{20.0 * math.exp(0.2):.2f} for this model" in page.text
+    plan = tn.CompressionPlan(tuple(layers), objective="curvature", dense_loss=dense_loss, forecast=forecast)
+    return replace(content, report=replace(content.report, plan=plan))
 
 
-def test_price_of_an_encoder(tmp_path: Path) -> None:
-    """It has no perplexity; the curve is that of one minus the cosine, on what it was measured."""
-    content = a_page()
-    priced = [
-        replace(layer, loss_increase=0.1, curve=((layer.params_after, 0.1), (layer.params_before, 0.0)))
-        for layer in content.report.plan
-    ]
+def facts(rises: dict[str, float | None], quality: bool = False) -> list[ModelFacts]:
+    """Rows with predicted, or with measured rises."""
+    rows = []
+    for name, rise in rises.items():
+        measured = Quality(3.0 + (rise or 0.0), True, "text") if quality else None
+        rows.append(ModelFacts(name, 100, 1000, 4.25, "int4", measured, None if quality else rise))
+    return rows
+
+
+@pytest.mark.parametrize("quality", [False, True])
+def test_first_screen_says_whether_the_plain_way_is_worse(tmp_path: Path, quality: bool) -> None:
+    for ours, expected in ((0.02, "costs 0.0500, 2.5 times as much"), (0.2, "is better here: 0.0500")):
+        rises = {"original": 0.0, "compressed": ours, "round to nearest": 0.09, "GPTQ": 0.05}
+        content = priced(a_page(models=facts(rises, quality), prompt=None), dense_loss=3.0)
+        page = parsed(write_report(content, tmp_path / "r.html"))
+        first = page.text.split("The same bytes, other ways")[0]
+        assert f"The best plain method of at most these bytes, GPTQ (int4), {expected}" in first
+        assert ("On held-out text" in first, "As predicted" in first) == (quality, not quality)
+        assert ("measured" if quality else "predicted") in first.split("Rise of the loss")[1]
+
+
+def test_a_measured_loss_is_never_compared_with_a_predicted_one(tmp_path: Path) -> None:
+    rows = facts({"original": 0.0, "compressed": 0.2}, quality=True)
+    rows += facts({"round to nearest": 0.1})
+    page = parsed(write_report(priced(a_page(models=rows)), tmp_path / "r.html"))
+    assert "best plain method" not in page.text
+
+
+def test_layers_show_predicted_losses_beside_plain_methods(tmp_path: Path) -> None:
+    losses = BaselineLosses({"0": 0.31, "2": 0.32}, {"0": 0.41, "2": 0.42}, ((2000, 0.5),), ((2000, 0.9),))
+    content = replace(priced(a_page()), losses=losses, peak_memory=12_300_000)
+    page = parsed(write_report(content, tmp_path / "r.html"))
+    for expected in ("0.31", "0.32", "0.41", "0.42", "peak memory 12.3 MB", "dense, no rise"):
+        assert expected in page.text
+    assert "round to nearest, predicted" in page.text
+    titles = {value for name, value in page.attributes if name == "title"}
+    assert titles == {layer.name for layer in content.report.layers}
+
+
+def test_an_encoder_has_no_perplexity(tmp_path: Path) -> None:
     forecast = Forecast(((0.1, 0.2),), "900 tokens of other.txt")
-    plan = tn.CompressionPlan(tuple(priced), objective="curvature", forecast=forecast)
-    points = predicted_curve(plan)
-    assert points[-1] == (pytest.approx(content.report.param_ratio), pytest.approx(0.4))
-    assert all(rise > 0 for _, rise in points)  # of what is drawn on a logarithmic axis
-    report = replace(content.report, plan=plan)
-    page = parsed(write_report(replace(content, report=report), tmp_path / "r.html"))
-    assert page.tags.count("svg") == 3
-    assert "One minus the cosine" in page.text
+    content = priced(a_page(models=facts({"original": None, "compressed": 0.4}), prompt=None), forecast)
+    page = parsed(write_report(content, tmp_path / "r.html"))
+    assert "one minus cosine rises by 0.4000" in page.text
     assert "measured on 900 tokens of other.txt" in page.text
-    assert "erplexity" not in page.text.split("The price of every budget")[1].split("All layers")[0]
+    assert "erplexity" not in page.text
+
+
+def test_blocks_fold_and_names_are_short(tmp_path: Path) -> None:
+    """A model of 210 layers has one folded table for each block."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    blocks = [nn.ModuleDict({k: nn.Linear(4, 4) for k in "qkvoguz"}) for _ in range(30)]
+    model.layers = nn.ModuleList(blocks)
+    report = tn.compress(model, tn.CompressionConfig(max_bond=1), progress=False)
+    path = write_report(a_page(report=report, spectra={}, prompt=None), tmp_path / "r.html")
+    page = parsed(path)
+    assert page.tags.count("details") == 30
+    assert "open" not in [name for name, _ in page.attributes]
+    assert "layers.29" in page.text
+    assert page.text.count("relative error of the weight") == 30  # the axis is named in every table
+    assert path.stat().st_size < 1_000_000
+
+
+def test_a_page_names_no_folder_of_its_maker(tmp_path: Path) -> None:
+    assert display_name(tmp_path) == tmp_path.name
+    assert display_name("/no/such/model") == "model"
+    assert display_name("owner/name") == "owner/name"
+    words = ["tensornet", "compress", str(tmp_path), "--report", f"{tmp_path}/r.html"]
+    assert display_command(words) == f"tensornet compress {tmp_path.name} --report r.html"
 
 
 def planned(matrix: torch.Tensor, **options: object) -> tn.LayerPlan:
@@ -226,7 +298,6 @@ def test_large_models_stay_readable() -> None:
     assert short_names(names[:2]) == ["0.mlp.up_proj", "1.mlp.up_proj"]
     assert short_names(["head"]) == ["head"]
     assert short_names(["a.bc", "a.bd"]) == ["bc", "bd"]
-    assert curve_picture([(0.1, 3.0), (0.9, 2.0)], 0.5).startswith("<svg")
 
 
 def test_numbers_are_short() -> None:

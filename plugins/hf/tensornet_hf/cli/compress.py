@@ -1,6 +1,5 @@
 """`tensornet compress`: compress a model folder into a new folder."""
 
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.values import parse_share, parse_size
 from tensornet_hf.compress_options import CompressOptions
 from tensornet_hf.folder_compression import FolderReport, compress_folder, plan_folder
+from tensornet_hf.report.page import display_command
 
 
 def run(
@@ -82,6 +82,13 @@ def run(
         typer.Option(
             help="Text of another source than --calibration, on which the loss is measured at a few sizes: "
             "corrects what is predicted, and with it what --loss-increase buys. Not for classifiers."
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text that the model has not seen: measures the loss of the original, the result, and plain "
+            "methods of the same bytes. Not for classifiers."
         ),
     ] = None,
     refine: Annotated[
@@ -158,6 +165,7 @@ def run(
             calibration=calibration,
             calibration_tokens=calibration_tokens,
             validation=validation,
+            held_out=held_out,
             refine=refine,
             heal=heal,
             dtype=dtype,
@@ -166,7 +174,7 @@ def run(
             resume=resume,
             report=report,
             force=force,
-            command=shlex.join(["tensornet", *sys.argv[1:]]),
+            command=display_command(["tensornet", *sys.argv[1:]]),
             progress=True,
         )
         _check_usage(budget, others, plan)

@@ -7,7 +7,7 @@ from tensornet_hf.checkpoint.inspection import weight_bytes
 from tensornet_hf.checkpoint.load import on_device, resolve_folder
 from tensornet_hf.checkpoint.save import decompress
 from tensornet_hf.cli import options as shared
-from tensornet_hf.report.page import compact_bytes
+from tensornet_hf.report.facts import compact_bytes
 
 
 def run(

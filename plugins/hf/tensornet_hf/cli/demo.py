@@ -1,6 +1,5 @@
 """`tensornet demo`: the main job from end to end, on a model that ships with the package."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,19 +7,17 @@ from typing import Annotated
 import typer
 
 from tensornet_hf.cli import options as shared
-from tensornet_hf.cli.values import parse_share
 from tensornet_hf.demo import PROMPT, Demo, run_demo
-from tensornet_hf.report.page import compact_bytes
+from tensornet_hf.report import ModelFacts
+from tensornet_hf.report.facts import compact_bytes
+from tensornet_hf.report.page import display_command
 
 
 def run(
     output: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("demo_out"),
-    param_ratio: Annotated[
-        float,
-        typer.Option(
-            parser=parse_share, metavar="SHARE", help="Share of the parameters of the linear layers to keep."
-        ),
-    ] = 0.5,
+    bits: Annotated[
+        float, typer.Option(help="Bits of a weight of the linear layers, scales included.")
+    ] = 4.25,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     device: shared.Device = shared.CPU,
     force: shared.Force = False,
@@ -29,11 +26,11 @@ def run(
     """Compress a small trained GPT-2, evaluate it, save it, load it again, and write a report."""
     done = run_demo(
         output,
-        param_ratio=param_ratio,
+        bits=bits,
         seed=seed,
         device=device,
         force=force,
-        command=shlex.join(["tensornet", *sys.argv[1:]]),
+        command=display_command(["tensornet", *sys.argv[1:]]),
         progress=True,
     )
     if as_json:
@@ -44,31 +41,34 @@ def run(
 
 def _print(done: Demo) -> None:
     models = done.page.models
-    rows = [
-        ("parameters", *(f"{model.params:,}" for model in models)),
-        ("share of the original", *(f"{model.params / models[0].params:.1%}" for model in models)),
-        (
-            "weight files",
-            *(compact_bytes(model.file_bytes) if model.file_bytes else "not saved" for model in models),
-        ),
-        (
-            "perplexity, held-out text",
-            *(f"{model.perplexity.perplexity:.2f}" for model in models if model.perplexity is not None),
-        ),
-    ]
-    shared.print_table(("", *(model.name for model in models)), rows)
-    how = models[0].perplexity
+    original = models[0].quality
+    assert original is not None  # the demo measures every model
+    header = ("", "bytes", "bits a weight", "parameters", "perplexity", "rise of the loss")
+    shared.print_table(header, [_row(model, original.loss) for model in models])
     shared.print_lines(
         "",
-        f"Perplexity, lower is better: {how.how if how else 'not measured'}. "
-        "Plain SVD: every layer truncated to the same keep ratio.",
+        f"Measured on held-out text, lower is better: {original.how}.",
+        "Plain methods have one format or ratio for all layers and are not saved; GPTQ rounds by our own code.",
         "",
     )
-    for model in models:
+    for model in models[:2]:
         shared.print_lines(f"{model.name} writes:", f"  {PROMPT}{model.sample}".replace("\n", "\n  "), "")
     steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items())
     shared.print_lines(
         f"Time: {sum(done.seconds.values()):.1f} s ({steps}).",
         f"Model:  {done.folder} (import tensornet_hf, then AutoModelForCausalLM.from_pretrained)",
         f"Report: {done.report} (open it in a browser)",
+    )
+
+
+def _row(model: ModelFacts, dense_loss: float) -> tuple[str, ...]:
+    quality = model.quality
+    assert quality is not None
+    return (
+        f"{model.name}, {model.form}" if model.form else model.name,
+        compact_bytes(model.bytes or 0),
+        f"{model.bits:.2f}",
+        f"{model.params:,}",
+        f"{quality.perplexity:.2f}",
+        "" if quality.loss == dense_loss else f"{quality.loss - dense_loss:+.4f}",
     )

@@ -3,7 +3,7 @@
 from tensornet_hf.checkpoint.inspection import Inspection, inspect_folder
 from tensornet_hf.checkpoint.load import resolve_folder
 from tensornet_hf.cli import options as shared
-from tensornet_hf.report.page import compact_bytes
+from tensornet_hf.report.facts import compact_bytes
 
 
 def run(path: shared.Source, as_json: shared.Json = False) -> None:

@@ -1,45 +1,24 @@
 """The report page: its contents, and writing it as one self-contained file."""
 
-import math
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tensornet.compression import CompressionPlan, CompressionReport
+from tensornet.compression import CompressionReport
+from tensornet.compression.baselines import BaselineLosses
 from tensornet.compression.reach import compact_count
 from tensornet.io.atomic import write_file
 from tensornet.optional import require
+from tensornet_hf.report.blocks import MARGIN, WIDTH, table_of_layers
+from tensornet_hf.report.facts import ModelFacts, compact_bytes
 from tensornet_hf.report.spectra import BondSpectrum
-from tensornet_hf.text.perplexity import Perplexity
-
-#: Nats. Models with a larger predicted rise of the loss are useless.
-_MEANINGFUL_RISE = 3.0
-#: Smallest value that is drawn on the logarithmic axis.
-_VISIBLE_RISE = 1e-5
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """One column of the comparison.
-
-    Args:
-        name: how the page calls this model.
-        params: elements of all its parameters.
-        file_bytes: size of its weight files, None if it was not saved.
-        perplexity: on the held-out text, None if not measured.
-        sample: generated text, if any.
-    """
-
-    name: str
-    params: int
-    file_bytes: int | None = None
-    perplexity: Perplexity | None = None
-    sample: str | None = None
+from tensornet_hf.report.verdict import best_plain, rise_of, verdict
 
 
 @dataclass(frozen=True)
@@ -48,21 +27,34 @@ class Page:
 
     Args:
         title: heading, for example the name of the model.
-        models: the columns of the comparison: the original first, then the compressed model, then baselines.
+        models: rows of the comparison: the original first, then the compressed model, then plain methods.
         report: of the compression.
         spectra: by layer name (see `bond_spectra`); empty leaves the picture out.
+        losses: of the plain methods by layer and over sizes; empty leaves them out of the pictures.
         prompt: text that the samples continue.
+        sampled: how tokens of the samples were chosen.
         made: rows of label and text that say how the page was made.
         notes: remarks shown below the comparison.
+        peak_memory: of the process, in bytes; None where the system does not tell.
     """
 
     title: str
     models: Sequence[ModelFacts]
     report: CompressionReport
     spectra: Mapping[str, Sequence[BondSpectrum]] = field(default_factory=dict)
+    losses: BaselineLosses = field(default_factory=BaselineLosses)
     prompt: str | None = None
+    sampled: str = ""
     made: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
+    peak_memory: int | None = None
+
+    @property
+    def measure(self) -> str:
+        """What rises when weights change."""
+        plan = self.report.plan
+        of_loss = plan.dense_loss is not None or plan.predicted_loss_increase is None
+        return "loss" if of_loss else "one minus cosine"
 
 
 def write_report(page: Page, path: str | Path) -> Path:
@@ -88,57 +80,53 @@ def render(page: Page) -> str:
 
     from tensornet_hf.report import pictures
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"count": compact_count, "size": compact_bytes}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"count": compact_count, "size": compact_bytes, "rise": _compact_rise}
     template = environment.from_string(
         (files("tensornet_hf.report") / "page.html.j2").read_text(encoding="utf-8")
     )
-    # The certified errors, which an edited plan may not have known.
-    done = zip(page.report.plan, page.report.layers, strict=True)
-    layers = [replace(planned, error=made.error) for planned, made in done]
+    original = page.models[0]
     plan = page.report.plan
-    curve = predicted_curve(plan)
-    measure = "cosine" if plan.dense_loss is None else "perplexity" if plan.of_tokens else "loss"
-    label = {"cosine": "predicted one minus cosine"}.get(measure, f"predicted {measure}")
-    rise = plan.predicted_loss_increase
-    shown = min(len(page.spectra), pictures.PANELS)
+    blocks, scale = table_of_layers(plan, page.report.layers, page.losses)
+    rows = [(model, rise_of(model, original)) for model in page.models]
+    drawn = {
+        "loss_picture": pictures.loss_picture(plan, _marked(rows), page.losses, page.measure),
+        "layer_losses_picture": pictures.layer_losses_picture(list(plan), page.losses),
+        "bits_picture": pictures.bits_picture(list(plan)),
+        "spectra_picture": pictures.spectra_picture(page.spectra) if page.spectra else None,
+    }
     return template.render(
         page=page,
         report=page.report,
-        original=page.models[0],
+        plan=plan,
+        original=original,
         compressed=page.models[1],
-        layers_picture=Markup(pictures.layers_picture(layers)),
-        spectra_picture=Markup(pictures.spectra_picture(page.spectra)) if page.spectra else None,
-        curve_picture=Markup(pictures.curve_picture(curve, page.report.param_ratio, label))
-        if curve
-        else None,
-        predicted=None if rise is None or plan.dense_loss is None else _predicted(plan, rise),
-        measure=measure,
-        spectra_shown=shown,
+        rows=rows,
+        ours=rise_of(page.models[1], original),
+        best=best_plain(page.models),
+        verdict=verdict(page.models, measure=page.measure),
+        blocks=blocks,
+        scale=scale,
+        track={"width": WIDTH, "margin": MARGIN},
+        spectra_shown=min(len(page.spectra), pictures.PANELS),
+        **{name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
     )
 
 
-def predicted_curve(plan: CompressionPlan) -> list[tuple[float, float]]:
-    """Compute the predicted perplexity over all budgets, `(keep ratio of targeted parameters, perplexity)`.
-
-    Without a loss of tokens the loss itself; for an encoder one minus the cosine with its old outputs. Empty
-    for a plan made without calibrated gradients. The curve ends where the prediction, which is of second
-    order in the errors, becomes meaningless.
-
-    Args:
-        plan: made with calibrated gradients.
-    """
-    points = [(size / plan.params_before, rise) for size, rise in plan.curve()]
-    if plan.dense_loss is None:
-        return [point for point in points if _VISIBLE_RISE < point[1] < 1]
-    return [(kept, _predicted(plan, rise)) for kept, rise in points if rise < _MEANINGFUL_RISE]
+def _marked(rows: Sequence[tuple[ModelFacts, Any]]) -> list[tuple[ModelFacts, float, bool]]:
+    """Collect the models that have a place in the picture of loss over bits."""
+    return [
+        (model, rise.value, rise.measured)
+        for model, rise in rows[1:]
+        if rise is not None and model.bits is not None
+    ]
 
 
-def _predicted(plan: CompressionPlan, rise: float) -> float:
-    """Convert a loss increase to a perplexity, or to a loss if that is not one of tokens."""
-    assert plan.dense_loss is not None
-    loss = plan.dense_loss + rise
-    return math.exp(loss) if plan.of_tokens else loss
+def _compact_rise(value: float | None) -> str:
+    """Format a predicted loss increase with two digits; a dash where it is unknown."""
+    return "–" if value is None else f"{value:.2g}"
 
 
 def versions() -> str:
@@ -148,31 +136,33 @@ def versions() -> str:
     return ", ".join([*(f"{name} {version(name)}" for name in names), python, sys.platform])
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
+def display_name(source: str | Path) -> str:
+    """Return a hub id as it is, and of a folder its name: pages are shown to others, paths are not.
+
+    Example:
+        >>> display_name("HuggingFaceTB/SmolLM2-135M")
+        'HuggingFaceTB/SmolLM2-135M'
+    """
+    path = Path(source).expanduser()
+    local = path.exists() or path.is_absolute() or str(source).startswith((".", "~"))
+    return path.resolve().name if local else str(source)
 
 
-def compact_bytes(value: float) -> str:
-    """Format a size with three significant digits: `1234567` -> `1.23 MB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{_three_digits(value / size)} {unit}"
-    return f"{value:g} B"
+def display_command(words: Sequence[str]) -> str:
+    """Join the words of a command, each path shortened to its last part.
+
+    Example:
+        >>> display_command(["tensornet", "compress", "/home/me/model", "--bits", "4.25"])
+        'tensornet compress model --bits 4.25'
+    """
+    return shlex.join([Path(word).name if Path(word).is_absolute() else word for word in words])
 
 
 def plain(page: Page) -> dict[str, Any]:
     """Convert the numbers of the page to a JSON-ready form."""
     return {
-        "models": [
-            {
-                "name": model.name,
-                "parameters": model.params,
-                "file_bytes": model.file_bytes,
-                "perplexity": None if model.perplexity is None else model.perplexity.to_dict(),
-                "sample": model.sample,
-            }
-            for model in page.models
-        ],
+        "models": [model.to_dict() for model in page.models],
         "compression": page.report.to_dict(),
+        "peak_memory": page.peak_memory,
         "made": dict(page.made),
     }

@@ -14,72 +14,136 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
-from tensornet.compression import LayerPlan
-from tensornet.compression.layer_plan import describe
+from tensornet.compression import CompressionPlan, LayerPlan
+from tensornet.compression.baselines import GPTQ, NEAREST, SVD, BaselineLosses
+from tensornet.compression.layer_blocks import grid_of, layer_names, panels_of
+from tensornet.compression.pictures import (
+    Mark,
+    Palette,
+    draw_bits,
+    draw_layer_losses,
+    draw_loss_over_bits,
+    loss_limits,
+    losses_by_method,
+    plain_axes,
+)
+from tensornet_hf.report.facts import ModelFacts
 from tensornet_hf.report.spectra import BondSpectrum
 
-# role (a CSS variable of the page) -> stand-in colour
-INK, MUTED, GRID, OURS, SVD, DENSE = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", OURS: "ours", SVD: "svd", DENSE: "dense"}
+#: Role of a colour, which is a CSS variable of the page, and its stand-in in the picture.
+_ROLES = ("ink", "muted", "grid", "ours", "nearest", "gptq", "svd", "dense")
+_STAND_INS = {role: f"#0102{number:02x}" for number, role in enumerate(_ROLES, start=3)}
+PALETTE = Palette(**_STAND_INS)
+_COLORS = {NEAREST: PALETTE.nearest, GPTQ: PALETTE.gptq, SVD: PALETTE.svd}
 
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
     "svg.hashsalt": "tensornet",  # the same picture gives the same bytes
     "font.size": 9,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
+    "axes.edgecolor": PALETTE.grid,
+    "axes.labelcolor": PALETTE.muted,
+    "axes.titlecolor": PALETTE.ink,
+    "text.color": PALETTE.ink,
+    "xtick.color": PALETTE.muted,
+    "ytick.color": PALETTE.muted,
+    "xtick.labelcolor": PALETTE.muted,
+    "ytick.labelcolor": PALETTE.ink,
+    "grid.color": PALETTE.grid,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
 }
 
-_WIDTH = 8.6  # inches; the page scales pictures to its own width
+_WIDTH = 10.0  # inches; the page scales pictures to its own width
 PANELS = 24
 _POINTS = 160
 _FLOOR = 1e-3  # singular values below this share of the largest are off the picture
 
 
-def layers_picture(layers: Sequence[LayerPlan]) -> str:
-    """Draw parameters before and after, topology with bonds, and each error beside that of plain SVD."""
+def loss_picture(
+    plan: CompressionPlan,
+    models: Sequence[tuple[ModelFacts, float, bool]],
+    losses: BaselineLosses,
+    measure: str = "loss",
+) -> str | None:
+    """Draw the rise of the loss over bits of a weight: predicted curves, and models as dots.
+
+    Args:
+        plan: gives our curve and the dense end.
+        models: each with the rise of its loss, and whether that was measured; ours first.
+        losses: predicted curves of the plain methods.
+        measure: what rises.
+
+    Returns:
+        The picture, None where there is nothing but one dot to draw.
+    """
+    if not plan.curve(unit="bytes") and len(models) < 2:
+        return None
+    marks = [
+        Mark(model.name, model.bits or 0.0, rise, _COLORS.get(model.name, PALETTE.ours), measured)
+        for model, rise, measured in models
+    ]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 1.0 + 0.27 * len(layers)), layout="constrained")
-        sizes, errors = figure.subplots(1, 2, sharey=True, width_ratios=[1.15, 1])
-        rows = range(len(layers))
-        sizes.barh(rows, [x.params_before for x in layers], height=0.62, color=DENSE, label="dense")
-        sizes.barh(rows, [x.params_after for x in layers], height=0.62, color=OURS, label="kept")
-        widest = max(x.params_before for x in layers)
-        for row, layer in enumerate(layers):
-            form = describe(layer.topology, layer.storage)
-            share = layer.params_after / layer.params_before
-            sizes.text(
-                layer.params_before + 0.02 * widest, row, f"{form}, {share:.0%}", va="center", color=MUTED
+        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+        axes = figure.subplots()
+        draw_loss_over_bits(axes, plan, marks, losses, PALETTE, label=f"rise of the {measure}")
+        lines = [
+            Line2D([], [], color=line.get_color(), label=str(line.get_label()))
+            for line in axes.lines
+            if not str(line.get_label()).startswith("_")
+        ]
+        dots = [
+            Line2D(
+                [],
+                [],
+                color=mark.color,
+                marker="o",
+                linestyle="none",
+                markerfacecolor=mark.color if mark.measured else "none",
+                label=f"{mark.label}, {'measured' if mark.measured else 'predicted'}",
             )
-        sizes.set_xlim(0, 1.55 * widest)  # room for the text
-        sizes.set_xticks([tick for tick in MaxNLocator(4).tick_values(0, widest) if tick <= widest])
-        sizes.set_yticks(list(rows), short_names([x.name for x in layers]))
-        sizes.set_title("Parameters", loc="left", fontweight="bold")
-        sizes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
-        svd, ours = [x.baseline_error for x in layers], [x.error or 0.0 for x in layers]
-        errors.hlines(rows, ours, svd, color=GRID, linewidth=3)
-        # Rings around dots: where the two agree both stay visible.
-        errors.plot(svd, rows, "o", color=SVD, fillstyle="none", markersize=8, label="plain SVD, same size")
-        errors.plot(ours, rows, "o", color=OURS, markersize=4.5, label="this model")
-        errors.set_title("Relative error of the weight", loc="left", fontweight="bold")
-        errors.set_xlim(0, 1.05 * max(0.01, *svd, *ours))
-        sizes.set_ylim(len(layers) - 0.4, -0.6)
-        for axes in (sizes, errors):
-            _plain(axes)
-            axes.grid(axis="x")
-        _legend(figure, [*sizes.get_legend_handles_labels()[0], *errors.get_legend_handles_labels()[0]])
+            for mark in marks
+        ]
+        figure.legend(handles=[*lines, *dots], loc="outside lower left", ncols=2, fontsize=8)
+        return _svg(figure)
+
+
+def layer_losses_picture(layers: Sequence[LayerPlan], losses: BaselineLosses) -> str | None:
+    """Draw the predicted loss increase of every layer beside the plain methods at the same bytes.
+
+    Returns:
+        The picture, None where nothing is predicted.
+    """
+    if any(layer.loss_increase is None for layer in layers):
+        return None
+    panels = panels_of(layer_names([layer.name for layer in layers]))
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    known = losses_by_method(layers, losses)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.6 + 1.75 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            draw_layer_losses(axes, panel, known, PALETTE, loss_limits(known))
+            axes.tick_params(labelsize=7.5)
+        for number, axes in enumerate(grid.flat):
+            axes.set_visible(number < len(panels))
+            if number + columns >= len(panels) and len(panels) > 1:
+                axes.set_xlabel("block", fontsize=8)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("predicted rise", fontsize=8)
+        _legend(figure, grid.flat[0].lines[::-1])
+        return _svg(figure)
+
+
+def bits_picture(layers: Sequence[LayerPlan]) -> str:
+    """Draw bits of a weight and ranks of all layers as a map."""
+    rows, _, _ = grid_of(layer_names([layer.name for layer in layers]))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(rows)), layout="constrained")
+        draw_bits(figure.subplots(), layers, PALETTE)
         return _svg(figure)
 
 
@@ -102,47 +166,20 @@ def spectra_picture(spectra: Mapping[str, Sequence[BondSpectrum]]) -> str:
             axes.set_yticks([tick for tick in (1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001) if tick >= low])
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
-            _plain(axes)
+            plain_axes(axes, PALETTE, grid=None)
             axes.tick_params(labelsize=7)
         for axes in list(grid.flat)[len(chosen) :]:
             axes.set_axis_off()
         handles = [
-            Line2D([], [], color=OURS, label="singular values kept"),
-            Line2D([], [], color=DENSE, label="truncated"),
-            Line2D([], [], color=SVD, linestyle="--", label="truncation"),
+            Line2D([], [], color=PALETTE.ours, label="singular values kept"),
+            Line2D([], [], color=PALETTE.dense, label="truncated"),
+            Line2D([], [], color=PALETTE.nearest, linestyle="--", label="truncation"),
         ]
         if not all(s.exact for name in chosen for s in spectra[name]):
-            handles.append(Line2D([], [], color=SVD, linestyle=":", label="rank of the same size"))
+            handles.append(
+                Line2D([], [], color=PALETTE.nearest, linestyle=":", label="rank of the same size")
+            )
         _legend(figure, handles)
-        return _svg(figure)
-
-
-def curve_picture(
-    points: Sequence[tuple[float, float]], kept: float, label: str = "predicted perplexity"
-) -> str:
-    """Draw the prediction, `(fraction of parameters kept, value)`, over all budgets, this one marked."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.8), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(*zip(*points, strict=True), color=OURS)
-        axes.axvline(kept, color=SVD, linestyle="--", linewidth=1.1)
-        axes.annotate(
-            f"this model, {kept:.0%}",
-            (kept, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -9),
-            textcoords="offset points",
-            color=SVD,
-        )
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("parameters of the compressed layers kept")
-        axes.set_ylabel(label)
-        _plain(axes)
-        axes.grid(axis="both")
         return _svg(figure)
 
 
@@ -165,10 +202,15 @@ def _draw_spectrum(axes: Axes, spectrum: BondSpectrum, number: int) -> None:
     # Exact zeros (padding, a layer of lower rank) have no place on a logarithmic scale.
     shown = [k for k in spread_indices(len(values), _POINTS) if values[k] > 1e-12]
     alpha = max(0.35, 1 - 0.3 * number)
-    for color, part in ((OURS, [k for k in shown if k < kept]), (DENSE, [k for k in shown if k >= kept - 1])):
+    for color, part in (
+        (PALETTE.ours, [k for k in shown if k < kept]),
+        (PALETTE.dense, [k for k in shown if k >= kept - 1]),
+    ):
         axes.plot([k + 1 for k in part], [values[k] for k in part], color=color, alpha=alpha, linewidth=1.6)
     if kept < len(values) or not spectrum.exact:
-        axes.axvline(kept + 0.5, color=SVD, linestyle="--" if spectrum.exact else ":", linewidth=1.1)
+        axes.axvline(
+            kept + 0.5, color=PALETTE.nearest, linestyle="--" if spectrum.exact else ":", linewidth=1.1
+        )
         # Above the line for the first bond, below it for the next, so that neighbours do not collide.
         axes.annotate(
             str(kept),
@@ -177,7 +219,7 @@ def _draw_spectrum(axes: Axes, spectrum: BondSpectrum, number: int) -> None:
             xytext=(3, -7),
             textcoords="offset points",
             fontsize=7,
-            color=SVD,
+            color=PALETTE.nearest,
         )
 
 
@@ -186,20 +228,8 @@ def spread_indices(length: int, points: int) -> list[int]:
     return sorted({round(k * (length - 1) / max(1, points - 1)) for k in range(points)})
 
 
-def _plain(axes: Axes) -> None:
-    axes.tick_params(length=0, which="both")
-    axes.set_axisbelow(True)
-
-
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=8.5)
-
-
-def _thousands(value: float) -> str:
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
 
 
 def _svg(figure: Figure) -> str:
@@ -210,6 +240,6 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:xmlns|xmlns:xlink)="[^"]*"', "", text, count=2)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same names in every picture of one page
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, f"var(--{variable})")
+    for role, color in _STAND_INS.items():
+        text = text.replace(color, f"var(--{role})")
     return text
