@@ -108,7 +108,7 @@ def test_shows_every_number(tmp_path: Path) -> None:
         "torch",
     ):
         assert expected in page.text
-    pictures = 3  # losses, bits, spectra; a scale, two strips of marks and two signs of the key come with them
+    pictures = 3  # beside a scale, two strips of marks and two signs of the key
     assert page.tags.count("svg") == pictures + 5
 
 

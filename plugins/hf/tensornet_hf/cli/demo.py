@@ -48,7 +48,7 @@ def _print(done: Demo) -> None:
     shared.print_lines(
         "",
         f"Measured on held-out text, lower is better: {original.how}.",
-        "Plain methods have one format or ratio for all layers and are not saved; GPTQ rounds by our own code.",
+        "Plain methods: one format or ratio for all layers, not saved; GPTQ by our own code.",
         "",
     )
     for model in models[:2]:

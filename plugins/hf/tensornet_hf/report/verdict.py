@@ -55,8 +55,8 @@ def verdict(models: Sequence[ModelFacts], *, measure: str) -> str:
     original, compressed = models[0], models[1]
     size = ""
     if original.bytes and compressed.bytes:
-        share = compressed.bytes / original.bytes
-        size = f"{compact_bytes(original.bytes)} became {compact_bytes(compressed.bytes)} ({100 * share:.1f} %). "
+        before, after = compact_bytes(original.bytes), compact_bytes(compressed.bytes)
+        size = f"{before} became {after} ({100 * compressed.bytes / original.bytes:.1f} %). "
     ours = rise_of(compressed, original)
     if ours is None:
         return f"{size}Nothing says what that costs: give calibration text to predict it, or held-out text."
