@@ -25,12 +25,14 @@ MAX_FUNCTION, MAX_PARAMETERS = 60, 10
 LONG_FUNCTIONS: dict[str, str] = {
     "plugins/hf/tensornet_hf/cli/compress.py:run": "the options of the command, with their help",
     "plugins/hf/tensornet_hf/cli/upcycle.py:run": "likewise",
+    "plugins/hf/tensornet_hf/cli/evaluate.py:run": "likewise",
 }
 #: Function -> why it takes more than ten parameters.
 MANY_PARAMETERS: dict[str, str] = {
     "tensornet/calibration/calibrate.py:calibrate": "documented keyword arguments",
     "plugins/hf/tensornet_hf/cli/compress.py:run": "the options of the command",
     "plugins/hf/tensornet_hf/cli/upcycle.py:run": "the options of the command",
+    "plugins/hf/tensornet_hf/cli/evaluate.py:run": "the options of the command",
     "plugins/hf/tensornet_hf/streaming/run.py:compress_checkpoint": "documented keyword arguments",
     "tensornet/nn/linear.py:MPOLinear.__init__": "the documented arguments of nn.Linear and of a chain",
     "plugins/moe/tensornet_moe/experts.py:SharedCoreExperts.from_dense": "documented keyword arguments",

@@ -10,7 +10,7 @@ import typer
 from transformers.utils import logging
 
 from tensornet.errors import CalibrationWarning
-from tensornet_hf.cli import compress, decompress, demo, evaluate, export, generate, inspect, upcycle
+from tensornet_hf.cli import compare, compress, decompress, demo, evaluate, export, generate, inspect, upcycle
 from tensornet_hf.report import versions
 
 # Name -> function. A new command is a new file beside this one and a line here.
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress.run,
     "inspect": inspect.run,
     "eval": evaluate.run,
+    "compare": compare.run,
     "generate": generate.run,
     "decompress": decompress.run,
     "export": export.run,

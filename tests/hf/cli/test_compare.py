@@ -1,0 +1,195 @@
+"""`tensornet compare`: folders side by side, in numbers and as a picture, and folders it cannot load."""
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
+from tensornet_hf.evaluation.quantizers import bytes_on_disk, count_weights
+from tensornet_hf.evaluation.side_by_side import compare_folders
+from tensornet_hf.text.tokens import load_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers in int4, rounded to nearest."""
+    folder = tmp_path_factory.mktemp("small") / "small"
+    model = th.load(gpt2_path())
+    config = tn.CompressionConfig(formats=("int4",), bits_per_weight=5, objective="weight")
+    tn.compress(model, config, progress=False)
+    th.save_model(model, folder, source=gpt2_path())
+    return folder
+
+
+def test_folders_side_by_side(program: Run, small: Path) -> None:
+    Path("text.txt").write_text(heldout_text()[:6_000])
+    arguments = ("compare", gpt2_path(), small, "--text", "text.txt", "--new-tokens", 5)
+    status, out, _ = program(*arguments, "--json", "--plot", "c.svg")
+    assert status == 0
+    data = json.loads(out)
+    dense, ours = data["models"]
+    assert (dense["name"], dense["method"], ours["name"], ours["method"]) == (
+        "gpt2",
+        "dense",
+        "small",
+        "tensornet",
+    )
+    assert (dense["bytes"], ours["bytes"]) == (bytes_on_disk(gpt2_path()), bytes_on_disk(small))
+    assert ours["bits"] == pytest.approx(8 * ours["bytes"] / 940_800)
+    assert dense["params"] == 940_800 < ours["params"]  # the scales are numbers too
+    assert ours["milliseconds"] > 0
+    measured = json.loads(program("eval", small, "--text", "text.txt", "--json")[1])
+    assert ours["quality"]["loss"] == pytest.approx(measured["loss"], abs=1e-4)
+    prompt = " ".join(heldout_text().split()[:12])
+    assert data["prompt"] == prompt
+    again = json.loads(program("generate", small, "--prompt", prompt, "--max-new-tokens", 5, "--json")[1])
+    assert ours["sample"] == again["text"]
+    assert "<svg" in Path("c.svg").read_text()
+
+    status, out, _ = program(*arguments)
+    assert status == 0
+    assert [x.split()[0] for x in out.splitlines()[1:3]] == ["gpt2", "small"]
+    assert f"{ours['quality']['loss'] - dense['quality']['loss']:+.4f}" in out
+    assert "small writes:" in out
+
+
+def test_encoders_are_compared_by_the_cosine(program: Run, encoder: Path) -> None:
+    Path("text.txt").write_text("rain falls\n\nthe sun shines\n\na wet cat\n")
+    how = ("--rel-error", 0.5, "--objective", "weight")
+    assert program("compress", encoder, "small", *how)[0] == 0
+    status, out, _ = program("compare", encoder, "small", "--text", "text.txt", "--json")
+    assert status == 0
+    dense, ours = json.loads(out)["models"]
+    assert dense["quality"]["loss"] == pytest.approx(0, abs=1e-6)
+    assert 0 < ours["quality"]["loss"] < 1
+    assert ours["quality"]["perplexity"] is ours["sample"] is None
+
+
+def quantized_by(folder: Path, method: object) -> Path:
+    """A folder that says that another quantizer wrote it."""
+    shutil.copytree(gpt2_path(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "package"), [("torchao", "torchao"), ("gptq", "gptqmodel"), ("quanto", "optimum-quanto")]
+)
+def test_the_package_of_another_quantizer_is_named(
+    program: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, package: str
+) -> None:
+    monkeypatch.setattr("tensornet_hf.evaluation.quantizers.find_spec", lambda name: None)
+    folder = quantized_by(tmp_path / "theirs", method)
+    status, out, err = program("compare", folder, gpt2_path())
+    assert (status, out) == (1, "")
+    assert f"theirs is quantized by '{method}', whose package {package} is not installed here" in err
+    assert f"pip install {package}" in err
+
+
+def test_a_quantizer_that_nobody_knows(program: Run, tmp_path: Path) -> None:
+    folder = quantized_by(tmp_path / "theirs", "magic")
+    status, _, err = program("compare", gpt2_path(), folder)
+    assert status == 1
+    assert "quantized by 'magic', which transformers does not know" in err
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_folder_of_torchao(program: Run, tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    scheme = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    model = AutoModelForCausalLM.from_pretrained(gpt2_path(), quantization_config=scheme)
+    model.save_pretrained(tmp_path / "theirs")
+    load_tokenizer(gpt2_path()).save_pretrained(tmp_path / "theirs")
+    Path("text.txt").write_text(heldout_text()[:3_000])
+    status, out, err = program("compare", gpt2_path(), "./theirs", "--text", "text.txt", "--json")
+    assert (status, err) == (0, "")
+    dense, theirs = json.loads(out)["models"]
+    assert theirs["method"] == "torchao"
+    assert theirs["quality"]["loss"] == pytest.approx(dense["quality"]["loss"], abs=0.1)
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
+def test_a_folder_of_compressed_tensors(program: Run, small: Path) -> None:
+    assert program("export", small, "theirs")[0] == 0
+    Path("text.txt").write_text(heldout_text()[:3_000])
+    status, out, _ = program("compare", small, "./theirs", "--text", "text.txt", "--json")
+    assert status == 0
+    ours, theirs = json.loads(out)["models"]
+    assert theirs["method"] == "compressed-tensors"
+    assert theirs["quality"]["loss"] == pytest.approx(ours["quality"]["loss"], abs=1e-3)
+
+
+def test_bad_input(program: Run, tmp_path: Path) -> None:
+    status, _, err = program("compare", gpt2_path(), "--plot", "c.jpeg")
+    assert status == 1
+    assert "c.jpeg is no name of a picture; end it in .png, .svg or .pdf" in err
+    (tmp_path / "empty").mkdir()
+    status, _, err = program("compare", gpt2_path(), "./empty")
+    assert status == 1
+    assert "holds no config.json" in err
+    status, _, err = program("compare", gpt2_path(), "--text", "no.txt")
+    assert status == 1
+    assert "There is no file no.txt" in err
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        shutil.copytree(gpt2_path(), tmp_path / parent / "model")
+    found = compare_folders([tmp_path / "a" / "model", tmp_path / "b" / "model"])
+    assert [folder.name for folder in found.folders] == ["a/model", "b/model"]
+    assert found.prompt is None
+    assert len(found.plot().axes) == 2
+    assert count_weights(tmp_path / "a" / "model") == 940_800
+
+
+def test_held_out_text_measures_plain_methods_of_the_same_bytes(program: Run) -> None:
+    Path("cal.txt").write_text(calibration_text()[:8_000])
+    Path("held.txt").write_text(heldout_text()[:6_000])
+    how = (
+        "--bits",
+        4.25,
+        "--formats",
+        "int5,int4,int3",
+        "--target",
+        "h.0.mlp.c_fc",
+        "--target",
+        "h.1.mlp.c_fc",
+    )
+    arguments = ("compress", gpt2_path(), "small", *how, "--calibration", "cal.txt", "--held-out", "held.txt")
+    status, out, _ = program(*arguments, "--report", "r.html")
+    assert status == 0
+    measured = out.partition("measured    ")[2]
+    for method in ("compressed", "round to nearest", "GPTQ", "plain SVD"):
+        assert f"{method} " in measured
+    page = Path("r.html").read_text()
+    assert "measured</em>" in page
+    assert "gpt2, compressed" in page
+    assert str(gpt2_path()) not in page
+    loss = float(json.loads(program("eval", "small", "--text", "held.txt", "--json")[1])["loss"])
+    dense = float(measured.partition("loss ")[2].split()[0])
+    rise = float(measured.partition("compressed ")[2].split(",")[0])
+    assert loss - dense == pytest.approx(rise, abs=2e-4)
+
+
+def test_held_out_text_must_be_another_one(program: Run) -> None:
+    Path("cal.txt").write_text(calibration_text()[:8_000])
+    how = ("--bits", 4.25, "--calibration", "cal.txt", "--held-out", "cal.txt")
+    status, _, err = program("compress", gpt2_path(), "small", *how)
+    assert status == 2
+    assert "--held-out is the text of --calibration" in err
+    status, _, err = program("compress", gpt2_path(), "--bits", 4.25, "--held-out", "cal.txt", "--dry-run")
+    assert status == 2
+    assert "--dry-run compresses nothing that could be measured" in err

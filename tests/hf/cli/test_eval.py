@@ -1,0 +1,211 @@
+"""`tensornet eval`: tasks, sentences and labels, each against a count of its own, and its bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import tensornet_hf as th
+from tensornet.errors import FormatError, TargetError
+from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.evaluation import measure_encoder, run_tasks
+from tensornet_hf.evaluation.classifiers import read_examples
+from tensornet_hf.evaluation.encoders import read_sentences
+from tensornet_hf.evaluation.harness import TaskError
+from tensornet_hf.text.tokens import load_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+needs_harness = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'tensornet-torch[eval]'"
+)
+TASK = """task: verses
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {data}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+QUESTIONS = [
+    ("In the beginning God created the heaven and the", [" earth.", " qx."], 0),
+    ("And God said, Let there be light: and there was", [" zzz", " light."], 1),
+    ("And the LORD said unto Moses,", [" Jqv", " Go"], 0),
+]
+
+
+def task_folder(folder: Path, data: str | None = None) -> Path:
+    """A task of three questions, the last of which has the unlikely answer as the right one."""
+    rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
+    (folder / "verses.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "verses.yaml").write_text(TASK.format(data=data or folder / "verses.jsonl"))
+    return folder
+
+
+@needs_harness
+def test_a_task_of_ones_own_runs_offline(tmp_path: Path) -> None:
+    """As a person runs it: a process of its own, without network, on a compressed model."""
+    how = [sys.executable, "-W", "ignore", "-c", "from tensornet._entry import main; main()"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*how, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
+        )
+
+    options = ("--rel-error", "0.1", "--objective", "weight", "--target", "h.0.mlp.c_fc")
+    done = call("compress", str(gpt2_path()), "small", *options)
+    assert done.returncode == 0, done.stderr
+    path = ("--task-path", str(task_folder(tmp_path)))
+    done = call("eval", "small", "--tasks", "verses", *path, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["tasks"]
+    assert found["samples"] == {"verses": 3}
+    assert found["scores"]["verses"]["acc"] == pytest.approx(2 / 3)
+
+
+@needs_harness
+def test_shots_limit_and_the_likelier_answer(tmp_path: Path) -> None:
+    model, tokenizer = th.load(gpt2_path()), load_tokenizer(gpt2_path())
+    folder = task_folder(tmp_path)
+    found = run_tasks(model, tokenizer, ["verses"], task_path=folder / "verses.yaml", limit=2)
+    assert found.samples == {"verses": 2}
+    right = 0
+    for question, choices, answer in QUESTIONS[:2]:
+        losses = []
+        for choice in choices:
+            start = tokenizer(question, return_tensors="pt").input_ids
+            ids = tokenizer(question + choice, return_tensors="pt").input_ids
+            with torch.no_grad():
+                steps = model(ids).logits[0].log_softmax(-1)
+            positions = range(start.shape[1], ids.shape[1])
+            losses.append(sum(float(steps[k - 1, ids[0, k]]) for k in positions))
+        right += int(max(range(2), key=losses.__getitem__) == answer)
+    assert found.scores["verses"]["acc"] == right / 2
+
+
+@needs_harness
+def test_tasks_that_need_the_network_say_so(tmp_path: Path, encoder: Path) -> None:
+    model, tokenizer = th.load(gpt2_path()), load_tokenizer(gpt2_path())
+    folder = task_folder(tmp_path, data=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(TaskError, match=r"data of verses cannot be loaded.*Offline: save the data as JSON"):
+        run_tasks(model, tokenizer, ["verses"], task_path=folder)
+    with pytest.raises(TaskError, match=r"Unknown task 'verse': .*task files of your own: \['verses'\]"):
+        run_tasks(model, tokenizer, ["verse"], task_path=folder)
+    with pytest.raises(TaskError, match="no task file or folder"):
+        run_tasks(model, tokenizer, ["verses"], task_path=tmp_path / "no")
+    with pytest.raises(TargetError, match="BertModel writes no text"):
+        run_tasks(th.load(encoder), load_tokenizer(encoder), ["verses"], task_path=folder)
+
+
+def test_without_the_harness_the_pip_line_is_named(program: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensornet.optional.find_spec", lambda name: None)
+    status, out, err = program("eval", gpt2_path(), "--tasks", "arc_easy")
+    assert (status, out) == (1, "")
+    assert "tensornet eval --tasks needs lm_eval" in err
+    assert "pip install 'tensornet-torch[eval]'" in err
+
+
+def test_something_must_be_measured(program: Run, tmp_path: Path) -> None:
+    status, _, err = program("eval", gpt2_path())
+    assert status == 2
+    assert "Say what to measure: --text FILE" in err
+    for option, needed in (("--task-path", "--tasks"), ("--reference", "--sentences")):
+        status, _, err = program("eval", gpt2_path(), "--labels", "x.jsonl", option, tmp_path)
+        assert status == 2
+        assert f"{option} belongs to {needed}" in err
+
+
+def vectors(folder: Path, sentences: list[str]) -> torch.Tensor:
+    """Mean-pooled unit vectors, one sentence at a time: no padding."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        means = [model(**tokenizer(x, return_tensors="pt")).last_hidden_state[0].mean(0) for x in sentences]
+    return torch.nn.functional.normalize(torch.stack(means), dim=-1)
+
+
+def test_pairs_are_retrieved_and_compared_with_a_reference(program: Run, encoder: Path) -> None:
+    pairs = [("rain falls", "the rain is wet"), ("the sun shines", "sun"), ("a cat", "a warm kitten falls")]
+    Path("pairs.txt").write_text("\n".join("\t".join(pair) for pair in pairs))
+    first, second = (vectors(encoder, list(half)) for half in zip(*pairs, strict=True))
+    likeness = first @ second.T
+    ranks = [int((row > row[k]).sum()) + 1 for k, row in enumerate(likeness)]
+    shown = program("eval", encoder, "--sentences", "pairs.txt", "--json")
+    found = json.loads(shown[1])["sentences"]
+    assert found["hits"] == pytest.approx(sum(rank == 1 for rank in ranks) / 3)
+    assert found["reciprocal_rank"] == pytest.approx(sum(1 / rank for rank in ranks) / 3)
+    assert (found["sentences"], found["cosine"]) == (6, None)
+    small = ("--param-ratio", 0.3, "--objective", "weight")
+    assert program("compress", encoder, "small", *small)[0] == 0
+    status, out, _ = program("eval", "small", "--sentences", "pairs.txt", "--reference", encoder)
+    assert status == 0
+    cosine = float(out.partition("cosine with the reference ")[2].split()[0])
+    flat = [x for half in zip(*pairs, strict=True) for x in half]
+    expected = (vectors(encoder, flat) * vectors(Path("small"), flat)).sum(-1).mean()
+    assert cosine == pytest.approx(float(expected), abs=2e-4)
+    assert cosine < 1
+
+
+def test_bad_sentences(program: Run, encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "s.txt"
+    file.write_text("rain\nsun\n")
+    status, _, err = program("eval", encoder, "--sentences", "s.txt")
+    assert status == 1
+    assert "Single sentences say nothing by themselves" in err
+    file.write_text("rain\tsun\ncat\n")
+    with pytest.raises(FormatError, match="sentence 2: 1 parts, where the first has 2"):
+        read_sentences(file)
+    with pytest.raises(TargetError, match="returns no hidden states"):
+        measure_encoder(th.load(gpt2_path()), gpt2_path(), [("rain", "sun")])
+
+
+def test_labels_are_counted(program: Run, classifier: Path) -> None:
+    texts = ["rain falls", "the sun shines", "a wet cat", "warm"]
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    with torch.no_grad():
+        chosen = [int(model(**tokenizer(x, return_tensors="pt")).logits.argmax()) for x in texts]
+    labels = ["wet" if index == 1 else "dry" for index in chosen]
+    rows = [{"text": x, "label": label} for x, label in zip(texts, labels, strict=True)]
+    rows[-1]["label"] = 1 - chosen[-1]  # a number, and wrong
+    Path("l.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    status, out, _ = program("eval", classifier, "--labels", "l.jsonl")
+    assert status == 0
+    assert "accuracy 0.7500" in out
+    assert "4 labelled texts" in out
+
+
+def test_bad_labels(program: Run, tmp_path: Path, encoder: Path) -> None:
+    names = {"dry": 0, "wet": 1}
+    file = tmp_path / "l.jsonl"
+    for line, match in (
+        ("rain", r"line 1: expected \{\"text\""),
+        ('{"text": "rain"}', "line 1: expected"),
+        (
+            '{"text": "rain", "label": "cold"}',
+            r"label 'cold' is no class; the model has dry \(0\), wet \(1\)",
+        ),
+        ('{"text": "rain", "label": 7}', "label 7 is no class"),
+        ('{"text": "rain", "label": true}', "label True is no class"),
+        ('{"text": 3, "label": 1}', "is no class"),
+    ):
+        file.write_text(line)
+        with pytest.raises(FormatError, match=match):
+            read_examples(file, names)
+    file.write_text('{"text": "rain", "label": 1}')
+    status, _, err = program("eval", encoder, "--labels", "l.jsonl")
+    assert status == 1
+    assert "BertModel is no classifier of texts" in err
