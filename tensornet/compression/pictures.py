@@ -107,10 +107,13 @@ def draw_loss_over_bits(
         values += line(losses.nearest_curve, palette.nearest, "round to nearest, predicted", **options)
         values += line(losses.svd_curve, palette.svd, "plain SVD, predicted", **options)
     for mark in marks:
-        rise = min(max(mark.rise, FLOOR), _USELESS)
         fill = mark.color if mark.measured else "none"
-        axes.plot([mark.bits], [rise], "o", color=mark.color, markerfacecolor=fill, markersize=8, zorder=4)
-        values.append(rise)
+        style: dict[str, Any] = {"color": mark.color, "markerfacecolor": fill, "markersize": 8, "zorder": 4}
+        if mark.rise > FLOOR:
+            values.append(min(mark.rise, _USELESS))
+            axes.plot([mark.bits], values[-1:], "o", **style)
+        else:  # no rise has no place on a logarithmic axis: at its lower end
+            axes.plot([mark.bits], [0.03], "v", transform=axes.get_xaxis_transform(), **style)
     dense = 8 * plan.bytes_before / weights
     axes.set_yscale("log")
     low, high = min(values, default=1e-3), max(values, default=1.0)
@@ -200,7 +203,7 @@ def draw_layer_losses(
         points = [(x, max(known[name], low)) for x, name in panel.layers]
         axes.plot(*zip(*points, strict=True), label=method, linewidth=1, **styles[method])  # type: ignore[arg-type]
 
-    def label(value: float, _: int) -> str:
+    def label(value: float, _: float) -> str:
         return panel.ticks[int(value)] if 0 <= value < len(panel.ticks) else ""
 
     axes.set_yscale("log")

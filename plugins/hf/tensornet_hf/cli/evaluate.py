@@ -77,7 +77,7 @@ def run(
             other = (on_device(load(dense), device), dense)
         found["sentences"] = measure_encoder(model, folder, said, reference=other, batch_size=batch).to_dict()
     if labels is not None:
-        examples = read_examples(labels, model.config.label2id)
+        examples = read_examples(labels, dict(model.config.label2id or {}))  # type: ignore[arg-type]  # numbers
         found["labels"] = measure_accuracy(model, folder, examples, batch_size=batch).to_dict()
     if as_json:
         shared.print_json({"model": path, **found})

@@ -10,7 +10,7 @@ from tensornet.compression.baselines import BaselineLosses
 from tensornet.compression.layer_blocks import layer_names
 
 #: Width of the scale, in CSS pixels, and the margin that keeps its marks inside.
-WIDTH, MARGIN = 240, 6
+WIDTH, MARGIN = 180, 6
 #: Tables of models with at most so many layers start unfolded.
 _FEW = 8
 
