@@ -11,8 +11,8 @@ One command for each row; each writes one JSON file into `--out`, and what is th
 Both kinds of model see the task as text: T5 reads the sentences and writes the label as a word, GPT-2
 continues the sentences with it. The answer is the label word with the highest likelihood. All forms start
 from the same checkpoint through `th.upcycle` and get the same batches, steps and tuning: each rate of the
-grid is tried with the first seed and judged on a tenth of the training part; the best is used for all seeds and
-judged on the validation part of GLUE.
+grid is tried with the first seed and judged on a tenth of the training part; the best is used for all
+seeds and judged on the validation part of GLUE.
 
 It needs the hub, and a GPU for models of that size. `--data FILE` reads JSON lines with the columns of the
 task instead of the hub; `--toy` shrinks everything and runs offline, on a model that ships with the package:
