@@ -100,6 +100,14 @@ class TiedExperts(ExpertBank):
     Raises:
         ShapeError: the owner has no such bank.
 
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
+        >>> tied = tm.TiedExperts(tm.SharedExperts({"up": bank}), "up")
+        >>> torch.equal(tied.expert_matrices(), bank.expert_matrices())
+        True
+
     Reference:
         "Expert Tying" (arXiv 2606.16825): neighbouring layers use the same experts with routers of their own.
     """

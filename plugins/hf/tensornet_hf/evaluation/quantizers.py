@@ -97,6 +97,7 @@ def bytes_on_disk(folder: Path) -> int:
     """Return the size of all weight files of a folder, whatever their format.
 
     Example:
+        >>> from tensornet_hf.embedded import gpt2_path
         >>> bytes_on_disk(gpt2_path())
         3770248
     """

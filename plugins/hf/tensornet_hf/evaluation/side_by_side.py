@@ -116,6 +116,7 @@ def compare_folders(
         TargetError: models of different kinds, or a text that has no labels for them.
 
     Example:
+        >>> from tensornet_hf.embedded import gpt2_path
         >>> (facts,) = compare_folders([gpt2_path()], prompt="And", new_tokens=4).folders
         >>> facts.method, facts.params
         ('dense', 940800)

@@ -71,6 +71,8 @@ def judge_of(
         ValueError: the text is too short.
 
     Example:
+        >>> import tensornet_hf as th
+        >>> from tensornet_hf.embedded import gpt2_path, heldout_text
         >>> model = th.load(gpt2_path())
         >>> judge = judge_of(model, gpt2_path(), heldout_text(), tokens=512)
         >>> 10 < judge(model).perplexity < 30
