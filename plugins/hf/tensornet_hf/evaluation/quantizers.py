@@ -99,7 +99,7 @@ def bytes_on_disk(folder: Path) -> int:
     Example:
         >>> from tensornet_hf.embedded import gpt2_path
         >>> bytes_on_disk(gpt2_path())
-        3770248
+        3768240
     """
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
 
