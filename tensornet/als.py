@@ -174,6 +174,14 @@ def _improve(
     cost: float,
 ) -> float:
     """Run preconditioned conjugate gradients on one core, in place; return the new weighted error."""
+    if topology.terms:  # linear in the core is its own term alone; the others are subtracted
+        positions, part = next(x for x in topology.parts if index in x[0])
+        own = [cores[k] for k in positions]
+        rest = target - (_matrix(topology, cores) - _matrix(part, own))
+        place = positions.index(index)
+        cost = _improve(rest, weighting, part, own, place, steps, cost)
+        cores[index] = own[place]
+        return cost
 
     def operator(core: Tensor) -> Tensor:  # linear in the core
         return _matrix(topology, [*cores[:index], core, *cores[index + 1 :]])

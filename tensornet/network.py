@@ -161,7 +161,7 @@ def random_cores(
 
     An element of the matrix is a sum over `B = product of all bond sizes` products of `n` independent core
     elements, so with standard deviation `s` for every core its variance is `B * s^(2n)`; hence
-    `s = (gain^2 / (in_features * B))^(1 / (2n))`.
+    `s = (gain^2 / (in_features * B))^(1 / (2n))`. The terms of a sum have equal parts of the variance.
 
     Args:
         topology: describes the cores.
@@ -172,9 +172,12 @@ def random_cores(
     """
     if device is None and generator is not None:
         device = generator.device
-    bonds = math.prod(topology.bond_dims.values())
-    std = (gain**2 / (topology.in_features * bonds)) ** (0.5 / len(topology.cores))
+    deviations = {}
+    for positions, part in topology.parts:
+        bonds = math.prod(part.bond_dims.values())
+        variance = gain**2 / (topology.in_features * bonds * len(topology.parts))
+        deviations.update(dict.fromkeys(positions, variance ** (0.5 / len(positions))))
     return tuple(
-        torch.randn(shape, generator=generator, dtype=dtype, device=device) * std
-        for shape in topology.core_shapes.values()
+        torch.randn(shape, generator=generator, dtype=dtype, device=device) * deviations[k]
+        for k, shape in enumerate(topology.core_shapes.values())
     )

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from tensornet.checks import check_size
@@ -40,6 +41,9 @@ class Topology:
     The product of the out-legs may exceed `out_features`: the operator is then the leading block of the
     padded one, and the padding counts as parameters. The same holds for the in-legs.
 
+    An operator may also be a sum of networks, such as a matrix plus a low rank: `terms` then groups the
+    cores. Each term carries every leg and has bonds of its own.
+
     Args:
         family: name of the builder that made it, for example `"mpo"`.
         cores: the cores, in contraction order of the drawing.
@@ -48,9 +52,12 @@ class Topology:
         in_labels: labels of the in-legs.
         out_features: rows of the operator, at most the product of the out-leg sizes.
         in_features: columns of the operator, at most the product of the in-leg sizes.
+        terms: of a sum, the family and the names of the cores of each term, in the order of the cores; empty
+            for one network.
 
     Raises:
-        TopologyError: a label has no size, a leg is missing, names repeat, or features exceed the legs.
+        TopologyError: a label has no size, a leg is missing, names repeat, features exceed the legs, or terms
+            are not networks of the same legs.
 
     Example:
         >>> import tensornet as tn
@@ -74,6 +81,7 @@ class Topology:
     in_labels: tuple[str, ...]
     out_features: int
     in_features: int
+    terms: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         # NumPy's integers become Python's, which files can hold.
@@ -121,6 +129,18 @@ class Topology:
         return self.out_features, self.in_features
 
     @property
+    def parts(self) -> "tuple[tuple[tuple[int, ...], Topology], ...]":
+        """Positions of the cores of each term, and its topology; one term holds all cores of a plain network.
+
+        Example:
+            >>> import tensornet as tn
+            >>> topology = tn.topologies.residual(out_features=6, in_features=4, rank=2)
+            >>> [(positions, part.core_names) for positions, part in topology.parts]
+            [((0,), ('base',)), ((1, 2), ('left', 'right'))]
+        """
+        return _parts(self)
+
+    @property
     def padded_shape(self) -> tuple[int, int]:
         """Shape `(rows, columns)` including padding."""
         return math.prod(self.out_dims), math.prod(self.in_dims)
@@ -153,6 +173,7 @@ class Topology:
             "out": list(self.out_labels),
             "in": list(self.in_labels),
             "shape": [self.out_features, self.in_features],
+            **({"terms": [[family, list(names)] for family, names in self.terms]} if self.terms else {}),
         }
 
     @classmethod
@@ -179,9 +200,28 @@ class Topology:
                 in_labels=tuple(_typed(label, str) for label in data["in"]),
                 out_features=_typed(data["shape"][0], int),
                 in_features=_typed(data["shape"][1], int),
+                terms=tuple(
+                    (_typed(term[0], str), tuple(_typed(name, str) for name in term[1]))
+                    for term in data.get("terms", ())
+                ),
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise TopologyError(f"Not a topology description: {type(error).__name__}: {error}.") from error
+
+
+@lru_cache(maxsize=4096)
+def _parts(topology: Topology) -> tuple[tuple[tuple[int, ...], Topology], ...]:
+    """Split a sum into its terms; see `Topology.parts`."""
+    if not topology.terms:
+        return ((tuple(range(len(topology.cores))), topology),)
+    found = []
+    for family, names in topology.terms:
+        positions = tuple(topology.core_names.index(name) for name in names)
+        cores = tuple(topology.cores[k] for k in positions)
+        used = {label for core in cores for label in core.labels}
+        sizes = tuple((label, size) for label, size in topology.sizes if label in used)
+        found.append((positions, replace(topology, family=family, cores=cores, sizes=sizes, terms=())))
+    return tuple(found)
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -222,3 +262,25 @@ def _validate(topology: Topology) -> None:
                 f"{what}={features} does not fit legs {dims} with product {math.prod(dims)}: "
                 "the product must be at least the number of features."
             )
+    _validate_terms(topology)
+
+
+def _validate_terms(topology: Topology) -> None:
+    """Raise TopologyError unless the terms of a sum are networks of the same legs without common bonds."""
+    if not topology.terms:
+        return
+    groups = [names for _, names in topology.terms]
+    if len(groups) < 2 or sum(groups, ()) != topology.core_names or not all(groups):
+        raise TopologyError(
+            f"The terms of a sum are at least two groups of the cores {topology.core_names} in this order, "
+            f"got {groups}."
+        )
+    labels_of = {core.name: set(core.labels) for core in topology.cores}
+    used = [set().union(*(labels_of[name] for name in names)) for names in groups]
+    legs = {*topology.out_labels, *topology.in_labels}
+    for names, labels in zip(groups, used, strict=True):
+        if missing := sorted(legs - labels):
+            raise TopologyError(f"Every term of a sum carries every leg; cores {names} miss {missing}.")
+    for label in topology.bond_dims:
+        if sum(label in labels for labels in used) > 1:
+            raise TopologyError(f"Bond {label!r} joins two terms of a sum, whose bonds are their own.")

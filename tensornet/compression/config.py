@@ -226,8 +226,13 @@ class CompressionConfig(LayerSelection):
 
     @property
     def calibrated_families(self) -> tuple[str, ...]:
-        """Names of the families with calibration data: without chains, which lose to low rank there."""
-        return ("low_rank",) if self.topology == AUTO else self.families
+        """Names of the families with calibration data: without chains, which lose to low rank there.
+
+        Where number formats are planned, integers with a network beside them are tried as well.
+        """
+        if self.topology != AUTO:
+            return self.families
+        return ("low_rank", "residual") if self.plans_formats else ("low_rank",)
 
     def family_options(self, name: str) -> dict[str, Any]:
         """Select the options for `build` of a family: `topology_options`, and `sites` if supported."""

@@ -25,9 +25,6 @@ from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import TopologyFamily, topology_family
 
-#: Bits of the cores of networks: those between would hardly differ from their neighbours.
-CORE_BITS = (8, 4)
-
 
 def layer_candidates(
     target: Target,
@@ -51,8 +48,9 @@ def layer_candidates(
         found = dense_candidates(target.matrix, sensitivity, config.number_formats, clock)
         if objective != "weight":
             parts = [
-                _networks(target.matrix, sensitivity, Storage(plain.pivoted, number_format=x), config, clock)
-                for x in core_formats(config.number_formats)
+                _network(target.matrix, sensitivity, storage, name, config, clock)
+                for name in config.calibrated_families
+                for storage in _storages(topology_family(name), plain.pivoted, config.number_formats)
             ]
             found = joined([found, *(_without_dense(part) for part in parts)])
     if config.rel_error is not None:
@@ -65,34 +63,48 @@ def layer_candidates(
     return found
 
 
-def core_formats(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
-    """Filter the formats for cores of networks: floating-point ones, and integers of 8 and 4 bits."""
-    return [x for x in formats if x.bits is None or x.bits in CORE_BITS]
+def _storages(family: TopologyFamily, pivoted: bool, formats: Sequence[NumberFormat]) -> list[Storage]:
+    """List the encodings of the cores of one family where number formats are planned."""
+    return [
+        Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
+        for number_format, others in family.encodings(formats)
+    ]
 
 
 def _networks(
     matrix: Tensor, sensitivity: Sensitivity, storage: Storage, config: CompressionConfig, clock: Clock | None
 ) -> LayerCandidates:
     """Build the candidates of all families with one encoding."""
-    found = []
-    for name in config.calibrated_families:
-        family, options = topology_family(name), config.family_options(name)
-        max_bond = config.max_bond
-        if storage.number_format.is_integer:
-            max_bond = _largest_useful_bond(family, matrix, storage, max_bond, options)
-        made = family_candidates(
-            matrix,
-            sensitivity,
-            storage,
-            family,
-            max_bond=max_bond,
-            rel_error=config.rel_error,
-            clock=clock,
-            search_legs=config.dims == "auto",
-            options=options,
-        )
-        found.append(made)
+    found = [
+        _network(matrix, sensitivity, storage, name, config, clock) for name in config.calibrated_families
+    ]
     return joined(found)
+
+
+def _network(
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    storage: Storage,
+    name: str,
+    config: CompressionConfig,
+    clock: Clock | None,
+) -> LayerCandidates:
+    """Build the candidates of one family with one encoding."""
+    family, options = topology_family(name), config.family_options(name)
+    max_bond = config.max_bond
+    if storage.number_format.is_integer:
+        max_bond = _largest_useful_bond(family, matrix, storage, max_bond, options)
+    return family_candidates(
+        matrix,
+        sensitivity,
+        storage,
+        family,
+        max_bond=max_bond,
+        rel_error=config.rel_error,
+        clock=clock,
+        search_legs=config.dims == "auto",
+        options=options,
+    )
 
 
 def _largest_useful_bond(

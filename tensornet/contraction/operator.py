@@ -16,7 +16,7 @@ from tensornet.contraction.cost import dense_seconds, plan_seconds
 from tensornet.contraction.lowering import lower_path
 from tensornet.contraction.machine import CPU, Machine
 from tensornet.contraction.path import find_path
-from tensornet.contraction.steps import TOKENS, ContractionPlan, run
+from tensornet.contraction.steps import TOKENS, ContractionPlan, plan_sum, run
 from tensornet.topology import Topology
 
 #: Token count assumed where the actual one is not known, as in an exported program.
@@ -85,22 +85,39 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
         topology: the operator.
         optimize: how orders are found, see `tensornet.contraction.path.Optimize`.
     """
-    cores = [core.labels for core in topology.cores]
-    operands = [(TOKENS, *topology.in_labels), *cores]
-    output = (TOKENS, *topology.out_labels)
-    applies: dict[tuple[tuple[int, int], ...], ContractionPlan] = {}
-    for tokens, path in _candidate_paths(operands, output, topology, optimize):
-        if tuple(path) not in applies and (len(cores) == 1 or not _builds_matrix(path)):
-            sizes = {**topology.size_of, TOKENS: tokens}
-            lowered = lower_path(operands, output, sizes, path)
-            applies[tuple(path)] = _with_shape(lowered, (-1, topology.padded_shape[0]))
+    applies = tuple(_applies(topology, optimize)) if not topology.terms else _applies_sum(topology, optimize)
     matrix = plan_matrix(topology, optimize)
     blocked = _blocked_legs(topology, matrix)
     rows = matrix if not blocked else _plan_matrix(topology, dict(blocked), optimize)
     shape, padded = topology.shape, topology.padded_shape
-    return OperatorPlan(
-        topology, tuple(applies.values()), matrix, blocked, rows, shape, padded, shape != padded
-    )
+    return OperatorPlan(topology, applies, matrix, blocked, rows, shape, padded, shape != padded)
+
+
+def _applies(topology: Topology, optimize: str) -> Iterator[ContractionPlan]:
+    """Plan the application of one network in several orders."""
+    cores = [core.labels for core in topology.cores]
+    operands = [(TOKENS, *topology.in_labels), *cores]
+    output = (TOKENS, *topology.out_labels)
+    seen: set[tuple[tuple[int, int], ...]] = set()
+    for tokens, path in _candidate_paths(operands, output, topology, optimize):
+        if tuple(path) not in seen and (len(cores) == 1 or not _builds_matrix(path)):
+            seen.add(tuple(path))
+            sizes = {**topology.size_of, TOKENS: tokens}
+            lowered = lower_path(operands, output, sizes, path)
+            yield _with_shape(lowered, (-1, topology.padded_shape[0]))
+
+
+def _applies_sum(topology: Topology, optimize: str) -> tuple[ContractionPlan, ...]:
+    """Plan the application of a sum: for each token count each term in its cheapest order."""
+    found: dict[tuple[int, ...], ContractionPlan] = {}
+    terms = [(positions, list(_applies(part, optimize))) for positions, part in topology.parts]
+    places = [(0, *(k + 1 for k in positions)) for positions, _ in terms]  # operand 0 is the input
+    for tokens in _PATH_TOKENS:
+        times = [[plan_seconds(plan, tokens, CPU) for plan in plans] for _, plans in terms]
+        routes = tuple(each.index(min(each)) for each in times)
+        chosen = [plans[k] for (_, plans), k in zip(terms, routes, strict=True)]
+        found.setdefault(routes, plan_sum(list(zip(places, chosen, strict=True))))
+    return tuple(found.values())
 
 
 @lru_cache(maxsize=4096)
@@ -111,6 +128,9 @@ def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
 
 def _plan_matrix(topology: Topology, widths: Mapping[str, int], optimize: str) -> ContractionPlan:
     """Plan the contraction to the padded matrix, for some leading out-legs only over a block of indices."""
+    if topology.terms:
+        parts = [(places, _plan_matrix(part, widths, optimize)) for places, part in topology.parts]
+        return plan_sum(parts)
     cores = [core.labels for core in topology.cores]
     output = (*topology.out_labels, *topology.in_labels)
     sizes = {**topology.size_of, **widths}

@@ -105,6 +105,8 @@ class ContractionPlan:
         matrices: operands that multiply operand 0 one after the other as plain matrices, if nothing else
             happens: position, and shape `(out, in)` in which `torch.nn.functional.linear` takes it. A low
             rank is of this form, `y = (x B^T) A^T` with the cores as they are stored.
+        terms: of a sum: the positions of the operands of each term, and its plan. `steps` then holds those of
+            all terms, for the cost model alone.
     """
 
     stored_shapes: tuple[tuple[int, ...], ...]
@@ -114,10 +116,13 @@ class ContractionPlan:
     output_copy: Copy | None
     path: tuple[tuple[int, int], ...]
     matrices: tuple[tuple[int, tuple[int, int]], ...] = ()
+    terms: "tuple[tuple[tuple[int, ...], ContractionPlan], ...]" = ()
 
     @property
     def copies(self) -> tuple[Copy, ...]:
         """Copies of all steps, and that of the output."""
+        if self.terms:
+            return tuple(copy for _, plan in self.terms for copy in plan.copies)
         inner = tuple(copy for step in self.steps for copy in step.copies)
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
@@ -157,6 +162,12 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
     if is_slow(operands[0]):
         wide = run(plan, [x.float() for x in operands], bias=None if bias is None else bias.float())
         return wide.to(torch.float16)
+    if plan.terms:
+        parts = [([operands[k] for k in positions], term) for positions, term in plan.terms]
+        total = run(parts[0][1], parts[0][0], bias=bias)
+        for given, term in parts[1:]:
+            total = total + run(term, given)
+        return total
     if plan.matrices:
         x = operands[0].reshape(-1, plan.matrices[0][1][1])
         final = len(plan.matrices) - 1
@@ -179,6 +190,26 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
     if bias is None or fused is not None:
         return output
     return output + bias.reshape(plan.output.shape[1:]).to(output.dtype)
+
+
+def plan_sum(terms: Sequence[tuple[tuple[int, ...], ContractionPlan]]) -> ContractionPlan:
+    """Join the plans of the terms of a sum, whose outputs have one shape.
+
+    Args:
+        terms: the positions of the operands of each term in the working list of the sum, and its plan.
+    """
+    if len(terms) == 1:
+        return terms[0][1]
+    plans = [plan for _, plan in terms]
+    return ContractionPlan(
+        stored_shapes=tuple(shape for plan in plans for shape in plan.stored_shapes),
+        steps=tuple(step for plan in plans for step in plan.steps),
+        output=plans[0].output,
+        adds_bias=False,
+        output_copy=None,
+        path=(),
+        terms=tuple(terms),
+    )
 
 
 def is_slow(tensor: Tensor) -> bool:

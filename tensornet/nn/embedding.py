@@ -10,6 +10,7 @@ from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 
 from tensornet.contraction.path import TOKENS, ContractionPlan, plan_contraction, run
+from tensornet.contraction.steps import plan_sum
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
@@ -199,6 +200,8 @@ def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> T
 @lru_cache(maxsize=256)
 def plan_lookup(topology: Topology) -> ContractionPlan:
     """Plan the contraction `digit slices -> (tokens, *in_dims)`."""
+    if topology.terms:
+        return plan_sum([(places, plan_lookup(part)) for places, part in topology.parts])
     legs = set(topology.out_labels)
     operands = []
     for core in topology.cores:

@@ -10,12 +10,13 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from tensornet.checks import check_input
-from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input
+from tensornet.contraction.machine import default_machine
+from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input, plan_operator
 from tensornet.decompose import decompose
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.encoding import PLAIN, Storage, storage_entry
+from tensornet.nn.encoding import PLAIN, Storage, decode, storage_entry
 from tensornet.nn.execution import CACHED
 from tensornet.nn.fast_path import through_kernel, through_matrices, with_kept_matrix
 from tensornet.nn.integer_product import (
@@ -96,6 +97,8 @@ class TensorNetworkLinear(KernelKeeper):
             if not is_compiling():
                 self._remember_kernel(integers)
             return multiply(input, integers, self.bias)
+        if self.topology.terms and self.storage.own_dtypes and (y := self._by_terms(input)) is not None:
+            return y
         # An exported program must not depend on the token count: it would be guarded against all others.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
@@ -139,6 +142,30 @@ class TensorNetworkLinear(KernelKeeper):
         else:
             return
         self._fast_path = through_kernel(self, names, matrix.shape, most, kernel)
+
+    def _by_terms(self, input: Tensor) -> Tensor | None:
+        """Apply a sum whose first term is an integer matrix, multiplied block by block; None if it is not."""
+        (first, *_), *others = self.topology.parts
+        name = self.topology.core_names[first[0]]
+        number_format, tensors = self.storage.format_of(name), self.stored
+        usable = self.strategy in ("auto", "factorized") and input.dtype == self.compute_like.dtype
+        if len(first) > 1 or not number_format.is_integer or not usable or is_compiling():
+            return None
+        codes, scales = tensors[f"core_{name}"], tensors[f"scale_{name}"]
+        trained = scales.requires_grad and torch.is_grad_enabled()
+        padded = self.topology.shape != self.topology.padded_shape
+        if trained or padded or transforms_active() or torch.is_autocast_enabled(input.device.type):
+            return None
+        zeros = tensors.get(f"zero_{name}")
+        matrix = IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
+        cores = decode(self.topology, self.storage, tensors, self._gauge_axes, input.dtype, [name])
+        machine, tokens = self.machine or default_machine(input.device), input.numel() // self.in_features
+        y = multiply(input, matrix, self.bias)
+        for positions, part in others:
+            plan = plan_operator(part, self._optimize)
+            route = plan.fastest(max(tokens, 1), machine, input.element_size(), rebuild=False)
+            y = y + contract_with_input(plan, [cores[k] for k in positions], input, candidate=route)
+        return y
 
     def _remember(self, route: int, on_cpu: bool) -> None:
         """Store a fast path for passes that take this route, if one exists."""

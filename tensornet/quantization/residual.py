@@ -8,7 +8,9 @@ Reference:
     Zhang et al. 2024, "LQER"; Guo et al. 2024, "LQ-LoRA" (one side, alternated).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,66 @@ from tensornet.quantization.rounding import (
     RoundedWeight,
     round_weight,
 )
+
+Base = TypeVar("Base")
+Product = TypeVar("Product")
+
+
+@dataclass(frozen=True)
+class Alternation(Generic[Base, Product]):
+    """Best turn of `alternate`.
+
+    Args:
+        base: rounded matrix, as `round_base` returned it.
+        product: fitted product, as `fit_product` returned it.
+        loss_increase: exact, of the sum.
+        history: loss increase of the first rounded matrix alone, and of the sum after each turn.
+    """
+
+    base: Base
+    product: Product
+    loss_increase: float
+    history: tuple[float, ...]
+
+
+def alternate(
+    target: Tensor,
+    weighting: Weighting,
+    round_base: Callable[[Tensor], tuple[Base, Tensor]],
+    fit_product: Callable[[Tensor], tuple[Product, Tensor]],
+    turns: int,
+) -> Alternation[Base, Product]:
+    """Round what a product leaves of a matrix, and fit the product to the rounding error, alternately.
+
+    Args:
+        target: shape `(out, in)`.
+        weighting: sensitivity of the loss to errors.
+        round_base: rounds a matrix; returns its result and its values `(out, in)`.
+        fit_product: fits a product to a matrix; returns its result and its values.
+        turns: how often both are done; at least once.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> from tensornet.quantization.residual import alternate
+        >>> exact = lambda matrix: (None, matrix)
+        >>> alternate(torch.randn(4, 4), Weighting(), exact, exact, 1).history
+        (0.0, 0.0)
+    """
+    values = torch.zeros_like(target)
+    history: list[float] = []
+    best: tuple[float, Base, Product] | None = None
+    for _ in range(turns):
+        base, rounded = round_base(target - values)
+        rest = target - rounded
+        if not history:
+            history.append(weighting.cost(rest))
+        product, values = fit_product(rest)
+        history.append(weighting.cost(rest - values))
+        if best is None or history[-1] < best[0]:
+            best = history[-1], base, product
+    assert best is not None
+    return Alternation(best[1], best[2], best[0], tuple(history))
 
 
 @dataclass(frozen=True)
@@ -113,11 +175,10 @@ def fit_residual(
         None if rows is None else damped(rows, row_damping),
         None if columns is None else damped(columns, column_damping),
     )
-    product, best = torch.zeros_like(work), None
-    history: list[float] = []
-    for _ in range(alternations):
+
+    def round_base(rest: Tensor) -> tuple[RoundedWeight, Tensor]:
         rounded = round_weight(
-            work - product,
+            rest,
             number_format,
             rows=rows,
             columns=columns,
@@ -126,14 +187,11 @@ def fit_residual(
             column_damping=column_damping,
             sweeps=sweeps,
         )
-        rest = work - rounded.dequantize(dtype)
-        if not history:
-            history.append(weighting.cost(rest))
+        return rounded, rounded.dequantize(dtype)
+
+    def fit_product(rest: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         left, right = (x.to(dtype) for x in weighted_svd(rest, weighting).factors(rank))
-        product = left @ right
-        cost = weighting.cost(rest - product)
-        history.append(cost)
-        if best is None or cost < best[0]:
-            best = cost, rounded, left, right
-    assert best is not None
-    return ResidualFit(best[1], best[2], best[3], best[0], tuple(history))
+        return (left, right), left @ right
+
+    best = alternate(work, weighting, round_base, fit_product, alternations)
+    return ResidualFit(best.base, *best.product, best.loss_increase, best.history)

@@ -41,6 +41,9 @@ def network_matrix(topology: Topology, cores: Sequence[Tensor]) -> Array:
         >>> reference.network_matrix(network.topology, network.cores).shape
         (6, 4)
     """
+    if topology.terms:
+        terms = [network_matrix(part, [cores[k] for k in places]) for places, part in topology.parts]
+        return np.stack(terms).sum(0)
     number = {label: k for k, label in enumerate(topology.size_of)}
     operands: list[Any] = []
     for spec, core in zip(topology.cores, cores, strict=True):
@@ -78,7 +81,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     """Compute the gradient of every core from the gradient of the dense matrix (real networks).
 
     The derivative of the matrix for one core is the network without that core, so the gradient is that
-    network contracted with the gradient of the matrix.
+    network contracted with the gradient of the matrix. In a sum the other terms are constants.
 
     Example:
         >>> import torch
@@ -88,6 +91,9 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
         >>> [g.shape for g in reference.network_gradients(network.topology, network.cores, torch.ones(6, 4))]
         [(1, 6, 1, 2), (2, 1, 4, 1)]
     """
+    if topology.terms:
+        parts = [([cores[k] for k in places], part) for places, part in topology.parts]
+        return [x for own, part in parts for x in network_gradients(part, own, dense_gradient)]
     number = {label: k for k, label in enumerate(topology.size_of)}
     padded = np.zeros(topology.padded_shape)
     padded[: topology.out_features, : topology.in_features] = to_numpy(dense_gradient)

@@ -17,6 +17,7 @@ from tensornet.topologies.registry import (
     topology_family,
     topology_names,
 )
+from tensornet.topologies.residual_family import ResidualFamily, residual
 from tensornet.topologies.tensor_ring import TensorRingFamily, tensor_ring
 from tensornet.topologies.tucker import TuckerFamily, tucker
 
@@ -30,6 +31,7 @@ __all__ = [
     "LowRankFamily",
     "MPOFamily",
     "Proposal",
+    "ResidualFamily",
     "TensorRingFamily",
     "TopologyFamily",
     "TuckerFamily",
@@ -42,6 +44,7 @@ __all__ = [
     "mpo",
     "register_topology",
     "registered",
+    "residual",
     "tensor_ring",
     "topology_family",
     "topology_names",

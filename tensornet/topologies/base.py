@@ -15,6 +15,7 @@ from tensornet.errors import TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
+from tensornet.quantization import NumberFormat
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.ladder import Ladder, RoundTrip, bond_ladder
 from tensornet.topologies.proposals import Proposal, uniform_proposals
@@ -23,6 +24,9 @@ from tensornet.topologies.structure import Side, bond_cuts, gauge_bonds
 from tensornet.topologies.uniform_cap import uniform_caps
 from tensornet.topologies.weighted_fit import fit_weighted, structured_start
 from tensornet.topology import Topology
+
+#: Bits of integer cores of candidates.
+_CORE_BITS = (8, 4)
 
 
 class TopologyFamily(ABC):
@@ -110,6 +114,19 @@ class TopologyFamily(ABC):
         By default none. Override it if the family has options that choose the legs.
         """
         return {}
+
+    def encodings(
+        self, formats: Sequence[NumberFormat]
+    ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
+        """Choose the number formats of the cores that candidates are made with, of those that are allowed.
+
+        By default one format for all cores, floating-point or with 8 or 4 bits: those between would hardly
+        differ from their neighbours, and with fewer bits networks lose to the dense matrix.
+
+        Returns:
+            For each encoding the format of all cores, and that of single cores that differ, by name.
+        """
+        return [(x, {}) for x in formats if x.bits is None or x.bits in _CORE_BITS]
 
     def search_legs(
         self,

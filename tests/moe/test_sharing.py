@@ -226,3 +226,9 @@ def test_bad_options_are_refused(options: dict[str, object], error: type[Excepti
         tm.share_across_layers(torch.randn(2, 12, 12), **{"num_experts": 2, **options})
     with pytest.raises(ShapeError, match=r"\(layers, out, in\), got \(12, 12\)"):
         tm.share_across_layers(torch.randn(12, 12), num_experts=2)
+
+
+def test_sums_cannot_be_shared() -> None:
+    topology = tn.topologies.residual(out_features=8, in_features=8, rank=2)
+    with pytest.raises(tn.TopologyError, match=r"single networks, and 'residual' is a sum; take 'mpo'"):
+        tm.SharedCoreExperts(topology, 2)

@@ -19,7 +19,7 @@ from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.quantization import NumberFormat, codes
 from tensornet.topologies import topology_family
 
-FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "tensor_ring", "tucker"]
+FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
 FORMATS = ["bf16", "int8", "int5:g32", "int4:g32:zero", "int3:row", "int2:g32:float8"]
 INTEGERS = [name for name in FORMATS if name != "bf16"]
 STORAGES = [Storage(pivoted=p, number_format=NumberFormat.parse(f)) for f in FORMATS for p in (False, True)]

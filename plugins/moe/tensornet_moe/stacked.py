@@ -35,9 +35,14 @@ def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str
             `"all"`, or a sequence of core names.
 
     Raises:
-        TopologyError: an unknown keyword or core name.
+        TopologyError: an unknown keyword or core name, or the operator is a sum of networks.
     """
     names = topology.core_names
+    if topology.terms:
+        raise TopologyError(
+            f"Experts that share cores are single networks, and {topology.family!r} is a sum; take 'mpo', "
+            "'low_rank' or another, whose cores may have number formats as well."
+        )
     if isinstance(shared, str):
         keywords: dict[str, tuple[str, ...]] = {
             "center": (topology.central_core,),

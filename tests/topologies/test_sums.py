@@ -1,0 +1,231 @@
+"""Sums of networks: the residual form against the shipped laws, and descriptions of sums that do not fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import tensornet as tn
+from tensornet.als import fit_network
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.network import random_cores
+from tensornet.nn.embedding import embedding_from_network
+from tensornet.nn.encoding import Storage
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.quantization import NumberFormat
+from tensornet.testing import laws, strategies
+from tensornet.topologies import residual, topology_family
+
+small = strategies.matrices(max_size=12)
+SHAPE = (24, 64)
+NETWORKS = ("low_rank", "mpo", "tucker")
+
+
+class TestResidual(laws.FamilyLaws):
+    family = topology_family("residual")
+    matrices = small
+
+
+class TestResidualOfTucker(laws.FamilyLaws):
+    family = topology_family("residual")
+    matrices = small
+    options = {"network": "tucker"}  # noqa: RUF012
+
+
+@st.composite
+def sums(draw: st.DrawFn) -> tn.TensorNetwork:
+    rows, columns, bond = draw(st.tuples(st.integers(1, 13), st.integers(1, 13), st.integers(1, 4)))
+    name = draw(st.sampled_from(NETWORKS))
+    topology = residual(out_features=rows, in_features=columns, rank=bond, network=name)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    return tn.TensorNetwork(topology, random_cores(topology, generator=generator, dtype=torch.float64))
+
+
+class TestSums(laws.NetworkLaws):
+    networks = sums()
+
+
+def moments(rows: int = SHAPE[0], columns: int = SHAPE[1]) -> Weighting:
+    generator = torch.Generator().manual_seed(1)
+    sides = [
+        torch.randn(2 * n, n, generator=generator) * torch.arange(1, n + 1) ** -0.7 for n in (rows, columns)
+    ]
+    return Weighting(*((x.T @ x / len(x)).double() for x in sides))
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def layer(storage: Storage, weighting: Weighting | None = None, **options: object) -> TensorNetworkLinear:
+    topology = topology_family("residual").build(*SHAPE, max_bond=4, **options)
+    made = topology_family("residual").decompose_to(weight(), topology).network
+    return linear_from_network(made, bias=None, source="linear", storage=storage, weighting=weighting)
+
+
+def loss(made: TensorNetworkLinear, weighting: Weighting) -> float:
+    return weighting.cost(weight().double() - made.to_matrix().detach().double())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_descriptions_of_sums_come_back(name: str) -> None:
+    topology = residual(out_features=6, in_features=8, rank=2, network=name)
+    assert tn.Topology.from_dict(json.loads(json.dumps(topology.to_dict(), sort_keys=True))) == topology
+    options = topology_family("residual").options_of(topology)
+    assert topology_family("residual").build(6, 8, max_bond=2, **options) == topology
+
+
+def test_plain_networks_are_described_as_before() -> None:
+    assert "terms" not in tn.topologies.low_rank(out_features=4, in_features=4, rank=2).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ((("dense", ("base",)),), "at least two groups of the cores"),
+        ((("low_rank", ("0", "1")), ("dense", ("base",))), "in this order"),
+        ((("dense", ("base",)), ("low_rank", ("0",))), "at least two groups of the cores"),
+        ((("dense", ("base",)), ("low_rank", ("0",)), ("dense", ("1",))), "carries every leg; cores .'0'"),
+    ],
+)
+def test_terms_that_do_not_fit_are_refused(terms: tuple[tuple[str, tuple[str, ...]], ...], said: str) -> None:
+    topology = residual(out_features=4, in_features=6, rank=2)
+    with pytest.raises(tn.TopologyError, match=said):
+        replace(topology, terms=terms)
+    with pytest.raises(tn.TopologyError):
+        tn.Topology.from_dict({**topology.to_dict(), "terms": terms})
+
+
+@pytest.mark.parametrize("terms", [3, [3], [["dense"]], [["dense", 3]], [[3, ["base"]]]])
+def test_terms_of_another_type_are_refused(terms: object) -> None:
+    data = {**residual(out_features=4, in_features=6, rank=2).to_dict(), "terms": terms}
+    with pytest.raises(tn.TopologyError, match="Not a topology description"):
+        tn.Topology.from_dict(data)
+
+
+def test_bonds_belong_to_one_term() -> None:
+    cores = (tn.CoreSpec("a", ("o", "i", "b")), tn.CoreSpec("c", ("o", "i", "b")))
+    with pytest.raises(tn.TopologyError, match="Bond 'b' joins two terms"):
+        tn.Topology(
+            "mine",
+            cores,
+            (("o", 2), ("i", 2), ("b", 3)),
+            ("o",),
+            ("i",),
+            2,
+            2,
+            (("x", ("a",)), ("x", ("c",))),
+        )
+
+
+def test_bad_options() -> None:
+    family = topology_family("residual")
+    with pytest.raises(tn.TopologyError, match="is a single one, not a sum; got 'residual'"):
+        family.build(4, 4, network="residual")
+    with pytest.raises(tn.TopologyError, match="Unknown topology 'ring'"):
+        family.build(4, 4, network="ring")
+    with pytest.raises(
+        tn.BudgetError, match=r"allows 12 parameters, and the topology 'residual' has 24 at bond 1"
+    ):
+        family.decompose(torch.randn(4, 4), tn.Budget(param_ratio=0.75))
+
+
+def test_least_squares_fit_every_core_of_a_sum() -> None:
+    """Each step is linear in one core of one term; a wrong constant part would raise the error."""
+    topology = residual(out_features=9, in_features=12, rank=2, network="tucker")
+    generator = torch.Generator().manual_seed(0)
+    start = tn.TensorNetwork(topology, random_cores(topology, generator=generator, dtype=torch.float64))
+    target = torch.randn(9, 12, generator=generator, dtype=torch.float64)
+    network_alone = range(1, len(topology.cores))
+    fit = fit_network(target, start, moments(9, 12), sweeps=3, only=network_alone)
+    assert fit.cost < 0.9 * fit.start
+    assert fit.cost == pytest.approx(moments(9, 12).cost(target - fit.network.to_matrix()), rel=1e-9)
+    assert fit_network(target, start, moments(9, 12), sweeps=4, steps=200).cost < 1e-6 * fit.start
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("base", ["int2", "int3", "int4"])
+def test_a_network_takes_a_part_of_the_rounding_error(base: str, network: str) -> None:
+    weighting = moments()
+    alone = topology_family("dense").decompose_to(weight(), topology_family("dense").build(*SHAPE)).network
+    plain = linear_from_network(
+        alone, bias=None, source="linear", storage=Storage(number_format=base), weighting=weighting
+    )
+    both = layer(Storage(number_format="int8", core_formats={"base": base}), weighting, network=network)
+    assert loss(both, weighting) < 0.97 * loss(plain, weighting)
+
+
+def test_networks_in_floating_point_take_more_than_in_integers() -> None:
+    weighting, base = moments(), {"base": "int2"}
+    losses = [
+        loss(layer(Storage(number_format=x, core_formats=base), weighting), weighting)
+        for x in ("float", "int2")
+    ]
+    assert losses[0] < losses[1]
+
+
+def test_a_floating_matrix_takes_what_rounding_the_network_leaves() -> None:
+    made = layer(Storage(number_format="int4", core_formats={"base": "float"}), moments())
+    torch.testing.assert_close(made.to_matrix(), weight(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "factorized", "reconstruct", "cached"])
+def test_forward_and_gradients_do_not_depend_on_the_strategy(strategy: str) -> None:
+    made = layer(Storage(number_format="bf16", core_formats={"base": "int4"}), moments()).eval()
+    made.configure(strategy=strategy)  # type: ignore[arg-type]
+    x = torch.randn(5, SHAPE[1], requires_grad=True)
+    expected = x @ made.to_matrix().T
+    y = made(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    pull = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, pull)
+    torch.testing.assert_close(got, pull @ made.to_matrix(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_trains_and_the_integers_stay() -> None:
+    made = layer(Storage(core_formats={"base": "int3"}), moments())
+    names = {name for name, _ in made.named_parameters()}
+    assert names == {"core_0", "core_1"}
+    before = made.core_base.clone()
+    optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
+    x = torch.randn(8, SHAPE[1])
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        value = (made(x) - x @ weight().T).square().mean()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[2] < losses[0]
+    assert torch.equal(made.core_base, before)
+
+
+def test_rows_of_an_embedding() -> None:
+    topology = residual(out_features=13, in_features=8, rank=2, network="tucker")  # with padded legs
+    table = torch.randn(13, 8)
+    made = topology_family("residual").decompose_to(table, topology).network
+    storage = Storage(number_format="int8", core_formats={"base": "int4"})
+    lookup = embedding_from_network(made, storage=storage, weighting=moments(13, 8))
+    torch.testing.assert_close(lookup(torch.arange(13)), lookup.to_matrix(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_added_rank_goes_into_the_network() -> None:
+    topology = residual(out_features=12, in_features=8, rank=2)
+    wider = topology_family("residual").with_rank(topology, 3)
+    assert wider == residual(out_features=12, in_features=8, rank=5)
+
+
+def test_encodings_pair_few_bits_with_the_smallest_accurate_format() -> None:
+    family = topology_family("residual")
+
+    def pairs(*names: str) -> list[tuple[str, str]]:
+        found = family.encodings([NumberFormat.parse(x) for x in names])
+        return [(cores.name, base["base"].name) for cores, base in found]
+
+    assert pairs("float", "int8", "int5", "int4", "int2") == [("int8", "int4"), ("int8", "int2")]
+    assert pairs("float", "bf16", "int3") == [("bf16", "int3")]
+    assert pairs("int4") == []
