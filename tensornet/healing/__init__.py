@@ -3,5 +3,6 @@
 from tensornet.healing.config import HealingConfig
 from tensornet.healing.heal import HealReport, heal
 from tensornet.healing.refine import RefineReport, refine
+from tensornet.healing.trained_scales import trained_scales
 
-__all__ = ["HealReport", "HealingConfig", "RefineReport", "heal", "refine"]
+__all__ = ["HealReport", "HealingConfig", "RefineReport", "heal", "refine", "trained_scales"]

@@ -12,11 +12,23 @@ from tensornet.nn.module import NetworkModule
 def trained_scales(model: nn.Module) -> Iterator[None]:
     """Convert scales and bfloat16 cores to float32 parameters inside the block, and back after it.
 
+    Inside another such block nothing changes: optimizers hold the parameters of the outer one.
+
     Args:
         model: with compressed layers; tied ones stay tied.
+
+    Example:
+        >>> import torch, tensornet as tn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+        >>> _ = tn.compress(model, tn.CompressionConfig(formats=("int4",)), progress=False)
+        >>> with trained_scales(model):
+        ...     [name for name, _ in model.named_parameters()]
+        ['0.scale_matrix']
+        >>> [name for name, _ in model.named_parameters()]
+        []
     """
     modules = [module for module in model.modules() if isinstance(module, NetworkModule)]
-    layers = [layer for layer in modules if layer.storage.own_dtypes]
+    layers = [layer for layer in modules if layer.storage.own_dtypes and not layer.trains_scales]
     try:
         shared: dict[int, Tensor] = {}
         for layer in layers:

@@ -162,6 +162,14 @@ class NetworkModule(RoutedModule):
             return matrix.contiguous()
         return matrix.clone(memory_format=torch.contiguous_format)
 
+    @property
+    def trains_scales(self) -> bool:
+        """True if scales, or cores in bfloat16, are parameters at the moment; see `train_scales`."""
+        return any(
+            isinstance(tensor, nn.Parameter) and self.storage.has_own_dtype(name)
+            for name, tensor in self.stored.items()
+        )
+
     def train_scales(self, on: bool = True, shared: dict[int, Tensor] | None = None) -> None:
         """Convert scales and bfloat16 cores to trainable float32 parameters, or back.
 

@@ -6,6 +6,7 @@ adapted = load_adapters(model, folder)
 model = merge_adapters(adapted)
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
+from tensornet.network import TensorNetwork
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
+from tensornet.nn.encoding import encode
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.linear import linear_from_network
+from tensornet.nn.linear import empty_linear, linear_from_network
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.topologies import topology_family
+from tensornet.topology import Topology
 
 __all__ = ["linear_layers", "load_adapters", "lora_config", "merge_adapters", "register_layers"]
 
@@ -41,7 +45,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 
     Merging a layer of low rank `r` gives one of rank `r + r_adapter`, without loss. Layers of a family that
     has no such topology (`TopologyFamily.with_rank`) cannot take the adapter in and become dense. Integer
-    cores are rounded again, with a warning.
+    cores are rounded again, with a warning; of a sum only the last term is, which takes the adapter in.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         else:
             assert isinstance(base, TensorNetworkLinear)
             matrix = base.to_matrix()
-        if isinstance(base, TensorNetworkLinear) and base.storage.quantized:
+        if isinstance(base, TensorNetworkLinear) and _rounds(base):
             warn(
                 "Merging into integer cores rounds them again: outputs move a little. Keep the adapters "
                 "beside the model for exactly what was trained.",
@@ -288,8 +292,40 @@ def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
     topology = family.with_rank(base.topology, added)
     if topology is None:
         return layer_kind(base.source).build(matrix, base.bias)
+    if topology.terms:
+        return _with_last_term(base, topology, matrix - base.to_matrix())
     network = family.decompose_to(matrix, topology).network.to(matrix.dtype)
     storage = base.storage
     return linear_from_network(
         network, bias=base.bias, source=base.source, strategy=base.strategy, storage=storage
     )
+
+
+def _rounds(base: TensorNetworkLinear) -> bool:
+    """Return True if merging rounds cores to integers: of a network, or of the last term of a sum."""
+    _, part = base.topology.parts[-1]
+    return base.storage.int8 or any(base.storage.format_of(name).is_integer for name in part.core_names)
+
+
+def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor) -> nn.Module:
+    """Make a layer like `base` whose last term holds an added matrix; the other terms stay as stored."""
+    (places, old), (_, new) = base.topology.parts[-1], topology.parts[-1]
+    cores, storage = base.cores, base.storage
+    own = TensorNetwork(old, [cores[k] for k in places]).to_matrix()
+    network = topology_family(new.family).decompose_to(own + delta, new).network.to(delta.dtype)
+    formats = tuple((name, each) for name, each in storage.core_formats if name in new.core_names)
+    stored = {name: x for name, x in base.stored.items() if name.partition("_")[2] not in new.core_names}
+    stored |= encode(new, replace(storage, core_formats=formats), network.cores)
+    layer = empty_linear(
+        topology,
+        bias=False,
+        source=base.source,
+        strategy=base.strategy,
+        storage=storage,
+        device="meta",
+        dtype=base.weight.dtype,
+    )
+    layer.load_state_dict(stored, assign=True)
+    if base.bias is not None:
+        layer.bias = nn.Parameter(base.bias.detach().clone())
+    return layer

@@ -1,6 +1,7 @@
 """Healing through transformers' `Trainer`: its schedules, precision, devices, logging and checkpoints."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import tensornet as tn
 from tensornet.context import in_eval_mode
-from tensornet.healing import HealingConfig
+from tensornet.healing import HealingConfig, trained_scales
 from tensornet.healing.config import Parameters
 from tensornet.healing.objective import output_distance
 from tensornet.healing.trained import (
@@ -101,7 +102,7 @@ def heal(
     resume: bool = False,
     **arguments: Any,
 ) -> float:
-    """Distil the dense model into the cores, through `Trainer`.
+    """Distil the dense model into the cores, through `Trainer`; of integer cores the scales are trained.
 
     Args:
         model: compressed, changed in place.
@@ -123,13 +124,17 @@ def heal(
     Raises:
         TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
     """
-    trained = trained_parameters(model, teacher, parameters, layer_steps).values()
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
     rate = HealingConfig(parameters=parameters).rate
     options = TrainingArguments(
         output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": rate, **arguments}
     )
-    with in_eval_mode(teacher), only_training(teacher, ()), only_training(model, trained):
+    with (
+        trained_scales(model) if parameters == "cores" else nullcontext(),
+        in_eval_mode(teacher),
+        only_training(teacher, ()),
+        only_training(model, trained_parameters(model, teacher, parameters, layer_steps).values()),
+    ):
         trainer = HealingTrainer(
             model=model,
             teacher=teacher,
@@ -148,6 +153,9 @@ def heal(
 
 def freeze_all_but_cores(model: nn.Module) -> None:
     """Require gradients for the cores alone.
+
+    Scales of integer cores are parameters inside `tensornet.healing.trained_scales(model)` alone: call it
+    there, and train there.
 
     Raises:
         TargetError: there are none that can be trained.

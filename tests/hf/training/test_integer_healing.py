@@ -1,0 +1,166 @@
+"""Healing, refitting and adapters on integer cores, with and without a network beside them."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import gpt2
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.healing import refine, trained_scales
+from tensornet.healing.objective import output_distance
+from tensornet.healing.trained import compressed_layers
+from tensornet.nn.encoding import Storage
+from tensornet.topologies import residual
+from tensornet_hf.peft import lora_config, merge_adapters
+from tensornet_hf.training.heal import freeze_all_but_cores, heal
+
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "save_strategy": "no",
+}
+RESIDUAL = Storage(number_format="bf16", core_formats={"base": "int2"})  # type: ignore[arg-type]
+
+
+class Examples(Dataset[dict[str, Tensor]]):
+    def __init__(self) -> None:
+        self.ids = torch.randint(1, 100, (32, 12), generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index]}
+
+
+@cache
+def _pair(form: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    teacher = gpt2().eval()
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "wte" not in name:
+                parameter.mul_(3)
+    student = copy.deepcopy(teacher)
+    plan = tn.plan(student, tn.CompressionConfig(formats=("int2",), objective="weight"))
+    if form == "residual":
+        for layer in plan:
+            topology = residual(out_features=layer.shape[0], in_features=layer.shape[1], rank=2)
+            plan = plan.replace_layer(layer.name, topology, RESIDUAL)
+    tn.apply_plan(student, plan)
+    return teacher, student
+
+
+def pair(form: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    teacher, student = _pair(form)
+    return teacher, copy.deepcopy(student)
+
+
+def integers(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: x.clone() for name, x in model.named_buffers() if x.dtype == torch.uint8}
+    assert found
+    return found
+
+
+def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: x.dtype for name, x in model.state_dict().items()}
+
+
+@torch.no_grad()
+def divergence(student: nn.Module, teacher: nn.Module) -> float:
+    batch = {"input_ids": Examples().ids}
+    return float(output_distance(student(**batch), teacher(**batch), batch))
+
+
+@pytest.mark.parametrize(("form", "layer_steps"), [("dense", 0), ("residual", 4)])
+def test_trainer_trains_scales_and_floats_and_keeps_integers(
+    form: str, layer_steps: int, tmp_path: Path
+) -> None:
+    teacher, student = pair(form)
+    before, codes, kinds = divergence(student, teacher), integers(student), dtypes(student)
+    old = {name: x.clone() for name, x in student.state_dict().items()}
+    report = heal(
+        student, teacher, Examples(), steps=20, layer_steps=layer_steps, output_dir=str(tmp_path), **OPTIONS
+    )
+    assert report > 0
+    assert divergence(student.eval(), teacher) < 0.9 * before
+    assert dtypes(student) == kinds
+    assert not any("scale_" in name for name, _ in student.named_parameters())
+    assert all(torch.equal(x, codes[name]) for name, x in integers(student).items())
+    moved = {name for name, x in student.state_dict().items() if not torch.equal(x, old[name])}
+    trained = {name for name in old if "scale_" in name or ("core_" in name and name not in codes)}
+    assert moved == trained
+    student.save_pretrained(tmp_path / "healed")
+    again = th.load(tmp_path / "healed").eval()
+    assert divergence(again, teacher) == pytest.approx(divergence(student, teacher), rel=1e-4)
+
+
+def test_trainer_resumes_with_trained_scales(tmp_path: Path) -> None:
+    teacher, whole = pair("residual")
+    options = OPTIONS | {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    heal(whole, teacher, Examples(), steps=6, output_dir=str(tmp_path / "whole"), **options)
+    halves = [pair("residual")[1] for _ in range(2)]
+    for student, steps in zip(halves, (3, 6), strict=True):
+        folder = str(tmp_path / "halves")
+        heal(student, teacher, Examples(), steps=steps, output_dir=folder, resume=True, **options)
+    for (name, a), (_, b) in zip(whole.state_dict().items(), halves[1].state_dict().items(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_trained_scales_within_one_another_stay_the_same_parameters() -> None:
+    _, student = pair("dense")
+    with trained_scales(student):
+        outer = dict(student.named_parameters())
+        with trained_scales(student):
+            assert all(p is outer[name] for name, p in student.named_parameters())
+        assert all(p is outer[name] for name, p in student.named_parameters())
+        freeze_all_but_cores(student)
+        assert {name for name, p in student.named_parameters() if p.requires_grad} == {
+            name for name in outer if "scale_" in name
+        }
+    assert not any("scale_" in name for name, _ in student.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
+@pytest.mark.parametrize("form", ["dense", "residual"])
+def test_adapters_beside_integers_train_save_and_merge(form: str, tmp_path: Path) -> None:
+    teacher, student = pair(form)
+    before, codes = divergence(student, teacher), integers(student)
+    adapted = get_peft_model(student, lora_config(student, r=4))
+    options: dict[str, Any] = {"steps": 20, "output_dir": str(tmp_path), "parameters": "trainable"}
+    heal(adapted, teacher, Examples(), **options, **OPTIONS)
+    adapted.eval()
+    after = divergence(adapted, teacher)
+    assert after < 0.9 * before
+    for now, then in zip(integers(adapted).values(), codes.values(), strict=True):
+        assert torch.equal(now, then)
+    if form == "residual":  # the network beside the integers takes the adapters in, and they stay as they are
+        merged = merge_adapters(adapted)
+        assert divergence(merged, teacher) == pytest.approx(after, rel=0.02)
+        for name, layer in compressed_layers(merged).items():
+            assert torch.equal(layer.core_base, codes[f"{name}.core_base"])
+    else:
+        with pytest.warns(UserWarning, match="Merging into integer cores rounds them again"):
+            merge_adapters(adapted)
+
+
+@pytest.mark.parametrize("form", ["dense", "residual"])
+def test_refitting_rounds_integers_again(form: str) -> None:
+    teacher, student = pair(form)
+    kinds = dtypes(student)
+    batches = [{"input_ids": part} for part in torch.randint(1, 100, (64, 12)).split(8)]
+    report = refine(student, teacher, batches)
+    assert report.kept
+    assert report.distances[1] < 0.95 * report.distances[0]
+    assert dtypes(student) == kinds
