@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from tensornet.nn.module import NetworkModule
+from tensornet.nn.fixed_dtypes import FixedDtypes
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def trained_scales(model: nn.Module) -> Iterator[None]:
     Inside another such block nothing changes: optimizers hold the parameters of the outer one.
 
     Args:
-        model: with compressed layers; tied ones stay tied.
+        model: with compressed layers or experts; tied ones stay tied.
 
     Example:
         >>> import torch, tensornet as tn
@@ -27,8 +27,8 @@ def trained_scales(model: nn.Module) -> Iterator[None]:
         >>> [name for name, _ in model.named_parameters()]
         []
     """
-    modules = [module for module in model.modules() if isinstance(module, NetworkModule)]
-    layers = [layer for layer in modules if layer.storage.own_dtypes and not layer.trains_scales]
+    modules = [module for module in model.modules() if isinstance(module, FixedDtypes)]
+    layers = [layer for layer in modules if layer.fixed_dtypes and not layer.trains_scales]
     try:
         shared: dict[int, Tensor] = {}
         for layer in layers:

@@ -1,24 +1,24 @@
 """Base class of all tensor-network layers: parameters, description, strategy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from tensornet.contraction.operator import contract_to_matrix
 from tensornet.contraction.path import check_optimize
-from tensornet.errors import FormatError, ShapeError
+from tensornet.errors import ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores
 from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, gauge_axes, hold, layout
 from tensornet.nn.execution import RoutedModule
+from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.topology import Topology
 
 
-class NetworkModule(RoutedModule):
+class NetworkModule(FixedDtypes, RoutedModule):
     """Abstract base: cores registered as parameters `core_<name>`, and a topology that describes them.
 
     With another than plain storage `tensornet.nn.encoding` derives the stored tensors from the cores:
@@ -163,66 +163,17 @@ class NetworkModule(RoutedModule):
         return matrix.clone(memory_format=torch.contiguous_format)
 
     @property
-    def trains_scales(self) -> bool:
-        """True if scales, or cores in bfloat16, are parameters at the moment; see `train_scales`."""
-        return any(
-            isinstance(tensor, nn.Parameter) and self.storage.has_own_dtype(name)
-            for name, tensor in self.stored.items()
-        )
-
-    def train_scales(self, on: bool = True, shared: dict[int, Tensor] | None = None) -> None:
-        """Convert scales and bfloat16 cores to trainable float32 parameters, or back.
-
-        Args:
-            on: whether they are parameters from now on.
-            shared: tensors made for other modules, by the identity of those that they replace, which keeps
-                tied modules tied.
-        """
-        shared = {} if shared is None else shared
-        kinds = layout(self.topology, self.storage, self.weight.dtype)
-        for name, tensor in self.stored.items():
-            kind = kinds[name][1]
-            if not self.storage.has_own_dtype(name) or not kind.is_floating_point or kind.itemsize < 2:
-                continue  # 8 bits would undo what is trained
-            if id(tensor) not in shared:
-                value = tensor.detach().float() if on else tensor.detach().to(kind)
-                shared[id(tensor)] = nn.Parameter(value) if on else value
-            hold(self, name, shared[id(tensor)])
-        self._forget_routes()
-
-    def check_finite_scales(self, name: str) -> None:
-        """Raise FormatError if a scale is NaN or infinite, as in a damaged file.
-
-        Args:
-            name: of this module in its model, for the message.
-        """
-        if not self.storage.quantized:
-            return
-        for part, tensor in self.stored.items():
-            if part.startswith("scale_") and not bool(tensor.float().isfinite().all()):
-                raise FormatError(
-                    f"{name}.{part} holds NaN or infinite scales, so that the weight has no value. The file "
-                    "is damaged: copy or download it again, or compress the model again."
-                )
+    def fixed_dtypes(self) -> dict[str, torch.dtype]:
+        """See `FixedDtypes`."""
+        if not self.storage.own_dtypes:
+            return {}
+        kinds = layout(self.topology, self.storage, torch.float32)
+        return {name: kind for name, (_, kind) in kinds.items() if self.storage.has_own_dtype(name)}
 
     def _compute_as(self, tensor: Tensor) -> None:
         """Compute in the dtype and on the device of a tensor from now on."""
         if self.storage.own_dtypes:
             self.compute_like = tensor.new_empty(0)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        if not self.storage.own_dtypes:
-            return super()._apply(fn, recurse)
-        fixed = [getattr(self, name) for name in self._tensor_names if self.storage.has_own_dtype(name)]
-        known = {id(x) for tensor in fixed for x in (tensor, tensor.grad) if x is not None}
-
-        def keeping(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            if id(tensor) not in known or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        return super()._apply(keeping, recurse)
 
     def spec(self) -> dict[str, Any]:
         """Describe the layer for `tensornet.nn.build_module`, JSON-ready."""

@@ -120,6 +120,11 @@ class ExpertBank(nn.Module, ABC):
         return False
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matrices: that of the first parameter."""
+        return self.stored_tensors()[0].dtype
+
+    @property
     def num_params(self) -> int:
         """Number of elements that this bank owns; borrowed cores count at their owner."""
         return sum(p.numel() for p in self.parameters())

@@ -15,24 +15,25 @@ from tensornet.contraction.operator import (
     fastest_routes,
     plan_operator,
 )
-from tensornet.errors import ShapeError, TopologyError
-from tensornet.nn.matrix_cache import MatrixKeeper
+from tensornet.errors import TopologyError
+from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.topologies import TopologyFamily, topology_family
-from tensornet.topologies.factored import pad_core
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_weights, check_whole
-from tensornet_moe.expert_bank import ExpertBank, SharedCores
+from tensornet_moe.expert_bank import SharedCores
 from tensornet_moe.grouped_linear import Groups
 from tensornet_moe.initialization import Start, initial_cores, start_from_dense
 from tensornet_moe.joint_fit import JointFit, fit_jointly
+from tensornet_moe.number_formats import check_storage
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
+from tensornet_moe.stored_bank import StoredBank
 
 #: Matrices with at least this many elements are built one after another on CPUs: the working set of one fits
 #: the caches and its memory is reused for the next, which saves a tenth of a training step.
 _BUILT_ALONE = 2**18
 
 
-class SharedCoreExperts(MatrixKeeper, ExpertBank):
+class SharedCoreExperts(StoredBank):
     """Expert matrices whose tensor networks share some cores and keep the other cores private.
 
     A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. Where
@@ -48,6 +49,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         shared: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores` that owns them.
         cache_bytes: memory for rebuilt matrices in eval without gradients; all of them are kept or none, and
             none by default. `tensornet.nn.set_strategy(model, "cached")` sets it for a whole model.
+        storage: number formats of the cores that the bank owns; see `quantize`.
         device, dtype: of the cores.
 
     A new bank has Gaussian cores with `Var(W) = 1 / in_features` for every expert.
@@ -79,6 +81,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         *,
         shared: str | Sequence[str] | SharedCores = "center",
         cache_bytes: int = 0,
+        storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,6 +104,9 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         self.fit: JointFit | None = None
         if owner is not None:
             owner.check_fits(enclosing)
+        check_storage(storage, enclosing)
+        self.storage = storage
+        self._compute_like(torch.empty(0, dtype=dtype, device=device))
         for name, core in initial_cores(topologies, enclosing, self.shared, device, dtype).items():
             if not (owner is not None and name in self.shared):
                 self._store(name, core)
@@ -201,23 +207,22 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
             pieces = [piece.detach().to(dtype).contiguous() for piece in pieces]
             same = len({piece.shape for piece in pieces}) == 1
             whole = pieces[0] if isinstance(core, Tensor) else torch.stack(pieces) if same else pieces
+            bank._compute_like(pieces[0])
             bank._store(name, whole)
         bank.error = start.error
         return bank
 
-    def _store(self, name: str, core: Tensor | Sequence[Tensor]) -> None:
-        """Register a core: a tensor as one parameter, a list of tensors as one parameter per expert."""
-        if isinstance(core, Tensor):
-            self.register_parameter(f"core_{name}", nn.Parameter(core))
-            return
-        for expert, piece in enumerate(core):
-            self.register_parameter(f"core_{name}_expert_{expert}", nn.Parameter(piece))
-
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the shared cores by name, borrowed ones included; see `ExpertBank`."""
+        """Return what is trained of the shared cores, by name, borrowed ones included; see `ExpertBank`.
+
+        Of integer cores these are the scales while they are trained (`tensornet.healing.trained_scales`).
+        """
         if self._owner:
             return {name: self._owner[0].core(name) for name in self.shared}
-        return {name: getattr(self, f"core_{name}") for name in self.shared}
+        found = {name: self._parameters.get(f"core_{name}") for name in self.shared}
+        scales = {name: self._parameters.get(f"scale_{name}") for name in self.shared}
+        trained = {name: scales[name] if found[name] is None else found[name] for name in self.shared}
+        return {name: parameter for name, parameter in trained.items() if parameter is not None}
 
     @property
     def owner(self) -> SharedCores | None:
@@ -244,12 +249,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
 
     def private_core(self, name: str) -> Tensor:
         """Stack a private core of all experts, `(num_experts, *shape)`, zero-padded where bonds differ."""
-        stacked = getattr(self, f"core_{name}", None)
-        if stacked is not None:
-            return stacked
-        shape = self.topology.core_shapes[name]
-        pieces = [getattr(self, f"core_{name}_expert_{e}") for e in range(self.num_experts)]
-        return torch.stack([pad_core(piece, shape) for piece in pieces])
+        return self._whole_core(name)
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
         """Build expert matrices, about `(l + r) * out * in` multiply-adds each, or read them from the cache.
@@ -329,16 +329,12 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
     @property
     def matrix_bytes(self) -> int:
         """Bytes of the matrices of all experts in the dtype of the cores."""
-        first = next(iter(self._core_tensors()))
-        return self.num_experts * self.out_features * self.in_features * first.element_size()
+        return self.num_experts * self.out_features * self.in_features * self.dtype.itemsize
 
     @property
     def seconds_saved(self) -> float:
         """Predicted seconds that cached matrices save in a forward pass of one token."""
         return self.plan.multiply_adds(1) / default_machine(self.stored_tensors()[0].device).peak
-
-    def _core_tensors(self) -> tuple[Tensor, ...]:
-        return self.stored_tensors()
 
     def _kept(self) -> Tensor | None:
         return self.kept(lambda: self._rebuild(None)) if self.keeps_now() else None
@@ -347,8 +343,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         cores = self._shared_here()
         for name in self.topology.core_names:
             if name not in self.shared:
-                core = self.private_core(name)
-                cores[name] = core if index is None else core.index_select(0, index)
+                cores[name] = self._whole_core(name, index)
         return build_matrices(self.plan, cores, self.num_experts if index is None else len(index))
 
     def _one_by_one(self, experts: Sequence[int]) -> Iterable[Tensor]:
@@ -363,21 +358,11 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
         )
 
     def _shared_here(self) -> dict[str, Tensor]:
-        # A model that is spread over devices may hold the owner on another one than this layer.
-        device = self.stored_tensors()[0].device
-        return {name: core.to(device) for name, core in self.shared_parameters().items()}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self.topology.core_names:
-            stored = state_dict.get(f"{prefix}core_{name}")
-            if name in self.shared or stored is None or f"core_{name}" not in self._parameters:
-                continue
-            if len(stored) != self.num_experts and stored.shape[1:] == self.topology.core_shapes[name]:
-                raise ShapeError(
-                    f"{prefix}core_{name} holds {len(stored)} experts, this module has {self.num_experts}. "
-                    f"Build the model with num_experts={len(stored)}, or upcycle again from the dense model."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._owner:
+            # A model that is spread over devices may hold the owner on another one than this layer.
+            device = self.stored_tensors()[0].device
+            return {name: core.to(device) for name, core in self.shared_parameters().items()}
+        return {name: self._whole_core(name) for name in self.shared}
 
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
@@ -388,6 +373,7 @@ class SharedCoreExperts(MatrixKeeper, ExpertBank):
             "shared": list(self.shared),
             "owner": self._owner[0].label if self._owner else None,
             "topologies": [t.to_dict() for t in (self.topologies[:1] if same else self.topologies)],
+            **storage_entry(self.storage),
         }
 
     def extra_repr(self) -> str:

@@ -109,7 +109,7 @@ class ExpertFFN(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         else:
             # Mixed storage, such as T5's output matrix that stays in float32 in a half-precision model.
-            x = x.to(bank.stored_tensors()[0].dtype)
+            x = x.to(bank.dtype)
         y = bank.apply_rows(x, groups)
         bias = getattr(self, f"{name}_bias")
         return y if bias is None else y + bias.index_select(0, groups.expert_of_row).to(y.dtype)

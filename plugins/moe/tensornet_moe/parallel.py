@@ -237,6 +237,11 @@ def _check(name: str, moe: SharedCoreMoE, ranks: int) -> None:
             raise TargetError(
                 f"{name!r} has experts of type {type(bank).__name__}; only SharedCoreExperts spread."
             )
+        if bank.storage.own_dtypes:
+            raise TargetError(
+                f"The experts of {name!r} have cores in number formats, which are not spread over processes; "
+                "unpack them by bank.quantize('float'), or spread them first."
+            )
         if len(set(bank.topologies)) > 1:
             raise TopologyError(f"The bonds of the experts of {name!r} differ; only equal ones spread.")
 

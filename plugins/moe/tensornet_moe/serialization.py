@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tensornet.nn import build_module, register_module_type
+from tensornet.nn.encoding import Storage
 from tensornet.topology import Topology
 from tensornet_moe.expert_bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
@@ -33,6 +34,7 @@ def _experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None
         topologies[0] if len(topologies) == 1 else topologies,
         spec["num_experts"],
         shared=shared if owner is None else AbsentCores(enclosing_topology(topologies), shared, label=owner),
+        storage=Storage.from_dict(spec.get("storage", {})),
         device=device,
         dtype=dtype,
     )

@@ -18,7 +18,7 @@ class StoredLayer:
 
     Args:
         name: in the model.
-        form: family and bonds, or the kind of module for others than single matrices.
+        form: number formats, family and bonds, or the kind of module for others than single matrices.
         shape: `(out_features, in_features)`, None for others than single matrices.
         params: stored elements, bias included; 0 where another name owns the cores.
         dense_params: elements of the dense weight (bias not counted), None for others.
@@ -103,9 +103,25 @@ def _stored_layer(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Stor
     single = topology is not None and spec["type"] in ("linear", "embedding")
     return StoredLayer(
         name=name,
-        form=describe(topology, storage) if topology is not None and single else str(spec["type"]),
+        form=describe(topology, storage) if topology is not None and single else _form(spec),
         shape=topology.shape if topology is not None and single else None,
         params=sum(math.prod(tensor.shape) for tensor in inside),
         dense_params=math.prod(topology.shape) if topology is not None and single else None,
         dtype=cores[0] if cores else None,
     )
+
+
+def _form(spec: Mapping[str, Any]) -> str:
+    """Describe a module that is no single matrix by the number formats of its cores and its kind."""
+    return " ".join(part for part in ("+".join(_formats(spec)), str(spec["type"])) if part)
+
+
+def _formats(spec: Mapping[str, Any]) -> list[str]:
+    """List the number formats of all cores below a module, each once."""
+    storage = Storage.from_dict(spec.get("storage", {}))
+    found = [storage.number_format.name, *(each.name for _, each in storage.core_formats)]
+    for part in spec.values():
+        for inner in (part, *(part.values() if isinstance(part, Mapping) else ())):
+            if isinstance(inner, Mapping) and "type" in inner:
+                found += _formats(inner)
+    return [name for name in dict.fromkeys(found) if name != "float"]

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, TargetError
-from tensornet.nn import NetworkModule
 from tensornet.nn.expansion import settle, take_apart
+from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach
 from tensornet_hf.checkpoint.describe import describe, is_inside
@@ -146,8 +146,9 @@ class TensorNetworkQuantizer(HfQuantizer):
         _refuse_unloaded(model, self._layers)
         ties.attach_targets(model, self._ties)
         for name in self._layers:
-            if isinstance(layer := model.get_submodule(name), NetworkModule):
-                layer.check_finite_scales(name)
+            for part, module in model.get_submodule(name).named_modules(prefix=name):
+                if isinstance(module, FixedDtypes):
+                    module.check_finite_scales(part)
         _prepare(model, compression=self.quantization_config.compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:

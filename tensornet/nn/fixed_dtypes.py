@@ -1,0 +1,86 @@
+"""Modules in which some stored tensors keep a dtype of their own: packed integers, scales, bfloat16."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tensornet.errors import FormatError
+from tensornet.nn.matrix_cache import MatrixKeeper
+
+
+class FixedDtypes(MatrixKeeper):
+    """Abstract base of modules that store cores in number formats.
+
+    `.to()`, `.half()` and the like move such tensors and keep their dtype. Integers are persistent buffers,
+    and so are scales, unless they are trained. Subclasses define `stored` and `fixed_dtypes`.
+    """
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """The parameters and buffers that hold the cores, by name."""
+        raise TypeError(f"{type(self).__name__} must define stored.")
+
+    @property
+    def fixed_dtypes(self) -> Mapping[str, torch.dtype]:
+        """Dtypes of the stored tensors that do not have the model's, by name."""
+        raise TypeError(f"{type(self).__name__} must define fixed_dtypes.")
+
+    @property
+    def trains_scales(self) -> bool:
+        """True if scales, or cores in bfloat16, are parameters at the moment; see `train_scales`."""
+        return any(isinstance(self.stored[name], nn.Parameter) for name in self.fixed_dtypes)
+
+    def train_scales(self, on: bool = True, shared: dict[int, Tensor] | None = None) -> None:
+        """Make scales, and cores in bfloat16, trainable parameters in float32; or store them as before.
+
+        Args:
+            on: whether they are parameters from now on.
+            shared: tensors made for other modules, by the identity of those that they replace, which keeps
+                tied modules tied.
+        """
+        shared = {} if shared is None else shared
+        for name, kind in self.fixed_dtypes.items():
+            if not kind.is_floating_point or kind.itemsize < 2:
+                continue  # 8 bits would undo what is trained
+            tensor = self.stored[name]
+            if id(tensor) not in shared:
+                value = tensor.detach().float() if on else tensor.detach().to(kind)
+                shared[id(tensor)] = nn.Parameter(value) if on else value
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            if on:
+                self.register_parameter(name, shared[id(tensor)])  # type: ignore[arg-type]
+            else:
+                self.register_buffer(name, shared[id(tensor)])
+        self.drop_cache()
+
+    def check_finite_scales(self, name: str) -> None:
+        """Raise FormatError if a scale is NaN or infinite, as in a damaged file.
+
+        Args:
+            name: of this module in its model, for the message.
+        """
+        for part, tensor in self.stored.items():
+            if part.startswith("scale_") and not bool(tensor.float().isfinite().all()):
+                raise FormatError(
+                    f"{name}.{part} holds NaN or infinite scales, so that the weight has no value. The file "
+                    "is damaged: copy or download it again, or compress the model again."
+                )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        stored = self.stored
+        fixed = [stored[name] for name in self.fixed_dtypes]
+        known = {id(x) for tensor in fixed for x in (tensor, tensor.grad) if x is not None}
+        if not known:
+            return super()._apply(fn, recurse)
+
+        def keeping(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            if id(tensor) not in known or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(keeping, recurse)

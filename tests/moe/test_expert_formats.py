@@ -1,0 +1,199 @@
+"""Cores of experts in number formats: stored, counted, moved, described, trained, unpacked."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import gpt2
+from mixture_models import mixture
+from torch import Tensor
+
+import tensornet as tn
+import tensornet_hf as th
+import tensornet_moe as tm
+from tensornet.errors import FormatError
+from tensornet.healing import trained_scales
+from tensornet.nn import build_module, module_spec
+from tensornet.nn.encoding import Storage
+from tensornet_hf.checkpoint.inspection import inspect_folder
+
+IDS = torch.tensor([[5, 7, 9, 11, 13, 6]])
+FORMATS = ["float", "bf16", "int8", "int6:g32", "int4", "int3:row:zero", "int2:g32:float8"]
+INTEGERS = FORMATS[2:]
+
+
+def bank(**options: object) -> tm.SharedCoreExperts:
+    torch.manual_seed(0)
+    return tm.SharedCoreExperts.from_dense(torch.randn(24, 32), num_experts=3, noise=0.2, **options)  # type: ignore[arg-type]
+
+
+def unequal() -> tm.SharedCoreExperts:
+    torch.manual_seed(0)
+    topologies = [tn.topologies.mpo(out_dims=(2, 6, 2), in_dims=(2, 8, 2), max_bond=k) for k in (2, 4, 3)]
+    return tm.SharedCoreExperts.from_dense(torch.randn(24, 32), num_experts=3, topology=topologies, noise=0.2)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def integers(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in module.named_buffers() if x.dtype == torch.uint8}
+
+
+@pytest.mark.parametrize("make", [bank, unequal], ids=["equal", "unequal"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_stored_is_what_is_described(name: str, make: object) -> None:
+    made = make()  # type: ignore[operator]
+    dense = made.expert_matrices().detach()
+    added = made.quantize(name)
+    gap = float((made.expert_matrices().detach() - dense).norm() / dense.norm())
+    assert added == pytest.approx(gap, abs=1e-6)
+    assert made.num_bytes == sum(x.nbytes for x in made.state_dict().values())
+    spec = json.loads(json.dumps(module_spec(made), sort_keys=True))
+    twin = build_module(spec, device="meta", dtype=torch.float32)
+    shapes = {k: (x.shape, x.dtype) for k, x in made.state_dict().items()}
+    assert {k: (x.shape, x.dtype) for k, x in twin.state_dict().items()} == shapes
+    twin.load_state_dict(made.state_dict(), assign=True)
+    assert torch.equal(twin.expert_matrices(), made.expert_matrices())
+    torch.testing.assert_close(made.expert_matrices([2, 0]), made.expert_matrices()[[2, 0]])
+    assert torch.equal(copy.deepcopy(made).expert_matrices(), made.expert_matrices())
+    torch.save(made, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False).expert_matrices(), made.expert_matrices())
+
+
+def test_more_bits_err_less_and_take_more_bytes() -> None:
+    errors, sizes = [], []
+    for name in ("int8", "int6", "int4", "int2"):
+        made = bank()
+        errors.append(made.quantize(name))
+        sizes.append(made.num_bytes)
+    assert errors == sorted(errors)
+    assert sizes == sorted(sizes, reverse=True)
+    assert errors[0] < 0.02
+
+
+@pytest.mark.parametrize("name", ["int4", "bf16"])
+def test_dtypes_stay_when_the_model_changes_its_own(name: str) -> None:
+    made = bank()
+    made.quantize(name)
+    before = {k: x.dtype for k, x in made.state_dict().items()}
+    values = {k: x.clone() for k, x in made.state_dict().items()}
+    half = copy.deepcopy(made).half()
+    assert {k: x.dtype for k, x in half.state_dict().items()} == before
+    assert all(torch.equal(x, values[k]) for k, x in half.state_dict().items())
+    assert half.dtype == half.expert_matrices().dtype == torch.float16
+    assert made.to("meta").expert_matrices().is_meta
+
+
+def test_one_core_in_integers_and_back() -> None:
+    made = bank(shared="center")
+    made.quantize(Storage(core_formats={"1": "int4"}))  # type: ignore[arg-type]
+    assert {name for name, _ in made.named_parameters()} == {"core_0", "core_2"}
+    assert list(made.shared_parameters()) == []
+    rounded = made.expert_matrices().detach()
+    made.expert_matrices().square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in made.parameters())
+    assert made.quantize("float") == pytest.approx(0, abs=1e-6)
+    assert {name for name, _ in made.named_parameters()} == {"core_0", "core_1", "core_2"}
+    torch.testing.assert_close(made.expert_matrices(), rounded)
+
+
+@pytest.mark.parametrize("name", INTEGERS[:-1])
+def test_scales_train_and_integers_stay(name: str) -> None:
+    made = bank()
+    made.quantize(name)
+    codes, rounded, kinds = (
+        integers(made),
+        made.expert_matrices(),
+        {k: x.dtype for k, x in made.state_dict().items()},
+    )
+    with trained_scales(made):
+        assert list(made.shared_parameters()) == ["1"]
+        assert torch.equal(made.expert_matrices(), rounded)
+        optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
+        made.expert_matrices().square().sum().backward()
+        assert all(bool(p.grad.abs().sum() > 0) for p in made.parameters() if p.grad is not None)
+        optimizer.step()
+    assert not torch.equal(made.expert_matrices(), rounded)
+    assert {k: x.dtype for k, x in made.state_dict().items()} == kinds
+    assert all(torch.equal(x, codes[k]) for k, x in integers(made).items())
+
+
+def test_kept_matrices_follow_the_scales() -> None:
+    made = bank(cache_bytes=10**6).eval()
+    made.quantize("int4")
+    with torch.no_grad():
+        first = made.expert_matrices()
+        assert made.expert_matrices() is first
+        made.scale_1.mul_(2)
+        assert not torch.equal(made.expert_matrices(), first)
+
+
+def test_borrowed_cores_stay_as_their_owner_stores_them() -> None:
+    topology = tn.topologies.mpo(out_dims=(2, 4, 2), in_dims=(2, 4, 2), max_bond=3)
+    owner = tm.SharedCores(topology, "center")
+    borrower = tm.SharedCoreExperts(topology, 2, shared=owner)
+    borrower.quantize("int8")
+    assert sorted(borrower.stored) == ["core_0", "core_2", "scale_0", "scale_2"]
+    assert borrower.shared_parameters()["1"] is owner.core("1")
+    borrower.expert_matrices().sum().backward()
+    assert owner.core("1").grad is not None
+
+
+def test_bad_formats() -> None:
+    made = bank()
+    before = {k: x.clone() for k, x in made.state_dict().items()}
+    with pytest.raises(FormatError, match="Unknown number format 'int9'; known are"):
+        made.quantize("int9")
+    with pytest.raises(FormatError, match="formats for cores 7; the topology 'mpo' has 0, 1, 2"):
+        made.quantize(Storage(core_formats={"7": "int4"}))  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="Cores of experts have number formats alone"):
+        made.quantize(Storage(pivoted=True))
+    assert all(torch.equal(x, before[k]) for k, x in made.state_dict().items())
+
+
+def test_a_mixture_in_integers_saves_loads_and_trains(tmp_path: Path) -> None:
+    model = gpt2().eval()
+    th.upcycle(model, th.MoEConfig(num_experts=3))
+    dense = logits(model)
+    for module in model.modules():
+        if isinstance(module, tm.SharedCoreExperts):
+            module.quantize("int8")
+    th.prepare_for_saving(model)
+    expected = logits(model)
+    assert 0 < float((expected - dense).abs().max()) < 0.3 * float(dense.abs().max())
+    model.save_pretrained(tmp_path)
+    seen = inspect_folder(tmp_path)
+    assert seen.dtypes["uint8"] > 0
+    assert all(layer.form == "int8 shared_core_moe" for layer in seen.layers)
+    again = th.load(tmp_path)
+    torch.testing.assert_close(logits(again.eval()), expected)
+    with trained_scales(again):
+        again.train()(input_ids=IDS, labels=IDS).loss.backward()
+        scales = [p for name, p in again.named_parameters() if ".scale_" in name]
+        assert scales
+        assert all(p.grad is not None for p in scales)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_stacks_of_stock_experts_in_integers(family: str, tmp_path: Path) -> None:
+    model = mixture(family)
+    dense = logits(model)
+    config = tn.CompressionConfig(formats=("int8",), target_modules="*experts*")
+    report = tn.compress(model, config, progress=False)
+    assert report.plan.bits_per_weight < 11
+    expected = logits(model)
+    assert 0 < float((expected - dense).abs().max()) < 0.1 * float(dense.abs().max())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(th.load(tmp_path).eval()), expected)
+    stock = tn.decompress(model)
+    torch.testing.assert_close(logits(stock), expected, rtol=1e-3, atol=1e-3)
+    assert not any(isinstance(x, tn.nn.NetworkModule) for x in stock.modules())
