@@ -51,7 +51,7 @@ METHODS = {
     "svd": Method("truncated SVD of the weights", {"objective": "weight", "topology": "low_rank"}),
     "mpo": Method("MPO of the weights, 3 sites", {"objective": "weight", "topology": "mpo", "sites": 3}),
     "svd_llm": Method(
-        "SVD whitened by inputs, same share everywhere (SVD-LLM)",
+        "SVD whitened by inputs, same keep ratio everywhere (SVD-LLM)",
         {"objective": "activation", "pivoted": False},
     ),
     "svd_llm_pivoted": Method("the same, gauge fixed", {"objective": "activation", "pivoted": True}),

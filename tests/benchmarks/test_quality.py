@@ -175,14 +175,13 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     small = {"method": "ours", "layers": "all", "ratio": 0.6, "after": "", "cosine": 0.9, "top1": 0.4}
     encoder = [{**small, "price": 0.05, "foreseen here": 0.11}]
     (tmp_path / "encoder.json").write_text(json.dumps({"rows": encoder}))
-    names = ("quality", "forecast", "sources", "healing", "samples", "encoder")
+    names = ("quality", "forecast", "sources", "healing", "samples", "encoder", "encoder forecast")
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), tmp_path)
     assert "old" not in text
     assert "Dense: 20.09 on 100 tokens." in text
     assert "| MLPs | two-sided curvature, global budget, gauge fixed |  | 24.5 |  | 148.4 |  |" in text
-    assert (
-        "| all linear layers | SVD whitened by inputs, same share everywhere (SVD-LLM) |  | 2e+05 |" in text
-    )
+    name = "SVD whitened by inputs, same keep ratio everywhere (SVD-LLM)"
+    assert f"| all linear layers | {name} |  | 2e+05 |" in text
     assert "| 80% | 0.200 | 0.250 (+25%) | 0.190 (-5%) |" in text
     line = "| MLPs | 80% | PostgreSQL manual | 0.200 | 0.250 (+25%) | 0.190 (-5%) | **0.100 (-50%)** |"
     assert f"{line} 0.050 (-75%) |" in text
@@ -190,7 +189,10 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     assert "1.500" not in text  # smaller than what forecasts are held to
     assert "| MLPs | 40% | 148.4 | 54.6 | 9 | 4,608 | 600 |" in text
     assert "a \\| svd_llm" in text
-    assert "| 60% | 0.900 | 0.400 | 0.050 (-50%) | 0.110 (+10%) |  |" in text
+    assert (
+        "| all linear layers | two-sided curvature, global budget, gauge fixed |  |  | 0.900 |  |  |" in text
+    )
+    assert "| 60% | 0.100 | 0.050 (-50%) | 0.110 (+10%) |  |" in text
     assert page.filled(text, tmp_path) == text
     page.draw(rows_of_a_record(), tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
@@ -201,7 +203,7 @@ def test_the_page_is_that_of_the_records(load: Any) -> None:
     text = page.PAGE.read_text()
     assert page.filled(text, page.RECORDS) == text
     assert page.PICTURE.is_file()
-    for name in ("quality", "forecast", "sources", "healing", "samples", "encoder"):
+    for name in ("quality", "forecast", "sources", "healing", "samples", "encoder", "encoder forecast"):
         assert f"<!-- table {name} -->" in text
 
 
