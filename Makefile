@@ -16,7 +16,7 @@ LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest lint format wheel-test docs-test names clean
+.PHONY: help demo test test-lowest lint format wheel-test docs docs-test docs-pictures names clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -46,6 +46,12 @@ wheel-test: $(VENV)/.made-dev ## build the wheel and install it away from here: 
 
 docs-test: $(VENV)/.made-dev ## run the code blocks of README.md and docs/
 	$(PYTEST) tests/project/test_docs_code.py $(ARGS)
+
+docs: $(VENV)/.made-docs ## build the site into build/site/; a warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-pictures: $(VENV)/.made-dev ## make the pictures that pages draw themselves
+	$(ONE_THREAD) $(BIN)/python tests/project/test_docs_code.py
 
 names: $(VENV)/.made-dev ## record the public names after changing them on purpose
 	PYTHONPATH=tests $(BIN)/python tests/project/test_architecture.py --update
@@ -82,4 +88,9 @@ $(LOWEST)/.made: pyproject.toml
 $(VENV)/.made-dev: pyproject.toml $(VENV)/.made
 	@echo "Setting up $(VENV), once: the first time PyTorch is downloaded, which can take some minutes."
 	$(BIN)/python -m pip install -e '.[all,test,lint]'
+	@touch $@
+
+# The site is built from the sources: pages of the API are read, not imported.
+$(VENV)/.made-docs: pyproject.toml $(VENV)/.made
+	$(BIN)/python -m pip install -e '.[docs]'
 	@touch $@

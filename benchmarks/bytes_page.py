@@ -53,7 +53,7 @@ STYLES = {
 def main() -> None:
     """Replace the generated parts."""
     record = json.loads((RECORDS / "bytes.json").read_text())
-    for page in (PAGE, ROOT / "README.md"):
+    for page in (PAGE, ROOT / "README.md", ROOT / "docs" / "index.md"):
         page.write_text(filled(page.read_text(), record))
     draw(record["rows"], PICTURE)
 

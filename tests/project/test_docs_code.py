@@ -2,12 +2,18 @@
 
 The blocks of one file run in order in one namespace, in an empty working directory, offline, with
 warnings as errors. A block that cannot run is preceded by a line ``<!-- no-run: why -->``.
+
+Pictures below ``docs/pictures`` are made by the blocks of the page that shows them: a block writes `name.svg`
+into the working directory. ``make docs-pictures`` copies them.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +22,14 @@ from types import ModuleType
 
 import pytest
 
+import tensornet as tn
+from tensornet import optional
+
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent>\s*)(?P<fence>`{3,}|~{3,})(?P<language>[\w-]*)")
+PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)?pictures/(?P<name>[\w.-]+)\)")
+PICTURES = ROOT / "docs" / "pictures"
+LARGEST_PICTURE = 100_000
 NO_RUN = re.compile(r"^\s*<!-- no-run:(?P<reason>.*)-->\s*$")
 
 
@@ -77,13 +89,37 @@ def documents() -> list[Path]:
     return [page for page in pages if page.is_file() and python_blocks(page)]
 
 
-# PEFT asks transformers for a property under its old name.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def shown_pictures(path: Path) -> list[str]:
+    """List the pictures of a page that its own code makes."""
+    return [match["name"] for match in PICTURE.finditer(path.read_text())]
+
+
 @pytest.mark.docs
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 @pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in documents()])
 def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_blocks(path, python_blocks(path))
+    absent = [name for name in shown_pictures(path) if not (tmp_path / name).is_file()]
+    assert absent == [], "pictures that the page shows and its code does not write"
+
+
+def test_pictures_are_committed_small_and_shown() -> None:
+    shown = [name for page in (ROOT / "docs").rglob("*.md") for name in shown_pictures(page)]
+    sizes = {path.name: path.stat().st_size for path in PICTURES.iterdir()}
+    assert sorted(shown) == sorted(sizes), "shown once, and made by `make docs-pictures`"
+    assert {name: size for name, size in sizes.items() if size > LARGEST_PICTURE} == {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.md")), ids=lambda p: p.stem)
+def test_notebook_without_matplotlib_says_what_to_install(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    with pytest.raises(
+        tn.MissingDependencyError, match=r"this notebook needs matplotlib.*tensornet-torch\[viz\]"
+    ):
+        run_blocks(path, python_blocks(path)[:1])
 
 
 # --- the collector itself ------------------------------------------------------------------------
@@ -166,3 +202,27 @@ def test_block_never_closed_is_refused(tmp_path: Path) -> None:
     path.write_text("text\n\n```python\nx = 1\n")
     with pytest.raises(AssertionError, match=r"page\.md:3: this code block is never closed"):
         python_blocks(path)
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def update_pictures(pages: list[Path]) -> None:
+    """Run pages and keep the pictures that they show."""
+    import matplotlib as mpl  # only here: the tests above must not need it
+
+    mpl.rcParams["svg.hashsalt"] = "docs"  # the same picture gives the same bytes
+    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    PICTURES.mkdir(exist_ok=True)
+    for page in pages:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            run_blocks(page, python_blocks(page))
+            os.chdir(ROOT)
+            for name in shown_pictures(page):
+                shutil.copyfile(Path(folder, name), PICTURES / name)
+
+
+if __name__ == "__main__":
+    wanted = [Path(name).resolve() for name in sys.argv[1:]]
+    update_pictures(wanted or [page for page in documents() if shown_pictures(page)])
