@@ -177,7 +177,7 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> DefaultLoss:
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
-    """Tell whether the classes are the tokens that a model reads: as many as its input embedding has rows.
+    """Return True if the classes are the tokens that a model reads: one for each row of its embedding.
 
     Of a model that does not say which embedding that is, any will do.
     """

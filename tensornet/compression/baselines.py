@@ -107,7 +107,7 @@ def predict_baseline(
 def apply_baseline(
     model: nn.Module, plan: CompressionPlan, method: str, stats: CalibrationStats | None = None
 ) -> BaselineResult:
-    """Replace the planned weights, in place, by those that a plain method of the same bytes leaves.
+    """Round or truncate the planned weights in place by a plain method of the same bytes.
 
     The layers stay dense: this is for measuring the loss. Arguments and errors as `predict_baseline`.
 
@@ -281,7 +281,7 @@ def _weighed(
 
 
 def _predicts(plan: CompressionPlan, stats: CalibrationStats | None) -> bool:
-    """Whether losses can be predicted."""
+    """Return True if losses can be predicted."""
     return plan.objective == "curvature" and stats is not None
 
 

@@ -242,7 +242,7 @@ class CompressionConfig(LayerSelection):
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready options; `from_dict` is the inverse."""
+        """Convert to JSON-ready options; `from_dict` is the inverse."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.fixed:
             data["topology"] = [topology.to_dict() for topology in self.fixed]

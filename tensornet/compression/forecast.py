@@ -76,12 +76,12 @@ class Forecast:
         return _along([(b, a) for a, b in self.points], rise)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Convert to a JSON-ready form."""
         return {"points": [list(point) for point in self.points], "source": self.source}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Forecast":
-        """Inverse of `to_dict`."""
+        """Restore a forecast from `to_dict`."""
         return cls(tuple((float(a), float(b)) for a, b in data["points"]), data["source"])
 
 
@@ -146,7 +146,7 @@ class Rise:
 
     @property
     def significant(self) -> bool:
-        """Whether the rise exceeds twice its standard error."""
+        """True if the rise exceeds twice its standard error."""
         return self.value > 2 * self.standard_error
 
     @classmethod

@@ -57,7 +57,7 @@ class Reach:
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Convert to a JSON-ready form."""
         return asdict(self) | {"share": self.share}
 
 

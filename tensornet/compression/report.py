@@ -137,7 +137,7 @@ class CompressionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, without spectra."""
+        """Convert to a JSON-ready form, without spectra."""
         data = asdict(self)
         del data["plan"]
         counted = {

@@ -165,7 +165,7 @@ def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
 
 
 def is_known(target: Target, stats: CalibrationStats) -> bool:
-    """Tell whether a layer that uses a weight, or a relative of it, ran during calibration."""
+    """Return True if a layer that uses a weight, or a relative of it, ran during calibration."""
     ran = any(name in stats.rows or name in stats.columns for name in target.names)
     return ran or bool(_relatives(target, stats))
 

@@ -176,14 +176,14 @@ class _ConvolutionKind(CompoundKind):
 
 
 def _has_kernel(module: nn.Module) -> bool:
-    """Tell whether a module is a stock convolution whose parameters are its weight and bias."""
+    """Return True if a module is a stock convolution whose parameters are its weight and bias."""
     known = type(module) in (*_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)
     names = own_parameters(module).keys()
     return known and "weight" in names and names <= {"weight", "bias"}
 
 
 def _can_shrink(module: Any) -> bool:
-    """Tell whether rank one has fewer parameters than the matrix of a group: not in a depthwise one."""
+    """Return True if rank one has fewer parameters than the matrix of a group; False if depthwise."""
     channels_in, channels_out = module.in_channels // module.groups, module.out_channels // module.groups
     kernel = math.prod(module.kernel_size)
     turned = isinstance(module, _TRANSPOSED_CONVOLUTIONS)

@@ -90,7 +90,7 @@ class Storage:
         return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Convert to a JSON-ready form."""
         data: dict[str, Any] = {"pivoted": self.pivoted, "int8": self.int8}
         if self.number_format != FLOAT:
             data["number_format"] = self.number_format.name
@@ -100,7 +100,7 @@ class Storage:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Storage":
-        """Inverse of `to_dict`; an empty mapping means plain.
+        """Restore a storage from `to_dict`; an empty mapping means plain.
 
         Raises:
             FormatError: unknown entries or formats, or values of another type.

@@ -58,7 +58,7 @@ class Inspection:
     ties: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Convert to a JSON-ready form."""
         return asdict(self)
 
 
