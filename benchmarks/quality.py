@@ -51,19 +51,21 @@ METHODS = {
     "svd": Method("truncated SVD of the weights", {"objective": "weight", "topology": "low_rank"}),
     "mpo": Method("MPO of the weights, 3 sites", {"objective": "weight", "topology": "mpo", "sites": 3}),
     "svd_llm": Method(
-        "SVD whitened by inputs, same keep ratio everywhere (SVD-LLM)",
+        "SVD whitened by inputs (SVD-LLM)",
         {"objective": "activation", "pivoted": False},
     ),
     "svd_llm_pivoted": Method("the same, gauge fixed", {"objective": "activation", "pivoted": True}),
-    "curvature": Method("two-sided curvature, global budget", {"objective": "curvature", "pivoted": False}),
-    "ours": Method("two-sided curvature, global budget, gauge fixed", {"objective": "curvature"}),
+    "curvature": Method("low rank by curvature, gauge free", {"objective": "curvature", "pivoted": False}),
+    "ours": Method("low rank by curvature (ours)", {"objective": "curvature"}),
     "mpo2": Method("MPO, 2 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 2}),
     "mpo3": Method("MPO, 3 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 3}),
     "mpo2_balanced": Method(
         "MPO, 2 sites, ours, balanced legs",
         {"objective": "curvature", "topology": "mpo", "sites": 2, "dims": "balanced"},
     ),
-    "ours_int8": Method("ours, cores in int8", {"objective": "curvature", "int8": True}),
+    "ours_int8": Method(
+        "low rank by curvature, int8 factors (ours)", {"objective": "curvature", "int8": True}
+    ),
 }
 
 

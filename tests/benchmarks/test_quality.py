@@ -179,8 +179,8 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), tmp_path)
     assert "old" not in text
     assert "Dense: 20.09 on 100 tokens." in text
-    assert "| MLPs | two-sided curvature, global budget, gauge fixed |  | 24.5 |  | 148.4 |  |" in text
-    name = "SVD whitened by inputs, same keep ratio everywhere (SVD-LLM)"
+    assert "| MLPs | low rank by curvature (ours) |  | 24.5 |  | 148.4 |  |" in text
+    name = "SVD whitened by inputs (SVD-LLM)"
     assert f"| all linear layers | {name} |  | 2e+05 |" in text
     assert "| 80% | 0.200 | 0.250 (+25%) | 0.190 (-5%) |" in text
     line = "| MLPs | 80% | PostgreSQL manual | 0.200 | 0.250 (+25%) | 0.190 (-5%) | **0.100 (-50%)** |"
@@ -189,9 +189,7 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     assert "1.500" not in text  # smaller than what forecasts are held to
     assert "| MLPs | 40% | 148.4 | 54.6 | 9 | 4,608 | 600 |" in text
     assert "a \\| svd_llm" in text
-    assert (
-        "| all linear layers | two-sided curvature, global budget, gauge fixed |  |  | 0.900 |  |  |" in text
-    )
+    assert "| all linear layers | low rank by curvature (ours) |  |  | 0.900 |  |  |" in text
     assert "| 60% | 0.100 | 0.050 (-50%) | 0.110 (+10%) |  |" in text
     assert page.filled(text, tmp_path) == text
     page.draw(rows_of_a_record(), tmp_path / "picture.svg")
