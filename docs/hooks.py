@@ -17,21 +17,19 @@ log = logging.getLogger("mkdocs.hooks")
 ROOT = Path(__file__).resolve().parent.parent
 #: Pages of the site that lie in the root of the repository.
 PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
-#: Guides that join the navigation once they are written.
-PLANNED = {"Export and serving": "guides/export.md"}
+HEADING = re.compile(r"^# (?P<title>.+)$", re.MULTILINE)
 LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^(\s*)(`{3,}|~{3,}).*?^\1\2\s*$", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
-    """Add planned guides that exist to the navigation."""
+    """Add the guides that the navigation does not order, by their headings."""
     guides = next(entry["Guides"] for entry in config.nav if "Guides" in entry)
-    listed = {page for entry in guides for page in entry.values()}
-    guides += [
-        {title: page}
-        for title, page in PLANNED.items()
-        if page not in listed and (ROOT / "docs" / page).is_file()
-    ]
+    ordered = {page for entry in guides for page in entry.values()}
+    for path in sorted((ROOT / "docs" / "guides").glob("*.md")):
+        page = f"guides/{path.name}"
+        if page not in ordered and (heading := HEADING.search(path.read_text())):
+            guides.append({heading["title"]: page})
     return config
 
 
