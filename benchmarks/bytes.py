@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import bytes_models
 from bytes_models import Subject, judge, pooled, tokens_of
+from bytes_workers import apply_in_parallel, prepared_in_parallel
 from harness import RECORDS, provenance, record
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against
-from tensornet.compression import PreparedPlan, prepare
-from tensornet.compression.candidates import LayerCandidates
 from tensornet.compression.forecast import all_losses, measured_rise
 from tensornet.compression.sensitivity import INPUT_DAMPING, layer_weighting
 from tensornet.linalg.weighted_svd import damped
@@ -92,10 +91,14 @@ class Bench:
 
     def __init__(self, subject: Subject, book: Book, work: Path | None, workers: int) -> None:
         self.subject, self.book, self.work, self.workers = subject, book, work, workers
-        model = subject.load()
-        self.dense = [pooled(model, x) for x in subject.judged] if subject.encoder else []
-        self.losses = judge(subject, model, self.dense)
         self.prepared: dict[int, tuple[nn.Module, tn.CalibrationStats, float]] = {}
+
+    @cached_property
+    def judged(self) -> tuple[list[Tensor], Tensor]:
+        """Dense outputs of an encoder and dense losses of the judged text."""
+        model = self.subject.load()
+        dense = [pooled(model, x) for x in self.subject.judged] if self.subject.encoder else []
+        return dense, judge(self.subject, model, dense)
 
     def statistics(self, seed: int) -> tuple[nn.Module, tn.CalibrationStats, float]:
         """A dense model, its moments for a seed and the seconds they took."""
@@ -128,11 +131,12 @@ class Bench:
 
     def rise(self, model: nn.Module) -> Row:
         """Rise of the loss over the dense model, and its standard error over tokens or texts."""
-        rises = judge(self.subject, model, self.dense) - self.losses
+        (dense, losses), _ = self.kept("judged", lambda: self.judged)
+        rises = judge(self.subject, model, dense) - losses
         return {
             "loss_increase": float(rises.mean()),
             "standard_error": float(rises.std() / len(rises) ** 0.5),
-            "dense_loss": float(self.losses.mean()),
+            "dense_loss": float(losses.mean()),
         }
 
     def plan(self, seed: int, sizes: Sequence[float]) -> None:
@@ -142,10 +146,10 @@ class Bench:
         made, planned = self.kept(f"plans-{seed}", lambda: self.plans(model, config, stats))
         loss_fn = losses_against(model)
         for bits in sizes:
-            plan, start = made[bits], time.process_time()
+            plan, start = made[bits], processor_seconds()
             small = self.subject.load()
-            tn.apply_plan(small, plan, stats)
-            seconds = time.process_time() - start
+            apply_in_parallel(small, plan, stats, self.workers)
+            seconds = processor_seconds() - start
             rises = {}
             for name, data in self.subject.validation.items():
                 dense, _ = self.kept(f"dense-{name}", lambda data=data: all_losses(model, data, loss_fn))
@@ -232,50 +236,6 @@ class Bench:
                     seconds=seconds,
                     peak_mib=found["peak_mib"],
                 )
-
-
-def prepared_in_parallel(
-    model: nn.Module, config: tn.CompressionConfig, stats: tn.CalibrationStats, workers: int
-) -> PreparedPlan:
-    """`prepare`, with the layers shared among forked processes."""
-    if workers == 1:
-        return prepare(model, config, stats)
-    targets = find_targets(model, config, stats.readers)
-    workers = min(workers, len(targets))
-    parts = [tuple(t.name for t in targets[k::workers]) for k in range(workers)]
-    given = [(model, replace(config, target_modules=part, exclude_modules=()), stats) for part in parts]
-    with multiprocessing.get_context("fork").Pool(workers, _hold, (given,)) as pool:
-        found: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {}
-        for each in pool.map(_candidates, range(workers), chunksize=1):
-            found |= each
-    candidates = [
-        LayerCandidates(**{**values, "make": values["make"].__getitem__})
-        for values, _ in (found[t.name] for t in targets)
-    ]
-    spectra = tuple(found[t.name][1] for t in targets)
-    return PreparedPlan(
-        config, "curvature", tuple(targets), tuple(candidates), spectra, stats.loss, stats.source
-    )
-
-
-_GIVEN: list[Any] = []
-
-
-def _hold(given: list[Any]) -> None:
-    """Keep what forked processes share."""
-    torch.set_num_threads(1)
-    _GIVEN.extend(given)
-
-
-def _candidates(part: int) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
-    """Candidates of some layers in a form that goes from process to process."""
-    made = prepare(*_GIVEN[part])
-    found = {}
-    for target, each, spectrum in zip(made.targets, made.candidates, made.spectra, strict=True):
-        values = {field.name: getattr(each, field.name) for field in fields(each)}
-        values["make"] = [each.make(k) for k in range(len(each.params))]
-        found[target.name] = values, spectrum
-    return found
 
 
 def processor_seconds() -> float:
