@@ -12,9 +12,12 @@ from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.prediction import unit_losses
-from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _methods, _Problem
+from tensornet.quantization.prediction import ExpectedResiduals, unit_losses
+from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _Loop, _methods, _Problem
 from tensornet.quantization.scales import search_scales
+
+#: Up to these bits feedback may push so many elements out of range that rounding with less of it is cheaper.
+CLAMPED_BITS = 4
 
 
 @torch.no_grad()
@@ -101,9 +104,25 @@ def expected_losses(
     losses = []
     for number_format in formats:
         scales = search_scales(work, number_format, importance)
-        found = replace(problem, format=number_format).expected(scales, loop)
-        for each in weightings:
-            rows = unit_losses(found.rows, chosen.rows, each.rows)
-            columns = unit_losses(found.columns, chosen.columns, each.columns)
-            losses.append(found.loss(rows, columns))
-    return torch.cat(losses).reshape(len(formats), len(weightings))
+        known = replace(problem, format=number_format)
+        loops = _with_less_feedback(loop) if (number_format.bits or 0) <= CLAMPED_BITS else [loop]
+        tried = [_under(known.expected(scales, each), weightings) for each in loops]
+        losses.append(min(tried, key=lambda values: float(values[0])))
+    return torch.stack(losses)
+
+
+def _with_less_feedback(loop: _Loop) -> list[_Loop]:
+    """List a rounding loop, the same without feedback between rows, and without any."""
+    one_side = replace(loop, rows=None, row_order=None)
+    return [loop, one_side, replace(one_side, columns=None, column_order=None)]
+
+
+def _under(found: ExpectedResiduals, weightings: Sequence[Weighting]) -> Tensor:
+    """Sum expected losses under all weightings, rounded with the first one, shape `(weightings,)`."""
+    chosen = weightings[0]
+    losses = []
+    for each in weightings:
+        rows = unit_losses(found.rows, chosen.rows, each.rows)
+        columns = unit_losses(found.columns, chosen.columns, each.columns)
+        losses.append(found.loss(rows, columns))
+    return torch.cat(losses)

@@ -1,0 +1,77 @@
+"""Moments from half of their products, and in 16 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_models import llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.calibration import gram
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50))
+def test_half_of_the_products_give_all(tokens: int, size: int, block: int) -> None:
+    x = torch.randn(tokens, size, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gram, "_BLOCK", block)
+        found = gram.mirrored(gram.upper_gram(x))
+    torch.testing.assert_close(found, x.T @ x)
+    assert torch.equal(found, found.T)
+
+
+def test_a_diagonal_stays() -> None:
+    assert torch.equal(gram.mirrored(torch.arange(3.0)), torch.arange(3.0))
+
+
+def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["input"]).square().sum(-1)
+
+
+def test_calibration_in_16_bits_keeps_exact_input_moments() -> None:
+    """Inputs that reach a layer in single precision are multiplied in it; gradients in 16 bits."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 4), torch.randn(400, 6)
+    exact = tn.calibrate(model, [{"input": x}], loss_fn=losses)
+    fast = tn.calibrate(model, [{"input": x}], loss_fn=losses, autocast=torch.bfloat16)
+    torch.testing.assert_close(fast.columns[""], exact.columns[""])
+    assert fast.rows[""].dtype == torch.float32
+    assert not torch.equal(fast.rows[""], exact.rows[""])
+    torch.testing.assert_close(fast.rows[""], exact.rows[""], rtol=0.02, atol=0.1)
+
+
+def test_many_batches_in_16_bits_do_not_lose_digits() -> None:
+    """Sums in 16 bits would stop growing after some 256 equal batches."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(20, 4)
+    once = tn.calibrate(model, [{"input": x}], loss_fn=losses, autocast=torch.bfloat16)
+    often = tn.calibrate(model, [{"input": x}] * 600, loss_fn=losses, autocast=torch.bfloat16)
+    torch.testing.assert_close(often.rows[""], once.rows[""], rtol=1e-4, atol=1e-5)
+
+
+def test_the_callers_autocast_stays_on() -> None:
+    seen = []
+
+    def observed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return losses(model, batch).float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        tn.calibrate(nn.Linear(6, 4), [{"input": torch.randn(5, 6)}], loss_fn=observed)
+    assert all(seen)
+
+
+def test_a_language_model_in_16_bits_gives_nearly_the_same_moments() -> None:
+    torch.manual_seed(0)
+    model, tokens = llama(), torch.randint(1, 60, (4, 12))
+    exact = tn.calibrate(model, [tokens])
+    fast = tn.calibrate(model, [tokens], autocast=torch.bfloat16)
+    assert fast.loss == pytest.approx(exact.loss, rel=0.02)
+    for side in ("rows", "columns"):
+        for name, moment in getattr(exact, side).items():
+            gap = (getattr(fast, side)[name] - moment).norm()
+            assert gap <= 0.1 * moment.norm(), (side, name)

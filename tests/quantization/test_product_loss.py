@@ -1,0 +1,55 @@
+"""Predicted losses of rounding factors, and of errors that cost by another moment, against sampled errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantization.rounding_cases import moment, weight
+
+from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
+from tensornet.quantization import NumberFormat, predict_product_losses, round_product, round_weight
+from tensornet.quantization.expected_loss import expected_losses
+
+
+def test_predicted_losses_of_factors_are_those_of_rounding() -> None:
+    matrix = weight(96, 128, 3)
+    weighting = Weighting(damped(moment(96, 1), 0.1), damped(moment(128, 2), 0.01))
+    found = weighted_svd(matrix, weighting)
+    int4 = NumberFormat.parse("int4:g32:float8")
+    predicted = predict_product_losses(*found.factors(96), int4, [weighting])[0]
+    assert (predicted.diff() > 0).all()
+    for rank in (16, 48, 80):
+        left, right = found.factors(rank)
+        made = round_product(left, right, int4, int4, weighting)
+        assert float(predicted[rank - 1]) == pytest.approx(made.loss_increase, rel=0.5), rank
+
+
+def test_eight_bits_cost_far_less_than_four() -> None:
+    left, right = weight(40, 10, 1), weight(10, 64, 2)
+    eight, four = (
+        predict_product_losses(left, right, name, [Weighting()])[0, -1] for name in ("int8", "int4")
+    )
+    assert 100 < float(four / eight) < 500
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_errors_also_cost_under_another_damping(bits: int) -> None:
+    """More damping of gradients, no moments at all, and a diagonal one."""
+    rows, columns, matrix = damped(moment(64, 1), 0.1), damped(moment(96, 2), 0.01), weight(64, 96, 3)
+    seen = [
+        (Weighting(rows, columns), 0.15),
+        (Weighting(damped(rows, 1.0), columns), 0.3),
+        (Weighting(rows.diagonal(), columns.diagonal()), 0.3),
+        (Weighting(), 0.6),  # a rough estimate, of the Frobenius error alone
+    ]
+    (predicted,) = expected_losses(matrix, [f"int{bits}"], [each for each, _ in seen], column_damping=0.0)
+    kept = round_weight(
+        matrix, f"int{bits}", rows=rows, columns=columns, row_damping=0.0, column_damping=0.0, refits=0
+    )
+    error = matrix - kept.dequantize(torch.float64)
+    for value, (each, tolerance) in zip(predicted.tolist(), seen, strict=True):
+        assert value == pytest.approx(each.cost(error), rel=tolerance)
+
+
+def test_no_format_has_no_losses() -> None:
+    assert expected_losses(torch.randn(3, 4), [], [Weighting()]).shape == (0, 1)
