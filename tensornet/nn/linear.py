@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from tensornet.checks import check_input
@@ -99,7 +99,7 @@ class TensorNetworkLinear(KernelKeeper):
             return multiply(input, integers, self.bias)
         if self.topology.terms and self.storage.own_dtypes and (y := self._by_terms(input)) is not None:
             return y
-        # An exported program must not depend on the token count: it would be guarded against all others.
+        # A comparison with the token count would restrict an exported program to one side of it.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
         if route >= 0:
@@ -381,9 +381,3 @@ def linear_from_network(
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(network.cores[0].dtype).clone())
     return layer
-
-
-def is_exporting() -> bool:
-    """Return True during export, where a comparison with the token count would restrict the program."""
-    check = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # from torch 2.7 on
-    return bool(check())

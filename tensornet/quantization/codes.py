@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.scales import as_groups
@@ -37,12 +38,12 @@ def dequantize(
         kind = torch.int16 if number_format.bits == 8 else torch.int8
         points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
     elif number_format.center % 1:
-        points = 2 * grouped.view(torch.int8) - int(2 * number_format.center)
+        points = 2 * _signed(grouped) - int(2 * number_format.center)
         factor = factor / 2
     elif number_format.bits == 8:
-        points = (grouped ^ 128).view(torch.int8)
+        points = grouped.to(torch.int16) - 128 if is_compiling() else (grouped ^ 128).view(torch.int8)
     else:
-        points = grouped.view(torch.int8) - int(number_format.center)
+        points = _signed(grouped) - int(number_format.center)
     values = scaled(points, factor.unsqueeze(-1), dtype)
     return values.flatten(-2)[..., : codes.shape[-1]]
 
@@ -59,3 +60,8 @@ def scaled(points: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         # Processors have no arithmetic in 16 bits: operations in float32 take half the time.
         return (points.to(torch.float32) * factor.float()).to(dtype)
     return points.to(dtype) * factor
+
+
+def _signed(codes: Tensor) -> Tensor:
+    """Convert codes below 128 to signed bytes, without a copy; ONNX cannot express that view."""
+    return codes.to(torch.int8) if is_compiling() else codes.view(torch.int8)

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.nn import functional as F
 
 from tensornet.errors import ShapeError
 from tensornet_moe.expert_bank import ExpertBank
-from tensornet_moe.grouped_linear import Groups
+from tensornet_moe.grouped_linear import Groups, masked_linear
 
 #: Activations by name; names of the common model configurations included.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -110,7 +111,10 @@ class ExpertFFN(nn.Module):
         else:
             # Mixed storage, such as T5's output matrix that stays in float32 in a half-precision model.
             x = x.to(bank.dtype)
-        y = bank.apply_rows(x, groups)
+        if is_exporting():
+            y = masked_linear(x, bank.expert_matrices().to(x.dtype), groups)
+        else:
+            y = bank.apply_rows(x, groups)
         bias = getattr(self, f"{name}_bias")
         return y if bias is None else y + bias.index_select(0, groups.expert_of_row).to(y.dtype)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from tensornet.errors import ShapeError
 from tensornet_moe.checks import check_capacity, check_not_negative
@@ -167,7 +168,8 @@ class SharedCoreMoE(nn.Module):
         routing = self.router(flat, mask)
         if self.capacity_factor is not None and routing.kept is None:
             routing = limit_capacity(routing, self.capacity_factor)
-        self._remember(routing)
+        if not is_exporting():  # a program returns its output only
+            self._remember(routing)
         y = dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat, one_group(flat))
@@ -234,7 +236,10 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
     """
     tokens, k = routing.expert_indices.shape
     expert, weight = routing.expert_indices.reshape(-1), routing.weights.reshape(-1)
-    if routing.kept is None:
+    if is_exporting():  # every expert computes all rows, in any order
+        choice = torch.arange(expert.shape[0], device=expert.device)
+        weight = weight if routing.kept is None else weight * routing.kept.reshape(-1)
+    elif routing.kept is None:
         choice = expert.argsort(stable=True)
     else:
         kept = routing.kept.reshape(-1).nonzero().squeeze(-1)
