@@ -16,7 +16,7 @@ LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest lint format wheel-test docs docs-test docs-pictures names clean
+.PHONY: help demo test test-lowest lint format wheel-test docs docs-test docs-pictures names clean test-gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -28,6 +28,10 @@ demo: $(VENV)/.made-cli ## compress the embedded GPT-2, evaluate, reload, genera
 
 test: $(VENV)/.made-dev ## run the tests
 	$(PYTEST) -n $(WORKERS) -m "not docs" $(ARGS)
+
+test-gpu: $(VENV)/.made-dev ## run the tests that need a CUDA device
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make: PyTorch finds no CUDA device here")'
+	$(PYTEST) -m gpu $(ARGS)
 
 test-lowest: $(LOWEST)/.made ## run the tests with the lowest versions that pyproject.toml allows
 	$(TESTS) $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "not docs" $(ARGS)

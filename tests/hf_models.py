@@ -171,6 +171,12 @@ def logits(model: nn.Module, architecture: Architecture) -> Tensor:
         return model(**architecture.inputs()).logits
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on; transformers 5.21 renamed the method and warns at the old name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
 def compressed_names(model: PreTrainedModel) -> set[str]:
     return set(th.prepare_for_saving(model) and model.config.quantization_config.layers)
 

@@ -59,8 +59,8 @@ def trained_parameters(
         layer_steps: number of layer-wise steps, which train cores alone.
 
     Raises:
-        TargetError: nothing can be trained, the teacher would be trained too, or no core takes part in the
-            layer-wise steps.
+        TargetError: nothing can be trained, the teacher would be trained too or lies on another device, or no
+            core takes part in the layer-wise steps.
     """
     layers = compressed_layers(model)
     if parameters == "cores":
@@ -76,6 +76,12 @@ def trained_parameters(
         raise TargetError(
             "The teacher holds the very parameters that are trained. compress changes a model in place: "
             "keep the dense one before, teacher = copy.deepcopy(model)."
+        )
+    devices = [next(iter(each.parameters())).device for each in (model, teacher)]
+    if devices[0] != devices[1]:
+        raise TargetError(
+            f"The model lies on {devices[0]} and its teacher on {devices[1]}, and each batch runs "
+            f'through both; move one, as by teacher.to("{devices[0]}").'
         )
     stored = {id(tensor) for layer in layers.values() for tensor in layer.stored.values()}
     if layer_steps and not any(id(parameter) in stored for parameter in trained.values()):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import ALL, ARCHITECTURES, Architecture, logits
+from hf_models import ALL, ARCHITECTURES, Architecture, enable_checkpointing, logits
 
 from tensornet.nn import NetworkModule
 
@@ -45,7 +45,7 @@ def test_every_core_is_trained_and_checkpointing_changes_nothing(architecture: A
     assert [name for name, grad in plain.items() if grad is None] == []
 
     again = architecture.compressed.train()  # no dropout in these models
-    again.activation_checkpointing_enable()
+    enable_checkpointing(again)
     again(**inputs, **({"use_cache": False} if architecture.generates else {})).loss.backward()
     for name, parameter in again.named_parameters():
         if ".core_" in name:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import ARCHITECTURES, logits
+from hf_models import ARCHITECTURES, enable_checkpointing, logits
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
@@ -249,7 +249,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     inputs = ARCHITECTURES["gpt2"].inputs(labels=True)
     plain = upcycled("gpt2").train()
     checked = copy.deepcopy(plain)
-    checked.activation_checkpointing_enable()
+    enable_checkpointing(checked)
     for model in (plain, checked):
         model(**inputs, use_cache=False).loss.backward()
     for (name, a), b in zip(plain.named_parameters(), checked.named_parameters(), strict=True):

@@ -1,0 +1,65 @@
+"""Mistakes with devices give one clear error, also those that a CPU alone can show."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tensornet as tn
+
+META = torch.zeros(8, 6, device="meta")
+
+
+def compressed() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 8))
+    config = tn.CompressionConfig(max_bond=2, target_modules="all", objective="weight")
+    tn.compress(model, config, progress=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", tn.topologies.topology_names())
+def test_a_matrix_without_numbers_is_not_decomposed(family: str) -> None:
+    with pytest.raises(tn.ShapeError, match="got one on the meta device; load it first"):
+        tn.decompose(META, family, max_bond=2)
+
+
+def test_a_model_without_numbers_is_neither_compressed_nor_calibrated() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    with pytest.raises(tn.TargetError, match=r"Layer '1' has no numbers.*meta device"):
+        tn.compress(model, tn.CompressionConfig(max_bond=2, target_modules="all"), progress=False)
+    assert type(model[0]) is nn.Linear, "left as it was"
+    with pytest.raises(tn.TargetError, match=r"Layer '1' has no numbers.*meta device"):
+        tn.calibrate(model, [torch.randn(4, 8)])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "factorized", "reconstruct", "cached"])
+def test_an_input_elsewhere_is_refused_as_by_stock_layers(strategy: str) -> None:
+    model, x = compressed(), torch.zeros(3, 8, device="meta")
+    tn.nn.set_strategy(model, strategy)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model(torch.zeros(3, 8))  # a pass is remembered, and a matrix kept
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording), pytest.raises(RuntimeError, match="device cpu"):
+            model(x)
+
+
+def test_operators_on_two_devices_are_not_mixed() -> None:
+    here = tn.MPO.from_matrix(torch.randn(8, 6))
+    with pytest.raises(tn.ShapeError, match="One operator lies on cpu, the other on meta; move"):
+        here + here.to("meta")
+    with pytest.raises(tn.ShapeError, match=r"on meta, the first core is torch\.float32 on cpu"):
+        tn.MPO([here.cores[0], *(core.to("meta") for core in here.cores[1:])])
+
+
+@pytest.mark.parametrize("parameters", ["cores", "trainable"])
+def test_a_teacher_elsewhere_is_refused(parameters: str) -> None:
+    student, teacher = compressed(), nn.Sequential(nn.Linear(8, 8)).to("meta")
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(
+        tn.TargetError, match=r"on cpu and its teacher on meta.*teacher\.to\(\"cpu\"\)"
+    ):
+        tn.heal(student, teacher, [torch.randn(4, 8)], steps=2, parameters=parameters)
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
