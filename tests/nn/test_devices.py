@@ -58,8 +58,6 @@ def test_operators_on_two_devices_are_not_mixed() -> None:
 def test_a_teacher_elsewhere_is_refused(parameters: str) -> None:
     student, teacher = compressed(), nn.Sequential(nn.Linear(8, 8)).to("meta")
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(
-        tn.TargetError, match=r"on cpu and its teacher on meta.*teacher\.to\(\"cpu\"\)"
-    ):
+    with pytest.raises(tn.TargetError, match=r"on cpu and its teacher on meta.*teacher\.to\(\"cpu\"\)"):
         tn.heal(student, teacher, [torch.randn(4, 8)], steps=2, parameters=parameters)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())

@@ -1,0 +1,79 @@
+"""Every script of examples/ runs at toy size, offline, and prints what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+NUMBER = r"(\d+\.\d+)"
+#: How each script is started, and the numbers it prints.
+SCRIPTS = {
+    "trainer_after_compression": (
+        (),
+        f"loss: dense {NUMBER}, compressed {NUMBER}, trained {NUMBER}, loaded {NUMBER}",
+    ),
+    "lora": ((), f"loss: compressed {NUMBER}, with adapters {NUMBER}, merged {NUMBER}"),
+    "sentence_encoder": ((), f"cosine to the dense vectors: {NUMBER}"),
+    "fsdp2_accelerate": (
+        TORCHRUN,
+        f"step 0: loss {NUMBER} on 2 processes\nstep 9: loss {NUMBER} on 2 processes\nsaved GPT2LMHeadModel",
+    ),
+    "compress_cnn": ((), rf"(?s)dense: {NUMBER}.*healed: {NUMBER}\nloaded: {NUMBER}"),
+}
+
+
+def numbers(name: str, folder: Path) -> list[float]:
+    """Run a script and read the numbers that it prints."""
+    launcher, pattern = SCRIPTS[name]
+    command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), "--toy", str(folder / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.search(pattern, done.stdout)
+    assert found, done.stdout[-3000:]
+    return [float(number) for number in found.groups()]
+
+
+def test_trainer_after_compression(tmp_path: Path) -> None:
+    dense, compressed, trained, loaded = numbers("trainer_after_compression", tmp_path)
+    assert dense < trained < compressed
+    assert loaded == trained
+
+
+def test_lora(tmp_path: Path) -> None:
+    compressed, adapted, merged = numbers("lora", tmp_path)
+    assert adapted < compressed
+    assert merged == pytest.approx(adapted, abs=2e-3)
+
+
+def test_sentence_encoder(tmp_path: Path) -> None:
+    (cosine,) = numbers("sentence_encoder", tmp_path)
+    assert cosine > 0.99
+
+
+def test_fsdp2_accelerate(tmp_path: Path) -> None:
+    first, last = numbers("fsdp2_accelerate", tmp_path)
+    assert last < first
+
+
+def test_compress_cnn(tmp_path: Path) -> None:
+    dense, healed, loaded = numbers("compress_cnn", tmp_path)
+    assert healed > 0.8 * dense
+    assert loaded == healed
+
+
+def test_every_script_is_short_tested_and_in_the_table() -> None:
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert scripts == SCRIPTS.keys()
+    table = (EXAMPLES / "README.md").read_text()
+    for name in scripts:
+        assert f"[{name}.py]({name}.py)" in table
+        assert f"test_{name}" in globals()
+        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80, name
