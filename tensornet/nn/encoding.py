@@ -24,6 +24,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from tensornet.context import outside_autocast
 from tensornet.linalg.weighted_svd import Weighting
@@ -254,7 +255,7 @@ def unpacked(
     codes, scales, zeros = (x if x is None or rows is None else x.index_select(0, rows) for x in parts)
     assert codes is not None
     assert scales is not None
-    if bits == 8 and zeros is None:  # as they are stored they are the points of the grid
+    if bits == 8 and zeros is None and not is_exporting():  # as stored they are the points of the grid
         points = as_groups(codes, number_format).view(torch.int8)
         return scaled(points, scales.to(dtype).unsqueeze(-1), dtype).flatten(-2)[..., :columns]
     if zeros is not None:
