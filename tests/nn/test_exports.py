@@ -61,6 +61,8 @@ def same(got: Tensor, model: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
 
 
+# torch.export.load of torch 2.10 reads its file into a buffer that cannot be written.
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 @EACH_MODEL
 def test_export_holds_what_the_model_stores(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
