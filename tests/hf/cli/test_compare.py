@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
@@ -122,10 +122,18 @@ def test_a_folder_of_torchao(program: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
-def test_a_folder_of_compressed_tensors(program: Run, small: Path) -> None:
-    assert program("export", small, "theirs")[0] == 0
+def test_a_folder_of_compressed_tensors(program: Run) -> None:
+    """Our own int4 layers, exported: the same model in the format of another quantizer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=64, **sizes)).save_pretrained(
+        "dense"
+    )
+    load_tokenizer(gpt2_path()).save_pretrained("dense")
+    how = ("--bits", 5, "--formats", "int4", "--objective", "weight")
+    assert program("compress", "dense", "small", *how)[0] == 0
+    assert program("export", "small", "theirs")[0] == 0
     Path("text.txt").write_text(heldout_text()[:3_000])
-    status, out, _ = program("compare", small, "./theirs", "--text", "text.txt", "--json")
+    status, out, _ = program("compare", "small", "./theirs", "--text", "text.txt", "--json")
     assert status == 0
     ours, theirs = json.loads(out)["models"]
     assert theirs["method"] == "compressed-tensors"
