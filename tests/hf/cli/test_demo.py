@@ -42,7 +42,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def row(printed: str, label: str) -> tuple[str, list[float]]:
     """One row of the table: its first words and its numbers, bytes in MB."""
-    (line,) = (line for line in printed.splitlines() if line.startswith(label))
+    (line,) = (line for line in printed.splitlines() if line.startswith(label) and " MB " in line)
     words = re.split(r"\s{2,}", line.strip())
     return words[0], [float(re.sub(r"[^\d.+-]", "", word)) for word in words[1:]]
 

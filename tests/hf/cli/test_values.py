@@ -67,7 +67,6 @@ def test_devices() -> None:
     [
         (["compress", "x", "y", "--param-ratio", "50"], "if it is a percentage, write 0.5 for 50 %"),
         (["upcycle", "x", "y", "--param-ratio", "50"], "if it is a percentage, write 0.5 for 50 %"),
-        (["demo", "--param-ratio", "50"], "if it is a percentage, write 0.5 for 50 %"),
         (["compress", "x", "y", "--max-bytes", "60XB"], "'60XB' is no size"),
         *(
             ([*command, "--device", "nothing"], "nothing cannot be used here")

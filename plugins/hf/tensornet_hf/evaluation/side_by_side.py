@@ -117,6 +117,7 @@ def compare_folders(
 
     Example:
         >>> from tensornet_hf.embedded import gpt2_path
+        >>> from tensornet_hf.evaluation.side_by_side import compare_folders
         >>> (facts,) = compare_folders([gpt2_path()], prompt="And", new_tokens=4).folders
         >>> facts.method, facts.params
         ('dense', 940800)

@@ -140,6 +140,7 @@ def display_name(source: str | Path) -> str:
     """Return a hub id as it is, and of a folder its name: pages are shown to others, paths are not.
 
     Example:
+        >>> from tensornet_hf.report.page import display_name
         >>> display_name("HuggingFaceTB/SmolLM2-135M")
         'HuggingFaceTB/SmolLM2-135M'
     """
@@ -152,6 +153,7 @@ def display_command(words: Sequence[str]) -> str:
     """Join the words of a command, each path shortened to its last part.
 
     Example:
+        >>> from tensornet_hf.report.page import display_command
         >>> display_command(["tensornet", "compress", "/home/me/model", "--bits", "4.25"])
         'tensornet compress model --bits 4.25'
     """

@@ -73,6 +73,7 @@ def judge_of(
     Example:
         >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path, heldout_text
+        >>> from tensornet_hf.text.quality import judge_of
         >>> model = th.load(gpt2_path())
         >>> judge = judge_of(model, gpt2_path(), heldout_text(), tokens=512)
         >>> 10 < judge(model).perplexity < 30
