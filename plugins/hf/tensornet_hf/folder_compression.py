@@ -139,7 +139,7 @@ class FolderReport:
         if not self.models or self.models[0].quality is None:
             return []
         original = self.models[0].quality
-        lines = [f"measured    loss {original.loss:.4f} ({original.how})"]
+        lines = [f"measured    {original.measure} {original.loss:.4f} ({original.how})"]
         for model in self.models[1:]:
             if model.quality is None:
                 continue

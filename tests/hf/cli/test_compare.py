@@ -72,6 +72,7 @@ def test_encoders_are_compared_by_the_cosine(program: Run, encoder: Path) -> Non
     assert dense["quality"]["loss"] == pytest.approx(0, abs=1e-6)
     assert 0 < ours["quality"]["loss"] < 1
     assert ours["quality"]["perplexity"] is ours["sample"] is None
+    assert ours["quality"]["measure"] == "one minus cosine"
 
 
 def quantized_by(folder: Path, method: object) -> Path:

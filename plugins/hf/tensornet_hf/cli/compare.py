@@ -48,10 +48,10 @@ def _print(found: SideBySide, plot: Path | None) -> None:
     first = found.folders[0].quality
     header = ["", "form", "bytes", "bits a weight", "parameters", "ms a token"]
     if first is not None:
-        header += ["perplexity" if first.of_tokens else "loss", "rise"]
+        header += ["perplexity" if first.of_tokens else first.measure, "rise"]
     shared.print_table(header, [_row(found, folder) for folder in found.folders])
     if first is not None:
-        shared.print_lines("", f"Loss: {first.how}.")
+        shared.print_lines("", f"{first.measure.capitalize()}: {first.how}.")
     for folder in found.folders:
         if folder.sample is not None:
             text = f"{found.prompt}{folder.sample}".replace("\n", "\n  ")

@@ -204,6 +204,8 @@ def _milliseconds(model: PreTrainedModel) -> float:
 
 def _figure(found: SideBySide) -> "Figure":
     module = import_optional("matplotlib.figure", extra="viz", user="comparison.plot()")
+    from matplotlib.ticker import MaxNLocator
+
     rises = [found.rise(folder) for folder in found.folders]
     losses = any(rise is not None for rise in rises[1:])
     names = [folder.name for folder in found.folders]
@@ -214,11 +216,14 @@ def _figure(found: SideBySide) -> "Figure":
         ("milliseconds a token", [folder.milliseconds for folder in found.folders]),
     ]
     if losses:
-        columns.append((f"rise of the loss over {names[0]}", [rise or 0.0 for rise in rises]))
+        measure = next(x.quality.measure for x in found.folders if x.quality is not None)
+        title = "rise of the loss" if measure == "loss" else measure
+        columns.append((title, [rise or 0.0 for rise in rises]))
     for axes, (title, values) in zip(panels, columns, strict=True):
         bars = axes.barh(range(len(names)), values, color=["#98a2b3", *["#2563eb"] * (len(names) - 1)])
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
         axes.set_xlabel(title)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.margins(x=0.18)
         axes.set_yticks(range(len(names)), names)
         axes.spines[["top", "right"]].set_visible(False)

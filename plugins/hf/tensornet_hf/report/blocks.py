@@ -10,7 +10,7 @@ from tensornet.compression.baselines import BaselineLosses
 from tensornet.compression.layer_blocks import layer_names
 
 #: Width of the scale, in CSS pixels, and the margin that keeps its marks inside.
-WIDTH, MARGIN = 180, 6
+WIDTH, MARGIN = 200, 6
 #: Tables of models with at most so many layers start unfolded.
 _FEW = 8
 
@@ -91,9 +91,9 @@ class Scale:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Powers of ten, at most six, with their labels."""
+        """Powers of ten, at most four, with their labels."""
         low, high = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-        step = max(1, math.ceil((high - low + 1) / 6))
+        step = max(1, math.ceil((high - low + 1) / 4))
         return [(self.place(10.0**k), f"{10.0**k:g}") for k in range(low, high + 1, step)]
 
 

@@ -50,8 +50,15 @@ class Page:
     peak_memory: int | None = None
 
     @property
+    def rise(self) -> str:
+        """How the page calls the rise of the measure; the original has a cosine of 1 with itself."""
+        return f"rise of the {self.measure}" if self.measure == "loss" else self.measure
+
+    @property
     def measure(self) -> str:
         """What rises when weights change."""
+        if self.models[0].quality is not None:
+            return self.models[0].quality.measure
         plan = self.report.plan
         of_loss = plan.dense_loss is not None or plan.predicted_loss_increase is None
         return "loss" if of_loss else "one minus cosine"
@@ -92,7 +99,7 @@ def render(page: Page) -> str:
     blocks, scale = table_of_layers(plan, page.report.layers, page.losses)
     rows = [(model, rise_of(model, original)) for model in page.models]
     drawn = {
-        "loss_picture": pictures.loss_picture(plan, _marked(rows), page.losses, page.measure),
+        "loss_picture": pictures.loss_picture(plan, _marked(rows), page.losses, page.rise),
         "layer_losses_picture": pictures.layer_losses_picture(list(plan), page.losses),
         "bits_picture": pictures.bits_picture(list(plan)),
         "spectra_picture": pictures.spectra_picture(page.spectra) if page.spectra else None,

@@ -66,7 +66,7 @@ def loss_picture(
     plan: CompressionPlan,
     models: Sequence[tuple[ModelFacts, float, bool]],
     losses: BaselineLosses,
-    measure: str = "loss",
+    label: str = "rise of the loss",
 ) -> str | None:
     """Draw the rise of the loss over bits of a weight: predicted curves, and models as dots.
 
@@ -74,7 +74,7 @@ def loss_picture(
         plan: gives our curve and the dense end.
         models: each with the rise of its loss, and whether that was measured; ours first.
         losses: predicted curves of the plain methods.
-        measure: what rises.
+        label: of the vertical axis.
 
     Returns:
         The picture, None where there is nothing but one dot to draw.
@@ -88,7 +88,7 @@ def loss_picture(
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.0, 4.0), layout="constrained")
         axes = figure.subplots()
-        draw_loss_over_bits(axes, plan, marks, losses, PALETTE, label=f"rise of the {measure}")
+        draw_loss_over_bits(axes, plan, marks, losses, PALETTE, label=label)
         lines = [
             Line2D([], [], color=line.get_color(), label=str(line.get_label()))
             for line in axes.lines

@@ -61,7 +61,9 @@ def verdict(models: Sequence[ModelFacts], *, measure: str) -> str:
     if ours is None:
         return f"{size}Nothing says what that costs: give calibration text to predict it, or held-out text."
     how = "On held-out text" if ours.measured else "As predicted,"
-    change = f"the {measure} rises by {ours.value:.4f}" if ours.value > _NOTHING else f"the {measure} stays"
+    of_loss = measure == "loss"
+    much = f"the loss rises by {ours.value:.4f}" if of_loss else f"{measure} is {ours.value:.4f}"
+    change = much if ours.value > _NOTHING else "nothing is lost"
     best = best_plain(models)
     if best is None:
         return f"{size}{how} {change}."

@@ -27,11 +27,13 @@ class Quality:
         loss: of a token in nats; of an encoder, one minus the cosine with the dense model's outputs.
         of_tokens: whether the loss is that of predicted tokens, so that its exponential is a perplexity.
         how: text and windows, in a few words.
+        measure: what `loss` is: `"loss"` or `"one minus cosine"`.
     """
 
     loss: float
     of_tokens: bool
     how: str
+    measure: str = "loss"
 
     @property
     def perplexity(self) -> float | None:
@@ -89,10 +91,12 @@ def judge_of(
             "it, so no loss can be measured. Leave the held-out text out; tensornet eval PATH --labels FILE "
             "measures the accuracy of a classifier."
         )
+    measure = "one minus cosine" if data.loss_fn is cosine_losses else "loss"
     losses = losses_against(light_copy(dense))  # layers of the model itself will be replaced
 
     def judge(model: PreTrainedModel) -> Quality:
-        return Quality(mean_loss(model, data.batches, losses), of_tokens, f"{data.tokens:,} tokens of {name}")
+        loss, how = mean_loss(model, data.batches, losses), f"{data.tokens:,} tokens of {name}"
+        return Quality(max(loss, 0.0), of_tokens, how, measure)  # a cosine above 1 is rounding
 
     return judge
 
