@@ -202,3 +202,47 @@ def test_held_out_text_must_be_another_one(program: Run) -> None:
     status, _, err = program("compress", gpt2_path(), "--bits", 4.25, "--held-out", "cal.txt", "--dry-run")
     assert status == 2
     assert "--dry-run compresses nothing that could be measured" in err
+
+
+def test_held_out_text_of_an_encoder_is_judged_by_the_dense_one(program: Run, encoder: Path) -> None:
+    """Layers of the model are replaced in place; the judge must go on knowing those of before."""
+    Path("cal.txt").write_text("\n\n".join(["rain falls a cat", "the sun shines warm"] * 8))
+    Path("held.txt").write_text("the wet kitten\n\na warm rain shines\n")
+    arguments = (
+        "compress",
+        encoder,
+        "small",
+        "--bits",
+        5,
+        "--calibration",
+        "cal.txt",
+        "--held-out",
+        "held.txt",
+    )
+    status, out, _ = program(*arguments, "--json")
+    assert status == 0
+    dense, ours, *plain = json.loads(out)["models"]
+    assert dense["quality"]["measure"] == "one minus cosine"
+    assert dense["quality"]["loss"] == pytest.approx(0, abs=1e-6)
+    assert 1e-5 < ours["quality"]["loss"] < plain[-1]["quality"]["loss"]
+    assert [model["name"] for model in plain] == ["round to nearest", "GPTQ", "plain SVD"]
+
+
+def test_held_out_text_says_nothing_about_a_classifier(program: Run, classifier: Path) -> None:
+    Path("cal.txt").write_text("\n\n".join(["rain falls a cat", "the sun shines warm"] * 8))
+    Path("held.txt").write_text("the wet kitten\n\na warm rain shines\n")
+    arguments = (
+        "compress",
+        classifier,
+        "small",
+        "--bits",
+        5,
+        "--calibration",
+        "cal.txt",
+        "--held-out",
+        "held.txt",
+    )
+    status, _, err = program(*arguments)
+    assert status == 1
+    assert "a text has no labels for it" in err
+    assert not Path("small").exists()
