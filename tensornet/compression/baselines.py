@@ -12,12 +12,14 @@ from tensornet.compression.sensitivity import FORECAST_DAMPING, input_weighting,
 from tensornet.context import on_cpu_unless_said
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, tail_costs, weighted_svd
+from tensornet.nn.encoding import Storage
 from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, all_targets
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.formats import BITS
 from tensornet.quantization.rounding import Method
+from tensornet.topologies import dense
 
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
 #: Integer formats that the plain methods choose from, with 16-bit scales.
@@ -38,7 +40,7 @@ class BaselineResult:
         method: `"round to nearest"`, `"GPTQ"` or `"plain SVD"`.
         form: number format or ranks, in a few characters.
         num_bytes: of all layers, scales included.
-        num_params: stored numbers, scales left out.
+        num_params: stored numbers, scales included.
         predicted_loss_increase: of all layers together, corrected as that of the plan; None without
             calibrated gradients.
     """
@@ -225,7 +227,14 @@ def _nearest(
 ) -> _Plain:
     matrix = target.matrix
     kept = _nearest_matrix(matrix, number_format)
-    return _Plain(kept, number_format.nbytes(matrix.shape), matrix.numel())
+    return _integers(kept, number_format)
+
+
+def _integers(kept: Tensor, number_format: NumberFormat) -> _Plain:
+    """Count the bytes and the stored numbers, scales included, of a rounded matrix."""
+    topology = dense(out_features=kept.shape[0], in_features=kept.shape[1])
+    numbers = Storage(number_format=number_format).num_params(topology)
+    return _Plain(kept, number_format.nbytes(kept.shape), numbers)
 
 
 def _nearest_matrix(matrix: Tensor, number_format: NumberFormat) -> Tensor:
@@ -240,7 +249,7 @@ def _gptq(
     columns = input_weighting(target, stats).columns
     method: Method = "nearest" if columns is None else "columns"
     kept = round_weight(matrix, number_format, columns=columns, method=method).dequantize()
-    return _Plain(kept, number_format.nbytes(matrix.shape), matrix.numel())
+    return _integers(kept, number_format)
 
 
 def _svd(

@@ -54,7 +54,11 @@ def test_predicts_what_it_writes_and_takes_the_bytes_of_the_plan(made: Made, met
 def test_nearest_is_torch_rounding_and_svd_the_best_of_its_rank(made: Made) -> None:
     model, plan, stats = made
     rounded, truncated = copy.deepcopy(model), copy.deepcopy(model)
-    form = apply_baseline(rounded, plan, NEAREST, stats).form
+    made_by = apply_baseline(rounded, plan, NEAREST, stats)
+    form, uniform = made_by.form, plan
+    for layer in plan:
+        uniform = uniform.replace_layer(layer.name, None, form)
+    assert (made_by.num_bytes, made_by.num_params) == (uniform.bytes_after, uniform.params_after)
     expected = round_weight(model[0].weight.detach(), form, method="nearest", refits=0).dequantize()
     assert torch.equal(rounded[0].weight, expected)
     apply_baseline(truncated, plan, SVD, stats)

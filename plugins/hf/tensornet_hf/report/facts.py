@@ -12,7 +12,7 @@ class ModelFacts:
 
     Args:
         name: how the page calls this model.
-        params: stored numbers of the whole model, scales left out.
+        params: stored numbers of the whole model, scales included.
         bytes: of its weight files, or counted where nothing was saved; None if unknown.
         bits: of a weight of the compressed layers, scales included; None if unknown.
         form: number format or ranks, in a few characters.
