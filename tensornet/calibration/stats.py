@@ -93,7 +93,8 @@ class CalibrationStats:
         """Table for notebooks."""
         from tensornet.calibration.moment_figure import moment_summaries
 
-        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        known = self.loss is not None and self.loss == self.loss  # NaN: batches had no loss of their own
+        loss = f", loss {self.loss:.4f}" if known else ""
         caption = f"Statistics of {self.tokens:,} tokens of {self.source}{loss}"
         rows = [
             (x.name, f"{x.inputs:,}", f"{x.directions:.1f}", "" if x.loss is None else f"{x.loss:.3g}")

@@ -135,6 +135,7 @@ def test_notebook_tables_are_small_and_escaped(made: Made) -> None:
         text = shown(thing._repr_html_())
         assert all(layer.name in text for layer in plan)
     assert f"{plan.bytes_after:,} bytes" in shown(plan._repr_html_())
+    assert "nan" not in stats._repr_html_()
     network = tn.MPO.from_matrix(torch.randn(16, 16), sites=2)
     assert "certified error" in shown(network._repr_html_())
     made_of = tn.TensorNetwork(
