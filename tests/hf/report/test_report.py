@@ -193,6 +193,13 @@ def test_first_screen_says_whether_the_plain_way_is_worse(tmp_path: Path, qualit
         assert ("measured" if quality else "predicted") in first.split("Rise of the loss")[1]
 
 
+def test_a_larger_model_is_no_plain_way_of_the_same_bytes(tmp_path: Path) -> None:
+    rows = facts({"original": 0.0, "compressed": 0.2, "GPTQ": 0.1, "plain SVD": 0.3})
+    rows[2] = replace(rows[2], bits=4.5)
+    page = parsed(write_report(priced(a_page(models=rows)), tmp_path / "r.html"))
+    assert "The best plain method of at most these bytes, plain SVD (int4), costs 0.3000" in page.text
+
+
 def test_a_measured_loss_is_never_compared_with_a_predicted_one(tmp_path: Path) -> None:
     rows = facts({"original": 0.0, "compressed": 0.2}, quality=True)
     rows += facts({"round to nearest": 0.1})

@@ -7,6 +7,8 @@ from tensornet_hf.report.facts import ModelFacts, compact_bytes
 
 #: A rise smaller than this, in nats, is not told from none.
 _NOTHING = 5e-5
+#: A method that takes so many times the bits still counts as one of the same bytes.
+_SLACK = 1.02
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,19 @@ def rise_of(model: ModelFacts, original: ModelFacts) -> Rise | None:
 def best_plain(models: Sequence[ModelFacts]) -> tuple[ModelFacts, Rise] | None:
     """Return the plain method of the smallest loss among the third and later models, None without any.
 
-    Only rises that came about as that of the compressed model are compared.
+    Only rises that came about as that of the compressed model are compared, and only methods that take no
+    more bits: the smallest number format may take more than a very small plan.
     """
     original, compressed, *plain = models
     ours = rise_of(compressed, original)
-    known = [(model, rise_of(model, original)) for model in plain]
+    known = [(model, rise_of(model, original)) for model in plain if _no_larger(model, compressed)]
     found = [(model, rise) for model, rise in known if rise is not None]
     found = [(model, rise) for model, rise in found if ours is None or rise.measured == ours.measured]
     return min(found, key=lambda pair: pair[1].value, default=None)
+
+
+def _no_larger(model: ModelFacts, compressed: ModelFacts) -> bool:
+    return model.bits is None or compressed.bits is None or model.bits <= _SLACK * compressed.bits
 
 
 def verdict(models: Sequence[ModelFacts], *, measure: str) -> str:
