@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.gathered import GatheredTokens, hidden_states
 from tensornet.calibration.gram import mirrored, upper_gram
 from tensornet.calibration.losses import (
     PROJECTIONS,
@@ -225,6 +226,9 @@ class MomentRecorder:
         self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
         self._last: _Reading | None = None
         self.readers: frozenset[str] = frozenset()
+        self._gathered = GatheredTokens()
+        self._gathered_of: Batch = self.batch
+        self._masks: dict[str, Tensor] = {}  # of inputs `(tokens, features)` of this batch, by layer
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -241,8 +245,10 @@ class MomentRecorder:
             return
         if self._last is None or not self._last.joins(name, x):
             self._settle()
-            tokens = self._tokens(x)
+            tokens = _rows(x, self._mask(x, name))
             self._last = _Reading(x, self._moment(tokens, self.dtype), tokens.shape[0])
+        elif (mask := self._masks.get(self._last.layers[0])) is not None:
+            self._masks[name] = mask
         self._last.layers.append(name)
         self.counts[name] = self.counts.get(name, 0) + self._last.tokens
 
@@ -265,6 +271,16 @@ class MomentRecorder:
                 self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.total.clone())))
             shared.total += moment
 
+    def see_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look for hidden states among the arguments of a module that holds layers."""
+        if self._gathered_of is not self.batch:
+            self._gathered, self._gathered_of = GatheredTokens(), self.batch
+            self._masks.clear()
+        mask = self.batch.get("attention_mask")
+        found = hidden_states(args, kwargs, mask) if isinstance(mask, Tensor) else None
+        if found is not None:
+            self._gathered.remember(*found)
+
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Count the lookups of each row of an embedding."""
         if not self.seeing:
@@ -274,10 +290,16 @@ class MomentRecorder:
         self.counts[name] = self.counts.get(name, 0) + chosen.numel()
         _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).to(self.dtype))
 
+    def place(self, name: str, x: Tensor) -> None:
+        """Find the padding in an input that is not recorded, for the gradients at its layer."""
+        self._mask(x, name)
+
     def see_gradient(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of the summed loss with respect to one output."""
+        mask = self._masks.get(name)
+        mask = self._mask(gradient) if mask is None or mask.shape != gradient.shape[:-1] else mask
         # Their damping hides the rounding of products in 16 bits, which inputs with outliers would not.
-        moment = self._moment(self._tokens(gradient), self.autocast or self.dtype)
+        moment = self._moment(_rows(gradient, mask), self.autocast or self.dtype)
         _accumulate(self.gradients, name, moment.to(self.dtype))
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
@@ -286,6 +308,8 @@ class MomentRecorder:
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
         for shared in {id(x): x for x in self.inputs.values()}.values():
+            if not self.counts[shared.layers[0]]:  # an expert that got nothing but padding never ran
+                continue
             mean = mirrored(shared.total.div_(max(self.counts[shared.layers[0]], 1)))
             columns.update(dict.fromkeys(shared.layers, mean))
         for name, moment in self.gradients.items():
@@ -299,9 +323,14 @@ class MomentRecorder:
         tokens = max(self.counts.values(), default=0)
         return CalibrationStats(rows, columns, tokens, loss, source, tuple(sorted(self.readers)))
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _mask(self, x: Tensor, name: str | None = None) -> Tensor | None:
+        """Tell tokens from padding, by the sizes of a tensor or, for the input of a layer, by its rows."""
         mask = token_mask(self.batch, x.shape[:-1])
-        return x.detach()[mask] if mask is not None else x.detach().reshape(-1, x.shape[-1])
+        if name is not None and x.ndim == 2 and self._gathered_of is self.batch:
+            mask = self._gathered.kept(name, x, mask)
+            if mask is not None:
+                self._masks[name] = mask
+        return mask
 
     def _moment(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         # The model may run under autocast; sums of thousands of squares in 16 bits would be noise.
@@ -309,6 +338,11 @@ class MomentRecorder:
             if tokens.shape[1] <= self.full_up_to:
                 return upper_gram(tokens.to(dtype))
             return tokens.to(self.dtype).square().sum(0)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Select the rows of tokens, shape `(tokens, features)`."""
+    return x.detach()[mask] if mask is not None else x.detach().reshape(-1, x.shape[-1])
 
 
 @dataclass
@@ -359,7 +393,12 @@ def _hooked(model: nn.Module, recorder: MomentRecorder, config: LayerSelection |
     check_loaded(targets)
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
     wanted = [(p, p.requires_grad) for p in model.parameters()]
+    holders = {name[:k] for name, _ in layers.values() for k, x in enumerate(name) if x == "."}
     handles = [
+        model.get_submodule(name).register_forward_pre_hook(_states_hook(recorder), with_kwargs=True)
+        for name in sorted(holders)
+    ]
+    handles += [
         handle
         for name, module in layers.values()
         for handle in (
@@ -375,6 +414,13 @@ def _hooked(model: nn.Module, recorder: MomentRecorder, config: LayerSelection |
             handle.remove()
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
+
+
+def _states_hook(recorder: MomentRecorder) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorder.see_states(args, kwargs)
+
+    return hook
 
 
 def _input_hook(name: str, recorder: MomentRecorder) -> Any:

@@ -126,7 +126,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
             row_damping, column_damping = damping, INPUT_DAMPING
         if _counts(rows) and _counts(columns):
             terms.append(Weighting(damped(rows, row_damping), damped(columns, column_damping)))
-    if not terms and not any(name in stats.columns or name in stats.rows for name in target.names):
+    if not terms and not _ran(target, stats):
         rows, columns = _of_relatives(target, stats)
         if _counts(rows) and _counts(columns):
             terms.append(Weighting(damped(rows, damping), damped(columns, INPUT_DAMPING)))
@@ -166,8 +166,13 @@ def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
 
 def is_known(target: Target, stats: CalibrationStats) -> bool:
     """Return True if a layer that uses a weight, or a relative of it, ran during calibration."""
-    ran = any(name in stats.rows or name in stats.columns for name in target.names)
-    return ran or bool(_relatives(target, stats))
+    return _ran(target, stats) or bool(_relatives(target, stats))
+
+
+def _ran(target: Target, stats: CalibrationStats) -> bool:
+    """Return True if the inputs of a layer that uses a weight are known."""
+    uses = zip(target.names, target.kinds, strict=True)
+    return any(name in (stats.rows if kind.name == "embedding" else stats.columns) for name, kind in uses)
 
 
 def never_ran(target: Target) -> TargetError:

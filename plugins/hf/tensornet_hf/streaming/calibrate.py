@@ -6,9 +6,10 @@ batch. The result is that of `tensornet.calibrate`.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +147,16 @@ class _Streamed:
     # What hooks call.
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Forward an input to the recorder in the forward pass."""
+        """Forward an input to the recorder; before the backward pass it only finds the padding."""
         if self.sees == "inputs":
             self.recorder.see_input(name, x)
+        elif self.sees == "gradients":
+            self.recorder.place(name, x)
+
+    def see_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Forward hidden states to the recorder."""
+        if self.sees != "nothing":
+            self.recorder.see_states(args, kwargs)
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Ignore embeddings, which lie outside the blocks."""
