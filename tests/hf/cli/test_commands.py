@@ -1,8 +1,10 @@
 """What the commands do, called in this process."""
 
+import copy
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from hf_architectures import ARCHITECTURES
+from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration, GPT2LMHeadModel
 from transformers.utils import logging
 
 import tensornet as tn
@@ -48,6 +51,24 @@ def tensornet(
 @torch.no_grad()
 def logits(model: GPT2LMHeadModel) -> torch.Tensor:
     return model(torch.arange(40)[None]).logits
+
+
+def test_layers_that_the_text_does_not_reach_are_named(tensornet: Run, tmp_path: Path) -> None:
+    options = copy.deepcopy(dict(ARCHITECTURES["Gemma 3"].options))
+    options["text_config"]["vocab_size"] = 1200  # of the tokenizer
+    model = Gemma3ForConditionalGeneration(Gemma3ForConditionalGeneration.config_class(**options))
+    model.save_pretrained(tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(gpt2_path() / name, tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(heldout_text()[:3000])
+    with warnings.catch_warnings():  # the command sets filters of its own
+        status, out, err = tensornet(
+            "compress", "dense", "small", "--param-ratio", 0.6, "--calibration", "text.txt"
+        )
+    assert status == 0, err
+    assert "Linear (never ran in calibration)" in out
+    (note,) = [line for line in err.splitlines() if "note:" in line]
+    assert "Left dense, because they never ran during calibration: model.vision_tower." in note
 
 
 def test_compress_inspect_decompress(tensornet: Run) -> None:

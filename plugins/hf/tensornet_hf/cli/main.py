@@ -118,7 +118,8 @@ def _quiet(debug: bool) -> list[str]:
     logging.disable_progress_bar()  # loading has bars of its own for each file
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="tensornet")
-    warnings.filterwarnings("ignore", category=CalibrationWarning)  # the commands say it in their own words
+    # The commands say it in their own words.
+    warnings.filterwarnings("ignore", message="No calibration data", category=CalibrationWarning)
     warnings.showwarning = keep
     return notes
 
