@@ -18,10 +18,13 @@ from transformers import AutoModel, PreTrainedModel
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration import CalibrationStats
+from tensornet.compression.reach import BIASES
 from tensornet.nn import NetworkModule
 
 EVERY_LAYER = tn.CompressionConfig(target_modules="all")
 SIXTY = tn.CompressionConfig(param_ratio=0.6)
+#: Rows that reach less say why.
+EXPLAINED = 0.9
 #: Two networks of the same cores may be contracted in another order.
 CLOSE = 2e-3
 
@@ -276,8 +279,12 @@ def reached(trial: Trial) -> dict[str, Any]:
     everything, usual = trial.full_report.reach, None
     if "60 %" not in excepted:
         usual = trial.small[1].reach.share
-    return {
+    found = {
         "parameters": everything.total,
         "all": round(everything.share, 3),
         "usual": usual and round(usual, 3),
     }
+    if everything.share < EXPLAINED:  # with the types that hold most of the rest, and the reasons
+        left = {label: size for label, size in everything.unknown.items() if label != BIASES}
+        found["left"] = [label for label, size in left.items() if size > everything.total / 30]
+    return found
