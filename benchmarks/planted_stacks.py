@@ -4,10 +4,10 @@
     python benchmarks/planted_stacks.py --toy     # seconds, for the tests
 
 Stacks of eight matrices with a structure planted in noise: a base and low-rank deltas, a mixture of bases,
-one subspace of rows and columns for all, one center of a chain, and nothing in common. Each is fitted at 80, 60
-and 40 % of its parameters by an SVD of each expert, by a base and low-rank deltas (D2-MoE), by a mixture of
-bases (MoBE) and by a chain with a shared center. Every method may choose its sizes within the budget: of a few
-splits between shared and private parameters the one with the lowest error counts. The error is
+one subspace of rows and columns for all, one center of a chain, and nothing in common. Each is fitted at 80,
+60 and 40 % of its parameters by an SVD of each expert, by a base and low-rank deltas (D2-MoE), by a mixture
+of bases (MoBE) and by a chain with a shared center. Every method may choose its sizes within the budget: of
+a few splits between shared and private parameters the one with the lowest error counts. The error is
 `|W - W'| / |W|` over the whole stack.
 """
 
