@@ -228,11 +228,10 @@ class CompressionConfig(LayerSelection):
     def calibrated_families(self) -> tuple[str, ...]:
         """Names of the families with calibration data: without chains, which lose to low rank there.
 
-        Where number formats are planned, integers with a network beside them are tried as well.
+        Nor with residual forms, whose candidates are rounded to be priced: planning would take six times as
+        long for a percent of the loss (`topology="residual"` asks for them).
         """
-        if self.topology != AUTO:
-            return self.families
-        return ("low_rank", "residual") if self.plans_formats else ("low_rank",)
+        return ("low_rank",) if self.topology == AUTO else self.families
 
     def family_options(self, name: str) -> dict[str, Any]:
         """Select the options for `build` of a family: `topology_options`, and `sites` if supported."""

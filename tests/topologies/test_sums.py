@@ -8,14 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import nn
 
 import tensornet as tn
 from tensornet.als import fit_network
+from tensornet.calibration import CalibrationStats
+from tensornet.compression import prepare
+from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import random_cores
 from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.nn.targets import all_targets
 from tensornet.quantization import NumberFormat
 from tensornet.testing import laws, strategies
 from tensornet.topologies import residual, topology_family
@@ -229,3 +234,56 @@ def test_encodings_pair_few_bits_with_the_smallest_accurate_format() -> None:
     assert pairs("float", "int8", "int5", "int4", "int2") == [("int8", "int4"), ("int8", "int2")]
     assert pairs("float", "bf16", "int3") == [("bf16", "int3")]
     assert pairs("int4") == []
+
+
+def spiked(seed: int = 0) -> torch.Tensor:
+    """A weight whose rounding error has few large directions under the moments: a network pays."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, 2, generator=generator) for n in (64, 128))
+    return torch.randn(64, 128, generator=generator) * 0.2 + left @ right.T
+
+
+def statistics() -> CalibrationStats:
+    generator = torch.Generator().manual_seed(2)
+    sides = []
+    for n in (64, 128):
+        few = torch.randn(n, 3, generator=generator)
+        sides.append({"0": 20 * few @ few.T / n + torch.eye(n)})
+    return CalibrationStats(*sides, tokens=100, loss=1.0, source="random numbers")
+
+
+def model() -> nn.Sequential:
+    made = nn.Sequential(nn.Linear(128, 64))
+    made[0].weight.data.copy_(spiked())
+    return made
+
+
+def test_plans_choose_it_where_it_costs_less() -> None:
+    """Never dearer than plain integers at the same bytes, and what is planned is what is made."""
+    formats = ("int8", "int4", "int3", "int2")
+    config = tn.CompressionConfig(bits_per_weight=4, topology="residual", formats=formats)
+    both = prepare(model(), config, statistics())
+    (found,) = both.candidates
+    made_as = [found.make(k) for k in range(len(found.costs))]
+    chosen = 0
+    for bits in (2.4, 2.8, 3.2, 3.6, 4.0, 4.8, 6.0, 8.3):
+        plan = both.plan(bits_per_weight=bits)
+        assert plan.bits_per_weight <= bits
+        (layer,) = plan
+        assert layer.topology is not None
+        cost = float(found.costs[made_as.index((layer.topology, layer.storage))])
+        fitting = [k for k in found.uniform.values() if found.num_bytes[k] <= bits / 8 * layer.params_before]
+        assert cost <= min(float(found.costs[k]) for k in fitting)
+        if layer.topology.family != "residual":
+            continue
+        chosen += 1
+        assert tn.CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+        made = model()
+        tn.apply_plan(made, plan, statistics())
+        sensitivity = layer_sensitivity(all_targets(model())[0], "curvature", statistics(), 0.1)
+        assert sensitivity is not None
+        rise = sensitivity.forecast.cost(spiked().double() - made[0].to_matrix().detach().double())
+        assert 0.4 * layer.loss_increase < rise < 1.2 * layer.loss_increase
+        assert sum(x.nbytes for x in made[0].stored.values()) == layer.bytes_after
+        assert torch.equal(tn.decompress(made)[0].weight, made[0].weight)
+    assert chosen

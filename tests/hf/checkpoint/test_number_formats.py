@@ -35,6 +35,11 @@ def plan_of(model: nn.Module, names: list[str]) -> tn.CompressionPlan:
         if k == 1:
             storage = Storage(pivoted=True, core_formats=(("0", NumberFormat.parse("int8")),))
         topology = family.build(*shape, max_bond=() if k != 1 else 16)
+        if k == 2:  # a sum, with a format for each term
+            topology = topology_family("residual").build(*shape, max_bond=4)
+            storage = Storage(
+                number_format=NumberFormat.parse("int8"), core_formats=(("base", NumberFormat.parse("int3")),)
+            )
         layers.append(LayerPlan(name, shape, topology, "edited", None, 0.0, storage=storage))
     return tn.CompressionPlan(tuple(layers))
 
