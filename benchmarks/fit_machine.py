@@ -5,7 +5,9 @@
 Every way to apply a layer is timed for layers of many shapes, none of them one of the other benchmarks',
 and the constants of `tensornet.Machine` are fitted to the logarithms of the times. A way that takes far
 longer than the fastest matters less. `half_size` stays as it is: it belongs to the kernels of the library
-that multiplies. Prints the constants and how good the choices are that follow from them; writes no record.
+that multiplies. Then layers of integers in bfloat16, and dense ones beside them, fit `half_peak`,
+`unpack_pass` and `kernel_peak`. Prints the constants and how good the choices are that follow from them;
+writes no record.
 Measure on a quiet machine: a busy one makes all that goes through memory look slower.
 """
 
@@ -15,6 +17,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,11 @@ from speed import Case, clock_for, options_of, rounds, with_threads
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, default_machine
 from tensornet.contraction.operator import OperatorPlan
+from tensornet.nn.encoding import Storage
+from tensornet.nn.integer_cost import product_cost
+from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.quantization import NumberFormat
+from tensornet.topologies import dense as dense_topology
 
 SHAPES = (
     ((16, 32), (32, 16), 32),
@@ -53,6 +61,8 @@ SHAPES = (
     ((4, 4, 4, 4, 4), (4, 4, 4, 4, 4), 40),
 )
 TOKENS = (1, 2, 4, 16, 32, 64, 256, 1024)
+INTEGER_SHAPES = ((256, 512), (768, 768), (2048, 512), (1024, 2048))
+FORMATS = ("int8:row", "int8", "int6", "int4", "int3", "int2")
 FITTED = ("peak", "bandwidth", "overhead", "copy_element", "copy_run", "copy_far")
 
 #: A constant that little depends on stays near where it was: so much of a residual for a factor of e.
@@ -120,6 +130,80 @@ def fit(timed: Sequence[Timed], start: Machine) -> Machine:
     return machine(result.x)
 
 
+@dataclass(frozen=True)
+class TimedInteger:
+    """Seconds of one layer in bfloat16; without a format it is dense."""
+
+    number_format: NumberFormat | None
+    shape: tuple[int, int]
+    tokens: int
+    seconds: float
+
+    def predicted(self, machine: Machine) -> float:
+        """Seconds by the cost model."""
+        if self.number_format is None:
+            return dense_seconds(*self.shape, self.tokens, machine, 2)
+        return product_cost(self.number_format, self.shape, self.tokens, machine, 2).seconds
+
+
+@torch.no_grad()
+def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds: float) -> list[TimedInteger]:
+    """Time a layer in several formats, with weights that come from memory: a row of layers, in turn."""
+    count = max(1, min(32, 2**26 // (2 * shape[0] * shape[1])))
+    x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
+    layers: dict[str, list[torch.nn.Module]] = {"dense": [], **{name: [] for name in FORMATS}}
+    for _ in range(count):
+        dense = torch.nn.Linear(shape[1], shape[0], bias=False)
+        layers["dense"].append(dense.bfloat16())
+        topology = dense_topology(out_features=shape[0], in_features=shape[1])
+        for name in FORMATS:
+            storage = Storage(number_format=NumberFormat.parse(name))
+            made = TensorNetworkLinear(topology, bias=False, storage=storage, device="meta").to(
+                torch.bfloat16
+            )
+            layers[name].append(filled(made))
+
+    def run(row: list[torch.nn.Module]) -> None:
+        for layer in row:
+            layer(x)
+
+    ways = {name: partial(run, row) for name, row in layers.items()}
+    times = paired_medians(ways, rounds(ways.values(), seconds), warmup=2, clock=clock_for(threads))
+    return [
+        TimedInteger(
+            None if name == "dense" else NumberFormat.parse(name), shape, tokens, time.median / count
+        )
+        for name, time in times.items()
+    ]
+
+
+def filled(layer: TensorNetworkLinear) -> torch.nn.Module:
+    """Give an empty layer of integers random codes: rounding would take longer than timing."""
+    layer = layer.to_empty(device="cpu")
+    for name, tensor in layer.stored.items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+        else:
+            setattr(layer, name, torch.randint(0, 256, tensor.shape, dtype=torch.uint8))
+    return layer.eval()
+
+
+def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:
+    """The constants of 16-bit products and of integers that foresee these times best."""
+    names = ("half_peak", "unpack_pass", "kernel_peak")
+    origin = np.log([getattr(start, name) for name in names])
+
+    def machine(logs: NDArray[np.float64]) -> Machine:
+        return replace(start, **dict(zip(names, np.exp(logs).tolist(), strict=True)))
+
+    def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        candidate = machine(logs)
+        found = [math.log(row.predicted(candidate) / row.seconds) for row in timed]
+        return np.array([*found, *(_STAY * (logs - origin))])
+
+    return machine(least_squares(residuals, origin, loss="soft_l1", f_scale=0.3).x)
+
+
 def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
     """Time of the way that the model chooses over the time of the fastest."""
     ratios = []
@@ -134,21 +218,28 @@ def main(arguments: Sequence[str] | None = None) -> Machine:
     """Measure, fit, print."""
     options = options_of(__doc__, arguments)
     shapes, tokens = (SHAPES[:2], (1, 16)) if options.toy else (SHAPES, TOKENS)
+    shapes_of_integers = INTEGER_SHAPES[:1] if options.toy else INTEGER_SHAPES
     timed: list[Timed] = []
+    integers: list[TimedInteger] = []
 
     def work(threads: int) -> list[dict[str, Any]]:
         for out_dims, in_dims, bond in shapes:
             case = Case(f"{out_dims} {in_dims} {bond}", out_dims, in_dims, bond)
             timed.extend(measure(case, count, threads, options.seconds) for count in tokens)
+        for shape in shapes_of_integers:
+            for count in tokens:
+                integers.extend(measure_integers(shape, count, threads, options.seconds))
         return []
 
     with_threads(options.threads[:1], work)
     shipped = default_machine("cpu")
-    fitted = fit(timed, shipped)
+    fitted = fit_integers(integers, fit(timed, shipped))
     for name, machine in {"shipped": shipped, "fitted": fitted}.items():
         ratios = choices(timed, machine)
         print(f"{name}: {machine}")
         above = sum(ratio > 1.1 for ratio in ratios)
+        gaps = [abs(math.log(row.predicted(machine) / row.seconds)) for row in integers]
+        print(f"  integers: predicted times off by a factor of {math.exp(float(np.median(gaps))):.2f}")
         print(f"  chosen over fastest: largest {max(ratios):.2f}, {above} of {len(ratios)} above 1.10")
     return fitted
 

@@ -121,6 +121,8 @@ def family_candidates(
     times = torch.zeros(len(topologies), dtype=torch.float64)
     if clock is not None:
         times, dense_time = clock.ladder(topologies), clock.dense(shape)
+        if storage.quantized:
+            times = times + clock.unpacking(topologies, storage)
     keep = torch.ones(len(topologies), dtype=torch.bool)
     if rel_error is not None:
         keep &= ladder.errors <= rel_error

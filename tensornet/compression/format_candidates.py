@@ -62,14 +62,20 @@ def dense_candidates(
     def make(index: int) -> tuple[Topology | None, Storage]:
         return (None, PLAIN) if storages[index] == PLAIN else (topology, storages[index])
 
-    time = 0.0 if clock is None else clock.dense((matrix.shape[0], matrix.shape[1]))
+    shape = (matrix.shape[0], matrix.shape[1])
+
+    def time(number_format: NumberFormat) -> float:
+        if clock is None:
+            return 0.0
+        return clock.integers(number_format, shape) if number_format.is_integer else clock.dense(shape)
+
     return LayerCandidates(
         params=column([x.num_params(topology) for x in storages]),
         num_bytes=column([x.num_bytes(topology, matrix.dtype) for x in storages]),
         costs=column([x.choice for x in losses]),
         forecasts=column([x.forecast for x in losses]),
         errors=column([x.error for x in losses]),
-        milliseconds=column([time] * len(formats)),
+        milliseconds=column([time(x) for x in formats]),
         make=make,
         uniform={x.name: k for k, x in enumerate(formats)},
         nearest=nearest_losses(matrix, sensitivity.forecast, formats),

@@ -10,6 +10,9 @@ from torch import Tensor
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine
 from tensornet.contraction.operator import plan_operator
+from tensornet.nn.integer_cost import product_cost, unpacking_cost
+from tensornet.nn.storage import Storage
+from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
 #: Fractions of the largest bond at which times are predicted; between them they are interpolated.
@@ -36,6 +39,16 @@ class Clock:
         plan = plan_operator(topology)
         route = plan.fastest(self.tokens, self.machine, self.itemsize)
         return 1e3 * plan.seconds(route, self.tokens, self.machine, self.itemsize)
+
+    def integers(self, number_format: NumberFormat, shape: tuple[int, int]) -> float:
+        """Predict the time of a dense matrix in an integer format."""
+        cost = product_cost(number_format, shape, self.tokens, self.machine, self.itemsize)
+        return 1e3 * cost.seconds
+
+    def unpacking(self, topologies: Sequence[Topology], storage: Storage) -> Tensor:
+        """Predict the times to unpack the integer cores of these topologies, zeros without any."""
+        costs = [unpacking_cost(x, storage, self.machine, self.itemsize).seconds for x in topologies]
+        return 1e3 * torch.tensor(costs, dtype=torch.float64)
 
     def ladder(self, topologies: Sequence[Topology]) -> Tensor:
         """Predict the times of layers whose topologies differ in their bonds, by increasing bond."""

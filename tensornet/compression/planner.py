@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ from tensornet.nn.targets import Target, check_holder, check_loaded, find_target
 from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
-from tensornet.topologies import Decomposition, topology_family
+from tensornet.topologies import topology_family
+from tensornet.topologies.decomposition import Prediction
 from tensornet.topologies.fixed import topology_of_shape
 
 #: Budgets that are spent after preparation.
@@ -406,17 +408,17 @@ def plan_layers(
             return made
 
         def stay(index: int) -> tuple[LayerPlan, float]:
-            return _dense(targets[index]), sizes[index]
+            target = targets[index]
+            return _dense(target, singular_values(target.matrix)), sizes[index]
 
         if config.param_ratio is None:
             return tuple(decide(index, None) for index in range(len(targets)))
         return tuple(decide_alone(sizes, config.param_ratio, decide, stay))
 
 
-def _dense(target: Target) -> LayerPlan:
-    spectrum = tuple(singular_values(target.matrix).tolist())
+def _dense(target: Target, spectrum: Tensor) -> LayerPlan:
     shape = (target.matrix.shape[0], target.matrix.shape[1])
-    return LayerPlan(target.name, shape, None, "dense", 0.0, 0.0, spectrum)
+    return LayerPlan(target.name, shape, None, "dense", 0.0, 0.0, tuple(spectrum.tolist()))
 
 
 def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
@@ -424,13 +426,13 @@ def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
     if config.fixed:
         return _fixed(target, config)
     matrix = target.matrix
-    dense_params = matrix.numel()
-    best: Decomposition | None = None
+    best: Prediction | None = None
     refusals = []
+    spectrum = cache(partial(singular_values, matrix))
     for family in config.families:
         try:
             options = config.family_options(family)
-            found = topology_family(family).decompose(matrix, config.budget, **options)
+            found = topology_family(family).predict(matrix, config.budget, spectrum, **options)
         except BudgetError as error:
             refusals.append(f"{family}: {error}")
             continue
@@ -438,12 +440,10 @@ def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
             best = found
     if best is None:
         raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
-    dense = _dense(target)
-    if not config.budget.unlimited and best.network.num_params >= dense_params:
+    dense = _dense(target, spectrum())
+    if not config.budget.unlimited and best.topology.num_params >= matrix.numel():
         return dense
-    return with_baseline(
-        replace(dense, topology=best.network.topology, bound_by=best.bound_by, error=best.error)
-    )
+    return with_baseline(replace(dense, topology=best.topology, bound_by=best.bound_by, error=best.error))
 
 
 def _fixed(target: Target, config: CompressionConfig) -> LayerPlan:
@@ -452,7 +452,7 @@ def _fixed(target: Target, config: CompressionConfig) -> LayerPlan:
     Raises:
         TopologyError: it gives none.
     """
-    dense = _dense(target)
+    dense = _dense(target, singular_values(target.matrix))
     topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")
     storage = Storage(pivoted=bool(config.pivoted), int8=config.int8).for_topology(topology)
     made = replace(dense, topology=topology, bound_by="topology", error=None, storage=storage)
@@ -467,12 +467,12 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(work @ work.mH).flip(0).clamp_min(0).sqrt()
 
 
-def _better(new: Decomposition, old: Decomposition, budget: Budget) -> bool:
+def _better(new: Prediction, old: Prediction, budget: Budget) -> bool:
     """Compare two plans: the smaller wins under `rel_error`, the more accurate one under a size cap."""
     if budget.rel_error is not None:
         kept_new, kept_old = new.error <= budget.rel_error, old.error <= budget.rel_error
         if kept_new and kept_old:
-            return new.network.num_params < old.network.num_params
+            return new.topology.num_params < old.topology.num_params
         if kept_new != kept_old:
             return kept_new
     return new.error < old.error

@@ -23,6 +23,8 @@ class Machine:
         copy_run: more for each contiguous run of a copy: for each element if the innermost index changes.
         copy_far: more for each element of a copy that the cache of a core does not hold.
         half_size: rows, columns or summed indices at which a product reaches half of its peak.
+        unpack_pass: per element of one pass over a block of a matrix of integers that is unpacked.
+        kernel_peak: multiply-adds per second of torch's kernels that read integer codes; 0 without them.
 
     Example:
         >>> import dataclasses
@@ -41,6 +43,8 @@ class Machine:
     copy_run: float
     copy_far: float
     half_size: float
+    unpack_pass: float = 0.1e-9
+    kernel_peak: float = 30e9
 
     def efficiency(self, rows: int, inner: int, columns: int) -> float:
         """Compute the fraction of the peak that a matrix product of this size can reach."""
@@ -77,6 +81,8 @@ GPU = Machine(
     copy_run=20e-12,
     copy_far=0.0,
     half_size=24,
+    unpack_pass=8e-12,
+    kernel_peak=0.0,
 )
 
 #: Speed that a second thread adds to products and to copies, relative to the first: copies share the memory.
@@ -101,6 +107,8 @@ def machine_with_threads(machine: Machine, threads: int) -> Machine:
         copy_element=machine.copy_element / copies,
         copy_run=machine.copy_run / copies,
         copy_far=machine.copy_far / copies,
+        unpack_pass=machine.unpack_pass / copies,
+        kernel_peak=machine.kernel_peak * products,
     )
 
 
@@ -128,8 +136,9 @@ def default_machine(device: torch.device | str) -> Machine:
 def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> Machine:
     """Measure the machine constants of a device with the current number of threads, in about a second.
 
-    Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. `half_size` is that of the shipped
-    machine: it belongs to the kernels, not to the clock.
+    Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. `half_size`,
+    `unpack_pass` and `kernel_peak` are those of the shipped machine: they belong to the kernels, not to the
+    clock.
 
     Args:
         device: where to measure.

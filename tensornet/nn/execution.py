@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from tensornet.checks import check_size
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, check_machine, default_machine
 from tensornet.contraction.operator import (
@@ -21,6 +22,7 @@ from tensornet.contraction.operator import (
 from tensornet.errors import TargetError
 from tensornet.nn.explain import Explanation, explain, size_in_words
 from tensornet.nn.fast_path import FastPath
+from tensornet.nn.integer_cost import IntegerCost
 from tensornet.nn.matrix_cache import MatrixKeeper, Strategy, check_options
 from tensornet.topology import Topology
 
@@ -105,14 +107,22 @@ class RoutedModule(MatrixKeeper):
         """
         machine = self.machine or default_machine(self.weight.device)
         names = {RECONSTRUCT: "reconstruct", CACHED: "cached"}
+        tokens = check_size("tokens", tokens, error=ValueError)
+        integers = self._integer_costs(tokens, machine)
+        whole = any(cost.multiplies for cost in integers.values())
         return explain(
             self.plan,
             tokens,
             machine,
             self.weight.element_size(),
-            choice=lambda: names.get(self.route(tokens), "factorized"),
+            choice=lambda: "factorized" if whole else names.get(self.route(tokens), "factorized"),
             refused=self._refused(),
+            integers=integers,
         )
+
+    def _integer_costs(self, tokens: int, machine: Machine) -> dict[str, IntegerCost]:
+        """Predict what reading integer cores costs, by strategy."""
+        return {}
 
     def configure(
         self,

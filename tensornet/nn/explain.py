@@ -8,6 +8,7 @@ from tensornet.checks import check_size
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine
 from tensornet.contraction.operator import RECONSTRUCT, OperatorPlan
+from tensornet.nn.integer_cost import IntegerCost
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class StrategyCost:
         moved: elements copied by permutations.
         memory_bytes: largest tensor made on the way, or the matrix that is kept.
         refused: why the layer does not use it now; empty if it may.
+        kernel: how integers are read: `"int4 kernel"`, `"int8 kernel"` or `"unpacked"`; empty without any.
+        unpacked: integers that are unpacked.
+        read_bytes: stored bytes of integers that are read.
 
     Example:
         >>> import tensornet as tn
@@ -36,6 +40,9 @@ class StrategyCost:
     moved: int
     memory_bytes: int
     refused: str = ""
+    kernel: str = ""
+    unpacked: int = 0
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ class Explanation:
         ]
         for cost in self.costs:
             mark = "*" if cost.strategy == self.choice else " "
-            note = f"  ({cost.refused})" if cost.refused else ""
+            note = f"  {cost.kernel}, {size_in_words(cost.read_bytes)} read" if cost.kernel else ""
+            note += f", {cost.unpacked:,} integers unpacked" if cost.unpacked else ""
+            note += f"  ({cost.refused})" if cost.refused else ""
             lines.append(
                 f"{mark} {cost.strategy:<12} {cost.milliseconds:>10.3f} {cost.multiply_adds:>16,} "
                 f"{cost.moved:>14,} {size_in_words(cost.memory_bytes):>12}{note}"
@@ -106,6 +115,7 @@ def explain(
     *,
     choice: Callable[[], str],
     refused: Mapping[str, str],
+    integers: Mapping[str, IntegerCost] | None = None,
 ) -> Explanation:
     """Compute the costs of an operator by every strategy.
 
@@ -116,6 +126,7 @@ def explain(
         itemsize: bytes of an element.
         choice: gives the strategy that is taken, once `tokens` is known to be a count.
         refused: why strategies are not taken, by name.
+        integers: cost of reading integer cores, or of the whole product, by the name of the strategy.
 
     Raises:
         ValueError: `tokens` is no integer of at least 1.
@@ -129,6 +140,9 @@ def explain(
         "reconstruct": plan.seconds(RECONSTRUCT, tokens, machine, itemsize),
         "cached": dense,
     }
+    reading = integers or {}
+    for name, read in reading.items():
+        seconds[name] = read.seconds + (0.0 if read.multiplies else seconds[name])
     work = {
         "factorized": (
             contraction.multiply_adds(tokens),
@@ -147,7 +161,15 @@ def explain(
         machine=machine.name,
         tokens=tokens,
         costs=tuple(
-            StrategyCost(name, 1e3 * seconds[name], adds, moved, size * itemsize, refused.get(name, ""))
+            StrategyCost(
+                name,
+                1e3 * seconds[name],
+                adds,
+                moved,
+                size * itemsize,
+                refused.get(name, ""),
+                *(reading[name].summary if name in reading else ()),
+            )
             for name, (adds, moved, size) in work.items()
         ),
         choice=choice(),

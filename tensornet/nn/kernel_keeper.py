@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
+from tensornet.contraction.machine import Machine
+from tensornet.nn.integer_cost import IntegerCost, product_cost
 from tensornet.nn.kernel_layout import KernelMatrix, from_kernel, has_layout, to_kernel
 from tensornet.nn.module import NetworkModule, cores_of
 from tensornet.quantization import NumberFormat
@@ -117,6 +119,13 @@ class KernelKeeper(NetworkModule):
         name = self.topology.core_names[0]
         found = dict(zip((f"core_{name}", f"scale_{name}"), stored, strict=True))
         return found | {key: x for key, x in self._buffers.items() if key not in KERNEL_BUFFERS}
+
+    def _integer_costs(self, tokens: int, machine: Machine) -> dict[str, IntegerCost]:
+        found, number_format = super()._integer_costs(tokens, machine), self.integer_format
+        if number_format is not None and self.strategy in ("auto", "factorized"):
+            itemsize = self.compute_like.element_size()
+            found["factorized"] = product_cost(number_format, self.topology.shape, tokens, machine, itemsize)
+        return found
 
     def _held_device(self) -> torch.device:
         codes = self._buffers.get(_CODES)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet.contraction.machine import Machine
 from tensornet.contraction.operator import contract_to_matrix
 from tensornet.contraction.path import check_optimize
 from tensornet.errors import ShapeError
@@ -14,6 +15,7 @@ from tensornet.network import TensorNetwork, check_cores, random_cores
 from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, gauge_axes, hold, layout
 from tensornet.nn.execution import RoutedModule
 from tensornet.nn.fixed_dtypes import FixedDtypes
+from tensornet.nn.integer_cost import IntegerCost, unpacking_cost
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.topology import Topology
 
@@ -150,6 +152,12 @@ class NetworkModule(FixedDtypes, RoutedModule):
     def _held_device(self) -> torch.device:
         device: torch.device = getattr(self, f"core_{self.topology.core_names[0]}").device
         return device
+
+    def _integer_costs(self, tokens: int, machine: Machine) -> dict[str, IntegerCost]:
+        if not self.storage.quantized:
+            return {}
+        cost = unpacking_cost(self.topology, self.storage, machine, self.weight.element_size())
+        return dict.fromkeys(("factorized", "reconstruct"), cost)
 
     def to_matrix(self) -> Tensor:
         """Contract to the dense matrix, shape `(out_features, in_features)`, differentiable."""

@@ -16,7 +16,7 @@ from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat
-from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.decomposition import Decomposition, Prediction
 from tensornet.topologies.ladder import Ladder, RoundTrip, bond_ladder
 from tensornet.topologies.proposals import Proposal, uniform_proposals
 from tensornet.topologies.stored_cores import RoundedCores, StoredCores, round_in_turn
@@ -148,6 +148,22 @@ class TopologyFamily(ABC):
         return options
 
     # --- decompositions --------------------------------------------------------------------------
+
+    def predict(
+        self, matrix: Tensor, budget: Budget, spectrum: Callable[[], Tensor], **options: Any
+    ) -> Prediction:
+        """Predict topology and error of `decompose`; by default it is carried out.
+
+        Override it if the singular values of the matrix tell both in less time.
+
+        Args:
+            matrix: shape `(out, in)`.
+            budget: see `Budget`.
+            spectrum: gives the singular values in descending order, in double precision.
+            options: of `decompose`.
+        """
+        found = self.decompose(matrix, budget, **options)
+        return Prediction(found.network.topology, found.error, found.bound_by)
 
     @outside_autocast
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tensornet.network import TensorNetwork
+from tensornet.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,18 @@ class Decomposition:
     bound_by: str
     iterations: int = 0
     converged: bool = True
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Outcome that a decomposition within a budget will have, without its cores.
+
+    Args:
+        topology: of the network.
+        error: relative Frobenius error.
+        bound_by: the cap that decides the bonds, see `Decomposition`.
+    """
+
+    topology: Topology
+    error: float
+    bound_by: str

@@ -1,7 +1,7 @@
 """Low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,18 @@ from tensornet.budget import Budget, caps_of_bonds, check_budget
 from tensornet.checks import check_dense, check_size
 from tensornet.errors import TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
-from tensornet.linalg.svd import Method, TruncatedSVD, result_dtype, truncated_svd
+from tensornet.linalg.subspace_iteration import worth_iterating
+from tensornet.linalg.svd import (
+    Method,
+    TruncatedSVD,
+    allowed_energy,
+    check_finite,
+    is_single,
+    keep_rank,
+    relative,
+    result_dtype,
+    truncated_svd,
+)
 from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, frobenius_errors, tail_costs, weighted_svd
 from tensornet.network import TensorNetwork
@@ -22,7 +33,7 @@ from tensornet.quantization.factors import round_product
 from tensornet.quantization.product_loss import predict_product_losses
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_topology
-from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.decomposition import Decomposition, Prediction
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.ladder import Ladder, RoundTrip
 from tensornet.topologies.mpo import mpo
@@ -34,6 +45,8 @@ from tensornet.topology import Topology
 
 #: Fractions of the largest rank at which a lossy encoding is tried; between them its cost is interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
+#: Relative errors above this are read off singular values from a Gram matrix to many digits.
+_RESOLVED = 1e-5
 
 
 def low_rank(*, out_features: int, in_features: int, rank: int | None = None) -> Topology:
@@ -84,6 +97,28 @@ class LowRankFamily(TopologyFamily):
         (rank,) = caps_of_bonds(max_bond, 1, TopologyError)
         topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
         return replace(topology, family=self.name)
+
+    def predict(
+        self, matrix: Tensor, budget: Budget, spectrum: Callable[[], Tensor], **options: Any
+    ) -> Prediction:
+        """Read rank and error off the singular values, where single precision is asked for."""
+        if options or not is_single(matrix.dtype):
+            return super().predict(matrix, budget, spectrum, **options)
+        check_budget(budget)
+        check_finite(matrix, "The matrix")
+        rows, columns = matrix.shape
+        caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
+        energies = spectrum().square()
+        total = energies.sum()
+        allowed = None if budget.rel_error is None else allowed_energy(budget.rel_error, total)
+        rank = keep_rank(energies, caps[0], allowed)
+        error = relative(float(energies[rank:].sum()), float(total))
+        # Squares do not resolve smaller errors, and an iteration misses the best one by a trifle.
+        exact = budget.rel_error is not None and worth_iterating(len(energies), rank)
+        if exact or (rank < len(energies) and error < _RESOLVED):
+            return super().predict(matrix, budget, spectrum)
+        topology = self.build(rows, columns, max_bond=rank)
+        return Prediction(topology, error, "rel_error" if rank < caps[0] else bound_by)
 
     def decompose(
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any

@@ -100,3 +100,22 @@ def test_page_keeps_foreign_records(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "with uncommitted changes" in page
     assert "| 1.235 | 1x2 |  |" in page
     assert "| 2 |  | x/y |" in page
+
+
+def test_fitted_constants_foresee_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("fit_machine", monkeypatch)
+    truth = replace(CPU, half_peak=400e9, unpack_pass=1e-9, kernel_peak=5e9)
+    formats = [None, *map(module.NumberFormat.parse, ("int8:row", "int3", "int4"))]
+    empty = [module.TimedInteger(x, (512, 256), tokens, 0.0) for x in formats for tokens in (1, 16, 64, 1024)]
+    timed = [replace(row, seconds=row.predicted(truth)) for row in empty]
+    fitted = module.fit_integers(timed, CPU)
+    for name in ("half_peak", "unpack_pass", "kernel_peak"):
+        assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=0.2), name
+
+
+def test_integer_layers_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("fit_machine", monkeypatch)
+    monkeypatch.setattr(module, "FORMATS", ("int4", "int3"))
+    timed = module.measure_integers((64, 64), 2, 1, 0.001)
+    assert [str(row.number_format) for row in timed] == ["None", "int4", "int3"]
+    assert all(row.seconds > 0 for row in timed)

@@ -28,6 +28,8 @@ from tensornet.compression.allocate import (
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import FORECAST_DAMPING
 from tensornet.linalg.weighted_svd import damped
+from tensornet.nn.kernel_layout import has_layout
+from tensornet.quantization import NumberFormat
 
 MLP = "*.mlp.*"
 
@@ -356,6 +358,26 @@ def test_predicted_times_are_those_that_layers_explain() -> None:
         told = made.explain(7)
         fastest = min(told["factorized"].milliseconds, told["reconstruct"].milliseconds)
         assert layer.milliseconds == pytest.approx(fastest, rel=0.05)
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_predicted_times_know_how_integers_are_read(tokens: int) -> None:
+    model = nn.Sequential(nn.Linear(128, 192)).bfloat16()
+    stats = CalibrationStats({"0": torch.rand(192)}, {"0": torch.rand(128)}, tokens=10, loss=1.0)
+    times = {}
+    for name in ("int3", "int4", "int8:row"):
+        config = CompressionConfig(bits_per_weight=8.5, tokens=tokens, formats=(name,))
+        plan = tn.plan(model, config, stats)
+        tn.apply_plan(twin := copy.deepcopy(model).eval(), plan, stats)
+        for layer in plan:
+            told = twin.get_submodule(layer.name).explain(tokens)
+            assert told.choice == "factorized"
+            if layer.topology.family == "dense":  # type: ignore[union-attr]
+                assert layer.milliseconds == pytest.approx(told["factorized"].milliseconds)
+        times[name] = [plan["0"].milliseconds, twin[0].explain(tokens).dense_milliseconds]
+    if tokens == 1 and has_layout(NumberFormat.parse("int4"), (192, 128)):
+        assert times["int4"][0] < times["int4"][1] < times["int3"][0]
+    assert times["int8:row"][0] < times["int3"][0]
 
 
 def test_milliseconds_need_a_token_count() -> None:

@@ -256,3 +256,26 @@ def test_int8_kernel_only_where_it_can_read_the_codes() -> None:
     assert not matrix.has_kernel(x.float())
     cut = IntegerMatrix(NumberFormat.parse("int8:row"), codes[:40], scales[:40], None, 96)
     assert not cut.has_kernel(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kernel"),
+    [
+        ("int4", 1, "int4 kernel"),
+        ("int4", KERNEL_TOKENS + 1, "unpacked"),
+        ("int8:row", 3, "int8 kernel"),
+        ("int3", 1, "unpacked"),
+        ("int8", 1, "unpacked"),
+    ],
+)
+def test_explain_names_the_kernel(name: str, count: int, kernel: str) -> None:
+    made = layer(name).eval()
+    told = made.explain(count)
+    cost = told[told.choice]
+    assert (told.choice, cost.kernel) == ("factorized", kernel)
+    assert cost.unpacked == (0 if "kernel" in kernel else SHAPE[0] * SHAPE[1])
+    assert cost.read_bytes == NumberFormat.parse(name).nbytes(SHAPE)
+    assert f"{kernel}, " in str(told)
+    assert told["reconstruct"].unpacked == SHAPE[0] * SHAPE[1]
+    assert told["reconstruct"].milliseconds > told["cached"].milliseconds
+    assert layer(name).float().explain(count)["factorized"].kernel == "unpacked"  # float32 inputs
