@@ -53,9 +53,9 @@ def test_a_prediction_is_what_comes(family: str, name: str, budget: tn.Budget) -
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name() -> None:
+    matrix = torch.eye(8)
+    matrix[2, 3] = torch.nan
     with pytest.raises(tn.NonFiniteError, match="The matrix holds 1 NaN"):
-        matrix = torch.eye(8)
-        matrix[2, 3] = torch.nan
         topology_family("low_rank").predict(matrix, tn.Budget(max_bond=2), lambda: singular_values(matrix))
 
 

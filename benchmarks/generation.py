@@ -1,0 +1,191 @@
+"""How many tokens a second does a model of integers generate, beside its dense model?
+
+    python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled] [--seconds 20]
+
+SmolLM2-135M (see real_data.py), its 210 linear layers in integers and all else dense, one pass of 1, 16 or
+256 tokens without a cache of keys and with the logits of the last token: what generating one token, checking
+a draft and reading a prompt do. All sides compute in bfloat16 but the dense one in float32; with one thread
+processor time counts, else the wall clock. `int4` are 4.25 bits a weight in one format. `planned` are 4.25
+bits in the formats that a plan by the loss chooses, in its shares: those of 3, 5 and 6 bits have no kernel
+and are unpacked in every pass. Codes and scales are random, which no product notices. Rows that the record
+holds are kept, so that a run goes on where the last one ended. Ratios are to the dense model in bfloat16,
+paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RECORDS, held_bytes, paired_medians, record
+from real_data import prepare_models
+from speed import clock_for, rounds, with_threads
+from torch import nn
+
+import tensornet as tn
+from tensornet.nn.encoding import Storage
+from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.quantization import NumberFormat
+from tensornet.topologies import dense
+
+#: Layers of each format in the plan of SmolLM2 at 4.25 bits a weight, of 210.
+PLANNED = {"int4": 125, "int3": 35, "int5": 31, "int6": 17, "int8": 2}
+SIDES = ("float32", "bfloat16", "int4", "int8:row", "planned")
+TOKENS = (1, 16, 256)
+BASE = "bfloat16"
+KEY = ("side", "mode", "threads", "tokens")
+
+
+def build(config: Any, side: str, folder: Path | None) -> nn.Module:
+    """The model of one side, ready to generate."""
+    from transformers import AutoModelForCausalLM
+
+    if folder is None:
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if side == "float32":
+        return model.eval()
+    model = model.bfloat16()
+    if side != BASE:
+        names = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and "layers" in name]
+        for name, number_format in zip(names, formats(side, len(names)), strict=True):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, integers(model.get_submodule(name), number_format))
+    return model.eval()
+
+
+def formats(side: str, count: int) -> list[str]:
+    """Format of every layer; those of a plan are dealt out at random in their shares."""
+    if side != "planned":
+        return [side] * count
+    found = [name for name, share in PLANNED.items() for _ in range(share)]
+    random.Random(0).shuffle(found)
+    return found[:count]
+
+
+def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
+    """A layer of random integers of the same shape."""
+    topology = dense(out_features=layer.out_features, in_features=layer.in_features)
+    storage = Storage(number_format=NumberFormat.parse(number_format))
+    options: dict[str, Any] = {"bias": layer.bias is not None, "storage": storage, "device": "meta"}
+    made = TensorNetworkLinear(topology, **options).bfloat16().to_empty(device="cpu")
+    for name, tensor in made.stored.items():
+        if tensor.is_floating_point():
+            tensor.copy_(0.01 * torch.rand(tensor.shape))
+        else:
+            setattr(made, name, torch.randint(0, 256, tensor.shape, dtype=tensor.dtype))
+    if made.bias is not None:
+        nn.init.zeros_(made.bias)
+    return made
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Size of the file that the model is saved in."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        tn.save_model(model, path)
+        return path.stat().st_size
+
+
+def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
+    """One pass of so many tokens."""
+    if mode == "compiled":
+        model = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    ids = torch.arange(tokens)[None] % 100
+    return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+@torch.no_grad()
+def measure(
+    models: dict[str, nn.Module], mode: str, tokens: int, seconds: float, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of all sides, timed in turn."""
+    torch._dynamo.reset()
+    ways = {side: passes(model, mode, tokens) for side, model in models.items()}
+    for way in ways.values():
+        way()
+    times = paired_medians(ways, rounds(ways.values(), seconds), warmup=1, clock=clock_for(threads))
+    for side, time in times.items():
+        yield {
+            "side": side,
+            "mode": mode,
+            "threads": threads,
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / time.median, 1),
+            "times_bfloat16": round(times[BASE].median / time.median, 3),
+            "held_MiB": round(held_bytes(models[side]) / 2**20, 3),
+            "repeats": time.repeats,
+        }
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cache", type=Path, nargs="?", help="folder of models, see real_data.py")
+    parser.add_argument("--toy", action="store_true", help="a tiny random model")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES))
+    parser.add_argument("--seconds", type=float, default=20.0, help="about this long for each comparison")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure what the record does not hold yet."""
+    from transformers import AutoConfig, LlamaConfig
+
+    given = options(arguments)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
+    folder = None if given.toy else prepare_models(given.cache)[0]
+    config = (
+        LlamaConfig(**small, num_attention_heads=2) if folder is None else AutoConfig.from_pretrained(folder)
+    )
+    path = given.records / "generation.json"
+    known = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = {tuple(row[key] for key in KEY): row for row in known}
+    models = {side: build(config, side, folder) for side in given.sides}
+    sizes = {side: round(file_bytes(model) / 2**20, 3) for side, model in models.items()}
+
+    def work(threads: int) -> list[dict[str, Any]]:
+        for mode in given.modes:
+            for tokens in given.tokens:
+                wanted = [(side, mode, threads, tokens) for side in given.sides]
+                if all(key in rows for key in wanted):
+                    continue
+                for row in measure(models, mode, tokens, given.seconds, threads):
+                    row["file_MiB"] = sizes[row["side"]]
+                    rows[tuple(row[key] for key in KEY)] = row
+                    print(row, flush=True)
+                gc.collect()
+                write(rows.values(), given.records)
+        return []
+
+    with_threads(given.threads, work)
+    return write(rows.values(), given.records)
+
+
+def write(rows: Any, folder: Path) -> Path:
+    """The record, with the smallest and the median ratio of each kind of pass."""
+    found = list(rows)
+    summary = {
+        f"{row['side']}, {row['tokens']} tokens, {row['mode']}, threads: {row['threads']}": row[
+            "times_bfloat16"
+        ]
+        for row in found
+        if row["side"] not in ("float32", BASE)
+    }
+    return record("generation", found, folder=folder, dtype="bfloat16", summary=summary)
+
+
+if __name__ == "__main__":
+    print(main())
