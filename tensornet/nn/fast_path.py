@@ -10,6 +10,7 @@ from torch import Tensor, bfloat16, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _get_tracing_state as tracing_state
 from torch._C import _is_any_autocast_enabled as any_autocast
+from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from tensornet.contraction.steps import ContractionPlan
@@ -35,8 +36,11 @@ def through_matrices(
     (first, first_shape), (second, second_shape) = plan.matrices
     first_name, second_name, in_features = names[first - 1], names[second - 1], first_shape[1]
     strategy, most = layer.strategy, largest * in_features
+    # Reshaping takes as long as a small product: without gradients the reshaped parameters are remembered.
+    known: tuple[Tensor, int, Tensor, Tensor, int, Tensor] | None = None
 
     def answer(x: Tensor) -> Tensor | None:
+        nonlocal known
         if layer.strategy is not strategy:
             return None
         parameters = layer._parameters
@@ -45,9 +49,25 @@ def through_matrices(
             return None
         if x.ndim == 0 or x.shape[-1] != in_features or x.numel() > most:
             return None
-        return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
+        if is_grad_enabled() or transforms_active() or tracing_state() is not None:
+            return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
+        if known is None or known[0] is not a or known[3] is not b:
+            known = _reshaped(a, first_shape, b, second_shape)
+        if known is None or known[1] != a.data_ptr() or known[4] != b.data_ptr():
+            known = None
+            return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
+        return linear(linear(x, known[2]), known[5], parameters["bias"])
 
     return answer
+
+
+def _reshaped(
+    a: Tensor, first: tuple[int, int], b: Tensor, second: tuple[int, int]
+) -> tuple[Tensor, int, Tensor, Tensor, int, Tensor] | None:
+    """Return two plain parameters, each with its address and a view of it, None if one is not contiguous."""
+    if any(type(x) is not Parameter or not x.is_contiguous() or x.is_meta for x in (a, b)):
+        return None
+    return a, a.data_ptr(), a.view(first), b, b.data_ptr(), b.view(second)
 
 
 def with_kept_matrix(layer: MatrixKeeper, kept: CachedMatrix) -> FastPath | None:

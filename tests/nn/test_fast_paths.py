@@ -66,3 +66,30 @@ def test_dense_encoders_are_fused_again() -> None:
 def test_calibration_leaves_the_switch_alone() -> None:
     tn.calibrate(encoder(), [(X, Y)])
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_reshaped_parameters_are_remembered_only_while_they_are_the_same() -> None:
+    layer = tn.nn.TensorNetworkLinear(tn.topologies.low_rank(out_features=12, in_features=10, rank=3)).eval()
+    x = torch.randn(1, 10)
+
+    def check() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(layer(x), x @ layer.to_matrix().T + layer.bias)
+        assert layer(x).requires_grad
+
+    check()
+    for change in (
+        lambda p: p.data.mul_(2),
+        lambda p: setattr(p, "data", p.data + 1),
+        lambda p: setattr(layer, "core_0", torch.nn.Parameter(p.detach() * 3)),
+        lambda p: layer.double().float(),
+    ):
+        with torch.no_grad():
+            change(layer.core_0)
+        check()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x,))
+        layer.core_0.mul_(2)
+        torch.testing.assert_close(traced(x), layer(x))
