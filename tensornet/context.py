@@ -87,3 +87,16 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config, flag in zip(configs, flags, strict=True):
             config.use_cache = flag
+
+
+def is_exporting() -> bool:
+    """Return True during `torch.export`, and False inside `torch.compile`.
+
+    `torch.compiler.is_exporting` reads the same flag, but compilers before torch 2.12 take it for True.
+
+    Example:
+        >>> from tensornet.context import is_exporting
+        >>> is_exporting()
+        False
+    """
+    return bool(torch.compiler._is_exporting_flag)

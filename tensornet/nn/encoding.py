@@ -24,9 +24,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_exporting
 
-from tensornet.context import outside_autocast
+from tensornet.context import is_exporting, outside_autocast
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import (
     FLOAT,

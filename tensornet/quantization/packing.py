@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tensornet.context import is_exporting
 from tensornet.errors import ShapeError
 
 
@@ -101,7 +102,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
     length = math.ceil(size / segments)
     parts = packed.reshape(*packed.shape[:-1], planes, length)
     # ONNX exporters shift bytes as signed ones.
-    parts = parts.to(torch.int32) if torch.compiler.is_exporting() else parts
+    parts = parts.to(torch.int32) if is_exporting() else parts
     whole = _stacked if torch.compiler.is_compiling() else _shifted
     codes = whole(parts, bits).bitwise_and_(2**bits - 1).to(torch.uint8)
     return codes.reshape(*packed.shape[:-1], segments * length)[..., :size]

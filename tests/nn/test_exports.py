@@ -61,6 +61,12 @@ def same(got: Tensor, model: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_compiling_is_not_exporting() -> None:
+    model, x = mixture(), torch.randn(6, 32)
+    torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert model[1].stats is not None, "compiled mixtures keep their losses"
+
+
 # torch.export.load of torch 2.10 reads its file into a buffer that cannot be written.
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 @EACH_MODEL

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_exporting
 from torch.nn import functional as F
 
+from tensornet.context import is_exporting
 from tensornet.errors import ShapeError
 from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.grouped_linear import Groups, masked_linear
