@@ -9,6 +9,7 @@ replaced.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -23,6 +24,8 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, ROOT
+
+from tensornet.compression.forecast import Forecast, Rise
 
 Row = Mapping[str, Any]
 PAGE, PICTURE = ROOT / "docs" / "bytes.md", ROOT / "docs" / "bytes.svg"
@@ -66,6 +69,7 @@ def filled(text: str, record: Mapping[str, Any]) -> str:
         "result": result(rows),
         "bytes": bytes_table(rows),
         "forecast": forecast_table(rows),
+        "time": time_table(rows),
         "origin": origin(record),
     }
     for name, content in parts.items():
@@ -95,51 +99,46 @@ def best_peer(rows: Sequence[Row], model: str, bits: float) -> tuple[str, float]
     return min(found.items(), key=lambda item: item[1]) if found else None
 
 
-def standard_error(rows: Sequence[Row], model: str, bits: float) -> float:
-    """Of the plan's rise at a size; of that of rounding to nearest, which is larger, where it is missing."""
-    for method in ("plan", "nearest"):
-        found = [
-            row["standard_error"]
-            for row in rows
-            if (row["model"], row["method"], row["bits"]) == (model, method, bits) and "standard_error" in row
-        ]
-        if found:
-            return float(max(found))
-    return 0.0
+def standard_error(rows: Sequence[Row], model: str, method: str, bits: float) -> float:
+    """Of the rise of a method over the judged text, the largest of its seeds; 0 where none is known."""
+    wanted = (model, method, bits)
+    found = [
+        row["standard_error"]
+        for row in rows
+        if (row["model"], row["method"], row["bits"]) == wanted and "standard_error" in row
+    ]
+    return float(max(found, default=0.0))
 
 
-def verdict(rows: Sequence[Row], model: str, bits: float) -> str:
-    """The plan against the best peer: lower, level or higher; empty where one of them was not measured."""
+def difference(rows: Sequence[Row], model: str, bits: float) -> tuple[float, float] | None:
+    """Mean rise of the plan less that of the best peer, and its standard error; None without either.
+
+    Both rises are taken as independent, which overstates the error: they are measured on the same tokens.
+    """
     ours, peer = rises(rows, model, "plan", bits), best_peer(rows, model, bits)
     if not ours or peer is None:
-        return ""
-    gap = statistics.mean(ours) - peer[1]
-    # Both rises have the error of the judged text, hence the root of two.
-    if abs(gap) <= 2 * 2**0.5 * standard_error(rows, model, bits):
-        return "level"
-    return "lower" if gap < 0 else "higher"
+        return None
+    errors = (standard_error(rows, model, name, bits) for name in ("plan", peer[0]))
+    return statistics.mean(ours) - peer[1], math.hypot(*errors)
 
 
 def result(rows: Sequence[Row]) -> str:
-    """How often the plan beats the best peer, and a line for each model."""
-    cases = [verdict(rows, model, bits) for model in MODELS for bits in SIZES]
-    count = {name: cases.count(name) for name in ("lower", "level", "higher")}
-    lines = [
-        "- Loss increase of one plan against the best installed quantizer at the same bytes, all models "
-        f"and sizes: lower in {count['lower']} cases, level within two standard errors in {count['level']}, "
-        f"higher in {count['higher']}."
-    ]
+    """A line for each model that has a plan: relative to the best peer."""
+    lines = []
     for model, title in MODELS.items():
         parts = []
-        for bits in (4.25, 3.25, 2.25):
+        for bits in SIZES[1:]:
             ours, peer = rises(rows, model, "plan", bits), best_peer(rows, model, bits)
             if ours and peer is not None:
                 mean = statistics.mean(ours)
                 parts.append(f"{mean / peer[1]:.2f}x at {bits} bits ({number(mean)}, {number(peer[1])})")
         if parts:
             unit = next(row["unit"] for row in rows if row["model"] == model)
+            known = {row["method"] for row in rows if row["model"] == model}
+            missing = [METHODS[method] for method in PEERS if method not in known]
+            left_out = f" (not measured: {', '.join(missing)})" if missing else ""
             lines.append(
-                f"- {title}: loss increase of one plan, relative to the best installed quantizer: "
+                f"- {title}: loss increase of one plan, relative to the best installed quantizer{left_out}: "
                 f"{', '.join(parts)}; {unit}."
             )
     return "\n".join(lines)
@@ -168,11 +167,10 @@ def bytes_table(rows: Sequence[Row]) -> str:
             cells = [cell(rows, model, method, bits) for bits in SIZES]
             if any(cells):
                 lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
-        errors = [standard_error(rows, model, bits) for bits in SIZES]
-        if any(errors):
-            lines.append(
-                f"| {title} | standard error | {' | '.join(number(x) if x else '' for x in errors)} |"
-            )
+        gaps = [difference(rows, model, bits) for bits in SIZES]
+        if any(gaps):
+            cells = ["" if gap is None else f"{number(gap[0])} ({number(gap[1])})" for gap in gaps]
+            lines.append(f"| {title} | plan less best package (standard error) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -185,28 +183,67 @@ def cell(rows: Sequence[Row], model: str, method: str, bits: float) -> str:
     return f"{text} ± {number((max(found) - min(found)) / 2)}" if len(found) > 1 else text
 
 
+def corrected(plans: Sequence[Row], row: Row, source: str) -> float | None:
+    """Prediction of a plan, corrected by the rises that all plans of its seed had on one validation text."""
+    measured = [
+        (other["predicted"]["alone"], rise["value"])
+        for other in plans
+        if (other["model"], other["seed"]) == (row["model"], row["seed"])
+        and (rise := other["validation"].get(source)) is not None
+        and Rise(**rise).significant
+    ]
+    return Forecast.through(measured).rise(row["predicted"]["alone"]) if measured else None
+
+
 def forecast_table(rows: Sequence[Row]) -> str:
     """Predicted over measured loss increases of the plan, mean over seeds."""
-    plans = [row for row in rows if row["method"] == "plan" and "predicted" in row]
-    names = list(dict.fromkeys(name for row in plans for name in row["predicted"]))
-    titles = {"alone": "moments alone", "judged source": "corrected, text of the judged source"}
-    heads = " | ".join(
-        titles.get(name, f"corrected, text of {name.replace('other', 'another')}") for name in names
-    )
-    lines = [f"| model | bits | measured | {heads} |", "|---|--:|--:|" + "--:|" * len(names)]
+    plans = [row for row in rows if row["method"] == "plan"]
+    sources = list(dict.fromkeys(name for row in plans for name in row["validation"]))
+    titles = {"judged source": "the judged source", "other source": "another source"}
+    heads = [f"corrected, text of {titles.get(name, name)}" for name in sources]
+    lines = ["| model | bits | measured (standard error) | moments alone | " + " | ".join(heads) + " |"]
+    lines.append("|---|--:|--:|--:|" + "--:|" * len(heads))
     for model, title in MODELS.items():
         for bits in SIZES:
             found = [row for row in plans if row["model"] == model and row["bits"] == bits]
             if not found:
                 continue
             measured = statistics.mean(row["loss_increase"] for row in found)
-            cells = []
-            for name in names:
-                values = [row["predicted"][name] for row in found if row["predicted"].get(name) is not None]
-                ratio = statistics.mean(values) / measured if values and measured > 0 else None
-                cells.append("" if ratio is None else f"{ratio:.2f}x")
-            lines.append(f"| {title} | {bits} | {number(measured)} | {' | '.join(cells)} |")
+            error = standard_error(rows, model, "plan", bits)
+            predictions = [[row["predicted"]["alone"] for row in found]]
+            predictions += [[corrected(plans, row, source) for row in found] for source in sources]
+            cells = [ratio(values, measured) for values in predictions]
+            lines.append(f"| {title} | {bits} | {number(measured)} ({number(error)}) | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ratio(predicted: Sequence[float | None], measured: float) -> str:
+    """Mean of the predictions over the measurement."""
+    known = [value for value in predicted if value is not None]
+    return f"{statistics.mean(known) / measured:.2f}x" if known and measured > 0 else ""
+
+
+def time_table(rows: Sequence[Row]) -> str:
+    """Processor seconds and peak memory of a plan and of GPTQ at one size."""
+    at, lines = 4.25, ["| model | method | calibrate | plan | round | peak memory, MiB |"]
+    lines.append("|---|---|--:|--:|--:|--:|")
+    for model, title in MODELS.items():
+        for method in ("plan", "gptq"):
+            wanted = (model, method, at)
+            found = [r for r in rows if (r["model"], r["method"], r["bits"]) == wanted and "peak_mib" in r]
+            if not found:
+                continue
+            row, seconds = found[-1], found[-1]["seconds"]
+            cells = [number_of_seconds(seconds.get(name)) for name in ("calibrate", "plan", "round")]
+            if "all" in seconds:
+                cells = [f"{seconds['all']:.0f} in all", "", ""]
+            lines.append(f"| {title} | {METHODS[method]} | {' | '.join(cells)} | {row['peak_mib']:,} |")
+    return "\n".join(lines)
+
+
+def number_of_seconds(value: float | None) -> str:
+    """Whole seconds; empty where a step was not measured."""
+    return "" if value is None else f"{value:.0f}"
 
 
 def origin(record: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ def calibrate(
         full_up_to: a side of a weight longer than this keeps only the diagonal of its moment.
         dtype: dtype of the accumulators.
         autocast: run the model in this dtype where that is safe, and multiply the gradients of one batch in
-            it; `torch.bfloat16` makes calibration about three times as fast on processors that have it.
+            it; `torch.bfloat16` makes calibration about twice as fast on processors that have it.
             Moments of inputs are always multiplied in `dtype`, and all are summed in it.
         source: what the data is, for reports.
         progress: show a progress bar.

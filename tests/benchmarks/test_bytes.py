@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("harness", "real_data", "encoder", "bytes_models", "bytes", "bytes_page")
+MODULES = ("harness", "real_data", "encoder", "bytes_models", "bytes_workers", "bytes", "bytes_page")
 
 
 @pytest.fixture
@@ -81,6 +81,10 @@ def test_turning_the_residual_stream_changes_weights_and_no_output(load: Any, tm
     assert (turned.model.layers[0].mlp.up_proj.weight - before).norm() > 0.5 * before.norm()
 
 
+MEASURED = {"value": 0.005, "standard_error": 0.0001}
+NOISE = {"value": 0.0001, "standard_error": 0.001}
+
+
 def a_row(method: str, bits: float, loss: float, seed: int = 0, **more: Any) -> dict[str, Any]:
     row = {"model": "gpt2", "method": method, "bits": bits, "seed": seed, "loss_increase": loss}
     origin = {"unit": "nats a token", "commit": "c" * 40, "dirty": False}
@@ -91,27 +95,29 @@ def a_row(method: str, bits: float, loss: float, seed: int = 0, **more: Any) -> 
 def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     page = load("bytes_page")
     rows = [
-        a_row("plan", 4.25, 0.004, predicted={"alone": 0.01, "judged source": 0.005}),
-        a_row("plan", 4.25, 0.006, seed=1, predicted={"alone": 0.01, "judged source": 0.005}),
-        a_row("gptq", 4.25, 0.02),
+        a_row("plan", 4.25, 0.004, predicted={"alone": 0.01}, validation={"judged source": MEASURED}),
+        a_row("plan", 4.25, 0.006, seed=1, predicted={"alone": 0.01}, validation={"judged source": MEASURED}),
+        a_row("gptq", 4.25, 0.02, peak_mib=900, seconds={"all": 12.0}),
         a_row("hqq", 4.25, 0.03),
         a_row("nearest", 4.25, 0.025),
-        a_row("plan", 8.25, 0.0001, predicted={"alone": 0.0001, "judged source": None}),
+        a_row("plan", 8.25, 0.0001, predicted={"alone": 0.0001}, validation={"judged source": NOISE}),
         a_row("gptq", 8.25, -0.0001),
         a_row("nearest", 8.25, 0.0002),
     ]
     rows.append({**a_row("autoround", 8.25, 0.0), "refused": "ValueError: 8 bits"})
     del rows[-1]["loss_increase"]
     record = {"rows": rows, "device": "a processor", "dtype": "float32"}
-    names = ("why", "result", "bytes", "forecast", "origin")
+    names = ("why", "result", "bytes", "forecast", "time", "origin")
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), record)
     assert "old" not in text
-    assert "lower in 1 cases, level within two standard errors in 1, higher in 0" in text
+    assert "plan less best package (standard error) | 0.00020 (0.0014)" in text
+    assert "(not measured: auto-round, round to nearest (torchao))" in text
     assert "0.25x at 4.25 bits (0.0050, 0.020)" in text
     assert "| **one plan (ours)** | 0.00010 |  | 0.0050 ± 0.0010 |" in text
     assert "| auto-round | refused |" in text
     assert "rises by 0.0050 nats; 0.020 by GPTQ (llmcompressor), 0.030 by hqq." in text
-    assert "| embedded GPT-2 | 4.25 | 0.0050 | 2.00x | 1.00x |" in text
+    assert "| embedded GPT-2 | 4.25 | 0.0050 (0.0010) | 2.00x | 1.00x |" in text
+    assert "| embedded GPT-2 | GPTQ (llmcompressor) | 12 in all |  |  | 900 |" in text
     assert "not measured yet: two-sided rounding" in text
     page.draw(rows, tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text()
