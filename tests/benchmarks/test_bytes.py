@@ -111,7 +111,7 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), record)
     assert "old" not in text
     assert "plan less best package (standard error) | 0.00020 (0.0014)" in text
-    assert "(not measured: auto-round, round to nearest (torchao))" in text
+    assert "(not measured: round to nearest (torchao))" in text
     assert "0.25x at 4.25 bits (0.0050, 0.020)" in text
     assert "| **one plan (ours)** | 0.00010 |  | 0.0050 ± 0.0010 |" in text
     assert "| auto-round | refused |" in text
