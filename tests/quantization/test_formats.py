@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensornet.errors import FormatError, TopologyError
-from tensornet.quantization import NumberFormat, format_names, pack, round_weight
+from tensornet.quantization import NumberFormat, dequantize, format_names, pack, round_weight
 
 INTEGERS = st.builds(
     NumberFormat,
@@ -78,3 +78,11 @@ def test_bytes_of_the_usual_cases() -> None:
     assert len(format_names()) == 9
     with pytest.raises(TopologyError, match="shape must be a sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
+
+
+def test_two_bits_have_four_points_around_zero() -> None:
+    codes = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
+    scales = torch.ones(1, 1, dtype=torch.bfloat16)
+    values = dequantize(codes, scales, None, NumberFormat.parse("int2"))
+    assert values.tolist() == [[-1.5, -0.5, 0.5, 1.5]]
+    assert NumberFormat.parse("int2").center == 1.5
