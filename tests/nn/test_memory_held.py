@@ -18,6 +18,9 @@ from tensornet.nn.encoding import Storage
 from tensornet.topologies import low_rank, mpo
 from tensornet_moe.grouped_linear import group_rows
 
+# Torch before 2.13 says at every profile that a cycle forgets the one before.
+pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+
 FEATURES = 768
 CHAIN = mpo(out_dims=(8, 8, 12), in_dims=(12, 8, 8), max_bond=24)
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -103,7 +103,9 @@ FAILURES = {
     "report of nothing": Failure(
         "leave out --report", ("--param-ratio", "0.5", "--dry-run", "--report", "page.html"), status=2
     ),
-    "no workers": Failure("'--workers'.*greater", ("--param-ratio", "0.5", "--workers", "0"), status=2),
+    "no workers": Failure(
+        "'--workers'.*(greater|range)", ("--param-ratio", "0.5", "--workers", "0"), status=2
+    ),
     "impossible budget": Failure(
         "'transformer.h.0.attn.c_attn'.*budget", ("--param-ratio", "0.0001", "--objective", "weight")
     ),
