@@ -136,7 +136,7 @@ class Topology:
             >>> import tensornet as tn
             >>> topology = tn.topologies.residual(out_features=6, in_features=4, rank=2)
             >>> [(positions, part.core_names) for positions, part in topology.parts]
-            [((0,), ('base',)), ((1, 2), ('left', 'right'))]
+            [((0,), ('base',)), ((1, 2), ('0', '1'))]
         """
         return _parts(self)
 

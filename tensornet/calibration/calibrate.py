@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -105,11 +105,18 @@ def calibrate(
         for batch in progress_bar(
             batches, desc="calibrating", disable=not progress, unit="batch", total=length
         ):
-            # No cache of weights in 16 bits: nothing would clear it before the last batch.
-            with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+            with _in_dtype(device, autocast):
                 runs.add(as_batch(batch, model, device))
     stats = recorder.finish(runs.scored, runs.mean_loss(), source)
     return replace(stats, of_tokens=runs.of_tokens)
+
+
+def _in_dtype(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Run the model under autocast to a dtype; leave the caller's autocast as it is where none is named."""
+    if autocast is None:
+        return nullcontext()
+    # No cache of weights in 16 bits: nothing would clear it before the last batch.
+    return torch.autocast(device.type, autocast, cache_enabled=False)
 
 
 @dataclass

@@ -80,7 +80,14 @@ def residual(
 
 
 class ResidualFamily(TopologyFamily):
-    """Dense matrix plus a network: worth its bytes where the matrix is stored in few bits."""
+    """Dense matrix plus a network: worth its bytes where the matrix is stored in few bits.
+
+    Example:
+        >>> import tensornet as tn
+        >>> topology = tn.topologies.topology_family("residual").build(6, 4, max_bond=2)
+        >>> topology.family, topology.core_names
+        ('residual', ('base', '0', '1'))
+    """
 
     name = "residual"
 

@@ -59,7 +59,7 @@ def test_input_without_dimensions_is_refused(strategy: str, training: bool) -> N
 def test_stock_layers_own_their_weight(family: str, shape: tuple[int, int]) -> None:
     """A network of one core would hand out the core, a padded one a part of something larger."""
     rows, columns = shape
-    options = {} if family in ("dense", "low_rank", "kronecker", "tensor_ring") else {"sites": 1}
+    options = {} if family in ("dense", "low_rank", "kronecker", "tensor_ring", "residual") else {"sites": 1}
     layer = tn.nn.TensorNetworkLinear.from_linear(nn.Linear(columns, rows), topology=family, **options)
     table = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(rows, columns), topology=family, **options)
     for made, dense in ((layer, layer.to_linear()), (table, table.to_embedding())):

@@ -152,5 +152,3 @@ def test_a_family_stands_for_its_name() -> None:
     ):
         with pytest.raises(tn.TopologyError, match=r"'low_rank' is not registered.*register_topology"):
             use()
-    with pytest.raises(tn.TopologyError, match=r"name of a family or a registered family.*replace_layer"):
-        tn.CompressionConfig(topology=made.topology)

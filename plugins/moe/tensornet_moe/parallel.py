@@ -278,6 +278,7 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
             shared=bank.owner if bank.owner is not None and not own else bank.shared,
             device="meta",
         )
+        whole._compute_like(bank.compute_like)
         cores = {
             core: bank.private_core(core) for core in bank.topology.core_names if core not in bank.shared
         }
@@ -301,6 +302,7 @@ def _slice_bank(bank: SharedCoreExperts, here: slice) -> tuple[SharedCoreExperts
         for core, parameter in bank.shared_parameters().items():
             owner.register_parameter(f"core_{core}", parameter)
     part = SharedCoreExperts(bank.topology, here.stop - here.start, shared=shared, device="meta")
+    part._compute_like(bank.compute_like)
     for core in bank.topology.core_names:
         if core not in bank.shared:
             part._store(core, bank.private_core(core).detach()[here].clone())

@@ -43,13 +43,17 @@ class StoredBank(FixedDtypes, ExpertBank):
 
     def _hold(self, stem: str, name: str, topology: Topology, core: Tensor) -> None:
         kept = encode_core(self.storage.format_of(name), topology, name, core)
+        plain = self.storage.format_of(name) == PLAIN.number_format
         for part in ("core", "scale", "zero"):
             key = f"{part}_{stem}"
-            self._parameters.pop(key, None)
-            self._buffers.pop(key, None)
+            # A tensor of the same kind keeps its place, and with it the order of the state dict.
+            if part not in kept or not plain:
+                self._parameters.pop(key, None)
+            if part not in kept or plain:
+                self._buffers.pop(key, None)
             if part not in kept:
                 continue
-            if self.storage.format_of(name) == PLAIN.number_format:
+            if plain:
                 self.register_parameter(key, nn.Parameter(kept[part]))
             else:
                 self.register_buffer(key, kept[part])
