@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -32,7 +31,6 @@ def in_processes(function: Callable[[int], Any], given: list[Any]) -> list[Any]:
 
 def _start(given: list[Any]) -> None:
     torch.set_num_threads(1)
-    os.setsid()  # schedulers that share a processor among sessions then see as many as there are workers
     _GIVEN.extend(given)
 
 
