@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from quantization.rounding_cases import moment, price, weight
 
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.descent import sweep_codes, sweep_scales
+from tensornet.quantization.descent import descend, sweep_codes, sweep_scales
 
 
 @given(st.integers(1, 16), st.integers(1, 80), st.integers(0, 1000), st.integers(2, 4))
@@ -55,3 +55,15 @@ def test_one_group_of_scales_is_solved_exactly() -> None:
     )
     gradient = (points * (rows @ (matrix - points * scales) @ columns)).sum(1)
     assert float(gradient.abs().max()) < 1e-6
+
+
+def test_scales_are_kept_where_eight_bits_make_the_exact_ones_worse() -> None:
+    """Both exact scales are 1.1; of coupled rows the scales 1 and 1.25 are better, whose errors cancel."""
+    number_format, zero = NumberFormat.parse("int3:g32:float8"), 4.0
+    codes = torch.full((2, 1), 7.0, dtype=torch.float64)
+    matrix = torch.full_like(codes, 3 * 1.1)
+    rows = torch.tensor([[1.0, 0.99], [0.99, 1.0]], dtype=torch.float64)
+    scales = torch.tensor([[1.0], [1.25]]).to(number_format.scale_dtype)
+    kept = descend(matrix, codes, scales, zero, number_format, rows, torch.ones(1, 1).double(), 1)
+    assert torch.equal(kept[0], codes)
+    assert torch.equal(kept[1].float(), scales.float())
