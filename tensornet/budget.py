@@ -1,4 +1,4 @@
-"""Budget of a decomposition: caps on bonds, error and parameters, of which the tightest wins."""
+"""Budget of a decomposition: caps on bonds, error and parameters; the tightest wins."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Products of a matrix with itself, of which half is known by symmetry."""
+"""Gram matrices `x^T x`, computed from their upper half."""
 
 import torch
 from torch import Tensor

@@ -90,7 +90,7 @@ def draw_loss_over_bits(
         palette: colours.
         label: of the vertical axis.
     """
-    from matplotlib.ticker import FixedLocator, NullFormatter
+    from matplotlib.ticker import NullFormatter
 
     weights = plan.params_before
 
@@ -118,6 +118,18 @@ def draw_loss_over_bits(
     axes.set_yscale("log")
     low, high = min(values, default=1e-3), max(values, default=1.0)
     axes.set_ylim(low / 2, high * 2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(label)
+    smallest = min([mark.bits for mark in marks] + [8 * size / weights for size, _ in curve] + [2.0])
+    _bits_axis(axes, smallest, dense, palette)
+    plain_axes(axes, palette, grid="both")
+
+
+def _bits_axis(axes: "Axes", smallest: float, dense: float, palette: Palette) -> None:
+    """Scale the axis of bits a weight, and mark the dense model at its end."""
+    from matplotlib.ticker import FixedLocator, NullFormatter
+
     axes.axvline(dense, color=palette.dense, linestyle="--", linewidth=1.1)
     axes.annotate(
         "dense, no rise",
@@ -135,13 +147,8 @@ def draw_loss_over_bits(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(FixedLocator([]))
-    smallest = min([mark.bits for mark in marks] + [8 * size / weights for size, _ in curve] + [2.0])
     axes.set_xlim(0.9 * smallest, 1.1 * dense)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bits of a weight, scales included")
-    axes.set_ylabel(label)
-    plain_axes(axes, palette, grid="both")
 
 
 def draw_bits(axes: "Axes", layers: Sequence[LayerPlan], palette: Palette = DEFAULT) -> None:

@@ -31,7 +31,7 @@ _LEAST_DAMPING = 1e-6
 
 @dataclass(frozen=True)
 class RoundedProduct:
-    """A product of which one factor or both are integers.
+    """Product `A B` with integers in one or both factors.
 
     Args:
         left: codes or values of `A`, `(out, rank)`; of its free rows where it is pivoted.

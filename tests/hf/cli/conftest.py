@@ -15,7 +15,7 @@ WORDS = ["rain", "sun", "cat", "kitten", "falls", "shines", "a", "the", "wet", "
 
 
 @pytest.fixture
-def program(
+def tensornet(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Run]:
     """Run the program in an empty folder: status, stdout, stderr."""

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,38 +14,16 @@ import pytest
 import torch
 from hf_architectures import ARCHITECTURES
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration, GPT2LMHeadModel
-from transformers.utils import logging
 
 import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet_hf import load
-from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text.tokens import load_tokenizer
 
 TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
 CHAIN = ("--param-ratio", 0.5, "--topology", "mpo", "--target", "h.0.mlp.c_fc")
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tensornet(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Run]:
-    """Run the program in an empty folder: status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = run([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    yield call
-    logging.set_verbosity(verbosity)  # the program sets both for its whole process
-    if bars:
-        logging.enable_progress_bar()
 
 
 @torch.no_grad()

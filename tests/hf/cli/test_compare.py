@@ -30,10 +30,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_folders_side_by_side(program: Run, small: Path) -> None:
+def test_folders_side_by_side(tensornet: Run, small: Path) -> None:
     Path("text.txt").write_text(heldout_text()[:6_000])
     arguments = ("compare", gpt2_path(), small, "--text", "text.txt", "--new-tokens", 5)
-    status, out, _ = program(*arguments, "--json", "--plot", "c.svg")
+    status, out, _ = tensornet(*arguments, "--json", "--plot", "c.svg")
     assert status == 0
     data = json.loads(out)
     dense, ours = data["models"]
@@ -47,26 +47,26 @@ def test_folders_side_by_side(program: Run, small: Path) -> None:
     assert ours["bits"] == pytest.approx(8 * ours["bytes"] / 940_800)
     assert dense["params"] == 940_800 < ours["params"]  # the scales are numbers too
     assert ours["milliseconds"] > 0
-    measured = json.loads(program("eval", small, "--text", "text.txt", "--json")[1])
+    measured = json.loads(tensornet("eval", small, "--text", "text.txt", "--json")[1])
     assert ours["quality"]["loss"] == pytest.approx(measured["loss"], abs=1e-4)
     prompt = " ".join(heldout_text().split()[:12])
     assert data["prompt"] == prompt
-    again = json.loads(program("generate", small, "--prompt", prompt, "--max-new-tokens", 5, "--json")[1])
+    again = json.loads(tensornet("generate", small, "--prompt", prompt, "--max-new-tokens", 5, "--json")[1])
     assert ours["sample"] == again["text"]
     assert "<svg" in Path("c.svg").read_text()
 
-    status, out, _ = program(*arguments)
+    status, out, _ = tensornet(*arguments)
     assert status == 0
     assert [x.split()[0] for x in out.splitlines()[1:3]] == ["gpt2", "small"]
     assert f"{ours['quality']['loss'] - dense['quality']['loss']:+.4f}" in out
     assert "small writes:" in out
 
 
-def test_encoders_are_compared_by_the_cosine(program: Run, encoder: Path) -> None:
+def test_encoders_are_compared_by_the_cosine(tensornet: Run, encoder: Path) -> None:
     Path("text.txt").write_text("rain falls\n\nthe sun shines\n\na wet cat\n")
     how = ("--rel-error", 0.5, "--objective", "weight")
-    assert program("compress", encoder, "small", *how)[0] == 0
-    status, out, _ = program("compare", encoder, "small", "--text", "text.txt", "--json")
+    assert tensornet("compress", encoder, "small", *how)[0] == 0
+    status, out, _ = tensornet("compare", encoder, "small", "--text", "text.txt", "--json")
     assert status == 0
     dense, ours = json.loads(out)["models"]
     assert dense["quality"]["loss"] == pytest.approx(0, abs=1e-6)
@@ -88,25 +88,25 @@ def quantized_by(folder: Path, method: object) -> Path:
     ("method", "package"), [("torchao", "torchao"), ("gptq", "gptqmodel"), ("quanto", "optimum-quanto")]
 )
 def test_the_package_of_another_quantizer_is_named(
-    program: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, package: str
+    tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, package: str
 ) -> None:
     monkeypatch.setattr("tensornet_hf.evaluation.quantizers.find_spec", lambda name: None)
     folder = quantized_by(tmp_path / "theirs", method)
-    status, out, err = program("compare", folder, gpt2_path())
+    status, out, err = tensornet("compare", folder, gpt2_path())
     assert (status, out) == (1, "")
     assert f"theirs is quantized by '{method}', whose package {package} is not installed here" in err
     assert f"pip install {package}" in err
 
 
-def test_a_quantizer_that_nobody_knows(program: Run, tmp_path: Path) -> None:
+def test_a_quantizer_that_nobody_knows(tensornet: Run, tmp_path: Path) -> None:
     folder = quantized_by(tmp_path / "theirs", "magic")
-    status, _, err = program("compare", gpt2_path(), folder)
+    status, _, err = tensornet("compare", gpt2_path(), folder)
     assert status == 1
     assert "quantized by 'magic', which transformers does not know" in err
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-def test_a_folder_of_torchao(program: Run, tmp_path: Path) -> None:
+def test_a_folder_of_torchao(tensornet: Run, tmp_path: Path) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -115,7 +115,7 @@ def test_a_folder_of_torchao(program: Run, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "theirs")
     load_tokenizer(gpt2_path()).save_pretrained(tmp_path / "theirs")
     Path("text.txt").write_text(heldout_text()[:3_000])
-    status, out, err = program("compare", gpt2_path(), "./theirs", "--text", "text.txt", "--json")
+    status, out, err = tensornet("compare", gpt2_path(), "./theirs", "--text", "text.txt", "--json")
     assert (status, err) == (0, "")
     dense, theirs = json.loads(out)["models"]
     assert theirs["method"] == "torchao"
@@ -123,7 +123,7 @@ def test_a_folder_of_torchao(program: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
-def test_a_folder_of_compressed_tensors(program: Run) -> None:
+def test_a_folder_of_compressed_tensors(tensornet: Run) -> None:
     """Our own int4 layers, exported: the same model in the format of another quantizer."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=64, **sizes)).save_pretrained(
@@ -131,25 +131,25 @@ def test_a_folder_of_compressed_tensors(program: Run) -> None:
     )
     load_tokenizer(gpt2_path()).save_pretrained("dense")
     how = ("--bits", 5, "--formats", "int4", "--objective", "weight")
-    assert program("compress", "dense", "small", *how)[0] == 0
-    assert program("export", "small", "theirs")[0] == 0
+    assert tensornet("compress", "dense", "small", *how)[0] == 0
+    assert tensornet("export", "small", "theirs")[0] == 0
     Path("text.txt").write_text(heldout_text()[:3_000])
-    status, out, _ = program("compare", "small", "./theirs", "--text", "text.txt", "--json")
+    status, out, _ = tensornet("compare", "small", "./theirs", "--text", "text.txt", "--json")
     assert status == 0
     ours, theirs = json.loads(out)["models"]
     assert theirs["method"] == "compressed-tensors"
     assert theirs["quality"]["loss"] == pytest.approx(ours["quality"]["loss"], abs=1e-3)
 
 
-def test_bad_input(program: Run, tmp_path: Path) -> None:
-    status, _, err = program("compare", gpt2_path(), "--plot", "c.jpeg")
+def test_bad_input(tensornet: Run, tmp_path: Path) -> None:
+    status, _, err = tensornet("compare", gpt2_path(), "--plot", "c.jpeg")
     assert status == 1
     assert "c.jpeg is no name of a picture; end it in .png, .svg or .pdf" in err
     (tmp_path / "empty").mkdir()
-    status, _, err = program("compare", gpt2_path(), "./empty")
+    status, _, err = tensornet("compare", gpt2_path(), "./empty")
     assert status == 1
     assert "holds no config.json" in err
-    status, _, err = program("compare", gpt2_path(), "--text", "no.txt")
+    status, _, err = tensornet("compare", gpt2_path(), "--text", "no.txt")
     assert status == 1
     assert "There is no file no.txt" in err
 
@@ -164,7 +164,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert count_weights(tmp_path / "a" / "model") == 940_800
 
 
-def test_held_out_text_measures_plain_methods_of_the_same_bytes(program: Run) -> None:
+def test_held_out_text_measures_plain_methods_of_the_same_bytes(tensornet: Run) -> None:
     Path("cal.txt").write_text(calibration_text()[:8_000])
     Path("held.txt").write_text(heldout_text()[:6_000])
     how = (
@@ -178,7 +178,7 @@ def test_held_out_text_measures_plain_methods_of_the_same_bytes(program: Run) ->
         "h.1.mlp.c_fc",
     )
     arguments = ("compress", gpt2_path(), "small", *how, "--calibration", "cal.txt", "--held-out", "held.txt")
-    status, out, _ = program(*arguments, "--report", "r.html")
+    status, out, _ = tensornet(*arguments, "--report", "r.html")
     assert status == 0
     measured = out.partition("measured    ")[2]
     for method in ("compressed", "round to nearest", "GPTQ", "plain SVD"):
@@ -187,24 +187,24 @@ def test_held_out_text_measures_plain_methods_of_the_same_bytes(program: Run) ->
     assert "measured</em>" in page
     assert "gpt2, compressed" in page
     assert str(gpt2_path()) not in page
-    loss = float(json.loads(program("eval", "small", "--text", "held.txt", "--json")[1])["loss"])
+    loss = float(json.loads(tensornet("eval", "small", "--text", "held.txt", "--json")[1])["loss"])
     dense = float(measured.partition("loss ")[2].split()[0])
     rise = float(measured.partition("compressed ")[2].split(",")[0])
     assert loss - dense == pytest.approx(rise, abs=2e-4)
 
 
-def test_held_out_text_must_be_another_one(program: Run) -> None:
+def test_held_out_text_must_be_another_one(tensornet: Run) -> None:
     Path("cal.txt").write_text(calibration_text()[:8_000])
     how = ("--bits", 4.25, "--calibration", "cal.txt", "--held-out", "cal.txt")
-    status, _, err = program("compress", gpt2_path(), "small", *how)
+    status, _, err = tensornet("compress", gpt2_path(), "small", *how)
     assert status == 2
     assert "--held-out is the text of --calibration" in err
-    status, _, err = program("compress", gpt2_path(), "--bits", 4.25, "--held-out", "cal.txt", "--dry-run")
+    status, _, err = tensornet("compress", gpt2_path(), "--bits", 4.25, "--held-out", "cal.txt", "--dry-run")
     assert status == 2
     assert "--dry-run compresses nothing that could be measured" in err
 
 
-def test_held_out_text_of_an_encoder_is_judged_by_the_dense_one(program: Run, encoder: Path) -> None:
+def test_held_out_text_of_an_encoder_is_judged_by_the_dense_one(tensornet: Run, encoder: Path) -> None:
     """Layers of the model are replaced in place; the judge must go on knowing those of before."""
     Path("cal.txt").write_text("\n\n".join(["rain falls a cat", "the sun shines warm"] * 8))
     Path("held.txt").write_text("the wet kitten\n\na warm rain shines\n")
@@ -219,7 +219,7 @@ def test_held_out_text_of_an_encoder_is_judged_by_the_dense_one(program: Run, en
         "--held-out",
         "held.txt",
     )
-    status, out, _ = program(*arguments, "--json")
+    status, out, _ = tensornet(*arguments, "--json")
     assert status == 0
     dense, ours, *plain = json.loads(out)["models"]
     assert dense["quality"]["measure"] == "one minus cosine"
@@ -228,7 +228,7 @@ def test_held_out_text_of_an_encoder_is_judged_by_the_dense_one(program: Run, en
     assert [model["name"] for model in plain] == ["round to nearest", "GPTQ", "plain SVD"]
 
 
-def test_held_out_text_says_nothing_about_a_classifier(program: Run, classifier: Path) -> None:
+def test_held_out_text_says_nothing_about_a_classifier(tensornet: Run, classifier: Path) -> None:
     Path("cal.txt").write_text("\n\n".join(["rain falls a cat", "the sun shines warm"] * 8))
     Path("held.txt").write_text("the wet kitten\n\na warm rain shines\n")
     arguments = (
@@ -242,7 +242,7 @@ def test_held_out_text_says_nothing_about_a_classifier(program: Run, classifier:
         "--held-out",
         "held.txt",
     )
-    status, _, err = program(*arguments)
+    status, _, err = tensornet(*arguments)
     assert status == 1
     assert "a text has no labels for it" in err
     assert not Path("small").exists()

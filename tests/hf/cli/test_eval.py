@@ -111,20 +111,20 @@ def test_tasks_that_need_the_network_say_so(tmp_path: Path, encoder: Path) -> No
         run_tasks(th.load(encoder), load_tokenizer(encoder), ["verses"], task_path=folder)
 
 
-def test_without_the_harness_the_pip_line_is_named(program: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_the_pip_line_is_named(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensornet.optional.find_spec", lambda name: None)
-    status, out, err = program("eval", gpt2_path(), "--tasks", "arc_easy")
+    status, out, err = tensornet("eval", gpt2_path(), "--tasks", "arc_easy")
     assert (status, out) == (1, "")
     assert "tensornet eval --tasks needs lm_eval" in err
     assert "pip install 'tensornet-torch[eval]'" in err
 
 
-def test_something_must_be_measured(program: Run, tmp_path: Path) -> None:
-    status, _, err = program("eval", gpt2_path())
+def test_something_must_be_measured(tensornet: Run, tmp_path: Path) -> None:
+    status, _, err = tensornet("eval", gpt2_path())
     assert status == 2
     assert "Say what to measure: --text FILE" in err
     for option, needed in (("--task-path", "--tasks"), ("--reference", "--sentences")):
-        status, _, err = program("eval", gpt2_path(), "--labels", "x.jsonl", option, tmp_path)
+        status, _, err = tensornet("eval", gpt2_path(), "--labels", "x.jsonl", option, tmp_path)
         assert status == 2
         assert f"{option} belongs to {needed}" in err
 
@@ -137,20 +137,20 @@ def vectors(folder: Path, sentences: list[str]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.stack(means), dim=-1)
 
 
-def test_pairs_are_retrieved_and_compared_with_a_reference(program: Run, encoder: Path) -> None:
+def test_pairs_are_retrieved_and_compared_with_a_reference(tensornet: Run, encoder: Path) -> None:
     pairs = [("rain falls", "the rain is wet"), ("the sun shines", "sun"), ("a cat", "a warm kitten falls")]
     Path("pairs.txt").write_text("\n".join("\t".join(pair) for pair in pairs))
     first, second = (vectors(encoder, list(half)) for half in zip(*pairs, strict=True))
     likeness = first @ second.T
     ranks = [int((row > row[k]).sum()) + 1 for k, row in enumerate(likeness)]
-    shown = program("eval", encoder, "--sentences", "pairs.txt", "--json")
+    shown = tensornet("eval", encoder, "--sentences", "pairs.txt", "--json")
     found = json.loads(shown[1])["sentences"]
     assert found["hits"] == pytest.approx(sum(rank == 1 for rank in ranks) / 3)
     assert found["reciprocal_rank"] == pytest.approx(sum(1 / rank for rank in ranks) / 3)
     assert (found["sentences"], found["cosine"]) == (6, None)
     small = ("--param-ratio", 0.3, "--objective", "weight")
-    assert program("compress", encoder, "small", *small)[0] == 0
-    status, out, _ = program("eval", "small", "--sentences", "pairs.txt", "--reference", encoder)
+    assert tensornet("compress", encoder, "small", *small)[0] == 0
+    status, out, _ = tensornet("eval", "small", "--sentences", "pairs.txt", "--reference", encoder)
     assert status == 0
     cosine = float(out.partition("cosine with the reference ")[2].split()[0])
     flat = [x for half in zip(*pairs, strict=True) for x in half]
@@ -159,10 +159,10 @@ def test_pairs_are_retrieved_and_compared_with_a_reference(program: Run, encoder
     assert cosine < 1
 
 
-def test_bad_sentences(program: Run, encoder: Path, tmp_path: Path) -> None:
+def test_bad_sentences(tensornet: Run, encoder: Path, tmp_path: Path) -> None:
     file = tmp_path / "s.txt"
     file.write_text("rain\nsun\n")
-    status, _, err = program("eval", encoder, "--sentences", "s.txt")
+    status, _, err = tensornet("eval", encoder, "--sentences", "s.txt")
     assert status == 1
     assert "Single sentences say nothing by themselves" in err
     file.write_text("rain\tsun\ncat\n")
@@ -172,7 +172,7 @@ def test_bad_sentences(program: Run, encoder: Path, tmp_path: Path) -> None:
         measure_encoder(th.load(gpt2_path()), gpt2_path(), [("rain", "sun")])
 
 
-def test_labels_are_counted(program: Run, classifier: Path) -> None:
+def test_labels_are_counted(tensornet: Run, classifier: Path) -> None:
     texts = ["rain falls", "the sun shines", "a wet cat", "warm"]
     tokenizer = AutoTokenizer.from_pretrained(classifier)
     model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
@@ -182,13 +182,13 @@ def test_labels_are_counted(program: Run, classifier: Path) -> None:
     rows = [{"text": x, "label": label} for x, label in zip(texts, labels, strict=True)]
     rows[-1]["label"] = 1 - chosen[-1]  # a number, and wrong
     Path("l.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    status, out, _ = program("eval", classifier, "--labels", "l.jsonl")
+    status, out, _ = tensornet("eval", classifier, "--labels", "l.jsonl")
     assert status == 0
     assert "accuracy 0.7500" in out
     assert "4 labelled texts" in out
 
 
-def test_bad_labels(program: Run, tmp_path: Path, encoder: Path) -> None:
+def test_bad_labels(tensornet: Run, tmp_path: Path, encoder: Path) -> None:
     names = {"dry": 0, "wet": 1}
     file = tmp_path / "l.jsonl"
     for line, match in (
@@ -206,6 +206,6 @@ def test_bad_labels(program: Run, tmp_path: Path, encoder: Path) -> None:
         with pytest.raises(FormatError, match=match):
             read_examples(file, names)
     file.write_text('{"text": "rain", "label": 1}')
-    status, _, err = program("eval", encoder, "--labels", "l.jsonl")
+    status, _, err = tensornet("eval", encoder, "--labels", "l.jsonl")
     assert status == 1
     assert "BertModel is no classifier of texts" in err

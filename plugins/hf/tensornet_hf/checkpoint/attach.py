@@ -44,7 +44,7 @@ class CompressedModel:
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Module:
-        """Resize the vocabulary, unless its table is made of cores and the number of tokens changes.
+        """Resize the vocabulary; a table of cores only if the number of tokens stays.
 
         Raises:
             TargetError: naming the tables, which transformers would fail on.

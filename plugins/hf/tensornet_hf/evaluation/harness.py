@@ -19,7 +19,7 @@ _OFFLINE = (
 
 
 class TaskError(TensorNetError, ValueError):
-    """A task is unknown, or its data cannot be had here.
+    """Unknown task, or a task whose data is not on this machine.
 
     Example:
         >>> from tensornet_hf.evaluation.harness import TaskError

@@ -56,7 +56,7 @@ class Page:
 
     @property
     def measure(self) -> str:
-        """What rises when weights change."""
+        """Name the measure of quality: a loss, or one minus the cosine."""
         if self.models[0].quality is not None:
             return self.models[0].quality.measure
         plan = self.report.plan

@@ -55,7 +55,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `start` to `end` of a text, of which those from `first_scored` on are scored."""
+    """Window of the tokens `start` to `end` of a text; those before `first_scored` are context only."""
 
     start: int
     end: int
