@@ -156,7 +156,7 @@ def test_suite_is_collected_by_pytest(tmp_path: Path) -> None:
     """As a user would run it: a file of ten lines, here with a decomposition that proves too much."""
     (tmp_path / "conftest.py").write_text(
         "from hypothesis import settings\n"
-        "settings.register_profile('few', max_examples=10, derandomize=True, database=None)\n"
+        "settings.register_profile('few', max_examples=50, derandomize=True, database=None)\n"
         "settings.load_profile('few')\n"
     )
     (tmp_path / "test_mine.py").write_text(
