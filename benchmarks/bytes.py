@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bytes_models
-from bytes_models import Subject, judge, pooled, tokens_of
+from bytes_models import Subject, judge, pooled, sample, tokens_of
 from bytes_workers import apply_in_parallel, prepared_in_parallel
 from harness import RECORDS, provenance, record
 
@@ -94,11 +94,11 @@ class Bench:
         self.prepared: dict[int, tuple[nn.Module, tn.CalibrationStats, float]] = {}
 
     @cached_property
-    def judged(self) -> tuple[list[Tensor], Tensor]:
-        """Dense outputs of an encoder and dense losses of the judged text."""
+    def judged(self) -> tuple[list[Tensor], Tensor, str | None]:
+        """Of the dense model: outputs of an encoder, losses of the judged text, what it writes."""
         model = self.subject.load()
         dense = [pooled(model, x) for x in self.subject.judged] if self.subject.encoder else []
-        return dense, judge(self.subject, model, dense)
+        return dense, judge(self.subject, model, dense), sample(self.subject, model)
 
     def statistics(self, seed: int) -> tuple[nn.Module, tn.CalibrationStats, float]:
         """A dense model, its moments for a seed and the seconds they took."""
@@ -130,10 +130,11 @@ class Bench:
         return found
 
     def rise(self, model: nn.Module) -> Row:
-        """Rise of the loss over the dense model, and its standard error over tokens or texts."""
-        (dense, losses), _ = self.kept("judged", lambda: self.judged)
+        """Rise of the loss over the dense model, its standard error over tokens or texts, and samples."""
+        (dense, losses, written), _ = self.kept("judged", lambda: self.judged)
         rises = judge(self.subject, model, dense) - losses
-        return {
+        samples = {} if written is None else {"sample": sample(self.subject, model), "dense_sample": written}
+        return samples | {
             "loss_increase": float(rises.mean()),
             "standard_error": float(rises.std() / len(rises) ** 0.5),
             "dense_loss": float(losses.mean()),

@@ -33,6 +33,7 @@ class Subject:
         validation: batches that correct the forecast, by the name of their source.
         encoder: the loss is one minus the cosine of the pooled output.
         layers: those that are quantized; all linear ones but the output head by default.
+        prompt: what a decoder goes on from in the sample of a row.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Subject:
     validation: dict[str, Batches]
     encoder: bool = False
     layers: LayerSelection = field(default_factory=LayerSelection)
+    prompt: str | None = None
 
     def load(self) -> Any:
         """The dense model in float32, in eval mode."""
@@ -97,6 +99,7 @@ def gpt2(count: int = 500, limit: int | None = None, layers: LayerSelection | No
         windows(held[~validation]),
         {"judged source": windows(held[validation])},
         layers=layers or LayerSelection(),
+        prompt="When the program starts, it",
     )
 
 
@@ -155,6 +158,7 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
         lambda seed: windows(drawn(known.flatten(), 512, calibration, seed), 2),
         windows(held[places], 2),
         {"judged source": some(held[left], 8), "other source": some(other, 8)},
+        prompt="A computer needs an operating system because",
     )
 
 
@@ -219,3 +223,18 @@ def pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None].to(hidden)
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@torch.no_grad()
+def sample(subject: Subject, model: Any, tokens: int = 40) -> str | None:
+    """What a decoder writes after the prompt, the likeliest token each time; None without a prompt."""
+    from transformers import AutoTokenizer
+
+    if subject.prompt is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    given = tokenizer(subject.prompt, return_tensors="pt")
+    written = model.generate(
+        **given, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return str(tokenizer.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -70,6 +70,7 @@ def filled(text: str, record: Mapping[str, Any]) -> str:
         "bytes": bytes_table(rows),
         "forecast": forecast_table(rows),
         "time": time_table(rows),
+        "samples": samples_table(rows),
         "origin": origin(record),
     }
     for name, content in parts.items():
@@ -239,6 +240,24 @@ def time_table(rows: Sequence[Row]) -> str:
                 cells = [f"{seconds['all']:.0f} in all", "", ""]
             lines.append(f"| {title} | {METHODS[method]} | {' | '.join(cells)} | {row['peak_mib']:,} |")
     return "\n".join(lines)
+
+
+def samples_table(rows: Sequence[Row], model: str = "smollm2") -> str:
+    """What the dense model, the plan and GPTQ write after one prompt, the likeliest token each time."""
+    lines = ["| bits | model | goes on |", "|--:|---|---|"]
+    for bits in (4.25, 3.25):
+        for method in ("plan", "gptq"):
+            wanted = (model, method, bits)
+            found = [r for r in rows if (r["model"], r["method"], r["bits"]) == wanted and r.get("sample")]
+            if found and len(lines) == 2:
+                lines.append(f"| 32 | dense | {one_line(found[0]['dense_sample'])} |")
+            lines += [f"| {bits} | {METHODS[method]} | {one_line(found[0]['sample'])} |"] if found else []
+    return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """A text in a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def number_of_seconds(value: float | None) -> str:

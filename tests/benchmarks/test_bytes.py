@@ -44,6 +44,8 @@ def test_toy_run_writes_a_record_and_resumes(load: Any, tmp_path: Path) -> None:
         } <= row.keys()
         assert row["bits_per_weight"] <= row["bits"]
         assert row["loss_increase"] == row["loss_increase"]
+        assert len(row["sample"].split()) > 2
+        assert row["dense_sample"] == record["rows"][0]["dense_sample"]
     assert {"dtype", "device", "versions"} <= record.keys()
     record["rows"] = [{**row, "loss_increase": 7.0} for row in record["rows"][1:]]
     path.write_text(json.dumps(record))
@@ -119,5 +121,17 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     assert "| embedded GPT-2 | 4.25 | 0.0050 (0.0010) | 2.00x | 1.00x |" in text
     assert "| embedded GPT-2 | GPTQ (llmcompressor) | 12 in all |  |  | 900 |" in text
     assert "not measured yet: two-sided rounding" in text
+    written = [
+        {
+            **a_row("plan", 3.25, 0.1),
+            "model": "smollm2",
+            "sample": "it\nruns | well",
+            "dense_sample": "it ran",
+        }
+    ]
+    assert page.samples_table(written).splitlines()[2:] == [
+        "| 32 | dense | it ran |",
+        "| 3.25 | **one plan (ours)** | it runs \\| well |",
+    ]
     page.draw(rows, tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text()
