@@ -21,6 +21,7 @@ import architectures as document  # noqa: E402
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 NAMES = [name for name in ARCHITECTURES if NIGHTLY or name not in RELATIVES]
 RECORD = json.loads(document.RECORD.read_text())
+SHARES = ("all", "usual")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,10 +34,16 @@ def test_every_step_is_right_or_its_exception_is_listed(name: str) -> None:
                 if error is not None:
                     raise error
                 continue
+            if error is None and not exception.always:
+                continue
             assert error is not None, f"{step} works now: take it out of EXCEPTIONS"
             assert re.search(exception.message, str(error)), f"{step}: {error!r}"
             assert isinstance(error, TensorNetError) == (exception.outcome == "refused"), repr(error)
-        assert reached(trial) == RECORD[name], "run python benchmarks/architectures.py --record"
+        # Versions of transformers differ by a few vectors of parameters.
+        found = {
+            key: pytest.approx(x, abs=0.005) if key in SHARES and x else x for key, x in RECORD[name].items()
+        }
+        assert reached(trial) == found, "run python benchmarks/architectures.py --record"
     finally:
         trial.close()
 
