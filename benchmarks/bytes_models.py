@@ -233,8 +233,12 @@ def sample(subject: Subject, model: Any, tokens: int = 40) -> str | None:
     if subject.prompt is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-    given = tokenizer(subject.prompt, return_tensors="pt")
+    ids = tokenizer(subject.prompt, return_tensors="pt").input_ids
     written = model.generate(
-        **given, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id or 0,
     )
-    return str(tokenizer.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))

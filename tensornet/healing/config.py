@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from tensornet.checks import check_size
 #: Distance between the outputs of the student and the teacher on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
 #: Which parameters are trained.
-Parameters = Literal["cores", "trainable"]
+Parameters = Literal["auto", "cores", "vectors", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class HealingConfig:
         distance: of the outputs of both models. If absent, the divergence of the logits; one minus the cosine
             of mean-pooled hidden states for models without logits; the relative squared difference for
             outputs that are tensors.
-        parameters: `"cores"`, or `"trainable"` for all that require gradients now, such as adapters beside
-            frozen cores.
+        parameters: `"cores"`, with 16-bit scales of integers; `"vectors"`, these and the gains and biases of
+            the model, where scales of eight bits cannot be trained; `"trainable"` for all that require
+            gradients now, such as adapters beside frozen cores. `"auto"` is `"cores"` where every
+            compressed layer has something to train, else `"vectors"`.
         autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
             recent processors and changes the result little.
         max_seconds: stop earlier; the learning rate then falls with time.
@@ -58,7 +60,7 @@ class HealingConfig:
     lr: float | None = None
     temperature: float = 1.0
     distance: Distance | None = None
-    parameters: Parameters = "cores"
+    parameters: Parameters = "auto"
     autocast: torch.dtype | None = None
     max_seconds: float | None = None
     clock: Callable[[], float] = time.perf_counter
@@ -70,8 +72,8 @@ class HealingConfig:
         check_size("steps", self.steps, least=0, error=ValueError)
         check_size("layer_steps", self.layer_steps, least=0, error=ValueError)
         check_size("save_every", self.save_every, error=ValueError)
-        if self.parameters not in ("cores", "trainable"):
-            raise ValueError(f"parameters must be 'cores' or 'trainable', got {self.parameters!r}.")
+        if self.parameters not in get_args(Parameters):
+            raise ValueError(f"parameters must be one of {get_args(Parameters)}, got {self.parameters!r}.")
         for name in ("lr", "temperature", "max_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -82,7 +84,7 @@ class HealingConfig:
         """Maximum learning rate; by default that of the trained parameters."""
         if self.lr is not None:
             return self.lr
-        return 5e-4 if self.parameters == "cores" else 1e-4
+        return 5e-4 if self.parameters != "trainable" else 1e-4
 
     @property
     def total(self) -> int:

@@ -69,7 +69,7 @@ def heal(
     config: HealingConfig | None = None,
     **options: Any,
 ) -> HealReport:
-    """Distil a dense model into the cores of its compressed student; everything else stays frozen.
+    """Distil a dense model into the cores of its compressed student; matrices outside them stay frozen.
 
     First layer by layer (each compressed layer learns the dense layer's outputs for the dense layer's inputs,
     without a backward pass through the model), then end to end. AdamW without weight decay, gradients clipped
@@ -115,7 +115,7 @@ def heal(
         )
     config = HealingConfig(**options) if config is None else config
     check_batches(data, "heal")
-    with trained_scales(model) if config.parameters == "cores" else nullcontext():
+    with trained_scales(model) if config.parameters != "trainable" else nullcontext():
         return _healed(model, teacher, data, config)
 
 
@@ -162,7 +162,7 @@ class _Run:
         trained = trained_parameters(model, teacher, config.parameters, config.layer_steps)
         groups = (
             relative_groups(trained.values())
-            if config.parameters == "cores"
+            if config.parameters != "trainable"
             else [{"params": [*trained.values()], "size": 1.0}]
         )
         optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=0.0)
@@ -183,7 +183,7 @@ class _Run:
     @property
     def fixed(self) -> dict[str, Tensor]:
         """Tensors that are stored beside the trained ones."""
-        return row_orders(self.layers) if self.config.parameters == "cores" else {}
+        return row_orders(self.layers) if self.config.parameters != "trainable" else {}
 
     def progress(self, seconds: float) -> float:
         """Return the finished fraction, by steps or by time, whichever is larger."""

@@ -25,16 +25,41 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
     """
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
-        for part, tensor in module.stored.items():
-            if isinstance(tensor, nn.Parameter) and not module.storage.int8:
-                assert isinstance(tensor, nn.Parameter)
-                found.setdefault(id(tensor), (f"{name}.{part}", tensor))
+        for part, core in _float_cores(module).items():
+            found.setdefault(id(core), (f"{name}.{part}", core))
     if not found:
         raise TargetError(
-            "Nothing to heal: the model has no layer made of trainable cores. Compress it first; eight-bit "
-            "cores are not trained, so heal before storing them so."
+            "Nothing to heal: the model has no layer made of trainable cores. Compress it first. Integers "
+            "with scales of eight bits are not trained: use parameters='vectors', or formats such as 'int4', "
+            "whose scales have 16 bits."
         )
     return dict(found.values())
+
+
+def _float_cores(module: NetworkModule) -> dict[str, nn.Parameter]:
+    """Collect the stored tensors of one layer that can be trained."""
+    if module.storage.int8:
+        return {}
+    return {part: x for part, x in module.stored.items() if isinstance(x, nn.Parameter)}
+
+
+def cores_and_vectors(model: nn.Module, layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
+    """Collect trainable cores and the gains and biases of a model by name, tied ones once.
+
+    Raises:
+        TargetError: the model has no compressed layer, or nothing to train.
+    """
+    cores = {id(core) for layer in layers.values() for core in _float_cores(layer).values()}
+    named = dict(model.named_parameters())
+    found = {
+        name: p for name, p in named.items() if p.is_floating_point() and (id(p) in cores or p.dim() < 2)
+    }
+    if not layers or not found:
+        raise TargetError(
+            "Nothing to heal: the model has no compressed layer, or no cores, gains or biases that can be "
+            "trained. Compress it first; add adapters and use parameters='trainable'."
+        )
+    return found
 
 
 def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
@@ -63,8 +88,12 @@ def trained_parameters(
             core takes part in the layer-wise steps.
     """
     layers = compressed_layers(model)
+    if parameters == "auto":
+        parameters = "cores" if all(_float_cores(layer) for layer in layers.values()) else "vectors"
     if parameters == "cores":
         trained = trainable_cores(layers)
+    elif parameters == "vectors":
+        trained = cores_and_vectors(model, layers)
     else:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -92,9 +121,10 @@ def trained_parameters(
 
 
 def relative_groups(cores: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Build one optimizer group for each core, with the root mean square of its entries as `size`."""
+    """Build one optimizer group for each parameter, with the root mean square of its entries as `size`."""
     sizes = ((core, float(core.detach().float().square().mean().sqrt())) for core in cores)
-    return [{"params": [core], "size": max(size, 1e-6)} for core, size in sizes]
+    # A bias may start at zero and has to move all the same.
+    return [{"params": [core], "size": max(size, 1e-6 if core.dim() > 1 else 1e-2)} for core, size in sizes]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import TargetError
 from tensornet.healing import refine, trained_scales
 from tensornet.healing.objective import output_distance
 from tensornet.healing.trained import compressed_layers
@@ -104,6 +105,33 @@ def test_trainer_trains_scales_and_floats_and_keeps_integers(
     student.save_pretrained(tmp_path / "healed")
     again = th.load(tmp_path / "healed").eval()
     assert divergence(again, teacher) == pytest.approx(divergence(student, teacher), rel=1e-4)
+
+
+@pytest.mark.parametrize("through", ["trainer", "library"])
+def test_gains_and_biases_heal_integers_whose_scales_have_eight_bits(through: str, tmp_path: Path) -> None:
+    teacher, _ = pair("dense")
+    student = copy.deepcopy(teacher)
+    tn.compress(
+        student, tn.CompressionConfig(formats=("int2:g32:float8",), objective="weight"), progress=False
+    )
+    old = {name: x.clone() for name, x in student.state_dict().items()}
+    before = divergence(student, teacher)
+    if through == "trainer":
+        heal(student, teacher, Examples(), steps=20, output_dir=str(tmp_path), **OPTIONS)
+    else:
+        tn.heal(student, teacher, Examples().ids.split(8), steps=20, lr=1e-2)
+    assert divergence(student.eval(), teacher) < 0.9 * before
+    moved = {name for name, x in student.state_dict().items() if not torch.equal(x, old[name])}
+    assert moved == {name for name, x in student.named_parameters() if x.dim() == 1}
+    assert {name: x.dtype for name, x in old.items()} == dtypes(student)
+    with pytest.raises(TargetError, match="parameters='vectors'"):
+        tn.heal(student, teacher, Examples().ids.split(8), steps=1, parameters="cores")
+
+
+def test_vectors_of_a_dense_model_are_not_healed() -> None:
+    teacher, _ = pair("dense")
+    with pytest.raises(TargetError, match="no compressed layer"):
+        tn.heal(copy.deepcopy(teacher), teacher, Examples().ids.split(8), steps=1, parameters="vectors")
 
 
 def test_trainer_resumes_with_trained_scales(tmp_path: Path) -> None:

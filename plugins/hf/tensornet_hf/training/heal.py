@@ -98,7 +98,7 @@ def heal(
     layer_steps: int = 0,
     output_dir: str,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
-    parameters: Parameters = "cores",
+    parameters: Parameters = "auto",
     resume: bool = False,
     **arguments: Any,
 ) -> float:
@@ -112,7 +112,7 @@ def heal(
         layer_steps: layer-wise steps before them, made by `tensornet.heal`; not repeated when resuming.
         output_dir: for checkpoints.
         collate: puts examples together; transformers' default if absent.
-        parameters: `"cores"`, or `"trainable"` for all that require gradients now, such as adapters.
+        parameters: what is trained, see `tensornet.healing.HealingConfig`.
         resume: resume from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
             50 steps.
         arguments: of `TrainingArguments`, on top of `DEFAULTS`; `learning_rate` means the same as `lr` of
@@ -130,7 +130,7 @@ def heal(
         output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": rate, **arguments}
     )
     with (
-        trained_scales(model) if parameters == "cores" else nullcontext(),
+        trained_scales(model) if parameters != "trainable" else nullcontext(),
         in_eval_mode(teacher),
         only_training(teacher, ()),
         only_training(model, trained_parameters(model, teacher, parameters, layer_steps).values()),
@@ -138,7 +138,7 @@ def heal(
         trainer = HealingTrainer(
             model=model,
             teacher=teacher,
-            relative=parameters == "cores",
+            relative=parameters != "trainable",
             args=options,
             train_dataset=data,
             data_collator=collate,

@@ -1,0 +1,31 @@
+"""The benchmark of whole models at toy size: rows, the size of files, and going on where a run ended."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+MODULES = ("whole_model", "bytes_models", "real_data", "encoder", "harness")
+
+
+def test_toy_run_writes_a_record_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module: Any = importlib.import_module("whole_model")
+    given = ["--toy", "--records", str(tmp_path), "--work", str(tmp_path), "--shares", "0.2"]
+    path = module.main(given)
+    untrained, healed = json.loads(path.read_text())["rows"]
+    assert (untrained["after"], healed["after"]) == ("", "healed")
+    assert healed["heal_steps"] > 0
+    assert healed["loss_increase"] < untrained["loss_increase"]
+    # Names and what each layer is take some thousand bytes beside the tensors.
+    assert untrained["file_bytes"] < untrained["budget_bytes"] + 20_000
+    before = path.read_bytes()
+    assert module.main(given).read_bytes() == before
