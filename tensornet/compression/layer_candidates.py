@@ -23,6 +23,7 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.encoding import Storage
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat
+from tensornet.remembered import remembering
 from tensornet.topologies import TopologyFamily, topology_family
 
 
@@ -41,26 +42,39 @@ def layer_candidates(
     sensitivity = layer_sensitivity(target, objective, stats, config.damping)
     if sensitivity is None:
         return _insensitive(target.matrix, config, clock)
-    plain = storage_of(config, objective)
-    if not config.plans_formats:
-        found = _networks(target.matrix, sensitivity, plain, config, clock)
-    else:
-        found = dense_candidates(target.matrix, sensitivity, config.number_formats, clock)
-        if objective != "weight":
-            parts = [
-                _network(target.matrix, sensitivity, storage, name, config, clock)
-                for name in config.calibrated_families
-                for storage in _storages(topology_family(name), plain.pivoted, config.number_formats)
-            ]
-            found = joined([found, *(_without_dense(part) for part in parts)])
+    matrix = target.matrix
+    with remembering():  # every format and encoding asks for the same decompositions
+        found = _all_forms(matrix, sensitivity, config, objective, clock)
     if config.rel_error is not None:
-        found = keep_promise(found, target.matrix, sensitivity.choice, config.rel_error)
+        found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
     if len(found.params) == 0:
         raise BudgetError(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
             f"most rel_error={config.rel_error}."
         )
     return found
+
+
+def _all_forms(
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    config: CompressionConfig,
+    objective: str,
+    clock: Clock | None,
+) -> LayerCandidates:
+    """Build the candidates of all families and, where they are planned, of all number formats."""
+    plain = storage_of(config, objective)
+    if not config.plans_formats:
+        return _networks(matrix, sensitivity, plain, config, clock)
+    found = dense_candidates(matrix, sensitivity, config.number_formats, clock)
+    if objective == "weight":
+        return found
+    parts = [
+        _network(matrix, sensitivity, storage, name, config, clock)
+        for name in config.calibrated_families
+        for storage in _storages(topology_family(name), plain.pivoted, config.number_formats)
+    ]
+    return joined([found, *(_without_dense(part) for part in parts)])
 
 
 def _storages(family: TopologyFamily, pivoted: bool, formats: Sequence[NumberFormat]) -> list[Storage]:

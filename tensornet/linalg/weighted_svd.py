@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, fix_signs, working_dtype
+from tensornet.remembered import remembered
 
 #: Eigenvalues below this fraction of the largest count as zero where Cholesky fails.
 _EIGEN_FLOOR = 1e-12
@@ -100,6 +101,7 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
     return vectors[:, keep] * size, (vectors[:, keep] / size).T
 
 
+@remembered
 @torch.no_grad()
 def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) -> WeightedSVD:
     """Compute the SVD of the whitened matrix, which holds the best approximations of all ranks.
@@ -144,6 +146,7 @@ def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
     return ((squares + (total - squares[0])) / total.clamp_min(1e-300)).sqrt()
 
 
+@remembered
 def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
     """Compute the predicted loss increase of every rank under any weighting, shape `(k + 1,)`.
 

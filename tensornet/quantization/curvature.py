@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
+from tensornet.remembered import remembered
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Side:
         """True if the moment has off-diagonal elements, so that rounding one element feeds back to others."""
         return self.moment.ndim == 3
 
+    @remembered
     def order(self) -> Tensor:
         """Sort the indices by descending diagonal, the order of rounding, shape `(stack, n)`.
 
@@ -36,6 +38,7 @@ class Side:
         """
         return self.diagonal.argsort(dim=1, descending=True, stable=True)
 
+    @remembered
     def feedback(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factorise `M = U D U^T` in the given order.
 
@@ -84,8 +87,19 @@ def prepare_side(
         ShapeError: another shape.
         NonFiniteError: NaN or infinity.
     """
-    if moment is None:
-        return None
+    return None if moment is None else _damped(moment, size, lead, damping, like.dtype, like.device, name)
+
+
+@remembered
+def _damped(
+    moment: Tensor,
+    size: int,
+    lead: tuple[int, ...],
+    damping: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+) -> Side | None:
     shapes = {(size,), (size, size), (*lead, size, size)}
     if tuple(moment.shape) not in shapes:
         raise ShapeError(
@@ -95,7 +109,7 @@ def prepare_side(
     check_finite(moment, f"The moment {name}=")
     if not bool(moment.any()):
         return None
-    moment = moment.to(like)
+    moment = moment.to(device, dtype)
     if moment.ndim == 1:
         return Side((moment + damping * moment.mean())[None])
     moment = moment.reshape(-1, size, size)
