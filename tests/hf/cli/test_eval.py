@@ -123,6 +123,7 @@ def test_something_must_be_measured(tensornet: Run, tmp_path: Path) -> None:
     status, _, err = tensornet("eval", gpt2_path())
     assert status == 2
     assert "Say what to measure: --text FILE" in err
+    assert "--images FOLDER" in err
     for option, needed in (("--task-path", "--tasks"), ("--reference", "--sentences")):
         status, _, err = tensornet("eval", gpt2_path(), "--labels", "x.jsonl", option, tmp_path)
         assert status == 2
@@ -189,7 +190,7 @@ def test_labels_are_counted(tensornet: Run, classifier: Path) -> None:
 
 
 def test_bad_labels(tensornet: Run, tmp_path: Path, encoder: Path) -> None:
-    names = {"dry": 0, "wet": 1}
+    names = {0: "dry", 1: "wet"}
     file = tmp_path / "l.jsonl"
     for line, match in (
         ("rain", r"line 1: expected \{\"text\""),
@@ -200,7 +201,7 @@ def test_bad_labels(tensornet: Run, tmp_path: Path, encoder: Path) -> None:
         ),
         ('{"text": "rain", "label": 7}', "label 7 is no class"),
         ('{"text": "rain", "label": true}', "label True is no class"),
-        ('{"text": 3, "label": 1}', "is no class"),
+        ('{"text": 3, "label": 1}', "line 1: expected"),
     ):
         file.write_text(line)
         with pytest.raises(FormatError, match=match):

@@ -1,5 +1,6 @@
-"""`tensornet eval`: perplexity, tasks of lm-evaluation-harness, sentence encoders, classifiers."""
+"""`tensornet eval`: perplexity, tasks of lm-evaluation-harness, encoders, classifiers of texts and images."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +9,16 @@ from transformers import PreTrainedModel
 
 from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
 from tensornet_hf.cli import options as shared
-from tensornet_hf.evaluation import measure_accuracy, measure_encoder, run_tasks
+from tensornet_hf.evaluation import (
+    measure_accuracy,
+    measure_encoder,
+    measure_image_accuracy,
+    read_images,
+    run_tasks,
+)
 from tensornet_hf.evaluation.classifiers import read_examples
 from tensornet_hf.evaluation.encoders import read_sentences
+from tensornet_hf.evaluation.images import require_image_classifier
 from tensornet_hf.text.perplexity import perplexity
 from tensornet_hf.text.tokens import load_tokenizer, read_text, require_causal, token_ids, usual_context
 
@@ -42,6 +50,13 @@ def run(
         Path | None,
         typer.Option(help='JSON lines {"text": ..., "label": ...}: accuracy of a classifier of texts.'),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Accuracy of a classifier of images: a folder of FOLDER/CLASS/image.png, or JSON lines "
+            '{"image": ..., "label": ...}.'
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -55,8 +70,11 @@ def run(
     device: shared.Device = shared.CPU,
     as_json: shared.Json = False,
 ) -> None:
-    """Measure a model: perplexity, tasks, sentences or labelled texts, one or several of them."""
-    _check_usage(text, tasks, sentences, labels, {"--task-path": task_path, "--reference": reference})
+    """Measure a model: perplexity, tasks, sentences, labelled texts or images, one or several of them."""
+    _check_usage(
+        (text, tasks, sentences, labels, images),
+        {"--task-path": (task_path, "--tasks", tasks), "--reference": (reference, "--sentences", sentences)},
+    )
     content = None if text is None else read_text(text)
     said = None if sentences is None else read_sentences(sentences)
     folder = resolve_folder(path)
@@ -77,28 +95,34 @@ def run(
             other = (on_device(load(dense), device), dense)
         found["sentences"] = measure_encoder(model, folder, said, reference=other, batch_size=batch).to_dict()
     if labels is not None:
-        examples = read_examples(labels, dict(model.config.label2id or {}))  # type: ignore[arg-type]  # numbers
+        examples = read_examples(labels, dict(model.config.id2label or {}))
         found["labels"] = measure_accuracy(model, folder, examples, batch_size=batch).to_dict()
+    if images is not None:
+        require_image_classifier(model)
+        listed = read_images(images, dict(model.config.id2label or {}))
+        seen = measure_image_accuracy(model, folder, listed, batch_size=batch, progress=True)
+        found["images"] = seen.to_dict()
     if as_json:
         shared.print_json({"model": path, **found})
     else:
         _print(found)
 
 
-def _check_usage(
-    text: Path | None, tasks: str | None, sentences: Path | None, labels: Path | None, more: dict[str, Any]
-) -> None:
-    """Raise BadParameter unless there is something to measure, and options have what they belong to."""
-    if text is tasks is sentences is labels is None:
+def _check_usage(measured: Sequence[object], belonging: Mapping[str, tuple[object, str, object]]) -> None:
+    """Raise BadParameter unless there is something to measure, and options have what they belong to.
+
+    Args:
+        measured: options that each name something to measure.
+        belonging: option -> its value, the option that it belongs to, and the value of that one.
+    """
+    if all(option is None for option in measured):
         raise typer.BadParameter(
             "Say what to measure: --text FILE (perplexity), --tasks NAMES (lm-evaluation-harness), "
-            "--sentences FILE (encoders) or --labels FILE (classifiers)."
+            "--sentences FILE (encoders), --labels FILE (classifiers of texts) or --images FOLDER "
+            "(classifiers of images)."
         )
-    for option, needed, given in (
-        ("--task-path", "--tasks", tasks),
-        ("--reference", "--sentences", sentences),
-    ):
-        if more[option] is not None and given is None:
+    for option, (value, needed, given) in belonging.items():
+        if value is not None and given is None:
             raise typer.BadParameter(f"{option} belongs to {needed}, which is not given.")
 
 
@@ -140,10 +164,16 @@ def _print(found: dict[str, Any]) -> None:
         scores = found["sentences"]
         shared.print_lines(*(f"{text} {scores[x]:.4f}" for x, text in names.items() if scores[x] is not None))
         shared.print_lines(f"{scores['sentences']:,} sentences")
-    if "labels" in found:
-        scores = found["labels"]
-        shared.print_lines(f"accuracy {scores['accuracy']:.4f}", f"loss {scores['loss']:.5f}")
-        shared.print_lines(f"{scores['examples']:,} labelled texts")
+    for key, unit in (("labels", "texts"), ("images", "images")):
+        if key in found:
+            _print_accuracy(found[key], unit)
+
+
+def _print_accuracy(scores: dict[str, Any], unit: str) -> None:
+    shared.print_lines(f"accuracy {scores['accuracy']:.4f}")
+    if scores["top5"] is not None:
+        shared.print_lines(f"among the five likeliest {scores['top5']:.4f}")
+    shared.print_lines(f"loss {scores['loss']:.5f}", f"{scores['examples']:,} labelled {unit}")
 
 
 def _error(values: dict[str, float], metric: str) -> str:

@@ -1,47 +1,27 @@
-"""Accuracy of classifiers of text on labelled examples."""
+"""Classifiers of text: labelled examples, and accuracy on them."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tensornet.context import in_eval_mode
 from tensornet.errors import FormatError, TargetError
+from tensornet_hf.evaluation.accuracy import Accuracy, accuracy_of, class_index, is_class_logits
 from tensornet_hf.text.tokens import load_tokenizer, read_text, usual_context
 
 _LONGEST = 512
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracy of a classifier.
-
-    Args:
-        accuracy: share of examples whose likeliest class is the label.
-        loss: mean cross-entropy in nats.
-        examples: how many there are.
-    """
-
-    accuracy: float
-    loss: float
-    examples: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        return asdict(self)
-
-
-def read_examples(path: Path, names: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Read labelled texts from a file of JSON lines, `{"text": ..., "label": ...}`.
+def read_examples(path: Path, names: Mapping[int, str], *, key: str = "text") -> list[tuple[str, int]]:
+    """Read labelled examples from a file of JSON lines, `{"text": ..., "label": ...}`.
 
     Args:
         path: of the file.
-        names: classes by name; a label is such a name, or a number.
+        names: of the classes by number; a label is such a name or number.
+        key: of the example beside its label.
 
     Raises:
         FileNotFoundError, ValueError: as `read_text`.
@@ -53,16 +33,17 @@ def read_examples(path: Path, names: Mapping[str, int]) -> list[tuple[str, int]]
             continue
         try:
             entry = json.loads(line)
-            text, label = entry["text"], entry["label"]
+            example, label = entry[key], entry["label"]
+            if not isinstance(example, str):
+                raise TypeError(key)
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(
-                f'{path}, line {number}: expected {{"text": ..., "label": ...}}, got {line[:80]!r}.'
+                f'{path}, line {number}: expected {{"{key}": "...", "label": ...}}, got {line[:80]!r}.'
             ) from error
-        index = names.get(label) if isinstance(label, str) else label
-        if not isinstance(text, str) or type(index) is not int or index not in names.values():
-            known = ", ".join(f"{name} ({value})" for name, value in list(names.items())[:8])
-            raise FormatError(f"{path}, line {number}: label {label!r} is no class; the model has {known}.")
-        found.append((text, index))
+        try:
+            found.append((example, class_index(label, names)))
+        except ValueError as error:
+            raise FormatError(f"{path}, line {number}: {error}") from error
     return found
 
 
@@ -84,20 +65,17 @@ def measure_accuracy(
     """
     tokenizer = load_tokenizer(folder)
     length = usual_context(model, limit=_LONGEST)
-    right, loss = 0, 0.0
+    found = []
     with in_eval_mode(model):
         for start in range(0, len(examples), batch_size):
-            texts, labels = zip(*examples[start : start + batch_size], strict=True)
-            batch = tokenizer(
-                list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-            ).to(model.device)
-            logits = getattr(model(**batch), "logits", None)
-            if logits is None or logits.ndim != 2 or logits.shape[1] < 2:
+            texts = [text for text, _ in examples[start : start + batch_size]]
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            logits = getattr(model(**batch.to(model.device)), "logits", None)
+            if not is_class_logits(logits):
                 raise TargetError(
                     f"{type(model).__name__} is no classifier of texts, which --labels needs; measure "
-                    "language models by --text or --tasks, encoders by --sentences."
+                    "language models by --text or --tasks, encoders by --sentences, classifiers of images by "
+                    "--images."
                 )
-            wanted = torch.tensor(labels, device=logits.device)
-            right += int((logits.argmax(-1) == wanted).sum())
-            loss += float(nn.functional.cross_entropy(logits.float(), wanted, reduction="sum"))
-    return Accuracy(right / len(examples), loss / len(examples), len(examples))
+            found.append(logits.float().cpu())
+    return accuracy_of(torch.cat(found), torch.tensor([label for _, label in examples]))
