@@ -54,8 +54,8 @@ docs-test: $(VENV)/.made-dev ## run the code blocks of README.md and docs/
 docs: $(VENV)/.made-docs ## build the site into build/site/; a warning fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-docs-pictures: $(VENV)/.made-dev ## make the pictures that pages draw themselves
-	$(ONE_THREAD) $(BIN)/python tests/project/test_docs_code.py
+docs-pictures: $(VENV)/.made-dev ## make the pictures that pages draw, and what notebooks print, anew
+	$(ONE_THREAD) PYTHONPATH=tests $(BIN)/python tests/project/test_docs_code.py
 
 names: $(VENV)/.made-dev ## record the public names after changing them on purpose
 	PYTHONPATH=tests $(BIN)/python tests/project/test_architecture.py --update

@@ -1,7 +1,7 @@
-"""Every Python block of README.md and docs/ runs.
+"""Every Python block of README.md and docs/ runs, and prints what the page shows.
 
 The blocks of one file run in order in one namespace, in an empty working directory, offline, with
-warnings as errors. A block that cannot run is preceded by a line ``<!-- no-run: why -->``.
+warnings as errors; page_blocks.py says how blocks are left out and how printed output is compared.
 
 Pictures below ``docs/pictures`` are made by the blocks of the page that shows them: a block writes `name.svg`
 into the working directory. ``make docs-pictures`` copies them.
@@ -14,73 +14,18 @@ import re
 import shutil
 import sys
 import tempfile
-import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from page_blocks import check_output, python_blocks, run_blocks, with_outputs
 
 import tensornet as tn
 from tensornet import optional
 
 ROOT = Path(__file__).resolve().parents[2]
-FENCE = re.compile(r"^(?P<indent>\s*)(?P<fence>`{3,}|~{3,})(?P<language>[\w-]*)")
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)?pictures/(?P<name>[\w.-]+)\)")
 PICTURES = ROOT / "docs" / "pictures"
 LARGEST_PICTURE = 100_000
-NO_RUN = re.compile(r"^\s*<!-- no-run:(?P<reason>.*)-->\s*$")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A Python block: its code, and the line of the file its first line stands on."""
-
-    code: str
-    line: int
-
-
-def python_blocks(path: Path) -> list[Block]:
-    """The Python blocks of a Markdown file that are to run, in order."""
-    blocks: list[Block] = []
-    skip = False
-    lines = iter(enumerate(path.read_text().splitlines(), start=1))
-    for number, line in lines:
-        if marker := NO_RUN.match(line):
-            assert marker["reason"].strip(), f"{path.name}:{number}: say why the block is not run"
-            skip = True
-        elif opening := FENCE.match(line):
-            code = _until_closed(lines, opening["fence"], f"{path.name}:{number}")
-            if opening["language"] in ("python", "py") and not skip:
-                blocks.append(Block(textwrap.dedent("\n".join(code)), number + 1))
-            skip = False
-        elif line.strip():
-            skip = False  # the marker speaks for the block right below it only
-    return blocks
-
-
-def _until_closed(lines: Iterator[tuple[int, str]], fence: str, where: str) -> list[str]:
-    code: list[str] = []
-    for _, line in lines:
-        if line.strip().startswith(fence) and set(line.strip()) == {fence[0]}:
-            return code
-        code.append(line)
-    raise AssertionError(f"{where}: this code block is never closed")
-
-
-def run_blocks(path: Path, blocks: list[Block]) -> None:
-    """Run the blocks as one module. Tracebacks show the line of the Markdown file."""
-    # A real module, so that dataclasses, pickle and inspect find the names the blocks define.
-    module = ModuleType("documentation")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module
-    try:
-        for block in blocks:
-            padded = "\n" * (block.line - 1) + block.code
-            exec(compile(padded, str(path), "exec", dont_inherit=True), module.__dict__)
-    finally:
-        del sys.modules[module.__name__]
 
 
 def documents() -> list[Path]:
@@ -99,7 +44,14 @@ def shown_pictures(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in documents()])
 def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_blocks(path, python_blocks(path))
+    blocks = python_blocks(path)
+    for block, printed in zip(blocks, run_blocks(path, blocks), strict=True):
+        if block.output is not None:
+            check_output(path, block.output, printed)
+        else:
+            assert not printed or path.parent.name != "notebooks", (
+                f"{path.name}:{block.line} prints, and the page does not show it: make docs-pictures"
+            )
     absent = [name for name in shown_pictures(path) if not (tmp_path / name).is_file()]
     assert absent == [], "pictures that the page shows and its code does not write"
 
@@ -204,11 +156,101 @@ def test_block_never_closed_is_refused(tmp_path: Path) -> None:
         python_blocks(path)
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- printed output ------------------------------------------------------------------------------
+
+SHOWN = """\
+```python
+for name, value in (("loss", 0.1234), ("rank", 12.5)):
+    print(f"{name:6} {value:.3f} of 1,024 bytes")
+```
+
+%s```output
+loss   0.120 of 1,024 bytes
+rank   12.500 of 1,024 bytes
+```
+"""
 
 
-def update_pictures(pages: list[Path]) -> None:
-    """Run pages and keep the pictures that they show."""
+def _check(path: Path, text: str) -> None:
+    path.write_text(text)
+    blocks = python_blocks(path)
+    (printed,) = run_blocks(path, blocks)
+    assert blocks[0].output is not None
+    check_output(path, blocks[0].output, printed)
+
+
+def test_output_may_differ_in_decimals_alone(page: Path) -> None:
+    _check(page, SHOWN % "")
+    for wrong, right in (("0.120", "0.112"), ("1,024 b", "1,025 b"), ("bytes", "bits"), ("12.500", "14.000")):
+        code, fence, output = (SHOWN % "").partition("```output")
+        with pytest.raises(AssertionError, match=r"page\.md:7: make docs-pictures"):
+            _check(page, code + fence + output.replace(wrong, right))
+    with pytest.raises(AssertionError, match="Printed:"):
+        _check(page, (SHOWN % "").replace("rank   12.500 of 1,024 bytes\n", ""))
+
+
+def test_a_page_may_say_how_far_output_differs(page: Path) -> None:
+    _check(
+        page,
+        SHOWN.replace("12.500", "14.000") % "<!-- output within 20 %: rounding adds up -->\n",
+    )
+    with pytest.raises(AssertionError, match="First difference"):
+        _check(page, SHOWN.replace("12.500", "16.000") % "<!-- output within 20 %: trained -->\n")
+    words = SHOWN.replace("12.500 of", "many") % "<!-- output varies: written by a model -->\n"
+    _check(page, words)
+    with pytest.raises(AssertionError, match="First difference"):
+        _check(page, words.replace("\nrank   many", "\nbond   many"))
+    with pytest.raises(AssertionError, match=r"page\.md:6: say why"):
+        _check(page, SHOWN % "<!-- output varies: -->\n")
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("0.02", "0.01", True),  # one in the last digit
+        ("0.03", "0.01", False),
+        ("1.50e-03", "1.55e-03", True),
+        ("1.50e-03", "1.60e-03", False),
+        ("-1.5", "1.5", False),
+        ("int4 3", "int5 3", False),  # a digit in a name is no number
+        ("(32, 64)", "(32, 63)", False),
+        ("{'a': 0.105}", "{'a': 0.104}", True),
+    ],
+)
+def test_numbers_that_agree(tmp_path: Path, shown: str, printed: str, same: bool) -> None:
+    path = tmp_path / "page.md"
+    text = f"```python\nprint({printed!r})\n```\n```output\n{shown}\n```\n"
+    if same:
+        _check(path, text)
+    else:
+        with pytest.raises(AssertionError, match="First difference"):
+            _check(path, text)
+
+
+def test_output_belongs_to_the_block_right_above(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("```python\nprint(1)\n```\n\nA paragraph between.\n\n```output\n1\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:7: no Python block that runs"):
+        python_blocks(path)
+
+
+def test_outputs_are_written_anew(page: Path) -> None:
+    page.write_text("```python\nprint('old')\n```\n\n```python\nx = 1\n```\n\n```py\nprint('é')\n```\ntext\n")
+    for content in ("old", "new\ntwo"):
+        page.write_text(page.read_text().replace("print('old')", f"print({content!r})"))
+        blocks = python_blocks(page)
+        page.write_text(with_outputs(page, blocks, run_blocks(page, blocks)))
+        assert page.read_text() == (
+            f"```python\nprint({content!r})\n```\n\n```output\n{content}\n```\n\n```python\nx = 1\n```\n\n"
+            "```py\nprint('é')\n```\n\n```output\né\n```\ntext\n"
+        )
+
+
+# --- pictures and output, made anew --------------------------------------------------------------
+
+
+def update_pages(pages: list[Path]) -> None:
+    """Run pages, keep the pictures that they show, and write what notebooks print into them."""
     import matplotlib as mpl  # only here: the tests above must not need it
 
     mpl.rcParams["svg.hashsalt"] = "docs"  # the same picture gives the same bytes
@@ -217,12 +259,15 @@ def update_pictures(pages: list[Path]) -> None:
     for page in pages:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
-            run_blocks(page, python_blocks(page))
+            blocks = python_blocks(page)
+            printed = run_blocks(page, blocks)
             os.chdir(ROOT)
+            if page.parent.name == "notebooks":
+                page.write_text(with_outputs(page, blocks, printed))
             for name in shown_pictures(page):
                 shutil.copyfile(Path(folder, name), PICTURES / name)
 
 
 if __name__ == "__main__":
     wanted = [Path(name).resolve() for name in sys.argv[1:]]
-    update_pictures(wanted or [page for page in documents() if shown_pictures(page)])
+    update_pages(wanted or [page for page in documents() if shown_pictures(page)])

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import strategies as st
-from project.test_docs_code import ROOT, python_blocks
+from page_blocks import python_blocks
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +23,7 @@ from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, write_report
 
-GUIDE = ROOT / "docs" / "guides" / "topologies.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "topologies.md"
 
 
 def guide_family() -> TopologyFamily:
