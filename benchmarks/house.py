@@ -1,11 +1,12 @@
 """How large the house is, and how far four journeys lead through it.
 
-    python benchmarks/house.py [--json]
+    python benchmarks/house.py [--json] [--lines]
 
-Question: how many files does a reader enter, and how deep do calls go, from `tn.compress`, from the forward
-pass of a layer, from `th.load` and from `th.upcycle`? Counted in this process on a small random GPT-2, the
-second time each journey is made (imports and caches of plans are behind it). The package that is measured is
-the one that Python imports, so that an older checkout is measured by putting it on PYTHONPATH.
+Question: how many lines are code, prose and examples, how many files does a reader enter, and how deep do
+calls go, from `tn.compress`, from the forward pass of a layer, from `th.load` and from `th.upcycle`? Counted
+in this process on a small random GPT-2, the second time each journey is made (imports and caches of plans are
+behind it). The package that is measured is the one that Python imports, so that an older checkout is measured
+by putting it on PYTHONPATH. With `--lines` the kinds of lines are printed for each package and each module.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ast
 import json
 import sys
 import tempfile
+import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -30,13 +32,48 @@ import tensornet_hf as th
 import tensornet_moe as tm
 
 ROOMS = [Path(str(module.__file__)).parent for module in (tn, tm, th)]
+KINDS = ("code", "docstrings", "examples", "comments", "blank")
 FAMILIES = {"mpo", "low_rank", "tucker", "tensor_ring", "kronecker", "block_tt"}
+
+
+def modules() -> list[Path]:
+    """List the files of the three packages."""
+    return [path for room in ROOMS for path in sorted(room.rglob("*.py"))]
+
+
+def line_kinds(path: Path) -> Counter[str]:
+    """Count the lines of a file by what they hold; examples are the runnable parts of docstrings."""
+    text = path.read_text()
+    kinds = dict.fromkeys(range(1, len(text.splitlines()) + 1), "blank")
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
+                kinds.update({token.start[0]: "comments"})
+            elif token.string.strip() and token.type not in (tokenize.COMMENT, tokenize.ENCODING):
+                kinds.update(dict.fromkeys(range(token.start[0], token.end[0] + 1), "code"))
+    for node in ast.walk(ast.parse(text)):
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            doc = node.body[0]
+            kinds.update(docstring_kinds(text.splitlines(), doc.lineno, doc.end_lineno or doc.lineno))
+    return Counter(kinds.values())
+
+
+def docstring_kinds(lines: list[str], first: int, last: int) -> dict[int, str]:
+    """Tell prose from examples: an example starts at `>>>` and ends at the next empty line."""
+    kinds, example = {}, False
+    for number in range(first, last + 1):
+        line = lines[number - 1].strip()
+        example = line.startswith(">>>") or (example and line not in ("", '"""'))
+        kinds[number] = "examples" if example else "docstrings" if line else "blank"
+    return kinds
 
 
 def sizes() -> dict[str, Any]:
     """Count modules, lines, long functions, repeated names and comparisons with names of families."""
-    files = [path for room in ROOMS for path in sorted(room.rglob("*.py"))]
+    files = modules()
     lines = {path: len(path.read_text().splitlines()) for path in files}
+    kinds = sum(map(line_kinds, files), Counter())
     long, named = 0, 0
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -51,6 +88,7 @@ def sizes() -> dict[str, Any]:
     names = Counter(path.name for path in files if path.name != "__init__.py")
     return {
         "lines": sum(lines.values()),
+        **{f"lines, {kind}": kinds[kind] for kind in KINDS},
         "modules": len(files),
         "modules under 50 lines": sum(count < 50 for count in lines.values()),
         "functions over 60 lines": long,
@@ -112,12 +150,30 @@ def journeys(folder: Path) -> dict[str, dict[str, int]]:
     }
 
 
+def table() -> str:
+    """Write the kinds of lines of each package and module, the most code first."""
+    rows: dict[Path, Counter[str]] = {}
+    for room in ROOMS:
+        for path in sorted(room.rglob("*.py")):
+            place = path.relative_to(room.parent)
+            for name in (place, *place.parents[:-1]):
+                rows.setdefault(name, Counter()).update(line_kinds(path))
+    order = sorted(rows, key=lambda name: (name.suffix == ".py", -rows[name]["code"], str(name)))
+    cells = {name: "".join(f"{rows[name][kind]:>12,}" for kind in KINDS) for name in order}
+    head = "".join(f"{kind:>12}" for kind in KINDS)
+    return "\n".join((f"{'':58}{head}", *(f"{name!s:58}{cells[name]}" for name in order)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--lines", action="store_true", help="print the kinds of lines of each module alone")
     options = parser.parse_args()
+    if options.lines:
+        print(table())
+        return
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         found = {"sizes": sizes(), "journeys": journeys(Path(folder))}
