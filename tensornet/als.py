@@ -85,7 +85,6 @@ def fit_network(
         ShapeError: the weighting does not fit the matrix.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> matrix = torch.randn(12, 12)
         >>> start = tn.topologies.topology_family("tensor_ring").decompose(matrix, tn.Budget(max_bond=2))
@@ -128,7 +127,6 @@ def fit_from_random(
         The fit, in double precision.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> topology = tn.topologies.tensor_ring(out_dims=(2, 2, 2), in_dims=(2, 2, 2), max_bond=2)
         >>> fit_from_random(torch.ones(8, 8), topology).cost < 1e-12
         True

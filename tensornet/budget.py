@@ -25,8 +25,7 @@ class Budget:
         BudgetError: a cap is outside its range.
 
     Example:
-        >>> from tensornet import Budget
-        >>> Budget(max_bond=(4, 8)).caps_of_bonds(2)
+        >>> tn.Budget(max_bond=(4, 8)).caps_of_bonds(2)
         (4, 8)
     """
 

@@ -55,8 +55,6 @@ def decompose(
             a topology, which has all dims and bonds already.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.decompose(torch.eye(6), tn.topologies.kronecker(out_dims=(2, 3), in_dims=(2, 3)))
         >>> found.network.to_matrix().allclose(torch.eye(6), atol=1e-6)
         True

@@ -9,7 +9,6 @@ class TensorNetError(Exception):
     """Base class of all errors raised by tensornet and its plugins.
 
     Example:
-        >>> import tensornet as tn
         >>> try:
         ...     tn.Budget(max_bond=0)
         ... except tn.TensorNetError as error:
@@ -22,8 +21,6 @@ class NonFiniteError(TensorNetError, ValueError):
     """A weight, gradient or activation contains NaN or infinity.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> tn.truncated_svd(torch.tensor([[float("nan")]]))
         Traceback (most recent call last):
             ...
@@ -35,7 +32,6 @@ class BudgetError(TensorNetError, ValueError):
     """A budget is contradictory or cannot be met by any network of the requested kind.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.Budget(rel_error=2)
         Traceback (most recent call last):
             ...
@@ -47,8 +43,6 @@ class TopologyError(TensorNetError, ValueError):
     """A topology is malformed, unknown, or does not fit the matrix it is used for.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> tn.decompose(torch.eye(4), "ring")
         Traceback (most recent call last):
             ...
@@ -60,8 +54,6 @@ class ShapeError(TensorNetError, ValueError):
     """A tensor has the wrong shape or dtype.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> tn.truncated_svd(torch.ones(3))
         Traceback (most recent call last):
             ...
@@ -73,8 +65,6 @@ class TargetError(TensorNetError, ValueError):
     """A module pattern matches nothing, or a module cannot be compressed.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> config = tn.CompressionConfig(param_ratio=0.5, exclude_modules=["attention.*"])
         >>> tn.plan(torch.nn.Sequential(torch.nn.Linear(32, 32)), config)
         Traceback (most recent call last):
@@ -87,8 +77,6 @@ class FormatError(TensorNetError, ValueError):
     """A stored file or folder does not follow the format it claims to follow.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
@@ -105,8 +93,6 @@ class DestinationError(TensorNetError, OSError):
     """A destination exists already or cannot be written, so that the requested output is missing.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> tn.save_model(torch.nn.Linear(8, 8), "/dev/null/model.safetensors")
         Traceback (most recent call last):
             ...
@@ -119,8 +105,6 @@ class CalibrationWarning(UserWarning):
 
     Example:
         >>> import warnings
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore", tn.CalibrationWarning)

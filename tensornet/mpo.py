@@ -49,9 +49,7 @@ class MPO:
             has another dtype or device than the first, or the features exceed the product of the legs.
 
     Example:
-        >>> import torch
-        >>> from tensornet import MPO
-        >>> operator = MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)])
+        >>> operator = tn.MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)])
         >>> operator.shape, operator.bond_dims, len(operator)
         ((8, 4), (3,), 2)
     """
@@ -118,10 +116,8 @@ class MPO:
             TopologyError: the dims do not fit.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
             >>> x = torch.arange(64, dtype=torch.float64) / 64
-            >>> MPO.from_matrix(torch.exp(x)[:, None] * torch.exp(-x), sites=3).bond_dims
+            >>> tn.MPO.from_matrix(torch.exp(x)[:, None] * torch.exp(-x), sites=3).bond_dims
             (1, 1)
 
         Reference:
@@ -168,9 +164,7 @@ class MPO:
         Raises: as in `from_matrix`.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> [mpo.bond_dims for mpo in MPO.from_matrices(torch.ones(2, 8, 8), sites=3)]
+            >>> [mpo.bond_dims for mpo in tn.MPO.from_matrices(torch.ones(2, 8, 8), sites=3)]
             [(1, 1), (1, 1)]
         """
         stacked: Tensor = _from_numpy(batch)
@@ -212,9 +206,7 @@ class MPO:
             ShapeError: different numbers of sites, or `features` exceeds a product of the dims.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> MPO.identity((2, 3)).to_matrix().equal(torch.eye(6))
+            >>> tn.MPO.identity((2, 3)).to_matrix().equal(torch.eye(6))
             True
         """
         rows = check_sizes("out_dims", out_dims)
@@ -273,9 +265,7 @@ class MPO:
         The certificate does not count the rounding of a narrower dtype.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> MPO.identity((2, 2)).to(torch.float64).dtype
+            >>> tn.MPO.identity((2, 2)).to(torch.float64).dtype
             torch.float64
         """
         return self._copy([core.to(*args, **options) for core in self.cores])
@@ -344,9 +334,7 @@ class MPO:
         """Apply the operator to `x: (..., in_features)`, giving `(..., out_features)`; NumPy in, NumPy out.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
+            >>> tn.MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
             torch.Size([5, 4])
         """
         if not isinstance(x, np.ndarray):
@@ -419,9 +407,7 @@ class MPO:
             ShapeError: the shapes do not fit, or the operators have different numbers of sites.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> flip = MPO([torch.eye(2).flip(0).reshape(1, 2, 2, 1)] * 2)
+            >>> flip = tn.MPO([torch.eye(2).flip(0).reshape(1, 2, 2, 1)] * 2)
             >>> flip @ torch.arange(4.0)
             tensor([3., 2., 1., 0.])
             >>> (flip @ flip).to_matrix().equal(torch.eye(4))
@@ -470,9 +456,7 @@ class MPO:
             ValueError: the exponent is negative.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> flip = MPO([torch.eye(2).flip(0).reshape(1, 2, 2, 1)] * 2)
+            >>> flip = tn.MPO([torch.eye(2).flip(0).reshape(1, 2, 2, 1)] * 2)
             >>> (flip**2).to_matrix().equal(torch.eye(4))
             True
         """
@@ -499,9 +483,7 @@ class MPO:
             ShapeError: dims or shapes differ.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> eye = MPO.identity((2, 2))
+            >>> eye = tn.MPO.identity((2, 2))
             >>> eye.hadamard(eye).to_matrix().equal(torch.eye(4))
             True
         """
@@ -517,9 +499,7 @@ class MPO:
             ShapeError: the other operator has padding, which would lie amid the rows of the product.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> MPO.identity((2,)).kron(MPO.identity((3,))).to_matrix().equal(torch.eye(6))
+            >>> tn.MPO.identity((2,)).kron(tn.MPO.identity((3,))).to_matrix().equal(torch.eye(6))
             True
         """
         if not isinstance(other, MPO):
@@ -547,8 +527,7 @@ class MPO:
             ShapeError: the operator is not square.
 
         Example:
-            >>> from tensornet import MPO
-            >>> MPO.identity((2, 3)).trace()
+            >>> tn.MPO.identity((2, 3)).trace()
             tensor(6.)
         """
         self._check_square("has a trace")
@@ -578,9 +557,7 @@ class MPO:
         """Move the orthogonality center by QR, with gradient. See `mpo_algebra.canonicalize`.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> operator = MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)]).canonicalize(center=1)
+            >>> operator = tn.MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)]).canonicalize(center=1)
             >>> float(operator[1].norm()) == float(operator.norm())
             True
         """
@@ -606,8 +583,7 @@ class MPO:
             NonFiniteError: the operator holds NaN or infinity.
 
         Example:
-            >>> from tensornet import MPO
-            >>> eye = MPO.identity((2, 2, 2))
+            >>> eye = tn.MPO.identity((2, 2, 2))
             >>> (eye + eye).round().bond_dims
             (1, 1)
         """
@@ -638,9 +614,7 @@ class MPO:
         """Compute the logarithm of the Frobenius norm, also where the norm itself overflows or underflows.
 
         Example:
-            >>> import torch
-            >>> from tensornet import MPO
-            >>> MPO([torch.ones(1, 2, 2, 1)] * 2000).log_norm()
+            >>> tn.MPO([torch.ones(1, 2, 2, 1)] * 2000).log_norm()
             tensor(1386.2944, dtype=torch.float64)
         """
         return algebra.log_norm(self._masked)

@@ -31,8 +31,6 @@ class TensorNetwork:
         ShapeError: a core is missing, surplus, or has another shape, dtype or device than the rest.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> topology = tn.topologies.low_rank(out_features=8, in_features=6, rank=2)
         >>> shapes = topology.core_shapes.values()
         >>> network = tn.TensorNetwork(topology, [torch.randn(shape) for shape in shapes])

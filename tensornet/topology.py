@@ -19,7 +19,6 @@ class CoreSpec:
         labels: one label for each dimension of the core's tensor.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.low_rank(out_features=8, in_features=6, rank=2).cores[0]
         CoreSpec(name='0', labels=('b0', 'o0', 'i0', 'b1'))
         >>> tn.CoreSpec("left", ("o", "rank"))
@@ -60,7 +59,6 @@ class Topology:
             are not networks of the same legs.
 
     Example:
-        >>> import tensornet as tn
         >>> topology = tn.Topology(
         ...     family="mine",
         ...     cores=(tn.CoreSpec("left", ("o", "rank")), tn.CoreSpec("right", ("rank", "i"))),
@@ -133,7 +131,6 @@ class Topology:
         """Positions of the cores of each term, and its topology; one term holds all cores of a plain network.
 
         Example:
-            >>> import tensornet as tn
             >>> topology = tn.topologies.residual(out_features=6, in_features=4, rank=2)
             >>> [(positions, part.core_names) for positions, part in topology.parts]
             [((0,), ('base',)), ((1, 2), ('0', '1'))]

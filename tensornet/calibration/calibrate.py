@@ -83,8 +83,6 @@ def calibrate(
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> batches = [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(4)]  # (inputs, labels)
         >>> stats = tn.calibrate(model, batches)

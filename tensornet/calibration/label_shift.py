@@ -34,7 +34,6 @@ def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
         model, batch, labels: see `predicts_next_token`.
 
     Example:
-        >>> import torch
         >>> from tensornet.calibration.label_shift import labels_are_shifted
         >>> ids = torch.tensor([[0, 1, 2, 3]])
         >>> labels_are_shifted(torch.nn.Embedding(5, 5), {"input_ids": ids}, ids)  # no loss: the default
@@ -83,7 +82,6 @@ def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool 
         where the model computes no loss from labels, or one that fits neither.
 
     Example:
-        >>> import torch
         >>> from torch import nn
         >>> from tensornet.calibration.label_shift import predicts_next_token
         >>> class Counts(nn.Module):

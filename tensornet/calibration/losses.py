@@ -34,7 +34,6 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
         TargetError: the model returns neither logits nor a loss, or one tensor that no labels fit.
 
     Example:
-        >>> import torch
         >>> from tensornet.calibration import label_losses
         >>> model = torch.nn.Linear(8, 3)
         >>> label_losses(model, {"input": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 0, 1])}).shape
@@ -79,7 +78,6 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     each row.
 
     Example:
-        >>> import torch
         >>> from tensornet.calibration import sampled_losses
         >>> model = torch.nn.Linear(8, 3)
         >>> sampled_losses(model, {"input": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 0, 1])}).shape
@@ -106,7 +104,6 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     vectors: one minus their cosine.
 
     Example:
-        >>> import torch
         >>> from tensornet.calibration import cosine_losses
         >>> class Encoder(torch.nn.Embedding):
         ...     def forward(self, input):
@@ -124,7 +121,6 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
     and the new outputs of a row, relative to the square of the old ones.
 
     Example:
-        >>> import torch
         >>> from tensornet.calibration import output_losses
         >>> output_losses(torch.nn.Linear(3, 2), {"input": torch.ones(4, 3)}).shape
         torch.Size([4])
@@ -196,7 +192,6 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
 
     Example:
         >>> import copy
-        >>> import torch
         >>> from tensornet.calibration import losses_against
         >>> teacher = torch.nn.Linear(8, 4)
         >>> losses = losses_against(teacher)
@@ -231,7 +226,6 @@ def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
         batch: the arguments of both models; padding in outputs of `(rows, tokens, ...)` does not count.
 
     Example:
-        >>> import torch
         >>> from tensornet.calibration.losses import output_distances
         >>> old = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
         >>> output_distances(0.5 * old, old, {"x": old}).tolist()

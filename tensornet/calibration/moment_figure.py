@@ -38,7 +38,6 @@ def moment_summaries(stats: "CalibrationStats") -> list[MomentSummary]:
     """Summarize the moments of every layer that has a moment of its inputs.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> from tensornet.calibration.moment_figure import moment_summaries
         >>> stats = tn.calibrate(torch.nn.Sequential(torch.nn.Linear(8, 4)), [torch.eye(8)])
         >>> round(moment_summaries(stats)[0].directions)

@@ -42,8 +42,6 @@ class CalibrationStats:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Linear(8, 4)
         >>> stats = tn.calibrate(model, [torch.randn(64, 8)])
         >>> stats.columns[""].shape, stats.rows[""].shape, stats.tokens
@@ -79,7 +77,6 @@ class CalibrationStats:
             MissingDependencyError: matplotlib is not installed.
 
         Example:
-            >>> import torch, tensornet as tn
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
             >>> stats = tn.calibrate(model, [torch.randn(32, 64)])
             >>> [axes.get_xlabel() for axes in stats.plot().axes]

@@ -29,7 +29,6 @@ def place_masks(masks: Sequence[Tensor], shape: torch.Size) -> Tensor | None:
         The mask, of that shape, or None where no mask fits it.
 
     Example:
-        >>> import torch
         >>> from tensornet.calibration.token_axes import place_masks
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
         >>> place_masks([mask], torch.Size([3, 2])).tolist()  # tokens first

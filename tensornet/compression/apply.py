@@ -51,8 +51,6 @@ def apply_plan(
         TopologyError: a planned topology is none of its family.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
         >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=4, topology="low_rank"))
         >>> errors = tn.apply_plan(model, plan)
@@ -125,8 +123,6 @@ def decompress(model: nn.Module) -> nn.Module:
         TargetError: the model itself is such a layer.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
         >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
         >>> type(model[0]).__name__, type(tn.decompress(model)[0]).__name__

@@ -96,7 +96,6 @@ def predict_baseline(
         TargetError: an unknown method, GPTQ without statistics, or a model without the planned layers.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> from tensornet.compression.baselines import predict_baseline
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
@@ -114,7 +113,6 @@ def apply_baseline(
     The layers stay dense: this is for measuring the loss. Arguments and errors as `predict_baseline`.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> from tensornet.compression.baselines import apply_baseline
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
@@ -171,7 +169,6 @@ def baseline_losses(
         TargetError: the model has no layer of a planned name.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> from tensornet.compression.baselines import baseline_losses
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
         >>> config = tn.CompressionConfig(bits_per_weight=6.25)

@@ -51,8 +51,6 @@ def compress(
         TargetError, BudgetError, NonFiniteError, TopologyError: before anything is replaced.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
         >>> batches = [(torch.randn(64, 64), torch.randint(10, (64,))) for _ in range(4)]
         >>> config = tn.CompressionConfig(param_ratio=0.5)

@@ -95,10 +95,9 @@ class CompressionConfig(LayerSelection):
         ValueError: unknown objective or dims, or another option that is none.
 
     Example:
-        >>> from tensornet import CompressionConfig
-        >>> CompressionConfig(bits_per_weight=4.25).formats[:2]
+        >>> tn.CompressionConfig(bits_per_weight=4.25).formats[:2]
         ('float', 'int8')
-        >>> CompressionConfig(target_modules="*.mlp.*", param_ratio=0.5, max_bond=64).max_bond
+        >>> tn.CompressionConfig(target_modules="*.mlp.*", param_ratio=0.5, max_bond=64).max_bond
         64
     """
 
@@ -176,8 +175,7 @@ class CompressionConfig(LayerSelection):
         """Return True if a budget of bytes counts the whole model, False for the targeted layers alone.
 
         Example:
-            >>> from tensornet import CompressionConfig
-            >>> config = CompressionConfig(bits_per_weight=4.25)
+            >>> config = tn.CompressionConfig(bits_per_weight=4.25)
             >>> [config.counts_model(name) for name in ("bits_per_weight", "byte_ratio", "max_bytes")]
             [False, True, True]
         """

@@ -32,8 +32,6 @@ class LayerPlan:
         byte_curve: as `curve`, over bytes.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
         >>> layer = tn.plan(model, tn.CompressionConfig(max_bond=4, topology="low_rank"))["0"]
         >>> layer.shape, layer.topology.family, layer.params_after, layer.bound_by
@@ -127,7 +125,6 @@ def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
     """Abbreviate number formats, family and bonds, without boundary bonds of 1.
 
     Example:
-        >>> import tensornet as tn
         >>> topology = tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
         >>> describe(topology, Storage(number_format="int8"))
         'int8 low_rank 8'

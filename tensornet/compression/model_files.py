@@ -39,8 +39,6 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         DestinationError: the file cannot be written there.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
         >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
         >>> tn.save_model(model, "model.safetensors")
@@ -81,8 +79,6 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
         TargetError: the model has no numbers (meta device).
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
         >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
         >>> tn.save_model(model, "model.safetensors")

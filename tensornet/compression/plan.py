@@ -59,8 +59,6 @@ class CompressionPlan:
         unseen: layers that were to be compressed and stay dense, because they never ran in calibration.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
         >>> plan = tn.plan(model, tn.CompressionConfig(target_modules="all", max_bond=4, topology="low_rank"))
         >>> [(layer.name, layer.params_before, layer.params_after) for layer in plan]
@@ -154,7 +152,7 @@ class CompressionPlan:
 
         Empty where the loss has no value, as the cosine of encoders.
 
-        >>> CompressionPlan(()).predicted_change()
+        >>> tn.CompressionPlan(()).predicted_change()
         ''
         """
         rise = self.predicted_loss_increase
@@ -205,7 +203,6 @@ class CompressionPlan:
             TopologyError: not a topology, or for a matrix of another shape.
 
         Example:
-            >>> import torch, tensornet as tn
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
             >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8))
             >>> plan.replace_layer("0", None, "int4").bits_per_weight
@@ -272,7 +269,6 @@ class CompressionPlan:
             MissingDependencyError: matplotlib is not installed.
 
         Example:
-            >>> import torch, tensornet as tn
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
             >>> plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5))
             >>> len(plan.plot().axes)

@@ -67,8 +67,6 @@ class PreparedPlan:
         of_tokens: whether `dense_loss` is the cross entropy of tokens.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.compression import prepare
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
         >>> prepared = prepare(model, tn.CompressionConfig(max_bond=8, topology="low_rank"))
@@ -270,8 +268,6 @@ def plan(
         BudgetError: naming the layer that cannot meet the budget.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
         >>> stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(10, (64,)))])
         >>> plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5), stats)
@@ -293,8 +289,6 @@ def prepare(
     """Build the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.compression import prepare
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
         >>> stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(10, (64,)))])

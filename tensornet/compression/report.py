@@ -31,8 +31,6 @@ class LayerReport:
         bound_by: the cap that decided.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
         >>> config = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
         >>> layer = tn.compress(model, config, progress=False).layers[0]
@@ -65,8 +63,6 @@ class CompressionReport:
         reach: which share of the parameters was considered, and which modules hold the rest.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
         >>> config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
         >>> report = tn.compress(model, config, progress=False)
@@ -111,7 +107,6 @@ class CompressionReport:
             MissingDependencyError: matplotlib is not installed.
 
         Example:
-            >>> import torch, tensornet as tn
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
             >>> report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5), progress=False)
             >>> len(report.plot().axes)

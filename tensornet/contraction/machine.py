@@ -148,7 +148,6 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         repeats: of each measurement; the fastest counts.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.measure_machine(repeats=1).peak > 1e6
         True
     """

@@ -51,7 +51,7 @@ class HealingConfig:
         ValueError: an option is out of its range.
 
     Example:
-        >>> HealingConfig(steps=100).rate
+        >>> tn.HealingConfig(steps=100).rate
         0.0005
     """
 

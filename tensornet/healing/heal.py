@@ -44,8 +44,6 @@ class HealReport:
 
     Example:
         >>> import copy
-        >>> import torch
-        >>> import tensornet as tn
         >>> teacher = torch.nn.Linear(16, 16)
         >>> student = torch.nn.Sequential(copy.deepcopy(teacher))
         >>> _ = tn.compress(student, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
@@ -100,8 +98,6 @@ def heal(
 
     Example:
         >>> import copy
-        >>> import torch
-        >>> import tensornet as tn
         >>> teacher = torch.nn.Sequential(torch.nn.Linear(16, 16))
         >>> model = copy.deepcopy(teacher)
         >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)

@@ -114,8 +114,6 @@ def refine(
 
     Example:
         >>> import copy
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.healing import refine
         >>> teacher = torch.nn.Sequential(
         ...     torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16)

@@ -18,10 +18,9 @@ def trained_scales(model: nn.Module) -> Iterator[None]:
         model: with compressed layers or experts; tied ones stay tied.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
         >>> _ = tn.compress(model, tn.CompressionConfig(formats=("int4",)), progress=False)
-        >>> with trained_scales(model):
+        >>> with tn.healing.trained_scales(model):
         ...     [name for name, _ in model.named_parameters()]
         ['0.scale_matrix']
         >>> [name for name, _ in model.named_parameters()]

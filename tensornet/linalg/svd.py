@@ -40,8 +40,6 @@ class TruncatedSVD:
         method: the route that produced it: `"exact"`, `"gram"` or `"randomized"`.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.truncated_svd(torch.diag(torch.tensor([4.0, 3.0, 0.0])), max_rank=1)
         >>> found.S, round(found.error, 3), found.method
         (tensor([4.]), 0.6, 'gram')
@@ -176,8 +174,6 @@ def truncated_svd(
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.truncated_svd(torch.randn(20, 30), rel_error=0.5)
         >>> found.U.shape[1] == len(found.S), found.error <= 0.5
         (True, True)

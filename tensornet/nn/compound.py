@@ -33,7 +33,6 @@ class PartMatrix(nn.Module):
         bias: shape `(out_features,)`; a parameter is taken as it is.
 
     Example:
-        >>> import torch
         >>> from tensornet.nn import PartMatrix
         >>> layer = PartMatrix(torch.randn(4, 8), bias=torch.zeros(4))
         >>> layer(torch.randn(3, 8)).shape
@@ -102,7 +101,6 @@ class Stack:
         bias: dotted name of a parameter that is the bias of the only layer.
 
     Example:
-        >>> import torch
         >>> from tensornet.nn import Stack
         >>> stack = Stack("in_proj_weight", names=("query", "key", "value"), columns=16)
         >>> parameter = torch.nn.Parameter(torch.randn(48, 16))
@@ -152,7 +150,6 @@ class Compound(nn.Module):
         shared: see `CompoundKind.take_apart`.
 
     Example:
-        >>> import torch
         >>> from tensornet.nn import compound_of
         >>> attention = torch.nn.MultiheadAttention(16, 2)
         >>> compound = compound_of(attention).take_apart(attention, {})

@@ -39,8 +39,6 @@ class MPOEmbedding(NetworkModule):
             builds the table, `"cached"` keeps it in eval, `"auto"` reads slices.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> table = torch.nn.Embedding(1000, 64)
         >>> small = tn.nn.MPOEmbedding.from_embedding(table, sites=3, max_bond=8)
         >>> small(torch.tensor([[1, 5, 9]])).shape, small.num_params

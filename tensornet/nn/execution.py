@@ -266,7 +266,6 @@ def set_strategy(
         ValueError: unknown strategy, negative limit.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> model = torch.nn.Sequential(tn.nn.MPOLinear(64, 64, max_bond=4))
         >>> tn.nn.set_strategy(model, "cached")
         {'0': 16384}
@@ -298,7 +297,6 @@ def cached_bytes(model: nn.Module) -> int:
     """Count the bytes of all matrices kept by layers of a model; 0 unless `"cached"` was requested.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> tn.nn.cached_bytes(tn.nn.MPOLinear(64, 64, max_bond=4))
         0
     """

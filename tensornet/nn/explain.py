@@ -27,7 +27,6 @@ class StrategyCost:
         read_bytes: stored bytes of integers that are read.
 
     Example:
-        >>> import tensornet as tn
         >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
         >>> cost = tn.nn.TensorNetworkLinear(topology).explain(tokens=64).costs[0]
         >>> cost.strategy, cost.multiply_adds > 0
@@ -58,7 +57,6 @@ class Explanation:
         dense_milliseconds: a dense layer of this shape, for comparison.
 
     Example:
-        >>> import tensornet as tn
         >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
         >>> explanation = tn.nn.TensorNetworkLinear(topology).explain(tokens=64)
         >>> explanation.tokens, explanation.choice in {cost.strategy for cost in explanation.costs}

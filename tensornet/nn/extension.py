@@ -41,8 +41,6 @@ class ModelExtension:
     """Base class of extensions; every method has a default that leaves models alone.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.nn.extension import ProvidedData
         >>> class Mine(tn.ModelExtension):
         ...     def calibration_data(self, model):
@@ -121,7 +119,6 @@ def register_extension(extension: ModelExtension) -> ModelExtension:
         TypeError: `extension` is not a `ModelExtension`.
 
     Example:
-        >>> import tensornet as tn
         >>> class Mine(tn.ModelExtension):
         ...     pass
         >>> isinstance(tn.register_extension(Mine()), Mine)

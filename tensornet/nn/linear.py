@@ -50,8 +50,6 @@ class TensorNetworkLinear(KernelKeeper):
     A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> topology = tn.topologies.tucker(out_dims=(16, 16), in_dims=(8, 16), max_bond=8)
         >>> layer = tn.nn.TensorNetworkLinear(topology)  # random cores, to train from scratch
         >>> layer(torch.randn(4, 128)).shape
@@ -238,7 +236,7 @@ class TensorNetworkLinear(KernelKeeper):
     def __format__(self, spec: str) -> str:
         """Add a hint to the repr, since PEFT formats a layer that it cannot adapt into its error.
 
-        >>> f"{TensorNetworkLinear.from_linear(nn.Linear(4, 4), max_bond=1)}".partition(") (")[2]
+        >>> f"{tn.nn.TensorNetworkLinear.from_linear(torch.nn.Linear(4, 4), max_bond=1)}".partition(") (")[2]
         'adapters reach it by tensornet_hf.peft.lora_config and load_adapters)'
         """
         return f"{self!r} (adapters reach it by tensornet_hf.peft.lora_config and load_adapters)"
@@ -271,8 +269,6 @@ class MPOLinear(TensorNetworkLinear):
         ShapeError: `topology` describes another shape.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> layer = torch.nn.Linear(256, 512)
         >>> small = tn.nn.MPOLinear.from_linear(layer, sites=3, max_bond=16)
         >>> small(torch.randn(4, 256)).shape, small.topology.out_dims, small.topology.in_dims

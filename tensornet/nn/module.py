@@ -44,7 +44,6 @@ class NetworkModule(FixedDtypes, RoutedModule):
         ValueError: unknown strategy, negative limit.
 
     Example:
-        >>> import tensornet as tn
         >>> layer = tn.nn.TensorNetworkLinear(tn.topologies.mpo(out_dims=(4, 4), in_dims=(4, 4), max_bond=4))
         >>> isinstance(layer, tn.nn.NetworkModule), [name for name, _ in layer.named_parameters()]
         (True, ['core_0', 'core_1', 'bias'])

@@ -29,8 +29,6 @@ def register_module_type(name: str, builder: Builder) -> None:
         ValueError: the name is taken.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> class Doubled(torch.nn.Identity):
         ...     def spec(self):
         ...         return {"type": "doubled"}
@@ -47,8 +45,6 @@ def module_spec(module: nn.Module) -> dict[str, Any] | None:
     """Describe a module of a registered type; None for any other module.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> tn.nn.module_spec(tn.nn.MPOLinear(16, 32, max_bond=4))["type"]
         'linear'
         >>> tn.nn.module_spec(torch.nn.Linear(4, 4)) is None
@@ -71,7 +67,6 @@ def build_module(
         FormatError: unknown type, or a description that is incomplete or inconsistent.
 
     Example:
-        >>> import tensornet as tn
         >>> layer = tn.nn.MPOLinear(16, 32, max_bond=4)
         >>> twin = tn.nn.build_module(tn.nn.module_spec(layer), device="meta")
         >>> twin.topology == layer.topology

@@ -70,13 +70,12 @@ def stack_uses(module: nn.Module) -> dict[str, StackUse]:
     is viewed as a stack first, `self.w.view(experts, rows, columns)[i]`.
 
     Example:
-        >>> class Experts(nn.Module):
+        >>> class Experts(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.w = nn.Parameter(torch.ones(3, 4, 5))
+        ...         self.w = torch.nn.Parameter(torch.ones(3, 4, 5))
         ...     def forward(self, x):
         ...         return x @ self.w[0]
-        >>> import torch
         >>> stack_uses(Experts())  # a class without a source file cannot be read
         {}
     """

@@ -24,13 +24,13 @@ class StackedMatrices(Compound):
 
     The parameters are its own, or those of a child that holds nothing else; that child is then replaced too.
 
-    >>> class Experts(nn.Module):
+    >>> class Experts(torch.nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.w = nn.Parameter(torch.randn(3, 4, 5))
+    ...         self.w = torch.nn.Parameter(torch.randn(3, 4, 5))
     ...     def forward(self, x):
     ...         return torch.bmm(x, self.w)
-    >>> StackedMatrices(Experts(), {"w": StackUse((1,), (2,), True)}, {}).layer_names
+    >>> tn.nn.StackedMatrices(Experts(), {"w": tn.nn.stack_uses.StackUse((1,), (2,), True)}, {}).layer_names
     ('0.w', '1.w', '2.w')
     """
 

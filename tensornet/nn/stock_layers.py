@@ -23,7 +23,6 @@ class LayerKind(ABC):
     """Abstract kind of stock layer; subclass and `register_layer_kind` to make another kind compressible.
 
     Example:
-        >>> import torch
         >>> from tensornet.nn import LayerKind
         >>> class Scaled(torch.nn.Linear):
         ...     pass
@@ -91,10 +90,9 @@ class CompoundKind(ABC):
     """Abstract kind of module that owns several matrices; register it with `register_compound_kind`.
 
     Example:
-        >>> import torch
         >>> from tensornet.nn import compound_of
-        >>> kind = compound_of(torch.nn.LSTM(8, 16))
-        >>> kind.matches(torch.nn.GRU(8, 16)), compound_of(torch.nn.Linear(8, 8))
+        >>> kind = tn.nn.compound_of(torch.nn.LSTM(8, 16))
+        >>> kind.matches(torch.nn.GRU(8, 16)), tn.nn.compound_of(torch.nn.Linear(8, 8))
         (True, None)
     """
 
@@ -190,7 +188,6 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
         TargetError: the name is taken.
 
     Example:
-        >>> import torch
         >>> from tensornet.nn import LayerKind, kind_of, register_layer_kind
         >>> class Mine(torch.nn.Linear):
         ...     pass
@@ -219,12 +216,12 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 def register_compound_kind(kind: CompoundKind) -> CompoundKind:
     """Register another kind of module with several matrices, which takes precedence over earlier ones.
 
-    >>> class Nothing(CompoundKind):
+    >>> class Nothing(tn.nn.CompoundKind):
     ...     def matches(self, module):
     ...         return False
     ...     def take_apart(self, module, shared):
     ...         raise NotImplementedError
-    >>> compound_of(nn.ReLU()) is register_compound_kind(Nothing())
+    >>> tn.nn.compound_of(torch.nn.ReLU()) is tn.nn.register_compound_kind(Nothing())
     False
     """
     _COMPOUNDS.insert(0, kind)
@@ -251,7 +248,6 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     """Look up the `LayerKind` of a module; None if the module cannot be compressed.
 
     Example:
-        >>> import torch
         >>> from tensornet.nn import kind_of
         >>> kind_of(torch.nn.Linear(4, 4)).name, kind_of(torch.nn.LayerNorm(4))
         ('linear', None)
@@ -262,7 +258,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def compound_of(module: nn.Module) -> CompoundKind | None:
     """Find the kind of a module that owns several matrices; None for any other module.
 
-    >>> compound_of(nn.LSTM(4, 4)) is None
+    >>> tn.nn.compound_of(torch.nn.LSTM(4, 4)) is None
     False
     """
     return next((kind for kind in _COMPOUNDS if kind.matches(module)), None)
@@ -271,7 +267,7 @@ def compound_of(module: nn.Module) -> CompoundKind | None:
 def reason_against(module: nn.Module) -> str | None:
     """Say why a module is not taken apart, by the first kind that knows its type; None if none does.
 
-    >>> reason_against(nn.Conv1d(8, 8, 3, groups=8))
+    >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
     'groups too small for low rank'
     """
     reasons = (kind.reason_against(module) for kind in _COMPOUNDS)

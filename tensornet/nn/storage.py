@@ -32,7 +32,6 @@ class Storage:
         FormatError: unknown formats, a core named twice, or formats beside `int8`.
 
     Example:
-        >>> import torch, tensornet as tn
         >>> storage = Storage(number_format="int4", core_formats={"left": "int8"})
         >>> storage.format_of("matrix").name, storage.format_of("left").name
         ('int4', 'int8')
@@ -124,7 +123,6 @@ class Storage:
         """Count stored numbers: elements, scales, zero points and row orders, however packed.
 
         Example:
-            >>> import tensornet as tn
             >>> Storage(number_format="int4").num_params(tn.topologies.dense(out_features=2, in_features=64))
             130
         """

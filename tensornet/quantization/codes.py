@@ -25,7 +25,6 @@ def dequantize(
         dtype: of the result.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import NumberFormat, dequantize
         >>> codes = torch.tensor([[0, 8, 9]], dtype=torch.uint8)
         >>> dequantize(codes, torch.tensor([[0.5]]), None, NumberFormat.parse("int4"))

@@ -48,7 +48,6 @@ def predict_loss_increase(
         FormatError, NonFiniteError, ShapeError: as `round_weight`.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import predict_loss_increase
         >>> eight, four = predict_loss_increase(torch.randn(8, 64), ("int8", "int4"))
         >>> 100 < four / eight < 500
@@ -83,7 +82,6 @@ def expected_losses(
         column_damping: as for `round_weight`.
 
     Example:
-        >>> import torch
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> from tensornet.quantization.expected_loss import expected_losses
         >>> expected_losses(torch.randn(8, 64), ("int8", "int4"), [Weighting()]).shape

@@ -39,7 +39,6 @@ class RoundedProduct:
         loss_increase: exact loss increase of the product against the target.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import RoundedProduct
         >>> RoundedProduct(torch.randn(16, 4), torch.randn(4, 64), loss_increase=0.0).loss_increase
         0.0
@@ -60,7 +59,6 @@ class RoundedFactors:
         loss_increase: exact loss increase of the product against the target, under the damped moments.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import NumberFormat, round_factors
         >>> rounded = round_factors(torch.randn(16, 4), torch.randn(4, 64), NumberFormat.parse("int8"))
         >>> rounded.left.codes.shape, rounded.right.codes.shape
@@ -105,7 +103,6 @@ def round_factors(
         FormatError, NonFiniteError, ShapeError: as `round_weight`; also for factors that do not fit.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import round_factors
         >>> round_factors(torch.randn(16, 4), torch.randn(4, 64), "int8").left.codes.shape
         torch.Size([16, 4])
@@ -148,7 +145,6 @@ def round_product(
         FormatError, NonFiniteError, ShapeError: as `round_weight`; also for factors that do not fit.
 
     Example:
-        >>> import torch
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> from tensornet.quantization import NumberFormat, round_product
         >>> int4 = NumberFormat.parse("int4")

@@ -44,7 +44,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ShapeError: codes of another dtype, without a dimension, or too large.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import pack, unpack
         >>> packed = pack(torch.tensor([1, 2, 3, 0, 1], dtype=torch.uint8), 2)
         >>> packed.shape, unpack(packed, 2, 5).tolist()
@@ -85,7 +84,6 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         ShapeError: bytes of another dtype or length.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import pack, unpack
         >>> codes = torch.tensor([[3, 0, 15, 7]], dtype=torch.uint8)
         >>> unpack(pack(codes, 4), 4, size=4).tolist()

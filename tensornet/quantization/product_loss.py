@@ -39,7 +39,6 @@ def predict_product_losses(
         Shape `(weightings, rank)`.
 
     Example:
-        >>> import torch
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> from tensornet.quantization import predict_product_losses
         >>> left, right = torch.randn(16, 4), torch.randn(4, 64)

@@ -66,7 +66,6 @@ def alternate(
         turns: how often both are done; at least once.
 
     Example:
-        >>> import torch
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> from tensornet.quantization.residual import alternate
         >>> exact = lambda matrix: (None, matrix)
@@ -102,7 +101,6 @@ class ResidualFit:
         history: loss increase of the integers alone, and after each alternation.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import NumberFormat, fit_residual
         >>> fit = fit_residual(torch.randn(32, 64), NumberFormat.parse("int4"), rank=2)
         >>> fit.left.shape, fit.right.shape, fit.to_matrix().shape
@@ -153,7 +151,6 @@ def fit_residual(
         FormatError, NonFiniteError, ShapeError: as `round_weight`; also for a rank that does not fit.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import fit_residual
         >>> fit = fit_residual(torch.randn(16, 64), "int2", 4)
         >>> fit.loss_increase < fit.history[0], fit.left.shape

@@ -49,7 +49,6 @@ class RoundedWeight:
         loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import NumberFormat, round_weight
         >>> rounded = round_weight(torch.randn(16, 64), NumberFormat.parse("int4"))
         >>> rounded.codes.dtype, rounded.nbytes, rounded.dequantize().shape
@@ -121,7 +120,6 @@ def round_weight(
         ShapeError: moments that do not fit, or a method that they do not allow.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import round_weight
         >>> inputs = torch.randn(100, 64)
         >>> rounded = round_weight(torch.randn(8, 64), "int4", columns=inputs.T @ inputs / 100)

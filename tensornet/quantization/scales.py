@@ -33,7 +33,6 @@ class GroupScales:
         zeros: codes whose value is zero, `torch.uint8` of the same shape; None without zero points.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import NumberFormat, search_scales
         >>> found = search_scales(torch.randn(4, 64), NumberFormat.parse("int4"))
         >>> found.scales.shape, found.zeros
@@ -61,7 +60,6 @@ def search_scales(
         ShapeError: the weight is neither a matrix nor a stack of matrices.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import NumberFormat, search_scales
         >>> search_scales(torch.randn(4, 128), NumberFormat.parse("int4")).scales.shape
         torch.Size([4, 2])
@@ -191,7 +189,6 @@ def refit_scales(
         NonFiniteError: the weight, the points or the moment hold NaN or infinity.
 
     Example:
-        >>> import torch
         >>> from tensornet.quantization import NumberFormat, refit_scales
         >>> points = torch.randint(-7, 8, (4, 64)).double()
         >>> scales = refit_scales(0.5 * points, points, NumberFormat.parse("int4"))

@@ -34,8 +34,6 @@ class SearchPoint:
         error_bound: error that no matrix of this shape exceeds, None where the family has no such bound.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> point = tn.search_topology(torch.randn(32, 48), param_ratio=0.5).best()
         >>> point.params <= 32 * 48 / 2, 0 < point.error < 1
         (True, True)
@@ -75,8 +73,6 @@ class TopologySearch:
         pruned: candidates that a bound ruled out before they were decomposed.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.search_topology(torch.randn(32, 48), param_ratio=0.5)
         >>> found.best("params").params <= found.best("error").params
         True

@@ -68,8 +68,6 @@ def search_topology(
         ValueError: `tokens` below 1 or `max_sites` below 2, or not integers.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.search_topology(torch.randn(32, 48), param_ratio=0.5, tokens=(1, 256))
         >>> best = found.best("error")
         >>> best.topology.shape, best.params <= found.max_params

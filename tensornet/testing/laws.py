@@ -41,8 +41,6 @@ class Outcome:
         tensors: stored tensors, for the checks of dtype and device.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> outcome = laws.Outcome.of(tn.decompose(torch.randn(6, 4), "low_rank", max_bond=2))
         >>> outcome.matrix.shape, outcome.params, outcome.bonds
@@ -78,7 +76,6 @@ def tolerance(dtype: torch.dtype) -> float:
     """Return the relative rounding allowed for this dtype: 300 units in the last place.
 
     Example:
-        >>> import torch
         >>> from tensornet.testing import laws
         >>> laws.tolerance(torch.float64) < 1e-12 < laws.tolerance(torch.float32)
         True
@@ -93,8 +90,6 @@ def check_exact(decompose: Decompose, matrix: Tensor) -> None:
     """Check that a decomposition without budget is exact to rounding, and certified so.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
@@ -112,8 +107,6 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
     Certificates above 1, infinite ones included, promise little but are allowed.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", rel_error=budget.rel_error))
@@ -136,8 +129,6 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
     """Check that bonds respect `max_bond` and parameters respect `param_ratio`.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
@@ -161,8 +152,6 @@ def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = t
     """Check that a larger `max_bond` never increases the error, neither certified nor true.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
@@ -187,8 +176,6 @@ def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> No
     """Check that the input is unchanged and shares no memory with the result.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
@@ -205,8 +192,6 @@ def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget)
     """Check that stored tensors have the input's dtype (float32 for half types) and device.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
@@ -224,8 +209,6 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
     """Check that equal inputs give bit-identical matrices, certificates and tensors.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
@@ -242,8 +225,6 @@ def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float)
     """Check that NaN and infinity raise NonFiniteError with a message.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
@@ -290,8 +271,6 @@ def check_matrix(network: TensorNetwork) -> None:
     """Check that `to_matrix` equals the explicit sum over all bonds.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> laws.check_matrix(tn.decompose(torch.randn(6, 4), "tucker", max_bond=2).network)
     """
@@ -303,8 +282,6 @@ def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
     """Check that `apply` multiplies the last dimension by the matrix, for any batch shape.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> laws.check_apply(tn.decompose(torch.randn(6, 4), "tucker", max_bond=2).network, batch=(2, 3))
     """
@@ -320,8 +297,6 @@ def check_gradients(network: TensorNetwork, tokens: int = 3) -> None:
     """Check the gradients of input and cores against those of the dense operator (real networks).
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> laws.check_gradients(tn.decompose(torch.randn(6, 4), "tucker", max_bond=2).network)
     """
@@ -357,8 +332,6 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
     """Check that a gauge transformation on a bond preserves matrix, norm and spectrum.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> laws.check_gauge(tn.MPO.from_matrix(torch.randn(8, 8).double(), sites=3), bond=0)
     """
@@ -384,8 +357,6 @@ def check_canonical(operator: MPO, center: int) -> None:
     """Check that the canonical form preserves the operator and is orthonormal around its center.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws
         >>> laws.check_canonical(tn.MPO.from_matrix(torch.randn(8, 8).double(), sites=3), center=1)
     """
@@ -474,7 +445,6 @@ class DecompositionLaws(_Laws):
     a subclass disables, or defines itself, stays so in its own subclasses.
 
     Example:
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws, strategies
         >>> class TestMine(laws.DecompositionLaws):
         ...     matrices = strategies.matrices(max_size=6)
@@ -519,7 +489,6 @@ class FamilyLaws(DecompositionLaws):
     """Laws of a `TopologyFamily`: set `family` to an instance and, if needed, `options`.
 
     Example:
-        >>> import tensornet as tn
         >>> from tensornet.testing import laws, strategies
         >>> class TestTucker(laws.FamilyLaws):
         ...     family = tn.topologies.TuckerFamily()

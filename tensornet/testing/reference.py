@@ -21,7 +21,6 @@ def to_numpy(tensor: Tensor) -> Array:
     """Copy a tensor to the CPU in double precision.
 
     Example:
-        >>> import torch
         >>> from tensornet.testing import reference
         >>> reference.to_numpy(torch.ones(2)).dtype
         dtype('float64')
@@ -34,8 +33,6 @@ def network_matrix(topology: Topology, cores: Sequence[Tensor]) -> Array:
     """Compute the dense matrix of a network from the definition, shape `(out_features, in_features)`.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import reference
         >>> network = tn.decompose(torch.randn(6, 4), "tucker").network
         >>> reference.network_matrix(network.topology, network.cores).shape
@@ -57,8 +54,6 @@ def chain_matrix(cores: Sequence[Tensor]) -> Array:
     """Compute the dense matrix of a chain of cores `(left, out, in, right)`, one element at a time.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import reference
         >>> matrix = torch.randn(6, 4).double()
         >>> dense = reference.chain_matrix(tn.MPO.from_matrix(matrix, sites=2).cores)
@@ -84,8 +79,6 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     network contracted with the gradient of the matrix. In a sum the other terms are constants.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.testing import reference
         >>> network = tn.decompose(torch.randn(6, 4), "low_rank", max_bond=2).network
         >>> [g.shape for g in reference.network_gradients(network.topology, network.cores, torch.ones(6, 4))]
@@ -115,7 +108,6 @@ def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], b
     """Compute the unfolding `(legs up to a bond, legs after it)` of an operator without padding.
 
     Example:
-        >>> import torch
         >>> from tensornet.testing import reference
         >>> reference.unfolding(torch.randn(6, 4), out_dims=(2, 3), in_dims=(2, 2), bond=0).shape
         (4, 6)
@@ -131,7 +123,6 @@ def best_error(matrix: Tensor | Array, rank: int) -> float:
     """Compute the relative Frobenius error of the best approximation of a given rank (Eckart-Young).
 
     Example:
-        >>> import torch
         >>> from tensornet.testing import reference
         >>> reference.best_error(torch.diag(torch.tensor([3.0, 4.0])), rank=1)
         0.6
@@ -146,7 +137,6 @@ def relative_error(matrix: Tensor | Array, approximation: Tensor | Array) -> flo
     """Compute `|W - W'|_F / |W|_F`, or `|W'|_F` if W is zero.
 
     Example:
-        >>> import torch
         >>> from tensornet.testing import reference
         >>> reference.relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]]))
         0.8

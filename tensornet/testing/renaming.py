@@ -36,7 +36,6 @@ def renamed(family: TopologyFamily, name: str | None = None) -> TopologyFamily:
         name: of the subclass; `"renamed_..."` if absent.
 
     Example:
-        >>> import tensornet as tn
         >>> renamed(tn.topologies.MPOFamily()).build(4, 4).family
         'renamed_mpo'
     """

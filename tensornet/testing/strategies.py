@@ -36,7 +36,6 @@ def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.
     """Draw floating dtypes; complex and half dtypes on request.
 
     Example:
-        >>> import torch
         >>> from hypothesis import find
         >>> from tensornet.testing import strategies
         >>> find(strategies.dtypes(half=True), lambda dtype: dtype == torch.bfloat16)
@@ -84,7 +83,6 @@ def matrices(
         scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
 
     Example:
-        >>> import torch
         >>> from hypothesis import given
         >>> from tensornet.testing import strategies
         >>> @given(matrix=strategies.matrices(max_size=8, dtype=torch.float64))
@@ -132,7 +130,8 @@ def tensors(
 
     Example:
         >>> from hypothesis import given
-        >>> @given(tensor=tensors(min_order=3, max_order=3))
+        >>> from tensornet.testing import strategies
+        >>> @given(tensor=strategies.tensors(min_order=3, max_order=3))
         ... def test_has_three_legs(tensor):
         ...     assert tensor.ndim == 3
         >>> test_has_three_legs()
@@ -153,7 +152,8 @@ def tensor_of_kind(shape: tuple[int, ...], kind: str, *, seed: int, complex: boo
         ValueError: unknown kind.
 
     Example:
-        >>> tensor_of_kind((2, 3, 4), "exponential", seed=0).shape
+        >>> from tensornet.testing import strategies
+        >>> strategies.tensor_of_kind((2, 3, 4), "exponential", seed=0).shape
         torch.Size([2, 3, 4])
     """
     if kind not in TENSOR_KINDS:

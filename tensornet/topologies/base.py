@@ -46,7 +46,6 @@ class TopologyFamily(ABC):
     break the bound, and record no gradients; a subclass has nothing to do for that.
 
     Example:
-        >>> import tensornet as tn
         >>> family = tn.topologies.topology_family("low_rank")
         >>> topology = family.build(12, 8, max_bond=3)
         >>> topology.num_params, family.with_rank(topology, 2).num_params
@@ -338,8 +337,6 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
         TopologyError: another family or shape; the message shows both.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> topology = tn.topologies.low_rank(out_features=12, in_features=8, rank=3)
         >>> tn.topologies.check_topology("low_rank", topology, torch.zeros(12, 8))
     """

@@ -70,7 +70,6 @@ def block_tt(
         with Structured Matrices", section 3.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.block_tt(out_dims=(4, 4), in_dims=(4, 4), max_bond=1).num_params  # a Monarch matrix
         128
     """
@@ -107,8 +106,6 @@ class BlockTTFamily(FactoredFamily):
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.decompose(torch.randn(12, 8), "block_tt", out_dims=(3, 4), in_dims=(2, 4), max_bond=1)
         >>> found.network.topology.family, found.error < 1
         ('block_tt', True)

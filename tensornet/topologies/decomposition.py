@@ -19,8 +19,6 @@ class Decomposition:
         converged: whether alternating least squares settled before its sweep limit.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.decompose(torch.randn(12, 8), "low_rank", max_bond=3)
         >>> found.network.num_params, found.bound_by, 0 < found.error < 1
         (60, 'max_bond', True)

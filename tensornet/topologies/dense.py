@@ -41,7 +41,6 @@ def dense(*, out_features: int, in_features: int) -> Topology:
         TopologyError: a size is no integer of at least 1.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.dense(out_features=6, in_features=4).core_shapes
         {'matrix': (6, 4)}
     """
@@ -66,8 +65,6 @@ class DenseFamily(TopologyFamily):
     """Family of one dense core, which only a number format makes smaller.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.decompose(torch.randn(12, 8), "dense")
         >>> found.network.num_params, found.error
         (96, 0.0)

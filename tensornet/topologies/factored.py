@@ -31,7 +31,6 @@ class FactoredFamily(TopologyFamily):
     named in `build_options` and `decompose_options` and passed on as keywords.
 
     Example:
-        >>> import tensornet as tn
         >>> family = tn.topologies.topology_family("mpo")
         >>> isinstance(family, tn.topologies.FactoredFamily), family.options
         (True, ('bond_dims', 'in_dims', 'out_dims', 'sites'))

@@ -43,7 +43,6 @@ def kronecker(
         TopologyError: not two dims each, or they do not fit the features.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.kronecker(out_dims=(3, 4), in_dims=(2, 4), terms=2).core_shapes
         {'left': (2, 3, 2), 'right': (2, 4, 4)}
     """
@@ -81,8 +80,6 @@ class KroneckerFamily(FactoredFamily):
     Reference: Van Loan, Pitsianis 1993, "Approximation with Kronecker Products".
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> matrix = torch.kron(torch.randn(3, 2), torch.randn(4, 4))
         >>> found = tn.decompose(matrix, "kronecker", out_dims=(3, 4), in_dims=(2, 4), max_bond=1)
         >>> found.network.num_params, found.error < 1e-5

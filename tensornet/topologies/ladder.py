@@ -56,8 +56,6 @@ class Ladder:
         complete: whether the last candidate has the bonds of an exact network.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> family = tn.topologies.topology_family("low_rank")
         >>> ladder = family.ladder(torch.randn(12, 8), [Weighting()])

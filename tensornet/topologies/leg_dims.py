@@ -32,7 +32,7 @@ def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
         TopologyError: size or sites is below 1.
 
     Examples:
-        >>> balanced_factors(768, 3)
+        >>> tn.topologies.balanced_factors(768, 3)
         (8, 8, 12)
     """
     if size < 1 or sites < 1:

@@ -61,7 +61,6 @@ def low_rank(*, out_features: int, in_features: int, rank: int | None = None) ->
         TopologyError: a size is not an integer of at least 1.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.low_rank(out_features=12, in_features=8, rank=3).num_params
         60
     """
@@ -75,8 +74,6 @@ class LowRankFamily(TopologyFamily):
     """Low rank, decomposed by truncated SVD into `U sqrt(S)` and `sqrt(S) Vh`.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.decompose(torch.randn(12, 8), "low_rank", max_bond=3)
         >>> found.network.topology.core_shapes
         {'0': (1, 12, 1, 3), '1': (3, 1, 8, 1)}

@@ -55,7 +55,6 @@ def mpo(
         TopologyError: the dims do not fit each other or the features.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.mpo(out_dims=(3, 4), in_dims=(2, 4), max_bond=4).core_shapes
         {'0': (1, 3, 2, 4), '1': (4, 4, 4, 1)}
     """
@@ -97,8 +96,6 @@ class MPOFamily(FactoredFamily):
     """Matrix product operators, decomposed by TT-SVD. See `mpo` and `tt_svd`.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.decompose(torch.randn(12, 8), "mpo", out_dims=(3, 4), in_dims=(2, 4), max_bond=4)
         >>> found.network.topology.bond_dims
         {'b0': 1, 'b1': 4, 'b2': 1}

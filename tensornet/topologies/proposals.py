@@ -30,7 +30,6 @@ class Proposal:
         baseline: whether it stays in the result even if another one beats it, because people compare.
 
     Example:
-        >>> import tensornet as tn
         >>> family = tn.topologies.topology_family("low_rank")
         >>> topology = tn.topologies.low_rank(out_features=12, in_features=8, rank=3)
         >>> tn.topologies.Proposal(topology, lower=0.2, upper=0.2, worst=None).topology.num_params

@@ -28,7 +28,6 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
         TopologyError: not such an instance, it has no name, or the name is taken and `replace` is false.
 
     Example:
-        >>> import tensornet as tn
         >>> class MyFamily(tn.topologies.MPOFamily):
         ...     name = "mine"
         >>> family = tn.register_topology(MyFamily())
@@ -62,7 +61,6 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
             layers could not be saved.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.topology_family("mpo").name
         'mpo'
     """
@@ -90,7 +88,6 @@ def topology_names() -> tuple[str, ...]:
     """List the names of all families in order, including those of installed packages.
 
     Example:
-        >>> import tensornet as tn
         >>> "mpo" in tn.topologies.topology_names()
         True
     """
@@ -103,10 +100,9 @@ def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
     """Register a family for the duration of a `with` block, replacing one of the same name.
 
     Example:
-        >>> import tensornet as tn
         >>> class Plain(tn.topologies.LowRankFamily):
         ...     name = "plain"
-        >>> with registered(Plain()):
+        >>> with tn.topologies.registered(Plain()):
         ...     tn.CompressionConfig(topology="plain", max_bond=4).topology
         'plain'
     """

@@ -68,7 +68,6 @@ def residual(
         TopologyError: an unknown family, options that do not fit, or a sum as the network.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.residual(out_features=6, in_features=4, rank=2).core_shapes
         {'base': (6, 1, 1, 4), '0': (1, 6, 1, 2), '1': (2, 1, 4, 1)}
     """
@@ -83,7 +82,6 @@ class ResidualFamily(TopologyFamily):
     """Dense matrix plus a network: worth its bytes where the matrix is stored in few bits.
 
     Example:
-        >>> import tensornet as tn
         >>> topology = tn.topologies.topology_family("residual").build(6, 4, max_bond=2)
         >>> topology.family, topology.core_names
         ('residual', ('base', '0', '1'))

@@ -77,7 +77,6 @@ def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
     Columns are the axes from the first in-leg on; the last axis alone where no axis comes before an in-leg.
 
     Example:
-        >>> import tensornet as tn
         >>> matrix_view(tn.topologies.low_rank(out_features=6, in_features=4, rank=2), "1")
         (2, 4)
     """

@@ -22,7 +22,6 @@ def gauge_bonds(topology: Topology, *, always: bool = False) -> dict[str, str]:
         The largest such bond of each core that has one, by name of the core.
 
     Example:
-        >>> import tensornet as tn
         >>> gauge_bonds(tn.topologies.mpo(out_dims=(4, 4), in_dims=(4, 4), max_bond=6))
         {'0': 'b1'}
     """
@@ -49,7 +48,6 @@ def bond_cuts(topology: Topology) -> dict[str, Side]:
     The bond then cuts one unfolding of the matrix, whose singular values say how much a smaller bond loses.
 
     Example:
-        >>> import tensornet as tn
         >>> bond_cuts(tn.topologies.low_rank(out_features=6, in_features=4, rank=2))
         {'b1': (('o0',), ('i0',))}
     """
@@ -71,7 +69,6 @@ def is_chain(topology: Topology) -> bool:
     """Return True if the cores form a chain `(left, out, in, right)` with one leg of each kind per core.
 
     Example:
-        >>> import tensornet as tn
         >>> is_chain(tn.topologies.tucker(out_dims=(4, 4), in_dims=(4, 4), max_bond=2))
         False
     """

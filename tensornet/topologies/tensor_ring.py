@@ -72,7 +72,6 @@ def tensor_ring(
         TopologyError: fewer than two sites, dims that do not fit, or another number of bonds.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.tensor_ring(out_dims=(3, 4), in_dims=(2, 4), max_bond=3).core_shapes
         {'0': (3, 3, 2, 3), '1': (3, 4, 4, 3)}
     """
@@ -143,8 +142,6 @@ class TensorRingFamily(FactoredFamily):
     Reference: Zhao, Zhou, Xie, Zhang, Cichocki 2016, "Tensor Ring Decomposition", algorithms 1 and 2.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> matrix = torch.randn(12, 8)
         >>> found = tn.decompose(matrix, "tensor_ring", out_dims=(3, 4), in_dims=(2, 4), max_bond=3)
         >>> found.network.topology.family, found.error < 1

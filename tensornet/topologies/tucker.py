@@ -60,7 +60,6 @@ def tucker(
         TopologyError: the dims do not fit each other or the features, or another number of ranks.
 
     Example:
-        >>> import tensornet as tn
         >>> tn.topologies.tucker(out_dims=(3, 4), in_dims=(2, 4), max_bond=2).core_shapes
         {'core': (2, 2, 2, 2), 'out0': (3, 2), 'out1': (4, 2), 'in1': (4, 2)}
     """
@@ -97,8 +96,6 @@ class TuckerFamily(FactoredFamily):
     Higher-Order Singular Value Decomposition".
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
         >>> found = tn.decompose(torch.randn(12, 8), "tucker", out_dims=(3, 4), in_dims=(2, 4), max_bond=2)
         >>> found.network.num_params, 0 < found.error < 1
         (38, True)

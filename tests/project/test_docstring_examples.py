@@ -1,7 +1,8 @@
 """Every example in a docstring runs, and every public name has one.
 
 Examples run module by module, offline, from a fixed seed, with warnings as errors. Tracebacks and other
-output may be shortened by an ellipsis.
+output may be shortened by an ellipsis. They see `torch` and the packages under their usual names, those of
+layers above their own excepted. Examples of public names see nothing else: whoever copies one needs no more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import tensornet_moe.router_base
 from tensornet.nn import extension, serialization, stock_layers
 from tensornet.topologies import registry
 
-PACKAGES = ("tensornet", "tensornet_moe", "tensornet_hf")
+#: The usual name of each package; a package may use those before it.
+PACKAGES = {"tensornet": "tn", "tensornet_moe": "tm", "tensornet_hf": "th"}
 
 
 def modules() -> Iterator[str]:
@@ -35,10 +37,22 @@ def modules() -> Iterator[str]:
                 yield info.name
 
 
+def usual_names(package: str) -> dict[str, object]:
+    """Return what an example of a package may use without importing it."""
+    below = list(PACKAGES)[: list(PACKAGES).index(package) + 1]
+    return {"torch": torch} | {PACKAGES[name]: importlib.import_module(name) for name in below}
+
+
 def examples(module: ModuleType) -> list[doctest.DocTest]:
     """Collect the docstrings of a module that hold examples."""
-    finder = doctest.DocTestFinder(exclude_empty=True)
-    return [test for test in finder.find(module, module.__name__) if test.examples]
+    known = usual_names(module.__name__.split(".")[0])
+    public = {(found.__module__, name.split(".")[-1]) for name, found in public_objects()}
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__)
+    for test in tests:
+        own = test.name.removeprefix(f"{module.__name__}.").split(".")[0]
+        inside = {} if (module.__name__, own) in public else vars(module)
+        test.globs = {"__name__": "__main__"} | inside | known
+    return [test for test in tests if test.examples]
 
 
 def has_example(found: object) -> bool:

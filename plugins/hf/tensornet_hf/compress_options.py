@@ -18,8 +18,7 @@ class OptionError(ValueError):
         template: message with the names of options in braces.
 
     Example:
-        >>> from tensornet_hf import OptionError
-        >>> str(OptionError("{refine} needs {calibration}."))
+        >>> str(th.OptionError("{refine} needs {calibration}."))
         'refine needs calibration.'
     """
 
@@ -74,10 +73,8 @@ class CompressOptions:
         ValueError: an unknown dtype.
 
     Example:
-        >>> import tensornet as tn
-        >>> from tensornet_hf import CompressOptions
         >>> config = tn.CompressionConfig(bits_per_weight=4.25)
-        >>> CompressOptions(config, calibration="text.txt").calibration_tokens
+        >>> th.CompressOptions(config, calibration="text.txt").calibration_tokens
         32768
     """
 

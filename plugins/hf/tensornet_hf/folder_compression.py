@@ -40,8 +40,6 @@ class PlannedFolder:
         reach: which of the model's parameters the plan considers.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> planned = th.plan_folder(gpt2_path(), th.CompressOptions(config))
@@ -82,8 +80,6 @@ class FolderReport:
             was asked for.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> report = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
@@ -169,8 +165,6 @@ def compress_folder(source: str | Path, destination: str | Path, options: Compre
         OptionError: `workers` with a destination on the hub.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> done = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
@@ -223,8 +217,6 @@ def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
         FormatError, TargetError, BudgetError: as `compress_folder`.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> planned = th.plan_folder(gpt2_path(), th.CompressOptions(config))

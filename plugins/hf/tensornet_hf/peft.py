@@ -151,8 +151,6 @@ def lora_config(
         TargetError: `"all-linear"` finds no layer.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from peft import get_peft_model
         >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import lora_config
@@ -197,7 +195,6 @@ def linear_layers(model: nn.Module) -> list[str]:
         TargetError: there is none.
 
     Example:
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import linear_layers
         >>> linear_layers(th.load(gpt2_path()))[:2]
@@ -224,8 +221,6 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
         options: passed to `PeftModel.from_pretrained`, for example `is_trainable=True`.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from peft import get_peft_model
         >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import load_adapters, lora_config
@@ -247,8 +242,6 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
     """Merge the adapters into the model, ready to be saved as a compressed model.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from peft import get_peft_model
         >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import lora_config, merge_adapters

@@ -278,7 +278,6 @@ def upcycle_folder(
         DestinationError: the destination exists already, or cannot be written.
 
     Example:
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> report = th.upcycle_folder(gpt2_path(), None, th.MoEConfig(num_experts=2))
         >>> report.num_experts

@@ -24,8 +24,6 @@ def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: i
         Chen et al. 2025, "MoBE: Mixture-of-Basis-Experts for Compressing MoE-based LLMs", equation 2.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> topology = tm.mixture_of_bases(out_features=16, in_features=8, bases=2)
         >>> bank = tm.SharedCoreExperts(topology, 4, shared=("basis",))
         >>> {name: tuple(core.shape) for name, core in bank.named_parameters()}

@@ -32,8 +32,6 @@ class ExpertBank(nn.Module, ABC):
         ValueError: `num_experts` is below 1.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> class DenseBank(tm.ExpertBank):
         ...     def __init__(self, num_experts, shape):
         ...         super().__init__(num_experts, shape)
@@ -146,8 +144,6 @@ class SharedCores(nn.Module):
         TopologyError: no core is chosen, or an unknown one.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_moe as tm
         >>> topology = tn.topologies.mpo(out_dims=(2, 4, 2), in_dims=(2, 2, 2), max_bond=3)
         >>> owner = tm.SharedCores(topology, "center")
         >>> first, second = (tm.SharedCoreExperts(topology, 4, shared=owner) for _ in range(2))

@@ -65,8 +65,6 @@ class SharedCoreExperts(StoredBank):
         are our extensions.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> bank.expert_matrices([0, 2]).shape
         torch.Size([2, 16, 8])

@@ -42,8 +42,6 @@ class ExpertFFN(nn.Module):
         ShapeError: the banks do not fit each other.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> experts = tm.ExpertFFN({"up": up, "down": down}, activation="relu", bias=True)

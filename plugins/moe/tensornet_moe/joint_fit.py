@@ -45,8 +45,6 @@ class JointFit:
         converged: whether the error settled before the sweep limit.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> experts = torch.randn(8, 8).expand(4, 8, 8)
         >>> fit = tm.SharedCoreExperts.from_experts(experts, topology="mpo").fit
         >>> fit.error < 1e-5, fit.shared, fit.fell_back

@@ -25,8 +25,6 @@ class AuxLosses:
         z: router z-loss, unweighted, shape `(layers,)`.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
@@ -55,8 +53,6 @@ class RoutingStats:
         z: router z-loss, unweighted.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
@@ -100,8 +96,6 @@ class SharedCoreMoE(nn.Module):
     are replaced by the next forward, and not touched by the second forward of gradient checkpointing.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
@@ -279,8 +273,6 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
             no gradient in training because of reentrant gradient checkpointing.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))

@@ -26,8 +26,6 @@ def load_balancing_loss(
         one, so the value does not grow with k.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> probabilities = torch.full((6, 3), 1 / 3)
         >>> even = torch.tensor([[0], [1], [2], [0], [1], [2]])
         >>> tm.load_balancing_loss(probabilities, even, num_experts=3)
@@ -56,8 +54,6 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         Zoph et al. 2022, "ST-MoE", equation 5.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> tm.router_z_loss(torch.tensor([[0.0, 0.0], [5.0, -5.0]]))
         tensor(12.7405)
     """

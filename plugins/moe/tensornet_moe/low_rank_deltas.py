@@ -44,8 +44,6 @@ class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
         base is our extension.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> weight = torch.randn(16, 8)
         >>> bank = tm.LowRankDeltaExperts.from_dense(weight, num_experts=4, rank=2)
         >>> bank.num_params == 16 * 8 + 4 * 2 * (16 + 8)

@@ -57,8 +57,6 @@ class GradientMask:
         and step, bit-identity, the elementwise variant, schedules and compensation are our definition.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> mask = tm.GradientMask(bank, p=1.0)
         >>> bank.expert_matrices().square().sum().backward()
@@ -255,7 +253,6 @@ def linear_fade(steps: int) -> Callable[[int], float]:
         ValueError: `steps` is below 1.
 
     Example:
-        >>> import tensornet_moe as tm
         >>> fade = tm.linear_fade(100)
         >>> fade(0), fade(50), fade(200)
         (1.0, 0.5, 0.0)
@@ -269,8 +266,6 @@ def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Collect all shared cores of a module, each once, in the order of its submodules.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> tm.shared_parameters(bank)[0] is bank.shared_parameters()["1"]
         True

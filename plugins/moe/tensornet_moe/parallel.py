@@ -35,9 +35,7 @@ class ParallelExperts(nn.Module):
     Built by `shard_experts`.
 
     Example:
-        >>> import torch
         >>> import torch.distributed as dist
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
@@ -108,9 +106,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         TopologyError: the number of processes does not divide that of experts, or the experts' bonds differ.
 
     Example:
-        >>> import torch
         >>> import torch.distributed as dist
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
@@ -148,9 +144,7 @@ def gather_experts(module: nn.Module) -> None:
         TargetError: the module has no distributed experts.
 
     Example:
-        >>> import torch
         >>> import torch.distributed as dist
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
@@ -178,9 +172,7 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
     missing gradient on some process counts as zero.
 
     Example:
-        >>> import torch
         >>> import torch.distributed as dist
-        >>> import tensornet_moe as tm
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))

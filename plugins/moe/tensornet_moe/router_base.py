@@ -31,8 +31,6 @@ class Routing:
             expert); None if all are.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> routing = tm.TopKRouter(8, 4, top_k=2)(torch.randn(5, 8))
         >>> routing.expert_indices.shape, int(routing.load().sum()), int(routing.dropped())
         (torch.Size([5, 2]), 10, 0)
@@ -90,8 +88,6 @@ class Router(nn.Module, ABC):
         ValueError: an option out of its range.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> class RoundRobinRouter(tm.Router):
         ...     def select(self, logits, probs, mask):
         ...         index = torch.arange(len(probs))[:, None] % self.num_experts
@@ -199,7 +195,6 @@ def register_router(name: str, kind: type[Router]) -> None:
         ValueError: the name is taken by another class.
 
     Example:
-        >>> import tensornet_moe as tm
         >>> class CalmRouter(tm.SwitchRouter):
         ...     pass
         >>> tm.register_router("calm", CalmRouter)

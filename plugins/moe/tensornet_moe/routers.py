@@ -27,8 +27,6 @@ class TopKRouter(Router):
         Shazeer et al. 2017 (noisy top-k); Lepikhin et al. 2020 (GShard, k = 2).
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> routing = tm.TopKRouter(8, 4, top_k=2)(torch.randn(5, 8))
         >>> routing.expert_indices.shape, routing.weights.sum(-1).allclose(torch.ones(5))
         (torch.Size([5, 2]), True)
@@ -74,8 +72,6 @@ class SwitchRouter(TopKRouter):
         Fedus, Zoph, Shazeer 2021, "Switch Transformers", section 2.1.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> routing = tm.SwitchRouter(8, 4)(torch.randn(5, 8))
         >>> routing.expert_indices.shape, routing.weights[0].item()
         (torch.Size([5, 1]), 1.0)
@@ -117,8 +113,6 @@ class ExpertChoiceRouter(Router):
         Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing".
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> tm.ExpertChoiceRouter(8, 4, capacity_factor=2.0)(torch.randn(6, 8)).load()
         tensor([3, 3, 3, 3])
     """

@@ -62,8 +62,6 @@ def share_across_layers(
         ValueError: noise below 0, or no expert.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
         >>> owner.names, len(banks), banks[0].owner is owner
         (('1',), 2, True)
@@ -106,9 +104,6 @@ def lend_shared_cores(model: nn.Module) -> int:
         TopologyError, ShapeError: an owner has other cores or experts than its borrower expects.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
-        >>> import tensornet_moe as tm
         >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
         >>> specs = [part.spec() for part in (owner, *banks)]
         >>> model = torch.nn.ModuleList(tn.nn.build_module(spec, device=None, dtype=None) for spec in specs)

@@ -151,8 +151,6 @@ class StoredBank(FixedDtypes, ExpertBank):
             FormatError: an unknown format, formats for cores that are not there, or another encoding.
 
         Example:
-            >>> import torch
-            >>> import tensornet_moe as tm
             >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(32, 64), num_experts=4)
             >>> before = bank.num_bytes
             >>> bank.quantize("int4") < 0.2, bank.num_bytes < before / 4

@@ -26,8 +26,6 @@ class SharedExperts(nn.Module):
         ValueError: no bank.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> owner = tm.SharedExperts({"up": bank})
         >>> first, second = (tm.TiedExperts(owner, "up") for _ in range(2))
@@ -101,8 +99,6 @@ class TiedExperts(ExpertBank):
         ShapeError: the owner has no such bank.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         >>> tied = tm.TiedExperts(tm.SharedExperts({"up": bank}), "up")
         >>> torch.equal(tied.expert_matrices(), bank.expert_matrices())
@@ -207,8 +203,6 @@ def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> Sha
         ShapeError: experts of other number, names or shapes cannot be tied.
 
     Example:
-        >>> import torch
-        >>> import tensornet_moe as tm
         >>> def network():
         ...     up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
         ...     down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)

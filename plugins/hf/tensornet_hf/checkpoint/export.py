@@ -41,8 +41,7 @@ class ExportReport:
 
     Example:
         >>> from pathlib import Path
-        >>> from tensornet_hf import ExportReport
-        >>> print(ExportReport(Path("out"), packed={"lm_head": "int8"}, dense={}))
+        >>> print(th.ExportReport(Path("out"), packed={"lm_head": "int8"}, dense={}))
         1 layers packed, 0 written dense: out
     """
 
@@ -84,7 +83,6 @@ def export_compressed_tensors(
         TargetError: no layer can be packed.
 
     Example:
-        >>> import tensornet as tn, tensornet_hf as th
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
         >>> model = LlamaForCausalLM(config)

@@ -44,7 +44,6 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         NonFiniteError: a stored core contains NaN or infinity.
 
     Example:
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> type(th.load(gpt2_path())).__name__
         'GPT2LMHeadModel'

@@ -181,8 +181,6 @@ def prepare_for_saving(model: nn.Module) -> bool:
         True if there was a Hugging Face model.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> model = th.load(gpt2_path())
         >>> mlp = model.transformer.h[0].mlp

@@ -46,8 +46,6 @@ def save_model(
         DestinationError: it exists already, is the source, or cannot be written (full disk); nothing is left.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> model = th.load(gpt2_path())
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -116,8 +114,6 @@ def decompress(model: nn.Module) -> nn.Module:
         TargetError: the model holds modules that have no dense form, such as experts.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> model = th.load(gpt2_path())
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")

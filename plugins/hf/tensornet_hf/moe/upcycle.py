@@ -50,7 +50,6 @@ class UpcycleReport:
 
     Example:
         >>> from transformers import AutoModelForCausalLM
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> model = AutoModelForCausalLM.from_pretrained(gpt2_path())
         >>> report = th.upcycle(model, th.MoEConfig(num_experts=2))
@@ -133,7 +132,6 @@ def upcycle(
 
     Example:
         >>> from transformers import AutoModelForCausalLM
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> model = AutoModelForCausalLM.from_pretrained(gpt2_path())
         >>> report = th.upcycle(model, th.MoEConfig(num_experts=4, max_bond=32))

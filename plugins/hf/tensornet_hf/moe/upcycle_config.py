@@ -54,8 +54,7 @@ class MoEConfig:
         ValueError, BudgetError: an option out of its range.
 
     Example:
-        >>> from tensornet_hf import MoEConfig
-        >>> MoEConfig(num_experts=4, router="topk", top_k=2).top_k
+        >>> th.MoEConfig(num_experts=4, router="topk", top_k=2).top_k
         2
     """
 

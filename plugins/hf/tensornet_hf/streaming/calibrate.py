@@ -65,9 +65,6 @@ def calibrate_checkpoint(
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
 
     Example:
-        >>> import torch
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> batches = torch.randint(100, (2, 4, 32)).unbind()
         >>> _ = th.calibrate_checkpoint(gpt2_path(), batches, "stats.safetensors", progress=False)

@@ -22,8 +22,6 @@ class CheckpointReport:
         worker_memory: the same of the largest worker; 0 where there was none.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
         >>> report = th.compress_checkpoint(gpt2_path(), "small", config)

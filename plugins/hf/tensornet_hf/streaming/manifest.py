@@ -43,8 +43,6 @@ def verify_manifest(folder: str | Path) -> int:
         FormatError: naming all files that are missing or differ.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
         >>> report = th.compress_checkpoint(gpt2_path(), "small", config)

@@ -105,8 +105,6 @@ def compress_checkpoint(
         ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
 
     Example:
-        >>> import tensornet as tn
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
         >>> report = th.compress_checkpoint(gpt2_path(), "small", config)

@@ -73,7 +73,6 @@ def judge_of(
         ValueError: the text is too short.
 
     Example:
-        >>> import tensornet_hf as th
         >>> from tensornet_hf.embedded import gpt2_path, heldout_text
         >>> from tensornet_hf.text.quality import judge_of
         >>> model = th.load(gpt2_path())

@@ -30,8 +30,7 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
         TargetError: there is no core that experts share.
 
     Example:
-        >>> from tensornet_hf import GradientMaskCallback
-        >>> callback = GradientMaskCallback(p=0.8, fade_steps=1000)  # Trainer(..., callbacks=[callback])
+        >>> callback = th.GradientMaskCallback(p=0.8, fade_steps=1000)  # Trainer(..., callbacks=[callback])
     """
 
     def __init__(
@@ -107,8 +106,7 @@ class RouterStatsCallback(TrainerCallback):
         TargetError: the model has no mixture.
 
     Example:
-        >>> from tensornet_hf import RouterStatsCallback
-        >>> callback = RouterStatsCallback()  # Trainer(..., callbacks=[callback])
+        >>> callback = th.RouterStatsCallback()  # Trainer(..., callbacks=[callback])
         >>> callback.history
         []
     """
