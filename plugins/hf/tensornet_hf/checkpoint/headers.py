@@ -186,8 +186,11 @@ def check_layers(
         FormatError: a description that nothing can be built from, or a missing, surplus or wrong tensor.
     """
     expected: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # by description: the layers of a model repeat a few
     for layer, spec in compression.layers.items():
-        expected |= {f"{layer}.{name}": shape for name, shape in promised_shapes(layer, spec).items()}
+        if (key := repr(spec)) not in shapes:
+            shapes[key] = promised_shapes(layer, spec)
+        expected |= {f"{layer}.{name}": shape for name, shape in shapes[key].items()}
     stored = {name: shape for name, shape in expected.items() if name not in compression.ties}
     in_file = _renaming(list(stored), tensors)
     for name, shape in stored.items():

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensornet.errors import FormatError
+from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of
-from tensornet.topology import Topology
 from tensornet_hf.moe.banks import make_room
 from tensornet_moe import lend_shared_cores
 
@@ -41,10 +41,11 @@ def place_layers(
             f"{type(model).__name__} has no module {absent[0]!r}, which quantization_config describes; it "
             f"was saved as {', '.join(saved_as) or 'an unknown class'}."
         )
+    built = {layer: build_module(layers[layer], device="meta", dtype=dtype) for layer in names}
     for layer, name in names.items():
-        _check_place(name, model.get_submodule(name), layers[layer])
+        _check_place(name, model.get_submodule(name), layers[layer], built[layer])
     for layer, name in names.items():
-        made = build_module(layers[layer], device="meta", dtype=dtype)
+        made = built[layer]
         # Every core is loaded: the model's class has nothing to initialize in these modules.
         for part in made.modules():
             part._is_hf_initialized = True  # type: ignore[assignment]
@@ -83,12 +84,12 @@ def _name_in(model: PreTrainedModel, layer: str) -> str | None:
     return None
 
 
-def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any]) -> None:
+def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any], made: nn.Module) -> None:
     """Raise FormatError unless a described linear layer or embedding fits the layer in its place."""
-    if spec.get("type") not in ("linear", "embedding"):
+    if not isinstance(made, NetworkModule):
         return
     kind = kind_of(module)
-    shape = Topology.from_dict(spec["topology"]).shape
+    shape = made.topology.shape
     if kind is None or kind.name != spec.get("source"):
         raise FormatError(
             f"quantization_config describes {name!r} in place of a {spec.get('source')!r} layer, the "

@@ -13,6 +13,13 @@ FORMAT_VERSION = 1
 LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or tensornet_hf.load(folder)"
 
 
+class Descriptions(dict[str, Any]):
+    """Descriptions of layers by name; copies share them, since transformers makes several while loading."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Descriptions":
+        return Descriptions(self)
+
+
 class TensorNetworkConfig(QuantizationConfigMixin):
     """Quantization config of transformers that describes a compressed model, or compresses one while loading.
 
@@ -68,7 +75,7 @@ class TensorNetworkConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # an open set of names, typed as an enum
         self.format_version = format_version
         self.load_with = load_with
-        self.layers = _mapping("layers", layers, Mapping)
+        self.layers = Descriptions(_mapping("layers", layers, Mapping))
         self.ties: dict[str, str] = _mapping("ties", ties, str)
         self.dtype = dtype
         self.other_dtypes: dict[str, str] = _mapping("other_dtypes", other_dtypes, str)
