@@ -257,15 +257,43 @@ def bases_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: 
     return banks
 
 
+def scaled_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
+    """Shared bases whose rows and columns every expert rescales, with random signs at the start."""
+    banks: Banks = {}
+    for name, weight in zip(("up", "down"), pair, strict=True):
+        out_features, in_features = weight.shape
+        topology = tm.scaled_bases(out_features=out_features, in_features=in_features, **row.options)
+        made = tm.SharedCoreExperts(topology, row.experts, shared=("basis",))
+        with torch.no_grad():
+            for side in ("rows", "columns"):
+                core = made.get_parameter(f"core_{side}")
+                core.copy_(torch.randint(2, core.shape, generator=generator) * 2.0 - 1)
+            basis = made.shared_parameters()["basis"]
+            basis.normal_(generator=generator).mul_((weight.square().mean() / len(basis)).sqrt())
+        banks[name] = made
+    return banks
+
+
+def split_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
+    """Dense experts of which one matrix, `shared="up"` or `"down"`, is the same for all."""
+    banks, name = switch_banks(row, sizes, pair, generator), row.options["shared"]
+    weight = pair[("up", "down").index(name)]
+    topology = tn.topologies.dense(out_features=weight.shape[0], in_features=weight.shape[1])
+    made = tm.SharedCoreExperts(topology, row.experts, shared="all")
+    with torch.no_grad():
+        made.shared_parameters()["matrix"].copy_(weight)
+    return {**banks, name: made}
+
+
 def block_tt_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Block tensor trains of two cores, nothing shared."""
+    """Block tensor trains of two cores, by default with nothing shared."""
     banks: Banks = {}
     for name, weight in zip(("up", "down"), pair, strict=True):
         out_dims, in_dims = (_halves(size) for size in weight.shape)
         topology = tn.topologies.block_tt(
             out_dims=out_dims, in_dims=in_dims, max_bond=row.options["max_bond"]
         )
-        made = tm.SharedCoreExperts(topology, row.experts, shared="none")
+        made = tm.SharedCoreExperts(topology, row.experts, shared=row.options.get("shared", "none"))
         rescale(made, weight)
         banks[name] = made
     return banks
@@ -324,6 +352,8 @@ KINDS: dict[str, Kind] = {
     "delta": mixtures(delta_banks),
     "bases": mixtures(bases_banks),
     "block_tt": mixtures(block_tt_banks),
+    "scaled": mixtures(scaled_banks),
+    "split": mixtures(split_banks),
     "tied": tied,
 }
 
@@ -376,7 +406,25 @@ ROWS = {
         fine("fine, base and deltas, spread", "delta", rank=4, spread=1.0),
         fine("fine, bases", "bases", bases=4, rank=8),
         fine("fine, block tensor trains", "block_tt", max_bond=1),
+        fine("fine, block tensor trains, E = 22", "block_tt", 22, max_bond=1, private_rate=3.0),
+        fine("fine, block tensor trains, shared input core", "block_tt", 40, max_bond=1, shared=("1",)),
+        fine("fine, scaled", "scaled", bases=1, private_rate=4.0),
+        fine("fine, 3 scaled bases", "scaled", 27, bases=3, private_rate=4.0),
+        fine("fine, shared down", "split", 10, shared="down"),
+        fine("fine, shared up", "split", 10, shared="up"),
+        fine("fine, E = 5, prob", "switch", 5, combine="prob"),
         fine("fine, tied over two layers", "tied"),
         fine("fine, tied, E = 12", "tied", 12),
+        # Still smaller experts, and one larger expert whose base no second one repeats.
+        Row("finer, E = 23", "switch", experts=23, top_k=8, hidden=1 / 16, shared_hidden=1 / 2),
+        Row(
+            "half, base and deltas",
+            "delta",
+            experts=19,
+            hidden=1 / 2,
+            shared_hidden=1 / 2,
+            options={"rank": 4},
+            combine="prob",
+        ),
     )
 }

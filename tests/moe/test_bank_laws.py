@@ -70,6 +70,29 @@ class TestMixtureOfBases(BankLaws):
         )
 
 
+class TestScaledBases(BankLaws):
+    def topology(self, shape: tuple[int, int], bases: int) -> tn.Topology:
+        return tm.scaled_bases(out_features=shape[0], in_features=shape[1], bases=bases)
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        return tm.SharedCoreExperts(self.topology(shape, 2), num_experts, shared=("basis",), **DOUBLE)
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        return tm.SharedCoreExperts.from_dense(
+            weight, num_experts=num_experts, topology=self.topology(self.shape, 1), shared=("basis",)
+        )
+
+
+class TestSharedDown(BankLaws):
+    """Every expert has the one matrix of all, as the second matrix of experts that share it."""
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        topology = tn.topologies.dense(out_features=shape[0], in_features=shape[1])
+        return tm.SharedCoreExperts(topology, num_experts, shared="all", **DOUBLE)
+
+    test_starts_as_the_dense_network = None  # type: ignore[assignment]
+
+
 class TestLowRankDeltas(BankLaws):
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
         base = tm.SharedCoreExperts(
@@ -125,6 +148,10 @@ def test_parameter_counts() -> None:
         tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=3, rank=5), E, shared=("basis",)
     )
     assert bases.num_params == 3 * OUT * 5 + E * (3 + 5 * IN)
+    scaled = tm.SharedCoreExperts(
+        tm.scaled_bases(out_features=OUT, in_features=IN, bases=3), E, shared=("basis",)
+    )
+    assert scaled.num_params == 3 * OUT * IN + E * 3 * (OUT + IN)
 
 
 def test_the_transform_stands_on_the_shorter_side() -> None:
@@ -133,6 +160,16 @@ def test_the_transform_stands_on_the_shorter_side() -> None:
         assert shapes["mix"] == (3,)
         assert shapes["basis"] == ((12, 5, 3) if rows == 12 else (3, 5, 12))
         assert shapes["transform"] == ((5, 8) if rows == 12 else (8, 5))
+
+
+def test_scales_multiply_the_rows_and_columns_of_each_base() -> None:
+    bank = tm.SharedCoreExperts(
+        tm.scaled_bases(out_features=OUT, in_features=IN, bases=2), E, shared=("basis",)
+    )
+    rows, basis, columns = (bank.get_parameter(f"core_{name}") for name in ("rows", "basis", "columns"))
+    for e, made in enumerate(bank.expert_matrices()):
+        want = sum(torch.diag(rows[e, k]) @ basis[k] @ torch.diag(columns[e, k]) for k in range(2))
+        assert torch.allclose(made, want, atol=1e-5)
 
 
 # --- given experts -------------------------------------------------------------------------------
@@ -293,6 +330,12 @@ def test_deltas_refuse_what_they_cannot_be() -> None:
 def test_bases_refuse_sizes_below_one(option: str) -> None:
     with pytest.raises(TopologyError, match=option):
         tm.mixture_of_bases(**{"out_features": 4, "in_features": 4, "bases": 2, option: 0})
+
+
+@pytest.mark.parametrize("option", ["bases", "in_features", "out_features"])
+def test_scaled_bases_refuse_sizes_below_one(option: str) -> None:
+    with pytest.raises(TopologyError, match=option):
+        tm.scaled_bases(**{"out_features": 4, "in_features": 4, option: 0})
 
 
 # --- the always-on expert ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.parallel import ParallelExperts, average_gradients, gather_experts, shard_experts
 from tensornet_moe.router_base import Router, Routing, register_router
 from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
+from tensornet_moe.scaled_bases import scaled_bases
 from tensornet_moe.sharing import lend_shared_cores, share_across_layers
 from tensornet_moe.tied_experts import SharedExperts, TiedExperts, tie_experts
 
@@ -44,6 +45,7 @@ __all__ = [
     "mixture_of_bases",
     "register_router",
     "router_z_loss",
+    "scaled_bases",
     "shard_experts",
     "share_across_layers",
     "shared_parameters",
