@@ -409,6 +409,7 @@ ROWS = {
         fine("fine, block tensor trains, E = 22", "block_tt", 22, max_bond=1, private_rate=3.0),
         fine("fine, block tensor trains, shared input core", "block_tt", 40, max_bond=1, shared=("1",)),
         fine("fine, scaled", "scaled", bases=1, private_rate=4.0),
+        fine("fine, scaled, E = 100", "scaled", 100, bases=1, private_rate=4.0),
         fine("fine, 3 scaled bases", "scaled", 27, bases=3, private_rate=4.0),
         fine("fine, shared down", "split", 10, shared="down"),
         fine("fine, shared up", "split", 10, shared="up"),

@@ -1,6 +1,6 @@
 """Execution of a plan: replace stock layers by tensor-network layers, and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,10 @@ from tensornet.compression.candidates import relative_gap
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.sensitivity import layer_weighting
+from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.network import TensorNetwork
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.expansion import settle
 from tensornet.nn.extension import expanded, structure_changed
@@ -77,10 +79,11 @@ def apply_plan(
         targets = {target.name: target for target in all_targets(model)}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
+        fitted = _shared_networks(work, targets, plan, stats)
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
             weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-            result = _decomposed(target, layer, weighting)
+            result = fitted.get(layer.name) or _decomposed(target, layer, weighting)
             modules, errors[layer.name] = _compressed(target, layer, result, weighting)
             made.update(zip(target.names, modules, strict=True))
         with replaced(model, made):
@@ -178,6 +181,35 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
             f"The plan was made for {layer.name!r} of shape {layer.shape}, the model's has shape "
             f"{tuple(target.matrix.shape)}."
         )
+
+
+def _shared_networks(
+    work: Sequence[LayerPlan],
+    targets: Mapping[str, Target],
+    plan: CompressionPlan,
+    stats: CalibrationStats | None,
+) -> dict[str, Decomposition]:
+    """Fit the layers that share a core with others, whose networks hold it as one parameter."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for layer in work:
+        if layer.shared_core:
+            groups.setdefault(layer.shared_with, []).append(layer)
+    made = {}
+    for layers in groups.values():
+        members = [targets[layer.name] for layer in layers]
+        weightings = [layer_weighting(x, plan.objective, stats, plan.damping) or Weighting() for x in members]
+        networks = fit_stack(layers, members, weightings)
+        dtype = members[0].matrix.dtype
+        place = networks[0].topology.core_names.index(layers[0].shared_core)
+        shared = nn.Parameter(networks[0].cores[place].to(dtype).contiguous())
+        for layer, target, network in zip(layers, members, networks, strict=True):
+            cores = [core.to(dtype) for core in network.cores]
+            cores[place] = shared
+            kept = TensorNetwork(network.topology, cores)
+            made[layer.name] = Decomposition(
+                kept, relative_gap(target.matrix, kept.to_matrix()), layer.bound_by
+            )
+    return made
 
 
 def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decomposition:

@@ -14,6 +14,7 @@ from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.planner import prepare
 from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
+from tensornet.compression.shared_stacks import share_stacks
 from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.extension import provided_data
 from tensornet.nn.targets import check_model
@@ -74,6 +75,8 @@ def compress(
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)
     made = prepared.plan(progress=progress)
+    if config.share_experts:
+        made = share_stacks(made, prepared.targets, stats)
     readers = () if stats is None else stats.readers
     reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
     errors = apply_plan(model, made, stats, progress=progress)

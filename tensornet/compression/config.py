@@ -84,6 +84,10 @@ class CompressionConfig(LayerSelection):
         pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
             data if None.
         int8: keep cores as eight-bit integers; predicted losses include the rounding.
+        share_experts: let the experts of a mixture share a projection of their inputs, a basis of their
+            outputs, or a base matrix, wherever that predicts less loss than separate networks of the same
+            bytes. Goes with budgets of parameters and of the loss, and cores in the model's own number
+            format.
         require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
             that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
             and names them in one warning.
@@ -120,6 +124,7 @@ class CompressionConfig(LayerSelection):
     damping: float = 0.1
     pivoted: bool | None = None
     int8: bool = False
+    share_experts: bool = False
     require_calibrated: bool = False
 
     def __post_init__(self) -> None:
@@ -168,6 +173,7 @@ class CompressionConfig(LayerSelection):
                 "pivoted must be True, False or None, and int8 True or False; got "
                 f"{self.pivoted!r} and {self.int8!r}."
             )
+        _check_sharing(self)
         if not isinstance(self.require_calibrated, bool):
             raise ValueError(f"require_calibrated must be True or False, got {self.require_calibrated!r}.")
 
@@ -258,6 +264,30 @@ class CompressionConfig(LayerSelection):
                 f"Unknown compression options {', '.join(unknown)}; known are {', '.join(sorted(known))}."
             )
         return cls(**data)
+
+
+def _check_sharing(config: CompressionConfig) -> None:
+    """Validate `share_experts`.
+
+    Raises:
+        ValueError: not True or False.
+        BudgetError: it contradicts another option.
+    """
+    if not isinstance(config.share_experts, bool):
+        raise ValueError(f"share_experts must be True or False, got {config.share_experts!r}.")
+    apart = {
+        "formats": config.plans_formats,
+        "int8": config.int8,
+        "max_bond": config.max_bond is not None,
+        "rel_error": config.rel_error is not None,
+        "max_milliseconds": config.max_milliseconds is not None,
+        "topology": bool(config.fixed),
+    }
+    if config.share_experts and (beside := [name for name, given in apart.items() if given]):
+        raise BudgetError(
+            f"share_experts chooses networks in the model's own number format by their size and predicted "
+            f"loss alone: drop {', '.join(beside)}, or share_experts."
+        )
 
 
 def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:

@@ -24,6 +24,7 @@ from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import is_known, never_ran
+from tensornet.compression.shared_stacks import share_stacks
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
@@ -274,7 +275,9 @@ def plan(
         >>> plan.params_after <= 0.5 * plan.params_before
         True
     """
-    return prepare(model, config, stats, progress=progress).plan(progress=progress)
+    prepared = prepare(model, config, stats, progress=progress)
+    made = prepared.plan(progress=progress)
+    return share_stacks(made, prepared.targets, stats) if config.share_experts else made
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
 from tensornet.compression.compress import gather_statistics
 from tensornet.compression.reach import Reach
+from tensornet.compression.shared_stacks import share_stacks
 from tensornet.errors import BudgetError, TargetError
 from tensornet_hf import pipeline
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
@@ -289,7 +290,10 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
             )
         seen = f"{validated.tokens:,} tokens of {Path(options.validation).name}"
         prepared = prepared.measured(model, stats, validated.batches, source=seen, progress=progress)
-    return _Work(folder, model, prepared.plan(progress=progress), stats)
+    made = prepared.plan(progress=progress)
+    if config.share_experts:
+        made = share_stacks(made, prepared.targets, stats)
+    return _Work(folder, model, made, stats)
 
 
 def _compared(work: _Work, options: CompressOptions, texts: _Texts) -> Comparison:

@@ -108,6 +108,13 @@ def run(
         ),
     ] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Keep cores as eight-bit integers.")] = False,
+    share_experts: Annotated[
+        bool,
+        typer.Option(
+            "--share-experts",
+            help="Let experts of a mixture share a factor or a base where that predicts less loss.",
+        ),
+    ] = False,
     dtype: shared.Dtype = None,
     device: shared.Device = shared.CPU,
     plan: Annotated[
@@ -145,7 +152,7 @@ def run(
     }
     others: dict[str, object] = {"sites": sites, "target": target, "exclude": exclude, "tokens": tokens}
     others |= {"int8": int8, "topology": topology != "auto", "objective": objective != "auto"}
-    others |= {"topology-option": topology_option, "formats": formats}
+    others |= {"topology-option": topology_option, "formats": formats, "share-experts": share_experts}
     with shared.usage_errors():
         config = CompressionConfig(
             target_modules=target or None,
@@ -154,6 +161,7 @@ def run(
             topology_options=shared.key_values("--topology-option", topology_option),
             sites=sites,
             int8=int8,
+            share_experts=share_experts,
             formats=None if formats is None else tuple(formats.split(",")),
             tokens=tokens,
             objective=objective,  # type: ignore[arg-type]  # checked by the class

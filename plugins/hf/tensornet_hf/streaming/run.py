@@ -18,7 +18,7 @@ from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports
-from tensornet.errors import DestinationError, FormatError, TensorNetError
+from tensornet.errors import BudgetError, DestinationError, FormatError, TensorNetError
 from tensornet.io.atomic import CHUNK, Written, file_digest, write_file
 from tensornet.io.safetensors_files import ShardTask, Slice, write_shard
 from tensornet.nn.expert_matrix import ExpertMatrix
@@ -113,6 +113,12 @@ def compress_checkpoint(
     """
     start = time.perf_counter()
     options = _Options(config, workers, executor, device, resume, max_shard_bytes, progress)
+    if config.share_experts or any(layer.shared_core for layer in plan or ()):
+        raise BudgetError(
+            "Layers that share a core are fitted together, but compress_checkpoint works weight by weight: "
+            "leave out share_experts, or compress the loaded model (tensornet.compress, or the command "
+            "without --workers)."
+        )
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):

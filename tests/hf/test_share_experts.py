@@ -1,0 +1,97 @@
+"""Mixtures of transformers share cores where that pays, on the disk once, and tied when loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from mixture_models import EXPERTS, FAMILIES, logits, mixture, tokens
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.compression import CompressionReport
+from tensornet.compression.report import model_size
+from tensornet.errors import BudgetError
+
+CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6, share_experts=True)
+
+
+def planted(family: str) -> PreTrainedModel:
+    """A mixture whose first stack of every layer reads few directions of its inputs."""
+    model = mixture(family)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_up_proj"):
+                side = 1 if family == "gpt_oss" else 2  # stored transposed there
+                size = parameter.shape[side]
+                basis, _ = torch.linalg.qr(torch.randn(size, 14, generator=generator))
+                moved = parameter.movedim(side, -1) @ basis @ basis.T
+                parameter.copy_(moved.movedim(-1, side))
+    return model
+
+
+def compressed(family: str) -> tuple[PreTrainedModel, CompressionReport]:
+    model = planted(family)
+    batches = [{"input_ids": tokens(8), "labels": tokens(8)}]
+    return model, tn.compress(model, CONFIG, calibration=batches, progress=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_stack_chooses_and_never_grows(family: str) -> None:
+    model, report = compressed(family)
+    first = [x for x in report.plan if "gate_up_proj" in x.name]
+    assert len(first) == 2 * EXPERTS
+    assert "1" in {x.shared_core for x in first}  # one choice for each stack
+    for layer in first:
+        stack = {x.shared_core for x in first if x.name.rsplit(".", 2)[0] == layer.name.rsplit(".", 2)[0]}
+        assert stack == {layer.shared_core}
+    assert report.param_ratio <= 0.6
+    size = model_size(planted(family))[0]
+    assert size - model_size(model)[0] == report.plan.params_before - report.plan.params_after
+    alone = tn.compress(
+        planted(family),
+        tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6),
+        calibration=[{"input_ids": tokens(8), "labels": tokens(8)}],
+        progress=False,
+    )
+    rises = [x.plan.predicted_loss_increase or 0.0 for x in (report, alone)]
+    assert rises[0] < rises[1]
+    assert report.plan.bytes_after <= alone.plan.bytes_after
+
+
+def test_a_folder_holds_shared_cores_once(tmp_path: Path) -> None:
+    model, _ = compressed("mixtral")
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert sum(x.numel() for x in load_file(file).values()) == model_size(model)[0]
+    again = th.load(tmp_path)
+    assert torch.equal(logits(again), want)
+    experts = again.model.layers[0].mlp.experts
+    layers = [experts.get_submodule(f"{e}.gate_up_proj") for e in range(EXPERTS)]
+    assert len({id(layer.core_1) for layer in layers}) == 1
+    tn.decompress(again)
+    assert not any(isinstance(module, tn.nn.NetworkModule) for module in again.modules())
+    assert torch.allclose(logits(again), want, atol=1e-4)
+
+
+def test_shared_cores_train_as_one() -> None:
+    model, _ = compressed("mixtral")
+    layers = [model.get_submodule(f"model.layers.0.mlp.experts.{e}.gate_up_proj") for e in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(input_ids=tokens(4), labels=tokens(4)).loss.backward()
+    before = layers[0].core_1.detach().clone()
+    optimizer.step()
+    assert not torch.equal(layers[0].core_1, before)
+    assert layers[1].core_1 is layers[0].core_1
+
+
+def test_streaming_refuses_layers_that_are_fitted_together(tmp_path: Path) -> None:
+    mixture("mixtral").save_pretrained(tmp_path / "dense")
+    with pytest.raises(BudgetError, match=r"weight by weight.*without --workers"):
+        th.compress_checkpoint(tmp_path / "dense", tmp_path / "small", CONFIG)
+    assert not (tmp_path / "small").exists()
