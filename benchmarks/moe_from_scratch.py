@@ -91,6 +91,9 @@ class Run:
         torch.manual_seed(seed)
         self.model = build(row, sizes, seed=seed).train()
         self.optimizer = optimizer_of(self.model, row, recipe)
+        self.mask: tm.GradientMask | None = None
+        if "mask" in row.options:
+            self.mask = tm.GradientMask(self.model, p=row.options["mask"], seed=seed).attach(self.optimizer)
         self.mean = [p.detach().clone() for p in self.model.parameters()]
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -133,6 +136,7 @@ class Run:
                 "configuration": self.configuration,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "mask": None if self.mask is None else self.mask.state_dict(),
                 "mean": self.mean,
                 "generator": torch.get_rng_state(),
                 "step": self.step,
@@ -173,6 +177,8 @@ class Run:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.mask is not None:
+            self.mask.load_state_dict(state["mask"])
         self.mean = state["mean"]
         torch.set_rng_state(state["generator"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]

@@ -191,6 +191,7 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
     `start="exact"`: every expert is the decomposition of one Gaussian matrix plus `noise`; `"random"`:
     Gaussian cores. `delta`: rank of a low-rank bypass of each expert. `shared`: which cores are shared.
+    `mask`: probability with which a step leaves a shared core alone, which the run sees to.
     """
     options = {
         "start": "exact",
@@ -397,6 +398,8 @@ ROWS = {
         fine("fine, MPOE, private rate 0.3", "mpoe", private_rate=0.3),
         fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
         fine("fine, MPOE, center rate 0.3", "mpoe", shared_rate=0.3),
+        fine("fine, MPOE, mask 0.5", "mpoe", mask=0.5),
+        fine("fine, MPOE, mask 0.9", "mpoe", mask=0.9),
         fine("fine, MPOE, bonds 8", "mpoe", max_bond=8),
         fine("fine, MPOE and delta 8", "mpoe", delta=8),
         fine("fine, MPOE and delta 4", "mpoe", delta=4),

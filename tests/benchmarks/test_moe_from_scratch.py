@@ -68,13 +68,16 @@ def test_no_run_ends_before_its_deadline(bench: ModuleType, tmp_path: Path) -> N
     assert json.loads(state.read_text())["tokens"] == 32  # one step, on disk
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
-    whole = start(bench, corpus, "MPOE and delta 4", tmp_path / "whole")
+@pytest.mark.parametrize("name", ["MPOE and delta 4", "fine, MPOE, mask 0.5"])
+def test_a_resumed_run_repeats_the_uninterrupted_one(
+    bench: ModuleType, corpus: Any, tmp_path: Path, name: str
+) -> None:
+    whole = start(bench, corpus, name, tmp_path / "whole")
     train(whole, 7)
-    first = start(bench, corpus, "MPOE and delta 4", tmp_path / "parts")
+    first = start(bench, corpus, name, tmp_path / "parts")
     train(first, 3)
     torch.manual_seed(99)  # whatever happened in between
-    second = start(bench, corpus, "MPOE and delta 4", tmp_path / "parts")
+    second = start(bench, corpus, name, tmp_path / "parts")
     assert second.step == 3
     train(second, 7)
     for name, value in whole.model.state_dict().items():
@@ -110,7 +113,7 @@ def test_every_row_trains_all_that_it_has(bench: ModuleType, corpus: Any, tmp_pa
         same = [
             n
             for (n, p), old in zip(run.model.named_parameters(), before, strict=True)
-            if torch.equal(p, old) and "router" not in n
+            if torch.equal(p, old) and "router" not in n and not ("mask" in run.row.options and "core_1" in n)
         ]
         assert not same, (name, same)
 
@@ -151,3 +154,22 @@ def test_paragraphs_are_kept_once(bench: ModuleType) -> None:
     parts = text.split(map(str, range(80)))
     assert (parts["tune"], parts["test"]) == (["3", "43"], ["23", "63"])
     assert len(parts["train"]) == 76
+
+
+def test_a_mask_leaves_the_centers_alone(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    frozen = start(bench, corpus, "fine, MPOE, mask 0.5", tmp_path, options={"mask": 1.0})
+    before = {name: p.detach().clone() for name, p in frozen.model.named_parameters()}
+    train(frozen, 2)
+    moved = {name for name, p in frozen.model.named_parameters() if not torch.equal(p, before[name])}
+    centers = {name for name in before if "mlp.experts" in name and name.endswith("core_1")}
+    assert len(centers) == 4
+    assert not centers & moved
+    assert {name.replace("core_1", "core_0") for name in centers} <= moved
+
+
+def test_scaled_experts_differ_from_the_start(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    model = start(bench, corpus, "fine, 3 scaled bases", tmp_path).model
+    bank = model.transformer.h[0].mlp.experts.bank("up")
+    first, second, *_ = bank.expert_matrices().detach()
+    assert float((first * second).sum() / (first.norm() * second.norm())) < 0.5
+    assert float(first.square().mean() * first.shape[1]) == pytest.approx(1, abs=0.3)  # of unit gain
