@@ -335,13 +335,13 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
                 run = Run(ROWS[name], sizes, made, corpus, seed, folder=options.state)
                 if not run.train(tokens, deadline=deadline):
                     return None
-    return write_record(options.state, options.out)
+    return write_record(options.state, options.out, options.name)
 
 
-def write_record(state: Path, out: Path) -> Path:
+def write_record(state: Path, out: Path, name: str) -> Path:
     """Write the record of all runs of a state folder."""
     lines = [json.loads(path.read_text()) for path in sorted(state.glob("*.json"))]
-    return record("moe_from_scratch", lines, folder=out, threads=1)
+    return record(name, lines, folder=out, threads=1)
 
 
 def toy_sizes() -> Sizes:
@@ -357,6 +357,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("texts", type=Path, help="where the packages were unpacked; a text file with --toy")
     parser.add_argument("--state", type=Path, default=CACHE, help="folder of runs, to be continued")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    parser.add_argument("--name", default="moe_from_scratch", help="of the record")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

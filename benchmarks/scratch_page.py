@@ -1,8 +1,10 @@
-"""Write the table and the picture of docs/moe_from_scratch.md from the record of moe_from_scratch.py.
+"""Write the tables and the picture of docs/moe_from_scratch.md from the records of moe_from_scratch.py.
 
     python benchmarks/scratch_page.py
 
-The text of the page is written by hand; what lies between `<!-- table -->` and `<!-- end -->` is replaced.
+The text of the page is written by hand; what lies between `<!-- table -->` or `<!-- forms -->` and
+`<!-- end -->` is replaced. The second table compares the runs of `moe_from_scratch_forms.json` with the dense
+run of that record, since its text is a later edition of that of the first.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from harness import RECORDS, ROOT
 PAGE, PICTURE = ROOT / "docs" / "moe_from_scratch.md", ROOT / "docs" / "moe_from_scratch.svg"
 MILLION = 1_000_000
 MARKS = (1, 2, 3, 4)
+#: Millions of tokens at which the forms of the second table are judged.
+FORMS_AT = 1
 
 
 def losses(run: Mapping[str, Any]) -> dict[float, float]:
@@ -66,11 +70,36 @@ def _rank(run: Mapping[str, Any]) -> tuple[float, float]:
     return (found.get(3, 99.0), found[max(found)])
 
 
-def fill(page: str, record: Mapping[str, Any]) -> str:
-    """Return the page with its table replaced."""
-    made = table([run for run in record["rows"] if run["history"]])
+def forms_table(runs: Sequence[Mapping[str, Any]], older: Sequence[Mapping[str, Any]]) -> str:
+    """Loss of every form minus that of the dense run of its record, the older record beside it."""
+    switch = next(run for run in older if run["row"]["name"] == "Switch")["expert_parameters"]
+    gains = (_gains(runs), _gains(older))
+    sizes = {run["row"]["name"]: run for run in (*older, *runs)}
+    lines = ["| row | parameters | of Switch | to dense | to dense, first table |", "|---|--:|--:|--:|--:|"]
+    known = {name: min(gain[name] for gain in gains if name in gain) for name in {*gains[0], *gains[1]}}
+    for name in sorted(known, key=lambda name: (known[name], name)):
+        size = sizes[name]["expert_parameters"]
+        cells = (f"{gain[name]:+.3f}" if name in gain else "" for gain in gains)
+        lines.append("| " + " | ".join((name, f"{size:,}", f"{size / switch:.2f}", *cells)) + " |")
+    return "\n".join(lines)
+
+
+def _gains(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Loss minus that of the dense run at `FORMS_AT`, by row."""
+    found = {run["row"]["name"]: losses(run) for run in runs}
+    dense = found["dense"][FORMS_AT]
+    return {name: loss[FORMS_AT] - dense for name, loss in found.items() if FORMS_AT in loss}
+
+
+def fill(page: str, record: Mapping[str, Any], forms: Mapping[str, Any]) -> str:
+    """Return the page with its tables replaced."""
+    older = [run for run in record["rows"] if run["history"]]
+    made = {"table": table(older), "forms": forms_table(forms["rows"], older)}
     return re.sub(
-        r"(<!-- table -->)\n.*?(<!-- end -->)", lambda m: f"{m[1]}\n{made}\n{m[2]}", page, flags=re.DOTALL
+        r"(<!-- (\w+) -->)\n.*?(<!-- end -->)",
+        lambda m: f"{m[1]}\n{made[m[2]]}\n{m[3]}",
+        page,
+        flags=re.DOTALL,
     )
 
 
@@ -96,8 +125,10 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Rewrite the page and the picture."""
-    record = json.loads((RECORDS / "moe_from_scratch.json").read_text())
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
+    record, forms = (
+        json.loads((RECORDS / f"moe_from_scratch{name}.json").read_text()) for name in ("", "_forms")
+    )
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), record, forms), encoding="utf-8")
     draw(record, PICTURE)
 
 

@@ -37,8 +37,31 @@ def run(name: str, kind: str, parameters: int, losses: dict[float, float]) -> di
 
 def test_the_page_is_made_of_the_record(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
-    record = json.loads((script.RECORDS / "moe_from_scratch.json").read_text())
-    assert script.fill(page, record) == page
+    record, forms = (
+        json.loads((script.RECORDS / f"moe_from_scratch{name}.json").read_text()) for name in ("", "_forms")
+    )
+    assert script.fill(page, record, forms) == page
+    assert "| fine, scaled |" in page
+
+
+def test_forms_are_compared_with_the_dense_run_of_their_own_record(script: ModuleType) -> None:
+    older = [
+        run("dense", "dense", 100, {1: 4.0}),
+        run("Switch", "switch", 800, {1: 4.1}),
+        run("both", "mpoe", 200, {1: 3.9}),
+    ]
+    runs = [
+        run("dense", "dense", 100, {1: 3.0}),
+        run("new", "scaled", 120, {1: 3.25}),
+        run("both", "mpoe", 200, {1: 2.95}),
+        run("young", "mpoe", 200, {0.5: 3.5}),
+    ]
+    assert script.forms_table(runs, older).splitlines()[2:] == [
+        "| both | 200 | 0.25 | -0.050 | -0.100 |",
+        "| dense | 100 | 0.12 | +0.000 | +0.000 |",
+        "| Switch | 800 | 1.00 |  | +0.100 |",
+        "| new | 120 | 0.15 | +0.250 |  |",
+    ]
 
 
 def test_rows_are_compared_at_the_last_mark_of_both(script: ModuleType, tmp_path: Path) -> None:
