@@ -71,4 +71,4 @@ def _key(value: Any) -> Hashable:
         return tuple(_key(x) for x in value)
     if is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(_key(getattr(value, field.name)) for field in fields(value))
-    return value  # type: ignore[no-any-return]
+    return value

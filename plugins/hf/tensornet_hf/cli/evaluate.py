@@ -95,11 +95,11 @@ def run(
             other = (on_device(load(dense), device), dense)
         found["sentences"] = measure_encoder(model, folder, said, reference=other, batch_size=batch).to_dict()
     if labels is not None:
-        examples = read_examples(labels, dict(model.config.id2label or {}))
+        examples = read_examples(labels, _label_names(model))
         found["labels"] = measure_accuracy(model, folder, examples, batch_size=batch).to_dict()
     if images is not None:
         require_image_classifier(model)
-        listed = read_images(images, dict(model.config.id2label or {}))
+        listed = read_images(images, _label_names(model))
         seen = measure_image_accuracy(model, folder, listed, batch_size=batch, progress=True)
         found["images"] = seen.to_dict()
     if as_json:
@@ -140,6 +140,11 @@ def _perplexity(
         progress=True,
     )
     return {**measured.to_dict(), "how": measured.how}
+
+
+def _label_names(model: Any) -> dict[int, str]:
+    """Names of the classes of a model by number; none if its configuration has none."""
+    return dict(model.config.id2label or {})
 
 
 def _print(found: dict[str, Any]) -> None:
