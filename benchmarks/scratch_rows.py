@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet as tn
 import tensornet_moe as tm
+from tensornet_moe.grouped_linear import group_rows, one_group
 
 ACTIVATION = "gelu_new"
 
@@ -306,6 +307,61 @@ def _halves(size: int) -> tuple[int, int]:
     return small, size // small
 
 
+class RoutedPaths(tm.SharedCoreMoE):
+    """One network for all tokens, to whose two matrices every token adds the low ranks of its experts.
+
+    `h = act((W + sum_e w_e D_e) x)`: unlike experts that each add a delta to one base, two experts of a token
+    do not compute the hidden units of the base twice.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map tokens."""
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.router(flat, mask)
+        self._remember(routing)
+        k = routing.expert_indices.shape[1]
+        expert, weight = routing.expert_indices.reshape(-1), routing.weights.reshape(-1, 1)
+        order = expert.argsort(stable=True)
+        token, groups = order // k, group_rows(expert[order], self.num_experts)
+        assert self.shared_expert is not None
+
+        def through(name: str, tokens: Tensor) -> Tensor:
+            assert self.shared_expert is not None
+            y = self.experts._linear(name, tokens.index_select(0, token), groups) * weight[order]
+            y = y.new_zeros(len(tokens), y.shape[-1]).index_add(0, token, y)
+            return y + self.shared_expert._linear(name, tokens, one_group(tokens))
+
+        hidden = nn.functional.gelu(through("up", flat), approximate="tanh")
+        return through("down", hidden).reshape(x.shape)
+
+
+def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
+    """Networks of `row.hidden` times the width with routed low ranks of `rank`, which start at zero."""
+    found: list[nn.Module] = []
+    for _ in range(sizes.layers):
+        base, banks = gaussian(sizes, round(row.hidden * sizes.hidden), generator), {}
+        for name, weight in zip(("up", "down"), base, strict=True):
+            rows, columns = weight.shape
+            topology = tn.topologies.low_rank(out_features=rows, in_features=columns, **row.options)
+            bank = tm.SharedCoreExperts(topology, row.experts, shared="none")
+            with torch.no_grad():
+                bank.get_parameter("core_0").zero_()
+                bank.get_parameter("core_1").normal_(generator=generator).div_(columns**0.5)
+            banks[name] = bank
+        whole = {name: separate(weight[None]) for name, weight in zip(banks, base, strict=True)}
+        router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
+        router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / sizes.width**0.5
+        found.append(
+            RoutedPaths(
+                router,
+                tm.ExpertFFN(banks, activation=ACTIVATION, bias=True),
+                shared_expert=tm.ExpertFFN(whole, activation=ACTIVATION, bias=True),
+                balance_coef=row.balance,
+            )
+        )
+    return found, None
+
+
 def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
     """Dense experts that every two neighbouring layers share; routers and biases stay apart."""
     networks, _ = KINDS["switch"](row, sizes, generator)
@@ -356,6 +412,7 @@ KINDS: dict[str, Kind] = {
     "scaled": mixtures(scaled_banks),
     "split": mixtures(split_banks),
     "tied": tied,
+    "paths": paths,
 }
 
 
@@ -419,6 +476,7 @@ ROWS = {
         fine("fine, E = 5, prob", "switch", 5, combine="prob"),
         fine("fine, tied over two layers", "tied"),
         fine("fine, tied, E = 12", "tied", 12),
+        Row("low ranks in one network", "paths", experts=22, top_k=2, hidden=15 / 16, options={"rank": 2}),
         # Still smaller experts, and one larger expert whose base no second one repeats.
         Row("finer, E = 23", "switch", experts=23, top_k=8, hidden=1 / 16, shared_hidden=1 / 2),
         Row(

@@ -173,3 +173,27 @@ def test_scaled_experts_differ_from_the_start(bench: ModuleType, corpus: Any, tm
     first, second, *_ = bank.expert_matrices().detach()
     assert float((first * second).sum() / (first.norm() * second.norm())) < 0.5
     assert float(first.square().mean() * first.shape[1]) == pytest.approx(1, abs=0.3)  # of unit gain
+
+
+def test_routed_low_ranks_add_to_the_matrices_of_one_network(
+    bench: ModuleType, corpus: Any, tmp_path: Path
+) -> None:
+    layer = start(bench, corpus, "low ranks in one network", tmp_path).model.transformer.h[0].mlp
+    for name in ("up", "down"):
+        torch.nn.init.normal_(layer.experts.bank(name).get_parameter("core_0"))
+        torch.nn.init.normal_(layer.experts.get_parameter(f"{name}_bias"))
+    x = torch.randn(2, 5, 64)
+    flat = x.reshape(-1, 64)
+    routing = layer.router(flat)
+    want = []
+    for token, experts, weights in zip(flat, routing.expert_indices, routing.weights, strict=True):
+        hidden = token
+        for name in ("up", "down"):
+            matrix, bias = layer.shared_expert.bank(name).expert_matrices()[0], 0
+            for e, w in zip(experts.tolist(), weights, strict=True):
+                matrix = matrix + w * layer.experts.bank(name).expert_matrices([e])[0]
+                bias = bias + w * layer.experts.get_parameter(f"{name}_bias")[e]
+            hidden = matrix @ hidden + bias
+            hidden = torch.nn.functional.gelu(hidden, approximate="tanh") if name == "up" else hidden
+        want.append(hidden)
+    assert torch.allclose(layer(x), torch.stack(want).reshape(x.shape), atol=1e-4)
