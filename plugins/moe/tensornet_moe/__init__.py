@@ -2,6 +2,7 @@
 
 import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
 from tensornet_moe.basis import mixture_of_bases
+from tensornet_moe.batch_ensemble import scaled_bases
 from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
@@ -13,7 +14,6 @@ from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.parallel import ParallelExperts, average_gradients, gather_experts, shard_experts
 from tensornet_moe.router_base import Router, Routing, register_router
 from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
-from tensornet_moe.scaled_bases import scaled_bases
 from tensornet_moe.sharing import lend_shared_cores, share_across_layers
 from tensornet_moe.tied_experts import SharedExperts, TiedExperts, tie_experts
 
