@@ -81,9 +81,8 @@ def _draw_bonds(axes: "Axes", topology: Topology, places: dict[str, Point]) -> N
         style = "-" if len(names) == 2 else "--"
         for x, y in ends:
             axes.plot([x, middle[0]], [y, middle[1]], style, color=_BOND, linewidth=_width(size), zorder=1)
-        axes.annotate(
-            str(size), middle, textcoords="offset points", xytext=(0, 4), ha="center", fontsize=8, zorder=4
-        )
+        ground = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+        axes.annotate(str(size), middle, ha="center", va="center", fontsize=8, zorder=4, bbox=ground)
 
 
 def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> None:
@@ -102,8 +101,9 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
                 fan = 0.3 * (legs.index(label) - (len(legs) - 1) / 2)
                 tip = (x + fan + tilt * direction, y + 0.75 * direction)
                 axes.plot([x, tip[0]], [y, tip[1]], color=color, linewidth=_width(size), zorder=1)
+                away = {"textcoords": "offset points", "xytext": (0, 3 * direction)}
                 axes.annotate(
-                    str(size), tip, ha="center", va="bottom" if direction > 0 else "top", fontsize=8
+                    str(size), tip, ha="center", va="bottom" if direction > 0 else "top", fontsize=8, **away
                 )
                 tips.append(tip)
             for (x, y), (u, v) in pairwise(tips):
