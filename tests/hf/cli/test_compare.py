@@ -7,12 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.evaluation.quantizers import bytes_on_disk, count_weights
+from tensornet_hf.evaluation.quantizers import bytes_on_disk, count_weights, load_any, quantization_method
 from tensornet_hf.evaluation.side_by_side import compare_folders
 from tensornet_hf.text.tokens import load_tokenizer
 
@@ -139,6 +141,37 @@ def test_a_folder_of_compressed_tensors(tensornet: Run) -> None:
     ours, theirs = json.loads(out)["models"]
     assert theirs["method"] == "compressed-tensors"
     assert theirs["quality"]["loss"] == pytest.approx(ours["quality"]["loss"], abs=1e-3)
+
+
+#: Written by llmcompressor 0.14.0 (compressed-tensors 0.19.0, transformers 5.17): OPT of one layer, linear
+#: layers by GPTQ in int4, groups of 64, and the logits of ids 0 to 15 in that process.
+GPTQ = Path(__file__).parents[2] / "fixtures" / "gptq_by_llmcompressor"
+
+
+def test_a_gptq_folder_is_recognised_without_its_package(
+    tensornet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert quantization_method(GPTQ) == "compressed-tensors"
+    assert bytes_on_disk(GPTQ) == (GPTQ / "model.safetensors").stat().st_size
+    assert count_weights(GPTQ) == 64 * 64 + 34 * 64 + 6 * (64 * 64 + 64) + 3 * 2 * 64
+    monkeypatch.setattr("tensornet_hf.evaluation.quantizers.find_spec", lambda name: None)
+    status, _, err = tensornet("compare", gpt2_path(), GPTQ)
+    assert status == 1
+    assert "is quantized by 'compressed-tensors', whose package compressed-tensors is not installed" in err
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
+def test_a_gptq_folder_gives_the_logits_of_its_writer(tensornet: Run) -> None:
+    model = load_any(GPTQ)
+    expected = load((GPTQ / "logits.outputs").read_bytes())["logits"]
+    with torch.no_grad():
+        found = model(torch.arange(16)[None]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    status, out, _ = tensornet("compare", GPTQ, "--json")
+    assert status == 0
+    (facts,) = json.loads(out)["models"]
+    assert (facts["method"], facts["params"]) == ("compressed-tensors", count_weights(GPTQ))
+    assert 8 < facts["bits"] < 16  # embeddings and scales in float32, and 4 bits
 
 
 def test_bad_input(tensornet: Run, tmp_path: Path) -> None:
