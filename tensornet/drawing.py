@@ -101,9 +101,14 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
                 fan = 0.3 * (legs.index(label) - (len(legs) - 1) / 2)
                 tip = (x + fan + tilt * direction, y + 0.75 * direction)
                 axes.plot([x, tip[0]], [y, tip[1]], color=color, linewidth=_width(size), zorder=1)
-                away = {"textcoords": "offset points", "xytext": (0, 3 * direction)}
                 axes.annotate(
-                    str(size), tip, ha="center", va="bottom" if direction > 0 else "top", fontsize=8, **away
+                    str(size),
+                    tip,
+                    textcoords="offset points",
+                    xytext=(0, 3 * direction),
+                    ha="center",
+                    va="bottom" if direction > 0 else "top",
+                    fontsize=8,
                 )
                 tips.append(tip)
             for (x, y), (u, v) in pairwise(tips):

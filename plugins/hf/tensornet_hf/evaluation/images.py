@@ -106,8 +106,8 @@ def require_image_classifier(model: PreTrainedModel) -> None:
         TargetError: naming the class, and what measures others.
     """
     kind = type(model.config)
-    known: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING  # values: a class, or a tuple of them
-    if kind not in known or not isinstance(model, known[kind]):
+    known: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if kind not in known or not isinstance(model, known[kind]):  # one class, or a tuple of them
         raise TargetError(
             f"{type(model).__name__} is no classifier of images, which --images needs; measure language "
             "models by --text or --tasks, encoders by --sentences, classifiers of texts by --labels."
