@@ -110,7 +110,7 @@ def calibrate(
 
 
 def _in_dtype(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Run the model under autocast to a dtype; leave the caller's autocast as it is where none is named."""
+    """Run the model under autocast to `dtype`, or under the caller's autocast if `dtype` is None."""
     if autocast is None:
         return nullcontext()
     # No cache of weights in 16 bits: nothing would clear it before the last batch.
@@ -359,7 +359,7 @@ class _InputSum:
 
 
 class _Reading:
-    """A tensor, its moment, and the layers that have read it."""
+    """Input tensor, its moment, and the layers that have read it."""
 
     def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
         self.moment, self.tokens = moment, tokens

@@ -101,7 +101,7 @@ def hidden_states(
 
 
 def _fingerprints(rows: Tensor) -> Tensor:
-    """Compute a number for each row that depends on every bit of it, the same whatever rows lie beside it."""
+    """Hash each row by its bits alone, independent of the rows beside it."""
     bits = rows.float().contiguous().view(torch.int32).long()
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator).to(rows.device)

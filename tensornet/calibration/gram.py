@@ -18,5 +18,5 @@ def upper_gram(x: Tensor) -> Tensor:
 
 
 def mirrored(moment: Tensor) -> Tensor:
-    """Fill a moment whose upper triangle is known; diagonals alone stay as they are."""
+    """Mirror the upper triangle of a moment; diagonal moments are returned unchanged."""
     return moment if moment.ndim == 1 else moment.triu_().add_(moment.triu(1).T)

@@ -218,7 +218,7 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
 
 
 def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """Compute the squared distance of output rows from those of another model, relative to the latter.
+    """Compute the squared distances of output rows from another model's, relative to the latter's norms.
 
     Args:
         outputs: a tensor, or an object or mapping of tensors, the first dimension of each being rows.
@@ -300,7 +300,7 @@ def _projected(unit: Tensor) -> Tensor:
 
 
 def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
-    """Return the mask of the positions that are tokens, for these leading dimensions; None if all are.
+    """Return the mask of real tokens for the given leading dimensions; None without padding.
 
     Padding is what `attention_mask` says, or, for decoders and where there is no such mask, what the labels
     ignore. Where an encoder's and a decoder's mask have one shape, a position counts if either says so.

@@ -249,7 +249,7 @@ def _one_more(
 
 
 def _middle(low: float, high: float) -> float:
-    """Compute the geometric mean, since prices span many orders of magnitude."""
+    """Compute the geometric mean, since multipliers span many orders of magnitude."""
     return (max(low, high * 1e-12) * high) ** 0.5
 
 

@@ -216,7 +216,7 @@ class PreparedPlan:
         return replace(joined, baseline=self._baseline(sum(layer.bytes_after for layer in layers)))
 
     def _as_plan(self, layers: Sequence[LayerPlan], config: CompressionConfig) -> CompressionPlan:
-        """Join the plans of layers, with the facts of the calibration."""
+        """Join the plans of layers and the figures of the calibration into one plan."""
         calibrated = self.objective != "weight"
         return CompressionPlan(
             tuple(layers),

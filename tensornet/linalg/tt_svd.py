@@ -152,7 +152,7 @@ def default_tolerance(dtype: torch.dtype) -> float:
 def has_full_bonds(
     matrices: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], tolerance: float
 ) -> bool:
-    """Return True if an error of `tolerance` truncates no bond of any matrix of a stack, by Gram matrices.
+    """Return True if every bond of every matrix stays full at relative error `tolerance`, by Gram matrices.
 
     May be false where it is true: a Gram matrix in double precision resolves singular values down to 1e-6.
     """

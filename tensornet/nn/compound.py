@@ -77,7 +77,7 @@ class PartKind(LayerKind):
         return self.layer(matrix, bias)
 
     def relatives(self, name: str, others: Iterable[str]) -> list[str]:
-        """See `LayerKind.relatives`: `experts.3.down_proj` has those of other numbers."""
+        """Select the same projection of the other experts as relatives; see `LayerKind.relatives`."""
         owner, number, matrix = ["", "", *name.rsplit(".", 2)][-3:]
         if not number.isdigit():
             return []
@@ -290,7 +290,7 @@ def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 def _own(matrix: Tensor) -> Tensor:
-    """Copy a matrix to contiguous memory of its own, unless it has that already."""
+    """Copy a matrix to contiguous memory of its own, if it shares memory."""
     alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
 

@@ -121,7 +121,7 @@ class RoutedModule(MatrixKeeper):
         )
 
     def _integer_costs(self, tokens: int, machine: Machine) -> dict[str, IntegerCost]:
-        """Predict what reading integer cores costs, by strategy."""
+        """Predict the cost of reading integer cores, by strategy."""
         return {}
 
     def configure(

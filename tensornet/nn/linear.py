@@ -110,7 +110,7 @@ class TensorNetworkLinear(KernelKeeper):
         return y
 
     def _integers(self, input: Tensor) -> IntegerMatrix | KernelMatrix | None:
-        """Return the matrix, if it is one of integers that is best multiplied as such."""
+        """Return the integer matrix if multiplying by integers is the fastest route, else None."""
         number_format = self.integer_format if self.storage.own_dtypes else None
         if number_format is None or self.strategy not in ("auto", "factorized") or is_exporting():
             return None
@@ -132,7 +132,7 @@ class TensorNetworkLinear(KernelKeeper):
         return IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
 
     def _remember_kernel(self, matrix: IntegerMatrix | KernelMatrix) -> None:
-        """Have a fast path for few tokens, if a kernel reads the matrix as it is held."""
+        """Build the fast path for few tokens, if a kernel reads the matrix as held."""
         if isinstance(matrix, KernelMatrix):
             names, kernel, most = KERNEL_BUFFERS, multiply_int4, KERNEL_TOKENS
         elif has_int8_kernel(matrix.number_format, matrix.shape) and matrix.scales.dtype == torch.bfloat16:

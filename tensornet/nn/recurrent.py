@@ -127,7 +127,7 @@ class MatrixRecurrence(Compound):
         return [ih, hh, *biases, *rest]
 
     def _stepwise(self, x: Tensor, sizes: Tensor | None, states: State) -> tuple[Tensor, State]:
-        """Run like `_fused`, but by calls of the layers."""
+        """Compute the result of `_fused` step by step through calls of the layers."""
         rows = x.transpose(0, 1) if self.batch_first and sizes is None else x
         counts = [rows.shape[1]] * len(rows) if sizes is None else sizes.tolist()
         rows = rows.flatten(0, 1) if sizes is None else rows

@@ -52,7 +52,7 @@ class StackUse:
 
 @dataclass(frozen=True)
 class _Value:
-    """An expression that stands for a parameter, or for one matrix of it."""
+    """Expression whose value is a parameter, or one matrix of a parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -155,13 +155,13 @@ class _Reading:
     found: dict[str, set[StackUse | None]] = field(default_factory=dict)
 
     def read(self, method: ast.FunctionDef, given: dict[str, _Value]) -> None:
-        """Read a method whose arguments stand for some values."""
+        """Read a method with the given values as its arguments."""
         scope = _Scope(self, method, given)
         for statement in method.body:
             scope.visit(statement)
 
     def add(self, value: _Value, use: StackUse | None) -> None:
-        """Note a use; its positions are those of the view, if there is one."""
+        """Note a use, with positions in the view if there is one."""
         self.found.setdefault(value.name, set()).add(use and replace(use, view=value.view))
 
 
@@ -185,7 +185,7 @@ class _Scope:
             reading.add(given[name], None)
 
     def visit(self, node: ast.AST) -> None:
-        """Note the uses in a statement or expression; whatever stands for a parameter is then consumed."""
+        """Note the uses in a statement or expression, and mark its parameters as consumed."""
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in self.assigned and self.value(
                 value
@@ -230,7 +230,7 @@ class _Scope:
         return None
 
     def _call(self, node: ast.Call) -> bool:
-        """Note the product that a call is, or read the child that it calls; False for any other call."""
+        """Note the product computed by a call, or read the called child; return False for any other call."""
         called = ast.unparse(node.func)
         match node:
             case ast.Call(func=ast.Attribute(value=first, attr="matmul"), args=[second], keywords=[]):
@@ -284,7 +284,7 @@ class _Scope:
             self.reading.add(found, None)
 
     def _sizes(self, nodes: Sequence[ast.expr]) -> tuple[int, ...] | None:
-        """Evaluate the sizes that a view is asked for; None where they cannot be known."""
+        """Evaluate the sizes passed to a view; None if they are unknown."""
         if len(nodes) == 1:
             match nodes[0]:
                 case ast.Name(id=name) if name in self.assigned:

@@ -20,7 +20,7 @@ from tensornet.nn.stock_layers import CompoundKind, kind_of, register_compound_k
 
 
 class StackedMatrices(Compound):
-    """Replacement for a module with such parameters, run by the stock module's own code.
+    """Replacement for a module with stacked matrices, run by the stock module's own code.
 
     The parameters are its own, or those of a child that holds nothing else; that child is then replaced too.
 
@@ -45,7 +45,7 @@ class StackedMatrices(Compound):
 
     @property
     def weight(self) -> Any:
-        """Stand-in for a stack of that name; else see `Compound.weight`."""
+        """Stand-in for a stack named `weight`; otherwise see `Compound.weight`."""
         return self._stacked("weight") if "weight" in self.uses else super().weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class StackedMatrices(Compound):
 
 
 class _Holder:
-    """Stand-in for a child that holds stacks of the module: gives stand-ins for these, and runs its code."""
+    """Stand-in for a child that holds stacks: runs the child's code with stand-ins for the stacks."""
 
     def __init__(self, owner: StackedMatrices, name: str) -> None:
         self._owner, self._name = owner, name

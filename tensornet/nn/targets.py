@@ -202,7 +202,7 @@ def _check_patterns(name: str, value: Any) -> None:
 
 
 def pattern_help(pattern: str, names: Sequence[str]) -> str:
-    """Explain patterns that match no name, with an example of one that matches.
+    """Explain why patterns match no name, with an example of a matching pattern.
 
     Examples:
         >>> pattern_help("re:mlp", ["h.0.mlp.up", "h.0.attn"]).partition(". ")[2]
@@ -257,7 +257,7 @@ def all_targets(model: nn.Module) -> list[Target]:
 
 
 def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
-    """Find modules that use the memory of a target but are not of it, by name of the target.
+    """Find modules that use the memory of a target without belonging to it, by name of the target.
 
     >>> model = nn.ModuleDict({"table": nn.Embedding(5, 4, max_norm=1.0), "head": nn.Linear(4, 5)})
     >>> model["head"].weight = model["table"].weight
@@ -342,7 +342,7 @@ def _unknown_layers(model: nn.Module) -> str:
 
 
 def summary(groups: Sequence[Target], limit: int = 8) -> str:
-    """List the names of weights in one line; those beyond a limit are counted.
+    """List the names of weights in one line, and count the names beyond a limit.
 
     >>> summary(all_targets(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), limit=1)
     '0, and 1 more'

@@ -132,7 +132,7 @@ def _shifted(parts: Tensor, bits: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[tuple[slice, slice]]]:
-    """Constants of `_shifted`.
+    """Return the planes and shifts that `_shifted` uses.
 
     Returns:
         The first plane and the shift of each segment; the shift of every plane but the first for the segment

@@ -58,7 +58,7 @@ class ExpectedResiduals:
 
 
 def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None) -> Tensor:
-    """Predict the loss of a unit residual at every place, where errors cost by another moment.
+    """Predict the loss of a unit residual at every position, under a moment other than the rounding's.
 
     Args:
         kept: `D` and error growth of one side, each `(1, n)`.

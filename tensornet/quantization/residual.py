@@ -56,7 +56,7 @@ def alternate(
     fit_product: Callable[[Tensor], tuple[Product, Tensor]],
     turns: int,
 ) -> Alternation[Base, Product]:
-    """Round what a product leaves of a matrix, and fit the product to the rounding error, alternately.
+    """Alternate rounding the residual of a product and fitting the product to the rounding error.
 
     Args:
         target: shape `(out, in)`.

@@ -74,7 +74,7 @@ class RoundedWeight:
 
 
 def empty_weight(matrix: Tensor, number_format: NumberFormat) -> RoundedWeight:
-    """Return the codes of a matrix without elements, such as the free rows of a factor of pivots alone."""
+    """Return the codes of a matrix without elements."""
     groups = (*matrix.shape[:-1], number_format.groups(matrix.shape[-1]))
     scales = matrix.new_zeros(groups).to(number_format.scale_dtype)
     codes = matrix.new_zeros(matrix.shape, dtype=torch.uint8)

@@ -117,7 +117,7 @@ class TopologyFamily(ABC):
     def encodings(
         self, formats: Sequence[NumberFormat]
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
-        """Choose the number formats of the cores that candidates are made with, of those that are allowed.
+        """Choose the number formats of the cores of candidates among the allowed formats.
 
         By default one format for all cores, floating-point or with 8 or 4 bits: those between would hardly
         differ from their neighbours, and with fewer bits networks lose to the dense matrix.
@@ -151,7 +151,7 @@ class TopologyFamily(ABC):
     def predict(
         self, matrix: Tensor, budget: Budget, spectrum: Callable[[], Tensor], **options: Any
     ) -> Prediction:
-        """Predict topology and error of `decompose`; by default it is carried out.
+        """Predict topology and error of `decompose`, by default through the decomposition itself.
 
         Override it if the singular values of the matrix tell both in less time.
 
@@ -351,7 +351,7 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
 
 
 def check_options(family: TopologyFamily, options: Mapping[str, Any]) -> None:
-    """Raise TopologyError unless the family has all of these options; the message lists those it has."""
+    """Raise TopologyError unless the family has all given options; the message lists its options."""
     if unknown := sorted(key for key in options if key not in family.options):
         exist = f"it knows {', '.join(family.options)}" if family.options else "it takes none"
         raise TopologyError(

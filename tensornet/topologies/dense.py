@@ -150,7 +150,7 @@ class DenseFamily(TopologyFamily):
         return RoundedCores(codes)
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Return the same topology: a matrix holds any other added to it."""
+        """Return the same topology, since the sum of two matrices is a matrix."""
         return topology
 
     def proposals(

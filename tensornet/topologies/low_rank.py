@@ -193,7 +193,7 @@ class LowRankFamily(TopologyFamily):
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
-        """Round the right factor with `(A^T R A, C)`, and the left one, fitted again, with `(R, B C B^T)`."""
+        """Round the right factor under `(A^T R A, C)`, refit the left, and round it under `(R, B C B^T)`."""
         left, right = stored.topology.core_names
         rank = max(stored.topology.bond_dims.values())
         a, b = stored.assemble(stored.tensors)

@@ -1,4 +1,4 @@
-"""Residual form: a dense matrix, meant for integers, plus a network that takes what few bits leave.
+"""Residual form: a dense matrix, meant for integers, plus a network fitted to its rounding error.
 
 To explain why the sum pays: rounding leaves an error whose largest singular values, whitened by the moments
 of the loss, stand out of the rest. A few ranks in eight bits or more take them for less than one more bit
@@ -181,7 +181,7 @@ class ResidualFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List bonds in steps of eight, predicted from the rounding error that one of them leaves.
+        """List bonds in steps of eight, with losses predicted from the rounding error of a single bond.
 
         The candidates of the network's own family for that error tell what each bond takes of it. Rounding
         the network and a matrix rounded for another bond add to that: losses are rescaled through the one

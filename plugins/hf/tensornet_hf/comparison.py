@@ -111,7 +111,7 @@ class Sampler:
     seed: int = 0
 
     def __call__(self, model: PreTrainedModel) -> str:
-        """Return what a model writes."""
+        """Return the text that a model writes."""
         return continue_text(
             model,
             load_tokenizer(self.folder),

@@ -393,7 +393,7 @@ def _observed(planned: CompressionPlan | None) -> CompressionConfig:
 
 
 def _check_calibration(planned: CompressionPlan, stats: CalibrationStats | None) -> None:
-    """Raise BudgetError unless the statistics are those that the plan was made with."""
+    """Raise BudgetError if the plan was made with other statistics."""
     if planned.objective != "weight" and (stats is None or stats.source != planned.calibration):
         raise BudgetError(
             f"The plan was made with {planned.calibration}, on which the cores depend; give the same text "

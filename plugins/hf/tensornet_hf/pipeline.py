@@ -209,7 +209,7 @@ def carry_out(
 
 
 def planned_reach(model: PreTrainedModel, planned: CompressionPlan) -> Reach:
-    """Count the parameters that a plan considers; call it before the plan is executed."""
+    """Count the parameters that a plan reaches, before the plan is executed."""
     return measure_reach(model, [layer.name for layer in planned], unseen=planned.unseen)
 
 

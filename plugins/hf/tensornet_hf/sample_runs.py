@@ -121,7 +121,7 @@ def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:
 
 
 def _size(model: PreTrainedModel, *names: str, inside: str = "") -> Any:
-    """Return the first of these entries found in the configuration, or in that of a part of the model."""
+    """Return the first entry found in the configuration of the model, or of one of its parts."""
     config = model.config
     for place in (getattr(config, inside, None) if inside else None, config):
         for name in names:

@@ -211,7 +211,7 @@ class SharedCoreExperts(StoredBank):
         return bank
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what is trained of the shared cores, by name, borrowed ones included; see `ExpertBank`.
+        """Return the trained parameters of shared cores by name, borrowed ones included; see `ExpertBank`.
 
         Of integer cores these are the scales while they are trained (`tensornet.healing.trained_scales`).
         """
@@ -295,7 +295,7 @@ class SharedCoreExperts(StoredBank):
         return torch.cat(outputs)
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
-        """Apply the one matrix of a bank that shares everything."""
+        """Apply the single matrix of a bank whose cores are all shared."""
         # The number of rows is no constant of compiled code.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:

@@ -49,7 +49,7 @@ def group_rows(expert_of_row: Tensor, num_experts: int) -> Groups:
 
 
 def one_group(x: Tensor) -> Groups:
-    """Group all rows as those of one expert."""
+    """Assign all rows to one expert."""
     counts = torch.full((1,), len(x), dtype=torch.long, device=x.device)
     expert_of_row = torch.zeros(len(x), dtype=torch.long, device=x.device)
     return Groups(counts, expert_of_row, None if torch.compiler.is_compiling() else (len(x),))

@@ -28,7 +28,7 @@ def check_storage(storage: Storage, topology: Topology) -> None:
 
 
 def stored_dtypes(number_format: NumberFormat) -> dict[str, torch.dtype]:
-    """Dtypes of the stored parts of a core in this format; empty for the model's own.
+    """Return the dtypes of the stored parts of a core in this format; empty for the model's own.
 
     Example:
         >>> from tensornet.quantization import NumberFormat

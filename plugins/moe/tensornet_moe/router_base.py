@@ -55,7 +55,7 @@ class Routing:
         return counted.sum((0, 1))
 
     def dropped(self) -> Tensor:
-        """Count the tokens that no expert computes, padding excluded; only the residual carries them on."""
+        """Count the tokens that no expert computes, padding excluded."""
         tokens = torch.ones_like(self.probs[:, 0], dtype=torch.bool) if self.mask is None else self.mask
         return (tokens & ~self._real().any(-1)).sum()
 

@@ -1,4 +1,4 @@
-"""Attach to a model what transformers needs to save it as a compressed one, and detach it again.
+"""Attach quantizer and configuration to a model, so that transformers saves it compressed; detach them.
 
 Saving writes a model card as well, and resizing the vocabulary has to refuse tables made of cores. Both are
 methods of the model's class. So an attached model gets a subclass of its class, made at run time under the

@@ -57,7 +57,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose parts agree.
+    """Validated model folder: its configuration, description and tensor headers.
 
     Args:
         folder: where it is.
@@ -175,7 +175,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def check_layers(
     compression: TensorNetworkConfig, tensors: Mapping[str, StoredTensor], *, where: str
 ) -> None:
-    """Compare the compressed modules that a description promises with what is stored.
+    """Compare the tensors that a description of compressed modules promises with the stored headers.
 
     Args:
         compression: the description.

@@ -112,7 +112,7 @@ def _stored_layer(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Stor
 
 
 def _form(spec: Mapping[str, Any]) -> str:
-    """Describe a module that is no single matrix by the number formats of its cores and its kind."""
+    """Describe a module of several matrices by its kind and the number formats of its cores."""
     return " ".join(part for part in ("+".join(_formats(spec)), str(spec["type"])) if part)
 
 

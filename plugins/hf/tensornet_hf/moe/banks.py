@@ -25,7 +25,7 @@ OWNERS = "shared_cores"
 def alone(
     network: FeedForward, config: MoEConfig, seed: int, made: Mapping[str, SharedCoreExperts]
 ) -> dict[str, SharedCoreExperts]:
-    """Return the banks of one network by name; build those that no other layer shares."""
+    """Return the banks of one network by name, built unless another layer shares them."""
     banks = dict(made)
     for position, name in enumerate(network.matrices):
         if name in made:
@@ -109,7 +109,7 @@ def put_owners(place: nn.Module, owners: Mapping[str, nn.Module]) -> None:
 
 
 def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Add empty owners where a saved model had them, since no class of transformers builds them.
+    """Add empty owners of shared cores where a saved model had them, since no transformers class builds them.
 
     Args:
         model: a skeleton.

@@ -188,7 +188,7 @@ def _read(names: tuple[str, ...], module: nn.Module, matrices: Sequence[str] | N
 
 
 def _activation(module: nn.Module, beside: str) -> tuple[str | None, str]:
-    """Return the path of the activation if it is a module, and its name, recognized by its values."""
+    """Return the path (None for a function) and the name of an activation, recognized by its values."""
     grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
     places = [(module, "")] + ([(module.get_submodule(beside), f"{beside}.")] if beside else [])
     found = [

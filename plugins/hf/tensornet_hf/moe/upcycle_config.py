@@ -146,7 +146,7 @@ class MoEConfig:
 
 
 def _checked_topology(config: MoEConfig) -> str | tuple[Topology, ...]:
-    """Name the family, or read the topologies of a configuration.
+    """Validate the topology option: the name of a family, or topologies read from a configuration.
 
     Raises:
         TopologyError: neither, or topologies beside options that would choose them.

@@ -144,7 +144,7 @@ def versions() -> str:
 
 
 def display_name(source: str | Path) -> str:
-    """Return a hub id as it is, and of a folder its name: pages are shown to others, paths are not.
+    """Return a hub id unchanged and a folder's name without its path, since pages are shown to others.
 
     Example:
         >>> from tensornet_hf.report.page import display_name

@@ -1,4 +1,4 @@
-"""First screen of the report: what came out, and whether a plain method of the same bytes is worse."""
+"""First screen of the report: bytes and quality of the model, and of the plain methods at the same bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def _no_larger(model: ModelFacts, compressed: ModelFacts) -> bool:
 
 
 def verdict(models: Sequence[ModelFacts], *, measure: str) -> str:
-    """Say in two sentences what came out and how it compares with the plain way.
+    """Summarize size, quality and the comparison with plain methods in two sentences.
 
     Args:
         models: original, compressed, then plain methods.

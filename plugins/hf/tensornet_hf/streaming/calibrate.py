@@ -144,7 +144,7 @@ class _Streamed:
     # What hooks call.
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Forward an input to the recorder; before the backward pass it only finds the padding."""
+        """Forward an input to the recorder, which finds only the padding before the backward pass."""
         if self.sees == "inputs":
             self.recorder.see_input(name, x)
         elif self.sees == "gradients":
@@ -182,7 +182,7 @@ class _Streamed:
         self.moments.add(self.recorder.finish(1, None, ""))
 
     def leave(self, loss_fn: TokenLosses) -> tuple[float, int]:
-        """Compute losses from the last hidden states, and replace these by their gradients.
+        """Compute the losses from the last hidden states, and replace the states by their gradients.
 
         Returns:
             Mean loss of a token, and the number of tokens that have one.

@@ -40,7 +40,7 @@ class CheckpointReport:
 
     @property
     def param_ratio(self) -> float:
-        """Kept parameters of the targeted weights, over those before."""
+        """Fraction of the parameters of the targeted weights that is kept."""
         return self.compression.param_ratio
 
     def __str__(self) -> str:

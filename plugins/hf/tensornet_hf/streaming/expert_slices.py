@@ -117,7 +117,7 @@ def _of_stack(
 
 
 def _stretches(whole: Slice, count: int, columns: int) -> list[Slice]:
-    """Split a tensor into equal matrices `(rows, columns)`; return none if it is not floating point."""
+    """Split a floating-point tensor into equal matrices `(rows, columns)`; empty for other dtypes."""
     size = whole.nbytes // count
     if whole.dtype not in FLOATS or not size:
         return []

@@ -179,7 +179,7 @@ class _Dense:
 
 @dataclass(frozen=True)
 class _Made:
-    """Contents of the new folder while it lies in the staging folder."""
+    """Files written so far, in the staging folder."""
 
     pieces: Mapping[str, Piece]
     tensors: Mapping[str, Slice]

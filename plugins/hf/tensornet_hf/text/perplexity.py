@@ -158,7 +158,7 @@ def perplexity(
 
 
 def _check_next_token(model: nn.Module, ids: Tensor) -> None:
-    """Raise TargetError if the model's own loss shows that it does not predict the next token.
+    """Raise TargetError if the model's own loss scores each label at its own position.
 
     A model without a loss is taken at the caller's word.
     """
