@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import RECORDS, ROOT
+from harness import RECORDS, ROOT, fill_tables
 
 from tensornet.compression.forecast import Forecast, Rise
 
@@ -73,10 +72,7 @@ def filled(text: str, record: Mapping[str, Any]) -> str:
         "samples": samples_table(rows),
         "origin": origin(record),
     }
-    for name, content in parts.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, c=content: m[1] + c + "\n" + m[2], text, flags=re.S)
-    return text
+    return fill_tables(text, parts)
 
 
 def rises(rows: Sequence[Row], model: str, method: str, bits: float) -> list[float]:

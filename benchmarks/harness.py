@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -139,6 +140,15 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECOR
     content = {"name": name, **provenance(**where), **meta, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def fill_tables(page: str, parts: Mapping[str, str]) -> str:
+    """Replace what lies between `<!-- table NAME -->` and `<!-- end -->` by the part of that name."""
+
+    def replacement(match: re.Match[str]) -> str:
+        return f"{match[1]}{parts[match[2]]}\n{match[3]}" if match[2] in parts else match[0]
+
+    return re.sub(r"(<!-- table ([\w -]+) -->\n).*?(<!-- end -->)", replacement, page, flags=re.DOTALL)
 
 
 def processor() -> str:

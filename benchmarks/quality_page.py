@@ -10,7 +10,6 @@ replaced.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import RECORDS, ROOT
+from harness import RECORDS, ROOT, fill_tables
 from quality import METHODS
 
 Row = Mapping[str, Any]
@@ -73,10 +72,7 @@ def filled(text: str, records: Path) -> str:
         "encoder": encoder_table(encoder),
         "encoder forecast": encoder_forecast_table(encoder),
     }
-    for name, content in parts.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, c=content: m[1] + c + "\n" + m[2], text, flags=re.S)
-    return text
+    return fill_tables(text, parts)
 
 
 def quality_rows(records: Path) -> list[Row]:

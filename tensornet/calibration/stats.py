@@ -1,7 +1,7 @@
 """Second moments that calibration collects, and their file format."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,8 +161,3 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
         key = keys.setdefault(id(moment), f"{side}.{name}")
         tensors.setdefault(key, moment.contiguous())
     return {name: keys[id(moment)] for name, moment in moments.items()}
-
-
-def covers(stats: CalibrationStats, names: Sequence[str]) -> bool:
-    """Return True if at least one of the modules that use a weight ran during calibration."""
-    return any(name in stats.columns for name in names)

@@ -8,17 +8,14 @@ import re
 import signal
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import gpt2
+from healing_pairs import TRAINING, Examples, pair, train_cores_alone
 from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 import tensornet as tn
@@ -30,43 +27,8 @@ from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.peft import lora_config
 from tensornet_hf.text.calibration_data import calibration_data
-from tensornet_hf.training.heal import HealingTrainer, TextWindows, freeze_all_but_cores, heal
-
-OPTIONS: dict[str, Any] = {
-    "learning_rate": 3e-3,
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "save_strategy": "no",
-}
-
-
-class Examples(Dataset[dict[str, Tensor]]):
-    def __init__(self) -> None:
-        self.ids = torch.randint(1, 100, (32, 12), generator=torch.Generator().manual_seed(3))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index]}
-
-
-@cache
-def _pair() -> tuple[PreTrainedModel, PreTrainedModel]:
-    teacher = gpt2().eval()
-    with torch.no_grad():
-        for name, parameter in teacher.named_parameters():
-            if "wte" not in name:
-                parameter.mul_(3)
-    student = copy.deepcopy(teacher)
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank", pivoted=True)
-    tn.compress(student, config, progress=False)
-    return teacher, student
-
-
-def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
-    teacher, student = _pair()
-    return teacher, copy.deepcopy(student)
+from tensornet_hf.text.tokens import load_tokenizer, token_ids
+from tensornet_hf.training.heal import HealingTrainer, heal
 
 
 @torch.no_grad()
@@ -82,7 +44,7 @@ def test_trainer_heals(tmp_path: Path) -> None:
     old = {name: p.detach().clone() for name, p in student.named_parameters()}
     teacher = copy.deepcopy(teacher).train()
     teacher.transformer.wpe.requires_grad_(False)
-    heal(student, teacher, Examples(), steps=30, layer_steps=5, output_dir=str(tmp_path), **OPTIONS)
+    heal(student, teacher, Examples(), steps=30, layer_steps=5, output_dir=str(tmp_path), **TRAINING)
     assert teacher.training
     frozen = [name for name, parameter in teacher.named_parameters() if not parameter.requires_grad]
     assert frozen == ["transformer.wpe.weight"]
@@ -96,7 +58,7 @@ def test_trainer_heals(tmp_path: Path) -> None:
 
 def test_learning_rates_follow_the_size_of_cores(tmp_path: Path) -> None:
     teacher, student = pair()
-    freeze_all_but_cores(student)
+    train_cores_alone(student)
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.01, weight_decay=0.1, report_to=[])
     trainer = HealingTrainer(model=student, teacher=teacher, relative=True, args=args)
     optimizer = trainer.create_optimizer()
@@ -112,7 +74,7 @@ def test_learning_rates_follow_the_size_of_cores(tmp_path: Path) -> None:
 def test_trainer_resumes(tmp_path: Path) -> None:
     teacher, whole = pair()
     halves = copy.deepcopy(whole)
-    options = OPTIONS | {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    options = TRAINING | {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
     heal(whole, teacher, Examples(), steps=6, output_dir=str(tmp_path / "whole"), **options)
     heal(halves, teacher, Examples(), steps=3, output_dir=str(tmp_path / "halves"), **options)
     _, fresh = pair()
@@ -124,7 +86,7 @@ def test_trainer_resumes(tmp_path: Path) -> None:
 def test_trainer_writes_checkpoints_unless_told_otherwise(tmp_path: Path) -> None:
     """The same call can be repeated: it begins where there is nothing, and goes on where something is."""
     teacher, student = pair()
-    options = {key: value for key, value in OPTIONS.items() if key != "save_strategy"}
+    options = {key: value for key, value in TRAINING.items() if key != "save_strategy"}
     heal(student, teacher, Examples(), steps=50, output_dir=str(tmp_path), resume=True, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-50"]
     _, fresh = pair()
@@ -143,12 +105,12 @@ def test_trainer_heals_with_adapters(tmp_path: Path) -> None:
     adapted = get_peft_model(student, lora_config(student, r=4))
     old = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     options: dict[str, Any] = {"steps": 30, "output_dir": str(tmp_path), "parameters": "trainable"}
-    heal(adapted, teacher, Examples(), **options, **OPTIONS)
+    heal(adapted, teacher, Examples(), **options, **TRAINING)
     adapted.eval()
     assert divergence(adapted, teacher) < 0.9 * before
     assert all(torch.equal(p, old[name]) for name, p in adapted.named_parameters() if "lora" not in name)
     with pytest.raises(tn.TargetError, match="no parameter requires gradients"):
-        heal(teacher.requires_grad_(False), teacher, Examples(), **options, **OPTIONS)
+        heal(teacher.requires_grad_(False), teacher, Examples(), **options, **TRAINING)
     teacher.requires_grad_(True)
 
 
@@ -156,7 +118,7 @@ def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
     teacher, student = pair()
     student.transformer.wpe.requires_grad_(False)
     flags = [p.requires_grad for p in student.parameters()]
-    options = {"steps": 2, "output_dir": str(tmp_path), **OPTIONS}
+    options = {"steps": 2, "output_dir": str(tmp_path), **TRAINING}
     with pytest.raises(tn.TargetError, match=r"copy\.deepcopy\(model\)"):
         heal(student, student, Examples(), **options)
     for layer in compressed_layers(student).values():
@@ -165,12 +127,6 @@ def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
     with pytest.raises(tn.TargetError, match="layer_steps=0"):
         heal(student, teacher, Examples(), layer_steps=2, parameters="trainable", **options)
     assert [p.requires_grad for p in student.parameters()] == flags
-
-
-def test_windows_of_a_text() -> None:
-    windows = TextWindows(gpt2_path(), calibration_text()[:20_000], length=64)
-    assert len(windows) > 10
-    assert windows[0]["input_ids"].shape == (64,)
 
 
 def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +144,8 @@ def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixt
     assert len(re.findall(r"healed for 30 steps, 30 of them now", said)) == 2
     assert said.count("what was predicted is for the model before that") == 3
     dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
-    batch = {"input_ids": TextWindows(gpt2_path(), heldout_text()[:20_000], length=128).windows[:16]}
+    ids = token_ids(load_tokenizer(gpt2_path()), heldout_text()[:20_000])
+    batch = {"input_ids": ids[: 16 * 128].reshape(16, 128)}
     with torch.no_grad():
         gaps = [float(output_distance(model(**batch), dense(**batch), batch)) for model in made]
     assert gaps[1] < 0.97 * gaps[0]
@@ -278,4 +235,4 @@ def test_command_line_says_what_does_not_go_with_correcting(
 def test_a_model_without_cores(tmp_path: Path) -> None:
     teacher, _ = pair()
     with pytest.raises(tn.TargetError, match="Nothing to heal"):
-        heal(copy.deepcopy(teacher), teacher, Examples(), steps=1, output_dir=str(tmp_path), **OPTIONS)
+        heal(copy.deepcopy(teacher), teacher, Examples(), steps=1, output_dir=str(tmp_path), **TRAINING)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from healing_pairs import TRAINING, Examples, sharpened, train_cores_alone
 from hf_models import gpt2
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 import tensornet as tn
@@ -24,35 +24,14 @@ from tensornet.healing.trained import compressed_layers
 from tensornet.nn.encoding import Storage
 from tensornet.topologies import residual
 from tensornet_hf.peft import lora_config, merge_adapters
-from tensornet_hf.training.heal import freeze_all_but_cores, heal
+from tensornet_hf.training.heal import heal
 
-OPTIONS: dict[str, Any] = {
-    "learning_rate": 3e-3,
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "save_strategy": "no",
-}
 RESIDUAL = Storage(number_format="bf16", core_formats={"base": "int2"})  # type: ignore[arg-type]
-
-
-class Examples(Dataset[dict[str, Tensor]]):
-    def __init__(self) -> None:
-        self.ids = torch.randint(1, 100, (32, 12), generator=torch.Generator().manual_seed(3))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index]}
 
 
 @cache
 def _pair(form: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    teacher = gpt2().eval()
-    with torch.no_grad():
-        for name, parameter in teacher.named_parameters():
-            if "wte" not in name:
-                parameter.mul_(3)
+    teacher = sharpened(gpt2())
     student = copy.deepcopy(teacher)
     plan = tn.plan(student, tn.CompressionConfig(formats=("int2",), objective="weight"))
     if form == "residual":
@@ -92,7 +71,13 @@ def test_trainer_trains_scales_and_floats_and_keeps_integers(
     before, codes, kinds = divergence(student, teacher), integers(student), dtypes(student)
     old = {name: x.clone() for name, x in student.state_dict().items()}
     report = heal(
-        student, teacher, Examples(), steps=20, layer_steps=layer_steps, output_dir=str(tmp_path), **OPTIONS
+        student,
+        teacher,
+        Examples(),
+        steps=20,
+        layer_steps=layer_steps,
+        output_dir=str(tmp_path),
+        **TRAINING,
     )
     assert report > 0
     assert divergence(student.eval(), teacher) < 0.9 * before
@@ -136,7 +121,7 @@ def test_vectors_of_a_dense_model_are_not_healed() -> None:
 
 def test_trainer_resumes_with_trained_scales(tmp_path: Path) -> None:
     teacher, whole = pair("residual")
-    options = OPTIONS | {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    options = TRAINING | {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
     heal(whole, teacher, Examples(), steps=6, output_dir=str(tmp_path / "whole"), **options)
     halves = [pair("residual")[1] for _ in range(2)]
     for student, steps in zip(halves, (3, 6), strict=True):
@@ -153,7 +138,7 @@ def test_trained_scales_within_one_another_stay_the_same_parameters() -> None:
         with trained_scales(student):
             assert all(p is outer[name] for name, p in student.named_parameters())
         assert all(p is outer[name] for name, p in student.named_parameters())
-        freeze_all_but_cores(student)
+        train_cores_alone(student)
         assert {name for name, p in student.named_parameters() if p.requires_grad} == {
             name for name in outer if "scale_" in name
         }
@@ -167,7 +152,7 @@ def test_adapters_beside_integers_train_save_and_merge(form: str, tmp_path: Path
     before, codes = divergence(student, teacher), integers(student)
     adapted = get_peft_model(student, lora_config(student, r=4))
     options: dict[str, Any] = {"steps": 20, "output_dir": str(tmp_path), "parameters": "trainable"}
-    heal(adapted, teacher, Examples(), **options, **OPTIONS)
+    heal(adapted, teacher, Examples(), **options, **TRAINING)
     adapted.eval()
     after = divergence(adapted, teacher)
     assert after < 0.9 * before

@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -36,7 +35,6 @@ KeyValues = Annotated[
     list[str] | None,
     typer.Option(help="Option of the family, KEY=VALUE with a value in JSON: out_dims=[8,96]; repeatable."),
 ]
-TextFile = Annotated[Path, typer.Option(help="Text file, UTF-8.")]
 
 
 def print_json(data: Any) -> None:

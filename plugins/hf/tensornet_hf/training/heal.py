@@ -17,13 +17,10 @@ from tensornet.healing import HealingConfig, trained_scales
 from tensornet.healing.config import Parameters
 from tensornet.healing.objective import output_distance
 from tensornet.healing.trained import (
-    compressed_layers,
     only_training,
     relative_groups,
-    trainable_cores,
     trained_parameters,
 )
-from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
 #: Arguments that suit cores: no decay (it would shrink products of cores twice), short warm-up, linear decay.
 DEFAULTS: Mapping[str, Any] = {
@@ -149,38 +146,3 @@ def heal(
             lr = options.learning_rate
             tn.heal(model, teacher, batches, steps=0, layer_steps=layer_steps, lr=lr, parameters=parameters)
         return float(trainer.train(resume_from_checkpoint=last).training_loss)
-
-
-def freeze_all_but_cores(model: nn.Module) -> None:
-    """Require gradients for the cores alone.
-
-    Scales of integer cores are parameters inside `tensornet.healing.trained_scales(model)` alone: call it
-    there, and train there.
-
-    Raises:
-        TargetError: there are none that can be trained.
-    """
-    cores = trainable_cores(compressed_layers(model))
-    model.requires_grad_(False)
-    for parameter in cores.values():
-        parameter.requires_grad_(True)
-
-
-class TextWindows(Dataset[dict[str, Tensor]]):
-    """Dataset of windows of a long text, `{"input_ids": (length,)}`.
-
-    Args:
-        folder: holds the tokenizer of the model.
-        text: split into windows that do not overlap.
-        length: tokens of each.
-    """
-
-    def __init__(self, folder: Any, text: str, *, length: int = 256) -> None:
-        ids = token_ids(load_tokenizer(folder), text)
-        self.windows = ids[: len(ids) // length * length].reshape(-1, length)
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index]}
