@@ -62,23 +62,20 @@ def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
 @outside_autocast
 def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Multiply two operators as chains; in-dims of `left` are out-dims of `right`, bonds multiply."""
-    left, right = _same_dtype(left, right)
-    product = []
-    for a, b in zip(left, right, strict=True):
-        core = torch.einsum("aomb,cmid->acoibd", a, b)
-        product.append(core.reshape(a.shape[0] * b.shape[0], a.shape[1], b.shape[2], -1))
-    return tuple(product)
+    return _site_by_site("aomb,cmid->acoibd", left, right)
 
 
 @outside_autocast
 def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Multiply two chains with equal dims element by element; bonds multiply."""
-    left, right = _same_dtype(left, right)
-    product = []
-    for a, b in zip(left, right, strict=True):
-        core = torch.einsum("aoib,coid->acoibd", a, b)
-        product.append(core.reshape(a.shape[0] * b.shape[0], a.shape[1], a.shape[2], -1))
-    return tuple(product)
+    return _site_by_site("aoib,coid->acoibd", left, right)
+
+
+def _site_by_site(equation: str, left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
+    """Contract the cores of each site to one core, whose bonds are pairs of bonds."""
+    pairs = zip(*_same_dtype(left, right), strict=True)
+    products = (torch.einsum(equation, a, b) for a, b in pairs)
+    return tuple(core.flatten(4).flatten(0, 1) for core in products)
 
 
 def kron(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:

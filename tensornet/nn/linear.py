@@ -330,27 +330,17 @@ def empty_linear(
     dtype: torch.dtype | None = None,
 ) -> TensorNetworkLinear:
     """Build an uninitialized layer for a topology: `MPOLinear` for chains, else `TensorNetworkLinear`."""
+    options: dict[str, Any] = {
+        "bias": bias,
+        "source": source,
+        "strategy": strategy,
+        "storage": storage,
+        "device": device,
+        "dtype": dtype,
+    }
     if is_chain(topology):
-        return MPOLinear(
-            topology.in_features,
-            topology.out_features,
-            bias,
-            topology=topology,
-            source=source,
-            strategy=strategy,
-            storage=storage,
-            device=device,
-            dtype=dtype,
-        )
-    return TensorNetworkLinear(
-        topology,
-        bias=bias,
-        source=source,
-        strategy=strategy,
-        storage=storage,
-        device=device,
-        dtype=dtype,
-    )
+        return MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
+    return TensorNetworkLinear(topology, **options)
 
 
 def linear_from_network(

@@ -35,8 +35,7 @@ def gpt2_path() -> Path:
 
     Example:
         >>> from transformers import AutoTokenizer
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> len(AutoTokenizer.from_pretrained(gpt2_path()))
+        >>> len(AutoTokenizer.from_pretrained(th.embedded.gpt2_path()))
         1024
     """
     return _data("gpt2")
@@ -52,8 +51,7 @@ def t5_path() -> Path:
 
     Example:
         >>> from transformers import AutoModelForSeq2SeqLM
-        >>> from tensornet_hf.embedded import t5_path
-        >>> type(AutoModelForSeq2SeqLM.from_pretrained(t5_path())).__name__
+        >>> type(AutoModelForSeq2SeqLM.from_pretrained(th.embedded.t5_path())).__name__
         'T5ForConditionalGeneration'
     """
     return _data("t5")
@@ -66,8 +64,7 @@ def calibration_text() -> str:
         FileNotFoundError: the package was installed without its data.
 
     Example:
-        >>> from tensornet_hf.embedded import calibration_text
-        >>> len(calibration_text()) > 200_000
+        >>> len(th.embedded.calibration_text()) > 200_000
         True
     """
     return _data("calibration.txt").read_text(encoding="utf-8")
@@ -80,8 +77,7 @@ def heldout_text() -> str:
         FileNotFoundError: the package was installed without its data.
 
     Example:
-        >>> from tensornet_hf.embedded import heldout_text
-        >>> len(heldout_text()) > 90_000
+        >>> len(th.embedded.heldout_text()) > 90_000
         True
     """
     return _data("heldout.txt").read_text(encoding="utf-8")
@@ -98,8 +94,7 @@ def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
         FileNotFoundError: the package was installed without its data.
 
     Example:
-        >>> from tensornet_hf.embedded import t5_pairs
-        >>> t5_pairs("heldout")[0]
+        >>> th.embedded.t5_pairs("heldout")[0]
         ('t yr nstrls', 'at your nostrils')
     """
     if split not in ("calibration", "heldout"):

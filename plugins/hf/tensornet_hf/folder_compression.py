@@ -41,9 +41,8 @@ class PlannedFolder:
         reach: which of the model's parameters the plan considers.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> planned = th.plan_folder(gpt2_path(), th.CompressOptions(config))
+        >>> planned = th.plan_folder(th.embedded.gpt2_path(), th.CompressOptions(config))
         >>> planned.plan.save("plan.json")  # edit it, and pass it as CompressOptions(plan="plan.json")
     """
 
@@ -81,9 +80,8 @@ class FolderReport:
             was asked for.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> report = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
+        >>> report = th.compress_folder(th.embedded.gpt2_path(), "small", th.CompressOptions(config))
         >>> report.file_bytes_after < report.file_bytes_before
         True
     """
@@ -166,9 +164,8 @@ def compress_folder(source: str | Path, destination: str | Path, options: Compre
         OptionError: `workers` with a destination on the hub.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> done = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
+        >>> done = th.compress_folder(th.embedded.gpt2_path(), "small", th.CompressOptions(config))
         >>> round(done.report.param_ratio, 2)
         0.5
     """
@@ -218,9 +215,8 @@ def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
         FormatError, TargetError, BudgetError: as `compress_folder`.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> planned = th.plan_folder(gpt2_path(), th.CompressOptions(config))
+        >>> planned = th.plan_folder(th.embedded.gpt2_path(), th.CompressOptions(config))
         >>> planned.plan.params_after < planned.plan.params_before
         True
     """

@@ -152,9 +152,8 @@ def lora_config(
 
     Example:
         >>> from peft import get_peft_model
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import lora_config
-        >>> model = th.load(gpt2_path())
+        >>> model = th.load(th.embedded.gpt2_path())
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> _ = tn.compress(model, config, progress=False)
         >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
@@ -195,9 +194,8 @@ def linear_layers(model: nn.Module) -> list[str]:
         TargetError: there is none.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import linear_layers
-        >>> linear_layers(th.load(gpt2_path()))[:2]
+        >>> linear_layers(th.load(th.embedded.gpt2_path()))[:2]
         ['transformer.h.0.attn.c_attn', 'transformer.h.0.attn.c_proj']
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -222,10 +220,9 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
 
     Example:
         >>> from peft import get_peft_model
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import load_adapters, lora_config
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> _ = th.compress_folder(gpt2_path(), "small", th.CompressOptions(config))
+        >>> _ = th.compress_folder(th.embedded.gpt2_path(), "small", th.CompressOptions(config))
         >>> model = th.load("small")
         >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
         >>> adapted.save_pretrained("adapters")
@@ -243,9 +240,8 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
 
     Example:
         >>> from peft import get_peft_model
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> from tensornet_hf.peft import lora_config, merge_adapters
-        >>> model = th.load(gpt2_path())
+        >>> model = th.load(th.embedded.gpt2_path())
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> _ = tn.compress(model, config, progress=False)
         >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))

@@ -278,8 +278,7 @@ def upcycle_folder(
         DestinationError: the destination exists already, or cannot be written.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> report = th.upcycle_folder(gpt2_path(), None, th.MoEConfig(num_experts=2))
+        >>> report = th.upcycle_folder(th.embedded.gpt2_path(), None, th.MoEConfig(num_experts=2))
         >>> report.num_experts
         2
     """

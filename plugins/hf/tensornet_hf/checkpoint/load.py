@@ -44,8 +44,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         NonFiniteError: a stored core contains NaN or infinity.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> type(th.load(gpt2_path())).__name__
+        >>> type(th.load(th.embedded.gpt2_path())).__name__
         'GPT2LMHeadModel'
     """
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}

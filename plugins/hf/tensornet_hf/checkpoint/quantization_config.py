@@ -44,9 +44,8 @@ class TensorNetworkConfig(QuantizationConfigMixin):
 
     Example:
         >>> from transformers import AutoModelForCausalLM
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = th.TensorNetworkConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> model = AutoModelForCausalLM.from_pretrained(gpt2_path(), quantization_config=config)
+        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path(), quantization_config=config)
         >>> type(model.transformer.h[0].mlp.c_fc).__name__
         'MPOLinear'
     """

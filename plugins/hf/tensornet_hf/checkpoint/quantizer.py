@@ -181,8 +181,7 @@ def prepare_for_saving(model: nn.Module) -> bool:
         True if there was a Hugging Face model.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> model = th.load(gpt2_path())
+        >>> model = th.load(th.embedded.gpt2_path())
         >>> mlp = model.transformer.h[0].mlp
         >>> mlp.c_fc = tn.nn.MPOLinear.from_linear(mlp.c_fc, max_bond=16)  # replaced by hand
         >>> th.prepare_for_saving(model)

@@ -46,11 +46,11 @@ def save_model(
         DestinationError: it exists already, is the source, or cannot be written (full disk); nothing is left.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> model = th.load(gpt2_path())
+        >>> model = th.load(th.embedded.gpt2_path())
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> _ = tn.compress(model, config, progress=False)
-        >>> sorted(path.name for path in th.save_model(model, "small", source=gpt2_path()).iterdir())[:2]
+        >>> folder = th.save_model(model, "small", source=th.embedded.gpt2_path())
+        >>> sorted(path.name for path in folder.iterdir())[:2]
         ['README.md', 'config.json']
     """
     sources = (Path(source),) if source is not None else ()
@@ -114,8 +114,7 @@ def decompress(model: nn.Module) -> nn.Module:
         TargetError: the model holds modules that have no dense form, such as experts.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> model = th.load(gpt2_path())
+        >>> model = th.load(th.embedded.gpt2_path())
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> _ = tn.compress(model, config, progress=False)
         >>> type(th.decompress(model).transformer.h[0].mlp.c_fc).__name__

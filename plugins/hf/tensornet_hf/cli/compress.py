@@ -18,10 +18,7 @@ from tensornet_hf.report.page import display_command
 
 def run(
     source: shared.Source,
-    destination: Annotated[
-        str | None,
-        typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
-    ] = None,
+    destination: shared.NewFolder = None,
     param_ratio: Annotated[
         float | None,
         typer.Option(parser=parse_share, metavar="SHARE", help="Share of parameters to keep, such as 0.5."),

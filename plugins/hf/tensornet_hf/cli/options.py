@@ -16,6 +16,10 @@ from tensornet_hf.compress_options import OptionError
 
 Source = Annotated[str, typer.Argument(help="Model folder, or hub id where no folder has that name.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]
+NewFolder = Annotated[
+    str | None,
+    typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a destination that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Dtype = Annotated[

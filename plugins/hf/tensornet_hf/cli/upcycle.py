@@ -13,10 +13,7 @@ from tensornet_hf.pipeline import upcycle_folder
 
 def run(
     source: shared.Source,
-    destination: Annotated[
-        str | None,
-        typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
-    ] = None,
+    destination: shared.NewFolder = None,
     experts: Annotated[int, typer.Option(help="Experts of each network.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts for each token, with --router topk.")] = 1,
     router: Annotated[str, typer.Option(help="switch, topk or expert_choice (encoders only).")] = "switch",

@@ -50,8 +50,7 @@ class UpcycleReport:
 
     Example:
         >>> from transformers import AutoModelForCausalLM
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
         >>> report = th.upcycle(model, th.MoEConfig(num_experts=2))
         >>> report.num_experts, report.dense_experts_ratio < 1
         (2, True)
@@ -132,8 +131,7 @@ def upcycle(
 
     Example:
         >>> from transformers import AutoModelForCausalLM
-        >>> from tensornet_hf.embedded import gpt2_path
-        >>> model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
         >>> report = th.upcycle(model, th.MoEConfig(num_experts=4, max_bond=32))
         >>> len(report.layers), report.params > report.dense_params
         (4, False)

@@ -65,9 +65,8 @@ def calibrate_checkpoint(
         NonFiniteError: naming the layer whose inputs or gradients are not finite.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> batches = torch.randint(100, (2, 4, 32)).unbind()
-        >>> _ = th.calibrate_checkpoint(gpt2_path(), batches, "stats.safetensors", progress=False)
+        >>> _ = th.calibrate_checkpoint(th.embedded.gpt2_path(), batches, "stats.safetensors", progress=False)
         >>> tn.CalibrationStats.load("stats.safetensors").tokens
         256
     """

@@ -22,9 +22,8 @@ class CheckpointReport:
         worker_memory: the same of the largest worker; 0 where there was none.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
-        >>> report = th.compress_checkpoint(gpt2_path(), "small", config)
+        >>> report = th.compress_checkpoint(th.embedded.gpt2_path(), "small", config)
         >>> report.param_ratio <= 0.5, sorted(report.files)[-1]
         (True, 'training.json')
     """

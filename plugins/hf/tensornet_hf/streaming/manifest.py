@@ -43,9 +43,8 @@ def verify_manifest(folder: str | Path) -> int:
         FormatError: naming all files that are missing or differ.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
-        >>> report = th.compress_checkpoint(gpt2_path(), "small", config)
+        >>> report = th.compress_checkpoint(th.embedded.gpt2_path(), "small", config)
         >>> th.verify_manifest("small") > 0
         True
     """

@@ -105,9 +105,8 @@ def compress_checkpoint(
         ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
-        >>> report = th.compress_checkpoint(gpt2_path(), "small", config)
+        >>> report = th.compress_checkpoint(th.embedded.gpt2_path(), "small", config)
         >>> type(th.load("small").transformer.h[0].mlp.c_fc).__name__
         'MPOLinear'
     """

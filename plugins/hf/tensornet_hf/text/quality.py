@@ -73,10 +73,9 @@ def judge_of(
         ValueError: the text is too short.
 
     Example:
-        >>> from tensornet_hf.embedded import gpt2_path, heldout_text
         >>> from tensornet_hf.text.quality import judge_of
-        >>> model = th.load(gpt2_path())
-        >>> judge = judge_of(model, gpt2_path(), heldout_text(), tokens=512)
+        >>> model = th.load(th.embedded.gpt2_path())
+        >>> judge = judge_of(model, th.embedded.gpt2_path(), th.embedded.heldout_text(), tokens=512)
         >>> 10 < judge(model).perplexity < 30
         True
     """
