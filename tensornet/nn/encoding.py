@@ -58,6 +58,7 @@ __all__ = [
     "gauge_of",
     "hold",
     "layout",
+    "packed_codes",
     "quantize",
     "row_cores",
     "storage_entry",
@@ -135,8 +136,7 @@ def _packed(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
     """Pack a rounded core into its stored tensors."""
     bits = rounded.number_format.bits
     assert bits is not None
-    codes = pack(rounded.codes, bits)
-    found = {f"core_{name}": _signed(codes, bits), f"scale_{name}": rounded.scales}
+    found = {f"core_{name}": packed_codes(rounded.codes, bits), f"scale_{name}": rounded.scales}
     if rounded.zeros is not None:
         found[f"zero_{name}"] = pack(rounded.zeros, bits)
     return found
@@ -265,6 +265,11 @@ def unpacked(
 def unpacked_codes(core: Tensor, bits: int, columns: int) -> Tensor:
     """Unpack the codes of a stored integer core, `0` to `2**bits - 1`, shape `(rows, columns)`."""
     return _signed(unpack(core, bits, columns), bits)
+
+
+def packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes as an integer core stores them: the inverse of `unpacked_codes`."""
+    return _signed(pack(codes, bits), bits)
 
 
 def _whole(topology: Topology, name: str, core: Tensor, order: Tensor | None, axis: int | None) -> Tensor:

@@ -247,7 +247,9 @@ def set_strategy(
 ) -> dict[str, int]:
     """Set strategy, cache limit and machine of every tensor-network layer and bank of shared-core experts.
 
-    `"auto"` and the other strategies hold no more than the cores; `"cached"` is memory for speed.
+    `"auto"` and the other strategies hold no more than the cores; `"cached"` is memory for speed. On the CPU
+    in bfloat16, integers are held in the layout of torch's kernel: in at most 1.75 times the stored bytes,
+    and under `"factorized"` in any (`int2` in twice its bytes).
 
     Args:
         model: any module.

@@ -22,9 +22,11 @@ class StrategyCost:
         moved: elements copied by permutations.
         memory_bytes: largest tensor made on the way, or the matrix that is kept.
         refused: why the layer does not use it now; empty if it may.
-        kernel: how integers are read: `"int4 kernel"`, `"int8 kernel"` or `"unpacked"`; empty without any.
+        kernel: how integers are read: `"int4 kernel"`, `"int4 kernel twice"` for 5 bits and more, `"int8
+            kernel"` or `"unpacked"`; empty without any.
         unpacked: integers that are unpacked.
-        read_bytes: stored bytes of integers that are read.
+        read_bytes: bytes of integers that are read.
+        held_bytes: bytes that the layer holds for them, in place of the stored ones.
 
     Example:
         >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
@@ -42,6 +44,7 @@ class StrategyCost:
     kernel: str = ""
     unpacked: int = 0
     read_bytes: int = 0
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Explanation:
         ]
         for cost in self.costs:
             mark = "*" if cost.strategy == self.choice else " "
-            note = f"  {cost.kernel}, {size_in_words(cost.read_bytes)} read" if cost.kernel else ""
+            held = f", {size_in_words(cost.held_bytes)} held" if cost.kernel else ""
+            note = f"  {cost.kernel}, {size_in_words(cost.read_bytes)} read{held}" if cost.kernel else ""
             note += f", {cost.unpacked:,} integers unpacked" if cost.unpacked else ""
             note += f"  ({cost.refused})" if cost.refused else ""
             lines.append(

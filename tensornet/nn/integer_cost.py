@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine
 from tensornet.nn.integer_product import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel
-from tensornet.nn.kernel_layout import KERNEL_TOKENS, has_layout
+from tensornet.nn.kernel_layout import KERNEL_TOKENS, has_layout, layout_bytes, products_of
 from tensornet.nn.storage import Storage, kept_shapes
 from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
+
+#: Names of the kernels, those of the int4 kernel by its products.
+INT4_KERNELS = {1: "int4 kernel", 2: "int4 kernel twice"}
+INT8_KERNEL = "int8 kernel"
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,12 @@ class IntegerCost:
     """Predicted cost of reading integers in one forward pass.
 
     Args:
-        kernel: that multiplies: `"int4 kernel"`, `"int8 kernel"`, or `"unpacked"`.
+        kernel: that multiplies: one of `INT4_KERNELS`, `"int8 kernel"`, or `"unpacked"`.
         seconds: of the product, or of unpacking alone where something else multiplies.
         unpacked: elements that are unpacked.
-        read_bytes: stored bytes that are read from memory.
+        read_bytes: that are read from memory.
         multiplies: whether `seconds` include the product.
+        held_bytes: that the integers take as the layer holds them for this.
     """
 
     kernel: str
@@ -29,15 +34,22 @@ class IntegerCost:
     unpacked: int
     read_bytes: int
     multiplies: bool
+    held_bytes: int
 
     @property
-    def summary(self) -> tuple[str, int, int]:
-        """Kernel, unpacked elements and bytes read."""
-        return self.kernel, self.unpacked, self.read_bytes
+    def summary(self) -> tuple[str, int, int, int]:
+        """Kernel, unpacked elements, bytes read and bytes held."""
+        return self.kernel, self.unpacked, self.read_bytes, self.held_bytes
 
 
 def product_cost(
-    number_format: NumberFormat, shape: tuple[int, int], tokens: int, machine: Machine, itemsize: int
+    number_format: NumberFormat,
+    shape: tuple[int, int],
+    tokens: int,
+    machine: Machine,
+    itemsize: int,
+    *,
+    larger: bool = False,
 ) -> IntegerCost:
     """Predict the cost of multiplying by an integer matrix, the way `tensornet.nn.integer_product` does.
 
@@ -47,22 +59,27 @@ def product_cost(
         tokens: number of input vectors.
         machine: whose constants count.
         itemsize: bytes of an element of the input; the kernels take inputs of 2 bytes.
+        larger: whether the integers may be held in many more bytes than stored, see `has_layout`.
 
     Example:
         >>> from tensornet.contraction.machine import CPU
         >>> product_cost(NumberFormat.parse("int8:row"), (512, 512), 1, CPU, 2).kernel
         'int8 kernel'
-        >>> product_cost(NumberFormat.parse("int3"), (512, 512), 1, CPU, 2).kernel
+        >>> product_cost(NumberFormat.parse("int3"), (512, 512), 256, CPU, 2).kernel
         'unpacked'
     """
     elements, size = shape[0] * shape[1], number_format.nbytes(shape)
-    if (kernel := _kernel(number_format, shape, tokens, machine, itemsize)) is not None:
-        seconds = machine.overhead + size / machine.bandwidth + tokens * elements / machine.kernel_peak
-        return IntegerCost(kernel, seconds, 0, size, True)
+    kernel = _kernel(number_format, shape, tokens, machine, itemsize, larger=larger)
+    if kernel is not None:
+        products = 1
+        if kernel != INT8_KERNEL:
+            size, products = layout_bytes(number_format, shape), products_of(number_format)
+        seconds = products * (machine.overhead + tokens * elements / machine.kernel_peak)
+        return IntegerCost(kernel, seconds + size / machine.bandwidth, 0, size, True, size)
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     seconds = size / machine.bandwidth + unpack_seconds(number_format, elements, machine, wide)
     seconds += dense_seconds(*shape, tokens, machine, wide, from_memory=False)
-    return IntegerCost("unpacked", seconds, elements, size, True)
+    return IntegerCost("unpacked", seconds, elements, size, True, size)
 
 
 def unpacking_cost(topology: Topology, storage: Storage, machine: Machine, itemsize: int) -> IntegerCost:
@@ -84,7 +101,7 @@ def unpacking_cost(topology: Topology, storage: Storage, machine: Machine, items
             elements += count
             size += number_format.nbytes((math.prod(shape[:-1]), shape[-1]))
             seconds += unpack_seconds(number_format, count, machine, itemsize)
-    return IntegerCost("unpacked", seconds, elements, size, False)
+    return IntegerCost("unpacked", seconds, elements, size, False, size)
 
 
 def unpack_seconds(number_format: NumberFormat, elements: int, machine: Machine, itemsize: int) -> float:
@@ -103,11 +120,18 @@ def unpack_seconds(number_format: NumberFormat, elements: int, machine: Machine,
 
 
 def _kernel(
-    number_format: NumberFormat, shape: tuple[int, int], tokens: int, machine: Machine, itemsize: int
+    number_format: NumberFormat,
+    shape: tuple[int, int],
+    tokens: int,
+    machine: Machine,
+    itemsize: int,
+    *,
+    larger: bool,
 ) -> str | None:
     """Name the kernel that multiplies, if one does."""
     if machine.kernel_peak <= 0 or itemsize != 2:
         return None
-    if tokens <= KERNEL_TOKENS and has_layout(number_format, shape):
-        return "int4 kernel"
-    return "int8 kernel" if tokens <= INT8_TOKENS and has_int8_kernel(number_format, shape) else None
+    if has_layout(number_format, shape, larger=larger):
+        products = products_of(number_format)
+        return INT4_KERNELS[products] if tokens <= KERNEL_TOKENS // products else None
+    return INT8_KERNEL if tokens <= INT8_TOKENS and has_int8_kernel(number_format, shape) else None

@@ -95,7 +95,8 @@ def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool
     """Return True if torch's int8 kernel reads matrices of this format and shape as they are stored."""
     whole = number_format.groups(shape[1]) == 1 and not number_format.zero_point
     # With other sizes the kernel reads beyond its operands and crashes.
-    return number_format.bits == 8 and whole and all(n % _KERNEL_STEP == 0 for n in shape)
+    plain = number_format.bits == 8 and number_format.scale_dtype == torch.bfloat16
+    return plain and whole and all(n % _KERNEL_STEP == 0 for n in shape)
 
 
 def multiply(x: Tensor, matrix: IntegerMatrix | KernelMatrix, bias: Tensor | None) -> Tensor:

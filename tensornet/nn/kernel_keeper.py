@@ -1,14 +1,16 @@
 """Layers whose integer matrix may lie in the layout of torch's int4 kernel, in place of its stored packing.
 
-To explain how this works: in eval, computing in bfloat16 on the CPU, the layer swaps two buffers for two
-others of nearly the same size, by `eval()`, `.to()` or the next pass. It swaps them back when the stored
-tensors are asked for by name or move, while state dicts and copies get converted ones. The names differ, so
-that nobody takes one layout for the other. A compiler cannot swap: it uses the kernel where the swap came
-before.
+To explain how this works: in eval, computing in bfloat16 on the CPU, the layer swaps codes and scales for two
+other buffers, by `eval()`, `.to()` or the next pass. Those of four bits are of nearly the same size; others
+take up to `HELD_RATIO` times the stored bytes, or more under the strategy "factorized", as `explain` tells.
+The layer swaps them back when the stored tensors are asked for by name or move, while state dicts and copies
+get converted ones. The names differ, so that nobody takes one layout for the other. A compiler cannot swap:
+it uses the kernel where the swap came before.
 """
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from typing_extensions import Self
 
 from tensornet.contraction.machine import Machine
 from tensornet.nn.integer_cost import IntegerCost, product_cost
-from tensornet.nn.kernel_layout import KernelMatrix, from_kernel, has_layout, to_kernel
+from tensornet.nn.kernel_layout import KernelMatrix, from_kernel, has_layout, layout_bytes, to_kernel
 from tensornet.nn.module import NetworkModule, cores_of
 from tensornet.quantization import NumberFormat
 
@@ -27,10 +29,7 @@ KERNEL_BUFFERS = _CODES, _SCALES = "kernel_codes", "kernel_scales"
 
 
 class KernelKeeper(NetworkModule):
-    """Abstract base of layers that may hold a four-bit matrix in the layout of torch's kernel.
-
-    Held so, the matrix takes the bytes of its stored form and 16 bits a group more.
-    """
+    """Abstract base of layers that may hold an integer matrix in the layout of torch's kernel."""
 
     _kernel_block: int
 
@@ -46,7 +45,10 @@ class KernelKeeper(NetworkModule):
     def kernel_matrix(self) -> KernelMatrix | None:
         """The matrix in the layout of the kernel, None while it is held as it is stored."""
         codes, scales = self._buffers.get(_CODES), self._buffers.get(_SCALES)
-        return None if codes is None or scales is None else KernelMatrix(codes, scales, self._kernel_block)
+        number_format = self.integer_format
+        if codes is None or scales is None or number_format is None:
+            return None
+        return KernelMatrix(number_format, codes, scales, self._kernel_block)
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -74,9 +76,9 @@ class KernelKeeper(NetworkModule):
         if self.compute_like.dtype != torch.bfloat16:
             return
         number_format, shape = self.integer_format, self.topology.shape
-        if number_format is None or not has_layout(number_format, shape):
+        if number_format is None or not has_layout(number_format, shape, larger=self._may_be_larger):
             return
-        core, scale = (f"{part}_{self.topology.core_names[0]}" for part in ("core", "scale"))
+        core, scale, zero = (f"{part}_{self.topology.core_names[0]}" for part in ("core", "scale", "zero"))
         buffers = self._buffers
         if any(type(buffers.get(name)) is not Tensor for name in (core, scale)):
             return  # scales are trained, or the layout is there already
@@ -89,7 +91,7 @@ class KernelKeeper(NetworkModule):
         if not codes.is_cpu or scales.dtype != number_format.scale_dtype:
             return
         with torch.inference_mode(False):
-            made = to_kernel(number_format, codes, scales, shape[1])
+            made = to_kernel(number_format, codes, scales, buffers.get(zero), shape[1])
         self._kernel_block = made.block
         self.register_buffer(_SCALES, made.scales, persistent=False)
         self.register_buffer(_CODES, made.codes, persistent=False)
@@ -115,7 +117,7 @@ class KernelKeeper(NetworkModule):
         if matrix is None or number_format is None:
             return self._buffers
         with torch.inference_mode(False):
-            stored = from_kernel(number_format, matrix)
+            stored = from_kernel(matrix, self._buffers.get(f"zero_{self.topology.core_names[0]}"))
         name = self.topology.core_names[0]
         found = dict(zip((f"core_{name}", f"scale_{name}"), stored, strict=True))
         return found | {key: x for key, x in self._buffers.items() if key not in KERNEL_BUFFERS}
@@ -123,9 +125,17 @@ class KernelKeeper(NetworkModule):
     def _integer_costs(self, tokens: int, machine: Machine) -> dict[str, IntegerCost]:
         found, number_format = super()._integer_costs(tokens, machine), self.integer_format
         if number_format is not None and self.strategy in ("auto", "factorized"):
-            itemsize = self.compute_like.element_size()
-            found["factorized"] = product_cost(number_format, self.topology.shape, tokens, machine, itemsize)
+            itemsize, shape = self.compute_like.element_size(), self.topology.shape
+            cost = product_cost(number_format, shape, tokens, machine, itemsize, larger=self._may_be_larger)
+            if self.kernel_matrix is not None:
+                cost = replace(cost, held_bytes=layout_bytes(number_format, shape))
+            found["factorized"] = cost
         return found
+
+    @property
+    def _may_be_larger(self) -> bool:
+        """Whether the layout may take more than `HELD_RATIO` times the stored bytes."""
+        return self.strategy == "factorized"
 
     def _held_device(self) -> torch.device:
         codes = self._buffers.get(_CODES)

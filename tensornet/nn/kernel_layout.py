@@ -2,11 +2,21 @@
 
 To explain the layout: the kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. Byte
 `[block, input, k]` holds the code of row `k` of the block in its low half and that of row `k + half` in its
-high half, so the codes of a matrix take as many bytes as in their stored packing, four bits each. Beside the
-scale of each group lies an offset, `value = scale * (code - 8) + offset`: 16 bits a group more.
+high half. Beside the scale of each group lies an offset: `value = scale * (code - 8) + offset`.
+
+Codes of 2 or 3 bits are held as codes of 4. Codes of 5 to 8 bits are split into their 4 highest bits and the
+rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two products of the kernel
+with the same groups: the rows of the low part lie below those of the high part. A zero point is subtracted
+from the codes of its group, which takes one bit more and is exact as all of this is: scales and offsets are
+powers of two times the stored scales. Stored zero points stay beside the layout, to undo it.
 
 The layout belongs to the processor and not to a file. It is made at the first pass that uses it, and undone
-without loss wherever the stored tensors are asked for.
+without loss wherever the stored tensors are asked for. Bits of a weight in groups of 64, stored and held:
+
+| format | int2 | int3 | int4 | int5 | int6 | int8 |
+|---|---|---|---|---|---|---|
+| stored | 2.25 | 3.25 | 4.25 | 5.25 | 6.25 | 8.25 |
+| held | 4.5 | 4.5 | 4.5 | 9 | 9 | 9 |
 """
 
 from collections.abc import Iterator
@@ -17,127 +27,282 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tensornet.quantization import NumberFormat, pack, unpack
-from tensornet.quantization.codes import scaled
+from tensornet.nn.encoding import packed_codes, unpacked_codes
+from tensornet.quantization import NumberFormat, packed_bytes, unpack
 
 #: Inputs that share a scale, as the kernel can have them.
 _GROUPS = (128, 64, 32)
-#: Most tokens for which the kernel is faster than unpacking the matrix and multiplying by it.
-KERNEL_TOKENS = 20
-#: Elements that are converted or unpacked at a time.
-_BLOCK = 2**17
+#: Most tokens, over the number of products, for which the kernel is faster than unpacking the matrix.
+KERNEL_TOKENS = 96
+#: A layout of more than this many times the stored bytes is made only under the strategy "factorized".
+HELD_RATIO = 1.75
+#: Elements that are converted, or unpacked and multiplied, at a time: 8 MiB on the way.
+_BLOCK = 2**20
+_BITS = 4
 
 
 @dataclass(frozen=True)
 class KernelMatrix:
-    """Symmetric four-bit matrix `(out, in)` in the layout of the kernel.
+    """Integer matrix `(out, in)` in the layout of the kernel.
 
     Args:
-        codes: shape `(out, in / 2)`, whose bytes lie as the module says.
-        scales: scale and offset of each group, `torch.bfloat16`, shape `(groups, out, 2)`.
+        number_format: in which it is stored.
+        codes: shape `(products * out, in / 2)`, whose bytes lie as the module says.
+        scales: scale and offset of each group, `torch.bfloat16`, shape `(groups, products * out, 2)`.
         block: rows of a block.
     """
 
+    number_format: NumberFormat
     codes: Tensor
     scales: Tensor
     block: int
 
     @property
+    def products(self) -> int:
+        """Products of the kernel that make up one product with the matrix."""
+        return 2 if _low_bits(self.number_format) else 1
+
+    @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
-        return len(self.codes), 2 * self.codes.shape[1]
+        return len(self.codes) // self.products, 2 * self.codes.shape[1]
 
     @property
     def group(self) -> int:
         """Inputs that share a scale."""
         return self.shape[1] // len(self.scales)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layout takes."""
+        return self.codes.nbytes + self.scales.nbytes
+
     def has_kernel(self, x: Tensor) -> bool:
         """Return True if the kernel is the faster way for this input."""
-        return 0 < len(x) <= KERNEL_TOKENS and x.dtype == torch.bfloat16
+        return 0 < len(x) <= KERNEL_TOKENS // self.products and x.dtype == torch.bfloat16
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
-        return multiply_int4(x, self.codes, self.scales)
+        multiply = multiply_int4 if self.products == 1 else multiply_int4_twice
+        return multiply(x, self.codes, self.scales)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Unpack the rows, block by block."""
+        """Unpack the rows, block by block; each is the transpose of a contiguous matrix."""
         rows, columns = self.shape
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        factors = self._scales(wide) / _unit(self.number_format)
         for part in _parts(rows, columns, self.block):
-            codes = _codes_by_row(self.codes[part], self.block)
-            points = codes.view(torch.int8).reshape(len(codes), -1, self.group) - 8
-            scales = self.scales[:, part, 0].T.to(dtype).unsqueeze(-1)
-            yield part, scaled(points, scales, dtype).view(len(codes), columns)
+            blocks = slice(part.start // self.block, part.stop // self.block)
+            # In place and in order of the layout: few passes over memory, and one that puts rows in order.
+            values = self._points(part).to(wide)  # shape: (blocks, 2, in, half)
+            count, _, _, half = values.shape
+            values.view(count, 2, -1, self.group, half).mul_(factors[blocks])
+            made = values.new_empty(columns, part.stop - part.start, dtype=dtype)
+            made.view(columns, count, 2, half).copy_(values.permute(2, 0, 1, 3))
+            del values  # the next ones would be made beside them
+            yield part, made.T
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Unpack all values, in operations that a compiler fuses."""
-        block, (rows, columns) = self.block, self.shape
-        codes = self.codes.view(rows // block, len(self.scales), self.group, block // 2)
-        points = torch.stack((codes & 15, codes >> 4), 3).to(torch.int8) - 8
-        scales = self.scales[..., 0].view(len(self.scales), rows // block, 1, 2, block // 2).transpose(0, 1)
-        values = points.to(dtype) * scales.to(dtype)  # shape: (blocks, groups, group, 2, half)
-        return values.view(rows // block, columns, block).transpose(1, 2).reshape(rows, columns)
+        (rows, columns), half = self.shape, self.block // 2
+        parts = self.codes.view(self.products, -1, columns, half)
+        points = [torch.stack((codes & 15, codes >> 4), 1).to(torch.int8) - 8 for codes in parts]
+        scales, low = self._scales(dtype), _low_bits(self.number_format)
+        found = points[0]
+        if low:
+            found = found * 2**low + (points[1] + 2 ** (low - 1))
+        elif _between_points(self.number_format):
+            found, scales = 2 * found + 1, scales / 2
+        values = found.view(len(found), 2, -1, self.group, half).to(dtype) * scales
+        return values.view(-1, 2, columns, half).transpose(2, 3).reshape(rows, columns)
+
+    def _scales(self, dtype: torch.dtype) -> Tensor:
+        """Order the stored scales like the codes, shape `(blocks, 2, groups, 1, half)`."""
+        scales = self.scales[:, -self.shape[0] :, 0]  # those of the last product
+        return scales.view(len(scales), -1, 2, 1, self.block // 2).permute(1, 2, 0, 3, 4).to(dtype)
+
+    def _points(self, part: slice) -> Tensor:
+        """Unpack rows to `_unit` times `value / scale`, `torch.int8` of shape `(blocks, 2, in, half)`."""
+        low, (_, columns) = _low_bits(self.number_format), self.shape
+        high, *rest = (
+            self.codes[part.start + offset : part.stop + offset].view(-1, columns, self.block // 2)
+            for offset in range(0, len(self.codes), self.shape[0])
+        )
+        found = high.new_empty(len(high), 2, *high.shape[1:])
+        if not rest:
+            # The sign is the highest bit of a signed byte, and of codes whose highest bit is flipped.
+            flipped = high ^ 0x88
+            torch.bitwise_left_shift(flipped, 4, out=found[:, 0])
+            torch.bitwise_and(flipped, 0xF0, out=found[:, 1])
+            found = found.add_(8) if _between_points(self.number_format) else found
+            return found.view(torch.int8)
+        torch.bitwise_and(high, 15, out=found[:, 0])
+        torch.bitwise_right_shift(high, 4, out=found[:, 1])
+        found.bitwise_left_shift_(low)
+        found[:, 0] += rest[0] & 15
+        found[:, 1] += rest[0] >> 4
+        # 2^low (high - 8) + low part - 8 + 2^(low - 1), in arithmetic modulo 256
+        return found.sub_(2 ** (low + 3) + 8 - 2 ** (low - 1)).view(torch.int8)
 
 
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by codes and scales as `KernelMatrix` holds them."""
+    """Multiply `x: (tokens, in)` by codes and scales as `KernelMatrix` holds them for one product."""
     group = x.shape[1] // scales.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, codes, group, scales)
     return y
 
 
+def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Multiply `x: (tokens, in)` by codes and scales as `KernelMatrix` holds them for two products."""
+    high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
+    return high + low
+
+
 @lru_cache(maxsize=1024)
-def has_layout(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
-    """Return True if the kernel on this processor can have a matrix of this format and shape."""
+def has_layout(number_format: NumberFormat, shape: tuple[int, int], *, larger: bool = False) -> bool:
+    """Return True if the kernel on this processor can have a matrix of this format and shape.
+
+    Args:
+        number_format: of the matrix.
+        shape: `(out, in)`.
+        larger: also where the layout takes more than `HELD_RATIO` times the stored bytes.
+    """
     block, group = _block_rows(), _kernel_group(number_format, shape[1])
-    if number_format.bits != 4 or number_format.zero_point or number_format.scale_dtype == torch.float16:
-        return False  # offsets, and scales that are no bfloat16, would be rounded
-    return block is not None and group is not None and shape[0] > 0 and shape[0] % block == 0
+    if _low_bits(number_format) is None or number_format.scale_dtype == torch.float16:
+        return False  # too many bits, or scales that bfloat16 would round
+    plain = not number_format.zero_point and number_format.scale_dtype == torch.bfloat16
+    if plain and number_format.bits == 8 and number_format.groups(shape[1]) == 1:
+        return False  # torch's int8 kernel reads the codes as they are stored
+    if block is None or group is None or shape[0] == 0 or shape[0] % block:
+        return False
+    return larger or layout_bytes(number_format, shape) <= HELD_RATIO * number_format.nbytes(shape)
+
+
+def products_of(number_format: NumberFormat) -> int:
+    """Count the products of the kernel that make up one product with a matrix that `has_layout`."""
+    return 2 if _low_bits(number_format) else 1
+
+
+def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
+    """Count the bytes of a matrix in the layout, zero points included; only where `has_layout`.
+
+    Example:
+        >>> from tensornet.nn.kernel_layout import layout_bytes
+        >>> from tensornet.quantization import NumberFormat
+        >>> number_format = NumberFormat.parse("int3")
+        >>> number_format.nbytes((64, 1024)), layout_bytes(number_format, (64, 1024))
+        (26624, 36864)
+    """
+    rows, columns = shape
+    group, groups = _kernel_group(number_format, columns), number_format.groups(columns)
+    assert group is not None
+    held = products_of(number_format) * rows * (columns // 2 + 4 * (columns // group))
+    if not number_format.zero_point:
+        return held
+    assert number_format.bits is not None
+    return held + rows * packed_bytes(groups, number_format.bits)
 
 
 @torch.no_grad()
-def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, columns: int) -> KernelMatrix:
+def to_kernel(
+    number_format: NumberFormat, codes: Tensor, scales: Tensor, zeros: Tensor | None, columns: int
+) -> KernelMatrix:
     """Convert from the stored packing; only where `has_layout`.
 
     Args:
         number_format: of the matrix.
         codes: packed rows.
         scales: shape `(out, groups)`.
+        zeros: packed zero points, None without.
         columns: `in`.
     """
-    block, group = _block_rows(), _kernel_group(number_format, columns)
+    block, group, low = _block_rows(), _kernel_group(number_format, columns), _low_bits(number_format)
     assert block is not None
     assert group is not None
-    made = torch.empty_like(codes)
-    for part in _parts(len(codes), columns, block):
-        rows = unpack(codes[part], 4, columns).view(-1, block, columns)
-        low, high = rows.transpose(1, 2).split(block // 2, dim=2)
-        made[part] = (low | (high << 4)).reshape(-1, columns // 2)
-    whole = scales.to(torch.bfloat16).T
-    if len(whole) * group < columns:
-        whole = whole.expand(columns // group, -1)
-    return KernelMatrix(made, torch.stack((whole, torch.zeros_like(whole)), -1).contiguous(), block)
+    assert low is not None
+    rows, products = len(codes), products_of(number_format)
+    made = codes.new_empty(products, rows, columns // 2)
+    for part in _parts(rows, columns, block):
+        points = _centred(number_format, codes[part], None if zeros is None else zeros[part], columns)
+        if low:
+            whole = points + 2 ** (low + 3)
+            nibbles = [whole >> low, (whole & (2**low - 1)) + (8 - 2 ** (low - 1))]
+        else:
+            nibbles = [points + 8]
+        for product, codes_of_4 in enumerate(nibbles):
+            made[product, part] = _by_input(codes_of_4.to(torch.uint8), block)
+    scale = scales.to(torch.bfloat16).T
+    if len(scale) * group < columns:
+        scale = scale.expand(columns // group, -1)
+    offset = scale / 2 if _between_points(number_format) else torch.zeros_like(scale)
+    pairs = [torch.stack((scale, offset), -1)]
+    if low:
+        pairs.insert(0, torch.stack((scale * 2**low, scale * 2 ** (low - 1)), -1))
+    held = torch.cat(pairs, 1).contiguous()
+    return KernelMatrix(number_format, made.view(products * rows, -1), held, block)
 
 
 @torch.no_grad()
-def from_kernel(number_format: NumberFormat, matrix: KernelMatrix) -> tuple[Tensor, Tensor]:
-    """Convert back to the stored packing: codes and scales, the inverse of `to_kernel`."""
-    rows, columns = matrix.shape
-    codes = torch.empty_like(matrix.codes)
+def from_kernel(matrix: KernelMatrix, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Convert back to the stored packing: codes and scales, the inverse of `to_kernel`.
+
+    Args:
+        matrix: in the layout.
+        zeros: packed zero points as they are stored, None without.
+    """
+    number_format, (rows, columns) = matrix.number_format, matrix.shape
+    bits, low = number_format.bits, _low_bits(number_format)
+    assert bits is not None
+    codes = matrix.codes.new_empty(rows, packed_bytes(columns, bits))
     for part in _parts(rows, columns, matrix.block):
-        codes[part] = pack(_codes_by_row(matrix.codes[part], matrix.block), 4)
-    scales = matrix.scales[: number_format.groups(columns), :, 0].T
+        points = matrix._points(part)
+        points = points if low else points >> 4
+        by_row = points.transpose(2, 3).reshape(part.stop - part.start, columns)
+        origin = _origin(number_format, None if zeros is None else zeros[part], columns)
+        codes[part] = packed_codes((by_row.to(torch.int16) + origin).to(torch.uint8), bits)
+    scales = matrix.scales[: number_format.groups(columns), -rows:, 0].T
     return codes, scales.to(number_format.scale_dtype).contiguous()
 
 
-def _codes_by_row(codes: Tensor, block: int) -> Tensor:
-    """Order the codes by rows, one a byte, shape `(rows, in)`."""
-    # Transposed while two codes share a byte.
-    by_row = codes.view(len(codes) // block, -1, block // 2).transpose(1, 2).contiguous()
-    found = codes.new_empty(len(by_row), 2, *by_row.shape[1:])
-    torch.bitwise_and(by_row, 15, out=found[:, 0])
-    torch.bitwise_right_shift(by_row, 4, out=found[:, 1])
-    return found.view(len(codes), -1)
+def _centred(number_format: NumberFormat, codes: Tensor, zeros: Tensor | None, columns: int) -> Tensor:
+    """Unpack `code - origin`, `torch.int16` of shape `(rows, in)`."""
+    assert number_format.bits is not None
+    found = unpacked_codes(codes, number_format.bits, columns).to(torch.int16)
+    return found.sub_(_origin(number_format, zeros, columns))
+
+
+def _origin(number_format: NumberFormat, zeros: Tensor | None, columns: int) -> Tensor | int:
+    """Return the codes whose points are 0: zero points for each input, or the centre, rounded up."""
+    assert number_format.bits is not None
+    if zeros is None:
+        return 2 ** (number_format.bits - 1)
+    groups = number_format.groups(columns)
+    found = unpack(zeros, number_format.bits, groups).to(torch.int16)
+    return found.repeat_interleave(columns // groups, dim=1)
+
+
+def _low_bits(number_format: NumberFormat) -> int | None:
+    """Count the bits beyond the 4 of the first product: 0 if it is enough, None if two are not."""
+    if number_format.bits is None:
+        return None
+    bits = number_format.bits + (1 if number_format.zero_point else 0)
+    return None if bits > 2 * _BITS else max(bits - _BITS, 0)
+
+
+def _between_points(number_format: NumberFormat) -> bool:
+    """Return True if 0 lies between two codes."""
+    return number_format.center % 1 != 0 and not number_format.zero_point
+
+
+def _unit(number_format: NumberFormat) -> int:
+    """Return the multiple of `value / scale` that `KernelMatrix._points` gives."""
+    return 1 if _low_bits(number_format) else 16
+
+
+def _by_input(codes: Tensor, block: int) -> Tensor:
+    """Order codes `(rows, in)` of 4 bits by inputs, two a byte, as rows of `in / 2` bytes."""
+    low, high = codes.view(-1, block, codes.shape[1]).transpose(1, 2).split(block // 2, dim=2)
+    return (low | (high << 4)).reshape(len(codes), -1)
 
 
 def _parts(rows: int, columns: int, block: int) -> Iterator[slice]:

@@ -28,7 +28,7 @@ from tensornet.nn.integer_product import (
     multiply_int8,
 )
 from tensornet.nn.kernel_keeper import KERNEL_BUFFERS, KernelKeeper
-from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int4
+from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int4, multiply_int4_twice
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import require_linear_shape
 from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
@@ -119,7 +119,8 @@ class TensorNetworkLinear(KernelKeeper):
         if not is_compiling() and transforms_active():
             return None
         half = input.dtype == torch.bfloat16 and input.is_cpu
-        if half and not is_compiling() and 0 < input.numel() <= KERNEL_TOKENS * self.in_features:
+        few = 0 < input.numel() <= KERNEL_TOKENS * self.in_features
+        if half and few and not is_compiling():
             self.hold_for_kernel()
         if (matrix := self.kernel_matrix) is not None:
             return matrix
@@ -134,7 +135,8 @@ class TensorNetworkLinear(KernelKeeper):
     def _remember_kernel(self, matrix: IntegerMatrix | KernelMatrix) -> None:
         """Build the fast path for few tokens, if a kernel reads the matrix as held."""
         if isinstance(matrix, KernelMatrix):
-            names, kernel, most = KERNEL_BUFFERS, multiply_int4, KERNEL_TOKENS
+            kernel = multiply_int4 if matrix.products == 1 else multiply_int4_twice
+            names, most = KERNEL_BUFFERS, KERNEL_TOKENS // matrix.products
         elif has_int8_kernel(matrix.number_format, matrix.shape) and matrix.scales.dtype == torch.bfloat16:
             name = self.topology.core_names[0]
             names, kernel, most = (f"core_{name}", f"scale_{name}"), multiply_int8, INT8_TOKENS

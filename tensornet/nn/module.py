@@ -30,9 +30,10 @@ class NetworkModule(FixedDtypes, RoutedModule):
     Args:
         topology: the operator `(out_features, in_features)`.
         source: kind of stock layer this stands for (see `adapters`), to which `to_dense` returns.
-        strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix for
-            each call and frees it, `"auto"` takes the faster of both by the cost model, `"cached"` keeps the
-            rebuilt matrix in eval while no gradient of a core is wanted (memory for speed). See `explain`.
+        strategy: `"factorized"` contracts the input with the cores, and may hold integers of 2 bits as 4 for
+            a kernel of torch, `"reconstruct"` rebuilds the matrix for each call and frees it, `"auto"` takes
+            the faster of both by the cost model, `"cached"` keeps the rebuilt matrix in eval while no
+            gradient of a core is wanted (memory for speed). See `explain`.
         cache_limit: largest matrix to keep under `"cached"`, in bytes; None sets no limit, 0 keeps none. For
             a limit on a whole model see `set_strategy`.
         optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or a name `opt_einsum` knows.

@@ -1,4 +1,4 @@
-"""Four-bit matrices in the layout of torch's kernel: the same numbers and bytes, whoever asks for them."""
+"""Integer matrices in the layout of torch's int4 kernel: the same numbers, whoever asks for them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,28 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.nn import kernel_layout
-from tensornet.nn.encoding import Storage
+from tensornet.nn.encoding import Storage, packed_codes
+from tensornet.nn.explain import size_in_words
 from tensornet.nn.integer_product import IntegerMatrix
-from tensornet.nn.kernel_layout import KERNEL_TOKENS, from_kernel, has_layout, to_kernel
+from tensornet.nn.kernel_layout import (
+    HELD_RATIO,
+    KERNEL_TOKENS,
+    from_kernel,
+    has_layout,
+    layout_bytes,
+    to_kernel,
+)
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.quantization import NumberFormat, dequantize, pack
 from tensornet.topologies import topology_family
 
 SHAPE = (192, 128)
-LAYOUTS = ["int4", "int4:g32", "int4:row", "int4:g128:float8"]
-KERNELS = [*LAYOUTS, "int8:row"]
-FORMATS = [*KERNELS, "int3", "int8", "int4:g32:zero", "int2:row"]
+ONCE = ["int4", "int4:g32", "int4:row", "int4:g128:float8", "int3", "int3:row:zero"]
+TWICE = ["int5", "int5:row:zero", "int6:g128", "int6:g32:zero", "int7:row", "int7:zero", "int8"]
+LAYOUTS = [*ONCE, *TWICE]
+LARGER = ["int2", "int2:row:zero", "int4:zero", "int5:g32"]
+KERNELS = ["int4", "int3:zero", "int6", "int8:row"]
+FORMATS = [*LAYOUTS, *LARGER, "int8:row", "int8:zero", "int4:float16"]
 
 pytestmark = pytest.mark.skipif(
     not has_layout(NumberFormat.parse("int4"), SHAPE), reason="this build of torch has no such kernel"
@@ -52,50 +63,65 @@ def close(found: torch.Tensor, truth: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (64, 1152), (1088, 128)])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_layout_is_torchs_and_converts_back(
+@pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
+def test_values_are_those_of_the_stored_form_and_convert_back(
     name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_layout, "_BLOCK", 2 * 64 * shape[1])
     number_format, (rows, columns) = NumberFormat.parse(name), shape
-    codes = torch.randint(0, 16, shape, dtype=torch.uint8)
-    scales = torch.rand(rows, number_format.groups(columns)).to(number_format.scale_dtype)
-    packed = pack(codes, 4)
-    matrix = to_kernel(number_format, packed, scales, columns)
-    assert torch.equal(
-        matrix.codes, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    )
-    back = from_kernel(number_format, matrix)
+    assert number_format.bits is not None
+    torch.manual_seed(0)
+    groups = (rows, number_format.groups(columns))
+    codes = torch.randint(0, number_format.top + 1, shape, dtype=torch.uint8)
+    codes[0, :2] = torch.tensor([0, number_format.top])
+    scales = torch.rand(groups).to(number_format.scale_dtype)
+    zeros = torch.randint(0, number_format.top + 1, groups, dtype=torch.uint8)
+    zeros[:2, 0] = torch.tensor([0, number_format.top])
+    packed, points = packed_codes(codes, number_format.bits), pack(zeros, number_format.bits)
+    stored_zeros = points if number_format.zero_point else None
+    matrix = to_kernel(number_format, packed, scales, stored_zeros, columns)
+    assert matrix.shape == shape
+    assert matrix.products == (1 if name in (*ONCE, "int2", "int2:row:zero") else 2)
+    if number_format.bits == 4 and matrix.products == 1:
+        torchs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+        assert torch.equal(matrix.codes, torchs)
+    back = from_kernel(matrix, stored_zeros)
     assert torch.equal(back[0], packed)
     assert torch.equal(back[1].float(), scales.float())
     assert back[1].dtype == scales.dtype
     for dtype in (torch.float32, torch.bfloat16):
-        values = dequantize(codes, scales, None, number_format, dtype)
+        values = dequantize(codes, scales, zeros if number_format.zero_point else None, number_format, dtype)
         assert torch.equal(matrix.dense(dtype), values)
         assert torch.equal(torch.cat([rows for _, rows in matrix.blocks(dtype)]), values)
+        if dtype == torch.float32:
+            close(matrix.by_kernel(tokens(3, columns)), tokens(3, columns).float() @ values.T)
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("int3", SHAPE),
-        ("int4:zero", SHAPE),
+        ("int8:zero", SHAPE),
+        ("int8:row", SHAPE),
         ("int4:float16", SHAPE),
-        ("int4", (100, 128)),
+        ("int6:float16", SHAPE),
+        ("int3", (100, 128)),
         ("int4", (64, 100)),
+        ("int6:row", (64, 100)),
+        ("int5:zero", (63, 65)),
     ],
 )
 def test_other_formats_and_shapes_have_no_layout(name: str, shape: tuple[int, int]) -> None:
-    assert not has_layout(NumberFormat.parse(name), shape)
-    made = layer(name, shape).eval()
+    assert not has_layout(NumberFormat.parse(name), shape, larger=True)
+    made = layer(name, shape).eval().configure(strategy="factorized")
     assert made.kernel_matrix is None
     close(made(tokens(2, shape[1])), expected(made, tokens(2, shape[1])))
 
 
-@pytest.mark.parametrize("count", [1, 3, KERNEL_TOKENS, KERNEL_TOKENS + 1, 200])
+@pytest.mark.parametrize("count", [1, KERNEL_TOKENS // 2 + 1, KERNEL_TOKENS + 1])
 @pytest.mark.parametrize("name", FORMATS)
 def test_products(name: str, count: int) -> None:
-    made = layer(name).eval()
+    made = layer(name).configure(strategy="factorized").eval()
+    assert (made.kernel_matrix is not None) == (name in (*LAYOUTS, *LARGER))
     x = tokens(count)
     for _ in range(2):  # found, then remembered
         close(made(x), expected(made, x))
@@ -110,15 +136,40 @@ def test_products(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_it_takes_the_bytes_of_the_stored_form_and_offsets(name: str) -> None:
+def test_it_is_held_instead_of_the_stored_codes_in_the_bytes_that_explain_tells(name: str) -> None:
     made = layer(name)
-    codes = made.core_matrix.nbytes
+    stored, zeros = made.explain(200)["factorized"].held_bytes, made._buffers.get("zero_matrix")
+    assert stored == NumberFormat.parse(name).nbytes(SHAPE)
     made.eval()
-    held = dict(made.named_buffers())
-    assert set(held) == {"kernel_codes", "kernel_scales", "compute_like"}
-    assert held["kernel_codes"].nbytes == codes
-    group = NumberFormat.parse(name).group or SHAPE[1]
-    assert held["kernel_scales"].nbytes == 4 * SHAPE[0] * SHAPE[1] // group
+    held = {key: x.nbytes for key, x in made.named_buffers()}
+    kept = {"zero_matrix"} if zeros is not None else set()
+    assert set(held) == {"kernel_codes", "kernel_scales", "compute_like"} | kept
+    products = 1 if name in ONCE else 2
+    assert held["kernel_codes"] == products * SHAPE[0] * SHAPE[1] // 2
+    for count in (1, 200):
+        told = made.explain(count)
+        assert told["factorized"].held_bytes == sum(held.values()) <= HELD_RATIO * stored
+        assert f"{size_in_words(sum(held.values()))} held" in str(told)
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_much_larger_layouts_are_made_only_where_the_strategy_is_factorized(name: str) -> None:
+    made, stored = layer(name).eval(), NumberFormat.parse(name).nbytes(SHAPE)
+    assert made.kernel_matrix is None
+    assert (made.explain(1)["factorized"].kernel, made.explain(1)["factorized"].held_bytes) == (
+        "unpacked",
+        stored,
+    )
+    close(made(tokens(2)), expected(made, tokens(2)))
+    assert made.kernel_matrix is None
+    made.configure(strategy="factorized")
+    close(made(tokens(2)), expected(made, tokens(2)))
+    assert made.kernel_matrix is not None
+    cost = made.explain(1)["factorized"]
+    assert "int4 kernel" in cost.kernel
+    assert cost.held_bytes == sum(x.nbytes for x in made.buffers()) > HELD_RATIO * stored
+    made.configure(strategy="auto")
+    assert made.kernel_matrix is None
 
 
 MOVES: dict[str, Callable[[TensorNetworkLinear], nn.Module]] = {
@@ -147,9 +198,10 @@ def _loaded(made: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["int4", "int4:row", "int4:g128:float8", "int3", "int6:g32:zero"])
 def test_stored_tensors_are_what_everybody_else_sees(name: str, move: str) -> None:
     made = layer(name)
+    names = [key for key, _ in made.named_buffers()]
     before = {key: x.clone() for key, x in made.state_dict().items()}
     made.eval()
     made(tokens(2))
@@ -164,7 +216,7 @@ def test_stored_tensors_are_what_everybody_else_sees(name: str, move: str) -> No
         assert x.dtype == before[key].dtype or key == "bias"
     assert torch.equal(moved.core_matrix, before["core_matrix"])
     assert moved.kernel_matrix is None
-    assert [key for key, _ in moved.named_buffers()] == ["core_matrix", "scale_matrix", "compute_like"]
+    assert [key for key, _ in moved.named_buffers()] == names
     x = tokens(2).to(moved.weight.dtype)
     close(moved(x).float(), expected(made, tokens(2)))
 
@@ -211,6 +263,8 @@ def test_other_strategies_use_no_kernel(strategy: str) -> None:
         ("int4", 2, False),
         ("int8:row", 2, False),
         ("int3", 2, False),
+        ("int6", 2, True),
+        ("int6:zero", 40, True),
     ],
 )
 def test_compiled_exported_and_under_autocast(name: str, count: int, held: bool) -> None:
@@ -264,8 +318,11 @@ def test_int8_kernel_only_where_it_can_read_the_codes() -> None:
         ("int4", 1, "int4 kernel"),
         ("int4", KERNEL_TOKENS + 1, "unpacked"),
         ("int8:row", 3, "int8 kernel"),
-        ("int3", 1, "unpacked"),
-        ("int8", 1, "unpacked"),
+        ("int3", 1, "int4 kernel"),
+        ("int8", 1, "int4 kernel twice"),
+        ("int5", KERNEL_TOKENS // 2 + 1, "unpacked"),
+        ("int2", 1, "unpacked"),
+        ("int8:zero", 1, "unpacked"),
     ],
 )
 def test_explain_names_the_kernel(name: str, count: int, kernel: str) -> None:
@@ -274,7 +331,9 @@ def test_explain_names_the_kernel(name: str, count: int, kernel: str) -> None:
     cost = told[told.choice]
     assert (told.choice, cost.kernel) == ("factorized", kernel)
     assert cost.unpacked == (0 if "kernel" in kernel else SHAPE[0] * SHAPE[1])
-    assert cost.read_bytes == NumberFormat.parse(name).nbytes(SHAPE)
+    number_format = NumberFormat.parse(name)
+    stored = number_format.nbytes(SHAPE)
+    assert cost.read_bytes == (layout_bytes(number_format, SHAPE) if "int4" in kernel else stored)
     assert f"{kernel}, " in str(told)
     assert told["reconstruct"].unpacked == SHAPE[0] * SHAPE[1]
     assert told["reconstruct"].milliseconds > told["cached"].milliseconds
