@@ -129,7 +129,7 @@ class KernelMatrix:
             for offset in range(0, len(self.codes), self.shape[0])
         )
         found = high.new_empty(len(high), 2, *high.shape[1:])
-        if not rest:
+        if not low:
             # The sign is the highest bit of a signed byte, and of codes whose highest bit is flipped.
             flipped = high ^ 0x88
             torch.bitwise_left_shift(flipped, 4, out=found[:, 0])
