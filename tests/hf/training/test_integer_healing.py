@@ -102,7 +102,7 @@ def test_gains_and_biases_heal_integers_whose_scales_have_eight_bits(through: st
     old = {name: x.clone() for name, x in student.state_dict().items()}
     before = divergence(student, teacher)
     if through == "trainer":
-        heal(student, teacher, Examples(), steps=20, output_dir=str(tmp_path), **OPTIONS)
+        heal(student, teacher, Examples(), steps=20, output_dir=str(tmp_path), **TRAINING)
     else:
         tn.heal(student, teacher, Examples().ids.split(8), steps=20, lr=1e-2)
     assert divergence(student.eval(), teacher) < 0.9 * before
