@@ -93,6 +93,8 @@ class KernelKeeper(NetworkModule):
         with torch.inference_mode(False):
             made = to_kernel(number_format, codes, scales, buffers.get(zero), shape[1])
         self._kernel_block = made.block
+        for new, old in ((made.codes, codes), (made.scales, scales)):
+            new.__dict__.update(old.__dict__)  # attributes by which transformers knows what it loaded
         self.register_buffer(_SCALES, made.scales, persistent=False)
         self.register_buffer(_CODES, made.codes, persistent=False)
         del buffers[core], buffers[scale]
@@ -118,6 +120,8 @@ class KernelKeeper(NetworkModule):
             return self._buffers
         with torch.inference_mode(False):
             stored = from_kernel(matrix, self._buffers.get(f"zero_{self.topology.core_names[0]}"))
+        for new, old in zip(stored, (matrix.codes, matrix.scales), strict=True):
+            new.__dict__.update(old.__dict__)
         name = self.topology.core_names[0]
         found = dict(zip((f"core_{name}", f"scale_{name}"), stored, strict=True))
         return found | {key: x for key, x in self._buffers.items() if key not in KERNEL_BUFFERS}
