@@ -55,6 +55,8 @@ STYLES = {
 def main() -> None:
     """Replace the generated parts."""
     record = json.loads((RECORDS / "bytes.json").read_text())
+    whole = RECORDS / "whole_model.json"
+    record["whole"] = json.loads(whole.read_text())["rows"] if whole.is_file() else []
     for page in (PAGE, ROOT / "README.md", ROOT / "docs" / "index.md"):
         page.write_text(filled(page.read_text(), record))
     draw(record["rows"], PICTURE)
@@ -70,6 +72,7 @@ def filled(text: str, record: Mapping[str, Any]) -> str:
         "forecast": forecast_table(rows),
         "time": time_table(rows),
         "samples": samples_table(rows),
+        "whole": whole_table(record.get("whole", ())),
         "origin": origin(record),
     }
     return fill_tables(text, parts)
@@ -248,6 +251,16 @@ def samples_table(rows: Sequence[Row], model: str = "smollm2") -> str:
             if found and len(lines) == 2:
                 lines.append(f"| 32 | dense | {one_line(found[0]['dense_sample'])} |")
             lines += [f"| {bits} | {METHODS[method]} | {one_line(found[0]['sample'])} |"] if found else []
+    return "\n".join(lines)
+
+
+def whole_table(rows: Sequence[Row]) -> str:
+    """Perplexity of a whole model at shares of its bytes, relative to the dense one."""
+    lines = ["| share of the bytes | file, MB | after | perplexity | times dense |", "|--:|--:|---|--:|--:|"]
+    for row in rows:
+        after = "healed" if row["after"] else "calibration alone"
+        cells = f"{100 * row['share']:.0f} % | {row['file_bytes'] / 1e6:.1f} | {after}"
+        lines.append(f"| {cells} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.3f} |")
     return "\n".join(lines)
 
 
