@@ -256,6 +256,8 @@ def samples_table(rows: Sequence[Row], model: str = "smollm2") -> str:
 
 def whole_table(rows: Sequence[Row]) -> str:
     """Perplexity of a whole model at shares of its bytes, relative to the dense one."""
+    if not rows:
+        return "Not measured yet."
     lines = ["| share of the bytes | file, MB | after | perplexity | times dense |", "|--:|--:|---|--:|--:|"]
     for row in rows:
         after = "healed" if row["after"] else "calibration alone"

@@ -134,6 +134,7 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
         "| 3.25 | **one plan (ours)** | it runs \\| well |",
     ]
     whole = {"share": 0.25, "file_bytes": 8.1e7, "after": "", "perplexity": 27.5, "perplexity_ratio": 1.0571}
+    assert page.whole_table([]) == "Not measured yet."
     assert page.whole_table([whole]).endswith("| 25 % | 81.0 | calibration alone | 27.50 | 1.057 |")
     page.draw(rows, tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text()
