@@ -146,13 +146,14 @@ def result(rows: Sequence[Row]) -> str:
 
 def why(rows: Sequence[Row]) -> str:
     """Three lines for the README: the same bytes, planning, the forecast."""
-    at = 4.25
-    named = [(statistics.mean(x), m) for m in PEERS if (x := rises(rows, "gpt2", m, at))]
-    peers = ", ".join(f"{number(mean)} by {METHODS[method]}" for mean, method in sorted(named))
-    ours = number(statistics.mean(rises(rows, "gpt2", "plan", at)))
+    at, parts = 4.25, []
+    for model, title in (("smollm2", "SmolLM2-135M"), ("gpt2", "the embedded GPT-2")):
+        named = [(statistics.mean(x), m) for m in PEERS if (x := rises(rows, model, m, at))]
+        if ours := rises(rows, model, "plan", at):
+            peers = ", ".join(f"{number(mean)} by {METHODS[method]}" for mean, method in sorted(named))
+            parts.append(f"of {title} rises by {number(statistics.mean(ours))} nats; {peers}")
     return (
-        f"- Less loss at the same bytes. At {at} bits a weight the loss of the embedded GPT-2 rises by "
-        f"{ours} nats; {peers}.\n"
+        f"- Less loss at the same bytes. At {at} bits a weight the loss {'. That '.join(parts)}.\n"
         "- Layers differ. Each gets its own integers, of 2 to 8 bits, or rank, by one calibrated price.\n"
         "- You know the loss before you pay it. Where plain int4 or int8 is best, the plan chooses it."
     )
