@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 import tensornet as tn
 import tensornet_hf as th
@@ -279,3 +289,32 @@ def test_held_out_text_says_nothing_about_a_classifier(tensornet: Run, classifie
     assert status == 1
     assert "a text has no labels for it" in err
     assert not Path("small").exists()
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ResNet"])
+def test_models_of_images_are_timed_by_the_image(tensornet: Run, kind: str) -> None:
+    torch.manual_seed(0)
+    model: ViTForImageClassification | ResNetForImageClassification
+    if kind == "ViT":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_channels=1))
+    else:  # whose configuration names no size
+        model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    model.save_pretrained("dense")
+    tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+    th.save_model(model, Path("ours"), source=Path("dense"))
+    status, out, _ = tensornet("compare", "dense", "ours", "--json", "--plot", "c.svg")
+    assert status == 0
+    assert [x["timed"] for x in json.loads(out)["models"]] == ["image", "image"]
+    assert all(x["milliseconds"] > 0 for x in json.loads(out)["models"])
+    assert "milliseconds an image" in Path("c.svg").read_text()
+    assert "ms an image" in tensornet("compare", "dense", "ours")[1]
+
+
+def test_models_of_sound_are_refused(tensornet: Run) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    layers = {"conv_dim": (8,), "conv_kernel": (10,), "conv_stride": (5,), "num_conv_pos_embedding_groups": 2}
+    Wav2Vec2Model(Wav2Vec2Config(**sizes, **layers)).save_pretrained("heard")
+    status, _, err = tensornet("compare", "heard")
+    assert status == 1
+    assert "reads input_values; models that read tokens" in err

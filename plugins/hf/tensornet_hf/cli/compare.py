@@ -29,7 +29,7 @@ def run(
     device: shared.Device = shared.CPU,
     as_json: shared.Json = False,
 ) -> None:
-    """Compare models: bytes on disk, bits a weight, time of a token, loss and samples."""
+    """Compare models: bytes on disk, bits a weight, time of a token or an image, loss and samples."""
     if plot is not None:
         check_picture(plot)
     content = None if text is None else read_text(text)
@@ -46,7 +46,7 @@ def run(
 
 def _print(found: SideBySide, plot: Path | None) -> None:
     first = found.folders[0].quality
-    header = ["", "form", "bytes", "bits a weight", "parameters", "ms a token"]
+    header = ["", "form", "bytes", "bits a weight", "parameters", f"ms {found.timed}"]
     if first is not None:
         header += ["perplexity" if first.of_tokens else first.measure, "rise"]
     shared.print_table(header, [_row(found, folder) for folder in found.folders])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Tokens that are generated to take the time, how often, and the tokens of a pass of an encoder.
 _TIMED_TOKENS, _REPEATS, _PASS = 16, 3, 128
+#: Height and width of an image for models whose configuration names none.
+_IMAGE = 224
 _PROMPT_WORDS = 12
 
 
@@ -40,9 +42,10 @@ class FolderFacts:
         bytes: of the weight files.
         bits: a weight of the whole dense model, embeddings included.
         params: stored numbers; of quantizers that store codes of every weight, its weights.
-        milliseconds: for one token: generated one by one, or of a pass over 128 of an encoder.
+        milliseconds: for one token, generated one by one or of a pass over 128 of an encoder, or one image.
         quality: on the text, None without one.
         sample: greedy continuation, None where nothing is written.
+        timed: what the milliseconds are for, `"token"` or `"image"`.
     """
 
     name: str
@@ -53,6 +56,7 @@ class FolderFacts:
     milliseconds: float
     quality: Quality | None = None
     sample: str | None = None
+    timed: Literal["token", "image"] = "token"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form."""
@@ -79,6 +83,11 @@ class SideBySide:
         """Return the rise of the loss over that of the first model, None where none was measured."""
         first = self.folders[0].quality
         return None if first is None or folder.quality is None else folder.quality.loss - first.loss
+
+    @property
+    def timed(self) -> str:
+        """What the times of the first model are for: `"a token"` or `"an image"`."""
+        return {"token": "a token", "image": "an image"}[self.folders[0].timed]
 
     def plot(self) -> "Figure":
         """Draw loss over bytes, and milliseconds of a token.
@@ -149,6 +158,7 @@ def compare_folders(
             milliseconds=_milliseconds(model),
             quality=None if judge is None else judge(model),
             sample=sample,
+            timed="image" if _sees(model) else "token",
         )
         found.append(facts)
     shown = prompt if any(facts.sample is not None for facts in found) else None
@@ -178,24 +188,52 @@ def _stored_numbers(model: PreTrainedModel, weights: int) -> int:
     return weights
 
 
+def _sees(model: PreTrainedModel) -> bool:
+    """Whether a model reads images alone."""
+    return bool(model.main_input_name == "pixel_values") and not model.can_generate()
+
+
+def _image(model: PreTrainedModel) -> dict[str, Any]:
+    """One image of the size that a model reads, as inputs of a pass."""
+    size = getattr(model.config, "image_size", None) or _IMAGE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(model.config, "num_channels", 3)
+    return {"pixel_values": torch.zeros(1, channels, height, width, dtype=model.dtype, device=model.device)}
+
+
+def _tokens(model: PreTrainedModel, count: int) -> dict[str, Any]:
+    """Tokens of one window, as inputs of a pass.
+
+    Raises:
+        TargetError: the model reads neither tokens nor images.
+    """
+    if model.main_input_name != "input_ids":
+        raise TargetError(
+            f"{type(model).__name__} reads {model.main_input_name}; models that read tokens (input_ids) or "
+            "images (pixel_values) can be compared here. Compare others in Python, with their own inputs."
+        )
+    ids = torch.ones(1, count, dtype=torch.long, device=model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 @torch.no_grad()
 def _milliseconds(model: PreTrainedModel) -> float:
-    """Median time of a token: of generation one by one, or of a pass of an encoder."""
-    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    generate: Any = model.generate if model.can_generate() else None
-    count = _TIMED_TOKENS
-    if generate is None:
+    """Median time of a token, of generation one by one or of a pass of an encoder, or of an image."""
+    run: Any = model
+    if _sees(model):
+        count, inputs = 1, _image(model)
+    elif model.can_generate():
+        count, run = _TIMED_TOKENS, model.generate
+        inputs = _tokens(model, 1)
+        inputs |= {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    else:
         count = usual_context(model, limit=_PASS)
-        ids = ids.expand(1, count).contiguous()
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
-    if generate is not None:
-        options |= {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    run: Any = model if generate is None else generate
+        inputs = _tokens(model, count)
     taken = []
     with in_eval_mode(model):
         for _ in range(_REPEATS + 1):  # the first one warms up
             started = time.perf_counter()
-            run(input_ids=ids, **options)
+            run(**inputs)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             taken.append(time.perf_counter() - started)
@@ -213,7 +251,7 @@ def _figure(found: SideBySide) -> "Figure":
     panels = figure.subplots(1, 3 if losses else 2, sharey=True)
     columns: list[tuple[str, list[float]]] = [
         ("weight files, MB", [folder.bytes / 1e6 for folder in found.folders]),
-        ("milliseconds a token", [folder.milliseconds for folder in found.folders]),
+        (f"milliseconds {found.timed}", [folder.milliseconds for folder in found.folders]),
     ]
     if losses:
         measure = next(x.quality.measure for x in found.folders if x.quality is not None)
