@@ -98,7 +98,7 @@ def file_bytes(model: nn.Module) -> int:
 def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
     """One pass of so many tokens."""
     if mode == "compiled":
-        # Saving asked for the stored codes; a compiler cannot put them into the layout of the kernel, eval can.
+        # Saving asked for the stored codes; eval puts them into the layout of the kernel, a compiler cannot.
         model = torch.compile(model.eval(), dynamic=False)  # type: ignore[assignment]
     ids = torch.arange(tokens)[None] % 100
     return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)
