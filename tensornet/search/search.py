@@ -164,8 +164,9 @@ def _evaluate(
 
 
 def _beaten(candidate: Proposal, milliseconds: float, points: Sequence[SearchPoint]) -> bool:
+    params = candidate.topology.num_params
     return any(
-        point.params <= candidate.topology.num_params
+        point.params <= params
         and point.ranked_error <= candidate.lower
         and point.milliseconds <= milliseconds
         for point in points
