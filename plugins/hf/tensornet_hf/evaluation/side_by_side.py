@@ -86,7 +86,7 @@ class SideBySide:
 
     @property
     def timed(self) -> str:
-        """What the times of the first model are for: `"a token"` or `"an image"`."""
+        """Unit of the times, by the first model: `"a token"` or `"an image"`."""
         return {"token": "a token", "image": "an image"}[self.folders[0].timed]
 
     def plot(self) -> "Figure":
