@@ -147,7 +147,7 @@ def result(rows: Sequence[Row]) -> str:
 def why(rows: Sequence[Row]) -> str:
     """Three lines for the README: the same bytes, planning, the forecast."""
     at, parts = 4.25, []
-    for model, title in (("smollm2", "SmolLM2-135M"), ("gpt2", "the embedded GPT-2")):
+    for model, title in (("smollm2", "SmolLM2-135M (off its 4-bit grid)"), ("gpt2", "the embedded GPT-2")):
         named = [(statistics.mean(x), m) for m in PEERS if (x := rises(rows, model, m, at))]
         if ours := rises(rows, model, "plan", at):
             peers = ", ".join(f"{number(mean)} by {METHODS[method]}" for mean, method in sorted(named))
