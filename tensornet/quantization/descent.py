@@ -4,7 +4,8 @@ Error feedback fixes an element once and for all. With `P = R E C` at hand, movi
 the loss by `d P_ij + 1/2 d^2 R_ii C_jj`, so that a sweep over the columns finds the elements that should
 move. Rows of one column are coupled by `R`: of all moves that help by themselves the best are taken, as many
 as together still keep half of their gains. Scales of one group column are coupled by `R` in the same way and
-solve a linear system. No step raises the loss increase.
+solve a linear system. No step raises the loss increase. Where only the diagonal of `R` is known, as of a
+vocabulary, rows are independent: all moves that help are taken, and every scale has a closed form.
 
 Reference:
     Behdin et al. 2023, "QuantEase" (coordinate descent on codes, inputs only).
@@ -40,7 +41,7 @@ def sweep_codes(
         scale: of every element.
         zero: of every element, or one number.
         top: largest code.
-        rows: `R`, shape `(out, out)`.
+        rows: `R`, shape `(out, out)`, or its diagonal `(out,)`.
         columns: `C`, shape `(in, in)`.
 
     Returns:
@@ -48,8 +49,8 @@ def sweep_codes(
     """
     codes = codes.clone()
     error = weight - (codes - zero) * scale
-    gradient = rows @ (error @ columns)
-    curvature = rows.diagonal()
+    gradient = _times(rows, error @ columns)
+    curvature = rows if rows.ndim == 1 else rows.diagonal()
     size = weight.shape[1]
     for start in range(0, size, _BLOCK):
         block = slice(start, min(start + _BLOCK, size))
@@ -63,15 +64,26 @@ def sweep_codes(
             steps = (codes[:, j] + wanted).round_().clamp_(0, top) - codes[:, j]
             change = -steps * s
             gain = change * (here[:, k] + 0.5 * own * change)
-            chosen = _compatible(gain, change, here[:, k], rows, columns[j, j])
-            if len(chosen) == 0:
-                continue
-            codes[chosen, j] += steps[chosen]
-            moved[chosen, k] = change[chosen]
-            spread = change[chosen] @ rows[chosen]
+            if rows.ndim == 1:
+                helps = gain < 0
+                codes[:, j] += steps * helps
+                moved[:, k] = change * helps
+                spread = rows * moved[:, k]
+            else:
+                chosen = _compatible(gain, change, here[:, k], rows, columns[j, j])
+                if len(chosen) == 0:
+                    continue
+                codes[chosen, j] += steps[chosen]
+                moved[chosen, k] = change[chosen]
+                spread = change[chosen] @ rows[chosen]
             here.addr_(spread, columns[j, block])
-        gradient.addmm_(rows @ moved, columns[block])
+        gradient.addmm_(_times(rows, moved), columns[block])
     return codes
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply by `R` from the left, given whole or by its diagonal."""
+    return rows[:, None] * matrix if rows.ndim == 1 else rows @ matrix
 
 
 def _compatible(gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor) -> Tensor:
@@ -98,7 +110,7 @@ def sweep_scales(
         points: codes less their zeros, of the same shape.
         scales: current scales, shape `(out, groups)`.
         number_format: an integer format.
-        rows: `R`, shape `(out, out)`.
+        rows: `R`, shape `(out, out)`, or its diagonal `(out,)`.
         columns: `C`, shape `(in, in)`.
 
     Returns:
@@ -112,9 +124,12 @@ def sweep_scales(
     for group in range(scales.shape[1]):
         part = slice(group * width, min((group + 1) * width, size))
         u = points[:, part]
-        right = ((rows @ product[:, part]) * u).sum(1)
-        coupled = rows * (u @ columns[part, part] @ u.mT)
-        step = _conjugate_gradients(coupled, right)
+        right = (_times(rows, product[:, part]) * u).sum(1)
+        if rows.ndim == 1:
+            bend = rows * ((u @ columns[part, part]) * u).sum(1)
+            step = torch.where(bend > 0, right / bend.clamp_min(1e-300), 0.0)
+        else:
+            step = _conjugate_gradients(rows * (u @ columns[part, part] @ u.mT), right)
         scales[:, group] += step
         product.addmm_(u * step[:, None], columns[part], alpha=-1)
     return scales
@@ -163,7 +178,7 @@ def descend(
 
     def price(points: Tensor, tried: Tensor) -> float:
         error = weight - points * spread(tried)
-        return float(((rows @ error) * (error @ columns)).sum(dtype=torch.float64))
+        return float((_times(rows, error) * (error @ columns)).sum(dtype=torch.float64))
 
     for _ in range(sweeps):
         points = codes - zero

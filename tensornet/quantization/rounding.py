@@ -301,8 +301,8 @@ class _Problem:
                 scales[k],
                 zero,
                 self.format,
-                _one(self.rows, k, self.weight.shape[1], self.weight),
-                _one(self.columns, k, self.weight.shape[2], self.weight),
+                _one(self.rows, k, self.weight[k, :, 0]),
+                _whole(_one(self.columns, k, self.weight[k, 0])),
                 sweeps,
             )
         found = GroupScales(scales, solution.scales.zeros)
@@ -375,9 +375,10 @@ def _storable(scales: Tensor, number_format: NumberFormat) -> Tensor:
     return scales.clamp(-limit, limit).to(number_format.scale_dtype)
 
 
-def _one(side: Side | None, k: int, size: int, like: Tensor) -> Tensor:
-    """Expand the moment of one matrix of the stack to a full matrix."""
-    if side is None:
-        return torch.eye(size, dtype=like.dtype, device=like.device)
-    moment = side.moment[k if len(side.moment) > 1 else 0]
+def _one(side: Side | None, k: int, like: Tensor) -> Tensor:
+    """Select the moment of one matrix of the stack, a diagonal as a vector; None is the identity."""
+    return torch.ones_like(like) if side is None else side.moment[k if len(side.moment) > 1 else 0]
+
+
+def _whole(moment: Tensor) -> Tensor:
     return moment if moment.ndim == 2 else torch.diag(moment)
