@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet_moe.grouped_linear import group_rows, one_group
+from tensornet_moe.router_base import Routing
 
 ACTIVATION = "gelu_new"
 
@@ -57,7 +59,7 @@ class Row:
         options: of the kind.
         private_rate: learning rate of what each expert owns, in units of the common one.
         shared_rate: learning rate of what the experts share.
-        combine: combine weights of the router: `"unit"` or `"prob"`.
+        combine: combine weights of the router: `"unit"`, `"prob"`, or `"sigmoid"` for `SigmoidRouter`.
         balance: coefficient of the load-balancing loss.
     """
 
@@ -126,6 +128,42 @@ def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Ten
     return up, down / (2 * sizes.layers) ** 0.5
 
 
+def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Matrices of one expert; experts with weights of about 1 add up to one network of unit variance."""
+    up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
+    if row.combine == "sigmoid":
+        alike = row.kind in ("mpoe", "delta")
+        down = down / (row.top_k if alike else row.top_k**0.5)
+    return up, down
+
+
+class SigmoidRouter(tm.TopKRouter):
+    """Top-k router whose experts have combine weights of their own, `2 sigmoid(logit)`.
+
+    Weights that sum to one make the output of each of `k` experts, and so the function that a step of AdamW
+    learns, `k` times smaller than in a dense network. These are 1 at a logit of 0, however many experts.
+
+    Reference:
+        Csordas et al. 2024, "MoEUT: Mixture-of-Experts Universal Transformers", section 2.1.
+    """
+
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
+        """Choose the `top_k` most probable experts of every token; see `Router.select`."""
+        routing = super().select(logits, probs, mask)
+        weights = 2 * logits.gather(-1, routing.expert_indices).sigmoid()
+        return dataclasses.replace(routing, weights=weights)
+
+
+def router_of(row: Row, sizes: Sizes, generator: torch.Generator) -> tm.TopKRouter:
+    """A router at a tenth of the usual size."""
+    if row.combine == "sigmoid":
+        router: tm.TopKRouter = SigmoidRouter(sizes.width, row.experts, top_k=row.top_k, combine="prob")
+    else:
+        router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
+    router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
+    return router
+
+
 Networks = tuple[list[nn.Module], nn.Module | None]
 Kind = Callable[[Row, Sizes, torch.Generator], Networks]
 
@@ -145,9 +183,9 @@ def mixtures(
     """Make a kind of the function that builds the banks of one layer, given one Gaussian network."""
 
     def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-        hidden, found = round(row.hidden * sizes.hidden), []
+        found: list[nn.Module] = []
         for _ in range(sizes.layers):
-            pair = gaussian(sizes, hidden, generator)
+            pair = expert_start(row, sizes, generator)
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             found.append(mixture(row, sizes, make(row, sizes, pair, generator), generator))
         return found, None
@@ -157,7 +195,7 @@ def mixtures(
 
 def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
     """Dense experts, each with a start of its own."""
-    others = [gaussian(sizes, len(pair[0]), generator) for _ in range(row.experts - 1)]
+    others = [expert_start(row, sizes, generator) for _ in range(row.experts - 1)]
     return {
         name: separate(torch.stack([p[k] for p in (pair, *others)])) for k, name in enumerate(("up", "down"))
     }
@@ -349,11 +387,9 @@ def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
                 bank.get_parameter("core_1").normal_(generator=generator).div_(columns**0.5)
             banks[name] = bank
         whole = {name: separate(weight[None]) for name, weight in zip(banks, base, strict=True)}
-        router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
-        router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / sizes.width**0.5
         found.append(
             RoutedPaths(
-                router,
+                router_of(row, sizes, generator),
                 tm.ExpertFFN(banks, activation=ACTIVATION, bias=True),
                 shared_expert=tm.ExpertFFN(whole, activation=ACTIVATION, bias=True),
                 balance_coef=row.balance,
@@ -363,11 +399,12 @@ def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
 
 
 def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Dense experts that every two neighbouring layers share; routers and biases stay apart."""
+    """Dense experts that every `span` (two) neighbouring layers share; routers and biases stay apart."""
     networks, _ = KINDS["switch"](row, sizes, generator)
+    span = row.options.get("span", 2)
     owners = [
-        tm.tie_experts([network.experts for network in networks[k : k + 2]], label=f"experts{k}")
-        for k in range(0, len(networks) - 1, 2)
+        tm.tie_experts([network.experts for network in networks[k : k + span]], label=f"experts{k}")
+        for k in range(0, len(networks) - 1, span)
     ]
     return networks, nn.ModuleList(owners)
 
@@ -385,8 +422,7 @@ def mixture(
     row: Row, sizes: Sizes, banks: dict[str, tm.ExpertBank], generator: torch.Generator
 ) -> tm.SharedCoreMoE:
     """A mixture over given banks; the always-on expert is a dense network of its own."""
-    router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
-    router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
+    router = router_of(row, sizes, generator)
     always = None
     if row.shared_hidden:
         pair = gaussian(sizes, round(row.shared_hidden * sizes.hidden), generator)
@@ -418,10 +454,10 @@ KINDS: dict[str, Kind] = {
 
 def fine(name: str, kind: str, experts: int = 30, **options: Any) -> Row:
     """An always-on expert of half the dense network, and two of many routed ones of a quarter each."""
-    rates = {key: options.pop(key) for key in ("private_rate", "shared_rate", "combine") if key in options}
-    return Row(
-        name, kind, experts=experts, top_k=2, hidden=1 / 4, shared_hidden=1 / 2, options=options, **rates
-    )
+    of_the_row = ("private_rate", "shared_rate", "combine", "top_k", "hidden", "shared_hidden")
+    given = {key: options.pop(key) for key in of_the_row if key in options}
+    usual = {"top_k": 2, "hidden": 1 / 4, "shared_hidden": 1 / 2}
+    return Row(name, kind, experts=experts, options=options, **{**usual, **given})
 
 
 ROWS = {
@@ -476,6 +512,25 @@ ROWS = {
         fine("fine, E = 5, prob", "switch", 5, combine="prob"),
         fine("fine, tied over two layers", "tied"),
         fine("fine, tied, E = 12", "tied", 12),
+        # More experts for a token, so that it passes as many parameters as in dense x2.
+        fine("fine, tied, E = 12, sigmoid", "tied", 12, combine="sigmoid"),
+        fine("fine, tied, E = 12, top 6", "tied", 12, top_k=6),
+        fine("fine, tied, E = 12, top 6, sigmoid", "tied", 12, top_k=6, combine="sigmoid"),
+        fine("fine, MPOE, top 6, sigmoid", "mpoe", top_k=6, combine="sigmoid"),
+        fine("fine, E = 5, sigmoid", "switch", 5, combine="sigmoid"),
+        fine("fine, MPOE, sigmoid", "mpoe", combine="sigmoid"),
+        # For four layers, with as many parameters and as much arithmetic as dense x2 in two.
+        Row("dense x3/4", "dense", hidden=3 / 4),
+        fine(
+            "one pool, E = 15, top 4, sigmoid",
+            "tied",
+            15,
+            top_k=4,
+            hidden=1 / 8,
+            shared_hidden=1 / 4,
+            combine="sigmoid",
+            span=4,
+        ),
         Row("low ranks in one network", "paths", experts=22, top_k=2, hidden=15 / 16, options={"rank": 2}),
         # Still smaller experts, and one larger expert whose base no second one repeats.
         Row("finer, E = 23", "switch", experts=23, top_k=8, hidden=1 / 16, shared_hidden=1 / 2),
