@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet_moe.grouped_linear import group_rows, one_group
-from tensornet_moe.router_base import Routing
+from tensornet_moe.router_base import Combine
 
 ACTIVATION = "gelu_new"
 
@@ -59,7 +58,7 @@ class Row:
         options: of the kind.
         private_rate: learning rate of what each expert owns, in units of the common one.
         shared_rate: learning rate of what the experts share.
-        combine: combine weights of the router: `"unit"`, `"prob"`, or `"sigmoid"` for `SigmoidRouter`.
+        combine: combine weights of the router, see `tensornet_moe.Router`.
         balance: coefficient of the load-balancing loss.
     """
 
@@ -72,7 +71,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     private_rate: float = 1.0
     shared_rate: float = 1.0
-    combine: str = "unit"
+    combine: Combine = "unit"
     balance: float = 0.01
 
 
@@ -137,29 +136,9 @@ def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Te
     return up, down
 
 
-class SigmoidRouter(tm.TopKRouter):
-    """Top-k router whose experts have combine weights of their own, `2 sigmoid(logit)`.
-
-    Weights that sum to one make the output of each of `k` experts, and so the function that a step of AdamW
-    learns, `k` times smaller than in a dense network. These are 1 at a logit of 0, however many experts.
-
-    Reference:
-        Csordas et al. 2024, "MoEUT: Mixture-of-Experts Universal Transformers", section 2.1.
-    """
-
-    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """Choose the `top_k` most probable experts of every token; see `Router.select`."""
-        routing = super().select(logits, probs, mask)
-        weights = 2 * logits.gather(-1, routing.expert_indices).sigmoid()
-        return dataclasses.replace(routing, weights=weights)
-
-
 def router_of(row: Row, sizes: Sizes, generator: torch.Generator) -> tm.TopKRouter:
     """A router at a tenth of the usual size."""
-    if row.combine == "sigmoid":
-        router: tm.TopKRouter = SigmoidRouter(sizes.width, row.experts, top_k=row.top_k, combine="prob")
-    else:
-        router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
+    router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
     router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
     return router
 
