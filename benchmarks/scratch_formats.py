@@ -83,6 +83,7 @@ def lines_of(run: Run, corpus: Corpus) -> Iterator[dict[str, Any]]:
             "feed_forward_bytes": size - saved,
             "loss": loss,
             "seed": run.seed,
+            "rate": recipe.rate,
             "corpus": corpus.fingerprint,
         }
 
