@@ -27,7 +27,8 @@ from tensornet.quantization import NumberFormat, round_weight
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
 from moe_from_scratch import CACHE, Recipe, Run, evaluate, feed_forward_parameters
-from scratch_rows import ROWS, Dense, Sizes
+from scratch_rows import Dense, Sizes
+from scratch_table import ROWS
 from scratch_text import Corpus, corpus_of, load_corpus
 
 FORMATS = ("int8", "int4")

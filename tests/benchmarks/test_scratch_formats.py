@@ -51,7 +51,7 @@ def test_the_script_judges_every_run_in_every_format(script: ModuleType, tmp_pat
 def test_rounding_leaves_the_model_itself_alone(script: ModuleType) -> None:
     rows = importlib.import_module("scratch_rows")
     sizes = rows.Sizes(width=64, hidden=256, layers=2, heads=2, context=8, vocabulary=300)
-    model = rows.build(rows.ROWS["fine, MPOE"], sizes, seed=0)
+    model = rows.build(script.ROWS["fine, MPOE"], sizes, seed=0)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     made, saved = script.rounded(model, "int8", center=True)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
