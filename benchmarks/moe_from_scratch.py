@@ -3,7 +3,7 @@
     python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 10] [--seeds 0 1]
 
 A small GPT-2 is trained from scratch on all permitted text (`scratch_text.py`), once for every row: dense, or
-with one of the mixtures of `scratch_rows.py`. All rows see the same batches for a seed. The rate is constant
+with one of the mixtures of `scratch_table.py`. All rows see the same batches for a seed. The rate is constant
 after a warm-up, and the loss is that of a running average of the weights over about the last tenth of the
 steps: so one run gives the loss at every number of tokens, and any run can be continued with more of them.
 
@@ -36,7 +36,8 @@ import tensornet_moe as tm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
-from scratch_rows import ROWS, Row, Sizes, build
+from scratch_rows import Row, Sizes, build
+from scratch_table import ROWS
 from scratch_text import Corpus, corpus_of, load_corpus
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks" / "moe_from_scratch"

@@ -2,17 +2,21 @@
 
     python benchmarks/scratch_page.py
 
-The text of the page is written by hand; what lies between `<!-- table -->` or `<!-- forms -->` and
-`<!-- end -->` is replaced. The second table compares the runs of `moe_from_scratch_forms.json` with the dense
-run of that record, since its text is a later edition of that of the first.
+The text of the page is written by hand; what lies between `<!-- NAME -->` and `<!-- end -->` is replaced.
+`moe_from_scratch.json` holds all runs on one edition of the texts, `moe_from_scratch_earlier.json` longer
+runs on an edition before it, each compared with the dense run of its own record, and `scratch_formats.json`
+the same models in few bits.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,75 +30,217 @@ from harness import RECORDS, ROOT
 
 PAGE, PICTURE = ROOT / "docs" / "moe_from_scratch.md", ROOT / "docs" / "moe_from_scratch.svg"
 MILLION = 1_000_000
-MARKS = (1, 2, 3, 4)
-#: Millions of tokens at which the forms of the second table are judged.
-FORMS_AT = 1
+MARKS = (1, 2, 3, 4, 6, 8)
+DENSE, WIDE, SWITCH = "dense", "dense x2", "Switch, prob"
+#: Millions of tokens at which long runs are compared.
+LONG = 2
+#: Parameters of the experts of Switch, eight networks with biases in two layers.
+SWITCH_PARAMETERS = 529_408
+#: Seed of the runs that are compared; others have a table of their own.
+SEED = 0
+#: Rate of the runs before rates were tuned; rows with no other have a table of their own.
+FIRST_RATE = 0.003
+
+Run = Mapping[str, Any]
 
 
-def losses(run: Mapping[str, Any]) -> dict[float, float]:
+def losses(run: Run, part: str = "loss") -> dict[float, float]:
     """Held-out loss by millions of tokens, rounded as the marks are named."""
-    return {round(point["tokens"] / MILLION, 1): point["loss"] for point in run["history"]}
+    return {round(point["tokens"] / MILLION, 1): point[part] for point in run["history"]}
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each run, smallest feed-forward networks last among those of one loss."""
-    dense = losses(next(run for run in runs if run["row"]["name"] == "dense"))
-    switch = next(run for run in runs if run["row"]["name"] == "Switch")["expert_parameters"]
-    marks = " | ".join(f"{mark} M" for mark in MARKS)
+def loss_at(run: Run, flops: float) -> float | None:
+    """Held-out loss after so much arithmetic, linear in its logarithm between two marks; None beyond them."""
+    points = [(math.log(point["flops"]), point["loss"]) for point in run["history"]]
+    for (x, a), (y, b) in itertools.pairwise(points):
+        if x <= math.log(flops) <= y:
+            return float(a + (b - a) * (math.log(flops) - x) / (y - x))
+    return points[-1][1] if math.isclose(points[-1][0], math.log(flops), abs_tol=0.01) else None
+
+
+def name_of(run: Run) -> str:
+    """Name of the row, with the depth where it is not two layers."""
+    layers = run["sizes"]["layers"]
+    return str(run["row"]["name"]) + ("" if layers == 2 else f", {layers} layers")
+
+
+def untuned(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs of the first rate and the common seed by name."""
+    found = [run for run in runs if run["history"] and run["seed"] == SEED]
+    return {name_of(run): run for run in found if run["recipe"]["rate"] == FIRST_RATE}
+
+
+def compared(runs: Sequence[Run], mark: float) -> dict[str, Run]:
+    """Runs of the common seed by name, each row at the rate that is best on the tuning part at a mark.
+
+    Rows that were trained with the first rate alone are left out.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["seed"] == SEED and mark in losses(run):
+            groups.setdefault(name_of(run), []).append(run)
+    return {
+        name: min(found, key=lambda run: losses(run, "tune_loss")[mark])
+        for name, found in groups.items()
+        if any(run["recipe"]["rate"] != FIRST_RATE for run in found)
+    }
+
+
+def long_table(runs: Sequence[Run]) -> str:
+    """Runs of two million tokens and more, at every mark and after equal arithmetic."""
+    named, shown = compared(runs, LONG), LONG
+    marks = [mark for mark in MARKS if any(mark in losses(run) for run in named.values())]
+    dense = named[DENSE]
+    budget = losses(dense, "flops")[shown]
     lines = [
-        f"| row | parameters | of Switch | MFLOP a token | {marks} | to dense | load entropy | tokens/s |",
-        "|---|" + "--:|" * (len(MARKS) + 6),
+        "| row | rate | parameters | of Switch | model, KB | MFLOP a token | "
+        + " | ".join(f"{mark} M" for mark in marks)
+        + f" | to dense | to {WIDE} | at {budget / 1e12:.2f} TFLOP | load entropy |",
+        "|---|" + "--:|" * (len(marks) + 9),
     ]
-    for run in sorted(runs, key=_rank):
-        found = losses(run)
-        last = max((mark for mark in found if mark in dense), default=None)
-        gain = "" if last is None else f"{found[last] - dense[last]:+.3f} at {last:g} M"
-        entropy = run["history"][-1]["entropy"]
+    for name, run in sorted(named.items(), key=lambda item: losses(item[1])[shown]):
+        found, entropy, equal = losses(run), run["history"][-1]["entropy"], loss_at(run, budget)
         cells = (
-            run["row"]["name"] + ("" if run["seed"] == 0 else f", seed {run['seed']}"),
-            f"{run['expert_parameters']:,}",
-            f"{run['expert_parameters'] / switch:.2f}",
-            f"{run['flops_per_token'] / MILLION:.2f}",
-            *(f"{found[mark]:.3f}" if mark in found else "" for mark in MARKS),
-            gain,
+            name,
+            *sizes(run),
+            *(f"{found[mark]:.3f}" if mark in found else "" for mark in marks),
+            f"{found[shown] - losses(dense)[shown]:+.3f}",
+            f"{found[shown] - losses(named[WIDE])[shown]:+.3f}",
+            "" if equal is None else f"{equal:.3f}",
             "" if entropy is None else f"{entropy:.2f}",
-            f"{run['tokens'] / run['seconds']:,.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _rank(run: Mapping[str, Any]) -> tuple[float, float]:
-    """By the loss at the most common mark; runs that have not come there last."""
-    found = losses(run)
-    return (found.get(3, 99.0), found[max(found)])
+def sizes(run: Run) -> tuple[str, str, str, str, str]:
+    """Cells of a row: rate, parameters, fraction of Switch's, bytes and arithmetic."""
+    parameters = run["expert_parameters"]
+    return (
+        f"{run['recipe']['rate']:g}",
+        f"{parameters:,}",
+        f"{parameters / SWITCH_PARAMETERS:.3f}",
+        f"{run['bytes'] / 1000:,.0f}",
+        f"{run['flops_per_token'] / MILLION:.2f}",
+    )
 
 
-def forms_table(runs: Sequence[Mapping[str, Any]], older: Sequence[Mapping[str, Any]]) -> str:
-    """Loss of every form minus that of the dense run of its record, the older record beside it."""
-    switch = next(run for run in older if run["row"]["name"] == "Switch")["expert_parameters"]
-    gains = (_gains(runs), _gains(older))
-    sizes = {run["row"]["name"]: run for run in (*older, *runs)}
-    lines = ["| row | parameters | of Switch | to dense | to dense, first table |", "|---|--:|--:|--:|--:|"]
-    known = {name: min(gain[name] for gain in gains if name in gain) for name in {*gains[0], *gains[1]}}
-    for name in sorted(known, key=lambda name: (known[name], name)):
-        size = sizes[name]["expert_parameters"]
-        cells = (f"{gain[name]:+.3f}" if name in gain else "" for gain in gains)
-        lines.append("| " + " | ".join((name, f"{size:,}", f"{size / switch:.2f}", *cells)) + " |")
+def forms_table(named: Mapping[str, Run]) -> str:
+    """Runs after one million tokens, best first."""
+    named = {name: run for name, run in named.items() if 1 in losses(run)}
+    dense, wide = (losses(named[name])[1] for name in (DENSE, WIDE))
+    lines = [
+        f"| row | rate | parameters | of Switch | model, KB | MFLOP a token | 1 M | to dense | to {WIDE} |",
+        "|---|" + "--:|" * 8,
+    ]
+    for name, run in sorted(named.items(), key=lambda item: losses(item[1])[1]):
+        loss = losses(run)[1]
+        cells = (name, *sizes(run), f"{loss:.3f}", f"{loss - dense:+.3f}", f"{loss - wide:+.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _gains(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Loss minus that of the dense run at `FORMS_AT`, by row."""
-    found = {run["row"]["name"]: losses(run) for run in runs}
-    dense = found["dense"][FORMS_AT]
-    return {name: loss[FORMS_AT] - dense for name, loss in found.items() if FORMS_AT in loss}
+def rates_table(runs: Sequence[Run]) -> str:
+    """Loss on the tuning part of rows that were trained with several rates, at every mark that two have."""
+    groups = grouped([run for run in runs if run["seed"] == SEED], by=name_of)
+    rates = sorted({run["recipe"]["rate"] for found in groups.values() for run in found})
+    lines = [
+        "| row | tokens | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |",
+        "|---|--:|" + "--:|" * len(rates),
+    ]
+    for name, found in groups.items():
+        for mark in sorted({mark for run in found for mark in losses(run)}):
+            tuned = {run["recipe"]["rate"]: losses(run, "tune_loss").get(mark) for run in found}
+            cells = ["" if tuned.get(rate) is None else f"{tuned[rate]:.3f}" for rate in rates]
+            if len(cells) - cells.count("") > 1:
+                lines.append("| " + " | ".join((name, f"{mark:g} M", *cells)) + " |")
+    return "\n".join(lines)
 
 
-def fill(page: str, record: Mapping[str, Any], forms: Mapping[str, Any]) -> str:
+def seeds_table(runs: Sequence[Run]) -> str:
+    """Held-out loss of rows and rates that were trained with several seeds, at the last mark of them all."""
+    groups = grouped(runs, by=lambda run: f"{name_of(run)} | {run['recipe']['rate']:g}")
+    mark = min(last_of_all(found) for found in groups.values())
+    seeds = sorted({run["seed"] for found in groups.values() for run in found})
+    lines = [
+        f"| row, {mark:g} M | rate | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
+        "|---|" + "--:|" * (len(seeds) + 2),
+    ]
+    for name, found in groups.items():
+        by_seed = {run["seed"]: losses(run)[mark] for run in found}
+        cells = (f"{by_seed[seed]:.4f}" if seed in by_seed else "" for seed in seeds)
+        mean = statistics.mean(by_seed.values())
+        lines.append("| " + " | ".join((name, *cells, f"{mean:.4f}")) + " |")
+    return "\n".join(lines)
+
+
+def grouped(runs: Sequence[Run], by: Callable[[Run], str]) -> dict[str, list[Run]]:
+    """Runs of the same key, where there are several."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["history"]:
+            groups.setdefault(by(run), []).append(run)
+    return {name: found for name, found in sorted(groups.items()) if len(found) > 1}
+
+
+def last_of_all(runs: Sequence[Run]) -> float:
+    """The last mark that all of some runs have come to, in millions of tokens."""
+    return max(set.intersection(*(set(losses(run)) for run in runs)))
+
+
+def earlier_table(runs: Sequence[Run]) -> str:
+    """Loss minus that of the dense run of the same record, by tokens."""
+    named = {run["row"]["name"]: run for run in runs if run["history"]}
+    dense = losses(named[DENSE])
+    marks = [mark for mark in MARKS if mark in dense]
+    lines = [
+        "| row | parameters | of Switch | " + " | ".join(f"{mark} M" for mark in marks) + " |",
+        "|---|--:|--:|" + "--:|" * len(marks),
+    ]
+
+    def order(item: tuple[str, Run]) -> tuple[int, float]:
+        found = {mark: loss - dense[mark] for mark, loss in losses(item[1]).items() if mark in dense}
+        return (0, found[3]) if 3 in found else (1, found[max(found)])
+
+    for name, run in sorted(named.items(), key=order):
+        found = losses(run)
+        gains = (f"{found[mark] - dense[mark]:+.3f}" if mark in found else "" for mark in marks)
+        lines.append("| " + " | ".join((name, *sizes(run)[1:3], *gains)) + " |")
+    return "\n".join(lines)
+
+
+def formats_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Loss and bytes of the feed-forward networks by number format, for runs of the first rate and seed."""
+    rows = [row for row in rows if (row["seed"], row["rate"]) == (SEED, FIRST_RATE)]
+    whole = {row["row"]: row["loss"] for row in rows if row["format"] == "float"}
+    lines = [
+        "| row | tokens | format | feed-forward, KB | held-out loss | rounding adds |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = (
+            row["row"],
+            f"{row['tokens'] / MILLION:.0f} M",
+            row["format"],
+            f"{row['feed_forward_bytes'] / 1000:,.0f}",
+            f"{row['loss']:.3f}",
+            f"{row['loss'] - whole[row['row']]:+.4f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fill(page: str, record: Run, earlier: Run, formats: Run) -> str:
     """Return the page with its tables replaced."""
-    older = [run for run in record["rows"] if run["history"]]
-    made = {"table": table(older), "forms": forms_table(forms["rows"], older)}
+    made = {
+        "long": long_table(record["rows"]),
+        "forms": forms_table(compared(record["rows"], 1)),
+        "slow": forms_table(untuned(record["rows"])),
+        "rates": rates_table(record["rows"]),
+        "seeds": seeds_table(record["rows"]),
+        "earlier": earlier_table(earlier["rows"]),
+        "formats": formats_table(formats["rows"]),
+    }
     return re.sub(
         r"(<!-- (\w+) -->)\n.*?(<!-- end -->)",
         lambda m: f"{m[1]}\n{made[m[2]]}\n{m[3]}",
@@ -103,33 +249,50 @@ def fill(page: str, record: Mapping[str, Any], forms: Mapping[str, Any]) -> str:
     )
 
 
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Held-out loss against bytes of the model, at 3 million tokens."""
+def colour_of(run: Run) -> str:
+    """Black for dense rows, red for experts that share nothing, blue for those that share."""
+    return {"dense": "black", "switch": "tab:red"}.get(run["row"]["kind"], "tab:blue")
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Loss minus that of the dense model against tokens, and loss of the long runs against bytes."""
+    named = compared(runs, LONG)
+    dense = losses(named[DENSE])
     with plt.rc_context({"svg.hashsalt": "scratch", "svg.fonttype": "none", "font.size": 9}):
-        figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
-        for run in record["rows"]:
-            loss = losses(run).get(3)
-            if loss is None:
-                continue
-            name = run["row"]["name"]
-            colour = "black" if run["row"]["kind"] == "dense" else "tab:blue"
-            colour = "tab:red" if run["row"]["kind"] == "switch" else colour
-            axis.plot(run["bytes"] / MILLION, loss, "o", color=colour)
-            axis.annotate(
-                name, (run["bytes"] / MILLION, loss), (4, 4), textcoords="offset points", fontsize=7
-            )
-        axis.set(xscale="log", xlabel="model, MB in float32", ylabel="held-out loss after 3 million tokens")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+        for run in named.values():
+            found = {mark: loss - dense[mark] for mark, loss in losses(run).items() if mark in dense}
+            left.plot(list(found), list(found.values()), "o-", color=colour_of(run), markersize=3)
+            _label(left, run, (max(found), found[max(found)]))
+            at = (run["bytes"] / 1000, losses(run)[LONG])
+            right.plot(*at, "o", color=colour_of(run), markersize=4)
+            _label(right, run, at)
+        left.set(xlabel="million tokens", ylabel="held-out loss minus that of the dense model")
+        right.set(xlabel="model, KB in float32", ylabel=f"held-out loss after {LONG} million tokens")
+        for axis, room in ((left, 1.5), (right, 1.25)):
+            axis.set_xlim(right=axis.get_xlim()[1] * room)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
 
+def _label(axis: Any, run: Run, at: tuple[float, float]) -> None:
+    """Name a run beside its point: dense ones below, others above, since the best of both coincide."""
+    offset = (5, -9) if run["row"]["kind"] == "dense" else (5, 3)
+    axis.annotate(name_of(run), at, offset, textcoords="offset points", fontsize=7)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A record by name."""
+    found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text())
+    return found
+
+
 def main() -> None:
     """Rewrite the page and the picture."""
-    record, forms = (
-        json.loads((RECORDS / f"moe_from_scratch{name}.json").read_text()) for name in ("", "_forms")
-    )
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), record, forms), encoding="utf-8")
-    draw(record, PICTURE)
+    record = read("moe_from_scratch")
+    earlier, formats = read("moe_from_scratch_earlier"), read("scratch_formats")
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), record, earlier, formats), encoding="utf-8")
+    draw(record["rows"], PICTURE)
 
 
 if __name__ == "__main__":

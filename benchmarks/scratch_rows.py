@@ -1,4 +1,4 @@
-"""The rows of moe_from_scratch.py: a small GPT-2 whose feed-forward networks are dense or a mixture."""
+"""What the rows of moe_from_scratch.py build: a small GPT-2 with dense networks or mixtures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet_moe.grouped_linear import group_rows, one_group
+from tensornet_moe.router_base import Combine
 
 ACTIVATION = "gelu_new"
 
@@ -57,7 +58,7 @@ class Row:
         options: of the kind.
         private_rate: learning rate of what each expert owns, in units of the common one.
         shared_rate: learning rate of what the experts share.
-        combine: combine weights of the router: `"unit"` or `"prob"`.
+        combine: combine weights of the router, see `tensornet_moe.Router`.
         balance: coefficient of the load-balancing loss.
     """
 
@@ -70,7 +71,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     private_rate: float = 1.0
     shared_rate: float = 1.0
-    combine: str = "unit"
+    combine: Combine = "unit"
     balance: float = 0.01
 
 
@@ -126,6 +127,22 @@ def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Ten
     return up, down / (2 * sizes.layers) ** 0.5
 
 
+def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Matrices of one expert; experts with weights of about 1 add up to one network of unit variance."""
+    up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
+    if row.combine == "sigmoid":
+        alike = row.kind in ("mpoe", "delta")
+        down = down / (row.top_k if alike else row.top_k**0.5)
+    return up, down
+
+
+def router_of(row: Row, sizes: Sizes, generator: torch.Generator) -> tm.TopKRouter:
+    """A router at a tenth of the usual size."""
+    router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
+    router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
+    return router
+
+
 Networks = tuple[list[nn.Module], nn.Module | None]
 Kind = Callable[[Row, Sizes, torch.Generator], Networks]
 
@@ -145,9 +162,9 @@ def mixtures(
     """Make a kind of the function that builds the banks of one layer, given one Gaussian network."""
 
     def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-        hidden, found = round(row.hidden * sizes.hidden), []
+        found: list[nn.Module] = []
         for _ in range(sizes.layers):
-            pair = gaussian(sizes, hidden, generator)
+            pair = expert_start(row, sizes, generator)
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             found.append(mixture(row, sizes, make(row, sizes, pair, generator), generator))
         return found, None
@@ -157,7 +174,7 @@ def mixtures(
 
 def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
     """Dense experts, each with a start of its own."""
-    others = [gaussian(sizes, len(pair[0]), generator) for _ in range(row.experts - 1)]
+    others = [expert_start(row, sizes, generator) for _ in range(row.experts - 1)]
     return {
         name: separate(torch.stack([p[k] for p in (pair, *others)])) for k, name in enumerate(("up", "down"))
     }
@@ -349,11 +366,9 @@ def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
                 bank.get_parameter("core_1").normal_(generator=generator).div_(columns**0.5)
             banks[name] = bank
         whole = {name: separate(weight[None]) for name, weight in zip(banks, base, strict=True)}
-        router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
-        router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / sizes.width**0.5
         found.append(
             RoutedPaths(
-                router,
+                router_of(row, sizes, generator),
                 tm.ExpertFFN(banks, activation=ACTIVATION, bias=True),
                 shared_expert=tm.ExpertFFN(whole, activation=ACTIVATION, bias=True),
                 balance_coef=row.balance,
@@ -363,11 +378,12 @@ def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
 
 
 def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Dense experts that every two neighbouring layers share; routers and biases stay apart."""
+    """Dense experts that every `span` (two) neighbouring layers share; routers and biases stay apart."""
     networks, _ = KINDS["switch"](row, sizes, generator)
+    span = row.options.get("span", 2)
     owners = [
-        tm.tie_experts([network.experts for network in networks[k : k + 2]], label=f"experts{k}")
-        for k in range(0, len(networks) - 1, 2)
+        tm.tie_experts([network.experts for network in networks[k : k + span]], label=f"experts{k}")
+        for k in range(0, len(networks) - 1, span)
     ]
     return networks, nn.ModuleList(owners)
 
@@ -385,8 +401,7 @@ def mixture(
     row: Row, sizes: Sizes, banks: dict[str, tm.ExpertBank], generator: torch.Generator
 ) -> tm.SharedCoreMoE:
     """A mixture over given banks; the always-on expert is a dense network of its own."""
-    router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
-    router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
+    router = router_of(row, sizes, generator)
     always = None
     if row.shared_hidden:
         pair = gaussian(sizes, round(row.shared_hidden * sizes.hidden), generator)
@@ -413,80 +428,4 @@ KINDS: dict[str, Kind] = {
     "split": mixtures(split_banks),
     "tied": tied,
     "paths": paths,
-}
-
-
-def fine(name: str, kind: str, experts: int = 30, **options: Any) -> Row:
-    """An always-on expert of half the dense network, and two of many routed ones of a quarter each."""
-    rates = {key: options.pop(key) for key in ("private_rate", "shared_rate", "combine") if key in options}
-    return Row(
-        name, kind, experts=experts, top_k=2, hidden=1 / 4, shared_hidden=1 / 2, options=options, **rates
-    )
-
-
-ROWS = {
-    row.name: row
-    for row in (
-        Row("dense", "dense"),
-        Row("dense x2", "dense", hidden=2.0),
-        Row("dense x8", "dense", hidden=8.0),
-        # One expert a token.
-        Row("Switch", "switch", experts=8),
-        Row("Switch, prob", "switch", experts=8, combine="prob"),
-        Row("MPOE", "mpoe", experts=8),
-        Row("MPOE, random start", "mpoe", experts=8, options={"start": "random"}),
-        Row("MPOE, private rate 0.1", "mpoe", experts=8, private_rate=0.1),
-        Row("MPOE, bonds 8", "mpoe", experts=8, options={"max_bond": 8}),
-        Row("MPOE, ends 8x8", "mpoe", experts=8, options={"ends": (8, 8)}),
-        Row("MPOE and delta 4", "mpoe", experts=8, options={"delta": 4}),
-        Row("bypass", "mpoe", experts=8, options={"shared": "all", "max_bond": 12, "delta": 4}),
-        Row("base and deltas", "delta", experts=8, options={"rank": 4}),
-        Row("bases", "bases", experts=8, options={"bases": 2, "rank": 32}),
-        Row("block tensor trains", "block_tt", experts=8, options={"max_bond": 1}),
-        Row("tied over two layers", "tied", experts=8),
-        # Two small experts a token, and one that computes every token.
-        Row("fine-grained", "switch", experts=23, top_k=2, hidden=1 / 3, shared_hidden=1 / 3),
-        fine("fine, E = 30", "switch"),
-        fine("fine, E = 5", "switch", 5),
-        fine("fine, MPOE", "mpoe"),
-        fine("fine, MPOE, random start", "mpoe", start="random"),
-        fine("fine, MPOE, noise 0.5", "mpoe", noise=0.5),
-        fine("fine, MPOE, one-sided", "mpoe", one_sided=True, start="random"),
-        fine("fine, MPOE, private rate 0.3", "mpoe", private_rate=0.3),
-        fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
-        fine("fine, MPOE, center rate 0.3", "mpoe", shared_rate=0.3),
-        fine("fine, MPOE, mask 0.5", "mpoe", mask=0.5),
-        fine("fine, MPOE, mask 0.9", "mpoe", mask=0.9),
-        fine("fine, MPOE, bonds 8", "mpoe", max_bond=8),
-        fine("fine, MPOE and delta 8", "mpoe", delta=8),
-        fine("fine, MPOE and delta 4", "mpoe", delta=4),
-        fine("fine, bypass", "mpoe", shared="all", max_bond=12, delta=4),
-        fine("fine, base and deltas", "delta", rank=4),
-        fine("fine, base and deltas 8", "delta", rank=8),
-        fine("fine, base and deltas, spread", "delta", rank=4, spread=1.0),
-        fine("fine, bases", "bases", bases=4, rank=8),
-        fine("fine, block tensor trains", "block_tt", max_bond=1),
-        fine("fine, block tensor trains, E = 22", "block_tt", 22, max_bond=1, private_rate=3.0),
-        fine("fine, block tensor trains, shared input core", "block_tt", 40, max_bond=1, shared=("1",)),
-        fine("fine, scaled", "scaled", bases=1, private_rate=4.0),
-        fine("fine, scaled, E = 100", "scaled", 100, bases=1, private_rate=4.0),
-        fine("fine, 3 scaled bases", "scaled", 27, bases=3, private_rate=4.0),
-        fine("fine, shared down", "split", 10, shared="down"),
-        fine("fine, shared up", "split", 10, shared="up"),
-        fine("fine, E = 5, prob", "switch", 5, combine="prob"),
-        fine("fine, tied over two layers", "tied"),
-        fine("fine, tied, E = 12", "tied", 12),
-        Row("low ranks in one network", "paths", experts=22, top_k=2, hidden=15 / 16, options={"rank": 2}),
-        # Still smaller experts, and one larger expert whose base no second one repeats.
-        Row("finer, E = 23", "switch", experts=23, top_k=8, hidden=1 / 16, shared_hidden=1 / 2),
-        Row(
-            "half, base and deltas",
-            "delta",
-            experts=19,
-            hidden=1 / 2,
-            shared_hidden=1 / 2,
-            options={"rank": 4},
-            combine="prob",
-        ),
-    )
 }

@@ -197,3 +197,35 @@ def test_routed_low_ranks_add_to_the_matrices_of_one_network(
             hidden = torch.nn.functional.gelu(hidden, approximate="tanh") if name == "up" else hidden
         want.append(hidden)
     assert torch.allclose(layer(x), torch.stack(want).reshape(x.shape), atol=1e-4)
+
+
+def test_sigmoid_weights_are_about_one_each(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    layers = {
+        name: start(bench, corpus, name, tmp_path).model.transformer.h[0].mlp
+        for name in ("fine, tied, E = 12, top 6", "fine, tied, E = 12, top 6, sigmoid", "fine, MPOE, sigmoid")
+    }
+    x, spread = torch.randn(500, 64), {}
+    for name, layer in layers.items():
+        routing = layer.router(x)
+        want = 2 * routing.logits.gather(-1, routing.expert_indices).sigmoid() if "sigmoid" in name else None
+        assert want is None or torch.equal(routing.weights, want)
+        assert torch.equal(routing.expert_indices, routing.probs.topk(layer.router.top_k).indices)
+        layer.shared_expert = None
+        spread[name] = float(layer(x).detach().std())
+    averaged, summed, alike = spread.values()
+    assert averaged < 0.5 * summed  # a mean of six experts that start apart
+    assert summed == pytest.approx(alike, rel=0.35)
+
+
+def test_one_pool_serves_all_layers(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    name = "one pool, E = 15, top 4, sigmoid"
+    sizes = replace(bench.toy_sizes(), layers=4)
+    run = bench.Run(bench.ROWS[name], sizes, bench.Recipe(windows=4), corpus, 0, folder=tmp_path)
+    networks = [block.mlp.experts for block in run.model.transformer.h]
+    matrices = [network.bank("up").expert_matrices() for network in networks]
+    assert all(torch.equal(matrix, matrices[0]) for matrix in matrices)
+    assert len(run.model.owner) == 1
+    own = sum(p.numel() for n in networks for p in n.parameters())
+    pool, biases = 15 * 2 * 32 * 64, 15 * (32 + 64)
+    assert sum(p.numel() for p in run.model.owner.parameters()) == pool
+    assert own == 4 * biases

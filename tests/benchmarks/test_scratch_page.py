@@ -1,9 +1,8 @@
-"""The page of training from scratch shows what the record says."""
+"""The page of training from scratch shows what the records say."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,60 +18,147 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("scratch_page")
 
 
-def run(name: str, kind: str, parameters: int, losses: dict[float, float]) -> dict[str, Any]:
+def run(name: str, kind: str, parameters: int, losses: dict[float, float], **changes: Any) -> dict[str, Any]:
+    flops = changes.get("flops", 1_000_000)
     return {
         "row": {"name": name, "kind": kind},
-        "seed": 0,
+        "sizes": {"layers": changes.get("layers", 2)},
+        "recipe": {"rate": changes.get("rate", 0.012)},
+        "seed": changes.get("seed", 0),
         "expert_parameters": parameters,
         "bytes": 4 * parameters,
-        "flops_per_token": 2_500_000,
+        "flops_per_token": flops,
         "tokens": 4_000_000,
         "seconds": 100.0,
         "history": [
-            {"tokens": mark * 1e6 + 320, "loss": loss, "entropy": None if kind == "dense" else 0.98}
+            {
+                "tokens": mark * 1e6 + 320,
+                "loss": loss,
+                "tune_loss": loss - 1,
+                "flops": mark * 1e6 * flops,
+                "entropy": None if kind == "dense" else 0.98,
+            }
             for mark, loss in losses.items()
         ],
     }
 
 
-def test_the_page_is_made_of_the_record(script: ModuleType) -> None:
+@pytest.fixture
+def runs() -> list[dict[str, Any]]:
+    return [
+        run("dense", "dense", 52_941, {1: 4.0, 2: 3.5}),
+        run("dense x2", "dense", 132_352, {1: 3.9, 2: 3.4}, flops=1_400_000),
+        run("Switch", "switch", 529_408, {1: 4.1, 2: 3.3, 3: 3.2}),
+        run("young", "delta", 52_941, {1: 3.8}),
+        run("dense", "dense", 52_941, {1: 4.2}, rate=0.003),
+        run("never tuned", "scaled", 52_941, {1: 4.1}, rate=0.003),
+        run("dense x2", "dense", 132_352, {1: 3.7}, layers=4),
+        run("unborn", "delta", 52_941, {}),
+    ]
+
+
+def test_the_page_is_made_of_the_records(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
-    record, forms = (
-        json.loads((script.RECORDS / f"moe_from_scratch{name}.json").read_text()) for name in ("", "_forms")
-    )
-    assert script.fill(page, record, forms) == page
+    records = [
+        script.read(name) for name in ("moe_from_scratch", "moe_from_scratch_earlier", "scratch_formats")
+    ]
+    assert script.fill(page, *records) == page
     assert "| fine, scaled |" in page
+    assert "<!-- long -->" in page
 
 
-def test_forms_are_compared_with_the_dense_run_of_their_own_record(script: ModuleType) -> None:
-    older = [
-        run("dense", "dense", 100, {1: 4.0}),
-        run("Switch", "switch", 800, {1: 4.1}),
-        run("both", "mpoe", 200, {1: 3.9}),
+def test_long_runs_are_compared_at_the_last_mark_that_all_have(script: ModuleType, runs: list[Any]) -> None:
+    head, _, *lines = script.long_table(runs).splitlines()
+    assert "| 1 M | 2 M | 3 M | to dense | to dense x2 | at 2.00 TFLOP |" in head
+    assert [line.split(" | ")[0] for line in lines] == ["| Switch", "| dense x2", "| dense"]
+    assert "| 0.012 | 529,408 | 1.000 | 2,118 | 1.00 | 4.100 | 3.300 | 3.200 | -0.200 | -0.100 |" in lines[0]
+    assert lines[0].endswith("| 0.98 |")
+    assert "| 0.012 | 132,352 | 0.250 | 529 | 1.40 | 3.900 | 3.400 |  | -0.100 | +0.000 | 3.643 |" in lines[1]
+    assert "| 3.500 |  | +0.000 | +0.100 | 3.500 |" in lines[2]
+
+
+def test_losses_between_marks_follow_the_logarithm_of_arithmetic(script: ModuleType) -> None:
+    one = run("any", "dense", 1, {1: 4.0, 4: 3.0})
+    assert script.loss_at(one, 2e12) == pytest.approx(3.5)
+    assert script.loss_at(one, 4.01e12) == 3.0
+    assert script.loss_at(one, 4.2e12) is None
+    assert script.loss_at(one, 0.5e12) is None
+
+
+def test_all_runs_are_compared_after_a_million_tokens(script: ModuleType, runs: list[Any]) -> None:
+    _, _, *lines = script.forms_table(script.compared(runs, 1)).splitlines()
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| dense x2, 4 layers",
+        "| young",
+        "| dense x2",
+        "| dense",
+        "| Switch",
     ]
-    runs = [
-        run("dense", "dense", 100, {1: 3.0}),
-        run("new", "scaled", 120, {1: 3.25}),
-        run("both", "mpoe", 200, {1: 2.95}),
-        run("young", "mpoe", 200, {0.5: 3.5}),
-    ]
-    assert script.forms_table(runs, older).splitlines()[2:] == [
-        "| both | 200 | 0.25 | -0.050 | -0.100 |",
-        "| dense | 100 | 0.12 | +0.000 | +0.000 |",
-        "| Switch | 800 | 1.00 |  | +0.100 |",
-        "| new | 120 | 0.15 | +0.250 |  |",
+    assert lines[1] == "| young | 0.012 | 52,941 | 0.100 | 212 | 1.00 | 3.800 | -0.200 | -0.100 |"
+    runs.append(run("dense x2", "dense", 132_352, {1: 4.4}, rate=0.003))
+    _, _, *lines = script.forms_table(script.untuned(runs)).splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| never tuned", "| dense", "| dense x2"]
+    assert lines[1] == "| dense | 0.003 | 52,941 | 0.100 | 212 | 1.00 | 4.200 | +0.000 | -0.200 |"
+
+
+def test_a_row_has_the_rate_that_is_best_on_the_tuning_part(script: ModuleType, runs: list[Any]) -> None:
+    better = run("dense", "dense", 52_941, {1: 4.5}, rate=0.006)
+    better["history"][0]["tune_loss"] = 2.0
+    assert script.compared([*runs, better], 1)["dense"] is better
+    assert script.compared(runs, 1)["dense"] is runs[0]
+    assert script.compared([*runs, better], 2)["dense"] is runs[0]  # the other has not come so far
+    assert "never tuned" not in script.compared(runs, 1)
+
+
+def test_rates_are_compared_on_the_tuning_part(script: ModuleType, runs: list[Any]) -> None:
+    assert script.rates_table(runs).splitlines() == [
+        "| row | tokens | rate 0.003 | rate 0.012 |",
+        "|---|--:|--:|--:|",
+        "| dense | 1 M | 3.200 | 3.000 |",
     ]
 
 
-def test_rows_are_compared_at_the_last_mark_of_both(script: ModuleType, tmp_path: Path) -> None:
-    runs = [
-        run("dense", "dense", 100, {1: 4.0, 3: 3.5}),
-        run("Switch", "switch", 800, {1: 4.1, 3: 3.4, 4: 3.3}),
-        run("young", "delta", 200, {1: 3.9}),
+def test_seeds_are_compared_at_the_last_mark_of_all(script: ModuleType, runs: list[Any]) -> None:
+    more = [
+        run("dense", "dense", 52_941, {1: 4.2, 2: 3.6}, seed=1),
+        run("Switch", "switch", 529_408, {1: 4.0}, seed=2),
     ]
-    lines = script.table(runs).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| Switch", "| dense", "| young"]
-    assert "| 1.00 | 2.50 | 4.100 |  | 3.400 | 3.300 | -0.100 at 3 M | 0.98 | 40,000 |" in lines[0]
-    assert "| 0.25 | 2.50 | 3.900 |  |  |  | -0.100 at 1 M | 0.98 |" in lines[2]
-    script.draw({"rows": runs}, tmp_path / "picture.svg")
-    assert "<svg" in (tmp_path / "picture.svg").read_text()
+    assert script.seeds_table([*runs, *more]).splitlines() == [
+        "| row, 1 M | rate | seed 0 | seed 1 | seed 2 | mean |",
+        "|---|--:|--:|--:|--:|--:|",
+        "| Switch | 0.012 | 4.1000 |  | 4.0000 | 4.0500 |",
+        "| dense | 0.012 | 4.0000 | 4.2000 |  | 4.1000 |",
+    ]
+
+
+def test_earlier_runs_are_compared_with_their_own_dense_run(script: ModuleType) -> None:
+    earlier = [
+        run("dense", "dense", 52_941, {1: 3.0, 3: 2.5}),
+        run("worse", "scaled", 52_941, {1: 3.25}),
+        run("better", "mpoe", 264_704, {1: 2.95, 3: 2.4, 4: 2.3}),
+    ]
+    assert script.earlier_table(earlier).splitlines()[2:] == [
+        "| better | 264,704 | 0.500 | -0.050 | -0.100 |",
+        "| dense | 52,941 | 0.100 | +0.000 | +0.000 |",
+        "| worse | 52,941 | 0.100 | +0.250 |  |",
+    ]
+
+
+def test_formats_are_compared_with_the_float_model(script: ModuleType) -> None:
+    common = {"row": "a", "tokens": 1_001_000, "rate": 0.003, "seed": 0}
+    rows = [
+        {**common, "format": kind, "feed_forward_bytes": size, "loss": loss}
+        for kind, size, loss in (("float", 4000, 4.0), ("int8", 1100, 4.25))
+    ]
+    rows += [{**rows[0], "seed": 1, "loss": 1.0}, {**rows[0], "rate": 0.1, "loss": 1.0}]
+    assert script.formats_table(rows).splitlines()[2:] == [
+        "| a | 1 M | float | 4 | 4.000 | +0.0000 |",
+        "| a | 1 M | int8 | 1 | 4.250 | +0.2500 |",
+    ]
+
+
+def test_the_picture_shows_both_panels(script: ModuleType, runs: list[Any], tmp_path: Path) -> None:
+    script.draw(runs, tmp_path / "picture.svg")
+    text = (tmp_path / "picture.svg").read_text()
+    assert "held-out loss minus that of the dense model" in text
+    assert text.count("Switch") == 2

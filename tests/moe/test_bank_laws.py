@@ -263,6 +263,16 @@ def test_tied_experts_are_owned_once() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_tied_experts_compute_with_quantized_cores() -> None:
+    model, x = TwoLayers(), torch.randn(5, IN)
+    before = model(x).detach()
+    owned = [bank for bank in model.experts.modules() if isinstance(bank, tm.SharedCoreExperts)]
+    added = [bank.quantize("int8") for bank in owned]
+    assert len(owned) == 2
+    assert all(0 < error < 0.02 for error in added)
+    assert 0 < float((model(x).detach() - before).norm() / before.norm()) < 0.05
+
+
 def test_tied_experts_are_rebuilt_and_lent() -> None:
     model = TwoLayers()
     twin = nn.Module()

@@ -126,6 +126,21 @@ def test_prob_weights_are_the_probabilities(name: str) -> None:
     assert torch.equal(routing.weights, wanted)
 
 
+@pytest.mark.parametrize("name", ["switch", "top2", "choice"])
+def test_sigmoid_weights_know_no_other_expert(name: str) -> None:
+    router, x = routers(combine="sigmoid")[name], torch.randn(TOKENS, FEATURES)
+    routing, other = router(x), routers()[name]
+    other.load_state_dict(router.state_dict())
+    wanted = 2 / (1 + torch.exp(-(x @ router.weight.T))).gather(1, routing.expert_indices)
+    if routing.kept is not None:
+        wanted = wanted * routing.kept
+    assert torch.allclose(routing.weights, wanted)
+    assert torch.equal(routing.expert_indices, other(x).expert_indices)  # the choice is that of "unit"
+    routing.weights.sum().backward()
+    assert router.weight.grad is not None
+    assert float(router.weight.grad.norm()) > 0
+
+
 def test_switch_takes_the_most_probable_expert() -> None:
     routing = routers()["switch"](torch.randn(TOKENS, FEATURES))
     assert torch.equal(routing.expert_indices[:, 0], routing.probs.argmax(-1))

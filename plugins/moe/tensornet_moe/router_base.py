@@ -13,8 +13,8 @@ from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import register_module_type
 from tensornet_moe.checks import check_whole
 
-Combine = Literal["unit", "prob"]
-COMBINE = ("unit", "prob")
+Combine = Literal["unit", "prob", "sigmoid"]
+COMBINE = ("unit", "prob", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ class Router(nn.Module, ABC):
         jitter: in training, tokens are multiplied by uniform noise in `[1 - jitter, 1 + jitter]` before the
             router sees them.
         combine: `"unit"`: weights sum to one in value, so that experts that all compute the same function
-            compute it together (for one expert `p / stop_gradient(p)`); `"prob"`: the probabilities.
+            compute it together (for one expert `p / stop_gradient(p)`); `"prob"`: the probabilities;
+            `"sigmoid"`: `2 sigmoid(logit)`, about 1 for each expert at the start, however many a token has
+            (Csordas et al. 2024, MoEUT, up to the factor 2): for training from scratch, where weights that
+            sum to one let experts learn `k` times more slowly than a dense network.
         device, dtype: of the weight, shape `(num_experts, num_features)`; it starts at standard deviation
             `0.1 / sqrt(num_features)`.
 

@@ -62,6 +62,8 @@ class TopKRouter(Router):
         if self.combine == "unit":
             total = chosen.sum(-1, keepdim=True)
             chosen = chosen / (total.detach() if self.top_k == 1 else total)
+        elif self.combine == "sigmoid":
+            chosen = 2 * logits.gather(-1, indices).sigmoid()
         return Routing(indices, chosen, probs, logits, mask)
 
 
@@ -149,7 +151,7 @@ class ExpertChoiceRouter(Router):
         ranked = probs.detach() if mask is None else probs.detach().masked_fill(~mask[:, None], -1.0)
         chosen = ranked.topk(slots, dim=0).indices  # shape: (slots, E)
         kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(0, chosen, True)
-        weights = probs * kept
+        weights = (2 * logits.sigmoid() if self.combine == "sigmoid" else probs) * kept
         if self.combine == "unit":
             weights = weights / weights.detach().sum(-1, keepdim=True).clamp_min(
                 torch.finfo(probs.dtype).tiny

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tensornet.errors import ShapeError
@@ -160,6 +161,11 @@ class TiedExperts(ExpertBank):
     def keeps_matrices(self) -> bool:
         """Return True if the owner's bank keeps its matrices."""
         return self._bank.keeps_matrices()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the owner's bank computes, which is not that of cores stored as integers."""
+        return self._bank.dtype
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return the parameters of the owner's bank; see `ExpertBank`."""

@@ -44,7 +44,8 @@ class MoEConfig:
         capacity_factor: slots of an expert relative to an even load, None computes every token. For
             `"expert_choice"`: average number of experts for each token, 1 if absent.
         jitter: multiplicative noise on what the router sees, in training.
-        combine: `"unit"` or `"prob"`, see `tensornet_moe.Router`.
+        combine: `"unit"`, `"prob"` or `"sigmoid"`, see `tensornet_moe.Router`; only the first computes at the
+            start what the dense network computed.
         target_modules: patterns naming the networks; all that are recognised if absent.
         matrices: names of the layers inside, for networks of another form than the known ones; dotted where
             they lie deeper, for example `("intermediate.dense", "output.dense")` of BERT.
