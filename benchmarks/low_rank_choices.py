@@ -7,13 +7,14 @@ training text. Every variant changes one thing of the base: gradient moments at 
 damping 0.1, one allocation by predicted losses. Judged on two sets of windows of the held-out text: choose by
 the first, believe the second. `divergence` (from the dense model's outputs) is the less noisy of the two
 measures: single tokens' losses also go up and down to first order in an error. Writes
-`low_rank_choices.json`.
+`low_rank_choices.json` after every variant; those that the record has are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import re
 import sys
 import time
@@ -276,26 +277,25 @@ def refitted(*, passes: int = 1, new_rows: bool = False, **options: Any) -> Call
 
 VARIANTS: dict[str, Callable[[Bench], Models]] = {
     "base": lambda bench: bench.base,
-    "gradients at the labels of the text": lambda bench: bench.of(bench.moments(labels=True)),
-    "gradients at the labels, norms clipped at their RMS": lambda bench: bench.of(
-        bench.moments(labels=True, clip=Clip(of_rms=1.0))
-    ),
     "norms clipped at their RMS": lambda bench: bench.of(bench.moments(clip=Clip(of_rms=1.0))),
-    "norms clipped at twice their RMS": lambda bench: bench.of(bench.moments(clip=Clip(of_rms=2.0))),
     "norms clipped at their median": lambda bench: bench.of(bench.moments(clip=Clip(quantile=0.5))),
-    "three times the tokens": lambda bench: bench.of(bench.moments(more=3)),
-    "damping 0.01": lambda bench: bench.of(bench.stats, 0.01),
-    "damping 0.3": lambda bench: bench.of(bench.stats, 0.3),
     "ranks in multiples of 8": ranks_in_eights,
-    "allocated by losses of damping 1": allocated_by_forecasts,
     "losses measured by kind of layer": measured_by(lambda name: re.sub(r"\d+", "#", name)),
     "losses measured by layer": measured_by(str),
     "moments collected again at 80 %, and averaged": collected_again(rows_alone=False),
     "the same, gradients alone": collected_again(rows_alone=True),
+    "three times the tokens": lambda bench: bench.of(bench.moments(more=3)),
     "refitted": refitted(),
     "refitted twice": refitted(passes=2),
-    "refitted by the whole step": refitted(correction=1.0),
     "refitted, gradients of the refitted model": refitted(new_rows=True),
+    "refitted by the whole step": refitted(correction=1.0),
+    "gradients at the labels of the text": lambda bench: bench.of(bench.moments(labels=True)),
+    "gradients at the labels, norms clipped at their RMS": lambda bench: bench.of(
+        bench.moments(labels=True, clip=Clip(of_rms=1.0))
+    ),
+    "allocated by losses of damping 1": allocated_by_forecasts,
+    "damping 0.01": lambda bench: bench.of(bench.stats, 0.01),
+    "damping 0.3": lambda bench: bench.of(bench.stats, 0.3),
 }
 
 
@@ -305,19 +305,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--toy", action="store_true", help="few windows, to see that everything runs")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the record")
     given = parser.parse_args(arguments)
+    path = given.records / "low_rank_choices.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
     bench = Bench(12 if given.toy else 160, (0.8, 0.6))
-    rows: list[dict[str, Any]] = []
     base: dict[float, dict[str, Tensor]] = {}
     for name, build in VARIANTS.items():
+        if name != "base" and any(row["variant"] == name for row in rows):
+            continue
         start = time.process_time()
         models = build(bench)
         seconds = time.process_time() - start
+        rows = [row for row in rows if row["variant"] != name]
         for ratio, model in models.items():
             found = {"chosen": bench.chosen.judge(model), "reported": bench.reported.judge(model)}
             base.setdefault(ratio, found)
             rows.append({"variant": name, "ratio": ratio, "seconds": seconds, **figures(found, base[ratio])})
             print(rows[-1], flush=True)
-    return record("low_rank_choices", rows, folder=given.records, windows=bench.count, length=LENGTH)
+        record("low_rank_choices", rows, folder=given.records, windows=bench.count, length=LENGTH)
+    return path
 
 
 def figures(found: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, float]:
