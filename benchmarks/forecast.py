@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for layers in given.layers:
             prepared = bench.prepare(Job(method, layers, min(given.shares)), model)
             rises = {
-                share: rises_at(prepared, share, model, bench.stats, losses, dense)
+                share: rises_at(prepared, share, model, bench.stats(method), losses, dense)
                 for share in sorted({*given.shares, *given.ratios}, reverse=True)
             }
             for ratio in given.ratios:

@@ -1,7 +1,8 @@
 """Question: how much of a real model's language is left at a given size, and was that foreseen?
 
 SmolLM2-135M-Instruct, calibrated on the Python tutorials, judged on the Debian handbook: perplexity over 40
-evenly spread windows of 512 tokens. All methods use the same moments. `TABLE` holds the rows; those that the
+evenly spread windows of 512 tokens. All methods use the same moments, except that those which name two texts
+take half of their windows from the Linux kernel's documentation. `TABLE` holds the rows; those that the
 record has already are skipped, so a run can be cut short and repeated:
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
@@ -37,14 +38,16 @@ from tensornet.topologies import LowRankFamily
 
 PROMPT = "To install a package on Debian, you first need to"
 LAYERS = {"mlp": "*.mlp.*", "all": None}
+SOURCE_NAMES = {"calibration": "the Python tutorials", "kernel": "the kernel documentation"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compress: a name for people, and the options that make it."""
+    """A way to compress: a name for people, the options that make it, and the texts it is calibrated on."""
 
     title: str
     options: dict[str, Any]
+    texts: tuple[str, ...] = ("calibration",)
 
 
 METHODS = {
@@ -57,6 +60,9 @@ METHODS = {
     "svd_llm_pivoted": Method("the same, gauge fixed", {"objective": "activation", "pivoted": True}),
     "curvature": Method("low rank by curvature, gauge free", {"objective": "curvature", "pivoted": False}),
     "ours": Method("low rank by curvature (ours)", {"objective": "curvature"}),
+    "ours_two_texts": Method(
+        "low rank by curvature of two texts (ours)", {"objective": "curvature"}, ("calibration", "kernel")
+    ),
     "mpo2": Method("MPO, 2 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 2}),
     "mpo3": Method("MPO, 3 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 3}),
     "mpo2_balanced": Method(
@@ -76,7 +82,7 @@ class Job:
     method: str
     layers: str
     ratio: float
-    after: str = ""  # or "refined", "healed"
+    after: str = ""  # or "refined", "healed", "refined, healed"
 
 
 def jobs(method: str, layers: str, *percents: int, after: str = "") -> list[Job]:
@@ -110,6 +116,9 @@ TABLE = [
     *jobs("ours", "mlp", 80, 40, after="refined"),
     *jobs("ours", "all", 60, after="healed"),
     *jobs("ours", "all", 80, 60, after="refined"),
+    *jobs("ours_two_texts", "all", 80, 60),
+    *jobs("ours_two_texts", "all", 60, after="refined, healed"),
+    *jobs("ours_two_texts", "all", 80, 60, after="refined"),
 ]
 
 
@@ -124,11 +133,11 @@ class Bench:
     refine_windows: int
     length: int = 512
     prepared: dict[tuple[str, str], PreparedPlan] = field(default_factory=dict)
+    moments: dict[tuple[str, ...], tn.CalibrationStats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder, _ = prepare_models(self.cache)
         self.heldout = self.text("heldout", self.windows)
-        self.stats = self.statistics()
         share_svds()
 
     def model(self) -> Any:
@@ -151,16 +160,32 @@ class Bench:
         windows = load_file(path)["windows"]
         return windows if count is None or count >= len(windows) else windows[spread(len(windows), count)]
 
-    def statistics(self) -> tn.CalibrationStats:
-        """Moments of the calibration text, collected once and kept in the cache."""
-        path = self.cache / f"moments-{self.calibration}.safetensors"
+    def stats(self, method: str) -> tn.CalibrationStats:
+        """Moments of the texts of a method, read once."""
+        texts = METHODS[method].texts
+        if texts not in self.moments:
+            self.moments[texts] = self.statistics(texts)
+        return self.moments[texts]
+
+    def statistics(self, texts: Sequence[str] = ("calibration",)) -> tn.CalibrationStats:
+        """Moments of texts with equally many windows of each, collected once and kept in the cache."""
+        one = tuple(texts) == ("calibration",)
+        names = "" if one else "-" + "-".join(texts)
+        path = self.cache / f"moments{names}-{self.calibration}.safetensors"
         if not path.is_file():
             torch.manual_seed(0)
-            source = f"{self.calibration} x {self.length} tokens of the Python tutorials"
-            batches = self.text("calibration", self.calibration).split(2)
-            tn.calibrate(self.model(), batches, loss_fn=sampled_losses, source=source, progress=True).save(
-                path
-            )
+            each = self.calibration // len(texts)
+            source = " and ".join(f"{each} x {self.length} tokens of {SOURCE_NAMES[name]}" for name in texts)
+            batches = torch.cat([self.text(name, each) for name in texts]).split(2)
+            autocast = None if one else torch.bfloat16  # as its rows were measured; twice as fast
+            tn.calibrate(
+                self.model(),
+                batches,
+                loss_fn=sampled_losses,
+                source=source,
+                autocast=autocast,
+                progress=True,
+            ).save(path)
         return tn.CalibrationStats.load(path)
 
     def measure(self, job: Job) -> dict[str, Any]:
@@ -175,14 +200,14 @@ class Bench:
         if job.method != "dense":
             start = time.process_time()
             plan = self.prepare(job, model).plan(param_ratio=job.ratio)
-            tn.apply_plan(model, plan, self.stats)
+            tn.apply_plan(model, plan, self.stats(job.method))
             row["kept"] = plan.params_after / plan.params_before
             row["predicted_rise"] = plan.predicted_loss_increase if not job.after else None
             row["seconds"] = time.process_time() - start
-        if job.after == "healed":
+        if "refined" in job.after:
+            row |= self.refine(model, job.method)
+        if "healed" in job.after:
             row |= self.heal(model)
-        elif job.after == "refined":
-            row |= self.refine(model)
         row["loss"] = mean_loss(model, self.heldout)
         params, size = model_size(model)
         return row | {
@@ -203,7 +228,7 @@ class Bench:
             config = tn.CompressionConfig(
                 target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
             )
-            self.prepared[key] = prepare(model, config, self.stats)
+            self.prepared[key] = prepare(model, config, self.stats(job.method))
         return self.prepared[key]
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
@@ -225,21 +250,28 @@ class Bench:
             "heal_seconds": report.seconds,
         }
 
-    def refine(self, model: nn.Module) -> dict[str, Any]:
-        """Refit the layers behind one another, on windows of the calibration text that it did not use."""
+    def refine(self, model: nn.Module, method: str) -> dict[str, Any]:
+        """Refit the layers behind one another, on windows of the calibration texts that it did not use."""
         start = time.process_time()
-        windows = self.text("calibration", None)
-        free = torch.ones(len(windows), dtype=torch.bool)
-        free[spread(len(windows), self.calibration)] = False
-        chosen = windows[free] if bool(free.any()) else windows
-        chosen = chosen[spread(len(chosen), self.refine_windows)]
-        report = refine(model, self.model(), chosen.split(2), self.stats, autocast=torch.bfloat16)
+        texts = METHODS[method].texts
+        each = self.refine_windows // len(texts)
+        parts = [self.unused(name, len(texts)) for name in texts]
+        parts = [part[spread(len(part), each)] for part in parts]
+        chosen = torch.stack(parts, 1).flatten(0, 1)  # texts by turns: the last batches judge
+        report = refine(model, self.model(), chosen.split(2), self.stats(method), autocast=torch.bfloat16)
         return {
             "refine_tokens": chosen.numel(),
             "refine_seconds": time.process_time() - start,
             "refine_distances": report.distances,
             "refine_kept": report.kept,
         }
+
+    def unused(self, name: str, texts: int) -> Tensor:
+        """Windows of a text that calibration on that many texts left, or all if it left none."""
+        windows = self.text(name, None)
+        free = torch.ones(len(windows), dtype=torch.bool)
+        free[spread(len(windows), self.calibration // texts)] = False
+        return windows[free] if bool(free.any()) else windows
 
     def sample(self, model: nn.Module) -> str:
         """A greedy continuation of the prompt: perplexity alone would not show loops and noise."""

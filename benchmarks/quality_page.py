@@ -1,5 +1,5 @@
-"""Write the tables and the picture of docs/quality.md from the records of quality.py, forecast.py and
-encoder.py.
+"""Write the tables and the picture of docs/quality.md from the records of quality.py, forecast.py, encoder.py
+and low_rank_choices.py.
 
     python benchmarks/quality_page.py
 
@@ -71,6 +71,7 @@ def filled(text: str, records: Path) -> str:
         "samples": samples(rows),
         "encoder": encoder_table(encoder),
         "encoder forecast": encoder_forecast_table(encoder),
+        "choices": choices_table(json.loads((records / "low_rank_choices.json").read_text())["rows"]),
     }
     return fill_tables(text, parts)
 
@@ -165,7 +166,7 @@ def healing_table(rows: Sequence[Row]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        if row["after"] != "healed":
+        if "healed" not in row["after"]:
             continue
         same = {"layers": row["layers"], "method": row["method"], "ratio": row["ratio"], "after": ""}
         before = next((x for x in rows if all(x[k] == v for k, v in same.items())), None)
@@ -219,6 +220,22 @@ def encoder_forecast_table(rows: Sequence[Row]) -> str:
         known = [row.get(name) for name in ("price", "foreseen here", "foreseen elsewhere")]
         cells = " | ".join("" if value is None else _off(value, measured) for value in known)
         lines.append(f"| {LAYERS[row['layers']]} | {row['ratio']:.0%} | {measured:.3f} | {cells} |")
+    return "\n".join(lines)
+
+
+def choices_table(rows: Sequence[Row]) -> str:
+    """Divergence from the dense model relative to the base, a line for each variant."""
+    ratios = sorted({row["ratio"] for row in rows}, reverse=True)
+    heads = " | ".join(f"{ratio:.0%}, {use}" for ratio in ratios for use in ("chosen", "reported"))
+    lines = [f"| change | {heads} |", "|---|" + "--:|" * 2 * len(ratios)]
+    for name in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "base"):
+        found = {row["ratio"]: row for row in rows if row["variant"] == name}
+        cells = [
+            f"{found[ratio][f'{use} divergence over base'] - 1:+.1%}"
+            for ratio in ratios
+            for use in ("chosen", "reported")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -290,7 +307,7 @@ def _kinds(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def _order(kind: tuple[str, str, str]) -> tuple[int, int, int]:
-    layers, methods, after = list(LAYERS), list(METHODS), ["", "refined", "healed"]
+    layers, methods, after = list(LAYERS), list(METHODS), ["", "refined", "healed", "refined, healed"]
     return layers.index(kind[0]), methods.index(kind[1]), after.index(kind[2])
 
 

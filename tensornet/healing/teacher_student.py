@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model
+from tensornet.calibration.gram import mirrored, upper_gram
 from tensornet.calibration.losses import token_mask
 from tensornet.calibration.sequential import ChainRun, Stop, find_chains
 
@@ -35,10 +36,14 @@ class PairedMoments:
         """Add the inputs of both models, shape `(tokens, in)` each."""
         # The step is a difference of two moments: rounded to 16 bits, it would be noise.
         with torch.autocast(real.device.type, enabled=False):
-            self.dense += dense.T @ dense
+            self.dense += upper_gram(dense)
             self.mixed += dense.T @ real
-            self.real += real.T @ real
+            self.real += upper_gram(real)
         self.tokens += len(real)
+
+    def mirrored(self) -> "PairedMoments":
+        """Return the sums with both symmetric ones whole; until then `add` fills their upper halves."""
+        return PairedMoments(mirrored(self.dense), self.mixed, mirrored(self.real), self.tokens)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class PairedRun:
             if len(real):
                 total = total or PairedMoments.zeros(real)
                 total.add(dense, real)
-        return total or NEVER_REACHED
+        return NEVER_REACHED if total is None else total.mirrored()
 
     def _input(
         self, side: int, name: str, place: tuple[str, int] | None, number: int, batch: Batch

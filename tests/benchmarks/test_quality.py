@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLES = ("quality", "forecast", "sources", "healing", "samples", "encoder", "encoder forecast")
 WORDS = ["the", "river", "runs", "past", "a", "mill", "and", "two", "old", "trees", "to", "sea", "of", "corn"]
 TOY = [
     "--windows",
@@ -66,6 +67,8 @@ def cache(tmp_path: Path) -> Path:
     page(docs / "python3.13/html/tutorial/a.html", known[: len(known) // 2] + phrases(60))
     page(docs / "debian-handbook/html/en-US/a.html", heldout_text()[:20_000].split("\n") + phrases(40))
     page(docs / "postgresql-doc-17/html/a.html", known[len(known) // 2 :] + phrases(3))
+    for part in ("admin-guide", "process", "filesystems"):
+        page(docs / f"linux-doc-6.12/html/{part}/a.html", calibration_text()[40_000:50_000].split("\n"))
     return tmp_path
 
 
@@ -110,6 +113,18 @@ def test_rows_are_measured_once_and_kept(cache: Path, load: Any) -> None:
     assert all(row["kept"] <= row["ratio"] + 1e-9 for row in rows[1:])
     assert all((row["predicted_rise"] is not None) == _has_forecast(row) for row in rows[1:])
     assert all(len(row["sample"]) > len("To install a package") for row in rows)
+
+
+def test_moments_of_two_texts_then_refitted_then_healed(cache: Path, load: Any) -> None:
+    quality = load("quality")
+    table = quality.jobs("ours_two_texts", "mlp", 40, after="refined, healed")
+    path = quality.main([str(cache), *TOY, "--out", str(cache / "out")], table)
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["heal_steps"] > 0
+    assert row["refine_tokens"] == 8 * 64
+    stats = quality.tn.CalibrationStats.load(cache / "moments-calibration-kernel-24.safetensors")
+    assert stats.tokens == 24 * 64
+    assert stats.source.count("12 x 64 tokens") == 2
 
 
 def _has_forecast(row: dict[str, Any]) -> bool:
@@ -175,7 +190,10 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     small = {"method": "ours", "layers": "all", "ratio": 0.6, "after": "", "cosine": 0.9, "top1": 0.4}
     encoder = [{**small, "price": 0.05, "foreseen here": 0.11}]
     (tmp_path / "encoder.json").write_text(json.dumps({"rows": encoder}))
-    names = ("quality", "forecast", "sources", "healing", "samples", "encoder", "encoder forecast")
+    over = {"chosen divergence over base": 0.98, "reported divergence over base": 1.031}
+    choices = [{"variant": name, "ratio": ratio, **over} for name in ("base", "b") for ratio in (0.8, 0.6)]
+    (tmp_path / "low_rank_choices.json").write_text(json.dumps({"rows": choices}))
+    names = (*TABLES, "choices")
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), tmp_path)
     assert "old" not in text
     assert "Dense: 20.09 on 100 tokens." in text
@@ -191,6 +209,9 @@ def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
     assert "a \\| svd_llm" in text
     assert "| all linear layers | low rank by curvature (ours) |  |  | 0.900 |  |  |" in text
     assert "| 60% | 0.100 | 0.050 (-50%) | 0.110 (+10%) |  |" in text
+    assert "| change | 80%, chosen | 80%, reported | 60%, chosen | 60%, reported |" in text
+    assert "| b | -2.0% | +3.1% | -2.0% | +3.1% |" in text
+    assert "| base |" not in text
     assert page.filled(text, tmp_path) == text
     page.draw(rows_of_a_record(), tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
@@ -201,7 +222,7 @@ def test_the_page_is_that_of_the_records(load: Any) -> None:
     text = page.PAGE.read_text()
     assert page.filled(text, page.RECORDS) == text
     assert page.PICTURE.is_file()
-    for name in ("quality", "forecast", "sources", "healing", "samples", "encoder", "encoder forecast"):
+    for name in (*TABLES, "choices"):
         assert f"<!-- table {name} -->" in text
 
 

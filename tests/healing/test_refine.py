@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
 from tensornet.healing import refine
+from tensornet.healing.teacher_student import PairedMoments
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text.tokens import load_tokenizer, token_ids
 
@@ -225,3 +226,15 @@ def test_data_that_is_no_collection_of_batches(data: object) -> None:
     teacher, model, _ = small_pair()
     with pytest.raises(tn.TargetError, match="refine takes an iterable of batches, got"):
         refine(model, teacher, data)  # type: ignore[arg-type]
+
+
+def test_sums_of_wide_inputs_are_whole() -> None:
+    dense, real = torch.randn(2, 40, 300)
+    sums = PairedMoments.zeros(real)
+    sums.add(dense[:25], real[:25])
+    sums.add(dense[25:], real[25:])
+    found = sums.mirrored()
+    for made, wanted in ((found.dense, dense.T @ dense), (found.mixed, dense.T @ real)):
+        torch.testing.assert_close(made, wanted)
+    torch.testing.assert_close(found.real, real.T @ real)
+    assert found.tokens == 40
