@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.gathered import GatheredTokens, hidden_states
-from tensornet.calibration.gram import mirrored, upper_gram
+from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
 from tensornet.calibration.losses import (
     PROJECTIONS,
     TokenLosses,
@@ -274,7 +274,7 @@ class MomentRecorder:
             if rest := [name for name in shared.layers if name not in layers]:
                 shared.layers = [name for name in shared.layers if name in layers]
                 self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.total.clone())))
-            shared.total += moment
+            add_moment(shared.total, moment)
 
     def see_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look for hidden states among the arguments of a module that holds layers."""
@@ -303,9 +303,15 @@ class MomentRecorder:
         """Add the gradient of the summed loss with respect to one output."""
         mask = self._masks.get(name)
         mask = self._mask(gradient) if mask is None or mask.shape != gradient.shape[:-1] else mask
-        # Their damping hides the rounding of products in 16 bits, which inputs with outliers would not.
-        moment = self._moment(_rows(gradient, mask), self.autocast or self.dtype)
-        _accumulate(self.gradients, name, moment.to(self.dtype))
+        tokens = _rows(gradient, mask)
+        if tokens.shape[1] > self.full_up_to:
+            _accumulate(self.gradients, name, self._moment(tokens, self.dtype))
+            return
+        if name not in self.gradients:
+            self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=self.dtype)
+        with torch.autocast(tokens.device.type, enabled=False):
+            # Their damping hides the rounding of products in 16 bits, which inputs with outliers would not.
+            add_gram(self.gradients[name], tokens.to(self.autocast or self.dtype))
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
         """Divide the sums: inputs by the tokens of a layer, gradients by the tokens that have a loss."""

@@ -15,12 +15,16 @@ elements on one antidiagonal of a tile. Blocks exchange feedback by large matrix
 small ones, and within a tile whole antidiagonals are rounded at once. Columns of a block are kept in reverse
 order, which makes its antidiagonals diagonals, so that torch has them as views.
 
+Each of these steps is small, so that calls cost as much as arithmetic: tiles of all blocks are rounded
+together, in one buffer whose views are made once.
+
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
     adaptive rounding" (YAQA, both sides).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,17 +124,18 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     m, n = weight.shape[1:]
     high, wide = _block_size(m), _block_size(n)
     tall, long = -m % high, -n % wide  # padding: zero scales keep its errors at zero
-    mirror = torch.arange(n + long, device=weight.device).reshape(-1, wide).flip(1).flatten()
 
     def pad(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, long, 0, tall))[..., mirror]
+        return _mirrored(torch.nn.functional.pad(x, (0, long, 0, tall)), wide)
 
     w, scale = pad(weight), pad(grid.scale)
     zero = pad(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
     rows = torch.nn.functional.pad(rows, (0, tall, 0, tall))
-    columns = torch.nn.functional.pad(columns, (0, long, 0, long))[:, mirror][..., mirror]
-    error, half, codes = torch.zeros_like(w), torch.zeros_like(w), torch.empty_like(w)
+    columns = torch.nn.functional.pad(columns, (0, long, 0, long))
+    columns = _mirrored(_mirrored(columns, wide).mT, wide).mT
+    above, left, codes = torch.zeros_like(w), w.clone(), torch.empty_like(w)
     down, across = w.shape[1] // high, w.shape[2] // wide
+    tiles = _TileBuffer(grid, w)
     for diagonal in range(down + across - 1):
         places = [
             (slice(i * high, (i + 1) * high), slice((diagonal - i) * wide, (diagonal - i + 1) * wide))
@@ -141,17 +146,25 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
                 w[:, r, c],
                 scale[:, r, c],
                 zero[:, r, c] if isinstance(zero, Tensor) else None,
-                rows[:, : r.start, r].mT @ error[:, : r.start, c],
-                half[:, r, : c.start] @ columns[:, : c.start, c],
+                above[:, r, c],
+                left[:, r, c],
                 rows[:, r, r],
                 columns[:, c, c],
             )
             for r, c in places
         ]
-        solved = _round_blocks(_joined(parts), grid)
-        for (r, c), q, e, g in zip(places, *(x.split(len(w)) for x in solved), strict=True):
-            codes[:, r, c], error[:, r, c], half[:, r, c] = q, e, g
-    return codes[..., mirror][:, :m, :n]  # reversing blocks twice changes nothing
+        solved = _round_blocks(_joined(parts), tiles).transpose(1, 2)
+        for (r, c), (q, e, g) in zip(places, solved.split(len(w), 1), strict=True):
+            codes[:, r, c] = q
+            # A thin product added to all blocks below is a third faster than collecting from all above.
+            above[:, r.stop :, c].baddbmm_(rows[:, r, r.stop :].mT, e)
+            left[:, r, c.stop :].baddbmm_(g, columns[:, c, c.stop :])
+    return _mirrored(codes, wide)[:, :m, :n]  # reversing blocks twice changes nothing
+
+
+def _mirrored(x: Tensor, width: int) -> Tensor:
+    """Reverse the columns of every block of columns."""
+    return x.unflatten(-1, (-1, width)).flip(-1).flatten(-2)
 
 
 def _block_size(size: int) -> int:
@@ -167,7 +180,7 @@ class _BlockInput:
         scale: of their grid.
         zero: of their grid, None if it is one number.
         above: `F`, feedback from the rows of blocks above.
-        left: feedback from the columns of blocks to the left.
+        left: weight with the feedback from the columns of blocks to the left.
         rows: couplings of the rows of the block with each other.
         columns: couplings of its columns.
     """
@@ -182,86 +195,147 @@ class _BlockInput:
 
 
 def _joined(parts: list[_BlockInput]) -> _BlockInput:
-    """Concatenate several stacks of blocks."""
+    """Join several stacks of blocks, the row of a block before its place in the stack."""
     names = ("weight", "scale", "above", "left", "rows", "columns")
     zeros = [p.zero for p in parts if p.zero is not None]
     return _BlockInput(
-        zero=torch.cat(zeros) if zeros else None,
-        **{name: torch.cat([getattr(p, name) for p in parts]) for name in names},
+        zero=torch.cat(zeros).transpose(0, 1) if zeros else None,
+        **{name: torch.cat([getattr(p, name).transpose(0, 1) for p in parts], 1) for name in names},
     )
 
 
-def _round_blocks(given: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a stack of blocks; return codes, errors `E` and half-coupled errors `U_R^T E`."""
-    count, high, wide = given.weight.shape
+def _round_blocks(given: _BlockInput, tiles: "_TileBuffer") -> Tensor:
+    """Round joined blocks, antidiagonals of tiles one after another.
+
+    Returns:
+        Codes, errors `E` and half-coupled errors `U_R^T E`, shape `(3, high, count, wide)`.
+    """
+    high, count, wide = given.weight.shape
     down, across = high // TILE, wide // TILE
-
-    def tiles(x: Tensor) -> Tensor:  # shape: (count, down, across, TILE, TILE)
-        return x.reshape(count, down, TILE, across, TILE).transpose(2, 3)
-
-    weight, scale, above = tiles(given.weight), tiles(given.scale), tiles(given.above)
-    base = tiles(given.weight + given.above + given.left)
-    zero = None if given.zero is None else tiles(given.zero)
-    codes = torch.empty_like(base)
-    error = base.new_zeros(count, across, high, TILE)  # columns of tiles
-    half = base.new_zeros(count, down, TILE, wide)  # rows of tiles
-    row_panels = given.rows.mT.reshape(count, down, TILE, high)
-    column_panels = given.columns.reshape(count, wide, across, TILE).transpose(1, 2)
-    row_tiles = torch.stack([given.rows.mT[:, k : k + TILE, k : k + TILE] for k in range(0, high, TILE)], 1)
-    column_tiles = torch.stack(
-        [given.columns.mT[:, k : k + TILE, k : k + TILE] for k in range(0, wide, TILE)], 1
-    )
-    for diagonal in range(down + across - 1):
-        i = torch.arange(max(0, diagonal - across + 1), min(down, diagonal + 1), device=base.device)
-        first, last = int(i[0]), int(i[-1]) + 1
-        j = i + across - 1 - diagonal  # reversed
-        a, b = slice(first, last), slice(int(j[0]), int(j[-1]) + 1)
-        extra = row_panels[:, a] @ error[:, b]
-        f = above[:, i, j] + extra
-        t = (base[:, i, j] + extra).add_(half[:, a] @ column_panels[:, b])
-        z = None if zero is None else _flat(zero[:, i, j])
-        tile = _BlockInput(
-            weight=_flat(weight[:, i, j]),
-            scale=_flat(scale[:, i, j]),
-            zero=z,
-            above=_flat(f),
-            left=_flat(t),
-            rows=_flat(row_tiles[:, a]),
-            columns=_flat(column_tiles[:, b]),
-        )
-        q, e, g = (x.reshape(count, -1, TILE, TILE) for x in _round_tiles(tile, grid))
-        codes[:, i, j] = q
-        for k in range(last - first):
-            error[:, b.start + k, (first + k) * TILE : (first + k + 1) * TILE] = e[:, k]
-            half[:, first + k, :, (b.start + k) * TILE : (b.start + k + 1) * TILE] = g[:, k]
-    whole = (codes.transpose(2, 3), error.transpose(1, 2), half)
-    done = [x.reshape(count, high, wide) for x in whole]
-    return done[0], done[1], done[2]
+    split = (down, TILE, count, across, TILE)
+    planes = tiles.planes(given).view(-1, *split)
+    solved = planes.new_zeros(3, *split)
+    row_panels = given.rows.view(high, count, down, TILE).permute(2, 1, 3, 0)
+    column_panels = given.columns.view(wide, count, across, TILE).permute(2, 1, 0, 3)
+    row_tiles = torch.stack([row_panels[k, ..., k * TILE : (k + 1) * TILE] for k in range(down)])
+    column_tiles = torch.stack([column_panels[k, :, k * TILE : (k + 1) * TILE] for k in range(across)])
+    error = solved[1].view(high, count, across, TILE).permute(2, 1, 0, 3)
+    half = solved[2].view(down, TILE, count, wide).transpose(1, 2)
+    for offset in range(across - 1, -down, -1):  # of the antidiagonal of tiles, whose columns are reversed
+        a, b = _diagonal(offset, down, across)
+        tile = tiles.of_size((a.stop - a.start) * count)
+        size = (TILE, TILE, a.stop - a.start, count)
+        stack = tile.values.narrow(-1, 0, size[2] * count).unflatten(-1, size[2:])
+        here = planes.diagonal(offset, 1, 4)  # shape: (planes, TILE, count, TILE, tiles)
+        if offset < across - 1:
+            here[_ABOVE] += (row_panels[a] @ error[b]).permute(2, 1, 3, 0)
+            here[_LEFT] += (half[a] @ column_panels[b]).permute(2, 1, 3, 0)
+        stack[: len(planes)] = here.permute(0, 1, 3, 4, 2)
+        stack[-2] = row_tiles[a].permute(2, 3, 0, 1)
+        stack[-1] = column_tiles[b].permute(2, 3, 0, 1)
+        _round_tiles(tile, tiles.top)
+        solved.diagonal(offset, 1, 4).copy_(stack[-5:-2].permute(0, 1, 4, 2, 3))
+    return solved.view(3, high, count, wide)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[2:])
+#: Planes of a stack of blocks: feedback from above; weights with the feedback from the left; weights from
+#: which `code * scale` is subtracted; scales; divisors; and, where they differ by element, zeros.
+_ABOVE, _LEFT, _ZERO = 0, 1, 5
 
 
-def _round_tiles(tile: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a stack of tiles; `tile.left` holds the targets with all feedback from outside the tile."""
-    size = tile.weight.shape[-1]
-    divisors = Grid(tile.scale, 0.0, 0).divisor
-    given = torch.stack([tile.weight, tile.scale, divisors, tile.above, tile.left])
-    codes = torch.empty_like(tile.left)
-    error = torch.zeros_like(tile.left)  # transposed: a row of it is a column of the tile
-    half = torch.zeros_like(tile.left)
-    for step in range(2 * size - 1):
-        offset = size - 1 - step
-        a = slice(max(0, -offset), size - max(0, offset))
-        c = slice(a.start + offset, a.stop + offset)
-        weight, scale, divisor, above, target = given.diagonal(offset, 2, 3).unbind()
-        z = grid.zero if tile.zero is None else tile.zero.diagonal(offset, 1, 2)
-        down = (error[:, c] * tile.rows[:, a]).sum(2)
-        across = (half[:, a] * tile.columns[:, c]).sum(2)
-        code = _round(across.add_(down).add_(target), divisor, z, grid.top)
-        codes.diagonal(offset, 1, 2).copy_(code)
-        e = torch.addcmul(weight, code.sub_(z), scale, value=-1)
-        error.diagonal(-offset, 1, 2).copy_(e)
-        half.diagonal(offset, 1, 2).copy_(e.add_(above).add_(down))
-    return codes, error.mT, half
+def _diagonal(offset: int, rows: int, columns: int) -> tuple[slice, slice]:
+    """Find the rows and the columns of a diagonal of a matrix."""
+    start, stop = max(0, -offset), min(rows, columns - offset)
+    return slice(start, stop), slice(start + offset, stop + offset)
+
+
+class _Step(NamedTuple):
+    """Views of one antidiagonal of a stack of tiles, shape `(elements, stack)` each, and what it acts on."""
+
+    above: Tensor
+    target: Tensor
+    weight: Tensor
+    scale: Tensor
+    divisor: Tensor
+    zero: Tensor
+    code: Tensor
+    error: Tensor
+    half: Tensor
+    #: Feedback of the rows below, and of the columns before (they are reversed), with their couplings.
+    below: Tensor
+    row_couplings: Tensor
+    further: Tensor
+    column_couplings: Tensor
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Planes of a stack of tiles, shape `(planes, TILE, TILE, stack)`, and views of their antidiagonals.
+
+    The first planes are those of the blocks. Three that rounding writes follow, of codes, errors and
+    half-coupled errors, and two with the couplings of the rows (transposed) and of the columns.
+    """
+
+    values: Tensor
+    steps: list[_Step]
+
+
+class _TileBuffer:
+    """Memory for stacks of tiles, and the views of it, which take longer to make than to use.
+
+    The place in the stack runs fastest: elements of an antidiagonal do not lie side by side, but those of
+    different tiles do.
+
+    Args:
+        grid: for the largest code and the zero that all elements share.
+        like: tensor of the dtype and the device.
+    """
+
+    def __init__(self, grid: Grid, like: Tensor) -> None:
+        self.top = grid.top
+        self.zero = grid.zero
+        self.storage = like.new_empty(0)
+        self._known: dict[int, _Tiles] = {}
+
+    def planes(self, given: _BlockInput) -> Tensor:
+        """Stack what rounding the elements of a block needs."""
+        zero = self.zero if given.zero is None else given.zero
+        divisor = Grid(given.scale, 0.0, 0).divisor
+        planes = [given.above, given.left, given.weight + given.scale * zero, given.scale, divisor]
+        return torch.stack(planes if given.zero is None else [*planes, given.zero])
+
+    def of_size(self, count: int) -> _Tiles:
+        """Return room for a number of tiles, rounded up, so that few sizes occur."""
+        unit = max(8, 1 << max(count.bit_length() - 3, 0))
+        count += -count % unit
+        if count not in self._known:
+            planes = 10 + isinstance(self.zero, Tensor)
+            needed = planes * TILE * TILE * count
+            if needed > len(self.storage):
+                self.storage = self.storage.new_ones(needed)
+                self._known.clear()
+            values = self.storage[:needed].view(planes, TILE, TILE, count)
+            steps = [self._step(values, offset) for offset in range(TILE - 1, -TILE, -1)]
+            self._known[count] = _Tiles(values, steps)
+        return self._known[count]
+
+    def _step(self, values: Tensor, offset: int) -> _Step:
+        a, c = _diagonal(offset, TILE, TILE)
+        rows, columns = values[-2:].unbind()
+        views = [x.mT for x in values[:-2].diagonal(offset, 1, 2).unbind()]
+        if not isinstance(self.zero, Tensor):
+            views.insert(_ZERO, values.new_tensor(self.zero))
+        below, further = slice(a.start + 1, None), slice(c.stop - 1)
+        targets = values[_ABOVE][below, c], rows[below, a], values[_LEFT][a, further], columns[c, further]
+        return _Step._make([*views, *targets])
+
+
+def _round_tiles(tiles: _Tiles, top: int) -> None:
+    """Round a stack of tiles in place, one antidiagonal after another."""
+    for x in tiles.steps:
+        nearest = torch.addcdiv(x.zero, x.target + x.above, x.divisor).round_()
+        torch.clamp(nearest, 0, top, out=x.code)
+        torch.addcmul(x.weight, x.code, x.scale, value=-1, out=x.error)
+        torch.add(x.error, x.above, out=x.half)
+        x.below.addcmul_(x.row_couplings, x.error)
+        x.further.addcmul_(x.column_couplings, x.half[:, None])

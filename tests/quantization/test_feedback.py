@@ -51,12 +51,13 @@ def test_one_side_is_gptq(m: int, n: int, bits: int, zeros: bool, seed: int) -> 
 
 
 def test_a_stack_is_its_matrices() -> None:
-    matrices = torch.stack([weight(18, 40, k) for k in range(3)])
-    rows = torch.stack([unit_upper(moment(18, k)).triu(1) for k in range(3)])
-    columns = torch.stack([unit_upper(moment(40, k)).triu(1) for k in range(3)])
+    """Eleven of them, so that the memory for tiles has to grow and is not filled."""
+    matrices = torch.stack([weight(34, 40, k) for k in range(11)])
+    rows = torch.stack([unit_upper(moment(34, k)).triu(1) for k in range(11)])
+    columns = torch.stack([unit_upper(moment(40, k)).triu(1) for k in range(11)])
     grid = Grid(torch.full_like(matrices, 0.4), 4.0, 7)
     together, side = two_sided(matrices, grid, rows, columns), one_sided(matrices, grid, columns)
-    for k in range(3):
+    for k in range(11):
         part, alone = slice(k, k + 1), Grid(grid.scale[:1], 4.0, 7)
         assert torch.equal(together[part], two_sided(matrices[part], alone, rows[part], columns[part]))
         assert torch.equal(side[part], one_sided(matrices[part], alone, columns[part]))

@@ -159,6 +159,49 @@ def test_descriptions_that_claim_something_else(
         th.load(tmp_path)
 
 
+C_ATTN = "transformer.h.0.attn.c_attn"
+
+
+@pytest.mark.parametrize(
+    ("part", "replacement", "message"),
+    [
+        ("core", None, "core_matrix is missing"),
+        ("scale", None, "scale_matrix is missing"),
+        ("zero", torch.zeros(384, 1, dtype=torch.uint8), "zero_matrix stored, but not described"),
+        ("core", torch.zeros(384, 128, dtype=torch.int16), "stored as int16, its description says uint8"),
+        ("scale", torch.zeros(384, 1), "stored as float32, its description says bfloat16"),
+    ],
+)
+def test_files_that_hold_other_tensors(
+    folder: Path, tmp_path: Path, part: str, replacement: torch.Tensor | None, message: str
+) -> None:
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = f"{C_ATTN}.{part}_matrix"
+    tensors.pop(name, None)
+    save_file(
+        tensors if replacement is None else {**tensors, name: replacement},
+        tmp_path / file.name,
+        metadata={"format": "pt"},
+    )
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(tn.FormatError, match=message):
+        th.load(tmp_path)
+
+
+def test_integers_that_claim_to_be_huge(folder: Path, tmp_path: Path) -> None:
+    """4 EB of codes are refused by the header, before a byte is allocated."""
+    (file,) = folder.glob("*.safetensors")
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    topology = config["quantization_config"]["layers"][C_ATTN]["topology"]
+    topology["shape"] = [2**31, 2**31]
+    topology["sizes"] = dict.fromkeys(topology["sizes"], 2**31)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tn.FormatError, match=r"is stored with shape .*, its description says \[2147483648"):
+        th.load(tmp_path)
+
+
 def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
     def fresh() -> nn.Sequential:
         torch.manual_seed(0)
