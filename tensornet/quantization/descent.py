@@ -19,8 +19,10 @@ from tensornet.quantization.formats import NumberFormat
 _BLOCK = 64
 #: Share of the gains of single moves that moves together must keep.
 _KEPT = 0.5
+#: A product reads single rows of a moment if at most one in so many is needed.
+_FEW = 6
 #: Iterations of conjugate gradients for the scales of one group column.
-_STEPS = 12
+_STEPS = 6
 
 
 def sweep_codes(
@@ -46,46 +48,63 @@ def sweep_codes(
     Returns:
         New codes.
     """
-    codes = codes.clone()
-    error = weight - (codes - zero) * scale
-    gradient = rows @ (error @ columns)
-    curvature = rows.diagonal()
-    size = weight.shape[1]
-    for start in range(0, size, _BLOCK):
-        block = slice(start, min(start + _BLOCK, size))
-        moved = torch.zeros_like(error[:, block])
-        here = gradient[:, block].clone()
-        for k in range(moved.shape[1]):
-            j = start + k
-            s, own = scale[:, j], curvature * columns[j, j]
-            bend = own * s * s
-            wanted = torch.where(bend > 0, here[:, k] * s / bend.clamp_min(1e-300), 0.0)
-            steps = (codes[:, j] + wanted).round_().clamp_(0, top) - codes[:, j]
-            change = -steps * s
-            gain = change * (here[:, k] + 0.5 * own * change)
-            chosen = _compatible(gain, change, here[:, k], rows, columns[j, j])
-            if len(chosen) == 0:
+    # Everything is transposed: a column of the weight lies in one piece.
+    codes, scale = codes.mT.clone(memory_format=torch.contiguous_format), scale.mT.contiguous()
+    error = weight.mT - (codes - (zero.mT if isinstance(zero, Tensor) else zero)) * scale
+    gradient = columns @ error @ rows
+    for start in range(0, len(codes), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(codes)))
+        s, here = scale[block], gradient[block].clone()
+        bend = rows.diagonal() * columns.diagonal()[block, None]
+        pull = torch.where(bend * s * s > 0, 1 / (bend * s), 0.0)
+        moved = torch.zeros_like(here)
+        for k in range(len(here)):
+            column = codes[start + k]
+            steps = torch.addcmul(column, here[k], pull[k]).round_().clamp_(0, top).sub_(column)
+            change = (steps * s[k]).neg_()
+            gain = change * torch.addcmul(here[k], bend[k], change, value=0.5)
+            coupling = columns[start + k]
+            chosen = _compatible(gain, change, here[k], rows, coupling[start + k])
+            if chosen is None:
                 continue
-            codes[chosen, j] += steps[chosen]
-            moved[chosen, k] = change[chosen]
-            spread = change[chosen] @ rows[chosen]
-            here.addr_(spread, columns[j, block])
-        gradient.addmm_(rows @ moved, columns[block])
-    return codes
+            which, spread = chosen
+            moved[k] = change * which
+            column.add_(steps.mul_(which))
+            here[k + 1 :].addr_(coupling[start + k + 1 : block.stop], spread)
+        gradient[block.stop :].addmm_(columns[block.stop :, block], moved @ rows)
+    return codes.mT.contiguous()
 
 
-def _compatible(gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor) -> Tensor:
-    """Select moves of one column that together lower the loss increase."""
-    chosen = (gain < -1e-12 * gain.abs().max()).nonzero()[:, 0]
-    if len(chosen) > 1:
-        chosen = chosen[gain[chosen].argsort(stable=True)]
-    while len(chosen) > 1:
-        d = change[chosen]
-        joint = d @ gradient[chosen] + 0.5 * column * (d @ (rows[chosen][:, chosen] @ d))
-        if joint <= _KEPT * gain[chosen].sum():
-            break
-        chosen = chosen[: len(chosen) // 2]
-    return chosen
+def _compatible(
+    gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Select moves of one column that together lower the loss increase.
+
+    Returns:
+        A mask of the moves, and `R` times them; None if no move helps.
+    """
+    which = gain < -1e-12 * gain.abs().max()
+    count = int(which.count_nonzero())
+    if count == 0:
+        return None
+    while True:
+        moves = change * which
+        spread = _times(rows, moves, which, count)
+        if count == 1 or moves @ gradient + 0.5 * column * (moves @ spread) <= _KEPT * (
+            gain @ which.to(gain)
+        ):
+            return which, spread
+        count //= 2
+        best = torch.where(which, gain, torch.inf).argsort(stable=True)[:count]
+        which = torch.zeros_like(which).index_fill_(0, best, True)
+
+
+def _times(rows: Tensor, moves: Tensor, which: Tensor, count: int) -> Tensor:
+    """Multiply a vector by `R`, reading only the rows that count where these are few."""
+    if count * _FEW > len(rows):
+        return rows @ moves
+    places = which.nonzero()[:, 0]
+    return moves[places] @ rows[places]
 
 
 def sweep_scales(

@@ -10,10 +10,11 @@ before it have been added to it, as `U_R^T E U_C` prescribes. What stays in the 
 residual of each element. With `U_R = 1` this is GPTQ, also known as LDLQ.
 
 To explain how the two-sided loop works: element `(i, j)` depends on all elements above and to the left. So
-blocks on one antidiagonal are independent of each other, tiles on one antidiagonal of a block are, and so are
-elements on one antidiagonal of a tile. Blocks exchange feedback by large matrix products, tiles by batched
-small ones, and within a tile whole antidiagonals are rounded at once. Columns of a block are kept in reverse
-order, which makes its antidiagonals diagonals, so that torch has them as views.
+tiles on one antidiagonal of the matrix are independent of each other, and so are elements on one antidiagonal
+of a tile. Tiles collect the feedback of all tiles before them by batched matrix products. Within a tile whole
+antidiagonals are rounded at once, and each sends its errors on to the later ones. Tiles are kept skewed, with
+element `(i, j)` in row `i + j`, which makes an antidiagonal one contiguous row. Matrices larger than a block
+are rounded block by block in the same order.
 
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
@@ -27,8 +28,10 @@ from torch import Tensor
 
 #: Elements a side of a tile; within it antidiagonals are rounded one after another.
 TILE = 32
-#: Elements a side of a block; blocks exchange feedback by matrix products.
+#: Columns of a block in the one-sided loop; blocks exchange feedback by matrix products.
 BLOCK = 128
+#: Largest side of a block in the two-sided loop. One block needs fewest steps, several fewer products.
+LARGEST_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -120,15 +123,14 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     m, n = weight.shape[1:]
     high, wide = _block_size(m), _block_size(n)
     tall, long = -m % high, -n % wide  # padding: zero scales keep its errors at zero
-    mirror = torch.arange(n + long, device=weight.device).reshape(-1, wide).flip(1).flatten()
 
     def pad(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, long, 0, tall))[..., mirror]
+        return torch.nn.functional.pad(x, (0, long, 0, tall))
 
     w, scale = pad(weight), pad(grid.scale)
     zero = pad(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
     rows = torch.nn.functional.pad(rows, (0, tall, 0, tall))
-    columns = torch.nn.functional.pad(columns, (0, long, 0, long))[:, mirror][..., mirror]
+    columns = torch.nn.functional.pad(columns, (0, long, 0, long))
     error, half, codes = torch.zeros_like(w), torch.zeros_like(w), torch.empty_like(w)
     down, across = w.shape[1] // high, w.shape[2] // wide
     for diagonal in range(down + across - 1):
@@ -151,11 +153,13 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         solved = _round_blocks(_joined(parts), grid)
         for (r, c), q, e, g in zip(places, *(x.split(len(w)) for x in solved), strict=True):
             codes[:, r, c], error[:, r, c], half[:, r, c] = q, e, g
-    return codes[..., mirror][:, :m, :n]  # reversing blocks twice changes nothing
+    return codes[:, :m, :n]
 
 
 def _block_size(size: int) -> int:
-    return min(BLOCK, size + -size % TILE)
+    """Divide a side into equal blocks, as few as their largest size allows, of whole tiles."""
+    each = -(-size // -(-size // LARGEST_BLOCK))
+    return each + -each % TILE
 
 
 @dataclass(frozen=True)
@@ -196,72 +200,144 @@ def _round_blocks(given: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tenso
     count, high, wide = given.weight.shape
     down, across = high // TILE, wide // TILE
 
-    def tiles(x: Tensor) -> Tensor:  # shape: (count, down, across, TILE, TILE)
-        return x.reshape(count, down, TILE, across, TILE).transpose(2, 3)
+    def tiles(x: Tensor) -> Tensor:
+        # shape: (count, down, across, TILE, TILE), from right to left: antidiagonals become diagonals
+        return x.reshape(count, down, TILE, across, TILE).transpose(2, 3).flip(2)
 
-    weight, scale, above = tiles(given.weight), tiles(given.scale), tiles(given.above)
-    base = tiles(given.weight + given.above + given.left)
-    zero = None if given.zero is None else tiles(given.zero)
+    above, base = tiles(given.above), tiles(given.weight + given.left)
+    elements = _elements(*(None if x is None else tiles(x) for x in (given.weight, given.scale, given.zero)))
     codes = torch.empty_like(base)
-    error = base.new_zeros(count, across, high, TILE)  # columns of tiles
+    error = base.new_zeros(count, across, high, TILE)  # columns of tiles, from right to left
     half = base.new_zeros(count, down, TILE, wide)  # rows of tiles
     row_panels = given.rows.mT.reshape(count, down, TILE, high)
-    column_panels = given.columns.reshape(count, wide, across, TILE).transpose(1, 2)
-    row_tiles = torch.stack([given.rows.mT[:, k : k + TILE, k : k + TILE] for k in range(0, high, TILE)], 1)
-    column_tiles = torch.stack(
-        [given.columns.mT[:, k : k + TILE, k : k + TILE] for k in range(0, wide, TILE)], 1
-    )
+    column_panels = given.columns.reshape(count, wide, across, TILE).transpose(1, 2).flip(1)
+    row_steps, column_steps = _row_couplings(given.rows), _column_couplings(given.columns)
     for diagonal in range(down + across - 1):
-        i = torch.arange(max(0, diagonal - across + 1), min(down, diagonal + 1), device=base.device)
-        first, last = int(i[0]), int(i[-1]) + 1
-        j = i + across - 1 - diagonal  # reversed
-        a, b = slice(first, last), slice(int(j[0]), int(j[-1]) + 1)
-        extra = row_panels[:, a] @ error[:, b]
-        f = above[:, i, j] + extra
-        t = (base[:, i, j] + extra).add_(half[:, a] @ column_panels[:, b])
-        z = None if zero is None else _flat(zero[:, i, j])
-        tile = _BlockInput(
-            weight=_flat(weight[:, i, j]),
-            scale=_flat(scale[:, i, j]),
-            zero=z,
-            above=_flat(f),
-            left=_flat(t),
-            rows=_flat(row_tiles[:, a]),
-            columns=_flat(column_tiles[:, b]),
+        first, last = max(0, diagonal - across + 1), min(down, diagonal + 1)
+        shift = across - 1 - diagonal
+        a, b = slice(first, last), slice(first + shift, last + shift)
+        known = (last - 1) * TILE, (diagonal - first) * TILE  # rows above, columns to the left
+        extra = row_panels[:, a, :, : known[0]] @ error[:, b, : known[0]]
+        left = half[:, a, :, : known[1]] @ column_panels[:, b, : known[1]]
+        tile = _TileInput(
+            elements[:, :, :, a, b].diagonal(0, 3, 4).movedim(-1, 3).flatten(2, 3).contiguous(),
+            (_diagonal(above[:, a, b]) + extra).flatten(0, 1),
+            (_diagonal(base[:, a, b]) + left).flatten(0, 1),
+            row_steps[:, :, a].flatten(1, 2),
+            column_steps[:, :, b].flatten(1, 2),
         )
-        q, e, g = (x.reshape(count, -1, TILE, TILE) for x in _round_tiles(tile, grid))
-        codes[:, i, j] = q
-        for k in range(last - first):
-            error[:, b.start + k, (first + k) * TILE : (first + k + 1) * TILE] = e[:, k]
-            half[:, first + k, :, (b.start + k) * TILE : (b.start + k + 1) * TILE] = g[:, k]
-    whole = (codes.transpose(2, 3), error.transpose(1, 2), half)
+        q, e, g = (x.unflatten(0, (count, -1)) for x in _round_tiles(tile, grid))
+        for k, i in enumerate(range(first, last)):
+            row, column = (
+                slice(i * TILE, (i + 1) * TILE),
+                slice((diagonal - i) * TILE, (diagonal - i + 1) * TILE),
+            )
+            codes[:, i, i + shift], error[:, i + shift, row], half[:, i, :, column] = (
+                q[:, k],
+                e[:, k],
+                g[:, k],
+            )
+    whole = (codes.flip(2).transpose(2, 3), error.flip(1).transpose(1, 2), half)
     done = [x.reshape(count, high, wide) for x in whole]
     return done[0], done[1], done[2]
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[2:])
+def _diagonal(tiles: Tensor) -> Tensor:
+    """Select the tiles on the diagonal of a square of tiles, shape `(count, tiles, TILE, TILE)`."""
+    return tiles.diagonal(0, 1, 2).movedim(-1, 1)
 
 
-def _round_tiles(tile: _BlockInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a stack of tiles; `tile.left` holds the targets with all feedback from outside the tile."""
-    size = tile.weight.shape[-1]
-    divisors = Grid(tile.scale, 0.0, 0).divisor
-    given = torch.stack([tile.weight, tile.scale, divisors, tile.above, tile.left])
-    codes = torch.empty_like(tile.left)
-    error = torch.zeros_like(tile.left)  # transposed: a row of it is a column of the tile
-    half = torch.zeros_like(tile.left)
-    for step in range(2 * size - 1):
-        offset = size - 1 - step
-        a = slice(max(0, -offset), size - max(0, offset))
-        c = slice(a.start + offset, a.stop + offset)
-        weight, scale, divisor, above, target = given.diagonal(offset, 2, 3).unbind()
-        z = grid.zero if tile.zero is None else tile.zero.diagonal(offset, 1, 2)
-        down = (error[:, c] * tile.rows[:, a]).sum(2)
-        across = (half[:, a] * tile.columns[:, c]).sum(2)
-        code = _round(across.add_(down).add_(target), divisor, z, grid.top)
-        codes.diagonal(offset, 1, 2).copy_(code)
-        e = torch.addcmul(weight, code.sub_(z), scale, value=-1)
-        error.diagonal(-offset, 1, 2).copy_(e)
-        half.diagonal(offset, 1, 2).copy_(e.add_(above).add_(down))
-    return codes, error.mT, half
+def _elements(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Skew weights, scales, divisors and zeros, shape `(3 or 4, steps, count, down, across, TILE)`."""
+    scales = _skewed(scale)
+    found = [_skewed(weight), scales, Grid(scales, 0.0, 0).divisor]
+    if zero is not None:
+        found.append(_skewed(zero))
+    return torch.stack(found).movedim(-1, 1)
+
+
+def _skewed(x: Tensor) -> Tensor:
+    """Move element `(i, j)` of square tiles to `(i, i + j)`; the rest is zero."""
+    size = x.shape[-1]
+    flat = torch.nn.functional.pad(x, (0, size)).flatten(-2)
+    return flat[..., :-size].unflatten(-1, (size, 2 * size - 1))
+
+
+def _straight(x: Tensor) -> Tensor:
+    """Undo `_skewed`."""
+    size = x.shape[-2]
+    return torch.nn.functional.pad(x.flatten(-2), (0, size)).unflatten(-1, (size, 2 * size))[..., :size]
+
+
+def _bands(couplings: Tensor) -> Tensor:
+    """Read `U_{k, k + d}` off the diagonal tiles of `U`, zero outside of them.
+
+    Returns:
+        Shape `(TILE - 1, count, tiles, TILE)`, by `d - 1` and `k`.
+    """
+    starts = range(0, couplings.shape[1], TILE)
+    tiles = torch.stack([couplings[:, k : k + TILE, k : k + TILE] for k in starts], 1)
+    flat = torch.nn.functional.pad(tiles, (0, TILE)).flatten(-2)
+    found = torch.nn.functional.pad(flat, (0, TILE)).unflatten(-1, (TILE, 2 * TILE + 1))
+    return found[..., 1:TILE].movedim(-1, 0)
+
+
+def _row_couplings(rows: Tensor) -> Tensor:
+    """Arrange the couplings of rows by distance, shape `(TILE - 1, count, down, TILE)`."""
+    return _bands(rows).contiguous()
+
+
+def _column_couplings(columns: Tensor) -> Tensor:
+    """Arrange the couplings of columns by distance, shape `(TILE - 1, count, across, 3 * TILE - 2)`.
+
+    Columns run backwards, as they do along an antidiagonal: step `t` reads `TILE` of them from
+    `2 * TILE - 2 - t` on.
+    """
+    return torch.nn.functional.pad(_bands(columns).flip(2, 3), (TILE - 1, TILE - 1)).contiguous()
+
+
+@dataclass(frozen=True)
+class _TileInput:
+    """Stack of tiles that are rounded together, with the feedback from all tiles before them.
+
+    Args:
+        elements: weight, scale, divisor and, unless it is one number, zero, by antidiagonals and rows, shape
+            `(3 or 4, 2 * TILE - 1, tiles, TILE)`.
+        above: `F`, feedback from the rows of tiles above, shape `(tiles, TILE, TILE)`.
+        left: weight and feedback from the columns of tiles to the left, likewise.
+        rows: couplings of rows, shape `(TILE - 1, tiles, TILE)`.
+        columns: couplings of columns, shape `(TILE - 1, tiles, 3 * TILE - 2)`.
+    """
+
+    elements: Tensor
+    above: Tensor
+    left: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _round_tiles(tile: _TileInput, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a stack of tiles, one antidiagonal a step; each sends its errors on to all later ones."""
+    count, size = tile.above.shape[:2]
+    steps = 2 * size - 1
+    # Errors leave the tile at its end and its bottom: there is room for them that nobody reads.
+    down = tile.above.new_zeros(steps + size, count, 2 * size)
+    down[:steps, :, :size] = _skewed(tile.above).movedim(-1, 0)
+    across = tile.left.new_zeros(steps + size, count, size)
+    across[:steps] = _skewed(tile.left).movedim(-1, 0)
+    weights, scales, divisors, *zeros = (x.unbind() for x in tile.elements)
+    found = tile.above.new_empty(3, steps, count, size)
+    codes, errors, halves = (x.unbind() for x in found)
+    strides = (2 * size * count + 1, 2 * size, 1)  # one step later and one row further down
+    for t in range(steps):
+        z = zeros[0][t] if zeros else grid.zero
+        target = torch.add(across[t], down[t, :, :size]).div_(divisors[t]).add_(z).round_()
+        code = torch.clamp(target, 0, grid.top, out=codes[t])
+        error = torch.addcmul(weights[t], code - z, scales[t], value=-1, out=errors[t])
+        half = torch.add(error, down[t, :, :size], out=halves[t])
+        later = down.as_strided((size - 1, count, size), strides, (t + 1) * strides[0] - t)
+        later.addcmul_(tile.rows, error)
+        start = steps - 1 - t
+        across[t + 1 : t + size].addcmul_(tile.columns[:, :, start : start + size], half)
+    done = [_straight(x.movedim(0, -1)) for x in found]
+    return done[0], done[1], done[2]

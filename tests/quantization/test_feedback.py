@@ -31,8 +31,11 @@ def test_both_sides_element_by_element(m: int, n: int, bits: int, zeros: bool, s
 
 
 @pytest.mark.parametrize("shape", [(130, 20), (20, 150), (140, 133)])
-def test_blocks_exchange_feedback(shape: tuple[int, int]) -> None:
-    assert max(shape) > feedback.BLOCK
+@pytest.mark.parametrize("largest", [32, 64, feedback.LARGEST_BLOCK])
+def test_blocks_exchange_feedback(
+    shape: tuple[int, int], largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feedback, "LARGEST_BLOCK", largest)
     matrix, grid = weight(*shape, 0), grid_for(shape, 0, 3, zeros=False)
     rows, columns = unit_upper(moment(shape[0], 0)), unit_upper(moment(shape[1], 1))
     codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])[0]
