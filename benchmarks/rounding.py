@@ -49,7 +49,8 @@ def measure(size: int, name: str, repeats: int) -> dict[str, Any]:
 
     def call(method: str) -> Any:
         def run() -> None:
-            found[method] = round_weight(weight, name, method=method, **given[method])  # type: ignore[arg-type]
+            options = {"method": method, "predict": method == "both"}
+            found[method] = round_weight(weight, name, **options, **given[method])  # type: ignore[arg-type]
 
         return run
 

@@ -1,7 +1,7 @@
 """The dense matrix of a layer as a candidate in every number format, with exact bytes and predicted loss.
 
 From 4 bits on the loss is predicted from the moments alone; at 2 and 3 bits, where clamping and scales
-decide, some rows of the matrix are rounded, and the prediction is corrected by what they cost.
+decide, a part of the matrix is rounded, and the prediction is corrected by what that costs.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,22 @@ from torch import Tensor
 from tensornet.compression.candidates import LayerCandidates, relative_gap, round_trip
 from tensornet.compression.latency import Clock
 from tensornet.compression.sensitivity import Sensitivity
-from tensornet.linalg.weighted_svd import Weighting
+from tensornet.linalg.weighted_svd import Weighting, times
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.expected_loss import expected_losses
+from tensornet.quantization.prediction import group_ranges, spaced_rows
+from tensornet.quantization.scales import as_groups
 from tensornet.topologies import dense
 from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted instead of measured.
 PREDICTED_BITS = 4
-#: Rows that are rounded to measure it.
+#: Rows whose residuals stand for those of all.
 SAMPLED_ROWS = 128
+#: Columns of those rows that are rounded to measure what predictions miss.
+SAMPLED_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,31 @@ def format_losses(
     """Losses of a matrix in each format, corrected where predictions are not accurate."""
     integers = [x for x in formats if x.is_integer]
     found = {x: _measured(matrix, sensitivity, x) for x in formats if not x.is_integer}
-    found |= dict(zip(integers, _predicted(matrix, sensitivity, integers), strict=True))
+    sample = spaced_rows(matrix, SAMPLED_ROWS)
+    found |= dict(zip(integers, _predicted(matrix, sensitivity, integers, sample), strict=True))
     few = [x for x in integers if (x.bits or 0) < PREDICTED_BITS]
     if few:
-        rows = torch.linspace(0, len(matrix) - 1, min(SAMPLED_ROWS, len(matrix)), device=matrix.device).long()
-        part = matrix[rows]
-        seen = Sensitivity(_of_rows(sensitivity.choice, rows), _of_rows(sensitivity.forecast, rows))
+        rows = torch.arange(len(matrix), device=matrix.device) if sample is None else sample
+        columns = _spaced_columns(matrix, few)
+        part = matrix[rows][:, columns]
+        seen = Sensitivity(
+            _of_block(sensitivity.choice, rows, columns), _of_block(sensitivity.forecast, rows, columns)
+        )
         for x, expected in zip(few, _predicted(part, seen, few), strict=True):
             found[x] = found[x].scaled(_measured(part, seen, x), expected)
     return [found[x] for x in formats]
+
+
+def _spaced_columns(matrix: Tensor, formats: Sequence[NumberFormat]) -> Tensor:
+    """Choose whole groups of columns, evenly spaced; all columns where a group is a row."""
+    size = matrix.shape[1]
+    width = max(x.group or size for x in formats)
+    blocks, count = -(-size // width), SAMPLED_COLUMNS // width
+    every = torch.arange(size, device=matrix.device)
+    if blocks <= max(1, count):
+        return every
+    kept = torch.linspace(0, size // width - 1, max(1, count)).long().tolist()
+    return torch.cat([every[k * width : (k + 1) * width] for k in dict.fromkeys(kept)])
 
 
 def _measured(matrix: Tensor, sensitivity: Sensitivity, number_format: NumberFormat) -> FormatLosses:
@@ -104,37 +124,72 @@ def _measured(matrix: Tensor, sensitivity: Sensitivity, number_format: NumberFor
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
     kept = round_trip(network, storage, matrix.dtype, sensitivity.choice).to_matrix()
-    error = matrix.double() - kept.double()
+    error = matrix - kept
+    if not bool(error.any()):
+        return FormatLosses(0.0, 0.0, 0.0)
     return FormatLosses(
         sensitivity.choice.cost(error), sensitivity.forecast.cost(error), relative_gap(matrix, kept)
     )
 
 
 def _predicted(
-    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    formats: Sequence[NumberFormat],
+    sample: Tensor | None = None,
 ) -> list[FormatLosses]:
     """Losses and errors of integer formats, predicted without rounding."""
     weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
-    norm = float(matrix.double().square().sum().clamp_min(1e-300))
+    norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
     return [
         FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
-        for choice, forecast, plain in expected_losses(matrix, formats, weightings).tolist()
+        for choice, forecast, plain in expected_losses(matrix, formats, weightings, sample=sample).tolist()
     ]
 
 
-def _of_rows(weighting: Weighting, rows: Tensor) -> Weighting:
-    """Sensitivity to errors of some rows alone."""
-    moment = weighting.rows
-    if moment is not None:
-        moment = moment[rows] if moment.ndim == 1 else moment[rows][:, rows]
-    return Weighting(moment, weighting.columns)
+def _of_block(weighting: Weighting, rows: Tensor, columns: Tensor) -> Weighting:
+    """Sensitivity to errors of some rows and columns alone."""
+
+    def some(moment: Tensor | None, places: Tensor) -> Tensor | None:
+        if moment is None:
+            return None
+        return moment[places] if moment.ndim == 1 else moment[places][:, places]
+
+    return Weighting(some(weighting.rows, rows), some(weighting.columns, columns))
 
 
 def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[NumberFormat]) -> dict[str, float]:
-    """Predicted loss increase of rounding to nearest in each integer format: the baseline of every table."""
+    """Predicted loss increase of rounding to nearest in each integer format: the baseline of every table.
+
+    Some rows stand for all: the loss of each is scaled by the ranges of its groups, and rows of a larger
+    matrix are taken to be rounded independently.
+    """
+    sample = spaced_rows(matrix, SAMPLED_ROWS)
+    work = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+    part = work if sample is None else work[sample]
+    rows, columns = (
+        _diagonal(weighting.rows, len(work), work),
+        _diagonal(weighting.columns, work.shape[1], work),
+    )
     found = {}
     for number_format in formats:
-        if number_format.is_integer:
-            kept = round_weight(matrix, number_format, method="nearest", refits=0)
-            found[number_format.name] = weighting.cost(matrix - kept.dequantize(matrix.dtype))
+        if not number_format.is_integer:
+            continue
+        kept = round_weight(part, number_format, method="nearest", refits=0)
+        error = part - kept.dequantize(work.dtype)
+        if sample is None:
+            found[number_format.name] = weighting.cost(error)
+            continue
+        losses = (error * times(weighting.columns, error.mT).mT).sum(1, dtype=torch.float64) * rows[sample]
+        ranges = group_ranges(work[None], number_format)[0]
+        known = ranges @ as_groups(columns, number_format).sum(-1) * rows
+        total = known[sample].sum()
+        found[number_format.name] = 0.5 * float(losses.sum() * known.sum() / total) if total > 0 else 0.0
     return found
+
+
+def _diagonal(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """Diagonal of a moment, ones where it is the identity."""
+    if moment is None:
+        return like.new_ones(size)
+    return (moment if moment.ndim == 1 else moment.diagonal()).to(like)

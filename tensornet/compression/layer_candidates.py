@@ -143,8 +143,10 @@ def _largest_useful_bond(
 
 
 def _without_dense(found: LayerCandidates) -> LayerCandidates:
-    """Remove the dense candidates: formats decide how a layer may stay dense."""
-    return found.only([k for k in range(len(found.params)) if found.make(k)[0] is not None])
+    """Remove the dense candidate, which is the last: formats decide how a layer may stay dense."""
+    count = len(found.params)
+    last = count > 0 and found.make(count - 1)[0] is None
+    return found.only(range(count - 1)) if last else found
 
 
 def _insensitive(matrix: Tensor, config: CompressionConfig, clock: Clock | None) -> LayerCandidates:

@@ -4,9 +4,10 @@
 moments `R` of the gradients at its outputs and `C` of its inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
+import torch
 from torch import Tensor
 
 from tensornet.calibration.stats import CalibrationStats
@@ -53,6 +54,9 @@ def layer_sensitivity(
         return Sensitivity(choice, choice)
     forecast = layer_weighting(target, objective, stats, max(damping, FORECAST_DAMPING))
     assert forecast is not None
+    known, same = choice.columns, forecast.columns
+    if known is not None and same is not None and torch.equal(known, same):
+        forecast = replace(forecast, columns=known)  # held once, and seen to be the same
     return Sensitivity(choice, forecast)
 
 

@@ -159,6 +159,48 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
     return torch.cat([tails, tails.new_zeros(1)]) / 2
 
 
+def diagonal_shift(weighting: Weighting, other: Weighting) -> Tensor | None:
+    """Find the vector on the diagonal of the rows by which a weighting differs from another one.
+
+    Returns:
+        Shape `(out,)`; None unless both hold one moment of the columns, the same tensor, and moments of rows
+        that differ on the diagonal alone.
+    """
+    first, second = weighting.rows, other.rows
+    if weighting.columns is not other.columns or first is None or second is None or first.ndim != second.ndim:
+        return None
+    shift = second - first
+    if shift.ndim == 1:
+        return shift
+    diagonal = shift.diagonal()
+    return diagonal if int(shift.count_nonzero()) == int(diagonal.count_nonzero()) else None
+
+
+def shifted_tail_costs(result: WeightedSVD, shift: Tensor) -> Tensor:
+    """Compute `tail_costs` under the weighting of the SVD with a vector added to the diagonal of its rows.
+
+    Terms of a whitened SVD do not meet in its own loss, nor in what the diagonal adds while the other side
+    stays as it is: their losses add up, without a product of moments.
+
+    Args:
+        result: with factors.
+        shift: of the diagonal of the moment of the rows, shape `(out,)`.
+
+    Returns:
+        Shape `(k + 1,)`, as `WeightedSVD.error`.
+
+    Example:
+        >>> found = weighted_svd(torch.randn(6, 4), Weighting(torch.eye(6)))
+        >>> bool(torch.allclose(shifted_tail_costs(found, torch.ones(6)), 2 * found.error))
+        True
+    """
+    left, energies = result.left, result.values.square()
+    tall = left.shape[0] > result.right.shape[1]  # then right vectors are orthonormal under their moment
+    added = shift.to(left) @ left.square()
+    terms = energies + added if tall else energies * (1 + added)
+    return torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1)]) / 2
+
+
 def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
     """Raise ShapeError unless both moments fit the matrix.
 

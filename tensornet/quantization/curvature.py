@@ -39,12 +39,11 @@ class Side:
         return self.diagonal.argsort(dim=1, descending=True, stable=True)
 
     @remembered
-    def feedback(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def feedback(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """Factorise `M = U D U^T` in the given order.
 
         Returns:
-            `U` less its diagonal, shape `(stack, n, n)`; `D`, shape `(stack, n)`; and `D_i (M^-1)_ii`, the
-            factor by which the variance of an error exceeds that of the residual it comes from.
+            `U` less its diagonal, shape `(stack, n, n)`, and `D`, shape `(stack, n)`.
 
         Raises:
             ShapeError: the moment is not positive definite.
@@ -52,18 +51,27 @@ class Side:
         backward = order.flip(1)
         index = torch.arange(len(order), device=order.device)[:, None, None]
         # Factorised in double precision: the smallest pivots are differences of large numbers.
-        turned = self.moment.double()[index, backward[:, :, None], backward[:, None, :]]
+        turned = self.moment[index, backward[:, :, None], backward[:, None, :]].double()
         lower, info = torch.linalg.cholesky_ex(turned)
         if bool(info.any()):
             raise ShapeError(
                 "A second moment is not positive definite, even with damping; moments are sums of x x^T. "
                 "Raise the damping or check where it comes from."
             )
-        size = lower.diagonal(dim1=1, dim2=2)
-        unit = (lower / size[:, None, :]).flip(1, 2).triu(1)
-        kept, dtype = size.square().flip(1), self.moment.dtype
-        inverse = torch.cholesky_inverse(lower.to(dtype)).diagonal(dim1=1, dim2=2).flip(1)
-        return unit.to(dtype), kept.to(dtype), kept.to(dtype) * inverse
+        size, dtype = lower.diagonal(dim1=1, dim2=2), self.moment.dtype
+        unit = (lower / size[:, None, :]).to(dtype).flip(1, 2).triu(1)
+        return unit, size.square().flip(1).to(dtype)
+
+    @remembered
+    def growth(self, order: Tensor) -> Tensor:
+        """Compute `D_i (M^-1)_ii`, by which the variance of an error exceeds that of its residual.
+
+        Shape `(stack, n)`, in the given order.
+        """
+        unit, kept = self.feedback(order)
+        triangle = unit + torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+        lower = (triangle * kept.sqrt()[:, None, :]).flip(1, 2)
+        return kept * torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2).flip(1)
 
     def times(self, matrix: Tensor) -> Tensor:
         """Multiply a stack of matrices by the moment from the left."""

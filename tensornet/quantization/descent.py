@@ -20,8 +20,10 @@ from tensornet.quantization.formats import NumberFormat
 _BLOCK = 64
 #: Share of the gains of single moves that moves together must keep.
 _KEPT = 0.5
+#: A product reads single rows of a moment if at most one in so many is needed.
+_FEW = 6
 #: Iterations of conjugate gradients for the scales of one group column.
-_STEPS = 12
+_STEPS = 6
 
 
 def sweep_codes(
@@ -47,57 +49,71 @@ def sweep_codes(
     Returns:
         New codes.
     """
-    codes = codes.clone()
-    error = weight - (codes - zero) * scale
-    gradient = _times(rows, error @ columns)
+    # Everything is transposed: a column of the weight lies in one piece.
+    codes, scale = codes.mT.clone(memory_format=torch.contiguous_format), scale.mT.contiguous()
+    error = weight.mT - (codes - (zero.mT if isinstance(zero, Tensor) else zero)) * scale
+    gradient = _through(columns @ error, rows)
     curvature = rows if rows.ndim == 1 else rows.diagonal()
-    size = weight.shape[1]
-    for start in range(0, size, _BLOCK):
-        block = slice(start, min(start + _BLOCK, size))
-        moved = torch.zeros_like(error[:, block])
-        here = gradient[:, block].clone()
-        for k in range(moved.shape[1]):
-            j = start + k
-            s, own = scale[:, j], curvature * columns[j, j]
-            bend = own * s * s
-            wanted = torch.where(bend > 0, here[:, k] * s / bend.clamp_min(1e-300), 0.0)
-            steps = (codes[:, j] + wanted).round_().clamp_(0, top) - codes[:, j]
-            change = -steps * s
-            gain = change * (here[:, k] + 0.5 * own * change)
-            if rows.ndim == 1:
-                helps = gain < 0
-                codes[:, j] += steps * helps
-                moved[:, k] = change * helps
-                spread = rows * moved[:, k]
-            else:
-                chosen = _compatible(gain, change, here[:, k], rows, columns[j, j])
-                if len(chosen) == 0:
-                    continue
-                codes[chosen, j] += steps[chosen]
-                moved[chosen, k] = change[chosen]
-                spread = change[chosen] @ rows[chosen]
-            here.addr_(spread, columns[j, block])
-        gradient.addmm_(_times(rows, moved), columns[block])
-    return codes
+    for start in range(0, len(codes), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(codes)))
+        s, here = scale[block], gradient[block].clone()
+        bend = curvature * columns.diagonal()[block, None]
+        pull = torch.where(bend * s * s > 0, 1 / (bend * s), 0.0)
+        moved = torch.zeros_like(here)
+        for k in range(len(here)):
+            column = codes[start + k]
+            steps = torch.addcmul(column, here[k], pull[k]).round_().clamp_(0, top).sub_(column)
+            change = (steps * s[k]).neg_()
+            gain = change * torch.addcmul(here[k], bend[k], change, value=0.5)
+            coupling = columns[start + k]
+            chosen = _compatible(gain, change, here[k], rows, coupling[start + k])
+            if chosen is None:
+                continue
+            which, spread = chosen
+            moved[k] = change * which
+            column.add_(steps.mul_(which))
+            here[k + 1 :].addr_(coupling[start + k + 1 : block.stop], spread)
+        gradient[block.stop :].addmm_(columns[block.stop :, block], _through(moved, rows))
+    return codes.mT.contiguous()
 
 
-def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply by `R` from the left, given whole or by its diagonal."""
-    return rows[:, None] * matrix if rows.ndim == 1 else rows @ matrix
+def _through(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Multiply by `R` from the right, given whole or by its diagonal."""
+    return matrix * rows if rows.ndim == 1 else matrix @ rows
 
 
-def _compatible(gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor) -> Tensor:
-    """Select moves of one column that together lower the loss increase."""
-    chosen = (gain < -1e-12 * gain.abs().max()).nonzero()[:, 0]
-    if len(chosen) > 1:
-        chosen = chosen[gain[chosen].argsort(stable=True)]
-    while len(chosen) > 1:
-        d = change[chosen]
-        joint = d @ gradient[chosen] + 0.5 * column * (d @ (rows[chosen][:, chosen] @ d))
-        if joint <= _KEPT * gain[chosen].sum():
-            break
-        chosen = chosen[: len(chosen) // 2]
-    return chosen
+def _compatible(
+    gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Select moves of one column that together lower the loss increase.
+
+    Returns:
+        A mask of the moves, and `R` times them; None if no move helps.
+    """
+    which = gain < -1e-12 * gain.abs().max()
+    count = int(which.count_nonzero())
+    if count == 0:
+        return None
+    if rows.ndim == 1:
+        return which, rows * change * which
+    while True:
+        moves = change * which
+        spread = _times(rows, moves, which, count)
+        if count == 1 or moves @ gradient + 0.5 * column * (moves @ spread) <= _KEPT * (
+            gain @ which.to(gain)
+        ):
+            return which, spread
+        count //= 2
+        best = torch.where(which, gain, torch.inf).argsort(stable=True)[:count]
+        which = torch.zeros_like(which).index_fill_(0, best, True)
+
+
+def _times(rows: Tensor, moves: Tensor, which: Tensor, count: int) -> Tensor:
+    """Multiply a vector by `R`, reading only the rows that count where these are few."""
+    if count * _FEW > len(rows):
+        return rows @ moves
+    places = which.nonzero()[:, 0]
+    return moves[places] @ rows[places]
 
 
 def sweep_scales(
@@ -124,7 +140,7 @@ def sweep_scales(
     for group in range(scales.shape[1]):
         part = slice(group * width, min((group + 1) * width, size))
         u = points[:, part]
-        right = (_times(rows, product[:, part]) * u).sum(1)
+        right = (_through(product[:, part].mT, rows).mT * u).sum(1)
         if rows.ndim == 1:
             bend = rows * ((u @ columns[part, part]) * u).sum(1)
             step = torch.where(bend > 0, right / bend.clamp_min(1e-300), 0.0)
@@ -178,7 +194,8 @@ def descend(
 
     def price(points: Tensor, tried: Tensor) -> float:
         error = weight - points * spread(tried)
-        return float((_times(rows, error) * (error @ columns)).sum(dtype=torch.float64))
+        left = _through(error.mT, rows).mT
+        return float((left * (error @ columns)).sum(dtype=torch.float64))
 
     for _ in range(sweeps):
         points = codes - zero

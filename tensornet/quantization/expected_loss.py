@@ -13,7 +13,14 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.prediction import ExpectedResiduals, unit_losses
-from tensornet.quantization.rounding import COLUMN_DAMPING, ROW_DAMPING, _Loop, _methods, _Problem
+from tensornet.quantization.rounding import (
+    COLUMN_DAMPING,
+    LEAST_DAMPING,
+    ROW_DAMPING,
+    _Loop,
+    _methods,
+    _Problem,
+)
 from tensornet.quantization.scales import search_scales
 
 #: Up to these bits feedback may push so many elements out of range that rounding with less of it is cheaper.
@@ -69,8 +76,9 @@ def expected_losses(
     number_formats: Sequence[NumberFormat | str],
     weightings: Sequence[Weighting],
     *,
-    row_damping: float = 0.0,
+    row_damping: float = LEAST_DAMPING,
     column_damping: float = COLUMN_DAMPING,
+    sample: Tensor | None = None,
 ) -> Tensor:
     """Predict losses of rounding with the first weighting under all of them, shape `(formats, weightings)`.
 
@@ -80,6 +88,7 @@ def expected_losses(
         weightings: of the loss; moments of one side differ on the diagonal alone.
         row_damping: as for `round_weight`.
         column_damping: as for `round_weight`.
+        sample: indices of rows from which the losses of all are estimated; all rows if absent.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -99,12 +108,12 @@ def expected_losses(
     )
     loop = problem.rounder(_methods(None, problem)[-1])
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
-    losses = []
+    losses, part = [], work if sample is None else work[:, sample]
     for number_format in formats:
-        scales = search_scales(work, number_format, importance)
+        scales = search_scales(part, number_format, importance)
         known = replace(problem, format=number_format)
         loops = _with_less_feedback(loop) if (number_format.bits or 0) <= CLAMPED_BITS else [loop]
-        tried = [_under(known.expected(scales, each), weightings) for each in loops]
+        tried = [_under(known.expected(scales, each, sample), weightings) for each in loops]
         losses.append(min(tried, key=lambda values: float(values[0])))
     return torch.stack(losses)
 

@@ -19,14 +19,12 @@ from tensornet.linalg.weighted_svd import Weighting, damped, times
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.rounding import (
     COLUMN_DAMPING,
+    LEAST_DAMPING,
     ROW_DAMPING,
     RoundedWeight,
     empty_weight,
     round_weight,
 )
-
-#: Damping of moments seen through a factor: only against singular ones, since both sides are damped already.
-_LEAST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -246,6 +244,6 @@ def _rounded(
         number_format,
         rows=rows,
         columns=columns,
-        row_damping=_LEAST_DAMPING,
-        column_damping=_LEAST_DAMPING,
+        row_damping=LEAST_DAMPING,  # both sides are damped already
+        column_damping=LEAST_DAMPING,
     )

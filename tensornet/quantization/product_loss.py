@@ -9,12 +9,13 @@ from tensornet.context import outside_autocast
 from tensornet.linalg.weighted_svd import Weighting, times
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.prediction import ExpectedResiduals, unit_losses
-from tensornet.quantization.rounding import _methods, _Problem
+from tensornet.quantization.prediction import ExpectedResiduals, spaced_rows, unit_losses
+from tensornet.quantization.rounding import COLUMN_DAMPING, LEAST_DAMPING, _methods, _Problem
 from tensornet.quantization.scales import search_scales
+from tensornet.remembered import remembered
 
-#: Keeps the moments that factors see positive definite; they are damped already.
-_LEAST_DAMPING = 1e-6
+#: Rows of each factor whose residuals are predicted one by one; they stand for the others.
+SAMPLED_ROWS = 128
 
 
 @torch.no_grad()
@@ -53,16 +54,15 @@ def predict_product_losses(
     for weighting, (of_left, of_right) in zip(weightings, seen, strict=True):
         by_column = unit_losses(errors_right.columns, chosen.columns, weighting.columns)
         by_row = unit_losses(errors_left.rows, chosen.rows, weighting.rows)
-        each = (errors_right.squares[0] * by_column).sum(1, dtype=torch.float64) * of_left
-        each += (errors_left.squares[0] * by_row.mT).sum(0, dtype=torch.float64) * of_right
+        each = errors_right.by_row(by_column)[0] * of_left + errors_left.by_column(by_row)[0] * of_right
         found.append(each.cumsum(0) / 2)
     return torch.stack(found)
 
 
+@remembered
 def _norms(vectors: Tensor, moment: Tensor | None) -> Tensor:
-    """Squared norms of the rows of a matrix under a moment."""
-    rows = vectors.double()
-    return (rows * times(moment, rows.mT).mT).sum(1)
+    """Squared norms of the rows of a matrix under a moment, in double precision."""
+    return (vectors * times(moment, vectors.mT).mT).sum(1, dtype=torch.float64)
 
 
 def _expected(
@@ -73,9 +73,11 @@ def _expected(
     problem = _Problem(
         work,
         number_format,
-        prepare_side(rows, work.shape[1], (), _LEAST_DAMPING, work, "rows"),
-        prepare_side(columns, work.shape[2], (), _LEAST_DAMPING, work, "columns"),
+        # Damped as for the dense matrix, so that both share one factorisation.
+        prepare_side(rows, work.shape[1], (), LEAST_DAMPING, work, "rows"),
+        prepare_side(columns, work.shape[2], (), COLUMN_DAMPING, work, "columns"),
     )
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
-    scales = search_scales(work, number_format, importance)
-    return problem.expected(scales, problem.rounder(_methods(None, problem)[-1]))
+    sample = spaced_rows(factor, SAMPLED_ROWS)
+    scales = search_scales(work if sample is None else work[:, sample], number_format, importance)
+    return problem.expected(scales, problem.rounder(_methods(None, problem)[-1]), sample)

@@ -6,7 +6,7 @@ moments allow is tried, and the cheapest is kept, matrix by matrix.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +20,7 @@ from tensornet.quantization.curvature import Side, loss_increase, prepare_side
 from tensornet.quantization.descent import descend
 from tensornet.quantization.feedback import Grid, one_sided, two_sided
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.prediction import ExpectedResiduals, expected_residuals
+from tensornet.quantization.prediction import ExpectedResiduals, expected_residuals, group_ranges
 from tensornet.quantization.scales import (
     GroupScales,
     refit_scales,
@@ -33,6 +33,8 @@ Method = Literal["nearest", "columns", "rows", "both"]
 
 #: Shares of the mean diagonals of the output-gradient and the input moment that are added before rounding.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
+#: Added to output-gradient moments that are damped already, only against singular ones.
+LEAST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class RoundedWeight:
         zeros: `torch.uint8` of the same shape; None without zero points.
         number_format: of all of them.
         methods: one for each matrix of the stack, in order: the cheapest of those that could be tried.
-        predicted: loss increase expected before rounding, shape `(...)`.
+        predicted: loss increase expected before rounding, shape `(...)`; None unless asked for.
         loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
 
     Example:
@@ -60,7 +62,7 @@ class RoundedWeight:
     zeros: Tensor | None
     number_format: NumberFormat
     methods: tuple[Method, ...]
-    predicted: Tensor
+    predicted: Tensor | None
     loss_increase: Tensor
 
     @property
@@ -80,7 +82,7 @@ def empty_weight(matrix: Tensor, number_format: NumberFormat) -> RoundedWeight:
     codes = matrix.new_zeros(matrix.shape, dtype=torch.uint8)
     zeros = codes.new_zeros(groups) if number_format.zero_point else None
     nothing = matrix.new_zeros(matrix.shape[:-2], dtype=torch.float64)
-    return RoundedWeight(codes, scales, zeros, number_format, (), nothing, nothing)
+    return RoundedWeight(codes, scales, zeros, number_format, (), None, nothing)
 
 
 @torch.no_grad()
@@ -96,6 +98,7 @@ def round_weight(
     column_damping: float = COLUMN_DAMPING,
     refits: int = 1,
     sweeps: int = 0,
+    predict: bool = False,
 ) -> RoundedWeight:
     """Round a weight to an integer format with little loss increase `1/2 tr(R E C E^T)`.
 
@@ -111,8 +114,11 @@ def round_weight(
             (two-sided). All that the moments allow if absent. Cheaper ones are tried as well.
         row_damping: fraction of the mean diagonal of `R` that is added to it; 0 if it is damped already.
         column_damping: the same for `C`.
-        refits: how often scales are refitted to the codes and codes rounded again.
+        refits: how often scales are refitted to the codes and codes rounded again. Where both sides are
+            rounded with, the codes of the first refit are those of the cheapest other method: they fix the
+            scales as well, and two-sided rounding takes most of the time.
         sweeps: rounds of descent on the exact loss increase afterwards.
+        predict: also predict the loss increase.
 
     Raises:
         FormatError: no integer format.
@@ -143,13 +149,15 @@ def round_weight(
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
     start = search_scales(work, number_format, importance)
     loops = {name: problem.rounder(name) for name in names}
-    predicted = problem.predicted(start, loops[names[-1]])
-    best = problem.cheapest([problem.solve(start, name, loops[name]) for name in names])
+    predicted = problem.predicted(start, loops[names[-1]]) if predict else None
+    first = names[:-1] if refits and names[-1] == "both" else names
+    best = problem.cheapest([problem.solve(start, name, loops[name]) for name in first])
     for _ in range(refits):
         again = GroupScales(problem.refitted(best), best.scales.zeros)
         # The last of the names has most feedback; where another was cheaper, it usually stays so.
-        tried = {*best.methods, names[-1]}
+        tried = {*best.methods, names[-1]} if first == names else {names[-1]}
         best = problem.cheapest([best, *(problem.solve(again, n, loops[n]) for n in names if n in tried)])
+        first = names
     if sweeps:
         best = problem.improved(best, sweeps)
     return problem.result(best, predicted, weight)
@@ -198,11 +206,11 @@ class _Solution:
 
 @dataclass(frozen=True)
 class _Loop:
-    """Rounding loop with its orders, and `D` and error growth of both sides, each `(stack or 1, n)`."""
+    """Rounding loop with its orders, and `D` of both sides, each `(stack or 1, n)`."""
 
     run: Callable[[Tensor, Grid], Tensor]
-    rows: tuple[Tensor, Tensor] | None
-    columns: tuple[Tensor, Tensor] | None
+    rows: Tensor | None
+    columns: Tensor | None
     row_order: Tensor | None
     column_order: Tensor | None
 
@@ -227,11 +235,11 @@ class _Problem:
         if method in ("rows", "both"):
             assert self.rows is not None
             row_order = self.rows.order()
-            row_feedback, *rows = self.rows.feedback(row_order)
+            row_feedback, rows = self.rows.feedback(row_order)
         if method in ("columns", "both"):
             assert self.columns is not None
             column_order = self.columns.order()
-            column_feedback, *columns = self.columns.feedback(column_order)
+            column_feedback, columns = self.columns.feedback(column_order)
 
         def run(weight: Tensor, grid: Grid) -> Tensor:
             wide = [None if x is None else x.expand(stack, -1, -1) for x in (row_feedback, column_feedback)]
@@ -243,7 +251,7 @@ class _Problem:
                 return one_sided(weight.mT, grid.transposed(), wide[0]).mT
             return grid.codes(weight)
 
-        return _Loop(run, _pair(rows), _pair(columns), row_order, column_order)
+        return _Loop(run, rows, columns, row_order, column_order)
 
     def solve(self, scales: GroupScales, method: Method, loop: _Loop) -> _Solution:
         """Round all matrices with given scales."""
@@ -310,7 +318,7 @@ class _Problem:
         price = loss_increase(error, self.rows, self.columns)
         return self.cheapest([solution, _Solution(codes, found, price, solution.methods)])
 
-    def result(self, solution: _Solution, predicted: Tensor, like: Tensor) -> RoundedWeight:
+    def result(self, solution: _Solution, predicted: Tensor | None, like: Tensor) -> RoundedWeight:
         """Reshape a solution to the shape of the original weight."""
         lead = like.shape[:-2]
         groups = (*like.shape[:-1], self.format.groups(like.shape[-1]))
@@ -321,7 +329,7 @@ class _Problem:
             None if zeros is None else zeros.reshape(groups),
             self.format,
             solution.methods,
-            predicted.reshape(lead),
+            None if predicted is None else predicted.reshape(lead),
             solution.price.reshape(lead),
         )
 
@@ -330,32 +338,42 @@ class _Problem:
         found = self.expected(scales, loop)
         return found.loss(found.rows[0], found.columns[0])
 
-    def expected(self, scales: GroupScales, loop: _Loop) -> ExpectedResiduals:
-        """Predict the squared rounding residuals, and how they turn into losses and errors."""
-        grid = self.grid(scales)
-        rows = _undone(loop.rows, loop.row_order, self.rows, self.weight)
-        columns = _undone(loop.columns, loop.column_order, self.columns, self.weight)
+    def expected(self, scales: GroupScales, loop: _Loop, sample: Tensor | None = None) -> ExpectedResiduals:
+        """Predict the squared rounding residuals, and how they turn into losses and errors.
+
+        Args:
+            scales: of all rows, or of those of the sample.
+            loop: rounding loop of the method.
+            sample: indices of the rows whose residuals are predicted; those of the others are scaled from
+                them by the ranges of their groups. All rows if absent.
+        """
+        some = self if sample is None else replace(self, weight=self.weight[:, sample])
+        grid = some.grid(scales)
+        rows = _undone(loop.rows, loop.row_order, self.rows, self.weight, self.weight.shape[1])
+        columns = _undone(loop.columns, loop.column_order, self.columns, self.weight, self.weight.shape[2])
         if loop.rows is None and loop.columns is None:
-            square = (self.weight - grid.points(grid.codes(self.weight))).square_()
+            square = (some.weight - grid.points(grid.codes(some.weight))).square_()
         else:
-            spread = rows[1][:, :, None] * columns[1][:, None, :] - 1
-            square = expected_residuals(self.weight, grid, spread.clamp_min_(0))
-        return ExpectedResiduals(square, rows, columns)
-
-
-def _pair(values: list[Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    return None if values is None else (values[0], values[1])
+            growth = rows[1] if sample is None else rows[1][:, sample]
+            spread = growth[:, :, None] * columns[1][:, None, :] - 1
+            square = expected_residuals(some.weight, grid, spread.clamp_min_(0))
+        ranges = None if sample is None else group_ranges(self.weight, self.format)
+        return ExpectedResiduals(square, rows, columns, self.format, sample, ranges)
 
 
 def _undone(
-    kept: tuple[Tensor, Tensor] | None, order: Tensor | None, side: Side | None, like: Tensor
+    kept: Tensor | None, order: Tensor | None, side: Side | None, like: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Undo the rounding order of one side; return its weights in the loss and its error growth."""
+    """Undo the rounding order of one side; return its weights in the loss and its error growth.
+
+    Both have shape `(stack or 1, size)`.
+    """
     if kept is not None:
         assert order is not None
+        assert side is not None
         back = order.argsort(1)
-        return kept[0].gather(1, back), kept[1].gather(1, back)
-    one = like.new_ones(1, 1)
+        return kept.gather(1, back), side.growth(order).gather(1, back)
+    one = like.new_ones(1, size)
     return (one if side is None else side.diagonal), one
 
 

@@ -14,6 +14,7 @@ from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import round_weight
+from tensornet.quantization.rounding import LEAST_DAMPING
 from tensornet.topologies.base import TopologyFamily, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
@@ -25,9 +26,6 @@ from tensornet.topology import CoreSpec, Topology
 
 if TYPE_CHECKING:
     from tensornet.linalg.cut_spectra import CutSpectra
-
-#: Added to the row moment, which a plan has damped already: only against singular ones.
-_ROW_DAMPING = 1e-6
 
 
 def dense(*, out_features: int, in_features: int) -> Topology:
@@ -142,7 +140,7 @@ class DenseFamily(TopologyFamily):
                 number_format,
                 rows=weighting.rows,
                 columns=weighting.columns,
-                row_damping=_ROW_DAMPING,
+                row_damping=LEAST_DAMPING,
                 sweeps=_SWEEPS.get(number_format.bits or 0, 0),
             )
             for name, number_format in stored.formats.items()

@@ -27,11 +27,20 @@ from tensornet.linalg.svd import (
     truncated_svd,
 )
 from tensornet.linalg.tt_svd import cap_bonds
-from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, frobenius_errors, tail_costs, weighted_svd
+from tensornet.linalg.weighted_svd import (
+    WeightedSVD,
+    Weighting,
+    diagonal_shift,
+    frobenius_errors,
+    shifted_tail_costs,
+    tail_costs,
+    weighted_svd,
+)
 from tensornet.network import TensorNetwork
 from tensornet.quantization.factors import round_product
 from tensornet.quantization.product_loss import predict_product_losses
 from tensornet.quantization.rounding import RoundedWeight
+from tensornet.remembered import remembered
 from tensornet.topologies.base import TopologyFamily, check_topology
 from tensornet.topologies.decomposition import Decomposition, Prediction
 from tensornet.topologies.factored import refuse_options
@@ -166,7 +175,7 @@ class LowRankFamily(TopologyFamily):
         """
         refuse_options(self.name, options)
         result = weighted_svd(matrix, weightings[0])
-        tails = [result.error, *(tail_costs(result, weighting) for weighting in weightings[1:])]
+        tails = [result.error, *(_tails(result, weightings[0], other) for other in weightings[1:])]
         losses = torch.stack([tail[1:].cpu().double() for tail in tails])
         errors = frobenius_errors(result, matrix)[1:].cpu().double()
         if round_trip is not None:
@@ -182,15 +191,18 @@ class LowRankFamily(TopologyFamily):
 
     def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
         """Split the whitened SVD into factors of one rank, with columns and rows of equal norm."""
-        left, right = result.factors(rank)
+        left, right = self._whitened_factors(result, result_dtype(matrix.dtype))
+        cores = left[None, :, None, :rank].contiguous(), right[:rank, None, :, None].contiguous()
+        return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
+
+    @staticmethod
+    @remembered
+    def _whitened_factors(result: WeightedSVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale columns and rows of the factors of all ranks to equal norms."""
+        left, right = result.left, result.right
         balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
         balance = torch.where(balance > 0, balance, torch.ones_like(balance))
-        dtype = result_dtype(matrix.dtype)
-        cores = (
-            (left * balance)[None, :, None, :].to(dtype),
-            (right / balance[:, None])[:, None, :, None].to(dtype),
-        )
-        return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
+        return (left * balance).to(dtype), (right / balance[:, None]).to(dtype)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
         """Round the right factor under `(A^T R A, C)`, refit the left, and round it under `(R, B C B^T)`."""
@@ -255,10 +267,7 @@ class LowRankFamily(TopologyFamily):
         """
         full = len(result.values)
         if round_trip.number_format is not None:
-            a, b = (
-                core.reshape(core.shape[0] * core.shape[1], -1)
-                for core in self.whitened_network(result, full, matrix).cores
-            )
+            a, b = self._whitened_factors(result, result_dtype(matrix.dtype))
             return list(predict_product_losses(a, b, round_trip.number_format, weightings).cpu())
         tried = sorted({max(1, round(fraction * most)) for fraction in _ENCODED})
         found = []
@@ -269,6 +278,13 @@ class LowRankFamily(TopologyFamily):
         logs = np.log(np.maximum(np.array(found), 1e-300))
         ranks = np.arange(1, full + 1)
         return [torch.from_numpy(np.exp(np.interp(ranks, tried, column))) for column in logs.T]
+
+
+@remembered
+def _tails(result: WeightedSVD, weighting: Weighting, other: Weighting) -> Tensor:
+    """Compute the loss of every rank of a whitened SVD under another weighting than its own."""
+    shift = diagonal_shift(weighting, other)
+    return tail_costs(result, other) if shift is None else shifted_tail_costs(result, shift)
 
 
 @lru_cache(maxsize=256)

@@ -12,9 +12,11 @@ import tensornet as tn
 from tensornet.linalg.weighted_svd import (
     Weighting,
     damped,
+    diagonal_shift,
     frobenius_errors,
     nearest_kronecker,
     root,
+    shifted_tail_costs,
     tail_costs,
     weighted_svd,
 )
@@ -47,6 +49,29 @@ def test_identities_give_the_plain_svd(shape: tuple[int, int], identity: str) ->
         torch.testing.assert_close(left @ right, plain.U * plain.S @ plain.Vh)
         torch.testing.assert_close(result.values[:rank], plain.S)
         assert float(frobenius_errors(result, matrix)[rank]) == pytest.approx(plain.error, abs=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_shift_of_the_diagonal_needs_no_products(shape: tuple[int, int], rank: int | None) -> None:
+    matrix, shift = torch.randn(shape).double(), torch.rand(shape[0]).double()
+    first = Weighting(damped(moment(shape[0], rank), 0.1), damped(moment(shape[1], rank, seed=1), 0.01))
+    second = Weighting(first.rows + torch.diag(shift), first.columns)  # type: ignore[operator]
+    found = diagonal_shift(first, second)
+    assert found is not None
+    torch.testing.assert_close(found, shift)
+    result = weighted_svd(matrix, first)
+    torch.testing.assert_close(shifted_tail_costs(result, found), tail_costs(result, second))
+
+
+def test_only_a_diagonal_is_a_shift() -> None:
+    rows, columns = moment(5), moment(4, seed=1)
+    assert diagonal_shift(Weighting(rows, columns), Weighting(rows, columns.clone())) is None
+    assert diagonal_shift(Weighting(rows, columns), Weighting(rows + 1, columns)) is None
+    assert diagonal_shift(Weighting(None, columns), Weighting(rows, columns)) is None
+    assert diagonal_shift(Weighting(rows, columns), Weighting(rows.diagonal(), columns)) is None
+    vectors = Weighting(rows.diagonal(), columns), Weighting(2 * rows.diagonal(), columns)
+    torch.testing.assert_close(diagonal_shift(*vectors), rows.diagonal())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
