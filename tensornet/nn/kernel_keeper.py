@@ -45,8 +45,7 @@ class KernelKeeper(NetworkModule):
     def kernel_matrix(self) -> KernelMatrix | None:
         """The matrix in the layout of the kernel, None while it is held as it is stored."""
         codes, scales = self._buffers.get(_CODES), self._buffers.get(_SCALES)
-        number_format = self.integer_format
-        if codes is None or scales is None or number_format is None:
+        if codes is None or scales is None or (number_format := self.integer_format) is None:
             return None
         return KernelMatrix(number_format, codes, scales, self._kernel_block)
 
@@ -115,8 +114,8 @@ class KernelKeeper(NetworkModule):
 
     def _stored_buffers(self) -> dict[str, Tensor | None]:
         """Buffers as they are when the matrix is held as it is stored, in the order of the stored names."""
-        matrix, number_format = self.kernel_matrix, self.integer_format
-        if matrix is None or number_format is None:
+        matrix = self.kernel_matrix
+        if matrix is None:
             return self._buffers
         with torch.inference_mode(False):
             stored = from_kernel(matrix, self._buffers.get(f"zero_{self.topology.core_names[0]}"))
