@@ -107,7 +107,7 @@ class KernelKeeper(NetworkModule):
         self._fast_path = None
 
     def train(self, mode: bool = True) -> Self:
-        """As in `nn.Module`; drops what is kept, and `eval()` makes ready for the kernel."""
+        """Set the mode as `nn.Module` does; `eval()` puts integers into the layout of the kernel."""
         super().train(mode)
         self.hold_for_kernel() if not mode else self.hold_as_stored()
         return self
@@ -175,7 +175,7 @@ class KernelKeeper(NetworkModule):
         return {**super().__getstate__(), **changed}
 
     def __getattr__(self, name: str) -> Any:
-        """As in `nn.Module`; stored tensors are there by name however they are held."""
+        """Look up as `nn.Module` does; a stored tensor leaves the layout of the kernel first."""
         if _CODES in self.__dict__.get("_buffers", ()) and name in self._tensor_names:
             self.hold_as_stored()
         return super().__getattr__(name)
