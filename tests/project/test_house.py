@@ -41,6 +41,9 @@ MANY_PARAMETERS: dict[str, str] = {
 SAME_NAME: dict[str, str] = {
     "config.py": "the options of a package's work",
     "mpo.py": "the operator, and the family of its topologies",
+    "demo.py": "the job, and its command in cli/",
+    "export.py": "likewise",
+    "upcycle.py": "likewise",
 }
 
 
@@ -98,7 +101,7 @@ def test_no_circle_between_rooms(package: str) -> None:
         pytest.fail(f"{package}: the rooms {' -> '.join(error.args[1])} import one another")
 
 
-@pytest.mark.parametrize("package", ["tensornet", "tensornet_moe"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_name_twice(package: str) -> None:
     places = defaultdict(list)
     for path in files(package):
