@@ -33,7 +33,7 @@ import tensornet_moe as tm
 
 ROOMS = [Path(str(module.__file__)).parent for module in (tn, tm, th)]
 KINDS = ("code", "docstrings", "examples", "comments", "blank")
-FAMILIES = {"mpo", "low_rank", "tucker", "tensor_ring", "kronecker", "block_tt"}
+FAMILIES = {"mpo", "low_rank", "tucker", "tensor_ring", "kronecker", "block_tt", "residual"}
 
 
 def modules() -> list[Path]:

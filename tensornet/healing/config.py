@@ -80,11 +80,26 @@ class HealingConfig:
                 raise ValueError(f"{name} must be above 0, got {value!r}.")
 
     @property
+    def selects_parameters(self) -> bool:
+        """Whether `heal` selects what is trained, instead of taking what requires gradients.
+
+        Where it does, scales of integers become trainable, learning rates are relative to the size of each
+        parameter, and checkpoints hold the order of rows beside the cores.
+
+        Example:
+            >>> tn.HealingConfig().selects_parameters
+            True
+            >>> tn.HealingConfig(parameters="trainable").selects_parameters
+            False
+        """
+        return self.parameters != "trainable"
+
+    @property
     def rate(self) -> float:
         """Maximum learning rate; by default that of the trained parameters."""
         if self.lr is not None:
             return self.lr
-        return 5e-4 if self.parameters != "trainable" else 1e-4
+        return 5e-4 if self.selects_parameters else 1e-4
 
     @property
     def total(self) -> int:

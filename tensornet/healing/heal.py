@@ -111,7 +111,7 @@ def heal(
         )
     config = HealingConfig(**options) if config is None else config
     check_batches(data, "heal")
-    with trained_scales(model) if config.parameters != "trainable" else nullcontext():
+    with trained_scales(model) if config.selects_parameters else nullcontext():
         return _healed(model, teacher, data, config)
 
 
@@ -158,7 +158,7 @@ class _Run:
         trained = trained_parameters(model, teacher, config.parameters, config.layer_steps)
         groups = (
             relative_groups(trained.values())
-            if config.parameters != "trainable"
+            if config.selects_parameters
             else [{"params": [*trained.values()], "size": 1.0}]
         )
         optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=0.0)
@@ -179,7 +179,7 @@ class _Run:
     @property
     def fixed(self) -> dict[str, Tensor]:
         """Tensors that are stored beside the trained ones."""
-        return row_orders(self.layers) if self.config.parameters != "trainable" else {}
+        return row_orders(self.layers) if self.config.selects_parameters else {}
 
     def progress(self, seconds: float) -> float:
         """Return the finished fraction, by steps or by time, whichever is larger."""

@@ -161,7 +161,7 @@ def refine(
 
 @dataclass(frozen=True)
 class _Options:
-    """Weights of the step, see `refine`."""
+    """Step length, anchor and damping of a refit, see `refine`."""
 
     correction: float
     anchor: float

@@ -42,8 +42,10 @@ def take_apart(model: nn.Module, *, inside: Iterable[str] | None = None) -> list
     made: dict[int, nn.Module] = {}  # one module under several names stays one module
     found = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        kind = compound_of(module) if name and not isinstance(module, Compound) else None
-        if kind is not None and (wanted is None or name in wanted):
+        if not name or isinstance(module, Compound) or (wanted is not None and name not in wanted):
+            continue
+        kind = compound_of(module)
+        if kind is not None:
             if id(module) not in made:
                 made[id(module)] = kind.take_apart(module, shared)
             _put(model, name, made[id(module)])

@@ -45,8 +45,7 @@ class KernelKeeper(NetworkModule):
     def kernel_matrix(self) -> KernelMatrix | None:
         """The matrix in the layout of the kernel, None while it is held as it is stored."""
         codes, scales = self._buffers.get(_CODES), self._buffers.get(_SCALES)
-        number_format = self.integer_format
-        if codes is None or scales is None or number_format is None:
+        if codes is None or scales is None or (number_format := self.integer_format) is None:
             return None
         return KernelMatrix(number_format, codes, scales, self._kernel_block)
 
@@ -108,15 +107,15 @@ class KernelKeeper(NetworkModule):
         self._fast_path = None
 
     def train(self, mode: bool = True) -> Self:
-        """As in `nn.Module`; drops what is kept, and `eval()` makes ready for the kernel."""
+        """Set the mode as `nn.Module` does; `eval()` puts integers into the layout of the kernel."""
         super().train(mode)
         self.hold_for_kernel() if not mode else self.hold_as_stored()
         return self
 
     def _stored_buffers(self) -> dict[str, Tensor | None]:
         """Buffers as they are when the matrix is held as it is stored, in the order of the stored names."""
-        matrix, number_format = self.kernel_matrix, self.integer_format
-        if matrix is None or number_format is None:
+        matrix = self.kernel_matrix
+        if matrix is None:
             return self._buffers
         with torch.inference_mode(False):
             stored = from_kernel(matrix, self._buffers.get(f"zero_{self.topology.core_names[0]}"))
@@ -176,7 +175,7 @@ class KernelKeeper(NetworkModule):
         return {**super().__getstate__(), **changed}
 
     def __getattr__(self, name: str) -> Any:
-        """As in `nn.Module`; stored tensors are there by name however they are held."""
+        """Look up as `nn.Module` does; a stored tensor leaves the layout of the kernel first."""
         if _CODES in self.__dict__.get("_buffers", ()) and name in self._tensor_names:
             self.hold_as_stored()
         return super().__getattr__(name)

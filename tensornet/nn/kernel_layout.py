@@ -321,7 +321,7 @@ def _kernel_group(number_format: NumberFormat, columns: int) -> int | None:
 
 @lru_cache(maxsize=1)
 def _block_rows() -> int | None:
-    """Return how many rows the kernel takes at once, None without the kernel or if its layout is another."""
+    """Measure how many rows the kernel takes at once; None if it is absent or has an unknown layout."""
     convert = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
     if convert is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None

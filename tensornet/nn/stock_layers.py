@@ -110,7 +110,7 @@ class CompoundKind(ABC):
         """
 
     def reason_against(self, module: nn.Module) -> str | None:
-        """Say in a few words why a module of a type that this kind knows is not taken apart, for reports."""
+        """Explain briefly, for reports, why a module of a known type is not taken apart; None if it is."""
         return None
 
 

@@ -84,6 +84,18 @@ def is_chain(topology: Topology) -> bool:
     return all(topology.size_of[x] == 1 for x in ends) and ends[0] != ends[1]
 
 
+def is_matrix(topology: Topology) -> bool:
+    """Return True if the network is one core, and that core is the matrix: out-legs, then in-legs, unpadded.
+
+    Example:
+        >>> is_matrix(tn.topologies.dense(out_features=6, in_features=4))
+        True
+    """
+    labels = topology.cores[0].labels
+    legs = (*topology.out_labels, *topology.in_labels)
+    return len(topology.cores) == 1 and labels == legs and topology.shape == topology.padded_shape
+
+
 def _reachable(topology: Topology, start: int, without: str) -> set[int]:
     """Collect the cores connected to `start` by labels other than `without`."""
     side, waiting = {start}, [start]

@@ -227,7 +227,7 @@ def folder_page(
 
 
 def _sampler(model: PreTrainedModel, folder: Path, text: str) -> Sampler | None:
-    """Continue the first words of a text, if the model writes at all."""
+    """Build a sampler that continues the first words of a text; None for models that generate no text."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         return None
     prompt = " ".join(text.split()[:PROMPT_WORDS])

@@ -59,7 +59,7 @@ class StoredBank(FixedDtypes, ExpertBank):
                 self.register_buffer(key, kept[part])
 
     def _compute_like(self, like: Tensor) -> None:
-        """Compute in the dtype and on the device of a tensor, which stored tensors may not have."""
+        """Set the dtype and device of products to those of a tensor; stored tensors may have others."""
         self.register_buffer("compute_like", like.new_empty(0), persistent=False)
 
     @property

@@ -60,3 +60,18 @@ def test_copies_of_a_configuration_share_descriptions_and_nothing_else() -> None
         twin.layers["c"] = twin.ties["c"] = "d"
         assert "c" not in config.layers
         assert "c" not in config.ties
+
+
+def test_loading_formats_no_description(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    formatted: list[bool] = []
+    stock = LlamaConfig.to_json_string
+
+    def noting(self: LlamaConfig, *args: Any, **options: Any) -> str:
+        formatted.append(hasattr(self, "quantization_config"))
+        return stock(self, *args, **options)
+
+    monkeypatch.setattr(LlamaConfig, "to_json_string", noting)
+    config = th.load(saved).config
+    assert formatted == [False]
+    assert config.to_dict() == LlamaForCausalLM.from_pretrained(saved).config.to_dict()
+    assert th.load(saved, use_cache=False).config.use_cache is False  # read by transformers, with the option

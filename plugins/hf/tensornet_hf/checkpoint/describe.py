@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tensornet.nn.serialization import module_spec
 from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
@@ -17,10 +17,11 @@ def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) 
         compression: options to record, see `TensorNetworkConfig`.
     """
     layers = layer_descriptions(model)
-    ties = shared_parameters(model, layers)
+    tensors = model.state_dict(keep_vars=True)
+    ties = shared_tensors(tensors, layers, base=getattr(model, "base_model_prefix", ""))
     dtypes = {
         name: str(tensor.dtype).removeprefix("torch.")
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
         if name not in ties and is_inside(name, layers)
     }
     counted = list(dtypes.values())
@@ -44,16 +45,20 @@ def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def shared_parameters(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+def shared_tensors(tensors: Mapping[str, Tensor], layers: Iterable[str], *, base: str) -> dict[str, str]:
     """Map every parameter or buffer of a compressed module that another name owns to that name.
 
     The owner is the first name outside the compressed modules, or else the first inside. Names of the base
     model come before those of a head, so that the base model finds its own tensors when it is loaded alone.
+
+    Args:
+        tensors: state dict of the model, with the parameters themselves.
+        layers: names of the compressed modules.
+        base: name of the base model in the model; empty if it has none.
     """
     names = set(layers)
-    named = [(name, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    base_first = sorted(named, key=lambda item: not item[0].startswith(prefix))
+    named = [(name, id(tensor)) for name, tensor in tensors.items()]
+    base_first = sorted(named, key=lambda item: not item[0].startswith(f"{base}."))
     owners: dict[int, str] = {}
     for inside in (False, True):
         for name, key in base_first:

@@ -22,6 +22,7 @@ from tensornet.compression.forecast import light_copy
 from tensornet.errors import TargetError
 from tensornet.nn.encoding import unpacked_codes
 from tensornet.quantization import NumberFormat
+from tensornet.topologies.structure import is_matrix
 from tensornet_hf.checkpoint.folders import check_free, write_folder
 from tensornet_hf.checkpoint.load import load, resolve_folder
 from tensornet_hf.checkpoint.save import copy_small_files, decompress
@@ -120,7 +121,7 @@ def export_compressed_tensors(
             continue
         del state[f"{name}.weight"]
         state |= {f"{name}.{part}": tensor for part, tensor in found.items()}
-        packed[name] = layer.storage.format_of("matrix").name
+        packed[name] = layer.storage.format_of(layer.topology.core_names[0]).name
     if not packed:
         raise TargetError(
             "No layer can be packed: "
@@ -177,9 +178,10 @@ def _packed(layer: tn.nn.TensorNetworkLinear, stock: nn.Module, *, shared: bool)
     """Pack the tensors of one layer, or return the reason why it is written dense."""
     if type(stock) is not nn.Linear:
         return f"a {type(stock).__name__}; only nn.Linear can be packed"
-    if layer.topology.family != "dense":
+    if not is_matrix(layer.topology):
         return f"a network of the family {layer.topology.family!r}; only dense matrices can be packed"
-    number_format = layer.storage.format_of("matrix")
+    core = layer.topology.core_names[0]
+    number_format = layer.storage.format_of(core)
     bits = number_format.bits
     if bits not in EXPORTED_BITS or number_format.zero_point:
         return f"stored as {number_format.name}; only symmetric integers of 4 or 8 bits can be packed"
@@ -189,11 +191,11 @@ def _packed(layer: tn.nn.TensorNetworkLinear, stock: nn.Module, *, shared: bool)
     if shared:
         return "its tensors are tied to those of another layer"
     stored = layer.stored
-    scale = stored["scale_matrix"].to(stock.weight.dtype)
-    if not torch.equal(scale.float(), stored["scale_matrix"].float()):
+    scale = stored[f"scale_{core}"].to(stock.weight.dtype)
+    if not torch.equal(scale.float(), stored[f"scale_{core}"].float()):
         return f"scales are not exact in {stock.weight.dtype}"
     return {
-        "weight_packed": words(unpacked_codes(stored["core_matrix"], bits, columns), bits),
+        "weight_packed": words(unpacked_codes(stored[f"core_{core}"], bits, columns), bits),
         "weight_scale": scale.contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
     }

@@ -14,18 +14,21 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tensornet.errors import FormatError, NonFiniteError, TensorNetError
 from tensornet.notices import warn
 from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.headers import Checkpoint, read_checkpoint
+from tensornet_hf.checkpoint.quantization_config import Descriptions
 
 #: What a model needs, and nothing that has to be unpickled.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 #: Options of `from_pretrained` that say which files on the hub are meant.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+#: Options of `from_pretrained` that never change the model's configuration.
+PLACEMENT_OPTIONS = frozenset({"dtype", "torch_dtype", "device_map", "trust_remote_code"})
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -53,11 +56,34 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     options = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
     kind = model_class(checkpoint, **kwargs)
     with _refusing(folder, kind, damaged=not kwargs):
+        if kwargs.keys() <= PLACEMENT_OPTIONS and (config := _configuration(checkpoint, kind)) is not None:
+            options["config"] = config
         loaded: Any = kind.from_pretrained(folder, **options)
     model, info = loaded
     _refuse_mismatch(checkpoint, info)
     _refuse_non_finite(checkpoint, model)
     return model
+
+
+def _configuration(checkpoint: Checkpoint, kind: type[PreTrainedModel]) -> PreTrainedConfig | None:
+    """Build the configuration of a compressed model, and add the descriptions of its layers afterwards.
+
+    `PreTrainedConfig.from_dict` formats the whole configuration for a log line, shown or not. For the
+    descriptions of 210 layers that takes a tenth of the time of loading.
+
+    Returns:
+        None for an uncompressed model, and where transformers has to look for the configuration: inside that
+        of a composite model, or in another file.
+    """
+    made_by, data = kind.config_class, dict(checkpoint.config)
+    if checkpoint.compression is None or made_by is None or data.get("model_type") != made_by.model_type:
+        return None
+    if made_by.base_config_key in data or "configuration_files" in data:
+        return None
+    entry = data.pop("quantization_config")
+    config = made_by.from_dict(data)
+    config.quantization_config = {**entry, "layers": Descriptions(entry["layers"])}
+    return config
 
 
 def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

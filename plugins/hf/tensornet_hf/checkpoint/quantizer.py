@@ -132,7 +132,9 @@ class TensorNetworkQuantizer(HfQuantizer):
             names = (rename_source_key(x, renamings, converters, prefix, state)[0] for x in self._stored)
             return sum(name in state for name in names)
 
-        return [] if fitting([], []) >= fitting(renamings, converters) else weight_conversions
+        if state.keys() >= set(self._stored) or fitting([], []) >= fitting(renamings, converters):
+            return []
+        return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Tie shared cores, and compress the model if its weights were stored dense."""
@@ -229,9 +231,10 @@ def _refuse_random_head(model: PreTrainedModel, layers: list[str], stored: Itera
 
 def _refuse_unloaded(model: PreTrainedModel, layers: list[str]) -> None:
     """Raise FormatError for a missing core, which transformers reports and then fills with random numbers."""
+    compressed = set(layers)
     for name, tensor in model.state_dict(keep_vars=True).items():
         # Set by transformers on everything that it loaded.
-        if is_inside(name, set(layers)) and not getattr(tensor, "_is_hf_initialized", False):
+        if is_inside(name, compressed) and not getattr(tensor, "_is_hf_initialized", False):
             raise FormatError(f"{name} was not among the weights that were given; every core is needed.")
 
 

@@ -78,7 +78,7 @@ def _one_tensor(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, s
 
 
 def _may_be_listed(model: nn.Module, target: str) -> bool:
-    """Return True if transformers can tie a tensor: a parameter of a module whose bias needs no resizing."""
+    """Return True if transformers can tie a tensor: a parameter of a module without a bias."""
     module, name = _owner(model, target)
     return name in module._parameters and getattr(module, "bias", None) is None
 

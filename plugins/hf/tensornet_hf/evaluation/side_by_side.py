@@ -218,7 +218,7 @@ def _tokens(model: PreTrainedModel, count: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _milliseconds(model: PreTrainedModel) -> float:
-    """Median time of a token, of generation one by one or of a pass of an encoder, or of an image."""
+    """Measure the median time of a generated token, a token of an encoder's pass, or an image."""
     run: Any = model
     if _sees(model):
         count, inputs = 1, _image(model)

@@ -56,7 +56,7 @@ class FeedForward:
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of its matrices in order, without dots."""
+        """Names of the matrices of the network, in order, with `_` in place of dots."""
         return tuple(path.replace(".", "_") for path in self.paths)
 
     def matrix(self, name: str) -> Tensor:

@@ -122,12 +122,12 @@ def heal(
         TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
     """
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
-    rate = HealingConfig(parameters=parameters).rate
+    config = HealingConfig(parameters=parameters)
     options = TrainingArguments(
-        output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": rate, **arguments}
+        output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": config.rate, **arguments}
     )
     with (
-        trained_scales(model) if parameters != "trainable" else nullcontext(),
+        trained_scales(model) if config.selects_parameters else nullcontext(),
         in_eval_mode(teacher),
         only_training(teacher, ()),
         only_training(model, trained_parameters(model, teacher, parameters, layer_steps).values()),
@@ -135,7 +135,7 @@ def heal(
         trainer = HealingTrainer(
             model=model,
             teacher=teacher,
-            relative=parameters != "trainable",
+            relative=config.selects_parameters,
             args=options,
             train_dataset=data,
             data_collator=collate,
