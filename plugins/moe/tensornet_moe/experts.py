@@ -19,6 +19,7 @@ from tensornet.errors import TopologyError
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
+from tensornet_moe.chain_rows import chain_legs, chain_rows, merge_ends, takes_chain_rows
 from tensornet_moe.checks import check_weights, check_whole
 from tensornet_moe.expert_bank import SharedCores
 from tensornet_moe.grouped_linear import Groups
@@ -285,7 +286,7 @@ class SharedCoreExperts(StoredBank):
             return super().apply_rows(x, groups)
         route = self._route(x, len(x) // len(groups.active))
         if route == RECONSTRUCT:
-            return super().apply_rows(x, groups)
+            return self._apply_matrices(x, groups.active, groups)
         plan, cores = plan_operator(self.topology), self._cores_of_each()
         pieces = x.split([groups.sizes[e] for e in groups.active])
         outputs = [
@@ -293,6 +294,17 @@ class SharedCoreExperts(StoredBank):
             for e, piece in zip(groups.active, pieces, strict=True)
         ]
         return torch.cat(outputs)
+
+    def _apply_matrices(self, x: Tensor, active: list[int], groups: Groups) -> Tensor:
+        """Build the matrix of each active expert and multiply its rows by it."""
+        legs, like = chain_legs(self.topology, self.shared), self.compute_like
+        large = self.out_features * self.in_features >= _BUILT_ALONE
+        if legs is None or not large or not takes_chain_rows(x, like) or groups.sizes is None:
+            return super().apply_rows(x, groups)
+        shared = self._shared_here()
+        cores = [shared[n] if n in shared else self._whole_core(n) for n in self.topology.core_names]
+        sizes = [groups.sizes[e] for e in active]
+        return chain_rows(x, merge_ends(cores, legs), cores[legs.middle], (active, sizes))
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the single matrix of a bank whose cores are all shared."""
