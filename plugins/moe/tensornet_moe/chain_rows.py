@@ -29,6 +29,13 @@ _SLICE_BYTES = 2**20
 _SMALL_ENDS = 1 / 8
 
 
+#: Rows, left ends, right ends and middle.
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+
+#: Experts that have rows, and their numbers of rows.
+Active = tuple[tuple[int, ...], tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class ChainLegs:
     """Sizes of a chain of three cores.
@@ -83,7 +90,7 @@ def chain_legs(topology: Topology, shared: Sequence[str]) -> ChainLegs | None:
 
 
 def takes_chain_rows(x: Tensor, cores: Tensor) -> bool:
-    """Return True if rows and cores are of one dtype on the CPU and nothing traces or transforms the call.
+    """Return True if rows and cores have one dtype, are on the CPU and nothing traces or transforms the call.
 
     Args:
         x: the rows.
@@ -91,8 +98,11 @@ def takes_chain_rows(x: Tensor, cores: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != cores.dtype or x.dtype not in (torch.float32, torch.float64):
         return False
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active()
-    return not (traced or torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0)
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():  # `compiled_chain_rows`
+        return True
+    return not (torch.jit.is_tracing() or transforms_active() or forward_ad._current_level >= 0)
 
 
 def merge_ends(cores: Sequence[Tensor], legs: ChainLegs) -> tuple[Tensor, Tensor]:
@@ -196,28 +206,64 @@ class _Slices:
                 of_piece.addmm_(left.T, of_half)
 
 
+def products(operands: Operands, groups: Active, *, keep: bool) -> list[Tensor]:
+    """Compute the rows of `chain_rows` without recording, and after them the matrices if they are kept.
+
+    Args:
+        operands: rows, left ends, right ends and middle, see `chain_rows`.
+        groups: the experts that have rows, and their numbers of rows.
+        keep: whether each expert gets memory of its own.
+    """
+    x, (left, right, middle) = operands[0], (core.contiguous() for core in operands[1:])
+    slices = _Slices(left, middle, right)
+    matrices = [middle.new_empty(slices.shape) for _ in range(len(groups[0]) if keep else 1)]
+    y = x.new_empty(len(x), slices.shape[0])
+    experts, sizes = groups
+    for n, (rows, of_rows) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+        e = experts[n]
+        matrix = slices.build(left[e], middle, right[e], matrices[n if keep else 0])
+        torch.mm(rows, matrix.T, out=of_rows)
+    return [y, *(matrices if keep else ())]
+
+
+def gradients(
+    grad: Tensor, operands: Operands, groups: Active, kept: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of the operands of `products` without recording.
+
+    Args:
+        grad: of the result, shape `(rows, o * p * q)`.
+        operands: rows, left ends, right ends and middle.
+        groups: the experts that have rows, and their numbers of rows.
+        kept: their matrices; unused if the rows need no gradient.
+        needed: which operands need a gradient.
+    """
+    grad, x, left, right, middle = (tensor.contiguous() for tensor in (grad, *operands))
+    experts, sizes = groups
+    of_x = torch.empty_like(x) if needed[0] else None
+    if of_x is not None:
+        for part, of_rows, matrix in zip(of_x.split(sizes), grad.split(sizes), kept, strict=True):
+            torch.mm(of_rows, matrix, out=part)
+    if not any(needed[1:]):
+        return of_x, None, None, None
+    of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
+    of_middle = torch.zeros_like(middle) if needed[3] else None
+    slices = _Slices(left, middle, right)
+    of_matrix = middle.new_empty(slices.shape)
+    for e, rows, of_rows in zip(experts, x.split(sizes), grad.split(sizes), strict=True):
+        torch.mm(of_rows.T, rows, out=of_matrix)
+        slices.add_gradients((left[e], middle, right[e]), (of_left[e], of_middle, of_right[e]), of_matrix)
+    return of_x, of_left, of_right, of_middle
+
+
 class _ChainRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        left: Tensor,
-        right: Tensor,
-        middle: Tensor,
-        groups: tuple[tuple[int, ...], tuple[int, ...]],
-        keep: bool,
+        ctx: Any, x: Tensor, left: Tensor, right: Tensor, middle: Tensor, groups: Active, keep: bool
     ) -> Tensor:
-        ctx.groups, operands = groups, (x, left, right, middle)
-        left, right, middle = (core.contiguous() for core in (left, right, middle))
-        slices = _Slices(left, middle, right)
-        matrices = [middle.new_empty(slices.shape) for _ in range(len(groups[0]) if keep else 1)]
-        y = x.new_empty(len(x), slices.shape[0])
-        experts, sizes = groups
-        for n, (rows, of_rows) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
-            e = experts[n]
-            matrix = slices.build(left[e], middle, right[e], matrices[n if keep else 0])
-            torch.mm(rows, matrix.T, out=of_rows)
-        ctx.save_for_backward(*operands, *(matrices if keep else ()))
+        ctx.groups = groups
+        y, *kept = products((x, left, right, middle), groups, keep=keep)
+        ctx.save_for_backward(x, left, right, middle, *kept)
         return y
 
     @staticmethod
@@ -225,24 +271,8 @@ class _ChainRows(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (*_recorded(ctx, grad), None, None)
         x, left, right, middle, *kept = ctx.saved_tensors
-        left, right, middle, grad = (tensor.contiguous() for tensor in (left, right, middle, grad))
-        experts, sizes = ctx.groups
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = torch.empty_like(x)
-            for part, of_rows, matrix in zip(of_x.split(sizes), grad.split(sizes), kept, strict=True):
-                torch.mm(of_rows, matrix, out=part)
-        if not any(ctx.needs_input_grad[1:4]):
-            return of_x, None, None, None, None, None
-        of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
-        of_middle = torch.zeros_like(middle) if ctx.needs_input_grad[3] else None
-        slices = _Slices(left, middle, right)
-        of_matrix = middle.new_empty(slices.shape)
-        for e, rows, of_rows in zip(experts, x.split(sizes), grad.split(sizes), strict=True):
-            torch.mm(of_rows.T, rows, out=of_matrix)
-            gradients = (of_left[e], of_middle, of_right[e])
-            slices.add_gradients((left[e], middle, right[e]), gradients, of_matrix)
-        return of_x, of_left, of_right, of_middle, None, None
+        needed = ctx.needs_input_grad[:4]
+        return (*gradients(grad, (x, left, right, middle), ctx.groups, kept, needed), None, None)
 
 
 def _recorded(ctx: Any, grad: Tensor) -> list[Tensor | None]:
