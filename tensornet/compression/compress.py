@@ -1,7 +1,7 @@
 """Compression in one call: calibrate, plan, execute, report."""
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
 from tensornet.compression.shared_stacks import share_stacks
 from tensornet.errors import CalibrationWarning, TargetError
+from tensornet.network import TensorNetwork
 from tensornet.nn.extension import provided_data
 from tensornet.nn.targets import check_model
 from tensornet.notices import warn
@@ -75,11 +76,13 @@ def compress(
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)
     made = prepared.plan(progress=progress)
+    fitted: Mapping[str, TensorNetwork] = {}
     if config.share_experts:
-        made = share_stacks(made, prepared.targets, stats)
+        shared = share_stacks(made, prepared.targets, stats)
+        made, fitted = shared.plan, shared.networks
     readers = () if stats is None else stats.readers
     reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
-    errors = apply_plan(model, made, stats, progress=progress)
+    errors = apply_plan(model, made, stats, progress=progress, fitted=fitted)
     params_after, bytes_after = model_size(model)
     return CompressionReport(
         layers=layer_reports(made, errors),

@@ -277,7 +277,7 @@ def plan(
     """
     prepared = prepare(model, config, stats, progress=progress)
     made = prepared.plan(progress=progress)
-    return share_stacks(made, prepared.targets, stats) if config.share_experts else made
+    return share_stacks(made, prepared.targets, stats).plan if config.share_experts else made
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ or networks that share a core (`shared_forms.py`). So sharing never makes a plan
 predicts.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,11 +28,24 @@ from tensornet.topologies import topology_family
 _WORTH = 0.995
 
 
+@dataclass(frozen=True)
+class SharedPlan:
+    """Plan whose stacks share cores, and the networks that were fitted to make it.
+
+    Args:
+        plan: carried out by `apply_plan`, with or without the networks.
+        networks: of the layers that share a core, by name; they hold for the weights of the plan alone.
+    """
+
+    plan: CompressionPlan
+    networks: Mapping[str, TensorNetwork]
+
+
 @torch.no_grad()
 def share_stacks(
     plan: CompressionPlan, targets: Sequence[Target], stats: CalibrationStats | None
-) -> CompressionPlan:
-    """Return a plan whose stacks of experts share a core where that predicts less cost at the same bytes.
+) -> SharedPlan:
+    """Plan stacks of experts that share a core where that predicts less cost at the same bytes.
 
     Args:
         plan: of single layers, with floating-point cores.
@@ -41,10 +54,11 @@ def share_stacks(
     """
     found = {target.name: target for target in targets}
     changed: dict[str, LayerPlan] = {}
+    networks: dict[str, TensorNetwork] = {}
     for layers in stacks(plan, found):
-        for layer in _shared(layers, [found[layer.name] for layer in layers], plan, stats):
-            changed[layer.name] = layer
-    return replace(plan, layers=tuple(changed.get(layer.name, layer) for layer in plan))
+        for layer, network in _shared(layers, [found[layer.name] for layer in layers], plan, stats):
+            changed[layer.name], networks[layer.name] = layer, network
+    return SharedPlan(replace(plan, layers=tuple(changed.get(x.name, x) for x in plan)), networks)
 
 
 def stacks(plan: CompressionPlan, targets: dict[str, Target]) -> list[list[LayerPlan]]:
@@ -65,12 +79,12 @@ def _shared(
     targets: Sequence[Target],
     plan: CompressionPlan,
     stats: CalibrationStats | None,
-) -> Sequence[LayerPlan]:
-    """Return the plans of one stack: as they are, or those of the best shared form."""
+) -> list[tuple[LayerPlan, TensorNetwork]]:
+    """Return plans and networks of the best shared form of one stack; none if separate ones are better."""
     found = [layer_sensitivity(target, plan.objective, stats, plan.damping) for target in targets]
     known = [sensitivity for sensitivity in found if sensitivity is not None]
     if len(known) < len(layers):  # errors of an expert that no gradient reached cost nothing
-        return layers
+        return []
     matrices = [target.matrix for target in targets]
     weightings = [sensitivity.choice for sensitivity in known]
     rows, columns = layers[0].shape
@@ -91,28 +105,27 @@ def _shared(
         if cost < least:
             best, least = (name, networks), cost
     if best is None:
-        return layers
+        return []
     form = SHARED_FORMS[best[0]]
     made = []
     for layer, target, network, sensitivity in zip(layers, targets, best[1], known, strict=True):
         error = target.matrix - network.to_matrix().to(target.matrix)
         norm = float(target.matrix.norm())
-        made.append(
-            replace(
-                layer,
-                topology=network.topology,
-                storage=PLAIN,
-                shared_core=form.core,
-                shared_with=layers[0].name,
-                error=float(error.norm()) / norm if norm > 0 else 0.0,
-                baseline_error=low_rank_error(
-                    torch.tensor(layer.singular_values, dtype=torch.float64),
-                    layer.shape,
-                    numbers // len(layers),
-                ),
-                loss_increase=None if layer.loss_increase is None else sensitivity.forecast.cost(error),
-            )
+        planned = replace(
+            layer,
+            topology=network.topology,
+            storage=PLAIN,
+            shared_core=form.core,
+            shared_with=layers[0].name,
+            error=float(error.norm()) / norm if norm > 0 else 0.0,
+            baseline_error=low_rank_error(
+                torch.tensor(layer.singular_values, dtype=torch.float64),
+                layer.shape,
+                numbers // len(layers),
+            ),
+            loss_increase=None if layer.loss_increase is None else sensitivity.forecast.cost(error),
         )
+        made.append((planned, network))
     return made
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import CompressionPlan
+from tensornet.compression import CompressionPlan, shared_stacks
 from tensornet.compression.report import model_size
 from tensornet.compression.shared_forms import SHARED_FORMS, fit_form
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.network import TensorNetwork
 
 E, OUT, IN = 5, 12, 10
 NAMES = [f"experts.{e}.w" for e in range(E)]
@@ -137,6 +139,27 @@ def test_the_plan_chooses_the_form_of_the_stack(weights: Tensor, core: str) -> N
         for p in (alone, made)
     ]
     assert errors[1] < 0.5 * errors[0] if core else errors[1] == errors[0]
+
+
+def test_a_stack_is_fitted_once_and_again_after_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[str] = []
+
+    def counted(name: str, *arguments: Any) -> list[TensorNetwork]:
+        fits.append(name)
+        return fit_form(name, *arguments)
+
+    monkeypatch.setattr(shared_stacks, "fit_form", counted)
+    model, twin = Model(common_inputs()), Model(common_inputs())
+    report = tn.compress(model, config(), progress=False)
+    assert sorted(fits) == sorted(SHARED_FORMS)
+    report.plan.save(tmp_path / "plan.json")
+    errors = tn.apply_plan(twin, CompressionPlan.load(tmp_path / "plan.json"))
+    assert fits[len(SHARED_FORMS) :] == ["inputs"]
+    assert errors == {layer.name: layer.error for layer in report.layers}
+    state = twin.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_a_shared_core_is_one_parameter_that_counts_once() -> None:

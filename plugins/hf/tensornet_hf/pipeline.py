@@ -15,6 +15,7 @@ from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
+from tensornet.network import TensorNetwork
 from tensornet.nn.extension import expanded
 from tensornet.nn.targets import all_targets
 from tensornet.progress import progress_bar
@@ -180,6 +181,7 @@ def carry_out(
     *,
     started: float,
     progress: bool = False,
+    fitted: Mapping[str, TensorNetwork] | None = None,
 ) -> CompressionReport:
     """Execute a plan and return the report of `tensornet.compress`.
 
@@ -189,12 +191,13 @@ def carry_out(
         stats: the plan was made with them.
         started: `time.perf_counter()` when the work began, planning included.
         progress: show a progress bar.
+        fitted: networks of stacks that share cores, see `tensornet.apply_plan`.
 
     Raises: as `tensornet.apply_plan`.
     """
     before = model_size(model)
     reach = planned_reach(model, planned)
-    errors = apply_plan(model, planned, stats, progress=progress)
+    errors = apply_plan(model, planned, stats, progress=progress, fitted=fitted)
     after = model_size(model)
     return CompressionReport(
         layers=layer_reports(planned, errors),

@@ -19,7 +19,9 @@ from tensornet.errors import TopologyError
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
+from tensornet_moe.chain_rows import chain_legs, chain_rows, merge_ends, takes_chain_rows
 from tensornet_moe.checks import check_weights, check_whole
+from tensornet_moe.compiled_chain import compiled_chain_rows
 from tensornet_moe.expert_bank import SharedCores
 from tensornet_moe.grouped_linear import Groups
 from tensornet_moe.initialization import Start, initial_cores, start_from_dense
@@ -282,10 +284,10 @@ class SharedCoreExperts(StoredBank):
         if len(self.shared) == len(self.topology.cores):
             return self._apply_to_all(x)
         if groups.active is None or groups.sizes is None:
-            return super().apply_rows(x, groups)
+            return self._apply_matrices(x, groups)
         route = self._route(x, len(x) // len(groups.active))
         if route == RECONSTRUCT:
-            return super().apply_rows(x, groups)
+            return self._apply_matrices(x, groups)
         plan, cores = plan_operator(self.topology), self._cores_of_each()
         pieces = x.split([groups.sizes[e] for e in groups.active])
         outputs = [
@@ -293,6 +295,19 @@ class SharedCoreExperts(StoredBank):
             for e, piece in zip(groups.active, pieces, strict=True)
         ]
         return torch.cat(outputs)
+
+    def _apply_matrices(self, x: Tensor, groups: Groups) -> Tensor:
+        """Build the matrix of each active expert and multiply its rows by it."""
+        legs = chain_legs(self.topology, self.shared)
+        large = self.out_features * self.in_features >= _BUILT_ALONE
+        if legs is None or not large or not takes_chain_rows(x, self.compute_like):
+            return super().apply_rows(x, groups)
+        shared = self._shared_here()
+        cores = [shared[n] if n in shared else self._whole_core(n) for n in self.topology.core_names]
+        ends, middle = merge_ends(cores, legs), cores[legs.middle]
+        if groups.active is None or groups.sizes is None:
+            return compiled_chain_rows(x, ends, middle, groups.counts)
+        return chain_rows(x, ends, middle, (groups.active, [groups.sizes[e] for e in groups.active]))
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the single matrix of a bank whose cores are all shared."""
