@@ -56,7 +56,10 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     options = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
     kind = model_class(checkpoint, **kwargs)
     with _refusing(folder, kind, damaged=not kwargs):
-        if kwargs.keys() <= PLACEMENT_OPTIONS and (config := _configuration(checkpoint, kind)) is not None:
+        if (
+            kwargs.keys() <= PLACEMENT_OPTIONS
+            and (config := _configuration(folder, checkpoint, kind)) is not None
+        ):
             options["config"] = config
         loaded: Any = kind.from_pretrained(folder, **options)
     model, info = loaded
@@ -65,7 +68,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _configuration(checkpoint: Checkpoint, kind: type[PreTrainedModel]) -> PreTrainedConfig | None:
+def _configuration(
+    folder: Path, checkpoint: Checkpoint, kind: type[PreTrainedModel]
+) -> PreTrainedConfig | None:
     """Build the configuration of a compressed model, and add the descriptions of its layers afterwards.
 
     `PreTrainedConfig.from_dict` formats the whole configuration for a log line, shown or not. For the
@@ -75,11 +80,12 @@ def _configuration(checkpoint: Checkpoint, kind: type[PreTrainedModel]) -> PreTr
         None for an uncompressed model, and where transformers has to look for the configuration: inside that
         of a composite model, or in another file.
     """
-    made_by, data = kind.config_class, dict(checkpoint.config)
-    if checkpoint.compression is None or made_by is None or data.get("model_type") != made_by.model_type:
+    made_by, raw = kind.config_class, checkpoint.config
+    if checkpoint.compression is None or made_by is None or raw.get("model_type") != made_by.model_type:
         return None
-    if made_by.base_config_key in data or "configuration_files" in data:
+    if made_by.base_config_key in raw or "configuration_files" in raw:
         return None
+    data, _ = made_by.get_config_dict(folder)  # which reads infinities as well
     entry = data.pop("quantization_config")
     config = made_by.from_dict(data)
     config.quantization_config = {**entry, "layers": Descriptions(entry["layers"])}
