@@ -32,8 +32,6 @@ PAGE, PICTURE = ROOT / "docs" / "moe_from_scratch.md", ROOT / "docs" / "moe_from
 MILLION = 1_000_000
 MARKS = (1, 2, 3, 4, 6, 8)
 DENSE, WIDE, SWITCH = "dense", "dense x2", "Switch, prob"
-#: Millions of tokens at which long runs are compared.
-LONG = 2
 #: Parameters of the experts of Switch, eight networks with biases in two layers.
 SWITCH_PARAMETERS = 529_408
 #: Seed of the runs that are compared; others have a table of their own.
@@ -76,19 +74,28 @@ def compared(runs: Sequence[Run], mark: float) -> dict[str, Run]:
     Rows that were trained with the first rate alone are left out.
     """
     groups: dict[str, list[Run]] = {}
+    tried: dict[str, set[float]] = {}
     for run in runs:
+        if run["seed"] == SEED and run["history"]:
+            tried.setdefault(name_of(run), set()).add(run["recipe"]["rate"])
         if run["seed"] == SEED and mark in losses(run):
             groups.setdefault(name_of(run), []).append(run)
     return {
         name: min(found, key=lambda run: losses(run, "tune_loss")[mark])
         for name, found in groups.items()
-        if any(run["recipe"]["rate"] != FIRST_RATE for run in found)
+        if tried[name] != {FIRST_RATE}
     }
 
 
+def longest(runs: Sequence[Run]) -> int:
+    """The last mark that both dense models have come to, in millions of tokens."""
+    return max(mark for mark in MARKS if {DENSE, WIDE} <= compared(runs, mark).keys())
+
+
 def long_table(runs: Sequence[Run]) -> str:
-    """Runs of two million tokens and more, at every mark and after equal arithmetic."""
-    named, shown = compared(runs, LONG), LONG
+    """Runs of most tokens, at every mark and after equal arithmetic."""
+    shown = longest(runs)
+    named = compared(runs, shown)
     marks = [mark for mark in MARKS if any(mark in losses(run) for run in named.values())]
     dense = named[DENSE]
     budget = losses(dense, "flops")[shown]
@@ -256,7 +263,8 @@ def colour_of(run: Run) -> str:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Loss minus that of the dense model against tokens, and loss of the long runs against bytes."""
-    named = compared(runs, LONG)
+    shown = longest(runs)
+    named = compared(runs, shown)
     dense = losses(named[DENSE])
     with plt.rc_context({"svg.hashsalt": "scratch", "svg.fonttype": "none", "font.size": 9}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
@@ -264,11 +272,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             found = {mark: loss - dense[mark] for mark, loss in losses(run).items() if mark in dense}
             left.plot(list(found), list(found.values()), "o-", color=colour_of(run), markersize=3)
             _label(left, run, (max(found), found[max(found)]))
-            at = (run["bytes"] / 1000, losses(run)[LONG])
+            at = (run["bytes"] / 1000, losses(run)[shown])
             right.plot(*at, "o", color=colour_of(run), markersize=4)
             _label(right, run, at)
         left.set(xlabel="million tokens", ylabel="held-out loss minus that of the dense model")
-        right.set(xlabel="model, KB in float32", ylabel=f"held-out loss after {LONG} million tokens")
+        right.set(xlabel="model, KB in float32", ylabel=f"held-out loss after {shown} million tokens")
         for axis, room in ((left, 1.5), (right, 1.25)):
             axis.set_xlim(right=axis.get_xlim()[1] * room)
         figure.savefig(path, metadata={"Date": None})

@@ -108,6 +108,8 @@ def test_a_row_has_the_rate_that_is_best_on_the_tuning_part(script: ModuleType, 
     assert script.compared(runs, 1)["dense"] is runs[0]
     assert script.compared([*runs, better], 2)["dense"] is runs[0]  # the other has not come so far
     assert "never tuned" not in script.compared(runs, 1)
+    slow = run("Switch", "switch", 1, {1: 4.0, 2: 3.0}, rate=0.003)
+    assert script.compared([slow, run("Switch", "switch", 1, {1: 4.5})], 2)["Switch"] is slow
 
 
 def test_rates_are_compared_on_the_tuning_part(script: ModuleType, runs: list[Any]) -> None:
