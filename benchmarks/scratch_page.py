@@ -165,19 +165,19 @@ def rates_table(runs: Sequence[Run]) -> str:
 
 
 def seeds_table(runs: Sequence[Run]) -> str:
-    """Held-out loss of rows and rates that were trained with several seeds, at the last mark of them all."""
+    """Held-out loss of rows and rates that have several seeds, at the last mark that all of these have."""
     groups = grouped(runs, by=lambda run: f"{name_of(run)} | {run['recipe']['rate']:g}")
-    mark = min(last_of_all(found) for found in groups.values())
     seeds = sorted({run["seed"] for found in groups.values() for run in found})
     lines = [
-        f"| row, {mark:g} M | rate | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
-        "|---|" + "--:|" * (len(seeds) + 2),
+        "| row | rate | tokens | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
+        "|---|" + "--:|" * (len(seeds) + 3),
     ]
     for name, found in groups.items():
+        mark = last_of_all(found)
         by_seed = {run["seed"]: losses(run)[mark] for run in found}
         cells = (f"{by_seed[seed]:.4f}" if seed in by_seed else "" for seed in seeds)
         mean = statistics.mean(by_seed.values())
-        lines.append("| " + " | ".join((name, *cells, f"{mean:.4f}")) + " |")
+        lines.append("| " + " | ".join((name, f"{mark:g} M", *cells, f"{mean:.4f}")) + " |")
     return "\n".join(lines)
 
 

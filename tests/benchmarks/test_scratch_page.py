@@ -126,10 +126,10 @@ def test_seeds_are_compared_at_the_last_mark_of_all(script: ModuleType, runs: li
         run("Switch", "switch", 529_408, {1: 4.0}, seed=2),
     ]
     assert script.seeds_table([*runs, *more]).splitlines() == [
-        "| row, 1 M | rate | seed 0 | seed 1 | seed 2 | mean |",
-        "|---|--:|--:|--:|--:|--:|",
-        "| Switch | 0.012 | 4.1000 |  | 4.0000 | 4.0500 |",
-        "| dense | 0.012 | 4.0000 | 4.2000 |  | 4.1000 |",
+        "| row | rate | tokens | seed 0 | seed 1 | seed 2 | mean |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        "| Switch | 0.012 | 1 M | 4.1000 |  | 4.0000 | 4.0500 |",
+        "| dense | 0.012 | 2 M | 3.5000 | 3.6000 |  | 3.5500 |",
     ]
 
 
