@@ -14,6 +14,7 @@ Reference:
 import torch
 from torch import Tensor
 
+from tensornet.linalg.weighted_svd import times
 from tensornet.quantization.formats import NumberFormat
 
 #: Columns whose updates of the gradient are collected into one matrix product.
@@ -52,7 +53,7 @@ def sweep_codes(
     # Everything is transposed: a column of the weight lies in one piece.
     codes, scale = codes.mT.clone(memory_format=torch.contiguous_format), scale.mT.contiguous()
     error = weight.mT - (codes - (zero.mT if isinstance(zero, Tensor) else zero)) * scale
-    gradient = _through(columns @ error, rows)
+    gradient = times(rows, (columns @ error).mT).mT.contiguous()
     curvature = rows if rows.ndim == 1 else rows.diagonal()
     for start in range(0, len(codes), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(codes)))
@@ -73,13 +74,8 @@ def sweep_codes(
             moved[k] = change * which
             column.add_(steps.mul_(which))
             here[k + 1 :].addr_(coupling[start + k + 1 : block.stop], spread)
-        gradient[block.stop :].addmm_(columns[block.stop :, block], _through(moved, rows))
+        gradient[block.stop :].addmm_(columns[block.stop :, block], times(rows, moved.mT).mT)
     return codes.mT.contiguous()
-
-
-def _through(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Multiply by `R` from the right, given whole or by its diagonal."""
-    return matrix * rows if rows.ndim == 1 else matrix @ rows
 
 
 def _compatible(
@@ -98,7 +94,7 @@ def _compatible(
         return which, rows * change * which
     while True:
         moves = change * which
-        spread = _times(rows, moves, which, count)
+        spread = _times_few(rows, moves, which, count)
         if count == 1 or moves @ gradient + 0.5 * column * (moves @ spread) <= _KEPT * (
             gain @ which.to(gain)
         ):
@@ -108,7 +104,7 @@ def _compatible(
         which = torch.zeros_like(which).index_fill_(0, best, True)
 
 
-def _times(rows: Tensor, moves: Tensor, which: Tensor, count: int) -> Tensor:
+def _times_few(rows: Tensor, moves: Tensor, which: Tensor, count: int) -> Tensor:
     """Multiply a vector by `R`, reading only the rows that count where these are few."""
     if count * _FEW > len(rows):
         return rows @ moves
@@ -140,7 +136,7 @@ def sweep_scales(
     for group in range(scales.shape[1]):
         part = slice(group * width, min((group + 1) * width, size))
         u = points[:, part]
-        right = (_through(product[:, part].mT, rows).mT * u).sum(1)
+        right = (times(rows, product[:, part]) * u).sum(1)
         if rows.ndim == 1:
             bend = rows * ((u @ columns[part, part]) * u).sum(1)
             step = torch.where(bend > 0, right / bend.clamp_min(1e-300), 0.0)
@@ -194,8 +190,7 @@ def descend(
 
     def price(points: Tensor, tried: Tensor) -> float:
         error = weight - points * spread(tried)
-        left = _through(error.mT, rows).mT
-        return float((left * (error @ columns)).sum(dtype=torch.float64))
+        return float((times(rows, error) * (error @ columns)).sum(dtype=torch.float64))
 
     for _ in range(sweeps):
         points = codes - zero

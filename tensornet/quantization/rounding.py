@@ -150,14 +150,14 @@ def round_weight(
     start = search_scales(work, number_format, importance)
     loops = {name: problem.rounder(name) for name in names}
     predicted = problem.predicted(start, loops[names[-1]]) if predict else None
-    first = names[:-1] if refits and names[-1] == "both" else names
+    two_sided_later = refits > 0 and names[-1] == "both"
+    first = names[:-1] if two_sided_later else names
     best = problem.cheapest([problem.solve(start, name, loops[name]) for name in first])
-    for _ in range(refits):
+    for k in range(refits):
         again = GroupScales(problem.refitted(best), best.scales.zeros)
         # The last of the names has most feedback; where another was cheaper, it usually stays so.
-        tried = {*best.methods, names[-1]} if first == names else {names[-1]}
+        tried = {names[-1]} if two_sided_later and k == 0 else {*best.methods, names[-1]}
         best = problem.cheapest([best, *(problem.solve(again, n, loops[n]) for n in names if n in tried)])
-        first = names
     if sweeps:
         best = problem.improved(best, sweeps)
     return problem.result(best, predicted, weight)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("before_after", "harness"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("before_after")
+def module(load_benchmark: Callable[[str], Any]) -> Any:
+    return load_benchmark("before_after")
 
 
 def test_a_checkout_is_compared_with_itself(module: Any, tmp_path: Path) -> None:

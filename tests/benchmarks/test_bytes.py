@@ -1,31 +1,16 @@
 """The benchmark of bytes runs, goes on where a run ended, and turning a residual stream changes no output."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("harness", "real_data", "encoder", "bytes_models", "bytes_workers", "bytes", "bytes_page")
 
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a benchmark."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module
-
-
-def test_toy_run_writes_a_record_and_resumes(load: Any, tmp_path: Path) -> None:
-    module = load("bytes")
+def test_toy_run_writes_a_record_and_resumes(load_benchmark: Any, tmp_path: Path) -> None:
+    module = load_benchmark("bytes")
     path = module.main(["--toy", "--records", str(tmp_path)])
     record = json.loads(path.read_text())
     assert {(row["method"], row["bits"]) for row in record["rows"]} == {
@@ -56,7 +41,9 @@ def test_toy_run_writes_a_record_and_resumes(load: Any, tmp_path: Path) -> None:
     assert torch.get_num_threads() == 1
 
 
-def test_turning_the_residual_stream_changes_weights_and_no_output(load: Any, tmp_path: Path) -> None:
+def test_turning_the_residual_stream_changes_weights_and_no_output(
+    load_benchmark: Any, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -74,7 +61,7 @@ def test_turning_the_residual_stream_changes_weights_and_no_output(load: Any, tm
     model.save_pretrained(tmp_path / "model")
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
-    load("bytes_models").turn(tmp_path / "model", tmp_path / "turned")
+    load_benchmark("bytes_models").turn(tmp_path / "model", tmp_path / "turned")
     turned = AutoModelForCausalLM.from_pretrained(tmp_path / "turned").eval()
     tokens = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
@@ -94,8 +81,8 @@ def a_row(method: str, bits: float, loss: float, seed: int = 0, **more: Any) -> 
     return {**row, "standard_error": 0.001, **origin, **tokens, **more}
 
 
-def test_page_shows_the_record(load: Any, tmp_path: Path) -> None:
-    page = load("bytes_page")
+def test_page_shows_the_record(load_benchmark: Any, tmp_path: Path) -> None:
+    page = load_benchmark("bytes_page")
     rows = [
         a_row("plan", 4.25, 0.004, predicted={"alone": 0.01}, validation={"judged source": MEASURED}),
         a_row("plan", 4.25, 0.006, seed=1, predicted={"alone": 0.01}, validation={"judged source": MEASURED}),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-def test_toy_run_writes_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    script = importlib.import_module("low_rank_choices")
+def test_toy_run_writes_a_record(
+    load_benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = load_benchmark("low_rank_choices")
     few = ("base", "norms clipped at their median", "ranks in multiples of 8", "refitted")
     monkeypatch.setattr(script, "VARIANTS", {name: script.VARIANTS[name] for name in few})
     command = ["--toy", "--records", str(tmp_path)]
@@ -31,9 +31,8 @@ def test_toy_run_writes_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert by["refitted", 0.6]["reported divergence over base"] == pytest.approx(1, abs=0.2)  # a few tokens
 
 
-def test_clipping_limits_the_norms_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    script = importlib.import_module("low_rank_choices")
+def test_clipping_limits_the_norms_of_tokens(load_benchmark: Callable[[str], Any]) -> None:
+    script = load_benchmark("low_rank_choices")
     gradient = torch.diag(torch.tensor([0.0, 1.0, 2.0, 9.0]))
     norms = script.Clip(quantile=0.5)(gradient).norm(dim=1)
     torch.testing.assert_close(norms, torch.tensor([0.0, 1.0, 2.0, 2.0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +21,9 @@ TEXT = Path(tensornet_hf.__file__).parent / "data" / "heldout.txt"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def bench(load_benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    return importlib.import_module("moe_from_scratch")
+    return load_benchmark("moe_from_scratch")
 
 
 @pytest.fixture

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-def test_toy_run_writes_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("planning_benchmark", FOLDER / "planning.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    record = json.loads(module.main(["--toy", "--records", str(tmp_path)]).read_text())
+def test_toy_run_writes_a_record(load_benchmark: Callable[[str], Any], tmp_path: Path) -> None:
+    record = json.loads(load_benchmark("planning").main(["--toy", "--records", str(tmp_path)]).read_text())
     assert {"commit", "dirty", "device", "dtype", "versions", "date", "summary"} <= record.keys()
     (row,) = record["rows"]
     assert set(row["seconds"]) == {"plan", "round 4.25", "round 2.25"}

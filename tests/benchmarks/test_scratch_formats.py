@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,9 @@ TEXT = Path(tensornet_hf.__file__).parent / "data" / "heldout.txt"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def script(load_benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    return importlib.import_module("scratch_formats")
+    return load_benchmark("scratch_formats")
 
 
 def test_the_script_judges_every_run_in_every_format(script: ModuleType, tmp_path: Path) -> None:

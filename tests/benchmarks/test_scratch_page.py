@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("scratch_page")
+def script(load_benchmark: Callable[[str], Any]) -> Any:
+    return load_benchmark("scratch_page")
 
 
 def run(name: str, kind: str, parameters: int, losses: dict[float, float], **changes: Any) -> dict[str, Any]:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("whole_model", "bytes_models", "real_data", "encoder", "harness")
-
-
-def test_toy_run_writes_a_record_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    module: Any = importlib.import_module("whole_model")
+def test_toy_run_writes_a_record_and_goes_on(load_benchmark: Callable[[str], Any], tmp_path: Path) -> None:
+    module = load_benchmark("whole_model")
     given = ["--toy", "--records", str(tmp_path), "--work", str(tmp_path), "--shares", "0.2"]
     path = module.main(given)
     untrained, healed = json.loads(path.read_text())["rows"]

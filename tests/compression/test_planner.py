@@ -400,3 +400,20 @@ def test_time_is_a_budget_of_networks_other_than_low_rank() -> None:
     plan = tn.plan(model, config, stats)
     assert plan.predicted_milliseconds is not None
     assert plan.predicted_milliseconds > 0
+
+
+def test_tokens_that_were_not_read_are_not_given_up() -> None:
+    """Rows that calibration never looked up lie elsewhere: a low rank must not make them worse than zero."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    table = 0.1 * torch.randn(400, 16, generator=generator)
+    table[:200] += torch.randn(200, 8, generator=generator) @ basis[:8]
+    table[200:] += torch.randn(200, 8, generator=generator) @ basis[8:]
+    model = nn.Sequential(nn.Embedding.from_pretrained(table.clone(), freeze=False), nn.Linear(16, 5))
+    batches = [(torch.randint(200, (64,)), torch.randint(5, (64,))) for _ in range(20)]
+    config = tn.CompressionConfig(target_modules=("0",), topology="low_rank", param_ratio=0.6)
+    tn.compress(model, config, calibration=batches, progress=False)
+    with torch.no_grad():
+        error = model[0](torch.arange(400)) - table
+    read, unread = error[:200].norm() / table[:200].norm(), error[200:].norm() / table[200:].norm()
+    assert read < unread < 1
