@@ -4,9 +4,9 @@
 
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
-judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, and healed
-on the PostgreSQL manual for ten minutes of a processor: the dense model is distilled into norms and cores, the
-integers stay. `perplexity_ratio` is to the dense model's. Rows
+judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
+other windows of the tutorials, and healed on the PostgreSQL manual for ten minutes of a processor: the dense
+model is distilled into norms and cores, the integers stay. `perplexity_ratio` is to the dense model's. Rows
 that the record has are skipped. Writes `whole_model.json`.
 """
 
@@ -28,13 +28,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bytes_models
-from bytes_models import Batches, Subject, judge, sample, windows
+from bytes_models import Batches, Subject, judge, sample, tokens_of, windows
 from harness import RECORDS, record
 from real_data import read_text, token_windows
 
 import tensornet as tn
 from tensornet.compression import prepare
 from tensornet.compression.config import DEFAULT_FORMATS
+from tensornet.healing import refine
 from tensornet.nn.targets import LayerSelection
 
 Row = dict[str, Any]
@@ -43,8 +44,10 @@ Row = dict[str, Any]
 class Bench:
     """One model, its texts, and statistics that rows share."""
 
-    def __init__(self, subject: Subject, training: Callable[[], Batches], given: argparse.Namespace) -> None:
-        self.subject, self.training, self.given = subject, training, given
+    def __init__(
+        self, subject: Subject, refitting: Batches, training: Callable[[], Batches], given: argparse.Namespace
+    ) -> None:
+        self.subject, self.refitting, self.training, self.given = subject, refitting, training, given
         self.dense = subject.load()
         self.layers = "all"  # the output head and the embedding too
         self.params = sum(p.numel() for p in self.dense.parameters())
@@ -90,9 +93,8 @@ class Bench:
         row["calibration_tokens"] = tokens_of(self.subject.calibration(0))
         yield {**row, "after": "", "predicted": plan.predicted_loss_increase, **self.judged(small)}
         start = time.process_time()
-        fitted = refine(
-            small, self.dense, self.subject.calibration(1), self.kept("moments", self.statistics)
-        )
+        fitted = refine(small, self.dense, self.refitting, stats, autocast=torch.bfloat16)
+        del stats
         row |= {"refine_seconds": time.process_time() - start, "refine_kept": fitted.kept}
         yield {**row, "after": "refined", **self.judged(small)}
         healed = tn.heal(
@@ -141,16 +143,18 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "--toy", action="store_true", help="the embedded model, few windows, a second of healing"
     )
     parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.2])
+    parser.add_argument("--calibration", type=int, default=72, help="windows of 512 tokens")
     parser.add_argument("--heal-seconds", type=float, default=600.0)
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, help="folder for the moments")
     given = parser.parse_args(arguments)
     if given.toy:
         given.heal_seconds, subject = 1.0, bytes_models.gpt2(count=8, limit=8_000)
-        bench = Bench(subject, lambda: subject.calibration(1), given)
+        bench = Bench(subject, subject.calibration(1), lambda: subject.calibration(1), given)
     else:
-        subject = bytes_models.smollm2(given.cache)
-        bench = Bench(subject, lambda: training(given.cache, subject), given)
+        subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
+        fewer = bytes_models.smollm2(given.cache, calibration=24)
+        bench = Bench(subject, fewer.calibration(1), lambda: training(given.cache, subject), given)
     path = given.records / "whole_model.json"
     for share in given.shares:
         known = json.loads(path.read_text())["rows"] if path.is_file() else []
