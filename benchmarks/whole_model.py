@@ -82,32 +82,53 @@ class Bench:
         return {share: prepared.plan(max_bytes=size) for share, size in sizes.items()}
 
     def rows(self, share: float) -> Iterator[Row]:
-        """The model of a share of the bytes, untrained and healed."""
+        """The model of a share of the bytes: rounded, refitted, healed."""
         plan = self.kept("plans-" + "-".join(map(str, self.given.shares)), self.plans)[share]
-        stats, small = self.kept("moments", self.statistics), self.subject.load()
-        start = time.process_time()
-        tn.apply_plan(small, plan, stats, progress=False)
-        row = {"share": share, "budget_bytes": int(share * 2 * self.params)}
-        row["round_seconds"] = time.process_time() - start
+        row: Row = {"share": share, "budget_bytes": int(share * 2 * self.params)}
         row["formats"] = dict(Counter(layer.storage.number_format.name for layer in plan if layer.topology))
+        row["predicted"] = plan.predicted_loss_increase
         row["calibration_tokens"] = tokens_of(self.subject.calibration(0))
-        yield {**row, "after": "", "predicted": plan.predicted_loss_increase, **self.judged(small)}
+
+        def rounded(small: nn.Module) -> Row:
+            tn.apply_plan(small, plan, self.kept("moments", self.statistics), progress=False)
+            return {}
+
+        def refined(small: nn.Module) -> Row:
+            stats = self.kept("moments", self.statistics)
+            fitted = refine(small, self.dense, self.refitting, stats, autocast=torch.bfloat16)
+            return {"refine_kept": fitted.kept}
+
+        def healed(small: nn.Module) -> Row:
+            made = tn.heal(
+                small,
+                self.dense,
+                self.training(),
+                steps=10_000,
+                max_seconds=self.given.heal_seconds,
+                clock=time.process_time,
+                autocast=torch.bfloat16,
+            )
+            return {"heal_steps": made.steps}
+
+        small = self.subject.load()
+        for after, step in (("", rounded), ("refined", refined), ("healed", healed)):
+            small, found = self.stage(f"{share}-{after or 'rounded'}", small, step)
+            row |= found
+            yield {**row, "after": after, **self.judged(small)}
+
+    def stage(self, name: str, model: nn.Module, step: Callable[[nn.Module], Row]) -> tuple[nn.Module, Row]:
+        """The model after one step, from the working folder if it is there, and what the step tells."""
+        path = self.given.work and self.given.work / f"{self.subject.name}-whole-{name}.safetensors"
+        told = path and path.with_suffix(".json")
+        if told and told.is_file():
+            return tn.load_model(self.subject.load(), path), json.loads(told.read_text())
         start = time.process_time()
-        fitted = refine(small, self.dense, self.refitting, stats, autocast=torch.bfloat16)
-        del stats
-        row |= {"refine_seconds": time.process_time() - start, "refine_kept": fitted.kept}
-        yield {**row, "after": "refined", **self.judged(small)}
-        healed = tn.heal(
-            small,
-            self.dense,
-            self.training(),
-            steps=10_000,
-            max_seconds=self.given.heal_seconds,
-            clock=time.process_time,
-            autocast=torch.bfloat16,
-        )
-        row |= {"heal_seconds": healed.seconds, "heal_steps": healed.steps}
-        yield {**row, "after": "healed", **self.judged(small)}
+        found = step(model)
+        found[f"{name.rpartition('-')[2]}_seconds"] = time.process_time() - start
+        if path and told:
+            tn.save_model(model, path)
+            told.write_text(json.dumps(found))
+        return model, found
 
     def judged(self, model: nn.Module) -> Row:
         """Loss over the dense model's, the size of the file, and what the model writes."""

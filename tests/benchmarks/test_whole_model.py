@@ -20,3 +20,10 @@ def test_toy_run_writes_a_record_and_goes_on(load_benchmark: Callable[[str], Any
     assert untrained["file_bytes"] < untrained["budget_bytes"] + 20_000
     before = path.read_bytes()
     assert module.main(given).read_bytes() == before
+    path.unlink()  # the steps are taken from the working folder
+    module.main(given)
+    again = json.loads(path.read_text())["rows"]
+    assert [row["loss_increase"] for row in again] == [
+        row["loss_increase"] for row in (untrained, refined, healed)
+    ]
+    assert again[2]["healed_seconds"] == healed["healed_seconds"]
