@@ -157,7 +157,7 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
         "nats a token",
         lambda seed: windows(drawn(known.flatten(), 512, calibration, seed), 2),
         windows(held[places], 2),
-        {"judged source": some(held[left], 8), "other source": some(other, 8)},
+        {"judged source": some(held[left], 24), "other source": some(other, 24)},
         prompt="A computer needs an operating system because",
     )
 

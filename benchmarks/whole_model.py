@@ -4,8 +4,9 @@
 
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
-judged on the Debian handbook, healed on the PostgreSQL manual for ten minutes of a processor: the dense model
-is distilled into scales, norms and cores, the integers stay. `perplexity_ratio` is to the dense model's. Rows
+judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
+other windows of the tutorials, and healed on the PostgreSQL manual for ten minutes of a processor: the dense
+model is distilled into norms and cores, the integers stay. `perplexity_ratio` is to the dense model's. Rows
 that the record has are skipped. Writes `whole_model.json`.
 """
 
@@ -27,13 +28,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bytes_models
-from bytes_models import Batches, Subject, judge, sample, windows
+from bytes_models import Batches, Subject, judge, sample, tokens_of, windows
 from harness import RECORDS, record
 from real_data import read_text, token_windows
 
 import tensornet as tn
 from tensornet.compression import prepare
 from tensornet.compression.config import DEFAULT_FORMATS
+from tensornet.healing import refine
 from tensornet.nn.targets import LayerSelection
 
 Row = dict[str, Any]
@@ -42,8 +44,10 @@ Row = dict[str, Any]
 class Bench:
     """One model, its texts, and statistics that rows share."""
 
-    def __init__(self, subject: Subject, training: Callable[[], Batches], given: argparse.Namespace) -> None:
-        self.subject, self.training, self.given = subject, training, given
+    def __init__(
+        self, subject: Subject, refitting: Batches, training: Callable[[], Batches], given: argparse.Namespace
+    ) -> None:
+        self.subject, self.refitting, self.training, self.given = subject, refitting, training, given
         self.dense = subject.load()
         self.layers = "all"  # the output head and the embedding too
         self.params = sum(p.numel() for p in self.dense.parameters())
@@ -78,27 +82,53 @@ class Bench:
         return {share: prepared.plan(max_bytes=size) for share, size in sizes.items()}
 
     def rows(self, share: float) -> Iterator[Row]:
-        """The model of a share of the bytes, untrained and healed."""
+        """The model of a share of the bytes: rounded, refitted, healed."""
         plan = self.kept("plans-" + "-".join(map(str, self.given.shares)), self.plans)[share]
-        stats, small = self.kept("moments", self.statistics), self.subject.load()
-        start = time.process_time()
-        tn.apply_plan(small, plan, stats, progress=False)
-        row = {"share": share, "budget_bytes": int(share * 2 * self.params)}
-        row["round_seconds"] = time.process_time() - start
-        del stats
+        row: Row = {"share": share, "budget_bytes": int(share * 2 * self.params)}
         row["formats"] = dict(Counter(layer.storage.number_format.name for layer in plan if layer.topology))
-        yield {**row, "after": "", "predicted": plan.predicted_loss_increase, **self.judged(small)}
-        healed = tn.heal(
-            small,
-            self.dense,
-            self.training(),
-            steps=10_000,
-            max_seconds=self.given.heal_seconds,
-            clock=time.process_time,
-            autocast=torch.bfloat16,
-        )
-        row |= {"heal_seconds": healed.seconds, "heal_steps": healed.steps}
-        yield {**row, "after": "healed", **self.judged(small)}
+        row["predicted"] = plan.predicted_loss_increase
+        row["calibration_tokens"] = tokens_of(self.subject.calibration(0))
+
+        def rounded(small: nn.Module) -> Row:
+            tn.apply_plan(small, plan, self.kept("moments", self.statistics), progress=False)
+            return {}
+
+        def refined(small: nn.Module) -> Row:
+            stats = self.kept("moments", self.statistics)
+            fitted = refine(small, self.dense, self.refitting, stats, autocast=torch.bfloat16)
+            return {"refine_kept": fitted.kept}
+
+        def healed(small: nn.Module) -> Row:
+            made = tn.heal(
+                small,
+                self.dense,
+                self.training(),
+                steps=10_000,
+                max_seconds=self.given.heal_seconds,
+                clock=time.process_time,
+                autocast=torch.bfloat16,
+            )
+            return {"heal_steps": made.steps}
+
+        small = self.subject.load()
+        for after, step in (("", rounded), ("refined", refined), ("healed", healed)):
+            small, found = self.stage(f"{share}-{after or 'rounded'}", small, step)
+            row |= found
+            yield {**row, "after": after, **self.judged(small)}
+
+    def stage(self, name: str, model: nn.Module, step: Callable[[nn.Module], Row]) -> tuple[nn.Module, Row]:
+        """The model after one step, from the working folder if it is there, and what the step tells."""
+        path = self.given.work and self.given.work / f"{self.subject.name}-whole-{name}.safetensors"
+        told = path and path.with_suffix(".json")
+        if told and told.is_file():
+            return tn.load_model(self.subject.load(), path), json.loads(told.read_text())
+        start = time.process_time()
+        found = step(model)
+        found[f"{name.rpartition('-')[2]}_seconds"] = time.process_time() - start
+        if path and told:
+            tn.save_model(model, path)
+            told.write_text(json.dumps(found))
+        return model, found
 
     def judged(self, model: nn.Module) -> Row:
         """Loss over the dense model's, the size of the file, and what the model writes."""
@@ -134,16 +164,18 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "--toy", action="store_true", help="the embedded model, few windows, a second of healing"
     )
     parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.2])
+    parser.add_argument("--calibration", type=int, default=72, help="windows of 512 tokens")
     parser.add_argument("--heal-seconds", type=float, default=600.0)
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, help="folder for the moments")
     given = parser.parse_args(arguments)
     if given.toy:
         given.heal_seconds, subject = 1.0, bytes_models.gpt2(count=8, limit=8_000)
-        bench = Bench(subject, lambda: subject.calibration(1), given)
+        bench = Bench(subject, subject.calibration(1), lambda: subject.calibration(1), given)
     else:
-        subject = bytes_models.smollm2(given.cache)
-        bench = Bench(subject, lambda: training(given.cache, subject), given)
+        subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
+        fewer = bytes_models.smollm2(given.cache, calibration=24)
+        bench = Bench(subject, fewer.calibration(1), lambda: training(given.cache, subject), given)
     path = given.records / "whole_model.json"
     for share in given.shares:
         known = json.loads(path.read_text())["rows"] if path.is_file() else []

@@ -11,6 +11,10 @@ from tensornet.errors import TargetError
 from tensornet.healing.config import Parameters
 from tensornet.nn.module import NetworkModule
 
+#: Learning rate of gains and biases in units of that of cores, at which some hundred steps hardly move them:
+#: 150 steps take the loss that an embedded GPT-2 in 2.25 bits loses from 0.112 to 0.105 at 1, 0.099 at 20.
+VECTOR_RATE = 20.0
+
 
 def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
     """Collect the tensor-network layers of a model by name; a layer with several names comes once."""
@@ -120,11 +124,18 @@ def trained_parameters(
     return trained
 
 
-def relative_groups(cores: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Build one optimizer group for each parameter, with the root mean square of its entries as `size`."""
-    sizes = ((core, float(core.detach().float().square().mean().sqrt())) for core in cores)
-    # A bias may start at zero and has to move all the same.
-    return [{"params": [core], "size": max(size, 1e-6 if core.dim() > 1 else 1e-2)} for core, size in sizes]
+def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Build one optimizer group for each parameter, with what its learning rate is relative to as `size`.
+
+    That is the root mean square of the entries of a core, and `VECTOR_RATE` times that of a gain or a bias.
+    """
+    groups: list[dict[str, Any]] = []
+    for parameter in trained:
+        size = float(parameter.detach().float().square().mean().sqrt())
+        # A bias may start at zero and has to move all the same.
+        size = max(size, 1e-6) if parameter.dim() > 1 else VECTOR_RATE * max(size, 1e-2)
+        groups.append({"params": [parameter], "size": size})
+    return groups
 
 
 @contextmanager

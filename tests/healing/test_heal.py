@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration.losses import losses_against
 from tensornet.healing.objective import layer_step, output_distance
-from tensornet.healing.trained import compressed_layers, trainable_cores
+from tensornet.healing.trained import VECTOR_RATE, compressed_layers, trainable_cores
 
 
 def test_end_to_end_healing_brings_the_models_together() -> None:
@@ -44,6 +44,21 @@ def test_steps_do_not_depend_on_which_core_holds_the_size() -> None:
         assert float(step.norm()) > 1e-3 * float(start[name].norm()), name
         # Not closer: the signs of tiny gradients differ.
         assert float((moved - step).norm()) < 0.05 * float(step.norm()), name
+
+
+def test_gains_and_biases_move_at_a_rate_of_their_own() -> None:
+    """The first step of AdamW is the learning rate, up to its epsilon, for every entry with a gradient."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 8)).double()
+    student = copy.deepcopy(teacher)
+    tn.compress(student, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    tn.heal(student, teacher, [torch.randn(64, 16).double()], steps=1, lr=1e-3, parameters="vectors")
+    for name, now in student.named_parameters():
+        size = float(before[name].square().mean().sqrt())
+        rate = 1e-3 * size if now.dim() > 1 else VECTOR_RATE * 1e-3 * max(size, 1e-2)
+        moved = float((now.detach() - before[name]).abs().max())
+        assert moved == pytest.approx(rate, rel=1e-3), name
 
 
 def test_layer_wise_healing_helps_without_an_end_to_end_pass() -> None:
