@@ -16,7 +16,7 @@ from tensornet.compression.choose import NO_REST, ModelRest, choose_candidates
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.forecast import UNMEASURED, Forecast, all_losses, light_copy, measured_rise
 from tensornet.compression.latency import Clock
-from tensornet.compression.layer_candidates import layer_candidates
+from tensornet.compression.layer_candidates import all_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.plan_by_weight import plan_layers
@@ -330,8 +330,10 @@ def prepare(
     clock = _clock(config, targets[0].weight)
     alone = objective == "weight" and not config.plans_formats and storage_of(config, objective).plain
     if not alone and not config.fixed:
-        for target in progress_bar(targets, desc="planning", disable=not progress, unit="layer"):
-            candidates.append(layer_candidates(target, config, objective, stats, clock))
+        found = all_candidates(targets, config, objective, stats, clock)
+        work = progress_bar(targets, desc="planning", disable=not progress, unit="layer")
+        for target, each in zip(work, found, strict=True):
+            candidates.append(each)
             spectra.append(tuple(singular_values(target.matrix).tolist()))
     return PreparedPlan(
         config,
