@@ -37,6 +37,7 @@ def apply_plan(
     *,
     progress: bool = False,
     fitted: Mapping[str, TensorNetwork] | None = None,
+    decomposed: dict[str, Decomposition] | None = None,
 ) -> dict[str, float]:
     """Replace the planned layers in place. Nothing is replaced if any decomposition fails.
 
@@ -47,6 +48,7 @@ def apply_plan(
         progress: show a progress bar.
         fitted: networks of stacks that share cores, if planning has just fitted them to these very weights;
             a stack that is absent is fitted again, as after loading a plan.
+        decomposed: decompositions of single layers, likewise; emptied, so that cores are held once.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
@@ -86,7 +88,8 @@ def apply_plan(
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
             weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-            result = shared.get(layer.name) or _decomposed(target, layer, weighting)
+            known = shared.get(layer.name) or (decomposed or {}).pop(layer.name, None)
+            result = known or _decomposed(target, layer, weighting)
             modules, errors[layer.name] = _compressed(target, layer, result, weighting)
             made.update(zip(target.names, modules, strict=True))
         with replaced(model, made):

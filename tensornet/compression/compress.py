@@ -75,14 +75,14 @@ def compress(
                 "objective='weight'."
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)
-    made = prepared.plan(progress=progress)
+    made, decomposed = prepared.plan_decomposed(progress=progress)
     fitted: Mapping[str, TensorNetwork] = {}
     if config.share_experts:
         shared = share_stacks(made, prepared.targets, stats)
         made, fitted = shared.plan, shared.networks
     readers = () if stats is None else stats.readers
     reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
-    errors = apply_plan(model, made, stats, progress=progress, fitted=fitted)
+    errors = apply_plan(model, made, stats, progress=progress, fitted=fitted, decomposed=decomposed)
     params_after, bytes_after = model_size(model)
     return CompressionReport(
         layers=layer_reports(made, errors),

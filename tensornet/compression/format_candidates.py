@@ -4,7 +4,7 @@ From 4 bits on the loss is predicted from the moments alone; at 2 and 3 bits, wh
 decide, a part of the matrix is rounded, and the prediction is corrected by what that costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,9 @@ from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.expected_loss import expected_losses
 from tensornet.quantization.prediction import group_ranges, spaced_rows
 from tensornet.quantization.scales import as_groups
+from tensornet.remembered import remembering
 from tensornet.topologies import dense
+from tensornet.topologies.dense import round_dense
 from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted instead of measured.
@@ -52,11 +54,31 @@ class FormatLosses:
         return FormatLosses(*(x * found / known if known > 0 else found for x, found, known in values))
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Part of a matrix that is rounded to few bits, and the sensitivity to errors of this part alone."""
+
+    part: Tensor
+    seen: Sensitivity
+
+
+@dataclass(frozen=True)
+class MeasuredSample:
+    """Sample of a matrix with its measured losses in each format of few bits."""
+
+    sample: Sample
+    losses: Mapping[NumberFormat, FormatLosses]
+
+
 def dense_candidates(
-    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat], clock: Clock | None
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    formats: Sequence[NumberFormat],
+    clock: Clock | None,
+    measured: MeasuredSample | None = None,
 ) -> LayerCandidates:
-    """Make one candidate of the dense matrix for each format, in their order."""
-    losses = format_losses(matrix, sensitivity, formats)
+    """Make one candidate of the dense matrix for each format, in their order; see `format_losses`."""
+    losses = format_losses(matrix, sensitivity, formats, measured)
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storages = [PLAIN if x == NumberFormat() else Storage(number_format=x) for x in formats]
 
@@ -87,24 +109,77 @@ def dense_candidates(
 
 
 def format_losses(
-    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    formats: Sequence[NumberFormat],
+    measured: MeasuredSample | None = None,
 ) -> list[FormatLosses]:
-    """Losses of a matrix in each format, corrected where predictions are not accurate."""
+    """Predict losses of a matrix in each format, corrected where predictions are not accurate.
+
+    Args:
+        matrix: shape `(out, in)`.
+        sensitivity: of the loss to its errors.
+        formats: number formats.
+        measured: from `measure_samples`, which takes less time for several matrices; measured here if absent.
+    """
     integers = [x for x in formats if x.is_integer]
     found = {x: _measured(matrix, sensitivity, x) for x in formats if not x.is_integer}
     sample = spaced_rows(matrix, SAMPLED_ROWS)
     found |= dict(zip(integers, _predicted(matrix, sensitivity, integers, sample), strict=True))
-    few = [x for x in integers if (x.bits or 0) < PREDICTED_BITS]
-    if few:
-        rows = torch.arange(len(matrix), device=matrix.device) if sample is None else sample
-        columns = _spaced_columns(matrix, few)
-        part = matrix[rows][:, columns]
-        seen = Sensitivity(
-            _of_block(sensitivity.choice, rows, columns), _of_block(sensitivity.forecast, rows, columns)
-        )
-        for x, expected in zip(few, _predicted(part, seen, few), strict=True):
-            found[x] = found[x].scaled(_measured(part, seen, x), expected)
+    if few := few_bits(formats):
+        known = measured or measure_samples([sample_of(matrix, sensitivity, few)], few)[0]
+        expected = _predicted(known.sample.part, known.sample.seen, few)
+        for x, losses in zip(few, expected, strict=True):
+            found[x] = found[x].scaled(known.losses[x], losses)
     return [found[x] for x in formats]
+
+
+def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
+    """List the formats with so few bits that predictions are corrected by measured losses."""
+    return [x for x in formats if x.is_integer and (x.bits or 0) < PREDICTED_BITS]
+
+
+def sample_of(matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]) -> Sample:
+    """Choose the rows and columns of a matrix that are rounded to formats of few bits."""
+    rows = spaced_rows(matrix, SAMPLED_ROWS)
+    if rows is None:
+        rows = torch.arange(len(matrix), device=matrix.device)
+    columns = _spaced_columns(matrix, formats)
+    seen = (_of_block(x, rows, columns) for x in (sensitivity.choice, sensitivity.forecast))
+    return Sample(matrix[rows][:, columns], Sensitivity(*seen))
+
+
+@torch.no_grad()
+def measure_samples(samples: Sequence[Sample], formats: Sequence[NumberFormat]) -> list[MeasuredSample]:
+    """Round samples of several matrices to formats of few bits, those of one shape in one stack.
+
+    To explain why: rounding goes column by column, and for samples a call takes longer than its arithmetic.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, sample in enumerate(samples):
+        chosen = sample.seen.choice
+        full = all(moment is not None and moment.ndim == 2 for moment in (chosen.rows, chosen.columns))
+        kind = (sample.part.shape, sample.part.dtype, sample.part.device)
+        groups.setdefault(kind if full else index, []).append(index)
+    found: list[dict[NumberFormat, FormatLosses]] = [{} for _ in samples]
+    for places in groups.values():
+        some = [samples[k] for k in places]
+        weights, weighting = some[0].part, some[0].seen.choice
+        if len(some) > 1:
+            weights = torch.stack([x.part for x in some])
+            weighting = Weighting(*(torch.stack(x) for x in _moments([y.seen.choice for y in some])))
+        with remembering():  # moments are factorised once for all formats
+            for number_format in formats:
+                kept = round_dense(weights, number_format, weighting).dequantize(weights.dtype)
+                for k, sample, matrix in zip(places, some, kept.view(-1, *kept.shape[-2:]), strict=True):
+                    found[k][number_format] = _losses(sample.part, matrix, sample.seen)
+    return [MeasuredSample(sample, losses) for sample, losses in zip(samples, found, strict=True)]
+
+
+def _moments(weightings: Sequence[Weighting]) -> tuple[list[Tensor], list[Tensor]]:
+    """List the moments of rows and of columns of weightings that have both."""
+    rows = [x.rows for x in weightings if x.rows is not None]
+    return rows, [x.columns for x in weightings if x.columns is not None]
 
 
 def _spaced_columns(matrix: Tensor, formats: Sequence[NumberFormat]) -> Tensor:
@@ -124,6 +199,11 @@ def _measured(matrix: Tensor, sensitivity: Sensitivity, number_format: NumberFor
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
     kept = round_trip(network, storage, matrix.dtype, sensitivity.choice).to_matrix()
+    return _losses(matrix, kept, sensitivity)
+
+
+def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLosses:
+    """Compute losses and error of a matrix of which another one is kept."""
     error = matrix - kept
     if not bool(error.any()):
         return FormatLosses(0.0, 0.0, 0.0)

@@ -1,6 +1,6 @@
 """All candidates of one layer: families of networks, and number formats."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,13 @@ from tensornet.compression.candidates import (
     storage_of,
 )
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.format_candidates import dense_candidates
+from tensornet.compression.format_candidates import (
+    MeasuredSample,
+    dense_candidates,
+    few_bits,
+    measure_samples,
+    sample_of,
+)
 from tensornet.compression.latency import Clock
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
 from tensornet.errors import BudgetError
@@ -26,25 +32,75 @@ from tensornet.quantization import NumberFormat
 from tensornet.remembered import remembering
 from tensornet.topologies import TopologyFamily, topology_family
 
+#: Layers whose samples are rounded together, and bytes that the moments of one side may take meanwhile.
+_LAYERS, _MOMENT_BYTES = 14, 1 << 27
 
-def layer_candidates(
-    target: Target,
+
+def all_candidates(
+    targets: Sequence[Target],
     config: CompressionConfig,
     objective: str,
     stats: CalibrationStats | None,
     clock: Clock | None = None,
+) -> Iterator[LayerCandidates]:
+    """Build the candidates of each layer within its own caps, a few layers at a time.
+
+    Args:
+        targets: the layers.
+        config: what to compress and how far.
+        objective: see `CompressionConfig`.
+        stats: calibration statistics.
+        clock: predicts times.
+
+    Raises:
+        BudgetError: no candidate is left of a layer.
+    """
+    few = few_bits(config.number_formats) if config.plans_formats else []
+    for some in _chunks(targets):
+        known = [layer_sensitivity(target, objective, stats, config.damping) for target in some]
+        sensitive = [k for k, sensitivity in enumerate(known) if sensitivity is not None]
+        measured: dict[int, MeasuredSample] = {}
+        if few:
+            samples = [sample_of(some[k].matrix, x, few) for k in sensitive if (x := known[k]) is not None]
+            measured = dict(zip(sensitive, measure_samples(samples, few), strict=True))
+        for k, (target, sensitivity) in enumerate(zip(some, known, strict=True)):
+            if sensitivity is None:
+                yield _insensitive(target.matrix, config, clock)
+            else:
+                yield _layer_candidates(target, sensitivity, config, objective, clock, measured.get(k))
+
+
+def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Split layers into runs whose moments fit into a little memory, or single ones."""
+    some: list[Target] = []
+    size = 0
+    for target in targets:
+        moments = 8 * sum(x * x for x in target.matrix.shape)
+        if some and (len(some) >= _LAYERS or size + moments > _MOMENT_BYTES):
+            yield some
+            some, size = [], 0
+        some.append(target)
+        size += moments
+    if some:
+        yield some
+
+
+def _layer_candidates(
+    target: Target,
+    sensitivity: Sensitivity,
+    config: CompressionConfig,
+    objective: str,
+    clock: Clock | None,
+    measured: MeasuredSample | None,
 ) -> LayerCandidates:
-    """Build all candidates of one layer within its own caps; `clock` predicts their times.
+    """Build all candidates of one layer.
 
     Raises:
         BudgetError: none is left.
     """
-    sensitivity = layer_sensitivity(target, objective, stats, config.damping)
-    if sensitivity is None:
-        return _insensitive(target.matrix, config, clock)
     matrix = target.matrix
     with remembering():  # every format and encoding asks for the same decompositions
-        found = _all_forms(matrix, sensitivity, config, objective, clock)
+        found = _all_forms(matrix, sensitivity, config, objective, clock, measured)
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
     if len(found.params) == 0:
@@ -61,12 +117,13 @@ def _all_forms(
     config: CompressionConfig,
     objective: str,
     clock: Clock | None,
+    measured: MeasuredSample | None,
 ) -> LayerCandidates:
     """Build the candidates of all families and, where they are planned, of all number formats."""
     plain = storage_of(config, objective)
     if not config.plans_formats:
         return _networks(matrix, sensitivity, plain, config, clock)
-    found = dense_candidates(matrix, sensitivity, config.number_formats, clock)
+    found = dense_candidates(matrix, sensitivity, config.number_formats, clock, measured)
     if objective == "weight":
         return found
     parts = [

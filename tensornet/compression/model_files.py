@@ -109,6 +109,7 @@ def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tenso
         places[name] = made.setdefault(id(stock), _built(name, spec, stock, path))
     with replaced(model, places):
         _check_state(model, state, path)
+        _check_dtypes(model, state, path)
         _check_scales(model, state, path)
     _tie(model, header["ties"])
     model.load_state_dict(state)
@@ -189,6 +190,25 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
                 f"{path} is of another model: {name} has shape {tuple(tensor.shape)} here, "
                 f"{tuple(state[name].shape)} there."
             )
+
+
+def _check_dtypes(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise FormatError where a tensor has another dtype than the number format of its layer fixes."""
+    for name, module in model.named_modules():
+        if not isinstance(module, NetworkModule):
+            continue
+        for part, dtype in module.fixed_dtypes.items():
+            found = state[f"{name}.{part}"].dtype
+            in_training = found == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+            if found != dtype and not in_training:
+                raise FormatError(
+                    f"{path} is damaged: {name}.{part} is stored as {_short(found)}, but the number format "
+                    f"of its layer claims {_short(dtype)}. Copy it again, or save the model again."
+                )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_scales(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -2,42 +2,38 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.budget import Budget
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import decide_alone
 from tensornet.compression.apply import apply_plan, check_stats
 from tensornet.compression.candidates import LayerCandidates, storage_of
 from tensornet.compression.choose import NO_REST, ModelRest, choose_candidates
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.forecast import UNMEASURED, Forecast, all_losses, light_copy, measured_rise
 from tensornet.compression.latency import Clock
-from tensornet.compression.layer_candidates import layer_candidates
+from tensornet.compression.layer_candidates import all_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
 from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan_by_weight import plan_layers
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import is_known, never_ran
 from tensornet.compression.shared_stacks import share_stacks
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
-from tensornet.linalg.svd import check_finite, working_dtype
-from tensornet.nn.encoding import Storage
+from tensornet.linalg.matrix_spectrum import singular_values
+from tensornet.linalg.svd import check_finite
 from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
-from tensornet.topologies import topology_family
-from tensornet.topologies.decomposition import Prediction
-from tensornet.topologies.fixed import topology_of_shape
+from tensornet.topologies import Decomposition
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
@@ -165,6 +161,21 @@ class PreparedPlan:
 
     @torch.no_grad()
     @on_cpu_unless_said
+    def plan_decomposed(self, *, progress: bool = False) -> tuple[CompressionPlan, dict[str, Decomposition]]:
+        """Plan for the budget of the configuration, and decompose by what planning has computed already.
+
+        Returns:
+            The plan, and decompositions for `apply_plan` by layer name: of the layers that are planned one by
+            one by the error of their weights. They take the memory of the compressed layers.
+        """
+        if self.candidates:
+            return self.plan(progress=progress), {}
+        planned = plan_layers(self.targets, self.config, decompose=True, progress=progress)
+        found = {each.layer.name: each.decomposition for each in planned if each.decomposition is not None}
+        return self._as_plan([each.layer for each in planned], self.config), found
+
+    @torch.no_grad()
+    @on_cpu_unless_said
     def plan(self, *, progress: bool = False, **budget: Any) -> CompressionPlan:
         """Compute the plan of least predicted loss for one budget.
 
@@ -186,7 +197,7 @@ class PreparedPlan:
         config = replace(self.config, **caps) if budget else self.config
         if not self.candidates:
             alone = plan_layers(self.targets, config, progress=progress)
-            return self._as_plan(alone, config)
+            return self._as_plan([each.layer for each in alone], config)
         if config.needs_curvature and self.objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
         chosen, bound_by = choose_candidates(
@@ -319,8 +330,10 @@ def prepare(
     clock = _clock(config, targets[0].weight)
     alone = objective == "weight" and not config.plans_formats and storage_of(config, objective).plain
     if not alone and not config.fixed:
-        for target in progress_bar(targets, desc="planning", disable=not progress, unit="layer"):
-            candidates.append(layer_candidates(target, config, objective, stats, clock))
+        found = all_candidates(targets, config, objective, stats, clock)
+        work = progress_bar(targets, desc="planning", disable=not progress, unit="layer")
+        for target, each in zip(work, found, strict=True):
+            candidates.append(each)
             spectra.append(tuple(singular_values(target.matrix).tolist()))
     return PreparedPlan(
         config,
@@ -386,90 +399,3 @@ def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None)
             "statistics that tensornet.calibrate collects to plan; objective='weight' needs none."
         )
     return wanted
-
-
-def plan_layers(
-    targets: Sequence[Target], config: CompressionConfig, *, progress: bool = False
-) -> tuple[LayerPlan, ...]:
-    """Plan every layer by the Frobenius error of its weight.
-
-    Raises:
-        BudgetError: naming the layer that cannot meet the budget.
-    """
-    sizes = [target.matrix.numel() for target in targets]
-    with progress_bar(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
-
-        def decide(index: int, ratio: float | None) -> LayerPlan:
-            made = plan_layer(targets[index], replace(config, param_ratio=ratio))
-            bar.update()
-            return made
-
-        def stay(index: int) -> tuple[LayerPlan, float]:
-            target = targets[index]
-            return _dense(target, singular_values(target.matrix)), sizes[index]
-
-        if config.param_ratio is None:
-            return tuple(decide(index, None) for index in range(len(targets)))
-        return tuple(decide_alone(sizes, config.param_ratio, decide, stay))
-
-
-def _dense(target: Target, spectrum: Tensor) -> LayerPlan:
-    shape = (target.matrix.shape[0], target.matrix.shape[1])
-    return LayerPlan(target.name, shape, None, "dense", 0.0, 0.0, tuple(spectrum.tolist()))
-
-
-def plan_layer(target: Target, config: CompressionConfig) -> LayerPlan:
-    """Plan one layer by the Frobenius error of its weight: choose the best family within the budget."""
-    if config.fixed:
-        return _fixed(target, config)
-    matrix = target.matrix
-    best: Prediction | None = None
-    refusals = []
-    spectrum = cache(partial(singular_values, matrix))
-    for family in config.families:
-        try:
-            options = config.family_options(family)
-            found = topology_family(family).predict(matrix, config.budget, spectrum, **options)
-        except BudgetError as error:
-            refusals.append(f"{family}: {error}")
-            continue
-        if best is None or _better(found, best, config.budget):
-            best = found
-    if best is None:
-        raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
-    dense = _dense(target, spectrum())
-    if not config.budget.unlimited and best.topology.num_params >= matrix.numel():
-        return dense
-    return with_baseline(replace(dense, topology=best.topology, bound_by=best.bound_by, error=best.error))
-
-
-def _fixed(target: Target, config: CompressionConfig) -> LayerPlan:
-    """Plan the topology that the configuration gives for the shape of a layer; its error is found by fitting.
-
-    Raises:
-        TopologyError: it gives none.
-    """
-    dense = _dense(target, singular_values(target.matrix))
-    topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")
-    storage = Storage(pivoted=bool(config.pivoted), int8=config.int8).for_topology(topology)
-    made = replace(dense, topology=topology, bound_by="topology", error=None, storage=storage)
-    return with_baseline(made)
-
-
-def singular_values(matrix: Tensor) -> Tensor:
-    """Compute the singular values in descending order, in double precision, from the smaller Gram matrix."""
-    work = matrix.to(working_dtype(matrix.dtype))
-    if work.shape[0] > work.shape[1]:
-        work = work.mH
-    return torch.linalg.eigvalsh(work @ work.mH).flip(0).clamp_min(0).sqrt()
-
-
-def _better(new: Prediction, old: Prediction, budget: Budget) -> bool:
-    """Compare two plans: the smaller wins under `rel_error`, the more accurate one under a size cap."""
-    if budget.rel_error is not None:
-        kept_new, kept_old = new.error <= budget.rel_error, old.error <= budget.rel_error
-        if kept_new and kept_old:
-            return new.topology.num_params < old.topology.num_params
-        if kept_new != kept_old:
-            return kept_new
-    return new.error < old.error

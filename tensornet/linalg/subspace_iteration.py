@@ -27,7 +27,13 @@ def worth_iterating(size: int, rank: int) -> bool:
 
 
 def iterated_basis(
-    block: Tensor, total: Tensor, rank: int, *, slack: float, kept_slack: float | None = None
+    block: Tensor,
+    total: Tensor,
+    rank: int,
+    *,
+    slack: float,
+    kept_slack: float | None = None,
+    gram: Tensor | None = None,
 ) -> Tensor | None:
     """Compute an orthonormal basis of the `rank` leading left singular vectors, in descending order.
 
@@ -38,12 +44,16 @@ def iterated_basis(
         slack: stop when an iteration lowers the energy left outside by less than this fraction of it.
         kept_slack: and by less than this fraction of the energy inside, for accurate singular values
             themselves: next to a large rest they may be far off while the rest hardly changes.
+        gram: `block @ block^H` if it is known.
 
     Returns:
         Basis of shape `(*batch, m, rank)`, or None if the energy has not settled.
     """
     size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
-    gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
+    if size > _GRAM_PAYS_BELOW * width:
+        gram = None
+    elif gram is None:
+        gram = block @ block.mH
     generator = torch.Generator(device="cpu").manual_seed(0)  # the same numbers on every device
     probe = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu").to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q

@@ -17,6 +17,7 @@ from tensornet.budget import Budget
 from tensornet.checks import check_dense, check_size
 from tensornet.context import outside_autocast
 from tensornet.errors import BudgetError, NonFiniteError
+from tensornet.linalg.gram_matrix import GramMatrix
 from tensornet.linalg.subspace_iteration import iterated_basis, worth_iterating
 
 Method = Literal["auto", "exact", "gram", "randomized"]
@@ -116,6 +117,12 @@ def safe_scales(stack: Tensor) -> Tensor | None:
     return torch.tensor(scales, dtype=result_dtype(stack.dtype).to_real(), device=stack.device)
 
 
+def scaled_work(matrix: Tensor, scale: float) -> Tensor:
+    """Convert to double precision and divide by a `safe_scale`; the matrix itself if it stays the same."""
+    work = matrix.detach().to(working_dtype(matrix.dtype))
+    return work if scale == 1 else work / scale
+
+
 def scaled_back(tensor: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Undo a division by `safe_scale`.
 
@@ -184,12 +191,35 @@ def truncated_svd(
         max_rank = check_size("max_rank", max_rank, error=BudgetError)
     Budget(rel_error=rel_error)
     check_finite(matrix, "The matrix")
-    scale = safe_scale(matrix)
-    work = matrix.detach().to(working_dtype(matrix.dtype)) / scale
+    return truncate(matrix, safe_scale(matrix), max_rank or min(matrix.shape), rel_error, method)
+
+
+@torch.no_grad()
+@outside_autocast
+def truncate(
+    matrix: Tensor,
+    scale: float,
+    cap: int,
+    rel_error: float | None = None,
+    method: Method = "auto",
+    *,
+    gram: GramMatrix | None = None,
+) -> TruncatedSVD:
+    """Truncate the SVD of a finite matrix; see `truncated_svd`.
+
+    Args:
+        matrix: shape `(m, n)`.
+        scale: its `safe_scale`.
+        cap: largest rank.
+        rel_error: largest relative Frobenius error.
+        method: see `truncated_svd`.
+        gram: Gram matrix of `matrix / scale` in double precision, if it is known.
+    """
+    work = scaled_work(matrix, scale)
     total = energy(work)
     allowed = None if rel_error is None else allowed_energy(rel_error, total)
     single = is_single(matrix.dtype)
-    found = factorize(work, max_rank or min(work.shape), allowed, method=method, single=single)
+    found = factorize(work, cap, allowed, method=method, single=single, gram=gram)
     U, Vh = fix_signs(found.U, found.Vh)
     dtype = result_dtype(matrix.dtype)
     error = relative(float(found.discarded), float(total))
@@ -203,7 +233,15 @@ def check_method(method: str) -> None:
         raise ValueError(f"Unknown SVD method {method!r}; choose one of {', '.join(METHODS)}.")
 
 
-def factorize(work: Tensor, cap: int, allowed: Tensor | None, *, method: Method, single: bool) -> Factors:
+def factorize(
+    work: Tensor,
+    cap: int,
+    allowed: Tensor | None,
+    *,
+    method: Method,
+    single: bool,
+    gram: GramMatrix | None = None,
+) -> Factors:
     """Truncate the SVD of a stack of double-precision blocks, all at the same rank.
 
     Args:
@@ -212,14 +250,15 @@ def factorize(work: Tensor, cap: int, allowed: Tensor | None, *, method: Method,
         allowed: energy that may be discarded, shape `(*batch)`; the largest rank needed is kept for all.
         method: see `truncated_svd`.
         single: whether the numbers carry single precision only.
+        gram: Gram matrix of the blocks, if it is known.
     """
     size = min(work.shape[-2:])
     cap = min(cap, size)
     iterate = method == "randomized" or (method == "auto" and worth_iterating(size, cap))
-    if iterate and (found := _randomized(work, cap, allowed, single)) is not None:
+    if iterate and (found := _randomized(work, cap, allowed, single, gram)) is not None:
         return found
     if method == "gram" or (method == "auto" and single):
-        return _gram(work, cap, allowed, single)
+        return _gram(work, cap, allowed, single, gram)
     return _exact(work, cap, allowed)
 
 
@@ -300,10 +339,12 @@ def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U.reshape(*batch, *U.shape[1:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[1:])
 
 
-def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors:
+def _gram(
+    work: Tensor, cap: int, allowed: Tensor | None, single: bool, gram: GramMatrix | None = None
+) -> Factors:
     if work.shape[-2] > work.shape[-1]:
-        return _flip(_gram(work.mH, cap, allowed, single))
-    values, vectors = torch.linalg.eigh(work @ work.mH)
+        return _flip(_gram(work.mH, cap, allowed, single, gram))
+    values, vectors = (gram or GramMatrix(work)).eigh
     energies = values.flip(-1).clamp_min(0)
     rank = keep_rank(energies, cap, allowed)
     found = _project(work, vectors.flip(-1)[..., :rank], "gram")
@@ -317,13 +358,16 @@ def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Facto
     return _exact(work, cap, allowed) if unresolved or missed else found
 
 
-def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors | None:
+def _randomized(
+    work: Tensor, cap: int, allowed: Tensor | None, single: bool, gram: GramMatrix | None = None
+) -> Factors | None:
     if work.shape[-2] > work.shape[-1]:
-        flipped = _randomized(work.mH, cap, allowed, single)
+        flipped = _randomized(work.mH, cap, allowed, single, gram)
         return None if flipped is None else _flip(flipped)
     total = energy(work)
     slack, kept_slack = (1e-4, 1e-5) if single else (1e-8, 1e-10)
-    basis = iterated_basis(work, total, cap, slack=slack, kept_slack=kept_slack)
+    known = None if gram is None else gram.product
+    basis = iterated_basis(work, total, cap, slack=slack, kept_slack=kept_slack, gram=known)
     if basis is None:
         return None
     sketch = basis.mH @ work

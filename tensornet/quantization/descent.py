@@ -7,6 +7,8 @@ as together still keep half of their gains. Scales of one group column are coupl
 solve a linear system. No step raises the loss increase. Where only the diagonal of `R` is known, as of a
 vocabulary, rows are independent: all moves that help are taken, and every scale has a closed form.
 
+Small matrices are taken in stacks, since calls take longer there than arithmetic.
+
 Reference:
     Behdin et al. 2023, "QuantEase" (coordinate descent on codes, inputs only).
 """
@@ -14,7 +16,6 @@ Reference:
 import torch
 from torch import Tensor
 
-from tensornet.linalg.weighted_svd import times
 from tensornet.quantization.formats import NumberFormat
 
 #: Columns whose updates of the gradient are collected into one matrix product.
@@ -39,26 +40,28 @@ def sweep_codes(
     """Move codes to lower the loss increase, in one pass over all columns.
 
     Args:
-        weight: shape `(out, in)`.
+        weight: shape `(stack, out, in)`.
         codes: current codes, as floating-point numbers of the same shape.
         scale: of every element.
         zero: of every element, or one number.
         top: largest code.
-        rows: `R`, shape `(out, out)`, or its diagonal `(out,)`.
-        columns: `C`, shape `(in, in)`.
+        rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
+        columns: `C`, shape `(stack, in, in)`.
 
     Returns:
         New codes.
     """
-    # Everything is transposed: a column of the weight lies in one piece.
-    codes, scale = codes.mT.clone(memory_format=torch.contiguous_format), scale.mT.contiguous()
-    error = weight.mT - (codes - (zero.mT if isinstance(zero, Tensor) else zero)) * scale
-    gradient = times(rows, (columns @ error).mT).mT.contiguous()
-    curvature = rows if rows.ndim == 1 else rows.diagonal()
+    # Everything is transposed, `(in, stack, out)`: a column of the weights lies in one piece.
+    codes, scale = _by_column(codes), _by_column(scale)
+    error = _by_column(weight) - (codes - (_by_column(zero) if isinstance(zero, Tensor) else zero)) * scale
+    gradient = _times(rows, _along_columns(columns, error))
+    curvature = rows if rows.ndim == 2 else rows.diagonal(dim1=1, dim2=2)
+    couplings = columns.transpose(0, 1)[..., None]  # shape: (in, stack, in, 1)
+    own = columns.diagonal(dim1=1, dim2=2).mT[..., None]  # shape: (in, stack, 1)
     for start in range(0, len(codes), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(codes)))
         s, here = scale[block], gradient[block].clone()
-        bend = curvature * columns.diagonal()[block, None]
+        bend = curvature * own[block]
         pull = torch.where(bend * s * s > 0, 1 / (bend * s), 0.0)
         moved = torch.zeros_like(here)
         for k in range(len(here)):
@@ -66,50 +69,80 @@ def sweep_codes(
             steps = torch.addcmul(column, here[k], pull[k]).round_().clamp_(0, top).sub_(column)
             change = (steps * s[k]).neg_()
             gain = change * torch.addcmul(here[k], bend[k], change, value=0.5)
-            coupling = columns[start + k]
-            chosen = _compatible(gain, change, here[k], rows, coupling[start + k])
+            chosen = _compatible(gain, change, here[k], rows, own[start + k, :, 0])
             if chosen is None:
                 continue
             which, spread = chosen
             moved[k] = change * which
             column.add_(steps.mul_(which))
-            here[k + 1 :].addr_(coupling[start + k + 1 : block.stop], spread)
-        gradient[block.stop :].addmm_(columns[block.stop :, block], times(rows, moved.mT).mT)
-    return codes.mT.contiguous()
+            further = couplings[start + k, :, start + k + 1 : block.stop].transpose(0, 1)
+            here[k + 1 :].addcmul_(further, spread)
+        rest = columns[:, block.stop :, block]
+        gradient[block.stop :] += _along_columns(rest, _times(rows, moved))
+    return codes.permute(1, 2, 0).contiguous()
+
+
+def _by_column(x: Tensor) -> Tensor:
+    """Copy `(stack, out, in)` to `(in, stack, out)`."""
+    return x.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _times(rows: Tensor, x: Tensor) -> Tensor:
+    """Multiply `x: (n, stack, out)` by the moment of the rows of each matrix."""
+    if rows.ndim == 2:
+        return x * rows
+    if len(rows) == 1:
+        return (x[:, 0] @ rows[0])[:, None]
+    return torch.bmm(x.transpose(0, 1), rows).transpose(0, 1).contiguous()
+
+
+def _along_columns(columns: Tensor, x: Tensor) -> Tensor:
+    """Multiply `columns: (stack, m, n)` by `x: (n, stack, out)`, shape `(m, stack, out)`."""
+    if len(columns) == 1:
+        return (columns[0] @ x[:, 0])[:, None]
+    return torch.bmm(columns, x.transpose(0, 1)).transpose(0, 1).contiguous()
 
 
 def _compatible(
     gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Select moves of one column that together lower the loss increase.
+    """Select moves of one column that together lower the loss increase of each matrix.
 
     Returns:
-        A mask of the moves, and `R` times them; None if no move helps.
+        A mask of the moves, and `R` times them, shape `(stack, out)` each; None if no move helps.
     """
-    which = gain < -1e-12 * gain.abs().max()
-    count = int(which.count_nonzero())
-    if count == 0:
+    which = gain < -1e-12 * gain.abs().amax(1, keepdim=True)
+    counts = which.sum(1)
+    most = int(counts.max())
+    if most == 0:
         return None
-    if rows.ndim == 1:
+    if rows.ndim == 2:
         return which, rows * change * which
+    ranks = None
     while True:
         moves = change * which
-        spread = _times_few(rows, moves, which, count)
-        if count == 1 or moves @ gradient + 0.5 * column * (moves @ spread) <= _KEPT * (
-            gain @ which.to(gain)
-        ):
+        spread = _spread_moves(rows, moves, which, most)
+        if most == 1:
             return which, spread
-        count //= 2
-        best = torch.where(which, gain, torch.inf).argsort(stable=True)[:count]
-        which = torch.zeros_like(which).index_fill_(0, best, True)
+        together = (moves * torch.addcmul(gradient, column[:, None], spread, value=0.5)).sum(1)
+        kept = (together <= _KEPT * (gain * which).sum(1)) | (counts <= 1)
+        if bool(kept.all()):
+            return which, spread
+        if ranks is None:
+            ranks = torch.where(which, gain, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+        counts = torch.where(kept, counts, counts // 2)
+        which = ranks < counts[:, None]
+        most = int(counts.max())
 
 
-def _times_few(rows: Tensor, moves: Tensor, which: Tensor, count: int) -> Tensor:
-    """Multiply a vector by `R`, reading only the rows that count where these are few."""
-    if count * _FEW > len(rows):
-        return rows @ moves
-    places = which.nonzero()[:, 0]
-    return moves[places] @ rows[places]
+def _spread_moves(rows: Tensor, moves: Tensor, which: Tensor, most: int) -> Tensor:
+    """Multiply the moves of each matrix by `R`, reading only the rows that count where these are few."""
+    if len(rows) > 1:
+        return torch.bmm(moves[:, None], rows)[:, 0]
+    if most * _FEW > rows.shape[1]:
+        return (rows[0] @ moves[0])[None]
+    places = which[0].nonzero()[:, 0]
+    return (moves[0, places] @ rows[0, places])[None]
 
 
 def sweep_scales(
@@ -118,52 +151,62 @@ def sweep_scales(
     """Refit the scales under both moments, in one pass over all group columns.
 
     Args:
-        weight: shape `(out, in)`.
+        weight: shape `(stack, out, in)`.
         points: codes less their zeros, of the same shape.
-        scales: current scales, shape `(out, groups)`.
+        scales: current scales, shape `(stack, out, groups)`.
         number_format: an integer format.
-        rows: `R`, shape `(out, out)`, or its diagonal `(out,)`.
-        columns: `C`, shape `(in, in)`.
+        rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
+        columns: `C`, shape `(stack, in, in)`.
 
     Returns:
         New scales, not rounded to the dtype of scales yet.
     """
     scales = scales.clone()
-    size = weight.shape[1]
+    size = weight.shape[2]
     width = number_format.group or size
-    values = points * scales.repeat_interleave(width, 1)[:, :size]
+    values = points * scales.repeat_interleave(width, 2)[..., :size]
     product = (weight - values) @ columns
-    for group in range(scales.shape[1]):
+    for group in range(scales.shape[2]):
         part = slice(group * width, min((group + 1) * width, size))
-        u = points[:, part]
-        right = (times(rows, product[:, part]) * u).sum(1)
-        if rows.ndim == 1:
-            bend = rows * ((u @ columns[part, part]) * u).sum(1)
+        u = points[..., part]
+        weighed = u @ columns[:, part, part]
+        if rows.ndim == 2:
+            right = (rows[..., None] * product[..., part] * u).sum(2)
+            bend = rows * (weighed * u).sum(2)
             step = torch.where(bend > 0, right / bend.clamp_min(1e-300), 0.0)
         else:
-            step = _conjugate_gradients(rows * (u @ columns[part, part] @ u.mT), right)
-        scales[:, group] += step
-        product.addmm_(u * step[:, None], columns[part], alpha=-1)
+            right = (rows @ product[..., part] * u).sum(2)
+            step = _conjugate_gradients(rows * (weighed @ u.mT), right)
+        scales[..., group] += step
+        product.baddbmm_(u * step[..., None], columns[:, part], alpha=-1)
     return scales
 
 
 def _conjugate_gradients(matrix: Tensor, right: Tensor) -> Tensor:
-    """Approximate `matrix^-1 right` by a few conjugate gradient steps, each lowering the quadratic."""
-    diagonal = matrix.diagonal()
+    """Approximate `matrix^-1 right` by a few conjugate gradient steps, each lowering the quadratic.
+
+    Args:
+        matrix: shape `(stack, n, n)`, positive semi-definite.
+        right: shape `(stack, n)`.
+    """
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
     inverse = torch.where(diagonal > 0, 1 / diagonal.clamp_min(1e-300), 0.0)
     solution = torch.zeros_like(right)
     residual, direction = right * (inverse > 0), inverse * right
-    square = residual @ direction
+    square = (residual * direction).sum(1, keepdim=True)
     for _ in range(_STEPS):
-        image = matrix @ direction
-        bend = direction @ image
-        if not bend > 0 or not square > 0:
+        image = (matrix @ direction[..., None])[..., 0]
+        bend = (direction * image).sum(1, keepdim=True)
+        goes_on = (bend > 0) & (square > 0)
+        if not bool(goes_on.any()):
             break
-        solution = solution + (square / bend) * direction
-        residual = residual - (square / bend) * image * (inverse > 0)
+        length = torch.where(goes_on, square / torch.where(goes_on, bend, 1.0), 0.0)
+        solution = solution + length * direction
+        residual = residual - length * image * (inverse > 0)
         nearer = inverse * residual
-        after = residual @ nearer
-        direction, square = nearer + (after / square) * direction, after
+        after = (residual * nearer).sum(1, keepdim=True)
+        direction = nearer + torch.where(goes_on, after / torch.where(goes_on, square, 1.0), 0.0) * direction
+        square = torch.where(goes_on, after, 0.0)
     return solution
 
 
@@ -182,22 +225,23 @@ def descend(
     Returns:
         Codes, and scales in the dtype they are stored in.
     """
-    size = weight.shape[1]
+    size = weight.shape[2]
     width = number_format.group or size
 
     def spread(x: Tensor) -> Tensor:
-        return x.to(weight.dtype).repeat_interleave(width, 1)[:, :size]
+        return x.to(weight.dtype).repeat_interleave(width, 2)[..., :size]
 
-    def price(points: Tensor, tried: Tensor) -> float:
+    def price(points: Tensor, tried: Tensor) -> Tensor:
         error = weight - points * spread(tried)
-        return float((times(rows, error) * (error @ columns)).sum(dtype=torch.float64))
+        left = rows[..., None] * error if rows.ndim == 2 else rows @ error
+        return (left * (error @ columns)).sum((1, 2), dtype=torch.float64)
 
     for _ in range(sweeps):
         points = codes - zero
         exact = sweep_scales(weight, points, scales.to(weight.dtype), number_format, rows, columns)
         limit = torch.finfo(scales.dtype).max
         moved = exact.clamp(-limit, limit).to(scales.dtype)
-        if price(points, moved) < price(points, scales):
-            scales = moved
+        better = price(points, moved) < price(points, scales)
+        scales = torch.where(better[:, None, None], moved, scales)
         codes = sweep_codes(weight, codes, spread(scales), zero, number_format.top, rows, columns)
     return codes, scales

@@ -33,6 +33,8 @@ Method = Literal["nearest", "columns", "rows", "both"]
 
 #: Shares of the mean diagonals of the output-gradient and the input moment that are added before rounding.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
+#: Rows of all matrices of a stack at which arithmetic takes as long as calls in descent.
+_DESCENT_ROWS = 2048
 #: Added to output-gradient moments that are damped already, only against singular ones.
 LEAST_DAMPING = 1e-6
 
@@ -298,19 +300,21 @@ class _Problem:
         return _storable(refit_scales(self.weight, points, self.format, moment), self.format)
 
     def improved(self, solution: _Solution, sweeps: int) -> _Solution:
-        """Descend on the exact loss increase, matrix by matrix."""
+        """Descend on the exact loss increase, a stack of small matrices at once."""
         grid = self.grid(solution.scales)
         codes, scales = solution.codes.clone(), solution.scales.scales.clone()
-        for k in range(len(codes)):
-            zero = grid.zero[k] if isinstance(grid.zero, Tensor) else grid.zero
-            codes[k], scales[k] = descend(
-                self.weight[k],
-                codes[k],
-                scales[k],
-                zero,
+        step = max(1, _DESCENT_ROWS // self.weight.shape[1])
+        for start in range(0, len(codes), step):
+            some = slice(start, start + step)
+            weight, zero = self.weight[some], grid.zero
+            codes[some], scales[some] = descend(
+                weight,
+                codes[some],
+                scales[some],
+                zero[some] if isinstance(zero, Tensor) else zero,
                 self.format,
-                _one(self.rows, k, self.weight[k, :, 0]),
-                _whole(_one(self.columns, k, self.weight[k, 0])),
+                _moments(self.rows, some, weight[:, :, 0]),
+                _whole(_moments(self.columns, some, weight[:, 0])),
                 sweeps,
             )
         found = GroupScales(scales, solution.scales.zeros)
@@ -393,10 +397,13 @@ def _storable(scales: Tensor, number_format: NumberFormat) -> Tensor:
     return scales.clamp(-limit, limit).to(number_format.scale_dtype)
 
 
-def _one(side: Side | None, k: int, like: Tensor) -> Tensor:
-    """Select the moment of one matrix of the stack, a diagonal as a vector; None is the identity."""
-    return torch.ones_like(like) if side is None else side.moment[k if len(side.moment) > 1 else 0]
+def _moments(side: Side | None, some: slice, like: Tensor) -> Tensor:
+    """Select the moments of a part of the stack, diagonals as vectors; None is the identity."""
+    if side is None:
+        return torch.ones_like(like)
+    moment = side.moment
+    return moment[some] if len(moment) > 1 else moment.expand(len(like), *moment.shape[1:])
 
 
-def _whole(moment: Tensor) -> Tensor:
-    return moment if moment.ndim == 2 else torch.diag(moment)
+def _whole(moments: Tensor) -> Tensor:
+    return moments if moments.ndim == 3 else torch.diag_embed(moments)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration import CalibrationStats
-from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan, apply_plan, plan
+from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan, apply_plan, prepare
 from tensornet.errors import FormatError
 from tensornet.io.atomic import Written, file_digest
 from tensornet.io.safetensors_files import Slice, read_header, write_tensors
 from tensornet.nn.serialization import module_spec
 from tensornet.nn.stock_layers import layer_kind
 from tensornet.streaming.stored_matrix import StoredMatrix
+from tensornet.topologies import Decomposition
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ def compress_piece(task: PieceTask) -> Piece:
         OSError: it cannot be read or written.
     """
     with one_thread():
-        root, everything = _stand_in(task), replace(task.config, target_modules="all", exclude_modules=None)
-        made = plan(root, everything) if task.planned is None else task.planned
+        root = _stand_in(task)
+        made, decomposed = _planned(root, task)
         stats = None if task.stats is None else CalibrationStats.load(task.stats)
-        errors = apply_plan(root, made, stats)
+        errors = apply_plan(root, made, stats, decomposed=decomposed)
         layer = replace(made.layers[0], singular_values=())
         written, specs, tensors = None, {}, {}
         if layer.topology is not None:
@@ -143,6 +144,14 @@ def compress_piece(task: PieceTask) -> Piece:
             written, tensors = file_digest(task.path), read_header(task.path)
     error = errors.get(layer.name, 0.0)
     return Piece(layer, error, specs, written, tensors, peak_memory(), getpid())
+
+
+def _planned(root: nn.Module, task: PieceTask) -> tuple[CompressionPlan, dict[str, Decomposition]]:
+    """Plan the only weight of a model, unless the task holds its plan."""
+    if task.planned is not None:
+        return task.planned, {}
+    everything = replace(task.config, target_modules="all", exclude_modules=None)
+    return prepare(root, everything).plan_decomposed()
 
 
 def copy_matrix(task: PieceTask) -> Piece:

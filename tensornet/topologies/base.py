@@ -13,6 +13,7 @@ from tensornet.checks import check_dense
 from tensornet.context import outside_autocast
 from tensornet.errors import TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
+from tensornet.linalg.matrix_spectrum import MatrixSpectrum
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat
@@ -148,9 +149,7 @@ class TopologyFamily(ABC):
 
     # --- decompositions --------------------------------------------------------------------------
 
-    def predict(
-        self, matrix: Tensor, budget: Budget, spectrum: Callable[[], Tensor], **options: Any
-    ) -> Prediction:
+    def predict(self, matrix: Tensor, budget: Budget, spectrum: MatrixSpectrum, **options: Any) -> Prediction:
         """Predict topology and error of `decompose`, by default through the decomposition itself.
 
         Override it if the singular values of the matrix tell both in less time.
@@ -158,11 +157,11 @@ class TopologyFamily(ABC):
         Args:
             matrix: shape `(out, in)`.
             budget: see `Budget`.
-            spectrum: gives the singular values in descending order, in double precision.
+            spectrum: singular values and truncated SVD of the matrix.
             options: of `decompose`.
         """
         found = self.decompose(matrix, budget, **options)
-        return Prediction(found.network.topology, found.error, found.bound_by)
+        return Prediction(found.network.topology, found.error, found.bound_by, lambda: found)
 
     @outside_autocast
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:

@@ -1,6 +1,7 @@
 """Result of decomposing a matrix."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from tensornet.network import TensorNetwork
 from tensornet.topology import Topology
@@ -39,8 +40,10 @@ class Prediction:
         topology: of the network.
         error: relative Frobenius error.
         bound_by: the cap that decides the bonds, see `Decomposition`.
+        decompose: decomposes by what the prediction has computed already; None where that saves nothing.
     """
 
     topology: Topology
     error: float
     bound_by: str
+    decompose: Callable[[], Decomposition] | None = field(default=None, compare=False, repr=False)

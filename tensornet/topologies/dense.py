@@ -13,8 +13,8 @@ from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.quantization import round_weight
-from tensornet.quantization.rounding import LEAST_DAMPING
+from tensornet.quantization import NumberFormat, round_weight
+from tensornet.quantization.rounding import LEAST_DAMPING, RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
@@ -57,6 +57,24 @@ def dense(*, out_features: int, in_features: int) -> Topology:
 
 #: Sweeps of descent after rounding, by bits: with few bits scales and clamping leave much to gain.
 _SWEEPS = {3: 2, 2: 4}
+
+
+def round_dense(matrix: Tensor, number_format: NumberFormat, weighting: Weighting) -> RoundedWeight:
+    """Round a matrix two-sidedly with the moments of the weight, and descend where few bits are left.
+
+    Args:
+        matrix: shape `(out, in)`, or a stack `(stack, out, in)`.
+        number_format: an integer format.
+        weighting: sensitivity of the loss to errors; its full moments may be stacks as well.
+    """
+    return round_weight(
+        matrix,
+        number_format,
+        rows=weighting.rows,
+        columns=weighting.columns,
+        row_damping=LEAST_DAMPING,
+        sweeps=_SWEEPS.get(number_format.bits or 0, 0),
+    )
 
 
 class DenseFamily(TopologyFamily):
@@ -134,18 +152,8 @@ class DenseFamily(TopologyFamily):
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
         """Round the matrix two-sidedly with the moments of the weight."""
-        codes = {
-            name: round_weight(
-                stored.tensors[name],
-                number_format,
-                rows=weighting.rows,
-                columns=weighting.columns,
-                row_damping=LEAST_DAMPING,
-                sweeps=_SWEEPS.get(number_format.bits or 0, 0),
-            )
-            for name, number_format in stored.formats.items()
-        }
-        return RoundedCores(codes)
+        formats = stored.formats.items()
+        return RoundedCores({name: round_dense(stored.tensors[name], x, weighting) for name, x in formats})
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
         """Return the same topology, since the sum of two matrices is a matrix."""

@@ -1,7 +1,7 @@
 """Low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from tensornet.budget import Budget, caps_of_bonds, check_budget
 from tensornet.checks import check_dense, check_size
 from tensornet.errors import TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
+from tensornet.linalg.matrix_spectrum import MatrixSpectrum
 from tensornet.linalg.subspace_iteration import worth_iterating
 from tensornet.linalg.svd import (
     Method,
@@ -104,9 +105,7 @@ class LowRankFamily(TopologyFamily):
         topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
         return replace(topology, family=self.name)
 
-    def predict(
-        self, matrix: Tensor, budget: Budget, spectrum: Callable[[], Tensor], **options: Any
-    ) -> Prediction:
+    def predict(self, matrix: Tensor, budget: Budget, spectrum: MatrixSpectrum, **options: Any) -> Prediction:
         """Read rank and error off the singular values, where single precision is asked for."""
         if options or not is_single(matrix.dtype):
             return super().predict(matrix, budget, spectrum, **options)
@@ -114,6 +113,8 @@ class LowRankFamily(TopologyFamily):
         check_finite(matrix, "The matrix")
         rows, columns = matrix.shape
         caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
+        if budget.rel_error is None:
+            spectrum.expect(caps[0])
         energies = spectrum().square()
         total = energies.sum()
         allowed = None if budget.rel_error is None else allowed_energy(budget.rel_error, total)
@@ -124,7 +125,13 @@ class LowRankFamily(TopologyFamily):
         if exact or (rank < len(energies) and error < _RESOLVED):
             return super().predict(matrix, budget, spectrum)
         topology = self.build(rows, columns, max_bond=rank)
-        return Prediction(topology, error, "rel_error" if rank < caps[0] else bound_by)
+        bound_by = "rel_error" if rank < caps[0] else bound_by
+
+        def decompose() -> Decomposition:
+            result = spectrum.truncated(rank)
+            return Decomposition(self._balanced(result, rows, columns), result.error, bound_by)
+
+        return Prediction(topology, error, bound_by, decompose)
 
     def decompose(
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from quantization.rounding_cases import moment, weight
+from torch import nn
 
-from tensornet.compression import format_candidates
+import tensornet as tn
+from tensornet.compression import format_candidates, layer_candidates
 from tensornet.compression.format_candidates import format_losses, nearest_losses
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
@@ -96,3 +98,38 @@ def test_whole_groups_of_columns_are_sampled(monkeypatch: pytest.MonkeyPatch) ->
     assert columns.tolist() == [*range(64), *range(896, 960)]
     rows = [NumberFormat.parse("int2:row")]
     assert len(format_candidates._spaced_columns(wide, rows)) == 1000
+
+
+def test_samples_of_several_matrices_are_measured_as_alone() -> None:
+    """Those of one shape in one stack, one with a diagonal moment and one of another shape beside it."""
+    few = format_candidates.few_bits(FORMATS)
+    cases = [case(40), case(40), case(24)]
+    cases[1] = -2 * cases[1][0].flip(0), cases[1][1]
+    flat = cases[0][1].choice
+    assert flat.rows is not None
+    diagonal = Weighting(flat.rows.diagonal(), flat.columns)
+    cases.append((cases[0][0], Sensitivity(diagonal, diagonal)))
+    samples = [format_candidates.sample_of(*each, few) for each in cases]
+    found = format_candidates.measure_samples(samples, few)
+    for each, measured in zip(cases, found, strict=True):
+        together = format_losses(*each, FORMATS, measured)
+        for one, other in zip(together, format_losses(*each, FORMATS), strict=True):
+            assert one.choice == pytest.approx(other.choice, rel=1e-5)
+            assert one.forecast == pytest.approx(other.forecast, rel=1e-5)
+
+
+def test_layers_are_measured_together_within_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = layer_candidates.measure_samples
+    monkeypatch.setattr(
+        layer_candidates, "measure_samples", lambda some, few: (sizes.append(len(some)), real(some, few))[1]
+    )
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5)))
+    stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(32, (64,)))])
+    config = tn.CompressionConfig(bits_per_weight=4)
+    whole = tn.plan(model, config, stats)
+    monkeypatch.setattr(layer_candidates, "_MOMENT_BYTES", 2 * 8 * 2 * 32**2)
+    assert [layer.loss_increase for layer in tn.plan(model, config, stats)] == pytest.approx(
+        [layer.loss_increase for layer in whole], rel=1e-4
+    )
+    assert sizes == [5, 2, 2, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,11 +25,13 @@ def test_sweeps_never_raise_the_price(m: int, n: int, seed: int, bits: int) -> N
         return price(matrix - (codes - zero) * scales.repeat_interleave(32, 1)[:, :n], rows, columns)
 
     before = cost(codes, scales)
-    refitted = sweep_scales(matrix, codes - zero, scales, number_format, rows, columns)
+    refitted = sweep_scales(
+        matrix[None], (codes - zero)[None], scales[None], number_format, rows[None], columns[None]
+    )[0]
     between = cost(codes, refitted)
     assert between <= before * (1 + 1e-9) + 1e-12
     spread = refitted.repeat_interleave(32, 1)[:, :n]
-    moved = sweep_codes(matrix, codes, spread, zero, top, rows, columns)
+    moved = sweep_codes(matrix[None], codes[None], spread[None], zero, top, rows[None], columns[None])[0]
     assert cost(moved, refitted) <= between * (1 + 1e-9) + 1e-12
     assert 0 <= float(moved.min()) <= float(moved.max()) <= top
 
@@ -37,7 +40,7 @@ def test_no_single_move_helps_in_the_end() -> None:
     matrix, rows, columns = weight(6, 12, 0), moment(6, 0), moment(12, 1)
     scale, codes = torch.full_like(matrix, 0.8), torch.full_like(matrix, 2.0)
     for _ in range(30):
-        codes = sweep_codes(matrix, codes, scale, 2.0, 3, rows, columns)
+        codes = sweep_codes(matrix[None], codes[None], scale[None], 2.0, 3, rows[None], columns[None])[0]
     best = price(matrix - (codes - 2) * scale, rows, columns)
     for i in range(6):
         for j in range(12):
@@ -51,8 +54,13 @@ def test_one_group_of_scales_is_solved_exactly() -> None:
     matrix, rows, columns = weight(5, 32, 0), moment(5, 0), moment(32, 1)
     points = torch.randint(-2, 3, (5, 32)).double()
     scales = sweep_scales(
-        matrix, points, torch.ones(5, 1).double(), NumberFormat.parse("int3:row"), rows, columns
-    )
+        matrix[None],
+        points[None],
+        torch.ones(1, 5, 1).double(),
+        NumberFormat.parse("int3:row"),
+        rows[None],
+        columns[None],
+    )[0]
     gradient = (points * (rows @ (matrix - points * scales) @ columns)).sum(1)
     assert float(gradient.abs().max()) < 1e-6
 
@@ -64,9 +72,18 @@ def test_scales_are_kept_where_eight_bits_make_the_exact_ones_worse() -> None:
     matrix = torch.full_like(codes, 3 * 1.1)
     rows = torch.tensor([[1.0, 0.99], [0.99, 1.0]], dtype=torch.float64)
     scales = torch.tensor([[1.0], [1.25]]).to(number_format.scale_dtype)
-    kept = descend(matrix, codes, scales, zero, number_format, rows, torch.ones(1, 1).double(), 1)
-    assert torch.equal(kept[0], codes)
-    assert torch.equal(kept[1].float(), scales.float())
+    kept = descend(
+        matrix[None],
+        codes[None],
+        scales[None],
+        zero,
+        number_format,
+        rows[None],
+        torch.ones(1, 1, 1).double(),
+        1,
+    )
+    assert torch.equal(kept[0][0], codes)
+    assert torch.equal(kept[1][0].float(), scales.float())
 
 
 @given(st.integers(1, 12), st.integers(1, 70), st.integers(0, 1000), st.integers(2, 4))
@@ -77,10 +94,11 @@ def test_a_diagonal_is_that_matrix(m: int, n: int, seed: int, bits: int) -> None
     codes = torch.full_like(matrix, 2.0)
     scales = torch.full((m, number_format.groups(n)), 0.7, dtype=matrix.dtype)
     given_both = [
-        descend(matrix, codes, scales, 1.5, number_format, side, columns, 2) for side in (rows, rows.diag())
+        descend(matrix[None], codes[None], scales[None], 1.5, number_format, side[None], columns[None], 2)
+        for side in (rows, rows.diag())
     ]
     prices = [
-        price(matrix - (c - 1.5) * s.repeat_interleave(32, 1)[:, :n], rows.diag(), columns)
+        price(matrix - (c[0] - 1.5) * s[0].repeat_interleave(32, 1)[:, :n], rows.diag(), columns)
         for c, s in given_both
     ]
     torch.testing.assert_close(prices[0], prices[1], rtol=1e-6, atol=1e-9)
@@ -94,3 +112,24 @@ def test_a_vocabulary_takes_no_square_matrix() -> None:
         for sweeps in (0, 1)
     ]
     assert float(rounded[1].loss_increase) < float(rounded[0].loss_increase)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_stack_descends_as_its_matrices_do(bits: int, diagonal: bool) -> None:
+    """Matrices of a stack differ in how many moves they keep, and in when their scales are solved."""
+    m, n, count = 20, 70, 5
+    matrices = torch.stack([(k + 1) * weight(m, n, k) for k in range(count)])
+    rows = torch.stack([moment(m, k, tokens=60) for k in range(count)])
+    rows = rows.diagonal(dim1=1, dim2=2) if diagonal else rows
+    columns = torch.stack([moment(n, k + 1, tokens=200) for k in range(count)])
+    number_format = NumberFormat(bits, 32)
+    codes = torch.full_like(matrices, 2.0)
+    scales = matrices.abs().amax((1, 2))[:, None, None].expand(-1, m, number_format.groups(n)) / 2
+    together = descend(matrices, codes, scales, 1.5, number_format, rows, columns, 3)
+    for k in range(count):
+        one = slice(k, k + 1)
+        given_one = matrices[one], codes[one], scales[one], 1.5, number_format, rows[one], columns[one]
+        alone = descend(*given_one, 3)
+        torch.testing.assert_close(together[0][one], alone[0])
+        torch.testing.assert_close(together[1][one], alone[1])

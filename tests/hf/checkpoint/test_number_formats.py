@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -189,6 +190,19 @@ def test_files_that_hold_other_tensors(
         th.load(tmp_path)
 
 
+def test_scales_of_another_dtype_than_claimed(folder: Path, tmp_path: Path) -> None:
+    """The table of dtypes agrees with the file; the number format, which layers are built by, does not."""
+    (file,) = folder.glob("*.safetensors")
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    storage = config["quantization_config"]["layers"][C_ATTN]["storage"]
+    storage["number_format"] += ":float16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = rf"{C_ATTN}\.scale_matrix is stored as bfloat16, but the .* claims float16\. .*restore the"
+    with pytest.raises(tn.FormatError, match=message):
+        th.load(tmp_path)
+
+
 def test_integers_that_claim_to_be_huge(folder: Path, tmp_path: Path) -> None:
     """4 EB of codes are refused by the header, before a byte is allocated."""
     (file,) = folder.glob("*.safetensors")
@@ -217,6 +231,14 @@ def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
     tn.save_model(model, tmp_path / "net.safetensors")
     x = torch.randn(3, 40)
     assert torch.equal(tn.load_model(fresh(), tmp_path / "net.safetensors")(x), model(x))
+    bad = {
+        k: v.half() if k == "0.scale_matrix" else v
+        for k, v in load_file(tmp_path / "net.safetensors").items()
+    }
+    with safetensors.safe_open(tmp_path / "net.safetensors", framework="pt") as opened:
+        save_file(bad, tmp_path / "half.safetensors", metadata=opened.metadata())
+    with pytest.raises(tn.FormatError, match=r"0\.scale_matrix is stored as float16, .* claims bfloat16"):
+        tn.load_model(fresh(), tmp_path / "half.safetensors")
     with torch.no_grad():
         model[0].scale_matrix[0, 0] = torch.inf
     tn.save_model(model, tmp_path / "net.safetensors")

@@ -31,13 +31,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_equal_descriptions_are_built_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    promised = headers.promised_shapes
+    promised = headers.promised_tensors
 
-    def counting(layer: str, spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def counting(layer: str, spec: Mapping[str, Any]) -> dict[str, headers.PromisedTensor]:
         built.append(layer)
         return promised(layer, spec)
 
-    monkeypatch.setattr(headers, "promised_shapes", counting)
+    monkeypatch.setattr(headers, "promised_tensors", counting)
     layers = headers.read_checkpoint(saved).compression.layers
     assert len(layers) == 42
     assert len(built) == len({repr(spec) for spec in layers.values()}) == 3

@@ -10,6 +10,7 @@ from typing import Any
 
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_files import read_headers as locate_tensors
+from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.serialization import build_module
 from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.guards import without_guards
@@ -53,6 +54,14 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     file: Path
+
+
+@dataclass(frozen=True)
+class PromisedTensor:
+    """Shape of a described tensor, and its dtype where a number format fixes it."""
+
+    shape: tuple[int, ...]
+    dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -185,26 +194,27 @@ def check_layers(
     Raises:
         FormatError: a description that nothing can be built from, or a missing, surplus or wrong tensor.
     """
-    expected: dict[str, tuple[int, ...]] = {}
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # by description: the layers of a model repeat a few
+    expected: dict[str, PromisedTensor] = {}
+    known: dict[str, dict[str, PromisedTensor]] = {}  # by description: the layers of a model repeat a few
     for layer, spec in compression.layers.items():
-        if (key := repr(spec)) not in shapes:
-            shapes[key] = promised_shapes(layer, spec)
-        expected |= {f"{layer}.{name}": shape for name, shape in shapes[key].items()}
-    stored = {name: shape for name, shape in expected.items() if name not in compression.ties}
+        if (key := repr(spec)) not in known:
+            known[key] = promised_tensors(layer, spec)
+        expected |= {f"{layer}.{name}": tensor for name, tensor in known[key].items()}
+    stored = {name: tensor for name, tensor in expected.items() if name not in compression.ties}
     in_file = _renaming(list(stored), tensors)
-    for name, shape in stored.items():
-        _check_tensor(tensors.get(in_file(name)), name, shape, compression.stored_dtype(name), where)
+    for name, tensor in stored.items():
+        _check_tensor(tensors.get(in_file(name)), name, tensor, compression.stored_dtype(name), where)
     for name, owner in compression.ties.items():
         there = tensors.get(in_file(owner))
-        if there is None or owner in compression.ties or there.shape != expected.get(name):
+        wanted = expected.get(name)
+        if there is None or owner in compression.ties or wanted is None or there.shape != wanted.shape:
             raise FormatError(
                 f"{where}: quantization_config ties {name} to {owner}, which is not a stored tensor of that "
                 "shape."
             )
-    known = {in_file(name) for name in stored}
+    described = {in_file(name) for name in stored}
     layers = {in_file(layer) for layer in compression.layers}
-    if surplus := sorted(k for k in tensors.keys() - known if is_inside(k, layers) or _names_a_core(k)):
+    if surplus := sorted(k for k in tensors.keys() - described if is_inside(k, layers) or _names_a_core(k)):
         raise FormatError(
             f"{where}: {', '.join(surplus)} stored, but not described in config.json. The weight files and "
             "config.json belong to different saves."
@@ -212,19 +222,27 @@ def check_layers(
 
 
 def _check_tensor(
-    stored: StoredTensor | None, name: str, shape: tuple[int, ...], dtype: str | None, where: str
+    stored: StoredTensor | None, name: str, promised: PromisedTensor, dtype: str | None, where: str
 ) -> None:
     if stored is None:
         raise FormatError(
             f"{where}: {name} is missing. config.json promises it, the weight files do not hold it: they "
             "belong to another save, or one is incomplete."
         )
-    if stored.shape != shape:
+    if stored.shape != promised.shape:
         raise FormatError(
-            f"{where}: {name} is stored with shape {list(stored.shape)}, its description says {list(shape)}."
+            f"{where}: {name} is stored with shape {list(stored.shape)}, its description says "
+            f"{list(promised.shape)}."
         )
     if dtype is not None and stored.dtype != dtype:
         raise FormatError(f"{where}: {name} is stored as {stored.dtype}, its description says {dtype}.")
+    in_training = stored.dtype == "float32" and (promised.dtype or "").endswith("float16")
+    if promised.dtype not in (None, stored.dtype) and not in_training:
+        raise FormatError(
+            f"{where}: {name} is stored as {stored.dtype}, but the number format of its layer in config.json "
+            f"claims {promised.dtype}. The weight files and config.json belong to different saves: restore "
+            "the config.json that was saved with these weights, or compress the model again."
+        )
 
 
 def _renaming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Callable[[str], str]:
@@ -245,8 +263,8 @@ def _names_a_core(name: str) -> bool:
     return name.rpartition(".")[2].startswith("core_")
 
 
-def promised_shapes(layer: str, spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of a described module; nothing is allocated.
+def promised_tensors(layer: str, spec: Mapping[str, Any]) -> dict[str, PromisedTensor]:
+    """Return shapes and dtypes of all tensors of a described module; nothing is allocated.
 
     Raises:
         FormatError: nothing can be built from the description.
@@ -258,7 +276,14 @@ def promised_shapes(layer: str, spec: Mapping[str, Any]) -> dict[str, tuple[int,
         raise FormatError(
             f"The description of {layer!r} in quantization_config is unusable: {error!s:.500}"
         ) from error
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    fixed = {
+        f"{part}.{name}" if part else name: str(dtype).removeprefix("torch.")
+        for part, inner in module.named_modules()
+        if isinstance(inner, FixedDtypes)
+        for name, dtype in inner.fixed_dtypes.items()
+    }
+    found = module.state_dict()
+    return {name: PromisedTensor(tuple(x.shape), fixed.get(name)) for name, x in found.items()}
 
 
 def _not_a_model(folder: Path) -> str:
