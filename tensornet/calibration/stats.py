@@ -87,7 +87,7 @@ class CalibrationStats:
         return moment_figure(self)
 
     def _repr_html_(self) -> str:
-        """Table for notebooks."""
+        """Format as a table for notebooks."""
         from tensornet.calibration.moment_figure import moment_summaries
 
         known = self.loss is not None and self.loss == self.loss  # NaN: batches had no loss of their own

@@ -296,7 +296,7 @@ def _plans_formats(plan: CompressionPlan) -> bool:
 
 
 def _rank_bytes(matrix: Tensor, plan: CompressionPlan) -> int:
-    """Bytes of one more rank in the plain SVD of a matrix."""
+    """Count the bytes that one more rank adds to the plain SVD of a matrix."""
     return sum(matrix.shape) * (_SHORT if _plans_formats(plan) else matrix.element_size())
 
 

@@ -230,7 +230,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def calibrated_families(self) -> tuple[str, ...]:
-        """Names of the families with calibration data: without chains, which lose to low rank there.
+        """Names of the families used with calibration data: low rank beats chains there, which are left out.
 
         Nor with residual forms, whose candidates are rounded to be priced: planning would take six times as
         long for a percent of the loss (`topology="residual"` asks for them).

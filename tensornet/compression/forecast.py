@@ -49,7 +49,7 @@ class Forecast:
 
     @classmethod
     def through(cls, measured: Iterable[tuple[float, float]], source: str | None = None) -> "Forecast":
-        """Fit a forecast through measured pairs `(price, rise)`.
+        """Fit a forecast through pairs `(price, rise)` of predicted and measured loss increase.
 
         A rise that is not above 0, or not above that of a smaller price, is noise and left out.
 
@@ -68,11 +68,11 @@ class Forecast:
         return cls(tuple(points), source)
 
     def rise(self, price: float) -> float:
-        """Predict the increase of the loss of a token."""
+        """Correct a predicted loss increase by the measurements."""
         return _along(self.points, price)
 
     def price(self, rise: float) -> float:
-        """Compute the price at which this rise is predicted: the inverse of `rise`."""
+        """Compute the uncorrected prediction that gives this loss increase: the inverse of `rise`."""
         return _along([(b, a) for a, b in self.points], rise)
 
     def to_dict(self) -> dict[str, Any]:

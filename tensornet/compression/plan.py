@@ -283,7 +283,7 @@ class CompressionPlan:
         return plan_figure(self)
 
     def _repr_html_(self) -> str:
-        """Table for notebooks."""
+        """Format as a table for notebooks."""
         total = (
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a weight"
         )
@@ -420,6 +420,6 @@ def _check(plan: CompressionPlan) -> None:
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    """Sum of the values; None if empty or if any is None."""
+    """Sum the values; None if there are none or if any is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None

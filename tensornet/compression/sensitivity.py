@@ -188,7 +188,7 @@ def _ran(target: Target, stats: CalibrationStats) -> bool:
 
 
 def never_ran(target: Target) -> TargetError:
-    """Make the error about a weight that nothing is known of."""
+    """Build the error for a weight without calibration statistics."""
     return TargetError(
         f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
         "Calibrate with data that reaches it, or exclude it."

@@ -143,7 +143,7 @@ def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
 
 
 def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
-    """Gradient by the input for the gradient `(tokens, out)` by the output."""
+    """Compute the gradient by the input from the gradient `(tokens, out)` by the output."""
     made = gradient.new_zeros(len(gradient), matrix.shape[1])
     for part, rows in matrix.blocks(gradient.dtype):
         made.addmm_(gradient[:, part], rows)

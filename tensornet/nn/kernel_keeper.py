@@ -113,7 +113,7 @@ class KernelKeeper(NetworkModule):
         return self
 
     def _stored_buffers(self) -> dict[str, Tensor | None]:
-        """Buffers as they are when the matrix is held as it is stored, in the order of the stored names."""
+        """Return the buffers in their stored form and order, whatever layout holds the matrix now."""
         matrix = self.kernel_matrix
         if matrix is None:
             return self._buffers
@@ -137,7 +137,7 @@ class KernelKeeper(NetworkModule):
 
     @property
     def _may_be_larger(self) -> bool:
-        """Whether the layout may take more than `HELD_RATIO` times the stored bytes."""
+        """True if the layout may take more than `HELD_RATIO` times the stored bytes."""
         return self.strategy == "factorized"
 
     def _held_device(self) -> torch.device:

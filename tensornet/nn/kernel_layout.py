@@ -160,7 +160,7 @@ def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def has_layout(number_format: NumberFormat, shape: tuple[int, int], *, larger: bool = False) -> bool:
-    """Return True if the kernel on this processor can have a matrix of this format and shape.
+    """Return True if the kernel on this processor supports matrices of this format and shape.
 
     Args:
         number_format: of the matrix.
@@ -306,7 +306,7 @@ def _by_input(codes: Tensor, block: int) -> Tensor:
 
 
 def _parts(rows: int, columns: int, block: int) -> Iterator[slice]:
-    """Slices of whole blocks of the kernel, few enough rows at a time."""
+    """Yield slices of whole blocks of the kernel, of few enough rows to bound the working memory."""
     step = max(1, _BLOCK // (block * columns)) * block
     for start, stop in pairwise((*range(0, rows, step), rows)):
         yield slice(start, stop)

@@ -147,7 +147,7 @@ class MatrixKeeper(nn.Module):
         raise TypeError(f"{type(self).__name__} must define seconds_saved.")
 
     def _core_tensors(self) -> tuple[Tensor | None, ...]:
-        """Tensors from which the matrices are built; None for values that are not tensors of the module."""
+        """Return the tensors that the matrices are built from; None for values computed elsewhere."""
         raise TypeError(f"{type(self).__name__} must define _core_tensors().")
 
     def _computed_like(self) -> Tensor:

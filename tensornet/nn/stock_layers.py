@@ -265,7 +265,7 @@ def compound_of(module: nn.Module) -> CompoundKind | None:
 
 
 def reason_against(module: nn.Module) -> str | None:
-    """Say why a module is not taken apart, by the first kind that knows its type; None if none does.
+    """Return why the first kind that knows a module's type leaves it whole; None if none does.
 
     >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
     'groups too small for low rank'

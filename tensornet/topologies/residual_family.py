@@ -55,7 +55,7 @@ def residual(
     network: str = "low_rank",
     network_options: Mapping[str, Any] | None = None,
 ) -> Topology:
-    """Sum of a dense core `base` and a network of another family.
+    """Build the sum of a dense core `base` and a network of another family.
 
     Args:
         out_features: rows.
@@ -263,7 +263,7 @@ class ResidualFamily(TopologyFamily):
 
 
 def _beside(network: Topology) -> Topology:
-    """Sum of a dense core and a network."""
+    """Build the topology of a dense core plus a network."""
     base = CoreSpec(BASE, (*network.out_labels, *network.in_labels))
     return replace(
         network,

@@ -91,7 +91,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Size of the safetensors files of a folder."""
+    """Sum the sizes of the safetensors files of a folder."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
