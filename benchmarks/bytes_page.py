@@ -154,7 +154,8 @@ def why(rows: Sequence[Row]) -> str:
             parts.append(f"of {title} rises by {number(statistics.mean(ours))} nats; {peers}")
     return (
         f"- Less loss at the same bytes. At {at} bits a weight the loss {'. That '.join(parts)}.\n"
-        "- Layers differ. Each gets its own integers, of 2 to 8 bits, or rank, by one calibrated price.\n"
+        "- Layers differ. Each gets its own integers, of 2 to 8 bits, or rank, by the predicted increase of "
+        "the loss.\n"
         "- You know the loss before you pay it. Where plain int4 or int8 is best, the plan chooses it."
     )
 
