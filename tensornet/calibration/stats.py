@@ -103,7 +103,7 @@ class CalibrationStats:
         """Write one safetensors file; a tensor that several layers share is written once.
 
         Raises:
-            DestinationError: there is no place for it.
+            DestinationError: the file cannot be written there.
         """
         tensors: dict[str, Tensor] = {}
         sides = {side: _deduplicate(getattr(self, side), side, tensors) for side in ("rows", "columns")}

@@ -79,7 +79,10 @@ def spend_cost(
 
     least = charge(0.0)
     if least > allowed:
-        raise BudgetError(f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}.")
+        raise BudgetError(
+            f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}; allow more or "
+            "choose fewer layers."
+        )
     # The cost rises with the price: the last price at which it is still allowed.
     low, high = 0.0, 1.0
     while charge(high) <= allowed and high < 1e12:

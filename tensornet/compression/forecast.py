@@ -1,8 +1,9 @@
 """Forecast of the loss increase, corrected by measurements at a few sizes.
 
-The price of a plan is second order, sums over layers as if they did not meet, and knows only the calibration
-text. All three make it miss in proportion, and by how much can be measured: a model cut to a few sizes is run
-on text of another source. What lies between and beyond those sizes is read off the curve through them.
+The predicted loss increase of a plan, its price, is of second order, adds up layers as if they were
+independent, and knows only the calibration text. All three make it wrong by a factor, which can be measured:
+the model is compressed to a few sizes and run on text of another source. Other sizes are read off the curve
+through these.
 """
 
 import copy
@@ -28,8 +29,9 @@ from tensornet.nn.module import NetworkModule
 class Forecast:
     """Map from the predicted loss increase of a plan to the measured scale, through measured points.
 
-    Logarithms are interpolated linearly between points; beyond the first and the last the ratio of rise and
-    price stays what it is there. Without points a price is its own forecast.
+    A price is the prediction before correction, a rise the loss increase measured at it. Logarithms are
+    interpolated linearly between points; beyond the first and the last the ratio of rise and price is
+    constant. Without points a price is its own forecast.
 
     Args:
         points: `(price, rise)`, both above 0 and rising.
@@ -54,7 +56,7 @@ class Forecast:
         A rise that is not above 0, or not above that of a smaller price, is noise and left out.
 
         Raises:
-            BudgetError: nothing is left.
+            BudgetError: no pair remains.
         """
         points: list[tuple[float, float]] = []
         for price, rise in sorted(measured):
@@ -106,7 +108,7 @@ def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLoss
     """Compute the mean loss of the tokens of all batches, in eval mode.
 
     Raises:
-        TargetError: there are none.
+        TargetError: no token is scored.
     """
     return float(all_losses(model, batches, loss_fn).mean())
 
@@ -116,7 +118,7 @@ def all_losses(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLos
     """Collect the losses of the tokens of all batches, in eval mode, shape `(tokens,)`.
 
     Raises:
-        TargetError: there are none.
+        TargetError: no token is scored.
     """
     device = next(model.parameters()).device
     found = []

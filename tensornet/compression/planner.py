@@ -124,7 +124,8 @@ class PreparedPlan:
         """
         if self.objective != "curvature":
             raise BudgetError(
-                f"Only the prices of objective='curvature' foresee a loss, not those of {self.objective!r}."
+                f"Only objective='curvature' predicts losses, which measurements can correct, not "
+                f"{self.objective!r}."
             )
         loss_fn = loss_fn or losses_against(model)
         dense = all_losses(model, validation, loss_fn)
@@ -265,8 +266,8 @@ def plan(
 
     Raises:
         TargetError: nothing matches, or the objective needs statistics that are not there.
-        NonFiniteError: naming the layer that holds NaN or infinity.
-        BudgetError: naming the layer that cannot meet the budget.
+        NonFiniteError: a weight holds NaN or infinity; the message names the layer.
+        BudgetError: a layer cannot meet the budget; the message names it.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
@@ -394,7 +395,7 @@ def plan_layers(
     """Plan every layer by the Frobenius error of its weight.
 
     Raises:
-        BudgetError: naming the layer that cannot meet the budget.
+        BudgetError: a layer cannot meet the budget; the message names it.
     """
     sizes = [target.matrix.numel() for target in targets]
     with progress_bar(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
@@ -447,7 +448,7 @@ def _fixed(target: Target, config: CompressionConfig) -> LayerPlan:
     """Plan the topology that the configuration gives for the shape of a layer; its error is found by fitting.
 
     Raises:
-        TopologyError: it gives none.
+        TopologyError: the configuration has no topology for this shape.
     """
     dense = _dense(target, singular_values(target.matrix))
     topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")

@@ -154,7 +154,7 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
     """Average the moments of gradients and inputs over the relatives of a weight that never ran.
 
     Raises:
-        TargetError: it has none, or they never ran either.
+        TargetError: it has no relatives, or none of them ran.
     """
     names = _relatives(target, stats)
     if not names:

@@ -103,7 +103,7 @@ def check_options(strategy: str, cache_limit: int | None) -> None:
     """Raise ValueError for unknown options; warn about a limit without effect.
 
     Raises:
-        ValueError: unknown strategy, or a limit that is no number of bytes.
+        ValueError: unknown strategy, or a limit that is not a number of bytes.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")

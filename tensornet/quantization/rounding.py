@@ -121,7 +121,7 @@ def round_weight(
         predict: also predict the loss increase.
 
     Raises:
-        FormatError: no integer format.
+        FormatError: not an integer format.
         NonFiniteError: the weight or a moment holds NaN or infinity.
         ShapeError: moments that do not fit, or a method that they do not allow.
 

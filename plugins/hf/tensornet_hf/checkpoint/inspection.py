@@ -66,7 +66,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
     """Describe a model folder from its headers; raise for every header that `tensornet_hf.load` would refuse.
 
     Raises:
-        FormatError: naming what is missing, surplus, damaged or contradictory.
+        FormatError: something is missing, surplus, damaged or contradictory; the message names it.
     """
     checkpoint = read_checkpoint(folder)
     description = checkpoint.compression

@@ -277,6 +277,6 @@ def check_picture(path: Path) -> None:
         TargetError: another ending than .png, .svg or .pdf, or a folder that is not there.
     """
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise TargetError(f"{path} is no name of a picture; end it in .png, .svg or .pdf.")
+        raise TargetError(f"{path} is not the name of a picture; end it in .png, .svg or .pdf.")
     if not path.absolute().parent.is_dir():
         raise TargetError(f"The picture cannot be written to {path}: its folder is not there.")
