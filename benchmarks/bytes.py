@@ -95,7 +95,7 @@ class Bench:
 
     @cached_property
     def judged(self) -> tuple[list[Tensor], Tensor, str | None]:
-        """Outputs, token losses and sample of the dense model; outputs of encoders only."""
+        """Dense model's outputs (encoders only), token losses and sample."""
         model = self.subject.load()
         dense = [pooled(model, x) for x in self.subject.judged] if self.subject.encoder else []
         return dense, judge(self.subject, model, dense), sample(self.subject, model)

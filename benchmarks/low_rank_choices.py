@@ -53,7 +53,7 @@ class Text:
 
     @classmethod
     def of(cls, model: nn.Module, windows: Tensor) -> Text:
-        """Run the dense model."""
+        """Collect the dense model's log-probabilities on some windows."""
         return cls(windows, log_probabilities(model, windows))
 
     def judge(self, model: nn.Module) -> Tensor:
@@ -119,7 +119,7 @@ class Bench:
 
     @cached_property
     def unused(self) -> Tensor:
-        """As many windows that the base is not calibrated on."""
+        """Calibration windows that the base does not use, as many as it uses."""
         free = torch.ones(len(self.known), dtype=torch.bool)
         free[torch.linspace(0, len(self.known) - 1, self.count).long()] = False
         left = self.known[free]
@@ -209,7 +209,7 @@ def allocated_by_forecasts(bench: Bench) -> Models:
 
 
 def measured_by(key: Callable[[str], str]) -> Callable[[Bench], Models]:
-    """Scale the predicted losses of each group of layers by its measured over its predicted loss increase."""
+    """Make a variant that scales predicted losses of groups of layers by measured over predicted increase."""
 
     def build(bench: Bench) -> Models:
         plan = bench.prepared.plan(param_ratio=min(bench.ratios))
@@ -236,7 +236,7 @@ def measured_by(key: Callable[[str], str]) -> Callable[[Bench], Models]:
 
 
 def collected_again(rows_alone: bool) -> Callable[[Bench], Models]:
-    """Average the moments of the dense model and those of the model compressed to the largest size.
+    """Make a variant that averages the moments of the dense model and of that of the largest size.
 
     Gradients there see errors of products, query times key and value times output, since one of the two
     factors is truncated already.
@@ -257,7 +257,7 @@ def mean_of(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[s
 
 
 def refitted(*, passes: int = 1, new_rows: bool = False, **options: Any) -> Callable[[Bench], Models]:
-    """Refit the base; `new_rows` takes the gradient moments of the refitted model."""
+    """Make a variant that refits the base; `new_rows` takes gradient moments of the refitted model."""
 
     def build(bench: Bench) -> Models:
         found = {}

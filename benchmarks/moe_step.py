@@ -133,7 +133,7 @@ def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 
 
 def one_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank of as many parameters whose end cores carry legs of outputs only and of inputs only."""
+    """Build a bank of as many parameters; one end core carries outputs only, the other inputs only."""
     a = min(_end(rows), _end(columns)) ** 2
     legs = {"out_dims": (a, rows // a, 1), "in_dims": (1, columns // a, a)}
     return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)

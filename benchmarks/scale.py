@@ -108,7 +108,7 @@ def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> P
 
 
 def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Answer question 1."""
+    """Measure question 1: two workers against one."""
     source = make_checkpoint(folder / "speed", sizes.width, sizes.weights)
     seconds: dict[str, list[float]] = {}
     with (
@@ -138,7 +138,7 @@ def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def memory(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Answer question 2, with each size in a fresh process."""
+    """Measure question 2: peak memory of a worker over the size of the checkpoint, in fresh processes."""
     rows = []
     for count in sizes.growth:
         source = make_checkpoint(folder / f"memory{count}", sizes.width, count)
@@ -164,7 +164,7 @@ def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
 
 
 def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Answer question 3."""
+    """Measure question 3: a run interrupted half way and resumed, against one that is not."""
     source = make_checkpoint(folder / "resume", sizes.width, sizes.weights)
     ratios = []
     for number in range(sizes.repeats):
@@ -187,7 +187,7 @@ def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def mixture(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Answer question 4."""
+    """Measure question 4: tokens a second of a mixture on two processes, against one."""
     rows = []
     for ranks in (1, 2):
         store = folder / f"store{ranks}"

@@ -189,7 +189,7 @@ def _bible(texts: Path) -> Path:
 
 
 def _distinct(documents: Iterable[str]) -> Iterator[str]:
-    """Drop paragraphs that an earlier document holds, and documents of which little is left."""
+    """Drop paragraphs that an earlier document holds, and documents that are then nearly empty."""
     seen: set[str] = set()
     for document in documents:
         kept = []

@@ -302,7 +302,7 @@ class MPO:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
+        """Shape `(out_features, in_features)`."""
         return self._features
 
     @property

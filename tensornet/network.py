@@ -64,7 +64,7 @@ class TensorNetwork:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
+        """Shape `(out_features, in_features)`."""
         return self.topology.shape
 
     @property

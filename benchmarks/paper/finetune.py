@@ -61,7 +61,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Task:
-    """A GLUE task as text.
+    """GLUE task as text.
 
     Args:
         columns: of the sentences.

@@ -257,7 +257,7 @@ def _middle(low: float, high: float) -> float:
 
 
 def _price_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
-    """Compute the exponents of ten between which allocations change."""
+    """Compute the exponents of ten between which the multiplier changes allocations."""
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     top = max(max(float(step) for step in steps), 1e-300)
     exponent = float(torch.tensor(top, dtype=torch.float64).log10())

@@ -211,7 +211,7 @@ def baseline_losses(
 
 @dataclass(frozen=True)
 class _Plain:
-    """A matrix after a plain method, what it takes, and its rank if it has one."""
+    """Matrix compressed by a plain method, with its bytes and stored numbers, and its rank if it has one."""
 
     matrix: Tensor
     num_bytes: int

@@ -34,7 +34,7 @@ NO_REST = ModelRest()
 
 @dataclass(frozen=True)
 class Cap:
-    """A cap on the sum of one size over all layers.
+    """Cap on the sum of one size over all layers.
 
     Args:
         name: of the budget, for errors and reports.

@@ -140,7 +140,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
 
 
 def _spread(frequencies: Tensor) -> Tensor:
-    """Give a share of the frequencies to all rows alike; their sum stays."""
+    """Spread a fraction of the frequencies evenly over all rows; their sum stays the same."""
     kept = (1 - FREQUENCY_SPREAD) * frequencies.to(working_dtype(frequencies.dtype))
     return kept + FREQUENCY_SPREAD * frequencies.mean()
 

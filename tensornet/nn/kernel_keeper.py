@@ -43,7 +43,7 @@ class KernelKeeper(NetworkModule):
 
     @property
     def kernel_matrix(self) -> KernelMatrix | None:
-        """The matrix in the layout of the kernel, None while it is held as it is stored."""
+        """Matrix in the layout of the kernel; None while it is held in its stored form."""
         codes, scales = self._buffers.get(_CODES), self._buffers.get(_SCALES)
         if codes is None or scales is None or (number_format := self.integer_format) is None:
             return None
@@ -51,7 +51,7 @@ class KernelKeeper(NetworkModule):
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The parameters and buffers that hold the cores, by name; undoes `hold_for_kernel`."""
+        """Parameters and buffers that hold the cores, by name; undoes `hold_for_kernel`."""
         self.hold_as_stored()
         return {name: getattr(self, name) for name in self._tensor_names}
 

@@ -59,12 +59,12 @@ class KernelMatrix:
 
     @property
     def products(self) -> int:
-        """Products of the kernel that make up one product with the matrix."""
+        """Number of kernel calls for one product with the matrix."""
         return 2 if _low_bits(self.number_format) else 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
+        """Shape `(out, in)`."""
         return len(self.codes) // self.products, 2 * self.codes.shape[1]
 
     @property
@@ -179,7 +179,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], *, larger: b
 
 
 def products_of(number_format: NumberFormat) -> int:
-    """Count the products of the kernel that make up one product with a matrix that `has_layout`."""
+    """Count the kernel calls for one product with a matrix of this format; only where `has_layout`."""
     return 2 if _low_bits(number_format) else 1
 
 

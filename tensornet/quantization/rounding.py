@@ -339,7 +339,7 @@ class _Problem:
         return found.loss(found.rows[0], found.columns[0])
 
     def expected(self, scales: GroupScales, loop: _Loop, sample: Tensor | None = None) -> ExpectedResiduals:
-        """Predict the squared rounding residuals, and how they turn into losses and errors.
+        """Predict the squared rounding residuals, with the weights that turn them into losses and errors.
 
         Args:
             scales: of all rows, or of those of the sample.

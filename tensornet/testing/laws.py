@@ -258,7 +258,7 @@ def _true_error(matrix: Tensor, outcome: Outcome) -> float:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Return True if the storages overlap; writing is no test, since tensors may repeat elements."""
+    """Return True if the storages overlap; judged by addresses, since tensors may repeat elements."""
     a, b = one.untyped_storage(), other.untyped_storage()
     first, last = max(a.data_ptr(), b.data_ptr()), min(a.data_ptr() + a.nbytes(), b.data_ptr() + b.nbytes())
     return one.device == other.device and first < last

@@ -49,7 +49,7 @@ class Comparison:
     sample: str | None
 
     def of(self, model: PreTrainedModel) -> tuple[Quality | None, str | None]:
-        """Measure the compressed model, and let it write."""
+        """Measure the quality of the compressed model, and write its sample."""
         quality = None if self.judge is None else self.judge(model)
         return quality, None if self.sampler is None else self.sampler(model)
 

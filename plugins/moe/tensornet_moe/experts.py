@@ -323,7 +323,7 @@ class SharedCoreExperts(StoredBank):
         return nn.functional.linear(x, matrix.to(x.dtype))
 
     def _route(self, x: Tensor, rows: int) -> int:
-        """Return the fastest way to apply the network of one expert to so many rows."""
+        """Return the fastest way to apply the network of one expert to a number of rows."""
         if len(set(self.topologies)) > 1 or len(self.topology.cores) == 1:
             return RECONSTRUCT
         bounds = fastest_routes(plan_operator(self.topology), default_machine(x.device), x.element_size())

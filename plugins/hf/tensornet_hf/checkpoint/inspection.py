@@ -35,7 +35,7 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model folder.
+    """Contents of a model folder, as its file headers describe them.
 
     Args:
         folder: where it is.

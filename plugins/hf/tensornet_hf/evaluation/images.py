@@ -135,7 +135,7 @@ def _require_pillow() -> None:
 
 
 def _of_folder(folder: Path, names: Mapping[int, str]) -> list[tuple[Path, int]]:
-    """List the images of the folders of classes; hidden entries and other files beside those are left out."""
+    """List the images in the folders of classes; other files beside these folders are ignored."""
     from PIL import Image
 
     Image.init()

@@ -51,7 +51,7 @@ class Page:
 
     @property
     def rise(self) -> str:
-        """Label of the loss increase; one minus the cosine is its own label, being 0 for the original."""
+        """Label of the loss increase over the original, or of one minus the cosine."""
         return f"rise of the {self.measure}" if self.measure == "loss" else self.measure
 
     @property

@@ -22,7 +22,7 @@ Mark = tuple[int, int, str | None]
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder, read without opening its weights.
+    """Model folder that is read without opening its weights.
 
     Args:
         folder: where it is.
