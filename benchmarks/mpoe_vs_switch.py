@@ -260,7 +260,7 @@ def claims(lines: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
 
 
 def toy(setting: Setting) -> Setting:
-    """Shrink a table to seconds."""
+    """Shrink the settings of a table so that it runs in seconds."""
     return dataclasses.replace(
         setting,
         sizes={"train_size": 260, "judge_size": 260, "batch": 2},
