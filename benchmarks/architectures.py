@@ -1,4 +1,4 @@
-"""Which architectures of transformers are compressed, saved, loaded and trained rightly?
+"""Which architectures of transformers are compressed, saved, loaded and trained correctly?
 
     python benchmarks/architectures.py [--record [NAME ...]]
 
@@ -37,7 +37,7 @@ ORDER = ("fails", "refused", "transformers", "right")
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The whole document."""
+    """Render the whole document."""
     counts = Counter(outcome(name) for name in ARCHITECTURES)
     tried = len(ARCHITECTURES) - counts["transformers"]
     summary = (
@@ -61,13 +61,13 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def outcome(name: str) -> str:
-    """The worst outcome of the steps of an architecture."""
+    """Return the worst outcome of all steps for one architecture."""
     found = {exception.outcome for exception in EXCEPTIONS.get(name, {}).values()} or {"right"}
     return next(x for x in ORDER if x in found)
 
 
 def row(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """One architecture."""
+    """Build the table row of one architecture."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for step, exception in EXCEPTIONS.get(name, {}).items():
         by_reason.setdefault((exception.outcome, exception.reason), []).append(step)
@@ -84,12 +84,12 @@ def row(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def share(value: float | None) -> str:
-    """A share in percent."""
+    """Format a ratio as a percentage; empty for None."""
     return "" if value is None else f"{100 * value:.1f} %"
 
 
 def measure(names: Sequence[str]) -> dict[str, Any]:
-    """Run architectures; an error where a step that is not excepted is wrong."""
+    """Run architectures; raise where a step without an exception entry fails."""
     record, wrong = {}, []
     for name in names:
         trial = steps.Trial(ARCHITECTURES[name])

@@ -35,7 +35,7 @@ SIDES = ("before", "now", "now again")
 
 
 def questions(toy: bool) -> dict[str, tuple[Callable[[], object], int]]:
-    """What is timed, and how often; only names that both checkouts have."""
+    """List the timed functions and their repeats; use only names that both checkouts have."""
     import tensornet as tn
     from tensornet.topologies import mpo, topology_family
 
@@ -68,7 +68,7 @@ def questions(toy: bool) -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def one_side(toy: bool) -> dict[str, float]:
-    """Median seconds of the processor for each question, in this process."""
+    """Return the median processor seconds of each question, timed in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found = {}
@@ -84,7 +84,7 @@ def one_side(toy: bool) -> dict[str, float]:
 
 
 def in_checkout(folder: Path, toy: bool) -> dict[str, float]:
-    """Call `one_side` with the library of a checkout."""
+    """Run `one_side` in a process that imports the library of a checkout."""
     command = [sys.executable, __file__, "--side", *(["--toy"] if toy else [])]
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""How much does the loss rise at the same bytes: for one plan over formats and ranks, and for quantizers?
+"""How much does the loss increase at equal bytes: for one plan over formats and ranks, and for quantizers?
 
 Every row is one model after calibration alone, all linear layers but the output head, at a number of bits
 of a weight, scales included. `plan` chooses format and rank of every layer; `two-sided`, `one-sided` (GPTQ
@@ -63,23 +63,23 @@ Row = dict[str, Any]
 
 
 class Book:
-    """The record: rows that are there, and rows to come."""
+    """Record file: rows measured so far, and rows still missing."""
 
     def __init__(self, folder: Path, subject: Subject, origin: Mapping[str, Any]) -> None:
         self.folder, self.subject, self.origin = folder, subject, origin
 
     def rows(self) -> list[Row]:
-        """All rows, read anew: another process may have added some."""
+        """Read all rows from the file: another process may have added some."""
         path = self.folder / "bytes.json"
         return json.loads(path.read_text())["rows"] if path.is_file() else []
 
     def missing(self, method: str, seed: int, sizes: Sequence[float]) -> list[float]:
-        """Sizes that a method has not been measured at."""
+        """List the sizes at which a method has not been measured."""
         known = {(r["model"], r["method"], r["seed"], r["bits"]) for r in self.rows()}
         return [bits for bits in sizes if (self.subject.name, method, seed, bits) not in known]
 
     def add(self, method: str, seed: int, bits: float, **found: Any) -> None:
-        """Write one more row."""
+        """Append one row to the file."""
         row = {"model": self.subject.name, "method": method, "seed": seed, "bits": bits, **found}
         row |= {"unit": self.subject.unit, "threads": torch.get_num_threads(), **self.origin}
         print(row, flush=True)
@@ -87,7 +87,7 @@ class Book:
 
 
 class Bench:
-    """One model and its judge; calibration statistics are kept for a seed."""
+    """One model and its judge; calibration statistics are cached for each seed."""
 
     def __init__(self, subject: Subject, book: Book, work: Path | None, workers: int) -> None:
         self.subject, self.book, self.work, self.workers = subject, book, work, workers
@@ -95,13 +95,13 @@ class Bench:
 
     @cached_property
     def judged(self) -> tuple[list[Tensor], Tensor, str | None]:
-        """Of the dense model: outputs of an encoder, losses of the judged text, what it writes."""
+        """Dense model's outputs (encoders only), token losses and sample."""
         model = self.subject.load()
         dense = [pooled(model, x) for x in self.subject.judged] if self.subject.encoder else []
         return dense, judge(self.subject, model, dense), sample(self.subject, model)
 
     def statistics(self, seed: int) -> tuple[nn.Module, tn.CalibrationStats, float]:
-        """A dense model, its moments for a seed and the seconds they took."""
+        """Return a dense model, its moments for a seed, and the seconds that collecting them took."""
         if seed not in self.prepared:
             model = self.subject.load()
             stats, seconds = self.kept(f"moments-{seed}", lambda: self.calibrated(model, seed))
@@ -109,7 +109,7 @@ class Bench:
         return self.prepared[seed]
 
     def calibrated(self, model: nn.Module, seed: int) -> tn.CalibrationStats:
-        """Moments of both sides, the model run in bfloat16."""
+        """Collect moments of inputs and gradients, with the model run in bfloat16."""
         return tn.calibrate(
             model,
             self.subject.calibration(seed),
@@ -119,7 +119,7 @@ class Bench:
         )
 
     def kept(self, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
-        """Result of a slow step and the processor seconds it took, from the working folder if it is there."""
+        """Return the result of a slow step and its processor seconds, from the working folder if kept."""
         path = None if self.work is None else self.work / f"{self.subject.name}-{name}.pt"
         if path is not None and path.is_file():
             return torch.load(path, weights_only=False)
@@ -130,7 +130,7 @@ class Bench:
         return found
 
     def rise(self, model: nn.Module) -> Row:
-        """Rise of the loss over the dense model, its standard error over tokens or texts, and samples."""
+        """Measure the loss increase over the dense model with its standard error, and write a sample."""
         (dense, losses, written), _ = self.kept("judged", lambda: self.judged)
         rises = judge(self.subject, model, dense) - losses
         samples = {} if written is None else {"sample": sample(self.subject, model), "dense_sample": written}
@@ -141,7 +141,7 @@ class Bench:
         }
 
     def plan(self, seed: int, sizes: Sequence[float]) -> None:
-        """The whole plan at every size, and what corrects its forecast."""
+        """Measure plans at every size, and the validation losses that correct their forecast."""
         model, stats, calibrated = self.statistics(seed)
         config = tn.CompressionConfig(bits_per_weight=max(SIZES), **asdict(self.subject.layers))
         made, planned = self.kept(f"plans-{seed}", lambda: self.plans(model, config, stats))
@@ -177,12 +177,12 @@ class Bench:
     def plans(
         self, model: nn.Module, config: tn.CompressionConfig, stats: tn.CalibrationStats
     ) -> dict[float, tn.CompressionPlan]:
-        """Plans of all sizes."""
+        """Compute the plans of all sizes."""
         prepared = prepared_in_parallel(model, config, stats, self.workers)
         return {bits: prepared.plan(bits_per_weight=bits) for bits in SIZES}
 
     def uniform(self, method: str, seed: int, sizes: Sequence[float]) -> None:
-        """One format everywhere, rounded by our own code."""
+        """Measure one format for all layers, rounded by this library."""
         for bits in sizes:
             name, model, calibrated, stats = UNIFORM[method].format(int(bits)), self.subject.load(), 0.0, None
             if method != "nearest":
@@ -203,7 +203,7 @@ class Bench:
             )
 
     def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:
-        """An installed package, in a process of its own."""
+        """Measure an installed package, which runs in a process of its own."""
         from safetensors.torch import load_file, save_file
 
         script = Path(__file__).with_name("bytes_peers.py")
@@ -240,18 +240,18 @@ class Bench:
 
 
 def processor_seconds() -> float:
-    """Seconds of the processor that this process and its children have taken."""
+    """Return the processor seconds that this process and its children have used."""
     used = (resource.getrusage(x) for x in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(x.ru_utime + x.ru_stime for x in used)
 
 
 def peak_mib() -> int:
-    """Peak memory of this process so far, the model and its texts included."""
+    """Return the peak memory of this process so far in MiB, the model and its texts included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | None) -> dict[str, Any]:
-    """Arguments of `round_weight` for one of the uniform methods."""
+    """Build the arguments of `round_weight` for one of the uniform methods."""
     if stats is None:
         return {"method": "nearest", "refits": 0}
     if method == "one-sided":
@@ -263,7 +263,7 @@ def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | N
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """All windows in one tensor for each argument, the shorter ones padded."""
+    """Concatenate all windows into one tensor for each argument, shorter ones padded."""
     length = max(batch["input_ids"].shape[1] for batch in batches)
     return {
         name: torch.cat(
@@ -275,7 +275,7 @@ def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> None:
-    """Put weights `(out, in)` into a dense model; those of layers that are not targeted stay.
+    """Copy weights `(out, in)` into a dense model; layers that are not targeted keep theirs.
 
     Raises:
         SystemExit: a targeted layer has none.
@@ -288,7 +288,7 @@ def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> No
 
 
 def subjects(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
-    """The models by name, made when they are asked for."""
+    """Return functions that make the models, by name."""
     if given.toy:
         layers = LayerSelection(target_modules=("h.3.attn.c_proj", "h.2.attn.c_proj"))
         return {"gpt2": lambda: bytes_models.gpt2(count=8, limit=8_000, layers=layers)}
@@ -300,7 +300,7 @@ def subjects(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
 
 
 def run(subject: Subject, given: argparse.Namespace) -> None:
-    """All missing rows of one model."""
+    """Measure all missing rows of one model."""
     origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "load")}
     origin["calibration_tokens"] = tokens_of(subject.calibration(0))
     origin["judged_tokens"] = tokens_of(subject.judged)

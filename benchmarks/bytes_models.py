@@ -22,7 +22,7 @@ Batches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its texts.
+    """Model with the texts on which it is calibrated, validated and judged.
 
     Args:
         name: in the record.
@@ -47,7 +47,7 @@ class Subject:
     prompt: str | None = None
 
     def load(self) -> Any:
-        """The dense model in float32, in eval mode."""
+        """Load the dense model in float32 and eval mode."""
         from transformers import AutoModel, AutoModelForCausalLM
 
         kind = AutoModel if self.encoder else AutoModelForCausalLM
@@ -55,22 +55,22 @@ class Subject:
 
     @property
     def losses(self) -> TokenLosses | None:
-        """Losses to calibrate with; None for those of the labels."""
+        """Loss function for calibration; None for the loss of the labels."""
         return cosine_losses if self.encoder else None
 
 
 def tokens_of(given: Batches) -> int:
-    """Tokens that are not padding."""
+    """Count the tokens that are not padding."""
     return sum(int(batch["attention_mask"].sum()) for batch in given)
 
 
 def windows(ids: Tensor, size: int = 16) -> Batches:
-    """Windows of tokens as batches without padding."""
+    """Split windows of tokens into batches without padding."""
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)]
 
 
 def drawn(text_ids: Tensor, length: int, count: int, seed: int) -> Tensor:
-    """Windows that start anywhere in a text, shape `(count, length)`."""
+    """Draw windows that start anywhere in a text, shape `(count, length)`."""
     starts = torch.randint(
         len(text_ids) - length + 1, (count,), generator=torch.Generator().manual_seed(seed)
     )
@@ -78,7 +78,7 @@ def drawn(text_ids: Tensor, length: int, count: int, seed: int) -> Tensor:
 
 
 def gpt2(count: int = 500, limit: int | None = None, layers: LayerSelection | None = None) -> Subject:
-    """The embedded GPT-2. Every fourth window of the held-out text corrects the forecast, the others judge.
+    """Return the embedded GPT-2; every fourth held-out window corrects the forecast, the others judge.
 
     Args:
         count: calibration windows of 128 tokens.
@@ -104,7 +104,7 @@ def gpt2(count: int = 500, limit: int | None = None, layers: LayerSelection | No
 
 
 def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
-    """all-MiniLM-L6-v2, calibrated on paragraphs of the Python tutorials, judged on the Debian handbook."""
+    """Return all-MiniLM-L6-v2, calibrated on Python tutorials and judged on the Debian handbook."""
     _, folder = prepare_models(cache)
     known, held, other = (
         paragraphs(read_text(cache / "texts", use)) for use in ("calibration", "heldout", "training")
@@ -132,7 +132,7 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
 
 
 def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
-    """SmolLM2-135M-Instruct with its residual stream turned, texts as for MiniLM, windows of 512 tokens."""
+    """Return SmolLM2-135M-Instruct with a rotated residual stream; texts as for MiniLM."""
     from transformers import AutoTokenizer
 
     folder, _ = prepare_models(cache)
@@ -164,7 +164,7 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
 
 @torch.no_grad()
 def turn(folder: Path, destination: Path, seed: int = 0) -> None:
-    """Save a Llama model with its residual stream turned by a random orthogonal matrix: the same function.
+    """Save a Llama model whose residual stream is rotated by a random orthogonal matrix: the same function.
 
     The published file holds weights on a 4-bit grid, on which every integer baseline would be exact. Gains of
     norms are folded into the layers that read them, since only a norm without gains commutes with a rotation;
@@ -205,7 +205,7 @@ def turn(folder: Path, destination: Path, seed: int = 0) -> None:
 
 @torch.no_grad()
 def judge(subject: Subject, model: nn.Module, dense: list[Tensor]) -> Tensor:
-    """Loss of every judged token by its label, or one minus the cosine of every text to the dense output."""
+    """Compute the loss of every judged token or, for an encoder, one minus the cosine to the dense output."""
     found = []
     for index, batch in enumerate(subject.judged):
         if subject.encoder:
@@ -219,7 +219,7 @@ def judge(subject: Subject, model: nn.Module, dense: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean-pooled unit vectors, shape `(texts, width)`."""
+    """Compute mean-pooled unit vectors, shape `(texts, width)`."""
     hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None].to(hidden)
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -227,7 +227,7 @@ def pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def sample(subject: Subject, model: Any, tokens: int = 40) -> str | None:
-    """What a decoder writes after the prompt, the likeliest token each time; None without a prompt."""
+    """Continue the prompt with the likeliest token each time; None without a prompt."""
     from transformers import AutoTokenizer
 
     if subject.prompt is None:

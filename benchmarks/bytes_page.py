@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def filled(text: str, record: Mapping[str, Any]) -> str:
-    """The page with its figures taken from a record."""
+    """Fill a page with figures from a record."""
     rows = record["rows"]
     parts = {
         "why": why(rows),
@@ -79,7 +79,7 @@ def filled(text: str, record: Mapping[str, Any]) -> str:
 
 
 def rises(rows: Sequence[Row], model: str, method: str, bits: float) -> list[float]:
-    """Measured rises of the loss, one for each seed."""
+    """List the measured loss increases, one for each seed."""
     return [
         row["loss_increase"]
         for row in rows
@@ -88,19 +88,19 @@ def rises(rows: Sequence[Row], model: str, method: str, bits: float) -> list[flo
 
 
 def refused(rows: Sequence[Row], model: str, method: str, bits: float) -> bool:
-    """Whether a package refused a model or a number of bits."""
+    """Return True if a package refused a model or a number of bits."""
     wanted = (model, method, bits)
     return any((r["model"], r["method"], r["bits"]) == wanted and "refused" in r for r in rows)
 
 
 def best_peer(rows: Sequence[Row], model: str, bits: float) -> tuple[str, float] | None:
-    """Installed package with the lowest mean rise, and that rise."""
+    """Find the installed package with the lowest mean loss increase; return both."""
     found = {m: statistics.mean(x) for m in PEERS if (x := rises(rows, model, m, bits))}
     return min(found.items(), key=lambda item: item[1]) if found else None
 
 
 def standard_error(rows: Sequence[Row], model: str, method: str, bits: float) -> float:
-    """Of the rise of a method over the judged text, the largest of its seeds; 0 where none is known."""
+    """Return the largest standard error of a method over its seeds; 0 where none is known."""
     wanted = (model, method, bits)
     found = [
         row["standard_error"]
@@ -111,7 +111,7 @@ def standard_error(rows: Sequence[Row], model: str, method: str, bits: float) ->
 
 
 def difference(rows: Sequence[Row], model: str, bits: float) -> tuple[float, float] | None:
-    """Mean rise of the plan less that of the best peer, and its standard error; None without either.
+    """Subtract the best peer's mean loss increase from the plan's, with standard error; None without either.
 
     Both rises are taken as independent, which overstates the error: they are measured on the same tokens.
     """
@@ -123,7 +123,7 @@ def difference(rows: Sequence[Row], model: str, bits: float) -> tuple[float, flo
 
 
 def result(rows: Sequence[Row]) -> str:
-    """A line for each model that has a plan: relative to the best peer."""
+    """Summarize each model that has a plan in one line, relative to the best peer."""
     lines = []
     for model, title in MODELS.items():
         parts = []
@@ -145,7 +145,7 @@ def result(rows: Sequence[Row]) -> str:
 
 
 def why(rows: Sequence[Row]) -> str:
-    """Three lines for the README: the same bytes, planning, the forecast."""
+    """Write three lines for the README: equal bytes, planning, forecast."""
     at, parts = 4.25, []
     for model, title in (("smollm2", "SmolLM2-135M (off its 4-bit grid)"), ("gpt2", "the embedded GPT-2")):
         named = [(statistics.mean(x), m) for m in PEERS if (x := rises(rows, model, m, at))]
@@ -154,13 +154,14 @@ def why(rows: Sequence[Row]) -> str:
             parts.append(f"of {title} rises by {number(statistics.mean(ours))} nats; {peers}")
     return (
         f"- Less loss at the same bytes. At {at} bits a weight the loss {'. That '.join(parts)}.\n"
-        "- Layers differ. Each gets its own integers, of 2 to 8 bits, or rank, by one calibrated price.\n"
+        "- Layers differ. Each gets its own integers, of 2 to 8 bits, or rank, by the predicted increase of "
+        "the loss.\n"
         "- You know the loss before you pay it. Where plain int4 or int8 is best, the plan chooses it."
     )
 
 
 def bytes_table(rows: Sequence[Row]) -> str:
-    """Loss increases, a line for each method and a column for each size."""
+    """Tabulate loss increases, a line for each method and a column for each size."""
     heads = " | ".join(f"{bits}" for bits in SIZES)
     lines = [f"| model | method | {heads} |", "|---|---|" + "--:|" * len(SIZES)]
     for model, title in MODELS.items():
@@ -176,7 +177,7 @@ def bytes_table(rows: Sequence[Row]) -> str:
 
 
 def cell(rows: Sequence[Row], model: str, method: str, bits: float) -> str:
-    """Mean over seeds, and half of their range where there are several."""
+    """Format the mean over seeds, and half of their range where there are several."""
     found = rises(rows, model, method, bits)
     if not found:
         return "refused" if refused(rows, model, method, bits) else ""
@@ -185,7 +186,7 @@ def cell(rows: Sequence[Row], model: str, method: str, bits: float) -> str:
 
 
 def corrected(plans: Sequence[Row], row: Row, source: str) -> float | None:
-    """Prediction of a plan, corrected by the rises that all plans of its seed had on one validation text."""
+    """Correct a prediction by the increases that the plans of its seed had on one validation text."""
     measured = [
         (other["predicted"]["alone"], rise["value"])
         for other in plans
@@ -197,7 +198,7 @@ def corrected(plans: Sequence[Row], row: Row, source: str) -> float | None:
 
 
 def forecast_table(rows: Sequence[Row]) -> str:
-    """Predicted over measured loss increases of the plan, mean over seeds."""
+    """Tabulate predicted over measured loss increases of the plan, mean over seeds."""
     plans = [row for row in rows if row["method"] == "plan"]
     sources = list(dict.fromkeys(name for row in plans for name in row["validation"]))
     titles = {"judged source": "the judged source", "other source": "another source"}
@@ -219,13 +220,13 @@ def forecast_table(rows: Sequence[Row]) -> str:
 
 
 def ratio(predicted: Sequence[float | None], measured: float) -> str:
-    """Mean of the predictions over the measurement."""
+    """Divide the mean of the predictions by the measurement."""
     known = [value for value in predicted if value is not None]
     return f"{statistics.mean(known) / measured:.2f}x" if known and measured > 0 else ""
 
 
 def time_table(rows: Sequence[Row]) -> str:
-    """Processor seconds and peak memory of a plan and of GPTQ at one size."""
+    """Tabulate processor seconds and peak memory of a plan and of GPTQ at one size."""
     at, lines = 4.25, ["| model | method | calibrate | plan | round | peak memory, MiB |"]
     lines.append("|---|---|--:|--:|--:|--:|")
     for model, title in MODELS.items():
@@ -243,7 +244,7 @@ def time_table(rows: Sequence[Row]) -> str:
 
 
 def samples_table(rows: Sequence[Row], model: str = "smollm2") -> str:
-    """What the dense model, the plan and GPTQ write after one prompt, the likeliest token each time."""
+    """Tabulate greedy continuations of one prompt by the dense model, the plan and GPTQ."""
     lines = ["| bits | model | goes on |", "|--:|---|---|"]
     for bits in (4.25, 3.25):
         for method in ("plan", "gptq"):
@@ -256,7 +257,7 @@ def samples_table(rows: Sequence[Row], model: str = "smollm2") -> str:
 
 
 def whole_table(rows: Sequence[Row]) -> str:
-    """Perplexity of a whole model at shares of its bytes, relative to the dense one."""
+    """Tabulate the perplexity of a whole model at byte ratios, relative to the dense model."""
     if not rows:
         return "Not measured yet."
     lines = ["| share of the bytes | file, MB | after | perplexity | times dense |", "|--:|--:|---|--:|--:|"]
@@ -268,17 +269,17 @@ def whole_table(rows: Sequence[Row]) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text in a cell of a table."""
+    """Escape a text for one cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def number_of_seconds(value: float | None) -> str:
-    """Whole seconds; empty where a step was not measured."""
+    """Round to whole seconds; empty where a step was not measured."""
     return "" if value is None else f"{value:.0f}"
 
 
 def origin(record: Mapping[str, Any]) -> str:
-    """Where the record was made and what is still missing in it."""
+    """Say where the record was made and what it still lacks."""
     rows = record["rows"]
     commits = sorted({row["commit"][:10] for row in rows})
     dirty = ", some with uncommitted changes" if any(row["dirty"] for row in rows) else ""
@@ -300,7 +301,7 @@ def origin(record: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Two significant digits below 0.1 and three decimals above."""
+    """Format with two significant digits below 0.1 and three decimals above."""
     if abs(value) < 1e-5:
         return "0"
     if abs(value) >= 0.1:
@@ -312,7 +313,7 @@ def number(value: float) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Loss increase over bits of a weight: ours and the peers, a panel for each model with a plan."""
+    """Draw loss increase over bits of a weight for the plan and its peers, a panel for each model."""
     models = [m for m in MODELS if any(row["model"] == m and row["method"] == "plan" for row in rows)]
     with plt.rc_context({"svg.hashsalt": "bytes", "svg.fonttype": "none", "font.size": 9}):
         figure, panels = plt.subplots(1, len(models), figsize=(4.6 * len(models), 3.4), squeeze=False)

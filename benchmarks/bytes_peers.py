@@ -28,7 +28,7 @@ Weights = dict[str, Tensor]
 
 
 def as_linear(model: nn.Module) -> nn.Module:
-    """Turn the `Conv1D` layers of GPT-2 into `nn.Linear`."""
+    """Convert the `Conv1D` layers of GPT-2 to `nn.Linear`."""
     from transformers.pytorch_utils import Conv1D
 
     for name, module in list(model.named_modules()):
@@ -41,13 +41,13 @@ def as_linear(model: nn.Module) -> nn.Module:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """All linear layers but the output head."""
+    """Collect all linear layers but the output head, by name."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 def gptq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """GPTQ of llmcompressor, with its defaults: static activation order, damping 0.01, symmetric."""
+    """Quantize by GPTQ of llmcompressor with defaults: symmetric, static activation order, damping 0.01."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -69,7 +69,7 @@ def gptq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def torchao(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Round to nearest, symmetric groups of 64."""
+    """Round to nearest with torchao, in symmetric groups of 64."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
@@ -80,7 +80,7 @@ def torchao(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def hqq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """HQQ in groups of 128, whose scales and zero points of 16 bits take as many bytes as scales of 64."""
+    """Quantize by HQQ in groups of 128: its 16-bit scales and zero points take the bytes of groups of 64."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     found = {}
@@ -93,7 +93,7 @@ def hqq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def autoround(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """AutoRound with its default 200 iterations, symmetric groups of 64."""
+    """Quantize by AutoRound with its default 200 iterations, in symmetric groups of 64."""
     from auto_round import AutoRound
 
     rows = [{name: x[k : k + 1] for name, x in data.items()} for k in range(min(128, len(data["input_ids"])))]
@@ -127,7 +127,7 @@ PACKAGES = {"gptq": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "autoro
 
 
 def main() -> None:
-    """Quantize to each number of bits; what fails is told in `BITS.json`, and the others go on."""
+    """Quantize to each number of bits; failures are written to `BITS.json`, and the others go on."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,4 +1,4 @@
-"""Planning and rounding for `bytes.py`, with the layers shared among forked processes of one thread each."""
+"""Plan and round for `bytes.py` in forked processes of one thread each, which share the layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GIVEN: list[Any] = []
 
 
 def in_processes(function: Callable[[int], Any], given: list[Any]) -> list[Any]:
-    """Call a function with the place of each item of `_GIVEN`, in a process of its own."""
+    """Call a function with the position of each item of `_GIVEN`, in a process of its own."""
     with multiprocessing.get_context("fork").Pool(len(given), _start, (given,)) as pool:
         return pool.map(function, range(len(given)), chunksize=1)
 
@@ -37,7 +37,7 @@ def _start(given: list[Any]) -> None:
 def prepared_in_parallel(
     model: nn.Module, config: tn.CompressionConfig, stats: tn.CalibrationStats, workers: int
 ) -> PreparedPlan:
-    """`prepare` by several processes."""
+    """Run `prepare` in several processes."""
     if workers == 1:
         return prepare(model, config, stats)
     targets = find_targets(model, config, stats.readers)
@@ -58,7 +58,7 @@ def prepared_in_parallel(
 
 
 def _candidates(part: int) -> Portable:
-    """Candidates of some layers in a form that goes from process to process."""
+    """Compute the candidates of some layers, in a form that can be sent between processes."""
     made = prepare(*_GIVEN[part])
     found = {}
     for target, each, spectrum in zip(made.targets, made.candidates, made.spectra, strict=True):
@@ -71,7 +71,7 @@ def _candidates(part: int) -> Portable:
 def apply_in_parallel(
     model: nn.Module, plan: tn.CompressionPlan, stats: tn.CalibrationStats, workers: int
 ) -> None:
-    """`apply_plan` by several processes."""
+    """Run `apply_plan` in several processes."""
     if workers == 1:
         tn.apply_plan(model, plan, stats)
         return
@@ -83,7 +83,7 @@ def apply_in_parallel(
 
 
 def _rounded(part: int) -> bytes:
-    """Compressed layers of a part of a plan."""
+    """Compress the layers of one part of a plan, and serialize them."""
     model, plan, stats = _GIVEN[part]
     tn.apply_plan(model, plan, stats)
     buffer = io.BytesIO()

@@ -30,7 +30,7 @@ from harness import RECORDS, paired_medians, record
 
 @dataclass(frozen=True)
 class Case:
-    """A matrix and the chain it is written as.
+    """Matrix, and the chain into which it is decomposed.
 
     Args:
         name: shown in the table.
@@ -66,7 +66,7 @@ TOY = (
 
 
 def matrix(case: Case, spectrum: str) -> Tensor:
-    """The matrix of a case: `"gaussian"`, or `"decaying"` with singular values `k^-1/2` at every cut."""
+    """Draw the matrix of a case: `"gaussian"`, or `"decaying"` with singular values `k^-1/2` at every cut."""
     generator = torch.Generator().manual_seed(1)
     rows, columns = math.prod(case.out_dims), math.prod(case.in_dims)
     w = torch.randn(rows, columns, generator=generator)
@@ -88,7 +88,7 @@ def matrix(case: Case, spectrum: str) -> Tensor:
 
 
 def plain(w: Tensor, case: Case, bonds: Sequence[int]) -> list[Tensor]:
-    """Textbook TT-SVD by `torch.linalg.svd`."""
+    """Run textbook TT-SVD by `torch.linalg.svd`."""
     sites = len(case.out_dims)
     pairs = [axis for k in range(sites) for axis in (k, sites + k)]
     rest, left, cores = w.reshape(*case.out_dims, *case.in_dims).permute(pairs), 1, []
@@ -102,7 +102,7 @@ def plain(w: Tensor, case: Case, bonds: Sequence[int]) -> list[Tensor]:
 
 
 def contenders(w: Tensor, case: Case, bonds: Sequence[int]) -> dict[str, Callable[[], list[Tensor]]]:
-    """The four decompositions, each giving cores `(left, out, in, right)`."""
+    """Return the four decompositions, each giving cores `(left, out, in, right)`."""
     import torchtt
     from tltorch.factorized_tensors.tensorized_matrices import BlockTT
 
@@ -120,7 +120,7 @@ def contenders(w: Tensor, case: Case, bonds: Sequence[int]) -> dict[str, Callabl
 
 
 def measure(case: Case, spectrum: str, threads: int, repeats: int) -> dict[str, Any]:
-    """One row of the table: seconds, errors and ratios of all four."""
+    """Measure one row of the table: seconds, errors and ratios of all four."""
     torch.set_num_threads(threads)
     w = matrix(case, spectrum)
     bonds = tn.topologies.mpo(out_dims=case.out_dims, in_dims=case.in_dims, max_bond=case.max_bond)

@@ -15,7 +15,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz '"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Whole chapters, one verse per line. ``calibration`` is a part of ``train``; ``heldout`` is not."""
+    """Whole chapters, one verse per line; ``calibration`` is a part of ``train``, ``heldout`` is not."""
 
     train: list[str]
     calibration: list[str]
@@ -42,7 +42,7 @@ def read_chapters(path: Path) -> list[str]:
 
 
 def split_chapters(chapters: Sequence[str]) -> Split:
-    """Hold out every 40th chapter, calibrate on every 20th, another one: a rule, nothing picked by eye."""
+    """Hold out every 40th chapter, and calibrate on every 20th; no chapter is both."""
     train = [c for i, c in enumerate(chapters) if i % 40 != 7]
     return Split(
         train=train,
@@ -57,7 +57,7 @@ def join_chapters(chapters: Sequence[str]) -> str:
 
 
 def strip_vowels(phrase: str) -> str:
-    """Drop a, e, i, o, u from every word; a word of vowels alone (``i``, ``a``) stays, or it would vanish."""
+    """Drop a, e, i, o, u from every word; words of vowels alone (``i``, ``a``) stay as they are."""
     return " ".join(re.sub("[aeiou]", "", word) or word for word in phrase.split(" "))
 
 

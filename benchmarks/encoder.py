@@ -38,7 +38,7 @@ TABLE = (("all", "ours"), ("all", "svd_llm"), ("all", "svd"), ("mlp", "ours"), (
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Compress by each method at each share, and record cosines and hits."""
+    """Compress by each method at each keep ratio, and record cosines and hits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.6, 0.4, 0.3])
@@ -126,17 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def spread(texts: Sequence[str], count: int) -> list[str]:
-    """Evenly spread texts."""
+    """Select evenly spread texts."""
     return [texts[int(k)] for k in torch.linspace(0, len(texts) - 1, min(count, len(texts)))]
 
 
 def paragraphs(text: str) -> list[str]:
-    """Paragraphs of 300 to 700 characters, evenly spread over the text by their order."""
+    """List the paragraphs of 300 to 700 characters."""
     return [block for block in text.split("\n\n") if 300 <= len(block) <= 700]
 
 
 def halves(text: str, count: int) -> tuple[tuple[list[str], list[str]], list[str]]:
-    """First and second halves of evenly spread paragraphs, cut between words, and the paragraphs left."""
+    """Split evenly spread paragraphs into first and second halves; return the other paragraphs too."""
     found = paragraphs(text)
     chosen = spread(found, count)
     taken = set(chosen)
@@ -150,7 +150,7 @@ def halves(text: str, count: int) -> tuple[tuple[list[str], list[str]], list[str
 
 
 def batches(folder: Path, texts: list[str], size: int = 32) -> list[dict[str, Tensor]]:
-    """Padded batches."""
+    """Tokenize texts to padded batches."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -163,7 +163,7 @@ def batches(folder: Path, texts: list[str], size: int = 32) -> list[dict[str, Te
 
 @torch.no_grad()
 def embed(model: nn.Module, folder: Path, texts: list[str]) -> Tensor:
-    """Mean-pooled unit vectors, shape `(texts, width)`."""
+    """Compute mean-pooled unit vectors, shape `(texts, width)`."""
     found = []
     for batch in batches(folder, texts):
         hidden = model(**batch).last_hidden_state
@@ -173,12 +173,12 @@ def embed(model: nn.Module, folder: Path, texts: list[str]) -> Tensor:
 
 
 def hits(first: Tensor, second: Tensor) -> float:
-    """Share of first halves whose nearest second half is their own."""
+    """Return the fraction of first halves whose nearest second half is their own."""
     return float(((first @ second.T).argmax(1) == torch.arange(len(first))).float().mean())
 
 
 def load(folder: Path) -> Any:
-    """The dense encoder in float32."""
+    """Load the dense encoder in float32."""
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()

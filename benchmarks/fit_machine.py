@@ -1,4 +1,4 @@
-"""Which constants make the cost model foresee what this machine takes?
+"""Which constants make the cost model predict the times of this machine?
 
     python benchmarks/fit_machine.py [--toy] [--threads 1] [--seconds 0.3]
 
@@ -74,7 +74,7 @@ DENSE = -2
 
 
 def predict(plan: OperatorPlan, route: int, tokens: int, machine: Machine) -> float:
-    """Seconds by the cost model."""
+    """Predict the seconds of one route by the cost model."""
     if route == DENSE:
         return dense_seconds(*plan.shape, tokens, machine)
     return plan.seconds(route, tokens, machine)
@@ -82,7 +82,7 @@ def predict(plan: OperatorPlan, route: int, tokens: int, machine: Machine) -> fl
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every way to apply a layer to so many tokens, by route; a dense layer counts as `DENSE`."""
+    """Seconds of every route of a layer at one token count; `DENSE` stands for the dense layer."""
 
     plan: OperatorPlan
     tokens: int
@@ -90,13 +90,13 @@ class Timed:
 
     @property
     def fastest(self) -> float:
-        """Seconds of the fastest way without a kept matrix."""
+        """Seconds of the fastest route without a kept matrix."""
         return min(value for route, value in self.seconds.items() if route != DENSE)
 
 
 @torch.no_grad()
 def measure(case: Case, tokens: int, threads: int, seconds: float) -> Timed:
-    """Time all ways that are not predicted to take more than six times the fastest."""
+    """Time all routes that are predicted to take at most six times the fastest."""
     layer = case.layer().eval()
     x, machine = torch.randn(tokens, layer.in_features), default_machine("cpu")
     predicted = {k: predict(layer.plan, k, tokens, machine) for k in strategies(layer, x)}
@@ -110,7 +110,7 @@ def measure(case: Case, tokens: int, threads: int, seconds: float) -> Timed:
 
 
 def fit(timed: Sequence[Timed], start: Machine) -> Machine:
-    """The constants that foresee these times best, by least squares of logarithms."""
+    """Fit the constants to measured times by least squares of logarithms."""
     origin = np.log([max(getattr(start, name), 1e-13) for name in FITTED])
 
     def machine(logs: NDArray[np.float64]) -> Machine:
@@ -140,7 +140,7 @@ class TimedInteger:
     seconds: float
 
     def predicted(self, machine: Machine) -> float:
-        """Seconds by the cost model."""
+        """Predict the seconds by the cost model."""
         if self.number_format is None:
             return dense_seconds(*self.shape, self.tokens, machine, 2)
         return product_cost(self.number_format, self.shape, self.tokens, machine, 2).seconds
@@ -148,7 +148,7 @@ class TimedInteger:
 
 @torch.no_grad()
 def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds: float) -> list[TimedInteger]:
-    """Time a layer in several formats, with weights that come from memory: a row of layers, in turn."""
+    """Time a layer in several formats, with weights read from memory: several copies are called in turn."""
     count = max(1, min(32, 2**26 // (2 * shape[0] * shape[1])))
     x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
     layers: dict[str, list[torch.nn.Module]] = {"dense": [], **{name: [] for name in FORMATS}}
@@ -178,7 +178,7 @@ def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds:
 
 
 def filled(layer: TensorNetworkLinear) -> torch.nn.Module:
-    """Give an empty layer of integers random codes: rounding would take longer than timing."""
+    """Fill an empty integer layer with random codes: rounding would take longer than timing."""
     layer = layer.to_empty(device="cpu")
     for name, tensor in layer.stored.items():
         if tensor.is_floating_point():
@@ -189,7 +189,7 @@ def filled(layer: TensorNetworkLinear) -> torch.nn.Module:
 
 
 def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:
-    """The constants of 16-bit products and of integers that foresee these times best."""
+    """Fit the constants of 16-bit products and of integer formats to measured times."""
     names = ("half_peak", "unpack_pass", "kernel_peak")
     origin = np.log([getattr(start, name) for name in names])
 
@@ -205,7 +205,7 @@ def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:
 
 
 def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
-    """Time of the way that the model chooses over the time of the fastest."""
+    """Divide the time of the route that the model chooses by that of the fastest."""
     ratios = []
     for row in timed:
         ways = [route for route in row.seconds if route != DENSE]

@@ -1,4 +1,4 @@
-"""Question: is the rise of the loss foreseen, on text like that of the forecast and on other text?
+"""Question: is the loss increase predicted, on text like that of the forecast and on other text?
 
 The price of a plan knows the calibration text alone. `PreparedPlan.measured` corrects it by losses on a
 validation text at three sizes. Here that is done with each of three sources in turn, 40 windows of 512 tokens
@@ -33,7 +33,7 @@ SOURCES = ("heldout", "training", "calibration")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure rises on every source, and foresee them from every source."""
+    """Measure loss increases on every source, and predict them from every source."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def disjoint(bench: Bench, source: str, count: int) -> tuple[Tensor, Tensor]:
-    """Evenly spread windows to measure on, and others to judge by: for the handbook those of `quality.py`.
+    """Select evenly spread windows to measure on, and others to judge by (those of `quality.py`).
 
     Windows of the calibration text that served for calibration are in neither.
     """
@@ -89,7 +89,7 @@ def disjoint(bench: Bench, source: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def losses_on(model: nn.Module, *, texts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Mean losses on both parts of every source, as `quality.py` judges."""
+    """Compute the mean losses on both parts of every source, as `quality.py` judges."""
     return {
         f"{source} {use}": mean_loss(model, windows.split(2), half_precision_losses)
         for source, parts in texts.items()
@@ -105,7 +105,7 @@ def rises_at(
     losses: Any,
     dense: dict[str, float],
 ) -> dict[str, float]:
-    """The price of a size, and the rises of all losses."""
+    """Return the predicted loss increase at a size, and the measured increases of all losses."""
     made = prepared.plan(param_ratio=share)
     small = light_copy(model)
     tn.apply_plan(small, made, stats)
@@ -115,7 +115,7 @@ def rises_at(
 
 
 def half_precision_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """As `quality.py` judges."""
+    """Compute token losses as `quality.py` judges."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return label_losses(model, batch)
 

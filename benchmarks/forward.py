@@ -1,4 +1,4 @@
-"""How fast is a layer that holds nothing but its cores, and how many bytes does it hold after a pass?
+"""How fast is a layer that holds only its cores, and how many bytes does it hold after a forward pass?
 
     python benchmarks/forward.py [--toy] [--threads 1 2] [--seconds 1] [--passes 3] [--before FOLDER]
 
@@ -68,7 +68,7 @@ RIVALS = ("factorized", "reconstructed") if find_spec("tltorch") else ()
 
 
 def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
-    """tltorch's layer with the same ranks."""
+    """Build tltorch's layer with the same ranks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import tltorch
@@ -85,7 +85,7 @@ def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
 
 
 def another_checkout(folder: str) -> ModuleType:
-    """The package `tensornet` of another checkout, loaded beside this one."""
+    """Import the package `tensornet` of another checkout beside this one."""
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "tensornet"}
     sys.path.insert(0, folder)
     try:
@@ -100,7 +100,7 @@ def another_checkout(folder: str) -> ModuleType:
 
 
 def strategies(layer: MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
-    """Every way to apply the layer without a kept matrix, by route."""
+    """Return every way to apply the layer without a kept matrix, by route."""
 
     def contract(candidate: int) -> Tensor:
         return contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)
@@ -115,7 +115,7 @@ def strategies(layer: MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
 def measure(
     case: Case, tokens: int, threads: int, seconds: float, before: ModuleType | None
 ) -> dict[str, Any]:
-    """One row: bytes and milliseconds of all sides, and the ratios."""
+    """Measure one row: bytes and milliseconds of all sides, and the ratios."""
     auto, cached = case.layer().eval(), case.layer(strategy="cached").eval()
     bonds = list(auto.topology.bond_dims.values())
     sides: dict[str, nn.Module] = {

@@ -1,4 +1,4 @@
-"""How many tokens a second does a model of integers generate, beside its dense model?
+"""How many tokens a second does a model of integer layers generate, beside its dense model?
 
     python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled] [--seconds 20]
 
@@ -44,7 +44,7 @@ KEY = ("side", "mode", "threads", "tokens")
 
 
 def build(config: Any, side: str, folder: Path | None) -> nn.Module:
-    """The model of one side, ready to generate."""
+    """Build the model of one side, ready to generate."""
     from transformers import AutoModelForCausalLM
 
     if folder is None:
@@ -63,7 +63,7 @@ def build(config: Any, side: str, folder: Path | None) -> nn.Module:
 
 
 def formats(side: str, count: int) -> list[str]:
-    """Format of every layer; those of a plan are dealt out at random in their shares."""
+    """Choose the format of every layer; those of a plan are shuffled in their proportions."""
     if side != "planned":
         return [side] * count
     found = [name for name, share in PLANNED.items() for _ in range(share)]
@@ -72,7 +72,7 @@ def formats(side: str, count: int) -> list[str]:
 
 
 def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
-    """A layer of random integers of the same shape."""
+    """Build an integer layer of the same shape with random codes."""
     topology = dense(out_features=layer.out_features, in_features=layer.in_features)
     storage = Storage(number_format=NumberFormat.parse(number_format))
     options: dict[str, Any] = {"bias": layer.bias is not None, "storage": storage, "device": "meta"}
@@ -88,7 +88,7 @@ def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
 
 
 def file_bytes(model: nn.Module) -> int:
-    """Size of the file that the model is saved in."""
+    """Return the size of the file in which the model is saved."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         tn.save_model(model, path)
@@ -96,7 +96,7 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
-    """One pass of so many tokens."""
+    """Return a function that makes one forward pass of this many tokens."""
     if mode == "compiled":
         # Saving asked for the stored codes; eval puts them into the layout of the kernel, a compiler cannot.
         model = torch.compile(model.eval(), dynamic=False)  # type: ignore[assignment]
@@ -108,7 +108,7 @@ def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
 def measure(
     models: dict[str, nn.Module], mode: str, tokens: int, seconds: float, threads: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all sides, timed in turn."""
+    """Measure the rows of all sides, timed in turn."""
     torch._dynamo.reset()
     ways = {side: passes(model, mode, tokens) for side, model in models.items()}
     for way in ways.values():
@@ -128,7 +128,7 @@ def measure(
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cache", type=Path, nargs="?", help="folder of models, see real_data.py")
     parser.add_argument("--toy", action="store_true", help="a tiny random model")
@@ -142,7 +142,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure what the record does not hold yet."""
+    """Measure the rows that the record lacks."""
     from transformers import AutoConfig, LlamaConfig
 
     given = options(arguments)
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def write(rows: Any, folder: Path) -> Path:
-    """The record, with the smallest and the median ratio of each kind of pass."""
+    """Write the record, with the smallest and the median ratio of each kind of pass."""
     found = list(rows)
     summary = {
         f"{row['side']}, {row['tokens']} tokens, {row['mode']}, threads: {row['threads']}": row[

@@ -1,4 +1,4 @@
-"""What every benchmark shares: pairing both sides in one run, and records that say where they come from.
+"""Shared parts of all benchmarks: pairing both sides in one run, and records that state their origin.
 
 A record is one JSON file in `benchmarks/records/`; the tables of the documentation are generated from it.
 """
@@ -31,7 +31,7 @@ PACKAGES = ("torch", "numpy", "opt_einsum", "transformers", "torchTT", "tensorly
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call.
+    """Timings of one function in seconds.
 
     Args:
         median: over the repeats.
@@ -53,7 +53,7 @@ def paired_medians(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time functions in turn, all of them once for each repeat, so that a busy machine hits all alike.
+    """Time functions in turn, each once per repeat, so that a busy machine affects all alike.
 
     The order changes from repeat to repeat, or each would find in the caches what the same other one left
     there; none follows directly upon itself.
@@ -85,7 +85,7 @@ def paired_medians(
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of all tensors that can be reached from an object: its own, kept ones, those of closures.
+    """Count the bytes of all tensors reachable from an object: its own, cached ones, those of closures.
 
     Args:
         root: for example a module. Globals of functions and classes do not count as reached.
@@ -109,7 +109,7 @@ def held_bytes(root: object) -> int:
 
 
 def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
-    """Commit, dirty flag, device, dtype, load of the machine and versions of what is being measured."""
+    """Collect commit, dirty flag, device, dtype, load of the machine and versions of packages."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
@@ -123,7 +123,7 @@ def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]
 
 
 def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECORDS, **meta: Any) -> Path:
-    """Write `folder/name.json` with rows, provenance and whatever else the benchmark wants to say.
+    """Write `folder/name.json` with rows, provenance and further entries of the benchmark.
 
     Args:
         name: of the benchmark; one record each, the newest replaces the one before.
@@ -143,7 +143,7 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECOR
 
 
 def fill_tables(page: str, parts: Mapping[str, str]) -> str:
-    """Replace what lies between `<!-- table NAME -->` and `<!-- end -->` by the part of that name."""
+    """Replace the text between `<!-- table NAME -->` and `<!-- end -->` by the part of that name."""
 
     def replacement(match: re.Match[str]) -> str:
         return f"{match[1]}{parts[match[2]]}\n{match[3]}" if match[2] in parts else match[0]
@@ -152,7 +152,7 @@ def fill_tables(page: str, parts: Mapping[str, str]) -> str:
 
 
 def processor() -> str:
-    """Name of the processor, as the system tells it."""
+    """Return the name of the processor that the system reports."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

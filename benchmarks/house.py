@@ -1,4 +1,4 @@
-"""How large the house is, and how far four journeys lead through it.
+"""Measure the size of the code base, and how many files and calls four common journeys enter.
 
     python benchmarks/house.py [--json] [--lines]
 
@@ -124,14 +124,14 @@ def journey(travel: Callable[[], Any]) -> dict[str, int]:
 
 
 def model() -> GPT2LMHeadModel:
-    """A random GPT-2 of two layers."""
+    """Build a random GPT-2 of two layers."""
     torch.manual_seed(0)
     tokens = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=24, n_head=4, n_positions=64, **tokens)).eval()
 
 
 def journeys(folder: Path) -> dict[str, dict[str, int]]:
-    """Make the four journeys."""
+    """Run the four journeys."""
     batches = [torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(k)) for k in range(2)]
 
     def compress() -> Any:
@@ -151,7 +151,7 @@ def journeys(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def table() -> str:
-    """Write the kinds of lines of each package and module, the most code first."""
+    """Tabulate the kinds of lines of each package and module, the most code first."""
     rows: dict[Path, Counter[str]] = {}
     for room in ROOMS:
         for path in sorted(room.rglob("*.py")):

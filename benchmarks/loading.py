@@ -1,4 +1,4 @@
-"""How much of the time of `th.load` is the library's own, here and in another checkout?
+"""How much of the time of `th.load` does the library itself take, here and in another checkout?
 
     git worktree add ../before COMMIT
     python benchmarks/loading.py ../before [--toy] [--rounds 5]
@@ -58,7 +58,7 @@ def write_models(folder: Path, blocks: int) -> None:
 
 
 def one_side(folder: Path, repeats: int) -> dict[str, float]:
-    """Median seconds of the processor for each question, in this process."""
+    """Return the median processor seconds of each question, timed in this process."""
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
@@ -83,7 +83,7 @@ def one_side(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def in_checkout(checkout: Path, *arguments: str) -> str:
-    """Call this script with the library of a checkout, and return the last line that it prints."""
+    """Run this script with the library of a checkout, and return the last line that it prints."""
     packages = (checkout, checkout / "plugins" / "moe", checkout / "plugins" / "hf")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, *arguments]
@@ -94,7 +94,7 @@ def in_checkout(checkout: Path, *arguments: str) -> str:
 
 
 def compare(before: Path, folder: Path, rounds: int, repeats: int) -> list[dict[str, object]]:
-    """Time both checkouts by turns, and put their medians into rows."""
+    """Time both checkouts in turn, and collect the medians in rows."""
     checkouts = dict(zip(SIDES, (before, ROOT), strict=True))
     times: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(rounds):

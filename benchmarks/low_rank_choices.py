@@ -53,11 +53,11 @@ class Text:
 
     @classmethod
     def of(cls, model: nn.Module, windows: Tensor) -> Text:
-        """Run the dense model."""
+        """Collect the dense model's log-probabilities on some windows."""
         return cls(windows, log_probabilities(model, windows))
 
     def judge(self, model: nn.Module) -> Tensor:
-        """Rise of the loss and divergence from the dense outputs, by token, shape `(tokens, 2)`."""
+        """Compute loss increase and divergence from the dense outputs, by token, shape `(tokens, 2)`."""
         found = log_probabilities(model, self.windows)
         labels = self.windows[:, 1:, None]
         rise = (self.dense - found).gather(-1, labels).flatten()
@@ -67,14 +67,14 @@ class Text:
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, windows: Tensor) -> Tensor:
-    """Log-probabilities of the next token, shape `(windows, tokens - 1, vocabulary)`."""
+    """Compute log-probabilities of the next token, shape `(windows, tokens - 1, vocabulary)`."""
     parts = [model(input_ids=part, use_cache=False).logits[:, :-1] for part in windows.split(16)]
     return torch.cat(parts).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Limit of the gradient norms of single tokens at one layer, per batch.
+    """Limit on the gradient norms of single tokens at one layer, computed per batch.
 
     Args:
         of_rms: limit as a multiple of the root mean square of the norms; or
@@ -96,7 +96,7 @@ class Clip:
 
 @dataclass
 class Bench:
-    """The model, its texts, and the base that every variant changes in one place."""
+    """Model, texts, and the base configuration that every variant changes in one place."""
 
     count: int
     ratios: Sequence[float]
@@ -114,12 +114,12 @@ class Bench:
         self.chosen, self.reported, self.third = (Text.of(self.model, held[k::3][:third]) for k in range(3))
 
     def windows(self, count: int) -> Tensor:
-        """Evenly spread calibration windows."""
+        """Select evenly spread calibration windows."""
         return self.known[torch.linspace(0, len(self.known) - 1, count).long()]
 
     @cached_property
     def unused(self) -> Tensor:
-        """As many windows that the base is not calibrated on."""
+        """Calibration windows that the base does not use, as many as it uses."""
         free = torch.ones(len(self.known), dtype=torch.bool)
         free[torch.linspace(0, len(self.known) - 1, self.count).long()] = False
         left = self.known[free]
@@ -133,7 +133,7 @@ class Bench:
         labels: bool = False,
         clip: Clip | None = None,
     ) -> tn.CalibrationStats:
-        """Moments of a dense model, of its own text."""
+        """Collect the moments of a model, by default the dense one, on the calibration text."""
         torch.manual_seed(0)
         losses = label_losses if labels else sampled_losses
         batches = self.windows(more * self.count).split(8)
@@ -156,12 +156,12 @@ class Bench:
         return self.made(self.prepared, self.stats)
 
     def prepare(self, stats: tn.CalibrationStats, damping: float = 0.1) -> PreparedPlan:
-        """Candidates of all linear layers."""
+        """Compute the candidates of all linear layers."""
         config = tn.CompressionConfig(param_ratio=self.ratios[0], objective="curvature", damping=damping)
         return prepare(self.model, config, stats)
 
     def made(self, prepared: PreparedPlan, stats: tn.CalibrationStats) -> dict[float, nn.Module]:
-        """Compressed models of all sizes."""
+        """Compress the model to all sizes."""
         found = {}
         for ratio in self.ratios:
             found[ratio] = light_copy(self.model)
@@ -169,12 +169,12 @@ class Bench:
         return found
 
     def of(self, stats: tn.CalibrationStats, damping: float = 0.1) -> dict[float, nn.Module]:
-        """Compressed models with other moments."""
+        """Compress the model to all sizes with other moments."""
         return self.made(self.prepare(stats, damping), stats)
 
 
 class clipped:
-    """Clip gradients on their way into the moments, inside the block."""
+    """Context manager that clips gradients before they enter the moments."""
 
     def __init__(self, clip: Clip | None) -> None:
         self.clip, self.recorder = clip, import_module("tensornet.calibration.calibrate").MomentRecorder
@@ -190,7 +190,7 @@ class clipped:
 
 
 def ranks_in_eights(bench: Bench) -> Models:
-    """Candidates whose rank is a multiple of 8."""
+    """Keep only candidates whose rank is a multiple of 8."""
     kept = []
     for found in bench.prepared.candidates:
         topologies = [found.make(k)[0] for k in range(len(found.params))]
@@ -203,13 +203,13 @@ def ranks_in_eights(bench: Bench) -> Models:
 
 
 def allocated_by_forecasts(bench: Bench) -> Models:
-    """Ranks chosen by the losses with damping 1, which forecasts take."""
+    """Choose ranks by the losses with damping 1, on which forecasts are based."""
     found = tuple(replace(x, costs=x.forecasts) for x in bench.prepared.candidates)
     return bench.made(replace(bench.prepared, candidates=found), bench.stats)
 
 
 def measured_by(key: Callable[[str], str]) -> Callable[[Bench], Models]:
-    """Predicted losses of each group of layers times what compressing that group alone does, over them."""
+    """Make a variant that scales predicted losses of groups of layers by measured over predicted increase."""
 
     def build(bench: Bench) -> Models:
         plan = bench.prepared.plan(param_ratio=min(bench.ratios))
@@ -236,7 +236,7 @@ def measured_by(key: Callable[[str], str]) -> Callable[[Bench], Models]:
 
 
 def collected_again(rows_alone: bool) -> Callable[[Bench], Models]:
-    """Mean of the dense model's moments and those of the model at the largest size.
+    """Make a variant that averages the moments of the dense model and of that of the largest size.
 
     Gradients there see errors of products, query times key and value times output, since one of the two
     factors is truncated already.
@@ -252,12 +252,12 @@ def collected_again(rows_alone: bool) -> Callable[[Bench], Models]:
 
 
 def mean_of(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means of moments by name."""
+    """Average moments by name."""
     return {name: (moment + second[name]) / 2 for name, moment in first.items()}
 
 
 def refitted(*, passes: int = 1, new_rows: bool = False, **options: Any) -> Callable[[Bench], Models]:
-    """The base, refitted; `new_rows` takes the gradient moments of the refitted model."""
+    """Make a variant that refits the base; `new_rows` takes gradient moments of the refitted model."""
 
     def build(bench: Bench) -> Models:
         found = {}
@@ -326,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def figures(found: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, float]:
-    """Rises and divergences, and how they differ from the base, paired by token."""
+    """Summarize loss increases and divergences, and their differences from the base, paired by token."""
     made = {}
     for use, values in found.items():
         gap = values - base[use]

@@ -28,13 +28,13 @@ was asked is shown like any other.
 
 
 def page(folder: Path) -> str:
-    """The whole document."""
+    """Render the whole document."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return "\n".join([HEADER, *(section(record) for record in records if "rows" in record)])
 
 
 def section(record: Mapping[str, Any]) -> str:
-    """One benchmark."""
+    """Render the section of one benchmark."""
     question, details = asked(record["name"])
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     state = "with uncommitted changes" if record["dirty"] else "clean"
@@ -54,7 +54,7 @@ def section(record: Mapping[str, Any]) -> str:
 
 
 def asked(name: str) -> tuple[str, str]:
-    """The question of a benchmark and what its docstring says further, without how to call it."""
+    """Return the question of a benchmark and the rest of its docstring, without the call line."""
     script = ROOT / "benchmarks" / f"{name}.py"
     if not script.is_file():
         return "", ""
@@ -65,7 +65,7 @@ def asked(name: str) -> tuple[str, str]:
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as columns `outer inner`; lists of numbers in short form."""
+    """Flatten nested mappings to columns `outer inner`; lists of numbers in short form."""
     cells: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, Mapping):
@@ -78,7 +78,7 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with a column for every key that any row has."""
+    """Render a Markdown table with a column for every key of any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(column.replace("_", " ") for column in columns) + " |"]
     lines.append("|" + "---|" * len(columns))
@@ -87,7 +87,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text: four significant digits, nothing that would end the cell or open a code block."""
+    """Format a value with four significant digits; escape what would end the cell or open a code block."""
     if value is None:
         return ""
     if isinstance(value, float):

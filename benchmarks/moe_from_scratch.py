@@ -1,4 +1,4 @@
-"""Which mixtures pay when a small model is trained from scratch, and what may their experts share?
+"""Which mixtures pay off when a small model is trained from scratch, and what may their experts share?
 
     python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 10] [--seeds 0 1]
 
@@ -48,7 +48,7 @@ JUDGED_AT = (0.5, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all rows have in common.
+    """Options of training that all rows share.
 
     Args:
         windows: in a batch.
@@ -68,7 +68,7 @@ class Recipe:
 
 
 class Run:
-    """One row, rate and seed, on disk after each checkpoint.
+    """Training run of one row, rate and seed, written to the disk at each checkpoint.
 
     Args:
         row, sizes, recipe, corpus, seed: the configuration.
@@ -109,7 +109,7 @@ class Run:
         return self.step * self.recipe.windows * self.sizes.context
 
     def train(self, tokens: int, *, deadline: float, checkpoint_every: float = 60.0) -> bool:
-        """Train until so many tokens were seen; False if the deadline (of `time.monotonic`) came first."""
+        """Train up to a number of tokens; return False if the deadline (of `time.monotonic`) came first."""
         marks = {self._steps(at * MILLION) for at in JUDGED_AT} | {self._steps(tokens)}
         started, saved = time.process_time(), time.monotonic()
         while self.tokens < tokens:
@@ -129,7 +129,7 @@ class Run:
         return True
 
     def save(self) -> None:
-        """Write the state in one piece, or leave the one before."""
+        """Write the state completely, or keep the earlier file."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
         torch.save(
@@ -151,7 +151,7 @@ class Run:
         self.file.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """What the record says of the run."""
+        """Summarize the run for the record."""
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
             **self.configuration,
@@ -251,7 +251,7 @@ class Run:
 
 
 def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean loss of a token in nats."""
+    """Compute the mean loss of a token in nats."""
     ids = batch.long()
     logits = model(input_ids=ids[:, :-1]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -259,7 +259,7 @@ def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, float | None]:
-    """Mean loss of a token, and entropy of the load of experts relative to an even one, mean over layers."""
+    """Compute the mean loss of a token, and the relative entropy of expert load, averaged over layers."""
     layers = [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
     loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
     total = 0.0
@@ -277,7 +277,7 @@ def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, floa
 
 
 def feed_forward_parameters(model: nn.Module) -> int:
-    """Parameters of the feed-forward networks, always-on experts and cores of other owners included."""
+    """Count the parameters of the feed-forward networks, always-on experts and borrowed cores included."""
     routers = {id(p) for m in model.modules() if isinstance(m, tm.Router) for p in m.parameters()}
     parts = [block.mlp for block in model.transformer.h]
     parts += [model.owner] if hasattr(model, "owner") else []
@@ -286,7 +286,7 @@ def feed_forward_parameters(model: nn.Module) -> int:
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; what experts share and what each owns may have rates of their own."""
+    """Build AdamW, with separate rates for shared and private parameters if given."""
     banks = [m for m in model.modules() if isinstance(m, tm.ExpertBank)]
     shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
     private = {id(p) for bank in banks for p in bank.parameters()} - shared
@@ -346,7 +346,7 @@ def write_record(state: Path, out: Path, name: str) -> Path:
 
 
 def toy_sizes() -> Sizes:
-    """Sizes that train in a second."""
+    """Return sizes that train in a second."""
     return Sizes(width=64, hidden=256, layers=2, heads=2, context=8, vocabulary=300)
 
 

@@ -1,4 +1,4 @@
-"""How near a mixture with one shared center comes to the speed that its arithmetic allows.
+"""How close does a mixture with one shared center come to the speed that its arithmetic allows?
 
 1. A training step (forward and backward) of one feed-forward mixture: base shapes 768 x 3072, 8 experts,
    dims of the paper, top-1, 2,048 tokens, against the time its multiply-adds need at the speed of one plain
@@ -74,7 +74,7 @@ TOY = Case((2, 2, 2), (2, 4, 2), 2, 32, (1, 4), 1)
 
 
 class DenseExperts(tm.ExpertBank):
-    """One dense matrix for each expert, nothing shared: the mixture to compare with."""
+    """Bank of one dense matrix for each expert, nothing shared: the baseline."""
 
     def __init__(self, num_experts: int, out_features: int, in_features: int) -> None:
         super().__init__(num_experts, (out_features, in_features))
@@ -103,7 +103,7 @@ class DenseExperts(tm.ExpertBank):
 
 
 def mixture(case: Case, *, dense: bool) -> tm.SharedCoreMoE:
-    """One feed-forward mixture, MPOE or with dense experts."""
+    """Build one feed-forward mixture, MPOE or with dense experts."""
     up = tn.topologies.mpo(out_dims=case.hidden_dims, in_dims=case.model_dims)
     down = tn.topologies.mpo(out_dims=case.model_dims, in_dims=case.hidden_dims)
     banks: dict[str, tm.ExpertBank] = {
@@ -116,7 +116,7 @@ def mixture(case: Case, *, dense: bool) -> tm.SharedCoreMoE:
 
 
 def _end(size: int) -> int:
-    """A leg of the small ends: 4 where it divides the side twice, as in base shapes."""
+    """Choose the leg of the small ends: 4 where 16 divides the side, as in base shapes, else 2."""
     return 4 if size % 16 == 0 else 2
 
 
@@ -126,21 +126,21 @@ def _halves(size: int) -> tuple[int, int]:
 
 
 def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Three cores with one center, whose ends touch outputs and inputs."""
+    """Build a bank of three-core chains with a shared center, whose end cores carry both kinds of legs."""
     a = min(_end(rows), _end(columns))
     legs = {"out_dims": (a, rows // a**2, a), "in_dims": (a, columns // a**2, a)}
     return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)
 
 
 def one_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """The same number of parameters: one end touches the outputs only, the other the inputs only."""
+    """Build a bank of as many parameters; one end core carries outputs only, the other inputs only."""
     a = min(_end(rows), _end(columns)) ** 2
     legs = {"out_dims": (a, rows // a, 1), "in_dims": (1, columns // a, a)}
     return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)
 
 
 def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """One dense matrix for all, and a low rank for each."""
+    """Build a bank of one shared dense matrix and a low-rank delta for each expert."""
     base = tm.SharedCoreExperts(
         tn.topologies.dense(out_features=rows, in_features=columns), experts, shared="all"
     )
@@ -148,14 +148,14 @@ def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 
 
 def bases(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Two shared bases, and a transform for each expert."""
+    """Build a bank of two shared bases, and a transform for each expert."""
     rank = min(rows, columns) // 6 or 1
     topology = tm.mixture_of_bases(out_features=rows, in_features=columns, bases=2, rank=rank)
     return tm.SharedCoreExperts(topology, experts, shared=("basis",))
 
 
 def block_trains(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Block tensor trains of two cores, nothing shared."""
+    """Build a bank of block tensor trains of two cores, nothing shared."""
     topology = tn.topologies.block_tt(out_dims=_halves(rows), in_dims=_halves(columns), max_bond=1)
     return tm.SharedCoreExperts(topology, experts, shared="none")
 
@@ -171,7 +171,7 @@ FORMS: dict[str, Callable[[int, int, int], tm.ExpertBank]] = {
 
 
 def time_forms(case: Case) -> list[dict[str, Any]]:
-    """A training step of every way of sharing beside one with dense experts, all with the same routing."""
+    """Time a training step of every form of sharing beside dense experts, all with the same routing."""
     torch.manual_seed(0)
     makers = {"dense experts": DenseExperts, **FORMS}
     layers = {}
@@ -214,7 +214,7 @@ def time_forms(case: Case) -> list[dict[str, Any]]:
 
 
 def training_multiply_adds(case: Case, moe: tm.SharedCoreMoE) -> int:
-    """Forward and backward: each product is done once forward and twice backward."""
+    """Count the multiply-adds of a step: each product is done once forward and twice backward."""
     rebuild = sum(
         bank.plan.multiply_adds(case.experts)
         for bank in moe.experts.modules()
@@ -224,12 +224,12 @@ def training_multiply_adds(case: Case, moe: tm.SharedCoreMoE) -> int:
 
 
 def clock() -> Callable[[], float]:
-    """Seconds as this number of threads is to be timed."""
+    """Choose processor time for one thread, else the wall clock."""
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def time_training(case: Case) -> dict[str, Any]:
-    """One training step beside the plain product that sets the speed."""
+    """Time one training step beside the plain matrix products of the same arithmetic."""
     torch.manual_seed(0)
     moe = mixture(case, dense=False).train()
     x = torch.randn(case.tokens, case.model, requires_grad=True)
@@ -268,7 +268,7 @@ def time_training(case: Case) -> dict[str, Any]:
 
 @torch.inference_mode()
 def time_inference(case: Case, tokens: int) -> dict[str, Any]:
-    """A call with kept experts beside the same with dense experts."""
+    """Time a call with cached experts beside the same with dense experts."""
     with torch.inference_mode(False):
         torch.manual_seed(0)
         ours, dense = mixture(case, dense=False).eval(), mixture(case, dense=True).eval()

@@ -40,7 +40,7 @@ HEADER = (
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lines of one table as Markdown; the lowest loss of a mixture is bold."""
+    """Render one table as Markdown; the lowest loss of a mixture is bold."""
     switch = next((r["expert_parameters"] for r in rows if r["row"] == "Switch"), None)
     best = min((r["loss"] for r in rows if r["row"] != "dense"), default=None)
     lines = list(HEADER)
@@ -63,7 +63,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rates(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Loss on the tuning part at every rate, first seed; the rate that was chosen is bold."""
+    """Tabulate the loss on the tuning part at every rate, first seed; the chosen rate is bold."""
     columns = list(rows[0]["tune_loss_by_rate"])
     lines = ["| row | " + " | ".join(f"rate {c}" for c in columns) + " |", "|---|" + "--:|" * len(columns)]
     for r in rows:
@@ -76,7 +76,7 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tables(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows of the record by table, in the order of the record."""
+    """Group the rows of the record by table, in the order of the record."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in record["rows"]:
         found.setdefault(row["table"], []).append(row)
@@ -84,7 +84,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def fill(page: str, record: Mapping[str, Any]) -> str:
-    """The page with its tables replaced.
+    """Replace the tables of the page.
 
     Raises:
         KeyError: the page asks for a table that the record lacks.
@@ -100,7 +100,7 @@ def fill(page: str, record: Mapping[str, Any]) -> str:
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Held-out loss against parameters in experts, one panel for each table in which the sizes differ."""
+    """Draw held-out loss against expert parameters, one panel for each table whose sizes differ."""
     by_name = {name: rows for name, rows in tables(record).items() if name in PANELS}
     with plt.rc_context({"svg.hashsalt": "mpoe", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = plt.subplots(

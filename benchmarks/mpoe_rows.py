@@ -1,4 +1,4 @@
-"""The rows of mpoe_vs_switch.py: mixtures made from a dense model; how one is trained and judged."""
+"""Rows of mpoe_vs_switch.py: mixtures made from a dense model, their training and evaluation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all rows have in common: linear warm-up, cosine decay to 0, gradients clipped at 1.
+    """Options of training that all rows share: linear warm-up, cosine decay to 0, gradients clipped at 1.
 
     Args:
         steps: optimizer steps.
@@ -70,7 +70,7 @@ class Recipe:
 
 
 def build(task: Task, row: Row, *, seed: int, balance: float = 0.01) -> nn.Module:
-    """The model of a row; the seed decides where the routers start."""
+    """Build the model of a row; the seed initializes the routers."""
     model = task.model()
     if row.experts == 0:
         return model
@@ -83,7 +83,7 @@ def build(task: Task, row: Row, *, seed: int, balance: float = 0.01) -> nn.Modul
 
 
 def moe_config(row: Row, task: Task, balance: float) -> th.MoEConfig:
-    """A long middle core between two small ends, or, for Switch, each matrix as it is."""
+    """Build the upcycling options: a long middle core between two small ends; plain matrices for Switch."""
     common: dict[str, Any] = {"num_experts": row.experts, "aux_loss_coef": balance, "noise": row.noise}
     if row.ends is None:
         return th.MoEConfig(**common, sites=1, shared="none")
@@ -99,12 +99,12 @@ def moe_config(row: Row, task: Task, balance: float) -> th.MoEConfig:
 
 
 def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
-    """The mixtures of a model in order; none in the dense one."""
+    """Collect the mixtures of a model in order; none in the dense one."""
     return [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
 
 
 def expert_parameters(model: nn.Module) -> int:
-    """Parameters of the feed-forward networks, biases and cores that layers share included, routers not."""
+    """Count the parameters of the feed-forward networks, with biases and shared cores, without routers."""
     names = {"mlp", "DenseReluDense"}  # of GPT-2 and T5, dense or mixed
     sites = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
     parts = [getattr(site, "experts", site) for site in sites]
@@ -115,7 +115,7 @@ def expert_parameters(model: nn.Module) -> int:
 def optimizer_of(
     model: nn.Module, row: Row, rate: float, recipe: Recipe, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Private cores may have their own rate, the mask is attached, frozen cores are left out."""
+    """Build the optimizer without frozen cores, with a rate for private cores; attach the mask."""
     banks = [m for m in model.modules() if isinstance(m, tm.SharedCoreExperts)]
     shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
     private = [p for bank in banks for p in bank.parameters() if id(p) not in shared]
@@ -145,7 +145,7 @@ def optimizer_of(
 def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[dict[str, Tensor]]
 ) -> Callable[[], float]:
-    """One training step as a call; it returns the loss, that of the routers included."""
+    """Return a function that makes one training step and returns the loss, router losses included."""
 
     def step() -> float:
         loss = model(**next(batches)).loss
@@ -160,7 +160,7 @@ def stepper(
 
 @torch.no_grad()
 def judge(model: nn.Module, batches: list[tuple[dict[str, Tensor], int]]) -> dict[str, float]:
-    """Mean loss of a token in nats, share of tokens guessed right, entropy of the load of experts / log E."""
+    """Compute mean token loss in nats, token accuracy, and the load entropy of experts over log E."""
     layers = mixtures(model)
     loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
     loss = right = count = 0.0

@@ -1,4 +1,4 @@
-"""The two tasks of mpoe_vs_switch.py: the embedded models learn the language of short quotations.
+"""Two tasks of mpoe_vs_switch.py: the embedded models learn the language of short quotations.
 
 The text is the Debian package `fortunes`: 14,000 quotations in files separated by lines of `%`. It is
 fetched and unpacked, not installed, on any machine with apt:
@@ -35,7 +35,7 @@ PICTURES = ("art", "ascii-art", "translate-me")  # drawings and other languages
 
 @dataclass(frozen=True)
 class Quotations:
-    """The three parts: weights are fitted on `train`, rates chosen on `tune`, results read on `test`."""
+    """Three parts: weights are fitted on `train`, rates chosen on `tune`, results read on `test`."""
 
     train: list[str]
     tune: list[str]
@@ -43,7 +43,7 @@ class Quotations:
 
 
 def fetch(cache: Path) -> Path:
-    """Folder of the quotations, downloaded with apt unless it lies in the cache."""
+    """Return the folder of the quotations, downloaded with apt unless it lies in the cache."""
     folder = cache / "texts" / "usr" / "share" / "games" / "fortunes"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def fetch(cache: Path) -> Path:
 
 
 def read_quotations(folder: Path) -> Quotations:
-    """Read and split: of every twenty quotations in file order one is for tuning, two for the test.
+    """Read and split the quotations: of every twenty in file order one is for tuning, two for the test.
 
     Raises:
         SystemExit: no quotation is found.
@@ -75,7 +75,7 @@ def read_quotations(folder: Path) -> Quotations:
 
 
 class Task(ABC):
-    """What a row is trained and judged on.
+    """Data on which a row is trained and judged.
 
     Attributes:
         name: key in the record.
@@ -88,19 +88,19 @@ class Task(ABC):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A fresh copy of the trained dense model."""
+        """Copy the trained dense model."""
 
     @abstractmethod
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Training batches for ever, in an order that the seed decides."""
+        """Yield training batches without end, in an order that the seed decides."""
 
     @abstractmethod
     def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """Batches of a part (`"tune"` or `"test"`), each with the number of tokens it predicts."""
+        """List the batches of a part (`"tune"` or `"test"`), each with the number of tokens it predicts."""
 
 
 class LanguageModelling(Task):
-    """GPT-2, trained on the King James Bible, continues on quotations.
+    """GPT-2, trained on the King James Bible and fine-tuned on quotations.
 
     Args:
         quotations: the text.
@@ -152,7 +152,7 @@ class LanguageModelling(Task):
 
 
 class VowelRestoration(Task):
-    """T5, trained to restore the vowels of phrases of the King James Bible, continues on quotations.
+    """T5, trained to restore vowels in the King James Bible and fine-tuned on quotations.
 
     Args:
         quotations: the text.
@@ -188,7 +188,7 @@ class VowelRestoration(Task):
                 yield self.encode(order[cut : cut + self.batch])
 
     def encode(self, targets: Sequence[str]) -> dict[str, Tensor]:
-        """One batch: phrases without vowels in, phrases out."""
+        """Encode one batch: phrases without vowels as input, phrases as labels."""
         inputs = self.tokenizer([strip_vowels(t) for t in targets], padding=True, return_tensors="pt")
         labels = self.tokenizer(list(targets), padding=True, return_tensors="pt").input_ids
         return {

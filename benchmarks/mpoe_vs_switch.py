@@ -1,4 +1,4 @@
-"""Do experts that share their center beat a Switch mixture, for each parameter, and does the mask help?
+"""Do experts that share their center beat a Switch mixture at equal parameters, and does the mask help?
 
     python benchmarks/mpoe_vs_switch.py [--text FOLDER] [--state FILE] [--tasks gpt2 t5] [--rows ...] [--toy]
 
@@ -70,7 +70,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One table.
+    """Settings of one table.
 
     Args:
         task: the class.
@@ -133,18 +133,18 @@ SETTINGS = {
 
 
 class MissingRunError(Exception):
-    """A run is not in the state, and none are to be made."""
+    """A run is missing from the state, and new runs were not allowed."""
 
 
 class State:
-    """Finished runs of one table by key, on disk after each."""
+    """Finished runs of one table by key, written to the disk after each."""
 
     def __init__(self, path: Path, *, frozen: bool) -> None:
         self.path, self.frozen = path, frozen
         self.runs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def run(self, setting: Setting, task: Task, row: Row, rate: float, seed: int) -> dict[str, Any]:
-        """The result of a run, from the file or made now; anything that changes it is part of the key."""
+        """Read or make the result of a run; every option that changes it is part of its key."""
         key = f"{setting.task.__name__} {setting.sizes} {setting.recipe} {row} rate {rate:g} seed {seed}"
         if key not in self.runs:
             if self.frozen:
@@ -161,7 +161,7 @@ class State:
 
 
 def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float]) -> dict[str, Any]:
-    """One line of a table: means and standard deviations over the seeds."""
+    """Summarize a row in one line: means and standard deviations over the seeds."""
     losses, accuracies = [r["loss"] for r in runs], [r["accuracy"] for r in runs]
     return {
         "row": row.name,
@@ -181,7 +181,7 @@ def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float])
 
 
 def seconds_per_step(setting: Setting, task: Task, rows: Sequence[Row]) -> dict[str, float]:
-    """Median processor seconds of a step, all rows in turn in one process."""
+    """Measure the median processor seconds of a step, with all rows in turn in one process."""
     steps = {}
     for row in rows:
         model = build(task, row, seed=0).train()
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[str, Any]]:
-    """Run what is missing of one table and return its lines."""
+    """Make the missing runs of one table and return its lines."""
     task = setting.task(quotations, **setting.sizes)
     lines = {}
     for row in setting.rows:
@@ -242,7 +242,7 @@ def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[s
 
 
 def claims(lines: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
-    """What one table says: Switch, and the best mixtures within a part of its parameters."""
+    """State the result of one table: Switch, and the best mixtures within fractions of its parameters."""
     rows = [line for line in lines if line["table"] == name and line["row"] != "dense"]
     switch = next((line for line in rows if line["row"] == "Switch"), None)
     if switch is None:
@@ -260,7 +260,7 @@ def claims(lines: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
 
 
 def toy(setting: Setting) -> Setting:
-    """The same table in seconds."""
+    """Shrink the settings of a table so that it runs in seconds."""
     return dataclasses.replace(
         setting,
         sizes={"train_size": 260, "judge_size": 260, "batch": 2},

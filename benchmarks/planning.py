@@ -1,4 +1,4 @@
-"""What do planning and rounding take, for a layer of each shape of a language model?
+"""How long do planning and rounding take, for a layer of each shape of a language model?
 
     OMP_NUM_THREADS=1 python benchmarks/planning.py [--toy] [--shapes 576x576 1536x576] [--bits 4.25 2.25]
 
@@ -34,7 +34,7 @@ SHAPES = ("576x576", "192x576", "1536x576", "576x1536")
 
 
 def measure(rows: int, columns: int, budgets: Sequence[float], repeats: int) -> dict[str, Any]:
-    """One row: seconds of planning and of rounding at each budget, predicted and exact loss increase."""
+    """Measure one row: seconds of planning and rounding at each budget, predicted and exact loss increase."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(columns, rows, bias=False))
     stats = tn.CalibrationStats({"0": moment(rows, 1)}, {"0": moment(columns, 2)}, 1, loss=0.0)

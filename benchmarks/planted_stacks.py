@@ -1,4 +1,4 @@
-"""Which way of sharing fits the experts of a mixture that exists, at equal numbers of parameters?
+"""Which form of sharing fits the experts of an existing mixture best, at equal numbers of parameters?
 
     python benchmarks/planted_stacks.py           # minutes; writes benchmarks/records/planted_stacks.json
     python benchmarks/planted_stacks.py --toy     # seconds, for the tests
@@ -58,27 +58,27 @@ TOY = Case(experts=3, rows=16, columns=8, sweeps=3, seeds=(0,))
 
 
 def base_and_deltas(case: Case, draw: Callable[..., Tensor]) -> Tensor:
-    """One matrix, and a delta of an eighth of the rank for each expert."""
+    """Draw one matrix, and a delta of an eighth of the rank for each expert."""
     rank = case.columns // 8
     deltas = draw(case.experts, case.rows, rank) @ draw(case.experts, rank, case.columns)
     return draw(case.rows, case.columns) + deltas / rank**0.5
 
 
 def mixture_of_bases(case: Case, draw: Callable[..., Tensor]) -> Tensor:
-    """Two bases of half the rank, mixed and transformed."""
+    """Draw two bases of half the rank, mixed and transformed by each expert."""
     rank = case.columns // 2
     mixed = torch.einsum("ek,kor->eor", draw(case.experts, 2), draw(2, case.rows, rank))
     return mixed @ draw(case.experts, rank, case.columns) / rank**0.5
 
 
 def one_subspace(case: Case, draw: Callable[..., Tensor]) -> Tensor:
-    """All rows and columns in one space of half the dimension."""
+    """Draw experts whose rows and columns lie in one subspace of half the dimension."""
     rank = case.columns // 2
     return draw(case.rows, rank) @ draw(case.experts, rank, rank) @ draw(rank, case.columns) / rank
 
 
 def one_center(case: Case, draw: Callable[..., Tensor]) -> Tensor:
-    """A chain whose long core is shared, at full bonds."""
+    """Draw chains of full bonds that share their long core."""
     bank = tm.SharedCoreExperts(_chain(case, None), case.experts)
     with torch.no_grad():
         for parameter in bank.parameters():
@@ -87,7 +87,7 @@ def one_center(case: Case, draw: Callable[..., Tensor]) -> Tensor:
 
 
 def unrelated(case: Case, draw: Callable[..., Tensor]) -> Tensor:
-    """Low rank each, nothing in common."""
+    """Draw low-rank experts with nothing in common."""
     rank = case.columns // 2
     return draw(case.experts, case.rows, rank) @ draw(case.experts, rank, case.columns)
 
@@ -122,7 +122,7 @@ Made = tuple[Tensor, int]  # matrices, parameters
 
 
 def svd(weights: Tensor, budget: int, case: Case) -> Iterator[Made]:
-    """An SVD of each expert."""
+    """Fit an SVD to each expert."""
     rank = budget // (case.experts * (case.rows + case.columns))
     if rank:
         cut = [tn.decompose(w, "low_rank", max_bond=rank).network for w in weights]
@@ -130,7 +130,7 @@ def svd(weights: Tensor, budget: int, case: Case) -> Iterator[Made]:
 
 
 def deltas(weights: Tensor, budget: int, case: Case) -> Iterator[Made]:
-    """A base and low-rank deltas, which take what the base leaves."""
+    """Fit a base, and low-rank deltas to what the base leaves."""
     rank = (budget - case.rows * case.columns) // (case.experts * (case.rows + case.columns))
     if rank > 0:
         bank = tm.LowRankDeltaExperts.from_experts(
@@ -140,7 +140,7 @@ def deltas(weights: Tensor, budget: int, case: Case) -> Iterator[Made]:
 
 
 def bases(weights: Tensor, budget: int, case: Case) -> Iterator[Made]:
-    """A mixture of bases for every split of the budget."""
+    """Fit a mixture of bases for every split of the budget."""
     for split in SPLITS:
         rank = int((1 - split) * budget / (case.experts * case.columns))
         rank = min(max(rank, 1), case.columns)
@@ -154,7 +154,7 @@ def bases(weights: Tensor, budget: int, case: Case) -> Iterator[Made]:
 
 
 def center(weights: Tensor, budget: int, case: Case) -> Iterator[Made]:
-    """A chain with a shared center, for every pair of bonds in a grid."""
+    """Fit chains with a shared center, for every pair of bonds in a grid."""
     widest = max(_chain(case, None).bond_dims.values())
     for bond in sorted({max(1, round(widest * x)) for x in (*SPLITS, 1.0)}):
         yield from _jointly(weights, _chain(case, bond), "center", budget, case)

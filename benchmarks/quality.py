@@ -1,4 +1,4 @@
-"""Question: how much of a real model's language is left at a given size, and was that foreseen?
+"""Question: how well does a real language model work at a given size, and was that predicted?
 
 SmolLM2-135M-Instruct, calibrated on the Python tutorials, judged on the Debian handbook: perplexity over 40
 evenly spread windows of 512 tokens. All methods use the same moments, except that those which name two texts
@@ -43,7 +43,7 @@ SOURCE_NAMES = {"calibration": "the Python tutorials", "kernel": "the kernel doc
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compress: a name for people, the options that make it, and the texts it is calibrated on."""
+    """Method of compression: its display name, its options, and the texts on which it is calibrated."""
 
     title: str
     options: dict[str, Any]
@@ -77,7 +77,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table: a method at a share of the parameters, and what comes `after` compression."""
+    """One row of the table: a method at a keep ratio, and the step that comes `after` compression."""
 
     method: str
     layers: str
@@ -86,7 +86,7 @@ class Job:
 
 
 def jobs(method: str, layers: str, *percents: int, after: str = "") -> list[Job]:
-    """Rows that differ in size only."""
+    """List rows that differ in size only."""
     return [Job(method, layers, percent / 100, after) for percent in percents]
 
 
@@ -124,7 +124,7 @@ TABLE = [
 
 @dataclass
 class Bench:
-    """The model, the texts, and what rows share."""
+    """Model, texts, and intermediate results that rows share."""
 
     cache: Path
     windows: int
@@ -141,13 +141,13 @@ class Bench:
         share_svds()
 
     def model(self) -> Any:
-        """The dense model in float32."""
+        """Load the dense model in float32."""
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def text(self, use: str, count: int | None, length: int | None = None) -> Tensor:
-        """Evenly spread windows of one text, tokenised once and kept in the cache."""
+        """Return evenly spread windows of one text, tokenized once and kept in the cache."""
         length = length or self.length
         from safetensors.torch import load_file, save_file
         from transformers import AutoTokenizer
@@ -161,14 +161,14 @@ class Bench:
         return windows if count is None or count >= len(windows) else windows[spread(len(windows), count)]
 
     def stats(self, method: str) -> tn.CalibrationStats:
-        """Moments of the texts of a method, read once."""
+        """Return the moments on the texts of a method, read once."""
         texts = METHODS[method].texts
         if texts not in self.moments:
             self.moments[texts] = self.statistics(texts)
         return self.moments[texts]
 
     def statistics(self, texts: Sequence[str] = ("calibration",)) -> tn.CalibrationStats:
-        """Moments of texts with equally many windows of each, collected once and kept in the cache."""
+        """Return moments on texts with equally many windows of each, collected once and kept in the cache."""
         one = tuple(texts) == ("calibration",)
         names = "" if one else "-" + "-".join(texts)
         path = self.cache / f"moments{names}-{self.calibration}.safetensors"
@@ -189,7 +189,7 @@ class Bench:
         return tn.CalibrationStats.load(path)
 
     def measure(self, job: Job) -> dict[str, Any]:
-        """One row: compress, correct or heal if asked, judge."""
+        """Measure one row: compress, refit or heal if asked, judge."""
         model = self.model()
         row: dict[str, Any] = {
             "method": job.method,
@@ -219,7 +219,7 @@ class Bench:
         }
 
     def prepare(self, job: Job, model: nn.Module) -> PreparedPlan:
-        """Prices of all forms, once for all sizes of a method."""
+        """Compute all candidates with predicted losses, once for all sizes of a method."""
         key = (job.method, job.layers)
         whole = self.prepared.get((job.method, "all"))
         if key not in self.prepared and whole is not None:
@@ -232,7 +232,7 @@ class Bench:
         return self.prepared[key]
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
-        """Distil for a fixed time on a third text."""
+        """Heal for a fixed time on a third text."""
         text = self.text("training", None, self.length // 2)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
         report = tn.heal(
@@ -251,7 +251,7 @@ class Bench:
         }
 
     def refine(self, model: nn.Module, method: str) -> dict[str, Any]:
-        """Refit the layers behind one another, on windows of the calibration texts that it did not use."""
+        """Refit the layers in order, on windows of the calibration texts that calibration did not use."""
         start = time.process_time()
         texts = METHODS[method].texts
         each = self.refine_windows // len(texts)
@@ -267,14 +267,14 @@ class Bench:
         }
 
     def unused(self, name: str, texts: int) -> Tensor:
-        """Windows of a text that calibration on that many texts left, or all if it left none."""
+        """Return the windows of a text that calibration on this many texts left, or all if it left none."""
         windows = self.text(name, None)
         free = torch.ones(len(windows), dtype=torch.bool)
         free[spread(len(windows), self.calibration // texts)] = False
         return windows[free] if bool(free.any()) else windows
 
     def sample(self, model: nn.Module) -> str:
-        """A greedy continuation of the prompt: perplexity alone would not show loops and noise."""
+        """Continue the prompt greedily: perplexity alone would not show loops and noise."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -317,13 +317,13 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Job] = TABLE) -
 
 
 def is_row_of(row: dict[str, Any], job: Job) -> bool:
-    """Whether a recorded row answers a job."""
+    """Return True if a recorded row is the result of a job."""
     return all(row.get(key) == getattr(job, key) for key in ("method", "layers", "ratio", "after"))
 
 
 @torch.inference_mode()
 def mean_loss(model: nn.Module, windows: Tensor) -> float:
-    """Mean loss of the tokens of windows, forward passes in bfloat16."""
+    """Compute the mean loss of the tokens of windows, with forward passes in bfloat16."""
     total, count = 0.0, 0
     for batch in windows.split(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -334,7 +334,7 @@ def mean_loss(model: nn.Module, windows: Tensor) -> float:
 
 
 def part_of(whole: PreparedPlan, pattern: str | None) -> PreparedPlan:
-    """The preparation of some of its layers."""
+    """Restrict a preparation to the layers that match a pattern."""
     assert pattern is not None
     kept = [k for k, target in enumerate(whole.targets) if fnmatch(target.name, pattern)]
     chosen = {
@@ -345,12 +345,12 @@ def part_of(whole: PreparedPlan, pattern: str | None) -> PreparedPlan:
 
 
 def spread(length: int, count: int) -> Tensor:
-    """Evenly spread positions."""
+    """Return evenly spread positions."""
     return torch.linspace(0, length - 1, min(count, length)).long()
 
 
 def share_svds() -> None:
-    """Compute the whitened SVD of a weight once: all sizes of a method cut the same one.
+    """Compute the whitened SVD of a weight once: all sizes of a method truncate the same one.
 
     The library keeps none, since for a large model they are larger than the model.
     """

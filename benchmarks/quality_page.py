@@ -1,5 +1,6 @@
-"""Write the tables and the picture of docs/quality.md from the records of quality.py, forecast.py, encoder.py
-and low_rank_choices.py.
+"""Write the tables and the picture of docs/quality.md from records.
+
+The records are those of quality.py, forecast.py, encoder.py and low_rank_choices.py.
 
     python benchmarks/quality_page.py
 
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def filled(text: str, records: Path) -> str:
-    """The page with its tables made of the records of a folder."""
+    """Fill the page with tables made from the records of a folder."""
     rows = quality_rows(records)
     encoder = json.loads((records / "encoder.json").read_text())["rows"]
     foreseen_rows = json.loads((records / "forecast.json").read_text())["rows"]
@@ -77,29 +78,29 @@ def filled(text: str, records: Path) -> str:
 
 
 def quality_rows(records: Path) -> list[Row]:
-    """Rows of the language model that still hold."""
+    """Read the rows of the language model that are still valid."""
     rows = json.loads((records / "quality.json").read_text())["rows"]
     return [row for row in rows if row["method"] not in OUTDATED]
 
 
 def title(row: Row) -> str:
-    """A method and what came after it."""
+    """Name a method and the step after it."""
     name = METHODS[row["method"]].title if row["method"] in METHODS else "dense"
     return name + (f", {row['after']}" if row["after"] else "")
 
 
 def dense_row(rows: Sequence[Row]) -> Row:
-    """The row of the model as it was."""
+    """Return the row of the dense model."""
     return next(row for row in rows if row["method"] == "dense")
 
 
 def rise(row: Row, rows: Sequence[Row]) -> float:
-    """Measured rise of the loss over the dense model on the same text."""
+    """Compute the measured loss increase over the dense model on the same text."""
     return float(row["loss"] - dense_row(rows)["loss"])
 
 
 def quality_table(rows: Sequence[Row]) -> str:
-    """Perplexities, a line for each method and a column for each keep ratio."""
+    """Tabulate perplexities, a line for each method and a column for each keep ratio."""
     dense = dense_row(rows)
     heads = " | ".join(f"{ratio:.0%}" for ratio in RATIOS)
     lines = [
@@ -117,7 +118,7 @@ def quality_table(rows: Sequence[Row]) -> str:
 
 
 def forecast_table(rows: Sequence[Row], foreseen_rows: Sequence[Row]) -> str:
-    """Measured rises, predictions by moments alone, and predictions with a measurement on other windows."""
+    """Tabulate measured loss increases and predictions, without and with a measurement on other windows."""
     corrected = {(r["method"], r["layers"], r["ratio"]): r["foreseen heldout"] for r in foreseen_rows}
     lines = [
         "| layers | method | kept | measured | moments alone | measured on other pages |",
@@ -135,7 +136,7 @@ def forecast_table(rows: Sequence[Row], foreseen_rows: Sequence[Row]) -> str:
 
 
 def sources_table(rows: Sequence[Row]) -> str:
-    """Rises on every source, and predictions from every source; bold from the same one."""
+    """Tabulate loss increases on every source and predictions from every source; bold from the same one."""
     lines = [
         f"| layers | kept | judged on | measured | moments alone | {' | '.join(SOURCES.values())} |",
         "|---|--:|---|--:|--:|" + "--:|" * len(SOURCES),
@@ -155,12 +156,12 @@ def sources_table(rows: Sequence[Row]) -> str:
 
 
 def foreseen(rows: Sequence[Row], least: float = FORECAST_FROM) -> list[Row]:
-    """Rows with a forecast and at least that share kept."""
+    """Select rows with a forecast and at least this keep ratio."""
     return [row for row in rows if row.get("predicted_rise") is not None and row["ratio"] >= least]
 
 
 def healing_table(rows: Sequence[Row]) -> str:
-    """What healing did, and what it took."""
+    """Tabulate what healing gained, and what it cost."""
     lines = [
         "| layers | kept | before | healed | steps | tokens | processor seconds |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -180,7 +181,7 @@ def healing_table(rows: Sequence[Row]) -> str:
 
 
 def samples(rows: Sequence[Row]) -> str:
-    """What the models say."""
+    """List the samples that the models wrote."""
     lines = ["| model | greedy continuation |", "|---|---|"]
     plain = {(row["method"], row.get("layers"), row.get("ratio")): row for row in rows if not row["after"]}
     for method, layers, ratio in SAMPLES:
@@ -194,7 +195,7 @@ def samples(rows: Sequence[Row]) -> str:
 
 
 def encoder_table(rows: Sequence[Row]) -> str:
-    """Cosines of the sentence encoder, a line for each method and a column for each keep ratio."""
+    """Tabulate cosines of the sentence encoder, a line for each method and a column for each keep ratio."""
     lines = [
         f"| layers | method | {' | '.join(f'{r:.0%}' for r in RATIOS)} |",
         "|---|---|" + "--:|" * len(RATIOS),
@@ -208,7 +209,7 @@ def encoder_table(rows: Sequence[Row]) -> str:
 
 
 def encoder_forecast_table(rows: Sequence[Row]) -> str:
-    """Loss of cosine: measured, predicted, and predicted with a measurement on other text."""
+    """Tabulate the loss of cosine: measured, predicted, and predicted with a measurement on other text."""
     lines = [
         "| layers | kept | measured | moments alone | measured here | measured elsewhere |",
         "|---|--:|--:|--:|--:|--:|",
@@ -224,7 +225,7 @@ def encoder_forecast_table(rows: Sequence[Row]) -> str:
 
 
 def choices_table(rows: Sequence[Row]) -> str:
-    """Divergence from the dense model relative to the base, a line for each variant."""
+    """Tabulate the divergence from the dense model relative to the base, a line for each variant."""
     ratios = sorted({row["ratio"] for row in rows}, reverse=True)
     heads = " | ".join(f"{ratio:.0%}, {use}" for ratio in ratios for use in ("chosen", "reported"))
     lines = [f"| change | {heads} |", "|---|" + "--:|" * 2 * len(ratios)]
@@ -240,7 +241,7 @@ def choices_table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """The frontier of each method, and predicted against measured rises."""
+    """Draw the frontier of each method, and predicted against measured loss increases."""
     figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.6), layout="constrained")
     for axis, layers in zip(axes, LAYERS, strict=False):
         _frontier(axis, rows, layers)
@@ -302,7 +303,7 @@ def _kind(row: Row) -> tuple[str, str, str]:
 
 
 def _kinds(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Lines of the table: MLPs first, methods in their order, what was trained last."""
+    """List the lines of the table: MLPs first, methods in their order, trained ones last."""
     return sorted({_kind(row) for row in rows if row["method"] in METHODS}, key=_order)
 
 

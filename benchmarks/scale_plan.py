@@ -1,4 +1,4 @@
-"""How long would a checkpoint of 7B, 70B or 1T take to compress, and what would it need?
+"""How long would a checkpoint of 7B, 70B or 1T parameters take to compress, and what would it need?
 
 Processor seconds of one worker are measured for square weights of growing size; everything else is
 arithmetic from the shapes of the models. A weight of shape (m, n), m the smaller, costs about `m^2 n`
@@ -47,7 +47,7 @@ CORES = (2, 16, 256, 4096)
 
 @dataclass(frozen=True)
 class Model:
-    """Shapes of a model: what is compressed, and what is only copied.
+    """Shapes of a model: weights to compress, and parameters that are only copied.
 
     Args:
         name: what it is.
@@ -98,7 +98,7 @@ MODELS = (
 
 
 def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
-    """Processor seconds and gigabytes of bfloat16 weights a minute, by size and configuration."""
+    """Measure processor seconds, and gigabytes of bfloat16 weights a minute, by size and configuration."""
     rows = []
     for name, config in CONFIGS.items():
         for size in sizes:
@@ -124,7 +124,7 @@ def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
 
 
 def memory_factor(size: int, folder: Path) -> float:
-    """Peak memory of a worker above what it has at rest, over its weight in double precision."""
+    """Measure the peak memory of a worker above its memory at rest, over its weight in double precision."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensornet_hf"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -139,7 +139,7 @@ def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
 
 
 def extrapolate(rows: Sequence[Mapping[str, Any]], factor: float) -> list[dict[str, Any]]:
-    """What each model needs."""
+    """Estimate what each model needs."""
     made = []
     rate = {}
     for row in rows:
@@ -205,7 +205,7 @@ same size.
 
 
 def write_page(path: Path) -> None:
-    """docs/scale.md, from the record."""
+    """Write docs/scale.md from the record."""
     kept = json.loads((RECORDS / "scale_plan.json").read_text())
     last = kept["rows"][len(SIZES) - 1]
     biggest = kept["models"][-1]
@@ -230,7 +230,7 @@ def write_page(path: Path) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table in Markdown."""
+    """Render rows as a Markdown table."""
     names = list(rows[0])
     cells = [[f"{x:,}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
     lines = [names, ["---"] * len(names), *cells]

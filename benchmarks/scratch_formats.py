@@ -1,4 +1,4 @@
-"""What do models trained from scratch lose when their feed-forward networks are stored in few bits?
+"""How much do models trained from scratch lose when their feed-forward networks are stored in few bits?
 
     python benchmarks/scratch_formats.py TEXTS [--state FOLDER] [--rows ...]
 
@@ -35,13 +35,13 @@ FORMATS = ("int8", "int4")
 
 
 def stored_banks(model: nn.Module) -> list[tm.SharedCoreExperts]:
-    """Banks that hold cores of their own, each once."""
+    """Collect the banks that own cores, each once."""
     return [module for module in model.modules() if isinstance(module, tm.SharedCoreExperts)]
 
 
 @torch.no_grad()
 def rounded(model: nn.Module, number_format: str, *, center: bool) -> tuple[nn.Module, int]:
-    """Round a copy of a model; return it and by how many bytes its feed-forward networks became smaller.
+    """Round a copy of a model; return it and the bytes saved in its feed-forward networks.
 
     Args:
         model: built by `scratch_rows.build`.

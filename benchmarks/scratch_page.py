@@ -43,12 +43,12 @@ Run = Mapping[str, Any]
 
 
 def losses(run: Run, part: str = "loss") -> dict[float, float]:
-    """Held-out loss by millions of tokens, rounded as the marks are named."""
+    """Return held-out losses by millions of tokens, rounded as the marks are named."""
     return {round(point["tokens"] / MILLION, 1): point[part] for point in run["history"]}
 
 
 def loss_at(run: Run, flops: float) -> float | None:
-    """Held-out loss after so much arithmetic, linear in its logarithm between two marks; None beyond them."""
+    """Interpolate the held-out loss at a number of FLOPs, linearly in its logarithm; None outside."""
     points = [(math.log(point["flops"]), point["loss"]) for point in run["history"]]
     for (x, a), (y, b) in itertools.pairwise(points):
         if x <= math.log(flops) <= y:
@@ -57,19 +57,19 @@ def loss_at(run: Run, flops: float) -> float | None:
 
 
 def name_of(run: Run) -> str:
-    """Name of the row, with the depth where it is not two layers."""
+    """Return the name of a row, with the depth where it is not two layers."""
     layers = run["sizes"]["layers"]
     return str(run["row"]["name"]) + ("" if layers == 2 else f", {layers} layers")
 
 
 def untuned(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs of the first rate and the common seed by name."""
+    """Collect runs of the first rate and the common seed, by name."""
     found = [run for run in runs if run["history"] and run["seed"] == SEED]
     return {name_of(run): run for run in found if run["recipe"]["rate"] == FIRST_RATE}
 
 
 def compared(runs: Sequence[Run], mark: float) -> dict[str, Run]:
-    """Runs of the common seed by name, each row at the rate that is best on the tuning part at a mark.
+    """Collect runs of the common seed by name, each at the rate that is best on the tuning part at a mark.
 
     Rows that were trained with the first rate alone are left out.
     """
@@ -88,12 +88,12 @@ def compared(runs: Sequence[Run], mark: float) -> dict[str, Run]:
 
 
 def longest(runs: Sequence[Run]) -> int:
-    """The last mark that both dense models have come to, in millions of tokens."""
+    """Return the last mark that both dense models have reached, in millions of tokens."""
     return max(mark for mark in MARKS if {DENSE, WIDE} <= compared(runs, mark).keys())
 
 
 def long_table(runs: Sequence[Run]) -> str:
-    """Runs of most tokens, at every mark and after equal arithmetic."""
+    """Tabulate the longest runs, at every mark and after equal arithmetic."""
     shown = longest(runs)
     named = compared(runs, shown)
     marks = [mark for mark in MARKS if any(mark in losses(run) for run in named.values())]
@@ -121,7 +121,7 @@ def long_table(runs: Sequence[Run]) -> str:
 
 
 def sizes(run: Run) -> tuple[str, str, str, str, str]:
-    """Cells of a row: rate, parameters, fraction of Switch's, bytes and arithmetic."""
+    """Format rate, parameters, fraction of Switch's parameters, bytes and arithmetic of a row."""
     parameters = run["expert_parameters"]
     return (
         f"{run['recipe']['rate']:g}",
@@ -133,7 +133,7 @@ def sizes(run: Run) -> tuple[str, str, str, str, str]:
 
 
 def forms_table(named: Mapping[str, Run]) -> str:
-    """Runs after one million tokens, best first."""
+    """Tabulate the runs after one million tokens, best first."""
     named = {name: run for name, run in named.items() if 1 in losses(run)}
     dense, wide = (losses(named[name])[1] for name in (DENSE, WIDE))
     lines = [
@@ -148,7 +148,7 @@ def forms_table(named: Mapping[str, Run]) -> str:
 
 
 def rates_table(runs: Sequence[Run]) -> str:
-    """Loss on the tuning part of rows that were trained with several rates, at every mark that two have."""
+    """Tabulate the tuning loss of rows trained at several rates, at every mark that two rates share."""
     groups = grouped([run for run in runs if run["seed"] == SEED], by=name_of)
     rates = sorted({run["recipe"]["rate"] for found in groups.values() for run in found})
     lines = [
@@ -165,7 +165,7 @@ def rates_table(runs: Sequence[Run]) -> str:
 
 
 def seeds_table(runs: Sequence[Run]) -> str:
-    """Held-out loss of rows and rates that have several seeds, at the last mark that all of these have."""
+    """Tabulate the held-out loss of rows with several seeds, at the last mark that all of them reached."""
     groups = grouped(runs, by=lambda run: f"{name_of(run)} | {run['recipe']['rate']:g}")
     seeds = sorted({run["seed"] for found in groups.values() for run in found})
     lines = [
@@ -182,7 +182,7 @@ def seeds_table(runs: Sequence[Run]) -> str:
 
 
 def grouped(runs: Sequence[Run], by: Callable[[Run], str]) -> dict[str, list[Run]]:
-    """Runs of the same key, where there are several."""
+    """Group runs by a key, and keep groups of several."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run["history"]:
@@ -191,12 +191,12 @@ def grouped(runs: Sequence[Run], by: Callable[[Run], str]) -> dict[str, list[Run
 
 
 def last_of_all(runs: Sequence[Run]) -> float:
-    """The last mark that all of some runs have come to, in millions of tokens."""
+    """Return the last mark that all given runs have reached, in millions of tokens."""
     return max(set.intersection(*(set(losses(run)) for run in runs)))
 
 
 def earlier_table(runs: Sequence[Run]) -> str:
-    """Loss minus that of the dense run of the same record, by tokens."""
+    """Tabulate the loss minus that of the dense run of the same record, by tokens."""
     named = {run["row"]["name"]: run for run in runs if run["history"]}
     dense = losses(named[DENSE])
     marks = [mark for mark in MARKS if mark in dense]
@@ -217,7 +217,7 @@ def earlier_table(runs: Sequence[Run]) -> str:
 
 
 def formats_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Loss and bytes of the feed-forward networks by number format, for runs of the first rate and seed."""
+    """Tabulate loss and bytes of feed-forward networks by number format, for the first rate and seed."""
     rows = [row for row in rows if (row["seed"], row["rate"]) == (SEED, FIRST_RATE)]
     whole = {row["row"]: row["loss"] for row in rows if row["format"] == "float"}
     lines = [
@@ -257,12 +257,12 @@ def fill(page: str, record: Run, earlier: Run, formats: Run) -> str:
 
 
 def colour_of(run: Run) -> str:
-    """Black for dense rows, red for experts that share nothing, blue for those that share."""
+    """Choose black for dense rows, red for experts that share nothing, blue for those that share."""
     return {"dense": "black", "switch": "tab:red"}.get(run["row"]["kind"], "tab:blue")
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Loss minus that of the dense model against tokens, and loss of the long runs against bytes."""
+    """Draw loss differences from the dense model against tokens, and losses of long runs against bytes."""
     shown = longest(runs)
     named = compared(runs, shown)
     dense = losses(named[DENSE])
@@ -284,13 +284,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 
 def _label(axis: Any, run: Run, at: tuple[float, float]) -> None:
-    """Name a run beside its point: dense ones above, others below, since two of them nearly coincide."""
+    """Label a run beside its point: dense ones above, others below, since two of them nearly coincide."""
     offset = (5, 3) if run["row"]["kind"] == "dense" else (5, -9)
     axis.annotate(name_of(run), at, offset, textcoords="offset points", fontsize=7)
 
 
 def read(name: str) -> dict[str, Any]:
-    """A record by name."""
+    """Read a record by name."""
     found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text())
     return found
 

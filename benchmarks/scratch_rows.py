@@ -1,4 +1,4 @@
-"""What the rows of moe_from_scratch.py build: a small GPT-2 with dense networks or mixtures."""
+"""Rows of moe_from_scratch.py: a small GPT-2 with dense feed-forward networks or mixtures."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Row:
 
 
 def build(row: Row, sizes: Sizes, *, seed: int) -> GPT2LMHeadModel:
-    """The model of a row; what is not a feed-forward network starts alike in every row of a seed."""
+    """Build the model of a row; all but the feed-forward networks starts alike in every row of a seed."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=sizes.vocabulary,
@@ -103,7 +103,7 @@ def build(row: Row, sizes: Sizes, *, seed: int) -> GPT2LMHeadModel:
 
 
 class Dense(nn.Module):
-    """The dense feed-forward network, with the same start as an expert."""
+    """Dense feed-forward network, initialized like an expert."""
 
     def __init__(self, up: Tensor, down: Tensor) -> None:
         super().__init__()
@@ -121,14 +121,14 @@ class Dense(nn.Module):
 
 
 def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Matrices of one network: unit gain, and residual branches that add up to unit variance."""
+    """Draw the matrices of one network: unit gain, and residual branches that add up to unit variance."""
     up = torch.randn(hidden, sizes.width, generator=generator) / sizes.width**0.5
     down = torch.randn(sizes.width, hidden, generator=generator) / hidden**0.5
     return up, down / (2 * sizes.layers) ** 0.5
 
 
 def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Matrices of one expert; experts with weights of about 1 add up to one network of unit variance."""
+    """Draw the matrices of one expert, scaled so that experts sum to one network of unit variance."""
     up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
     if row.combine == "sigmoid":
         alike = row.kind in ("mpoe", "delta")
@@ -137,7 +137,7 @@ def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Te
 
 
 def router_of(row: Row, sizes: Sizes, generator: torch.Generator) -> tm.TopKRouter:
-    """A router at a tenth of the usual size."""
+    """Build a router whose initial weights are a tenth of the usual size."""
     router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
     router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
     return router
@@ -148,7 +148,7 @@ Kind = Callable[[Row, Sizes, torch.Generator], Networks]
 
 
 def dense(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Dense networks of `row.hidden` times the width."""
+    """Build dense networks of `row.hidden` times the width."""
     hidden = round(row.hidden * sizes.hidden)
     return [Dense(*gaussian(sizes, hidden, generator)) for _ in range(sizes.layers)], None
 
@@ -159,7 +159,7 @@ Banks = dict[str, tm.ExpertBank]
 def mixtures(
     make: Callable[[Row, Sizes, tuple[Tensor, Tensor], torch.Generator], Banks],
 ) -> Kind:
-    """Make a kind of the function that builds the banks of one layer, given one Gaussian network."""
+    """Turn a builder of the banks of one layer, given one Gaussian network, into a kind of row."""
 
     def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
         found: list[nn.Module] = []
@@ -173,7 +173,7 @@ def mixtures(
 
 
 def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Dense experts, each with a start of its own."""
+    """Build dense experts, each drawn separately."""
     others = [expert_start(row, sizes, generator) for _ in range(row.experts - 1)]
     return {
         name: separate(torch.stack([p[k] for p in (pair, *others)])) for k, name in enumerate(("up", "down"))
@@ -181,7 +181,7 @@ def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator:
 
 
 def separate(weights: Tensor) -> tm.SharedCoreExperts:
-    """A bank of dense matrices, nothing shared."""
+    """Build a bank of dense matrices, nothing shared."""
     topology = tn.topologies.dense(out_features=weights.shape[1], in_features=weights.shape[2])
     bank = tm.SharedCoreExperts(topology, len(weights), shared="none")
     with torch.no_grad():
@@ -190,7 +190,7 @@ def separate(weights: Tensor) -> tm.SharedCoreExperts:
 
 
 def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
-    """Legs of a matrix with so many rows: a long middle between two small ends.
+    """Split a matrix dimension into legs: a long middle between two small ends.
 
     One-sided ends touch the outputs only and the inputs only, so that no matrix need be rebuilt.
     """
@@ -205,7 +205,7 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
 
 
 def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Chains of three cores with one center.
+    """Build chains of three cores with a shared center.
 
     `start="exact"`: every expert is the decomposition of one Gaussian matrix plus `noise`; `"random"`:
     Gaussian cores. `delta`: rank of a low-rank bypass of each expert. `shared`: which cores are shared.
@@ -243,7 +243,7 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
 
 def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """One dense matrix for all experts, and a low-rank delta for each.
+    """Build one dense matrix for all experts, and a low-rank delta for each.
 
     `spread`: Frobenius norm of the deltas at the start, relative to that of the base; 0 starts them at zero.
     """
@@ -265,7 +265,7 @@ def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: 
 
 
 def bases_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Shared bases that every expert mixes and transforms."""
+    """Build shared bases that every expert mixes and transforms."""
     banks: Banks = {}
     for name, weight in zip(("up", "down"), pair, strict=True):
         out_features, in_features = weight.shape
@@ -277,7 +277,7 @@ def bases_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: 
 
 
 def scaled_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Shared bases whose rows and columns every expert rescales, with random signs at the start."""
+    """Build shared bases whose rows and columns every expert rescales, with random signs at the start."""
     banks: Banks = {}
     for name, weight in zip(("up", "down"), pair, strict=True):
         out_features, in_features = weight.shape
@@ -294,7 +294,7 @@ def scaled_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator:
 
 
 def split_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Dense experts of which one matrix, `shared="up"` or `"down"`, is the same for all."""
+    """Build dense experts that share one matrix, `shared="up"` or `"down"`."""
     banks, name = switch_banks(row, sizes, pair, generator), row.options["shared"]
     weight = pair[("up", "down").index(name)]
     topology = tn.topologies.dense(out_features=weight.shape[0], in_features=weight.shape[1])
@@ -305,7 +305,7 @@ def split_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: 
 
 
 def block_tt_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Block tensor trains of two cores, by default with nothing shared."""
+    """Build block tensor trains of two cores, by default with nothing shared."""
     banks: Banks = {}
     for name, weight in zip(("up", "down"), pair, strict=True):
         out_dims, in_dims = (_halves(size) for size in weight.shape)
@@ -319,13 +319,13 @@ def block_tt_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generato
 
 
 def _halves(size: int) -> tuple[int, int]:
-    """The two most equal factors."""
+    """Split a size into its two most equal factors."""
     small = max(x for x in range(1, math.isqrt(size) + 1) if size % x == 0)
     return small, size // small
 
 
 class RoutedPaths(tm.SharedCoreMoE):
-    """One network for all tokens, to whose two matrices every token adds the low ranks of its experts.
+    """Network for all tokens, to whose two matrices each token adds the low-rank terms of its experts.
 
     `h = act((W + sum_e w_e D_e) x)`: unlike experts that each add a delta to one base, two experts of a token
     do not compute the hidden units of the base twice.
@@ -353,7 +353,7 @@ class RoutedPaths(tm.SharedCoreMoE):
 
 
 def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Networks of `row.hidden` times the width with routed low ranks of `rank`, which start at zero."""
+    """Build networks of `row.hidden` times the width with routed low-rank terms, which start at zero."""
     found: list[nn.Module] = []
     for _ in range(sizes.layers):
         base, banks = gaussian(sizes, round(row.hidden * sizes.hidden), generator), {}
@@ -378,7 +378,7 @@ def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
 
 
 def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Dense experts that every `span` (two) neighbouring layers share; routers and biases stay apart."""
+    """Build dense experts that `span` (two) neighbouring layers share; routers and biases stay apart."""
     networks, _ = KINDS["switch"](row, sizes, generator)
     span = row.options.get("span", 2)
     owners = [
@@ -390,7 +390,7 @@ def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
 
 @torch.no_grad()
 def rescale(bank: tm.SharedCoreExperts, like: Tensor) -> None:
-    """Give the matrices the root mean square of a dense one, by the same factor in every core."""
+    """Rescale all cores by one factor so that the matrices have the root mean square of a dense one."""
     factor = float((like.square().mean() / bank.expert_matrices().square().mean()).sqrt())
     each = factor ** (1 / len(bank.topology.core_names))
     for parameter in bank.parameters():
@@ -400,7 +400,7 @@ def rescale(bank: tm.SharedCoreExperts, like: Tensor) -> None:
 def mixture(
     row: Row, sizes: Sizes, banks: dict[str, tm.ExpertBank], generator: torch.Generator
 ) -> tm.SharedCoreMoE:
-    """A mixture over given banks; the always-on expert is a dense network of its own."""
+    """Build a mixture of given banks; its always-on expert is a dense network."""
     router = router_of(row, sizes, generator)
     always = None
     if row.shared_hidden:

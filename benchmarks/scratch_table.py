@@ -1,4 +1,4 @@
-"""The table of rows of moe_from_scratch.py."""
+"""Table of the rows of moe_from_scratch.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scratch_rows import Row
 
 
 def fine(name: str, kind: str, experts: int = 30, **options: Any) -> Row:
-    """An always-on expert of half the dense network, and two of many routed ones of a quarter each."""
+    """Build a row with a half-size always-on expert, and many quarter-size experts, two of them active."""
     of_the_row = ("private_rate", "shared_rate", "combine", "top_k", "hidden", "shared_hidden")
     given = {key: options.pop(key) for key in of_the_row if key in options}
     usual = {"top_k": 2, "hidden": 1 / 4, "shared_hidden": 1 / 2}

@@ -1,4 +1,4 @@
-"""The text of moe_from_scratch.py: every permitted text, split by document, as tokens.
+"""Text of moe_from_scratch.py: all permitted texts, split by document, as tokens.
 
 The texts are Debian packages, unpacked and not installed (see `real_data.py` for the command):
 `postgresql-doc-17`, `linux-doc-6.12`, `python3.13-doc`, `debian-handbook`, `fortunes` and `bible-kjv` with
@@ -49,7 +49,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that is trained and judged on."""
+        """Digest of all training and test tokens."""
         digest = hashlib.sha256(str(self.vocabulary).encode())
         for name in PARTS:
             digest.update(self.parts[name].numpy().tobytes())
@@ -94,7 +94,7 @@ def _order(count: int, seed: int, turn: int) -> list[int]:
 
 
 def load_corpus(texts: Path, cache: Path, *, vocabulary: int) -> Corpus:
-    """Read the corpus from the cache, or make it of the unpacked packages.
+    """Read the corpus from the cache, or make it from the unpacked packages.
 
     Args:
         texts: where the packages were unpacked.
@@ -163,7 +163,7 @@ def _stored_documents(texts: Path, cache: Path) -> dict[str, list[str]]:
 
 
 def _documents(texts: Path) -> Iterator[str]:
-    """Every page, chapter and bundle of quotations, in an order that does not depend on the machine."""
+    """Yield every page, chapter and bundle of quotations, in an order that does not depend on the machine."""
     for folder in PAGES:
         root = texts / "usr" / "share" / "doc" / folder
         pages = [p for p in sorted(root.rglob("*.html")) if FOREIGN not in p.relative_to(root).parts]
@@ -179,7 +179,7 @@ def _documents(texts: Path) -> Iterator[str]:
 
 
 def _bible(texts: Path) -> Path:
-    """The verses as train_embedded.py reads them, written by the package's own reader."""
+    """Write the verses as train_embedded.py reads them, with the package's own reader; return the path."""
     data = texts / "usr" / "lib"  # the reader looks for its data in the current folder
     command = [str((texts / "usr" / "bin" / "bible").resolve()), "-f", "Gen1:1-Rev22:21"]
     verses = subprocess.run(command, cwd=data, check=True, capture_output=True, text=True).stdout
@@ -189,7 +189,7 @@ def _bible(texts: Path) -> Path:
 
 
 def _distinct(documents: Iterable[str]) -> Iterator[str]:
-    """Drop paragraphs that an earlier document has, and documents of which little is left."""
+    """Drop paragraphs that an earlier document holds, and documents that are then nearly empty."""
     seen: set[str] = set()
     for document in documents:
         kept = []

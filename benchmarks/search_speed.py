@@ -34,7 +34,7 @@ PARAM_RATIO = 0.4
 def measure(
     shape: tuple[int, int], tokens: Sequence[int], threads: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Rows of one shape."""
+    """Measure the rows of one shape."""
     start = time.perf_counter()
     found = tn.search_topology(shape, param_ratio=PARAM_RATIO, tokens=tokens).best("time")
     searched = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What the three speed benchmarks share: chains of the shapes of transformer layers, options, means."""
+"""Shared parts of the three speed benchmarks: chains in shapes of transformer layers, options, means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import tensornet as tn
 
 @dataclass(frozen=True)
 class Case:
-    """A chain.
+    """Chain in the shape of a transformer layer.
 
     Args:
         name: shown in the table.
@@ -34,7 +34,7 @@ class Case:
     max_bond: int
 
     def layer(self, *, package: ModuleType = tn, **options: Any) -> tn.nn.MPOLinear:
-        """A random layer, of another checkout's `package` if one is given."""
+        """Build a random layer, of another checkout's `package` if one is given."""
         legs = {"out_dims": self.out_dims, "in_dims": self.in_dims}
         topology = package.topologies.mpo(**legs, max_bond=self.max_bond)
         shape = topology.in_features, topology.out_features
@@ -57,7 +57,7 @@ TOY_TOKENS = (1, 8)
 def options_of(
     description: str, arguments: Sequence[str] | None, **defaults: int | str
 ) -> argparse.Namespace:
-    """The command line of a speed benchmark, with further options by their defaults."""
+    """Parse the command line of a speed benchmark, with further options and their defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="one tiny case, to see that it runs")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -69,7 +69,7 @@ def options_of(
 
 
 def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
-    """Repeats that take about so long, 3 to 51."""
+    """Choose the number of repeats, 3 to 51, that take about this many seconds."""
     start = time.perf_counter()
     for function in functions:
         function()
@@ -77,12 +77,12 @@ def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
 
 
 def clock_for(threads: int) -> Callable[[], float]:
-    """Processor time where one thread works, so that a busy machine spoils nothing; else the wall clock."""
+    """Choose processor time for one thread, so that a busy machine distorts nothing; else the wall clock."""
     return time.thread_time if threads == 1 else time.perf_counter
 
 
 def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of `work(threads)` for each number of threads, which is put back afterwards."""
+    """Collect the rows of `work(threads)` for each number of threads; restore the number afterwards."""
     before, rows = torch.get_num_threads(), []
     try:
         for threads in counts:
@@ -94,12 +94,12 @@ def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean for ratios."""
+    """Compute the geometric mean, the right one for ratios."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
 
 def median(values: Iterable[float]) -> float:
-    """The middle value, the lower of two."""
+    """Return the middle value, the lower of two."""
     ordered = sorted(values)
     return ordered[(len(ordered) - 1) // 2]

@@ -1,4 +1,4 @@
-"""Train the two small models that ship inside the package, from one plain-text King James Bible.
+"""Train the two small models that ship with the package on the King James Bible as plain text.
 
 * a GPT-2 of 0.94 million parameters (4 layers, width 128, context 128, byte-level BPE of 1,024 tokens);
 * a T5 of 0.52 million parameters (2 + 2 layers, width 96, one token per character), which restores the
@@ -67,7 +67,7 @@ END = "<|endoftext|>"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one model is trained. ``batch`` counts sequences; ``warmup`` is a share of ``steps``."""
+    """Options of training. ``batch`` counts sequences; ``warmup`` is a fraction of ``steps``."""
 
     steps: int
     batch: int
@@ -214,7 +214,7 @@ def phrase_batches(
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, stream: torch.Tensor) -> float:
-    """Return the perplexity per token over windows as ``WINDOWS`` says; ``stream: (tokens,)``."""
+    """Return the perplexity per token over windows (see ``WINDOWS``); ``stream: (tokens,)``."""
     count = len(stream) // CONTEXT
     batches = stream[: count * CONTEXT].view(count, CONTEXT).split(32)
     total = sum(float(model(input_ids=ids, labels=ids).loss) * len(ids) for ids in batches)
@@ -222,7 +222,7 @@ def perplexity(model: PreTrainedModel, stream: torch.Tensor) -> float:
 
 
 def character_accuracy(guess: str, target: str) -> float:
-    """Return the share of positions, of the longer of the two, that hold the same character."""
+    """Return the fraction of positions, of the longer text, that hold the same character."""
     return sum(a == b for a, b in zip(guess, target, strict=False)) / max(len(guess), len(target))
 
 

@@ -33,14 +33,14 @@ CASES = (
 
 
 def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    """Forward and backward."""
+    """Run the forward and the backward pass."""
     x.grad = None
     layer.zero_grad(set_to_none=True)
     layer(x).backward(gradient)
 
 
 def measure(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, Any]:
-    """One row: milliseconds and the ratio to the time the operations need."""
+    """Measure one row: milliseconds, and the ratio to the time that the operations need."""
     layer = case.layer()
     dense = nn.Linear(layer.in_features, layer.out_features)
     x = torch.randn(tokens, layer.in_features, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What is left of a language model at a quarter or a fifth of its bytes, embeddings and head included?
+"""How well does a language model work at a quarter or a fifth of its bytes, embeddings and head included?
 
     OMP_NUM_THREADS=1 python benchmarks/whole_model.py CACHE [--toy] [--shares 0.25 0.2] [--work FOLDER]
 
@@ -54,7 +54,7 @@ class Bench:
         self.dense_losses = self.kept("dense", lambda: judge(subject, self.dense, []))
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """Result of a slow step, from the working folder if it is there."""
+        """Return the result of a slow step, read from the working folder if it is there."""
         if self.given.work is None:
             return make()
         path = self.given.work / f"{self.subject.name}-whole-{name}.pt"
@@ -63,7 +63,7 @@ class Bench:
         return torch.load(path, weights_only=False)
 
     def statistics(self) -> tn.CalibrationStats:
-        """Moments of all layers, the model run in bfloat16."""
+        """Collect moments of all layers, with the model run in bfloat16."""
         return tn.calibrate(
             self.dense,
             self.subject.calibration(0),
@@ -73,7 +73,7 @@ class Bench:
         )
 
     def plans(self) -> dict[float, tn.CompressionPlan]:
-        """The plan of each share; candidates are priced once."""
+        """Compute the plan of each byte ratio; candidates are computed once."""
         sizes = {share: int(share * 2 * self.params) for share in self.given.shares}
         config = tn.CompressionConfig(
             max_bytes=max(sizes.values()), formats=DEFAULT_FORMATS, target_modules=self.layers
@@ -82,7 +82,7 @@ class Bench:
         return {share: prepared.plan(max_bytes=size) for share, size in sizes.items()}
 
     def rows(self, share: float) -> Iterator[Row]:
-        """The model of a share of the bytes: rounded, refitted, healed."""
+        """Measure the model at a byte ratio: rounded, refitted, healed."""
         plan = self.kept("plans-" + "-".join(map(str, self.given.shares)), self.plans)[share]
         row: Row = {"share": share, "budget_bytes": int(share * 2 * self.params)}
         row["formats"] = dict(Counter(layer.storage.number_format.name for layer in plan if layer.topology))
@@ -131,7 +131,7 @@ class Bench:
         return model, found
 
     def judged(self, model: nn.Module) -> Row:
-        """Loss over the dense model's, the size of the file, and what the model writes."""
+        """Measure the loss increase over the dense model, the size of the file, and a sample."""
         losses = judge(self.subject, model, [])
         rise = float((losses - self.dense_losses).mean())
         with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ class Bench:
 
 
 def training(cache: Path, subject: Subject) -> Batches:
-    """Windows of 256 tokens of the PostgreSQL manual, in random order."""
+    """Return windows of 256 tokens of the PostgreSQL manual, in random order."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)

@@ -219,7 +219,7 @@ def _improve(
 
 
 def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> Callable[[Tensor], Tensor]:
-    """Solve with the Gram matrix of one core's environment, exactly or bond by bond.
+    """Build a solver for the Gram matrix of one core's environment, exact or bond by bond.
 
     Args:
         topology: of the network.

@@ -1,4 +1,4 @@
-"""Old names that still work for one release, with a warning that says the new one."""
+"""Deprecated names: they work for one release, with a warning that gives the new name."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def moved(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make a module `__getattr__` that finds names which now live elsewhere.
+    """Build a module `__getattr__` that finds names which have moved to another module.
 
     Args:
         module: that held the names.

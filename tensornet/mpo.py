@@ -222,7 +222,7 @@ class MPO:
         )
 
     def _repr_html_(self) -> str:
-        """Table for notebooks."""
+        """Format as a table for notebooks."""
         rows, columns = self.shape
         caption = f"MPO, {rows} x {columns}, {self.num_params:,} parameters, certified error {self.error:.3g}"
         header = ("site", "left bond", "out", "in", "right bond", "parameters")
@@ -302,7 +302,7 @@ class MPO:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
+        """Shape `(out_features, in_features)`."""
         return self._features
 
     @property

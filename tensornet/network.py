@@ -49,7 +49,7 @@ class TensorNetwork:
         )
 
     def _repr_html_(self) -> str:
-        """Table for notebooks."""
+        """Format as a table for notebooks."""
         rows, columns = self.shape
         caption = f"TensorNetwork, {self.topology.family}, {rows} x {columns}, {self.num_params:,} parameters"
         cores = zip(self.topology.cores, self.cores, strict=True)
@@ -64,7 +64,7 @@ class TensorNetwork:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
+        """Shape `(out_features, in_features)`."""
         return self.topology.shape
 
     @property

@@ -123,7 +123,7 @@ class Topology:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)` of the operator."""
+        """Shape `(out_features, in_features)` of the operator."""
         return self.out_features, self.in_features
 
     @property

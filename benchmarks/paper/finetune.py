@@ -1,4 +1,4 @@
-"""The paper's experiment: hub checkpoints, fine-tuned on GLUE dense, as Switch and as MPOE.
+"""The paper's experiment: hub checkpoints, fine-tuned on GLUE as dense, Switch and MPOE models.
 
 One command for each row; each writes one JSON file into `--out`, and what is there is not run again:
 
@@ -61,7 +61,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Task:
-    """A GLUE task as text.
+    """GLUE task as text.
 
     Args:
         columns: of the sentences.
@@ -89,7 +89,7 @@ Example = tuple[str, int]
 
 
 def examples(name: str, data: Path | None, *, seed: int = 0) -> dict[str, list[Example]]:
-    """Read a task, from the hub or a local file, as pairs of text and label in three parts.
+    """Read a task from the hub or a local file, as pairs of text and label in three parts.
 
     A tenth of the training part is for tuning. Of a local file a fifth is for the test.
 
@@ -137,7 +137,7 @@ def _text(name: str, task: Task, row: dict[str, Any]) -> str:
 
 
 class Encoder:
-    """Turns examples into batches for a model that writes the label word.
+    """Encoder of examples to batches for a model that writes the label word.
 
     Args:
         tokenizer: of the model.
@@ -157,7 +157,7 @@ class Encoder:
             raise SystemExit(f"The tokenizer cannot tell the label words {words} apart.")
 
     def batch(self, found: Sequence[Example]) -> dict[str, Tensor]:
-        """Return the inputs of the model, the labels ignored but for the word."""
+        """Encode examples as inputs of the model, with all labels but the label word ignored."""
         texts = [self.tokenizer.encode(text)[: self.length] for text, _ in found]
         targets = [self.words[label] for _, label in found]
         if self.decoder_only:
@@ -179,7 +179,7 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, encoder: Encoder, found: Sequence[Example], batch: int) -> float:
-    """Share of examples whose label word has the highest likelihood of all label words."""
+    """Return the fraction of examples whose label word is the likeliest of all label words."""
     model.eval()
     right, device = 0, next(model.parameters()).device
     for start in range(0, len(found), batch):
@@ -200,7 +200,7 @@ def accuracy(model: nn.Module, encoder: Encoder, found: Sequence[Example], batch
 
 
 def load(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
-    """Load a checkpoint by hub id or folder, its tokenizer, and whether it is a decoder alone."""
+    """Load a checkpoint by hub id or folder; return model, tokenizer, and True for a decoder-only model."""
     where = str(TOY_MODELS[name]()) if name in TOY_MODELS else name
     encoder_decoder = AutoConfig.from_pretrained(where).is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
@@ -208,7 +208,7 @@ def load(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
 
 
 def convert(model: nn.Module, options: argparse.Namespace) -> None:
-    """Make the form of the row of a dense model, in place."""
+    """Convert a dense model to the form of the row, in place."""
     if options.form == "dense":
         return
     form: dict[str, Any] = {"sites": options.sites, "noise": 0.01}

@@ -26,10 +26,10 @@ _FORMS = (
 
 
 def check_batches(batches: Any, who: str) -> None:
-    """Raise TypeError for a single batch, or for batches that cannot be iterated over.
+    """Raise TargetError for a single batch, or for batches that cannot be iterated over.
 
     Raises:
-        TargetError: saying what was got.
+        TargetError: another type; the message shows it.
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TargetError(

@@ -80,7 +80,7 @@ def calibrate(
 
     Raises:
         TargetError: no batch, or a batch of an unknown form.
-        NonFiniteError: naming the layer whose inputs or gradients are not finite.
+        NonFiniteError: inputs or gradients of a layer are not finite; the message names it.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -210,7 +210,7 @@ def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
     """Raise ValueError unless both options are valid.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: an invalid value; the message names the option.
     """
     if fisher not in ("labels", "sampled"):
         raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")

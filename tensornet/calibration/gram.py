@@ -8,7 +8,7 @@ _BLOCK = 256
 
 
 def upper_gram(x: Tensor) -> Tensor:
-    """Compute the blocks of `X^T X` on and above the diagonal; what stands below is not defined."""
+    """Compute the blocks of `X^T X` on and above the diagonal; blocks below it are undefined."""
     found = x.new_empty(x.shape[1], x.shape[1])
     for rows, columns in _blocks(x.shape[1]):
         torch.mm(x[:, rows].T, x[:, columns], out=found[rows, columns])

@@ -18,9 +18,9 @@ IGNORED = -100
 #: Positions that get a label in a trial.
 _POSITIONS = 64
 
-#: What the loss of a model answered; a model is asked once.
+#: Label convention found by the own loss of each model, which is tested once.
 _ANSWERS: "WeakKeyDictionary[nn.Module, bool | None]" = WeakKeyDictionary()
-#: What was assumed for models whose loss answered nothing.
+#: Label convention assumed for models whose loss does not decide it.
 _ASSUMED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 

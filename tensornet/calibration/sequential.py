@@ -38,7 +38,7 @@ class Call:
 
     @property
     def hidden(self) -> Tensor:
-        """The hidden state."""
+        """Hidden state of the call."""
         found: Tensor = self.kwargs[self.slot] if isinstance(self.slot, str) else self.args[self.slot]
         return found
 

@@ -87,7 +87,7 @@ class CalibrationStats:
         return moment_figure(self)
 
     def _repr_html_(self) -> str:
-        """Table for notebooks."""
+        """Format as a table for notebooks."""
         from tensornet.calibration.moment_figure import moment_summaries
 
         known = self.loss is not None and self.loss == self.loss  # NaN: batches had no loss of their own
@@ -103,7 +103,7 @@ class CalibrationStats:
         """Write one safetensors file; a tensor that several layers share is written once.
 
         Raises:
-            DestinationError: there is no place for it.
+            DestinationError: the file cannot be written there.
         """
         tensors: dict[str, Tensor] = {}
         sides = {side: _deduplicate(getattr(self, side), side, tensors) for side in ("rows", "columns")}

@@ -79,7 +79,10 @@ def spend_cost(
 
     least = charge(0.0)
     if least > allowed:
-        raise BudgetError(f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}.")
+        raise BudgetError(
+            f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}; allow more or "
+            "choose fewer layers."
+        )
     # The cost rises with the price: the last price at which it is still allowed.
     low, high = 0.0, 1.0
     while charge(high) <= allowed and high < 1e12:
@@ -254,7 +257,7 @@ def _middle(low: float, high: float) -> float:
 
 
 def _price_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
-    """Compute the exponents of ten between which allocations change."""
+    """Compute the exponents of ten between which the multiplier changes allocations."""
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     top = max(max(float(step) for step in steps), 1e-300)
     exponent = float(torch.tensor(top, dtype=torch.float64).log10())

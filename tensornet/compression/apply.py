@@ -55,7 +55,7 @@ def apply_plan(
 
     Raises:
         TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
-        TopologyError: a planned topology is none of its family.
+        TopologyError: a planned topology does not belong to the family it names.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -167,7 +167,7 @@ def check_stats(stats: Any) -> None:
     """Raise TypeError unless `stats` is a CalibrationStats or None.
 
     Raises:
-        TypeError: saying what was got.
+        TypeError: another type; the message shows it.
     """
     advice = "collect them by tensornet.calibrate(model, batches), or read a file by CalibrationStats.load"
     if stats is not None:
@@ -179,7 +179,7 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         if layer.name in compressed_names(model):
             raise TargetError(
                 f"Layer {layer.name!r} is made of cores already; a plan is carried out on the dense model. "
-                "tensornet.decompress(model) makes it dense, without what was cut."
+                "tensornet.decompress(model) makes it dense, without what compression removed."
             )
         raise TargetError(f"The plan names a layer {layer.name!r} that this model does not have.")
     if tuple(target.matrix.shape) != layer.shape:

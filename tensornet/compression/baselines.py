@@ -211,7 +211,7 @@ def baseline_losses(
 
 @dataclass(frozen=True)
 class _Plain:
-    """A matrix after a plain method, what it takes, and its rank if it has one."""
+    """Matrix compressed by a plain method, with its bytes and stored numbers, and its rank if it has one."""
 
     matrix: Tensor
     num_bytes: int
@@ -296,7 +296,7 @@ def _plans_formats(plan: CompressionPlan) -> bool:
 
 
 def _rank_bytes(matrix: Tensor, plan: CompressionPlan) -> int:
-    """Bytes of one more rank in the plain SVD of a matrix."""
+    """Count the bytes that one more rank adds to the plain SVD of a matrix."""
     return sum(matrix.shape) * (_SHORT if _plans_formats(plan) else matrix.element_size())
 
 

@@ -94,7 +94,7 @@ def family_candidates(
         sensitivity: of the loss to errors.
         storage: encoding of the cores.
         family: a registered one.
-        max_bond: largest bond; where it excludes some, dense is no candidate.
+        max_bond: largest bond; where it excludes some, dense is not a candidate.
         rel_error: drop candidates with a larger relative Frobenius error.
         clock: predicts times.
         search_legs: let the family choose its leg sizes for this matrix.

@@ -34,7 +34,7 @@ NO_REST = ModelRest()
 
 @dataclass(frozen=True)
 class Cap:
-    """A cap on the sum of one size over all layers.
+    """Cap on the sum of one size over all layers.
 
     Args:
         name: of the budget, for errors and reports.
@@ -195,7 +195,7 @@ def one_format(
     """Choose the most accurate single format that keeps the caps, for plans without calibration data.
 
     Raises:
-        BudgetError: none keeps them.
+        BudgetError: no format keeps the caps.
     """
     caps = allowed_bytes(config, targets, rest)
     names = _common_formats(candidates)

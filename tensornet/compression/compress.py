@@ -71,7 +71,7 @@ def compress(
     if validation is not None:
         if stats is None:
             raise TargetError(
-                "validation corrects what calibration foresees: pass calibration=batches as well, and no "
+                "validation corrects what calibration predicts: pass calibration=batches as well, and not "
                 "objective='weight'."
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)

@@ -93,10 +93,10 @@ class CompressionConfig(LayerSelection):
             and names them in one warning.
 
     Raises:
-        BudgetError: a cap is out of range or no number, or does not go with the objective.
-        TargetError: patterns that are no strings.
+        BudgetError: a cap is not a number, out of range, or in conflict with the objective.
+        TargetError: a pattern is not a string.
         TopologyError: unknown topology, or an option that the family does not have.
-        ValueError: unknown objective or dims, or another option that is none.
+        ValueError: unknown objective or dims, or an invalid value of another option.
 
     Example:
         >>> tn.CompressionConfig(bits_per_weight=4.25).formats[:2]
@@ -161,7 +161,7 @@ class CompressionConfig(LayerSelection):
         without = self.objective == "weight" and self.one_format_keeps
         if self.needs_curvature and self.objective not in ("auto", "curvature") and not without:
             raise BudgetError(
-                f"{', '.join(WHOLE_MODEL_BUDGETS)} are spent over all layers together, which needs the price "
+                f"{', '.join(WHOLE_MODEL_BUDGETS)} are spent over all layers together, which needs the cost "
                 f"of an error in each: use objective='curvature' with calibration data, not "
                 f"{self.objective!r}."
             )
@@ -230,9 +230,9 @@ class CompressionConfig(LayerSelection):
 
     @property
     def calibrated_families(self) -> tuple[str, ...]:
-        """Names of the families with calibration data: without chains, which lose to low rank there.
+        """Names of the families used with calibration data: low rank beats chains there, which are left out.
 
-        Nor with residual forms, whose candidates are rounded to be priced: planning would take six times as
+        So are residual forms, whose losses are known only after rounding: planning would take six times as
         long for a percent of the loss (`topology="residual"` asks for them).
         """
         return ("low_rank",) if self.topology == AUTO else self.families
@@ -256,7 +256,7 @@ class CompressionConfig(LayerSelection):
         """Rebuild options, refusing unknown ones.
 
         Raises:
-            ValueError: naming the unknown options and the known ones.
+            ValueError: an unknown option; the message lists the known ones.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(data.keys() - known):
@@ -318,7 +318,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
     """Validate the names of formats; the default ones if bits are asked for, None if no formats are planned.
 
     Raises:
-        FormatError: no sequence of names, or an unknown one.
+        FormatError: not a sequence of names, or an unknown name.
         BudgetError: formats contradict `int8`.
     """
     formats = config.formats
@@ -343,7 +343,7 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
     """Validate JSON-ready `topology_options`; None if there are none.
 
     Raises:
-        TopologyError: no mapping, no family they are for, or an option that the family does not have.
+        TopologyError: not a mapping, given without a family, or an option that the family does not have.
     """
     options = config.topology_options
     if options is None or options == {}:
@@ -365,7 +365,7 @@ def check_config(config: Any) -> None:
     """Raise TypeError unless `config` is a CompressionConfig.
 
     Raises:
-        TypeError: saying what was got.
+        TypeError: another type; the message shows it.
     """
     advice = "write CompressionConfig(param_ratio=0.5), or CompressionConfig.from_dict for a dictionary"
     check_type("config", config, CompressionConfig, advice)

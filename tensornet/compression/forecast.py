@@ -1,8 +1,9 @@
 """Forecast of the loss increase, corrected by measurements at a few sizes.
 
-The price of a plan is second order, sums over layers as if they did not meet, and knows only the calibration
-text. All three make it miss in proportion, and by how much can be measured: a model cut to a few sizes is run
-on text of another source. What lies between and beyond those sizes is read off the curve through them.
+The predicted loss increase of a plan, its price, is of second order, adds up layers as if they were
+independent, and knows only the calibration text. All three make it wrong by a factor, which can be measured:
+the model is compressed to a few sizes and run on text of another source. Other sizes are read off the curve
+through these.
 """
 
 import copy
@@ -28,8 +29,9 @@ from tensornet.nn.module import NetworkModule
 class Forecast:
     """Map from the predicted loss increase of a plan to the measured scale, through measured points.
 
-    Logarithms are interpolated linearly between points; beyond the first and the last the ratio of rise and
-    price stays what it is there. Without points a price is its own forecast.
+    A price is the prediction before correction, a rise the loss increase measured at it. Logarithms are
+    interpolated linearly between points; beyond the first and the last the ratio of rise and price is
+    constant. Without points a price is its own forecast.
 
     Args:
         points: `(price, rise)`, both above 0 and rising.
@@ -49,12 +51,12 @@ class Forecast:
 
     @classmethod
     def through(cls, measured: Iterable[tuple[float, float]], source: str | None = None) -> "Forecast":
-        """Fit a forecast through measured pairs `(price, rise)`.
+        """Fit a forecast through pairs `(price, rise)` of predicted and measured loss increase.
 
         A rise that is not above 0, or not above that of a smaller price, is noise and left out.
 
         Raises:
-            BudgetError: nothing is left.
+            BudgetError: no pair remains.
         """
         points: list[tuple[float, float]] = []
         for price, rise in sorted(measured):
@@ -68,11 +70,11 @@ class Forecast:
         return cls(tuple(points), source)
 
     def rise(self, price: float) -> float:
-        """Predict the increase of the loss of a token."""
+        """Correct a predicted loss increase by the measurements."""
         return _along(self.points, price)
 
     def price(self, rise: float) -> float:
-        """Compute the price at which this rise is predicted: the inverse of `rise`."""
+        """Compute the uncorrected prediction that gives this loss increase: the inverse of `rise`."""
         return _along([(b, a) for a, b in self.points], rise)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLoss
     """Compute the mean loss of the tokens of all batches, in eval mode.
 
     Raises:
-        TargetError: there are none.
+        TargetError: no token is scored.
     """
     return float(all_losses(model, batches, loss_fn).mean())
 
@@ -116,7 +118,7 @@ def all_losses(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLos
     """Collect the losses of the tokens of all batches, in eval mode, shape `(tokens,)`.
 
     Raises:
-        TargetError: there are none.
+        TargetError: no token is scored.
     """
     device = next(model.parameters()).device
     found = []

@@ -114,7 +114,7 @@ def format_losses(
     formats: Sequence[NumberFormat],
     measured: MeasuredSample | None = None,
 ) -> list[FormatLosses]:
-    """Predict losses of a matrix in each format, corrected where predictions are not accurate.
+    """Compute the losses of a matrix in each format; measure a part where predictions are inaccurate.
 
     Args:
         matrix: shape `(out, in)`.
@@ -195,7 +195,7 @@ def _spaced_columns(matrix: Tensor, formats: Sequence[NumberFormat]) -> Tensor:
 
 
 def _measured(matrix: Tensor, sensitivity: Sensitivity, number_format: NumberFormat) -> FormatLosses:
-    """Losses of a matrix that is stored in a format."""
+    """Measure the losses of a matrix by storing it in a format."""
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
     kept = round_trip(network, storage, matrix.dtype, sensitivity.choice).to_matrix()
@@ -218,7 +218,7 @@ def _predicted(
     formats: Sequence[NumberFormat],
     sample: Tensor | None = None,
 ) -> list[FormatLosses]:
-    """Losses and errors of integer formats, predicted without rounding."""
+    """Predict losses and errors of integer formats without rounding."""
     weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
     norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
     return [
@@ -228,7 +228,7 @@ def _predicted(
 
 
 def _of_block(weighting: Weighting, rows: Tensor, columns: Tensor) -> Weighting:
-    """Sensitivity to errors of some rows and columns alone."""
+    """Restrict a weighting to some rows and columns."""
 
     def some(moment: Tensor | None, places: Tensor) -> Tensor | None:
         if moment is None:
@@ -239,7 +239,7 @@ def _of_block(weighting: Weighting, rows: Tensor, columns: Tensor) -> Weighting:
 
 
 def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[NumberFormat]) -> dict[str, float]:
-    """Predicted loss increase of rounding to nearest in each integer format: the baseline of every table.
+    """Predict the loss increase of rounding to nearest in each integer format: the baseline of every table.
 
     Some rows stand for all: the loss of each is scaled by the ranges of its groups, and rows of a larger
     matrix are taken to be rounded independently. Summed over three blocks of SmolLM2 the estimate is exact
@@ -270,7 +270,7 @@ def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[Numbe
 
 
 def _diagonal(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """Diagonal of a moment, ones where it is the identity."""
+    """Return the diagonal of a moment; ones for the identity."""
     if moment is None:
         return like.new_ones(size)
     return (moment if moment.ndim == 1 else moment.diagonal()).to(like)

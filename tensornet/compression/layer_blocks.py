@@ -1,4 +1,4 @@
-"""Names of layers taken apart into blocks and kinds, for pictures and tables of large models."""
+"""Split layer names into block and kind, for pictures and tables of large models."""
 
 import os.path
 import re
@@ -24,7 +24,7 @@ class LayerName:
 
 
 def layer_names(names: Sequence[str]) -> list[LayerName]:
-    """Take the names of layers apart at the number of their block.
+    """Split the names of layers at the number of their block.
 
     Example:
         >>> from tensornet.compression.layer_blocks import layer_names

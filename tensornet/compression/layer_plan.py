@@ -199,9 +199,9 @@ def _dtype(name: str) -> torch.dtype:
     """Look up a floating-point dtype by its name.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: torch has no floating-point dtype of this name.
     """
     found = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"unknown dtype {name!r}")
+        raise ValueError(f"unknown dtype {name!r}, expected a floating-point one of torch, such as 'float32'")
     return found

@@ -46,7 +46,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     state = model.state_dict(keep_vars=True)
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_meta]:
         raise TargetError(
-            f"{type(model).__name__} cannot be written: {odd[0]!r} in its state_dict() is no tensor with "
+            f"{type(model).__name__} cannot be written: {odd[0]!r} in its state_dict() is not a tensor with "
             "numbers. Load the model first, or leave that part out of its state."
         )
     owners: dict[int, str] = {}

@@ -241,7 +241,7 @@ def loss_limits(losses: Mapping[str, Mapping[str, float]]) -> tuple[float, float
 
 
 def plain_axes(axes: "Axes", palette: Palette, *, grid: str | None) -> None:
-    """Leave out ticks, frames and everything else that is not data."""
+    """Remove ticks, frames and other marks without data from axes."""
     axes.tick_params(length=0, which="both", colors=palette.muted)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(palette.grid)
@@ -317,7 +317,7 @@ def report_figure(plan: CompressionPlan, errors: Mapping[str, float]) -> "Figure
 
 
 def _rank(layer: LayerPlan) -> str:
-    """Bonds of a planned network; empty for a matrix."""
+    """Return the bonds of a planned network as text; empty for a matrix."""
     if layer.topology is None:
         return ""
     return "x".join(str(size) for size in layer.topology.bond_dims.values() if size > 1)

@@ -283,7 +283,7 @@ class CompressionPlan:
         return plan_figure(self)
 
     def _repr_html_(self) -> str:
-        """Table for notebooks."""
+        """Format as a table for notebooks."""
         total = (
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a weight"
         )
@@ -405,14 +405,14 @@ def _check(plan: CompressionPlan) -> None:
         ValueError, TopologyError: what does not fit.
     """
     if plan.objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {plan.objective!r}")
+        raise ValueError(f"unknown objective {plan.objective!r}, known are {', '.join(OBJECTIVES)}")
     if not 0 <= plan.damping < math.inf:
         raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
     if not plan.layers:
         raise ValueError("it holds no layer")
     name, count = Counter(layer.name for layer in plan).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"layer {name!r} is there {count} times")
+        raise ValueError(f"layer {name!r} is listed {count} times")
     for layer in plan:
         if layer.topology is not None:
             _check_topology(layer, layer.topology)
@@ -420,6 +420,6 @@ def _check(plan: CompressionPlan) -> None:
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    """Sum of the values; None if empty or if any is None."""
+    """Sum the values; None if there are none or if any is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None

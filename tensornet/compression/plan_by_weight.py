@@ -39,7 +39,7 @@ def plan_layers(
         progress: show a progress bar.
 
     Raises:
-        BudgetError: naming the layer that cannot meet the budget.
+        BudgetError: a layer cannot meet the budget; the message names it.
     """
     sizes = [target.matrix.numel() for target in targets]
     with progress_bar(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
@@ -96,7 +96,7 @@ def _fixed(target: Target, config: CompressionConfig) -> LayerPlan:
     """Plan the topology that the configuration gives for the shape of a layer; its error is found by fitting.
 
     Raises:
-        TopologyError: it gives none.
+        TopologyError: the configuration has no topology for this shape.
     """
     dense = _dense(target, singular_values(target.matrix))
     topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")

@@ -120,7 +120,8 @@ class PreparedPlan:
         """
         if self.objective != "curvature":
             raise BudgetError(
-                f"Only the prices of objective='curvature' foresee a loss, not those of {self.objective!r}."
+                f"Only objective='curvature' predicts losses, which measurements can correct, not "
+                f"{self.objective!r}."
             )
         loss_fn = loss_fn or losses_against(model)
         dense = all_losses(model, validation, loss_fn)
@@ -276,8 +277,8 @@ def plan(
 
     Raises:
         TargetError: nothing matches, or the objective needs statistics that are not there.
-        NonFiniteError: naming the layer that holds NaN or infinity.
-        BudgetError: naming the layer that cannot meet the budget.
+        NonFiniteError: a weight holds NaN or infinity; the message names the layer.
+        BudgetError: a layer cannot meet the budget; the message names it.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))

@@ -17,7 +17,7 @@ from tensornet.nn.weight_readers import weight_readers
 BIASES = "biases"
 #: Why a layer stays dense whose owner computes with its weight: no call of the layer could do that instead.
 READ = "weight read past the layer"
-#: Why a layer stays dense whose errors nothing is known of.
+#: Why a layer stays dense that never ran in calibration.
 UNSEEN = "never ran in calibration"
 #: Types named in one line; the others are added up.
 _NAMED = 5

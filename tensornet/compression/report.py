@@ -117,7 +117,7 @@ class CompressionReport:
         return report_figure(self.plan, {layer.name: layer.error for layer in self.layers})
 
     def _repr_html_(self) -> str:
-        """Table for notebooks."""
+        """Format as a table for notebooks."""
         before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
         rise = self.plan.predicted_loss_increase
         predicted = "" if rise is None else f", predicted rise of the loss {rise:.4f}"

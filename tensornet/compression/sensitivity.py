@@ -140,7 +140,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
 
 
 def _spread(frequencies: Tensor) -> Tensor:
-    """Give a share of the frequencies to all rows alike; their sum stays."""
+    """Spread a fraction of the frequencies evenly over all rows; their sum stays the same."""
     kept = (1 - FREQUENCY_SPREAD) * frequencies.to(working_dtype(frequencies.dtype))
     return kept + FREQUENCY_SPREAD * frequencies.mean()
 
@@ -154,7 +154,7 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
     """Average the moments of gradients and inputs over the relatives of a weight that never ran.
 
     Raises:
-        TargetError: it has none, or they never ran either.
+        TargetError: it has no relatives, or none of them ran.
     """
     names = _relatives(target, stats)
     if not names:
@@ -188,7 +188,7 @@ def _ran(target: Target, stats: CalibrationStats) -> bool:
 
 
 def never_ran(target: Target) -> TargetError:
-    """Make the error about a weight that nothing is known of."""
+    """Build the error for a weight without calibration statistics."""
     return TargetError(
         f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
         "Calibrate with data that reaches it, or exclude it."

@@ -119,7 +119,7 @@ def check_machine(machine: object) -> None:
     """Raise TypeError unless `machine` is a Machine or None.
 
     Raises:
-        TypeError: saying where machines come from.
+        TypeError: another type; the message names the functions that return machines.
     """
     if machine is not None and not isinstance(machine, Machine):
         raise TypeError(

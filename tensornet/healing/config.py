@@ -82,7 +82,7 @@ class HealingConfig:
 
     @property
     def selects_parameters(self) -> bool:
-        """Whether `heal` selects what is trained, instead of taking what requires gradients.
+        """True if `heal` selects what is trained, instead of taking what requires gradients.
 
         Where it does, scales of integers become trainable, learning rates are relative to the size of each
         parameter, and checkpoints hold the order of rows beside the cores.

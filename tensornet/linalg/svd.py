@@ -376,7 +376,7 @@ def _randomized(
     if bool((outside < 1e-6 * total).any()):  # a difference without digits: measure it
         outside = energy(work - basis @ sketch)
     # An iteration compares squares, so a rest below 1e-5 is settled by rounding alone. That is less than
-    # single precision asks for; in double it must be measured to be none at all.
+    # single precision asks for; in double precision it must be measured.
     if not single and bool(((outside < 1e-10 * total) & (outside > 1e-26 * total)).any()):
         return None
     inside = None if allowed is None else (allowed - outside).clamp_min(0)

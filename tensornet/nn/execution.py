@@ -103,7 +103,7 @@ class RoutedModule(MatrixKeeper):
         """Report the cost of each strategy for a token count, and the strategy that the layer takes now.
 
         Raises:
-            ValueError: `tokens` is no integer of at least 1.
+            ValueError: `tokens` is not an integer of at least 1.
         """
         machine = self.machine or default_machine(self.weight.device)
         names = {RECONSTRUCT: "reconstruct", CACHED: "cached"}
@@ -139,7 +139,7 @@ class RoutedModule(MatrixKeeper):
             machine: constants to decide by, see `tensornet.measure_machine`.
 
         Raises:
-            TypeError: `machine` is none.
+            TypeError: `machine` is not a `Machine`.
             ValueError: unknown strategy, negative limit.
         """
         check_machine(machine)
@@ -264,7 +264,7 @@ def set_strategy(
 
     Raises:
         TargetError: the model has no tensor-network layer.
-        TypeError: `machine` is none.
+        TypeError: `machine` is not a `Machine`.
         ValueError: unknown strategy, negative limit.
 
     Example:

@@ -131,7 +131,7 @@ def explain(
         integers: cost of reading integer cores, or of the whole product, by the name of the strategy.
 
     Raises:
-        ValueError: `tokens` is no integer of at least 1.
+        ValueError: `tokens` is not an integer of at least 1.
     """
     tokens = check_size("tokens", tokens, error=ValueError)
     topology, route = plan.topology, plan.fastest(tokens, machine, itemsize, rebuild=False)

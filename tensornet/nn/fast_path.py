@@ -103,7 +103,7 @@ def through_kernel(
     most: int,
     kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> FastPath:
-    """Multiply by a kernel of torch that reads integer codes; for inputs without gradients.
+    """Build a fast path that multiplies by a kernel of torch which reads integer codes, without gradients.
 
     Args:
         layer: whose buffers hold codes and scales.

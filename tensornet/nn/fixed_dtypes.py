@@ -20,7 +20,7 @@ class FixedDtypes(MatrixKeeper):
 
     @property
     def stored(self) -> Mapping[str, Tensor]:
-        """The parameters and buffers that hold the cores, by name."""
+        """Parameters and buffers that hold the cores, by name."""
         raise TypeError(f"{type(self).__name__} must define stored.")
 
     @property

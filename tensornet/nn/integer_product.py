@@ -30,7 +30,7 @@ class IntegerProduct(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
+        """Shape `(out, in)`."""
 
     def has_kernel(self, x: Tensor) -> bool:
         """Return True if a kernel of torch multiplies this input faster than unpacked blocks do."""
@@ -62,7 +62,7 @@ class IntegerMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
+        """Shape `(out, in)`."""
         return len(self.codes), self.columns
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -121,7 +121,7 @@ def multiply(x: Tensor, matrix: IntegerMatrix | KernelMatrix, bias: Tensor | Non
 
 
 def _traced(x: Tensor, matrix: IntegerMatrix | KernelMatrix, *, recorded: bool) -> Tensor:
-    """Multiply in operations for a compiler, which differentiates no kernel."""
+    """Multiply by differentiable operations, for compilers, which cannot differentiate the kernel."""
     if not recorded and matrix.has_kernel(x):
         return matrix.by_kernel(x)
     if isinstance(matrix, KernelMatrix):
@@ -143,7 +143,7 @@ def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
 
 
 def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
-    """Gradient by the input for the gradient `(tokens, out)` by the output."""
+    """Compute the gradient by the input from the gradient `(tokens, out)` by the output."""
     made = gradient.new_zeros(len(gradient), matrix.shape[1])
     for part, rows in matrix.blocks(gradient.dtype):
         made.addmm_(gradient[:, part], rows)

@@ -43,7 +43,7 @@ class KernelKeeper(NetworkModule):
 
     @property
     def kernel_matrix(self) -> KernelMatrix | None:
-        """The matrix in the layout of the kernel, None while it is held as it is stored."""
+        """Matrix in the layout of the kernel; None while it is held in its stored form."""
         codes, scales = self._buffers.get(_CODES), self._buffers.get(_SCALES)
         if codes is None or scales is None or (number_format := self.integer_format) is None:
             return None
@@ -51,7 +51,7 @@ class KernelKeeper(NetworkModule):
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The parameters and buffers that hold the cores, by name; undoes `hold_for_kernel`."""
+        """Parameters and buffers that hold the cores, by name; undoes `hold_for_kernel`."""
         self.hold_as_stored()
         return {name: getattr(self, name) for name in self._tensor_names}
 
@@ -113,7 +113,7 @@ class KernelKeeper(NetworkModule):
         return self
 
     def _stored_buffers(self) -> dict[str, Tensor | None]:
-        """Buffers as they are when the matrix is held as it is stored, in the order of the stored names."""
+        """Return the buffers in their stored form and order, whatever layout holds the matrix now."""
         matrix = self.kernel_matrix
         if matrix is None:
             return self._buffers
@@ -137,7 +137,7 @@ class KernelKeeper(NetworkModule):
 
     @property
     def _may_be_larger(self) -> bool:
-        """Whether the layout may take more than `HELD_RATIO` times the stored bytes."""
+        """True if the layout may take more than `HELD_RATIO` times the stored bytes."""
         return self.strategy == "factorized"
 
     def _held_device(self) -> torch.device:

@@ -59,12 +59,12 @@ class KernelMatrix:
 
     @property
     def products(self) -> int:
-        """Products of the kernel that make up one product with the matrix."""
+        """Number of kernel calls for one product with the matrix."""
         return 2 if _low_bits(self.number_format) else 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
+        """Shape `(out, in)`."""
         return len(self.codes) // self.products, 2 * self.codes.shape[1]
 
     @property
@@ -160,7 +160,7 @@ def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def has_layout(number_format: NumberFormat, shape: tuple[int, int], *, larger: bool = False) -> bool:
-    """Return True if the kernel on this processor can have a matrix of this format and shape.
+    """Return True if the kernel on this processor supports matrices of this format and shape.
 
     Args:
         number_format: of the matrix.
@@ -179,7 +179,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], *, larger: b
 
 
 def products_of(number_format: NumberFormat) -> int:
-    """Count the products of the kernel that make up one product with a matrix that `has_layout`."""
+    """Count the kernel calls for one product with a matrix of this format; only where `has_layout`."""
     return 2 if _low_bits(number_format) else 1
 
 
@@ -306,7 +306,7 @@ def _by_input(codes: Tensor, block: int) -> Tensor:
 
 
 def _parts(rows: int, columns: int, block: int) -> Iterator[slice]:
-    """Slices of whole blocks of the kernel, few enough rows at a time."""
+    """Yield slices of whole blocks of the kernel, of few enough rows to bound the working memory."""
     step = max(1, _BLOCK // (block * columns)) * block
     for start, stop in pairwise((*range(0, rows, step), rows)):
         yield slice(start, stop)

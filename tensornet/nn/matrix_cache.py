@@ -103,7 +103,7 @@ def check_options(strategy: str, cache_limit: int | None) -> None:
     """Raise ValueError for unknown options; warn about a limit without effect.
 
     Raises:
-        ValueError: unknown strategy, or a limit that is no number of bytes.
+        ValueError: unknown strategy, or a limit that is not a number of bytes.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
@@ -147,7 +147,7 @@ class MatrixKeeper(nn.Module):
         raise TypeError(f"{type(self).__name__} must define seconds_saved.")
 
     def _core_tensors(self) -> tuple[Tensor | None, ...]:
-        """Tensors from which the matrices are built; None for values that are not tensors of the module."""
+        """Return the tensors that the matrices are built from; None for values computed elsewhere."""
         raise TypeError(f"{type(self).__name__} must define _core_tensors().")
 
     def _computed_like(self) -> Tensor:

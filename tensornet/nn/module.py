@@ -29,7 +29,7 @@ class NetworkModule(FixedDtypes, RoutedModule):
 
     Args:
         topology: the operator `(out_features, in_features)`.
-        source: kind of stock layer this stands for (see `adapters`), to which `to_dense` returns.
+        source: kind of stock layer that this replaces (see `stock_layers`), to which `decompress` returns.
         strategy: `"factorized"` contracts the input with the cores, and may hold integers of 2 bits as 4 for
             a kernel of torch, `"reconstruct"` rebuilds the matrix for each call and frees it, `"auto"` takes
             the faster of both by the cost model, `"cached"` keeps the rebuilt matrix in eval while no
@@ -117,7 +117,11 @@ class NetworkModule(FixedDtypes, RoutedModule):
             ShapeError: topology or storage differ.
         """
         if (self.topology, self.storage) != (other.topology, other.storage):
-            raise ShapeError("Only modules of the same topology and storage can share cores.")
+            raise ShapeError(
+                "Only modules of the same topology and storage can share cores; got "
+                f"{self.topology.family!r} of shape {self.topology.shape} stored as {self.storage} and "
+                f"{other.topology.family!r} of shape {other.topology.shape} stored as {other.storage}."
+            )
         for name, tensor in other.stored.items():
             hold(self, name, tensor)
         self._compute_as(other.weight)
@@ -197,7 +201,7 @@ def cores_of(module: NetworkModule) -> tuple[Tensor, ...]:
 
 
 def require_linear_shape(topology: Topology, out_features: int, in_features: int) -> None:
-    """Raise TopologyError unless a topology has the given shape.
+    """Raise ShapeError unless a topology has the given shape.
 
     Raises:
         ShapeError: the shapes differ.

@@ -161,7 +161,7 @@ class _Reading:
             scope.visit(statement)
 
     def add(self, value: _Value, use: StackUse | None) -> None:
-        """Note a use, with positions in the view if there is one."""
+        """Record a use, with positions in the view if there is one."""
         self.found.setdefault(value.name, set()).add(use and replace(use, view=value.view))
 
 
@@ -185,7 +185,7 @@ class _Scope:
             reading.add(given[name], None)
 
     def visit(self, node: ast.AST) -> None:
-        """Note the uses in a statement or expression, and mark its parameters as consumed."""
+        """Record the uses in a statement or expression, and mark its parameters as consumed."""
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in self.assigned and self.value(
                 value
@@ -205,7 +205,7 @@ class _Scope:
                     self.visit(child)
 
     def value(self, node: ast.AST) -> _Value | None:
-        """Say what an expression stands for; None if it is no parameter and no matrix of one."""
+        """Resolve an expression to a parameter or one of its matrices; None for any other expression."""
         match node:
             case ast.Name(id=name) if name in self.given:
                 return self.given[name]
@@ -230,7 +230,7 @@ class _Scope:
         return None
 
     def _call(self, node: ast.Call) -> bool:
-        """Note the product computed by a call, or read the called child; return False for any other call."""
+        """Record the product that a call computes, or read the called child; return False for other calls."""
         called = ast.unparse(node.func)
         match node:
             case ast.Call(func=ast.Attribute(value=first, attr="matmul"), args=[second], keywords=[]):

@@ -71,7 +71,7 @@ class LayerKind(ABC):
         return [] if number is None else [other for other in others if _last_number(other)[0] == path]
 
 
-#: A part of a name that counts modules. Layers such as `w_1` and `w_2` are no relatives.
+#: A part of a name that counts modules. Layers such as `w_1` and `w_2` are not relatives.
 _COUNTED = re.compile(r"(.*_)?\d+")
 
 
@@ -232,7 +232,7 @@ def layer_kind(name: str) -> LayerKind:
     """Look up a layer kind by name.
 
     Raises:
-        TargetError: listing the kinds that exist.
+        TargetError: an unknown name; the message lists the kinds.
 
     Example:
         >>> from tensornet.nn import layer_kind
@@ -265,7 +265,7 @@ def compound_of(module: nn.Module) -> CompoundKind | None:
 
 
 def reason_against(module: nn.Module) -> str | None:
-    """Say why a module is not taken apart, by the first kind that knows its type; None if none does.
+    """Return why the first kind that knows a module's type leaves it whole; None if none does.
 
     >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
     'groups too small for low rank'

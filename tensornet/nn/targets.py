@@ -31,7 +31,7 @@ class LayerSelection:
         exclude_modules: patterns of module names to leave out.
 
     Raises:
-        TargetError: patterns that are no strings.
+        TargetError: a pattern is not a string.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -154,7 +154,7 @@ def check_loaded(targets: Sequence[Target]) -> None:
     """Raise TargetError for layers on the meta device, which hold no numbers.
 
     Raises:
-        TargetError: naming the first one.
+        TargetError: a layer is on the meta device; the message names it.
     """
     for target in targets:
         if target.weight.is_meta:
@@ -177,21 +177,21 @@ def matches(name: str, pattern: str) -> bool:
     """Return True if a module name matches one pattern (see `LayerSelection`).
 
     Raises:
-        TargetError: the pattern is no regular expression.
+        TargetError: the pattern is not a valid regular expression.
     """
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
-            raise TargetError(f"Pattern {pattern!r} is no regular expression: {error}.") from error
+            raise TargetError(f"Pattern {pattern!r} is not a regular expression: {error}.") from error
     return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
 
 
 def _check_patterns(name: str, value: Any) -> None:
-    """Raise TypeError unless `patterns` is a pattern or a sequence of patterns.
+    """Raise TargetError unless `patterns` is a pattern or a sequence of patterns.
 
     Raises:
-        TargetError: saying what was got.
+        TargetError: another type; the message shows it.
     """
     patterns = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(patterns, Collection) or not all(isinstance(x, str) for x in patterns):
@@ -216,7 +216,7 @@ def pattern_help(pattern: str, names: Sequence[str]) -> str:
     for better in (f"re:{text}", f"re:.*(?:{text}).*"):
         try:
             found = next((name for name in names if matches(name, better)), None)
-        except TargetError:  # a glob that is no regular expression
+        except TargetError:  # a glob that is not a regular expression
             return rules
         if found is not None:
             whole = "Expressions match whole names: " if pattern.startswith("re:") else ""
@@ -291,7 +291,7 @@ def check_model(model: Any) -> None:
     """Raise TypeError unless `model` is a module.
 
     Raises:
-        TypeError: saying what was got.
+        TypeError: another type; the message shows it.
     """
     check_type("model", model, nn.Module, "load it first, for example with AutoModel.from_pretrained")
 

@@ -1,4 +1,4 @@
-"""Values of integer codes."""
+"""Conversion of integer codes to values."""
 
 import torch
 from torch import Tensor

@@ -160,7 +160,9 @@ def round_product(
         check_finite(factor, name)
     wanted = a @ b if target is None else target.double()
     if wanted.shape != (a.shape[0], b.shape[1]):
-        raise ShapeError(f"target= has shape {tuple(wanted.shape)}; the product {(a.shape[0], b.shape[1])}.")
+        raise ShapeError(
+            f"target= has shape {tuple(wanted.shape)}; the product has shape {(a.shape[0], b.shape[1])}."
+        )
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
     product = _Product(wanted, Weighting(rows, columns), order)
     if right_format is None:

@@ -298,7 +298,7 @@ class _TileBuffer:
         self._known: dict[int, _Tiles] = {}
 
     def planes(self, given: _BlockInput) -> Tensor:
-        """Stack what rounding the elements of a block needs."""
+        """Stack the tensors that rounding the elements of a block reads."""
         zero = self.zero if given.zero is None else given.zero
         divisor = Grid(given.scale, 0.0, 0).divisor
         planes = [given.above, given.left, given.weight + given.scale * zero, given.scale, divisor]

@@ -127,7 +127,7 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 
     Args:
         weight: shape `(out, in)`.
-        count: of rows; None is returned if there are no more.
+        count: of rows; None is returned if the weight has no more.
 
     Returns:
         Indices in ascending order, shape `(count,)`.

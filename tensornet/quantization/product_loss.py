@@ -61,7 +61,7 @@ def predict_product_losses(
 
 @remembered
 def _norms(vectors: Tensor, moment: Tensor | None) -> Tensor:
-    """Squared norms of the rows of a matrix under a moment, in double precision."""
+    """Compute squared norms of the rows of a matrix under a moment, in double precision."""
     return (vectors * times(moment, vectors.mT).mT).sum(1, dtype=torch.float64)
 
 

@@ -123,7 +123,7 @@ def round_weight(
         predict: also predict the loss increase.
 
     Raises:
-        FormatError: no integer format.
+        FormatError: not an integer format.
         NonFiniteError: the weight or a moment holds NaN or infinity.
         ShapeError: moments that do not fit, or a method that they do not allow.
 
@@ -343,7 +343,7 @@ class _Problem:
         return found.loss(found.rows[0], found.columns[0])
 
     def expected(self, scales: GroupScales, loop: _Loop, sample: Tensor | None = None) -> ExpectedResiduals:
-        """Predict the squared rounding residuals, and how they turn into losses and errors.
+        """Predict the squared rounding residuals, with the weights that turn them into losses and errors.
 
         Args:
             scales: of all rows, or of those of the sample.

@@ -128,7 +128,7 @@ def compress_piece(task: PieceTask) -> Piece:
     busy.
 
     Raises:
-        NonFiniteError, BudgetError, TopologyError: naming the layer.
+        NonFiniteError, BudgetError, TopologyError: the layer cannot be compressed; the message names it.
         OSError: it cannot be read or written.
     """
     with one_thread():

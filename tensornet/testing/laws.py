@@ -118,7 +118,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
     assert error <= outcome.error * (1 + 1e-5) + slack, (
         f"true error {error:.6g} exceeds the certificate {outcome.error:.6g} under {budget}"
     )
-    assert outcome.error >= 0, f"certificate {outcome.error} is no number of at least 0"
+    assert outcome.error >= 0, f"certificate {outcome.error} is not a number of at least 0"
     if budget.rel_error is not None and budget.max_bond is None and budget.param_ratio is None:
         assert outcome.error <= budget.rel_error + slack, (
             f"certificate {outcome.error:.6g} exceeds the promise rel_error={budget.rel_error}"
@@ -258,7 +258,7 @@ def _true_error(matrix: Tensor, outcome: Outcome) -> float:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Return True if the storages overlap; writing is no test, since tensors may repeat elements."""
+    """Return True if the storages overlap; judged by addresses, since tensors may repeat elements."""
     a, b = one.untyped_storage(), other.untyped_storage()
     first, last = max(a.data_ptr(), b.data_ptr()), min(a.data_ptr() + a.nbytes(), b.data_ptr() + b.nbytes())
     return one.device == other.device and first < last

@@ -175,9 +175,7 @@ class TopologyFamily(ABC):
             NonFiniteError: the matrix holds NaN or infinity.
             TopologyError: the options do not fit the shape.
         """
-        check_budget(budget)
-        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
-        shape = (matrix.shape[0], matrix.shape[1])
+        shape = check_request(self.name, matrix, budget)
         full = self.build(*shape, **options)
 
         exact = list(full.bond_dims.values()) or [*full.out_dims, *full.in_dims]
@@ -326,6 +324,18 @@ class TopologyFamily(ABC):
             max_sites: most cores of a chain.
         """
         return uniform_proposals(self, shape, params)
+
+
+def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int]:
+    """Check the arguments of `decompose`, and return the shape of the matrix.
+
+    Raises:
+        BudgetError: not a budget.
+        ShapeError: not a dense floating matrix.
+    """
+    check_budget(budget)
+    check_dense(matrix, f"Topology {family!r}", "a matrix of shape (out, in)", 2)
+    return matrix.shape[0], matrix.shape[1]
 
 
 def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:

@@ -32,11 +32,12 @@ from tensornet.topologies.factored import (
     clip_bonds,
     fitted_network,
     padded_shape,
+    site_topology,
 )
 from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_proposal
 from tensornet.topologies.registry import register_topology
 from tensornet.topologies.uniform_cap import uniform_caps
-from tensornet.topology import CoreSpec, Topology
+from tensornet.topology import Topology
 
 
 def block_tt(
@@ -80,20 +81,9 @@ def block_tt(
     if bond_dims is not None:
         wanted = clip_bonds("bond_dims", bond_dims, _ranks(out_dims, in_dims, bond_dims))
     bonds = [1, *_ranks(out_dims, in_dims, [min(b, c or b) for b, c in zip(wanted, caps, strict=True)]), 1]
-    sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
-    sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
-        f"i{k}": dim for k, dim in enumerate(in_dims)
-    }
-    outs, ins = tuple(f"o{k}" for k in range(sites)), tuple(f"i{k}" for k in range(sites))
-    return Topology(
-        family="block_tt",
-        cores=tuple(CoreSpec(str(k), (f"b{k}", *outs[k:], *ins[: k + 1], f"b{k + 1}")) for k in range(sites)),
-        sizes=tuple(sizes.items()),
-        out_labels=outs,
-        in_labels=ins,
-        out_features=shape[0],
-        in_features=shape[1],
-    )
+    outs, ins = [f"o{k}" for k in range(sites)], [f"i{k}" for k in range(sites)]
+    cores = [(f"b{k}", *outs[k:], *ins[: k + 1], f"b{k + 1}") for k in range(sites)]
+    return site_topology("block_tt", cores, bonds, out_dims, in_dims, shape)
 
 
 class BlockTTFamily(FactoredFamily):

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tensornet.budget import Budget, caps_of_bonds, check_budget
-from tensornet.checks import check_dense, check_size
+from tensornet.budget import Budget, caps_of_bonds
+from tensornet.checks import check_size
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.rounding import LEAST_DAMPING, RoundedWeight
-from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.ladder import Ladder, RoundTrip
@@ -36,7 +36,7 @@ def dense(*, out_features: int, in_features: int) -> Topology:
         in_features: columns.
 
     Raises:
-        TopologyError: a size is no integer of at least 1.
+        TopologyError: a size is not an integer of at least 1.
 
     Example:
         >>> tn.topologies.dense(out_features=6, in_features=4).core_shapes
@@ -109,15 +109,14 @@ class DenseFamily(TopologyFamily):
             BudgetError: fewer parameters than the matrix has are allowed.
         """
         refuse_options(self.name, options)
-        check_budget(budget)
-        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
+        shape = check_request(self.name, matrix, budget)
         if budget.param_ratio is not None and budget.param_ratio < 1:
             raise BudgetError(
                 f"param_ratio={budget.param_ratio} allows fewer parameters than the {matrix.numel()} of the "
                 f"matrix, and the topology {self.name!r} keeps them all; a number format makes it smaller, "
                 "or take another topology."
             )
-        return self.decompose_to(matrix, self.build(matrix.shape[0], matrix.shape[1]))
+        return self.decompose_to(matrix, self.build(*shape))
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Copy the matrix."""

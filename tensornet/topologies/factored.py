@@ -2,24 +2,24 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tensornet.budget import Budget, caps_of_bonds, check_budget
-from tensornet.checks import check_dense, check_size, check_sizes
+from tensornet.budget import Budget, caps_of_bonds
+from tensornet.checks import check_size, check_sizes
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, frobenius
 from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
 from tensornet.notices import warn
-from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.leg_dims import balanced_factors
-from tensornet.topology import Topology
+from tensornet.topology import CoreSpec, Topology
 
 DEFAULT_SITES = 3
 
@@ -81,9 +81,8 @@ class FactoredFamily(TopologyFamily):
     ) -> Decomposition:
         """Decompose a matrix at the chosen dims; see `decompose_at`."""
         own = self._own(options, self.decompose_options)
-        check_budget(budget)
-        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
-        rows, columns = self.choose_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
+        shape = check_request(self.name, matrix, budget)
+        rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
         return self._renamed(self.decompose_at(matrix, rows, columns, budget, method=method, **own))
 
     @abstractmethod
@@ -185,6 +184,40 @@ def padded_shape(
     return rows, columns
 
 
+def site_topology(
+    family: str,
+    cores: Iterable[Sequence[str]],
+    bonds: Sequence[int],
+    out_dims: Sequence[int],
+    in_dims: Sequence[int],
+    shape: tuple[int, int],
+) -> Topology:
+    """Build a topology with an out-leg `o<k>` and an in-leg `i<k>` for each site `k`.
+
+    Args:
+        family: name that is recorded.
+        cores: labels of each core; cores are named by their positions.
+        bonds: sizes of the bonds `b0`, `b1`, ...
+        out_dims: sizes of the out-legs.
+        in_dims: sizes of the in-legs.
+        shape: `(out_features, in_features)` before padding.
+    """
+    sizes = {
+        f"{x}{k}": size
+        for x, y in (("b", bonds), ("o", out_dims), ("i", in_dims))
+        for k, size in enumerate(y)
+    }
+    return Topology(
+        family=family,
+        cores=tuple(CoreSpec(str(k), tuple(core)) for k, core in enumerate(cores)),
+        sizes=tuple(sizes.items()),
+        out_labels=tuple(f"o{k}" for k in range(len(out_dims))),
+        in_labels=tuple(f"i{k}" for k in range(len(in_dims))),
+        out_features=shape[0],
+        in_features=shape[1],
+    )
+
+
 def check_bonds(
     name: str,
     bonds: Sequence[int] | None,
@@ -233,7 +266,7 @@ def refuse_options(name: str, options: dict[str, Any], known: Sequence[str] = ()
     """Raise TopologyError if any option is unknown to the family.
 
     Raises:
-        TopologyError: naming them, and those that exist.
+        TopologyError: an unknown option; the message lists the known ones.
     """
     if unknown := sorted(key for key, value in options.items() if value is not None and key not in known):
         exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"

@@ -103,7 +103,7 @@ class KroneckerFamily(FactoredFamily):
             TopologyError: `sites` is another number.
         """
         if sites not in (None, 2):
-            raise TopologyError(f"A Kronecker product has two factors, got sites={sites}.")
+            raise TopologyError(f"A Kronecker product has two factors, got sites={sites}; leave sites out.")
         return super().choose_dims(shape, out_dims, in_dims, 2)
 
     def decompose_at(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget, caps_of_bonds, check_budget
-from tensornet.checks import check_dense, check_size
+from tensornet.checks import check_size
 from tensornet.errors import TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.matrix_spectrum import MatrixSpectrum
@@ -42,7 +42,7 @@ from tensornet.quantization.factors import round_product
 from tensornet.quantization.product_loss import predict_product_losses
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.remembered import remembered
-from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition, Prediction
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.ladder import Ladder, RoundTrip
@@ -138,9 +138,7 @@ class LowRankFamily(TopologyFamily):
     ) -> Decomposition:
         """Truncate the SVD, which is optimal in the Frobenius norm (Eckart-Young)."""
         refuse_options(self.name, options)
-        check_budget(budget)
-        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
-        rows, columns = matrix.shape
+        rows, columns = check_request(self.name, matrix, budget)
         caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
         result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error, method=method)
         rank = result.S.numel()

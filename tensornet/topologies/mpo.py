@@ -21,13 +21,14 @@ from tensornet.topologies.factored import (
     clip_bonds,
     fitted_network,
     padded_shape,
+    site_topology,
 )
 from tensornet.topologies.leg_search import best_dims
 from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_proposal
 from tensornet.topologies.registry import register_topology
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topologies.weighted_fit import leading, legs_of
-from tensornet.topology import CoreSpec, Topology
+from tensornet.topology import Topology
 
 
 def mpo(
@@ -78,18 +79,8 @@ def chain(
 
     Sums and products of chains have bonds above the largest useful ones until they are rounded.
     """
-    bonds, sites = [1, *bond_dims, 1], len(out_dims)
-    sizes = {f"b{k}": bonds[k] for k in range(sites + 1)}
-    sizes |= {f"o{k}": out_dims[k] for k in range(sites)} | {f"i{k}": in_dims[k] for k in range(sites)}
-    return Topology(
-        family=family,
-        cores=tuple(CoreSpec(str(k), (f"b{k}", f"o{k}", f"i{k}", f"b{k + 1}")) for k in range(sites)),
-        sizes=tuple(sizes.items()),
-        out_labels=tuple(f"o{k}" for k in range(sites)),
-        in_labels=tuple(f"i{k}" for k in range(sites)),
-        out_features=shape[0],
-        in_features=shape[1],
-    )
+    cores = [(f"b{k}", f"o{k}", f"i{k}", f"b{k + 1}") for k in range(len(out_dims))]
+    return site_topology(family, cores, [1, *bond_dims, 1], out_dims, in_dims, shape)
 
 
 class MPOFamily(FactoredFamily):

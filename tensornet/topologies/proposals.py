@@ -11,7 +11,7 @@ from tensornet.topology import Topology
 if TYPE_CHECKING:
     from tensornet.topologies.base import TopologyFamily
 
-#: Matrix products are fastest where sizes are multiples of this, see `Machine.step_columns`.
+#: Matrix products are fastest where sizes are multiples of this.
 KERNEL_STEP = 16
 
 #: Cuts are tried at the divisors nearest to these powers of a size.

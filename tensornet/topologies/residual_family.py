@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensornet.budget import Budget, check_budget
-from tensornet.checks import check_dense
+from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import check_finite, result_dtype
@@ -26,7 +25,7 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.residual import alternate
-from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.ladder import Ladder, RoundTrip
@@ -55,7 +54,7 @@ def residual(
     network: str = "low_rank",
     network_options: Mapping[str, Any] | None = None,
 ) -> Topology:
-    """Sum of a dense core `base` and a network of another family.
+    """Build the sum of a dense core `base` and a network of another family.
 
     Args:
         out_features: rows.
@@ -131,9 +130,7 @@ class ResidualFamily(TopologyFamily):
         Raises:
             BudgetError: fewer parameters than those of the matrix and the smallest network are allowed.
         """
-        check_budget(budget)
-        check_dense(matrix, f"Topology {self.name!r}", "a matrix of shape (out, in)", 2)
-        shape = (matrix.shape[0], matrix.shape[1])
+        shape = check_request(self.name, matrix, budget)
         # Nothing is lost at any bond: the smallest keeps a relative error.
         topology = self.build(
             *shape, max_bond=1 if budget.rel_error is not None else budget.max_bond, **options
@@ -263,7 +260,7 @@ class ResidualFamily(TopologyFamily):
 
 
 def _beside(network: Topology) -> Topology:
-    """Sum of a dense core and a network."""
+    """Build the topology of a dense core plus a network."""
     base = CoreSpec(BASE, (*network.out_labels, *network.in_labels))
     return replace(
         network,

@@ -36,10 +36,11 @@ from tensornet.topologies.factored import (
     fitted_network,
     pad_core,
     padded_shape,
+    site_topology,
 )
 from tensornet.topologies.registry import register_topology
 from tensornet.topologies.uniform_cap import uniform_caps
-from tensornet.topology import CoreSpec, Topology
+from tensornet.topology import Topology
 
 #: Without weighting the first step solves for a core whose bonds are few, the second comes close for others.
 _STEPS = 2
@@ -97,21 +98,8 @@ def _ring(
 ) -> Topology:
     """Describe existing cores: as `tensor_ring`, but without clipping bonds."""
     sites = len(out_dims)
-    sizes = {f"b{k}": bond for k, bond in enumerate(bonds)}
-    sizes |= {f"o{k}": dim for k, dim in enumerate(out_dims)} | {
-        f"i{k}": dim for k, dim in enumerate(in_dims)
-    }
-    return Topology(
-        family="tensor_ring",
-        cores=tuple(
-            CoreSpec(str(k), (f"b{(k - 1) % sites}", f"o{k}", f"i{k}", f"b{k}")) for k in range(sites)
-        ),
-        sizes=tuple(sizes.items()),
-        out_labels=tuple(f"o{k}" for k in range(sites)),
-        in_labels=tuple(f"i{k}" for k in range(sites)),
-        out_features=shape[0],
-        in_features=shape[1],
-    )
+    cores = [(f"b{(k - 1) % sites}", f"o{k}", f"i{k}", f"b{k}") for k in range(sites)]
+    return site_topology("tensor_ring", cores, bonds, out_dims, in_dims, shape)
 
 
 @dataclass(frozen=True)

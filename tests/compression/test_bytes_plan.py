@@ -331,7 +331,7 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
         ({"formats": "int4"}, r"formats is a sequence of names .* got 'int4'"),
         ({"formats": ()}, r"formats is a sequence of names .* got \(\)"),
         ({"formats": ("int8",), "int8": True}, "int8=True stores the cores of all networks"),
-        ({"byte_ratio": 0.5, "objective": "activation"}, "needs the price of an error"),
+        ({"byte_ratio": 0.5, "objective": "activation"}, "needs the cost of an error"),
     ],
 )
 def test_options_that_are_none(options: dict[str, object], message: str) -> None:

@@ -327,7 +327,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         ({"topology": "mobius"}, "Unknown topology 'mobius'"),
         ({"objective": "luck"}, "Unknown objective 'luck'"),
         ({"damping": -1.0}, "damping must be at least 0"),
-        ({"max_bytes": 9, "objective": "weight"}, "needs the price of an error"),
+        ({"max_bytes": 9, "objective": "weight"}, "needs the cost of an error"),
         ({"sites": 2.5}, "sites must be an integer of at least 1, got 2.5"),
         ({"tokens": "1"}, "tokens must be an integer of at least 1, got '1'"),
         ({"max_bytes": "9"}, "max_bytes must be a number, got '9'"),

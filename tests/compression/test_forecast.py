@@ -160,9 +160,9 @@ def test_compress_measures_on_validation_text() -> None:
 def test_what_cannot_be_measured() -> None:
     model, stats, prepared, _, _ = real()
     weight = CompressionConfig(param_ratio=0.5, objective="weight")
-    with pytest.raises(tn.TargetError, match="validation corrects what calibration foresees"):
+    with pytest.raises(tn.TargetError, match="validation corrects what calibration predicts"):
         tn.compress(copy.deepcopy(model), weight, validation=[torch.ones(1, 4).long()], progress=False)
-    with pytest.raises(tn.BudgetError, match="foresee a loss, not those of 'weight'"):
+    with pytest.raises(tn.BudgetError, match="predicts losses, which measurements can correct, not 'weight'"):
         prepare(model, weight).measured(model, stats, [torch.ones(1, 4).long()])
     with pytest.raises(tn.TargetError, match="No validation text is left"):
         prepared.measured(model, stats, [])

@@ -1,4 +1,4 @@
-"""A compressed model beside the plain methods at the same bytes: what the report and the demo show."""
+"""Comparison of a compressed model with plain methods at the same bytes, for the report and the demo."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ class Comparison:
     sample: str | None
 
     def of(self, model: PreTrainedModel) -> tuple[Quality | None, str | None]:
-        """Measure the compressed model, and let it write."""
+        """Measure the quality of the compressed model, and write its sample."""
         quality = None if self.judge is None else self.judge(model)
         return quality, None if self.sampler is None else self.sampler(model)
 
@@ -123,7 +123,7 @@ class Sampler:
 
     @property
     def how(self) -> str:
-        """How the tokens were chosen, in a few words."""
+        """Description of how tokens are chosen, in a few words."""
         return "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}, seed {self.seed}"
 
 

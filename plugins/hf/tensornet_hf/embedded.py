@@ -19,7 +19,7 @@ def _data(name: str) -> Path:
     path = Path(str(files("tensornet_hf") / "data" / name))
     if not path.exists():
         raise FileNotFoundError(
-            f"the embedded data {name!r} is missing: expected {path}; "
+            f"The embedded data {name!r} is missing: expected {path}; "
             "install tensornet-torch again, unpacked (it does not work from inside a zip file)"
         )
     return path
@@ -98,7 +98,7 @@ def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
         ('t yr nstrls', 'at your nostrils')
     """
     if split not in ("calibration", "heldout"):
-        raise ValueError(f"unknown split {split!r}: expected 'calibration' or 'heldout'")
+        raise ValueError(f"Unknown split {split!r}: expected 'calibration' or 'heldout'")
     lines = _data(f"t5_{split}.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [(record["source"], record["target"]) for record in records]

@@ -248,7 +248,7 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Work:
-    """A dense model, its plan, the statistics that the plan was made with and what was fitted for it."""
+    """Dense model, its plan, the statistics of the plan, and the networks fitted for it."""
 
     folder: Path
     model: PreTrainedModel

@@ -191,7 +191,7 @@ def linear_layers(model: nn.Module) -> list[str]:
     """Return the names of all linear layers, stock or compressed, without the output head.
 
     Raises:
-        TargetError: there is none.
+        TargetError: the model has no linear layer.
 
     Example:
         >>> from tensornet_hf.peft import linear_layers
@@ -258,7 +258,7 @@ def _check(config: LoraConfig) -> None:
     """Raise TargetError for options that need the dense weight or that `forward` does not support.
 
     Raises:
-        TargetError: saying what to use instead.
+        TargetError: an unsupported option; the message says what to use instead.
     """
     if config.use_dora:
         raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")

@@ -220,7 +220,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """Look up a dtype by name; None stays None.
 
     Raises:
-        ValueError: listing the names.
+        ValueError: an unknown name; the message lists the known ones.
     """
     if name is not None and name not in DTYPES:
         raise ValueError(f"Unknown dtype {name!r}; choose one of {', '.join(DTYPES)}.")

@@ -207,7 +207,7 @@ class _Slices:
 
 
 def products(operands: Operands, groups: Active, *, keep: bool) -> list[Tensor]:
-    """Compute the rows of `chain_rows` without recording, and after them the matrices if they are kept.
+    """Compute `chain_rows` without autograd; return the result, followed by the matrices if they are kept.
 
     Args:
         operands: rows, left ends, right ends and middle, see `chain_rows`.

@@ -88,7 +88,10 @@ class SharedCoreExperts(StoredBank):
         check_whole(num_experts=num_experts)
         topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
         if len(topologies) != num_experts:
-            raise ValueError(f"Got {len(topologies)} topologies for num_experts={num_experts}.")
+            raise ValueError(
+                f"Got {len(topologies)} topologies for num_experts={num_experts}; give one for all, or one "
+                "each."
+            )
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
         self.topology, self.topologies = enclosing, topologies
@@ -311,7 +314,7 @@ class SharedCoreExperts(StoredBank):
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the single matrix of a bank whose cores are all shared."""
-        # The number of rows is no constant of compiled code.
+        # The number of rows is not a constant in compiled code.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:
             cores = list(self._shared_here().values())
@@ -320,7 +323,7 @@ class SharedCoreExperts(StoredBank):
         return nn.functional.linear(x, matrix.to(x.dtype))
 
     def _route(self, x: Tensor, rows: int) -> int:
-        """Return the fastest way to apply the network of one expert to so many rows."""
+        """Return the fastest way to apply the network of one expert to a number of rows."""
         if len(set(self.topologies)) > 1 or len(self.topology.cores) == 1:
             return RECONSTRUCT
         bounds = fastest_routes(plan_operator(self.topology), default_machine(x.device), x.element_size())

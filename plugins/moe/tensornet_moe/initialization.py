@@ -63,7 +63,10 @@ def start_from_dense(
             )
         topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
         if len(topologies) != num_experts:
-            raise ValueError(f"Got {len(topologies)} topologies for num_experts={num_experts}.")
+            raise ValueError(
+                f"Got {len(topologies)} topologies for num_experts={num_experts}; give one for all, or one "
+                "each."
+            )
         result = decompose(weight, enclosing_topology(topologies))
     network = result.network
     names = resolve_shared(network.topology, shared)

@@ -283,10 +283,14 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     """
     layers = [module for module in model.modules() if isinstance(module, SharedCoreMoE)]
     if not layers:
-        raise RuntimeError("collect_aux_losses: the model has no SharedCoreMoE.")
+        raise RuntimeError(
+            "collect_aux_losses: the model has no SharedCoreMoE; pass the model that holds the mixtures."
+        )
     losses = [layer.aux_losses for layer in layers if layer.aux_losses is not None]
     if not losses:
-        raise RuntimeError("collect_aux_losses: no mixture has run since the losses were last collected.")
+        raise RuntimeError(
+            "collect_aux_losses: no mixture has run since the last call; call it once after each forward."
+        )
     for layer in layers:
         layer.aux_losses = None
     total = torch.stack([loss.total for loss in losses]).sum()

@@ -119,8 +119,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
     if group is None:
         raise TargetError(
             "There is no group of processes to spread experts over. Start the script with torchrun or "
-            "accelerate, "
-            "and call torch.distributed.init_process_group() (or make an Accelerator) first."
+            "accelerate, and call torch.distributed.init_process_group() (or make an Accelerator) first."
         )
     found = {name: part for name, part in module.named_modules() if isinstance(part, SharedCoreMoE)}
     if not found:

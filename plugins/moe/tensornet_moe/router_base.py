@@ -225,7 +225,7 @@ def router_kind(name: str) -> type[Router]:
     """Look up a router class by its registered name.
 
     Raises:
-        ValueError: listing the names that exist.
+        ValueError: an unknown name; the message lists the registered ones.
     """
     if name not in _ROUTERS:
         raise ValueError(f"Unknown router {name!r}; choose one of {', '.join(_ROUTERS)}.")

@@ -34,7 +34,7 @@ class StoredBank(FixedDtypes, ExpertBank):
     error: float | None
 
     def _store(self, name: str, core: Tensor | Sequence[Tensor]) -> None:
-        """Register a core in its number format: a tensor at once, a list of tensors for each expert alone."""
+        """Register a core in its number format: one tensor, or a list with one tensor for each expert."""
         if isinstance(core, Tensor):
             self._hold(name, name, self.topology, core)
             return
@@ -64,7 +64,7 @@ class StoredBank(FixedDtypes, ExpertBank):
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The parameters and buffers that hold the cores the bank owns, by name."""
+        """Parameters and buffers that hold the cores the bank owns, by name."""
         return {
             name: tensor
             for name, tensor in (*self._parameters.items(), *self._buffers.items())
@@ -111,7 +111,7 @@ class StoredBank(FixedDtypes, ExpertBank):
         return sum(tensor.nbytes for tensor in self.stored.values())
 
     def _whole_core(self, name: str, index: Tensor | None = None) -> Tensor:
-        """Decode a core that the bank owns; of a private one those of some experts if `index` is given."""
+        """Decode a core that the bank owns; only some experts' part of a private core if `index` is given."""
         shape = self.topology.core_shapes[name]
         if name in self.shared:
             return self._decoded(name, name, self.topology, None)

@@ -230,7 +230,7 @@ class BankLaws:
         return []
 
     def test_a_mask_leaves_shared_parameters(self) -> None:
-        """Check that a frozen mask keeps what experts share bit-identical, and nothing else."""
+        """Check that a mask with `p=1` keeps shared parameters bit-identical, and only those."""
         bank = self._made()
         shared = bank.shared_parameters()
         if not shared:

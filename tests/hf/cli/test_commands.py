@@ -241,7 +241,7 @@ def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: R
         (("compress", gpt2_path(), "out"), "Say how far to compress"),
         (("compress", gpt2_path(), "out", "--max-bond", 4, "--dtype", "int3"), "Unknown dtype 'int3'"),
         (("compress", gpt2_path(), "out", "--max-bond", 4, "--topology", "x"), "x.*low_rank.*mpo"),
-        (("compress", gpt2_path(), "out", "--max-bond", 4, "--target", "re:("), "is no regular expression"),
+        (("compress", gpt2_path(), "out", "--max-bond", 4, "--target", "re:("), "not a regular expression"),
         (
             ("compress", gpt2_path(), "out", *CHAIN, "--sites", 30, "--calibration", "text.txt"),
             "at most 25 out-legs",

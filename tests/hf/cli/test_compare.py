@@ -187,7 +187,7 @@ def test_a_gptq_folder_gives_the_logits_of_its_writer(tensornet: Run) -> None:
 def test_bad_input(tensornet: Run, tmp_path: Path) -> None:
     status, _, err = tensornet("compare", gpt2_path(), "--plot", "c.jpeg")
     assert status == 1
-    assert "c.jpeg is no name of a picture; end it in .png, .svg or .pdf" in err
+    assert "c.jpeg is not the name of a picture; end it in .png, .svg or .pdf" in err
     (tmp_path / "empty").mkdir()
     status, _, err = tensornet("compare", gpt2_path(), "./empty")
     assert status == 1

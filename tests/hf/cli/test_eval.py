@@ -197,10 +197,10 @@ def test_bad_labels(tensornet: Run, tmp_path: Path, encoder: Path) -> None:
         ('{"text": "rain"}', "line 1: expected"),
         (
             '{"text": "rain", "label": "cold"}',
-            r"label 'cold' is no class; the model has dry \(0\), wet \(1\)",
+            r"label 'cold' is not a class; the model has dry \(0\), wet \(1\)",
         ),
-        ('{"text": "rain", "label": 7}', "label 7 is no class"),
-        ('{"text": "rain", "label": true}', "label True is no class"),
+        ('{"text": "rain", "label": 7}', "label 7 is not a class"),
+        ('{"text": "rain", "label": true}', "label True is not a class"),
         ('{"text": 3, "label": 1}', "line 1: expected"),
     ):
         file.write_text(line)
@@ -209,4 +209,4 @@ def test_bad_labels(tensornet: Run, tmp_path: Path, encoder: Path) -> None:
     file.write_text('{"text": "rain", "label": 1}')
     status, _, err = tensornet("eval", encoder, "--labels", "l.jsonl")
     assert status == 1
-    assert "BertModel is no classifier of texts" in err
+    assert "BertModel is not a classifier of texts" in err

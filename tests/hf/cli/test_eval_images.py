@@ -176,7 +176,7 @@ def test_labels_by_name_and_number() -> None:
     with pytest.raises(ValueError, match="'crane' names classes 1, 2: write the number"):
         class_index("crane", names)
     many = {k: f"class {k}" for k in range(1000)}
-    with pytest.raises(ValueError, match=r"'x' is no class; the model has class 0 \(0\), .* and 992 more"):
+    with pytest.raises(ValueError, match=r"'x' is not a class; the model has class 0 \(0\), .* and 992 more"):
         class_index("x", many)
 
 
@@ -190,11 +190,11 @@ def test_bad_folders(tmp_path: Path) -> None:
     image.save(tmp_path / "cat" / "a.png")
     assert read_images(tmp_path, CLASSES) == [(tmp_path / "cat" / "a.png", 2)]
     (tmp_path / "cat" / "notes.txt").write_text("no image")
-    with pytest.raises(FormatError, match=r"notes\.txt is no image, by its name"):
+    with pytest.raises(FormatError, match=r"notes\.txt is not an image, by its name"):
         read_images(tmp_path, CLASSES)
     (tmp_path / "cat" / "notes.txt").unlink()
     (tmp_path / "7").mkdir()
-    known = r"folder 7: label '7' is no class; the model has ant \(0\), .*gnu \(6\)"
+    known = r"folder 7: label '7' is not a class; the model has ant \(0\), .*gnu \(6\)"
     with pytest.raises(FormatError, match=known):
         read_images(tmp_path, CLASSES)
     (tmp_path / "7").rmdir()
@@ -207,7 +207,7 @@ def test_bad_lists(tmp_path: Path) -> None:
     file = tmp_path / "list.jsonl"
     for line, match in (
         ('{"text": "a.png", "label": 1}', r'line 1: expected \{"image": "\.\.\.", "label"'),
-        ('{"image": "a.png", "label": "hen"}', r"line 1: label 'hen' is no class; the model has ant \(0\)"),
+        ('{"image": "a.png", "label": "hen"}', r"line 1: label 'hen' is not a class; the model has ant"),
     ):
         file.write_text(line)
         with pytest.raises(FormatError, match=match):
@@ -259,8 +259,8 @@ def test_models_of_another_kind(tensornet: Run, encoder: Path, classifier: Path)
     for folder, name in ((encoder, "BertModel"), (classifier, "BertForSequenceClassification")):
         status, _, err = tensornet("eval", folder, "--images", "images")
         assert status == 1
-        assert f"{name} is no classifier of images, which --images needs" in err
-    with pytest.raises(TargetError, match="is no classifier of images"):
+        assert f"{name} is not a classifier of images, which --images needs" in err
+    with pytest.raises(TargetError, match="is not a classifier of images"):
         measure_image_accuracy(th.load(encoder), encoder, [(Path("a.png"), 0)])
 
 

@@ -156,7 +156,7 @@ def test_t5_pairs_are_distinct_and_readable(split: str, t5: tuple[Model, Tokeniz
 
 
 def test_t5_pairs_refuses_an_unknown_split() -> None:
-    with pytest.raises(ValueError, match="unknown split 'train': expected 'calibration' or 'heldout'"):
+    with pytest.raises(ValueError, match="Unknown split 'train': expected 'calibration' or 'heldout'"):
         embedded.t5_pairs("train")  # type: ignore[arg-type]
 
 

@@ -47,7 +47,7 @@ class CompressedModel:
         """Resize the vocabulary; a table of cores only if the number of tokens stays.
 
         Raises:
-            TargetError: naming the tables, which transformers would fail on.
+            TargetError: another number of tokens; the message names the tables that cannot be resized.
         """
         if is_attached(self) and new_num_tokens is not None and not args and not kwargs:
             table: Any = self.get_input_embeddings()  # type: ignore[attr-defined]

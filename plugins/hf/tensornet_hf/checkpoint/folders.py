@@ -65,7 +65,7 @@ def check_free(
         )
     if not (target / "config.json").is_file():
         raise DestinationError(
-            f"{target} is no model folder (it has no config.json) and is not replaced, not even with force. "
+            f"{target} is not a model folder (it has no config.json) and is not replaced, even with force. "
             "Remove it yourself, or choose another name."
         )
 

@@ -90,7 +90,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Read and check a model folder.
 
     Raises:
-        FormatError: naming what is missing, surplus, damaged or contradictory.
+        FormatError: something is missing, surplus, damaged or contradictory; the message names it.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -140,7 +140,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         The files, and the index `{tensor: file name}`, empty for a single file.
 
     Raises:
-        FormatError: there is none, one is missing or lies elsewhere, or the weights are pickled.
+        FormatError: no such file, one of the index is missing or lies elsewhere, or weights are pickled.
     """
     if (folder / WEIGHTS).is_file():
         return [inside(folder, WEIGHTS)], {}

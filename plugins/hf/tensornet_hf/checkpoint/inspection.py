@@ -35,7 +35,7 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model folder.
+    """Contents of a model folder, as its file headers describe them.
 
     Args:
         folder: where it is.
@@ -66,7 +66,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
     """Describe a model folder from its headers; raise for every header that `tensornet_hf.load` would refuse.
 
     Raises:
-        FormatError: naming what is missing, surplus, damaged or contradictory.
+        FormatError: something is missing, surplus, damaged or contradictory; the message names it.
     """
     checkpoint = read_checkpoint(folder)
     description = checkpoint.compression
@@ -91,7 +91,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Size of the safetensors files of a folder."""
+    """Sum the sizes of the safetensors files of a folder."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 

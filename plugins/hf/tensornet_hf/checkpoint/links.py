@@ -11,7 +11,7 @@ def inside(folder: Path, name: str) -> Path:
     Hub caches are the exception: `snapshots/REVISION/name` is a link to `blobs/HASH` of the same repository.
 
     Raises:
-        FormatError: naming the link and where it leads.
+        FormatError: a link leads out; the message names it, and where it leads.
     """
     real, root = (folder / name).resolve(), folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None

@@ -30,7 +30,7 @@ def check_distribution(model: PreTrainedModel, layers: Mapping[str, Mapping[str,
         layers: descriptions of its compressed modules, by name.
 
     Raises:
-        TargetError: naming layers, and what to do instead.
+        TargetError: it does not fit; the message names layers, and what to do instead.
     """
     config: Any = getattr(model.config, "distributed_config", None)
     if config is None:

@@ -68,7 +68,7 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Contractions are planned when a layer is built, so `forward` is plain tensor code."""
+        """True: contractions are plain tensor code, and a trace takes their plan as a constant."""
         return True
 
     def is_serializable(self) -> bool:

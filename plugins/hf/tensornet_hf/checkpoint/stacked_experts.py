@@ -50,7 +50,7 @@ class SplitExperts(Compound):
 
     @property
     def experts(self) -> list[nn.Module]:
-        """The experts; each has a layer for every name in `names`."""
+        """Experts, each with one layer for every name in `names`."""
         return [self.get_submodule(str(number)) for number in range(self.num_experts)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

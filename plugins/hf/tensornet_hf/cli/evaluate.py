@@ -143,7 +143,7 @@ def _perplexity(
 
 
 def _label_names(model: Any) -> dict[int, str]:
-    """Names of the classes of a model by number; none if its configuration has none."""
+    """Return the names of a model's classes by number; none if its configuration names none."""
     return dict(model.config.id2label or {})
 
 

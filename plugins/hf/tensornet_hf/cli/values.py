@@ -29,7 +29,9 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text).strip())
     factor = None if match is None else _UNITS.get(match[2].upper())
     if match is None or factor is None:
-        raise typer.BadParameter(f"{text!r} is no size; write bytes, such as 60000, or a unit: 60MB, 1.5GiB.")
+        raise typer.BadParameter(
+            f"{text!r} is not a size; write bytes, such as 60000, or a unit: 60MB, 1.5GiB."
+        )
     size = int(Fraction(match[1].replace("_", "")) * factor)
     if size < 1:
         raise typer.BadParameter(f"{text!r} is less than one byte.")
@@ -49,7 +51,7 @@ def parse_share(text: str | float) -> float:
     try:
         share = float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number; write a share such as 0.5.") from None
+        raise typer.BadParameter(f"{text!r} is not a number; write a share such as 0.5.") from None
     if 1 < share <= 100:
         raise typer.BadParameter(
             f"{text} is above 1, and would keep more parameters than there are; if it is a percentage, write "

@@ -78,7 +78,7 @@ def class_index(label: object, names: Mapping[int, str]) -> int:
     if not found:
         known = ", ".join(f"{name} ({index})" for index, name in list(names.items())[:_SHOWN])
         more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-        raise ValueError(f"label {label!r} is no class; the model has {known}{more}.")
+        raise ValueError(f"label {label!r} is not a class; the model has {known}{more}.")
     return found[0]
 
 

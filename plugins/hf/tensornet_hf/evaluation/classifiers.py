@@ -25,7 +25,7 @@ def read_examples(path: Path, names: Mapping[int, str], *, key: str = "text") ->
 
     Raises:
         FileNotFoundError, ValueError: as `read_text`.
-        FormatError: naming the line that is something else.
+        FormatError: a line of another form; the message gives its number.
     """
     found = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -60,7 +60,7 @@ def measure_accuracy(
         batch_size: texts run at once.
 
     Raises:
-        TargetError: the model is no classifier of texts.
+        TargetError: the model is not a classifier of texts.
 
     """
     tokenizer = load_tokenizer(folder)
@@ -73,7 +73,7 @@ def measure_accuracy(
             logits = getattr(model(**batch.to(model.device)), "logits", None)
             if not is_class_logits(logits):
                 raise TargetError(
-                    f"{type(model).__name__} is no classifier of texts, which --labels needs; measure "
+                    f"{type(model).__name__} is not a classifier of texts, which --labels needs; measure "
                     "language models by --text or --tasks, encoders by --sentences, classifiers of images by "
                     "--images."
                 )

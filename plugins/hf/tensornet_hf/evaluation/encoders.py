@@ -130,7 +130,7 @@ def embed(model: PreTrainedModel, folder: Path, sentences: Sequence[str], *, bat
             output = model(**batch)
             if getattr(output, "last_hidden_state", None) is None:
                 raise TargetError(
-                    f"{type(model).__name__} returns no hidden states: it is no encoder of sentences. "
+                    f"{type(model).__name__} returns no hidden states: it is not an encoder of sentences. "
                     "Measure language models by --text or --tasks, classifiers by --labels."
                 )
             found.append(pooled(output, batch))

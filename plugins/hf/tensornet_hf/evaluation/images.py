@@ -32,7 +32,7 @@ def read_images(path: Path, names: Mapping[int, str]) -> list[tuple[Path, int]]:
 
     Raises:
         FileNotFoundError: there is no such file or folder, or an image of the file is absent.
-        FormatError: a label is no class, a line is something else, or there are no images.
+        FormatError: an unknown class, a line of another form, or no images.
         MissingDependencyError: Pillow is not installed.
 
     Example:
@@ -78,7 +78,7 @@ def measure_image_accuracy(
         progress: show a progress bar.
 
     Raises:
-        TargetError: the model is no classifier of images.
+        TargetError: the model is not a classifier of images.
         FormatError: the folder has no image processor, or an image cannot be read.
         MissingDependencyError: Pillow is not installed.
     """
@@ -103,13 +103,13 @@ def require_image_classifier(model: PreTrainedModel) -> None:
     """Raise TargetError unless a model is of the kind `AutoModelForImageClassification`.
 
     Raises:
-        TargetError: naming the class, and what measures others.
+        TargetError: another kind; the message names the class, and what measures models of other kinds.
     """
     kind = type(model.config)
     known: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if kind not in known or not isinstance(model, known[kind]):  # one class, or a tuple of them
         raise TargetError(
-            f"{type(model).__name__} is no classifier of images, which --images needs; measure language "
+            f"{type(model).__name__} is not a classifier of images, which --images needs; measure language "
             "models by --text or --tasks, encoders by --sentences, classifiers of texts by --labels."
         )
 
@@ -135,7 +135,7 @@ def _require_pillow() -> None:
 
 
 def _of_folder(folder: Path, names: Mapping[int, str]) -> list[tuple[Path, int]]:
-    """List the images of the folders of classes; hidden entries and other files beside those are left out."""
+    """List the images in the folders of classes; other files beside these folders are ignored."""
     from PIL import Image
 
     Image.init()
@@ -153,7 +153,7 @@ def _of_folder(folder: Path, names: Mapping[int, str]) -> list[tuple[Path, int]]
                 continue
             if not image.is_file() or image.suffix.lower() not in endings:
                 raise FormatError(
-                    f"{image} is no image, by its name: a folder of a class holds images alone."
+                    f"{image} is not an image, by its name: a folder of a class holds images alone."
                 )
             found.append((image, index))
     if not found:

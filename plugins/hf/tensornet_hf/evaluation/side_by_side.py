@@ -166,7 +166,7 @@ def compare_folders(
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """Short names of folders; with the folder around them where two are the same."""
+    """Shorten the paths of folders to their names, with the parent folder where two are the same."""
     names = [display_name(path) for path in paths]
     twice = {name for name in names if names.count(name) > 1}
     return [
@@ -189,12 +189,12 @@ def _stored_numbers(model: PreTrainedModel, weights: int) -> int:
 
 
 def _sees(model: PreTrainedModel) -> bool:
-    """Whether a model reads images alone."""
+    """Return True if a model reads images and writes no text."""
     return bool(model.main_input_name == "pixel_values") and not model.can_generate()
 
 
 def _image(model: PreTrainedModel) -> dict[str, Any]:
-    """One image of the size that a model reads, as inputs of a pass."""
+    """Make the inputs of a pass: one blank image of the size that a model reads."""
     size = getattr(model.config, "image_size", None) or _IMAGE
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(model.config, "num_channels", 3)
@@ -202,7 +202,7 @@ def _image(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _tokens(model: PreTrainedModel, count: int) -> dict[str, Any]:
-    """Tokens of one window, as inputs of a pass.
+    """Make the inputs of a pass: one window of `count` tokens.
 
     Raises:
         TargetError: the model reads neither tokens nor images.
@@ -277,6 +277,6 @@ def check_picture(path: Path) -> None:
         TargetError: another ending than .png, .svg or .pdf, or a folder that is not there.
     """
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise TargetError(f"{path} is no name of a picture; end it in .png, .svg or .pdf.")
+        raise TargetError(f"{path} is not the name of a picture; end it in .png, .svg or .pdf.")
     if not path.absolute().parent.is_dir():
         raise TargetError(f"The picture cannot be written to {path}: its folder is not there.")

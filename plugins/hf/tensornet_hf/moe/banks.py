@@ -18,7 +18,7 @@ from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_moe import SharedCoreExperts, SharedCores, share_across_layers
 
-#: Attribute of a model under which the cores stand that its layers share.
+#: Attribute of a model that holds the cores its layers share.
 OWNERS = "shared_cores"
 
 

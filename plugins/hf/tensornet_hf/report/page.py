@@ -51,7 +51,7 @@ class Page:
 
     @property
     def rise(self) -> str:
-        """How the page calls the rise of the measure; the original has a cosine of 1 with itself."""
+        """Label of the loss increase over the original, or of one minus the cosine."""
         return f"rise of the {self.measure}" if self.measure == "loss" else self.measure
 
     @property

@@ -35,7 +35,7 @@ def rise_of(model: ModelFacts, original: ModelFacts) -> Rise | None:
 
 
 def best_plain(models: Sequence[ModelFacts]) -> tuple[ModelFacts, Rise] | None:
-    """Return the plain method of the smallest loss among the third and later models, None without any.
+    """Return the plain method (third and later models) with the smallest loss; None without any.
 
     Only rises that came about as that of the compressed model are compared, and only methods that take no
     more bits: the smallest number format may take more than a very small plan.

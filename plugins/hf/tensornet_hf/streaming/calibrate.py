@@ -62,7 +62,7 @@ def calibrate_checkpoint(
     Raises:
         TargetError: no batch, no stack of blocks, or more than one.
         FormatError: the folder is damaged.
-        NonFiniteError: naming the layer whose inputs or gradients are not finite.
+        NonFiniteError: inputs or gradients of a layer are not finite; the message names it.
 
     Example:
         >>> batches = torch.randint(100, (2, 4, 32)).unbind()
@@ -95,7 +95,7 @@ def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     """Return the name of the stack of blocks of a model, and the names of the blocks.
 
     Raises:
-        TargetError: there is none, or several.
+        TargetError: the model has no stack of blocks, or several.
     """
     found = outer_stacks(model, nn.ModuleList, least=1)
     if len(found) != 1:

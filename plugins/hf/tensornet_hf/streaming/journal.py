@@ -40,7 +40,7 @@ class Staging:
 
     @property
     def journal(self) -> Path:
-        """The file with one line for each finished piece."""
+        """Journal file, with one line for each finished piece."""
         return self.folder / "journal"
 
     def entries(self) -> list[dict[str, Any]]:

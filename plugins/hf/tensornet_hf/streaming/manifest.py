@@ -40,7 +40,7 @@ def verify_manifest(folder: str | Path) -> int:
         The number of files compared.
 
     Raises:
-        FormatError: naming all files that are missing or differ.
+        FormatError: files are missing or differ; the message names them all.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)

@@ -100,7 +100,8 @@ def compress_checkpoint(
         DestinationError: the destination exists, another run writes it, or writing failed (full disk);
             what is finished is kept.
         FormatError: the source is damaged or contradictory, or changed since the interrupted run.
-        TargetError, BudgetError, NonFiniteError, TopologyError: naming the layer.
+        TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed so; the message
+            names it.
         WorkerError: workers die again and again.
         ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
 

@@ -22,7 +22,7 @@ Mark = tuple[int, int, str | None]
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder, read without opening its weights.
+    """Model folder that is read without opening its weights.
 
     Args:
         folder: where it is.
@@ -43,7 +43,8 @@ def open_source(folder: Path) -> Source:
     """Read configuration, index and headers of a model folder.
 
     Raises:
-        FormatError: naming what is missing, damaged, contradictory, quantized, or leads out of the folder.
+        FormatError: something is missing, damaged, contradictory, quantized, or leads out of the folder; the
+            message names it.
     """
     if not (folder / "config.json").is_file():
         raise FormatError(
@@ -74,7 +75,7 @@ def check_unchanged(source: Source, marks: Mapping[str, Mark | None], *, since: 
     """Compare the fingerprints of a source with earlier ones.
 
     Raises:
-        FormatError: naming the files that differ and when they were first read.
+        FormatError: files differ; the message names them, and when they were first read.
     """
     names = sorted(source.marks.keys() | marks.keys())
     changed = [name for name in names if source.marks.get(name) != marks.get(name)]

@@ -210,7 +210,7 @@ def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str,
 
 
 def _collected(batches: Iterator[Batch], loss_fn: TokenLosses, tokens: int | None) -> CalibrationData:
-    """Collect batches until their tokens are enough."""
+    """Collect batches until they hold enough tokens."""
     kept, count = [], 0
     for batch in batches:
         kept.append(batch)

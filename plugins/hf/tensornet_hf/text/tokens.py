@@ -70,7 +70,7 @@ def require_causal(model: PreTrainedModel) -> None:
     """Raise TargetError unless a model continues text.
 
     Raises:
-        TargetError: naming the class, and suitable ones.
+        TargetError: another kind of model; the message names its class, and suitable ones.
     """
     if model.config.is_encoder_decoder or not model.can_generate():
         raise TargetError(
@@ -110,7 +110,9 @@ def continue_text(
         ValueError: an empty prompt, or a value out of range.
     """
     if not model.can_generate():
-        raise TargetError(f"{type(model).__name__} cannot generate text.")
+        raise TargetError(
+            f"{type(model).__name__} cannot generate text; use a causal language model or an encoder-decoder."
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if temperature < 0:
