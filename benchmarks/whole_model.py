@@ -117,7 +117,7 @@ class Bench:
             yield {**row, "after": after, **self.judged(small)}
 
     def stage(self, name: str, model: nn.Module, step: Callable[[nn.Module], Row]) -> tuple[nn.Module, Row]:
-        """The model after one step, from the working folder if it is there, and what the step tells."""
+        """Return the model after one step and what the step tells, from the working folder if it is there."""
         path = self.given.work and self.given.work / f"{self.subject.name}-whole-{name}.safetensors"
         told = path and path.with_suffix(".json")
         if told and told.is_file():
