@@ -1,9 +1,9 @@
 """How long would a checkpoint of 7B, 70B or 1T parameters take to compress, and what would it need?
 
-Processor seconds of one worker are measured for square weights of growing size; everything else is
-arithmetic from the shapes of the models. A weight of shape (m, n), m the smaller, costs about `m^2 n`
-multiply-adds a few dozen times over (Gram matrices, eigenvectors, projections), in double precision; the
-rate of the largest size measured is used for all that are larger.
+Processor seconds of one worker are measured for weights of several shapes: from file to file, in memory, and
+of one `truncated_svd` at the rank that low rank has. Everything else is arithmetic from the shapes of the
+models. A weight of shape (m, n), m the smaller, takes `a m^3 + b m^2 n` seconds: eigenvectors of its Gram
+matrix, and products. The two constants come from the two largest weights measured, which have the same m.
 
     python benchmarks/scale_plan.py                 # measure, record, write docs/scale.md
     python benchmarks/scale_plan.py --write-only    # docs/scale.md from the record that is there
@@ -13,6 +13,7 @@ rate of the largest size measured is used for all that are larger.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import sys
@@ -32,9 +33,11 @@ import tensornet as tn
 import tensornet_hf as th
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import RECORDS, ROOT, record
+from harness import RECORDS, ROOT, paired_medians, record
 
-SIZES, TOY = (256, 512, 1024), (16, 32)
+#: Rows and columns of the measured weights; the last two have as many columns.
+SHAPES = ((1024, 1024), (2048, 4096), (4096, 4096), (11008, 4096))
+TOY = ((16, 16), (32, 32), (48, 32))
 #: The weight that is compressed: the output head of a model that has little else.
 HEAD: dict[str, Any] = {"target_modules": "lm_head", "param_ratio": 0.5, "objective": "weight"}
 CONFIGS = {
@@ -69,10 +72,10 @@ class Model:
         """All parameters."""
         return self.compressed + self.copied
 
-    @property
-    def work(self) -> float:
-        """Sum of `m^2 n` over all weights."""
-        return float(sum(min(m, n) ** 2 * max(m, n) * count for m, n, count in self.weights))
+    def seconds(self, cubed: float, product: float) -> float:
+        """Compute the processor seconds of all weights from the constants of `constants`."""
+        sides = ((min(m, n), max(m, n), count) for m, n, count in self.weights)
+        return sum((cubed * m**3 + product * m**2 * n) * count for m, n, count in sides)
 
     @property
     def largest(self) -> int:
@@ -97,40 +100,65 @@ MODELS = (
 )
 
 
-def measure(sizes: Sequence[int], folder: Path) -> list[dict[str, Any]]:
-    """Measure processor seconds, and gigabytes of bfloat16 weights a minute, by size and configuration."""
+def measure(shapes: Sequence[tuple[int, int]], folder: Path) -> list[dict[str, Any]]:
+    """Measure processor seconds by search and shape, beside one truncated SVD."""
     rows = []
-    for name, config in CONFIGS.items():
-        for size in sizes:
-            source = folder / f"{name}{size}"
-            only_a_head = LlamaConfig(
-                hidden_size=size, vocab_size=size, num_hidden_layers=0, num_attention_heads=1
-            )
-            LlamaForCausalLM(only_a_head).bfloat16().save_pretrained(source)
-            start = time.process_time()
-            th.compress_checkpoint(source, folder / f"{name}{size}-out", config)
-            seconds = time.process_time() - start
-            rows.append(
-                {
-                    "search": name,
-                    "size": size,
-                    "cpu_seconds": round(seconds, 3),
-                    "gb_a_minute": round(2 * size**2 / 1e9 / seconds * 60, 4),
-                    "ns_for_each_m2n": round(seconds / size**3 * 1e9, 3),
-                }
-            )
-            print(rows[-1])
+    for m, n in shapes:
+        source = folder / f"{m}x{n}"
+        head = LlamaConfig(hidden_size=n, vocab_size=m, num_hidden_layers=0, num_attention_heads=1)
+        LlamaForCausalLM(head).bfloat16().save_pretrained(source)
+        for name, config in CONFIGS.items():
+            rows.append({"search": name, "rows": m, "columns": n, **measure_one(source, config)})
+            print(rows[-1], flush=True)
     return rows
 
 
-def memory_factor(size: int, folder: Path) -> float:
+def measure_one(source: Path, config: tn.CompressionConfig) -> dict[str, float]:
+    """Measure one head: from file to file, in memory, and one truncated SVD of it at the rank of low rank."""
+    loaded = LlamaForCausalLM.from_pretrained(source)
+    weight = loaded.lm_head.weight.detach()
+    m, n = weight.shape
+    rank = int(KEPT * m * n / (m + n))
+
+    def in_memory() -> None:
+        tn.compress(copy.deepcopy(loaded), config, progress=False)
+
+    calls = {
+        "file": lambda: th.compress_checkpoint(source, source.parent / "out", config, force=True),
+        "memory": in_memory,
+        "svd": lambda: tn.truncated_svd(weight, max_rank=rank),
+    }
+    repeats, warmup = (3, 1) if min(m, n) <= 2048 else (1, 0)
+    timings = paired_medians(calls, repeats, warmup=warmup, clock=time.process_time)
+    times = {name: timing.median for name, timing in timings.items()}
+    return {
+        "cpu_seconds": round(times["file"], 3),
+        "times_svd": round(times["file"] / times["svd"], 2),
+        "in_memory_times_svd": round(times["memory"] / times["svd"], 2),
+        "gb_a_minute": round(2 * m * n / 1e9 / times["file"] * 60, 4),
+    }
+
+
+def constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Fit the seconds `a m^3 + b m^2 n` of each search to its two largest weights."""
+    found = {}
+    for search in CONFIGS:
+        square, long = [row for row in rows if row["search"] == search][-2:]
+        m, more = square["columns"], long["rows"] - square["rows"]
+        product = max((long["cpu_seconds"] - square["cpu_seconds"]) / (m**2 * more), 0.0)
+        found[search] = (square["cpu_seconds"] / m**3 - product, product)
+    return found
+
+
+def memory_factor(shape: tuple[int, int], folder: Path) -> float:
     """Measure the peak memory of a worker above its memory at rest, over its weight in double precision."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensornet_hf"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        pool.submit(_peak_of_a_run, folder / f"auto{size}", folder / "once").result()
-        before, after = pool.submit(_peak_of_a_run, folder / f"auto{size}", folder / "twice").result()
-    return (after - before) / (8 * size**2)
+        source = folder / "{}x{}".format(*shape)
+        pool.submit(_peak_of_a_run, source, folder / "once").result()
+        before, after = pool.submit(_peak_of_a_run, source, folder / "twice").result()
+    return (after - before) / (8 * shape[0] * shape[1])
 
 
 def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
@@ -141,9 +169,7 @@ def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
 def extrapolate(rows: Sequence[Mapping[str, Any]], factor: float) -> list[dict[str, Any]]:
     """Estimate what each model needs."""
     made = []
-    rate = {}
-    for row in rows:
-        rate[row["search"]] = row["ns_for_each_m2n"] * 1e-9  # the last, of the largest size
+    fitted = constants(rows)
     for model in MODELS:
         before = 2 * model.params
         pieces = 2 * KEPT * model.compressed
@@ -153,11 +179,11 @@ def extrapolate(rows: Sequence[Mapping[str, Any]], factor: float) -> list[dict[s
                 "model": model.name,
                 "checkpoint_gb": round(before / 1e9, 1),
                 **{
-                    f"core_hours, {search}": round(seconds * model.work / 3600, 1)
-                    for search, seconds in rate.items()
+                    f"core_hours, {search}": round(model.seconds(*pair) / 3600, 1)
+                    for search, pair in fitted.items()
                 },
                 **{
-                    f"hours on {cores} cores": round(rate["auto"] * model.work / 3600 / cores, 2)
+                    f"hours on {cores} cores": round(model.seconds(*fitted["auto"]) / 3600 / cores, 2)
                     for cores in CORES
                 },
                 "memory_of_a_worker_gb": round(factor * 8 * model.largest / 1e9, 1),
@@ -176,21 +202,21 @@ Generated by `python benchmarks/scale_plan.py` from `benchmarks/records/scale_pl
 What is measured is the first table, on {device}, one core, load average {load}. The rest is arithmetic from
 it and from the shapes of the models, in that script. It was not run at that size.
 
-## Measured: one worker, square weights in bfloat16, half of the parameters kept
+## Measured: one worker, weights in bfloat16, half of the parameters kept
 
 {measured}
 
 `auto` plans each weight over low rank and chains of three cores and carries the better one out; `low rank`
-leaves the search out. The last column is flat once the matrices are large: the cost of a weight `(m, n)` is a
-constant times `m^2 n`, so a checkpoint of few large weights takes longer than one of many small ones of the
-same size.
+leaves the search out. Seconds are from file to file; *times svd* compares them with one `truncated_svd` of
+the weight at the rank that low rank has. A weight `(m, n)` takes `a m^3 + b m^2 n` seconds, so a checkpoint
+of few large weights takes longer than one of many small ones of the same size.
 
 ## Extrapolated: bfloat16 checkpoints, all linear layers, half of their parameters kept
 
 {models}
 
 - **Time.** Eigenvectors and products in double precision are nearly all of it: a core works through {rate} GB
-  of weights of {size} x {size} in a minute, and any disk gives it more than that. With as many workers as
+  of weights of {size} in a minute, and any disk gives it more than that. With as many workers as
   weights, the largest weight decides.
 - **Memory.** A worker holds one weight in double precision about {factor} times over, whatever the size of
   the checkpoint (`benchmarks/scale.py`, question 2). Take as many workers as fit into the machine.
@@ -207,7 +233,7 @@ same size.
 def write_page(path: Path) -> None:
     """Write docs/scale.md from the record."""
     kept = json.loads((RECORDS / "scale_plan.json").read_text())
-    last = kept["rows"][len(SIZES) - 1]
+    last = next(row for row in kept["rows"] if (row["rows"], row["columns"]) == SHAPES[-1])
     biggest = kept["models"][-1]
     hours = biggest[f"hours on {CORES[-1]} cores"]
     traffic = (biggest["read_gb"] + biggest["written_gb"]) * 1e3 / max(hours * 3600, 1e-9)
@@ -221,7 +247,7 @@ def write_page(path: Path) -> None:
             ]
         ),
         rate=last["gb_a_minute"],
-        size=last["size"],
+        size="{} x {}".format(*SHAPES[-1]),
         factor=round(kept["memory_factor"]),
         network=f"{traffic:,.0f}",
         cores=CORES[-1],
@@ -248,9 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     if not options.write_only:
         with tempfile.TemporaryDirectory() as folder:
-            sizes = TOY if options.toy else SIZES
-            rows = measure(sizes, Path(folder))
-            factor = memory_factor(sizes[-1], Path(folder))
+            shapes = TOY if options.toy else SHAPES
+            rows = measure(shapes, Path(folder))
+            factor = memory_factor(shapes[-1], Path(folder))
         models = extrapolate(rows, factor)
         print(table(models))
         record(

@@ -10,7 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize(("name", "rows"), [("scale", 7), ("scale_plan", 4)])
+@pytest.mark.parametrize(("name", "rows"), [("scale", 7), ("scale_plan", 6)])
 def test_toy_run(name: str, rows: int, tmp_path: Path) -> None:
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--toy", "--output", tmp_path]
     subprocess.run(command, check=True, timeout=280, capture_output=True)
