@@ -17,7 +17,7 @@ Reference:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -174,9 +174,14 @@ def form_of(topology: Topology, core: str) -> str | None:
     """Find the form of a network by its topology and the name of its shared core; None if there is none."""
     rank = max(topology.bond_dims.values(), default=0)
     for name, form in SHARED_FORMS.items():
-        if form.core == core and rank and form.build(*topology.shape, rank) == topology:
+        if form.core == core and rank and _sorted(form.build(*topology.shape, rank)) == _sorted(topology):
             return name
     return None
+
+
+def _sorted(topology: Topology) -> Topology:
+    """Sort the sizes of labels, whose order is lost in files."""
+    return replace(topology, sizes=tuple(sorted(topology.sizes)))
 
 
 def _working(matrices: Sequence[Tensor]) -> list[Tensor]:
