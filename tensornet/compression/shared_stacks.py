@@ -102,7 +102,7 @@ def find_stacks(
         progress: show a progress bar.
     """
     found = []
-    groups = _groups(targets)
+    groups = expert_groups(targets)
     for members in progress_bar(groups, desc="sharing", disable=not progress, unit="stack"):
         group = [targets[k] for k in members]
         known = [layer_sensitivity(target, objective, stats, damping) for target in group]
@@ -117,7 +117,7 @@ def find_stacks(
     return tuple(stack for stack in found if stack.curves)
 
 
-def _groups(targets: Sequence[Target]) -> list[list[int]]:
+def expert_groups(targets: Sequence[Target]) -> list[list[int]]:
     """Group targets that are experts of one mixture, of one name, shape and dtype."""
     names = [target.name for target in targets]
     groups: dict[tuple[object, ...], list[int]] = {}

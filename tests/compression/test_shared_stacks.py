@@ -14,7 +14,7 @@ import tensornet as tn
 from tensornet.compression import CompressionPlan, shared_stacks
 from tensornet.compression.report import model_size
 from tensornet.compression.shared_forms import SHARED_FORMS, fit_form
-from tensornet.errors import BudgetError, TopologyError
+from tensornet.errors import BudgetError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 
@@ -238,3 +238,8 @@ def test_refuses_options_that_sharing_does_not_keep(options: dict[str, object]) 
         tn.CompressionConfig(param_ratio=0.5, share_experts=True, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="share_experts must be True or False"):
         tn.CompressionConfig(share_experts="yes")  # type: ignore[arg-type]
+
+
+def test_a_model_without_stacks_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"no stack of experts among the 1 targeted layers.*leave out"):
+        tn.plan(nn.Sequential(nn.Linear(16, 16)), config())
