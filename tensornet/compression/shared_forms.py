@@ -135,7 +135,7 @@ def form_curve(
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> matrices = [torch.randn(6, 2) @ torch.randn(2, 8) for _ in range(3)]
         >>> curve = form_curve("inputs", matrices, [Weighting()] * 3, [Weighting()] * 3)
-        >>> curve.numbers.tolist(), curve.costs.shape
+        >>> curve.numbers.int().tolist(), curve.costs.shape
         ([26, 52, 78, 104, 130], torch.Size([3, 5]))
     """
     form, count = SHARED_FORMS[name], len(matrices)
