@@ -1,4 +1,4 @@
-"""Small random mixtures whose experts are stacks: three families, three forms on the disk."""
+"""Small random mixtures whose experts are stacks: five families, three forms on the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from transformers import (
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -28,7 +32,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "head_dim": 6,
 }
-FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe", "qwen2_moe")
 
 
 @cache
@@ -53,6 +57,11 @@ def _make(family: str) -> PreTrainedModel:
         return MixtralForCausalLM(MixtralConfig(num_local_experts=EXPERTS, **SIZES))
     if family == "qwen3_moe":
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=EXPERTS, moe_intermediate_size=20, **SIZES))
+    if family == "olmoe":  # with as many key and value heads as others, and norms of queries and keys
+        return OlmoeForCausalLM(OlmoeConfig(num_experts=EXPERTS, **SIZES))
+    if family == "qwen2_moe":  # with an expert for every token, whose layers are single
+        sizes = {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 12, **SIZES}
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(num_experts=EXPERTS, **sizes))
     # Stored as stacks, transposed, with biases.
     rope = {"rope_type": "default", "rope_theta": 150000.0}
     return GptOssForCausalLM(GptOssConfig(num_local_experts=EXPERTS, rope_parameters=rope, **SIZES))

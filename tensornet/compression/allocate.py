@@ -164,6 +164,25 @@ def total_cost(curves: Sequence[CostCurve], chosen: Sequence[int]) -> float:
     return sum(float(curve.costs[index]) for curve, index in zip(curves, chosen, strict=True))
 
 
+def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Find the best choice of every total size: where it starts, and which step pays next.
+
+    Returns:
+        The cheapest of the smallest candidates of each curve, and `(curve, candidate)` of all steps along
+        the hulls, by falling saving for each unit of size.
+
+    Example:
+        >>> from tensornet.compression.allocate import CostCurve, hull_steps
+        >>> sizes = torch.tensor([1.0, 2.0, 4.0])
+        >>> curves = [CostCurve(sizes, torch.tensor(costs)) for costs in ([9.0, 3.0, 0.0], [8.0, 6.0, 0.0])]
+        >>> hull_steps(curves)
+        ([0, 0], [(0, 1), (1, 2), (0, 2)])
+    """
+    return [_cheapest_of_smallest(curve) for curve in curves], [
+        (step.layer, step.candidate) for step in _steps(curves)
+    ]
+
+
 @dataclass(frozen=True, order=True)
 class _Step:
     """Step along a hull, ordered by cost saved for each unit of size (negated: the best comes first)."""

@@ -36,7 +36,6 @@ def apply_plan(
     stats: CalibrationStats | None = None,
     *,
     progress: bool = False,
-    fitted: Mapping[str, TensorNetwork] | None = None,
     decomposed: dict[str, Decomposition] | None = None,
 ) -> dict[str, float]:
     """Replace the planned layers in place. Nothing is replaced if any decomposition fails.
@@ -46,9 +45,8 @@ def apply_plan(
         plan: may have been edited or loaded.
         stats: what the plan was made with; a plan holds topologies, not the moments that the cores depend on.
         progress: show a progress bar.
-        fitted: networks of stacks that share cores, if planning has just fitted them to these very weights;
-            a stack that is absent is fitted again, as after loading a plan.
-        decomposed: decompositions of single layers, likewise; emptied, so that cores are held once.
+        decomposed: decompositions of single layers, if planning has just made them of these very weights;
+            emptied, so that cores are held once.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
@@ -84,7 +82,7 @@ def apply_plan(
         targets = {target.name: target for target in all_targets(model)}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
-        shared = _shared_networks(work, targets, plan, stats, fitted or {})
+        shared = _shared_networks(work, targets, plan, stats)
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
             weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
@@ -194,7 +192,6 @@ def _shared_networks(
     targets: Mapping[str, Target],
     plan: CompressionPlan,
     stats: CalibrationStats | None,
-    fitted: Mapping[str, TensorNetwork],
 ) -> dict[str, Decomposition]:
     """Fit the layers that share a core with others, whose networks hold it as one parameter."""
     groups: dict[str, list[LayerPlan]] = {}
@@ -204,11 +201,8 @@ def _shared_networks(
     made = {}
     for layers in groups.values():
         members = [targets[layer.name] for layer in layers]
-        if all(layer.name in fitted for layer in layers):
-            networks = [fitted[layer.name] for layer in layers]
-        else:
-            known = [layer_weighting(x, plan.objective, stats, plan.damping) for x in members]
-            networks = fit_stack(layers, members, [weighting or Weighting() for weighting in known])
+        known = [layer_weighting(x, plan.objective, stats, plan.damping) for x in members]
+        networks = fit_stack(layers, members, [weighting or Weighting() for weighting in known])
         dtype = members[0].matrix.dtype
         place = networks[0].topology.core_names.index(layers[0].shared_core)
         shared = nn.Parameter(networks[0].cores[place].to(dtype).contiguous())

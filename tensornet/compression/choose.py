@@ -107,20 +107,22 @@ def choose_candidates(
     objective: str,
     forecast: Forecast = UNMEASURED,
     rest: ModelRest = NO_REST,
+    names: Sequence[str] | None = None,
 ) -> tuple[list[int], str]:
     """Choose a candidate index for each layer, and name the cap that was decisive.
 
     Several caps on the whole are all kept. `forecast` corrects predicted losses by measured ones; `rest` is
-    the part of the model that is not targeted, for budgets that count all of it.
+    the part of the model that is not targeted, for budgets that count all of it. `names` are those of
+    `candidates` in errors, where several layers have candidates together.
 
     Raises:
         BudgetError: the caps cannot be kept.
     """
-    if objective != "curvature" or (config.param_ratio is None and not config.needs_curvature):
+    if not spends_jointly(config, objective):
         if config.plans_formats:
             return one_format(targets, candidates, config, rest)
         return _alone(targets, candidates, config), _cap(config)
-    caps, names = [], [target.name for target in targets]
+    caps, names = [], names or [target.name for target in targets]
     if config.param_ratio is not None:
         allowed = config.param_ratio * sum(target.matrix.numel() for target in targets)
         caps.append(Cap("param_ratio", [found.curve("params") for found in candidates], allowed, names))
@@ -146,6 +148,11 @@ def choose_candidates(
             f"plan of that size raises the loss by {predicted:.4g}. Drop one of them or raise it."
         )
     return cheapest
+
+
+def spends_jointly(config: CompressionConfig, objective: str) -> bool:
+    """Return True if budgets are spent over all layers together, False if each layer is planned alone."""
+    return objective == "curvature" and (config.param_ratio is not None or config.needs_curvature)
 
 
 def allowed_bytes(config: CompressionConfig, targets: Sequence[Target], rest: ModelRest) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Compression in one call: calibrate, plan, execute, report."""
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -14,9 +14,7 @@ from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.planner import prepare
 from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
-from tensornet.compression.shared_stacks import share_stacks
 from tensornet.errors import CalibrationWarning, TargetError
-from tensornet.network import TensorNetwork
 from tensornet.nn.extension import provided_data
 from tensornet.nn.targets import check_model
 from tensornet.notices import warn
@@ -76,13 +74,9 @@ def compress(
             )
         prepared = prepared.measured(model, stats, validation, progress=progress)
     made, decomposed = prepared.plan_decomposed(progress=progress)
-    fitted: Mapping[str, TensorNetwork] = {}
-    if config.share_experts:
-        shared = share_stacks(made, prepared.targets, stats)
-        made, fitted = shared.plan, shared.networks
     readers = () if stats is None else stats.readers
     reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
-    errors = apply_plan(model, made, stats, progress=progress, fitted=fitted, decomposed=decomposed)
+    errors = apply_plan(model, made, stats, progress=progress, decomposed=decomposed)
     params_after, bytes_after = model_size(model)
     return CompressionReport(
         layers=layer_reports(made, errors),

@@ -85,9 +85,9 @@ class CompressionConfig(LayerSelection):
             data if None.
         int8: keep cores as eight-bit integers; predicted losses include the rounding.
         share_experts: let the experts of a mixture share a projection of their inputs, a basis of their
-            outputs, or a base matrix, wherever that predicts less loss than separate networks of the same
-            bytes. Goes with budgets of parameters and of the loss, and cores in the model's own number
-            format.
+            outputs, or a base matrix, wherever that predicts less loss than separate networks. Budgets of
+            the whole model are spent on both at once. Goes with budgets of parameters, bytes and the loss;
+            shared cores stay in the model's own number format.
         require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
             that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
             and names them in one warning.
@@ -276,7 +276,6 @@ def _check_sharing(config: CompressionConfig) -> None:
     if not isinstance(config.share_experts, bool):
         raise ValueError(f"share_experts must be True or False, got {config.share_experts!r}.")
     apart = {
-        "formats": config.plans_formats,
         "int8": config.int8,
         "max_bond": config.max_bond is not None,
         "rel_error": config.rel_error is not None,
@@ -285,8 +284,8 @@ def _check_sharing(config: CompressionConfig) -> None:
     }
     if config.share_experts and (beside := [name for name, given in apart.items() if given]):
         raise BudgetError(
-            f"share_experts chooses networks in the model's own number format by their size and predicted "
-            f"loss alone: drop {', '.join(beside)}, or share_experts."
+            f"share_experts chooses shared cores in the model's own number format by their size and "
+            f"predicted loss alone: drop {', '.join(beside)}, or share_experts."
         )
 
 

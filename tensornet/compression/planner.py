@@ -12,9 +12,10 @@ from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, check_stats
 from tensornet.compression.candidates import LayerCandidates, storage_of
-from tensornet.compression.choose import NO_REST, ModelRest, choose_candidates
+from tensornet.compression.choose import NO_REST, ModelRest, choose_candidates, spends_jointly
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.forecast import UNMEASURED, Forecast, all_losses, light_copy, measured_rise
+from tensornet.compression.joint_choice import Choice, choose_jointly
 from tensornet.compression.latency import Clock
 from tensornet.compression.layer_candidates import all_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
@@ -22,18 +23,19 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.plan_by_weight import plan_layers
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import is_known, never_ran
-from tensornet.compression.shared_stacks import share_stacks
+from tensornet.compression.shared_stacks import SharedChoice, Stack, expert_groups, find_stacks, share_alone
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.linalg.matrix_spectrum import singular_values
 from tensornet.linalg.svd import check_finite
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
-from tensornet.topologies import Decomposition
+from tensornet.topologies import Decomposition, topology_family
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
@@ -62,6 +64,7 @@ class PreparedPlan:
         rest: the part of the model that is not targeted, for budgets that count all of it.
         unseen: layers that were to be targets, but never ran in calibration.
         of_tokens: whether `dense_loss` is the cross entropy of tokens.
+        stacks: experts that may share a core, if the configuration lets them.
 
     Example:
         >>> from tensornet.compression import prepare
@@ -82,6 +85,7 @@ class PreparedPlan:
     rest: ModelRest = NO_REST
     unseen: tuple[str, ...] = ()
     of_tokens: bool = False
+    stacks: tuple[Stack, ...] = ()
 
     def measured(
         self,
@@ -169,7 +173,7 @@ class PreparedPlan:
             The plan, and decompositions for `apply_plan` by layer name: of the layers that are planned one by
             one by the error of their weights. They take the memory of the compressed layers.
         """
-        if self.candidates:
+        if self.candidates or self.stacks:
             return self.plan(progress=progress), {}
         planned = plan_layers(self.targets, self.config, decompose=True, progress=progress)
         found = {each.layer.name: each.decomposition for each in planned if each.decomposition is not None}
@@ -198,15 +202,33 @@ class PreparedPlan:
         config = replace(self.config, **caps) if budget else self.config
         if not self.candidates:
             alone = plan_layers(self.targets, config, progress=progress)
-            return self._as_plan([each.layer for each in alone], config)
+            plans = [each.layer for each in alone]
+            if self.stacks:
+                costs = [_frobenius_cost(x, y) for x, y in zip(plans, self.targets, strict=True)]
+                plans = share_alone(plans, self.stacks, costs)
+            return self._as_plan(plans, config)
         if config.needs_curvature and self.objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
-        chosen, bound_by = choose_candidates(
-            self.targets, self.candidates, config, self.objective, self.forecast, self.rest
-        )
+        layers = self._layers(config)
+        joined = self._as_plan(layers, config)
+        return replace(joined, baseline=self._baseline(sum(layer.bytes_after for layer in layers)))
+
+    def _layers(self, config: CompressionConfig) -> list[LayerPlan]:
+        """Choose among the candidates, and let stacks share cores where that pays."""
+        measures = (self.forecast, self.rest)
+        if spends_jointly(config, self.objective):
+            chosen, bound_by = choose_jointly(self.targets, self.candidates, self.stacks, config, *measures)
+            return self._planned(chosen, bound_by, config)
+        alone, bound_by = choose_candidates(self.targets, self.candidates, config, self.objective, *measures)
+        costs = [float(found.costs[k]) for found, k in zip(self.candidates, alone, strict=True)]
+        return share_alone(self._planned([*alone], bound_by, config), self.stacks, costs)
+
+    def _planned(self, chosen: Choice, bound_by: str, config: CompressionConfig) -> list[LayerPlan]:
+        """Turn a choice into plans of layers."""
         layers = []
         work = zip(self.targets, self.candidates, chosen, self.spectra, strict=True)
-        for target, found, index, spectrum in work:
+        for target, found, choice, spectrum in work:
+            index = choice if isinstance(choice, int) else 0  # replaced below
             topology, storage = found.make(index)
             made = LayerPlan(
                 name=target.name,
@@ -224,8 +246,13 @@ class PreparedPlan:
                 byte_curve=found.hull("num_bytes") if self.objective == "curvature" else (),
             )
             layers.append(with_baseline(made))
-        joined = self._as_plan(layers, config)
-        return replace(joined, baseline=self._baseline(sum(layer.bytes_after for layer in layers)))
+        for place, choice in enumerate(chosen):
+            if isinstance(choice, SharedChoice) and choice.stack.members[0] == place:
+                members = choice.stack.members
+                shared = choice.planned([layers[k] for k in members], bound_by)
+                for k, layer in zip(members, shared, strict=True):
+                    layers[k] = layer
+        return layers
 
     def _as_plan(self, layers: Sequence[LayerPlan], config: CompressionConfig) -> CompressionPlan:
         """Join the plans of layers and the figures of the calibration into one plan."""
@@ -287,9 +314,7 @@ def plan(
         >>> plan.params_after <= 0.5 * plan.params_before
         True
     """
-    prepared = prepare(model, config, stats, progress=progress)
-    made = prepared.plan(progress=progress)
-    return share_stacks(made, prepared.targets, stats).plan if config.share_experts else made
+    return prepare(model, config, stats, progress=progress).plan(progress=progress)
 
 
 @torch.no_grad()
@@ -336,6 +361,20 @@ def prepare(
         for target, each in zip(work, found, strict=True):
             candidates.append(each)
             spectra.append(tuple(singular_values(target.matrix).tolist()))
+    stacks: tuple[Stack, ...] = ()
+    if config.share_experts:
+        if objective == "weight" and config.plans_formats:
+            raise BudgetError(
+                "share_experts weighs shared cores against number formats by the predicted loss: pass "
+                "calibration=batches to compress, or budget parameters alone by param_ratio=."
+            )
+        if not expert_groups(targets):
+            raise TargetError(
+                f"share_experts found no stack of experts among the {len(targets)} targeted layers: nothing "
+                "could share a core. Target the experts of a mixture that keeps them as one parameter of "
+                "shape (experts, out, in), or leave out share_experts."
+            )
+        stacks = find_stacks(targets, objective, stats, config.damping, progress=progress)
     return PreparedPlan(
         config,
         objective,
@@ -347,6 +386,7 @@ def prepare(
         rest=rest,
         unseen=unseen,
         of_tokens=stats is not None and stats.of_tokens,
+        stacks=stacks,
     )
 
 
@@ -400,3 +440,11 @@ def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None)
             "statistics that tensornet.calibrate collects to plan; objective='weight' needs none."
         )
     return wanted
+
+
+def _frobenius_cost(layer: LayerPlan, target: Target) -> float:
+    """Compute half the squared error of a layer as planned, whose plan may hold a bound."""
+    if layer.topology is None:
+        return 0.0
+    made = topology_family(layer.topology.family).fit(target.matrix, layer.topology, Weighting())
+    return Weighting().cost(target.matrix - made.network.to_matrix().to(target.matrix))

@@ -8,28 +8,35 @@ moments of its own, as the experts of a mixture have:
 - `base`: `W_e = W_0 + A_e B_e`, one dense matrix for all and a low rank for each.
 
 The shared factor comes from one SVD of all matrices under pooled moments, which is exact where the moments
-are equal; each private factor is then the least-squares optimum under the moments of its own matrix.
+are equal; each private factor is then the least-squares optimum under the moments of its own matrix. Shared
+factors of all ranks are nested, so that `form_curve` predicts the losses of all ranks at once.
 
 Reference:
     Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression" (the base). Shared factors under
     moments of two sides are our extension.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tensornet.linalg.svd import working_dtype
-from tensornet.linalg.weighted_svd import Weighting, root, weighted_svd
+from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, leading_costs, root, weighted_svd
 from tensornet.network import TensorNetwork
 from tensornet.topologies import low_rank
 from tensornet.topologies.residual_family import BASE, residual
 from tensornet.topology import Topology
 
-#: How often the base and the low ranks are fitted in turn.
-_ALTERNATIONS = 3
+#: Factor between the ranks at which a base is fitted, from 1 on. Starting from the base of the rank before,
+#: one round at each comes closer than three from the mean.
+_GROWTH = 4
+#: Directions below this share of the strongest are rounding, and no ranks are planned for them.
+_LEAST_DIRECTION = 1e-7
+
+#: Matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
+Terms = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,36 @@ class SharedForm:
     Args:
         core: name of the shared core.
         build: topology of one matrix, of `(out_features, in_features, rank)`.
-        rank: largest rank with at most so many numbers, of `(count, out_features, in_features, numbers)`;
-            0 if none fits.
-        fit: networks of all matrices, of `(matrices, weightings, rank)`.
+        numbers: stored numbers of all matrices, of `(count, out_features, in_features, rank)`.
+        fit: cores of all matrices, of `(matrices, weightings, rank)`.
+        terms: approximations of each matrix at all ranks, of `(matrices, weightings)`; once for each shared
+            factor from which the best is taken at each rank.
     """
 
     core: str
     build: Callable[[int, int, int], Topology]
-    rank: Callable[[int, int, int, int], int]
+    numbers: Callable[[int, int, int, int], int]
     fit: Callable[[Sequence[Tensor], Sequence[Weighting], int], list[tuple[Tensor, ...]]]
+    terms: Callable[[Sequence[Tensor], Sequence[Weighting]], Iterator[Terms]]
+
+
+@dataclass(frozen=True)
+class FormCurve:
+    """Sizes and predicted losses of one shared form at the ranks `1 ... k`.
+
+    Args:
+        name: a key of `SHARED_FORMS`.
+        numbers: stored numbers of all matrices together, shape `(k,)`.
+        costs: predicted loss increases that decide, of each matrix, shape `(count, k)`.
+        forecasts: predicted loss increases that are reported, likewise.
+        errors: relative Frobenius errors, likewise.
+    """
+
+    name: str
+    numbers: Tensor
+    costs: Tensor
+    forecasts: Tensor
+    errors: Tensor
 
 
 def fit_form(
@@ -74,12 +102,11 @@ def fit_form(
     """
     form = SHARED_FORMS[name]
     rows, columns = matrices[0].shape
-    work = [matrix.detach().to(working_dtype(matrix.dtype)) for matrix in matrices]
     topology = form.build(rows, columns, rank)
     shapes = topology.core_shapes.values()
     made: dict[int, Tensor] = {}  # one view of each shared tensor
     networks = []
-    for cores in form.fit(work, weightings, rank):
+    for cores in form.fit(_working(matrices), weightings, rank):
         views = [
             made.setdefault(id(core), core.reshape(shape)) for core, shape in zip(cores, shapes, strict=True)
         ]
@@ -87,18 +114,93 @@ def fit_form(
     return networks
 
 
+def form_curve(
+    name: str,
+    matrices: Sequence[Tensor],
+    weightings: Sequence[Weighting],
+    forecasts: Sequence[Weighting],
+) -> FormCurve:
+    """Predict the losses of one form at all ranks with fewer numbers than the matrices have.
+
+    The losses are those of what `fit_form` makes.
+
+    Args:
+        name: a key of `SHARED_FORMS`.
+        matrices: each `(out, in)`.
+        weightings: sensitivities that the form is fitted under.
+        forecasts: sensitivities that the loss is predicted with.
+
+    Example:
+        >>> import torch
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> matrices = [torch.randn(6, 2) @ torch.randn(2, 8) for _ in range(3)]
+        >>> curve = form_curve("inputs", matrices, [Weighting()] * 3, [Weighting()] * 3)
+        >>> curve.numbers.int().tolist(), curve.costs.shape
+        ([26, 52, 78, 104, 130], torch.Size([3, 5]))
+    """
+    form, count = SHARED_FORMS[name], len(matrices)
+    rows, columns = matrices[0].shape
+    whole = count * rows * columns
+    sizes = [form.numbers(count, rows, columns, rank) for rank in range(1, min(rows, columns) + 1)]
+    known = sum(size < whole for size in sizes)
+    nothing = torch.zeros(3, count, known, dtype=torch.float64)
+    best = nothing + torch.inf  # shape: (values, matrices, ranks)
+    found: list[Tensor] = []
+    for place, terms in enumerate(form.terms(_working(matrices), weightings) if known else ()):
+        k = place % count
+        found.append(_values(terms, matrices[k], weightings[k], forecasts[k], known))
+        if k == count - 1:
+            values = torch.stack(found[-count:], dim=1)
+            better = values[0].sum(0) < best[0].sum(0)
+            best, found = torch.where(better, values, best), []
+    known = int(best[0].sum(0).isfinite().sum())
+    return FormCurve(name, torch.tensor(sizes[:known], dtype=torch.float64), *best[:, :, :known])
+
+
+def _values(terms: Terms, matrix: Tensor, weighting: Weighting, forecast: Weighting, known: int) -> Tensor:
+    """Compute cost, forecast and relative error of one matrix at all ranks, shape `(3, known)`.
+
+    They are infinite at ranks for which there are no terms.
+    """
+    costs = leading_costs(*terms, weighting)
+    predicted = costs if forecast is weighting else leading_costs(*terms, forecast)
+    norm = torch.linalg.vector_norm(matrix, dtype=costs.dtype).clamp_min(1e-300)
+    errors = (2 * leading_costs(*terms, Weighting())).sqrt() / norm
+    values = torch.stack([costs, predicted, errors])[:, 1 : known + 1].cpu()
+    return torch.nn.functional.pad(values, (0, known - values.shape[1]), value=torch.inf)
+
+
+def form_of(topology: Topology, core: str) -> str | None:
+    """Find the form of a network by its topology and the name of its shared core; None if there is none."""
+    rank = max(topology.bond_dims.values(), default=0)
+    for name, form in SHARED_FORMS.items():
+        if form.core == core and rank and _sorted(form.build(*topology.shape, rank)) == _sorted(topology):
+            return name
+    return None
+
+
+def _sorted(topology: Topology) -> Topology:
+    """Sort the sizes of labels, whose order is lost in files."""
+    return replace(topology, sizes=tuple(sorted(topology.sizes)))
+
+
+def _working(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return [matrix.detach().to(working_dtype(matrix.dtype)) for matrix in matrices]
+
+
 def _fit_inputs(
     matrices: Sequence[Tensor], weightings: Sequence[Weighting], rank: int
 ) -> list[tuple[Tensor, ...]]:
-    shared = _shared_rows(matrices, weightings, rank)
+    shared = _shared_rows(matrices, weightings)[:rank].contiguous()
+    if len(shared) < rank:  # the matrices span no more directions
+        shared = torch.cat([shared, shared.new_zeros(rank - len(shared), shared.shape[1])])
     return [(_left_factor(w, shared, x.columns), shared) for w, x in zip(matrices, weightings, strict=True)]
 
 
 def _fit_outputs(
     matrices: Sequence[Tensor], weightings: Sequence[Weighting], rank: int
 ) -> list[tuple[Tensor, ...]]:
-    turned = [Weighting(x.columns, x.rows) for x in weightings]
-    made = _fit_inputs([matrix.T for matrix in matrices], turned, rank)
+    made = _fit_inputs(*_turned(matrices, weightings), rank)
     shared = made[0][1].T.contiguous()
     return [(shared, right.T.contiguous()) for right, _ in made]
 
@@ -106,33 +208,83 @@ def _fit_outputs(
 def _fit_base(
     matrices: Sequence[Tensor], weightings: Sequence[Weighting], rank: int
 ) -> list[tuple[Tensor, ...]]:
+    base, found = min(_bases(matrices, weightings), key=lambda x: sum(float(y.error[rank]) for y in x[1]))
+    return [(base, *(factor.contiguous() for factor in each.factors(rank))) for each in found]
+
+
+def _input_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Terms]:
+    """Yield the least-squares factors of every rank: the shared rows, made orthonormal under each moment."""
+    shared = _shared_rows(matrices, weightings)[: min(matrices[0].shape)]
+    for w, x in zip(matrices, weightings, strict=True):
+        moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
+        lower, info = torch.linalg.cholesky_ex(shared @ moved)
+        if int(info):  # the moment sees fewer directions
+            lower = lower[: int(info) - 1, : int(info) - 1]
+        rows = torch.linalg.solve_triangular(lower, shared[: len(lower)], upper=False)
+        half = torch.linalg.solve_triangular(lower, (w @ moved[:, : len(lower)]).T, upper=False)
+        yield w, half.T, rows
+
+
+def _output_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Terms]:
+    for w, left, right in _input_terms(*_turned(matrices, weightings)):
+        yield w.T, right.T, left.T
+
+
+def _base_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Terms]:
+    for base, found in _bases(matrices, weightings):
+        for w, each in zip(matrices, found, strict=True):
+            yield w - base, each.left, each.right
+
+
+def _bases(
+    matrices: Sequence[Tensor], weightings: Sequence[Weighting]
+) -> Iterator[tuple[Tensor, list[WeightedSVD]]]:
+    """Yield bases, from the mean of the matrices on, each with the SVDs of what it leaves of them.
+
+    The next base is fitted to the low ranks of the one before, whose rank grows.
+    """
+    count, (rows, columns) = len(matrices), matrices[0].shape
+    largest = largest_rank("base", count, rows, columns, count * rows * columns - 1)
+    ranks = [1, *(_GROWTH**k for k in range(rows) if _GROWTH**k <= largest)]
+    base = _mean(matrices, weightings)
+    for rank in (*ranks, None):
+        found = [weighted_svd(w - base, x) for w, x in zip(matrices, weightings, strict=True)]
+        yield base, found
+        if rank is not None:
+            pairs = [each.factors(rank) for each in found]
+            rest = [w - left @ right for w, (left, right) in zip(matrices, pairs, strict=True)]
+            base = _mean(rest, weightings)
+
+
+def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
+    """Average matrices, each weighed by the traces of its moments."""
     sizes = [
         _trace(x.rows, w.shape[0]) * _trace(x.columns, w.shape[1])
         for w, x in zip(matrices, weightings, strict=True)
     ]
-    rest, best, least = list(matrices), [], float("inf")
-    for _ in range(_ALTERNATIONS):
-        base = sum((s * w for s, w in zip(sizes, rest, strict=True)), start=torch.zeros_like(rest[0]))
-        base = base / sum(sizes)
-        pairs = [weighted_svd(w - base, x).factors(rank) for w, x in zip(matrices, weightings, strict=True)]
-        rest = [w - left @ right for w, (left, right) in zip(matrices, pairs, strict=True)]
-        cost = sum(x.cost(w - base) for x, w in zip(weightings, rest, strict=True))
-        if cost >= least:
-            break
-        least, best = cost, [(base, left.contiguous(), right.contiguous()) for left, right in pairs]
-    return best  # type: ignore[return-value]
+    total = sum((s * w for s, w in zip(sizes, matrices, strict=True)), start=torch.zeros_like(matrices[0]))
+    return total / sum(sizes)
 
 
-def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting], rank: int) -> Tensor:
-    """Return the rows `(rank, in)` that span all matrices best under pooled moments of the inputs."""
+def _turned(
+    matrices: Sequence[Tensor], weightings: Sequence[Weighting]
+) -> tuple[list[Tensor], list[Weighting]]:
+    """Exchange the sides of matrices and moments."""
+    return [matrix.T for matrix in matrices], [Weighting(x.columns, x.rows) for x in weightings]
+
+
+def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
+    """Return unit rows `(k, in)` whose leading ones span all matrices best under pooled input moments."""
     pooled: Tensor | None = None
     if any(x.columns is not None for x in weightings):
         pooled = torch.zeros(2 * matrices[0].shape[1:], dtype=matrices[0].dtype, device=matrices[0].device)
         for w, x in zip(matrices, weightings, strict=True):
             pooled += _trace(x.rows, w.shape[0]) * _full(x.columns, w.shape[1], pooled)
     stacked = torch.cat([_whitened(w, x.rows) for w, x in zip(matrices, weightings, strict=True)])
-    _, shared = weighted_svd(stacked, Weighting(None, pooled)).factors(rank)
-    return shared.contiguous()
+    found = weighted_svd(stacked, Weighting(None, pooled))
+    known = int((found.values > _LEAST_DIRECTION * found.values.max()).sum())
+    rows = found.right[:known]
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
 def _left_factor(matrix: Tensor, right: Tensor, columns: Tensor | None) -> Tensor:
@@ -169,19 +321,15 @@ def _residual(out_features: int, in_features: int, rank: int) -> Topology:
     return residual(out_features=out_features, in_features=in_features, rank=rank)
 
 
-def _within(rank: int, rows: int, columns: int) -> int:
-    return max(0, min(rank, rows, columns))
+def largest_rank(name: str, count: int, rows: int, columns: int, numbers: int) -> int:
+    """Find the largest rank of a form with at most so many numbers; 0 if none fits."""
+    first, second = (SHARED_FORMS[name].numbers(count, rows, columns, rank) for rank in (0, 1))
+    return max(0, min((numbers - first) // (second - first), rows, columns))
 
 
 #: All forms, by name.
 SHARED_FORMS = {
-    "inputs": SharedForm(
-        "1", _low_rank, lambda n, o, i, size: _within(size // (i + n * o), o, i), _fit_inputs
-    ),
-    "outputs": SharedForm(
-        "0", _low_rank, lambda n, o, i, size: _within(size // (o + n * i), o, i), _fit_outputs
-    ),
-    "base": SharedForm(
-        BASE, _residual, lambda n, o, i, size: _within((size - o * i) // (n * (o + i)), o, i), _fit_base
-    ),
+    "inputs": SharedForm("1", _low_rank, lambda n, o, i, r: r * (i + n * o), _fit_inputs, _input_terms),
+    "outputs": SharedForm("0", _low_rank, lambda n, o, i, r: r * (o + n * i), _fit_outputs, _output_terms),
+    "base": SharedForm(BASE, _residual, lambda n, o, i, r: o * i + n * r * (o + i), _fit_base, _base_terms),
 }

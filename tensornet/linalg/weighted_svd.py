@@ -159,6 +159,33 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
     return torch.cat([tails, tails.new_zeros(1)]) / 2
 
 
+def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weighting) -> Tensor:
+    """Compute the predicted loss increase of `W - sum_{k < r} left_k right_k` at every rank from 0 on.
+
+    Args:
+        matrix: shape `(out, in)`.
+        left: shape `(out, k)`; any factors, orthogonal or not.
+        right: shape `(k, in)`.
+        weighting: sensitivity of the loss to errors.
+
+    Returns:
+        Shape `(k + 1,)`.
+
+    Example:
+        >>> matrix = torch.randn(6, 4, dtype=torch.float64)
+        >>> found = weighted_svd(matrix, Weighting())
+        >>> costs = leading_costs(matrix, found.left, found.right, Weighting())
+        >>> bool(torch.allclose(costs, found.error, atol=1e-9))
+        True
+    """
+    moved, passed = times(weighting.rows, left), times(weighting.columns, right.T)
+    whole = 2 * weighting.cost(matrix)
+    met = ((moved.T @ matrix) * passed.T).sum(1).cumsum(0)
+    own = ((left.T @ moved) * (right @ passed)).cumsum(0).cumsum(1).diagonal()
+    costs = torch.cat([met.new_zeros(1), own - 2 * met]) + whole
+    return costs.clamp_min(0) / 2
+
+
 def diagonal_shift(weighting: Weighting, other: Weighting) -> Tensor | None:
     """Find the vector on the diagonal of the rows by which a weighting differs from another one.
 

@@ -33,7 +33,7 @@ def test_the_toy_run_measures_and_records(script: ModuleType, tmp_path: Path) ->
     finally:
         torch.set_num_threads(before)
     stored = json.loads((tmp_path / "moe_step.json").read_text())
-    forms = [f"training step, {name}" for name in script.FORMS]
+    forms = [f"{what}, {x}" for what in ("training step", "training step with AdamW") for x in script.FORMS]
     once = ["training step", *forms, "inference", "inference"]
     assert [row["what"] for row in stored["rows"]] == once * 2
     assert [row["threads"] for row in stored["rows"]] == [1] * len(once) + [2] * len(once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import tensornet_hf as th
 from tensornet.compression import CompressionReport
 from tensornet.compression.report import model_size
 from tensornet.errors import BudgetError
+from tensornet_hf.cli.main import run
 
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6, share_experts=True)
 
@@ -27,8 +29,8 @@ def planted(family: str) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("gate_up_proj"):
                 side = 1 if family == "gpt_oss" else 2  # stored transposed there
-                size = parameter.shape[side]
-                basis, _ = torch.linalg.qr(torch.randn(size, 14, generator=generator))
+                size, rank = parameter.shape[side], 12 if family == "qwen2_moe" else 14
+                basis, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator))
                 moved = parameter.movedim(side, -1) @ basis @ basis.T
                 parameter.copy_(moved.movedim(-1, side))
     return model
@@ -44,7 +46,8 @@ def compressed(family: str) -> tuple[PreTrainedModel, CompressionReport]:
 def test_each_stack_chooses_and_never_grows(family: str) -> None:
     model, report = compressed(family)
     first = [x for x in report.plan if "gate_up_proj" in x.name]
-    assert len(first) == 2 * EXPERTS
+    assert len(first) == 2 * EXPERTS  # and none of the layers of the expert for every token
+    assert not any(x.shared_core for x in report.plan if ".shared_expert." in x.name)
     assert "1" in {x.shared_core for x in first}  # one choice for each stack
     for layer in first:
         stack = {x.shared_core for x in first if x.name.rsplit(".", 2)[0] == layer.name.rsplit(".", 2)[0]}
@@ -60,16 +63,19 @@ def test_each_stack_chooses_and_never_grows(family: str) -> None:
     )
     rises = [x.plan.predicted_loss_increase or 0.0 for x in (report, alone)]
     assert rises[0] < rises[1]
-    assert report.plan.bytes_after <= alone.plan.bytes_after
+    assert report.plan.params_after <= 0.6 * alone.plan.params_before
 
 
-def test_a_folder_holds_shared_cores_once(tmp_path: Path) -> None:
-    model, _ = compressed("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
+def test_a_folder_holds_shared_cores_once(family: str, tmp_path: Path) -> None:
+    model, _ = compressed(family)
     want = logits(model)
-    model.save_pretrained(tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
+    th.save_model(model, tmp_path / "small")
+    (file,) = (tmp_path / "small").glob("*.safetensors")
     assert sum(x.numel() for x in load_file(file).values()) == model_size(model)[0]
-    again = th.load(tmp_path)
+    plain = type(model).from_pretrained(tmp_path / "small").eval()
+    assert torch.equal(logits(plain), want)
+    again = th.load(tmp_path / "small").eval()
     assert torch.equal(logits(again), want)
     experts = again.model.layers[0].mlp.experts
     layers = [experts.get_submodule(f"{e}.gate_up_proj") for e in range(EXPERTS)]
@@ -77,6 +83,43 @@ def test_a_folder_holds_shared_cores_once(tmp_path: Path) -> None:
     tn.decompress(again)
     assert not any(isinstance(module, tn.nn.NetworkModule) for module in again.modules())
     assert torch.allclose(logits(again), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "bits"), [("olmoe", 22.0), ("qwen2_moe", 18.0)])
+def test_bytes_are_spent_on_shared_cores_and_integers(family: str, bits: float, tmp_path: Path) -> None:
+    dense, model = planted(family), planted(family)
+    batches = [{"input_ids": tokens(8), "labels": tokens(8)}]
+    budget = {"target_modules": "*experts*", "bits_per_weight": bits, "formats": ("float", "int8")}
+    alone = tn.plan(dense, tn.CompressionConfig(**budget), stats := tn.calibrate(dense, batches))  # type: ignore[arg-type]
+    config = tn.CompressionConfig(share_experts=True, **budget)  # type: ignore[arg-type]
+    report = tn.compress(model, config, calibration=stats, progress=False)
+    made = report.plan
+    assert made.bits_per_weight <= bits
+    assert made.predicted_loss_increase is not None
+    assert alone.predicted_loss_increase is not None
+    assert made.predicted_loss_increase <= alone.predicted_loss_increase
+    assert any(layer.shared_core for layer in made)
+    assert any(layer.storage.quantized for layer in made)
+    assert model_size(dense)[1] - model_size(model)[1] == made.bytes_before - made.bytes_after
+    th.save_model(model, tmp_path / "small")
+    assert torch.equal(logits(th.load(tmp_path / "small").eval()), logits(model))
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "small").eval()), logits(model))
+
+
+def test_the_command_shares_by_parameters_and_by_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted("olmoe").save_pretrained(tmp_path / "dense")
+    command = ["compress", str(tmp_path / "dense"), "--target", "*experts*", "--share-experts", "--json"]
+    assert run([*command, str(tmp_path / "small"), "--param-ratio", "0.6", "--objective", "weight"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    layers = [layer for layer in report["layers"] if "gate_up_proj" in layer["name"]]
+    assert len(layers) == 2 * EXPERTS
+    again = th.load(tmp_path / "small").eval()
+    first, second = (again.get_submodule(f"model.layers.0.mlp.experts.{e}.gate_up_proj") for e in (0, 1))
+    assert first.core_1 is second.core_1
+    assert run([*command, str(tmp_path / "bits"), "--bits", "8", "--objective", "weight"]) != 0
+    assert "calibration" in capsys.readouterr().err
 
 
 def test_shared_cores_train_as_one() -> None:

@@ -377,3 +377,11 @@ def test_a_state_of_another_mask_is_refused() -> None:
         mask.load_state_dict(other.state_dict())
     with pytest.raises(FormatError, match="Not the state of a GradientMask"):
         mask.load_state_dict({"steps": 3})
+    state = tm.GradientMask(Model(3), p=0.5, granularity="element").state_dict()
+    with pytest.raises(
+        FormatError, match=r"granularity='element', this one has 'core'.*Resume with the same"
+    ):
+        mask.load_state_dict(state)
+    mask.load_state_dict(
+        {name: value for name, value in state.items() if name != "granularity"}
+    )  # older files

@@ -13,9 +13,7 @@ from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
 from tensornet.compression.compress import gather_statistics
 from tensornet.compression.reach import Reach
-from tensornet.compression.shared_stacks import share_stacks
 from tensornet.errors import BudgetError, TargetError
-from tensornet.network import TensorNetwork
 from tensornet_hf import pipeline
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
 from tensornet_hf.checkpoint.inspection import weight_bytes
@@ -248,13 +246,12 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Work:
-    """Dense model, its plan, the statistics of the plan, and the networks fitted for it."""
+    """Dense model, its plan, and the statistics that the plan was made with."""
 
     folder: Path
     model: PreTrainedModel
     plan: CompressionPlan
     stats: CalibrationStats | None
-    fitted: Mapping[str, TensorNetwork] | None = None
 
 
 def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
@@ -289,10 +286,7 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
         seen = f"{validated.tokens:,} tokens of {Path(options.validation).name}"
         prepared = prepared.measured(model, stats, validated.batches, source=seen, progress=progress)
     made = prepared.plan(progress=progress)
-    if not config.share_experts:
-        return _Work(folder, model, made, stats)
-    shared = share_stacks(made, prepared.targets, stats)
-    return _Work(folder, model, shared.plan, stats, shared.networks)
+    return _Work(folder, model, made, stats)
 
 
 def _compared(work: _Work, options: CompressOptions, texts: _Texts) -> Comparison:
@@ -319,9 +313,7 @@ def _carried_out(
     """Execute a plan, refit and heal if requested, measure and save the model."""
     model, progress = work.model, options.progress
     teacher = copy.deepcopy(model) if options.heal or options.refine else None
-    done = pipeline.carry_out(
-        model, work.plan, work.stats, started=started, progress=progress, fitted=work.fitted
-    )
+    done = pipeline.carry_out(model, work.plan, work.stats, started=started, progress=progress)
     file = None
     if options.heal:
         config = options.config or CompressionConfig()

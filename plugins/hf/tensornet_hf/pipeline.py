@@ -15,7 +15,6 @@ from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
-from tensornet.network import TensorNetwork
 from tensornet.nn.extension import expanded
 from tensornet.nn.targets import all_targets
 from tensornet.progress import progress_bar
@@ -181,7 +180,6 @@ def carry_out(
     *,
     started: float,
     progress: bool = False,
-    fitted: Mapping[str, TensorNetwork] | None = None,
 ) -> CompressionReport:
     """Execute a plan and return the report of `tensornet.compress`.
 
@@ -191,13 +189,12 @@ def carry_out(
         stats: the plan was made with them.
         started: `time.perf_counter()` when the work began, planning included.
         progress: show a progress bar.
-        fitted: networks of stacks that share cores, see `tensornet.apply_plan`.
 
     Raises: as `tensornet.apply_plan`.
     """
     before = model_size(model)
     reach = planned_reach(model, planned)
-    errors = apply_plan(model, planned, stats, progress=progress, fitted=fitted)
+    errors = apply_plan(model, planned, stats, progress=progress)
     after = model_size(model)
     return CompressionReport(
         layers=layer_reports(planned, errors),

@@ -1,6 +1,7 @@
 """Argument checks that several modules share; messages name the argument as the caller wrote it."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -38,6 +39,16 @@ def check_capacity(factor: float | None) -> None:
 def check_weights(weights: object, *shape: str) -> None:
     """Raise ShapeError unless `weights` is a floating tensor with one dimension for each name in `shape`."""
     expected = f"a floating tensor of shape ({', '.join(shape)})"
+    if isinstance(weights, Sequence) and weights and all(isinstance(each, Tensor) for each in weights):
+        odd = next((k for k, each in enumerate(weights) if each.shape != weights[0].shape), None)
+        got = f"a {type(weights).__name__} of tensors"
+        if odd is None:
+            raise ShapeError(f"Expected {expected}, got {got}: pass torch.stack of them.")
+        raise ShapeError(
+            f"Expected {expected}, got {got}: number 0 has shape {tuple(weights[0].shape)} and number "
+            f"{odd} {tuple(weights[odd].shape)}. Only matrices of one shape share cores: fit those of each "
+            "shape apart."
+        )
     if not isinstance(weights, Tensor):
         raise ShapeError(f"Expected {expected}, got a {type(weights).__name__}.")
     floating = weights.is_floating_point() or weights.is_complex()

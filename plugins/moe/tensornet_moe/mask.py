@@ -151,20 +151,27 @@ class GradientMask:
 
     def state_dict(self) -> dict[str, Any]:
         """Return generator state and step count, from which a resumed run draws the same masks."""
-        return {"generator": self._generator.get_state(), "steps": self.steps, "cores": len(self.parameters)}
+        state = {"generator": self._generator.get_state(), "steps": self.steps, "cores": len(self.parameters)}
+        return {**state, "granularity": self.granularity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the generator and step count that `state_dict` returned.
 
         Raises:
-            FormatError: the state is of a mask over another number of cores, or no state of a mask.
+            FormatError: the state is of a mask over another number of cores or of another granularity, or no
+                state of a mask.
         """
-        if state.keys() != {"generator", "steps", "cores"}:
+        if state.keys() - {"granularity"} != {"generator", "steps", "cores"}:  # older states are without it
             raise FormatError(f"Not the state of a GradientMask: it has the entries {sorted(state)}.")
         if state["cores"] != len(self.parameters):
             raise FormatError(
                 f"The state is of a mask over {state['cores']} cores, this one has {len(self.parameters)}: "
                 "draws would not line up."
+            )
+        if (drawn := state.get("granularity", self.granularity)) != self.granularity:
+            raise FormatError(
+                f"The state is of a mask with granularity={drawn!r}, this one has {self.granularity!r}: "
+                "draws would not line up. Resume with the same, or start a new mask."
             )
         self._generator.set_state(state["generator"].cpu())
         self.steps = state["steps"]

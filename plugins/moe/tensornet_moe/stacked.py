@@ -61,6 +61,11 @@ def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str
     return tuple(name for name in names if name in shared)
 
 
+def _described(topology: Topology) -> str:
+    """Describe a topology by its family, shape and legs."""
+    return f"{topology.family!r} of shape {topology.shape} with legs {topology.out_dims} x {topology.in_dims}"
+
+
 def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
     """Take the largest size of every bond, so that zero-padding fits every expert into one topology.
 
@@ -77,7 +82,8 @@ def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
             first.padded_shape,
         ) or (other.out_dims, other.in_dims) != (first.out_dims, first.in_dims):
             raise TopologyError(
-                f"The topologies of experts 0 and {k} differ in more than their bonds: {first} and {other}. "
+                f"The topologies of experts 0 and {k} differ in more than their bonds: {_described(first)} "
+                f"and {_described(other)}. "
                 "Experts of one stack need the same cores, labels, legs and shape."
             )
     sizes = tuple((label, max(topology.size_of[label] for topology in topologies)) for label in first.size_of)

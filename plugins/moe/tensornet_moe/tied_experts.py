@@ -220,12 +220,18 @@ def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> Sha
     """
     if len({id(network) for network in networks}) != len(networks) or len(networks) < 2:
         raise ValueError(f"Expected at least two different networks to tie, got {len(networks)}.")
+    for position, network in enumerate(networks):
+        if not isinstance(network, ExpertFFN):
+            raise TypeError(
+                f"Network {position} to tie must be an ExpertFFN, got a {type(network).__name__}; that of a "
+                "SharedCoreMoE is its attribute experts."
+            )
     shapes = [_shapes(network) for network in networks]
     for position, found in enumerate(shapes):
         if found != shapes[0]:
             raise ShapeError(
                 f"The experts of networks 0 and {position} cannot be tied: (experts, out, in) are "
-                f"{shapes[0]} and {found}."
+                f"{shapes[0]} and {found}. Build them with equal banks, or tie those that are alike."
             )
     owner = SharedExperts({name: networks[0].bank(name) for name in networks[0].names}, label=label)
     for network in networks:
