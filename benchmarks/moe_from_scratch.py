@@ -36,6 +36,7 @@ import tensornet_moe as tm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
+from scratch_precondition import precondition
 from scratch_rows import Row, Sizes, build
 from scratch_table import ROWS
 from scratch_text import Corpus, corpus_of, load_corpus
@@ -94,7 +95,7 @@ class Run:
         self.optimizer = optimizer_of(self.model, row, recipe)
         self.mask: tm.GradientMask | None = None
         if "mask" in row.options:
-            self.mask = tm.GradientMask(self.model, p=row.options["mask"], seed=seed).attach(self.optimizer)
+            self.mask = mask_of(self.model, row, seed).attach(self.optimizer)
         self.mean = [p.detach().clone() for p in self.model.parameters()]
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -201,6 +202,8 @@ class Run:
             self.flops_of_a_step = counter.get_total_flops()
         else:
             self._loss(batch).backward()
+        if "precondition" in self.row.options:
+            precondition(self.model, self.row.options["precondition"])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -286,10 +289,11 @@ def feed_forward_parameters(model: nn.Module) -> int:
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; what experts share and what each owns may have rates of their own."""
+    """AdamW, or SGD with momentum; what experts share and what each owns may have rates of their own."""
     banks = [m for m in model.modules() if isinstance(m, tm.ExpertBank)]
     shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
     private = {id(p) for bank in banks for p in bank.parameters()} - shared
+    sgd = row.options.get("optimizer") == "sgd"
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         scale = 1.0
@@ -297,15 +301,27 @@ def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Opti
             scale = row.shared_rate
         elif id(parameter) in private:
             scale = row.private_rate
-        decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+        # Under SGD the decay would grow with rates a hundred times as high.
+        decay = 0.0 if sgd or parameter.ndim <= 1 else recipe.weight_decay
         groups.setdefault((scale, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": found, "lr": recipe.rate * scale, "peak": recipe.rate * scale, "weight_decay": decay}
-            for (scale, decay), found in groups.items()
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
+    described = [
+        {"params": found, "lr": recipe.rate * scale, "peak": recipe.rate * scale, "weight_decay": decay}
+        for (scale, decay), found in groups.items()
+    ]
+    if sgd:
+        return torch.optim.SGD(described, momentum=0.9, fused=True)
+    return torch.optim.AdamW(described, betas=(0.9, 0.95), fused=True)
+
+
+def mask_of(model: nn.Module, row: Row, seed: int) -> tm.GradientMask:
+    """The gradient mask of a row: `mask` is its probability, which falls to 0 within `mask_fade` steps."""
+    fade = row.options.get("mask_fade")
+    return tm.GradientMask(
+        model,
+        p=row.options["mask"],
+        seed=seed,
+        schedule=None if fade is None else tm.linear_fade(fade),
+        compensate=row.options.get("mask_compensate", False),
     )
 
 
