@@ -260,7 +260,7 @@ def causes_table(causes: Sequence[Run], runs: Sequence[Run]) -> str:
 
 
 #: Where runs of the mask are compared, by optimizer.
-MASK_MARKS = {"AdamW": 1, "SGD": 0.5}
+MASK_MARKS = {"AdamW": 0.5, "SGD": 0.5}
 
 
 def mask_table(masks: Sequence[Run], runs: Sequence[Run]) -> str:
@@ -292,7 +292,7 @@ def plain_name(run: Run) -> str:
 
 
 def t5_table(runs: Sequence[Run]) -> str:
-    """T5: each row at the rate that is best on the tuning part at the last mark that all rows have."""
+    """T5: each row at its best rate by the tuning part, compared at the last mark that all rows have."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run["history"]:
@@ -304,11 +304,11 @@ def t5_table(runs: Sequence[Run]) -> str:
         )
         for name, found in groups.items()
     }
-    marks = sorted({mark for run in best.values() for mark in losses(run) if mark <= shown})
+    marks = sorted({mark for run in best.values() for mark in losses(run)})
     lines = [
         "| row | rate | parameters | of Switch | MFLOP a token | "
         + " | ".join(f"{mark:g} M" for mark in marks)
-        + f" | to dense | to {WIDE} |",
+        + f" | to dense, {shown:g} M | to {WIDE}, {shown:g} M |",
         "|---|" + "--:|" * (len(marks) + 6),
     ]
     dense, wide = (losses(best[name])[shown] for name in (DENSE, WIDE))
@@ -321,7 +321,7 @@ def t5_table(runs: Sequence[Run]) -> str:
             f"{parameters:,}",
             f"{parameters / switch:.3f}",
             f"{run['flops_per_token'] / MILLION:.2f}",
-            *(f"{found[mark]:.3f}" for mark in marks),
+            *(f"{found[mark]:.3f}" if mark in found else "" for mark in marks),
             f"{found[shown] - dense:+.3f}",
             f"{found[shown] - wide:+.3f}",
         )
@@ -379,7 +379,7 @@ def fill(page: str, records: Mapping[str, Run]) -> str:
         "rates": rates_table(runs),
         "seeds": seeds_table(runs),
         "causes": causes_table(rows["causes"], runs),
-        "mask": mask_table(rows["mask"], runs),
+        "mask": mask_table(rows["mask"], [*runs, *rows["causes"]]),
         "t5": t5_table(rows["t5"]),
         "earlier": earlier_table(rows["earlier"]),
         "formats": formats_table(rows["scratch_formats"]),

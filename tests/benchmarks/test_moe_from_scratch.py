@@ -260,28 +260,51 @@ def test_rows_with_sgd_take_steps_in_proportion_to_gradients(
         assert torch.allclose(p, want[name], atol=1e-9), name
 
 
+def chain_matrices(cores: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.einsum("exoib,bpjc,ecqky->eopqijk", *cores).flatten(4).flatten(1, 3)
+
+
+def chain_cores(experts: int) -> list[torch.Tensor]:
+    shapes = ((experts, 1, 2, 2, 4), (4, 2, 2, 4), (experts, 4, 2, 2, 1))
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
 def test_preconditioned_steps_do_not_depend_on_the_gauge(load_benchmark: Callable[[str], Any]) -> None:
     script = load_benchmark("scratch_precondition")
     torch.manual_seed(0)
-    shapes = ((3, 1, 2, 2, 4), (4, 2, 2, 4), (3, 4, 2, 2, 1))
-    cores = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    target = torch.randn(3, 8, 8, dtype=torch.float64)
-
-    def matrices(cores: Sequence[torch.Tensor]) -> torch.Tensor:
-        legs = torch.einsum("exoib,bpjc,ecqky->eopqijk", *cores)
-        return legs.reshape(3, 8, 8)
+    cores, target = chain_cores(3), torch.randn(3, 8, 8, dtype=torch.float64)
 
     def change(cores: list[torch.Tensor]) -> torch.Tensor:
         leaves = [torch.nn.Parameter(core) for core in cores]
-        (matrices(leaves) - target).square().sum().backward()
+        (chain_matrices(leaves) - target).square().sum().backward()
         found = script.scaled_gradients(leaves, 0.0)
-        parts = [matrices([*cores[:k], found[k], *cores[k + 1 :]]) for k in range(3)]
+        parts = [chain_matrices([*cores[:k], found[k], *cores[k + 1 :]]) for k in range(3)]
         return torch.stack(parts)
 
     gauge = torch.randn(4, 4, dtype=torch.float64)
     turned = [cores[0] @ gauge, torch.einsum("bB,Boic->boic", gauge.inverse(), cores[1]), cores[2]]
-    assert torch.allclose(matrices(turned), matrices(cores))
+    assert torch.allclose(chain_matrices(turned), chain_matrices(cores))
     assert torch.allclose(change(turned), change(cores), rtol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_preconditioned_step_of_one_core_is_the_least_squares_one(
+    load_benchmark: Callable[[str], Any], moved: int
+) -> None:
+    script = load_benchmark("scratch_precondition")
+    torch.manual_seed(0)
+    leaves = [torch.nn.Parameter(core) for core in chain_cores(1)]
+    target = torch.randn(1, 8, 8, dtype=torch.float64)
+
+    def gradient() -> torch.Tensor:
+        loss = 0.5 * (chain_matrices(leaves) - target).square().sum()
+        return torch.autograd.grad(loss, leaves[moved])[0]
+
+    (0.5 * (chain_matrices(leaves) - target).square().sum()).backward()
+    before, step = gradient(), script.scaled_gradients(leaves, 0.0)[moved]
+    with torch.no_grad():
+        leaves[moved].sub_(step)
+    assert float(gradient().norm()) < 1e-6 * float(before.norm())
 
 
 def test_preconditioning_keeps_the_size_of_gradients(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:

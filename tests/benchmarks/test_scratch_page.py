@@ -182,18 +182,18 @@ def test_causes_are_compared_with_runs_of_the_common_record(script: ModuleType) 
 def test_masks_are_compared_with_none_at_the_same_rate(script: ModuleType) -> None:
     sgd = {"options": {"optimizer": "sgd"}}
     common = [
-        run("fine, MPOE", "mpoe", 1, {1: 4.0}, rate=0.006),
+        run("fine, MPOE", "mpoe", 1, {0.5: 4.0}, rate=0.006),
         run("dense", "dense", 1, {1: 3.0}, rate=0.006),
     ]
     masks = [
-        run("fine, MPOE, mask 0.5", "mpoe", 1, {0.5: 4.4, 1: 4.1}, rate=0.006),
+        run("fine, MPOE, mask 0.5", "mpoe", 1, {0.5: 4.1, 1: 3.9}, rate=0.006),
         run("SGD, fine, MPOE", "mpoe", 1, {0.5: 5.0}, rate=0.1, **sgd),
         run("SGD, fine, MPOE", "mpoe", 1, {0.5: 5.5}, rate=1.0, **sgd),
         run("SGD, fine, MPOE, center frozen", "mpoe", 1, {0.5: 4.9}, rate=0.1, **sgd),
     ]
     assert script.mask_table(masks, common).splitlines()[2:] == [
-        "| AdamW | fine, MPOE | 0.006 | 1 M | 4.000 | +0.000 |",
-        "| AdamW | fine, MPOE, mask 0.5 | 0.006 | 1 M | 4.100 | +0.100 |",
+        "| AdamW | fine, MPOE | 0.006 | 0.5 M | 4.000 | +0.000 |",
+        "| AdamW | fine, MPOE, mask 0.5 | 0.006 | 0.5 M | 4.100 | +0.100 |",
         "| SGD | fine, MPOE, center frozen | 0.1 | 0.5 M | 4.900 | -0.100 |",
         "| SGD | fine, MPOE | 0.1 | 0.5 M | 5.000 | +0.000 |",
         "| SGD | fine, MPOE | 1 | 0.5 M | 5.500 | +0.000 |",
@@ -208,11 +208,11 @@ def test_t5_rows_have_their_best_rate_at_the_last_mark_of_all(script: ModuleType
         run("Switch, prob", "switch", 800, {1: 3.7, 2: 3.0, 4: 2.0}),
     ]
     head, _, *lines = script.t5_table(rows).splitlines()
-    assert head.endswith("| 1 M | 2 M | to dense | to dense x2 |")
+    assert head.endswith("| 1 M | 2 M | 4 M | to dense, 2 M | to dense x2, 2 M |")
     assert lines == [
-        "| Switch, prob | 0.012 | 800 | 1.000 | 1.00 | 3.700 | 3.000 | -0.500 | -0.250 |",
-        "| dense x2 | 0.012 | 200 | 0.250 | 1.00 | 3.800 | 3.250 | -0.250 | +0.000 |",
-        "| dense | 0.003 | 100 | 0.125 | 1.00 | 4.000 | 3.500 | +0.000 | +0.250 |",
+        "| Switch, prob | 0.012 | 800 | 1.000 | 1.00 | 3.700 | 3.000 | 2.000 | -0.500 | -0.250 |",
+        "| dense x2 | 0.012 | 200 | 0.250 | 1.00 | 3.800 | 3.250 |  | -0.250 | +0.000 |",
+        "| dense | 0.003 | 100 | 0.125 | 1.00 | 4.000 | 3.500 |  | +0.000 | +0.250 |",
     ]
 
 
