@@ -3,9 +3,10 @@
     python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 10] [--seeds 0 1]
 
 A small GPT-2 is trained from scratch on all permitted text (`scratch_text.py`), once for every row: dense, or
-with one of the mixtures of `scratch_table.py`. All rows see the same batches for a seed. The rate is constant
-after a warm-up, and the loss is that of a running average of the weights over about the last tenth of the
-steps: so one run gives the loss at every number of tokens, and any run can be continued with more of them.
+with one of the mixtures of `scratch_table.py`. `--architecture t5` trains a T5 to restore spans of the text
+instead. All rows see the same batches for a seed. The rate is constant after a warm-up, and the loss is that
+of a running average of the weights over about the last tenth of the steps: so one run gives the loss at every
+number of tokens, and any run can be continued with more of them.
 
 Runs are resumable to the step: the state folder holds weights, optimizer, average, generator and step of each
 run, and the batches are a function of seed and step. A run whose configuration differs from the stored
@@ -23,8 +24,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ import tensornet_moe as tm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
-from scratch_rows import Row, Sizes, build
+from scratch_architectures import ARCHITECTURES, Architecture, gpt2_networks
+from scratch_precondition import precondition
+from scratch_rows import Row, Sizes
 from scratch_table import ROWS
 from scratch_text import Corpus, corpus_of, load_corpus
 
@@ -73,12 +77,22 @@ class Run:
     Args:
         row, sizes, recipe, corpus, seed: the configuration.
         folder: of the state.
+        architecture: a key of `ARCHITECTURES`.
     """
 
     def __init__(
-        self, row: Row, sizes: Sizes, recipe: Recipe, corpus: Corpus, seed: int, *, folder: Path
+        self,
+        row: Row,
+        sizes: Sizes,
+        recipe: Recipe,
+        corpus: Corpus,
+        seed: int,
+        *,
+        folder: Path,
+        architecture: str = "gpt2",
     ) -> None:
         self.row, self.sizes, self.recipe, self.corpus, self.seed = row, sizes, recipe, corpus, seed
+        self.architecture: Architecture = ARCHITECTURES[architecture]
         self.configuration = {
             "row": json.loads(json.dumps(dataclasses.asdict(row))),
             "sizes": dataclasses.asdict(sizes),
@@ -86,15 +100,17 @@ class Run:
             "seed": seed,
             "corpus": corpus.fingerprint,
         }
+        if architecture != "gpt2":  # states from before there was a choice are those of GPT-2
+            self.configuration["architecture"] = architecture
         name = "".join(c if c.isalnum() else "_" for c in row.name)
         stem = f"{name}-w{sizes.width}x{sizes.layers}-rate{recipe.rate:g}-seed{seed}"
-        self.file = folder / f"{stem}.pt"
+        self.file = folder / f"{stem if architecture == 'gpt2' else f'{architecture}-{stem}'}.pt"
         torch.manual_seed(seed)
-        self.model = build(row, sizes, seed=seed).train()
+        self.model = self.architecture.build(row, sizes, seed=seed).train()
         self.optimizer = optimizer_of(self.model, row, recipe)
         self.mask: tm.GradientMask | None = None
         if "mask" in row.options:
-            self.mask = tm.GradientMask(self.model, p=row.options["mask"], seed=seed).attach(self.optimizer)
+            self.mask = mask_of(self.model, row, seed).attach(self.optimizer)
         self.mean = [p.detach().clone() for p in self.model.parameters()]
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -157,7 +173,7 @@ class Run:
             **self.configuration,
             "tokens": self.tokens,
             "parameters": parameters,
-            "expert_parameters": feed_forward_parameters(self.model),
+            "expert_parameters": feed_forward_parameters(self.model, self.architecture.networks),
             "bytes": 4 * parameters,
             "flops_per_token": self.flops_of_a_step / (self.recipe.windows * self.sizes.context),
             "seconds": self.seconds,
@@ -190,8 +206,8 @@ class Run:
 
     def _train_step(self) -> None:
         recipe = self.recipe
-        batch = self.corpus.batch(
-            self.step, windows=recipe.windows, context=self.sizes.context, seed=self.seed
+        batch = self.architecture.batch(
+            self.corpus, self.sizes, self.step, windows=recipe.windows, seed=self.seed
         )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (self.step + 1) / recipe.warmup)
@@ -201,6 +217,8 @@ class Run:
             self.flops_of_a_step = counter.get_total_flops()
         else:
             self._loss(batch).backward()
+        if "precondition" in self.row.options:
+            precondition(self.model, self.row.options["precondition"])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -210,18 +228,15 @@ class Run:
             torch._foreach_lerp_(self.mean, list(self.model.parameters()), weight)
 
     def _loss(self, batch: Tensor) -> Tensor:
-        loss = cross_entropy(self.model, batch)
+        loss = self.architecture.loss(self.model, batch, self.sizes)
         return loss + tm.collect_aux_losses(self.model).total if self.row.experts else loss
 
     def _judge(self) -> None:
         """Judge the averaged weights on both parts, and the last ones on the test part."""
-        context, limit = self.sizes.context, self.recipe.judge_windows
-        test = self.corpus.windows("test", context=context, limit=limit)
-        tune = self.corpus.windows("tune", context=context, limit=limit // 2)
-        last_loss, _ = evaluate(self.model, test, self.recipe.windows)
+        last_loss, _ = self.evaluate()
         self._exchange()
-        tune_loss, _ = evaluate(self.model, tune, self.recipe.windows)
-        loss, entropy = evaluate(self.model, test, self.recipe.windows)
+        tune_loss, _ = self.evaluate(part="tune")
+        loss, entropy = self.evaluate()
         self._exchange()
         point = {
             "tokens": self.tokens,
@@ -241,6 +256,13 @@ class Run:
             flush=True,
         )
 
+    def evaluate(self, model: nn.Module | None = None, *, part: str = "test") -> tuple[float, float | None]:
+        """Judge a model of this architecture, by default the one in training; see `evaluate`."""
+        limit = self.recipe.judge_windows // (2 if part == "tune" else 1)
+        examples = self.architecture.held_out(self.corpus, self.sizes, part, limit)
+        loss = partial(self.architecture.loss, sizes=self.sizes)
+        return evaluate(self.model if model is None else model, examples, self.recipe.windows, loss)
+
     def _exchange(self) -> None:
         """Swap the weights with their average."""
         with torch.no_grad():
@@ -250,46 +272,43 @@ class Run:
                 mean.copy_(kept)
 
 
-def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
-    """Compute the mean loss of a token in nats."""
-    ids = batch.long()
-    logits = model(input_ids=ids[:, :-1]).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, float | None]:
+def evaluate(
+    model: nn.Module, examples: Tensor, batch: int, loss: Callable[[nn.Module, Tensor], Tensor]
+) -> tuple[float, float | None]:
     """Compute the mean loss of a token, and the relative entropy of expert load, averaged over layers."""
     layers = [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
     loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
     total = 0.0
     model.eval()
-    for part in windows.split(batch):
-        total += float(cross_entropy(model, part)) * len(part)
+    for part in examples.split(batch):
+        total += float(loss(model, part)) * len(part)
         for load, layer in zip(loads, layers, strict=True):
             assert layer.stats is not None
             load += layer.stats.load
     model.train()
     if not layers:
-        return total / len(windows), None
+        return total / len(examples), None
     entropies = [float(torch.special.entr(load / load.sum()).sum()) / math.log(len(load)) for load in loads]
-    return total / len(windows), statistics.mean(entropies)
+    return total / len(examples), statistics.mean(entropies)
 
 
-def feed_forward_parameters(model: nn.Module) -> int:
+def feed_forward_parameters(
+    model: nn.Module, networks: Callable[[nn.Module], list[nn.Module]] = gpt2_networks
+) -> int:
     """Count the parameters of the feed-forward networks, always-on experts and borrowed cores included."""
     routers = {id(p) for m in model.modules() if isinstance(m, tm.Router) for p in m.parameters()}
-    parts = [block.mlp for block in model.transformer.h]
-    parts += [model.owner] if hasattr(model, "owner") else []
+    parts = networks(model) + [m for name, m in model.named_children() if name == "owner"]
     found = {id(p): p for part in parts for p in part.parameters() if id(p) not in routers}
     return sum(p.numel() for p in found.values())
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build AdamW, with separate rates for shared and private parameters if given."""
+    """Build AdamW, or SGD with momentum, with separate rates for shared and private parameters if given."""
     banks = [m for m in model.modules() if isinstance(m, tm.ExpertBank)]
     shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
     private = {id(p) for bank in banks for p in bank.parameters()} - shared
+    sgd = row.options.get("optimizer") == "sgd"
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         scale = 1.0
@@ -297,15 +316,27 @@ def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Opti
             scale = row.shared_rate
         elif id(parameter) in private:
             scale = row.private_rate
-        decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+        # Under SGD the decay would grow with rates a hundred times as high.
+        decay = 0.0 if sgd or parameter.ndim <= 1 else recipe.weight_decay
         groups.setdefault((scale, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": found, "lr": recipe.rate * scale, "peak": recipe.rate * scale, "weight_decay": decay}
-            for (scale, decay), found in groups.items()
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
+    described = [
+        {"params": found, "lr": recipe.rate * scale, "peak": recipe.rate * scale, "weight_decay": decay}
+        for (scale, decay), found in groups.items()
+    ]
+    if sgd:
+        return torch.optim.SGD(described, momentum=0.9, fused=True)
+    return torch.optim.AdamW(described, betas=(0.9, 0.95), fused=True)
+
+
+def mask_of(model: nn.Module, row: Row, seed: int) -> tm.GradientMask:
+    """Build the gradient mask of a row: `mask` is its probability, which falls to 0 in `mask_fade` steps."""
+    fade = row.options.get("mask_fade")
+    return tm.GradientMask(
+        model,
+        p=row.options["mask"],
+        seed=seed,
+        schedule=None if fade is None else tm.linear_fade(fade),
+        compensate=row.options.get("mask_compensate", False),
     )
 
 
@@ -333,7 +364,15 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
         for name in options.rows:
             for rate in options.rates:
                 made = dataclasses.replace(recipe, rate=rate)
-                run = Run(ROWS[name], sizes, made, corpus, seed, folder=options.state)
+                run = Run(
+                    ROWS[name],
+                    sizes,
+                    made,
+                    corpus,
+                    seed,
+                    folder=options.state,
+                    architecture=options.architecture,
+                )
                 if not run.train(tokens, deadline=deadline):
                     return None
     return write_record(options.state, options.out, options.name)
@@ -360,6 +399,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
     parser.add_argument("--name", default="moe_from_scratch", help="of the record")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW")
+    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="gpt2")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--tokens", type=float, default=10.0, help="millions for each run")

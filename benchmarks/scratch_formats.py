@@ -26,7 +26,7 @@ from tensornet.quantization import NumberFormat, round_weight
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
-from moe_from_scratch import CACHE, Recipe, Run, evaluate, feed_forward_parameters
+from moe_from_scratch import CACHE, Recipe, Run, feed_forward_parameters
 from scratch_rows import Dense, Sizes
 from scratch_table import ROWS
 from scratch_text import Corpus, corpus_of, load_corpus
@@ -68,14 +68,13 @@ def rounded(model: nn.Module, number_format: str, *, center: bool) -> tuple[nn.M
 def lines_of(run: Run, corpus: Corpus) -> Iterator[dict[str, Any]]:
     """Judge the averaged weights of a run in every format."""
     recipe, row = run.recipe, run.row
-    test = corpus.windows("test", context=run.sizes.context, limit=recipe.judge_windows)
     run._exchange()
     shared = any(bank.shared_parameters() and row.kind != "tied" for bank in stored_banks(run.model))
-    size = 4 * feed_forward_parameters(run.model)
+    size = 4 * feed_forward_parameters(run.model, run.architecture.networks)
     cases = [(name, center) for name in FORMATS for center in (True, False) if shared or not center]
     for name, center in [("float", False), *cases]:
         model, saved = (run.model, 0) if name == "float" else rounded(run.model, name, center=center)
-        loss, _ = evaluate(model, test, recipe.windows)
+        loss, _ = run.evaluate(model)
         yield {
             "row": row.name,
             "layers": run.sizes.layers,
@@ -104,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         else:
             corpus = load_corpus(options.texts, options.state / "text", vocabulary=sizes.vocabulary)
         row = ROWS[stored["row"]["name"]]
-        run = Run(row, sizes, recipe, corpus, stored["seed"], folder=options.state)
+        architecture = stored.get("architecture", "gpt2")
+        run = Run(row, sizes, recipe, corpus, stored["seed"], folder=options.state, architecture=architecture)
         for line in lines_of(run, corpus):
             print(
                 f"{line['row']:40} {line['format']:14} {line['feed_forward_bytes']:9} {line['loss']:.4f}",

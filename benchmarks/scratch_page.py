@@ -3,9 +3,10 @@
     python benchmarks/scratch_page.py
 
 The text of the page is written by hand; what lies between `<!-- NAME -->` and `<!-- end -->` is replaced.
-`moe_from_scratch.json` holds all runs on one edition of the texts, `moe_from_scratch_earlier.json` longer
-runs on an edition before it, each compared with the dense run of its own record, and `scratch_formats.json`
-the same models in few bits.
+`moe_from_scratch.json` holds all runs on one edition of the texts; `_causes` and `_mask` more runs on it, to
+be compared with runs of the first; `_t5` those of another architecture; `_earlier` longer runs on an edition
+before it, each compared with the dense run of its own record. `scratch_formats.json` has the same models in
+few bits, `trained_stacks.json` one of them with its experts compressed.
 """
 
 from __future__ import annotations
@@ -237,16 +238,152 @@ def formats_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def fill(page: str, record: Run, earlier: Run, formats: Run) -> str:
-    """Return the page with its tables replaced."""
+def causes_table(causes: Sequence[Run], runs: Sequence[Run]) -> str:
+    """Loss and distance to the dense model after one and two million tokens, at one rate and seed."""
+    names = (DENSE, "fine, MPOE", "fine-grained")
+    common = [run for run in runs if name_of(run) in names and run["seed"] == SEED]
+    rate = causes[0]["recipe"]["rate"]
+    named = {name_of(run): run for run in (*common, *causes) if run["recipe"]["rate"] == rate}
+    dense = losses(named[DENSE])
+    lines = [
+        "| row | parameters | of Switch | 1 M | 2 M | to dense, 1 M | to dense, 2 M |",
+        "|---|" + "--:|" * 6,
+    ]
+    for name, run in sorted(named.items(), key=lambda item: losses(item[1]).get(1, 9)):
+        found = losses(run)
+        if 1 in found:
+            cells = [name, *sizes(run)[1:3]]
+            cells += [f"{found[mark]:.3f}" if mark in found else "" for mark in (1, 2)]
+            cells += [f"{found[mark] - dense[mark]:+.3f}" if mark in found else "" for mark in (1, 2)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+#: Where runs of the mask are compared, by optimizer.
+MASK_MARKS = {"AdamW": 0.5, "SGD": 0.5}
+
+
+def mask_table(masks: Sequence[Run], runs: Sequence[Run]) -> str:
+    """Loss with masks and rates of the center, minus that of no mask at the same rate and optimizer."""
+    rate = next(run["recipe"]["rate"] for run in masks if optimizer_of(run) == "AdamW")
+    names = ("fine, MPOE", "fine, MPOE, mask 0.9", "fine, MPOE, center rate 0.3")
+    common = [
+        run for run in runs if name_of(run) in names and run["seed"] == SEED and run["recipe"]["rate"] == rate
+    ]
+    lines = ["| optimizer | row | rate | tokens | loss | to no mask |", "|---|---|--:|--:|--:|--:|"]
+    for optimizer, mark in MASK_MARKS.items():
+        found = [run for run in (*common, *masks) if optimizer_of(run) == optimizer and mark in losses(run)]
+        plain = {run["recipe"]["rate"]: losses(run)[mark] for run in found if plain_name(run) == "fine, MPOE"}
+        for run in sorted(found, key=lambda run: losses(run)[mark]):
+            loss, its = losses(run)[mark], run["recipe"]["rate"]
+            cells = (optimizer, plain_name(run), f"{its:g}", f"{mark:g} M", f"{loss:.3f}")
+            lines.append("| " + " | ".join((*cells, f"{loss - plain[its]:+.3f}")) + " |")
+    return "\n".join(lines)
+
+
+def optimizer_of(run: Run) -> str:
+    """Name of the optimizer of a run."""
+    return "SGD" if run["row"].get("options", {}).get("optimizer") == "sgd" else "AdamW"
+
+
+def plain_name(run: Run) -> str:
+    """Name of the row without the optimizer."""
+    return name_of(run).removeprefix("SGD, ")
+
+
+def t5_table(runs: Sequence[Run]) -> str:
+    """T5: each row at its best rate by the tuning part, compared at the last mark that all rows have."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["history"]:
+            groups.setdefault(name_of(run), []).append(run)
+    shown = max(set.intersection(*({m for run in found for m in losses(run)} for found in groups.values())))
+    best = {
+        name: min(
+            (run for run in found if shown in losses(run)), key=lambda run: losses(run, "tune_loss")[shown]
+        )
+        for name, found in groups.items()
+    }
+    marks = sorted({mark for run in best.values() for mark in losses(run)})
+    lines = [
+        "| row | rate | parameters | of Switch | MFLOP a token | "
+        + " | ".join(f"{mark:g} M" for mark in marks)
+        + f" | to dense, {shown:g} M | to {WIDE}, {shown:g} M |",
+        "|---|" + "--:|" * (len(marks) + 6),
+    ]
+    dense, wide = (losses(best[name])[shown] for name in (DENSE, WIDE))
+    switch = best[SWITCH]["expert_parameters"]
+    for name, run in sorted(best.items(), key=lambda item: losses(item[1])[shown]):
+        found, parameters = losses(run), run["expert_parameters"]
+        cells = (
+            name,
+            f"{run['recipe']['rate']:g}",
+            f"{parameters:,}",
+            f"{parameters / switch:.3f}",
+            f"{run['flops_per_token'] / MILLION:.2f}",
+            *(f"{found[mark]:.3f}" if mark in found else "" for mark in marks),
+            f"{found[shown] - dense:+.3f}",
+            f"{found[shown] - wide:+.3f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def stacks_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Relative error and added loss of compressed experts, by how much of their parameters is kept."""
+    keeps = sorted({row["keep"] for row in rows}, reverse=True)
+    found = {(row["method"], row["weighting"], row["keep"]): row for row in rows}
+    lines = [
+        "| method | weights | "
+        + " | ".join(f"error, {keep:.0%} | loss added, {keep:.0%}" for keep in keeps)
+        + " |",
+        "|---|---|" + "--:|" * (2 * len(keeps)),
+    ]
+    for method, weighting in dict.fromkeys((row["method"], row["weighting"]) for row in rows):
+        cells = [method, weighting]
+        for keep in keeps:
+            row = found.get((method, weighting, keep))
+            cells += (
+                ["", ""]
+                if row is None
+                else [f"{row['error']:.2f}", f"{row['loss'] - row['dense_loss']:+.4f}"]
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+RECORDS_READ = (
+    "moe_from_scratch",
+    "moe_from_scratch_earlier",
+    "moe_from_scratch_causes",
+    "moe_from_scratch_mask",
+    "moe_from_scratch_t5",
+    "scratch_formats",
+    "trained_stacks",
+)
+
+
+def fill(page: str, records: Mapping[str, Run]) -> str:
+    """Return the page with its tables replaced.
+
+    Args:
+        page: Markdown.
+        records: those of `RECORDS_READ` by name.
+    """
+    rows = {name.removeprefix("moe_from_scratch_"): record["rows"] for name, record in records.items()}
+    runs = rows["moe_from_scratch"]
     made = {
-        "long": long_table(record["rows"]),
-        "forms": forms_table(compared(record["rows"], 1)),
-        "slow": forms_table(untuned(record["rows"])),
-        "rates": rates_table(record["rows"]),
-        "seeds": seeds_table(record["rows"]),
-        "earlier": earlier_table(earlier["rows"]),
-        "formats": formats_table(formats["rows"]),
+        "long": long_table(runs),
+        "forms": forms_table(compared(runs, 1)),
+        "slow": forms_table(untuned(runs)),
+        "rates": rates_table(runs),
+        "seeds": seeds_table(runs),
+        "causes": causes_table(rows["causes"], runs),
+        "mask": mask_table(rows["mask"], [*runs, *rows["causes"]]),
+        "t5": t5_table(rows["t5"]),
+        "earlier": earlier_table(rows["earlier"]),
+        "formats": formats_table(rows["scratch_formats"]),
+        "stacks": stacks_table(rows["trained_stacks"]),
     }
     return re.sub(
         r"(<!-- (\w+) -->)\n.*?(<!-- end -->)",
@@ -297,10 +434,9 @@ def read(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Rewrite the page and the picture."""
-    record = read("moe_from_scratch")
-    earlier, formats = read("moe_from_scratch_earlier"), read("scratch_formats")
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), record, earlier, formats), encoding="utf-8")
-    draw(record["rows"], PICTURE)
+    records = {name: read(name) for name in RECORDS_READ}
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), records), encoding="utf-8")
+    draw(records["moe_from_scratch"]["rows"], PICTURE)
 
 
 if __name__ == "__main__":

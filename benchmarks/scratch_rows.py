@@ -209,7 +209,8 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
     `start="exact"`: every expert is the decomposition of one Gaussian matrix plus `noise`; `"random"`:
     Gaussian cores. `delta`: rank of a low-rank bypass of each expert. `shared`: which cores are shared.
-    `mask`: probability with which a step leaves a shared core alone, which the run sees to.
+    `mask` (probability with which a step leaves a shared core alone), `optimizer` and `precondition` (damping
+    of Gram matrices) are for the run, not for the model.
     """
     options = {
         "start": "exact",

@@ -15,6 +15,28 @@ def fine(name: str, kind: str, experts: int = 30, **options: Any) -> Row:
     return Row(name, kind, experts=experts, options=options, **{**usual, **given})
 
 
+#: Steps over which a fading mask falls to zero, half a million tokens in batches of 2,048.
+FADE = 245
+
+
+def masks() -> list[Row]:
+    """MPOE with the gradient mask and with rates of the center, under AdamW and under SGD."""
+    kinds: dict[str, dict[str, Any]] = {
+        "mask 0.5": {"mask": 0.5},
+        "mask 0.9": {"mask": 0.9},
+        "mask 0.5, compensated": {"mask": 0.5, "mask_compensate": True},
+        "mask 0.9, compensated": {"mask": 0.9, "mask_compensate": True},
+        "mask 0.9, fading": {"mask": 0.9, "mask_fade": FADE},
+        "center frozen": {"mask": 1.0},
+    }
+    found = [fine(f"fine, MPOE, {name}", "mpoe", **options) for name, options in kinds.items()]
+    kinds = {f", {name}": options for name, options in kinds.items()}
+    kinds |= {f", center rate {x:g}": {"shared_rate": x} for x in (0.1, 0.3, 3.0)}
+    for name, options in {"": {}, **kinds}.items():
+        found.append(fine(f"SGD, fine, MPOE{name}", "mpoe", **options, optimizer="sgd"))
+    return [*found, Row("SGD, dense", "dense", options={"optimizer": "sgd"})]
+
+
 ROWS = {
     row.name: row
     for row in (
@@ -46,11 +68,21 @@ ROWS = {
         fine("fine, MPOE, private rate 0.3", "mpoe", private_rate=0.3),
         fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
         fine("fine, MPOE, center rate 0.3", "mpoe", shared_rate=0.3),
-        fine("fine, MPOE, mask 0.5", "mpoe", mask=0.5),
-        fine("fine, MPOE, mask 0.9", "mpoe", mask=0.9),
+        fine("fine, MPOE, center rate 0.1", "mpoe", shared_rate=0.1),
+        # Capacity against training: nothing shared, wider private parts, the size of steps.
+        fine("fine, MPOE, every core private", "mpoe", shared="none"),
+        fine("fine, MPOE, every core private, random start", "mpoe", shared="none", start="random"),
+        fine("fine, MPOE, ends 8x8", "mpoe", ends=(8, 8)),
+        fine("fine, MPOE, ends 8x8, bonds 16", "mpoe", ends=(8, 8), max_bond=16),
+        fine("fine, MPOE, ends 8x8, bonds 32", "mpoe", ends=(8, 8), max_bond=32),
+        fine("fine, E = 12", "switch", 12),
+        fine("fine, MPOE, center rate 3", "mpoe", shared_rate=3.0),
+        fine("fine, MPOE, scaled gradients", "mpoe", precondition=0.01),
+        *masks(),
         fine("fine, MPOE, bonds 8", "mpoe", max_bond=8),
         fine("fine, MPOE and delta 8", "mpoe", delta=8),
         fine("fine, MPOE and delta 4", "mpoe", delta=4),
+        fine("fine, MPOE and delta 16", "mpoe", delta=16),
         fine("fine, bypass", "mpoe", shared="all", max_bond=12, delta=4),
         fine("fine, base and deltas", "delta", rank=4),
         fine("fine, base and deltas 8", "delta", rank=8),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -229,3 +229,92 @@ def test_one_pool_serves_all_layers(bench: ModuleType, corpus: Any, tmp_path: Pa
     pool, biases = 15 * 2 * 32 * 64, 15 * (32 + 64)
     assert sum(p.numel() for p in run.model.owner.parameters()) == pool
     assert own == 4 * biases
+
+
+def test_the_mask_of_a_row_fades_and_compensates(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    fading = start(bench, corpus, "fine, MPOE, mask 0.9, fading", tmp_path).mask
+    assert (fading.current_p, fading.compensate) == (0.9, False)
+    fading.steps = bench.ROWS["fine, MPOE, mask 0.9, fading"].options["mask_fade"]
+    assert fading.current_p == 0
+    compensated = start(bench, corpus, "fine, MPOE, mask 0.5, compensated", tmp_path).mask
+    assert (compensated.current_p, compensated.compensate) == (0.5, True)
+
+
+def test_rows_with_sgd_take_steps_in_proportion_to_gradients(
+    bench: ModuleType, corpus: Any, tmp_path: Path
+) -> None:
+    run = start(bench, corpus, "SGD, fine, MPOE, center rate 0.3", tmp_path)
+    assert isinstance(run.optimizer, torch.optim.SGD)
+    bank = run.model.transformer.h[0].mlp.experts.bank("up")
+    before = {name: p.detach().clone() for name, p in bank.named_parameters()}
+    batch = corpus.batch(0, windows=4, context=8, seed=0)
+    run._loss(batch).backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    want = {
+        name: before[name] - 0.5 * 3e-3 * (0.3 if name == "core_1" else 1.0) * p.grad
+        for name, p in bank.named_parameters()
+    }
+    run.optimizer.zero_grad()
+    run._train_step()  # the first of two steps of warm-up, and the first momentum is the gradient
+    for name, p in bank.named_parameters():
+        assert torch.allclose(p, want[name], atol=1e-9), name
+
+
+def chain_matrices(cores: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.einsum("exoib,bpjc,ecqky->eopqijk", *cores).flatten(4).flatten(1, 3)
+
+
+def chain_cores(experts: int) -> list[torch.Tensor]:
+    shapes = ((experts, 1, 2, 2, 4), (4, 2, 2, 4), (experts, 4, 2, 2, 1))
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def test_preconditioned_steps_do_not_depend_on_the_gauge(load_benchmark: Callable[[str], Any]) -> None:
+    script = load_benchmark("scratch_precondition")
+    torch.manual_seed(0)
+    cores, target = chain_cores(3), torch.randn(3, 8, 8, dtype=torch.float64)
+
+    def change(cores: list[torch.Tensor]) -> torch.Tensor:
+        leaves = [torch.nn.Parameter(core) for core in cores]
+        (chain_matrices(leaves) - target).square().sum().backward()
+        found = script.scaled_gradients(leaves, 0.0)
+        parts = [chain_matrices([*cores[:k], found[k], *cores[k + 1 :]]) for k in range(3)]
+        return torch.stack(parts)
+
+    gauge = torch.randn(4, 4, dtype=torch.float64)
+    turned = [cores[0] @ gauge, torch.einsum("bB,Boic->boic", gauge.inverse(), cores[1]), cores[2]]
+    assert torch.allclose(chain_matrices(turned), chain_matrices(cores))
+    assert torch.allclose(change(turned), change(cores), rtol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_preconditioned_step_of_one_core_is_the_least_squares_one(
+    load_benchmark: Callable[[str], Any], moved: int
+) -> None:
+    script = load_benchmark("scratch_precondition")
+    torch.manual_seed(0)
+    leaves = [torch.nn.Parameter(core) for core in chain_cores(1)]
+    target = torch.randn(1, 8, 8, dtype=torch.float64)
+
+    def gradient() -> torch.Tensor:
+        loss = 0.5 * (chain_matrices(leaves) - target).square().sum()
+        return torch.autograd.grad(loss, leaves[moved])[0]
+
+    (0.5 * (chain_matrices(leaves) - target).square().sum()).backward()
+    before, step = gradient(), script.scaled_gradients(leaves, 0.0)[moved]
+    with torch.no_grad():
+        leaves[moved].sub_(step)
+    assert float(gradient().norm()) < 1e-6 * float(before.norm())
+
+
+def test_preconditioning_keeps_the_size_of_gradients(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    run = start(bench, corpus, "fine, MPOE, scaled gradients", tmp_path)
+    run._loss(corpus.batch(0, windows=4, context=8, seed=0)).backward()
+    before = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+    bench.precondition(run.model, 0.01)
+    turned = {name for name, p in run.model.named_parameters() if not torch.equal(p.grad, before[name])}
+    assert turned == {name for name in before if ".experts." in name and "core_" in name}
+    for name in turned:
+        assert float(run.model.get_parameter(name).grad.norm()) == pytest.approx(
+            float(before[name].norm()), rel=1e-4
+        )

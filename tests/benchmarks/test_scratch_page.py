@@ -20,7 +20,7 @@ def script(load_benchmark: Callable[[str], Any]) -> Any:
 def run(name: str, kind: str, parameters: int, losses: dict[float, float], **changes: Any) -> dict[str, Any]:
     flops = changes.get("flops", 1_000_000)
     return {
-        "row": {"name": name, "kind": kind},
+        "row": {"name": name, "kind": kind, "options": changes.get("options", {})},
         "sizes": {"layers": changes.get("layers", 2)},
         "recipe": {"rate": changes.get("rate", 0.012)},
         "seed": changes.get("seed", 0),
@@ -58,10 +58,7 @@ def runs() -> list[dict[str, Any]]:
 
 def test_the_page_is_made_of_the_records(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
-    records = [
-        script.read(name) for name in ("moe_from_scratch", "moe_from_scratch_earlier", "scratch_formats")
-    ]
-    assert script.fill(page, *records) == page
+    assert script.fill(page, {name: script.read(name) for name in script.RECORDS_READ}) == page
     assert "| fine, scaled |" in page
     assert "<!-- long -->" in page
 
@@ -163,3 +160,78 @@ def test_the_picture_shows_both_panels(script: ModuleType, runs: list[Any], tmp_
     text = (tmp_path / "picture.svg").read_text()
     assert "held-out loss minus that of the dense model" in text
     assert text.count("Switch") == 2
+
+
+def test_causes_are_compared_with_runs_of_the_common_record(script: ModuleType) -> None:
+    common = [
+        run("dense", "dense", 66_176, {1: 4.0, 2: 3.8}, rate=0.006),
+        run("dense", "dense", 66_176, {1: 4.5, 2: 4.5}, rate=0.003),
+        run("dense", "dense", 66_176, {1: 4.6, 2: 4.6}, rate=0.006, seed=1),
+        run("another", "mpoe", 66_176, {1: 3.0}, rate=0.006),
+    ]
+    causes = [
+        run("wide", "mpoe", 264_704, {1: 3.9}, rate=0.006),
+        run("begun", "mpoe", 264_704, {0.5: 4.9}, rate=0.006),
+    ]
+    assert script.causes_table(causes, common).splitlines()[2:] == [
+        "| wide | 264,704 | 0.500 | 3.900 |  | -0.100 |  |",
+        "| dense | 66,176 | 0.125 | 4.000 | 3.800 | +0.000 | +0.000 |",
+    ]
+
+
+def test_masks_are_compared_with_none_at_the_same_rate(script: ModuleType) -> None:
+    sgd = {"options": {"optimizer": "sgd"}}
+    common = [
+        run("fine, MPOE", "mpoe", 1, {0.5: 4.0}, rate=0.006),
+        run("dense", "dense", 1, {1: 3.0}, rate=0.006),
+    ]
+    masks = [
+        run("fine, MPOE, mask 0.5", "mpoe", 1, {0.5: 4.1, 1: 3.9}, rate=0.006),
+        run("SGD, fine, MPOE", "mpoe", 1, {0.5: 5.0}, rate=0.1, **sgd),
+        run("SGD, fine, MPOE", "mpoe", 1, {0.5: 5.5}, rate=1.0, **sgd),
+        run("SGD, fine, MPOE, center frozen", "mpoe", 1, {0.5: 4.9}, rate=0.1, **sgd),
+    ]
+    assert script.mask_table(masks, common).splitlines()[2:] == [
+        "| AdamW | fine, MPOE | 0.006 | 0.5 M | 4.000 | +0.000 |",
+        "| AdamW | fine, MPOE, mask 0.5 | 0.006 | 0.5 M | 4.100 | +0.100 |",
+        "| SGD | fine, MPOE, center frozen | 0.1 | 0.5 M | 4.900 | -0.100 |",
+        "| SGD | fine, MPOE | 0.1 | 0.5 M | 5.000 | +0.000 |",
+        "| SGD | fine, MPOE | 1 | 0.5 M | 5.500 | +0.000 |",
+    ]
+
+
+def test_t5_rows_have_their_best_rate_at_the_last_mark_of_all(script: ModuleType) -> None:
+    rows = [
+        run("dense", "dense", 100, {1: 4.0, 2: 3.5}, rate=0.003),
+        run("dense", "dense", 100, {1: 3.9}, rate=0.006),
+        run("dense x2", "dense", 200, {1: 3.8, 2: 3.25}),
+        run("Switch, prob", "switch", 800, {1: 3.7, 2: 3.0, 4: 2.0}),
+    ]
+    head, _, *lines = script.t5_table(rows).splitlines()
+    assert head.endswith("| 1 M | 2 M | 4 M | to dense, 2 M | to dense x2, 2 M |")
+    assert lines == [
+        "| Switch, prob | 0.012 | 800 | 1.000 | 1.00 | 3.700 | 3.000 | 2.000 | -0.500 | -0.250 |",
+        "| dense x2 | 0.012 | 200 | 0.250 | 1.00 | 3.800 | 3.250 |  | -0.250 | +0.000 |",
+        "| dense | 0.003 | 100 | 0.125 | 1.00 | 4.000 | 3.500 |  | +0.000 | +0.250 |",
+    ]
+
+
+def test_compressed_experts_are_shown_by_what_is_kept(script: ModuleType) -> None:
+    rows = [
+        {
+            "method": "a",
+            "weighting": "none",
+            "keep": keep,
+            "error": 1 - keep,
+            "loss": 5 - keep,
+            "dense_loss": 4.0,
+        }
+        for keep in (0.4, 0.8)
+    ]
+    rows.append({**rows[0], "method": "b", "weighting": "inputs", "error": 0.125})
+    assert script.stacks_table(rows).splitlines() == [
+        "| method | weights | error, 80% | loss added, 80% | error, 40% | loss added, 40% |",
+        "|---|---|--:|--:|--:|--:|",
+        "| a | none | 0.20 | +0.2000 | 0.60 | +0.6000 |",
+        "| b | inputs |  |  | 0.12 | +0.6000 |",
+    ]
