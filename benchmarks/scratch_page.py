@@ -4,9 +4,10 @@
 
 The text of the page is written by hand; what lies between `<!-- NAME -->` and `<!-- end -->` is replaced.
 `moe_from_scratch.json` holds all runs on one edition of the texts; `_causes` and `_mask` more runs on it, to
-be compared with runs of the first; `_t5` those of another architecture; `_earlier` longer runs on an edition
-before it, each compared with the dense run of its own record. `scratch_formats.json` has the same models in
-few bits, `trained_stacks.json` one of them with its experts compressed.
+be compared with runs of the first; `_t5` those of another architecture, `_larger` of a larger model;
+`_earlier` longer runs on an edition before it, each compared with the dense run of its own record.
+`scratch_formats.json` has the same models in few bits, `trained_stacks.json` one of them with its experts
+compressed.
 """
 
 from __future__ import annotations
@@ -291,12 +292,12 @@ def plain_name(run: Run) -> str:
     return name_of(run).removeprefix("SGD, ")
 
 
-def t5_table(runs: Sequence[Run]) -> str:
-    """T5: each row at its best rate by the tuning part, compared at the last mark that all rows have."""
+def table_of_a_record(runs: Sequence[Run]) -> str:
+    """Rows of a record, each at its best rate by the tuning part, compared at the last mark that all have."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run["history"]:
-            groups.setdefault(name_of(run), []).append(run)
+            groups.setdefault(run["row"]["name"], []).append(run)
     shown = max(set.intersection(*({m for run in found for m in losses(run)} for found in groups.values())))
     best = {
         name: min(
@@ -358,6 +359,7 @@ RECORDS_READ = (
     "moe_from_scratch_causes",
     "moe_from_scratch_mask",
     "moe_from_scratch_t5",
+    "moe_from_scratch_larger",
     "scratch_formats",
     "trained_stacks",
 )
@@ -380,7 +382,8 @@ def fill(page: str, records: Mapping[str, Run]) -> str:
         "seeds": seeds_table(runs),
         "causes": causes_table(rows["causes"], runs),
         "mask": mask_table(rows["mask"], [*runs, *rows["causes"]]),
-        "t5": t5_table(rows["t5"]),
+        "t5": table_of_a_record(rows["t5"]),
+        "larger": table_of_a_record(rows["larger"]),
         "earlier": earlier_table(rows["earlier"]),
         "formats": formats_table(rows["scratch_formats"]),
         "stacks": stacks_table(rows["trained_stacks"]),

@@ -207,7 +207,7 @@ def test_t5_rows_have_their_best_rate_at_the_last_mark_of_all(script: ModuleType
         run("dense x2", "dense", 200, {1: 3.8, 2: 3.25}),
         run("Switch, prob", "switch", 800, {1: 3.7, 2: 3.0, 4: 2.0}),
     ]
-    head, _, *lines = script.t5_table(rows).splitlines()
+    head, _, *lines = script.table_of_a_record(rows).splitlines()
     assert head.endswith("| 1 M | 2 M | 4 M | to dense, 2 M | to dense x2, 2 M |")
     assert lines == [
         "| Switch, prob | 0.012 | 800 | 1.000 | 1.00 | 3.700 | 3.000 | 2.000 | -0.500 | -0.250 |",
