@@ -134,7 +134,9 @@ def shared(stack: Stack, budget: int, forms: Sequence[str]) -> Iterator[Made]:
     """Low ranks with a common factor of inputs or outputs, or beside a common base."""
     count, rows, columns = stack.weights.shape
     for name in forms:
-        rank = SHARED_FORMS[name].rank(count, rows, columns, budget)
+        numbers = SHARED_FORMS[name].numbers
+        ranks = range(1, min(rows, columns) + 1)
+        rank = max((r for r in ranks if numbers(count, rows, columns, r) <= budget), default=0)
         if rank:
             networks = fit_form(name, list(stack.weights), stack.weightings, rank)
             cores = {id(core): core.numel() for network in networks for core in network.cores}

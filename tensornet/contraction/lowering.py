@@ -76,10 +76,14 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
     for step in steps:
         product = step.product
         plain = (product.batch, product.rows, product.tokens_in) == (1, 1, "rows")
-        moved, weight = step.arrange_left.permutation, step.arrange_right.permutation
-        if not plain or operands[step.left] != 0 or moved is not None or weight != (1, 0):
+        moved, weight = step.arrange_left.permutation, step.arrange_right
+        # Two indices that are both summed are transposed as well, but are no matrix `(columns, inner)`.
+        shape = (product.columns, product.inner)
+        if not plain or operands[step.left] != 0 or moved is not None:
             return ()
-        found.append((operands[step.right], (product.columns, product.inner)))
+        if weight.permutation != (1, 0) or weight.view != shape:
+            return ()
+        found.append((operands[step.right], shape))
         operands = [x for i, x in enumerate(operands) if i not in (step.left, step.right)] + [0]
     return tuple(found)
 

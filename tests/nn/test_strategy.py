@@ -7,7 +7,7 @@ from dataclasses import replace
 import opt_einsum
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -58,6 +58,11 @@ def contractions(draw: st.DrawFn) -> tuple[list[tuple[str, ...]], tuple[str, ...
     return operands, (TOKENS, *kept), {TOKENS: 3} | {x: sizes[x] for x in used}
 
 
+# Both indices of the second operand are summed, in another order than the first has them.
+@example(
+    case=([(TOKENS, "l0", "l1"), ("l1", "l0")], (TOKENS,), {TOKENS: 3, "l0": 2, "l1": 2}),
+    seed=0,
+)
 @given(contractions(), st.integers(0, 2**31))
 def test_lowered_contraction_is_the_einsum(
     case: tuple[list[tuple[str, ...]], tuple[str, ...], dict[str, int]], seed: int

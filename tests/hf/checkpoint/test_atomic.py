@@ -69,7 +69,7 @@ def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DestinationError, match="no model folder"):
+    with pytest.raises(DestinationError, match="not a model folder"):
         check_free(tmp_path / "home", force=True)
     with pytest.raises(DestinationError, match="is a file"):
         check_free(tmp_path / "file", force=True)

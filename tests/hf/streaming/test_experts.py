@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from tensornet_hf.streaming.mapped_model import mapped_model
 EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
 PACKED = tn.CompressionConfig(param_ratio=0.5, objective="weight", int8=True, pivoted=True)
+#: A gate of one row has no low rank with half of its numbers, and a stream plans every layer by itself.
+GATE = "shared_expert_gate"
 #: One expert of the first mixture: the others leave their stack as they are.
 ONE = tn.CompressionConfig(
     target_modules=["re:.*layers.0.mlp.experts.1.*"], param_ratio=0.5, objective="weight"
@@ -50,6 +53,8 @@ def described(folder: Path) -> dict[str, Any]:
 def test_same_folder_as_compressing_the_model(
     source: Path, config: tn.CompressionConfig, tmp_path: Path
 ) -> None:
+    if config is PACKED and any(GATE in name for name in weights(source)):
+        config = dataclasses.replace(config, exclude_modules=[f"re:.*{GATE}"])
     report = th.compress_checkpoint(source, tmp_path / "ours", config)
     model = th.load(source)
     expected = tn.compress(model, config, progress=False)
