@@ -29,9 +29,7 @@ def test_search_is_no_dearer_than_the_full_range(bits: int, zero: bool, m: int, 
         plain = ((group - full).square() * prices[start : start + 32]).sum(1)
         floor = 2.0**-16 * (group.square() * prices[start : start + 32]).sum(1)
         part = found[:, start : start + 32].sum(1)
-        assert bool(
-            (part <= plain * 1.06 + floor).all()
-        )  # bfloat16 is off by up to 2^-8
+        assert bool((part <= plain * 1.06 + floor).all())  # bfloat16 is off by up to 2^-8
 
 
 def test_weighted_search_serves_its_weights() -> None:
