@@ -203,7 +203,7 @@ def _measured(matrix: Tensor, sensitivity: Sensitivity, number_format: NumberFor
 
 
 def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLosses:
-    """Compute losses and error of a matrix of which another one is kept."""
+    """Compute the losses and the relative error of keeping one matrix in place of another."""
     error = matrix - kept
     if not bool(error.any()):
         return FormatLosses(0.0, 0.0, 0.0)

@@ -171,7 +171,7 @@ def _values(terms: Terms, matrix: Tensor, weighting: Weighting, forecast: Weight
 
 
 def form_of(topology: Topology, core: str) -> str | None:
-    """Find the form of a network by its topology and the name of its shared core; None if there is none."""
+    """Find the shared form to which a topology and its shared core belong, or None."""
     rank = max(topology.bond_dims.values(), default=0)
     for name, form in SHARED_FORMS.items():
         if form.core == core and rank and _sorted(form.build(*topology.shape, rank)) == _sorted(topology):

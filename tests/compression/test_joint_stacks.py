@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from stacked_experts import Experts, gaussian
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -26,10 +27,6 @@ E, OUT, IN = 4, 14, 12
 TARGETS = ("*block*", "head")
 
 
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def common_inputs(seed: int, rank: int = 3) -> Tensor:
     made = gaussian(E, OUT, rank, seed=seed) @ gaussian(rank, IN, seed=seed + 1)
     return made / rank**0.5 + 0.1 * gaussian(E, OUT, IN, seed=seed + 2)
@@ -41,15 +38,6 @@ def common_base(seed: int) -> Tensor:
 
 def nothing_common(seed: int) -> Tensor:
     return gaussian(E, OUT, IN, seed=seed)
-
-
-class Experts(nn.Module):
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.w = nn.Parameter(weights.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("eti,eoi->eto", x, self.w)
 
 
 class Model(nn.Module):

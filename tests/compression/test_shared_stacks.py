@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stacked_experts import Experts, gaussian
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -22,15 +23,6 @@ E, OUT, IN = 5, 12, 10
 NAMES = [f"experts.{e}.w" for e in range(E)]
 
 
-class Experts(nn.Module):
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.w = nn.Parameter(weights.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("eti,eoi->eto", x, self.w)
-
-
 class Model(nn.Module):
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -38,10 +30,6 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def common_inputs(rank: int = 4) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mixture_models import logits, mixture
+from stacked_experts import Experts, gaussian
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -24,19 +25,6 @@ from tensornet_hf.training.heal import heal
 
 E, OUT, IN, READ = 4, 10, 12, 9
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.45, share_experts=True)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Experts(nn.Module):
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.w = nn.Parameter(weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("eti,eoi->eto", x, self.w)
 
 
 class Routed(nn.Module):
