@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.coherence import CoherenceSum, by_rows, row_sizes
 from tensornet.calibration.gathered import GatheredTokens, hidden_states
 from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
 from tensornet.calibration.losses import (
@@ -32,6 +33,8 @@ from tensornet.nn.weight_readers import Run, weight_readers
 from tensornet.progress import progress_bar
 
 Fisher = Literal["labels", "sampled"]
+#: Of so many gradients of a layer one is taken together with its input, for the coherence of rows.
+_COHERENCE_EVERY = 4
 #: Losses that first ask the model where it scores labels, which must not be observed.
 _OWN = (label_losses, sampled_losses)
 
@@ -234,6 +237,8 @@ class MomentRecorder:
         self._gathered = GatheredTokens()
         self._gathered_of: Batch = self.batch
         self._masks: dict[str, Tensor] = {}  # of inputs `(tokens, features)` of this batch, by layer
+        self._coherence: dict[str, CoherenceSum] = {}
+        self._outputs: dict[str, int] = {}  # how often a layer has run with gradients
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -299,10 +304,19 @@ class MomentRecorder:
         """Find the padding in an input that is not recorded, for the gradients at its layer."""
         self._mask(x, name)
 
-    def see_gradient(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of the summed loss with respect to one output."""
+    def keeps_input(self, name: str) -> bool:
+        """Return True if the input of this run of a layer is to be held until its gradient arrives."""
+        if not self.seeing:
+            return False
+        self._outputs[name] = self._outputs.get(name, -1) + 1
+        return self._outputs[name] % _COHERENCE_EVERY == 0
+
+    def see_gradient(self, name: str, gradient: Tensor, x: Tensor | None = None) -> None:
+        """Add the gradient of the summed loss with respect to one output, with the input if it was held."""
         mask = self._masks.get(name)
         mask = self._mask(gradient) if mask is None or mask.shape != gradient.shape[:-1] else mask
+        if x is not None:
+            self._see_both(name, x, gradient, mask)
         tokens = _rows(gradient, mask)
         if tokens.shape[1] > self.full_up_to:
             _accumulate(self.gradients, name, self._moment(tokens, self.dtype))
@@ -312,6 +326,20 @@ class MomentRecorder:
         with torch.autocast(tokens.device.type, enabled=False):
             # Their damping hides the rounding of products in 16 bits, which inputs with outliers would not.
             add_gram(self.gradients[name], tokens.to(self.autocast or self.dtype))
+
+    def _see_both(self, name: str, x: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
+        """Add rows to the coherence of a layer; tokens whose row is unknown count as a row each."""
+        if x.shape[:-1] != gradient.shape[:-1]:
+            return
+        sizes = row_sizes(self.batch)
+        parts = [y.detach().to(self.autocast or self.dtype) for y in (x, gradient)]
+        if mask is not None:
+            parts.append(mask[..., None])
+        grouped = [by_rows(y, *sizes) for y in parts]
+        alone = [y.reshape(-1, 1, y.shape[-1]) for y in parts]
+        known = [y if y is not None else z for y, z in zip(grouped, alone, strict=True)]
+        with torch.autocast(x.device.type, enabled=False):
+            self._coherence.setdefault(name, CoherenceSum()).add(*known[:2], *[y[..., 0] for y in known[2:]])
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
         """Divide the sums: inputs by the tokens of a layer, gradients by the tokens that have a loss."""
@@ -332,7 +360,10 @@ class MomentRecorder:
                     "checkpoint, run the model in float32, or exclude the layer."
                 )
         tokens = max(self.counts.values(), default=0)
-        return CalibrationStats(rows, columns, tokens, loss, source, tuple(sorted(self.readers)))
+        ratios = {name: seen.ratio for name, seen in self._coherence.items()}
+        coherence = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        readers = tuple(sorted(self.readers))
+        return CalibrationStats(rows, columns, tokens, loss, source, readers, coherence=coherence)
 
     def _mask(self, x: Tensor, name: str | None = None) -> Tensor | None:
         """Tell tokens from padding, by the sizes of a tensor or, for the input of a layer, by its rows."""
@@ -414,7 +445,7 @@ def _hooked(model: nn.Module, recorder: MomentRecorder, config: LayerSelection |
         for name, module in layers.values()
         for handle in (
             module.register_forward_pre_hook(_input_hook(name, recorder), with_kwargs=True),
-            module.register_forward_hook(_output_hook(name, recorder)),
+            module.register_forward_hook(_output_hook(name, recorder), with_kwargs=True),
         )
     ]
     try:
@@ -447,13 +478,30 @@ def _input_hook(name: str, recorder: MomentRecorder) -> Any:
 
 
 def _output_hook(name: str, recorder: MomentRecorder) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:  # the first layer: with frozen weights the graph starts here
             # A copy, since the model may change its output in place, which no leaf of a graph allows.
             output = output.detach().requires_grad_().clone()
-        output.register_hook(lambda gradient: recorder.see_gradient(name, gradient))
+        (given,) = (*args, *kwargs.values())
+        held = _Held(given if given.is_floating_point() and recorder.keeps_input(name) else None)
+        output.register_hook(lambda gradient: recorder.see_gradient(name, gradient, held.unchanged))
         return output
 
     return hook
+
+
+class _Held:
+    """Input of a layer, held until its gradient arrives; or nothing."""
+
+    def __init__(self, x: Tensor | None) -> None:
+        self._x = None if x is None else x.detach()
+        self._of = None if x is None else _version(x)
+
+    @property
+    def unchanged(self) -> Tensor | None:
+        """The input, or None if it was changed in place since."""
+        return None if self._x is None or self._of is None or _version(self._x) != self._of else self._x

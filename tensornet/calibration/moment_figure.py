@@ -48,7 +48,8 @@ def moment_summaries(stats: "CalibrationStats") -> list[MomentSummary]:
         rows = stats.rows.get(name)
         squares = float(columns.double().square().sum())
         total = _trace(columns)
-        loss = None if rows is None or not stats.has_gradients else 0.5 * _trace(rows) * total
+        factor = 0.5 * stats.coherence.get(name, 1.0)
+        loss = None if rows is None or not stats.has_gradients else factor * _trace(rows) * total
         directions = total**2 / squares if squares > 0 else 0.0
         found.append(MomentSummary(name, len(columns), directions, loss))
     return found

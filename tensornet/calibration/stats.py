@@ -24,7 +24,8 @@ class CalibrationStats:
     """Second moments of inputs and output gradients of every layer: the curvature of the loss.
 
     A change `dW: (out, in)` of the weight of one layer raises the loss of a token by about
-    `1/2 tr(R dW C dW^T)`, with `R` from `rows` and `C` from `columns` (K-FAC's view of the Fisher matrix).
+    `1/2 tr(R dW C dW^T)`, with `R` from `rows` and `C` from `columns` (K-FAC's view of the Fisher matrix),
+    times its `coherence`.
     For a linear layer `C = E[x x^T]` of its inputs and `R = E[g g^T]` of the gradients of the summed loss by
     its outputs. For an embedding `R` holds the frequencies of its rows and `C` the gradient moment.
 
@@ -37,9 +38,13 @@ class CalibrationStats:
         source: where the text came from, for reports.
         readers: layers whose weight is read past them, as running a batch has shown.
         of_tokens: the loss is the cross entropy of tokens, so that its exponential is a perplexity.
+        coherence: by module name, factor of `R`: how much larger the gradients of whole rows (texts, images)
+            are than if their tokens were independent, measured on a fourth of the batches; 1 where absent.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
+        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
+        Architectures", section 3, on weights that are shared by the tokens of a row.
 
     Example:
         >>> model = torch.nn.Linear(8, 4)
@@ -55,6 +60,7 @@ class CalibrationStats:
     source: str = field(default="calibration data")
     readers: tuple[str, ...] = ()
     of_tokens: bool = False
+    coherence: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def has_gradients(self) -> bool:
@@ -114,6 +120,7 @@ class CalibrationStats:
             "source": self.source,
             "readers": list(self.readers),
             "of_tokens": self.of_tokens,
+            "coherence": dict(self.coherence),
             **sides,
         }
         metadata = {"calibration": json.dumps(header)}
@@ -147,6 +154,7 @@ class CalibrationStats:
                 source=header["source"],
                 readers=readers,
                 of_tokens=header.get("of_tokens", True),  # older files: of text, if there was a loss
+                coherence=header.get("coherence", {}),
             )
         except FormatError:
             raise

@@ -128,6 +128,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
         rows, columns = stats.rows.get(name), stats.columns.get(name)
         if not (_counts(rows) and _counts(columns)):
             continue
+        rows = rows * stats.coherence.get(name, 1.0)
         if kind.name == "embedding":
             terms.append(Weighting(_spread(rows), damped(columns, damping)))
         else:

@@ -128,7 +128,7 @@ def test_global_costs_less_than_uniform() -> None:
 
 
 def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
-    """The predicted rise is `1/2 tr(R E C E^T)` of the errors that are made."""
+    """The predicted rise is `1/2 tr(R E C E^T)` of the errors that are made, with the coherence of rows."""
     model, stats = gpt2_stats()
     config = CompressionConfig(target_modules=MLP, param_ratio=0.7, damping=0.0)
     plan = tn.plan(model, config, stats)
@@ -142,7 +142,7 @@ def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
         made = twin.get_submodule(layer.name)
         error = (dense[layer.name] - made.to_matrix().detach()).double()
         rows, columns = damped(stats.rows[layer.name], FORECAST_DAMPING), stats.columns[layer.name].double()
-        cost = 0.5 * float(torch.trace(rows @ error @ columns @ error.T))
+        cost = 0.5 * stats.coherence[layer.name] * float(torch.trace(rows @ error @ columns @ error.T))
         assert layer.loss_increase == pytest.approx(cost, rel=0.02, abs=1e-6)
         assert layer.params_after == sum(tensor.numel() for tensor in made.stored.values())
 

@@ -157,10 +157,14 @@ class _Streamed:
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Ignore embeddings, which lie outside the blocks."""
 
-    def see_gradient(self, name: str, gradient: Tensor) -> None:
+    def keeps_input(self, name: str) -> bool:
+        """Let the recorder say whether an input is held, in the backward pass."""
+        return self.sees == "gradients" and self.recorder.keeps_input(name)
+
+    def see_gradient(self, name: str, gradient: Tensor, x: Tensor | None = None) -> None:
         """Forward a gradient to the recorder in the backward pass."""
         if self.sees == "gradients":
-            self.recorder.see_gradient(name, gradient)
+            self.recorder.see_gradient(name, gradient, x)
 
     # The phases.
 

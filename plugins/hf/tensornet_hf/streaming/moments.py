@@ -22,9 +22,11 @@ class Moments:
         self.folder = folder
         self.sides: dict[str, dict[str, str]] = {"rows": {}, "columns": {}}
         self.stored: dict[str, Slice] = {}
+        self.coherence: dict[str, float] = {}
 
     def add(self, stats: CalibrationStats) -> None:
         """Write the moments of some layers; shared tensors stay shared."""
+        self.coherence |= stats.coherence
         tensors: dict[str, Tensor] = {}
         keys: dict[int, str] = {}
         for side, moments in (("rows", stats.rows), ("columns", stats.columns)):
@@ -40,5 +42,5 @@ class Moments:
     def write(self, path: Path, *, tokens: int, loss: float, source: str, of_tokens: bool) -> None:
         """Write the file that `CalibrationStats.load` reads, from the stored bytes."""
         facts = {"tokens": tokens, "loss": loss, "source": source, "of_tokens": of_tokens}
-        header = {"version": STATS_VERSION, **facts, **self.sides}
+        header = {"version": STATS_VERSION, **facts, "coherence": self.coherence, **self.sides}
         write_shard(ShardTask(path, self.stored, {"calibration": json.dumps(header)}))

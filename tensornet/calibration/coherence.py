@@ -1,0 +1,124 @@
+"""Coherence of the tokens of one row: by how much their gradients of a weight add up.
+
+The gradient of a weight by the loss of one row of a batch (a text, an image) is `G = sum_t g_t x_t^T` over
+its tokens, with inputs `x_t` and gradients `g_t` of the outputs. K-FAC takes the tokens for independent, so
+that `E |G|^2` is the product of the traces of both moments. Where a model pools its tokens, as encoders of
+sentences and images do, all `g_t` of its last layers are alike, and an error there costs many times more.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from tensornet.calibration.batches import Batch
+
+#: Elements of the products of one step.
+_STEP = 1 << 24
+
+
+class CoherenceSum:
+    """Running sums over rows, for the coherence of one layer.
+
+    Example:
+        >>> from tensornet.calibration.coherence import CoherenceSum
+        >>> seen = CoherenceSum()
+        >>> seen.add(torch.ones(2, 5, 3), torch.ones(2, 5, 4))  # five tokens that are all alike
+        >>> seen.ratio
+        5.0
+    """
+
+    def __init__(self) -> None:
+        self.joint = self.inputs = self.gradients = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, x: Tensor, gradient: Tensor, mask: Tensor | None = None) -> None:
+        """Add rows of tokens.
+
+        Args:
+            x: inputs, shape `(rows, tokens, in)`.
+            gradient: of the outputs, shape `(rows, tokens, out)`.
+            mask: true at tokens, shape `(rows, tokens)`; all if absent.
+        """
+        if mask is not None:
+            x, gradient = (y * mask[..., None].to(y) for y in (x, gradient))
+        self.joint = self.joint.to(x.device) + squared_row_gradients(x, gradient)
+        self.inputs = self.inputs.to(x.device) + x.float().square().sum(dtype=torch.float64)
+        self.gradients = self.gradients.to(x.device) + gradient.float().square().sum(dtype=torch.float64)
+        self.tokens += x.shape[0] * x.shape[1] if mask is None else int(mask.sum())
+
+    @property
+    def ratio(self) -> float | None:
+        """Squared gradients of rows relative to those of independent tokens; None if nothing arrived."""
+        independent = float(self.inputs * self.gradients)
+        return float(self.joint) * self.tokens / independent if independent > 0 else None
+
+
+def squared_row_gradients(x: Tensor, gradient: Tensor) -> Tensor:
+    """Compute `sum_rows |sum_t g_t x_t^T|^2`, by the smaller one of two products.
+
+    Args:
+        x: shape `(rows, tokens, in)`.
+        gradient: shape `(rows, tokens, out)`.
+
+    Returns:
+        A scalar in double precision.
+
+    Example:
+        >>> from tensornet.calibration.coherence import squared_row_gradients
+        >>> x, gradient = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
+        >>> known = (gradient.mT @ x).square().sum()
+        >>> torch.allclose(squared_row_gradients(x, gradient).float(), known)
+        True
+    """
+    tokens, inputs, outputs = x.shape[1], x.shape[2], gradient.shape[2]
+    by_tokens = tokens * (inputs + outputs) < inputs * outputs
+    step = max(1, _STEP // (tokens**2 if by_tokens else inputs * outputs))
+    total = x.new_zeros((), dtype=torch.float64)
+    for a, b in zip(x.split(step), gradient.split(step), strict=True):
+        if by_tokens:
+            total += ((a @ a.mT).float() * (b @ b.mT).float()).sum(dtype=torch.float64)
+        else:
+            total += (b.mT @ a).float().square().sum(dtype=torch.float64)
+    return total
+
+
+def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
+    """Return the number of rows of a batch, and how many tokens they may have.
+
+    Example:
+        >>> from tensornet.calibration.coherence import row_sizes
+        >>> row_sizes({"input_ids": torch.ones(4, 7), "decoder_input_ids": torch.ones(4, 3)})
+        (4, frozenset({3, 7}))
+    """
+    tensors = [x for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0]
+    rows = len(tensors[0]) if tensors else 1
+    return rows, frozenset(x.shape[1] for x in tensors if x.ndim > 1 and len(x) == rows)
+
+
+def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
+    """Reshape what a layer reads to `(rows, tokens, features)`.
+
+    Args:
+        x: shape `(rows, ..., features)`, `(tokens, rows, ..., features)`, or with rows and their parts in one
+            dimension: all tokens, or windows of an image.
+        rows: of the batch.
+        tokens: that a row may have.
+
+    Returns:
+        None where the sizes do not show the rows, as for tokens that a router has gathered.
+
+    Example:
+        >>> from tensornet.calibration.coherence import by_rows
+        >>> shapes = (4, 7, 8), (7, 4, 8), (28, 8), (12, 7, 8)
+        >>> [tuple(by_rows(torch.zeros(shape), rows=4, tokens={7}).shape) for shape in shapes]
+        [(4, 7, 8), (4, 7, 8), (4, 7, 8), (4, 21, 8)]
+        >>> by_rows(torch.zeros(20, 8), rows=4, tokens={7})
+    """
+    first, *others = x.shape[:-1]
+    if not others:
+        known = first == rows or first in {rows * count for count in tokens}
+        return x.reshape(rows, -1, x.shape[-1]) if known and x.numel() else None
+    if first != rows and others[0] == rows and first in tokens:
+        x, first = x.transpose(0, 1), rows
+    return x.reshape(rows, -1, x.shape[-1]) if first % rows == 0 and x.numel() else None
