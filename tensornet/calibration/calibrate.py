@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.batches import (
+    Batch,
+    BatchLike,
+    as_batch,
+    check_batches,
+    fullest_row,
+    run_model,
+)
 from tensornet.calibration.coherence import CoherenceSum, by_rows, row_sizes
 from tensornet.calibration.gathered import GatheredTokens, hidden_states
 from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
@@ -159,7 +166,7 @@ class _Runs:
         with torch.set_grad_enabled(with_gradients):
             if with_gradients if self.loss_fn is None else self.loss_fn in _OWN:
                 with self.recorder.paused():
-                    default = default_losses(self.model, batch, self.fisher)
+                    default = default_losses(self.model, fullest_row(batch), self.fisher)
                 self.loss_fn = self.loss_fn or default.losses
                 self.of_tokens = self.loss_fn in _OWN and default.of_tokens
 
@@ -354,7 +361,8 @@ class MomentRecorder:
         for name, moment in self.gradients.items():
             (columns if name in self.frequencies else rows)[name] = mirrored(moment.div_(scored))
         for name, moment in (*columns.items(), *rows.items()):  # inputs first: where it began
-            if not bool(torch.isfinite(moment).all()):
+            diagonal = moment if moment.ndim == 1 else moment.diagonal()  # no element of a moment is larger
+            if not bool(torch.isfinite(diagonal).all()):
                 raise NonFiniteError(
                     f"Calibration met NaN or infinite inputs or gradients at layer {name!r}; check the "
                     "checkpoint, run the model in float32, or exclude the layer."
@@ -383,8 +391,10 @@ class MomentRecorder:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Select the rows of tokens, shape `(tokens, features)`."""
-    return x.detach()[mask] if mask is not None else x.detach().reshape(-1, x.shape[-1])
+    """Select the rows of tokens, shape `(tokens, features)`; not a copy where all are tokens."""
+    if mask is None or bool(mask.all()):
+        return x.detach().reshape(-1, x.shape[-1])
+    return x.detach()[mask]
 
 
 @dataclass

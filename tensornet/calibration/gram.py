@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 #: Columns of a block.
-_BLOCK = 256
+_BLOCK = 128
 
 
 def upper_gram(x: Tensor) -> Tensor:

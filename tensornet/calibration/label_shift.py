@@ -9,12 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import Batch, run_model, takes_labels
+from tensornet.calibration.batches import IGNORED, Batch, run_model, takes_labels
 from tensornet.context import in_eval_mode
 from tensornet.errors import CalibrationWarning
 
-#: Label of a position that has no loss.
-IGNORED = -100
 #: Positions that get a label in a trial.
 _POSITIONS = 64
 
@@ -24,14 +22,14 @@ _ANSWERS: "WeakKeyDictionary[nn.Module, bool | None]" = WeakKeyDictionary()
 _ASSUMED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
-def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
+def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor, output: Any = None) -> bool:
     """Return True if labels are scored one position earlier, by the model's own loss if it has one.
 
     Where it has none, labels that are the input tokens are shifted, since every model sees those; labels of
     their own are scored in their place. A `CalibrationWarning` says so once for each model.
 
     Args:
-        model, batch, labels: see `predicts_next_token`.
+        model, batch, labels, output: see `predicts_next_token`.
 
     Example:
         >>> from tensornet.calibration.label_shift import labels_are_shifted
@@ -39,7 +37,7 @@ def labels_are_shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
         >>> labels_are_shifted(torch.nn.Embedding(5, 5), {"input_ids": ids}, ids)  # no loss: the default
         True
     """
-    found = predicts_next_token(model, batch, labels)
+    found = predicts_next_token(model, batch, labels, output)
     if found is None and model not in _ASSUMED:
         inputs = batch.get("input_ids")
         counted = labels != IGNORED
@@ -64,7 +62,7 @@ def same_convention(copy: nn.Module, model: nn.Module) -> None:
         _ASSUMED[copy] = _ASSUMED[model]
 
 
-def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool | None:
+def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor, output: Any = None) -> bool | None:
     """Compare the loss that a model computes from labels with the cross entropy of each convention.
 
     To explain how this works: the model is run on labels that tell the two conventions apart as far as its
@@ -76,6 +74,7 @@ def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool 
         model: any model; nothing is asked of its class or its name.
         batch: one batch.
         labels: shape `(rows, tokens)`; positions it ignores stay ignored.
+        output: of the model for this batch with logits, which saves a run of it.
 
     Returns:
         True where the logits of position `t` are scored on label `t + 1`, False where on label `t`; None
@@ -99,18 +98,22 @@ def predicts_next_token(model: nn.Module, batch: Batch, labels: Tensor) -> bool 
     if len(chosen[0]) == 0:  # another batch may tell
         return None
     with in_eval_mode(model):
-        _ANSWERS[model] = _ask(model, batch, labels, chosen)
+        _ANSWERS[model] = _ask(model, batch, labels, chosen, output)
     return _ANSWERS[model]
 
 
 @torch.no_grad()
-def _ask(model: nn.Module, batch: Batch, labels: Tensor, chosen: tuple[Tensor, Tensor]) -> bool | None:
+def _ask(
+    model: nn.Module, batch: Batch, labels: Tensor, chosen: tuple[Tensor, Tensor], first: Any
+) -> bool | None:
     if not takes_labels(model):
         return None
-    first = run_model(model, {**batch, "labels": labels})
-    if field(first, "loss") is None:
+    if first is None:
+        first = run_model(model, {**batch, "labels": labels})
+    likely = _trial(model, batch, labels, chosen, first, 1)
+    unlikely = None if likely is None else _trial(model, batch, labels, chosen, first, -1)
+    if likely is None or unlikely is None:
         return None
-    likely, unlikely = (_trial(model, batch, labels, chosen, first, sign) for sign in (1, -1))
     own, here, before = (a - b for a, b in zip(likely, unlikely, strict=True))
     # 0 where labels are scored in their place, 1 where shifted; NaN answers nothing.
     place = (own - here) / (before - here) if before != here else math.nan
@@ -129,17 +132,19 @@ def _positions(batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _trial(
     model: nn.Module, batch: Batch, labels: Tensor, chosen: tuple[Tensor, Tensor], output: Any, sign: int
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float] | None:
     """Score labels that are likely under one convention and unlikely under the other.
 
     Returns:
-        The model's own loss, the cross entropy in place, and that with labels shifted.
+        The model's own loss, the cross entropy in place, and that with labels shifted; None without a loss.
     """
     rows, columns = chosen
     here, before = _log_probabilities(output, chosen)
     tried = torch.full_like(labels, IGNORED)
     tried[rows, columns] = (sign * (here - before)).argmax(-1).to(labels.dtype)
     output = run_model(model, {**batch, "labels": tried})  # labels may be what a decoder reads
+    if field(output, "loss") is None:
+        return None
     wanted = tried[rows, columns, None].long()
     in_place, shifted = (-float(x.gather(-1, wanted).mean()) for x in _log_probabilities(output, chosen))
     return float(field(output, "loss").float().mean()), in_place, shifted

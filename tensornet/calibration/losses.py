@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import Batch, run_model
-from tensornet.calibration.label_shift import IGNORED, field, labels_are_shifted, same_convention
+from tensornet.calibration.batches import IGNORED, Batch, run_model
+from tensornet.calibration.label_shift import field, labels_are_shifted, same_convention
 from tensornet.calibration.token_axes import place_masks
+from tensornet.calibration.token_entropy import drawn_labels, token_entropies
 from tensornet.errors import TargetError
 
 TokenLosses = Callable[[nn.Module, Batch], Tensor]
@@ -52,8 +53,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
             "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
             "tensornet.compress(model, config, calibration=stats)."
         )
-    logits, labels = _aligned(model, batch, logits, labels)
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
+    return token_entropies(*_aligned(model, batch, logits, labels))
 
 
 def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
@@ -85,15 +85,15 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     """
     labels, logits, output = _predict(model, batch)
     if logits is not None and labels is not None:
-        logits, _ = _aligned(model, batch, logits, labels)
+        logits, places, _ = _aligned(model, batch, logits, labels)
     elif (logits := _logits(output)) is None or logits.ndim != 2 or logits.shape[1] < 2 or _numbers(labels):
         raise TargetError(
             f"{type(model).__name__} returns no logits for each token or row to draw labels from; use "
             "label_losses or pass a loss function of your own."
         )
-    with torch.no_grad():
-        drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
-    return nn.functional.cross_entropy(logits, drawn, reduction="none")
+    else:
+        places = torch.arange(len(logits), device=logits.device)
+    return token_entropies(logits, places, drawn_labels(logits, places))
 
 
 def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -162,7 +162,7 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> DefaultLoss:
     if matched:
         assert labels is not None
         if labels.ndim == 2:
-            labels_are_shifted(model, batch, labels)
+            labels_are_shifted(model, batch, labels, output)
     elif "labels" not in batch and field(output, "loss") is None:
         classes = _logits(output)
         drawn = classes is not None and classes.ndim == 2 and classes.shape[1] > 1
@@ -347,14 +347,16 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
     return labels, logits if matches else None, output
 
 
-def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Align logits `(tokens, classes)` with the labels `(tokens,)` they predict, without ignored ones."""
+def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits `(positions, classes)`, the positions that have a label, and these labels."""
     mask = batch.get("attention_mask")
     causal = labels.ndim == 2 and labels_are_shifted(model, batch, labels)
     padded = causal and mask is not None and mask.shape == labels.shape
-    if causal:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    if causal:  # a position is scored by the next label
+        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     keep = labels != IGNORED
     if padded:  # on the left: what padding says of the first token is not what the model says of a text
-        keep &= batch["attention_mask"][:, :-1] != 0
-    return logits[keep].float(), labels[keep].long()  # indices may be of 32 bits, classes may not
+        keep &= batch["attention_mask"] != 0
+    places = keep.reshape(-1).nonzero().squeeze(1)
+    # Indices may be of 32 bits, classes may not.
+    return logits.reshape(-1, logits.shape[-1]), places, labels.reshape(-1)[places].long()

@@ -114,7 +114,7 @@ def family_candidates(
         **chosen,
     )
     topologies = ladder.topologies
-    params, sizes = _sizes(topologies, storage, matrix.dtype)
+    params, sizes = _sizes(_Rungs(topologies), storage, matrix.dtype)
     shape = (matrix.shape[0], matrix.shape[1])
     dense = [float(matrix.numel())] if ladder.complete else []
     dense_bytes, dense_time = float(matrix.numel() * matrix.element_size()), 0.0
@@ -257,9 +257,20 @@ def relative_gap(matrix: Tensor, other: Tensor) -> float:
     return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))
 
 
+@dataclass(frozen=True)
+class _Rungs:
+    """Topologies of a ladder as a key: hashed by the first and the last, since to hash all takes long."""
+
+    topologies: tuple[Topology, ...]
+
+    def __hash__(self) -> int:
+        return hash((len(self.topologies), self.topologies[:1], self.topologies[-1:]))
+
+
 @lru_cache(maxsize=256)
-def _sizes(topologies: tuple[Topology, ...], storage: Storage, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _sizes(rungs: _Rungs, storage: Storage, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Count stored numbers and bytes of each topology; cached, since layers of one shape share candidates."""
+    topologies = rungs.topologies
     params = torch.tensor([storage.num_params(t) for t in topologies], dtype=torch.float64)
     sizes = torch.tensor([storage.num_bytes(t, dtype) for t in topologies], dtype=torch.float64)
     return params, sizes

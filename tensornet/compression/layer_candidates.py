@@ -33,7 +33,7 @@ from tensornet.remembered import remembering
 from tensornet.topologies import TopologyFamily, topology_family
 
 #: Layers whose samples are rounded together, and bytes that the moments of one side may take meanwhile.
-_LAYERS, _MOMENT_BYTES = 14, 1 << 27
+_LAYERS, _MOMENT_BYTES = 28, 1 << 28
 
 
 def all_candidates(
@@ -57,7 +57,8 @@ def all_candidates(
     """
     few = few_bits(config.number_formats) if config.plans_formats else []
     for some in _chunks(targets):
-        known = [layer_sensitivity(target, objective, stats, config.damping) for target in some]
+        with remembering():  # layers that read the same inputs share a moment
+            known = [layer_sensitivity(target, objective, stats, config.damping) for target in some]
         sensitive = [k for k, sensitivity in enumerate(known) if sensitivity is not None]
         measured: dict[int, MeasuredSample] = {}
         if few:

@@ -65,12 +65,13 @@ class WeightedSVD:
         return self.left[:, :rank], self.right[:rank]
 
 
+@remembered
 def damped(moment: Tensor, amount: float) -> Tensor:
     """Add `amount * mean(diag M)` to the diagonal of a moment, in double precision."""
     moment = moment.to(working_dtype(moment.dtype))
     if moment.ndim == 1:
         return moment + amount * moment.mean()
-    shifted = (moment + moment.T) / 2  # accumulated in single precision: symmetric only up to rounding
+    shifted = (moment + moment.T).mul_(0.5)  # accumulated in single precision: symmetric only up to rounding
     shifted.diagonal().add_(amount * moment.diagonal().mean())
     return shifted
 

@@ -49,9 +49,11 @@ class Side:
             ShapeError: the moment is not positive definite.
         """
         backward = order.flip(1)
-        index = torch.arange(len(order), device=order.device)[:, None, None]
+        # Whole rows are copied first: an index of single elements takes as long as the factorisation.
+        chosen = zip(self.moment, backward, strict=True)
+        turned = torch.stack([x.index_select(0, places).index_select(1, places) for x, places in chosen])
         # Factorised in double precision: the smallest pivots are differences of large numbers.
-        turned = self.moment[index, backward[:, :, None], backward[:, None, :]].double()
+        turned = turned.double()
         lower, info = torch.linalg.cholesky_ex(turned)
         if bool(info.any()):
             raise ShapeError(
@@ -121,7 +123,7 @@ def _damped(
     if moment.ndim == 1:
         return Side((moment + damping * moment.mean())[None])
     moment = moment.reshape(-1, size, size)
-    moment = (moment + moment.mT) / 2  # accumulated in single precision: symmetric up to rounding
+    moment = (moment + moment.mT).mul_(0.5)  # accumulated in single precision: symmetric up to rounding
     mean = moment.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # a stack may hold experts that saw nothing
     moment.diagonal(dim1=1, dim2=2).add_(damping * mean)

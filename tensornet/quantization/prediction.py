@@ -14,6 +14,9 @@ from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.scales import as_groups, spread_groups
 from tensornet.remembered import remembered
 
+#: Standard deviations beyond which a normal distribution counts as zero.
+_FAR = 12.0
+
 
 def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
     """Predict squared rounding residuals with feedback: `s^2/12` inside the grid, more beyond its ends.
@@ -32,7 +35,8 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
     ends = grid.points(torch.zeros_like(weight)), grid.points(torch.full_like(weight, grid.top))
     expected = variance.clone()
     for beyond in (weight - torch.maximum(*ends), torch.minimum(*ends) - weight):
-        start = (step / 2 - beyond) / sigma
+        # Farther out nothing changes, but numbers too small to be normal ones take very long.
+        start = ((step / 2 - beyond) / sigma).clamp_(-_FAR, _FAR)
         tail = torch.special.erfc(start / 2**0.5) / 2
         density = torch.exp(-start.square() / 2) / (2 * torch.pi) ** 0.5
         outside = (beyond.square() + sigma.square()) * tail

@@ -150,7 +150,8 @@ def round_weight(
     names = _methods(method, problem)
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
     start = search_scales(work, number_format, importance)
-    loops = {name: problem.rounder(name) for name in names}
+    factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    loops = {name: problem.rounder(name, factors) for name in names}
     predicted = problem.predicted(start, loops[names[-1]]) if predict else None
     two_sided_later = refits > 0 and names[-1] == "both"
     first = names[:-1] if two_sided_later else names
@@ -230,18 +231,28 @@ class _Problem:
         """Expand scales and zero points to a grid of every element."""
         return Grid(*_spread(found, self.format, self.weight.shape[2], self.weight.dtype), self.format.top)
 
-    def rounder(self, method: Method) -> _Loop:
-        """Build the rounding loop of a method, with its moments factorised."""
-        stack = len(self.weight)
-        rows = columns = row_feedback = column_feedback = row_order = column_order = None
-        if method in ("rows", "both"):
-            assert self.rows is not None
-            row_order = self.rows.order()
-            row_feedback, rows = self.rows.feedback(row_order)
-        if method in ("columns", "both"):
-            assert self.columns is not None
-            column_order = self.columns.order()
-            column_feedback, columns = self.columns.feedback(column_order)
+    def rounder(
+        self, method: Method, factors: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
+    ) -> _Loop:
+        """Build the rounding loop of a method, with its moments factorised.
+
+        Args:
+            method: to round with.
+            factors: of both sides as far as other methods needed them; those that this one needs are added.
+        """
+        stack, factors = len(self.weight), {} if factors is None else factors
+
+        def factorised(name: str, side: Side | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            if method not in (name, "both"):
+                return None, None, None
+            assert side is not None
+            if name not in factors:
+                order = side.order()
+                factors[name] = (order, *side.feedback(order))
+            return factors[name]
+
+        row_order, row_feedback, rows = factorised("rows", self.rows)
+        column_order, column_feedback, columns = factorised("columns", self.columns)
 
         def run(weight: Tensor, grid: Grid) -> Tensor:
             wide = [None if x is None else x.expand(stack, -1, -1) for x in (row_feedback, column_feedback)]

@@ -5,6 +5,7 @@ elements often cost less than a coarse grid. The refit takes the codes as given 
 `(w - q) C (w - q)^T` over all scales of a row at once, correlations between groups included.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ _WIDEST = 1.1
 _TRIED = 24
 #: Alternations of rounding and weighted least squares that follow the search.
 _POLISHED = 2
-#: Elements searched at a time, which bounds memory.
-_CHUNK = 1 << 22
+#: Elements searched at a time: on a CPU they stay in its cache, elsewhere memory is bounded.
+_CACHED, _CHUNK = 1 << 16, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ def search_scales(
     check_finite(importance, "The importance of the elements")
     # Padding has no importance: not every grid has a zero.
     prices = as_groups(importance.to(grouped).expand(weight.shape), number_format).reshape(flat.shape)
-    step = max(1, _CHUNK // flat.shape[1])
+    step = max(1, (_CACHED if flat.is_cpu else _CHUNK) // flat.shape[1])
     scales, zeros = [], []
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        scale, zero = _search(flat[part], number_format, prices[part])
+        # One group a column: sums over groups of 32 and products with scales run along all groups.
+        scale, zero = _search(flat[part].T.contiguous(), number_format, prices[part].T.contiguous())
         scales.append(scale)
         zeros.append(zero)
     shape = grouped.shape[:-1]
@@ -104,16 +106,15 @@ def spread_groups(values: Tensor, number_format: NumberFormat, size: int) -> Ten
 
 
 def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the best scale and zero, shape `(groups,)` each, for groups `(groups, width)`."""
+    """Find the best scale and zero, shape `(groups,)` each, for groups `(width, groups)`."""
     best = _Best(flat, prices, number_format)
-    for share in torch.linspace(_narrowest(number_format), _WIDEST, _TRIED).tolist():
-        for scale, zero in _candidates(flat, number_format, share):
-            best.offer(scale, zero)
+    for scale, zero in _candidates(flat, number_format):
+        best.offer(scale, zero)
     for _ in range(_POLISHED):
-        points = best.codes(best.scale, best.zero) - best.zero[:, None]
+        points = best.codes(best.scale, best.zero).sub_(best.zero)
         weighed = points * prices
-        size = (weighed * points).sum(1)
-        fitted = (weighed * flat).sum(1) / torch.where(size > 0, size, torch.ones_like(size))
+        size = (weighed * points).sum(0)
+        fitted = (weighed * flat).sum(0) / torch.where(size > 0, size, torch.ones_like(size))
         best.offer(torch.where(size > 0, fitted, best.scale), best.zero)
     return best.scale, best.zero
 
@@ -123,27 +124,22 @@ def _narrowest(number_format: NumberFormat) -> float:
 
 
 class _Best:
-    """Best scale and zero found so far for every group."""
+    """Best scale and zero found so far for every group, a column of `flat: (width, groups)`."""
 
     def __init__(self, flat: Tensor, prices: Tensor, number_format: NumberFormat) -> None:
         self.flat, self.prices, self.format = flat, prices, number_format
-        self.scale = flat.new_zeros(len(flat))
+        self.scale = flat.new_zeros(flat.shape[1])
         self.zero = torch.full_like(self.scale, 0.0 if number_format.zero_point else number_format.center)
-        self.cost = self._cost(torch.zeros_like(flat))
-
-    def _cost(self, points: Tensor) -> Tensor:
-        error = (self.flat - points).square_()
-        return error.mul_(self.prices).sum(1)
+        self.cost = (flat * flat).mul_(prices).sum(0)
 
     def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
         divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-        return (self.flat / divisor[:, None]).add_(zero[:, None]).round_().clamp_(0, self.format.top)
+        return (self.flat / divisor).add_(zero).round_().clamp_(0, self.format.top)
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
-        scale = scale.to(self.format.scale_dtype).to(self.flat.dtype)
-        scale = torch.where(scale.isfinite(), scale, torch.zeros_like(scale))
-        points = self.codes(scale, zero).sub_(zero[:, None]).mul_(scale[:, None])
-        cost = self._cost(points)
+        scale = _stored(scale, self.format)
+        error = self.codes(scale, zero).sub_(zero).mul_(scale).sub_(self.flat)
+        cost = error.mul_(error).mul_(self.prices).sum(0)
         better = cost < self.cost
         self.scale, self.zero, self.cost = (
             torch.where(better, new, old)
@@ -151,20 +147,44 @@ class _Best:
         )
 
 
-def _candidates(flat: Tensor, number_format: NumberFormat, share: float) -> list[tuple[Tensor, Tensor]]:
-    """List scales and zeros that fit a given fraction of the range of every group into the grid."""
-    low, high = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
+def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
+    """Round scales to the dtype they are stored in; zero where they leave its range."""
+    kept = scale.to(number_format.scale_dtype).to(scale.dtype)
+    return torch.where(kept.isfinite(), kept, torch.zeros_like(kept))
+
+
+def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
+    """List scales and zeros that fit shares of the range of every group into the grid."""
+    low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
     top = number_format.top
-    if not number_format.zero_point:
-        center = torch.full_like(low, number_format.center)
+    if number_format.zero_point:
+        whole = (high - low) / top
+        middle = (-low / torch.where(whole == 0, torch.ones_like(whole), whole)).round()
+        others = [(1, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
+    else:
         extreme = torch.where(high > -low, high, low)
-        scale = -share * extreme / number_format.center  # code 0 reaches farthest from the center
-        signs = (1,) if number_format.center % 1 else (1, -1)
-        return [(sign * scale, center) for sign in signs]
-    scale = share * (high - low) / top
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    middle = (-share * low / divisor).round()
-    return [(scale, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
+        whole = -extreme / number_format.center  # code 0 reaches farthest from the center
+        center = torch.full_like(low, number_format.center)
+        others = [(sign, center) for sign in ((1,) if number_format.center % 1 else (1, -1))]
+    shares = torch.linspace(_narrowest(number_format), _WIDEST, _TRIED, device=flat.device)
+    for scale in _distinct(_stored(shares.to(flat)[:, None] * whole, number_format)):
+        for sign, zero in others:
+            yield sign * scale, zero
+
+
+def _distinct(scales: Tensor) -> Tensor:
+    """Drop scales that are the same once stored: of 24 those with 8 bits leave two or three, or eight.
+
+    Args:
+        scales: shape `(tried, groups)`, sorted in every group.
+
+    Returns:
+        Shape `(kept, groups)`; a group with fewer than others repeats its last one.
+    """
+    place = torch.zeros(scales.shape, dtype=torch.int64, device=scales.device)
+    torch.cumsum(scales[1:] != scales[:-1], 0, out=place[1:])
+    found = scales[-1:].repeat(int(place[-1].max()) + 1, 1)
+    return found.scatter_(0, place, scales)
 
 
 @torch.no_grad()
