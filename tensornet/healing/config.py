@@ -40,6 +40,9 @@ class HealingConfig:
             compressed layer has something to train, else `"vectors"`.
         autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
             recent processors and changes the result little.
+        hold_weights: with `autocast`, hold the frozen matrices of both models in that dtype for all steps,
+            where autocast would cast dense ones and unpack integers at each: faster, and takes the bytes of
+            these matrices more.
         max_seconds: stop earlier; the learning rate then falls with time.
         clock: measures `max_seconds` and the time of the report: wall time, or `time.process_time` for the
             work of this process on a machine that is shared.
@@ -63,6 +66,7 @@ class HealingConfig:
     distance: Distance | None = None
     parameters: Parameters = "auto"
     autocast: torch.dtype | None = None
+    hold_weights: bool = True
     max_seconds: float | None = None
     clock: Callable[[], float] = time.perf_counter
     checkpoint: str | Path | None = None

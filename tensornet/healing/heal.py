@@ -16,6 +16,7 @@ from tensornet.context import in_eval_mode
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.healing.config import HealingConfig
+from tensornet.healing.held_weights import held_weights
 from tensornet.healing.objective import end_to_end_step, layer_step, output_distance
 from tensornet.healing.trained import (
     compressed_layers,
@@ -71,7 +72,9 @@ def heal(
 
     First layer by layer (each compressed layer learns the dense layer's outputs for the dense layer's inputs,
     without a backward pass through the model), then end to end. AdamW without weight decay, gradients clipped
-    to norm 1; the learning rate rises for a twentieth of the steps and falls to zero.
+    to norm 1; the learning rate rises for a twentieth of the steps and falls to zero. With `autocast` the
+    frozen matrices of both models are cast or unpacked once and held in that dtype until the end, unless
+    `hold_weights=False`.
 
     Args:
         model: compressed, changed in place.
@@ -123,7 +126,13 @@ def _healed(
     batches = _forever(data, skip=run.done)
     device = next(model.parameters()).device
     apart = expanded(teacher) if config.layer_steps else nullcontext()
-    with apart, in_eval_mode(model, teacher), only_training(model, run.trained.values()):
+    trained, held = run.trained.values(), config.autocast if config.hold_weights else None
+    with (
+        apart,
+        in_eval_mode(model, teacher),
+        only_training(model, trained),
+        held_weights(model, teacher, dtype=held, trained=trained),
+    ):
         bar = progress_bar(
             total=config.total, initial=run.done, desc="healing", disable=not config.progress, unit="step"
         )

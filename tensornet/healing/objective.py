@@ -11,6 +11,7 @@ from tensornet.calibration.label_shift import field
 from tensornet.calibration.losses import only_hidden, output_distances, pooled, token_mask
 from tensornet.errors import TargetError
 from tensornet.healing.config import Distance
+from tensornet.healing.divergence import divergence
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 
@@ -106,13 +107,7 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
         return (1 - (pooled(student, batch) * pooled(teacher, batch)).sum(-1)).mean()
     if new is None:
         return output_distances(student, teacher, batch).mean()
-    mask = token_mask(batch, new.shape[:-1])
-    new, old = (x.float() if mask is None else x[mask].float() for x in (new, old))
-    new, old = (x.reshape(-1, x.shape[-1]) / temperature for x in (new, old))
-    divergence = nn.functional.kl_div(
-        new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    return divergence * temperature**2
+    return divergence(new, old, token_mask(batch, new.shape[:-1]), temperature)
 
 
 def end_to_end_step(model: nn.Module, teacher: nn.Module, batch: Batch, distance: Distance) -> float:

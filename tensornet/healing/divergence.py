@@ -1,0 +1,100 @@
+"""Divergence of predicted distributions, in blocks of tokens and with its gradient written out.
+
+To explain the blocks: log probabilities of a whole vocabulary for some hundred tokens are far larger than a
+processor's cache, and automatic differentiation keeps several copies of them. The gradient by the student's
+logits is the difference of both distributions, so one pass over a block gives the value and the gradient, and
+nothing of the vocabulary's size is kept but that gradient, in the dtype of the logits.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Logits handled at a time: on a processor so many that a block stays in its cache.
+_BLOCK, _BLOCK_ON_DEVICE = 2**18, 2**26
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Compute the mean of `KL(teacher || student)` over tokens in nats, times the squared temperature.
+
+    Differentiable once, by the student's logits; the teacher's are constants. Computed in float32, or in
+    float64 for logits in float64.
+
+    Args:
+        student: logits of the compressed model, shape `(..., classes)`.
+        teacher: logits of the dense model, of the same shape.
+        mask: the tokens that count, shape `(...)`; all if absent.
+        temperature: by which both logits are divided.
+
+    Returns:
+        Scalar; NaN if no token counts.
+
+    Reference:
+        Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", equation 2.
+
+    Example:
+        >>> from tensornet.healing.divergence import divergence
+        >>> teacher = torch.tensor([[0.0, 0.0]])
+        >>> student = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        >>> divergence(student, teacher).backward()
+        >>> torch.allclose(student.grad, student.detach().softmax(-1) - 0.5)
+        True
+    """
+    rows = None if mask is None or bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(-1)
+    new, old = (x.reshape(-1, x.shape[-1]) for x in (student, teacher.detach()))
+    value: Tensor = _Divergence.apply(new, old, rows, temperature)
+    return value
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, temperature: float
+    ) -> Tensor:
+        count, classes = len(student) if rows is None else len(rows), student.shape[1]
+        gap = None
+        if ctx.needs_input_grad[0]:
+            gap = torch.empty_like(student) if rows is None else torch.zeros_like(student)
+        step = max(1, (_BLOCK if student.is_cpu else _BLOCK_ON_DEVICE) // max(classes, 1))
+        sums = [student.new_zeros((), dtype=_work_dtype(student))]
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            index = part if rows is None else rows[part]
+            found, difference = _block(student[index], teacher[index], temperature, gap is not None)
+            sums.append(found)
+            if gap is not None:
+                gap[index] = difference.to(gap.dtype)
+        ctx.save_for_backward(gap)
+        # Scaled in `backward`, where a scaler's factor comes in: in 16 bits a fraction would underflow.
+        ctx.factor = temperature / max(count, 1)
+        return torch.stack(sums).sum() * (temperature**2 / count if count else math.nan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gap,) = ctx.saved_tensors
+        return (None if gap is None else gap * (gradients[0] * ctx.factor)), None, None, None
+
+
+def _work_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _block(
+    student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the summed divergence of a block of rows, and the difference of the distributions."""
+    dtype = _work_dtype(student)
+    new, old = (x.to(dtype, copy=True).div_(temperature) for x in (student, teacher))
+    for logits in (new, old):
+        logits.sub_(logits.amax(-1, keepdim=True))
+    p, q = new.exp(), old.exp()
+    p_sum, q_sum = (x.sum(-1, keepdim=True) for x in (p, q))
+    q.div_(q_sum)
+    value = old.sub_(new).mul_(q).sum() + (p_sum.log() - q_sum.log()).sum()
+    return value, p.div_(p_sum).sub_(q) if with_gradient else p
