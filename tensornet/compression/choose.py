@@ -100,25 +100,46 @@ def _mixed(caps: Sequence[Cap], layer: int, weights: Tensor) -> CostCurve:
     return CostCurve(weights @ parts, caps[0].curves[layer].costs)
 
 
-def choose_candidates(
-    targets: Sequence[Target],
-    candidates: Sequence[LayerCandidates],
-    config: CompressionConfig,
-    objective: str,
-    forecast: Forecast = UNMEASURED,
-    rest: ModelRest = NO_REST,
-    names: Sequence[str] | None = None,
-) -> tuple[list[int], str]:
+@dataclass(frozen=True)
+class Allocation:
+    """Layers with their candidates, and the budget to spend on them.
+
+    Args:
+        targets: the layers.
+        candidates: of each.
+        config: names the budget.
+        objective: by which candidates were made.
+        forecast: corrects predicted losses by measured ones.
+        rest: part of the model that is not targeted, for budgets that count all of it.
+    """
+
+    targets: Sequence[Target]
+    candidates: Sequence[LayerCandidates]
+    config: CompressionConfig
+    objective: str = "curvature"
+    forecast: Forecast = UNMEASURED
+    rest: ModelRest = NO_REST
+
+    @property
+    def unit(self) -> str:
+        """Size that candidates are compared by: `"num_bytes"` or `"params"`."""
+        return "num_bytes" if self.config.plans_formats else "params"
+
+
+def choose_candidates(given: Allocation, names: Sequence[str] | None = None) -> tuple[list[int], str]:
     """Choose a candidate index for each layer, and name the cap that was decisive.
 
-    Several caps on the whole are all kept. `forecast` corrects predicted losses by measured ones; `rest` is
-    the part of the model that is not targeted, for budgets that count all of it. `names` are those of
-    `candidates` in errors, where several layers have candidates together.
+    Several caps on the whole are all kept.
+
+    Args:
+        given: layers, candidates and budget.
+        names: of the candidates in errors, where several layers have candidates together.
 
     Raises:
         BudgetError: the caps cannot be kept.
     """
-    if not spends_jointly(config, objective):
+    targets, candidates, config, rest = given.targets, given.candidates, given.config, given.rest
+    if not spends_jointly(config, given.objective):
         if config.plans_formats:
             return one_format(targets, candidates, config, rest)
         return _alone(targets, candidates, config), _cap(config)
@@ -135,13 +156,12 @@ def choose_candidates(
     if config.loss_increase is None:
         assert cheapest is not None
         return cheapest
-    allowed = forecast.price(config.loss_increase)
+    allowed = given.forecast.price(config.loss_increase)
     if cheapest is None:
-        unit = "num_bytes" if config.plans_formats else "params"
-        curves = [found.curve(unit) for found in candidates]
+        curves = [found.curve(given.unit) for found in candidates]
         return spend_cost(curves, allowed, [found.forecasts for found in candidates]), "loss_increase"
     price = sum(float(f.forecasts[k]) for f, k in zip(candidates, cheapest[0], strict=True))
-    predicted = forecast.rise(price)
+    predicted = given.forecast.rise(price)
     if predicted > config.loss_increase:
         raise BudgetError(
             f"{cheapest[1]} and loss_increase={config.loss_increase} contradict each other: the best "

@@ -7,16 +7,15 @@ which it lowers the predicted loss most.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tensornet.compression.allocate import hull_steps
 from tensornet.compression.candidates import LayerCandidates
-from tensornet.compression.choose import ModelRest, choose_candidates
+from tensornet.compression.choose import Allocation, choose_candidates
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.forecast import Forecast
 from tensornet.compression.shared_stacks import SharedChoice, Stack
 from tensornet.errors import BudgetError
 from tensornet.nn.encoding import Storage
@@ -67,14 +66,7 @@ class _Item:
         return tuple(chosen)
 
 
-def choose_jointly(
-    targets: Sequence[Target],
-    candidates: Sequence[LayerCandidates],
-    stacks: Sequence[Stack],
-    config: CompressionConfig,
-    forecast: Forecast,
-    rest: ModelRest,
-) -> tuple[Choice, str]:
+def choose_jointly(given: Allocation, stacks: Sequence[Stack]) -> tuple[Choice, str]:
     """Choose candidates of single layers and forms of stacks in one budget, and name the tightest cap.
 
     To explain how this works: with both kinds of candidates one allocation finds which stacks share. Then the
@@ -85,18 +77,17 @@ def choose_jointly(
     Raises:
         BudgetError: the budget cannot be kept.
     """
-    unit = "num_bytes" if config.plans_formats else "params"
     found: list[tuple[float, Choice, str]] = []
     refused: list[BudgetError] = []
 
     def attempt(some: Sequence[Stack], kinds: Sequence[str]) -> Sequence[Stack]:
         try:
-            made, bound_by = choose_kinds(targets, candidates, some, config, forecast, rest, kinds)
+            made, bound_by = choose_kinds(given, some, kinds)
         except BudgetError as error:
             refused.append(error)
             return ()
-        size, cost = totals(made, targets, candidates, unit)
-        found.append((size if _saves_size(config) else cost, made, bound_by))
+        size, cost = totals(made, given)
+        found.append((size if _saves_size(given.config) else cost, made, bound_by))
         return [each.stack for each in made if isinstance(each, SharedChoice)]
 
     attempt((), ())
@@ -110,33 +101,19 @@ def choose_jointly(
     return next(each[1:] for each in found if each[0] <= least * (1 + _ROUNDING))
 
 
-def choose_kinds(
-    targets: Sequence[Target],
-    candidates: Sequence[LayerCandidates],
-    stacks: Sequence[Stack],
-    config: CompressionConfig,
-    forecast: Forecast,
-    rest: ModelRest,
-    kinds: Sequence[str],
-) -> tuple[Choice, str]:
+def choose_kinds(given: Allocation, stacks: Sequence[Stack], kinds: Sequence[str]) -> tuple[Choice, str]:
     """Choose with the given kinds of candidates for some stacks, and the layers of others alone.
 
     Raises:
         BudgetError: the budget cannot be kept.
     """
-    unit = "num_bytes" if config.plans_formats else "params"
-    items = [_item(stack, candidates, targets, kinds, unit) for stack in stacks]
+    targets, candidates = given.targets, given.candidates
+    items = [_item(stack, given, kinds) for stack in stacks]
     inside = {place for stack in stacks for place in stack.members}
     single = [place for place in range(len(targets)) if place not in inside]
-    chosen, bound_by = choose_candidates(
-        targets,
-        [*(candidates[place] for place in single), *(item.candidates for item in items)],
-        config,
-        "curvature",
-        forecast,
-        rest,
-        names=[targets[place].name for place in (*single, *(item.stack.members[0] for item in items))],
-    )
+    together = [*(candidates[place] for place in single), *(item.candidates for item in items)]
+    names = [targets[place].name for place in (*single, *(item.stack.members[0] for item in items))]
+    chosen, bound_by = choose_candidates(replace(given, candidates=together), names)
     made: Choice = [0] * len(targets)
     for place, index in zip(single, chosen, strict=False):
         made[place] = index
@@ -147,37 +124,29 @@ def choose_kinds(
     return made, bound_by
 
 
-def totals(
-    chosen: Choice, targets: Sequence[Target], candidates: Sequence[LayerCandidates], unit: str
-) -> tuple[float, float]:
-    """Compute the size in `"params"` or `"num_bytes"` and the predicted loss increase of a choice."""
-    size = cost = 0.0
+def totals(chosen: Choice, given: Allocation) -> tuple[float, float]:
+    """Compute the size of a choice in the allocation's unit, and its predicted loss increase."""
+    candidates, size, cost = given.candidates, 0.0, 0.0
     for place, choice in enumerate(chosen):
         if isinstance(choice, int):
-            size += float(getattr(candidates[place], unit)[choice])
+            size += float(getattr(candidates[place], given.unit)[choice])
             cost += float(candidates[place].forecasts[choice])
         elif choice.stack.members[0] == place:
-            size += float(choice.curve.numbers[choice.index]) * _width(targets[place], unit)
+            size += float(choice.curve.numbers[choice.index]) * _width(given.targets[place], given.unit)
             cost += float(choice.curve.forecasts[:, choice.index].sum())
     return size, cost
 
 
-def _item(
-    stack: Stack,
-    candidates: Sequence[LayerCandidates],
-    targets: Sequence[Target],
-    kinds: Sequence[str],
-    unit: str,
-) -> _Item:
+def _item(stack: Stack, given: Allocation, kinds: Sequence[str]) -> _Item:
     """Build the candidates of one stack."""
-    members = [candidates[place] for place in stack.members]
+    members = [given.candidates[place] for place in stack.members]
     tables = [torch.stack([getattr(found, name) for name in _VALUES]) for found in members]
     start: Sequence[int] = ()
     steps: Sequence[tuple[int, int]] = ()
     formats: dict[str, tuple[int, ...]] = {}
     points: list[Tensor] = []  # shape: (values, points) each
     if SEPARATE in kinds:
-        start, steps = hull_steps([found.curve(unit) for found in members])
+        start, steps = hull_steps([found.curve(given.unit) for found in members])
         points.append(_path(tables, start, steps))
         common = [name for name in members[0].uniform if all(name in found.uniform for found in members)]
         formats = {name: tuple(found.uniform[name] for found in members) for name in common}
@@ -189,7 +158,7 @@ def _item(
     if SHARED in kinds:
         for curve in stack.curves:
             shared += [SharedChoice(stack, curve, index) for index in range(len(curve.numbers))]
-            size = curve.numbers * targets[stack.members[0]].matrix.element_size()
+            size = curve.numbers * given.targets[stack.members[0]].matrix.element_size()
             points.append(torch.stack([curve.numbers, size, curve.costs.sum(0), curve.forecasts.sum(0)]))
     values = dict(zip(_VALUES, torch.cat(points, dim=1), strict=True))
     nothing = torch.zeros_like(values["params"])

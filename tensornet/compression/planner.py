@@ -12,7 +12,7 @@ from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, check_stats
 from tensornet.compression.candidates import LayerCandidates, storage_of
-from tensornet.compression.choose import NO_REST, ModelRest, choose_candidates, spends_jointly
+from tensornet.compression.choose import NO_REST, Allocation, ModelRest, choose_candidates, spends_jointly
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.forecast import UNMEASURED, Forecast, all_losses, light_copy, measured_rise
 from tensornet.compression.joint_choice import Choice, choose_jointly
@@ -215,11 +215,11 @@ class PreparedPlan:
 
     def _layers(self, config: CompressionConfig) -> list[LayerPlan]:
         """Choose among the candidates, and let stacks share cores where that pays."""
-        measures = (self.forecast, self.rest)
+        given = Allocation(self.targets, self.candidates, config, self.objective, self.forecast, self.rest)
         if spends_jointly(config, self.objective):
-            chosen, bound_by = choose_jointly(self.targets, self.candidates, self.stacks, config, *measures)
+            chosen, bound_by = choose_jointly(given, self.stacks)
             return self._planned(chosen, bound_by, config)
-        alone, bound_by = choose_candidates(self.targets, self.candidates, config, self.objective, *measures)
+        alone, bound_by = choose_candidates(given)
         costs = [float(found.costs[k]) for found, k in zip(self.candidates, alone, strict=True)]
         return share_alone(self._planned([*alone], bound_by, config), self.stacks, costs)
 

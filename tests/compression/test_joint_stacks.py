@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.compression import CompressionPlan, joint_choice, prepare
+from tensornet.compression.choose import Allocation
 from tensornet.compression.joint_choice import SEPARATE, SHARED, choose_kinds, totals
 from tensornet.compression.planner import PreparedPlan
 from tensornet.compression.report import model_size
@@ -82,12 +83,12 @@ def rise(plan: CompressionPlan) -> float:
 def of_kind(made: PreparedPlan, kind: str, budget: dict[str, float]) -> float:
     """Predicted loss where all stacks have candidates of one kind; infinite where none fits."""
     caps = replace(made.config, **{"param_ratio": None, **budget})  # type: ignore[arg-type]
-    work = (made.targets, made.candidates)
+    given = Allocation(made.targets, made.candidates, caps, forecast=made.forecast, rest=made.rest)
     try:
-        chosen, _ = choose_kinds(*work, made.stacks, caps, made.forecast, made.rest, [kind])
+        chosen, _ = choose_kinds(given, made.stacks, [kind])
     except BudgetError:
         return math.inf
-    return totals(chosen, *work, "params")[1]
+    return totals(chosen, given)[1]
 
 
 def separate(made: PreparedPlan, budget: dict[str, float]) -> float:
