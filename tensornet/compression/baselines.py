@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.sensitivity import FORECAST_DAMPING, input_weighting, layer_weighting
+from tensornet.compression.sensitivity import forecast_weighting, input_weighting
 from tensornet.context import on_cpu_unless_said
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, tail_costs, weighted_svd
@@ -282,8 +282,7 @@ def _weighed(
     chosen = [targets[layer.name] for layer in plan]
     if not _predicts(plan, stats):
         return [(target, None) for target in chosen]
-    damping = max(plan.damping, FORECAST_DAMPING)
-    return [(target, layer_weighting(target, "curvature", stats, damping)) for target in chosen]
+    return [(target, forecast_weighting(target, stats, plan.damping)) for target in chosen]
 
 
 def _predicts(plan: CompressionPlan, stats: CalibrationStats | None) -> bool:

@@ -20,8 +20,8 @@ from tensornet.nn.targets import Target
 INPUT_DAMPING = 1e-4
 #: Damping of gradient moments for the forecast of the loss. Decomposing is best with little damping, but what
 #: it leaves out then looks cheaper than it is: on another text, and with all layers compressed at once,
-#: errors also cost where this text's gradients are small. With 1 forecasts met measurements
-#: (docs/quality.md).
+#: errors also cost where this text's gradients are small. The trace is kept: errors of integers lie in all
+#: directions alike, and damping would double their cost.
 FORECAST_DAMPING = 1.0
 #: Least damping of gradient moments: errors in directions without gradients must cost something.
 _LEAST_DAMPING = 1e-6
@@ -54,12 +54,26 @@ def layer_sensitivity(
         return None
     if objective != "curvature":
         return Sensitivity(choice, choice)
-    forecast = layer_weighting(target, objective, stats, max(damping, FORECAST_DAMPING))
+    forecast = forecast_weighting(target, stats, damping)
     assert forecast is not None
     known, same = choice.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
         forecast = replace(forecast, columns=known)  # held once, and seen to be the same
     return Sensitivity(choice, forecast)
+
+
+def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:
+    """Weigh errors in one layer for the forecast of their loss: half of the gradients spread evenly.
+
+    Returns:
+        None where errors cost nothing because no gradient arrives.
+
+    Raises:
+        TargetError: see `layer_weighting`.
+    """
+    amount = max(damping, FORECAST_DAMPING)
+    found = layer_weighting(target, "curvature", stats, amount)
+    return None if found is None or found.rows is None else replace(found, rows=found.rows / (1 + amount))
 
 
 def layer_weighting(

@@ -16,7 +16,7 @@ from tensornet.compression.baselines import (
     baseline_methods,
     predict_baseline,
 )
-from tensornet.compression.sensitivity import FORECAST_DAMPING, layer_weighting
+from tensornet.compression.sensitivity import forecast_weighting
 from tensornet.errors import TargetError
 from tensornet.nn.targets import all_targets
 from tensornet.quantization import round_weight
@@ -45,7 +45,7 @@ def test_predicts_what_it_writes_and_takes_the_bytes_of_the_plan(made: Made, met
     assert 0.7 * plan.bytes_after < found.num_bytes <= 1.01 * plan.bytes_after
     loss = 0.0
     for target, new in zip(all_targets(model), all_targets(changed), strict=True):
-        weighting = layer_weighting(target, "curvature", stats, FORECAST_DAMPING)
+        weighting = forecast_weighting(target, stats, plan.damping)
         assert weighting is not None
         loss += weighting.cost(target.matrix.double() - new.matrix.double())
     assert found.predicted_loss_increase == pytest.approx(loss, rel=1e-4)

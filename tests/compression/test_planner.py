@@ -141,7 +141,8 @@ def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
             continue
         made = twin.get_submodule(layer.name)
         error = (dense[layer.name] - made.to_matrix().detach()).double()
-        rows, columns = damped(stats.rows[layer.name], FORECAST_DAMPING), stats.columns[layer.name].double()
+        rows = damped(stats.rows[layer.name], FORECAST_DAMPING) / (1 + FORECAST_DAMPING)
+        columns = stats.columns[layer.name].double()
         cost = 0.5 * stats.coherence[layer.name] * float(torch.trace(rows @ error @ columns @ error.T))
         assert layer.loss_increase == pytest.approx(cost, rel=0.02, abs=1e-6)
         assert layer.params_after == sum(tensor.numel() for tensor in made.stored.values())
