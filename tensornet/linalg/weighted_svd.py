@@ -269,7 +269,14 @@ def times(moment: Tensor | None, matrix: Tensor) -> Tensor:
     """Multiply a matrix by a moment: full, diagonal as a vector, or None for the identity."""
     if moment is None:
         return matrix
-    return moment.to(matrix)[:, None] * matrix if moment.ndim == 1 else moment.to(matrix) @ matrix
+    cast = _cast(moment, matrix.dtype, matrix.device)
+    return cast[:, None] * matrix if moment.ndim == 1 else cast @ matrix
+
+
+@remembered
+def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Convert a moment to the dtype and the device of a matrix."""
+    return moment.to(device, dtype)
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:

@@ -111,7 +111,7 @@ def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor) -> tuple[
     for scale, zero in _candidates(flat, number_format):
         best.offer(scale, zero)
     for _ in range(_POLISHED):
-        points = best.codes(best.scale, best.zero).sub_(best.zero)
+        points = best.points(best.scale, best.zero)
         weighed = points * prices
         size = (weighed * points).sum(0)
         fitted = (weighed * flat).sum(0) / torch.where(size > 0, size, torch.ones_like(size))
@@ -128,17 +128,26 @@ class _Best:
 
     def __init__(self, flat: Tensor, prices: Tensor, number_format: NumberFormat) -> None:
         self.flat, self.prices, self.format = flat, prices, number_format
+        self.against = -flat
         self.scale = flat.new_zeros(flat.shape[1])
         self.zero = torch.full_like(self.scale, 0.0 if number_format.zero_point else number_format.center)
         self.cost = (flat * flat).mul_(prices).sum(0)
 
-    def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
-        divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-        return (self.flat / divisor).add_(zero).round_().clamp_(0, self.format.top)
+    def points(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Compute the nearest codes less their zeros."""
+        found = self.flat / torch.where(scale == 0, torch.ones_like(scale), scale)
+        center, top = self.format.center, self.format.top
+        if self.format.zero_point:
+            return found.add_(zero).round_().clamp_(0, top).sub_(zero)
+        if center % 1:  # points lie between whole numbers
+            found.sub_(0.5).round_().add_(0.5)
+        else:
+            found.round_()
+        return found.clamp_(-center, top - center)
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
         scale = _stored(scale, self.format)
-        error = self.codes(scale, zero).sub_(zero).mul_(scale).sub_(self.flat)
+        error = torch.addcmul(self.against, self.points(scale, zero), scale)
         cost = error.mul_(error).mul_(self.prices).sum(0)
         better = cost < self.cost
         self.scale, self.zero, self.cost = (
