@@ -1,0 +1,147 @@
+"""Do predictions rank layers rightly, with tokens taken as independent and with their coherence?
+
+    OMP_NUM_THREADS=1 python benchmarks/coherence.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
+
+All layers of one kind, or of one block, are rounded to nearest in int4, groups of 64, and all else stays. The
+loss is measured with these errors and with the opposite ones, and averaged, so that what is linear in them
+cancels. `independent` is the predicted loss increase over the measured one by the moments of single tokens
+(K-FAC), `coherent` the same times the coherence of each layer. A common factor does not matter, since only
+ratios between layers decide a plan: `spread` is the largest of such ratios over the smallest. Models and
+texts are those of `bytes.py`, judged on a fourth of its windows. Writes `coherence.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bytes import AUTOCAST, subjects
+from bytes_models import Subject, judge, pooled, tokens_of
+from harness import RECORDS, record
+
+import tensornet as tn
+from tensornet.nn.targets import Target, find_targets
+from tensornet.quantization import round_weight
+
+FORMAT = "int4:g64"
+RATIOS = ("independent", "coherent")
+Row = dict[str, Any]
+
+
+def groups(names: Sequence[str], by: str) -> dict[str, list[str]]:
+    """Group layers by the last part of their names, or by the number in them."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        number = re.search(r"\d+", name)
+        key = name.rpartition(".")[2] if by == "kind" else number[0] if number else "-"
+        if by == "kind" and key == "dense":  # of BERT: attention.output, intermediate, output
+            key = ".".join(name.split(".")[3:])
+        found.setdefault(key, []).append(name)
+    return found
+
+
+@torch.no_grad()
+def rows(subject: Subject, every: int) -> Iterator[Row]:
+    """Measure every group of layers of one model."""
+    subject = replace(subject, judged=subject.judged[::every])
+    model = subject.load()
+    stats = tn.calibrate(
+        model, subject.calibration(0), config=subject.layers, loss_fn=subject.losses, autocast=AUTOCAST
+    )
+    dense = [pooled(model, x) for x in subject.judged] if subject.encoder else []
+    before = judge(subject, model, dense)
+    targets = {target.name: target for target in find_targets(model, subject.layers)}
+    for by in ("kind", "block"):
+        for key, names in groups([*targets], by).items():
+            found = rise(subject, model, [targets[name] for name in names], dense, before)
+            predicted = [prediction(targets[name], stats) for name in names]
+            independent, coherent = (sum(x) for x in zip(*predicted, strict=True))
+            yield {
+                "model": subject.name,
+                "by": by,
+                "group": key,
+                "layers": len(names),
+                **found,
+                "independent": independent / found["loss_increase"],
+                "coherent": coherent / found["loss_increase"],
+                "judged_tokens": tokens_of(subject.judged),
+            }
+
+
+def error_of(target: Target) -> torch.Tensor:
+    """Return the error of rounding one weight to nearest."""
+    return round_weight(target.matrix, FORMAT, method="nearest", refits=0).dequantize() - target.matrix
+
+
+def prediction(target: Target, stats: tn.CalibrationStats) -> tuple[float, float]:
+    """Predict the loss increase of rounding one weight, without and with coherence."""
+    error, name = error_of(target), target.names[0]
+    alone = 0.5 * float(((stats.rows[name] @ error) * (error @ stats.columns[name])).sum())
+    return alone, alone * stats.coherence[name]
+
+
+def rise(
+    subject: Subject,
+    model: nn.Module,
+    targets: Sequence[Target],
+    dense: Sequence[torch.Tensor],
+    before: torch.Tensor,
+) -> Row:
+    """Measure the mean loss increase of some errors and the opposite ones."""
+    kept = [target.matrix.clone() for target in targets]
+    errors, found = [error_of(target) for target in targets], []
+    for sign in (1, -1):
+        for target, weight, error in zip(targets, kept, errors, strict=True):
+            target.matrix.copy_(weight + sign * error)
+        found.append(judge(subject, model, dense) - before)
+    for target, weight in zip(targets, kept, strict=True):
+        target.matrix.copy_(weight)
+    both = (found[0] + found[1]) / 2
+    return {"loss_increase": float(both.mean()), "standard_error": float(both.std() / len(both) ** 0.5)}
+
+
+def spread(found: Sequence[Row], model: str, by: str, which: str) -> float:
+    """Return the largest over the smallest ratio of predicted to measured among the groups of a model."""
+    values = [row[which] for row in found if (row["model"], row["by"]) == (model, by)]
+    return max(values) / min(values)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure the models that the record does not have."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="few layers of the embedded model")
+    parser.add_argument("--models", nargs="+", default=["gpt2", "minilm", "smollm2"])
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    given = parser.parse_args(arguments)
+    path = given.records / "coherence.json"
+    found = json.loads(path.read_text())["rows"] if path.is_file() else []
+    makers = subjects(given)
+    for name in makers if given.toy else given.models:
+        if any(row["model"] == name for row in found):
+            continue
+        made = list(rows(makers[name](), every=1 if given.toy else 4))
+        found += made
+        spreads = {
+            f"{model}, by {by}": {
+                x: round(spread(found, model, by, x), 2) for x in ("independent", "coherent")
+            }
+            for model in dict.fromkeys(row["model"] for row in found)
+            for by in ("kind", "block")
+        }
+        record("coherence", found, folder=given.records, summary=spreads)
+    return path
+
+
+if __name__ == "__main__":
+    print(main())
