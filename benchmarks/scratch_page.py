@@ -353,6 +353,21 @@ def stacks_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Time of a training step relative to dense experts, by form; and compiled relative to eager."""
+    found = {row["what"]: row["ratio"] for row in rows if row["threads"] == 1}
+    columns = ("training step, {}", "training step with AdamW, {}", "training step, {}, compiled")
+    forms = [what.removeprefix("training step, ") for what in found if what.startswith(columns[0].format(""))]
+    lines = [
+        "| experts | times dense experts | the same with AdamW | compiled, times eager |",
+        "|---|--:|--:|--:|",
+    ]
+    for form in dict.fromkeys(form.removesuffix(", compiled") for form in forms):
+        cells = [found.get(column.format(form)) for column in columns]
+        lines.append("| " + " | ".join([form, *("" if x is None else f"{x:.2f}" for x in cells)]) + " |")
+    return "\n".join(lines)
+
+
 RECORDS_READ = (
     "moe_from_scratch",
     "moe_from_scratch_earlier",
@@ -362,6 +377,7 @@ RECORDS_READ = (
     "moe_from_scratch_larger",
     "scratch_formats",
     "trained_stacks",
+    "moe_step",
 )
 
 
@@ -387,6 +403,7 @@ def fill(page: str, records: Mapping[str, Run]) -> str:
         "earlier": earlier_table(rows["earlier"]),
         "formats": formats_table(rows["scratch_formats"]),
         "stacks": stacks_table(rows["trained_stacks"]),
+        "speed": speed_table(rows["moe_step"]),
     }
     return re.sub(
         r"(<!-- (\w+) -->)\n.*?(<!-- end -->)",

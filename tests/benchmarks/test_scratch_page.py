@@ -235,3 +235,17 @@ def test_compressed_experts_are_shown_by_what_is_kept(script: ModuleType) -> Non
         "| a | none | 0.20 | +0.2000 | 0.60 | +0.6000 |",
         "| b | inputs |  |  | 0.12 | +0.6000 |",
     ]
+
+
+def test_the_speed_of_a_step_by_form(script: ModuleType) -> None:
+    rows = [
+        {"threads": 1, "what": "training step", "ratio": 9.0},
+        {"threads": 1, "what": "training step, two-sided ends", "ratio": 1.25},
+        {"threads": 1, "what": "training step with AdamW, two-sided ends", "ratio": 1.2},
+        {"threads": 1, "what": "training step, dense experts, compiled", "ratio": 0.99},
+        {"threads": 1, "what": "training step, two-sided ends, compiled", "ratio": 1.0},
+        {"threads": 2, "what": "training step, two-sided ends", "ratio": 7.0},
+        {"threads": 1, "what": "inference", "ratio": 8.0},
+    ]
+    lines = script.speed_table(rows).splitlines()[2:]
+    assert lines == ["| two-sided ends | 1.25 | 1.20 | 1.00 |", "| dense experts |  |  | 0.99 |"]
