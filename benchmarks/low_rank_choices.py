@@ -183,7 +183,7 @@ class clipped:
         self.before = before = self.recorder.see_gradient
         clip = self.clip
         if clip is not None:
-            self.recorder.see_gradient = lambda r, name, gradient: before(r, name, clip(gradient))
+            self.recorder.see_gradient = lambda r, name, gradient, *x: before(r, name, clip(gradient), *x)
 
     def __exit__(self, *error: object) -> None:
         self.recorder.see_gradient = self.before

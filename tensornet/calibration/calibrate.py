@@ -18,7 +18,7 @@ from tensornet.calibration.batches import (
     fullest_row,
     run_model,
 )
-from tensornet.calibration.coherence import CoherenceSum, by_rows, row_sizes
+from tensornet.calibration.coherence import CoherenceSum, HeldInput, grouped
 from tensornet.calibration.gathered import GatheredTokens, hidden_states
 from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
 from tensornet.calibration.losses import (
@@ -335,18 +335,12 @@ class MomentRecorder:
             add_gram(self.gradients[name], tokens.to(self.autocast or self.dtype))
 
     def _see_both(self, name: str, x: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
-        """Add rows to the coherence of a layer; tokens whose row is unknown count as a row each."""
+        """Add rows to the coherence of a layer."""
         if x.shape[:-1] != gradient.shape[:-1]:
             return
-        sizes = row_sizes(self.batch)
-        parts = [y.detach().to(self.autocast or self.dtype) for y in (x, gradient)]
-        if mask is not None:
-            parts.append(mask[..., None])
-        grouped = [by_rows(y, *sizes) for y in parts]
-        alone = [y.reshape(-1, 1, y.shape[-1]) for y in parts]
-        known = [y if y is not None else z for y, z in zip(grouped, alone, strict=True)]
+        parts = grouped([y.detach().to(self.autocast or self.dtype) for y in (x, gradient)], mask, self.batch)
         with torch.autocast(x.device.type, enabled=False):
-            self._coherence.setdefault(name, CoherenceSum()).add(*known[:2], *[y[..., 0] for y in known[2:]])
+            self._coherence.setdefault(name, CoherenceSum()).add(*parts)
 
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
         """Divide the sums: inputs by the tokens of a layer, gradients by the tokens that have a loss."""
@@ -497,21 +491,8 @@ def _output_hook(name: str, recorder: MomentRecorder) -> Any:
             # A copy, since the model may change its output in place, which no leaf of a graph allows.
             output = output.detach().requires_grad_().clone()
         (given,) = (*args, *kwargs.values())
-        held = _Held(given if given.is_floating_point() and recorder.keeps_input(name) else None)
+        held = HeldInput(given if given.is_floating_point() and recorder.keeps_input(name) else None)
         output.register_hook(lambda gradient: recorder.see_gradient(name, gradient, held.unchanged))
         return output
 
     return hook
-
-
-class _Held:
-    """Input of a layer, held until its gradient arrives; or nothing."""
-
-    def __init__(self, x: Tensor | None) -> None:
-        self._x = None if x is None else x.detach()
-        self._of = None if x is None else _version(x)
-
-    @property
-    def unchanged(self) -> Tensor | None:
-        """The input, or None if it was changed in place since."""
-        return None if self._x is None or self._of is None or _version(self._x) != self._of else self._x

@@ -6,7 +6,7 @@ that `E |G|^2` is the product of the traces of both moments. Where a model pools
 sentences and images do, all `g_t` of its last layers are alike, and an error there costs many times more.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +83,32 @@ def squared_row_gradients(x: Tensor, gradient: Tensor) -> Tensor:
     return total
 
 
+def grouped(parts: Sequence[Tensor], mask: Tensor | None, batch: Batch) -> list[Tensor]:
+    """Reshape inputs, gradients and mask of a layer by rows; tokens whose row is unknown are a row each.
+
+    Args:
+        parts: of equal shape but for the features, `(..., features)` each.
+        mask: true at tokens, shape `(...)`; no padding if absent.
+        batch: that the model runs on.
+
+    Returns:
+        The parts, shape `(rows, tokens, features)`, and the mask `(rows, tokens)` if there is one.
+
+    Example:
+        >>> from tensornet.calibration.coherence import grouped
+        >>> x, mask = torch.zeros(28, 8), torch.ones(28)
+        >>> [tuple(part.shape) for part in grouped([x, x], mask, {"input_ids": torch.ones(4, 7)})]
+        [(4, 7, 8), (4, 7, 8), (4, 7)]
+    """
+    sizes = row_sizes(batch)
+
+    def one(x: Tensor) -> Tensor:
+        found = by_rows(x, *sizes)
+        return x.reshape(-1, 1, x.shape[-1]) if found is None else found
+
+    return [one(x) for x in parts] + ([] if mask is None else [one(mask[..., None])[..., 0]])
+
+
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
     """Return the number of rows of a batch, and how many tokens they may have.
 
@@ -122,3 +148,31 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
     if first != rows and others[0] == rows and first in tokens:
         x, first = x.transpose(0, 1), rows
     return x.reshape(rows, -1, x.shape[-1]) if first % rows == 0 and x.numel() else None
+
+
+class HeldInput:
+    """Input of a layer, held until the gradient of its output arrives; or nothing.
+
+    Args:
+        x: the input; None to hold nothing.
+
+    Example:
+        >>> from tensornet.calibration.coherence import HeldInput
+        >>> x = torch.zeros(2, 3)
+        >>> held = HeldInput(x)
+        >>> held.unchanged is None, x.add_(1).sum().item(), held.unchanged is None
+        (False, 6.0, True)
+    """
+
+    def __init__(self, x: Tensor | None) -> None:
+        self._x = None if x is None else x.detach()
+        self._version = _version(x)
+
+    @property
+    def unchanged(self) -> Tensor | None:
+        """The input, or None if it was changed in place since, or has no version that tells."""
+        return self._x if self._version is not None and _version(self._x) == self._version else None
+
+
+def _version(x: Tensor | None) -> int | None:
+    return None if x is None or x.is_inference() else x._version

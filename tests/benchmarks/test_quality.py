@@ -149,7 +149,7 @@ def test_part_of_a_preparation_is_that_of_the_part(cache: Path, load: Any) -> No
 
 def test_encoder(cache: Path, load: Any) -> None:
     encoder = load("encoder")
-    command = [str(cache), "--pairs", "20", "--calibration", "16", "--ratios", "0.6", "--heal-seconds", "1"]
+    command = [str(cache), "--pairs", "20", "--calibration", "32", "--ratios", "0.6", "--heal-seconds", "1"]
     rows = json.loads(encoder.main([*command, "--out", str(cache / "out")]).read_text())["rows"]
     kinds = [(row["layers"], row["method"], row["after"]) for row in rows]
     corrected = [("all", "ours", after) for after in ("", "refined", "healed")]

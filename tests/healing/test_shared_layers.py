@@ -153,7 +153,7 @@ def test_an_expert_with_other_tokens_takes_part_by_its_calibrated_moments(
         return fit(stack, matrices, weights)
 
     monkeypatch.setattr(SharedLayers, "fit", traced)
-    report = refine(small, dense, batches[:2], stats)
+    report = refine(small, dense, batches, stats)
     assert len(traces[0]) == len(names)
     assert max(traces[0]) < 3 * min(traces[0])  # means over tokens, whatever they come from
     assert report.kept

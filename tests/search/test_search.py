@@ -217,8 +217,8 @@ def test_bad_input() -> None:
         tn.search_topology((0, 4), param_ratio=0.5)
     with pytest.raises(tn.NonFiniteError, match="The matrix"):
         tn.search_topology(torch.full((4, 4), math.nan), param_ratio=0.5)
-    with pytest.raises(tn.TopologyError, match="Unknown topology 'tree'"):
-        tn.search_topology((4, 4), param_ratio=0.5, families=("tree",))
+    with pytest.raises(tn.TopologyError, match="Unknown topology 'forest'"):
+        tn.search_topology((4, 4), param_ratio=0.5, families=("forest",))
     with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
         tn.search_topology((4, 4), param_ratio=0.5, families=())
     with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
