@@ -2,8 +2,8 @@
 
 The gradient of a weight by the loss of one row of a batch (a text, an image) is `G = sum_t g_t x_t^T` over
 its tokens, with inputs `x_t` and gradients `g_t` of the outputs. K-FAC takes the tokens for independent, so
-that `E |G|^2` is the product of the traces of both moments. Where a model pools its tokens, as encoders of
-sentences and images do, all `g_t` of its last layers are alike, and an error there costs many times more.
+that `E |G|^2` is the sum of `|g_t|^2 |x_t|^2`. Where a model pools its tokens, as encoders of sentences and
+images do, all `g_t` of its last layers are alike, and an error there costs many times more.
 """
 
 from collections.abc import Collection, Sequence
@@ -29,8 +29,7 @@ class CoherenceSum:
     """
 
     def __init__(self) -> None:
-        self.joint = self.inputs = self.gradients = torch.zeros((), dtype=torch.float64)
-        self.tokens = 0
+        self.joint = self.alone = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor, gradient: Tensor, mask: Tensor | None = None) -> None:
         """Add rows of tokens.
@@ -42,16 +41,15 @@ class CoherenceSum:
         """
         if mask is not None:
             x, gradient = (y * mask[..., None].to(y) for y in (x, gradient))
+        squares = [y.float().square().sum(-1) for y in (x, gradient)]
+        self.alone = self.alone.to(x.device) + (squares[0] * squares[1]).sum(dtype=torch.float64)
         self.joint = self.joint.to(x.device) + squared_row_gradients(x, gradient)
-        self.inputs = self.inputs.to(x.device) + x.float().square().sum(dtype=torch.float64)
-        self.gradients = self.gradients.to(x.device) + gradient.float().square().sum(dtype=torch.float64)
-        self.tokens += x.shape[0] * x.shape[1] if mask is None else int(mask.sum())
 
     @property
     def ratio(self) -> float | None:
         """Squared gradients of rows relative to those of independent tokens; None if nothing arrived."""
-        independent = float(self.inputs * self.gradients)
-        return float(self.joint) * self.tokens / independent if independent > 0 else None
+        alone = float(self.alone)
+        return float(self.joint) / alone if alone > 0 else None
 
 
 def squared_row_gradients(x: Tensor, gradient: Tensor) -> Tensor:

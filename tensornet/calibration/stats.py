@@ -38,8 +38,9 @@ class CalibrationStats:
         source: where the text came from, for reports.
         readers: layers whose weight is read past them, as running a batch has shown.
         of_tokens: the loss is the cross entropy of tokens, so that its exponential is a perplexity.
-        coherence: by module name, factor of `R`: how much larger the gradients of whole rows (texts, images)
-            are than if their tokens were independent, measured on a fourth of the batches; 1 where absent.
+        coherence: by module name, factor of `R`: the squared gradient of the weight by a whole row (a text, an
+            image) relative to the sum of those of its tokens alone, measured on a fourth of the batches; 1
+            where absent.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
