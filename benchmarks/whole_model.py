@@ -5,10 +5,9 @@
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
 judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
-other windows of the tutorials, and healed for ten minutes of a processor on as many windows of the PostgreSQL
-manual, the Python tutorials and the kernel documentation: the dense model is distilled into norms and cores,
-the integers stay. `perplexity_ratio` is to the dense model's. Rows that the record has are skipped. Writes
-`whole_model.json`.
+other windows of the tutorials, and healed on the PostgreSQL manual for ten minutes of a processor: the dense
+model is distilled into norms and cores, the integers stay. `perplexity_ratio` is to the dense model's. Rows
+that the record has are skipped. Writes `whole_model.json`.
 """
 
 from __future__ import annotations
@@ -40,8 +39,6 @@ from tensornet.healing import refine
 from tensornet.nn.targets import LayerSelection
 
 Row = dict[str, Any]
-#: Uses of text that healing trains on. One source alone heals mostly for that source.
-HEALED_ON = ("training", "calibration", "kernel")
 
 
 class Bench:
@@ -150,15 +147,13 @@ class Bench:
 
 
 def training(cache: Path, subject: Subject) -> Batches:
-    """Return windows of 256 tokens, as many of each source of `HEALED_ON`, in random order."""
+    """Return windows of 256 tokens of the PostgreSQL manual, in random order."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-    found = [token_windows(tokenizer, read_text(cache / "texts", use), length=256) for use in HEALED_ON]
-    generator = torch.Generator().manual_seed(0)
-    count = min(map(len, found))
-    chosen = torch.cat([ids[torch.randperm(len(ids), generator=generator)[:count]] for ids in found])
-    return windows(chosen[torch.randperm(len(chosen), generator=generator)], 2)
+    found = token_windows(tokenizer, read_text(cache / "texts", "training"), length=256)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return windows(found[order], 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
