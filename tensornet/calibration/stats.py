@@ -38,8 +38,8 @@ class CalibrationStats:
         source: where the text came from, for reports.
         readers: layers whose weight is read past them, as running a batch has shown.
         of_tokens: the loss is the cross entropy of tokens, so that its exponential is a perplexity.
-        coherence: by module name, factor of `R`: the squared gradient of the weight by a whole row (a text, an
-            image) relative to the sum of those of its tokens alone, measured on a fourth of the batches; 1
+        coherence: by module name, factor of `R`: the squared gradient of the weight by a whole row (a text,
+            an image) relative to the sum of those of its tokens alone, measured on a fourth of the batches; 1
             where absent.
 
     Reference:
