@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bytes import AUTOCAST, subjects
@@ -34,19 +34,18 @@ from tensornet.nn.targets import Target, find_targets
 from tensornet.quantization import round_weight
 
 FORMAT = "int4:g64"
+#: Predicted over measured loss increase.
 RATIOS = ("independent", "coherent")
 Row = dict[str, Any]
 
 
 def groups(names: Sequence[str], by: str) -> dict[str, list[str]]:
-    """Group layers by the last part of their names, or by the number in them."""
+    """Group layers by the number of their block, or by what follows it in their names."""
     found: dict[str, list[str]] = {}
     for name in names:
-        number = re.search(r"\d+", name)
-        key = name.rpartition(".")[2] if by == "kind" else number[0] if number else "-"
-        if by == "kind" and key == "dense":  # of BERT: attention.output, intermediate, output
-            key = ".".join(name.split(".")[3:])
-        found.setdefault(key, []).append(name)
+        parts = re.match(r".*?(\d+)\.(.*)", name)
+        block, kind = parts.groups() if parts else (name, name)
+        found.setdefault(kind if by == "kind" else block, []).append(name)
     return found
 
 
@@ -61,31 +60,25 @@ def rows(subject: Subject, every: int) -> Iterator[Row]:
     dense = [pooled(model, x) for x in subject.judged] if subject.encoder else []
     before = judge(subject, model, dense)
     targets = {target.name: target for target in find_targets(model, subject.layers)}
+    errors = {name: error_of(target) for name, target in targets.items()}
+    predicted = {name: prediction(target, errors[name], stats) for name, target in targets.items()}
     for by in ("kind", "block"):
         for key, names in groups([*targets], by).items():
-            found = rise(subject, model, [targets[name] for name in names], dense, before)
-            predicted = [prediction(targets[name], stats) for name in names]
-            independent, coherent = (sum(x) for x in zip(*predicted, strict=True))
-            yield {
-                "model": subject.name,
-                "by": by,
-                "group": key,
-                "layers": len(names),
-                **found,
-                "independent": independent / found["loss_increase"],
-                "coherent": coherent / found["loss_increase"],
-                "judged_tokens": tokens_of(subject.judged),
-            }
+            found = rise(subject, model, [(targets[name], errors[name]) for name in names], dense, before)
+            sums = (sum(values) for values in zip(*(predicted[name] for name in names), strict=True))
+            ratios = {name: value / found["loss_increase"] for name, value in zip(RATIOS, sums, strict=True)}
+            row = {"model": subject.name, "by": by, "group": key, "layers": len(names)}
+            yield row | found | ratios | {"judged_tokens": tokens_of(subject.judged)}
 
 
-def error_of(target: Target) -> torch.Tensor:
+def error_of(target: Target) -> Tensor:
     """Return the error of rounding one weight to nearest."""
     return round_weight(target.matrix, FORMAT, method="nearest", refits=0).dequantize() - target.matrix
 
 
-def prediction(target: Target, stats: tn.CalibrationStats) -> tuple[float, float]:
-    """Predict the loss increase of rounding one weight, without and with coherence."""
-    error, name = error_of(target), target.names[0]
+def prediction(target: Target, error: Tensor, stats: tn.CalibrationStats) -> tuple[float, float]:
+    """Predict the loss increase of an error in one weight, in the order of `RATIOS`."""
+    name = target.names[0]
     alone = 0.5 * float(((stats.rows[name] @ error) * (error @ stats.columns[name])).sum())
     return alone, alone * stats.coherence[name]
 
@@ -93,18 +86,17 @@ def prediction(target: Target, stats: tn.CalibrationStats) -> tuple[float, float
 def rise(
     subject: Subject,
     model: nn.Module,
-    targets: Sequence[Target],
-    dense: Sequence[torch.Tensor],
-    before: torch.Tensor,
+    wrong: Sequence[tuple[Target, Tensor]],
+    dense: Sequence[Tensor],
+    before: Tensor,
 ) -> Row:
-    """Measure the mean loss increase of some errors and the opposite ones."""
-    kept = [target.matrix.clone() for target in targets]
-    errors, found = [error_of(target) for target in targets], []
+    """Measure the mean loss increase of errors in some weights and of the opposite ones."""
+    kept, found = [target.matrix.clone() for target, _ in wrong], []
     for sign in (1, -1):
-        for target, weight, error in zip(targets, kept, errors, strict=True):
+        for (target, error), weight in zip(wrong, kept, strict=True):
             target.matrix.copy_(weight + sign * error)
         found.append(judge(subject, model, dense) - before)
-    for target, weight in zip(targets, kept, strict=True):
+    for (target, _), weight in zip(wrong, kept, strict=True):
         target.matrix.copy_(weight)
     both = (found[0] + found[1]) / 2
     return {"loss_increase": float(both.mean()), "standard_error": float(both.std() / len(both) ** 0.5)}
@@ -133,9 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         made = list(rows(makers[name](), every=1 if given.toy else 4))
         found += made
         spreads = {
-            f"{model}, by {by}": {
-                x: round(spread(found, model, by, x), 2) for x in ("independent", "coherent")
-            }
+            f"{model}, by {by}": {x: round(spread(found, model, by, x), 2) for x in RATIOS}
             for model in dict.fromkeys(row["model"] for row in found)
             for by in ("kind", "block")
         }

@@ -18,7 +18,7 @@ from tensornet.calibration.batches import (
     fullest_row,
     run_model,
 )
-from tensornet.calibration.coherence import CoherenceSum, HeldInput, grouped
+from tensornet.calibration.coherence import CoherenceSum, HeldInput, grouped, version_of
 from tensornet.calibration.gathered import GatheredTokens, hidden_states
 from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
 from tensornet.calibration.losses import (
@@ -338,7 +338,9 @@ class MomentRecorder:
         """Add rows to the coherence of a layer."""
         if x.shape[:-1] != gradient.shape[:-1]:
             return
-        parts = grouped([y.detach().to(self.autocast or self.dtype) for y in (x, gradient)], mask, self.batch)
+        # Products of inputs leave the range of float16, not that of bfloat16.
+        dtype = torch.bfloat16 if self.autocast == torch.bfloat16 else self.dtype
+        parts = grouped([y.detach().to(dtype) for y in (x, gradient)], mask, self.batch)
         with torch.autocast(x.device.type, enabled=False):
             self._coherence.setdefault(name, CoherenceSum()).add(*parts)
 
@@ -406,17 +408,12 @@ class _Reading:
         self.moment, self.tokens = moment, tokens
         self.layers: list[str] = []
         self._of = weakref.ref(x)
-        self._version = _version(x)
+        self._version = version_of(x)
 
     def joins(self, name: str, x: Tensor) -> bool:
         """Return True if a layer reads this tensor, unchanged, for the first time."""
-        unchanged = self._version is not None and _version(x) == self._version
+        unchanged = self._version is not None and version_of(x) == self._version
         return self._of() is x and unchanged and name not in self.layers
-
-
-def _version(x: Tensor) -> int | None:
-    """Return the in-place version of a tensor; None if it has no version counter."""
-    return None if x.is_inference() else x._version
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

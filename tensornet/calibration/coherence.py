@@ -164,13 +164,23 @@ class HeldInput:
 
     def __init__(self, x: Tensor | None) -> None:
         self._x = None if x is None else x.detach()
-        self._version = _version(x)
+        self._version = None if x is None else version_of(x)
 
     @property
     def unchanged(self) -> Tensor | None:
         """The input, or None if it was changed in place since, or has no version that tells."""
-        return self._x if self._version is not None and _version(self._x) == self._version else None
+        if self._x is None or self._version is None or version_of(self._x) != self._version:
+            return None
+        return self._x
 
 
-def _version(x: Tensor | None) -> int | None:
-    return None if x is None or x.is_inference() else x._version
+def version_of(x: Tensor) -> int | None:
+    """Return the in-place version of a tensor; None if it has no version counter.
+
+    Example:
+        >>> from tensornet.calibration.coherence import version_of
+        >>> x = torch.zeros(2)
+        >>> version_of(x), version_of(x.add_(1))
+        (0, 1)
+    """
+    return None if x.is_inference() else x._version

@@ -73,7 +73,10 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
     """
     amount = max(damping, FORECAST_DAMPING)
     found = layer_weighting(target, "curvature", stats, amount)
-    return None if found is None or found.rows is None else replace(found, rows=found.rows / (1 + amount))
+    if found is None:
+        return None
+    assert found.rows is not None  # without gradients this objective is refused
+    return replace(found, rows=found.rows / (1 + amount))
 
 
 def layer_weighting(
@@ -142,11 +145,11 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
         rows, columns = stats.rows.get(name), stats.columns.get(name)
         if not (_counts(rows) and _counts(columns)):
             continue
-        rows = rows * stats.coherence.get(name, 1.0)
         if kind.name == "embedding":
             terms.append(Weighting(_spread(rows), damped(columns, damping)))
         else:
-            terms.append(Weighting(damped(rows, damping), damped(columns, INPUT_DAMPING)))
+            coherent = damped(rows, damping) * stats.coherence.get(name, 1.0)
+            terms.append(Weighting(coherent, damped(columns, INPUT_DAMPING)))
     if not terms and not _ran(target, stats):
         rows, columns = _of_relatives(target, stats)
         if _counts(rows) and _counts(columns):

@@ -13,7 +13,7 @@ def test_toy_run_writes_a_record_and_goes_on(load_benchmark: Callable[[str], Any
     path = module.main(["--toy", "--records", str(tmp_path)])
     made = json.loads(path.read_text())
     assert {(row["by"], row["group"], row["layers"]) for row in made["rows"]} == {
-        ("kind", "c_proj", 2),
+        ("kind", "attn.c_proj", 2),
         ("block", "2", 1),
         ("block", "3", 1),
     }
@@ -30,6 +30,6 @@ def test_groups_by_kind_and_by_block(load_benchmark: Callable[[str], Any]) -> No
     names = ["encoder.layer.0.attention.self.key", "encoder.layer.0.output.dense"]
     names += ["encoder.layer.1.attention.output.dense", "encoder.layer.1.output.dense"]
     groups = load_benchmark("coherence").groups
-    kinds = {"key": 1, "output.dense": 2, "attention.output.dense": 1}
+    kinds = {"attention.self.key": 1, "output.dense": 2, "attention.output.dense": 1}
     assert {key: len(found) for key, found in groups(names, "kind").items()} == kinds
     assert {key: len(found) for key, found in groups(names, "block").items()} == {"0": 2, "1": 2}

@@ -105,6 +105,18 @@ def test_an_input_changed_in_place_is_left_out() -> None:
     assert sorted(stats.coherence) == ["first", "head"]
 
 
+def test_large_inputs_do_not_overflow_under_float16() -> None:
+    """The squared norm of such an input is beyond 65,504."""
+    model = nn.Sequential(nn.Linear(64, 40, bias=False))
+    batch = {"input": torch.full((3, 5, 64), 40.0)}
+
+    def sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["input"]).sum((1, 2))
+
+    found = tn.calibrate(model, [batch], loss_fn=sums, autocast=torch.float16).coherence["0"]
+    assert found == pytest.approx(5)  # five tokens that are all alike
+
+
 def test_inputs_alone_have_none() -> None:
     assert not tn.calibrate(Pooled(), data(), loss_fn=losses, gradient_batches=0).coherence
 
