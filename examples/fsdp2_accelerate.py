@@ -65,6 +65,8 @@ def main():
         th.save_model(whole, output, source=source)
         print(f"saved {type(th.load(output)).__name__} in {output}")
     accelerator.wait_for_everyone()
+    # All that holds the process group: its threads would outlive it, and now and then abort as Python ends.
+    model, optimizer, loss = accelerator.free_memory(model, optimizer, loss)
     accelerator.end_training()
 
 

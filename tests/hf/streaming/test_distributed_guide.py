@@ -12,12 +12,18 @@ import torch
 import tensornet_moe as tm
 from tensornet.topologies import mpo
 
+#: Printed by each process at its end: a thread that waits for Python while it ends aborts the process.
+THREADS = """
+import os
+tasks = "/proc/self/task"
+print("threads:", len(os.listdir(tasks)) if os.path.isdir(tasks) else 1)
+"""
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "scale.md"
 
 
 def test_accelerate_recipe(tmp_path: Path) -> None:
     script = next(part for part in GUIDE.read_text().split("```python\n") if part.startswith("# train.py"))
-    (tmp_path / "train.py").write_text(script.partition("```")[0])
+    (tmp_path / "train.py").write_text(script.partition("```")[0] + THREADS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "train.py"],
@@ -29,6 +35,7 @@ def test_accelerate_recipe(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("threads: 1\n") == 2, done.stdout
     losses = [float(line.split()[1]) for line in done.stdout.splitlines() if line[:1].isdigit()]
     assert len(losses) == 4
     assert losses[-1] < 0.8 * losses[0]
