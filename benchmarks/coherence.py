@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/coherence.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
 
-All layers of one kind, or of one block, are rounded to nearest in int4, groups of 64, and all else stays. The
-loss is measured with these errors and with the opposite ones, and averaged, so that what is linear in them
-cancels. `independent` is the predicted loss increase over the measured one by the moments of single tokens
-(K-FAC), `coherent` the same times the coherence of each layer. A common factor does not matter, since only
-ratios between layers decide a plan: `spread` is the largest of such ratios over the smallest. Models and
-texts are those of `bytes.py`, judged on a fourth of its windows. Writes `coherence.json`.
+All layers of one kind, or of one block, are rounded under both moments in int4, groups of 32, and all else
+stays. The loss is measured with these errors and with the opposite ones, and averaged, so that what is linear
+in them cancels. `independent` is the predicted loss increase over the measured one by the moments of single
+tokens (K-FAC), `coherent` the same times the coherence of each layer. A common factor does not matter, since
+only ratios between layers decide a plan: `spread` is the largest of such ratios over the smallest.
+`estimated` is the mean coherence of the layers, `made` that of the errors themselves on the calibration text.
+Models and texts are those of `bytes.py`, judged on a fourth of its windows. Writes `coherence.json`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bytes import AUTOCAST, subjects
+from bytes import AUTOCAST, rounding_options, subjects
 from bytes_models import Subject, judge, pooled, tokens_of
 from harness import RECORDS, record
 
 import tensornet as tn
+from tensornet.calibration import label_losses
+from tensornet.calibration.calibrate import observed
 from tensornet.nn.targets import Target, find_targets
 from tensornet.quantization import round_weight
 
-FORMAT = "int4:g64"
+FORMAT = "int4:g32:float8"
 #: Predicted over measured loss increase.
 RATIOS = ("independent", "coherent")
 Row = dict[str, Any]
@@ -60,20 +63,59 @@ def rows(subject: Subject, every: int) -> Iterator[Row]:
     dense = [pooled(model, x) for x in subject.judged] if subject.encoder else []
     before = judge(subject, model, dense)
     targets = {target.name: target for target in find_targets(model, subject.layers)}
-    errors = {name: error_of(target) for name, target in targets.items()}
+    errors = {name: error_of(target, stats) for name, target in targets.items()}
     predicted = {name: prediction(target, errors[name], stats) for name, target in targets.items()}
+    made = coherence_made(subject, model, {targets[name].names[0]: error for name, error in errors.items()})
     for by in ("kind", "block"):
         for key, names in groups([*targets], by).items():
             found = rise(subject, model, [(targets[name], errors[name]) for name in names], dense, before)
             sums = (sum(values) for values in zip(*(predicted[name] for name in names), strict=True))
             ratios = {name: value / found["loss_increase"] for name, value in zip(RATIOS, sums, strict=True)}
             row = {"model": subject.name, "by": by, "group": key, "layers": len(names)}
+            for which, known in (("estimated", stats.coherence), ("made", made)):
+                row[which] = sum(known[targets[name].names[0]] for name in names) / len(names)
             yield row | found | ratios | {"judged_tokens": tokens_of(subject.judged)}
 
 
-def error_of(target: Target) -> Tensor:
-    """Return the error of rounding one weight to nearest."""
-    return round_weight(target.matrix, FORMAT, method="nearest", refits=0).dequantize() - target.matrix
+def error_of(target: Target, stats: tn.CalibrationStats) -> Tensor:
+    """Return the error of rounding one weight under both moments."""
+    options = rounding_options("two-sided", target, stats)
+    return round_weight(target.matrix, FORMAT, **options).dequantize() - target.matrix
+
+
+class Changes:
+    """Recorder of how errors in the weights change the loss, token by token: it stands in for moments."""
+
+    def __init__(self, errors: dict[str, Tensor]) -> None:
+        self.errors = errors
+        self.joint, self.alone = dict.fromkeys(errors, 0.0), dict.fromkeys(errors, 0.0)
+
+    def see_input(self, name: str, x: Tensor) -> None:
+        """Wait for the gradient."""
+
+    def see_states(self, *_: Any) -> None:
+        """Look for nothing: no model here has experts."""
+
+    def hold(self, name: str, x: Tensor) -> list[Tensor]:
+        """Keep the whole input."""
+        return [x.detach()]
+
+    def see_gradient(self, name: str, gradient: Tensor, held: list[Tensor]) -> None:
+        """Add the changes of all rows of a batch; the gradient of padding is zero."""
+        with torch.autocast(gradient.device.type, enabled=False):
+            changes = ((held[0].float() @ self.errors[name].mT) * gradient.float()).sum(-1).double()
+        self.joint[name] += float(changes.sum(-1).square().sum())
+        self.alone[name] += float(changes.square().sum())
+
+
+def coherence_made(subject: Subject, model: nn.Module, errors: dict[str, Tensor]) -> dict[str, float]:
+    """Measure the coherence of given errors, on every fourth batch of the calibration text."""
+    changes = Changes(errors)
+    with torch.enable_grad(), observed(model, changes, subject.layers):
+        for batch in subject.calibration(0)[::4]:
+            with torch.autocast("cpu", AUTOCAST, cache_enabled=False):
+                (subject.losses or label_losses)(model, batch).sum().backward()
+    return {name: changes.joint[name] / changes.alone[name] for name in errors}
 
 
 def prediction(target: Target, error: Tensor, stats: tn.CalibrationStats) -> tuple[float, float]:

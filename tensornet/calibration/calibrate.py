@@ -1,8 +1,7 @@
 """Calibration: run a model over data and accumulate second moments in bounded memory."""
 
 import math
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from tensornet.calibration.batches import (
     fullest_row,
     run_model,
 )
-from tensornet.calibration.coherence import CoherenceSum, HeldInput, grouped, version_of
+from tensornet.calibration.coherence import CoherenceSample, HeldTokens
 from tensornet.calibration.gathered import GatheredTokens, hidden_states
 from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
 from tensornet.calibration.losses import (
@@ -29,6 +28,7 @@ from tensornet.calibration.losses import (
     sampled_losses,
     token_mask,
 )
+from tensornet.calibration.shared_inputs import InputSum, Reading
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
 from tensornet.context import in_eval_mode, uncompiled
@@ -40,8 +40,6 @@ from tensornet.nn.weight_readers import Run, weight_readers
 from tensornet.progress import progress_bar
 
 Fisher = Literal["labels", "sampled"]
-#: Of so many gradients of a layer one is taken together with its input, for the coherence of rows.
-_COHERENCE_EVERY = 4
 #: Losses that first ask the model where it scores labels, which must not be observed.
 _OWN = (label_losses, sampled_losses)
 
@@ -238,14 +236,13 @@ class MomentRecorder:
         self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
-        self._last: _Reading | None = None
+        self.inputs: dict[str, InputSum] = {}  # layer -> sum that it shares with those that read the same
+        self._last: Reading | None = None
         self.readers: frozenset[str] = frozenset()
         self._gathered = GatheredTokens()
         self._gathered_of: Batch = self.batch
         self._masks: dict[str, Tensor] = {}  # of inputs `(tokens, features)` of this batch, by layer
-        self._coherence: dict[str, CoherenceSum] = {}
-        self._outputs: dict[str, int] = {}  # how often a layer has run with gradients
+        self._samples: dict[str, CoherenceSample] = {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -263,7 +260,7 @@ class MomentRecorder:
         if self._last is None or not self._last.joins(name, x):
             self._settle()
             tokens = _rows(x, self._mask(x, name))
-            self._last = _Reading(x, self._moment(tokens, self.dtype), tokens.shape[0])
+            self._last = Reading(x, self._moment(tokens, self.dtype), tokens.shape[0])
         elif (mask := self._masks.get(self._last.layers[0])) is not None:
             self._masks[name] = mask
         self._last.layers.append(name)
@@ -280,12 +277,12 @@ class MomentRecorder:
         layers, moment = self._last.layers, self._last.moment
         self._last = None
         if new := [name for name in layers if name not in self.inputs]:
-            start = _InputSum(new, torch.zeros_like(moment))
+            start = InputSum(new, torch.zeros_like(moment))
             self.inputs.update(dict.fromkeys(new, start))
         for shared in {id(x): x for x in (self.inputs[name] for name in layers)}.values():
             if rest := [name for name in shared.layers if name not in layers]:
                 shared.layers = [name for name in shared.layers if name in layers]
-                self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.total.clone())))
+                self.inputs.update(dict.fromkeys(rest, InputSum(rest, shared.total.clone())))
             add_moment(shared.total, moment)
 
     def see_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -311,19 +308,18 @@ class MomentRecorder:
         """Find the padding in an input that is not recorded, for the gradients at its layer."""
         self._mask(x, name)
 
-    def keeps_input(self, name: str) -> bool:
-        """Return True if the input of this run of a layer is to be held until its gradient arrives."""
+    def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
+        """Copy some tokens of the input of a layer, for its coherence, until the gradients arrive."""
         if not self.seeing:
-            return False
-        self._outputs[name] = self._outputs.get(name, -1) + 1
-        return self._outputs[name] % _COHERENCE_EVERY == 0
+            return []
+        mask = self._known_mask(name, x)
+        return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
-    def see_gradient(self, name: str, gradient: Tensor, x: Tensor | None = None) -> None:
-        """Add the gradient of the summed loss with respect to one output, with the input if it was held."""
-        mask = self._masks.get(name)
-        mask = self._mask(gradient) if mask is None or mask.shape != gradient.shape[:-1] else mask
-        if x is not None:
-            self._see_both(name, x, gradient, mask)
+    def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
+        """Add the gradient of the summed loss with respect to one output, with inputs that were held."""
+        if held:
+            self._samples[name].add(held, gradient, self.batch)
+        mask = self._known_mask(name, gradient)
         tokens = _rows(gradient, mask)
         if tokens.shape[1] > self.full_up_to:
             _accumulate(self.gradients, name, self._moment(tokens, self.dtype))
@@ -334,18 +330,22 @@ class MomentRecorder:
             # Their damping hides the rounding of products in 16 bits, which inputs with outliers would not.
             add_gram(self.gradients[name], tokens.to(self.autocast or self.dtype))
 
-    def _see_both(self, name: str, x: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
-        """Add rows to the coherence of a layer."""
-        if x.shape[:-1] != gradient.shape[:-1]:
-            return
-        # Products of inputs leave the range of float16, not that of bfloat16.
-        dtype = torch.bfloat16 if self.autocast == torch.bfloat16 else self.dtype
-        parts = grouped([y.detach().to(dtype) for y in (x, gradient)], mask, self.batch)
-        with torch.autocast(x.device.type, enabled=False):
-            self._coherence.setdefault(name, CoherenceSum()).add(*parts)
+    def _known_mask(self, name: str, x: Tensor) -> Tensor | None:
+        """Tell tokens from padding in the input of a layer or in the gradient of its output."""
+        mask = self._masks.get(name)
+        return self._mask(x) if mask is None or mask.shape != x.shape[:-1] else mask
 
-    def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
-        """Divide the sums: inputs by the tokens of a layer, gradients by the tokens that have a loss."""
+    def finish(
+        self, scored: int, loss: float | None, source: str, inputs: Mapping[str, Tensor] | None = None
+    ) -> CalibrationStats:
+        """Divide the sums: inputs by the tokens of a layer, gradients by the tokens that have a loss.
+
+        Args:
+            scored: tokens that have a loss.
+            loss: mean loss of a token.
+            source: what the data is.
+            inputs: moments of inputs by layer that another recorder has collected.
+        """
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
@@ -364,10 +364,15 @@ class MomentRecorder:
                     "checkpoint, run the model in float32, or exclude the layer."
                 )
         tokens = max(self.counts.values(), default=0)
-        ratios = {name: seen.ratio for name, seen in self._coherence.items()}
-        coherence = {name: ratio for name, ratio in ratios.items() if ratio is not None}
         readers = tuple(sorted(self.readers))
+        coherence = self._coherence(rows, {**columns, **(inputs or {})})
         return CalibrationStats(rows, columns, tokens, loss, source, readers, coherence=coherence)
+
+    def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
+        """Compute the coherence of all layers of which tokens were held and both moments are known."""
+        known = {name for name in self._samples if name in rows and name in columns}
+        ratios = {name: self._samples[name].ratio(columns[name], rows[name]) for name in sorted(known)}
+        return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
     def _mask(self, x: Tensor, name: str | None = None) -> Tensor | None:
         """Tell tokens from padding, by the sizes of a tensor or, for the input of a layer, by its rows."""
@@ -391,29 +396,6 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1])
     return x.detach()[mask]
-
-
-@dataclass
-class _InputSum:
-    """Summed input moment of layers that have read the same tensors so far."""
-
-    layers: list[str]
-    total: Tensor
-
-
-class _Reading:
-    """Input tensor, its moment, and the layers that have read it."""
-
-    def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
-        self.moment, self.tokens = moment, tokens
-        self.layers: list[str] = []
-        self._of = weakref.ref(x)
-        self._version = version_of(x)
-
-    def joins(self, name: str, x: Tensor) -> bool:
-        """Return True if a layer reads this tensor, unchanged, for the first time."""
-        unchanged = self._version is not None and version_of(x) == self._version
-        return self._of() is x and unchanged and name not in self.layers
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -488,8 +470,9 @@ def _output_hook(name: str, recorder: MomentRecorder) -> Any:
             # A copy, since the model may change its output in place, which no leaf of a graph allows.
             output = output.detach().requires_grad_().clone()
         (given,) = (*args, *kwargs.values())
-        held = HeldInput(given if given.is_floating_point() and recorder.keeps_input(name) else None)
-        output.register_hook(lambda gradient: recorder.see_gradient(name, gradient, held.unchanged))
+        paired = given.is_floating_point() and given.shape[:-1] == output.shape[:-1]
+        held = recorder.hold(name, given) if paired else []
+        output.register_hook(lambda gradient: recorder.see_gradient(name, gradient, held))
         return output
 
     return hook

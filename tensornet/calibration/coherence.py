@@ -1,110 +1,166 @@
-"""Coherence of the tokens of one row: by how much their gradients of a weight add up.
+"""Coherence of the tokens of one row: by how much errors that rounding makes add up over them.
 
-The gradient of a weight by the loss of one row of a batch (a text, an image) is `G = sum_t g_t x_t^T` over
-its tokens, with inputs `x_t` and gradients `g_t` of the outputs. K-FAC takes the tokens for independent, so
-that `E |G|^2` is the sum of `|g_t|^2 |x_t|^2`. Where a model pools its tokens, as encoders of sentences and
-images do, all `g_t` of its last layers are alike, and an error there costs many times more.
+The error `E` of a weight changes the loss of one row of a batch (a text, an image) by `sum_t e_t`, with
+`e_t = g_t^T E x_t` over its tokens, inputs `x_t` and gradients `g_t` of the outputs. K-FAC takes the tokens
+for independent, so that the mean square is that of `sum_t e_t^2`. Where a model pools its tokens, as encoders
+of sentences and images do, all `g_t` of its last layers are alike, and an error costs many times more.
+
+Rounding and truncation weighed by both moments `R = E[g g^T]` and `C = E[x x^T]` leave errors that are alike
+in all directions once both sides are whitened. So the ratio is that of whitened tokens: otherwise the few
+directions in which all tokens are alike, and in which little error is left, would decide.
 """
 
+import random
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tensornet.calibration.batches import Batch
+from tensornet.linalg.weighted_svd import damped, root
 
-#: Elements of the products of one step.
-_STEP = 1 << 24
+#: Rows of a layer that are kept, and how many tokens of each.
+ROWS, TOKENS = 16, 32
+#: Shares of the mean diagonal that are added to moments of inputs and of gradients, as for rounding.
+COLUMN_DAMPING, ROW_DAMPING = 0.01, 0.1
+#: No ratio is smaller: with tokens that cancel out, or few samples, it may come out near zero.
+_LEAST = 0.1
 
 
-class CoherenceSum:
-    """Running sums over rows, for the coherence of one layer.
+@dataclass(frozen=True)
+class HeldTokens:
+    """Inputs of some tokens of one row, held until the gradients of their outputs arrive.
+
+    Args:
+        slot: where they go among the rows that are kept.
+        row: of the batch.
+        places: of the tokens in their row, shape `(tokens,)`.
+        x: inputs, shape `(tokens, in)`.
+        count: tokens of the whole row.
+    """
+
+    slot: int
+    row: int
+    places: Tensor
+    x: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    x: Tensor
+    gradient: Tensor
+    count: int
+
+
+class CoherenceSample:
+    """Random tokens of random rows of one layer, kept until its moments are known.
+
+    Args:
+        name: of the layer: equal names choose equally.
 
     Example:
-        >>> from tensornet.calibration.coherence import CoherenceSum
-        >>> seen = CoherenceSum()
-        >>> seen.add(torch.ones(2, 5, 3), torch.ones(2, 5, 4))  # five tokens that are all alike
-        >>> seen.ratio
+        >>> from tensornet.calibration.coherence import CoherenceSample
+        >>> x, gradient = torch.ones(2, 5, 3), torch.ones(2, 5, 4)  # five tokens that are all alike
+        >>> sample = CoherenceSample("layer")
+        >>> sample.add(sample.hold(x, None, {"input": x}), gradient, {"input": x})
+        >>> round(sample.ratio(torch.eye(3), torch.eye(4)), 4)
         5.0
     """
 
-    def __init__(self) -> None:
-        self.joint = self.alone = torch.zeros((), dtype=torch.float64)
+    def __init__(self, name: str) -> None:
+        self._random = random.Random(name)
+        self._seen = 0
+        self._kept: dict[int, _Kept] = {}
 
-    def add(self, x: Tensor, gradient: Tensor, mask: Tensor | None = None) -> None:
-        """Add rows of tokens.
+    def hold(self, x: Tensor, mask: Tensor | None, batch: Batch) -> list[HeldTokens]:
+        """Choose rows of a run of the layer, and copy inputs of some of their tokens.
 
         Args:
-            x: inputs, shape `(rows, tokens, in)`.
-            gradient: of the outputs, shape `(rows, tokens, out)`.
-            mask: true at tokens, shape `(rows, tokens)`; all if absent.
+            x: input, shape `(..., in)`.
+            mask: true at tokens, shape `(...)`; all if absent.
+            batch: that the model runs on.
+
+        Returns:
+            Nothing where the sizes do not show the rows, and of rows of a single token.
         """
-        if mask is not None:
-            x, gradient = (y * mask[..., None].to(y) for y in (x, gradient))
-        squares = [y.float().square().sum(-1) for y in (x, gradient)]
-        self.alone = self.alone.to(x.device) + (squares[0] * squares[1]).sum(dtype=torch.float64)
-        self.joint = self.joint.to(x.device) + squared_row_gradients(x, gradient)
+        by_row = by_rows(x.detach(), *row_sizes(batch))
+        if by_row is None:
+            return []
+        tokens = by_row.new_ones(by_row.shape[:2], dtype=torch.bool)
+        if mask is not None and (found := by_rows(mask[..., None], *row_sizes(batch))) is not None:
+            tokens = found[..., 0]
+        held = {}
+        for row, count in enumerate(tokens.sum(1).tolist()):
+            if count < 2:
+                continue
+            slot = self._seen if self._seen < ROWS else self._random.randrange(self._seen + 1)
+            self._seen += 1
+            if slot < ROWS:  # every row seen so far is kept with the same probability
+                chosen = self._random.sample(range(count), min(count, TOKENS))
+                places = tokens[row].nonzero()[:, 0][chosen]
+                held[slot] = HeldTokens(slot, row, places, by_row[row, places], count)
+        return list(held.values())
 
-    @property
-    def ratio(self) -> float | None:
-        """Squared gradients of rows relative to those of independent tokens; None if nothing arrived."""
-        alone = float(self.alone)
-        return float(self.joint) / alone if alone > 0 else None
+    def add(self, held: Sequence[HeldTokens], gradient: Tensor, batch: Batch) -> None:
+        """Keep tokens, now with the gradients of the outputs of that run, shape `(..., out)`."""
+        by_row = by_rows(gradient.detach(), *row_sizes(batch)) if held else None
+        if by_row is None:
+            return
+        for one in held:
+            self._kept[one.slot] = _Kept(one.x, by_row[one.row, one.places], one.count)
+
+    def ratio(self, columns: Tensor, rows: Tensor) -> float | None:
+        """Compute the mean square of the changes of rows, relative to that of independent tokens.
+
+        Args:
+            columns: moment of the inputs, shape `(in, in)` or its diagonal `(in,)`; a factor does not matter.
+            rows: moment of the gradients, shape `(out, out)` or `(out,)`.
+
+        Returns:
+            None if nothing was kept, or nothing but zeros.
+        """
+        kept = [self._kept[slot] for slot in sorted(self._kept)]
+        if not kept or not (bool(columns.any()) and bool(rows.any())):
+            return None
+        x = whitened(torch.cat([one.x for one in kept]), columns, COLUMN_DAMPING)
+        gradient = whitened(torch.cat([one.gradient for one in kept]), rows, ROW_DAMPING)
+        sizes = [len(one.x) for one in kept]
+        joint = alone = 0.0
+        for one, a, b in zip(kept, x.split(sizes), gradient.split(sizes), strict=True):
+            pairs = (a @ a.mT) * (b @ b.mT)
+            single, size = float(pairs.trace()), len(a)
+            alone += single * one.count / size
+            others = (float(pairs.sum()) - single) / (size * (size - 1))  # mean over pairs of unlike tokens
+            joint += single * one.count / size + others * one.count * (one.count - 1)
+        return max(joint / alone, _LEAST) if alone > 0 else None
 
 
-def squared_row_gradients(x: Tensor, gradient: Tensor) -> Tensor:
-    """Compute `sum_rows |sum_t g_t x_t^T|^2`, by the smaller one of two products.
+def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
+    """Transform vectors so that their moment would be the identity, but for damping.
 
     Args:
-        x: shape `(rows, tokens, in)`.
-        gradient: shape `(rows, tokens, out)`.
+        x: shape `(tokens, features)`.
+        moment: not zero, shape `(features, features)` or its diagonal `(features,)`.
+        damping: fraction of the mean diagonal that is added to it.
 
     Returns:
-        A scalar in double precision.
+        In double precision.
 
     Example:
-        >>> from tensornet.calibration.coherence import squared_row_gradients
-        >>> x, gradient = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
-        >>> known = (gradient.mT @ x).square().sum()
-        >>> torch.allclose(squared_row_gradients(x, gradient).float(), known)
-        True
+        >>> from tensornet.calibration.coherence import whitened
+        >>> whitened(torch.tensor([[2.0, 0.0]]), torch.diag(torch.tensor([4.0, 1.0])), 0.0).tolist()
+        [[1.0, 0.0]]
     """
-    tokens, inputs, outputs = x.shape[1], x.shape[2], gradient.shape[2]
-    by_tokens = tokens * (inputs + outputs) < inputs * outputs
-    step = max(1, _STEP // (tokens**2 if by_tokens else inputs * outputs))
-    total = x.new_zeros((), dtype=torch.float64)
-    for a, b in zip(x.split(step), gradient.split(step), strict=True):
-        if by_tokens:
-            total += ((a @ a.mT).float() * (b @ b.mT).float()).sum(dtype=torch.float64)
-        else:
-            total += (b.mT @ a).float().square().sum(dtype=torch.float64)
-    return total
-
-
-def grouped(parts: Sequence[Tensor], mask: Tensor | None, batch: Batch) -> list[Tensor]:
-    """Reshape inputs, gradients and mask of a layer by rows; tokens whose row is unknown are a row each.
-
-    Args:
-        parts: of equal shape but for the features, `(..., features)` each.
-        mask: true at tokens, shape `(...)`; no padding if absent.
-        batch: that the model runs on.
-
-    Returns:
-        The parts, shape `(rows, tokens, features)`, and the mask `(rows, tokens)` if there is one.
-
-    Example:
-        >>> from tensornet.calibration.coherence import grouped
-        >>> x, mask = torch.zeros(28, 8), torch.ones(28)
-        >>> [tuple(part.shape) for part in grouped([x, x], mask, {"input_ids": torch.ones(4, 7)})]
-        [(4, 7, 8), (4, 7, 8), (4, 7)]
-    """
-    sizes = row_sizes(batch)
-
-    def one(x: Tensor) -> Tensor:
-        found = by_rows(x, *sizes)
-        return x.reshape(-1, 1, x.shape[-1]) if found is None else found
-
-    return [one(x) for x in parts] + ([] if mask is None else [one(mask[..., None])[..., 0]])
+    moment = damped(moment, damping).double()
+    if moment.ndim == 1:
+        return x.double() / moment.sqrt()
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    if bool(failed):  # rounding of the sums outweighs the damping
+        return x.double() @ root(moment)[1].mT
+    found: Tensor = torch.linalg.solve_triangular(lower, x.double().mT, upper=False)
+    return found.mT
 
 
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
@@ -146,41 +202,3 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
     if first != rows and others[0] == rows and first in tokens:
         x, first = x.transpose(0, 1), rows
     return x.reshape(rows, -1, x.shape[-1]) if first % rows == 0 and x.numel() else None
-
-
-class HeldInput:
-    """Input of a layer, held until the gradient of its output arrives; or nothing.
-
-    Args:
-        x: the input; None to hold nothing.
-
-    Example:
-        >>> from tensornet.calibration.coherence import HeldInput
-        >>> x = torch.zeros(2, 3)
-        >>> held = HeldInput(x)
-        >>> held.unchanged is None, x.add_(1).sum().item(), held.unchanged is None
-        (False, 6.0, True)
-    """
-
-    def __init__(self, x: Tensor | None) -> None:
-        self._x = None if x is None else x.detach()
-        self._version = None if x is None else version_of(x)
-
-    @property
-    def unchanged(self) -> Tensor | None:
-        """The input, or None if it was changed in place since, or has no version that tells."""
-        if self._x is None or self._version is None or version_of(self._x) != self._version:
-            return None
-        return self._x
-
-
-def version_of(x: Tensor) -> int | None:
-    """Return the in-place version of a tensor; None if it has no version counter.
-
-    Example:
-        >>> from tensornet.calibration.coherence import version_of
-        >>> x = torch.zeros(2)
-        >>> version_of(x), version_of(x.add_(1))
-        (0, 1)
-    """
-    return None if x.is_inference() else x._version

@@ -21,6 +21,7 @@ def test_toy_run_writes_a_record_and_goes_on(load_benchmark: Callable[[str], Any
         assert row["loss_increase"] > 0
         assert 0.2 < row["coherent"] < 5
         assert row["coherent"] != row["independent"]
+        assert 0.5 < row["made"] / row["estimated"] < 2
     assert made["summary"]["gpt2, by kind"] == {"independent": 1, "coherent": 1}
     before = path.read_bytes()
     assert module.main(["--toy", "--records", str(tmp_path)]).read_bytes() == before

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import Batch, BatchLike, as_batch
 from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss, observed
+from tensornet.calibration.coherence import HeldTokens
 from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, sampled_losses
 from tensornet.calibration.sequential import ChainRun, outer_stacks
 from tensornet.compression import CompressionConfig
@@ -157,14 +158,14 @@ class _Streamed:
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Ignore embeddings, which lie outside the blocks."""
 
-    def keeps_input(self, name: str) -> bool:
-        """Let the recorder say whether an input is held, in the backward pass."""
-        return self.sees == "gradients" and self.recorder.keeps_input(name)
+    def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
+        """Let the recorder hold tokens of an input, in the backward pass."""
+        return self.recorder.hold(name, x) if self.sees == "gradients" else []
 
-    def see_gradient(self, name: str, gradient: Tensor, x: Tensor | None = None) -> None:
+    def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
         """Forward a gradient to the recorder in the backward pass."""
         if self.sees == "gradients":
-            self.recorder.see_gradient(name, gradient, x)
+            self.recorder.see_gradient(name, gradient, held)
 
     # The phases.
 
@@ -216,7 +217,8 @@ class _Streamed:
                 assert hidden.grad is not None
                 chain.states[chain.position, number] = hidden.grad
                 del chain.states[chain.position + 1, number]
-        self.moments.add(self.recorder.finish(scored, None, ""))
+        inputs = self.moments.columns(self.recorder.gradients)
+        self.moments.add(self.recorder.finish(scored, None, "", inputs))
 
     def _observe(self, what: str) -> None:
         self.recorder, self.sees = MomentRecorder(self.full_up_to, torch.float32), what

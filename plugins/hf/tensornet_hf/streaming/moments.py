@@ -1,13 +1,21 @@
 """Store the moments of many layers on the disk, and join them into one file of statistics."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.stats import STATS_VERSION
-from tensornet.io.safetensors_files import ShardTask, Slice, read_header, write_shard, write_tensors
+from tensornet.io.safetensors_files import (
+    ShardTask,
+    Slice,
+    load_slice,
+    read_header,
+    write_shard,
+    write_tensors,
+)
 
 
 class Moments:
@@ -38,6 +46,12 @@ class Moments:
             path = self.folder / f"{len(self.stored)}.safetensors"
             write_tensors(path, tensors)
             self.stored |= read_header(path)
+
+    def columns(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the moments of the inputs of some layers; a tensor that layers share is read once."""
+        keys = {name: self.sides["columns"][name] for name in names if name in self.sides["columns"]}
+        read = {key: load_slice(self.stored[key]) for key in dict.fromkeys(keys.values())}
+        return {name: read[key] for name, key in keys.items()}
 
     def write(self, path: Path, *, tokens: int, loss: float, source: str, of_tokens: bool) -> None:
         """Write the file that `CalibrationStats.load` reads, from the stored bytes."""
