@@ -369,7 +369,7 @@ class MomentRecorder:
         return CalibrationStats(rows, columns, tokens, loss, source, readers, coherence=coherence)
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute the coherence of all layers of which tokens were held and both moments are known."""
+        """Compute the coherence of each layer that has held tokens and both moments."""
         known = {name for name in self._samples if name in rows and name in columns}
         ratios = {name: self._samples[name].ratio(columns[name], rows[name]) for name in sorted(known)}
         return {name: ratio for name, ratio in ratios.items() if ratio is not None}

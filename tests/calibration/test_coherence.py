@@ -239,6 +239,13 @@ def test_nothing_has_no_ratio() -> None:
     assert sample.hold(torch.zeros(2, 1, 4), None, {"x": torch.zeros(2, 1, 4)}) == []
 
 
+def test_tokens_that_cancel_out_still_cost_something() -> None:
+    x, gradient = torch.ones(1, 4, 1), torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 4, 1)
+    sample = CoherenceSample("layer")
+    sample.add(sample.hold(x, None, {"x": x}), gradient, {"x": x})
+    assert sample.ratio(torch.ones(1), torch.ones(1)) == pytest.approx(0.1)
+
+
 def test_a_moment_that_rounding_made_indefinite() -> None:
     moment = torch.diag(torch.tensor([1.0, 1.0, -0.1]))
     found = whitened(torch.eye(3), moment, 0.01)
