@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; 
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
 judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
 other windows of the tutorials, and healed on the PostgreSQL manual for ten minutes of a processor: the dense
-model is distilled into norms and cores, the integers stay. `perplexity_ratio` is to the dense model's. Rows
+model is distilled into norms, cores and integers. `perplexity_ratio` is to the dense model's. Rows
 that the record has are skipped. Writes `whole_model.json`.
 """
 
@@ -104,6 +104,7 @@ class Bench:
                 self.dense,
                 self.training(),
                 steps=10_000,
+                parameters="codes",
                 max_seconds=self.given.heal_seconds,
                 clock=time.process_time,
                 autocast=torch.bfloat16,

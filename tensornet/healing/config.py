@@ -16,7 +16,7 @@ from tensornet.checks import check_size
 #: Distance between the outputs of the student and the teacher on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
 #: Which parameters are trained.
-Parameters = Literal["auto", "cores", "vectors", "trainable"]
+Parameters = Literal["auto", "cores", "vectors", "codes", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,19 @@ class HealingConfig:
         layer_steps: layer-wise steps before them.
         lr: largest learning rate. For cores relative to the root mean square of each core, 5e-4 if absent,
             which suits some hundred steps of a pretrained model; models trained from scratch in an hour take
-            five times as much. Gains and biases take twenty times the rate of cores. With
+            five times as much. Gains and biases take twenty times the rate of cores, integers forty times
+            that number of units a step (0.02). With
             `parameters="trainable"` absolute, and 1e-4 if absent.
         temperature: of the softmax whose divergence is lowered.
         distance: of the outputs of both models. If absent, the divergence of the logits; one minus the cosine
             of mean-pooled hidden states for models without logits; the relative squared difference for
             outputs that are tensors.
         parameters: `"cores"`, with 16-bit scales of integers; `"vectors"`, these and the gains and biases of
-            the model, where scales of eight bits cannot be trained; `"trainable"` for all that require
-            gradients now, such as adapters beside frozen cores. `"auto"` is `"cores"` where every
-            compressed layer has something to train, else `"vectors"`.
+            the model, where scales of eight bits cannot be trained; `"codes"`, these and the integers
+            themselves, rounded in each pass with the gradient of the values (straight-through), which heals
+            most and takes 16 bytes a weight while it runs; `"trainable"` for all that require gradients now,
+            such as adapters beside frozen cores. `"auto"` is `"cores"` where every compressed layer has
+            something to train, else `"vectors"`.
         autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
             recent processors and changes the result little.
         hold_weights: with `autocast`, hold the frozen matrices of both models in that dtype for all steps,

@@ -114,7 +114,8 @@ def heal(
         )
     config = HealingConfig(**options) if config is None else config
     check_batches(data, "heal")
-    with trained_scales(model) if config.selects_parameters else nullcontext():
+    codes = config.parameters == "codes"
+    with trained_scales(model, codes=codes) if config.selects_parameters else nullcontext():
         return _healed(model, teacher, data, config)
 
 

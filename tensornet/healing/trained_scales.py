@@ -1,4 +1,4 @@
-"""Scales of integer cores as parameters during training."""
+"""Scales and codes of integer cores as parameters during training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,14 @@ from tensornet.nn.fixed_dtypes import FixedDtypes
 
 
 @contextmanager
-def trained_scales(model: nn.Module) -> Iterator[None]:
+def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
     """Convert scales and bfloat16 cores to float32 parameters inside the block, and back after it.
 
     Inside another such block nothing changes: optimizers hold the parameters of the outer one.
 
     Args:
         model: with compressed layers or experts; tied ones stay tied.
+        codes: whether the integers are parameters as well, see `tensornet.quantization.TrainedCodes`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
@@ -31,7 +32,7 @@ def trained_scales(model: nn.Module) -> Iterator[None]:
     try:
         shared: dict[int, Tensor] = {}
         for layer in layers:
-            layer.train_scales(True, shared)
+            layer.train_scales(True, shared, codes=codes)
         yield
     finally:
         shared = {}

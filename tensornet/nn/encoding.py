@@ -38,7 +38,7 @@ from tensornet.nn.storage import (
     scale_shape,
     storage_entry,
 )
-from tensornet.quantization import NumberFormat, RoundedWeight, dequantize, pack, unpack
+from tensornet.quantization import NumberFormat, RoundedWeight, dequantize, pack, rounded_values, unpack
 from tensornet.quantization.codes import scaled
 from tensornet.quantization.scales import as_groups
 from tensornet.topologies import topology_family
@@ -254,6 +254,9 @@ def unpacked(
     codes, scales, zeros = (x if x is None or rows is None else x.index_select(0, rows) for x in parts)
     assert codes is not None
     assert scales is not None
+    if codes.is_floating_point():  # trained at the moment
+        zeros = zeros if zeros is None else unpack(zeros, bits, scales.shape[-1])
+        return rounded_values(codes, scales, zeros, number_format, dtype)
     if bits == 8 and zeros is None and not is_exporting():  # as stored they are the points of the grid
         points = as_groups(codes, number_format).view(torch.int8)
         return scaled(points, scales.to(dtype).unsqueeze(-1), dtype).flatten(-2)[..., :columns]

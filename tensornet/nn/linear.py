@@ -153,7 +153,7 @@ class TensorNetworkLinear(KernelKeeper):
         if len(first) > 1 or not number_format.is_integer or not usable or is_compiling():
             return None
         codes, scales = tensors[f"core_{name}"], tensors[f"scale_{name}"]
-        trained = scales.requires_grad and torch.is_grad_enabled()
+        trained = codes.is_floating_point() or (scales.requires_grad and torch.is_grad_enabled())
         padded = self.topology.shape != self.topology.padded_shape
         if trained or padded or transforms_active() or torch.is_autocast_enabled(input.device.type):
             return None

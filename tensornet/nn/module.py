@@ -17,6 +17,8 @@ from tensornet.nn.execution import RoutedModule
 from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.integer_cost import IntegerCost, unpacking_cost
 from tensornet.nn.matrix_cache import Strategy
+from tensornet.nn.storage import kept_shapes
+from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
 
@@ -181,6 +183,15 @@ class NetworkModule(FixedDtypes, RoutedModule):
             return {}
         kinds = layout(self.topology, self.storage, torch.float32)
         return {name: kind for name, (_, kind) in kinds.items() if self.storage.has_own_dtype(name)}
+
+    @property
+    def integer_cores(self) -> dict[str, tuple[NumberFormat, int]]:
+        """See `FixedDtypes`."""
+        return {
+            f"core_{name}": (self.storage.format_of(name), view[-1])
+            for name, view, _ in kept_shapes(self.topology, self.storage)
+            if self.storage.format_of(name).is_integer
+        }
 
     def _compute_as(self, tensor: Tensor) -> None:
         """Compute in the dtype and on the device of a tensor from now on."""

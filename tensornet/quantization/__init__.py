@@ -9,6 +9,7 @@ from tensornet.quantization.product_loss import predict_product_losses
 from tensornet.quantization.residual import ResidualFit, fit_residual
 from tensornet.quantization.rounding import Method, RoundedWeight, round_weight
 from tensornet.quantization.scales import GroupScales, refit_scales, search_scales
+from tensornet.quantization.trained_codes import TrainedCodes, rounded_values
 
 __all__ = [
     "GroupScales",
@@ -18,6 +19,7 @@ __all__ = [
     "RoundedFactors",
     "RoundedProduct",
     "RoundedWeight",
+    "TrainedCodes",
     "dequantize",
     "fit_residual",
     "format_names",
@@ -29,6 +31,7 @@ __all__ = [
     "round_factors",
     "round_product",
     "round_weight",
+    "rounded_values",
     "search_scales",
     "unpack",
 ]

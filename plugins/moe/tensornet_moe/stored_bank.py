@@ -10,7 +10,9 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import frobenius
 from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.nn.fixed_dtypes import FixedDtypes
+from tensornet.quantization import NumberFormat
 from tensornet.topologies.factored import pad_core
+from tensornet.topologies.stored_cores import matrix_view
 from tensornet.topology import Topology
 from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.number_formats import check_storage, decode_core, encode_core, stored_dtypes
@@ -83,6 +85,18 @@ class StoredBank(FixedDtypes, ExpertBank):
             kind = kinds[stem.partition("_expert_")[0]].get(part)
             if kind is not None:
                 found[key] = kind
+        return found
+
+    @property
+    def integer_cores(self) -> dict[str, tuple[NumberFormat, int]]:
+        """See `FixedDtypes`."""
+        found = {}
+        for key in self.fixed_dtypes:
+            part, _, stem = key.partition("_")
+            name, _, expert = stem.partition("_expert_")
+            if part == "core" and self.storage.format_of(name).is_integer:
+                topology = self.topologies[int(expert)] if expert else self.topology
+                found[key] = (self.storage.format_of(name), matrix_view(topology, name)[1])
         return found
 
     def stored_tensors(self) -> tuple[Tensor, ...]:

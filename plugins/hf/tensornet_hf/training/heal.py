@@ -127,7 +127,7 @@ def heal(
         output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": config.rate, **arguments}
     )
     with (
-        trained_scales(model) if config.selects_parameters else nullcontext(),
+        trained_scales(model, codes=parameters == "codes") if config.selects_parameters else nullcontext(),
         in_eval_mode(teacher),
         only_training(teacher, ()),
         only_training(model, trained_parameters(model, teacher, parameters, layer_steps).values()),
