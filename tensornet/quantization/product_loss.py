@@ -47,7 +47,7 @@ def predict_product_losses(
         torch.Size([1, 4])
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    seen = [(_norms(left.mT, each.rows), _norms(right, each.columns)) for each in weightings]
+    seen = [(_column_norms(left, each.rows), _row_norms(right, each.columns)) for each in weightings]
     errors_right = _expected(right, number_format, seen[0][0], chosen.columns)
     errors_left = _expected(left, number_format, chosen.rows, seen[0][1])
     found = []
@@ -60,9 +60,15 @@ def predict_product_losses(
 
 
 @remembered
-def _norms(vectors: Tensor, moment: Tensor | None) -> Tensor:
+def _column_norms(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """Compute squared norms of the columns of a matrix under a moment, in double precision."""
+    return (matrix * times(moment, matrix)).sum(0, dtype=torch.float64)
+
+
+@remembered
+def _row_norms(matrix: Tensor, moment: Tensor | None) -> Tensor:
     """Compute squared norms of the rows of a matrix under a moment, in double precision."""
-    return (vectors * times(moment, vectors.mT).mT).sum(1, dtype=torch.float64)
+    return (matrix * times(moment, matrix.mT).mT).sum(1, dtype=torch.float64)
 
 
 def _expected(
