@@ -140,7 +140,7 @@ def decompress(model: nn.Module) -> nn.Module:
             "decompress puts layers into the model that holds them; for a layer alone take what its "
             "to_linear() or to_embedding() returns."
         )
-    dense: dict[int, nn.Module] = {}  # by first stored tensor: tied layers share it
+    dense: dict[tuple[int, ...], nn.Module] = {}  # by all stored tensors: tied layers share every one
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
@@ -150,7 +150,7 @@ def decompress(model: nn.Module) -> nn.Module:
             tensor for tensor in stored if isinstance(tensor, nn.Parameter)
         ]  # none where all are integers
         stock.weight.requires_grad_(not cores or any(tensor.requires_grad for tensor in cores))
-        twin = dense.setdefault(id(stored[0]), stock)
+        twin = dense.setdefault(tuple(map(id, stored)), stock)
         if twin is not stock:
             layer_kind(module.source).share(stock, twin.weight)  # type: ignore[arg-type]
         if (bias := layer_bias(module)) is not None:

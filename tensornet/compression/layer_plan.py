@@ -66,7 +66,7 @@ class LayerPlan:
         """Stored numbers of the planned network, padding, scales and row orders included."""
         if self.topology is None:
             return self.params_before
-        return self.storage.num_params(self.topology) - self._counted_elsewhere
+        return self.storage.num_params(self.topology) - self._counted_elsewhere(self.dtype)[0]
 
     @property
     def bytes_before(self) -> int:
@@ -87,14 +87,13 @@ class LayerPlan:
         """Compute the bytes of the planned network for a weight of this dtype."""
         if self.topology is None:
             return self.params_before * dtype.itemsize
-        return self.storage.num_bytes(self.topology, dtype) - self._counted_elsewhere * dtype.itemsize
+        return self.storage.num_bytes(self.topology, dtype) - self._counted_elsewhere(dtype)[1]
 
-    @property
-    def _counted_elsewhere(self) -> int:
-        """Number of elements of a shared core that another layer owns."""
+    def _counted_elsewhere(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Count the stored numbers and the bytes of a shared core that another layer owns."""
         if self.topology is None or not self.shared_core or self.shared_with == self.name:
-            return 0
-        return math.prod(self.topology.core_shapes[self.shared_core])
+            return 0, 0
+        return self.storage.core_size(self.topology, self.shared_core, dtype)
 
 
 @dataclass(frozen=True)

@@ -126,12 +126,25 @@ class Storage:
             >>> Storage(number_format="int4").num_params(tn.topologies.dense(out_features=2, in_features=64))
             130
         """
-        return sum(_numbers(topology, self))
+        return sum(count for _, count in _numbers(topology, self))
 
     def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
         """Count the bytes of all stored tensors for cores of this dtype."""
         tensors = layout(topology, self, dtype).values()
         return sum(math.prod(shape) * kind.itemsize for shape, kind in tensors)
+
+    def core_size(self, topology: Topology, name: str, dtype: torch.dtype) -> tuple[int, int]:
+        """Count the stored numbers and the bytes of one core, scales and zero points included.
+
+        Example:
+            >>> topology = tn.topologies.low_rank(out_features=6, in_features=64, rank=2)
+            >>> Storage(number_format="int4").core_size(topology, "1", torch.float32)
+            (130, 68)
+        """
+        numbers = sum(count for core, count in _numbers(topology, self) if core == name)
+        tensors = layout(topology, self, dtype).items()
+        mine = [found for part, found in tensors if part.partition("_")[2] == name]
+        return numbers, sum(math.prod(shape) * kind.itemsize for shape, kind in mine)
 
 
 #: The parameters are the cores.
@@ -189,15 +202,16 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
             yield name, shape, None
 
 
-def _numbers(topology: Topology, storage: Storage) -> Iterator[int]:
-    """Count the stored numbers of every core."""
+def _numbers(topology: Topology, storage: Storage) -> Iterator[tuple[str, int]]:
+    """Count the stored numbers of every core, by its name."""
     for name, kept, order in kept_shapes(topology, storage):
         number_format = storage.format_of(name)
-        yield math.prod(kept) + (order or 0)
+        count = math.prod(kept) + (order or 0)
         if storage.int8:
-            yield math.prod(scale_shape(kept))
+            count += math.prod(scale_shape(kept))
         elif number_format.is_integer:
-            yield kept[0] * number_format.groups(kept[1]) * (2 if number_format.zero_point else 1)
+            count += kept[0] * number_format.groups(kept[1]) * (2 if number_format.zero_point else 1)
+        yield name, count
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:

@@ -167,6 +167,16 @@ def test_a_shared_core_is_one_parameter_that_counts_once() -> None:
     assert isinstance(model.experts, Experts)
 
 
+@pytest.mark.parametrize("weights", [common_inputs(), common_outputs(), common_base()], ids=SHARED_FORMS)
+def test_decompressed_experts_keep_their_own_matrices(weights: Tensor) -> None:
+    model, x = Model(weights), gaussian(E, 7, IN, seed=9)
+    tn.compress(model, config(), progress=False)
+    want = model(x).detach()
+    tn.decompress(model)
+    assert isinstance(model.experts, Experts)
+    torch.testing.assert_close(model(x).detach(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_calibrated_moments_decide() -> None:
     model = Model(gaussian(E, OUT, IN))
     narrow = gaussian(4, IN, seed=6)  # all experts read four directions; the weights have nothing in common

@@ -1,5 +1,6 @@
 """Model folders side by side: bytes, bits, parameters, time of a token, loss and samples."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -177,15 +178,16 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
 
 def _stored_numbers(model: PreTrainedModel, weights: int) -> int:
     """Count stored numbers: the weights of the dense model, with those of networks in place of matrices."""
-    layers = {
-        id(next(iter(module.stored.values()))): module
-        for module in model.modules()
-        if isinstance(module, TensorNetworkLinear | MPOEmbedding)
-    }
+    networks = [x for x in model.modules() if isinstance(x, TensorNetworkLinear | MPOEmbedding)]
+    layers = {tuple(map(id, module.stored.values())): module for module in networks}
+    cores: dict[int, int] = {}  # numbers of every core, one that several layers share once
     for module in layers.values():
-        rows, columns = module.topology.shape
-        weights += module.storage.num_params(module.topology) - rows * columns
-    return weights
+        topology, stored = module.topology, module.stored
+        weights -= math.prod(topology.shape)
+        for name in topology.core_names:
+            size, _ = module.storage.core_size(topology, name, module.weight.dtype)
+            cores[id(stored[f"core_{name}"])] = size
+    return weights + sum(cores.values())
 
 
 def _sees(model: PreTrainedModel) -> bool:
