@@ -38,9 +38,9 @@ class HealingConfig:
         parameters: `"cores"`, with 16-bit scales of integers; `"vectors"`, these and the gains and biases of
             the model, where scales of eight bits cannot be trained; `"codes"`, these and the integers
             themselves, rounded in each pass with the gradient of the values (straight-through), which heals
-            most and takes 16 bytes a weight while it runs; `"trainable"` for all that require gradients now,
-            such as adapters beside frozen cores. `"auto"` is `"cores"` where every compressed layer has
-            something to train, else `"vectors"`.
+            more at two and three bits and takes 16 bytes a weight while it runs; `"trainable"` for all that
+            require gradients now, such as adapters beside frozen cores. `"auto"` is `"cores"` where every
+            compressed layer has something to train, else `"vectors"`.
         autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
             recent processors and changes the result little.
         hold_weights: with `autocast`, hold the frozen matrices of both models in that dtype for all steps,
