@@ -187,45 +187,73 @@ def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weight
     return costs.clamp_min(0) / 2
 
 
-def diagonal_shift(weighting: Weighting, other: Weighting) -> Tensor | None:
-    """Find the vector on the diagonal of the rows by which a weighting differs from another one.
+def diagonal_shift(weighting: Weighting, other: Weighting) -> tuple[float, Tensor] | None:
+    """Find the factor and the vector by which the rows of a weighting give those of another one.
 
     Returns:
-        Shape `(out,)`; None unless both hold one moment of the columns, the same tensor, and moments of rows
-        that differ on the diagonal alone.
+        `a` and `v: (out,)` with `R' = a R + diag(v)`; None unless there are such, and both weightings hold
+        one moment of the columns, the same tensor.
     """
     first, second = weighting.rows, other.rows
     if weighting.columns is not other.columns or first is None or second is None or first.ndim != second.ndim:
         return None
-    shift = second - first
-    if shift.ndim == 1:
-        return shift
-    diagonal = shift.diagonal()
-    return diagonal if int(shift.count_nonzero()) == int(diagonal.count_nonzero()) else None
+    factor, shift, exact = closest_shift(first, second)
+    return (factor, shift) if exact else None
 
 
-def shifted_tail_costs(result: WeightedSVD, shift: Tensor) -> Tensor:
-    """Compute `tail_costs` under the weighting of the SVD with a vector added to the diagonal of its rows.
+@remembered
+def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
+    """Approximate a moment by a multiple of another one plus a diagonal, `M' ~ a M + diag(v)`.
+
+    Args:
+        moment: `M`, shape `(n, n)` or `(n,)`.
+        other: `M'`, of the same shape.
+
+    Returns:
+        `a`, by least squares over elements off the diagonal; `v`, exact on it; and True if the rest is rounding.
+
+    Example:
+        >>> factor, shift, exact = closest_shift(torch.ones(2, 2), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
+        >>> factor, shift.tolist(), exact
+        (0.5, [1.5, 0.5], True)
+    """
+    if moment.ndim == 1:
+        return 1.0, other - moment, True
+    own, its = moment.diagonal(), other.diagonal()
+    square = float(torch.vdot(moment.flatten(), moment.flatten()) - torch.vdot(own, own))
+    factor = 1.0
+    if square > 0:
+        factor = float(torch.vdot(moment.flatten(), other.flatten()) - torch.vdot(own, its)) / square
+    rest = torch.sub(other, moment, alpha=factor)
+    shift = rest.diagonal().clone()
+    rest.diagonal().zero_()
+    limit = 1e3 * torch.finfo(moment.dtype).eps * float(its.abs().max())
+    return factor, shift, bool(rest.abs().max() <= limit)
+
+
+def shifted_tail_costs(result: WeightedSVD, factor: float, shift: Tensor) -> Tensor:
+    """Compute `tail_costs` under the weighting of the SVD with rows `a R + diag(v)` in place of `R`.
 
     Terms of a whitened SVD do not meet in its own loss, nor in what the diagonal adds while the other side
     stays as it is: their losses add up, without a product of moments.
 
     Args:
         result: with factors.
-        shift: of the diagonal of the moment of the rows, shape `(out,)`.
+        factor: `a`.
+        shift: `v`, shape `(out,)`.
 
     Returns:
         Shape `(k + 1,)`, as `WeightedSVD.error`.
 
     Example:
         >>> found = weighted_svd(torch.randn(6, 4), Weighting(torch.eye(6)))
-        >>> bool(torch.allclose(shifted_tail_costs(found, torch.ones(6)), 2 * found.error))
+        >>> bool(torch.allclose(shifted_tail_costs(found, 0.5, torch.ones(6)), 1.5 * found.error))
         True
     """
     left, energies = result.left, result.values.square()
     tall = left.shape[0] > result.right.shape[1]  # then right vectors are orthonormal under their moment
     added = shift.to(left) @ left.square()
-    terms = energies + added if tall else energies * (1 + added)
+    terms = factor * energies + (added if tall else energies * added)
     return torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1)]) / 2
 
 

@@ -85,7 +85,7 @@ def expected_losses(
     Args:
         weight: shape `(out, in)`.
         number_formats: integer formats or their names.
-        weightings: of the loss; moments of one side differ on the diagonal alone.
+        weightings: of the loss; moments of one side are multiples of each other, but for the diagonal.
         row_damping: as for `round_weight`.
         column_damping: as for `round_weight`.
         sample: indices of rows from which the losses of all are estimated; all rows if absent.

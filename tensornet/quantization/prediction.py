@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensornet.linalg.weighted_svd import closest_shift
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.scales import as_groups, spread_groups
@@ -149,7 +150,8 @@ def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tens
     Args:
         kept: `D` and error growth of one side, each `(1, n)`.
         chosen: moment that is rounded with, `(n, n)`, `(n,)` or None for the identity.
-        moment: moment that errors cost by; two full ones are taken to differ on the diagonal alone.
+        moment: moment that errors cost by; of two full ones it is taken to be a multiple of the other, but
+            for the diagonal.
 
     Returns:
         Shape `(1, n)`.
@@ -159,4 +161,5 @@ def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tens
         return growth.expand_as(weights)
     if moment.ndim == 1 or chosen is None or chosen.ndim == 1:
         return growth * (moment if moment.ndim == 1 else moment.diagonal())[None].to(growth)
-    return weights + growth * (moment.diagonal() - chosen.diagonal())[None].to(growth)
+    factor, shift, _ = closest_shift(chosen, moment)
+    return factor * weights + growth * shift[None].to(growth)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tensornet.context import outside_autocast
-from tensornet.linalg.weighted_svd import Weighting, times
+from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.prediction import ExpectedResiduals, spaced_rows, unit_losses
@@ -47,7 +47,7 @@ def predict_product_losses(
         torch.Size([1, 4])
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    seen = [(_norms(left.mT, each.rows), _norms(right, each.columns)) for each in weightings]
+    seen = [(_norms(left, 0, each.rows, chosen.rows), _norms(right, 1, each.columns)) for each in weightings]
     errors_right = _expected(right, number_format, seen[0][0], chosen.columns)
     errors_left = _expected(left, number_format, chosen.rows, seen[0][1])
     found = []
@@ -60,9 +60,22 @@ def predict_product_losses(
 
 
 @remembered
-def _norms(vectors: Tensor, moment: Tensor | None) -> Tensor:
-    """Compute squared norms of the rows of a matrix under a moment, in double precision."""
-    return (vectors * times(moment, vectors.mT).mT).sum(1, dtype=torch.float64)
+def _norms(factor: Tensor, axis: int, moment: Tensor | None, known: Tensor | None = None) -> Tensor:
+    """Compute squared norms of columns (axis 0) or rows (1) under a moment, in double precision.
+
+    Args:
+        factor: matrix.
+        axis: that the norms sum over.
+        moment: of that axis.
+        known: moment that norms are needed of anyway: where they differ by a factor and on the diagonal
+            alone, no other product of matrices is computed.
+    """
+    vectors = factor if axis == 0 else factor.mT
+    if moment is not known and moment is not None and known is not None and moment.ndim == known.ndim == 2:
+        times_known, shift, exact = closest_shift(known, moment)
+        if exact:
+            return times_known * _norms(factor, axis, known) + shift.double() @ vectors.double().square()
+    return (vectors * times(moment, vectors)).sum(0, dtype=torch.float64)
 
 
 def _expected(

@@ -289,7 +289,7 @@ class LowRankFamily(TopologyFamily):
 def _tails(result: WeightedSVD, weighting: Weighting, other: Weighting) -> Tensor:
     """Compute the loss of every rank of a whitened SVD under another weighting than its own."""
     shift = diagonal_shift(weighting, other)
-    return tail_costs(result, other) if shift is None else shifted_tail_costs(result, shift)
+    return tail_costs(result, other) if shift is None else shifted_tail_costs(result, *shift)
 
 
 @lru_cache(maxsize=256)
