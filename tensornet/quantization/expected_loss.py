@@ -9,7 +9,7 @@ from torch import Tensor
 from tensornet.checks import check_dense
 from tensornet.context import outside_autocast
 from tensornet.linalg.svd import check_finite
-from tensornet.linalg.weighted_svd import Weighting
+from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.prediction import ExpectedResiduals, unit_losses
@@ -62,10 +62,12 @@ def predict_loss_increase(
     """
     check_dense(weight, "predict_loss_increase", "a matrix of shape (out, in)", 2)
     check_finite(weight, "The weight")
-    seen = Weighting(rows, columns)
-    found = expected_losses(
-        weight, number_formats, [seen], row_damping=row_damping, column_damping=column_damping
+    # Damped here, as the loss increase of `round_weight` is.
+    seen = Weighting(
+        None if rows is None else damped(rows, row_damping),
+        None if columns is None else damped(columns, column_damping),
     )
+    found = expected_losses(weight, number_formats, [seen], row_damping=0.0, column_damping=0.0)
     return tuple(found[:, 0].tolist())
 
 
@@ -86,8 +88,8 @@ def expected_losses(
         weight: shape `(out, in)`.
         number_formats: integer formats or their names.
         weightings: of the loss; moments of one side are multiples of each other, but for the diagonal.
-        row_damping: as for `round_weight`.
-        column_damping: as for `round_weight`.
+        row_damping: as for `round_weight`; the losses are those of the moments without it.
+        column_damping: likewise.
         sample: indices of rows from which the losses of all are estimated; all rows if absent.
 
     Example:
@@ -108,12 +110,13 @@ def expected_losses(
     )
     loop = problem.rounder(_methods(None, problem)[-1])
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
+    dampings = row_damping, column_damping
     losses, part = [], work if sample is None else work[:, sample]
     for number_format in formats:
         scales = search_scales(part, number_format, importance)
         known = replace(problem, format=number_format)
         loops = _with_less_feedback(loop) if (number_format.bits or 0) <= CLAMPED_BITS else [loop]
-        tried = [_under(known.expected(scales, each, sample), weightings) for each in loops]
+        tried = [_under(known.expected(scales, each, sample), weightings, dampings) for each in loops]
         losses.append(min(tried, key=lambda values: float(values[0])))
     return torch.stack(losses)
 
@@ -124,12 +127,14 @@ def _with_less_feedback(loop: _Loop) -> list[_Loop]:
     return [loop, one_side, replace(one_side, columns=None, column_order=None)]
 
 
-def _under(found: ExpectedResiduals, weightings: Sequence[Weighting]) -> Tensor:
+def _under(
+    found: ExpectedResiduals, weightings: Sequence[Weighting], dampings: tuple[float, float]
+) -> Tensor:
     """Sum expected losses under all weightings, rounded with the first one, shape `(weightings,)`."""
     chosen = weightings[0]
     losses = []
     for each in weightings:
-        rows = unit_losses(found.rows, chosen.rows, each.rows)
-        columns = unit_losses(found.columns, chosen.columns, each.columns)
+        rows = unit_losses(found.rows, chosen.rows, each.rows, dampings[0])
+        columns = unit_losses(found.columns, chosen.columns, each.columns, dampings[1])
         losses.append(found.loss(rows, columns))
     return torch.cat(losses)

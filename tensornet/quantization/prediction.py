@@ -144,14 +144,17 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
     return order[places].sort().values
 
 
-def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None) -> Tensor:
+def unit_losses(
+    kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
+) -> Tensor:
     """Predict the loss of a unit residual at every position, under a moment other than the rounding's.
 
     Args:
         kept: `D` and error growth of one side, each `(1, n)`.
-        chosen: moment that is rounded with, `(n, n)`, `(n,)` or None for the identity.
+        chosen: moment that is rounded with, before damping, `(n, n)`, `(n,)` or None for the identity.
         moment: moment that errors cost by; of two full ones it is taken to be a multiple of the other, but
             for the diagonal.
+        damping: fraction of the mean diagonal that was added to round, but costs nothing.
 
     Returns:
         Shape `(1, n)`.
@@ -162,4 +165,5 @@ def unit_losses(kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tens
     if moment.ndim == 1 or chosen is None or chosen.ndim == 1:
         return growth * (moment if moment.ndim == 1 else moment.diagonal())[None].to(growth)
     factor, shift, _ = closest_shift(chosen, moment)
-    return factor * weights + growth * shift[None].to(growth)
+    shift = shift - factor * damping * chosen.diagonal().mean()
+    return (factor * weights + growth * shift[None].to(growth)).clamp_min_(0)

@@ -52,8 +52,8 @@ def predict_product_losses(
     errors_left = _expected(left, number_format, chosen.rows, seen[0][1])
     found = []
     for weighting, (of_left, of_right) in zip(weightings, seen, strict=True):
-        by_column = unit_losses(errors_right.columns, chosen.columns, weighting.columns)
-        by_row = unit_losses(errors_left.rows, chosen.rows, weighting.rows)
+        by_column = unit_losses(errors_right.columns, chosen.columns, weighting.columns, COLUMN_DAMPING)
+        by_row = unit_losses(errors_left.rows, chosen.rows, weighting.rows, LEAST_DAMPING)
         each = errors_right.by_row(by_column)[0] * of_left + errors_left.by_column(by_row)[0] * of_right
         found.append(each.cumsum(0) / 2)
     return torch.stack(found)

@@ -51,5 +51,17 @@ def test_errors_also_cost_under_another_damping(bits: int) -> None:
         assert value == pytest.approx(each.cost(error), rel=tolerance)
 
 
+def test_damping_to_round_does_not_cost() -> None:
+    rows, columns, matrix = damped(moment(64, 1), 0.1), damped(moment(96, 2), 0.01), weight(64, 96, 3)
+    seen = [Weighting(rows, columns), Weighting(rows / 2 + torch.eye(64).double(), columns)]
+    (predicted,) = expected_losses(matrix, ["int5"], seen, row_damping=0.2, column_damping=0.3)
+    kept = round_weight(
+        matrix, "int5", rows=rows, columns=columns, row_damping=0.2, column_damping=0.3, refits=0
+    )
+    error = matrix - kept.dequantize(torch.float64)
+    for value, each in zip(predicted.tolist(), seen, strict=True):
+        assert value == pytest.approx(each.cost(error), rel=0.1)
+
+
 def test_no_format_has_no_losses() -> None:
     assert expected_losses(torch.randn(3, 4), [], [Weighting()]).shape == (0, 1)
