@@ -33,6 +33,8 @@ Method = Literal["nearest", "columns", "rows", "both"]
 
 #: Shares of the mean diagonals of the output-gradient and the input moment that are added before rounding.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
+#: Rows from which on one-sided rounding is priced without the products of different rows, which average out.
+_ESTIMATED_ROWS = 256
 #: Rows of all matrices of a stack at which arithmetic takes as long as calls in descent.
 _DESCENT_ROWS = 2048
 #: Added to output-gradient moments that are damped already, only against singular ones.
@@ -155,12 +157,15 @@ def round_weight(
     predicted = problem.predicted(start, loops[names[-1]]) if predict else None
     two_sided_later = refits > 0 and names[-1] == "both"
     first = names[:-1] if two_sided_later else names
-    best = problem.cheapest([problem.solve(start, name, loops[name]) for name in first])
+    estimate = two_sided_later and work.shape[1] >= _ESTIMATED_ROWS
+    best = problem.cheapest([problem.solve(start, name, loops[name], estimate) for name in first])
     for k in range(refits):
         again = GroupScales(problem.refitted(best), best.scales.zeros)
         # The last of the names has most feedback; where another was cheaper, it usually stays so.
         tried = {names[-1]} if two_sided_later and k == 0 else {*best.methods, names[-1]}
         best = problem.cheapest([best, *(problem.solve(again, n, loops[n]) for n in names if n in tried)])
+    if estimate and any(name in first for name in best.methods):
+        best = problem.priced(best)
     if sweeps:
         best = problem.improved(best, sweeps)
     return problem.result(best, predicted, weight)
@@ -266,8 +271,18 @@ class _Problem:
 
         return _Loop(run, rows, columns, row_order, column_order)
 
-    def solve(self, scales: GroupScales, method: Method, loop: _Loop) -> _Solution:
-        """Round all matrices with given scales."""
+    def solve(
+        self, scales: GroupScales, method: Method, loop: _Loop, estimate: bool = False
+    ) -> _Solution:
+        """Round all matrices with given scales.
+
+        Args:
+            scales: of all groups.
+            method: that the loop belongs to.
+            loop: of `rounder`.
+            estimate: price errors of rows as if these were independent, by the diagonal of their moment. So
+                they are where no feedback couples them, and the product with the whole moment takes long.
+        """
         grid = self.grid(scales)
 
         def ordered(x: Tensor, *, back: bool = False) -> Tensor:
@@ -280,8 +295,14 @@ class _Problem:
         zero = ordered(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
         turned = Grid(ordered(grid.scale), zero, grid.top)
         codes = ordered(loop.run(ordered(self.weight), turned), back=True)
-        price = loss_increase(self.weight - grid.points(codes), self.rows, self.columns)
+        rows = Side(self.rows.diagonal) if estimate and self.rows is not None else self.rows
+        price = loss_increase(self.weight - grid.points(codes), rows, self.columns)
         return _Solution(codes, scales, price, (method,) * len(codes))
+
+    def priced(self, solution: _Solution) -> _Solution:
+        """Replace estimates by the exact loss increase."""
+        error = self.weight - self.grid(solution.scales).points(solution.codes)
+        return replace(solution, price=loss_increase(error, self.rows, self.columns))
 
     def cheapest(self, solutions: list[_Solution]) -> _Solution:
         """Select the solution of least loss increase for each matrix; ties go to the first."""
@@ -329,9 +350,8 @@ class _Problem:
                 sweeps,
             )
         found = GroupScales(scales, solution.scales.zeros)
-        error = self.weight - self.grid(found).points(codes)
-        price = loss_increase(error, self.rows, self.columns)
-        return self.cheapest([solution, _Solution(codes, found, price, solution.methods)])
+        made = self.priced(_Solution(codes, found, solution.price, solution.methods))
+        return self.cheapest([solution, made])
 
     def result(self, solution: _Solution, predicted: Tensor | None, like: Tensor) -> RoundedWeight:
         """Reshape a solution to the shape of the original weight."""

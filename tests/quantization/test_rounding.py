@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from quantization.rounding_cases import moment, price, weight
 
 from tensornet.errors import FormatError, NonFiniteError, ShapeError
-from tensornet.quantization import RoundedWeight, dequantize, round_weight
+from tensornet.quantization import RoundedWeight, dequantize, round_weight, rounding
+from tensornet.quantization.curvature import Side
 from tensornet.quantization.rounding import Method
 
 SIZES = {"m": st.integers(1, 24), "n": st.integers(1, 80), "seed": st.integers(0, 1000)}
@@ -43,6 +44,26 @@ def test_two_sided_is_never_dearer(m: int, n: int, seed: int, name: str, sweeps:
     error = matrix - swept.dequantize(torch.float64)
     expected = price(error, damped(rows, 0.1), damped(columns, 0.01))
     assert increases[-1] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_estimates_are_not_returned(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """One-sided rounding that was priced by the diagonal of the rows, and was the cheapest."""
+    monkeypatch.setattr(rounding, "_ESTIMATED_ROWS", 1)
+    matrix, rows, columns = weight(20, 64, seed), moment(20, seed), moment(64, seed + 1)
+    made = round_weight(matrix, "int2:row", rows=rows, columns=columns, row_damping=1e-3)
+    error = matrix - made.dequantize(torch.float64)
+    expected = price(error, damped(rows, 1e-3), damped(columns, 0.01))
+    assert float(made.loss_increase) == pytest.approx(expected, rel=1e-9)
+
+
+def test_small_pivots_are_factorised_in_double_precision() -> None:
+    factor = torch.randn(64, 40, dtype=torch.float64)
+    exact = factor @ factor.mT + 1e-3 * torch.eye(64, dtype=torch.float64)
+    side, order = Side(exact.float()[None]), torch.arange(64)[None]
+    (unit, kept), (known, sizes) = side.feedback(order), Side(exact.float().double()[None]).feedback(order)
+    torch.testing.assert_close(kept, sizes.float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(unit, known.float(), rtol=1e-3, atol=1e-5)
 
 
 @given(**SIZES)
