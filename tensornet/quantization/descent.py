@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.scales import spread_groups
 
 #: Columns whose updates of the gradient are collected into one matrix product.
 _BLOCK = 64
@@ -36,6 +37,7 @@ def sweep_codes(
     top: int,
     rows: Tensor,
     columns: Tensor,
+    gradient: Tensor | None = None,
 ) -> Tensor:
     """Move codes to lower the loss increase, in one pass over all columns.
 
@@ -47,14 +49,15 @@ def sweep_codes(
         top: largest code.
         rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
         columns: `C`, shape `(stack, in, in)`.
+        gradient: `R E C` of the error of these codes, if it is known.
 
     Returns:
         New codes.
     """
     # Everything is transposed, `(in, stack, out)`: a column of the weights lies in one piece.
-    codes, scale = _by_column(codes), _by_column(scale)
-    error = _by_column(weight) - (codes - (_by_column(zero) if isinstance(zero, Tensor) else zero)) * scale
-    gradient = _times(rows, _along_columns(columns, error))
+    if gradient is None:
+        gradient = times_rows(rows, (weight - (codes - zero) * scale) @ columns)
+    codes, scale, gradient = _by_column(codes), _by_column(scale), _by_column(gradient)
     curvature = rows if rows.ndim == 2 else rows.diagonal(dim1=1, dim2=2)
     couplings = columns.transpose(0, 1)[..., None]  # shape: (in, stack, in, 1)
     own = columns.diagonal(dim1=1, dim2=2).mT[..., None]  # shape: (in, stack, 1)
@@ -146,7 +149,13 @@ def _spread_moves(rows: Tensor, moves: Tensor, which: Tensor, most: int) -> Tens
 
 
 def sweep_scales(
-    weight: Tensor, points: Tensor, scales: Tensor, number_format: NumberFormat, rows: Tensor, columns: Tensor
+    weight: Tensor,
+    points: Tensor,
+    scales: Tensor,
+    number_format: NumberFormat,
+    rows: Tensor,
+    columns: Tensor,
+    product: Tensor | None = None,
 ) -> Tensor:
     """Refit the scales under both moments, in one pass over all group columns.
 
@@ -157,6 +166,7 @@ def sweep_scales(
         number_format: an integer format.
         rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
         columns: `C`, shape `(stack, in, in)`.
+        product: `E C` of the error of these codes and scales, if it is known; overwritten.
 
     Returns:
         New scales, not rounded to the dtype of scales yet.
@@ -164,8 +174,8 @@ def sweep_scales(
     scales = scales.clone()
     size = weight.shape[2]
     width = number_format.group or size
-    values = points * scales.repeat_interleave(width, 2)[..., :size]
-    product = (weight - values) @ columns
+    if product is None:
+        product = (weight - points * spread_groups(scales, number_format, size)) @ columns
     for group in range(scales.shape[2]):
         part = slice(group * width, min((group + 1) * width, size))
         u = points[..., part]
@@ -210,6 +220,11 @@ def _conjugate_gradients(matrix: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
+def times_rows(rows: Tensor, x: Tensor) -> Tensor:
+    """Multiply `x: (stack, out, in)` by the moment of the rows, or by its diagonal."""
+    return rows[..., None] * x if rows.ndim == 2 else rows @ x
+
+
 def descend(
     weight: Tensor,
     codes: Tensor,
@@ -219,29 +234,53 @@ def descend(
     rows: Tensor,
     columns: Tensor,
     sweeps: int,
+    price: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Alternate `sweep_scales` and `sweep_codes`, with the same arguments.
+
+    Products of a moment and the error take most of the time where there are many rows: those of one step
+    tell its price and start the next one.
+
+    Args:
+        sweeps: how often both are done.
+        price: loss increase of the codes, shape `(stack,)`, if it is known.
 
     Returns:
         Codes, and scales in the dtype they are stored in.
     """
     size = weight.shape[2]
-    width = number_format.group or size
 
     def spread(x: Tensor) -> Tensor:
-        return x.to(weight.dtype).repeat_interleave(width, 2)[..., :size]
+        return spread_groups(x.to(weight.dtype), number_format, size)
 
-    def price(points: Tensor, tried: Tensor) -> Tensor:
+    def passed(points: Tensor, tried: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the error `E`, and `E C`."""
         error = weight - points * spread(tried)
-        left = rows[..., None] * error if rows.ndim == 2 else rows @ error
-        return (left * (error @ columns)).sum((1, 2), dtype=torch.float64)
+        return error, error @ columns
 
-    for _ in range(sweeps):
+    def priced(error: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `R E C` and the loss increase."""
+        gradient = times_rows(rows, product)
+        return gradient, 0.5 * (error * gradient).sum((1, 2), dtype=torch.float64)
+
+    limit = torch.finfo(scales.dtype).max
+    for k in range(sweeps):
         points = codes - zero
-        exact = sweep_scales(weight, points, scales.to(weight.dtype), number_format, rows, columns)
-        limit = torch.finfo(scales.dtype).max
+        error, product = passed(points, scales)
+        before = None
+        if price is None or k > 0:
+            before, price = priced(error, product)
+        own = scales.to(weight.dtype)
+        exact = sweep_scales(weight, points, own, number_format, rows, columns, product.clone())
         moved = exact.clamp(-limit, limit).to(scales.dtype)
-        better = price(points, moved) < price(points, scales)
-        scales = torch.where(better[:, None, None], moved, scales)
-        codes = sweep_codes(weight, codes, spread(scales), zero, number_format.top, rows, columns)
+        gradient, found = priced(*passed(points, moved))
+        better = found < price
+        if not bool(better.all()):
+            before = priced(error, product)[0] if before is None else before
+            gradient = torch.where(better[:, None, None], gradient, before)
+            scales = torch.where(better[:, None, None], moved, scales)
+        else:
+            scales = moved
+        top = number_format.top
+        codes = sweep_codes(weight, codes, spread(scales), zero, top, rows, columns, gradient)
     return codes, scales

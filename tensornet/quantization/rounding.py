@@ -348,6 +348,7 @@ class _Problem:
                 _moments(self.rows, some, weight[:, :, 0]),
                 _whole(_moments(self.columns, some, weight[:, 0])),
                 sweeps,
+                solution.price[some],
             )
         found = GroupScales(scales, solution.scales.zeros)
         made = self.priced(_Solution(codes, found, solution.price, solution.methods))
