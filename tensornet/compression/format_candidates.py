@@ -31,6 +31,8 @@ PREDICTED_BITS = 4
 SAMPLED_ROWS = 128
 #: Columns of those rows that are rounded to measure what predictions miss.
 SAMPLED_COLUMNS = 512
+#: Sweeps of descent on a part. With all that a matrix gets the part gains 2 to 3 % more than the whole does.
+_SWEEPS = 1
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,17 @@ class FormatLosses:
 
 @dataclass(frozen=True)
 class Sample:
-    """Part of a matrix that is rounded to few bits, and the sensitivity to errors of this part alone."""
+    """Part of a matrix that is rounded to few bits, and the sensitivity to errors of this part alone.
+
+    Args:
+        part: some rows and columns.
+        seen: sensitivity to its errors.
+        whole: the part is the whole matrix.
+    """
 
     part: Tensor
     seen: Sensitivity
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,8 @@ def sample_of(matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[Number
         rows = torch.arange(len(matrix), device=matrix.device)
     columns = _spaced_columns(matrix, formats)
     seen = (_of_block(x, rows, columns) for x in (sensitivity.choice, sensitivity.forecast))
-    return Sample(matrix[rows][:, columns], Sensitivity(*seen))
+    part = matrix[rows][:, columns]
+    return Sample(part, Sensitivity(*seen), part.shape == matrix.shape)
 
 
 @torch.no_grad()
@@ -159,7 +169,7 @@ def measure_samples(samples: Sequence[Sample], formats: Sequence[NumberFormat]) 
     for index, sample in enumerate(samples):
         chosen = sample.seen.choice
         full = all(moment is not None and moment.ndim == 2 for moment in (chosen.rows, chosen.columns))
-        kind = (sample.part.shape, sample.part.dtype, sample.part.device)
+        kind = (sample.part.shape, sample.part.dtype, sample.part.device, sample.whole)
         groups.setdefault(kind if full else index, []).append(index)
     found: list[dict[NumberFormat, FormatLosses]] = [{} for _ in samples]
     for places in groups.values():
@@ -170,7 +180,8 @@ def measure_samples(samples: Sequence[Sample], formats: Sequence[NumberFormat]) 
             weighting = Weighting(*(torch.stack(x) for x in _moments([y.seen.choice for y in some])))
         with remembering():  # moments are factorised once for all formats
             for number_format in formats:
-                kept = round_dense(weights, number_format, weighting).dequantize(weights.dtype)
+                made = round_dense(weights, number_format, weighting, None if some[0].whole else _SWEEPS)
+                kept = made.dequantize(weights.dtype)
                 for k, sample, matrix in zip(places, some, kept.view(-1, *kept.shape[-2:]), strict=True):
                     found[k][number_format] = _losses(sample.part, matrix, sample.seen)
     return [MeasuredSample(sample, losses) for sample, losses in zip(samples, found, strict=True)]

@@ -54,12 +54,25 @@ def layer_sensitivity(
         return None
     if objective != "curvature":
         return Sensitivity(choice, choice)
+    if len(target.names) == 1 and target.kinds[0].name != "embedding":
+        assert choice.rows is not None
+        return Sensitivity(choice, replace(choice, rows=_damped_further(choice.rows, damping)))
     forecast = forecast_weighting(target, stats, damping)
     assert forecast is not None
     known, same = choice.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
         forecast = replace(forecast, columns=known)  # held once, and seen to be the same
     return Sensitivity(choice, forecast)
+
+
+def _damped_further(moment: Tensor, damping: float) -> Tensor:
+    """Compute the rows of `forecast_weighting` from those of the choice, in one pass over a large matrix."""
+    least, most = max(damping, _LEAST_DAMPING), max(damping, FORECAST_DAMPING)
+    further = moment / (1 + most)
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    own = further if moment.ndim == 1 else further.diagonal()
+    own += (most - least) / ((1 + most) * (1 + least)) * diagonal.mean()
+    return further
 
 
 def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:

@@ -59,21 +59,25 @@ def dense(*, out_features: int, in_features: int) -> Topology:
 _SWEEPS = {3: 2, 2: 4}
 
 
-def round_dense(matrix: Tensor, number_format: NumberFormat, weighting: Weighting) -> RoundedWeight:
+def round_dense(
+    matrix: Tensor, number_format: NumberFormat, weighting: Weighting, most_sweeps: int | None = None
+) -> RoundedWeight:
     """Round a matrix two-sidedly with the moments of the weight, and descend where few bits are left.
 
     Args:
         matrix: shape `(out, in)`, or a stack `(stack, out, in)`.
         number_format: an integer format.
         weighting: sensitivity of the loss to errors; its full moments may be stacks as well.
+        most_sweeps: of descent, where fewer than usual will do.
     """
+    sweeps = _SWEEPS.get(number_format.bits or 0, 0)
     return round_weight(
         matrix,
         number_format,
         rows=weighting.rows,
         columns=weighting.columns,
         row_damping=LEAST_DAMPING,
-        sweeps=_SWEEPS.get(number_format.bits or 0, 0),
+        sweeps=sweeps if most_sweeps is None else min(sweeps, most_sweeps),
     )
 
 
