@@ -38,6 +38,7 @@ from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
 from tensornet.nn.weight_readers import Run, weight_readers
 from tensornet.progress import progress_bar
+from tensornet.remembered import remembering
 
 Fisher = Literal["labels", "sampled"]
 #: Losses that first ask the model where it scores labels, which must not be observed.
@@ -370,9 +371,14 @@ class MomentRecorder:
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
         """Compute the coherence of each layer that has held tokens and both moments."""
-        known = {name for name in self._samples if name in rows and name in columns}
-        ratios = {name: self._samples[name].ratio(columns[name], rows[name]) for name in sorted(known)}
-        return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        readers: dict[int, list[str]] = {}
+        for name in sorted(name for name in self._samples if name in rows and name in columns):
+            readers.setdefault(id(columns[name]), []).append(name)
+        ratios = {}
+        for names in readers.values():
+            with remembering():  # the moment of a shared input is factorised once
+                ratios |= {name: self._samples[name].ratio(columns[name], rows[name]) for name in names}
+        return {name: ratio for name, ratio in sorted(ratios.items()) if ratio is not None}
 
     def _mask(self, x: Tensor, name: str | None = None) -> Tensor | None:
         """Tell tokens from padding, by the sizes of a tensor or, for the input of a layer, by its rows."""

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from tensornet.calibration.batches import Batch
+from tensornet.linalg.cholesky import cholesky
 from tensornet.linalg.weighted_svd import damped, root
+from tensornet.remembered import remembered
 
 #: Rows of a layer that are kept, and how many tokens of each.
 ROWS, TOKENS = 16, 32
@@ -129,7 +131,7 @@ class CoherenceSample:
         sizes = [len(one.x) for one in kept]
         joint = alone = 0.0
         for one, a, b in zip(kept, x.split(sizes), gradient.split(sizes), strict=True):
-            pairs = (a @ a.mT) * (b @ b.mT)
+            pairs = (a @ a.mT).double() * (b @ b.mT).double()
             single, size = float(pairs.trace()), len(a)
             alone += single * one.count / size
             others = (float(pairs.sum()) - single) / (size * (size - 1))  # mean over pairs of unlike tokens
@@ -146,21 +148,29 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
         damping: fraction of the mean diagonal that is added to it.
 
     Returns:
-        In double precision.
+        In single precision where that loses nothing, else in double precision.
 
     Example:
         >>> from tensornet.calibration.coherence import whitened
         >>> whitened(torch.tensor([[2.0, 0.0]]), torch.diag(torch.tensor([4.0, 1.0])), 0.0).tolist()
         [[1.0, 0.0]]
     """
-    moment = damped(moment, damping).double()
     if moment.ndim == 1:
-        return x.double() / moment.sqrt()
-    lower, failed = torch.linalg.cholesky_ex(moment)
-    if bool(failed):  # rounding of the sums outweighs the damping
-        return x.double() @ root(moment)[1].mT
-    found: Tensor = torch.linalg.solve_triangular(lower, x.double().mT, upper=False)
+        return x.double() / damped(moment, damping).sqrt()
+    lower = _root(moment, damping)
+    if lower is None:  # rounding of the sums outweighs the damping
+        return x.double() @ root(damped(moment, damping))[1].mT
+    found: Tensor = torch.linalg.solve_triangular(lower, x.to(lower.dtype).mT, upper=False)
     return found.mT
+
+
+@remembered
+def _root(moment: Tensor, damping: float) -> Tensor | None:
+    """Compute the Cholesky factor of a damped moment, None if it is not positive definite."""
+    shifted = moment.clone() if moment.dtype == torch.float64 else moment.to(torch.float32, copy=True)
+    shifted.diagonal().add_(damping * shifted.diagonal().mean())
+    lower, positive = cholesky(shifted)
+    return lower if positive else None
 
 
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:

@@ -210,7 +210,8 @@ def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
         other: `M'`, of the same shape.
 
     Returns:
-        `a`, by least squares over elements off the diagonal; `v`, exact on it; and True if the rest is rounding.
+        `a`, by least squares over elements off the diagonal; `v`, exact on it; and True if the rest is no
+        more than rounding.
 
     Example:
         >>> factor, shift, exact = closest_shift(torch.ones(2, 2), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))

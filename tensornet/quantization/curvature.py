@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from tensornet.errors import ShapeError
+from tensornet.linalg.cholesky import cholesky
 from tensornet.linalg.svd import check_finite
 from tensornet.remembered import remembered
-
-
-#: Least pivots, as shares of the diagonal, of which single precision leaves four digits or so.
-_LEAST_PIVOT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,13 @@ class Side:
         # Whole rows are copied first: an index of single elements takes as long as the factorisation.
         chosen = zip(self.moment, backward, strict=True)
         turned = torch.stack([x.index_select(0, places).index_select(1, places) for x, places in chosen])
-        lower, size = _cholesky(turned)
-        dtype = self.moment.dtype
+        lower, positive = cholesky(turned)
+        if not positive:
+            raise ShapeError(
+                "A second moment is not positive definite, even with damping; moments are sums of x x^T. "
+                "Raise the damping or check where it comes from."
+            )
+        size, dtype = lower.diagonal(dim1=1, dim2=2), self.moment.dtype
         unit = (lower / size[:, None, :]).to(dtype).flip(1, 2).triu(1)
         return unit, size.square().flip(1).to(dtype)
 
@@ -75,27 +77,6 @@ class Side:
     def times(self, matrix: Tensor) -> Tensor:
         """Multiply a stack of matrices by the moment from the left."""
         return self.moment @ matrix if self.couples else self.moment[:, :, None] * matrix
-
-
-def _cholesky(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Factorise a stack `M = L L^T`; return `L` and its diagonal.
-
-    In double precision where pivots are small beside the diagonal of `M`: they are differences of large numbers.
-
-    Raises:
-        ShapeError: a moment is not positive definite.
-    """
-    lower, info = torch.linalg.cholesky_ex(moments)
-    size = lower.diagonal(dim1=1, dim2=2)
-    well = (size.square() > _LEAST_PIVOT * moments.diagonal(dim1=1, dim2=2)).all()
-    if moments.dtype != torch.float64 and (bool(info.any()) or not bool(well)):
-        return _cholesky(moments.double())
-    if bool(info.any()):
-        raise ShapeError(
-            "A second moment is not positive definite, even with damping; moments are sums of x x^T. "
-            "Raise the damping or check where it comes from."
-        )
-    return lower, size
 
 
 def prepare_side(

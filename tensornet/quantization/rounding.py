@@ -271,9 +271,7 @@ class _Problem:
 
         return _Loop(run, rows, columns, row_order, column_order)
 
-    def solve(
-        self, scales: GroupScales, method: Method, loop: _Loop, estimate: bool = False
-    ) -> _Solution:
+    def solve(self, scales: GroupScales, method: Method, loop: _Loop, estimate: bool = False) -> _Solution:
         """Round all matrices with given scales.
 
         Args:

@@ -111,7 +111,8 @@ def test_it_is_that_of_errors_that_are_alike_in_all_directions() -> None:
     columns, rows = (torch.einsum("rti,rtj->ij", y, y) for y in (x, gradient))
     sample = CoherenceSample("layer")
     sample.add(sample.hold(x, None, {"x": x}), gradient, {"x": x})
-    white = whitened(torch.eye(4), rows, ROW_DAMPING), whitened(torch.eye(5), columns, COLUMN_DAMPING)
+    sides = (rows, ROW_DAMPING), (columns, COLUMN_DAMPING)
+    white = [whitened(torch.eye(len(moment)), moment, damping).double() for moment, damping in sides]
     errors = white[0] @ torch.randn(4000, 4, 5, dtype=torch.float64) @ white[1].mT
     changes = torch.einsum("rto,noi,rti->nrt", gradient.double(), errors, x.double())
     expected = changes.sum(-1).square().sum() / changes.square().sum()
