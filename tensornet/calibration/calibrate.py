@@ -374,7 +374,7 @@ class MomentRecorder:
         readers: dict[int, list[str]] = {}
         for name in sorted(name for name in self._samples if name in rows and name in columns):
             readers.setdefault(id(columns[name]), []).append(name)
-        ratios = {}
+        ratios: dict[str, float | None] = {}
         for names in readers.values():
             with remembering():  # the moment of a shared input is factorised once
                 ratios |= {name: self._samples[name].ratio(columns[name], rows[name]) for name in names}
