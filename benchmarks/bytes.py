@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from harness import RECORDS, provenance, record
 import tensornet as tn
 from tensornet.calibration.losses import losses_against
 from tensornet.compression.forecast import all_losses, measured_rise
+from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.compression.sensitivity import INPUT_DAMPING, layer_weighting
 from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.targets import LayerSelection, Target, find_targets
@@ -144,10 +145,11 @@ class Bench:
         """Measure plans at every size, and the validation losses that correct their forecast."""
         model, stats, calibrated = self.statistics(seed)
         config = tn.CompressionConfig(bits_per_weight=max(SIZES), **asdict(self.subject.layers))
-        made, planned = self.kept(f"plans-{seed}", lambda: self.plans(model, config, stats))
+        batches = self.subject.calibration(seed)
+        made, planned = self.kept(f"verified-{seed}", lambda: self.plans(model, config, stats, batches))
         loss_fn = losses_against(model)
         for bits in sizes:
-            plan, start = made[bits], processor_seconds()
+            (plan, verified), start = made[bits], processor_seconds()
             small = self.subject.load()
             apply_in_parallel(small, plan, stats, self.workers)
             seconds = processor_seconds() - start
@@ -170,16 +172,35 @@ class Bench:
                 predicted={"alone": plan.predicted_loss_increase},
                 validation=rises,
                 formats=formats,
-                seconds={"calibrate": calibrated, "plan": planned, "round": seconds},
+                verification=None if plan.verification is None else plan.verification.to_dict(),
+                seconds={
+                    "calibrate": calibrated,
+                    "plan": planned - sum(spent for _, spent in made.values()),
+                    "verify": verified,
+                    "round": seconds,
+                },
                 peak_mib=peak_mib(),
             )
 
     def plans(
-        self, model: nn.Module, config: tn.CompressionConfig, stats: tn.CalibrationStats
-    ) -> dict[float, tn.CompressionPlan]:
-        """Compute the plans of all sizes."""
+        self,
+        model: nn.Module,
+        config: tn.CompressionConfig,
+        stats: tn.CalibrationStats,
+        batches: Sequence[Mapping[str, Tensor]],
+    ) -> dict[float, tuple[tn.CompressionPlan, float]]:
+        """Compute the plans of all sizes, each verified by itself, and the seconds that verifying took.
+
+        They include rounding the layers that are measured, which `compress` does not repeat.
+        """
         prepared = prepared_in_parallel(model, config, stats, self.workers)
-        return {bits: prepared.plan(bits_per_weight=bits) for bits in SIZES}
+        made = {}
+        for bits in SIZES:
+            start = processor_seconds()
+            alone = replace(prepared, rounded=RoundedLayers())
+            alone = alone.verified(model, stats, batches, bits_per_weight=bits)
+            made[bits] = alone.plan(bits_per_weight=bits), processor_seconds() - start
+        return made
 
     def uniform(self, method: str, seed: int, sizes: Sequence[float]) -> None:
         """Measure one format for all layers, rounded by this library."""

@@ -1,9 +1,10 @@
 """Calibration: run a model over data and accumulate second moments in bounded memory."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import length_hint
 from typing import Any, Literal
 
 import torch
@@ -106,7 +107,7 @@ def calibrate(
     _check_arguments(fisher, gradient_batches)
     recorder = MomentRecorder(full_up_to, dtype, autocast)
     runs = _Runs(model, recorder, loss_fn, fisher, gradient_batches)
-    length = len(batches) if isinstance(batches, Sized) else None
+    length = length_hint(batches) or None
     with observed(model, recorder, config):
         device = next(model.parameters()).device
         for batch in progress_bar(

@@ -183,12 +183,17 @@ def _has_table(model: nn.Module, classes: int) -> bool:
     return any(getattr(table, "num_embeddings", None) == classes for table in tables)
 
 
-def losses_against(teacher: nn.Module) -> TokenLosses:
+def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses:
     """Build a loss that scores compressed models beside their dense teacher, with the same labels each time.
 
     `label_losses`, which scores labels where the dense model does. Without labels, the distance from the
     dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
     squared difference of other outputs relative to the dense ones.
+
+    Args:
+        teacher: the dense model.
+        remember: keep its outputs for each batch, for batches that are passed several times as the same
+            objects.
 
     Example:
         >>> import copy
@@ -199,6 +204,16 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
         [0.0, 0.0, 0.0, 0.0, 0.0]
     """
     judged_by: TokenLosses | None = None
+    known: dict[int, tuple[Batch, Any]] = {}  # with the batch, whose number is then not given again
+
+    def wanted_of(batch: Batch) -> Any:
+        if id(batch) in known:
+            return known[id(batch)][1]
+        with torch.no_grad():
+            output = run_model(teacher, batch)
+        if remember:
+            known[id(batch)] = batch, output
+        return output
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal judged_by
@@ -207,9 +222,7 @@ def losses_against(teacher: nn.Module) -> TokenLosses:
         if judged_by not in PROJECTIONS:
             same_convention(model, teacher)
             return judged_by(model, batch)
-        with torch.no_grad():
-            wanted = run_model(teacher, batch)
-        found = run_model(model, batch)
+        wanted, found = wanted_of(batch), run_model(model, batch)
         if judged_by is cosine_losses:
             return 1 - (pooled(found, batch) * pooled(wanted, batch)).sum(-1)
         return output_distances(found, wanted, batch) / 2

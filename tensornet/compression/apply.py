@@ -12,6 +12,7 @@ from tensornet.checks import check_type
 from tensornet.compression.candidates import relative_gap
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.compression.sensitivity import layer_weighting
 from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
@@ -37,6 +38,7 @@ def apply_plan(
     *,
     progress: bool = False,
     decomposed: dict[str, Decomposition] | None = None,
+    rounded: RoundedLayers | None = None,
 ) -> dict[str, float]:
     """Replace the planned layers in place. Nothing is replaced if any decomposition fails.
 
@@ -47,6 +49,7 @@ def apply_plan(
         progress: show a progress bar.
         decomposed: decompositions of single layers, if planning has just made them of these very weights;
             emptied, so that cores are held once.
+        rounded: takes layers from there that were made for this plan before, and keeps those it makes.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
@@ -85,10 +88,16 @@ def apply_plan(
         shared = _shared_networks(work, targets, plan, stats)
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
+            if rounded is not None and (again := rounded.find(layer, target)) is not None:
+                modules, errors[layer.name] = again
+                made.update(zip(target.names, modules, strict=True))
+                continue
             weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
             known = shared.get(layer.name) or (decomposed or {}).pop(layer.name, None)
             result = known or _decomposed(target, layer, weighting)
             modules, errors[layer.name] = _compressed(target, layer, result, weighting)
+            if rounded is not None and not layer.shared_core:
+                rounded.keep(layer, modules, errors[layer.name])
             made.update(zip(target.names, modules, strict=True))
         with replaced(model, made):
             structure_changed(model)

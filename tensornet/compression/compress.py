@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
+from tensornet.calibration.batch_sample import BatchSample
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.stats import CalibrationStats
@@ -64,8 +65,10 @@ def compress(
     if iter(validation or ()) is validation:
         raise TargetError("validation is walked through several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
-    stats = gather_statistics(model, config, calibration, progress=progress)
+    stats, batches = gather(model, config, calibration, progress=progress)
     prepared = prepare(model, config, stats, progress=progress)
+    if config.verify and stats is not None:
+        prepared = prepared.verified(model, stats, batches or [*(validation or ())], progress=progress)
     if validation is not None:
         if stats is None:
             raise TargetError(
@@ -76,7 +79,9 @@ def compress(
     made, decomposed = prepared.plan_decomposed(progress=progress)
     readers = () if stats is None else stats.readers
     reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
-    errors = apply_plan(model, made, stats, progress=progress, decomposed=decomposed)
+    errors = apply_plan(
+        model, made, stats, progress=progress, decomposed=decomposed, rounded=prepared.rounded
+    )
     params_after, bytes_after = model_size(model)
     return CompressionReport(
         layers=layer_reports(made, errors),
@@ -97,12 +102,19 @@ def gather_statistics(
 
     Warns where it takes data of its own, and where the error of the weights must do.
     """
+    return gather(model, config, calibration, progress=progress)[0]
+
+
+def gather(
+    model: nn.Module, config: CompressionConfig, calibration: Calibration | None, *, progress: bool
+) -> tuple[CalibrationStats | None, list[BatchLike]]:
+    """Collect statistics as `gather_statistics`, and a few of the batches they were collected on."""
     if isinstance(calibration, CalibrationStats):
-        return calibration
+        return calibration, []
     unlimited = config.budget.unlimited and not config.needs_curvature and not config.plans_formats
     unlimited = unlimited and not config.fixed
     if config.objective == "weight" or unlimited:
-        return None
+        return None, []
     source = "calibration data"
     if calibration is None:
         found = provided_data(model)
@@ -114,7 +126,7 @@ def gather_statistics(
                     "1,000 tokens) for fewer bits at less loss, or objective='weight' if this is meant.",
                     CalibrationWarning,
                 )
-                return None
+                return None, []
             if config.objective == "auto" and not config.needs_curvature:
                 warn(
                     f"No calibration data: {type(model).__name__} is compressed by the error of its weights "
@@ -122,7 +134,7 @@ def gather_statistics(
                     "1,000 tokens), or objective='weight' if this is meant.",
                     CalibrationWarning,
                 )
-            return None
+            return None, []
         calibration, source = found.batches, found.source
         warn(
             f"No calibration data: using {source}. Text like that of the intended use gives a better model; "
@@ -130,6 +142,8 @@ def gather_statistics(
             CalibrationWarning,
         )
     gradients = 0 if config.objective == "activation" else None
-    return calibrate(
-        model, calibration, config=config, gradient_batches=gradients, source=source, progress=progress
+    sample = BatchSample(calibration)
+    stats = calibrate(
+        model, sample, config=config, gradient_batches=gradients, source=source, progress=progress
     )
+    return stats, sample.kept

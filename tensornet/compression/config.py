@@ -91,6 +91,10 @@ class CompressionConfig(LayerSelection):
         require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
             that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
             and names them in one warning.
+        verify: measure the loss of layers with large errors on a few rows of the calibration batches before
+            anything is replaced, and plan again where the prediction was far too low
+            (`PreparedPlan.verified`). Where number formats are planned, and only with batches: statistics
+            alone do not allow it.
 
     Raises:
         BudgetError: a cap is not a number, out of range, or in conflict with the objective.
@@ -126,6 +130,7 @@ class CompressionConfig(LayerSelection):
     int8: bool = False
     share_experts: bool = False
     require_calibrated: bool = False
+    verify: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,8 +179,9 @@ class CompressionConfig(LayerSelection):
                 f"{self.pivoted!r} and {self.int8!r}."
             )
         _check_sharing(self)
-        if not isinstance(self.require_calibrated, bool):
-            raise ValueError(f"require_calibrated must be True or False, got {self.require_calibrated!r}.")
+        for name in ("require_calibrated", "verify"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
 
     def counts_model(self, budget: str) -> bool:
         """Return True if a budget of bytes counts the whole model, False for the targeted layers alone.

@@ -176,7 +176,7 @@ def measured_rise(
         dense: losses of the dense model, from `all_losses`.
     """
     found = all_losses(compressed, batches, loss_fn)
-    with _opposite_errors(model, compressed):
+    with opposite_errors(model, compressed):
         odd = (found - all_losses(compressed, batches, loss_fn)) / 2
     first_order = Rise.of(odd)
     if abs(first_order.value) <= 2 * first_order.standard_error:
@@ -185,8 +185,13 @@ def measured_rise(
 
 
 @contextmanager
-def _opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
-    """Reflect the outputs of compressed layers in those of the dense ones, inside the block."""
+def opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
+    """Reflect the outputs of compressed layers in those of the dense ones, inside the block.
+
+    Args:
+        model: the dense one.
+        compressed: the same with some layers replaced.
+    """
     stock = dict(model.named_modules())
     handles = [
         module.register_forward_hook(_reflection(stock[name]), with_kwargs=True)

@@ -21,6 +21,7 @@ from tensornet.compression.layer_plan import (
     layer_to_dict,
     with_baseline,
 )
+from tensornet.compression.verification import Verification, has_large_error
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io.atomic import write_file
 from tensornet.nn.encoding import PLAIN, Storage
@@ -57,6 +58,8 @@ class CompressionPlan:
         baseline: rounding to nearest at the same bytes, where number formats were planned.
         of_tokens: `dense_loss` is the cross entropy of tokens, so that its exponential is a perplexity.
         unseen: layers that were to be compressed and stay dense, because they never ran in calibration.
+        verification: predicted losses that were checked by measuring (`PreparedPlan.verified`); None where
+            no batches were at hand.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
@@ -79,6 +82,7 @@ class CompressionPlan:
     baseline: Baseline | None = None
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
+    verification: Verification | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -253,6 +257,10 @@ class CompressionPlan:
             what = "loss of a token" if self.of_tokens else "loss"
             text = f"predicted rise of the {what}: {self.predicted_loss_increase:.4f}{seen}"
             lines.append(text + self.predicted_change())
+        if self.verification is not None:
+            lines.append(str(self.verification))
+        elif uncertain := sum(has_large_error(layer) for layer in self.layers if layer.loss_increase):
+            lines.append(f"not verified by measuring: {uncertain} layers whose predicted loss is uncertain")
         if self.baseline is not None:
             rise = self.forecast.rise(self.baseline.loss_increase)
             lines.append(
@@ -315,6 +323,7 @@ class CompressionPlan:
             "baseline": None if self.baseline is None else asdict(self.baseline),
             "of_tokens": self.of_tokens,
             "unseen": list(self.unseen),
+            "verification": None if self.verification is None else self.verification.to_dict(),
             "layers": [layer_to_dict(x) for x in self.layers],
         }
 
@@ -344,6 +353,7 @@ class CompressionPlan:
                 baseline=None if baseline is None else Baseline(**baseline),
                 of_tokens=data.get("of_tokens", True),  # older plans: of text, if there was a loss
                 unseen=tuple(data.get("unseen", ())),
+                verification=Verification.from_dict(data.get("verification")),
             )
             _check(made)
             return made

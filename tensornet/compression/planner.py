@@ -1,7 +1,7 @@
 """Planner: choose a topology and an encoding for every layer from a configuration."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,11 @@ from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.plan_by_weight import plan_layers
 from tensornet.compression.report import model_size
+from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.compression.sensitivity import is_known, never_ran
 from tensornet.compression.shared_stacks import SharedChoice, Stack, expert_groups, find_stacks, share_alone
+from tensornet.compression.verification import Checks
+from tensornet.compression.verify import verify_prices
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
@@ -65,6 +68,8 @@ class PreparedPlan:
         unseen: layers that were to be targets, but never ran in calibration.
         of_tokens: whether `dense_loss` is the cross entropy of tokens.
         stacks: experts that may share a core, if the configuration lets them.
+        checks: predicted losses that were verified, see `verified`.
+        rounded: layers that were rounded to verify them, for `apply_plan`.
 
     Example:
         >>> from tensornet.compression import prepare
@@ -86,6 +91,51 @@ class PreparedPlan:
     unseen: tuple[str, ...] = ()
     of_tokens: bool = False
     stacks: tuple[Stack, ...] = ()
+    checks: Checks | None = None
+    rounded: RoundedLayers = field(default_factory=RoundedLayers, compare=False, repr=False)
+
+    def verified(
+        self,
+        model: nn.Module,
+        stats: CalibrationStats,
+        batches: Sequence[BatchLike],
+        *,
+        loss_fn: TokenLosses | None = None,
+        progress: bool = False,
+        **budget: Any,
+    ) -> "PreparedPlan":
+        """Verify the predicted losses of the plan for a budget by measuring, and raise those far too low.
+
+        Layers with large errors (two bits, small ranks, an output far stronger than the others) are rounded
+        and measured together with the others of their block; blocks that cost more than twice their
+        prediction are split to find the layers that do. The losses of these layers and of smaller candidates
+        of their family are multiplied by what was measured, and the plan is made again. The model is left as
+        it was. Plans without number formats or predicted losses are not verified.
+
+        Args:
+            model: what the preparation was made for.
+            stats: likewise.
+            batches: as for `calibrate`; about a thousand tokens of them are used.
+            loss_fn: see `measured`.
+            progress: show a progress bar.
+            budget: as for `plan`.
+
+        Raises:
+            BudgetError: as `plan`.
+
+        Example:
+            >>> from tensornet.compression import prepare
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+            >>> batches = [(torch.randn(64, 64), torch.randint(8, (64,)))]
+            >>> stats = tn.calibrate(model, batches)
+            >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=2.5), stats)
+            >>> prepared.verified(model, stats, batches).plan().verification.layers > 0
+            True
+        """
+        if self.objective != "curvature" or not self.config.plans_formats or not len(batches):
+            return self
+        start = replace(self, checks=self.checks or Checks())
+        return verify_prices(start, model, stats, batches, loss_fn=loss_fn, progress=progress, **budget)
 
     def measured(
         self,
@@ -268,6 +318,7 @@ class PreparedPlan:
             topology_options=config.topology_options,
             of_tokens=self.of_tokens,
             unseen=self.unseen,
+            verification=None if self.checks is None else self.checks.of(layers),
         )
 
     def _baseline(self, num_bytes: int) -> Baseline | None:

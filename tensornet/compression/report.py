@@ -141,6 +141,7 @@ class CompressionReport:
             "param_ratio": self.param_ratio,
             "reach": self.reach.to_dict(),
             "baseline": None if self.plan.baseline is None else asdict(self.plan.baseline),
+            "verification": None if (seen := self.plan.verification) is None else seen.to_dict(),
         }
         return data | counted | self.plan.predictions()
 

@@ -1,0 +1,211 @@
+"""Verification of predicted loss increases by measuring: where one is far too low, it is raised.
+
+The price `1/2 tr(R E C E^T)` is of second order. With a large error it may be far too low: in all-MiniLM-L6-v2
+an output channel in front of a layer norm has thousands of times the power of others, and one percent of it
+drowns them, which no gradient at the dense weights knows. So layers with large errors are rounded, and
+the loss is measured with all such layers of a block at once. A block that costs far more than the sum of its
+prices is halved until the layers are found that do.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tensornet.calibration.batches import BatchLike
+from tensornet.calibration.losses import TokenLosses
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.candidates import LayerCandidates
+from tensornet.compression.layer_blocks import layer_names
+from tensornet.compression.layer_plan import LayerPlan
+from tensornet.compression.loss_trial import LossTrial
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.verification import Checks, RaisedPrice, form_of, has_large_error
+from tensornet.nn.targets import Target
+from tensornet.progress import progress_bar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tensornet.compression.planner import PreparedPlan
+
+#: Times a plan is made again with raised prices.
+ROUNDS = 3
+#: Groups of layers that are measured in one round, at most; more blocks are joined.
+GROUPS = 12
+#: Measurements that find the layers of groups that cost too much, at most, in one round.
+_SPLITS = 48
+#: Measured over predicted from which on a price is raised, and the least share of the loss increase of the
+#: whole plan by which it must be wrong.
+_TOO_LOW, _SHARE = 2.0, 0.02
+#: Groups from which on their median ratio of measured to predicted counts as common to all layers.
+_COMMON = 4
+#: No price is raised by more.
+_MOST = 1e4
+#: Power of the strongest output over the median one, times the squared relative error of the weight, from
+#: which on the error of a single output may drown the others.
+_OUTLIER = 10.0
+
+Group = tuple[LayerPlan, ...]
+
+
+@torch.no_grad()
+def verify_prices(
+    prepared: "PreparedPlan",
+    model: "nn.Module",
+    stats: CalibrationStats,
+    batches: Sequence[BatchLike],
+    *,
+    loss_fn: TokenLosses | None = None,
+    progress: bool = False,
+    **budget: Any,
+) -> "PreparedPlan":
+    """Measure the risky layers of the plan for a budget, and raise prices that are far too low.
+
+    The plan is made again with raised prices, and what is new in it measured, in a few rounds.
+    """
+    trial = None
+    powers = _outlier_powers(prepared.targets, stats)
+    for _ in range(ROUNDS):
+        plan = prepared.plan(**budget)
+        groups = [
+            group
+            for group in _groups(plan, powers)
+            if not prepared.checks.measured.issuperset(map(form_of, group))
+        ]
+        if not groups:
+            break
+        trial = trial or LossTrial(model, stats, batches, loss_fn, prepared.rounded)
+        factors = _Round(trial, plan, prepared.targets).factors(groups, progress=progress)
+        prepared = _raised(prepared, groups, factors)
+        if not factors:
+            break
+    return prepared
+
+
+class _Round:
+    """Measurements of the groups of one plan."""
+
+    def __init__(self, trial: LossTrial, plan: CompressionPlan, targets: Sequence[Target]) -> None:
+        self.trial, self.plan = trial, plan
+        self.modules = {target.name: target.names for target in targets}
+        self.total = sum(layer.loss_increase or 0.0 for layer in plan)
+        self.left = _SPLITS
+        #: Ratio of measured to predicted that is common to all layers, which does not change a plan.
+        self.common = 1.0
+
+    def factors(self, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
+        """Find the layers whose price is too low, and by which factor."""
+        work = progress_bar(groups, desc="verifying prices", disable=not progress, unit="group")
+        rises = [self._rise(group) for group in work]
+        if len(groups) >= _COMMON:
+            ratios = sorted(rise[0] / _price(group) for rise, group in zip(rises, groups, strict=True))
+            self.common = max(1.0, ratios[(len(ratios) - 1) // 2])
+        found: dict[str, float] = {}
+        for group, rise in zip(groups, rises, strict=True):
+            if self._too_high(group, rise):
+                found |= self._split(group, rise)
+        return found
+
+    def _split(self, group: Group, rise: tuple[float, float]) -> dict[str, float]:
+        """Find the layers of a group that cost too much; all of them where only all together do."""
+        found: dict[str, float] = {}
+        if len(group) > 1 and self.left > 1:
+            self.left -= 2
+            middle = len(group) // 2
+            halves = group[:middle], group[middle:]
+            rises = [self._rise(half) for half in halves]
+            for half, measured in zip(halves, rises, strict=True):
+                if self._too_high(half, measured):
+                    found |= self._split(half, measured)
+        factor = min(_MOST, rise[0] / (_price(group) * self.common))
+        return found or dict.fromkeys((layer.name for layer in group), factor)
+
+    def _rise(self, group: Group) -> tuple[float, float]:
+        """Measure the loss increase of a group and its standard error; infinite if the model breaks down."""
+        modules = [name for layer in group for name in self.modules[layer.name]]
+        rise = self.trial.rise(self.plan, group, modules, self._allowed(group))
+        known = rise.value == rise.value and rise.standard_error == rise.standard_error
+        return (rise.value, rise.standard_error) if known else (float("inf"), 0.0)
+
+    def _allowed(self, group: Group) -> float:
+        """Compute the largest loss increase of a group that agrees with its price."""
+        price = self.common * _price(group)
+        return max(_TOO_LOW * price, price + self.common * _SHARE * self.total)
+
+    def _too_high(self, group: Group, rise: tuple[float, float]) -> bool:
+        return rise[0] - 2 * rise[1] > self._allowed(group)
+
+
+def _price(group: Iterable[LayerPlan]) -> float:
+    return sum(layer.loss_increase or 0.0 for layer in group)
+
+
+def _groups(plan: CompressionPlan, powers: Mapping[str, float]) -> list[Group]:
+    """Group the layers of a plan whose prices may be wrong by block, and blocks to at most `GROUPS`."""
+    names = layer_names([layer.name for layer in plan])
+    blocks: dict[str, list[LayerPlan]] = {}
+    for layer, name in zip(plan, names, strict=True):
+        if not layer.shared_core and layer.loss_increase and _is_risky(layer, powers[layer.name]):
+            blocks.setdefault(name.place, []).append(layer)
+    each = -(-len(blocks) // GROUPS)
+    runs = list(blocks.values())
+    return [
+        tuple(layer for block in runs[k : k + each] for layer in block)
+        for k in range(0, len(runs), max(1, each))
+    ]
+
+
+def _is_risky(layer: LayerPlan, power: float) -> bool:
+    """Return True if the error of a layer is large, or may drown other outputs where one is an outlier."""
+    error = layer.error or 0.0
+    return has_large_error(layer) or (layer.topology is not None and error * error * power > _OUTLIER)
+
+
+def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[str, float]:
+    """Compute the power of the strongest output over the median one, of each weight.
+
+    The power of an output is the sum of squared weights times those of the inputs, as if inputs were
+    independent. It is 1 for tables, and where most outputs are zero.
+    """
+    found = {}
+    for target in targets:
+        found[target.name] = 1.0
+        moment = next((stats.columns[name] for name in target.names if name in stats.columns), None)
+        if moment is None or target.kinds[0].name == "embedding":
+            continue
+        squares = (moment if moment.ndim == 1 else moment.diagonal()).to(target.matrix.device).double()
+        power = target.matrix.double().square() @ squares
+        if (median := float(power.median())) > 0:
+            found[target.name] = float(power.max()) / median
+    return found
+
+
+def _raised(
+    prepared: "PreparedPlan", groups: Sequence[Group], factors: Mapping[str, float]
+) -> "PreparedPlan":
+    """Raise prices, and note what was measured."""
+    layers = {layer.name: layer for group in groups for layer in group}
+    candidates = [
+        _raise(found, layers[target.name], factors[target.name]) if target.name in factors else found
+        for target, found in zip(prepared.targets, prepared.candidates, strict=True)
+    ]
+    raised = [RaisedPrice(*form_of(layers[name]), round(factor, 3)) for name, factor in factors.items()]
+    measured = prepared.checks.measured.union(map(form_of, layers.values()))
+    checks = Checks(measured, (*prepared.checks.raised, *raised))
+    return replace(prepared, candidates=tuple(candidates), checks=checks)
+
+
+def _raise(found: LayerCandidates, layer: LayerPlan, factor: float) -> LayerCandidates:
+    """Multiply the losses of the planned candidate and of smaller ones of its family."""
+    assert layer.topology is not None
+    forms = [found.make(index) for index in range(len(found.params))]
+    same = torch.tensor([form[0] is not None and form[0].family == layer.topology.family for form in forms])
+    largest = found.num_bytes[forms.index((layer.topology, layer.storage))]
+    chosen = same & (found.num_bytes <= largest)
+    return replace(
+        found,
+        costs=torch.where(chosen, factor * found.costs, found.costs),
+        forecasts=torch.where(chosen, factor * found.forecasts, found.forecasts),
+    )
