@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import Batch, BatchLike
 from tensornet.calibration.batch_sample import some_rows
+from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.sequential import find_chains, hidden_of, replaced_blocks
 from tensornet.calibration.stats import CalibrationStats
@@ -41,6 +41,7 @@ class LossTrial:
         rounded: takes layers that were rounded before, and keeps those that are rounded.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         model: nn.Module,
@@ -63,7 +64,10 @@ class LossTrial:
         if not self._can_skip():
             self.blocks, self.outputs = (), []
 
-    def rise(self, plan: CompressionPlan, layers: Sequence[LayerPlan], modules: Sequence[str], enough: float) -> Rise:
+    @torch.no_grad()
+    def rise(
+        self, plan: CompressionPlan, layers: Sequence[LayerPlan], modules: Sequence[str], enough: float
+    ) -> Rise:
         """Measure the loss increase of some layers of a plan, first-order noise removed.
 
         Args:
@@ -84,7 +88,6 @@ class LossTrial:
             opposite = self._losses(compressed, self._skipping(first))
         return Rise.of((found + opposite) / 2 - self.dense)
 
-    @torch.no_grad()
     def _losses(self, model: nn.Module, blocks: "_Blocks") -> Tensor:
         """Collect the losses of all rows, shape `(tokens,)`, with blocks run in another way."""
         found = []
@@ -134,14 +137,16 @@ class LossTrial:
         return min(found, default=0)
 
     def _can_skip(self) -> bool:
-        """Return True if the dense losses are the same with all blocks but the last left out."""
+        """Return True if the dense losses of a batch are the same with all blocks but the last left out."""
         if not self.blocks:
             return False
+        skipping, copied = self._skipping(len(self.blocks) - 1), light_copy(self.model)
         try:
-            found = self._losses(light_copy(self.model), self._skipping(len(self.blocks) - 1))
+            with in_eval_mode(copied), skipping(copied, 0):
+                found = self.loss_fn(copied, self.batches[0]).double().flatten().cpu()
         except _CANNOT_SKIP:
             return False
-        return torch.allclose(found, self.dense, rtol=1e-4, atol=1e-5)
+        return torch.allclose(found, self.dense[: len(found)], rtol=1e-4, atol=1e-5)
 
 
 _Blocks = Callable[[nn.Module, int], Any]

@@ -21,7 +21,7 @@ from tensornet.compression.layer_plan import (
     layer_to_dict,
     with_baseline,
 )
-from tensornet.compression.verification import Verification, has_large_error
+from tensornet.compression.verification import Verification, is_unverified
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io.atomic import write_file
 from tensornet.nn.encoding import PLAIN, Storage
@@ -259,7 +259,7 @@ class CompressionPlan:
             lines.append(text + self.predicted_change())
         if self.verification is not None:
             lines.append(str(self.verification))
-        elif uncertain := sum(has_large_error(layer) for layer in self.layers if layer.loss_increase):
+        elif uncertain := sum(is_unverified(layer) for layer in self.layers):
             lines.append(f"not verified by measuring: {uncertain} layers whose predicted loss is uncertain")
         if self.baseline is not None:
             rise = self.forecast.rise(self.baseline.loss_increase)

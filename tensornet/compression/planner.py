@@ -19,6 +19,7 @@ from tensornet.compression.joint_choice import Choice, choose_jointly
 from tensornet.compression.latency import Clock
 from tensornet.compression.layer_candidates import all_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
+from tensornet.compression.objective import resolve_objective
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.plan_by_weight import plan_layers
 from tensornet.compression.report import model_size
@@ -469,28 +470,6 @@ def _clock(config: CompressionConfig, weight: Tensor) -> Clock | None:
     if config.tokens is None:
         return None
     return Clock(config.tokens, default_machine(weight.device), weight.element_size())
-
-
-def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None) -> str:
-    """Resolve the objective `"auto"` by the statistics at hand.
-
-    Raises:
-        TargetError: the objective needs statistics that are not there.
-    """
-    known = "weight" if stats is None else "curvature" if stats.has_gradients else "activation"
-    order = ("weight", "activation", "curvature")
-    if known == "weight" and config.objective in ("auto", "weight") and config.one_format_keeps:
-        return known
-    wanted = "curvature" if config.needs_curvature else config.objective
-    if wanted == "auto":
-        return known
-    if order.index(wanted) > order.index(known):
-        missing = "gradients" if wanted == "curvature" else "inputs"
-        raise TargetError(
-            f"objective={wanted!r} needs calibrated {missing}: pass calibration=batches to compress, or the "
-            "statistics that tensornet.calibrate collects to plan; objective='weight' needs none."
-        )
-    return wanted
 
 
 def _frobenius_cost(layer: LayerPlan, target: Target) -> float:

@@ -1,4 +1,4 @@
-"""Record of a verification: which predicted loss increases were checked by measuring, and which were raised."""
+"""Record of a verification: predicted loss increases that were checked by measuring, and those raised."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -88,3 +88,8 @@ def form_of(layer: LayerPlan) -> tuple[str, str]:
 def has_large_error(layer: LayerPlan) -> bool:
     """Return True if a layer loses so much that its predicted loss increase is uncertain."""
     return layer.topology is not None and layer.error is not None and layer.error > LARGE_ERROR
+
+
+def is_unverified(layer: LayerPlan) -> bool:
+    """Return True if verification would have measured a layer, as far as its plan tells."""
+    return has_large_error(layer) and bool(layer.loss_increase) and layer.storage.own_dtypes

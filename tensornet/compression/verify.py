@@ -1,12 +1,13 @@
 """Verification of predicted loss increases by measuring: where one is far too low, it is raised.
 
-The price `1/2 tr(R E C E^T)` is of second order. With a large error it may be far too low: in all-MiniLM-L6-v2
-an output channel in front of a layer norm has thousands of times the power of others, and one percent of it
-drowns them, which no gradient at the dense weights knows. So layers with large errors are rounded, and
-the loss is measured with all such layers of a block at once. A block that costs far more than the sum of its
-prices is halved until the layers are found that do.
+The price `1/2 tr(R E C E^T)` is of second order. With a large error it may be far too low: in
+all-MiniLM-L6-v2 an output channel in front of a layer norm has thousands of times the power of others, and an
+error of one percent of it drowns them, which no gradient at the dense weights knows. So layers with large
+errors are rounded, and the loss is measured with all such layers of a block at once. A block that costs far
+more than the sum of its prices is halved until the layers are found that do.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,15 @@ from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.candidates import LayerCandidates
+from tensornet.compression.forecast import light_copy
 from tensornet.compression.layer_blocks import layer_names
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.loss_trial import LossTrial
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.verification import Checks, RaisedPrice, form_of, has_large_error
+from tensornet.errors import CalibrationWarning
 from tensornet.nn.targets import Target
+from tensornet.notices import warn
 from tensornet.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -65,15 +69,14 @@ def verify_prices(
 
     The plan is made again with raised prices, and what is new in it measured, in a few rounds.
     """
+    if not _can_copy(model):
+        return replace(prepared, checks=None)
     trial = None
     powers = _outlier_powers(prepared.targets, stats)
     for _ in range(ROUNDS):
         plan = prepared.plan(**budget)
-        groups = [
-            group
-            for group in _groups(plan, powers)
-            if not prepared.checks.measured.issuperset(map(form_of, group))
-        ]
+        known = _checks(prepared).measured
+        groups = [group for group in _groups(plan, powers) if not known.issuperset(map(form_of, group))]
         if not groups:
             break
         trial = trial or LossTrial(model, stats, batches, loss_fn, prepared.rounded)
@@ -82,6 +85,20 @@ def verify_prices(
         if not factors:
             break
     return prepared
+
+
+def _can_copy(model: "nn.Module") -> bool:
+    """Return True if a model can be copied; warn that nothing is verified otherwise."""
+    try:
+        light_copy(model)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        warn(
+            f"Predicted losses were not verified by measuring: {type(model).__name__} cannot be copied "
+            f"({error}). verify=False leaves it out without this warning.",
+            CalibrationWarning,
+        )
+        return False
+    return True
 
 
 class _Round:
@@ -101,7 +118,8 @@ class _Round:
         rises = [self._rise(group) for group in work]
         if len(groups) >= _COMMON:
             ratios = sorted(rise[0] / _price(group) for rise, group in zip(rises, groups, strict=True))
-            self.common = max(1.0, ratios[(len(ratios) - 1) // 2])
+            middle = ratios[(len(ratios) - 1) // 2]
+            self.common = max(1.0, middle) if math.isfinite(middle) else 1.0
         found: dict[str, float] = {}
         for group, rise in zip(groups, rises, strict=True):
             if self._too_high(group, rise):
@@ -126,8 +144,8 @@ class _Round:
         """Measure the loss increase of a group and its standard error; infinite if the model breaks down."""
         modules = [name for layer in group for name in self.modules[layer.name]]
         rise = self.trial.rise(self.plan, group, modules, self._allowed(group))
-        known = rise.value == rise.value and rise.standard_error == rise.standard_error
-        return (rise.value, rise.standard_error) if known else (float("inf"), 0.0)
+        known = math.isfinite(rise.value) and math.isfinite(rise.standard_error)
+        return (rise.value, rise.standard_error) if known else (math.inf, 0.0)
 
     def _allowed(self, group: Group) -> float:
         """Compute the largest loss increase of a group that agrees with its price."""
@@ -192,9 +210,13 @@ def _raised(
         for target, found in zip(prepared.targets, prepared.candidates, strict=True)
     ]
     raised = [RaisedPrice(*form_of(layers[name]), round(factor, 3)) for name, factor in factors.items()]
-    measured = prepared.checks.measured.union(map(form_of, layers.values()))
-    checks = Checks(measured, (*prepared.checks.raised, *raised))
+    known = _checks(prepared)
+    checks = Checks(known.measured.union(map(form_of, layers.values())), (*known.raised, *raised))
     return replace(prepared, candidates=tuple(candidates), checks=checks)
+
+
+def _checks(prepared: "PreparedPlan") -> Checks:
+    return prepared.checks or Checks()
 
 
 def _raise(found: LayerCandidates, layer: LayerPlan, factor: float) -> LayerCandidates:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
-from tensornet.compression.compress import gather_statistics
+from tensornet.compression.compress import gather
 from tensornet.compression.reach import Reach
+from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.errors import BudgetError, TargetError
 from tensornet_hf import pipeline
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
@@ -246,12 +247,13 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Work:
-    """Dense model, its plan, and the statistics that the plan was made with."""
+    """Dense model, its plan, the statistics that the plan was made with, and layers rounded to verify it."""
 
     folder: Path
     model: PreTrainedModel
     plan: CompressionPlan
     stats: CalibrationStats | None
+    rounded: RoundedLayers | None = None
 
 
 def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
@@ -273,11 +275,16 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
             tokens=options.calibration_tokens,
             progress=progress,
         )
-    stats = gather_statistics(model, config, stats, progress=progress)
+    stats, batches = gather(model, config, stats, progress=progress)
     if planned is not None:
         _check_calibration(planned, stats)
         return _Work(folder, model, planned, stats)
     prepared = prepare(model, config, stats, progress=progress)
+    if config.verify and stats is not None:
+        if texts.calibration is not None:
+            tokens = options.calibration_tokens
+            batches = pipeline.verification_batches(model, folder, texts.calibration, tokens=tokens)
+        prepared = prepared.verified(model, stats, batches, progress=progress)
     if options.validation is not None and validated is not None:
         if stats is None:
             raise TargetError(
@@ -286,7 +293,7 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
         seen = f"{validated.tokens:,} tokens of {Path(options.validation).name}"
         prepared = prepared.measured(model, stats, validated.batches, source=seen, progress=progress)
     made = prepared.plan(progress=progress)
-    return _Work(folder, model, made, stats)
+    return _Work(folder, model, made, stats, prepared.rounded)
 
 
 def _compared(work: _Work, options: CompressOptions, texts: _Texts) -> Comparison:
@@ -313,7 +320,9 @@ def _carried_out(
     """Execute a plan, refit and heal if requested, measure and save the model."""
     model, progress = work.model, options.progress
     teacher = copy.deepcopy(model) if options.heal or options.refine else None
-    done = pipeline.carry_out(model, work.plan, work.stats, started=started, progress=progress)
+    done = pipeline.carry_out(
+        model, work.plan, work.stats, started=started, progress=progress, rounded=work.rounded
+    )
     file = None
     if options.heal:
         config = options.config or CompressionConfig()

@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
+from tensornet.calibration.batches import BatchLike
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
 from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports, model_size
+from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
 from tensornet.nn.extension import expanded
@@ -106,6 +108,16 @@ def validation_data(model: PreTrainedModel, folder: Path, text: str) -> Calibrat
     return data
 
 
+def verification_batches(model: PreTrainedModel, folder: Path, text: str, *, tokens: int) -> list[BatchLike]:
+    """Build the batches of `collect_stats` again, for `PreparedPlan.verified`; none for a classifier.
+
+    A text has no labels for a classifier, so no loss could be measured.
+    """
+    data = calibration_data(model, folder, text, tokens=tokens)
+    labelled = all(isinstance(batch, Tensor) or "labels" in batch for batch in data.batches)
+    return list(data.batches) if labelled or data.loss_fn is cosine_losses else []
+
+
 def heal_on(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -180,6 +192,7 @@ def carry_out(
     *,
     started: float,
     progress: bool = False,
+    rounded: RoundedLayers | None = None,
 ) -> CompressionReport:
     """Execute a plan and return the report of `tensornet.compress`.
 
@@ -189,12 +202,13 @@ def carry_out(
         stats: the plan was made with them.
         started: `time.perf_counter()` when the work began, planning included.
         progress: show a progress bar.
+        rounded: layers that verification has rounded.
 
     Raises: as `tensornet.apply_plan`.
     """
     before = model_size(model)
     reach = planned_reach(model, planned)
-    errors = apply_plan(model, planned, stats, progress=progress)
+    errors = apply_plan(model, planned, stats, progress=progress, rounded=rounded)
     after = model_size(model)
     return CompressionReport(
         layers=layer_reports(planned, errors),

@@ -1,0 +1,384 @@
+"""Predicted losses verified by measuring: a form that costs far more than its price leaves the plan."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from mixture_models import VOCAB, mixture
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.calibration.batch_sample import BatchSample, some_rows
+from tensornet.compression import CompressionConfig, CompressionPlan, PreparedPlan, prepare
+from tensornet.compression.forecast import mean_loss
+from tensornet.compression.layer_plan import describe
+from tensornet.compression.loss_trial import LossTrial
+from tensornet.compression.rounded_layers import RoundedLayers
+from tensornet.compression.verification import RaisedPrice, Verification
+
+TOKENS, WIDTH, HIDDEN = 50, 64, 128
+FORMATS = ("int8:g32:float8", "int4:g32:float8", "int3:g32:float8", "int2:g32:float8")
+#: The layer in front of the norm, whose first output is an outlier.
+GUILTY = "blocks.0.down"
+CONFIG = CompressionConfig(bits_per_weight=2.5, target_modules=(GUILTY, "blocks.2.*"), formats=FORMATS)
+Batch = dict[str, Tensor]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = (
+            nn.Linear(WIDTH, HIDDEN),
+            nn.Linear(HIDDEN, WIDTH),
+            nn.LayerNorm(WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(torch.relu(self.up(x))))
+
+
+class Model(nn.Module):
+    """Blocks after a table; the second has units that are off while the outlier of the first is what it is.
+
+    No gradient knows of these units, since they are off for every token. An error of few bits in the row of
+    the outlier turns them on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(TOKENS, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(WIDTH, TOKENS)
+        first, second = self.blocks[0], self.blocks[1]
+        assert isinstance(first, Block)
+        assert isinstance(second, Block)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.down.weight.mul_(3)  # type: ignore[union-attr, operator]
+                block.up.weight.mul_(3)  # type: ignore[union-attr, operator]
+            self.head.weight.mul_(4)
+            x = self.table.weight
+            mean = torch.relu(first.up(x)).mean(0)
+            noise = 3.2 * torch.randn(HIDDEN) / (mean.norm() * HIDDEN**0.5)
+            first.down.weight[0] = 32 * mean / mean.square().sum() + noise
+            outlier = first(x)[:, 0]
+            second.up.weight[:2] = torch.stack([-torch.eye(WIDTH)[0], torch.eye(WIDTH)[0]])
+            second.up.bias[:2] = torch.stack([outlier.min(), -outlier.max()])
+            second.down.weight[:, :2] = 300 * torch.randn(WIDTH, 2)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.table(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"logits": self.head(x)}
+
+
+@cache
+def _made() -> tuple[Model, list[Batch], tn.CalibrationStats, PreparedPlan]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Model().eval()
+        ids = torch.randint(TOKENS, (6, 8, 16))
+        with torch.no_grad():
+            labels = torch.distributions.Categorical(logits=model(ids)["logits"]).sample()
+    batches = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
+    stats = tn.calibrate(model, batches, config=CONFIG, loss_fn=in_place)
+    return model, batches, stats, prepare(model, CONFIG, stats)
+
+
+def made() -> tuple[Model, list[Batch], tn.CalibrationStats, PreparedPlan]:
+    model, batches, stats, prepared = _made()
+    return copy.deepcopy(model), batches, stats, prepared
+
+
+def in_place(model: nn.Module, batch: Any) -> Tensor:
+    """Losses of labels at their position."""
+    logits = model(batch["input_ids"])["logits"]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+
+
+def form(plan: CompressionPlan, name: str) -> str:
+    return describe(plan[name].topology, plan[name].storage)
+
+
+def test_a_format_that_costs_far_more_than_its_price_leaves_the_plan() -> None:
+    model, batches, stats, prepared = made()
+    verified = prepared.verified(model, stats, batches, loss_fn=in_place)
+    before, after = prepared.plan(), verified.plan()
+    assert form(before, GUILTY) == "int2:g32:float8 dense"
+    assert form(after, GUILTY) != "int2:g32:float8 dense"
+    assert after.bytes_after <= 2.5 / 8 * after.params_before
+    assert after.verification is not None
+    raised, *others = after.verification.raised
+    assert (raised.layer, raised.form) == (GUILTY, "int2:g32:float8 dense")
+    assert raised.factor > 4
+    assert all(other.layer == GUILTY and "low_rank" in other.form for other in others)
+    rises = []
+    for plan in (before, after):
+        compressed = copy.deepcopy(model)
+        tn.apply_plan(compressed, plan, stats)
+        rises.append(mean_loss(compressed, batches, in_place) - mean_loss(model, batches, in_place))
+    assert rises[1] < 0.5 * rises[0]
+
+
+def test_laws_of_plans_hold_under_raised_prices() -> None:
+    model, batches, stats, prepared = made()
+    verified = prepared.verified(model, stats, batches, loss_fn=in_place)
+    for found, old in zip(verified.candidates, prepared.candidates, strict=True):
+        assert bool((found.costs >= old.costs).all())
+        assert bool((found.forecasts >= old.forecasts).all())
+    costs = []
+    for bits in (2.25, 2.3, 2.5, 3.25, 4.25, 8.25):
+        plan = verified.plan(bits_per_weight=bits)
+        costs.append(chosen_cost(verified, plan))
+        for name in verified.candidates[0].uniform:
+            places = [found.uniform[name] for found in verified.candidates]
+            pairs = list(zip(verified.candidates, places, strict=True))
+            if sum(float(found.num_bytes[k]) for found, k in pairs) <= bits / 8 * plan.params_before:
+                assert costs[-1] <= sum(float(found.costs[k]) for found, k in pairs) * (1 + 1e-9)
+    assert costs == sorted(costs, reverse=True)
+
+
+def chosen_cost(prepared: PreparedPlan, plan: CompressionPlan) -> float:
+    total = 0.0
+    for layer, found in zip(plan, prepared.candidates, strict=True):
+        forms = [found.make(k) for k in range(len(found.params))]
+        total += float(found.costs[forms.index((layer.topology, layer.storage))])
+    return total
+
+
+def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
+    model, batches, stats, prepared = made()
+    verified = prepared.verified(model, stats, batches, loss_fn=in_place, bits_per_weight=2.5)
+    names = [target.name for target in verified.targets]
+    for name, found, old in zip(names, verified.candidates, prepared.candidates, strict=True):
+        ratios: dict[str, list[tuple[float, float]]] = {}
+        for k, ratio in enumerate((found.costs / old.costs).tolist()):
+            topology, _ = found.make(k)
+            assert topology is not None
+            ratios.setdefault(topology.family, []).append((float(found.num_bytes[k]), round(ratio, 9)))
+        for pairs in ratios.values():
+            by_size = [ratio for _, ratio in sorted(pairs)]
+            assert by_size == sorted(by_size, reverse=True)
+            assert name == GUILTY or by_size[0] == 1
+            assert by_size[-1] == 1
+    place = names.index(GUILTY)
+    found, old = verified.candidates[place], prepared.candidates[place]
+    two, three = (found.uniform[f"int{bits}:g32:float8"] for bits in (2, 3))
+    assert float(found.costs[two]) > 4 * float(old.costs[two])
+    assert float(found.costs[three]) == float(old.costs[three])
+
+
+def test_verifying_again_gives_the_same_and_leaves_the_model_as_it_was() -> None:
+    model, batches, stats, prepared = made()
+    model.train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    identities = [(name, id(value)) for name, value in model.named_parameters()]
+    generator = torch.get_rng_state()
+    plans = [prepared.verified(model, stats, batches, loss_fn=in_place).plan() for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert torch.equal(generator, torch.get_rng_state())
+    assert [module.training for module in model.modules()] == modes
+    assert [(name, id(value)) for name, value in model.named_parameters()] == identities
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    again = prepared.verified(model, stats, batches, loss_fn=in_place)
+    assert again.verified(model, stats, batches, loss_fn=in_place).plan() == plans[0]
+
+
+def compressed(calibration: Any, **more: Any) -> tuple[tn.CompressionReport, str]:
+    config = CompressionConfig(**{**CONFIG.to_dict(), **more})
+    with warnings.catch_warnings():  # that the model does not say where it scores labels
+        warnings.simplefilter("ignore", tn.CalibrationWarning)
+        report = tn.compress(made()[0], config, calibration=calibration, progress=False)
+    return report, str(report.plan)
+
+
+def test_compress_verifies_where_batches_are_at_hand() -> None:
+    _, batches, stats, _ = made()
+    report, text = compressed(iter(batches))  # walked through once
+    assert report.plan.verification is not None
+    assert report.plan.verification.layers > 0
+    assert form(report.plan, GUILTY) != "int2:g32:float8 dense"
+    assert "layers verified by measuring, predicted loss raised of blocks.0.down in int2:g32:float8" in text
+    assert report.to_dict()["verification"]["raised"][0]["layer"] == GUILTY
+    for report, text in (compressed(batches, verify=False), compressed(stats)):
+        assert report.plan.verification is None
+        assert form(report.plan, GUILTY) == "int2:g32:float8 dense"
+        assert "not verified by measuring: 3 layers whose predicted loss is uncertain" in text
+        assert report.to_dict()["verification"] is None
+    with pytest.raises(ValueError, match="verify must be True or False, got 1"):
+        CompressionConfig(verify=1)  # type: ignore[arg-type]
+
+
+def test_plans_of_accurate_formats_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, stats, prepared = made()
+
+    def refused(*args: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(LossTrial, "__init__", refused)
+    plan = prepared.verified(model, stats, batches, bits_per_weight=8.25).plan(bits_per_weight=8.25)
+    assert plan.verification == Verification(0)
+    assert prepared.verified(model, stats, []).plan().verification is None
+
+
+def test_a_verified_plan_is_kept(tmp_path: Any) -> None:
+    model, batches, stats, prepared = made()
+    plan = prepared.verified(model, stats, batches, loss_fn=in_place).plan()
+    plan.save(tmp_path / "plan.json")
+    assert CompressionPlan.load(tmp_path / "plan.json") == plan
+    data = plan.to_dict()
+    assert json.loads(json.dumps(data["verification"])) == data["verification"]
+    del data["verification"]  # as older versions wrote it
+    assert CompressionPlan.from_dict(data).verification is None
+    data["verification"] = {"layers": 3, "raised": [{"layer": "a"}]}
+    with pytest.raises(tn.FormatError, match="Bad compression plan"):
+        CompressionPlan.from_dict(data)
+    raised = Verification(2, (RaisedPrice("a", "int2 dense", 3.0),))
+    assert Verification.from_dict(raised.to_dict()) == raised
+
+
+def test_layers_rounded_for_verification_are_those_of_the_plan() -> None:
+    model, batches, stats, prepared = made()
+    verified = prepared.verified(model, stats, batches, loss_fn=in_place)
+    plan, other = verified.plan(), copy.deepcopy(model)
+    bias = model.get_submodule(GUILTY).bias
+    reused = tn.apply_plan(model, plan, stats, rounded=verified.rounded)
+    assert tn.apply_plan(other, plan, stats) == reused
+    assert model.get_submodule(GUILTY).bias is bias
+    x = batches[0]["input_ids"]
+    assert torch.equal(model(x)["logits"], other(x)["logits"])
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == [
+        (n, p.requires_grad) for n, p in other.named_parameters()
+    ]
+
+
+def test_leaving_out_the_blocks_in_front_changes_no_loss() -> None:
+    model, batches, stats, prepared = made()
+    plan = prepared.plan()
+    trial = LossTrial(model, stats, batches, in_place, RoundedLayers())
+    assert trial.blocks == ("blocks.0", "blocks.1", "blocks.2")
+    whole = LossTrial(model, stats, batches, in_place, RoundedLayers())
+    whole.blocks = ()
+    for name in (GUILTY, "blocks.2.down"):
+        rises = [x.rise(plan, [plan[name]], [name], -1.0) for x in (trial, whole)]
+        assert rises[0].value == pytest.approx(rises[1].value, rel=1e-5)
+    runs = []
+    handle = model.get_submodule("blocks.0.up").register_forward_hook(lambda *_: runs.append(0))
+    plain = trial.rise(plan, [plan["blocks.2.down"]], ["blocks.2.down"], 1e9)
+    handle.remove()
+    assert plain.value < 1e9
+    assert not runs
+
+
+class Shared(Model):
+    """One block that runs three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.blocks[0]] * 3)
+
+
+class Encoder(Model):
+    """Returns hidden states, which are judged by their cosine."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.table(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"last_hidden_state": x}
+
+
+@pytest.mark.parametrize("kind", [Shared, Encoder, "mixtral"])
+def test_any_model_is_verified(kind: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = mixture(kind) if isinstance(kind, str) else kind().eval()
+        ids = torch.randint(1, VOCAB if isinstance(kind, str) else TOKENS, (4, 4, 16))
+    batches = (
+        [{"input_ids": x} for x in ids] if kind is Encoder else [{"input_ids": x, "labels": x} for x in ids]
+    )
+    loss_fn = in_place if kind is Shared else None
+    config = CompressionConfig(bits_per_weight=2.75, formats=FORMATS)
+    stats = tn.calibrate(model, batches, loss_fn=loss_fn, config=config)
+    prepared = prepare(model, config, stats)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    verified = prepared.verified(model, stats, batches, loss_fn=loss_fn)
+    plan = verified.plan()
+    assert plan.verification is not None
+    assert plan.verification.layers > 0
+    assert model.state_dict().keys() == kept.keys()
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    tn.apply_plan(model, plan, stats, rounded=verified.rounded)
+    assert all(bool(torch.isfinite(x).all()) for x in tensors(model(batches[0]["input_ids"])))
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    yield from (x for x in output.values() if isinstance(x, Tensor))
+
+
+def test_a_sample_keeps_few_batches_of_any_iterable() -> None:
+    sample = BatchSample(torch.full((2, 3), float(k)) for k in range(40))
+    assert sum(1 for _ in sample) == 40
+    assert len(sample.kept) <= 8
+    assert [float(x[0, 0]) for x in sample.kept] == [0, 8, 16, 24, 32]  # type: ignore[index, call-overload]
+    with pytest.raises(tn.TargetError, match="calibrate takes an iterable of batches, got Tensor"):
+        BatchSample(torch.ones(2, 3))
+
+
+def test_rows_are_cut_only_where_all_arguments_have_them() -> None:
+    model = nn.Linear(2, 2)
+    ids, mask = torch.ones(8, 4096).long(), torch.ones(8, 4096).long()
+    (long,) = some_rows([{"input_ids": ids, "attention_mask": mask}], model, 1024)
+    assert long["input_ids"].shape == long["attention_mask"].shape == (1, 1024)
+    padded = mask.clone()
+    padded[:, :100] = 0
+    (left,) = some_rows([{"input_ids": ids, "attention_mask": padded}], model, 1024)
+    assert left["input_ids"].shape == (1, 4096)
+    graph = {"x": torch.ones(10, 4), "edges": torch.ones(2, 30), "scale": 2.0}
+    assert some_rows([graph], model, 4) == [graph]
+    (images,) = some_rows([(torch.ones(64, 3, 8, 8), torch.ones(64).long())], model, 784)
+    assert images["input"].shape == (4, 3, 8, 8)
+    assert images["labels"].shape == (4,)
+    assert some_rows([], model, 4) == []
+
+
+class Stubborn(Model):
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("it holds a lock")
+
+
+def test_a_model_that_cannot_be_copied_is_not_verified() -> None:
+    _, batches, stats, prepared = made()
+    with pytest.warns(
+        tn.CalibrationWarning, match=r"not verified by measuring: Stubborn .* \(it holds a lock\)"
+    ):
+        plan = prepared.verified(Stubborn(), stats, batches, loss_fn=in_place).plan()
+    assert plan.verification is None
+
+
+def test_a_model_that_breaks_down_is_raised_by_the_most() -> None:
+    """Losses that are not finite once a layer is compressed count as infinite."""
+    model, batches, stats, prepared = made()
+
+    def fragile(given: nn.Module, batch: Any) -> Tensor:
+        broken = not isinstance(given.get_submodule(GUILTY), nn.Linear)
+        return in_place(given, batch) * (float("nan") if broken else 1.0)
+
+    plan = prepared.verified(model, stats, batches, loss_fn=fragile).plan()
+    assert plan.verification is not None
+    assert plan.verification.raised[0] == RaisedPrice(GUILTY, "int2:g32:float8 dense", 1e4)
