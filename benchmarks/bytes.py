@@ -93,6 +93,7 @@ class Bench:
     def __init__(self, subject: Subject, book: Book, work: Path | None, workers: int) -> None:
         self.subject, self.book, self.work, self.workers = subject, book, work, workers
         self.prepared: dict[int, tuple[nn.Module, tn.CalibrationStats, float]] = {}
+        self.rounded: dict[float, RoundedLayers] = {}
 
     @cached_property
     def judged(self) -> tuple[list[Tensor], Tensor, str | None]:
@@ -151,7 +152,7 @@ class Bench:
         for bits in sizes:
             (plan, verified), start = made[bits], processor_seconds()
             small = self.subject.load()
-            apply_in_parallel(small, plan, stats, self.workers)
+            apply_in_parallel(small, plan, stats, self.workers, self.rounded.get(bits))
             seconds = processor_seconds() - start
             rises = {}
             for name, data in self.subject.validation.items():
@@ -191,13 +192,14 @@ class Bench:
     ) -> dict[float, tuple[tn.CompressionPlan, float]]:
         """Compute the plans of all sizes, each verified by itself, and the seconds that verifying took.
 
-        They include rounding the layers that are measured, which `compress` does not repeat.
+        They include rounding the layers that are measured, which is not repeated.
         """
         prepared = prepared_in_parallel(model, config, stats, self.workers)
+        self.rounded = {bits: RoundedLayers() for bits in SIZES}
         made = {}
         for bits in SIZES:
             start = processor_seconds()
-            alone = replace(prepared, rounded=RoundedLayers())
+            alone = replace(prepared, rounded=self.rounded[bits])
             alone = alone.verified(model, stats, batches, bits_per_weight=bits)
             made[bits] = alone.plan(bits_per_weight=bits), processor_seconds() - start
         return made

@@ -15,6 +15,7 @@ import tensornet as tn
 from tensornet.compression import PreparedPlan, prepare
 from tensornet.compression.apply import set_submodule
 from tensornet.compression.candidates import LayerCandidates
+from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import find_targets
 
@@ -69,11 +70,15 @@ def _candidates(part: int) -> Portable:
 
 
 def apply_in_parallel(
-    model: nn.Module, plan: tn.CompressionPlan, stats: tn.CalibrationStats, workers: int
+    model: nn.Module,
+    plan: tn.CompressionPlan,
+    stats: tn.CalibrationStats,
+    workers: int,
+    rounded: RoundedLayers | None = None,
 ) -> None:
-    """Run `apply_plan` in several processes."""
+    """Run `apply_plan` in several processes, or in this one with layers that verification has rounded."""
     if workers == 1:
-        tn.apply_plan(model, plan, stats)
+        tn.apply_plan(model, plan, stats, rounded=rounded)
         return
     parts = [plan.layers[k::workers] for k in range(min(workers, len(plan.layers)))]
     given = [(model, replace(plan, layers=part, baseline=None), stats) for part in parts]
