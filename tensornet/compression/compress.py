@@ -39,7 +39,8 @@ def compress(
         config: what to compress and how far.
         calibration: batches of the model's arguments (see `calibrate`), or statistics already collected.
             Without, a plugin may offer text of its own; else the error of the weights decides. Either is
-            said in a `CalibrationWarning`.
+            said in a `CalibrationWarning`. With batches, predicted losses of number formats are verified by
+            measuring (`CompressionConfig.verify`).
         validation: batches like those of `calibrate`, best of another source. The loss is measured on them
             at a few sizes before anything is replaced, which corrects the forecast and with it what a budget
             of `loss_increase` buys (`PreparedPlan.measured`). Needs calibrated gradients.

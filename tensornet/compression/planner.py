@@ -19,7 +19,7 @@ from tensornet.compression.joint_choice import Choice, choose_jointly
 from tensornet.compression.latency import Clock
 from tensornet.compression.layer_candidates import all_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
-from tensornet.compression.objective import resolve_objective
+from tensornet.compression.objective_choice import resolve_objective
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.plan_by_weight import plan_layers
 from tensornet.compression.report import model_size

@@ -69,8 +69,6 @@ def verify_prices(
 
     The plan is made again with raised prices, and what is new in it measured, in a few rounds.
     """
-    if not _can_copy(model):
-        return replace(prepared, checks=None)
     trial = None
     powers = _outlier_powers(prepared.targets, stats)
     for _ in range(ROUNDS):
@@ -79,6 +77,8 @@ def verify_prices(
         groups = [group for group in _groups(plan, powers) if not known.issuperset(map(form_of, group))]
         if not groups:
             break
+        if trial is None and not _can_copy(model):
+            return replace(prepared, checks=None)
         trial = trial or LossTrial(model, stats, batches, loss_fn, prepared.rounded)
         factors = _Round(trial, plan, prepared.targets).factors(groups, progress=progress)
         prepared = _raised(prepared, groups, factors)
