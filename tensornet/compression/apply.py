@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
@@ -17,11 +17,10 @@ from tensornet.compression.sensitivity import layer_weighting
 from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.network import TensorNetwork
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.expansion import settle
 from tensornet.nn.extension import expanded, structure_changed
-from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_network, linear_from_stored
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias, layer_kind
 from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
@@ -85,7 +84,7 @@ def apply_plan(
         targets = {target.name: target for target in all_targets(model)}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
-        shared = _shared_networks(work, targets, plan, stats)
+        shared = _shared_cores(work, targets, plan, stats)
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
             if rounded is not None and (again := rounded.find(layer, target)) is not None:
@@ -93,8 +92,12 @@ def apply_plan(
                 made.update(zip(target.names, modules, strict=True))
                 continue
             weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-            known = shared.get(layer.name) or (decomposed or {}).pop(layer.name, None)
-            result = known or _decomposed(target, layer, weighting)
+            result: Decomposition | dict[str, Tensor]
+            if layer.name in shared:
+                result = shared[layer.name]
+            else:
+                known = (decomposed or {}).pop(layer.name, None)
+                result = known or _decomposed(target, layer, weighting)
             modules, errors[layer.name] = _compressed(target, layer, result, weighting)
             if rounded is not None and not layer.shared_core:
                 rounded.keep(layer, modules, errors[layer.name])
@@ -196,13 +199,13 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         )
 
 
-def _shared_networks(
+def _shared_cores(
     work: Sequence[LayerPlan],
     targets: Mapping[str, Target],
     plan: CompressionPlan,
     stats: CalibrationStats | None,
-) -> dict[str, Decomposition]:
-    """Fit the layers that share a core with others, whose networks hold it as one parameter."""
+) -> dict[str, dict[str, Tensor]]:
+    """Fit the layers that share a core with others; return the stored tensors of each by name."""
     groups: dict[str, list[LayerPlan]] = {}
     for layer in work:
         if layer.shared_core:
@@ -211,17 +214,8 @@ def _shared_networks(
     for layers in groups.values():
         members = [targets[layer.name] for layer in layers]
         known = [layer_weighting(x, plan.objective, stats, plan.damping) for x in members]
-        networks = fit_stack(layers, members, [weighting or Weighting() for weighting in known])
-        dtype = members[0].matrix.dtype
-        place = networks[0].topology.core_names.index(layers[0].shared_core)
-        shared = nn.Parameter(networks[0].cores[place].to(dtype).contiguous())
-        for layer, target, network in zip(layers, members, networks, strict=True):
-            cores = [core.to(dtype) for core in network.cores]
-            cores[place] = shared
-            kept = TensorNetwork(network.topology, cores)
-            made[layer.name] = Decomposition(
-                kept, relative_gap(target.matrix, kept.to_matrix()), layer.bound_by
-            )
+        found = fit_stack(layers, members, [weighting or Weighting() for weighting in known])
+        made |= {layer.name: stored for layer, stored in zip(layers, found, strict=True)}
     return made
 
 
@@ -245,11 +239,10 @@ def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decom
 
 
 def _compressed(
-    target: Target, layer: LayerPlan, result: Decomposition, weighting: Weighting
+    target: Target, layer: LayerPlan, result: Decomposition | dict[str, Tensor], weighting: Weighting
 ) -> tuple[list[nn.Module], float]:
     """Build tensor-network modules that share cores, one for each name of a target; return the error too."""
     matrix = target.matrix
-    network = result.network.to(matrix.dtype)
     trainable = target.weight.requires_grad
     made: dict[int, nn.Module] = {}  # one object used under several names stays one object
     first: NetworkModule | None = None
@@ -258,10 +251,18 @@ def _compressed(
         if id(module) in made:
             continue
         new: NetworkModule
-        if isinstance(module, nn.Embedding):
+        if isinstance(result, dict):
+            assert layer.topology is not None
+            new = linear_from_stored(
+                layer.topology, result, source=kind.name, storage=layer.storage, like=matrix
+            )
+        elif isinstance(module, nn.Embedding):
+            network = result.network.to(matrix.dtype)
             new = embedding_from_network(network, padding_idx=module.padding_idx, **options)
         else:
+            network = result.network.to(matrix.dtype)
             new = linear_from_network(network, bias=None, source=kind.name, **options)
+        if isinstance(new, TensorNetworkLinear):
             new.bias = layer_bias(module)  # the parameter itself: another module may be tied to it
         if first is not None:
             new.share_cores(first)
@@ -270,5 +271,8 @@ def _compressed(
             stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
         made[id(module)] = new
     assert first is not None
-    error = result.error if layer.storage.plain else relative_gap(matrix, first.to_matrix())
+    if isinstance(result, Decomposition) and layer.storage.plain:
+        error = result.error
+    else:
+        error = relative_gap(matrix, first.to_matrix())
     return [made[id(module)] for module in target.modules], error

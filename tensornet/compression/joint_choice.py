@@ -1,8 +1,8 @@
 """One allocation over separate networks and shared cores: which stacks share, and the size of every layer.
 
 A stack of experts is one item of the allocation. Its candidates are the best separate networks of every
-total size, in the order in which steps along their hulls pay, and the shared forms of every rank; a choice
-takes one of them, so that the two exclude each other. What a stack that shares saves goes to the layers for
+total size, in the order in which steps along their hulls pay, and the shared forms of every rank in every
+encoding; a choice takes one of them, so that the two exclude each other. What a stack that shares saves goes to the layers for
 which it lowers the predicted loss most.
 """
 
@@ -19,7 +19,6 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.shared_stacks import SharedChoice, Stack
 from tensornet.errors import BudgetError
 from tensornet.nn.encoding import Storage
-from tensornet.nn.targets import Target
 from tensornet.topology import Topology
 
 #: Values of candidates that add over the members of a stack.
@@ -132,7 +131,8 @@ def totals(chosen: Choice, given: Allocation) -> tuple[float, float]:
             size += float(getattr(candidates[place], given.unit)[choice])
             cost += float(candidates[place].forecasts[choice])
         elif choice.stack.members[0] == place:
-            size += float(choice.curve.numbers[choice.index]) * _width(given.targets[place], given.unit)
+            sizes = choice.curve.num_bytes if given.unit == "num_bytes" else choice.curve.numbers
+            size += float(sizes[choice.index])
             cost += float(choice.curve.forecasts[:, choice.index].sum())
     return size, cost
 
@@ -158,13 +158,13 @@ def _item(stack: Stack, given: Allocation, kinds: Sequence[str]) -> _Item:
     if SHARED in kinds:
         for curve in stack.curves:
             shared += [SharedChoice(stack, curve, index) for index in range(len(curve.numbers))]
-            size = curve.numbers * given.targets[stack.members[0]].matrix.element_size()
-            points.append(torch.stack([curve.numbers, size, curve.costs.sum(0), curve.forecasts.sum(0)]))
-    values = dict(zip(_VALUES, torch.cat(points, dim=1), strict=True))
-    nothing = torch.zeros_like(values["params"])
+            values = (curve.numbers, curve.num_bytes, curve.costs.sum(0), curve.forecasts.sum(0))
+            points.append(torch.stack(values))
+    found = dict(zip(_VALUES, torch.cat(points, dim=1), strict=True))
+    nothing = torch.zeros_like(found["params"])
     places = {name: len(steps) + 1 + k for k, name in enumerate(formats)}
-    found = LayerCandidates(**values, errors=nothing, milliseconds=nothing, make=_whole, uniform=places)
-    return _Item(stack, found, tuple(start), tuple(steps), tuple(formats.values()), tuple(shared))
+    made = LayerCandidates(**found, errors=nothing, milliseconds=nothing, make=_whole, uniform=places)
+    return _Item(stack, made, tuple(start), tuple(steps), tuple(formats.values()), tuple(shared))
 
 
 def _path(tables: Sequence[Tensor], start: Sequence[int], steps: Sequence[tuple[int, int]]) -> Tensor:
@@ -180,10 +180,6 @@ def _path(tables: Sequence[Tensor], start: Sequence[int], steps: Sequence[tuple[
 def _whole(index: int) -> tuple[Topology | None, Storage]:
     """Stand in for the topology of a candidate that is several layers; never asked for."""
     raise AssertionError(f"candidate {index} of a stack is no single layer")
-
-
-def _width(target: Target, unit: str) -> int:
-    return target.matrix.element_size() if unit == "num_bytes" else 1
 
 
 def _saves_size(config: CompressionConfig) -> bool:

@@ -426,7 +426,8 @@ def prepare(
                 "could share a core. Target the experts of a mixture that keeps them as one parameter of "
                 "shape (experts, out, in), or leave out share_experts."
             )
-        stacks = find_stacks(targets, objective, stats, config.damping, progress=progress)
+        formats = config.number_formats
+        stacks = find_stacks(targets, objective, stats, config.damping, formats, progress=progress)
     return PreparedPlan(
         config,
         objective,

@@ -25,6 +25,7 @@ from torch import Tensor
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, leading_costs, root, weighted_svd
 from tensornet.network import TensorNetwork
+from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topologies import low_rank
 from tensornet.topologies.residual_family import BASE, residual
 from tensornet.topology import Topology
@@ -37,6 +38,8 @@ _LEAST_DIRECTION = 1e-7
 
 #: Matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
 Terms = tuple[Tensor, Tensor, Tensor]
+#: Cores of each matrix, in the order of the topology; the shared one is the same tensor for all.
+Cores = list[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class SharedForm:
         core: name of the shared core.
         build: topology of one matrix, of `(out_features, in_features, rank)`.
         numbers: stored numbers of all matrices, of `(count, out_features, in_features, rank)`.
-        fit: cores of all matrices, of `(matrices, weightings, rank)`.
+        fits: cores of all matrices at each rank, of `(matrices, weightings, ranks)`.
         terms: approximations of each matrix at all ranks, of `(matrices, weightings)`; once for each shared
             factor from which the best is taken at each rank.
     """
@@ -55,27 +58,31 @@ class SharedForm:
     core: str
     build: Callable[[int, int, int], Topology]
     numbers: Callable[[int, int, int, int], int]
-    fit: Callable[[Sequence[Tensor], Sequence[Weighting], int], list[tuple[Tensor, ...]]]
+    fits: Callable[[Sequence[Tensor], Sequence[Weighting], Sequence[int]], Iterator[Cores]]
     terms: Callable[[Sequence[Tensor], Sequence[Weighting]], Iterator[Terms]]
 
 
 @dataclass(frozen=True)
 class FormCurve:
-    """Sizes and predicted losses of one shared form at the ranks `1 ... k`.
+    """Sizes and predicted losses of one shared form in one encoding, at the ranks `1 ... k`.
 
     Args:
         name: a key of `SHARED_FORMS`.
         numbers: stored numbers of all matrices together, shape `(k,)`.
+        num_bytes: their bytes, likewise.
         costs: predicted loss increases that decide, of each matrix, shape `(count, k)`.
         forecasts: predicted loss increases that are reported, likewise.
         errors: relative Frobenius errors, likewise.
+        storage: encoding of the cores.
     """
 
     name: str
     numbers: Tensor
+    num_bytes: Tensor
     costs: Tensor
     forecasts: Tensor
     errors: Tensor
+    storage: Storage = PLAIN
 
 
 def fit_form(
@@ -106,7 +113,7 @@ def fit_form(
     shapes = topology.core_shapes.values()
     made: dict[int, Tensor] = {}  # one view of each shared tensor
     networks = []
-    for cores in form.fit(_working(matrices), weightings, rank):
+    for cores in next(form.fits(working(matrices), weightings, [rank])):
         views = [
             made.setdefault(id(core), core.reshape(shape)) for core, shape in zip(cores, shapes, strict=True)
         ]
@@ -146,7 +153,7 @@ def form_curve(
     nothing = torch.zeros(3, count, known, dtype=torch.float64)
     best = nothing + torch.inf  # shape: (values, matrices, ranks)
     found: list[Tensor] = []
-    for place, terms in enumerate(form.terms(_working(matrices), weightings) if known else ()):
+    for place, terms in enumerate(form.terms(working(matrices), weightings) if known else ()):
         k = place % count
         found.append(_values(terms, matrices[k], weightings[k], forecasts[k], known))
         if k == count - 1:
@@ -154,20 +161,33 @@ def form_curve(
             better = values[0].sum(0) < best[0].sum(0)
             best, found = torch.where(better, values, best), []
     known = int(best[0].sum(0).isfinite().sum())
-    return FormCurve(name, torch.tensor(sizes[:known], dtype=torch.float64), *best[:, :, :known])
+    numbers = torch.tensor(sizes[:known], dtype=torch.float64)
+    return FormCurve(name, numbers, numbers * matrices[0].element_size(), *best[:, :, :known])
 
 
 def _values(terms: Terms, matrix: Tensor, weighting: Weighting, forecast: Weighting, known: int) -> Tensor:
-    """Compute cost, forecast and relative error of one matrix at all ranks, shape `(3, known)`.
+    """Compute cost, forecast and relative error of one matrix at all ranks, shape `(3, known)`."""
+    found = rank_costs(terms, weighting, forecast, known)
+    found[2] = relative_errors(found[2], matrix)
+    return found
 
-    They are infinite at ranks for which there are no terms.
+
+def rank_costs(terms: Terms, weighting: Weighting, forecast: Weighting, known: int) -> Tensor:
+    """Compute the losses of one matrix at the ranks `1 ... known`: cost, forecast, and without weighting.
+
+    Returns:
+        Shape `(3, known)`; infinite at ranks for which there are no terms.
     """
     costs = leading_costs(*terms, weighting)
     predicted = costs if forecast is weighting else leading_costs(*terms, forecast)
-    norm = torch.linalg.vector_norm(matrix, dtype=costs.dtype).clamp_min(1e-300)
-    errors = (2 * leading_costs(*terms, Weighting())).sqrt() / norm
-    values = torch.stack([costs, predicted, errors])[:, 1 : known + 1].cpu()
-    return torch.nn.functional.pad(values, (0, known - values.shape[1]), value=torch.inf)
+    found = torch.stack([costs, predicted, leading_costs(*terms, Weighting())])[:, 1 : known + 1].cpu()
+    return torch.nn.functional.pad(found, (0, known - found.shape[1]), value=torch.inf)
+
+
+def relative_errors(costs: Tensor, matrix: Tensor) -> Tensor:
+    """Convert losses without weighting, half the squared errors, to relative Frobenius errors."""
+    norm = torch.linalg.vector_norm(matrix, dtype=torch.float64).clamp_min(1e-300).cpu()
+    return (2 * costs).sqrt() / norm
 
 
 def form_of(topology: Topology, core: str) -> str | None:
@@ -184,39 +204,44 @@ def _sorted(topology: Topology) -> Topology:
     return replace(topology, sizes=tuple(sorted(topology.sizes)))
 
 
-def _working(matrices: Sequence[Tensor]) -> list[Tensor]:
+def working(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Convert matrices to double precision."""
     return [matrix.detach().to(working_dtype(matrix.dtype)) for matrix in matrices]
 
 
-def _fit_inputs(
-    matrices: Sequence[Tensor], weightings: Sequence[Weighting], rank: int
-) -> list[tuple[Tensor, ...]]:
-    shared = _shared_rows(matrices, weightings)[:rank].contiguous()
-    if len(shared) < rank:  # the matrices span no more directions
-        shared = torch.cat([shared, shared.new_zeros(rank - len(shared), shared.shape[1])])
-    return [(_left_factor(w, shared, x.columns), shared) for w, x in zip(matrices, weightings, strict=True)]
+def _input_fits(
+    matrices: Sequence[Tensor], weightings: Sequence[Weighting], ranks: Sequence[int]
+) -> Iterator[Cores]:
+    known = _shared_rows(matrices, weightings)
+    for rank in ranks:
+        shared = known[:rank].contiguous()
+        if len(shared) < rank:  # the matrices span no more directions
+            shared = torch.cat([shared, shared.new_zeros(rank - len(shared), shared.shape[1])])
+        yield [(_left_factor(w, shared, x.columns), shared) for w, x in zip(matrices, weightings, strict=True)]
 
 
-def _fit_outputs(
-    matrices: Sequence[Tensor], weightings: Sequence[Weighting], rank: int
-) -> list[tuple[Tensor, ...]]:
-    made = _fit_inputs(*_turned(matrices, weightings), rank)
-    shared = made[0][1].T.contiguous()
-    return [(shared, right.T.contiguous()) for right, _ in made]
+def _output_fits(
+    matrices: Sequence[Tensor], weightings: Sequence[Weighting], ranks: Sequence[int]
+) -> Iterator[Cores]:
+    for made in _input_fits(*_turned(matrices, weightings), ranks):
+        shared = made[0][1].T.contiguous()
+        yield [(shared, right.T.contiguous()) for right, _ in made]
 
 
-def _fit_base(
-    matrices: Sequence[Tensor], weightings: Sequence[Weighting], rank: int
-) -> list[tuple[Tensor, ...]]:
-    base, found = min(_bases(matrices, weightings), key=lambda x: sum(float(y.error[rank]) for y in x[1]))
-    return [(base, *(factor.contiguous() for factor in each.factors(rank))) for each in found]
+def _base_fits(
+    matrices: Sequence[Tensor], weightings: Sequence[Weighting], ranks: Sequence[int]
+) -> Iterator[Cores]:
+    for rank in ranks:
+        bases = _bases(matrices, weightings)
+        base, found = min(bases, key=lambda x: sum(float(y.error[rank]) for y in x[1]))
+        yield [(base, *(factor.contiguous() for factor in each.factors(rank))) for each in found]
 
 
 def _input_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Terms]:
     """Yield the least-squares factors of every rank: the shared rows, made orthonormal under each moment."""
     shared = _shared_rows(matrices, weightings)[: min(matrices[0].shape)]
     for w, x in zip(matrices, weightings, strict=True):
-        moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
+        moved = shared.T if x.columns is None else full_moment(x.columns, w.shape[1], w) @ shared.T
         lower, info = torch.linalg.cholesky_ex(shared @ moved)
         if int(info):  # the moment sees fewer directions
             lower = lower[: int(info) - 1, : int(info) - 1]
@@ -246,20 +271,20 @@ def _bases(
     count, (rows, columns) = len(matrices), matrices[0].shape
     largest = largest_rank("base", count, rows, columns, count * rows * columns - 1)
     ranks = [1, *(_GROWTH**k for k in range(rows) if _GROWTH**k <= largest)]
-    base = _mean(matrices, weightings)
+    base = mean_matrix(matrices, weightings)
     for rank in (*ranks, None):
         found = [weighted_svd(w - base, x) for w, x in zip(matrices, weightings, strict=True)]
         yield base, found
         if rank is not None:
             pairs = [each.factors(rank) for each in found]
             rest = [w - left @ right for w, (left, right) in zip(matrices, pairs, strict=True)]
-            base = _mean(rest, weightings)
+            base = mean_matrix(rest, weightings)
 
 
-def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
+def mean_matrix(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
     """Average matrices, each weighed by the traces of its moments."""
     sizes = [
-        _trace(x.rows, w.shape[0]) * _trace(x.columns, w.shape[1])
+        trace(x.rows, w.shape[0]) * trace(x.columns, w.shape[1])
         for w, x in zip(matrices, weightings, strict=True)
     ]
     total = sum((s * w for s, w in zip(sizes, matrices, strict=True)), start=torch.zeros_like(matrices[0]))
@@ -279,7 +304,7 @@ def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) ->
     if any(x.columns is not None for x in weightings):
         pooled = torch.zeros(2 * matrices[0].shape[1:], dtype=matrices[0].dtype, device=matrices[0].device)
         for w, x in zip(matrices, weightings, strict=True):
-            pooled += _trace(x.rows, w.shape[0]) * _full(x.columns, w.shape[1], pooled)
+            pooled += trace(x.rows, w.shape[0]) * full_moment(x.columns, w.shape[1], pooled)
     stacked = torch.cat([_whitened(w, x.rows) for w, x in zip(matrices, weightings, strict=True)])
     found = weighted_svd(stacked, Weighting(None, pooled))
     known = int((found.values > _LEAST_DIRECTION * found.values.max()).sum())
@@ -289,7 +314,7 @@ def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) ->
 
 def _left_factor(matrix: Tensor, right: Tensor, columns: Tensor | None) -> Tensor:
     """Return the best `A` of `W ~ A B` under a moment of the inputs: `W C B^T (B C B^T)^-1`."""
-    moved = right.T if columns is None else _full(columns, len(right.T), matrix) @ right.T
+    moved = right.T if columns is None else full_moment(columns, len(right.T), matrix) @ right.T
     gram = right @ moved
     return torch.linalg.lstsq(gram, (matrix @ moved).T).solution.T.contiguous()
 
@@ -301,13 +326,15 @@ def _whitened(matrix: Tensor, rows: Tensor | None) -> Tensor:
     return factor[:, None] * matrix if factor.ndim == 1 else factor.T @ matrix
 
 
-def _trace(moment: Tensor | None, size: int) -> float:
+def trace(moment: Tensor | None, size: int) -> float:
+    """Compute the trace of a moment: full, diagonal as a vector, or None for the identity."""
     if moment is None:
         return float(size)
     return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
 
 
-def _full(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
+def full_moment(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """Convert a moment to a full matrix in the dtype and on the device of a tensor."""
     if moment is None:
         return torch.eye(size, dtype=like.dtype, device=like.device)
     return torch.diag(moment.to(like)) if moment.ndim == 1 else moment.to(like)
@@ -329,7 +356,7 @@ def largest_rank(name: str, count: int, rows: int, columns: int, numbers: int) -
 
 #: All forms, by name.
 SHARED_FORMS = {
-    "inputs": SharedForm("1", _low_rank, lambda n, o, i, r: r * (i + n * o), _fit_inputs, _input_terms),
-    "outputs": SharedForm("0", _low_rank, lambda n, o, i, r: r * (o + n * i), _fit_outputs, _output_terms),
-    "base": SharedForm(BASE, _residual, lambda n, o, i, r: o * i + n * r * (o + i), _fit_base, _base_terms),
+    "inputs": SharedForm("1", _low_rank, lambda n, o, i, r: r * (i + n * o), _input_fits, _input_terms),
+    "outputs": SharedForm("0", _low_rank, lambda n, o, i, r: r * (o + n * i), _output_fits, _output_terms),
+    "base": SharedForm(BASE, _residual, lambda n, o, i, r: o * i + n * r * (o + i), _base_fits, _base_terms),
 }

@@ -2,7 +2,7 @@
 
 For each stack the losses of all shared forms are predicted at all ranks (`shared_forms.py`), beside the
 candidates of its single matrices. Budgets of the whole model are then spent on both at once
-(`joint_choice.py`). Where layers are planned one by one, a stack keeps the numbers that its separate networks
+(`joint_choice.py`). Where layers are planned one by one, a stack keeps the bytes that its separate networks
 have, and takes the form of least cost: `share_alone`.
 """
 
@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.layer_plan import LayerPlan, low_rank_error
 from tensornet.compression.sensitivity import layer_sensitivity
-from tensornet.compression.shared_forms import SHARED_FORMS, FormCurve, fit_form, form_curve, form_of
+from tensornet.compression.shared_formats import form_curves
+from tensornet.compression.shared_forms import SHARED_FORMS, FormCurve, form_of
+from tensornet.compression.shared_rounding import fit_stored
 from tensornet.errors import TopologyError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.network import TensorNetwork
 from tensornet.nn.compound import PartMatrix
-from tensornet.nn.encoding import PLAIN
 from tensornet.nn.targets import Target
 from tensornet.progress import progress_bar
+from tensornet.quantization import NumberFormat
 
 #: Where layers are planned one by one, a shared form must cost at most this fraction of separate networks.
 _WORTH = 0.995
@@ -34,7 +36,7 @@ class Stack:
     Args:
         members: places of the matrices among the targets of the plan.
         shape: `(out_features, in_features)` of each.
-        curves: of the forms that save anything.
+        curves: of the forms and encodings that save anything.
     """
 
     members: tuple[int, ...]
@@ -59,13 +61,14 @@ class SharedChoice:
         """
         form = SHARED_FORMS[self.curve.name]
         topology = form.build(*self.stack.shape, self.index + 1)
-        each = int(self.curve.numbers[self.index]) // len(layers)
+        size = int(self.curve.num_bytes[self.index])
+        each = size // (len(layers) * layers[0].dtype.itemsize)
         return [
             replace(
                 layer,
                 topology=topology,
                 bound_by=bound_by,
-                storage=PLAIN,
+                storage=self.curve.storage,
                 shared_core=form.core,
                 shared_with=layers[0].name,
                 error=float(self.curve.errors[place, self.index]),
@@ -86,6 +89,7 @@ def find_stacks(
     objective: str,
     stats: CalibrationStats | None,
     damping: float,
+    formats: Sequence[NumberFormat] = (),
     *,
     progress: bool = False,
 ) -> tuple[Stack, ...]:
@@ -99,6 +103,7 @@ def find_stacks(
         objective: what an error costs.
         stats: the plan is made with.
         damping: of gradient moments.
+        formats: number formats that cores may be stored in; the model's own alone if there are none.
         progress: show a progress bar.
     """
     found = []
@@ -110,10 +115,8 @@ def find_stacks(
         if len(weights) < len(group):
             continue
         matrices = [target.matrix for target in group]
-        choices, forecasts = [x.choice for x in weights], [x.forecast for x in weights]
-        curves = (form_curve(name, matrices, choices, forecasts) for name in SHARED_FORMS)
-        kept = tuple(curve for curve in curves if len(curve.numbers))
-        found.append(Stack(tuple(members), (matrices[0].shape[0], matrices[0].shape[1]), kept))
+        curves = [x for name in SHARED_FORMS for x in form_curves(name, matrices, weights, formats)]
+        found.append(Stack(tuple(members), (matrices[0].shape[0], matrices[0].shape[1]), tuple(curves)))
     return tuple(stack for stack in found if stack.curves)
 
 
@@ -131,7 +134,7 @@ def expert_groups(targets: Sequence[Target]) -> list[list[int]]:
 def share_alone(
     layers: Sequence[LayerPlan], stacks: Sequence[Stack], costs: Sequence[float]
 ) -> list[LayerPlan]:
-    """Let each stack share a core where that costs less with the numbers that its separate networks have.
+    """Let each stack share a core where that costs less with the bytes that its separate networks have.
 
     Args:
         layers: the plan of single layers.
@@ -141,11 +144,11 @@ def share_alone(
     made = list(layers)
     for stack in stacks:
         members = [layers[k] for k in stack.members]
-        numbers = sum(layer.bytes_after for layer in members) // members[0].dtype.itemsize
+        size = sum(layer.bytes_after for layer in members)
         least = _WORTH * sum(costs[k] for k in stack.members)
         best: SharedChoice | None = None
         for curve in stack.curves:
-            index = int((curve.numbers <= numbers).sum()) - 1
+            index = int((curve.num_bytes <= size).sum()) - 1
             if index >= 0 and (cost := float(curve.costs[:, index].sum())) < least:
                 best, least = SharedChoice(stack, curve, index), cost
         if best is not None:
@@ -156,15 +159,15 @@ def share_alone(
 
 def fit_stack(
     layers: Sequence[LayerPlan], targets: Sequence[Target], weightings: Sequence[Weighting]
-) -> list[TensorNetwork]:
-    """Fit the networks of a planned stack.
+) -> list[dict[str, Tensor]]:
+    """Fit the networks of a planned stack, and encode them; see `fit_stored`.
 
     Raises:
         TopologyError: the layers are not one stack of a known form, all of whose layers are planned.
     """
     first = layers[0]
     form = None if first.topology is None else form_of(first.topology, first.shared_core)
-    same = {(layer.shared_core, layer.topology, layer.shape) for layer in layers}
+    same = {(layer.shared_core, layer.topology, layer.shape, layer.storage) for layer in layers}
     if form is None or len(same) > 1 or first.name != first.shared_with:
         raise TopologyError(
             f"Layer {first.name!r} shares core {first.shared_core!r} with {first.shared_with!r}, which is "
@@ -173,4 +176,4 @@ def fit_stack(
         )
     assert first.topology is not None
     rank = max(first.topology.bond_dims.values())
-    return fit_form(form, [target.matrix for target in targets], weightings, rank)
+    return fit_stored(form, [target.matrix for target in targets], weightings, rank, first.storage)

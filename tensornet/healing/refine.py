@@ -302,9 +302,9 @@ class _Refit:
                 found = Weighting(found.rows, metric / tokens)
             wanted.append(target)
             weightings.append(found)
-        for name, network in zip(stack.names, stack.fit(wanted, weightings), strict=True):
-            layer = self.layers[name]
-            _write(layer, [core.to(layer.weight.dtype) for core in network.cores], Weighting())
+        for name, kept in zip(stack.names, stack.fit(wanted, weightings), strict=True):
+            for part, tensor in self.layers[name].stored.items():
+                tensor.copy_(kept[part])
         return {}
 
     def _target(self, name: str, moments: PairedMoments) -> tuple[Tensor, Tensor]:

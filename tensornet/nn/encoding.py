@@ -62,6 +62,7 @@ __all__ = [
     "quantize",
     "row_cores",
     "storage_entry",
+    "stored_core",
     "unpacked",
     "unpacked_codes",
 ]
@@ -140,6 +141,24 @@ def _packed(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
     if rounded.zeros is not None:
         found[f"zero_{name}"] = pack(rounded.zeros, bits)
     return found
+
+
+def stored_core(
+    topology: Topology, storage: Storage, name: str, value: Tensor | RoundedWeight, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Build the stored tensors of one core, not pivoted, from its codes or its values.
+
+    Args:
+        topology: of the network.
+        storage: how its cores are kept.
+        name: of the core.
+        value: codes of its matrix view, or values.
+        dtype: of the model.
+    """
+    if isinstance(value, RoundedWeight):
+        return _packed(name, value)
+    core = value.to(dtype).reshape(topology.core_shapes[name])
+    return {f"core_{name}": _as_stored(core, storage.format_of(name)).contiguous()}
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Linear layers whose weight is a tensor network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -369,4 +369,16 @@ def linear_from_network(
     layer.set_cores(network.cores, weighting)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(network.cores[0].dtype).clone())
+    return layer
+
+
+def linear_from_stored(
+    topology: Topology, stored: Mapping[str, Tensor], *, source: str, storage: Storage, like: Tensor
+) -> TensorNetworkLinear:
+    """Build a layer without a bias from stored tensors, in the dtype and on the device of a tensor.
+
+    See `NetworkModule.set_stored`.
+    """
+    layer = empty_linear(topology, bias=False, source=source, storage=storage, device="meta")
+    layer.set_stored(stored, like)
     return layer

@@ -1,6 +1,6 @@
 """Base class of all tensor-network layers: parameters, description, strategy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,27 @@ class NetworkModule(FixedDtypes, RoutedModule):
             # Contiguous, as they come back from a file: a pass reads them without a copy, to the same bits.
             hold(self, name, tensor if isinstance(tensor, nn.Parameter) else tensor.contiguous())
         self._compute_as(cores[0])
+        self._forget_routes()
+
+    def set_stored(self, stored: Mapping[str, Tensor], like: Tensor) -> None:
+        """Replace the stored tensors, with the names and shapes of `layout`.
+
+        Parameters and buffers are taken as they are, so that several layers may hold one of them.
+
+        Args:
+            stored: all tensors that hold the cores.
+            like: tensor in whose dtype and on whose device the layer computes.
+
+        Raises:
+            ShapeError: a tensor is missing, or has another shape.
+        """
+        wanted = {name: shape for name, (shape, _) in layout(self.topology, self.storage, like.dtype).items()}
+        found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        if found != wanted:
+            raise ShapeError(f"The layer stores tensors of shapes {wanted}, got {found}.")
+        for name, tensor in stored.items():
+            hold(self, name, tensor)
+        self._compute_as(like)
         self._forget_routes()
 
     def share_cores(self, other: "NetworkModule") -> None:

@@ -8,6 +8,7 @@ them through `R`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -171,11 +172,43 @@ def round_product(
         return RoundedProduct(made, fitted, product.cost(made, fitted))
     codes = _rounded(b, right_format, a.mT @ times(rows, a), columns)
     b = codes.dequantize(torch.float64)
-    found = []
-    for factor in (product.fit_left(b), a):
-        made = product.rounded_left(factor, b, left_format)
-        found.append(RoundedProduct(made, codes, product.cost(made, b)))
-    return min(found, key=lambda each: each.loss_increase)
+    made, cost = product.best_left(a, b, left_format)
+    return RoundedProduct(made, codes, cost)
+
+
+@torch.no_grad()
+@outside_autocast
+def round_beside(
+    target: Tensor,
+    left: Tensor,
+    right: Tensor,
+    side: Literal["left", "right"],
+    number_format: NumberFormat | None,
+    weighting: Weighting,
+) -> RoundedWeight | Tensor:
+    """Round one factor of a product beside the other one, which is kept as it is.
+
+    The factor is rounded as given and fitted again, and the result of smaller loss is returned.
+
+    Args:
+        target: matrix `(out, in)` that the product stands for.
+        left: `A`, shape `(out, rank)`.
+        right: `B`, shape `(rank, in)`.
+        side: the factor to round.
+        number_format: of it; None fits it without rounding.
+        weighting: moments, damped as far as they should be.
+
+    Example:
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> from tensornet.quantization.factors import round_beside
+        >>> a, b = torch.randn(16, 4), torch.randn(4, 64)
+        >>> round_beside(a @ b, a, b, "left", NumberFormat.parse("int8"), Weighting()).codes.shape
+        torch.Size([16, 4])
+    """
+    a, b, wanted = left.double(), right.double(), target.double()
+    rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
+    product = _Product(wanted, Weighting(rows, columns), None)
+    return (product.best_left if side == "left" else product.best_right)(a, b, number_format)[0]
 
 
 @dataclass(frozen=True)
@@ -221,6 +254,24 @@ class _Product:
         if number_format is None:
             return a[free]
         return _rounded(a[free], number_format, moment, b @ times(self.weighting.columns, b.mT))
+
+    def best_left(
+        self, a: Tensor, b: Tensor, number_format: NumberFormat | None
+    ) -> tuple[RoundedWeight | Tensor, float]:
+        """Round a left factor as given, and fitted to the right one; return the cheaper with its loss."""
+        made = [self.rounded_left(factor, b, number_format) for factor in (self.fit_left(b), a)]
+        return min(((x, self.cost(x, b)) for x in made), key=lambda found: found[1])
+
+    def best_right(
+        self, a: Tensor, b: Tensor, number_format: NumberFormat | None
+    ) -> tuple[RoundedWeight | Tensor, float]:
+        """Round a right factor as given, and fitted to the left one; return the cheaper with its loss."""
+        made: list[RoundedWeight | Tensor] = [self.fit_right(a), b]
+        if number_format is not None:
+            seen = a.mT @ times(self.weighting.rows, a)
+            made = [_rounded(x, number_format, seen, self.weighting.columns) for x in (self.fit_right(a), b)]
+        costs = [self.cost(a, x if isinstance(x, Tensor) else x.dequantize(torch.float64)) for x in made]
+        return min(zip(made, costs, strict=True), key=lambda found: found[1])
 
     def values(self, made: RoundedWeight | Tensor) -> Tensor:
         """Assemble the whole left factor from its free rows."""

@@ -12,7 +12,7 @@ from stacked_experts import Experts, gaussian
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import CompressionPlan, shared_stacks
+from tensornet.compression import CompressionPlan, shared_rounding
 from tensornet.compression.report import model_size
 from tensornet.compression.shared_forms import SHARED_FORMS, fit_form
 from tensornet.errors import BudgetError, TargetError, TopologyError
@@ -139,7 +139,7 @@ def test_a_stack_is_fitted_when_the_plan_is_carried_out(
         fits.append(name)
         return fit_form(name, *arguments)
 
-    monkeypatch.setattr(shared_stacks, "fit_form", counted)
+    monkeypatch.setattr(shared_rounding, "fit_form", counted)
     model, twin = Model(common_inputs()), Model(common_inputs())
     report = tn.compress(model, config(), progress=False)
     assert fits == ["inputs"]
