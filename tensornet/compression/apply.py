@@ -210,7 +210,7 @@ def _shared_cores(
     for layer in work:
         if layer.shared_core:
             groups.setdefault(layer.shared_with, []).append(layer)
-    made = {}
+    made: dict[str, dict[str, Tensor]] = {}
     for layers in groups.values():
         members = [targets[layer.name] for layer in layers]
         known = [layer_weighting(x, plan.objective, stats, plan.damping) for x in members]

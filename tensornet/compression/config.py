@@ -86,8 +86,9 @@ class CompressionConfig(LayerSelection):
         int8: keep cores as eight-bit integers; predicted losses include the rounding.
         share_experts: let the experts of a mixture share a projection of their inputs, a basis of their
             outputs, or a base matrix, wherever that predicts less loss than separate networks. Budgets of
-            the whole model are spent on both at once. Goes with budgets of parameters, bytes and the loss;
-            shared cores stay in the model's own number format.
+            the whole model are spent on both at once. Goes with budgets of parameters, bytes and the loss.
+            Where number formats are planned, shared cores are stored in them as well; private factors have
+            the model's own format or at least four bits.
         require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
             that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
             and names them in one warning.
@@ -290,8 +291,8 @@ def _check_sharing(config: CompressionConfig) -> None:
     }
     if config.share_experts and (beside := [name for name, given in apart.items() if given]):
         raise BudgetError(
-            f"share_experts chooses shared cores in the model's own number format by their size and "
-            f"predicted loss alone: drop {', '.join(beside)}, or share_experts."
+            "share_experts chooses shared cores by their size and predicted loss alone, in the formats of "
+            f"formats=: drop {', '.join(beside)}, or share_experts."
         )
 
 

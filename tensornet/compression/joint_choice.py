@@ -2,8 +2,8 @@
 
 A stack of experts is one item of the allocation. Its candidates are the best separate networks of every
 total size, in the order in which steps along their hulls pay, and the shared forms of every rank in every
-encoding; a choice takes one of them, so that the two exclude each other. What a stack that shares saves goes to the layers for
-which it lowers the predicted loss most.
+encoding; a choice takes one of them, so that the two exclude each other. What a stack that shares saves goes
+to the layers for which it lowers the predicted loss most.
 """
 
 from collections.abc import Sequence

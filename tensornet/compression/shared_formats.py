@@ -205,9 +205,7 @@ def _factor_losses(
     for storage in storages:
         first, second = shared.index(storage.format_of(form.core)), private.index(storage.number_format)
         both = torch.stack([x[first] for x in shares], dim=-1)  # shape: (3, count, tried)
-        both = both + torch.stack(
-            [torch.stack([x[second] for x in own], dim=-1) for own in owns], dim=1
-        )
+        both = both + torch.stack([torch.stack([x[second] for x in own], dim=-1) for own in owns], dim=1)
         found.append(_between(both, tried, ranks))
     return found
 

@@ -217,7 +217,9 @@ def _input_fits(
         shared = known[:rank].contiguous()
         if len(shared) < rank:  # the matrices span no more directions
             shared = torch.cat([shared, shared.new_zeros(rank - len(shared), shared.shape[1])])
-        yield [(_left_factor(w, shared, x.columns), shared) for w, x in zip(matrices, weightings, strict=True)]
+        yield [
+            (_left_factor(w, shared, x.columns), shared) for w, x in zip(matrices, weightings, strict=True)
+        ]
 
 
 def _output_fits(

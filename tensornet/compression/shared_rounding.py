@@ -1,8 +1,8 @@
 """Networks of several matrices that share one core, with cores in number formats.
 
-The shared core is rounded once, under the pooled moments of all matrices: an error `E` of the shared `B` of
-`W_e = A_e B` costs `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`, for which one pair of moments stands. Each private
-factor is then fitted again to what rounding left of its own matrix, and rounded under the moments it sees.
+The shared core is rounded once, under pooled moments of all matrices: an error `E` of the shared `B` in
+`W_e = A_e B` costs `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`, which one pair of moments stands for. Private
+factors are then fitted again to what rounding left of their matrices, and rounded under moments of their own.
 """
 
 from collections.abc import Mapping, Sequence

@@ -106,6 +106,30 @@ def test_bytes_are_spent_on_shared_cores_and_integers(family: str, bits: float, 
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "small").eval()), logits(model))
 
 
+@pytest.mark.parametrize(("family", "bits"), [("mixtral", 4.6), ("olmoe", 6.0), ("qwen2_moe", 6.0)])
+def test_a_folder_holds_shared_integers_once(family: str, bits: float, tmp_path: Path) -> None:
+    dense, model = planted(family), planted(family)
+    batches = [{"input_ids": tokens(8), "labels": tokens(8)}]
+    config = tn.CompressionConfig(target_modules="*experts*", bits_per_weight=bits, share_experts=True)
+    report = tn.compress(model, config, calibration=batches, progress=False)
+    shared = [x for x in report.plan if x.shared_core]
+    assert any(x.storage.quantized for x in shared)
+    assert report.plan.bits_per_weight <= bits
+    assert model_size(dense)[1] - model_size(model)[1] == report.plan.bytes_before - report.plan.bytes_after
+    want = logits(model)
+    th.save_model(model, tmp_path / "small")
+    (file,) = (tmp_path / "small").glob("*.safetensors")
+    assert sum(x.nbytes for x in load_file(file).values()) == model_size(model)[1]
+    for again in (th.load(tmp_path / "small").eval(), type(model).from_pretrained(tmp_path / "small").eval()):
+        assert torch.equal(logits(again), want)
+        first, second = (again.get_submodule(x.name) for x in shared[:2])
+        parts = [part for part in first.stored if part.endswith(f"_{shared[0].shared_core}")]
+        assert all(first.stored[part] is second.stored[part] for part in parts)
+    assert run(["inspect", str(tmp_path / "small")]) == 0
+    assert run(["decompress", str(tmp_path / "small"), str(tmp_path / "dense")]) == 0
+    assert torch.allclose(logits(type(model).from_pretrained(tmp_path / "dense").eval()), want, atol=1e-4)
+
+
 def test_the_command_shares_by_parameters_and_by_bytes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
