@@ -52,6 +52,21 @@ def mixture(family: str) -> PreTrainedModel:
     return model.eval()
 
 
+def planted(family: str) -> PreTrainedModel:
+    """A mixture whose first stack of every layer reads few directions of its inputs."""
+    model = mixture(family)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_up_proj"):
+                side = 1 if family == "gpt_oss" else 2  # stored transposed there
+                size, rank = parameter.shape[side], 12 if family == "qwen2_moe" else 14
+                basis, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator))
+                moved = parameter.movedim(side, -1) @ basis @ basis.T
+                parameter.copy_(moved.movedim(-1, side))
+    return model
+
+
 def _make(family: str) -> PreTrainedModel:
     if family == "mixtral":  # stored expert by expert as w1, w2, w3, of which two make one stack
         return MixtralForCausalLM(MixtralConfig(num_local_experts=EXPERTS, **SIZES))

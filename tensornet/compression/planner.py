@@ -25,7 +25,7 @@ from tensornet.compression.plan_by_weight import plan_layers
 from tensornet.compression.report import model_size
 from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.compression.sensitivity import is_known, never_ran
-from tensornet.compression.shared_stacks import SharedChoice, Stack, expert_groups, find_stacks, share_alone
+from tensornet.compression.shared_stacks import SharedChoice, Stack, find_stacks, share_alone
 from tensornet.compression.verification import Checks
 from tensornet.compression.verify import verify_prices
 from tensornet.context import on_cpu_unless_said
@@ -419,12 +419,6 @@ def prepare(
             raise BudgetError(
                 "share_experts weighs shared cores against number formats by the predicted loss: pass "
                 "calibration=batches to compress, or budget parameters alone by param_ratio=."
-            )
-        if not expert_groups(targets):
-            raise TargetError(
-                f"share_experts found no stack of experts among the {len(targets)} targeted layers: nothing "
-                "could share a core. Target the experts of a mixture that keeps them as one parameter of "
-                "shape (experts, out, in), or leave out share_experts."
             )
         formats = config.number_formats
         stacks = find_stacks(targets, objective, stats, config.damping, formats, progress=progress)

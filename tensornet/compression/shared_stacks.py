@@ -18,7 +18,7 @@ from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.compression.shared_formats import form_curves
 from tensornet.compression.shared_forms import SHARED_FORMS, FormCurve, form_of
 from tensornet.compression.shared_rounding import fit_stored
-from tensornet.errors import TopologyError
+from tensornet.errors import TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.compound import PartMatrix
 from tensornet.nn.targets import Target
@@ -105,9 +105,12 @@ def find_stacks(
         damping: of gradient moments.
         formats: number formats that cores may be stored in; the model's own alone if there are none.
         progress: show a progress bar.
+
+    Raises:
+        TargetError: no target is an expert of a mixture.
     """
     found = []
-    groups = expert_groups(targets)
+    groups = stacks_of_experts(targets)
     for members in progress_bar(groups, desc="sharing", disable=not progress, unit="stack"):
         group = [targets[k] for k in members]
         known = [layer_sensitivity(target, objective, stats, damping) for target in group]
@@ -129,6 +132,21 @@ def expert_groups(targets: Sequence[Target]) -> list[list[int]]:
             relatives = tuple(target.kinds[0].relatives(target.name, names)) or (target.name,)
             groups.setdefault((relatives, target.matrix.shape, target.matrix.dtype), []).append(place)
     return [members for members in groups.values() if len(members) > 1]
+
+
+def stacks_of_experts(targets: Sequence[Target]) -> list[list[int]]:
+    """Group targets that are experts of one mixture; see `expert_groups`.
+
+    Raises:
+        TargetError: there are none.
+    """
+    if not (found := expert_groups(targets)):
+        raise TargetError(
+            f"share_experts found no stack of experts among the {len(targets)} targeted layers: nothing "
+            "could share a core. Target the experts of a mixture that keeps them as one parameter of "
+            "shape (experts, out, in), or leave out share_experts."
+        )
+    return found
 
 
 def share_alone(

@@ -14,18 +14,28 @@ from tensornet.io.safetensors_files import (
 )
 from tensornet.streaming.pool import WorkerError, run_tasks
 from tensornet.streaming.stored_matrix import StoredMatrix
-from tensornet.streaming.worker import Piece, PieceTask, Use, compress_piece, copy_matrix
+from tensornet.streaming.worker import (
+    Piece,
+    PieceTask,
+    StackTask,
+    Use,
+    compress_piece,
+    compress_stack,
+    copy_matrix,
+)
 
 __all__ = [
     "Piece",
     "PieceTask",
     "ShardTask",
     "Slice",
+    "StackTask",
     "StoredMatrix",
     "Use",
     "WorkerError",
     "Written",
     "compress_piece",
+    "compress_stack",
     "copy_matrix",
     "load_slice",
     "read_header",

@@ -70,8 +70,21 @@ class PieceTask:
 
 
 @dataclass(frozen=True)
+class StackTask:
+    """Task to compress the experts of one stack together, which may share a core.
+
+    Args:
+        members: tasks of the single experts, in model order.
+        planned: a plan of these layers alone, instead of planning.
+    """
+
+    members: tuple[PieceTask, ...]
+    planned: CompressionPlan | None
+
+
+@dataclass(frozen=True)
 class Piece:
-    """Result of one task.
+    """Result of one task, or of one member of a stack.
 
     Args:
         plan: the plan of the layer, without its spectrum; no topology means that it stays dense.
@@ -132,25 +145,51 @@ def compress_piece(task: PieceTask) -> Piece:
         OSError: it cannot be read or written.
     """
     with one_thread():
-        root = _stand_in(task)
-        made, decomposed = _planned(root, task)
-        stats = None if task.stats is None else CalibrationStats.load(task.stats)
-        errors = apply_plan(root, made, stats, decomposed=decomposed)
-        layer = replace(made.layers[0], singular_values=())
-        written, specs, tensors = None, {}, {}
-        if layer.topology is not None:
-            specs = {use.name: module_spec(root.get_submodule(use.name)) or {} for use in task.uses}
-            write_tensors(task.path, _cores(root, task.uses[0].name))
-            written, tensors = file_digest(task.path), read_header(task.path)
-    error = errors.get(layer.name, 0.0)
-    return Piece(layer, error, specs, written, tensors, peak_memory(), getpid())
+        root = nn.Module()
+        _put_stand_ins(root, task)
+        made, decomposed = _planned(root, task.config, task.planned)
+        errors = apply_plan(root, made, _statistics(task), decomposed=decomposed)
+        return _written(root, task, made.layers[0], errors)
 
 
-def _planned(root: nn.Module, task: PieceTask) -> tuple[CompressionPlan, dict[str, Decomposition]]:
-    """Plan the only weight of a model, unless the task holds its plan."""
-    if task.planned is not None:
-        return task.planned, {}
-    everything = replace(task.config, target_modules="all", exclude_modules=None)
+@torch.no_grad()
+def compress_stack(task: StackTask) -> list[Piece]:
+    """Plan and fit the experts of one stack together, and write the cores of each into a file of its own.
+
+    A shared core is in the file of the layer that owns it. Raises as `compress_piece`.
+    """
+    with one_thread():
+        root, first = nn.Module(), task.members[0]
+        for member in task.members:
+            _put_stand_ins(root, member)
+        made, decomposed = _planned(root, first.config, task.planned)
+        errors = apply_plan(root, made, _statistics(first), decomposed=decomposed)
+        layers = {layer.name: layer for layer in made}
+        return [_written(root, member, layers[member.uses[0].name], errors) for member in task.members]
+
+
+def _statistics(task: PieceTask) -> CalibrationStats | None:
+    return None if task.stats is None else CalibrationStats.load(task.stats)
+
+
+def _written(root: nn.Module, task: PieceTask, layer: LayerPlan, errors: Mapping[str, float]) -> Piece:
+    """Write the cores of a finished layer, unless it stays dense, and describe it."""
+    written, specs, tensors = None, {}, {}
+    if layer.topology is not None:
+        specs = {use.name: module_spec(root.get_submodule(use.name)) or {} for use in task.uses}
+        write_tensors(task.path, _cores(root, task.uses[0].name, layer))
+        written, tensors = file_digest(task.path), read_header(task.path)
+    kept = replace(layer, singular_values=())
+    return Piece(kept, errors.get(layer.name, 0.0), specs, written, tensors, peak_memory(), getpid())
+
+
+def _planned(
+    root: nn.Module, config: CompressionConfig, planned: CompressionPlan | None
+) -> tuple[CompressionPlan, dict[str, Decomposition]]:
+    """Plan all weights of a model, unless there is a plan."""
+    if planned is not None:
+        return planned, {}
+    everything = replace(config, target_modules="all", exclude_modules=None)
     return prepare(root, everything).plan_decomposed()
 
 
@@ -197,9 +236,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _stand_in(task: PieceTask) -> nn.Module:
-    """Build a model that contains only the layers that use the weight."""
-    root, shared = nn.Module(), None
+def _put_stand_ins(root: nn.Module, task: PieceTask) -> None:
+    """Add the layers that use a weight to a model that holds nothing else."""
+    shared = None
     for use in task.uses:
         import_module(use.registered_in)
         kind = layer_kind(use.kind)
@@ -215,9 +254,22 @@ def _stand_in(task: PieceTask) -> nn.Module:
         if isinstance(layer, nn.Embedding):
             layer.padding_idx = use.padding_idx
         place(root, use.name, layer)
-    return root
 
 
-def _cores(root: nn.Module, name: str) -> dict[str, Tensor]:
-    own = root.get_submodule(name).state_dict().items()
-    return {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in own if key != "bias"}
+def _cores(root: nn.Module, name: str, layer: LayerPlan) -> dict[str, Tensor]:
+    """Collect the stored tensors of a layer, without those of a core that another layer owns."""
+    stored = root.get_submodule(name).state_dict()
+    elsewhere = layer.shared_core if layer.shared_with != layer.name else ""
+    own = [key for key in stored if key != "bias" and not (elsewhere and is_of_core(key, elsewhere))]
+    return {f"{name}.{key}": stored[key].cpu().contiguous() for key in own}
+
+
+def is_of_core(key: str, core: str) -> bool:
+    """Return True if a stored tensor, such as `scale_0`, belongs to a core.
+
+    Example:
+        >>> from tensornet.streaming.worker import is_of_core
+        >>> is_of_core("scale_base", "base"), is_of_core("core_0", "base")
+        (True, False)
+    """
+    return key.partition("_")[2] == core

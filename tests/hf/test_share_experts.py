@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture_models import EXPERTS, FAMILIES, logits, mixture, tokens
+from mixture_models import EXPERTS, FAMILIES, logits, planted, tokens
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -15,25 +15,9 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import CompressionReport
 from tensornet.compression.report import model_size
-from tensornet.errors import BudgetError
 from tensornet_hf.cli.main import run
 
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6, share_experts=True)
-
-
-def planted(family: str) -> PreTrainedModel:
-    """A mixture whose first stack of every layer reads few directions of its inputs."""
-    model = mixture(family)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate_up_proj"):
-                side = 1 if family == "gpt_oss" else 2  # stored transposed there
-                size, rank = parameter.shape[side], 12 if family == "qwen2_moe" else 14
-                basis, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator))
-                moved = parameter.movedim(side, -1) @ basis @ basis.T
-                parameter.copy_(moved.movedim(-1, side))
-    return model
 
 
 def compressed(family: str) -> tuple[PreTrainedModel, CompressionReport]:
@@ -155,10 +139,3 @@ def test_shared_cores_train_as_one() -> None:
     optimizer.step()
     assert not torch.equal(layers[0].core_1, before)
     assert layers[1].core_1 is layers[0].core_1
-
-
-def test_streaming_refuses_layers_that_are_fitted_together(tmp_path: Path) -> None:
-    mixture("mixtral").save_pretrained(tmp_path / "dense")
-    with pytest.raises(BudgetError, match=r"weight by weight.*without --workers"):
-        th.compress_checkpoint(tmp_path / "dense", tmp_path / "small", CONFIG)
-    assert not (tmp_path / "small").exists()

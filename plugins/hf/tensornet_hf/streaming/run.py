@@ -18,7 +18,7 @@ from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports
-from tensornet.errors import BudgetError, DestinationError, FormatError, TensorNetError
+from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet.io.atomic import CHUNK, Written, file_digest, write_file
 from tensornet.io.safetensors_files import ShardTask, Slice, write_shard
 from tensornet.nn.expert_matrix import ExpertMatrix
@@ -27,8 +27,10 @@ from tensornet.streaming.pool import run_tasks
 from tensornet.streaming.worker import (
     Piece,
     PieceTask,
+    StackTask,
     Use,
     compress_piece,
+    compress_stack,
     copy_matrix,
     one_thread,
     peak_memory,
@@ -45,7 +47,7 @@ from tensornet_hf.streaming.resume import Past, identity, take_over
 from tensornet_hf.streaming.shards import Part, collect_parts, config_text, guards, index_text, layout
 from tensornet_hf.streaming.skeleton import model_skeleton
 from tensornet_hf.streaming.source import Source, check_unchanged, marks_now, open_source
-from tensornet_hf.streaming.tasks import find_tasks
+from tensornet_hf.streaming.tasks import find_stack_tasks, find_tasks
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -77,7 +79,8 @@ def compress_checkpoint(
     everything is in `.NAME.partial` beside it. A run that was interrupted, by whatever, is continued by the
     same call; only the weights that were being worked on are done again.
 
-    Memory: each worker holds one weight, in double precision a few times over; see `CheckpointReport`.
+    Memory: each worker holds one weight, in double precision a few times over; see `CheckpointReport`. Where
+    experts may share a core (`share_experts`), it holds those of one stack.
 
     Args:
         src: a folder with `config.json` and safetensors files; it is only read.
@@ -113,12 +116,6 @@ def compress_checkpoint(
     """
     start = time.perf_counter()
     options = _Options(config, workers, executor, device, resume, max_shard_bytes, progress)
-    if config.share_experts or any(layer.shared_core for layer in plan or ()):
-        raise BudgetError(
-            "Layers that share a core are fitted together, but compress_checkpoint works weight by weight: "
-            "leave out share_experts, or compress the loaded model (tensornet.compress, or the command "
-            "without --workers)."
-        )
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
@@ -220,6 +217,7 @@ def _compress(
         device=options.device,
         folder=work.pieces,
     )
+    stacks = find_stack_tasks(dense.skeleton, tasks, config, plan)
     reach = measure_reach(dense.skeleton, tasks, unseen=() if plan is None else plan.unseen)
     decisive: dict[str, Any] = {"device": options.device, "shard": options.max_shard_bytes}
     if measured is not None:
@@ -229,7 +227,7 @@ def _compress(
     me = identity(source, config.to_dict() | decisive)
     past = take_over(work, me, source) if options.resume else Past({}, {})
     work.begin([me, *past.entries()])
-    pieces = _make_pieces(compress_piece, work, tasks, past, options)
+    pieces = _make_all_pieces(work, tasks, stacks, past, options)
     beside = _make_pieces(copy_matrix, work, _left_dense(dense.experts, pieces, config, work), past, options)
     layer_of = {f"{use.name}.weight": name for name, task in tasks.items() for use in task.uses}
     parts, left_out = collect_parts(
@@ -292,6 +290,44 @@ def _stats_file(stats: str | os.PathLike[str] | CalibrationStats | None, work: S
     path = work.folder / "stats.safetensors"
     stats.save(path)
     return path
+
+
+def _make_all_pieces(
+    work: Staging,
+    tasks: Mapping[str, PieceTask],
+    stacks: Mapping[str, StackTask],
+    past: Past,
+    options: _Options,
+) -> dict[str, Piece]:
+    """Run the unfinished tasks of stacks of experts, each as a whole, and then those of all other weights."""
+    made: dict[str, Piece] = {}
+    todo: dict[str, StackTask] = {}
+    for first, stack in stacks.items():
+        names = [task.uses[0].name for task in stack.members]
+        if all(name in past.pieces for name in names):
+            made |= {name: past.pieces[name] for name in names}
+        else:
+            todo[first] = stack
+    with progress_bar(
+        total=len(stacks),
+        initial=len(stacks) - len(todo),
+        desc="compressing stacks",
+        disable=not options.progress or not stacks,
+        unit="stack",
+    ) as bar:
+
+        def done(name: str, pieces: list[Piece]) -> None:
+            for piece in pieces:
+                made[piece.plan.name] = piece
+                work.note({"piece": piece.to_dict()})
+            bar.update()
+
+        options.run(compress_stack, todo.items(), done)
+    alone = replace(options.config, share_experts=False)
+    inside = {task.uses[0].name for stack in stacks.values() for task in stack.members}
+    single = {name: replace(task, config=alone) for name, task in tasks.items() if name not in inside}
+    made |= _make_pieces(compress_piece, work, single, past, options)
+    return {name: made[name] for name in tasks}
 
 
 def _make_pieces(

@@ -8,13 +8,14 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 
-from tensornet.compression import CompressionConfig
+from tensornet.compression import CompressionConfig, LayerPlan
 from tensornet.io.safetensors_files import FLOATS, Slice
+from tensornet.nn.encoding import hold
 from tensornet.nn.expansion import settle
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
-from tensornet.streaming.worker import Piece
+from tensornet.streaming.worker import Piece, is_of_core
 from tensornet_hf.checkpoint.describe import describe
 from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
 from tensornet_hf.checkpoint.headers import WEIGHTS
@@ -113,8 +114,11 @@ def config_text(
         pieces: the finished layers.
         config: options to record.
     """
+    pieces = list(pieces)
     for piece in pieces:
         _put_in_place(skeleton, piece)
+    for piece in pieces:
+        _share_core(skeleton, piece.plan)
     settle(skeleton)
     described: TensorNetworkConfig = describe(skeleton, compression=config.to_dict())
     return json.dumps({**source, "quantization_config": described.to_dict()}, indent=2, sort_keys=True) + "\n"
@@ -154,3 +158,14 @@ def _put_in_place(skeleton: nn.Module, piece: Piece) -> None:
             module.share_cores(first)
         first = first or module
         skeleton.set_submodule(name, module)
+
+
+def _share_core(skeleton: nn.Module, layer: LayerPlan) -> None:
+    """Give a layer the stored tensors of the core that it shares with the layer that owns it."""
+    if not layer.shared_core or layer.shared_with == layer.name:
+        return
+    module, owner = skeleton.get_submodule(layer.name), skeleton.get_submodule(layer.shared_with)
+    assert isinstance(owner, NetworkModule)
+    for part, tensor in owner.stored.items():
+        if is_of_core(part, layer.shared_core):
+            hold(module, part, tensor)

@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensornet.compression import CompressionConfig, CompressionPlan
+from tensornet.compression.shared_stacks import stacks_of_experts
 from tensornet.errors import TargetError
 from tensornet.io.safetensors_files import FLOATS, Slice, contents
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.targets import Target, all_targets, find_targets
 from tensornet.streaming.stored_matrix import StoredMatrix
-from tensornet.streaming.worker import PieceTask, Use
+from tensornet.streaming.worker import PieceTask, StackTask, Use
 
 
 def find_tasks(
@@ -55,6 +56,42 @@ def find_tasks(
         planned = replace(plan, layers=(plan[target.name],)) if plan is not None else None
         tasks[target.name] = PieceTask(_uses(target), weight, config, planned, stats, device, path)
     return tasks
+
+
+def find_stack_tasks(
+    skeleton: PreTrainedModel,
+    tasks: Mapping[str, PieceTask],
+    config: CompressionConfig,
+    plan: CompressionPlan | None,
+) -> dict[str, StackTask]:
+    """Join the tasks of experts that may share a core, by the name of the first layer.
+
+    With a plan these are the layers that it lets share one, else all experts of every stack.
+
+    Args:
+        skeleton: the model on the meta device.
+        tasks: of single layers, from `find_tasks`.
+        config: options of the compression.
+        plan: to carry out, instead of planning.
+
+    Raises:
+        TargetError: cores are to be shared, and there is no stack of experts.
+    """
+    found: dict[str, list[str]] = {}
+    if plan is not None:
+        for layer in plan:
+            if layer.shared_core:
+                found.setdefault(layer.shared_with, []).append(layer.name)
+    elif config.share_experts:
+        targets = find_targets(skeleton, config)
+        for members in stacks_of_experts(targets):
+            names = [targets[place].name for place in members]
+            found[names[0]] = names
+    stacks = {}
+    for first, names in found.items():
+        planned = None if plan is None else replace(plan, layers=tuple(plan[name] for name in names))
+        stacks[first] = StackTask(tuple(tasks[name] for name in names), planned)
+    return stacks
 
 
 def untie_different(skeleton: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
