@@ -21,6 +21,7 @@ from tensornet.compression.shared_forms import (
     mean_matrix,
     rank_costs,
     relative_errors,
+    terms_of,
     trace,
     working,
 )
@@ -295,7 +296,7 @@ def _base_losses(
 def _low_ranks(rest: Tensor, sensitivity: Sensitivity, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the losses of all low ranks of a matrix, shape `(3, ranks)`, and balanced factors."""
     made = weighted_svd(rest, sensitivity.choice)
-    costs = rank_costs((rest, made.left, made.right), sensitivity.choice, sensitivity.forecast, ranks)
+    costs = rank_costs(terms_of(rest, made), sensitivity.choice, sensitivity.forecast, ranks)
     return costs, *balanced(made.left, made.right)
 
 

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from tensornet.linalg.svd import working_dtype
-from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, leading_costs, root, weighted_svd
+from tensornet.linalg.weighted_svd import (
+    WeightedSVD,
+    Weighting,
+    diagonal_shift,
+    leading_costs,
+    root,
+    shifted_tail_costs,
+    tail_costs,
+    weighted_svd,
+)
 from tensornet.network import TensorNetwork
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topologies import low_rank
@@ -37,7 +46,9 @@ _GROWTH = 4
 _LEAST_DIRECTION = 1e-7
 
 #: Matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
-Terms = tuple[Tensor, Tensor, Tensor]
+Factors = tuple[Tensor, Tensor, Tensor]
+#: Factors, or the whitened SVD of a matrix, whose losses take fewer products of moments.
+Terms = Factors | WeightedSVD
 #: Cores of each matrix, in the order of the topology; the shared one is the same tensor for all.
 Cores = list[tuple[Tensor, ...]]
 
@@ -178,9 +189,15 @@ def rank_costs(terms: Terms, weighting: Weighting, forecast: Weighting, known: i
     Returns:
         Shape `(3, known)`; infinite at ranks for which there are no terms.
     """
-    costs = leading_costs(*terms, weighting)
-    predicted = costs if forecast is weighting else leading_costs(*terms, forecast)
-    found = torch.stack([costs, predicted, leading_costs(*terms, Weighting())])[:, 1 : known + 1].cpu()
+    if isinstance(terms, WeightedSVD):
+        shift = diagonal_shift(weighting, forecast)
+        predicted = tail_costs(terms, forecast) if shift is None else shifted_tail_costs(terms, shift)
+        found = torch.stack([terms.error, predicted, tail_costs(terms, Weighting())])
+    else:
+        costs = leading_costs(*terms, weighting)
+        predicted = costs if forecast is weighting else leading_costs(*terms, forecast)
+        found = torch.stack([costs, predicted, leading_costs(*terms, Weighting())])
+    found = found[:, 1 : known + 1].cpu()
     return torch.nn.functional.pad(found, (0, known - found.shape[1]), value=torch.inf)
 
 
@@ -239,7 +256,7 @@ def _base_fits(
         yield [(base, *(factor.contiguous() for factor in each.factors(rank))) for each in found]
 
 
-def _input_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Terms]:
+def _input_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Factors]:
     """Yield the least-squares factors of every rank: the shared rows, made orthonormal under each moment."""
     shared = _shared_rows(matrices, weightings)[: min(matrices[0].shape)]
     for w, x in zip(matrices, weightings, strict=True):
@@ -252,7 +269,7 @@ def _input_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) ->
         yield w, half.T, rows
 
 
-def _output_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Terms]:
+def _output_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Factors]:
     for w, left, right in _input_terms(*_turned(matrices, weightings)):
         yield w.T, right.T, left.T
 
@@ -260,7 +277,12 @@ def _output_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -
 def _base_terms(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Iterator[Terms]:
     for base, found in _bases(matrices, weightings):
         for w, each in zip(matrices, found, strict=True):
-            yield w - base, each.left, each.right
+            yield terms_of(w - base, each)
+
+
+def terms_of(rest: Tensor, found: WeightedSVD) -> Terms:
+    """Return the whitened SVD of a matrix, or its terms where a singular moment leaves out a part of it."""
+    return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 
 def _bases(
