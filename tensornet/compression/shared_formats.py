@@ -120,7 +120,7 @@ def encodings(name: str, formats: Sequence[NumberFormat]) -> list[Storage]:
             pairs += [(private, shared) for shared in (private, best) if shared is not None]
     made = dict.fromkeys((private, shared) for private, shared in pairs if _worth(private, shared))
     return [
-        Storage(number_format=private, core_formats={} if private == shared else {core: shared})  # type: ignore[arg-type]
+        Storage(number_format=private, core_formats=() if private == shared else ((core, shared),))
         for private, shared in made
     ]
 
@@ -144,7 +144,8 @@ def _joined(name: str, matrices: Sequence[Tensor], storage: Storage, losses: Ten
     largest = max(
         x.nbytes((rows, columns), matrices[0].dtype) for x in (storage.number_format, storage.format_of(core))
     )
-    known = int((sizes < len(matrices) * largest).sum())
+    useful = (sizes < len(matrices) * largest) & losses.sum((0, 1)).isfinite()
+    known = int(useful.sum())
     errors = [relative_errors(x, matrix) for x, matrix in zip(losses[2], matrices, strict=True)]
     return FormCurve(
         name,

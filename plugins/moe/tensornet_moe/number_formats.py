@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tensornet.errors import FormatError
-from tensornet.nn.encoding import Storage, unpacked
+from tensornet.nn.encoding import Storage, packed_codes, unpacked
 from tensornet.nn.storage import layout
 from tensornet.quantization import NumberFormat, pack, round_weight
 from tensornet.topologies.stored_cores import matrix_view
@@ -68,8 +68,7 @@ def encode_core(
             for part, (size, kind) in parts.items()
         }
     rounded = round_weight(core.reshape(*lead, rows, columns), number_format)
-    codes = pack(rounded.codes, number_format.bits)
-    found = {"core": codes ^ 128 if number_format.bits == 8 else codes, "scale": rounded.scales}
+    found = {"core": packed_codes(rounded.codes, number_format.bits), "scale": rounded.scales}
     if rounded.zeros is not None:
         found["zero"] = pack(rounded.zeros, number_format.bits)
     return found
