@@ -50,6 +50,10 @@ _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
 _LEAST_BITS, _ACCURATE_BITS = 4, 8
 #: Rows of a factor that stand for all.
 _SAMPLED_ROWS = 128
+#: Factor of the losses of rounding a shared core. Its error is the same in all experts, so that it adds up
+#: over those that a token reaches, for which the moments of single experts do not account. In a trained mixture
+#: of 8 experts, two for each token, common errors cost 1.4 to 2.6 times what private ones of equal price did.
+COMMON = 2.0
 #: Own format of the model.
 _FLOAT = NumberFormat()
 
@@ -206,7 +210,7 @@ def _factor_losses(
     found = []
     for storage in storages:
         first, second = shared.index(storage.format_of(form.core)), private.index(storage.number_format)
-        both = torch.stack([x[first] for x in shares], dim=-1)  # shape: (3, count, tried)
+        both = _added_up(torch.stack([x[first] for x in shares], dim=-1))  # shape: (3, count, tried)
         both = both + torch.stack([torch.stack([x[second] for x in own], dim=-1) for own in owns], dim=1)
         found.append(_between(both, tried, ranks))
     return found
@@ -253,6 +257,11 @@ def _expected(core: Tensor, formats: Sequence[NumberFormat], weightings: Sequenc
     return found
 
 
+def _added_up(losses: Tensor) -> Tensor:
+    """Count losses of a shared core `COMMON` times, but not squared errors, shape `(3, ...)`."""
+    return torch.cat([COMMON * losses[:2], losses[2:]])
+
+
 def _between(values: Tensor, tried: Sequence[int], ranks: int) -> Tensor:
     """Interpolate values at a few ranks to all of them, log-linearly, shape `(3, count, ranks)`."""
     logs = np.log(np.maximum(values.numpy(), 1e-300)).reshape(-1, len(tried))
@@ -289,7 +298,7 @@ def _base_losses(
             for losses, storage in zip(found, storages, strict=True):
                 costs, left, right = known[storage.format_of(BASE)]
                 more = costs - known[_FLOAT][0]
-                more = torch.where(costs.isfinite(), more, torch.inf)
+                more = torch.where(costs.isfinite(), _added_up(more), torch.inf)
                 losses.append(more + _product_losses(left, right, storage.number_format, sensitivity, ranks))
     return [torch.stack(losses, dim=1) for losses in found]
 
