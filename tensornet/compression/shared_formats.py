@@ -51,8 +51,8 @@ _LEAST_BITS, _ACCURATE_BITS = 4, 8
 #: Rows of a factor that stand for all.
 _SAMPLED_ROWS = 128
 #: Factor of the losses of rounding a shared core. Its error is the same in all experts, so that it adds up
-#: over those that a token reaches, for which the moments of single experts do not account. In a trained mixture
-#: of 8 experts, two for each token, common errors cost 1.4 to 2.6 times what private ones of equal price did.
+#: over those that a token reaches, for which the moments of single experts do not account. In a trained
+#: mixture of 8 experts, two for each token, common errors cost 1.4 to 2.6 times private ones of equal price.
 COMMON = 2.0
 #: Own format of the model.
 _FLOAT = NumberFormat()
