@@ -30,7 +30,7 @@ from tensornet.compression.verification import Checks
 from tensornet.compression.verify import verify_prices
 from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
-from tensornet.errors import BudgetError, CalibrationWarning, TargetError
+from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.matrix_spectrum import singular_values
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting

@@ -26,10 +26,9 @@ from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import (
     WeightedSVD,
     Weighting,
-    diagonal_shift,
     leading_costs,
+    other_tail_costs,
     root,
-    shifted_tail_costs,
     tail_costs,
     weighted_svd,
 )
@@ -190,8 +189,7 @@ def rank_costs(terms: Terms, weighting: Weighting, forecast: Weighting, known: i
         Shape `(3, known)`; infinite at ranks for which there are no terms.
     """
     if isinstance(terms, WeightedSVD):
-        shift = diagonal_shift(weighting, forecast)
-        predicted = tail_costs(terms, forecast) if shift is None else shifted_tail_costs(terms, shift)
+        predicted = other_tail_costs(terms, weighting, forecast)
         found = torch.stack([terms.error, predicted, tail_costs(terms, Weighting())])
     else:
         costs = leading_costs(*terms, weighting)

@@ -160,6 +160,13 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
     return torch.cat([tails, tails.new_zeros(1)]) / 2
 
 
+@remembered
+def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> Tensor:
+    """Compute `tail_costs` under another weighting than its own, from shifted terms where that is exact."""
+    shift = diagonal_shift(own, other)
+    return tail_costs(result, other) if shift is None else shifted_tail_costs(result, *shift)
+
+
 def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weighting) -> Tensor:
     """Compute the predicted loss increase of `W - sum_{k < r} left_k right_k` at every rank from 0 on.
 

@@ -31,10 +31,8 @@ from tensornet.linalg.tt_svd import cap_bonds
 from tensornet.linalg.weighted_svd import (
     WeightedSVD,
     Weighting,
-    diagonal_shift,
     frobenius_errors,
-    shifted_tail_costs,
-    tail_costs,
+    other_tail_costs,
     weighted_svd,
 )
 from tensornet.network import TensorNetwork
@@ -180,7 +178,7 @@ class LowRankFamily(TopologyFamily):
         """
         refuse_options(self.name, options)
         result = weighted_svd(matrix, weightings[0])
-        tails = [result.error, *(_tails(result, weightings[0], other) for other in weightings[1:])]
+        tails = [result.error, *(other_tail_costs(result, weightings[0], other) for other in weightings[1:])]
         losses = torch.stack([tail[1:].cpu().double() for tail in tails])
         errors = frobenius_errors(result, matrix)[1:].cpu().double()
         if round_trip is not None:
@@ -283,13 +281,6 @@ class LowRankFamily(TopologyFamily):
         logs = np.log(np.maximum(np.array(found), 1e-300))
         ranks = np.arange(1, full + 1)
         return [torch.from_numpy(np.exp(np.interp(ranks, tried, column))) for column in logs.T]
-
-
-@remembered
-def _tails(result: WeightedSVD, weighting: Weighting, other: Weighting) -> Tensor:
-    """Compute the loss of every rank of a whitened SVD under another weighting than its own."""
-    shift = diagonal_shift(weighting, other)
-    return tail_costs(result, other) if shift is None else shifted_tail_costs(result, *shift)
 
 
 @lru_cache(maxsize=256)
