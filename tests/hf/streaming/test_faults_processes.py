@@ -163,7 +163,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"mounting a file system is not permitted here: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    # Lazily: a file that was just read may be mapped until the next collection of garbage.
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.parametrize("room", [48, 72, 96])
