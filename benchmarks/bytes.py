@@ -324,7 +324,7 @@ def subjects(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
 
 def run(subject: Subject, given: argparse.Namespace) -> None:
     """Measure all missing rows of one model."""
-    origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "load")}
+    origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "device", "load")}
     origin["calibration_tokens"] = tokens_of(subject.calibration(0))
     origin["judged_tokens"] = tokens_of(subject.judged)
     book = Book(given.records, subject, origin)

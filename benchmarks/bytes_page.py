@@ -227,8 +227,8 @@ def ratio(predicted: Sequence[float | None], measured: float) -> str:
 
 def time_table(rows: Sequence[Row]) -> str:
     """Tabulate processor seconds and peak memory of a plan and of GPTQ at one size."""
-    at, lines = 4.25, ["| model | method | calibrate | plan | round | peak memory, MiB |"]
-    lines.append("|---|---|--:|--:|--:|--:|")
+    at, lines = 4.25, ["| model | method | processor | calibrate | plan | verify | round | peak memory, MiB |"]
+    lines.append("|---|---|---|--:|--:|--:|--:|--:|")
     for model, title in MODELS.items():
         for method in ("plan", "gptq"):
             wanted = (model, method, at)
@@ -236,10 +236,11 @@ def time_table(rows: Sequence[Row]) -> str:
             if not found:
                 continue
             row, seconds = found[-1], found[-1]["seconds"]
-            cells = [number_of_seconds(seconds.get(name)) for name in ("calibrate", "plan", "round")]
+            cells = [number_of_seconds(seconds.get(name)) for name in ("calibrate", "plan", "verify", "round")]
             if "all" in seconds:
-                cells = [f"{seconds['all']:.0f} in all", "", ""]
-            lines.append(f"| {title} | {METHODS[method]} | {' | '.join(cells)} | {row['peak_mib']:,} |")
+                cells = [f"{seconds['all']:.0f} in all", "", "", ""]
+            cells = [title, METHODS[method], row["device"], *cells, f"{row['peak_mib']:,}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -282,6 +283,7 @@ def origin(record: Mapping[str, Any]) -> str:
     """Say where the record was made and what it still lacks."""
     rows = record["rows"]
     commits = sorted({row["commit"][:10] for row in rows})
+    machines = sorted({row["device"] for row in rows})
     dirty = ", some with uncommitted changes" if any(row["dirty"] for row in rows) else ""
     texts = []
     for model, title in MODELS.items():
@@ -295,7 +297,7 @@ def origin(record: Mapping[str, Any]) -> str:
         text += f"{found[0]['judged_tokens']:,}"
         texts.append(text + (f"; not measured yet: {plain}" if left else ""))
     return (
-        f"Commits {', '.join(commits)}{dirty}, {record['device']}, {record['dtype']}, one thread of a shared "
+        f"Commits {', '.join(commits)}{dirty}, {' and '.join(machines)}, {record['dtype']}, one thread of a shared "
         f"machine.\n" + "\n".join(f"{text}." for text in texts)
     )
 

@@ -20,6 +20,7 @@ def test_toy_run_writes_a_record_and_resumes(load_benchmark: Any, tmp_path: Path
         assert {
             "commit",
             "dirty",
+            "device",
             "threads",
             "seed",
             "seconds",
@@ -76,7 +77,7 @@ NOISE = {"value": 0.0001, "standard_error": 0.001}
 
 def a_row(method: str, bits: float, loss: float, seed: int = 0, **more: Any) -> dict[str, Any]:
     row = {"model": "gpt2", "method": method, "bits": bits, "seed": seed, "loss_increase": loss}
-    origin = {"unit": "nats a token", "commit": "c" * 40, "dirty": False}
+    origin = {"unit": "nats a token", "commit": "c" * 40, "dirty": False, "device": "AMD EPYC"}
     tokens = {"calibration_tokens": 64_000, "judged_tokens": 25_344}
     return {**row, "standard_error": 0.001, **origin, **tokens, **more}
 
@@ -95,7 +96,7 @@ def test_page_shows_the_record(load_benchmark: Any, tmp_path: Path) -> None:
     ]
     rows.append({**a_row("autoround", 8.25, 0.0), "refused": "ValueError: 8 bits"})
     del rows[-1]["loss_increase"]
-    record = {"rows": rows, "device": "a processor", "dtype": "float32"}
+    record = {"rows": rows, "dtype": "float32"}
     names = ("why", "result", "bytes", "forecast", "time", "origin")
     text = page.filled("\n".join(f"<!-- table {name} -->\nold\n<!-- end -->" for name in names), record)
     assert "old" not in text
@@ -106,7 +107,7 @@ def test_page_shows_the_record(load_benchmark: Any, tmp_path: Path) -> None:
     assert "| auto-round | refused |" in text
     assert "rises by 0.0050 nats; 0.020 by GPTQ (llmcompressor), 0.030 by hqq." in text
     assert "| embedded GPT-2 | 4.25 | 0.0050 (0.0010) | 2.00x | 1.00x |" in text
-    assert "| embedded GPT-2 | GPTQ (llmcompressor) | 12 in all |  |  | 900 |" in text
+    assert "| embedded GPT-2 | GPTQ (llmcompressor) | AMD EPYC | 12 in all |  |  |  | 900 |" in text
     assert "not measured yet: two-sided rounding" in text
     written = [
         {
