@@ -227,7 +227,8 @@ def ratio(predicted: Sequence[float | None], measured: float) -> str:
 
 def time_table(rows: Sequence[Row]) -> str:
     """Tabulate processor seconds and peak memory of a plan and of GPTQ at one size."""
-    at, lines = 4.25, ["| model | method | processor | calibrate | plan | verify | round | peak memory, MiB |"]
+    at, steps = 4.25, ("calibrate", "plan", "verify", "round")
+    lines = [f"| model | method | processor | {' | '.join(steps)} | peak memory, MiB |"]
     lines.append("|---|---|---|--:|--:|--:|--:|--:|")
     for model, title in MODELS.items():
         for method in ("plan", "gptq"):
@@ -236,7 +237,7 @@ def time_table(rows: Sequence[Row]) -> str:
             if not found:
                 continue
             row, seconds = found[-1], found[-1]["seconds"]
-            cells = [number_of_seconds(seconds.get(name)) for name in ("calibrate", "plan", "verify", "round")]
+            cells = [number_of_seconds(seconds.get(name)) for name in steps]
             if "all" in seconds:
                 cells = [f"{seconds['all']:.0f} in all", "", "", ""]
             cells = [title, METHODS[method], row["device"], *cells, f"{row['peak_mib']:,}"]
@@ -297,8 +298,8 @@ def origin(record: Mapping[str, Any]) -> str:
         text += f"{found[0]['judged_tokens']:,}"
         texts.append(text + (f"; not measured yet: {plain}" if left else ""))
     return (
-        f"Commits {', '.join(commits)}{dirty}, {' and '.join(machines)}, {record['dtype']}, one thread of a shared "
-        f"machine.\n" + "\n".join(f"{text}." for text in texts)
+        f"Commits {', '.join(commits)}{dirty}, {' and '.join(machines)}, {record['dtype']}, one thread of "
+        "shared machines.\n" + "\n".join(f"{text}." for text in texts)
     )
 
 

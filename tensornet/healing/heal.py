@@ -171,7 +171,9 @@ class _Run:
             if config.selects_parameters
             else [{"params": [*trained.values()], "size": 1.0}]
         )
-        optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=0.0)
+        # One pass over memory in place of seven: on a CPU a step would spend a quarter of its time in them.
+        fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
+        optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=0.0, fused=fused or None)
         run = cls(model, teacher, config, compressed_layers(model), trained, optimizer)
         if run.checkpoint is not None:
             check_place("The checkpoint", run.checkpoint)

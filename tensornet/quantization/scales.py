@@ -91,11 +91,13 @@ def search_scales(
 
 
 def as_groups(x: Tensor, number_format: NumberFormat) -> Tensor:
-    """Reshape `(..., in)` to `(..., groups, group)` with zero padding."""
+    """Reshape `(..., in)` to `(..., groups, group)` with zero padding; a view where nothing is padded."""
     size = x.shape[-1]
     groups = number_format.groups(size)
     width = number_format.group or max(size, 1)
-    return torch.nn.functional.pad(x, (0, groups * width - size)).reshape(*x.shape[:-1], groups, width)
+    if groups * width != size:  # padding by nothing copies
+        x = torch.nn.functional.pad(x, (0, groups * width - size))
+    return x.reshape(*x.shape[:-1], groups, width)
 
 
 def spread_groups(values: Tensor, number_format: NumberFormat, size: int) -> Tensor:

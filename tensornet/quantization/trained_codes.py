@@ -60,21 +60,27 @@ class _Rounded(torch.autograd.Function):
         number_format: NumberFormat,
         dtype: torch.dtype,
     ) -> Tensor:
+        # In place where that may be: a step of healing passes over every code several times, and new memory
+        # takes longer than arithmetic.
         points = as_groups(codes.round().clamp_(0, number_format.top), number_format)
-        points = points - (number_format.center if zeros is None else zeros.to(points).unsqueeze(-1))
+        points.sub_(number_format.center if zeros is None else zeros.to(points).unsqueeze(-1))
         factor = scales.to(points)
         # The points are held for the gradient of the scales alone.
-        ctx.save_for_backward(factor, points if ctx.needs_input_grad[1] else None)
+        held = points if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(factor, held)
         ctx.number_format, ctx.kinds = number_format, (codes.dtype, scales.dtype)
-        return (points * factor.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]].to(dtype)
+        values = torch.mul(points, factor.unsqueeze(-1), out=None if held is not None else points)
+        return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factor, points = ctx.saved_tensors
         grouped = as_groups(grad.to(factor), ctx.number_format)
         by_codes = by_scales = None
-        if ctx.needs_input_grad[0]:
-            by_codes = (grouped * factor.unsqueeze(-1)).flatten(-2)[..., : grad.shape[-1]].to(ctx.kinds[0])
         if points is not None:
             by_scales = (grouped * points).sum(-1).to(ctx.kinds[1])
+        if ctx.needs_input_grad[0]:
+            own = grouped.data_ptr() != grad.data_ptr()  # else it is the gradient of others as well
+            values = torch.mul(grouped, factor.unsqueeze(-1), out=grouped if own else None)
+            by_codes = values.flatten(-2)[..., : grad.shape[-1]].to(ctx.kinds[0])
         return by_codes, by_scales, None, None, None
