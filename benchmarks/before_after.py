@@ -4,15 +4,18 @@
     python benchmarks/before_after.py ../before [--toy] [--rounds 7]
 
 A decomposition (TT-SVD of 768 x 768 at bond 59), the forward pass of a layer that keeps its matrix (256
-tokens), a training step of a layer (2,048 tokens), and a search for topologies at 40 % of the parameters. The
-checkouts run in their own processes, by turns; each gives the median of its repeats in seconds of the
-processor. The ratio of the medians over all rounds is what counts, above 1 where this checkout is slower;
-`noise` is what the same comparison says of this checkout against itself. Writes `before_after.json`.
+tokens), a training step of a layer (2,048 tokens), a search for topologies at 40 % of the parameters, and the
+calibration of two blocks of SmolLM2's shapes on 2,048 tokens, with the model in float32, and in bfloat16
+where the checkout offers that, by `autocast`. The checkouts run in their own processes, by turns; each gives
+the median of its repeats in seconds of the processor. The ratio of the medians over all rounds is what
+counts, above 1 where this checkout is slower; `noise` is what the same comparison says of this checkout
+against itself. Writes `before_after.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -24,6 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, ROOT, record
@@ -59,12 +63,34 @@ def questions(toy: bool) -> dict[str, tuple[Callable[[], object], int]]:
     def search() -> object:
         return tn.search_topology(topology.shape, param_ratio=0.4, tokens=(1, 64, 1024)).best("time")
 
+    model, batches = blocks(toy)
+    fast = {"autocast": torch.bfloat16} if "autocast" in inspect.signature(tn.calibrate).parameters else {}
     return {
         "decomposition": (lambda: topology_family("mpo").decompose_to(matrix, topology), 7),
         "cached forward": (forward, 200),
         "training step": (step, 15),
         "search at 40 %": (search, 2),
+        "calibration": (lambda: tn.calibrate(model, batches), 1),
+        "calibration, bfloat16": (lambda: tn.calibrate(model, batches, **fast), 1),
     }
+
+
+def blocks(toy: bool) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Build two blocks of SmolLM2's shapes with random weights, a fifteenth of its tokens, and batches."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = 3 if toy else 9
+    config = LlamaConfig(
+        hidden_size=24 if toy else 576,
+        intermediate_size=48 if toy else 1536,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3,
+        num_hidden_layers=2,
+        vocab_size=3277,
+    )
+    tokens = torch.randint(0, config.vocab_size, (2, 16) if toy else (4, 512))
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in tokens]
+    return LlamaForCausalLM(config).eval(), batches
 
 
 def one_side(toy: bool) -> dict[str, float]:
