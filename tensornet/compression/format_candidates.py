@@ -22,7 +22,7 @@ from tensornet.quantization.prediction import group_ranges, spaced_rows
 from tensornet.quantization.scales import as_groups
 from tensornet.remembered import remembering
 from tensornet.topologies import dense
-from tensornet.topologies.dense import round_dense
+from tensornet.topologies.dense import ROUNDING_DAMPING, round_dense
 from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted instead of measured.
@@ -232,9 +232,10 @@ def _predicted(
     """Predict losses and errors of integer formats without rounding."""
     weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
     norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
+    found = expected_losses(matrix, formats, weightings, row_damping=ROUNDING_DAMPING, sample=sample)
     return [
         FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
-        for choice, forecast, plain in expected_losses(matrix, formats, weightings, sample=sample).tolist()
+        for choice, forecast, plain in found.tolist()
     ]
 
 

@@ -40,8 +40,10 @@ from tensornet.quantization import NumberFormat
 from tensornet.quantization.expected_loss import expected_losses
 from tensornet.quantization.prediction import spaced_rows
 from tensornet.quantization.product_loss import predict_product_losses
+from tensornet.quantization.rounding import LEAST_DAMPING
 from tensornet.remembered import remembering
 from tensornet.topologies import topology_family
+from tensornet.topologies.dense import ROUNDING_DAMPING
 from tensornet.topologies.residual_family import BASE
 
 #: Fractions of the largest rank at which the losses of rounding are predicted.
@@ -233,7 +235,7 @@ def _shared_losses(
         sums.append(pooled(seen, shape))
         sizes = [trace(x.rows, shape[0]) * trace(x.columns, shape[1]) for x in seen]
         parts.append(torch.tensor(sizes, dtype=torch.float64) / max(sum(sizes), 1e-300))
-    losses = _expected(core, formats, sums)
+    losses = _expected(core, formats, sums, ROUNDING_DAMPING)
     return losses[:, :, None] * torch.stack(parts)
 
 
@@ -247,13 +249,18 @@ def _private_losses(
     return _expected(right, formats, [seen_by_right(left, x) for x in weightings])
 
 
-def _expected(core: Tensor, formats: Sequence[NumberFormat], weightings: Sequence[Weighting]) -> Tensor:
+def _expected(
+    core: Tensor,
+    formats: Sequence[NumberFormat],
+    weightings: Sequence[Weighting],
+    row_damping: float = LEAST_DAMPING,
+) -> Tensor:
     """Predict the losses of rounding a core under the first weighting, shape `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)
-    losses = expected_losses(core, integers, weightings, sample=sample).double().cpu()
-    found[torch.tensor([x.is_integer for x in formats])] = losses.clamp_min(0)
+    losses = expected_losses(core, integers, weightings, row_damping=row_damping, sample=sample)
+    found[torch.tensor([x.is_integer for x in formats])] = losses.double().cpu().clamp_min(0)
     return found
 
 

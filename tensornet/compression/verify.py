@@ -8,7 +8,7 @@ more than the sum of its prices is halved until the layers are found that do.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tensornet.compression.planner import PreparedPlan
 
 #: Times a plan is made again with raised prices.
-ROUNDS = 3
+ROUNDS = 4
 #: Groups of layers that are measured in one round, at most; more blocks are joined.
 GROUPS = 12
 #: Measurements that find the layers of groups that cost too much, at most, in one round.
@@ -73,8 +73,10 @@ def verify_prices(
     powers = _outlier_powers(prepared.targets, stats)
     for _ in range(ROUNDS):
         plan = prepared.plan(**budget)
-        known = _checks(prepared).measured
-        groups = [group for group in _groups(plan, powers) if not known.issuperset(map(form_of, group))]
+        known = _checks(prepared)
+        suspects = {raised.layer for raised in known.raised}  # whose other forms may cost more as well
+        groups = _groups(plan, powers, suspects)
+        groups = [group for group in groups if not known.measured.issuperset(map(form_of, group))]
         if not groups:
             break
         if trial is None and not _can_copy(model):
@@ -160,12 +162,13 @@ def _price(group: Iterable[LayerPlan]) -> float:
     return sum(layer.loss_increase or 0.0 for layer in group)
 
 
-def _groups(plan: CompressionPlan, powers: Mapping[str, float]) -> list[Group]:
+def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: Set[str]) -> list[Group]:
     """Group the layers of a plan whose prices may be wrong by block, and blocks to at most `GROUPS`."""
     names = layer_names([layer.name for layer in plan])
     blocks: dict[str, list[LayerPlan]] = {}
     for layer, name in zip(plan, names, strict=True):
-        if not layer.shared_core and layer.loss_increase and _is_risky(layer, powers[layer.name]):
+        risky = layer.name in suspects or _is_risky(layer, powers[layer.name])
+        if not layer.shared_core and layer.loss_increase and risky:
             blocks.setdefault(name.place, []).append(layer)
     each = -(-len(blocks) // GROUPS)
     runs = list(blocks.values())
