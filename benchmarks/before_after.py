@@ -5,7 +5,7 @@
 
 A decomposition (TT-SVD of 768 x 768 at bond 59), the forward pass of a layer that keeps its matrix (256
 tokens), a training step of a layer (2,048 tokens), a search for topologies at 40 % of the parameters, and the
-calibration of two blocks of SmolLM2's shapes on 2,048 tokens, with the model in float32, and in bfloat16
+calibration of two blocks of SmolLM2's shapes on 12,288 tokens, with the model in float32, and in bfloat16
 where the checkout offers that, by `autocast`. The checkouts run in their own processes, by turns; each gives
 the median of its repeats in seconds of the processor. The ratio of the medians over all rounds is what
 counts, above 1 where this checkout is slower; `noise` is what the same comparison says of this checkout
@@ -88,7 +88,7 @@ def blocks(toy: bool) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         num_hidden_layers=2,
         vocab_size=3277,
     )
-    tokens = torch.randint(0, config.vocab_size, (2, 16) if toy else (4, 512))
+    tokens = torch.randint(0, config.vocab_size, (2, 16) if toy else (24, 512))
     batches = [{"input_ids": row[None], "labels": row[None]} for row in tokens]
     return LlamaForCausalLM(config).eval(), batches
 

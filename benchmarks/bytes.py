@@ -50,6 +50,7 @@ from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.targets import LayerSelection, Target, find_targets
 from tensornet.quantization import round_weight
 from tensornet.quantization.rounding import ROW_DAMPING
+from tensornet.topologies.dense import ROUNDING_DAMPING
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
 PEERS = ("torchao", "hqq", "gptq", "autoround")
@@ -282,7 +283,7 @@ def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | N
     found = layer_weighting(target, "curvature", stats, ROW_DAMPING)
     if found is None:
         raise SystemExit(f"no gradient reaches {target.name}")
-    return {"rows": found.rows, "columns": found.columns, "row_damping": 0.0}
+    return {"rows": found.rows, "columns": found.columns, "row_damping": ROUNDING_DAMPING}
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
