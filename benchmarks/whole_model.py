@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path, nargs="?")
     parser.add_argument(
-        "--toy", action="store_true", help="the embedded model, few windows, a second of healing"
+        "--toy", action="store_true", help="the embedded model, few windows, three seconds of healing"
     )
     parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.2])
     parser.add_argument("--calibration", type=int, default=72, help="windows of 512 tokens")
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--work", type=Path, help="folder for the moments")
     given = parser.parse_args(arguments)
     if given.toy:
-        given.heal_seconds, subject = 1.0, bytes_models.gpt2(count=8, limit=8_000)
+        given.heal_seconds, subject = 3.0, bytes_models.gpt2(count=8, limit=8_000)
         bench = Bench(subject, subject.calibration(1), lambda: subject.calibration(1), given)
     else:
         subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
