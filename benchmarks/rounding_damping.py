@@ -1,8 +1,5 @@
 """With how much damping of gradient moments are integers rounded best?
 
-    OMP_NUM_THREADS=1 python benchmarks/rounding_damping.py [--toy] [--models gpt2 minilm smollm2]
-        [--cache CACHE] [--work FOLDER]
-
 Two-sided rounding moves errors into directions in which the calibration text had small gradients. Here all
 linear layers are rounded to one format with moments `R + d mean(diag R)` for several `d`, and one-sidedly,
 without `R`. The loss increase is the mean of those with the errors and with the opposite errors, on the
@@ -10,6 +7,9 @@ validation text of `bytes.py`, whose source is another than that of calibration 
 is linear in an error cancels, and the standard error is a third. `over_least` is the mean difference to the
 damping of decompositions, token by token, with its standard error; `price` is that of a plan. Models whose
 rows the record has are skipped. Writes `rounding_damping.json`.
+
+    OMP_NUM_THREADS=1 python benchmarks/rounding_damping.py [--toy] [--models gpt2 minilm smollm2]
+        [--cache CACHE] [--work FOLDER]
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """How well does a language model work at a quarter or a fifth of its bytes, embeddings and head included?
 
-    OMP_NUM_THREADS=1 python benchmarks/whole_model.py CACHE [--toy] [--shares 0.25 0.2] [--work FOLDER]
-
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
 judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
 other windows of the tutorials, and healed on the PostgreSQL manual for ten minutes of a processor: the dense
 model is distilled into norms, cores and integers. `perplexity_ratio` is to the dense model's. Rows
 that the record has are skipped. Writes `whole_model.json`.
+
+    OMP_NUM_THREADS=1 python benchmarks/whole_model.py CACHE [--toy] [--shares 0.25 0.2] [--work FOLDER]
 """
 
 from __future__ import annotations
