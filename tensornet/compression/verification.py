@@ -28,7 +28,7 @@ class RaisedPrice:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified of a plan.
+    """Outcome of measuring predicted loss increases of a plan.
 
     Args:
         layers: layers of the plan that were measured as planned.

@@ -68,7 +68,7 @@ _SWEEPS = {3: 2, 2: 4}
 def round_dense(
     matrix: Tensor, number_format: NumberFormat, weighting: Weighting, most_sweeps: int | None = None
 ) -> RoundedWeight:
-    """Round a matrix two-sidedly with the moments of the weight, and descend where few bits are left.
+    """Round a matrix two-sidedly with further damped moments, and descend where few bits are left.
 
     Args:
         matrix: shape `(out, in)`, or a stack `(stack, out, in)`.

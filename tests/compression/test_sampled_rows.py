@@ -15,6 +15,7 @@ from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
 from tensornet.quantization import NumberFormat, predict_product_losses, product_loss
 from tensornet.quantization.expected_loss import expected_losses
 from tensornet.quantization.prediction import spaced_rows
+from tensornet.topologies.dense import round_dense
 
 FORMATS = [NumberFormat.parse(f"int{bits}") for bits in (4, 3, 2)]
 
@@ -133,3 +134,12 @@ def test_layers_are_measured_together_within_a_memory(monkeypatch: pytest.Monkey
         [layer.loss_increase for layer in whole], rel=1e-4
     )
     assert sizes == [5, 2, 2, 1]
+
+
+def test_predictions_know_the_damping_that_only_rounding_needs() -> None:
+    matrix, sensitivity = case(96)
+    number_format = NumberFormat.parse("int4:g32")
+    (found,) = format_losses(matrix, sensitivity, [number_format])
+    made = round_dense(matrix, number_format, sensitivity.choice).dequantize()
+    exact = sensitivity.choice.cost(matrix - made)
+    assert found.choice == pytest.approx(exact, rel=0.12)  # without it a sixth too low

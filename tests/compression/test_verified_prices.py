@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from tensornet.compression.forecast import mean_loss, opposite_errors
 from tensornet.compression.layer_plan import describe
 from tensornet.compression.loss_trial import LossTrial
 from tensornet.compression.rounded_layers import RoundedLayers
-from tensornet.compression.verification import RaisedPrice, Verification
+from tensornet.compression.verification import Checks, RaisedPrice, Verification
 
 TOKENS, WIDTH, HIDDEN = 50, 64, 128
 FORMATS = ("int8:g32:float8", "int4:g32:float8", "int3:g32:float8", "int2:g32:float8")
@@ -129,6 +130,17 @@ def test_a_format_that_costs_far_more_than_its_price_leaves_the_plan() -> None:
             losses.append(mean_loss(compressed, batches, in_place))
         rises.append(sum(losses) / 2 - mean_loss(model, batches, in_place))
     assert rises[1] < 0.75 * rises[0]
+
+
+def test_other_forms_of_a_layer_whose_price_was_raised_are_measured_too() -> None:
+    model, batches, stats, prepared = made()
+    sure = prepared.verified(model, stats, batches, loss_fn=in_place, bits_per_weight=8.25)
+    assert sure.checks == Checks()  # eight bits are taken at their word
+    suspected = Checks(raised=(RaisedPrice("blocks.2.up", "int2:g32:float8 dense", 3.0),))
+    again = replace(prepared, checks=suspected)
+    again = again.verified(model, stats, batches, loss_fn=in_place, bits_per_weight=8.25)
+    assert again.checks is not None
+    assert {name for name, _ in again.checks.measured} == {"blocks.2.up"}
 
 
 def test_laws_of_plans_hold_under_raised_prices() -> None:

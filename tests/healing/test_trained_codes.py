@@ -205,6 +205,16 @@ def test_banks_of_experts_train_their_codes(whole: bool) -> None:
     assert all(torch.equal(x, before[key]) for key, x in bits(bank).items())
 
 
+@pytest.mark.parametrize("width", [32, 20])  # of whole groups, and padded
+def test_the_gradient_that_arrives_is_left_as_it_is(width: int) -> None:
+    codes = torch.full((4, width), 3.0, requires_grad=True)
+    scales, arriving = torch.full((4, width // 20), 0.5), torch.ones(4, width)
+    made = rounded_values(codes, scales, None, NumberFormat.parse("int4:g32"), torch.float32)
+    made.backward(arriving)
+    assert torch.equal(arriving, torch.ones(4, width))
+    assert torch.equal(codes.grad, torch.full((4, width), 0.5))
+
+
 def test_a_model_without_integers_is_refused() -> None:
     teacher = nn.Sequential(nn.Linear(36, 36))
     student = copy.deepcopy(teacher)
