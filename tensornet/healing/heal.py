@@ -222,7 +222,7 @@ class _Run:
                 f"The distance to the dense model became {loss} at step {self.done}; use a smaller lr than "
                 f"{config.rate}."
             )
-        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        _clip(self.trained.values())
         with torch.device("cpu"):  # counters of Adam belong there, also under `torch.set_default_device`
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -245,6 +245,14 @@ class _Run:
         """Build the report."""
         count = sum(parameter.numel() for parameter in self.trained.values())
         return HealReport(tuple(self.losses), tuple(self.layer_losses), self.done, count, seconds)
+
+
+def _clip(parameters: Iterable[nn.Parameter]) -> None:
+    """Clip gradients to norm 1; smaller ones are not even written, as torch's own function would."""
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm > 1:
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:

@@ -7,13 +7,18 @@ Reference:
     (straight-through estimator).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.scales import as_groups
+from tensornet.quantization.scales import as_groups, spread_groups
+
+#: Elements that are rounded at a time on a processor.
+_CACHED = 1 << 16
 
 
 class TrainedCodes(nn.Parameter):
@@ -60,27 +65,57 @@ class _Rounded(torch.autograd.Function):
         number_format: NumberFormat,
         dtype: torch.dtype,
     ) -> Tensor:
-        # In place where that may be: a step of healing passes over every code several times, and new memory
-        # takes longer than arithmetic.
-        points = as_groups(codes.round().clamp_(0, number_format.top), number_format)
-        points.sub_(number_format.center if zeros is None else zeros.to(points).unsqueeze(-1))
-        factor = scales.to(points)
-        # The points are held for the gradient of the scales alone.
-        held = points if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(factor, held)
-        ctx.number_format, ctx.kinds = number_format, (codes.dtype, scales.dtype)
-        values = torch.mul(points, factor.unsqueeze(-1), out=None if held is not None else points)
-        return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
+        ctx.save_for_backward(codes, scales, zeros)
+        ctx.number_format = number_format
+        values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        new, code, scale = (x.flatten(0, -2) for x in (values, codes, scales))
+        zero = None if zeros is None else zeros.flatten(0, -2)
+        for rows in _blocks(code):
+            points = _points(code[rows], None if zero is None else zero[rows], number_format)
+            new[rows] = _scale(points, scale[rows], number_format)
+        return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factor, points = ctx.saved_tensors
-        grouped = as_groups(grad.to(factor), ctx.number_format)
-        by_codes = by_scales = None
-        if points is not None:
-            by_scales = (grouped * points).sum(-1).to(ctx.kinds[1])
-        if ctx.needs_input_grad[0]:
-            own = grouped.data_ptr() != grad.data_ptr()  # else it is the gradient of others as well
-            values = torch.mul(grouped, factor.unsqueeze(-1), out=grouped if own else None)
-            by_codes = values.flatten(-2)[..., : grad.shape[-1]].to(ctx.kinds[0])
-        return by_codes, by_scales, None, None, None
+        codes, scales, zeros = ctx.saved_tensors
+        by_codes, by_scales = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (codes, scales))
+        arriving, code, scale, to_code, to_scale = (
+            x.flatten(0, -2) for x in (grad, codes, scales, by_codes, by_scales)
+        )
+        zero = None if zeros is None else zeros.flatten(0, -2)
+        needs_code, needs_scale, *_ = ctx.needs_input_grad
+        for rows in _blocks(code):
+            if needs_scale:
+                points = _points(code[rows], None if zero is None else zero[rows], ctx.number_format)
+                to_scale[rows] = as_groups(points.mul_(arriving[rows]), ctx.number_format).sum(-1)
+            if needs_code:
+                _scale(to_code[rows].copy_(arriving[rows]), scale[rows], ctx.number_format)
+        return by_codes if needs_code else None, by_scales if needs_scale else None, None, None, None
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """List blocks of rows, small enough for the cache of a processor.
+
+    To explain the gain: a step of healing passes over every code several times, and memory takes longer than
+    arithmetic.
+    """
+    step = max(1, _CACHED // max(matrix.shape[1], 1)) if matrix.is_cpu else max(1, len(matrix))
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
+
+
+def _points(codes: Tensor, zeros: Tensor | None, number_format: NumberFormat) -> Tensor:
+    """Round codes and subtract their zeros, shape `(rows, in)`."""
+    points = codes.round().clamp_(0, number_format.top)
+    if zeros is None:
+        return points.sub_(number_format.center)
+    return points.sub_(spread_groups(zeros.to(points), number_format, points.shape[1]))
+
+
+def _scale(x: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
+    """Multiply the elements of every group by its scale, in place, shape `(rows, in)`."""
+    width = number_format.group or max(x.shape[1], 1)
+    if x.shape[1] % width:
+        return x.mul_(spread_groups(scales.to(x), number_format, x.shape[1]))
+    x.unflatten(1, (-1, width)).mul_(scales.to(x).unsqueeze(-1))
+    return x

@@ -269,3 +269,28 @@ def test_gradients_that_the_caller_switched_off(outside: type) -> None:
         assert not torch.is_grad_enabled()
     assert report.losses == pytest.approx(expected.losses)
     assert report.layer_losses == pytest.approx(expected.layer_losses)
+
+
+@pytest.mark.parametrize("size", [0.2, 30.0])
+def test_gradients_are_clipped_to_norm_one(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, step = [], torch.optim.AdamW.step
+
+    def norm(gradients: list[Tensor]) -> float:
+        return float(nn.utils.get_total_norm(gradients))
+
+    def looked_at(self: torch.optim.AdamW) -> None:
+        seen.append(norm([p.grad for group in self.param_groups for p in group["params"]]))
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", looked_at)
+    teacher = nn.Sequential(nn.Linear(16, 16))
+    student = copy.deepcopy(teacher)
+    tn.compress(student, CONFIG, progress=False)
+    cores = list(trainable_cores(compressed_layers(student)).values())
+
+    def distance(new: Tensor, old: Tensor, batch: object) -> Tensor:
+        loss = (new - old).square().sum()
+        return loss * (size / norm(torch.autograd.grad(loss, cores, retain_graph=True)))
+
+    tn.heal(student, teacher, [torch.randn(8, 16)], steps=2, distance=distance)
+    assert seen == pytest.approx([min(size, 1.0)] * 2, rel=1e-4)
