@@ -28,9 +28,8 @@ class HealingConfig:
         layer_steps: layer-wise steps before them.
         lr: largest learning rate. For cores relative to the root mean square of each core, 5e-4 if absent,
             which suits some hundred steps of a pretrained model; models trained from scratch in an hour take
-            five times as much. Gains and biases take twenty times the rate of cores, integers forty times
-            that number of units a step (0.02). With
-            `parameters="trainable"` absolute, and 1e-4 if absent.
+            five times as much. Gains and biases take six times the rate of cores, integers forty times that
+            number of units a step (0.02). With `parameters="trainable"` absolute, and 1e-4 if absent.
         temperature: of the softmax whose divergence is lowered.
         distance: of the outputs of both models. If absent, the divergence of the logits; one minus the cosine
             of mean-pooled hidden states for models without logits; the relative squared difference for
