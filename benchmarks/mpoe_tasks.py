@@ -1,9 +1,9 @@
 """Two tasks of mpoe_vs_switch.py: the embedded models learn the language of short quotations.
 
-The text is the Debian package `fortunes`: 14,000 quotations in files separated by lines of `%`. It is
-fetched and unpacked, not installed, on any machine with apt:
+The text is the Debian packages `fortunes` and `fortunes-min`: 14,646 quotations in files separated by lines
+of `%`. It is fetched and unpacked, not installed, on any machine with apt:
 
-    apt-get download fortunes && dpkg-deb -x fortunes_*.deb texts
+    apt-get download fortunes fortunes-min && for f in fortunes*.deb; do dpkg-deb -x $f texts; done
     # then --text texts/usr/share/games/fortunes
 
 Every split is by quotation, so that no phrase is seen in training and judged later.
@@ -47,8 +47,8 @@ def fetch(cache: Path) -> Path:
     folder = cache / "texts" / "usr" / "share" / "games" / "fortunes"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", "fortunes"], cwd=cache, check=True)
-        for package in cache.glob("fortunes_*.deb"):
+        subprocess.run(["apt-get", "download", "fortunes", "fortunes-min"], cwd=cache, check=True)
+        for package in cache.glob("fortunes*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(package), str(cache / "texts")], check=True)
     return folder
 
