@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; 
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
 judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
 other windows of the tutorials, and healed on the PostgreSQL manual for ten minutes of a processor: the dense
-model is distilled into the gains of norms, with `--parameters codes` into the integers too.
+model is distilled into the integers and the gains of norms, with `--parameters vectors` into the gains alone.
 `perplexity_ratio` is to the dense model's. Rows that the record has are skipped. Writes `whole_model.json`.
 
     OMP_NUM_THREADS=1 python benchmarks/whole_model.py CACHE [--toy] [--shares 0.25 0.2] [--work FOLDER]
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.2])
     parser.add_argument("--calibration", type=int, default=72, help="windows of 512 tokens")
     parser.add_argument("--heal-seconds", type=float, default=600.0)
-    parser.add_argument("--parameters", choices=("vectors", "codes"), default="vectors")
+    parser.add_argument("--parameters", choices=("vectors", "codes"), default="codes")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, help="folder for the moments")
     given = parser.parse_args(arguments)
