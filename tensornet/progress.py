@@ -51,10 +51,14 @@ class LineProgress(std.tqdm):
             ...     _ = progress.update(2)
             ...     progress.line().partition(",")[0]
             'planning: 2 of 4 layers'
+            >>> with LineProgress(total=4, desc="calibrating", unit="batch") as progress:
+            ...     progress.line().partition(",")[0]
+            'calibrating: 0 of 4 batches'
         """
         gone = time.monotonic() - self._began
         text = f"{self.desc.removesuffix(': ')}: {self.n}"
-        text += f" {self.unit}s" if self.total is None else f" of {self.total} {self.unit}s"
+        units = f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}"
+        text += f" {units}" if self.total is None else f" of {self.total} {units}"
         whole = self._whole(gone)
         return f"{text}, {_time(gone)} gone" + (f", about {_time(whole - gone)} left" if whole else "")
 
