@@ -265,6 +265,7 @@ def whole_table(rows: Sequence[Row]) -> str:
     lines = ["| share of the bytes | file, MB | after | perplexity | times dense |", "|--:|--:|---|--:|--:|"]
     for row in rows:
         after = {"": "calibration alone", "healed": "refined and healed"}.get(row["after"], row["after"])
+        after += ", gains alone" if row.get("trained") == "vectors" else ""
         cells = f"{100 * row['share']:.0f} % | {row['file_bytes'] / 1e6:.1f} | {after}"
         lines.append(f"| {cells} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.3f} |")
     return "\n".join(lines)

@@ -112,8 +112,9 @@ class Bench:
             return {"heal_steps": made.steps, "trained": self.given.parameters}
 
         small = self.subject.load()
-        for after, step in (("", rounded), ("refined", refined), ("healed", healed)):
-            small, found = self.stage(f"{share}-{after or 'rounded'}", small, step)
+        stages = {"": "rounded", "refined": "refined", "healed": f"{self.given.parameters}-healed"}
+        for (after, name), step in zip(stages.items(), (rounded, refined, healed), strict=True):
+            small, found = self.stage(f"{share}-{name}", small, step)
             row |= found
             yield {**row, "after": after, **self.judged(small)}
 
@@ -181,9 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     path = given.records / "whole_model.json"
     for share in given.shares:
         known = json.loads(path.read_text())["rows"] if path.is_file() else []
-        if any(row["share"] == share and row["after"] == "healed" for row in known):
+        if any(row["share"] == share and row.get("trained") == given.parameters for row in known):
             continue
-        kept = [row for row in known if row["share"] != share]
+        # What comes before healing is made again; rows of other trained parameters stay.
+        kept = [row for row in known if row["share"] != share or "trained" in row]
         for row in bench.rows(share):
             kept.append({"model": subject.name, **row})
             print(kept[-1], flush=True)

@@ -15,7 +15,8 @@ from tensornet.quantization import TrainedCodes
 #: Learning rate of gains and biases in units of that of cores, which would hardly move them in some hundred
 #: steps. The loss increase of the embedded GPT-2 in 2.25 bits, 0.116, falls in 150 steps to 0.109 at 1, to
 #: 0.105 at 6 and to 0.103 at 20. SmolLM2-135M at a fifth of its bytes comes closer at a smaller rate:
-#: its distance is 0.236 in the last ten of 60 steps at 20, and 0.225 at 8.
+#: its distance is 0.236 in the last ten of 60 steps at 20, and 0.225 at 8. (One run each, in no record; so
+#: are those below.)
 VECTOR_RATE = 6.0
 
 #: Learning rate of codes, in units of the grid, in units of that of cores. With 0.02 units a step 150 steps

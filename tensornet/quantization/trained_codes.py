@@ -115,7 +115,7 @@ def _points(codes: Tensor, zeros: Tensor | None, number_format: NumberFormat) ->
 def _scale(x: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
     """Multiply the elements of every group by its scale, in place, shape `(rows, in)`."""
     width = number_format.group or max(x.shape[1], 1)
-    if x.shape[1] % width:
+    if x.shape[1] % width:  # else scales need not be repeated, which takes as long as the product
         return x.mul_(spread_groups(scales.to(x), number_format, x.shape[1]))
     x.unflatten(1, (-1, width)).mul_(scales.to(x).unsqueeze(-1))
     return x

@@ -27,3 +27,8 @@ def test_toy_run_writes_a_record_and_goes_on(load_benchmark: Callable[[str], Any
         row["loss_increase"] for row in (untrained, refined, healed)
     ]
     assert again[2]["healed_seconds"] == healed["healed_seconds"]
+    module.main([*given, "--parameters", "vectors"])  # beside the row that trains codes, not in its place
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["trained"] for row in rows if "trained" in row] == ["codes", "vectors"]
+    assert rows[0] == again[2]
+    assert rows[-1]["loss_increase"] != healed["loss_increase"]

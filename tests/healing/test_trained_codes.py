@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
@@ -213,6 +213,28 @@ def test_the_gradient_that_arrives_is_left_as_it_is(width: int) -> None:
     made.backward(arriving)
     assert torch.equal(arriving, torch.ones(4, width))
     assert torch.equal(codes.grad, torch.full((4, width), 0.5))
+
+
+@pytest.mark.parametrize("elements", [1, 150, 280])  # a row, two rows and a rest, four rows and a rest
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_of_rows_give_what_all_rows_give(
+    name: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number_format = NumberFormat.parse(name)
+    torch.manual_seed(0)
+    codes = (torch.rand(2, 3, 70) * number_format.top).requires_grad_()
+    scales = torch.rand(2, 3, number_format.groups(70), requires_grad=True)
+    zeros = torch.randint(0, 3, scales.shape, dtype=torch.uint8) if number_format.zero_point else None
+    arriving = torch.randn(2, 3, 70)
+
+    def made() -> list[Tensor]:
+        values = rounded_values(codes, scales, zeros, number_format, torch.float32)
+        return [values, *torch.autograd.grad(values, (codes, scales), arriving)]
+
+    whole = made()
+    monkeypatch.setattr("tensornet.quantization.trained_codes._CACHED", elements)
+    for part, all_rows in zip(made(), whole, strict=True):
+        torch.testing.assert_close(part, all_rows)
 
 
 def test_a_model_without_integers_is_refused() -> None:
