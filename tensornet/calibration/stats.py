@@ -42,6 +42,7 @@ class CalibrationStats:
             image), as a mean square relative to independent tokens, for errors that are alike in all
             directions once `R` and `C` are whitened. Estimated from 32 tokens of each of 16 rows; 1 where
             absent.
+        counts: by module name, tokens that reached the layer: fewer than `tokens` where a router chooses.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -63,6 +64,7 @@ class CalibrationStats:
     readers: tuple[str, ...] = ()
     of_tokens: bool = False
     coherence: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def has_gradients(self) -> bool:
@@ -123,6 +125,7 @@ class CalibrationStats:
             "readers": list(self.readers),
             "of_tokens": self.of_tokens,
             "coherence": dict(self.coherence),
+            "counts": dict(self.counts),
             **sides,
         }
         metadata = {"calibration": json.dumps(header)}
@@ -157,6 +160,7 @@ class CalibrationStats:
                 readers=readers,
                 of_tokens=header.get("of_tokens", True),  # older files: of text, if there was a loss
                 coherence=header.get("coherence", {}),
+                counts=header.get("counts", {}),
             )
         except FormatError:
             raise

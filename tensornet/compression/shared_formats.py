@@ -52,10 +52,6 @@ _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
 _LEAST_BITS, _ACCURATE_BITS = 4, 8
 #: Rows of a factor that stand for all.
 _SAMPLED_ROWS = 128
-#: Factor of the losses of rounding a shared core. Its error is the same in all experts, so that it adds up
-#: over those that a token reaches, for which the moments of single experts do not account. In a trained
-#: mixture of 8 experts, two for each token, common errors cost 1.4 to 2.6 times private ones of equal price.
-COMMON = 2.0
 #: Own format of the model.
 _FLOAT = NumberFormat()
 
@@ -65,14 +61,22 @@ def form_curves(
     matrices: Sequence[Tensor],
     sensitivities: Sequence[Sensitivity],
     formats: Sequence[NumberFormat] = (),
+    *,
+    per_token: float = 1.0,
 ) -> list[FormCurve]:
     """Predict the losses of one form at all ranks in each encoding.
+
+    To explain what a shared core costs: the error of its rounding is the same in all experts, so that it adds
+    up over those that a token reaches, for which the moments of single experts do not account. If they have
+    equal weights it costs as many times more. In a trained mixture of 8 experts, two for each token, common
+    errors cost 1.4 to 2.6 times private ones of equal price.
 
     Args:
         name: a key of `SHARED_FORMS`.
         matrices: each `(out, in)`.
         sensitivities: of the loss to errors in each.
         formats: number formats that cores may be stored in; the model's own alone if there are none.
+        per_token: number of the matrices that a token reaches.
 
     Example:
         >>> import torch
@@ -92,7 +96,7 @@ def form_curves(
     if not storages:
         return found
     added = _base_losses if name == "base" else _factor_losses
-    losses = added(name, working(matrices), sensitivities, storages, len(plain.numbers))
+    losses = added(name, working(matrices), sensitivities, storages, len(plain.numbers), per_token)
     floating = torch.stack([plain.costs, plain.forecasts, _squares(plain, matrices)])
     for storage, more in zip(storages, losses, strict=True):
         curve = _joined(name, matrices, storage, (floating + more).clamp_min(0))
@@ -191,6 +195,7 @@ def _factor_losses(
     sensitivities: Sequence[Sensitivity],
     storages: Sequence[Storage],
     ranks: int,
+    per_token: float,
 ) -> list[Tensor]:
     """Predict what rounding both factors adds in each encoding, shape `(3, count, ranks)`."""
     form, kinds = SHARED_FORMS[name], _weightings(sensitivities)
@@ -212,7 +217,8 @@ def _factor_losses(
     found = []
     for storage in storages:
         first, second = shared.index(storage.format_of(form.core)), private.index(storage.number_format)
-        both = _added_up(torch.stack([x[first] for x in shares], dim=-1))  # shape: (3, count, tried)
+        both = torch.stack([x[first] for x in shares], dim=-1)  # shape: (3, count, tried)
+        both = _added_up(both, per_token)
         both = both + torch.stack([torch.stack([x[second] for x in own], dim=-1) for own in owns], dim=1)
         found.append(_between(both, tried, ranks))
     return found
@@ -264,9 +270,9 @@ def _expected(
     return found
 
 
-def _added_up(losses: Tensor) -> Tensor:
-    """Count losses of a shared core `COMMON` times, but not squared errors, shape `(3, ...)`."""
-    return torch.cat([COMMON * losses[:2], losses[2:]])
+def _added_up(losses: Tensor, per_token: float) -> Tensor:
+    """Multiply losses of a shared core, but not its squared errors, shape `(3, ...)`."""
+    return torch.cat([per_token * losses[:2], losses[2:]])
 
 
 def _between(values: Tensor, tried: Sequence[int], ranks: int) -> Tensor:
@@ -283,6 +289,7 @@ def _base_losses(
     sensitivities: Sequence[Sensitivity],
     storages: Sequence[Storage],
     ranks: int,
+    per_token: float,
 ) -> list[Tensor]:
     """Predict what rounding the base and the factors adds in each encoding, shape `(3, count, ranks)`.
 
@@ -305,7 +312,7 @@ def _base_losses(
             for losses, storage in zip(found, storages, strict=True):
                 costs, left, right = known[storage.format_of(BASE)]
                 more = costs - known[_FLOAT][0]
-                more = torch.where(costs.isfinite(), _added_up(more), torch.inf)
+                more = torch.where(costs.isfinite(), _added_up(more, per_token), torch.inf)
                 losses.append(more + _product_losses(left, right, storage.number_format, sensitivity, ranks))
     return [torch.stack(losses, dim=1) for losses in found]
 

@@ -118,9 +118,33 @@ def find_stacks(
         if len(weights) < len(group):
             continue
         matrices = [target.matrix for target in group]
-        curves = [x for name in SHARED_FORMS for x in form_curves(name, matrices, weights, formats)]
+        per_token = experts_per_token([target.names[0] for target in group], stats)
+        curves = [
+            curve
+            for name in SHARED_FORMS
+            for curve in form_curves(name, matrices, weights, formats, per_token=per_token)
+        ]
         found.append(Stack(tuple(members), (matrices[0].shape[0], matrices[0].shape[1]), tuple(curves)))
     return tuple(stack for stack in found if stack.curves)
+
+
+def experts_per_token(names: Sequence[str], stats: CalibrationStats | None) -> float:
+    """Compute how many of some experts a token of calibration reached on average, at least 1.
+
+    Args:
+        names: of the experts.
+        stats: where they have counted no tokens, as in files of older versions, it is taken to be two.
+
+    Example:
+        >>> from tensornet.compression.shared_stacks import experts_per_token
+        >>> counts = {"experts.0.up": 60, "experts.1.up": 90}
+        >>> experts_per_token([*counts], tn.CalibrationStats({}, {}, tokens=100, counts=counts))
+        1.5
+    """
+    known = {} if stats is None else {name: stats.counts[name] for name in names if name in stats.counts}
+    if stats is None or not known:
+        return float(min(2, len(names)))
+    return max(1.0, sum(known.values()) / max(stats.tokens, 1))
 
 
 def expert_groups(targets: Sequence[Target]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from stacked_experts import Experts, gaussian
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import CompressionPlan, prepare, shared_formats
+from tensornet.compression import CompressionPlan, prepare
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.compression.shared_formats import encodings, form_curves
@@ -60,8 +60,7 @@ def seen() -> list[Sensitivity]:
 
 
 @pytest.mark.parametrize("name", SHARED_FORMS)
-def test_predicted_losses_and_bytes_are_those_of_the_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_formats, "COMMON", 1.0)  # no token reaches two of these matrices
+def test_predicted_losses_and_bytes_are_those_of_the_fits(name: str) -> None:
     matrices, weightings = list(PLANTED[name]), [x.choice for x in seen()]
     curves = form_curves(name, matrices, seen(), FORMATS)
     assert [x.storage for x in curves[1:]] == encodings(name, FORMATS)[1:]
@@ -84,13 +83,11 @@ def test_predicted_losses_and_bytes_are_those_of_the_fits(name: str, monkeypatch
 
 
 @pytest.mark.parametrize("name", SHARED_FORMS)
-def test_errors_of_a_shared_core_count_more_than_private_ones(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_a_shared_core_count_for_every_expert_of_a_token(name: str) -> None:
     found = []
     for factor in (1.0, 2.0, 3.0):
-        monkeypatch.setattr(shared_formats, "COMMON", factor)
-        found.append(form_curves(name, list(PLANTED[name]), seen(), FORMATS)[-1].costs[:, 3].sum())
+        curves = form_curves(name, list(PLANTED[name]), seen(), FORMATS, per_token=factor)
+        found.append(curves[-1].costs[:, 3].sum())
     assert found[1] > found[0]
     assert float(found[2] - found[1]) == pytest.approx(float(found[1] - found[0]), rel=0.1)
 

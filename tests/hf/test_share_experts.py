@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture_models import EXPERTS, FAMILIES, logits, planted, tokens
+from mixture_models import EXPERTS, FAMILIES, logits, mixture, planted, tokens
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -15,6 +15,8 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import CompressionReport
 from tensornet.compression.report import model_size
+from tensornet.compression.shared_stacks import experts_per_token
+from tensornet.nn.targets import LayerSelection
 from tensornet_hf.cli.main import run
 
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6, share_experts=True)
@@ -48,6 +50,25 @@ def test_each_stack_chooses_and_never_grows(family: str) -> None:
     rises = [x.plan.predicted_loss_increase or 0.0 for x in (report, alone)]
     assert rises[0] < rises[1]
     assert report.plan.params_after <= 0.6 * alone.plan.params_before
+
+
+@pytest.mark.parametrize("layers", ["all", "*experts*"])
+@pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
+def test_calibration_counts_the_experts_of_a_token(layers: str, top_k: int, tmp_path: Path) -> None:
+    model = mixture("mixtral")
+    for module in model.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = top_k
+    mask = torch.ones(8, 11, dtype=torch.long)
+    mask[3:, 7:] = 0  # padding reaches experts as well, and does not count
+    batch = {"input_ids": tokens(8), "labels": tokens(8), "attention_mask": mask}
+    stats = tn.calibrate(model, [batch], config=LayerSelection(target_modules=layers))
+    stats.save(tmp_path / "stats.safetensors")
+    stats = tn.CalibrationStats.load(tmp_path / "stats.safetensors")
+    names = [name for name in stats.counts if "layers.1." in name and "gate_up_proj" in name]
+    assert 1 <= len(names) <= EXPERTS
+    # Where experts alone are seen, the tokens that have a loss stand for all: the last ones have none.
+    assert experts_per_token(names, stats) == pytest.approx(top_k, rel=0.0 if layers == "all" else 0.2)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
