@@ -33,7 +33,7 @@ from tensornet.quantization import NumberFormat, packed_bytes, unpack
 #: Inputs that share a scale, as the kernel can have them.
 _GROUPS = (128, 64, 32)
 #: Most tokens, over the number of products, for which the kernel is faster than unpacking the matrix. Units
-#: for matrices (AMX) make the product with the unpacked matrix three to four times as fast, and not the kernel.
+#: for matrices (AMX) make the product with the unpacked matrix three to four times as fast, not the kernel.
 KERNEL_TOKENS = 48 if torch.cpu._is_amx_tile_supported() else 96
 #: A layout of more than this many times the stored bytes is made only under the strategy "factorized".
 HELD_RATIO = 1.75
