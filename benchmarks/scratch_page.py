@@ -293,34 +293,35 @@ def plain_name(run: Run) -> str:
 
 
 def table_of_a_record(runs: Sequence[Run]) -> str:
-    """Rows of a record, each at its best rate by the tuning part, compared at the last mark that all have."""
+    """Rows of a record, each at its best rate by the tuning part, compared at the last mark that all have.
+
+    The rate is that of the first seed; losses are means over all seeds with it, at marks that all reached.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run["history"]:
             groups.setdefault(run["row"]["name"], []).append(run)
     shown = max(set.intersection(*({m for run in found for m in losses(run)} for found in groups.values())))
-    best = {
-        name: min(
-            (run for run in found if shown in losses(run)), key=lambda run: losses(run, "tune_loss")[shown]
-        )
-        for name, found in groups.items()
-    }
-    marks = sorted({mark for run in best.values() for mark in losses(run)})
+    first = min(run["seed"] for run in runs)
+    best = {name: at_best_rate(found, shown, first) for name, found in groups.items()}
+    means = {name: mean_losses(found) for name, found in best.items()}
+    marks = sorted({mark for found in means.values() for mark in found})
     lines = [
-        "| row | rate | parameters | of Switch | MFLOP a token | "
+        "| row | rate | seeds | parameters | of Switch | MFLOP a token | "
         + " | ".join(f"{mark:g} M" for mark in marks)
         + f" | to dense, {shown:g} M | to {WIDE}, {shown:g} M |",
-        "|---|" + "--:|" * (len(marks) + 6),
+        "|---|" + "--:|" * (len(marks) + 7),
     ]
-    dense, wide = (losses(best[name])[shown] for name in (DENSE, WIDE))
-    switch = best[SWITCH]["expert_parameters"]
-    for name, run in sorted(best.items(), key=lambda item: losses(item[1])[shown]):
-        found, parameters = losses(run), run["expert_parameters"]
+    dense, wide = (means[name][shown] for name in (DENSE, WIDE))
+    switch = best[SWITCH][0]["expert_parameters"]
+    for name, found in sorted(means.items(), key=lambda item: item[1][shown]):
+        run = best[name][0]
         cells = (
             name,
             f"{run['recipe']['rate']:g}",
-            f"{parameters:,}",
-            f"{parameters / switch:.3f}",
+            str(len(best[name])),
+            f"{run['expert_parameters']:,}",
+            f"{run['expert_parameters'] / switch:.3f}",
             f"{run['flops_per_token'] / MILLION:.2f}",
             *(f"{found[mark]:.3f}" if mark in found else "" for mark in marks),
             f"{found[shown] - dense:+.3f}",
@@ -328,6 +329,21 @@ def table_of_a_record(runs: Sequence[Run]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def at_best_rate(runs: Sequence[Run], mark: float, seed: int) -> list[Run]:
+    """Select the runs that reached a mark at the rate that is best there for one seed, by the tuning part."""
+    reached = [run for run in runs if mark in losses(run)]
+    tuned = min(
+        (run for run in reached if run["seed"] == seed), key=lambda run: losses(run, "tune_loss")[mark]
+    )
+    return [run for run in reached if run["recipe"]["rate"] == tuned["recipe"]["rate"]]
+
+
+def mean_losses(runs: Sequence[Run]) -> dict[float, float]:
+    """Average the held-out losses of several runs at the marks that all have reached."""
+    common = set.intersection(*(set(losses(run)) for run in runs))
+    return {mark: statistics.mean(losses(run)[mark] for run in runs) for mark in sorted(common)}
 
 
 def stacks_table(rows: Sequence[Mapping[str, Any]]) -> str:

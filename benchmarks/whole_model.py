@@ -3,8 +3,9 @@
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
 judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
-other windows of the tutorials, and healed on the PostgreSQL manual for ten minutes of a processor: the dense
-model is distilled into the integers and the gains of norms, with `--parameters vectors` into the gains alone.
+other windows of the tutorials and 24 of the PostgreSQL manual, and healed on that manual for ten minutes of a
+processor: the dense model is distilled into the integers and the gains of norms, with `--parameters vectors`
+into the gains alone.
 `perplexity_ratio` is to the dense model's. Rows that the record has are skipped. Writes `whole_model.json`.
 
     OMP_NUM_THREADS=1 python benchmarks/whole_model.py CACHE [--toy] [--shares 0.25 0.2] [--work FOLDER]
@@ -148,14 +149,28 @@ class Bench:
         }
 
 
-def training(cache: Path, subject: Subject) -> Batches:
-    """Return windows of 256 tokens of the PostgreSQL manual, in random order."""
+def training(cache: Path, subject: Subject, length: int, rows: int) -> Batches:
+    """Return batches of windows of the PostgreSQL manual, in random order."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-    found = token_windows(tokenizer, read_text(cache / "texts", "training"), length=256)
+    found = token_windows(tokenizer, read_text(cache / "texts", "training"), length=length)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return windows(found[order], 2)
+    return windows(found[order], rows)
+
+
+def refitting(cache: Path, subject: Subject, count: int) -> Batches:
+    """Return windows of 512 tokens by turns of the tutorials and of the PostgreSQL manual.
+
+    Args:
+        cache: folder of models and texts.
+        subject: model, with as many windows of the tutorials as are wanted.
+        count: number of windows of each source.
+    """
+    near = subject.calibration(1)
+    rows, length = near[0]["input_ids"].shape
+    far = training(cache, subject, length, rows)[: count // rows]
+    return [batch for pair in zip(near, far, strict=True) for batch in pair]
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -178,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     else:
         subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
         fewer = bytes_models.smollm2(given.cache, calibration=24)
-        bench = Bench(subject, fewer.calibration(1), lambda: training(given.cache, subject), given)
+        texts = refitting(given.cache, fewer, 24)
+        bench = Bench(subject, texts, lambda: training(given.cache, subject, 256, 2), given)
     path = given.records / "whole_model.json"
     for share in given.shares:
         known = json.loads(path.read_text())["rows"] if path.is_file() else []
