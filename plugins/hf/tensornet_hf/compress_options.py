@@ -1,6 +1,6 @@
 """Options for compressing a model folder, and the rules between them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,8 @@ class CompressOptions:
     Args:
         config: which layers, and how far; or
         plan: what every layer becomes, a plan or a file of one.
-        calibration: text file, similar to what the model will read. Without, embedded text may serve, or the
-            error of the weights decides.
+        calibration: text file, similar to what the model will read, or several, of which pieces are taken by
+            turns. Without, embedded text may serve, or the error of the weights decides.
         calibration_tokens: how much of it to use.
         validation: text file of another source, on which the loss is measured at a few sizes, which corrects
             the predicted loss increase. Not for classifiers.
@@ -80,7 +80,7 @@ class CompressOptions:
 
     config: CompressionConfig | None = None
     plan: CompressionPlan | str | Path | None = None
-    calibration: str | Path | None = None
+    calibration: str | Path | Sequence[str | Path] | None = None
     calibration_tokens: int = 32_768
     validation: str | Path | None = None
     held_out: str | Path | None = None
@@ -113,6 +113,14 @@ class CompressOptions:
         if self.workers is not None:
             self.check_needs_no_model({"dtype": self.dtype, "report": self.report})
 
+    @property
+    def calibration_files(self) -> tuple[Path, ...]:
+        """Calibration texts; empty without any."""
+        if self.calibration is None:
+            return ()
+        given = [self.calibration] if isinstance(self.calibration, (str, Path)) else self.calibration
+        return tuple(Path(file) for file in given)
+
     def _check_validation(self) -> None:
         if self.validation is None:
             return
@@ -124,20 +132,21 @@ class CompressOptions:
                 f"{{validation}} corrects a forecast of the loss, which {{objective}} {objective} does not "
                 "make; leave one of them out."
             )
-        if _same_file(self.validation, self.calibration):
+        if any(_same_file(self.validation, file) for file in self.calibration_files):
             raise OptionError("{validation} is the text of {calibration}; give one of another source.")
 
     def _check_held_out(self) -> None:
-        for name in ("calibration", "validation"):
-            if self.held_out is not None and _same_file(self.held_out, getattr(self, name)):
+        seen = [("calibration", file) for file in self.calibration_files] + [("validation", self.validation)]
+        for name, file in seen:
+            if self.held_out is not None and _same_file(self.held_out, file):
                 raise OptionError(
                     f"{{held_out}} is the text of {{{name}}}, which the model was made with; give another."
                 )
 
     def _check_correction(self) -> None:
-        if self.refine and self.calibration is None:
+        if self.refine and not self.calibration_files:
             raise OptionError("{refine} fits layers on the text of {calibration}; give one.")
-        if self.heal and self.calibration is None:
+        if self.heal and not self.calibration_files:
             raise OptionError("{heal} trains on the text of {calibration}; give one.")
         if self.heal and self.config is not None and self.config.int8:
             raise OptionError("{heal} trains cores, {int8} keeps them as integers; leave one of them out.")

@@ -26,6 +26,7 @@ from tensornet_hf.report.facts import compact_bytes
 from tensornet_hf.report.page import display_name
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.streaming.text_statistics import statistics_of_text
+from tensornet_hf.text.mixing import mix_texts
 from tensornet_hf.text.quality import Quality
 from tensornet_hf.text.tokens import read_text
 from tensornet_hf.training.correction import HealingFile, correct
@@ -241,8 +242,10 @@ class _Texts:
 
     @classmethod
     def read(cls, options: CompressOptions) -> "_Texts":
-        files = (options.calibration, options.validation, options.held_out)
-        return cls(*(None if file is None else read_text(Path(file)) for file in files))
+        several = [read_text(file) for file in options.calibration_files]
+        files = (options.validation, options.held_out)
+        others = (None if file is None else read_text(Path(file)) for file in files)
+        return cls(mix_texts(several) if several else None, *others)
 
 
 @dataclass(frozen=True)
@@ -265,12 +268,12 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
     if texts.validation is not None:
         validated = pipeline.validation_data(model, folder, texts.validation)
     stats = None
-    if options.calibration is not None and texts.calibration is not None:
+    if texts.calibration is not None:
         stats = pipeline.collect_stats(
             model,
             folder,
             texts.calibration,
-            name=Path(options.calibration).name,
+            name=" and ".join(file.name for file in options.calibration_files),
             config=config,
             tokens=options.calibration_tokens,
             progress=progress,
@@ -357,12 +360,12 @@ def _streamed(
     """Compress a folder weight by weight, without loading the model."""
     planned, progress = options.load_plan(), options.progress
     statistics = None
-    if options.calibration is not None and texts.calibration is not None:
+    if texts.calibration is not None:
         statistics = statistics_of_text(
             folder,
             destination,
             texts.calibration,
-            name=Path(options.calibration).name,
+            name=" and ".join(file.name for file in options.calibration_files),
             config=options.config or _observed(planned),
             tokens=options.calibration_tokens,
             resume=options.resume,

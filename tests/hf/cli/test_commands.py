@@ -19,6 +19,7 @@ import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet_hf import load
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
+from tensornet_hf.text.mixing import mix_texts
 from tensornet_hf.text.tokens import load_tokenizer
 
 TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
@@ -189,6 +190,30 @@ def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
     assert "tokens of text.txt, on which the cores depend" in err
     assert tensornet(*carried_out, "--calibration", "text.txt")[0] == 0
     assert torch.allclose(logits(load("third")), logits(load("seeing")), atol=1e-4)
+
+
+def test_several_calibration_texts_are_read_by_turns(tensornet: Run) -> None:
+    one, other = heldout_text()[:30_000], heldout_text()[30_000:60_000]
+    Path("one.txt").write_text(one)
+    Path("other.txt").write_text(other)
+    Path("both.txt").write_text(mix_texts([one, other]))
+    how = ("compress", gpt2_path(), "--bits", 3.25, "--target", "h.0.mlp.c_fc", "--dry-run", "--json")
+    how = (*how, "--calibration-tokens", 4_000)
+    plans = []
+    for texts in (("one.txt", "other.txt"), ("both.txt",), ("one.txt",)):
+        status, out, _ = tensornet(*how, *(x for text in texts for x in ("--calibration", text)))
+        assert status == 0
+        plans.append(json.loads(out))
+    assert "tokens of one.txt and other.txt" in plans[0]["calibration"]
+    losses = [plan["layers"][0]["loss_increase"] for plan in plans]
+    assert losses[0] == losses[1] != losses[2]
+    status, _, err = tensornet(*how, "--calibration", "one.txt", "--calibration", "absent.txt")
+    assert status == 1
+    assert "There is no file absent.txt" in err
+    seen = ("--calibration", "one.txt", "--calibration", "other.txt")
+    status, _, err = tensornet(*how, *seen, "--validation", "other.txt")
+    assert status == 2
+    assert "--validation is the text of --calibration" in err
 
 
 def test_eval_states_its_windows_and_agrees_with_transformers(tensornet: Run) -> None:

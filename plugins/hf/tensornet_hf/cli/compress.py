@@ -71,7 +71,11 @@ def run(
         typer.Option(help="What decides: auto, weight; activation, curvature, which need --calibration."),
     ] = "auto",
     calibration: Annotated[
-        Path | None, typer.Option(help="Text like the model will see: far better than weights alone.")
+        list[Path] | None,
+        typer.Option(
+            help="Text like the model will see: far better than weights alone. Repeatable: pieces of several "
+            "texts are taken by turns."
+        ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of it to use.")] = 32_768,
     validation: Annotated[
@@ -167,7 +171,7 @@ def run(
         given = CompressOptions(
             config=None if plan is not None else config,
             plan=plan,
-            calibration=calibration,
+            calibration=calibration or None,
             calibration_tokens=calibration_tokens,
             validation=validation,
             held_out=held_out,
