@@ -1,9 +1,9 @@
 """How well does a language model work at a quarter or a fifth of its bytes, embeddings and head included?
 
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
-embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
-judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
-other windows of the tutorials and 24 of the PostgreSQL manual, and healed on that manual for ten minutes of a
+embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials
+and the PostgreSQL manual by turns, judged on the Debian handbook. Then refitted in closed form to the inputs
+that each layer really gets, with 24 other windows of each, and healed on the manual for ten minutes of a
 processor: the dense model is distilled into the integers and the gains of norms, with `--parameters vectors`
 into the gains alone.
 `perplexity_ratio` is to the dense model's. Rows that the record has are skipped. Writes `whole_model.json`.
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,17 +160,19 @@ def training(cache: Path, subject: Subject, length: int, rows: int) -> Batches:
     return windows(found[order], rows)
 
 
-def refitting(cache: Path, subject: Subject, count: int) -> Batches:
+def two_sources(cache: Path, count: int, seed: int, skip: int = 0) -> Batches:
     """Return windows of 512 tokens by turns of the tutorials and of the PostgreSQL manual.
 
     Args:
         cache: folder of models and texts.
-        subject: model, with as many windows of the tutorials as are wanted.
-        count: number of windows of each source.
+        count: number of windows of each source, even.
+        seed: of those of the tutorials.
+        skip: windows of the manual that are left out.
     """
-    near = subject.calibration(1)
+    subject = bytes_models.smollm2(cache, calibration=count)
+    near = subject.calibration(seed)
     rows, length = near[0]["input_ids"].shape
-    far = training(cache, subject, length, rows)[: count // rows]
+    far = training(cache, subject, length, rows)[skip // rows : (skip + count) // rows]
     return [batch for pair in zip(near, far, strict=True) for batch in pair]
 
 
@@ -191,10 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         given.heal_seconds, subject = 3.0, bytes_models.gpt2(count=8, limit=8_000)
         bench = Bench(subject, subject.calibration(1), lambda: subject.calibration(1), given)
     else:
-        subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
-        fewer = bytes_models.smollm2(given.cache, calibration=24)
-        texts = refitting(given.cache, fewer, 24)
-        bench = Bench(subject, texts, lambda: training(given.cache, subject, 256, 2), given)
+        count = given.calibration // 2
+        calibration = two_sources(given.cache, count, seed=0)
+        subject = replace(bytes_models.smollm2(given.cache), calibration=lambda seed: calibration)
+        others = two_sources(given.cache, 24, seed=1, skip=count)
+        bench = Bench(subject, others, lambda: training(given.cache, subject, 256, 2), given)
     path = given.records / "whole_model.json"
     for share in given.shares:
         known = json.loads(path.read_text())["rows"] if path.is_file() else []
