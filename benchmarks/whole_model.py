@@ -1,9 +1,9 @@
 """How well does a language model work at a quarter or a fifth of its bytes, embeddings and head included?
 
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
-embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials
-and the PostgreSQL manual by turns, judged on the Debian handbook. Then refitted in closed form to the inputs
-that each layer really gets, with 24 other windows of each, and healed on the manual for ten minutes of a
+embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
+judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
+other windows of the tutorials and 24 of the PostgreSQL manual, and healed on both for ten minutes of a
 processor: the dense model is distilled into the integers and the gains of norms, with `--parameters vectors`
 into the gains alone.
 `perplexity_ratio` is to the dense model's. Rows that the record has are skipped. Writes `whole_model.json`.
@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,29 +149,33 @@ class Bench:
         }
 
 
-def training(cache: Path, subject: Subject, length: int, rows: int) -> Batches:
-    """Return batches of windows of the PostgreSQL manual, in random order."""
+def shuffled(cache: Path, subject: Subject, use: str, length: int, rows: int) -> Batches:
+    """Return all windows of one of the texts of `real_data.py` as batches, in random order."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-    found = token_windows(tokenizer, read_text(cache / "texts", "training"), length=length)
+    found = token_windows(tokenizer, read_text(cache / "texts", use), length=length)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
     return windows(found[order], rows)
 
 
-def two_sources(cache: Path, count: int, seed: int, skip: int = 0) -> Batches:
+def training(cache: Path, subject: Subject) -> Batches:
+    """Return windows of 256 tokens by turns of the PostgreSQL manual and of the tutorials."""
+    manual, tutorials = (shuffled(cache, subject, use, 256, 2) for use in ("training", "calibration"))
+    return [batch for pair in zip(manual, tutorials, strict=False) for batch in pair]
+
+
+def refitting(cache: Path, subject: Subject, count: int) -> Batches:
     """Return windows of 512 tokens by turns of the tutorials and of the PostgreSQL manual.
 
     Args:
         cache: folder of models and texts.
-        count: number of windows of each source, even.
-        seed: of those of the tutorials.
-        skip: windows of the manual that are left out.
+        subject: model, with as many windows of the tutorials as are wanted.
+        count: number of windows of each source.
     """
-    subject = bytes_models.smollm2(cache, calibration=count)
-    near = subject.calibration(seed)
+    near = subject.calibration(1)
     rows, length = near[0]["input_ids"].shape
-    far = training(cache, subject, length, rows)[skip // rows : (skip + count) // rows]
+    far = shuffled(cache, subject, "training", length, rows)[: count // rows]
     return [batch for pair in zip(near, far, strict=True) for batch in pair]
 
 
@@ -194,11 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         given.heal_seconds, subject = 3.0, bytes_models.gpt2(count=8, limit=8_000)
         bench = Bench(subject, subject.calibration(1), lambda: subject.calibration(1), given)
     else:
-        count = given.calibration // 2
-        calibration = two_sources(given.cache, count, seed=0)
-        subject = replace(bytes_models.smollm2(given.cache), calibration=lambda seed: calibration)
-        others = two_sources(given.cache, 24, seed=1, skip=count)
-        bench = Bench(subject, others, lambda: training(given.cache, subject, 256, 2), given)
+        subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
+        fewer = bytes_models.smollm2(given.cache, calibration=24)
+        texts = refitting(given.cache, fewer, 24)
+        bench = Bench(subject, texts, lambda: training(given.cache, subject), given)
     path = given.records / "whole_model.json"
     for share in given.shares:
         known = json.loads(path.read_text())["rows"] if path.is_file() else []
