@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct with its residual stream turned (see `bytes_models.turn`; its head then differs from its
 embedding, and both count), as files of a share of its bytes in bfloat16. Calibrated on the Python tutorials,
 judged on the Debian handbook. Then refitted in closed form to the inputs that each layer really gets, with 24
-other windows of the tutorials and 24 of the PostgreSQL manual, and healed on both for ten minutes of a
+other windows of the tutorials and 24 of the PostgreSQL manual, and healed on that manual for ten minutes of a
 processor: the dense model is distilled into the integers and the gains of norms, with `--parameters vectors`
 into the gains alone.
 `perplexity_ratio` is to the dense model's. Rows that the record has are skipped. Writes `whole_model.json`.
@@ -149,20 +149,14 @@ class Bench:
         }
 
 
-def shuffled(cache: Path, subject: Subject, use: str, length: int, rows: int) -> Batches:
-    """Return all windows of one of the texts of `real_data.py` as batches, in random order."""
+def training(cache: Path, subject: Subject, length: int, rows: int) -> Batches:
+    """Return batches of windows of the PostgreSQL manual, in random order."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-    found = token_windows(tokenizer, read_text(cache / "texts", use), length=length)
+    found = token_windows(tokenizer, read_text(cache / "texts", "training"), length=length)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
     return windows(found[order], rows)
-
-
-def training(cache: Path, subject: Subject) -> Batches:
-    """Return windows of 256 tokens by turns of the PostgreSQL manual and of the tutorials."""
-    manual, tutorials = (shuffled(cache, subject, use, 256, 2) for use in ("training", "calibration"))
-    return [batch for pair in zip(manual, tutorials, strict=False) for batch in pair]
 
 
 def refitting(cache: Path, subject: Subject, count: int) -> Batches:
@@ -175,7 +169,7 @@ def refitting(cache: Path, subject: Subject, count: int) -> Batches:
     """
     near = subject.calibration(1)
     rows, length = near[0]["input_ids"].shape
-    far = shuffled(cache, subject, "training", length, rows)[: count // rows]
+    far = training(cache, subject, length, rows)[: count // rows]
     return [batch for pair in zip(near, far, strict=True) for batch in pair]
 
 
@@ -200,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
         fewer = bytes_models.smollm2(given.cache, calibration=24)
         texts = refitting(given.cache, fewer, 24)
-        bench = Bench(subject, texts, lambda: training(given.cache, subject), given)
+        bench = Bench(subject, texts, lambda: training(given.cache, subject, 256, 2), given)
     path = given.records / "whole_model.json"
     for share in given.shares:
         known = json.loads(path.read_text())["rows"] if path.is_file() else []
