@@ -365,12 +365,11 @@ class MomentRecorder:
                     f"Calibration met NaN or infinite inputs or gradients at layer {name!r}; check the "
                     "checkpoint, run the model in float32, or exclude the layer."
                 )
-        tokens = max([scored, *self.counts.values()])  # a single expert does not see all
+        tokens = max(self.counts.values(), default=0)
         readers = tuple(sorted(self.readers))
         coherence = self._coherence(rows, {**columns, **(inputs or {})})
-        return CalibrationStats(
-            rows, columns, tokens, loss, source, readers, coherence=coherence, counts=dict(self.counts)
-        )
+        counted = {"counts": dict(self.counts), "scored": scored}
+        return CalibrationStats(rows, columns, tokens, loss, source, readers, coherence=coherence, **counted)
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
         """Compute the coherence of each layer that has held tokens and both moments."""

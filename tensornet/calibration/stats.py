@@ -43,6 +43,7 @@ class CalibrationStats:
             directions once `R` and `C` are whitened. Estimated from 32 tokens of each of 16 rows; 1 where
             absent.
         counts: by module name, tokens that reached the layer: fewer than `tokens` where a router chooses.
+        scored: tokens that have a loss.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -65,6 +66,7 @@ class CalibrationStats:
     of_tokens: bool = False
     coherence: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    scored: int = 0
 
     @property
     def has_gradients(self) -> bool:
@@ -126,6 +128,7 @@ class CalibrationStats:
             "of_tokens": self.of_tokens,
             "coherence": dict(self.coherence),
             "counts": dict(self.counts),
+            "scored": self.scored,
             **sides,
         }
         metadata = {"calibration": json.dumps(header)}
@@ -161,6 +164,7 @@ class CalibrationStats:
                 of_tokens=header.get("of_tokens", True),  # older files: of text, if there was a loss
                 coherence=header.get("coherence", {}),
                 counts=header.get("counts", {}),
+                scored=header.get("scored", 0),
             )
         except FormatError:
             raise

@@ -144,7 +144,8 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats | None) -> f
     known = {} if stats is None else {name: stats.counts[name] for name in names if name in stats.counts}
     if stats is None or not known:
         return float(min(2, len(names)))
-    return max(1.0, sum(known.values()) / max(stats.tokens, 1))
+    tokens = max(stats.tokens, stats.scored, 1)  # where experts alone are observed, none of them sees all
+    return max(1.0, sum(known.values()) / tokens)
 
 
 def expert_groups(targets: Sequence[Target]) -> list[list[int]]:

@@ -54,6 +54,7 @@ def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
     assert names
     assert (ours.loss, ours.tokens) == (pytest.approx(expected.loss, rel=1e-6), expected.tokens)
     assert ours.source == "made up"
+    assert (ours.counts, ours.scored) == ({x: expected.counts[x] for x in names}, expected.scored)
     assert ours.coherence == pytest.approx({x: expected.coherence[x] for x in names}, rel=1e-4)
     for side in ("rows", "columns"):
         mine, theirs = getattr(ours, side), getattr(expected, side)

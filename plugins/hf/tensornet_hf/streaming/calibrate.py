@@ -88,7 +88,13 @@ def calibrate_checkpoint(
                 run.backward(scored)
                 bar.update()
             bar.close()
-        run.moments.write(Path(path), tokens=run.tokens, loss=loss, source=source, of_tokens=run.of_tokens)
+        facts = {
+            "tokens": max(run.counts.values(), default=0),
+            "counts": run.counts,
+            "scored": scored,
+            "of_tokens": run.of_tokens,
+        }
+        run.moments.write(Path(path), loss=loss, source=source, **facts)
     return CalibrationStats.load(path)
 
 
@@ -139,7 +145,8 @@ class _Streamed:
         self.full_up_to, self.moments = full_up_to, Moments(folder / "moments")
         self.recorder = MomentRecorder(full_up_to, torch.float32)
         self.sees = "nothing"
-        self.tokens, self.of_tokens = 0, False
+        self.counts: dict[str, int] = {}
+        self.of_tokens = False
 
     # What hooks call.
 
@@ -182,7 +189,7 @@ class _Streamed:
         self._observe("inputs")
         with _in_memory(self.chain.block.modules()):
             self.chain.advance(keep=True, before=self._expect)
-        self.tokens = max(self.tokens, *self.recorder.counts.values(), 0)
+        self.counts |= self.recorder.counts
         self.moments.add(self.recorder.finish(1, None, ""))
 
     def leave(self, loss_fn: TokenLosses) -> tuple[float, int]:

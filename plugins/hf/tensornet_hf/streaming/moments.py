@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -53,8 +54,12 @@ class Moments:
         read = {key: load_slice(self.stored[key]) for key in dict.fromkeys(keys.values())}
         return {name: read[key] for name, key in keys.items()}
 
-    def write(self, path: Path, *, tokens: int, loss: float, source: str, of_tokens: bool) -> None:
-        """Write the file that `CalibrationStats.load` reads, from the stored bytes."""
-        facts = {"tokens": tokens, "loss": loss, "source": source, "of_tokens": of_tokens}
+    def write(self, path: Path, **facts: Any) -> None:
+        """Write the file that `CalibrationStats.load` reads, from the stored bytes.
+
+        Args:
+            path: of the file.
+            facts: fields of `CalibrationStats` that are not moments.
+        """
         header = {"version": STATS_VERSION, **facts, "coherence": self.coherence, **self.sides}
         write_shard(ShardTask(path, self.stored, {"calibration": json.dumps(header)}))
