@@ -368,8 +368,17 @@ class MomentRecorder:
         tokens = max(self.counts.values(), default=0)
         readers = tuple(sorted(self.readers))
         coherence = self._coherence(rows, {**columns, **(inputs or {})})
-        counted = {"counts": dict(self.counts), "scored": scored}
-        return CalibrationStats(rows, columns, tokens, loss, source, readers, coherence=coherence, **counted)
+        return CalibrationStats(
+            rows,
+            columns,
+            tokens,
+            loss,
+            source,
+            readers,
+            coherence=coherence,
+            counts=dict(self.counts),
+            scored=scored,
+        )
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
         """Compute the coherence of each layer that has held tokens and both moments."""
