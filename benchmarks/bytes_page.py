@@ -263,7 +263,7 @@ def whole_table(rows: Sequence[Row]) -> str:
     if not rows:
         return "Not measured yet."
     lines = ["| share of the bytes | file, MB | after | perplexity | times dense |", "|--:|--:|---|--:|--:|"]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row["share"]):
         after = {"": "calibration alone", "healed": "refined and healed"}.get(row["after"], row["after"])
         after += ", gains alone" if row.get("trained") == "vectors" else ""
         cells = f"{100 * row['share']:.0f} % | {row['file_bytes'] / 1e6:.1f} | {after}"

@@ -159,17 +159,11 @@ def training(cache: Path, subject: Subject, length: int, rows: int) -> Batches:
     return windows(found[order], rows)
 
 
-def refitting(cache: Path, subject: Subject, count: int) -> Batches:
-    """Return windows of 512 tokens by turns of the tutorials and of the PostgreSQL manual.
-
-    Args:
-        cache: folder of models and texts.
-        subject: model, with as many windows of the tutorials as are wanted.
-        count: number of windows of each source.
-    """
+def refitting(cache: Path, subject: Subject) -> Batches:
+    """Return calibration windows of a second seed by turns with as many of the PostgreSQL manual."""
     near = subject.calibration(1)
     rows, length = near[0]["input_ids"].shape
-    far = training(cache, subject, length, rows)[: count // rows]
+    far = training(cache, subject, length, rows)[: len(near)]
     return [batch for pair in zip(near, far, strict=True) for batch in pair]
 
 
@@ -193,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     else:
         subject = bytes_models.smollm2(given.cache, calibration=given.calibration)
         fewer = bytes_models.smollm2(given.cache, calibration=24)
-        texts = refitting(given.cache, fewer, 24)
+        texts = refitting(given.cache, fewer)
         bench = Bench(subject, texts, lambda: training(given.cache, subject, 256, 2), given)
     path = given.records / "whole_model.json"
     for share in given.shares:

@@ -34,7 +34,7 @@ from tensornet.quantization import NumberFormat, packed_bytes, unpack
 _GROUPS = (128, 64, 32)
 #: Most tokens, over the number of products, for which the kernel is faster than unpacking the matrix. Units
 #: for matrices (AMX) make the product with the unpacked matrix three to four times as fast, not the kernel.
-KERNEL_TOKENS = 48 if torch.cpu._is_amx_tile_supported() else 96
+KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
 #: A layout of more than this many times the stored bytes is made only under the strategy "factorized".
 HELD_RATIO = 1.75
 #: Elements that are converted, or unpacked and multiplied, at a time: 8 MiB on the way.

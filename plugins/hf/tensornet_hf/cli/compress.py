@@ -171,7 +171,7 @@ def run(
         given = CompressOptions(
             config=None if plan is not None else config,
             plan=plan,
-            calibration=calibration or None,
+            calibration=calibration,
             calibration_tokens=calibration_tokens,
             validation=validation,
             held_out=held_out,
@@ -221,9 +221,9 @@ def _check_usage(budget: Mapping[str, object], others: Mapping[str, object], pla
 def _advice(done: FolderReport, given: CompressOptions) -> list[str]:
     """Return a line that recommends the user's own calibration text, if there was none."""
     plan, config = done.report.plan, given.config
-    if given.calibration is None and plan.objective != "weight":
+    if not given.calibration_files and plan.objective != "weight":
         return [f"calibrated on {plan.calibration}; --calibration with text of your own serves it better"]
-    if config is None or given.calibration is not None:
+    if config is None or given.calibration_files:
         return []
     if config.objective == "auto" and config.rel_error is None:
         return ["the weights alone decided; --calibration TEXT makes a far better model"]
