@@ -8,8 +8,8 @@ a draft and reading a prompt do. All sides compute in bfloat16 but the dense one
 processor time counts, else the wall clock. `int4` are 4.25 bits a weight in one format. `planned` are 4.25
 bits in the formats that a plan by the loss chooses, in its shares: those of 3 bits are held as 4, those of 5
 and 6 bits as two matrices of 4. Codes and scales are random, which no product notices. Rows that the record
-holds are kept, so that a run goes on where the last one ended. Ratios are to the dense model in bfloat16,
-paired.
+holds are kept, so that a run goes on where the last one ended, and those of other processors stay beside
+them. Ratios are to the dense model in bfloat16, paired.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RECORDS, held_bytes, paired_medians, record
+from harness import RECORDS, held_bytes, paired_medians, provenance, record
 from real_data import prepare_models
 from speed import clock_for, rounds, with_threads
 from torch import nn
@@ -40,7 +40,7 @@ PLANNED = {"int4": 125, "int3": 35, "int5": 31, "int6": 17, "int8": 2}
 SIDES = ("float32", "bfloat16", "int4", "int8:row", "planned")
 TOKENS = (1, 16, 256)
 BASE = "bfloat16"
-KEY = ("side", "mode", "threads", "tokens")
+KEY = ("side", "mode", "threads", "tokens", "device")
 
 
 def build(config: Any, side: str, folder: Path | None) -> nn.Module:
@@ -155,16 +155,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     known = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = {tuple(row[key] for key in KEY): row for row in known}
     models = {side: build(config, side, folder) for side in given.sides}
+    origin = {key: provenance()[key] for key in ("device", "date", "commit", "dirty", "load")}
     sizes = {side: round(file_bytes(model) / 2**20, 3) for side, model in models.items()}
 
     def work(threads: int) -> list[dict[str, Any]]:
         for mode in given.modes:
             for tokens in given.tokens:
-                wanted = [(side, mode, threads, tokens) for side in given.sides]
+                wanted = [(side, mode, threads, tokens, origin["device"]) for side in given.sides]
                 if all(key in rows for key in wanted):
                     continue
                 for row in measure(models, mode, tokens, given.seconds, threads):
-                    row["file_MiB"] = sizes[row["side"]]
+                    row |= {"file_MiB": sizes[row["side"]], **origin}
                     rows[tuple(row[key] for key in KEY)] = row
                     print(row, flush=True)
                 gc.collect()
@@ -179,9 +180,9 @@ def write(rows: Any, folder: Path) -> Path:
     """Write the record, with the smallest and the median ratio of each kind of pass."""
     found = list(rows)
     summary = {
-        f"{row['side']}, {row['tokens']} tokens, {row['mode']}, threads: {row['threads']}": row[
-            "times_bfloat16"
-        ]
+        ", ".join(
+            [row["side"], f"{row['tokens']} tokens", row["mode"], f"threads: {row['threads']}", row["device"]]
+        ): row["times_bfloat16"]
         for row in found
         if row["side"] not in ("float32", BASE)
     }
