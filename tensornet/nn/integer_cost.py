@@ -77,7 +77,12 @@ def product_cost(
         seconds = products * (machine.overhead + tokens * elements / machine.kernel_peak)
         return IntegerCost(kernel, seconds + size / machine.bandwidth, 0, size, True, size)
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
-    seconds = size / machine.bandwidth + unpack_seconds(number_format, elements, machine, wide)
+    passes = unpack_passes(number_format, wide)
+    if number_format.bits == 8 and number_format.groups(shape[1]) == 1 and not number_format.zero_point:
+        passes = 1.0  # codes are converted, and outputs scaled
+    elif has_layout(number_format, shape, larger=larger):
+        passes = unpack_passes(number_format, 4)  # scales multiply numbers of either size
+    seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
     seconds += dense_seconds(*shape, tokens, machine, wide, from_memory=False)
     return IntegerCost("unpacked", seconds, elements, size, True, size)
 
@@ -100,23 +105,21 @@ def unpacking_cost(topology: Topology, storage: Storage, machine: Machine, items
             count = math.prod(shape)
             elements += count
             size += number_format.nbytes((math.prod(shape[:-1]), shape[-1]))
-            seconds += unpack_seconds(number_format, count, machine, itemsize)
+            passes = unpack_passes(number_format, itemsize)
+            seconds += machine.overhead + count * machine.unpack_pass * passes
     return IntegerCost("unpacked", seconds, elements, size, False, size)
 
 
-def unpack_seconds(number_format: NumberFormat, elements: int, machine: Machine, itemsize: int) -> float:
-    """Predict the time to unpack codes that are in a cache.
+def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
+    """Count the passes over elements of four bytes that unpacking takes; those over single bytes count half.
 
     Args:
         number_format: of the codes.
-        elements: how many.
-        machine: whose constants count.
         itemsize: bytes of an unpacked element.
     """
-    # Passes over elements of four bytes; those over single bytes count half.
     bits = number_format.bits or 8
     passes = 2.0 + (0.0 if bits == 8 else 1.0 if 8 % bits == 0 else 2.5)
-    return machine.overhead + elements * machine.unpack_pass * (passes + (1.0 if itemsize == 2 else 0.0))
+    return passes + (1.0 if itemsize == 2 else 0.0)
 
 
 def _kernel(

@@ -16,10 +16,10 @@ from tensornet.nn.encoding import unpacked
 from tensornet.nn.kernel_layout import KernelMatrix
 from tensornet.quantization import NumberFormat
 
-#: Elements that are unpacked at a time.
-_BLOCK = 2**17
+#: Elements that are unpacked at a time; of codes that need no scales, which are converted in one pass.
+_BLOCK, _POINTS = 2**17, 2**20
 #: Most tokens for which torch's int8 kernel on the CPU is faster than unpacking.
-INT8_TOKENS = 48
+INT8_TOKENS = 24
 _KERNEL_STEP = 32
 #: Most tokens for which unpacking to float32, and multiplying there, is faster than in 16 bits.
 WIDE_TOKENS = 8
@@ -31,6 +31,9 @@ class IntegerProduct(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """Shape `(out, in)`."""
+
+    def row_scales(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the scales of rows, shape `(out,)`, that `blocks` leaves out; None if it leaves out none."""
 
     def has_kernel(self, x: Tensor) -> bool:
         """Return True if a kernel of torch multiplies this input faster than unpacked blocks do."""
@@ -65,15 +68,34 @@ class IntegerMatrix:
         """Shape `(out, in)`."""
         return len(self.codes), self.columns
 
+    def row_scales(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the scales of rows, shape `(out,)`, if codes are points of the grid and a row has one scale.
+
+        Integers of 8 bits are exact in bfloat16, and it is faster to scale outputs than weights. In
+        `torch.float16` products with integers may be too large.
+        """
+        points = self.number_format.bits == 8 and self.zeros is None
+        if not points or self.scales.shape[1] != 1 or dtype == torch.float16:
+            return None
+        return self.scales[:, 0].to(dtype)
+
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Unpack the rows, block by block."""
-        step = max(1, _BLOCK // max(self.columns, 1))
-        for start in range(0, len(self.codes), step):
-            part = slice(start, min(start + step, len(self.codes)))
+        """Unpack the rows, block by block, without `row_scales`."""
+        if self.row_scales(dtype) is not None:
+            for part in self._parts(_POINTS):
+                yield part, self.codes[part].view(torch.int8).to(dtype)
+            return
+        for part in self._parts(_BLOCK):
             kept = {"core_": self.codes[part], "scale_": self.scales[part]}
             if self.zeros is not None:
                 kept["zero_"] = self.zeros[part]
             yield part, unpacked(self.number_format, kept, "", self.columns, dtype)
+
+    def _parts(self, elements: int) -> Iterator[slice]:
+        """Yield slices of as many rows as have this many elements."""
+        step = max(1, elements // max(self.columns, 1))
+        for start in range(0, len(self.codes), step):
+            yield slice(start, min(start + step, len(self.codes)))
 
     def has_kernel(self, x: Tensor) -> bool:
         """Return True if torch's int8 kernel can read the codes, and is the faster way for this input."""
@@ -126,6 +148,8 @@ def _traced(x: Tensor, matrix: IntegerMatrix | KernelMatrix, *, recorded: bool) 
         return matrix.by_kernel(x)
     if isinstance(matrix, KernelMatrix):
         return linear(x, matrix.dense(x.dtype))
+    if not recorded and (scales := matrix.row_scales(x.dtype)) is not None:
+        return linear(x, matrix.codes.view(torch.int8).to(x.dtype)) * scales
     name = matrix.number_format.name
     y: Tensor = integer_product(x, matrix.codes, matrix.scales, matrix.zeros, name)
     return y
@@ -139,12 +163,15 @@ def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
     wide = x.float() if x.dtype == torch.bfloat16 and x.is_cpu and len(x) <= WIDE_TOKENS else x
     for part, rows in matrix.blocks(wide.dtype):
         y[:, part] = linear(wide, rows)
-    return y
+    scales = matrix.row_scales(wide.dtype)
+    return y if scales is None else y.mul_(scales)
 
 
 def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
     """Compute the gradient by the input from the gradient `(tokens, out)` by the output."""
     made = gradient.new_zeros(len(gradient), matrix.shape[1])
+    scales = matrix.row_scales(gradient.dtype)
+    gradient = gradient if scales is None else gradient * scales
     for part, rows in matrix.blocks(gradient.dtype):
         made.addmm_(gradient[:, part], rows)
     return made

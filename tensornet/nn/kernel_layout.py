@@ -27,6 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tensornet.context import is_exporting
 from tensornet.nn.encoding import packed_codes, unpacked_codes
 from tensornet.quantization import NumberFormat, packed_bytes, unpack
 
@@ -78,6 +79,9 @@ class KernelMatrix:
         """Bytes that the layout takes."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def row_scales(self, dtype: torch.dtype) -> None:
+        """Return None: `blocks` leaves no scales out."""
+
     def has_kernel(self, x: Tensor) -> bool:
         """Return True if the kernel is the faster way for this input."""
         return 0 < len(x) <= KERNEL_TOKENS // self.products and x.dtype == torch.bfloat16
@@ -90,37 +94,35 @@ class KernelMatrix:
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Unpack the rows, block by block; each is the transpose of a contiguous matrix."""
         rows, columns = self.shape
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        factors = self._scales(wide) / _unit(self.number_format)
+        # Of numbers in 16 bits only bfloat16 has the range of the scales.
+        own = torch.float32 if dtype == torch.float16 else dtype
+        factors = _in_order(self.scales, rows, self.block // 2).permute(2, 3, 0, 1, 4).to(own)
+        factors = factors / _unit(self.number_format)
         for part in _parts(rows, columns, self.block):
             blocks = slice(part.start // self.block, part.stop // self.block)
-            # In place and in order of the layout: few passes over memory, and one that puts rows in order.
-            values = self._points(part).to(wide)  # shape: (blocks, 2, in, half)
-            count, _, _, half = values.shape
-            values.view(count, 2, -1, self.group, half).mul_(factors[blocks])
-            made = values.new_empty(columns, part.stop - part.start, dtype=dtype)
-            made.view(columns, count, 2, half).copy_(values.permute(2, 0, 1, 3))
-            del values  # the next ones would be made beside them
-            yield part, made.T
+            # Codes are put in order while they are bytes; then the scales of a group lie side by side.
+            points = self._points(part).permute(2, 0, 1, 3)
+            made = points.new_empty(points.shape, dtype=own).copy_(points)  # shape: (in, blocks, 2, half)
+            del points  # the next ones would be made beside them
+            made.view(-1, self.group, *made.shape[1:]).mul_(factors[:, :, blocks])
+            yield part, made.view(columns, -1).to(dtype).T
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Unpack all values, in operations that a compiler fuses."""
         (rows, columns), half = self.shape, self.block // 2
-        parts = self.codes.view(self.products, -1, columns, half)
-        points = [torch.stack((codes & 15, codes >> 4), 1).to(torch.int8) - 8 for codes in parts]
-        scales, low = self._scales(dtype), _low_bits(self.number_format)
-        found = points[0]
-        if low:
-            found = found * 2**low + (points[1] + 2 ** (low - 1))
-        elif _between_points(self.number_format):
-            found, scales = 2 * found + 1, scales / 2
-        values = found.view(len(found), 2, -1, self.group, half).to(dtype) * scales
-        return values.view(-1, 2, columns, half).transpose(2, 3).reshape(rows, columns)
-
-    def _scales(self, dtype: torch.dtype) -> Tensor:
-        """Order the stored scales like the codes, shape `(blocks, 2, groups, 1, half)`."""
-        scales = self.scales[:, -self.shape[0] :, 0]  # those of the last product
-        return scales.view(len(scales), -1, 2, 1, self.block // 2).permute(1, 2, 0, 3, 4).to(dtype)
+        low = _low_bits(self.number_format)
+        parts = self.codes.view(self.products, -1, columns, half).unbind()
+        ordered = _in_order if is_exporting() else _copied_in_order
+        sides = []
+        for side, scales in enumerate(ordered(self.scales, rows, half).unbind(1)):
+            high, *rest = ((codes >> 4 if side else codes & 15).to(torch.float32) for codes in parts)
+            if low:
+                points = high * 2**low + (rest[0] - (2 ** (low + 3) + 8 - 2 ** (low - 1)))
+            else:
+                points = high - (7.5 if _between_points(self.number_format) else 8)
+            values = points.view(len(points), -1, self.group, half) * scales.to(torch.float32)
+            sides.append(values.view(-1, columns, half).transpose(0, 1).to(dtype))
+        return torch.stack(sides, 2).view(columns, rows).T
 
     def _points(self, part: slice) -> Tensor:
         """Unpack rows to `_unit` times `value / scale`, `torch.int8` of shape `(blocks, 2, in, half)`."""
@@ -144,6 +146,30 @@ class KernelMatrix:
         found[:, 1] += rest[0] >> 4
         # 2^low (high - 8) + low part - 8 + 2^(low - 1), in arithmetic modulo 256
         return found.sub_(2 ** (low + 3) + 8 - 2 ** (low - 1)).view(torch.int8)
+
+
+def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
+    """Order the stored scales of a layout like its codes, shape `(blocks, 2, groups, 1, half)`.
+
+    Args:
+        scales: as `KernelMatrix` holds them.
+        rows: of the matrix.
+        half: number of rows in half a block.
+    """
+    found = scales[:, -rows:, 0].view(len(scales), -1, 2, 1, half)  # those of the last product
+    return found.permute(1, 2, 0, 3, 4)
+
+
+# Instead of making this small copy, a compiler would gather single numbers from the pairs for every code.
+@torch.library.custom_op("tensornet::kernel_scales", mutates_args=())
+def _copied_in_order(scales: Tensor, rows: int, half: int) -> Tensor:
+    return _in_order(scales, rows, half).to(torch.float32).contiguous()
+
+
+@_copied_in_order.register_fake
+def _(scales: Tensor, rows: int, half: int) -> Tensor:
+    groups, blocks = len(scales), rows // (2 * half)
+    return scales.new_empty(blocks, 2, groups, 1, half, dtype=torch.float32)
 
 
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

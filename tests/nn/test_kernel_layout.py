@@ -262,6 +262,7 @@ def test_other_strategies_use_no_kernel(strategy: str) -> None:
         ("int4:row", 40, True),
         ("int4", 2, False),
         ("int8:row", 2, False),
+        ("int8:row", 40, False),
         ("int3", 2, False),
         ("int6", 2, True),
         ("int6:zero", 40, True),
@@ -300,6 +301,20 @@ def test_a_compiled_program_calls_the_kernel(name: str) -> None:
     with torch.no_grad():
         torch.compile(layer(name).eval(), fullgraph=True, backend=backend)(tokens(2))
     assert any("pack_mm" in name for name in seen)
+
+
+def test_a_compiled_program_converts_codes_of_8_bits_itself() -> None:
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    made, x = layer("int8:row").eval(), tokens(100)
+    with torch.no_grad():
+        close(torch.compile(made, fullgraph=True, backend=backend)(x), expected(made, x))
+    assert not any("integer_product" in name or "pack_mm" in name for name in seen)
 
 
 def test_int8_kernel_only_where_it_can_read_the_codes() -> None:

@@ -251,7 +251,8 @@ def test_bad_descriptions(data: dict[str, object], message: str) -> None:
 def test_products_in_blocks(
     name: str, tokens: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(integer_product, "_BLOCK", 4 * SHAPE[1])
+    for elements in ("_BLOCK", "_POINTS"):
+        monkeypatch.setattr(integer_product, elements, 4 * SHAPE[1])
     made = layer("dense", Storage(number_format=NumberFormat.parse(name))).to(dtype)
     twin = copy.deepcopy(made).configure(strategy="reconstruct")
     inputs = [torch.randn(*tokens, SHAPE[1], dtype=dtype, requires_grad=True) for _ in range(2)]
@@ -267,6 +268,30 @@ def test_products_in_blocks(
     assert made.bias is not None
     assert twin.bias is not None
     torch.testing.assert_close(made.bias.grad, twin.bias.grad, **room)
+
+
+def test_outputs_are_scaled_only_where_that_is_the_same() -> None:
+    def row_scales(name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        matrix = layer("dense", Storage(number_format=NumberFormat.parse(name)))._integers(
+            torch.ones(SHAPE[1])
+        )
+        assert matrix is not None
+        return matrix.row_scales(dtype)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        scales = row_scales("int8:row", dtype)
+        assert scales is not None
+        assert (scales.shape, scales.dtype) == ((SHAPE[0],), dtype)
+    assert row_scales("int8:row", torch.float16) is None  # products with integers may be too large
+    assert all(row_scales(name, torch.float32) is None for name in ("int8:g32", "int8:row:zero", "int4:row"))
+
+
+def test_large_inputs_in_16_bits() -> None:
+    made = layer("dense", Storage(number_format=NumberFormat.parse("int8:row"))).half()
+    made.configure(strategy="factorized")
+    x = torch.full((2, SHAPE[1]), 200.0, dtype=torch.float16)
+    exact = copy.deepcopy(made).float()(x.float())
+    torch.testing.assert_close(made(x).float(), exact, rtol=0.01, atol=0.5)
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (20, 36), (32, 48)])
