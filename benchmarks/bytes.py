@@ -50,6 +50,7 @@ from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.targets import LayerSelection, Target, find_targets
 from tensornet.quantization import round_weight
 from tensornet.quantization.rounding import ROW_DAMPING
+from tensornet.streaming.worker import peak_memory
 from tensornet.topologies.dense import ROUNDING_DAMPING
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
@@ -271,7 +272,7 @@ def processor_seconds() -> float:
 
 def peak_mib() -> int:
     """Return the peak memory of this process so far in MiB, the model and its texts included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return peak_memory() // 2**20
 
 
 def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | None) -> dict[str, Any]:

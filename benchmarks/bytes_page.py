@@ -1,9 +1,9 @@
-"""Write the figures of docs/bytes.md and README.md, and the picture, from the record of bytes.py.
+"""Write the figures of docs/bytes.md and README.md, and the picture, from records.
 
     python benchmarks/bytes_page.py
 
-The text of the page is written by hand; what lies between `<!-- table NAME -->` and `<!-- end -->` is
-replaced.
+The records are those of bytes.py, whole_model.py and generation.py. The text is written by hand; what lies
+between `<!-- table NAME -->` and `<!-- end -->` is replaced.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ STYLES = {
 def main() -> None:
     """Replace the generated parts."""
     record = json.loads((RECORDS / "bytes.json").read_text())
-    whole = RECORDS / "whole_model.json"
-    record["whole"] = json.loads(whole.read_text())["rows"] if whole.is_file() else []
+    for name, other in (("whole", "whole_model"), ("speed", "generation")):
+        path = RECORDS / f"{other}.json"
+        record[name] = json.loads(path.read_text())["rows"] if path.is_file() else []
     for page in (PAGE, ROOT / "README.md", ROOT / "docs" / "index.md"):
         page.write_text(filled(page.read_text(), record))
     draw(record["rows"], PICTURE)
@@ -73,6 +74,7 @@ def filled(text: str, record: Mapping[str, Any]) -> str:
         "time": time_table(rows),
         "samples": samples_table(rows),
         "whole": whole_table(record.get("whole", ())),
+        "speed": speed_table(record.get("speed", ())),
         "origin": origin(record),
     }
     return fill_tables(text, parts)
@@ -268,6 +270,28 @@ def whole_table(rows: Sequence[Row]) -> str:
         after += ", gains alone" if row.get("trained") == "vectors" else ""
         cells = f"{100 * row['share']:.0f} % | {row['file_bytes'] / 1e6:.1f} | {after}"
         lines.append(f"| {cells} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    """Tabulate the speed of generation relative to the dense model in bfloat16, and the bytes held."""
+    sides = {"int4": "int4", "planned": "planned", "int8:row": "int8, a scale a row"}
+    lines = [f"| processor | threads | tokens in one pass | {' | '.join(sides.values())} |"]
+    lines.append("|---|--:|---|--:|--:|--:|")
+    found: dict[tuple[str, int, int, bool], dict[str, str]] = {}
+    held: dict[str, str] = {}
+    for row in rows:
+        key = (row["device"], row["threads"], row["tokens"], row["mode"] == "compiled")
+        found.setdefault(key, {})[row["side"]] = f"{row['times_bfloat16']:.2f}x"
+        held[row["side"]] = f"{row['held_MiB']:.0f}"
+    for (device, threads, tokens, compiled), ratios in sorted(found.items()):
+        passed = f"{tokens}{', both compiled' if compiled else ''}"
+        cells = [device, str(threads), passed, *(ratios.get(side, "") for side in sides)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if held:
+        lines.append(
+            f"| held, MiB (dense {held['bfloat16']}) | | | {' | '.join(held[side] for side in sides)} |"
+        )
     return "\n".join(lines)
 
 

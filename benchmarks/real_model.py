@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.streaming.worker import peak_memory
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text.perplexity import perplexity
 
@@ -140,7 +140,7 @@ def _row(
         "perplexity": result.perplexity,
         "evaluate_s": time.perf_counter() - start,
         # Of the whole process so far, so a later row can only say what its predecessors did not exceed.
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory() / 2**20,
         "sample": _sample(model, setting),
     }
 

@@ -219,7 +219,12 @@ def peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes; 0 where it is unavailable."""
     if sys.platform == "win32":
         return 0
-    import resource  # absent there
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the process that started this one held by then
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if lines:
+            return int(lines[0].split()[1]) * 1024
+    import resource  # absent on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -124,5 +124,18 @@ def test_page_shows_the_record(load_benchmark: Any, tmp_path: Path) -> None:
     whole = {"share": 0.25, "file_bytes": 8.1e7, "after": "", "perplexity": 27.5, "perplexity_ratio": 1.0571}
     assert page.whole_table([]) == "Not measured yet."
     assert page.whole_table([whole]).endswith("| 25 % | 81.0 | calibration alone | 27.50 | 1.057 |")
+    fast = {"device": "EPYC", "threads": 1, "tokens": 16, "mode": "eager"}
+    speeds = [
+        {**fast, "side": "int4", "times_bfloat16": 1.138, "held_MiB": 111.02},
+        {**fast, "side": "bfloat16", "times_bfloat16": 1.0, "held_MiB": 256.567},
+        {**fast, "side": "planned", "times_bfloat16": 0.977, "held_MiB": 126.623},
+        {**fast, "side": "planned", "mode": "compiled", "times_bfloat16": 0.9, "held_MiB": 126.623},
+        {**fast, "side": "int8:row", "times_bfloat16": 0.868, "held_MiB": 155.614},
+    ]
+    assert page.speed_table(speeds).splitlines()[2:] == [
+        "| EPYC | 1 | 16 | 1.14x | 0.98x | 0.87x |",
+        "| EPYC | 1 | 16, both compiled |  | 0.90x |  |",
+        "| held, MiB (dense 257) | | | 111 | 127 | 156 |",
+    ]
     page.draw(rows, tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text()

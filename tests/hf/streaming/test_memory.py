@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import fault_tasks
@@ -56,6 +59,19 @@ def test_memory_does_not_grow_with_the_checkpoint(source: Path, tmp_path: Path, 
     assert len(report["layers"]) == LAYERS
     assert report["largest_tensor"] == MB
     assert f"peak memory: {report['peak_memory'] / 1e6:,.0f} MB" in text
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="other systems do not tell")
+def test_a_process_counts_nothing_of_the_one_that_started_it() -> None:
+    """With vfork getrusage tells a new process the peak of its parent."""
+    small = "from tensornet.streaming.worker import peak_memory; print(peak_memory())"
+    large = (
+        "import subprocess, sys\nheld = bytearray(b'x') * 2_000_000_000\n"
+        f"print(subprocess.check_output([sys.executable, '-c', {small!r}]).decode())"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    told = subprocess.check_output([sys.executable, "-c", large], env=environment)
+    assert 10 * MB < int(told) < 800_000_000
 
 
 def test_the_limit_is_one(tmp_path: Path) -> None:
