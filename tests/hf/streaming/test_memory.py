@@ -66,7 +66,7 @@ def test_a_process_counts_nothing_of_the_one_that_started_it() -> None:
     """With vfork getrusage tells a new process the peak of its parent."""
     small = "from tensornet.streaming.worker import peak_memory; print(peak_memory())"
     large = (
-        "import subprocess, sys\nheld = bytearray(b'x') * 2_000_000_000\n"
+        "import subprocess, sys\nheld = bytearray(b'x') * 1_000_000_000\n"
         f"print(subprocess.check_output([sys.executable, '-c', {small!r}]).decode())"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
