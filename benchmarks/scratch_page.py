@@ -305,7 +305,7 @@ def table_of_a_record(runs: Sequence[Run]) -> str:
         if run["history"]:
             groups.setdefault(run["row"]["name"], []).append(run)
     shown = max(set.intersection(*({m for run in found for m in losses(run)} for found in groups.values())))
-    first = min(run["seed"] for run in runs)
+    first = min(run["seed"] for run in runs if shown in losses(run))
     best = {name: at_best_rate(found, shown, first) for name, found in groups.items()}
     means = {name: mean_losses(found) for name, found in best.items()}
     marks = sorted({mark for found in means.values() for mark in found})
@@ -418,7 +418,9 @@ def fill(page: str, records: Mapping[str, Run]) -> str:
         "causes": causes_table(rows["causes"], runs),
         "mask": mask_table(rows["mask"], [*runs, *rows["causes"]]),
         "t5": table_of_a_record(rows["t5"]),
+        "t5_seeds": seeds_table(rows["t5"]),
         "larger": table_of_a_record(rows["larger"]),
+        "larger_seeds": seeds_table(rows["larger"]),
         "earlier": earlier_table(rows["earlier"]),
         "formats": formats_table(rows["scratch_formats"]),
         "stacks": stacks_table(rows["trained_stacks"]),

@@ -220,6 +220,15 @@ def test_t5_rows_have_their_best_rate_at_the_last_mark_of_all(script: ModuleType
     ]
 
 
+def test_a_shorter_run_of_another_seed_leaves_the_last_mark_as_it_is(script: ModuleType) -> None:
+    long = [
+        run(name, kind, 100, {1: 4.0, 2: 3.5}, seed=1)
+        for name, kind in (("dense", "dense"), ("dense x2", "dense"), ("Switch, prob", "switch"))
+    ]
+    short = [run("dense", "dense", 100, {1: 3.0}, seed=0)]
+    assert script.table_of_a_record([*short, *long]) == script.table_of_a_record(long)
+
+
 def test_compressed_experts_are_shown_by_what_is_kept(script: ModuleType) -> None:
     rows = [
         {
