@@ -373,17 +373,20 @@ def stacks_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Time of a training step relative to dense experts, by form; and compiled relative to eager."""
-    found = {row["what"]: row["ratio"] for row in rows if row["threads"] == 1}
+    """Time of a training step relative to dense experts, by form and threads; and compiled to eager."""
     columns = ("training step, {}", "training step with AdamW, {}", "training step, {}, compiled")
-    forms = [what.removeprefix("training step, ") for what in found if what.startswith(columns[0].format(""))]
     lines = [
-        "| experts | times dense experts | the same with AdamW | compiled, times eager |",
-        "|---|--:|--:|--:|",
+        "| experts | threads | times dense experts | the same with AdamW | compiled, times eager |",
+        "|---|--:|--:|--:|--:|",
     ]
-    for form in dict.fromkeys(form.removesuffix(", compiled") for form in forms):
-        cells = [found.get(column.format(form)) for column in columns]
-        lines.append("| " + " | ".join([form, *("" if x is None else f"{x:.2f}" for x in cells)]) + " |")
+    for threads in sorted({row["threads"] for row in rows}):
+        found = {row["what"]: row["ratio"] for row in rows if row["threads"] == threads}
+        steps = [what for what in found if what.startswith(columns[0].format(""))]
+        forms = [what.removeprefix(columns[0].format("")).removesuffix(", compiled") for what in steps]
+        for form in dict.fromkeys(forms):
+            ratios = [found.get(column.format(form)) for column in columns]
+            cells = (form, str(threads), *("" if x is None else f"{x:.2f}" for x in ratios))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
