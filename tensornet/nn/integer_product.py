@@ -75,6 +75,7 @@ class IntegerMatrix:
         `torch.float16` products with integers may be too large.
         """
         points = self.number_format.bits == 8 and self.zeros is None
+        points = points and not self.codes.is_floating_point()  # trained at the moment
         if not points or self.scales.shape[1] != 1 or dtype == torch.float16:
             return None
         return self.scales[:, 0].to(dtype)
