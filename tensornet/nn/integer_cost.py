@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine
-from tensornet.nn.integer_product import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel
+from tensornet.nn.integer_product import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel, scales_by_row
 from tensornet.nn.kernel_layout import KERNEL_TOKENS, has_layout, layout_bytes, products_of
 from tensornet.nn.storage import Storage, kept_shapes
 from tensornet.quantization import NumberFormat
@@ -78,10 +78,10 @@ def product_cost(
         return IntegerCost(kernel, seconds + size / machine.bandwidth, 0, size, True, size)
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
-    if number_format.bits == 8 and number_format.groups(shape[1]) == 1 and not number_format.zero_point:
-        passes = 1.0  # codes are converted, and outputs scaled
-    elif has_layout(number_format, shape, larger=larger):
+    if itemsize == 2 and machine.kernel_peak > 0 and has_layout(number_format, shape, larger=larger):
         passes = unpack_passes(number_format, 4)  # scales multiply numbers of either size
+    elif scales_by_row(number_format, shape[1]):
+        passes = 1.0  # codes are converted, and outputs scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
     seconds += dense_seconds(*shape, tokens, machine, wide, from_memory=False)
     return IntegerCost("unpacked", seconds, elements, size, True, size)

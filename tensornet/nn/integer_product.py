@@ -74,9 +74,8 @@ class IntegerMatrix:
         Integers of 8 bits are exact in bfloat16, and it is faster to scale outputs than weights. In
         `torch.float16` products with integers may be too large.
         """
-        points = self.number_format.bits == 8 and self.zeros is None
-        points = points and not self.codes.is_floating_point()  # trained at the moment
-        if not points or self.scales.shape[1] != 1 or dtype == torch.float16:
+        trained = self.codes.is_floating_point()
+        if trained or dtype == torch.float16 or not scales_by_row(self.number_format, self.columns):
             return None
         return self.scales[:, 0].to(dtype)
 
@@ -114,12 +113,17 @@ def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return y
 
 
+def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
+    """Return True if codes are stored as points of the grid, of which each row has one scale."""
+    points = number_format.bits == 8 and not number_format.zero_point
+    return points and number_format.groups(columns) == 1
+
+
 def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
     """Return True if torch's int8 kernel reads matrices of this format and shape as they are stored."""
-    whole = number_format.groups(shape[1]) == 1 and not number_format.zero_point
+    plain = scales_by_row(number_format, shape[1]) and number_format.scale_dtype == torch.bfloat16
     # With other sizes the kernel reads beyond its operands and crashes.
-    plain = number_format.bits == 8 and number_format.scale_dtype == torch.bfloat16
-    return plain and whole and all(n % _KERNEL_STEP == 0 for n in shape)
+    return plain and all(n % _KERNEL_STEP == 0 for n in shape)
 
 
 def multiply(x: Tensor, matrix: IntegerMatrix | KernelMatrix, bias: Tensor | None) -> Tensor:

@@ -317,6 +317,16 @@ def test_a_compiled_program_converts_codes_of_8_bits_itself() -> None:
     assert not any("integer_product" in name or "pack_mm" in name for name in seen)
 
 
+@pytest.mark.parametrize("name", ["int3", "int4", "int6"])
+def test_the_copy_of_scales_is_what_compilers_are_told(name: str) -> None:
+    made = layer(name).eval()
+    made(tokens(1))
+    matrix = made.kernel_matrix
+    assert matrix is not None
+    arguments = (matrix.scales, matrix.shape[0], matrix.block // 2)
+    torch.library.opcheck(torch.ops.tensornet.kernel_scales.default, arguments)
+
+
 def test_int8_kernel_only_where_it_can_read_the_codes() -> None:
     x, codes = tokens(1, 96), torch.zeros(64, 96, dtype=torch.uint8)
     scales = torch.ones(64, 1, dtype=torch.bfloat16)
