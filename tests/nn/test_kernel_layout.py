@@ -317,7 +317,7 @@ def test_a_compiled_program_converts_codes_of_8_bits_itself() -> None:
     assert not any("integer_product" in name or "pack_mm" in name for name in seen)
 
 
-@pytest.mark.parametrize("name", ["int3", "int4", "int6"])
+@pytest.mark.parametrize("name", ["int4:g32", "int6:g32"])
 def test_the_copy_of_scales_is_what_compilers_are_told(name: str) -> None:
     made = layer(name).eval()
     made(tokens(1))
