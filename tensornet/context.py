@@ -73,9 +73,9 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Disable the key/value cache of a model whose blocks run several times on one batch.
+    """Disable the key/value cache of a model, which no pass over whole texts reads.
 
-    The cache would take every further run for new tokens.
+    Where blocks run several times on one batch, it would take every further run for new tokens.
     """
     found = (getattr(module, "config", None) for module in model.modules())  # stacks may have copies
     configs: list[Any] = [*{id(x): x for x in found if getattr(x, "use_cache", None) is not None}.values()]

@@ -32,7 +32,7 @@ from tensornet.calibration.losses import (
 from tensornet.calibration.shared_inputs import InputSum, Reading
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.checks import check_type
-from tensornet.context import in_eval_mode, uncompiled
+from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.extension import expanded
 from tensornet.nn.stock_layers import kind_of
@@ -425,7 +425,13 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 @contextmanager
 def observed(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
     """Record the chosen layers inside the block, in eval mode and with frozen weights."""
-    with expanded(model), in_eval_mode(model), uncompiled(), _hooked(model, recorder, config):
+    with (
+        expanded(model),
+        in_eval_mode(model),
+        uncompiled(),
+        without_cache(model),
+        _hooked(model, recorder, config),
+    ):
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches
-from tensornet.context import in_eval_mode
+from tensornet.context import in_eval_mode, without_cache
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.healing.config import HealingConfig
@@ -131,6 +131,8 @@ def _healed(
     with (
         apart,
         in_eval_mode(model, teacher),
+        without_cache(model),
+        without_cache(teacher),
         only_training(model, trained),
         held_weights(model, teacher, dtype=held, trained=trained),
     ):

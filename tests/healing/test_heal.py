@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,21 @@ def test_time_is_what_the_clock_says() -> None:
     )
     assert report.steps == 7  # one look at the clock before each step
     assert report.seconds == 9
+
+
+def test_no_pass_keeps_keys_and_values() -> None:
+    """They would be copied in every layer and read by nobody; what a model does afterwards stays as it was."""
+    teacher, student = pair()
+    batch, kept = batches()[0], []
+
+    def distance(new: Any, old: Any, batch: dict[str, Tensor]) -> Tensor:
+        kept.extend(x.past_key_values for x in (new, old))
+        return output_distance(new, old, batch)
+
+    assert student(batch).past_key_values is not None
+    tn.heal(student, teacher, [batch], steps=1, distance=distance)
+    assert kept == [None, None]
+    assert student(batch).past_key_values is not None
 
 
 def test_padding_has_no_distance() -> None:
