@@ -17,7 +17,7 @@ from tensornet.decompose import decompose
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.encoding import PLAIN, Storage, decode, storage_entry
+from tensornet.nn.encoding import PLAIN, Storage, decode, storage_entry, unpacked
 from tensornet.nn.execution import CACHED
 from tensornet.nn.fast_path import through_kernel, through_matrices, with_kept_matrix
 from tensornet.nn.integer_product import (
@@ -96,6 +96,8 @@ class TensorNetworkLinear(KernelKeeper):
             if not is_compiling():
                 self._remember_kernel(integers)
             return multiply(input, integers, self.bias)
+        if (matrix := self._trained_matrix(input)) is not None:
+            return linear(input, matrix, self.bias)
         if self.topology.terms and self.storage.own_dtypes and (y := self._by_terms(input)) is not None:
             return y
         # A comparison with the token count would restrict an exported program to one side of it.
@@ -118,9 +120,7 @@ class TensorNetworkLinear(KernelKeeper):
             return None
         if not is_compiling() and transforms_active():
             return None
-        half = input.dtype == torch.bfloat16 and input.is_cpu
-        few = 0 < input.numel() <= KERNEL_TOKENS * self.in_features
-        if half and few and not is_compiling():
+        if input.dtype == torch.bfloat16 and input.is_cpu and not is_compiling():
             self.hold_for_kernel()
         if (matrix := self.kernel_matrix) is not None:
             return matrix
@@ -131,6 +131,19 @@ class TensorNetworkLinear(KernelKeeper):
         assert codes is not None
         assert scales is not None
         return IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
+
+    def _trained_matrix(self, input: Tensor) -> Tensor | None:
+        """Round trained codes to values in the dtype of autocast, else None.
+
+        Autocast would cast them in another pass over memory, and their gradients back in a third.
+        """
+        number_format, device, name = self.integer_format, input.device.type, self.topology.core_names[0]
+        if f"core_{name}" not in self._parameters or number_format is None or self.strategy == "cached":
+            return None
+        if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+            return None
+        dtype = torch.get_autocast_dtype(device)
+        return unpacked(number_format, self.stored, name, self.in_features, dtype)
 
     def _remember_kernel(self, matrix: IntegerMatrix | KernelMatrix) -> None:
         """Build the fast path for few tokens, if a kernel reads the matrix as held."""

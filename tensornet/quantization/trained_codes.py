@@ -86,11 +86,12 @@ class _Rounded(torch.autograd.Function):
         zero = None if zeros is None else zeros.flatten(0, -2)
         needs_code, needs_scale, *_ = ctx.needs_input_grad
         for rows in _blocks(code):
+            values = to_code[rows].copy_(arriving[rows])  # in 16 bits they would be cast in each product
             if needs_scale:
                 points = _points(code[rows], None if zero is None else zero[rows], ctx.number_format)
-                to_scale[rows] = as_groups(points.mul_(arriving[rows]), ctx.number_format).sum(-1)
+                to_scale[rows] = as_groups(points.mul_(values), ctx.number_format).sum(-1)
             if needs_code:
-                _scale(to_code[rows].copy_(arriving[rows]), scale[rows], ctx.number_format)
+                _scale(values, scale[rows], ctx.number_format)
         return by_codes if needs_code else None, by_scales if needs_scale else None, None, None, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,33 @@ def test_gradients_are_those_of_the_values(name: str) -> None:
     group = 40 // (number_format.group or 70)
     assert codes.grad is not None
     torch.testing.assert_close(codes.grad[1, 40], weights[1, 40] * scales.detach()[1, group])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_under_autocast_values_are_made_in_its_dtype(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients are those of a matrix that autocast casts, to the bit, without that pass."""
+    made, asked = layer("dense", name, shape=(64, 64)), []
+    x = torch.randn(5, 64)
+
+    def spy(*given: Any) -> Tensor:
+        asked.append(given[-1])
+        return rounded_values(*given)
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        y.float().square().sum().backward()
+        found = [p.grad for p in made.parameters() if p.grad is not None]
+        made.zero_grad()
+        return [y, *found]
+
+    monkeypatch.setattr("tensornet.nn.encoding.rounded_values", spy)
+    with trained_scales(made, codes=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = gradients(torch.nn.functional.linear(x, made.to_matrix(), made.bias))
+            direct = gradients(made(x))
+        assert asked == [torch.float32, torch.bfloat16]
+        assert len(cast) == len(direct) > 2
+        assert all(torch.equal(a, b) for a, b in zip(direct, cast, strict=True))
+        assert made(x).dtype == torch.float32
 
 
 def test_healing_codes_comes_closer_than_healing_the_rest() -> None:

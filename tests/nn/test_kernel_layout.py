@@ -221,6 +221,17 @@ def test_stored_tensors_are_what_everybody_else_sees(name: str, move: str) -> No
     close(moved(x).float(), expected(made, tokens(2)))
 
 
+@pytest.mark.parametrize("count", [2, 200])
+def test_once_stored_tensors_were_read_the_next_pass_makes_the_layout_again(count: int) -> None:
+    made = layer("int4").eval()
+    codes = made.stored["core_matrix"]
+    close(made(tokens(count)), expected(made, tokens(count)))
+    assert made.kernel_matrix is None  # as long as the reader has them
+    del codes
+    made(tokens(count))
+    assert made.kernel_matrix is not None
+
+
 def test_scales_that_are_replaced_are_used() -> None:
     made = layer("int4").eval()
     doubled = 2 * made.scale_matrix
