@@ -181,6 +181,10 @@ class _Scope:
             if isinstance(node, ast.Assign) and len(node.targets) == 1
             if isinstance(node.targets[0], ast.Name) and bound[node.targets[0].id] == 1
         }
+        loops = [x.target for x in nodes if isinstance(x, ast.For | ast.comprehension)]
+        self.counters = {x.id for target in loops for x in ast.walk(target) if isinstance(x, ast.Name)}
+        if method.name != "forward":
+            self.counters |= {argument.arg for argument in method.args.args}
         for name in given.keys() - self.given.keys():
             reading.add(given[name], None)
 
@@ -216,7 +220,7 @@ class _Scope:
             case ast.Attribute(value=inner, attr="T" | "mT"):
                 found = self.value(inner)
                 return replace(found, turned=not found.turned) if found and found.one else None
-            case ast.Subscript(value=inner, slice=index) if not isinstance(index, ast.Slice | ast.Tuple):
+            case ast.Subscript(value=inner, slice=index) if self._is_number(index):
                 found = self.value(inner)
                 return replace(found, one=True) if found and _is_stack(found) else None
             case ast.Call(func=ast.Attribute(value=inner, attr=attr), args=sizes, keywords=[]) if (
@@ -229,6 +233,27 @@ class _Scope:
                 return None if whole is None else replace(found, view=whole)
         return None
 
+    def _is_number(self, node: ast.AST) -> bool:
+        """Return True if an expression that indexes a stack selects one matrix, as far as the code tells.
+
+        Numbers are what loops count and what a method other than `forward` is given; a tensor of indices,
+        which selects several, comes from elsewhere.
+        """
+        match node:
+            case ast.Constant(value=value):
+                return type(value) is int
+            case ast.Name(id=name) if name in self.counters:
+                return True
+            case ast.Name(id=name) if name in self.assigned:
+                return self._is_number(self.assigned[name])
+            case ast.Subscript(value=inner) | ast.UnaryOp(operand=inner):
+                return self._is_number(inner)
+            case ast.BinOp(left=left, right=right):
+                return self._is_number(left) and self._is_number(right)
+            case ast.Call(func=ast.Name(id="int")) | ast.Call(func=ast.Attribute(attr="item")):
+                return True
+        return False
+
     def _call(self, node: ast.Call) -> bool:
         """Record the product that a call computes, or read the called child; return False for other calls."""
         called = ast.unparse(node.func)
@@ -238,6 +263,8 @@ class _Scope:
             case ast.Call(args=[first, second], keywords=[]) if called in (*_PRODUCTS, *_LINEAR):
                 found, turned = self.value(second), called in _LINEAR
                 if found is not None and turned and not found.one:  # it would be one matrix
+                    return False
+                if found is not None and found.one and called == "torch.bmm":  # it would be several
                     return False
             case ast.Call(args=[ast.Constant(value=str(equation)), first, third], keywords=[]):
                 found = self.value(third) if called == "torch.einsum" else None

@@ -18,6 +18,9 @@ from tensornet.nn.compound import Compound, Shared, Stack
 from tensornet.nn.stack_uses import StackUse, stack_uses
 from tensornet.nn.stock_layers import CompoundKind, kind_of, register_compound_kind
 
+#: What helps where the code of a module does what was not foreseen; it is also taken apart to be left out.
+_REMEDY = "derive a class from the module's and use that, since code of subclasses is left as it is"
+
 
 class StackedMatrices(Compound):
     """Replacement for a module with stacked matrices, run by the stock module's own code.
@@ -119,13 +122,18 @@ class _Stacked:
         if not fits or any(size not in (-1, known) for size, known in zip(asked, self.shape, strict=True)):
             raise TargetError(
                 f"A stack of matrices that is taken apart cannot be viewed as {asked}, only as "
-                f"{tuple(self.shape)}; exclude the module (exclude_modules=...)."
+                f"{tuple(self.shape)}; {_REMEDY}."
             )
         return self
 
     reshape = view
 
     def __getitem__(self, index: Any) -> "_One":
+        if isinstance(index, Tensor) and (index.numel() != 1 or index.dtype == torch.bool):
+            raise TargetError(
+                f"A stack of matrices that is taken apart gives one matrix at a time, and was indexed by a "
+                f"tensor of shape {tuple(index.shape)}; {_REMEDY}."
+            )
         return _One(self.layers[int(index)])
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ class _Stacked:
             return stack._einsum(equation, x)
         raise TargetError(
             f"{getattr(func, '__name__', func)} cannot compute with a stack of matrices that is taken apart; "
-            "exclude the module (exclude_modules=...)."
+            f"{_REMEDY}."
         )
 
     def _product(self, x: Tensor) -> Tensor:
@@ -188,7 +196,7 @@ class _One:
             return args[1].layer(args[0])
         raise TargetError(
             f"{getattr(func, '__name__', func)} cannot compute with a matrix of a stack that is taken apart; "
-            "exclude the module (exclude_modules=...)."
+            f"{_REMEDY}."
         )
 
 

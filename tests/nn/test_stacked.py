@@ -213,7 +213,7 @@ def test_positions_are_those_of_the_view() -> None:
     model = holder(Parent)
     with matrices_apart(model):
         assert [x for x, _ in model.body.named_parameters()][:2] == ["scale", "0.rows_up.matrix"]
-        with pytest.raises(tn.TargetError, match=r"viewed as \(7, 6, 8\), only as \(6, 7, 8\); exclude"):
+        with pytest.raises(tn.TargetError, match=r"viewed as \(7, 6, 8\), only as \(6, 7, 8\); derive a class"):
             model.body.rows.up.view(7, 6, 8)
 
 
@@ -335,7 +335,48 @@ class Double(nn.Module):
         return torch.stack([self.inner(x[k], self.inner.w[k]) for k in range(6)]) + (x @ self.w.T).mean()
 
 
-@pytest.mark.parametrize("kind", [Both, Read, Normed, Shared, Decorated, Rebound, Scaled, Mixed, Double])
+class Gathered(nn.Module):
+    """Takes a matrix for each row by a tensor of indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.mean((1, 2)).argsort()
+        return torch.bmm(x, self.w[order])
+
+
+class Masked(nn.Module):
+    """Sums the matrices that a mask selects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w[x.mean((1, 2)) > 0].sum(0)
+
+
+class GatheredByMethod(nn.Module):
+    """Takes them in a method that is handed the indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 8, 8))
+
+    def some(self, x: Tensor, order: Tensor) -> Tensor:
+        return torch.bmm(x, self.w[order])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.some(x, x.mean((1, 2)).argsort())
+
+
+LEFT = [Both, Read, Normed, Shared, Decorated, Rebound, Scaled, Mixed, Double]
+LEFT += [Gathered, Masked, GatheredByMethod]
+
+
+@pytest.mark.parametrize("kind", LEFT)
 def test_what_cannot_be_decided_is_left_and_said(kind: type[nn.Module]) -> None:
     model = holder(kind)
     expected = model(X.transpose(0, 1))
@@ -350,10 +391,13 @@ def test_what_cannot_be_decided_is_left_and_said(kind: type[nn.Module]) -> None:
 def test_a_stand_in_refuses_what_was_not_found_in_the_code() -> None:
     model = holder(Batched)
     with matrices_apart(model):
-        with pytest.raises(tn.TargetError, match=r"mul cannot compute with a stack.*exclude the module"):
+        with pytest.raises(tn.TargetError, match=r"mul cannot compute with a stack.*derive a class"):
             torch.mul(torch.ones(8), model.body.first)
-        with pytest.raises(tn.TargetError, match=r"mul cannot compute with a matrix.*exclude the module"):
+        with pytest.raises(tn.TargetError, match=r"mul cannot compute with a matrix.*derive a class"):
             torch.mul(torch.ones(8), model.body.first[0])
+        with pytest.raises(tn.TargetError, match=r"indexed by a tensor of shape \(2,\); derive a class"):
+            model.body.last[torch.tensor([0, 1])]
+        assert model.body.last[torch.tensor(1)].layer is model.body.get_submodule("1.last")
         stack = model.body.last
         assert (stack.shape, stack.size(1), stack.ndim, stack.dim()) == ((6, 8, 8), 8, 3, 3)
         assert stack.size() == (6, 8, 8)
