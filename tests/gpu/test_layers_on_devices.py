@@ -43,7 +43,8 @@ def classifier(device: str) -> nn.Sequential:
 
 
 def batches(device: str) -> list[Tensor]:
-    return [torch.randn(64, 64, generator=torch.Generator().manual_seed(k)).to(device) for k in range(2)]
+    seeded = (torch.Generator().manual_seed(k) for k in range(2))
+    return [torch.randn(64, 64, generator=each, device="cpu").to(device) for each in seeded]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -221,3 +222,16 @@ def test_compression_under_a_default_device(default_device: str) -> None:
     config = tn.CompressionConfig(param_ratio=0.5, target_modules="all")
     tn.compress(model, config, calibration=batches(default_device), progress=False)
     assert {p.device.type for p in model.parameters()} == {default_device}
+
+
+def test_masks_stay_where_the_batch_lies(device: str) -> None:
+    """As in a model that is spread over devices: each layer takes the mask to its own."""
+    torch.manual_seed(0)
+    up, down = (tm.SharedCoreExperts.from_dense(torch.randn(32, 32), num_experts=3) for _ in range(2))
+    moe = tm.SharedCoreMoE(tm.TopKRouter(32, 3), tm.ExpertFFN({"up": up, "down": down})).to(device).eval()
+    x, mask = torch.randn(2, 5, 32).to(device), torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    moe.token_mask = mask
+    y = moe(x)
+    assert y.device.type == device
+    torch.testing.assert_close(moe(x, mask.to(device)), y)

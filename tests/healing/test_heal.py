@@ -154,7 +154,7 @@ def test_time_is_what_the_clock_says() -> None:
 
 
 def test_no_pass_keeps_keys_and_values() -> None:
-    """They would be copied in every layer and read by nobody; what a model does afterwards stays as it was."""
+    """They would be copied in every layer and read by nobody; afterwards the model does as before."""
     teacher, student = pair()
     batch, kept = batches()[0], []
 

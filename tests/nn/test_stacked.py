@@ -213,7 +213,9 @@ def test_positions_are_those_of_the_view() -> None:
     model = holder(Parent)
     with matrices_apart(model):
         assert [x for x, _ in model.body.named_parameters()][:2] == ["scale", "0.rows_up.matrix"]
-        with pytest.raises(tn.TargetError, match=r"viewed as \(7, 6, 8\), only as \(6, 7, 8\); derive a class"):
+        with pytest.raises(
+            tn.TargetError, match=r"viewed as \(7, 6, 8\), only as \(6, 7, 8\); derive a class"
+        ):
             model.body.rows.up.view(7, 6, 8)
 
 

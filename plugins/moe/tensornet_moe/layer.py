@@ -157,7 +157,7 @@ class SharedCoreMoE(nn.Module):
         if mask is not None:
             if mask.shape != x.shape[:-1]:
                 raise ShapeError(f"The mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:-1])}.")
-            mask = mask.reshape(-1).to(torch.bool)
+            mask = mask.reshape(-1).to(x.device, torch.bool)  # a model may be spread over devices
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat, mask)
         if self.capacity_factor is not None and routing.kept is None:

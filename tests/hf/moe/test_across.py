@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ import tensornet_moe as tm
 from tensornet.errors import FormatError, TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.moe.banks import across_layers
 
 CONFIG = th.MoEConfig(num_experts=3, sites=3, share_across_layers=True, noise=0.1)
 
@@ -34,6 +36,15 @@ def upcycled(name: str, config: th.MoEConfig = CONFIG) -> PreTrainedModel:
     model = ARCHITECTURES[name].dense
     th.upcycle(model, config)
     return model.eval()
+
+
+def test_layers_on_several_devices_cannot_share_cores() -> None:
+    weights = [torch.ones(8, 8), torch.ones(8, 8, device="meta")]
+    networks = [SimpleNamespace(matrices=("up",), matrix=lambda name, w=w: w) for w in weights]
+    with pytest.raises(
+        TargetError, match=r"up of these layers lies on cpu, meta: put the model on one device"
+    ):
+        across_layers(networks, CONFIG, nn.Module())  # type: ignore[arg-type]
 
 
 def owners(model: nn.Module) -> dict[str, tm.SharedCores]:

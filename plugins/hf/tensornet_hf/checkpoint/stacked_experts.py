@@ -62,7 +62,8 @@ class SplitExperts(Compound):
         """
         mask = self.padding_mask
         if mask is not None and mask.numel() == len(hidden_states):  # calibration must not see padding
-            top_k_index = top_k_index.masked_fill(mask.reshape(-1, 1) == 0, self.num_experts)
+            padded = mask.reshape(-1, 1).to(top_k_index.device) == 0  # of a batch, which may lie elsewhere
+            top_k_index = top_k_index.masked_fill(padded, self.num_experts)
         mixed = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
         if hidden_states.is_meta:  # without values to route by, every expert sees every token
             for number in range(self.num_experts):

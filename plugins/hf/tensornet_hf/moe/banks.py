@@ -60,12 +60,21 @@ def across_layers(
     Returns:
         Owners of the shared cores, and for each network its banks by name. A matrix that no other layer
         matches has no bank among them.
+
+    Raises:
+        TargetError: layers that would share lie on different devices.
     """
     owners: list[SharedCores] = []
     made: list[dict[str, SharedCoreExperts]] = [{} for _ in networks]
     groups = [] if place is None else _groups(networks)
     for group in progress_bar(groups, desc="fitting layers jointly", disable=not progress, unit="matrix"):
         weights = [networks[index].matrix(group.name) for index in group.networks]
+        if len(devices := {str(w.device) for w in weights}) > 1:
+            raise TargetError(
+                f"share_across_layers=True keeps the cores that layers share in one place, and {group.name} "
+                f"of these layers lies on {', '.join(sorted(devices))}: put the model on one device, or "
+                "share within each layer alone."
+            )
         label = _free_label(place, owners, group)
         with _errors_name(f"{group.name} of {len(weights)} layers"):
             owner, banks = share_across_layers(
