@@ -82,9 +82,10 @@ class KernelMatrix:
     def row_scales(self, dtype: torch.dtype) -> None:
         """Return None: `blocks` leaves no scales out."""
 
-    def has_kernel(self, x: Tensor) -> bool:
+    def has_kernel(self, x: Tensor, *, generated: bool = False) -> bool:
         """Return True if the kernel is the faster way for this input."""
-        return 0 < len(x) <= KERNEL_TOKENS // self.products and x.dtype == torch.bfloat16
+        few = 0 < len(x) and (generated or len(x) <= KERNEL_TOKENS // self.products)
+        return few and x.dtype == torch.bfloat16
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
