@@ -278,14 +278,15 @@ def speed_table(rows: Sequence[Row]) -> str:
     sides = {"int4": "int4", "planned": "planned", "int8:row": "int8, a scale a row"}
     lines = [f"| processor | threads | tokens in one pass | {' | '.join(sides.values())} |"]
     lines.append("|---|--:|---|--:|--:|--:|")
-    found: dict[tuple[str, int, int, bool], dict[str, str]] = {}
+    modes = {"eager": "", "compiled": ", both compiled", "tuned": ", both compiled and tuned"}
+    found: dict[tuple[str, int, int, int], dict[str, str]] = {}
     held: dict[str, str] = {}
     for row in rows:
-        key = (row["device"], row["threads"], row["tokens"], row["mode"] == "compiled")
+        key = (row["device"], row["threads"], row["tokens"], [*modes].index(row["mode"]))
         found.setdefault(key, {})[row["side"]] = f"{row['times_bfloat16']:.2f}x"
         held[row["side"]] = f"{row['held_MiB']:.0f}"
-    for (device, threads, tokens, compiled), ratios in sorted(found.items()):
-        passed = f"{tokens}{', both compiled' if compiled else ''}"
+    for (device, threads, tokens, mode), ratios in sorted(found.items()):
+        passed = f"{tokens}{[*modes.values()][mode]}"
         cells = [device, str(threads), passed, *(ratios.get(side, "") for side in sides)]
         lines.append(f"| {' | '.join(cells)} |")
     if held:

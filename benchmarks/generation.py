@@ -1,15 +1,16 @@
 """How many tokens a second does a model of integer layers generate, beside its dense model?
 
-    python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled] [--seconds 20]
+    python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled tuned]
 
 SmolLM2-135M (see real_data.py), its 210 linear layers in integers and all else dense, one pass of 1, 16 or
 256 tokens without a cache of keys and with the logits of the last token: what generating one token, checking
 a draft and reading a prompt do. All sides compute in bfloat16 but the dense one in float32; with one thread
 processor time counts, else the wall clock. `int4` are 4.25 bits a weight in one format. `planned` are 4.25
 bits in the formats that a plan by the loss chooses, in its shares: those of 3 bits are held as 4, those of 5
-and 6 bits as two matrices of 4. Codes and scales are random, which no product notices. Rows that the record
-holds are kept, so that a run goes on where the last one ended, and those of other processors stay beside
-them. Ratios are to the dense model in bfloat16, paired.
+and 6 bits as two matrices of 4. `tuned` is compiled with `freezing` and `max_autotune` of Inductor and without
+its cache of graphs, all sides alike. Codes and scales are random, which no product notices. Rows that the
+record holds are kept, so that a run goes on where the last one ended, and those of other processors stay
+beside them. Ratios are to the dense model in bfloat16, paired.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from harness import RECORDS, held_bytes, paired_medians, provenance, record
 from real_data import prepare_models
 from speed import clock_for, rounds, with_threads
 from torch import nn
+from torch._inductor import config as inductor
 
 import tensornet as tn
 from tensornet.nn.encoding import Storage
@@ -40,6 +42,8 @@ PLANNED = {"int4": 125, "int3": 35, "int5": 31, "int6": 17, "int8": 2}
 SIDES = ("float32", "bfloat16", "int4", "int8:row", "planned")
 TOKENS = (1, 16, 256)
 BASE = "bfloat16"
+#: Settings of Inductor, which the environment can give as TORCHINDUCTOR_FREEZING=1 and so on.
+TUNED = {"freezing": True, "max_autotune": True, "fx_graph_cache": False}
 KEY = ("side", "mode", "threads", "tokens", "device")
 
 
@@ -98,7 +102,7 @@ def file_bytes(model: nn.Module) -> int:
 def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
     """Return a function that makes one forward pass of this many tokens."""
     model = model.eval()  # saving asked for the stored codes; this puts them into the layout of the kernel
-    if mode == "compiled":
+    if mode != "eager":
         model = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     ids = torch.arange(tokens)[None] % 100
     return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)
@@ -111,8 +115,9 @@ def measure(
     """Measure the rows of all sides, timed in turn."""
     torch._dynamo.reset()
     ways = {side: passes(model, mode, tokens) for side, model in models.items()}
-    for way in ways.values():
-        way()
+    with inductor.patch(TUNED if mode == "tuned" else {}):
+        for way in ways.values():
+            way()  # compiles
     times = paired_medians(ways, rounds(ways.values(), seconds), warmup=1, clock=clock_for(threads))
     for side, time in times.items():
         yield {

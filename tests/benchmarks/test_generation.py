@@ -29,6 +29,18 @@ def test_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(content["summary"]) == 6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_kernels_of_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("generation", monkeypatch)
+    monkeypatch.setattr(module, "TUNED", {"freezing": True})  # tuning takes minutes
+    some = ["--sides", "bfloat16", "int4", "--tokens", "2", "--threads", "1", "--modes", "tuned"]
+    path = module.main(["--toy", *some, "--seconds", "0.01", "--records", str(tmp_path)])
+    assert [(row["side"], row["mode"]) for row in json.loads(path.read_text())["rows"]] == [
+        ("bfloat16", "tuned"),
+        ("int4", "tuned"),
+    ]
+
+
 def test_shares_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("generation", monkeypatch)
     found = module.formats("planned", 210)
