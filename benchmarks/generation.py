@@ -7,7 +7,7 @@ SmolLM2-135M (see real_data.py), its 210 linear layers in integers and all else 
 a draft and reading a prompt do. All sides compute in bfloat16 but the dense one in float32; with one thread
 processor time counts, else the wall clock. `int4` are 4.25 bits a weight in one format. `planned` are 4.25
 bits in the formats that a plan by the loss chooses, in its shares: those of 3 bits are held as 4, those of 5
-and 6 bits as two matrices of 4. `tuned` is compiled with `freezing` and `max_autotune` of Inductor and without
+and 6 bits as two matrices of 4. `tuned` is compiled with Inductor's `freezing` and `max_autotune`, without
 its cache of graphs, all sides alike. Codes and scales are random, which no product notices. Rows that the
 record holds are kept, so that a run goes on where the last one ended, and those of other processors stay
 beside them. Ratios are to the dense model in bfloat16, paired.
