@@ -53,7 +53,7 @@ class CachedMatrix:
 
     def holds_for(self, cores: Sequence[Tensor | None]) -> bool:
         """Return True if rebuilding from these cores would give this matrix."""
-        if autocast_dtype(self.kind) != self.autocast:
+        if autocast_dtype(self.kind) != self.autocast or len(cores) != len(self.states):
             return False
         for core, (known, version, address) in zip(cores, self.states, strict=True):
             if core is not known or known._version != version or known.data_ptr() != address:
@@ -150,6 +150,10 @@ class MatrixKeeper(nn.Module):
         """Return the tensors that the matrices are built from; None for values computed elsewhere."""
         raise TypeError(f"{type(self).__name__} must define _core_tensors().")
 
+    def _core_buffers(self) -> Iterable[Tensor | None]:
+        """Return the buffers that may be among `_core_tensors`."""
+        return self._buffers.values()
+
     def _computed_like(self) -> Tensor:
         """Return a tensor with the dtype and device of the computation."""
         return next(x for x in self._core_tensors() if x is not None and x.is_floating_point())
@@ -170,7 +174,7 @@ class MatrixKeeper(nn.Module):
         """Return True if the next pass would use a kept matrix, in the present mode."""
         if self.strategy != "cached" or self.training or torch.compiler.is_compiling():
             return False  # tracers must see no kept matrix: it would become a constant that no update reaches
-        return self.may_keep_matrix and may_cache(self._core_tensors(), self._buffers.values())
+        return self.may_keep_matrix and may_cache(self._core_tensors(), self._core_buffers())
 
     def drop_cache(self) -> None:
         """Free the kept matrix; the next forward pass that wants one builds it again."""

@@ -198,8 +198,17 @@ class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
         peak = default_machine(self.left.device).peak
         return self.rank * self.out_features * self.in_features / peak
 
+    def stored_tensors(self) -> tuple[Tensor, ...]:
+        """Return the deltas and every tensor that the base stores or borrows."""
+        # Its parameters are also the originals of cores that are parametrized.
+        return (self.left, self.right, *self.base.parameters(), *self.base.stored_tensors())
+
     def _core_tensors(self) -> tuple[Tensor, ...]:
-        return (self.left, self.right, *self.base.parameters(), *self.base.shared_parameters().values())
+        return self.stored_tensors()
+
+    def _core_buffers(self) -> list[Tensor]:
+        # A base may borrow them, so that they are no buffers of modules below this one.
+        return [tensor for tensor in self.base.stored_tensors() if not isinstance(tensor, nn.Parameter)]
 
     def _rebuild(self, index: Tensor | None) -> Tensor:
         left: Tensor = self.left
