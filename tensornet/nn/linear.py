@@ -13,6 +13,7 @@ from tensornet.checks import check_input
 from tensornet.context import is_exporting
 from tensornet.contraction.machine import default_machine
 from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input, plan_operator
+from tensornet.contraction.steps import is_slow
 from tensornet.decompose import decompose
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
@@ -108,7 +109,7 @@ class TensorNetworkLinear(KernelKeeper):
         else:
             y = linear(input, self.kept_matrix() if route == CACHED else self.to_matrix(), self.bias)
         if not is_compiling():
-            self._remember(route, input.is_cpu)
+            self._remember(route, input)
         return y
 
     def _integers(self, input: Tensor) -> IntegerMatrix | KernelMatrix | None:
@@ -181,12 +182,12 @@ class TensorNetworkLinear(KernelKeeper):
             y = y + contract_with_input(plan, [cores[k] for k in positions], input, candidate=route)
         return y
 
-    def _remember(self, route: int, on_cpu: bool) -> None:
-        """Store a fast path for passes that take this route, if one exists."""
+    def _remember(self, route: int, input: Tensor) -> None:
+        """Store a fast path for passes like that of this input, which took this route, if one exists."""
         if route == CACHED and self._cached is not None:
             self._fast_path = with_kept_matrix(self, self._cached)
-        elif route >= 0 and self.storage.plain and self.strategy != "cached":
-            largest, first = self.routes(on_cpu, rebuild=self.strategy == "auto")[0]
+        elif route >= 0 and self.storage.plain and self.strategy != "cached" and not is_slow(input):
+            largest, first = self.routes(input.is_cpu, rebuild=self.strategy == "auto")[0]
             plan = self.plan
             if route == first and not plan.is_padded:
                 self._fast_path = through_matrices(self, self._stored_names, plan.applies[route], largest)
