@@ -83,6 +83,10 @@ def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
         assert bank.to(torch.float32).eval().expert_matrices().dtype == torch.float32
     assert bank.expert_matrices().requires_grad  # gradients in eval are not lost
     assert copy.deepcopy(bank).cached_bytes == 0
+    with torch.no_grad():
+        kept = bank.expert_matrices()
+        assert bank._replicate_for_data_parallel().cached_bytes == 0
+        assert bank.expert_matrices() is kept
 
 
 def test_kept_matrices_know_autocast_and_their_limit() -> None:

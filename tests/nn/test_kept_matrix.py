@@ -6,12 +6,15 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tensornet as tn
+from tensornet.nn.encoding import Storage
+from tensornet.quantization import NumberFormat
 from tensornet.topologies import mpo
 
 TOPOLOGY = mpo(out_dims=(2, 3, 4), in_dims=(4, 2, 2), max_bond=5)
@@ -235,3 +238,53 @@ def test_only_cached_keeps_a_matrix(strategy: str) -> None:
     assert layer.cached_bytes == 0
     assert layer.configure(strategy="cached").may_keep_matrix
     assert not layer.configure(cache_limit=layer.matrix_bytes - 1).may_keep_matrix
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """Replicate as `torch.nn.parallel.replicate` does, with floating tensors of twice the value."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(made, name, replica(child))
+    for held, copies in ((module._parameters, made._parameters), (module._buffers, made._buffers)):
+        for name, x in held.items():
+            if x is None:
+                copies[name] = None
+            else:
+                setattr(made, name, 2 * x if x.is_floating_point() else x.clone())
+    return made
+
+
+def stored_as(name: str) -> tn.nn.TensorNetworkLinear:
+    storage = Storage(number_format=NumberFormat.parse(name))
+    dense = tn.topologies.dense(out_features=64, in_features=64)
+    return tn.nn.TensorNetworkLinear(dense, storage=storage)
+
+
+REPLICATED: dict[str, Callable[[], nn.Module]] = {
+    "low rank": lambda: tn.nn.TensorNetworkLinear(
+        tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
+    ),
+    "chain": lambda: tn.nn.MPOLinear(64, 64, max_bond=4),
+    "int4:zero": lambda: stored_as("int4:zero"),
+    "int8 kernel": lambda: stored_as("int8:row").bfloat16(),
+    "int4 kernel": lambda: stored_as("int4").bfloat16(),
+}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "cached"])
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_answer_with_their_own_weights(name: str, strategy: Literal["auto", "cached"]) -> None:
+    model = REPLICATED[name]().eval()
+    tn.nn.set_strategy(model, strategy)
+    x = torch.randn(1, 64, dtype=next(model.parameters()).dtype)
+    with torch.no_grad():
+        before = [model(x) for _ in range(3)][-1]
+        twin = copy.deepcopy(model)
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            if tensor.is_floating_point():
+                tensor.mul_(2)
+        made = replica(model)
+        assert tn.nn.cached_bytes(made) == 0
+        for _ in range(2):
+            torch.testing.assert_close(made(x), twin(x))
+        torch.testing.assert_close(model(x), before)
