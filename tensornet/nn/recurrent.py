@@ -119,7 +119,7 @@ class MatrixRecurrence(Compound):
 
     def _weights(self, suffix: str) -> list[Tensor]:
         """Collect the tensors of one layer and direction, in the order of the fused operation."""
-        biases = [self.get_parameter(f"bias_{x}_{suffix}") for x in ("ih", "hh")] if self.bias else []
+        biases = [getattr(self, f"bias_{x}_{suffix}") for x in ("ih", "hh")] if self.bias else []
         ih, hh, *rest = (
             dense_matrix(self.get_submodule(f"matrix_{x}_{suffix}"))
             for x in ("ih", "hh", *(["hr"] if self.proj_size else []))
@@ -171,7 +171,7 @@ class MatrixRecurrence(Compound):
 
     def _applied(self, which: str, suffix: str, x: Tensor) -> Tensor:
         y = self.get_submodule(f"matrix_{which}_{suffix}")(x)
-        return y + self.get_parameter(f"bias_{which}_{suffix}") if self.bias else y
+        return y + getattr(self, f"bias_{which}_{suffix}") if self.bias else y
 
     def _cell(self, given: Tensor, state: State, suffix: str) -> State:
         """Compute the next state from `W_ih x + b_ih`."""

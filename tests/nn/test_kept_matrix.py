@@ -260,6 +260,12 @@ def stored_as(name: str) -> tn.nn.TensorNetworkLinear:
     return tn.nn.TensorNetworkLinear(dense, storage=storage)
 
 
+def recurrent() -> nn.Module:
+    model = nn.Sequential(nn.LSTM(64, 8))
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+    return model
+
+
 REPLICATED: dict[str, Callable[[], nn.Module]] = {
     "low rank": lambda: tn.nn.TensorNetworkLinear(
         tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
@@ -268,6 +274,7 @@ REPLICATED: dict[str, Callable[[], nn.Module]] = {
     "int4:zero": lambda: stored_as("int4:zero"),
     "int8 kernel": lambda: stored_as("int8:row").bfloat16(),
     "int4 kernel": lambda: stored_as("int4").bfloat16(),
+    "LSTM": recurrent,
 }
 
 
