@@ -73,8 +73,9 @@ class RoutingStats:
 class SharedCoreMoE(nn.Module):
     """Mixture-of-experts layer `y_t = sum_e w_te FFN_e(x_t)` over the experts chosen for token `t`.
 
-    Each active expert's matrices are rebuilt once a step; in eval without gradients they are kept. The parts
-    are replaceable: any `Router`, any `ExpertFFN` over any `ExpertBank`.
+    Each pass rebuilds the matrices of the active experts, or multiplies by their cores where that is faster.
+    After `tensornet.nn.set_strategy(moe, "cached")` the matrices of all experts are kept in eval without
+    gradients. The parts are replaceable: any `Router`, any `ExpertFFN` over any `ExpertBank`.
 
     Args:
         router: chooses experts.
