@@ -39,7 +39,7 @@ from tensornet.nn.storage import (
     storage_entry,
 )
 from tensornet.quantization import NumberFormat, RoundedWeight, dequantize, pack, rounded_values, unpack
-from tensornet.quantization.codes import scaled
+from tensornet.quantization.codes import scale_factors, scaled
 from tensornet.quantization.scales import as_groups
 from tensornet.topologies import topology_family
 from tensornet.topologies.stored_cores import StoredCores, matrix_view
@@ -278,7 +278,8 @@ def unpacked(
         return rounded_values(codes, scales, zeros, number_format, dtype)
     if bits == 8 and zeros is None and not is_exporting():  # as stored they are the points of the grid
         points = as_groups(codes, number_format).view(torch.int8)
-        return scaled(points, scales.to(dtype).unsqueeze(-1), dtype).flatten(-2)[..., :columns]
+        factor = scale_factors(scales, dtype).unsqueeze(-1)
+        return scaled(points, factor, dtype).flatten(-2)[..., :columns]
     if zeros is not None:
         zeros = unpack(zeros, bits, scales.shape[-1])
     return dequantize(unpacked_codes(codes, bits, columns), scales, zeros, number_format, dtype)

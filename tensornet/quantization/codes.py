@@ -31,7 +31,7 @@ def dequantize(
         tensor([[-4.0000,  0.0000,  0.5000]])
     """
     grouped = as_groups(codes, number_format)
-    factor = scales.to(dtype)
+    factor = scale_factors(scales, dtype)
     # Differences of small integers are exact and fast in 8 bits; two bits count halves.
     if zeros is not None:
         kind = torch.int16 if number_format.bits == 8 else torch.int8
@@ -47,17 +47,28 @@ def dequantize(
     return values.flatten(-2)[..., : codes.shape[-1]]
 
 
+def scale_factors(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert scales to the dtype in which `scaled` multiplies by them.
+
+    Args:
+        scales: as they are stored.
+        dtype: of the values. In `torch.float16` scales of bfloat16 would be subnormal or zero, so that they
+            become `torch.float32`.
+    """
+    return scales.to(torch.float32 if dtype == torch.float16 else dtype)
+
+
 def scaled(points: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply small integers by scales of this dtype; the product is rounded once.
+    """Multiply small integers by scales; the product is rounded once.
 
     Args:
         points: integers of any dtype.
-        factor: scales, whose shape broadcasts to that of the points.
-        dtype: of the result and of the scales.
+        factor: `scale_factors`, whose shape broadcasts to that of the points.
+        dtype: of the result.
     """
-    if dtype in (torch.bfloat16, torch.float16) and points.is_cpu:
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu):
         # Processors have no arithmetic in 16 bits: operations in float32 take half the time.
-        return (points.to(torch.float32) * factor.float()).to(dtype)
+        return (points * factor.float()).to(dtype)
     return points.to(dtype) * factor
 
 

@@ -294,6 +294,28 @@ def test_large_inputs_in_16_bits() -> None:
     torch.testing.assert_close(made(x).float(), exact, rtol=0.01, atol=0.5)
 
 
+@pytest.mark.parametrize("name", INTEGERS)
+def test_small_weights_in_float16(name: str) -> None:
+    """Their scales are subnormal numbers there, which have few digits."""
+    topology = topology_family("dense").build(*SHAPE)
+    small = tn.TensorNetwork(topology, (torch.randn(SHAPE) * 1e-4,))
+    storage = Storage(number_format=NumberFormat.parse(name))
+    made = linear_from_network(small, bias=None, source="linear", storage=storage)
+    table = embedding_from_network(small, storage=storage)
+    exact, tokens, x = made.to_matrix(), torch.arange(SHAPE[0]), torch.randn(4, SHAPE[1]).half()
+    made, table = made.half(), table.half()
+    for matrix in (made.to_matrix(), table.to_matrix(), table(tokens)):
+        assert torch.equal(matrix, exact.half())
+    expected = x.float() @ exact.half().float().T
+    torch._dynamo.reset()  # it counts the compilations of a function over all layers of a process
+    for run in (made, torch.compile(made, fullgraph=True, backend="eager")):
+        for recorded in (False, True):
+            y = run(x.detach().requires_grad_(recorded))
+            torch.testing.assert_close(y.float(), expected, rtol=1e-3, atol=1e-6)
+    program = torch.export.export(made, (x,))
+    torch.testing.assert_close(program.module()(x).float(), expected, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(64, 96), (20, 36), (32, 48)])
 @pytest.mark.parametrize("tokens", [1, 5, 100])
 def test_the_int8_kernel_where_it_can_read_the_codes(shape: tuple[int, int], tokens: int) -> None:

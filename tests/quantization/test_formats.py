@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,3 +87,18 @@ def test_two_bits_have_four_points_around_zero() -> None:
     values = dequantize(codes, scales, None, NumberFormat.parse("int2"))
     assert values.tolist() == [[-1.5, -0.5, 0.5, 1.5]]
     assert NumberFormat.parse("int2").center == 1.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
+@pytest.mark.parametrize("name", ["int8:row", "int8:g32:zero", "int5:g32", "int4:zero", "int2:float8"])
+def test_values_in_float16_are_the_exact_ones_rounded_once(name: str, size: float, device: str) -> None:
+    """Whatever the scales are, which float16 may hold with fewer digits or not at all."""
+    made = round_weight(torch.randn(5, 70) * size, name)
+    exact = made.dequantize(torch.float64)
+    parts = [x if x is None else x.to(device) for x in (made.codes, made.scales, made.zeros)]
+    assert parts[0] is not None
+    assert parts[1] is not None
+    values = dequantize(parts[0], parts[1], parts[2], made.number_format, torch.float16)
+    assert torch.equal(values.cpu(), exact.to(torch.float16))
+    assert bool(exact.any()) or "float8" in name
