@@ -1,11 +1,12 @@
 """Write files and folders atomically: beside their place, flushed to the disk, then renamed."""
 
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tensornet.errors import DestinationError
 
 #: Bytes copied at a time.
 CHUNK = 1 << 24
+#: End of the name of a folder that holds what is being replaced.
+_OLD = ".old"
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,14 @@ def intact(path: Path, written: Written) -> bool:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that replaces `target` when the block ends without an error.
 
-    What was at `target` stays until then, and stays for good after an error.
+    What was at `target` stays until then, and stays for good after an error. A process killed in between may
+    leave it as `.NAME.*.old/NAME`; the next call renames it back first.
 
     Raises:
-        DestinationError: no folder can be made beside `target`.
+        DestinationError: no folder can be made beside `target`, or as `take_place`.
         OSError: the folder cannot take its place.
     """
+    restore_earlier(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -139,17 +144,68 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def take_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its destination; delete what was there, or restore it on failure."""
+    """Rename a finished folder to its destination; delete what was there, or restore it on failure.
+
+    To explain how this works: what was at `target` waits as `.NAME.*.old/NAME` beside it until the new folder
+    has its name. Any failure, Ctrl-C included, renames it back; after SIGKILL `restore_earlier` does.
+
+    Raises:
+        DestinationError: the renames failed and what was there cannot be renamed back; the message says where
+            it is.
+        OSError: the folder cannot take its place.
+    """
     if not target.exists():
         folder.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
+    earlier = old / target.name
     try:
-        target.rename(old / target.name)
-        try:
-            folder.rename(target)
-        except OSError:
-            (old / target.name).rename(target)
-            raise
+        target.rename(earlier)
+        folder.rename(target)
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        # The file system is asked, since an interrupt may come before or after either rename.
+        if os.path.lexists(target) and not os.path.lexists(folder):
+            _discard(earlier)
+        else:
+            _put_back(earlier, target)
+
+
+def restore_earlier(target: Path) -> None:
+    """Rename a folder back to `target` that a killed process moved aside, unless something is there.
+
+    Raises:
+        DestinationError: it cannot be renamed; the message says where it is.
+
+    Example:
+        >>> target = Path(tempfile.mkdtemp(), "model")
+        >>> aside = target.with_name(".model.x.old") / "model"
+        >>> aside.mkdir(parents=True)
+        >>> restore_earlier(target)
+        >>> target.exists(), aside.parent.exists()
+        (True, False)
+    """
+    if os.path.lexists(target):
+        return
+    aside = target.parent.glob(f".{glob.escape(target.name)}.*{_OLD}")
+    found = [folder / target.name for folder in aside if os.path.lexists(folder / target.name)]
+    if found:
+        _put_back(max(found, key=lambda path: path.parent.stat().st_mtime_ns), target)
+
+
+def _put_back(earlier: Path, target: Path) -> None:
+    if os.path.lexists(earlier):
+        try:
+            earlier.rename(target)
+        except OSError as error:
+            raise DestinationError(
+                f"What was at {target} is kept in {earlier}: it could not be renamed back ({error}). Move it "
+                "there yourself."
+            ) from error
+    with suppress(OSError):  # never by force: nothing but an empty folder is to go
+        earlier.parent.rmdir()
+
+
+def _discard(earlier: Path) -> None:
+    with suppress(OSError):  # `restore_earlier` would take it for a whole folder when it is half deleted
+        earlier.rename(earlier.with_name(f"{earlier.name}.replaced"))
+    shutil.rmtree(earlier.parent, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,96 @@ def test_a_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     with atomic.new_folder(tmp_path / "x") as folder:
         (folder / "other").write_text("2")
     assert [x.name for x in (tmp_path / "x").iterdir()] == ["other"]
+
+
+Rename = Callable[[Path, Path], Path]
+
+
+def replace_folder(target: Path) -> None:
+    with atomic.new_folder(target) as folder:
+        (folder / "file").write_text("new")
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "file").write_text("old")
+    return tmp_path / "x"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize(("renames", "found"), [(0, "old"), (1, "old"), (2, "new")])
+def test_a_folder_survives_an_error_beside_either_rename(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], renames: int, found: str
+) -> None:
+    """After so many renames; an interrupt may come right after a rename that succeeded."""
+    rename, done = Path.rename, itertools.count()
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if (number := next(done)) == renames == 0:
+            raise error
+        result = rename(self, target)
+        if number + 1 == renames:
+            raise error
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(error):
+        replace_folder(earlier)
+    assert (earlier / "file").read_text() == found
+    assert [x.name for x in earlier.parent.iterdir()] == ["x"]
+
+
+@pytest.fixture
+def moved_aside(earlier: Path) -> Path:
+    """As a process leaves it that is killed between the two renames, or cannot rename back."""
+    aside = earlier.with_name(".x.1234.old")
+    aside.mkdir()
+    return earlier.rename(aside / "x")
+
+
+def test_a_folder_that_cannot_be_renamed_back_is_kept(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename: Rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == earlier:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(DestinationError, match=r"What was at .*x is kept in .*\.old/x: .*Input/output error"):
+        replace_folder(earlier)
+    (kept,) = earlier.parent.glob(".x.*.old/x/file")
+    assert kept.read_text() == "old"
+    with pytest.raises(DestinationError, match=r"is kept in .*\.old/x"):
+        replace_folder(earlier)
+    assert kept.read_text() == "old"
+
+
+def test_a_folder_moved_aside_by_a_killed_process_comes_back(moved_aside: Path, tmp_path: Path) -> None:
+    (tmp_path / ".xx.1234.old").mkdir()  # of another destination
+    with pytest.raises(ZeroDivisionError), atomic.new_folder(tmp_path / "x"):
+        raise ZeroDivisionError
+    assert (tmp_path / "x" / "file").read_text() == "old"
+    assert sorted(x.name for x in tmp_path.iterdir()) == [".xx.1234.old", "x"]
+    replace_folder(tmp_path / "x")
+    assert (tmp_path / "x" / "file").read_text() == "new"
+
+
+def test_a_folder_moved_aside_stays_where_the_new_one_is_in_place(moved_aside: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    replace_folder(tmp_path / "x")
+    assert (moved_aside / "file").read_text() == "old"
+    assert (tmp_path / "x" / "file").read_text() == "new"
+
+
+def test_a_folder_that_is_being_deleted_does_not_come_back(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(atomic.shutil, "rmtree", lambda folder, ignore_errors: None)
+        replace_folder(earlier)
+    (earlier / "file").unlink()
+    earlier.rmdir()
+    atomic.restore_earlier(earlier)
+    assert not earlier.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tensornet.errors import DestinationError
-from tensornet.io.atomic import new_folder
+from tensornet.io.atomic import new_folder, restore_earlier
 
 
 @contextmanager
@@ -46,9 +46,12 @@ def check_free(
 ) -> None:
     """Raise DestinationError where `write_folder` would, before any work is done.
 
+    A folder that a killed process moved aside is renamed back first, so that it is not replaced unasked.
+
     Args: as `write_folder`.
     """
     target = Path(destination).expanduser().absolute()
+    restore_earlier(target)
     real = target.resolve()
     for source in sources:
         if source.exists() and (real == source.resolve() or real in source.resolve().parents):
