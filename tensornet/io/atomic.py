@@ -1,5 +1,6 @@
 """Write files and folders atomically: beside their place, flushed to the disk, then renamed."""
 
+import errno
 import glob
 import hashlib
 import os
@@ -70,9 +71,9 @@ def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
+        _sync_file(beside)
         beside.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         if what is None:
             raise
@@ -144,7 +145,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def take_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its destination; delete what was there, or restore it on failure.
+    """Flush a finished folder and rename it to its destination; delete or restore what was there.
 
     To explain how this works: what was at `target` waits as `.NAME.*.old/NAME` beside it until the new folder
     has its name. Any failure, Ctrl-C included, renames it back; after SIGKILL `restore_earlier` does.
@@ -154,8 +155,14 @@ def take_place(folder: Path, target: Path) -> None:
             it is.
         OSError: the folder cannot take its place.
     """
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            _sync_file(path)
+        elif path.is_dir():
+            sync_folder(path)
     if not target.exists():
         folder.rename(target)
+        sync_folder(target.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
     earlier = old / target.name
@@ -165,6 +172,7 @@ def take_place(folder: Path, target: Path) -> None:
     finally:
         # The file system is asked, since an interrupt may come before or after either rename.
         if os.path.lexists(target) and not os.path.lexists(folder):
+            sync_folder(target.parent)
             _discard(earlier)
         else:
             _put_back(earlier, target)
@@ -190,6 +198,26 @@ def restore_earlier(target: Path) -> None:
     found = [folder / target.name for folder in aside if os.path.lexists(folder / target.name)]
     if found:
         _put_back(max(found, key=lambda path: path.parent.stat().st_mtime_ns), target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the directory entries of a folder to the disk, where the system supports it."""
+    if os.name != "posix":  # Windows opens no directories
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:  # of folders that may not be listed, and of some network file systems
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb" if os.name == "posix" else "rb+") as file:  # Windows flushes what may be written
+        os.fsync(file.fileno())
 
 
 def _put_back(earlier: Path, target: Path) -> None:

