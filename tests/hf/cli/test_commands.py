@@ -329,11 +329,12 @@ def test_help_lists_every_command(tensornet: Run) -> None:
 def test_a_hub_destination_is_uploaded_complete(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded: dict[str, set[str]] = {}
 
-    def upload(repo_id: str, folder_path: Path) -> None:
+    def upload(repo_id: str, folder_path: Path, delete_patterns: object) -> None:
         uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
 
     monkeypatch.setattr(huggingface_hub, "repo_exists", lambda name: name == "me/taken")
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, exist_ok: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(huggingface_hub, "delete_repo", uploaded.pop)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
     arguments = ("--max-bond", 4, "--objective", "weight", *TWO_LAYERS)
     assert tensornet("compress", gpt2_path(), "hf://me/new", *arguments)[0] == 0

@@ -156,6 +156,6 @@ def _prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of a message; with many libraries it is the informative one."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
