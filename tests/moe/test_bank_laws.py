@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import FormatError, NonFiniteError, ShapeError, TopologyError
-from tensornet.nn import build_module
+from tensornet.nn import build_module, serialization
 from tensornet_moe.testing import BankLaws
 
 E = 4
@@ -136,6 +137,29 @@ class TestTied(TestMPOE):
     def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.SharedExperts]:
         assert isinstance(bank, tm.TiedExperts)
         return [bank.owner]
+
+
+class TestDocstring(BankLaws):
+    """The example of `ExpertBank`."""
+
+    @pytest.fixture(autouse=True)
+    def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run the code, and take its name for this test only: other tests run it as well."""
+        monkeypatch.setattr(serialization, "_BUILDERS", serialization._BUILDERS.copy())
+        self.names: dict[str, Any] = {"torch": torch, "tn": tn, "tm": tm}
+        for example in doctest.DocTestParser().get_examples(tm.ExpertBank.__doc__ or ""):
+            exec(example.source, self.names)
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        made = self.names["DenseBank"](num_experts, shape).double()
+        assert isinstance(made, tm.ExpertBank)
+        return made
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        bank = self.bank(num_experts, self.shape)
+        with torch.no_grad():
+            bank.get_parameter("weight").copy_(weight)
+        return bank
 
 
 # --- counts --------------------------------------------------------------------------------------

@@ -21,8 +21,10 @@ class ExpertBank(nn.Module, ABC):
 
     Subclass it to invent experts; `ExpertFFN` and `SharedCoreMoE` need nothing else. Laws to keep: the
     result is differentiable with respect to every parameter, *every* expert's parameters stay in the graph
-    whichever experts are asked for (data-parallel training needs a gradient for each), and
-    `expert_matrices(experts)` equals `expert_matrices()[experts]`.
+    whichever experts are asked for (data-parallel training needs a gradient for each),
+    `expert_matrices(experts)` equals `expert_matrices()[experts]`, unknown experts or none raise IndexError
+    (`check_experts` does), and `spec`, a registered builder and the state dict rebuild the bank.
+    `tensornet_moe.testing.BankLaws` tests them.
 
     Args:
         num_experts: at least 1.
@@ -33,15 +35,20 @@ class ExpertBank(nn.Module, ABC):
 
     Example:
         >>> class DenseBank(tm.ExpertBank):
-        ...     def __init__(self, num_experts, shape):
+        ...     def __init__(self, num_experts, shape, *, device=None, dtype=None):
         ...         super().__init__(num_experts, shape)
-        ...         self.weight = torch.nn.Parameter(torch.randn(num_experts, *shape))
+        ...         weight = torch.randn(num_experts, *shape, device=device, dtype=dtype)
+        ...         self.weight = torch.nn.Parameter(weight)
         ...     def expert_matrices(self, experts=None):
-        ...         return self.weight if experts is None else self.weight[experts]
+        ...         return self.weight if experts is None else self.weight[self.check_experts(experts)]
         ...     def shared_parameters(self):
         ...         return {}
         ...     def spec(self):
-        ...         return {"type": "dense_bank"}
+        ...         shape = [self.out_features, self.in_features]
+        ...         return {"type": "dense_bank", "num_experts": self.num_experts, "shape": shape}
+        >>> def build(spec, device, dtype):
+        ...     return DenseBank(spec["num_experts"], spec["shape"], device=device, dtype=dtype)
+        >>> tn.nn.register_module_type("dense_bank", build)
         >>> DenseBank(4, (16, 8)).expert_matrices([0, 2]).shape
         torch.Size([2, 16, 8])
     """
@@ -58,6 +65,9 @@ class ExpertBank(nn.Module, ABC):
 
         Args:
             experts: indices, repetition allowed; all experts in order if absent.
+
+        Raises:
+            IndexError: an unknown expert, or none; see `check_experts`.
         """
 
     @abstractmethod
