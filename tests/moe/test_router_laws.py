@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 from hf_models import ARCHITECTURES, logits
+from page_blocks import python_blocks
 from torch import Tensor
 
+import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
+from tensornet.nn import serialization
+from tensornet_moe import router_base
 from tensornet_moe.testing import RouterLaws
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "custom_moe.md"
 
 
 class TestSwitch(RouterLaws):
@@ -55,6 +62,37 @@ tm.register_router("sharp", Sharp)
 class TestSharp(RouterLaws):
     def router(self, num_features: int, num_experts: int) -> tm.Router:
         return Sharp(num_features, num_experts, temperature=0.25)
+
+
+class TestDocstring(RouterLaws):
+    """The example of `Router`."""
+
+    @property
+    def code(self) -> str:
+        return "".join(x.source for x in doctest.DocTestParser().get_examples(tm.Router.__doc__ or ""))
+
+    @pytest.fixture(autouse=True)
+    def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run the code, and take its name for this test only: other tests run it as well."""
+        for module, name in ((router_base, "_ROUTERS"), (serialization, "_BUILDERS")):
+            monkeypatch.setattr(module, name, getattr(module, name).copy())
+        self.names: dict[str, Any] = {"torch": torch, "tn": tn, "tm": tm}
+        exec(self.code, self.names)
+
+    def router(self, num_features: int, num_experts: int) -> tm.Router:
+        (kind,) = [x for x in self.names.values() if isinstance(x, type) and issubclass(x, tm.Router)]
+        made = kind(num_features, num_experts)
+        assert isinstance(made, tm.Router)
+        return made
+
+
+class TestGuide(TestDocstring):
+    """The router of docs/guides/custom_moe.md."""
+
+    @property
+    def code(self) -> str:
+        (code,) = [block.code for block in python_blocks(GUIDE) if "(tm.Router)" in block.code]
+        return code
 
 
 def test_a_registered_router_is_upcycled_saved_and_loaded(tmp_path: Path) -> None:
@@ -146,12 +184,25 @@ class _Unnamed(tm.SwitchRouter):
     """Registered nowhere."""
 
 
+class _Forgetful(tm.SwitchRouter):
+    """Describes some of its arguments by hand."""
+
+    def spec(self) -> dict[str, Any]:
+        return {"type": "forgetful", "num_features": self.num_features, "num_experts": self.num_experts}
+
+
+tn.nn.register_module_type(
+    "forgetful", lambda spec, device, dtype: _Forgetful(spec["num_features"], spec["num_experts"])
+)
+
+
 @pytest.mark.parametrize(
     ("kind", "law"),
     [
         (_Careless, lambda laws: laws.test_refuses_non_finite(torch.nan)),
         (_Careless, lambda laws: laws.test_float32_whatever_the_model()),
         (_Unnamed, lambda laws: laws.test_survives_a_checkpoint()),
+        (_Forgetful, lambda laws: laws.test_survives_a_checkpoint()),
     ],
 )
 def test_a_careless_router_breaks_its_law(kind: type[tm.Router], law: Callable[[RouterLaws], None]) -> None:

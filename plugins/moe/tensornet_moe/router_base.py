@@ -68,8 +68,9 @@ class Router(nn.Module, ABC):
     """Abstract router with the shared part: jitter, float32 logits, softmax, check for NaN.
 
     Subclasses define `select`, and name the arguments of their own in `options`; `register_router` makes them
-    known to configurations and checkpoints. One that looks at later tokens sets `causal = False`.
-    `tensornet_moe.testing.RouterLaws` tests them.
+    known to configurations and checkpoints. One that looks at later tokens sets `causal = False`. None may
+    look at the place of a token in the batch, which depends on padding. `tensornet_moe.testing.RouterLaws`
+    tests them.
 
     Logits are `x @ weight^T` in float32 whatever the model's dtype and autocast say: a router in half
     precision is unstable (Switch, section 2.4).
@@ -91,12 +92,13 @@ class Router(nn.Module, ABC):
         ValueError: an option out of its range.
 
     Example:
-        >>> class RoundRobinRouter(tm.Router):
+        >>> class EveryExpertRouter(tm.Router):
         ...     def select(self, logits, probs, mask):
-        ...         index = torch.arange(len(probs))[:, None] % self.num_experts
-        ...         return tm.Routing(index, probs.gather(1, index), probs, logits, mask)
-        >>> RoundRobinRouter(8, 4)(torch.randn(6, 8)).load()
-        tensor([2, 2, 1, 1])
+        ...         experts = torch.arange(self.num_experts, device=probs.device).expand_as(probs)
+        ...         return tm.Routing(experts, probs, probs, logits, mask)
+        >>> tm.register_router("every_expert", EveryExpertRouter)
+        >>> EveryExpertRouter(8, 4)(torch.randn(6, 8)).load()
+        tensor([6, 6, 6, 6])
     """
 
     #: Arguments beyond those of this class, each kept as an attribute of the same name.

@@ -107,10 +107,14 @@ class RouterLaws:
         assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
 
     def test_survives_a_checkpoint(self) -> None:
-        """Check that `spec` and the state dict rebuild the router, which needs `register_router`."""
+        """Check that `spec` and the state dict rebuild router and arguments, as `register_router` does."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
+        router.jitter = 0.25  # no default, so that a description without it is found out
         again = build_module(router.spec(), device=None, dtype=None)
+        assert isinstance(again, Router)
         assert type(again) is type(router)
+        for name in ("jitter", "combine", *router.options):
+            assert getattr(again, name) == getattr(router, name), name
         again.load_state_dict(router.state_dict())
         assert torch.equal(_dense(again.eval()(x)), _dense(router(x)))
 
