@@ -103,9 +103,9 @@ def hidden_states(
 def _fingerprints(rows: Tensor) -> Tensor:
     """Hash each row by its bits alone, independent of the rows beside it."""
     bits = rows.float().contiguous().view(torch.int32).long()
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator).to(rows.device)
-    return (bits * weights).sum(-1)  # wraps around, which loses nothing
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator, device="cpu")
+    return (bits * weights.to(rows.device)).sum(-1)  # wraps around, which loses nothing
 
 
 def _version(x: Tensor) -> int:

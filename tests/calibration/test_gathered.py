@@ -107,3 +107,13 @@ def test_hidden_states_that_changed_are_not_compared() -> None:
     assert hidden_states((), {"x": states}, mask)[0] is states  # type: ignore[index]
     assert hidden_states((states.long(), 3), {}, mask) is None
     assert hidden_states((states,), {}, torch.ones(2, 3)) is None
+
+
+def test_padding_is_recognised_under_another_default_device() -> None:
+    states, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    seen = GatheredTokens()
+    with torch.device("meta"):
+        seen.remember(states, mask)
+        kept = seen.kept("experts.0.up", states[[0, 0, 1], [0, 2, 0]])
+    assert kept is not None
+    assert kept.tolist() == [True, False, True]
