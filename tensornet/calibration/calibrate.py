@@ -19,6 +19,7 @@ from tensornet.calibration.batches import (
     run_model,
 )
 from tensornet.calibration.coherence import CoherenceSample, HeldTokens
+from tensornet.calibration.draws import seeded_draws
 from tensornet.calibration.gathered import GatheredTokens, hidden_states
 from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
 from tensornet.calibration.losses import (
@@ -424,12 +425,13 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 @contextmanager
 def observed(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
-    """Record the chosen layers inside the block, in eval mode and with frozen weights."""
+    """Record the chosen layers inside the block, in eval mode, with frozen weights and repeatable draws."""
     with (
         expanded(model),
         in_eval_mode(model),
         uncompiled(),
         without_cache(model),
+        seeded_draws(),
         _hooked(model, recorder, config),
     ):
         yield

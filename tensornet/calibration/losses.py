@@ -1,7 +1,8 @@
 """Per-token losses whose gradients calibration collects.
 
 A loss function maps `(model, batch)` to the losses of all tokens that have one, shape `(tokens,)`, padding
-left out. Any function of that form can be given to `calibrate`.
+left out. Any function of that form can be given to `calibrate`. Random numbers that those here draw are the
+same in every calibration; called alone, they take the global generator.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import IGNORED, Batch, run_model
+from tensornet.calibration.draws import draws_on
 from tensornet.calibration.label_shift import field, labels_are_shifted, same_convention
 from tensornet.calibration.token_axes import place_masks
 from tensornet.calibration.token_entropy import drawn_labels, token_entropies
@@ -309,7 +311,8 @@ def pooled(output: Any, batch: Batch) -> Tensor:
 
 
 def _projected(unit: Tensor) -> Tensor:
-    return (unit * torch.randn_like(unit)).sum(-1)
+    like: Any = {"dtype": unit.dtype, "device": unit.device}
+    return (unit * torch.randn(unit.shape, generator=draws_on(unit.device), **like)).sum(-1)
 
 
 def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensornet.calibration.draws import draws_on
+
 #: Logits that are looked at together: on a CPU they stay in its cache.
 _CACHED, _CHUNK = 1 << 18, 1 << 27
 
@@ -47,7 +49,8 @@ def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
         >>> drawn_labels(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.tensor([0, 1])).tolist()
         [1, 0]
     """
-    shares = torch.rand(len(places), 1, dtype=torch.float64, device=logits.device)
+    like: Any = {"dtype": torch.float64, "device": logits.device}
+    shares = torch.rand(len(places), 1, generator=draws_on(logits.device), **like)
     drawn = torch.empty_like(places)
     for part in _parts(places, logits):
         sums = logits[places[part]].float().softmax(1).cumsum(1, dtype=torch.float64)

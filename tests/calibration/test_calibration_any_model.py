@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -299,6 +300,21 @@ def test_outputs_without_labels_are_judged_by_their_distance(form: str) -> None:
     before = losses_against(model)(twin, {"x": X}).mean().item()
     tn.heal(twin, model, [X], steps=40, lr=1e-2)
     assert losses_against(model)(twin, {"x": X}).mean().item() < before
+
+
+@pytest.mark.parametrize("options", [{}, {"fisher": "sampled"}], ids=["projected", "sampled"])
+def test_draws_are_the_same_in_every_run(options: dict[str, Any]) -> None:
+    model = Projector("tensor") if options else Projector("mapping")
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        runs.append(tn.calibrate(model, [X, X], **options))
+        assert torch.equal(torch.get_rng_state(), state)
+    once = tn.calibrate(model, [X], **options)
+    for name, moment in runs[0].rows.items():
+        assert torch.equal(moment, runs[1].rows[name])
+        assert not torch.allclose(moment, once.rows[name])  # a batch that comes again gets other draws
 
 
 class Sentences(nn.Module):
