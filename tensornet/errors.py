@@ -101,7 +101,7 @@ class DestinationError(TensorNetError, OSError):
 
 
 class CalibrationWarning(UserWarning):
-    """A model is compressed without calibration data from the caller; the message names the replacement.
+    """Calibration data are missing or say too little; the message names the replacement or what to do.
 
     Example:
         >>> import warnings

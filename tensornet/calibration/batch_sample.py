@@ -45,7 +45,9 @@ class BatchSample:
         return length_hint(self._batches)
 
 
-def some_rows(batches: Sequence[BatchLike], model: nn.Module, tokens: int) -> list[Batch]:
+def some_rows(
+    batches: Sequence[BatchLike], model: nn.Module, tokens: int, *, parts: int = _PARTS
+) -> list[Batch]:
     """Select the first rows of a few batches, of about so many tokens in all.
 
     Batches with an argument that does not have one entry for each row are taken as a whole.
@@ -54,6 +56,7 @@ def some_rows(batches: Sequence[BatchLike], model: nn.Module, tokens: int) -> li
         batches: as for `calibrate`.
         model: whose arguments they are.
         tokens: of all rows together; at least one row is taken.
+        parts: batches that rows are taken from, at most.
 
     Example:
         >>> from tensornet.calibration.batch_sample import some_rows
@@ -65,7 +68,7 @@ def some_rows(batches: Sequence[BatchLike], model: nn.Module, tokens: int) -> li
     if not batches:
         return []
     width = _tokens_of_row(as_batch(batches[0], model, device))
-    count = min(_PARTS, len(batches), max(1, round(tokens / width)))
+    count = min(parts, len(batches), max(1, round(tokens / width)))
     places = [k * len(batches) // count for k in range(count)]
     return [_first_rows(as_batch(batches[k], model, device), tokens / count) for k in places]
 

@@ -12,6 +12,7 @@ from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig, check_config
+from tensornet.compression.measured_loss import DenseLosses, warn_of_loss
 from tensornet.compression.planner import prepare
 from tensornet.compression.reach import measure_reach
 from tensornet.compression.report import CompressionReport, layer_reports, model_size
@@ -40,7 +41,9 @@ def compress(
         calibration: batches of the model's arguments (see `calibrate`), or statistics already collected.
             Without, a plugin may offer text of its own; else the error of the weights decides. Either is
             said in a `CalibrationWarning`. With batches, predicted losses of number formats are verified by
-            measuring (`CompressionConfig.verify`).
+            measuring (`CompressionConfig.verify`), and the loss is measured before and after on at most
+            2,048 tokens of them, or of `validation`: one forward pass each (`CompressionReport.measured`). A
+            `CalibrationWarning` says so where it rises far above the prediction or what was allowed.
         validation: batches like those of `calibrate`, best of another source. The loss is measured on them
             at a few sizes before anything is replaced, which corrects the forecast and with it what a budget
             of `loss_increase` buys (`PreparedPlan.measured`). Needs calibrated gradients.
@@ -80,10 +83,15 @@ def compress(
     made, decomposed = prepared.plan_decomposed(progress=progress)
     readers = () if stats is None else stats.readers
     reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
+    data, source = (batches, "calibration data") if validation is None else (validation, "validation data")
+    before = DenseLosses.measure(model, data, source)
     errors = apply_plan(
         model, made, stats, progress=progress, decomposed=decomposed, rounded=prepared.rounded
     )
     params_after, bytes_after = model_size(model)
+    measured = None if before is None else before.rise(model)
+    if measured is not None:
+        warn_of_loss(measured, made.predicted_loss_increase, config.loss_increase)
     return CompressionReport(
         layers=layer_reports(made, errors),
         model_params_before=params_before,
@@ -93,6 +101,7 @@ def compress(
         seconds=time.perf_counter() - start,
         plan=made,
         reach=reach,
+        measured=measured,
     )
 
 

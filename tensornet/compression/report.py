@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tensornet.compression.layer_plan import describe
+from tensornet.compression.measured_loss import MeasuredRise
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.reach import Reach
 from tensornet.nn.module import NetworkModule
@@ -61,6 +62,8 @@ class CompressionReport:
         seconds: wall time.
         plan: the plan that was carried out.
         reach: which share of the parameters was considered, and which modules hold the rest.
+        measured: rise of the loss, measured on a few rows of the data beside `plan.predicted_loss_increase`;
+            None where no batches were at hand or the model has no loss.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -78,6 +81,7 @@ class CompressionReport:
     seconds: float
     plan: CompressionPlan
     reach: Reach
+    measured: MeasuredRise | None = None
 
     @property
     def byte_ratio(self) -> float:
@@ -90,8 +94,11 @@ class CompressionReport:
         return sum(x.params_after for x in self.layers) / sum(x.params_before for x in self.layers)
 
     def __str__(self) -> str:
+        loss = "" if self.measured is None else f"measured rise of the loss: {self.measured}\n"
+        if not loss and self.plan.predicted_loss_increase is not None:
+            loss = "measured rise of the loss: none, without batches that it could be measured on\n"
         return (
-            f"{self.plan}\n"
+            f"{self.plan}\n{loss}"
             f"model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
             f"{self.seconds:.1f} s\n{self.reach}"
@@ -121,6 +128,8 @@ class CompressionReport:
         before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
         rise = self.plan.predicted_loss_increase
         predicted = "" if rise is None else f", predicted rise of the loss {rise:.4f}"
+        if self.measured is not None:
+            predicted += f", measured {self.measured.value:.4f}"
         rows = [
             (x.name, x.form, f"{x.bytes_before:,}", f"{x.bytes_after:,}", f"{x.error:.4f}")
             for x in self.layers
@@ -141,6 +150,7 @@ class CompressionReport:
             "param_ratio": self.param_ratio,
             "reach": self.reach.to_dict(),
             "baseline": None if self.plan.baseline is None else asdict(self.plan.baseline),
+            "measured": None if self.measured is None else self.measured.to_dict(),
             "verification": None if (seen := self.plan.verification) is None else seen.to_dict(),
         }
         return data | counted | self.plan.predictions()

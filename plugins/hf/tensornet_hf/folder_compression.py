@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats
+from tensornet.calibration.batches import BatchLike
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
 from tensornet.compression.compress import gather
 from tensornet.compression.reach import Reach
@@ -113,6 +114,7 @@ class FolderReport:
             f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
             f"reach       {str(done.reach).removeprefix('reached ')}",
             *self._predicted(),
+            *([] if done.measured is None else [f"rise        {done.measured}"]),
             *self._measured(),
             f"seconds     {done.seconds:.1f}",
             f"written to  {self.destination}",
@@ -250,13 +252,14 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Work:
-    """Dense model, its plan, the statistics that the plan was made with, and layers rounded to verify it."""
+    """Dense model, its plan, statistics and batches it was made with, and layers rounded to verify it."""
 
     folder: Path
     model: PreTrainedModel
     plan: CompressionPlan
     stats: CalibrationStats | None
     rounded: RoundedLayers | None = None
+    batches: Sequence[BatchLike] = ()
 
 
 def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
@@ -279,14 +282,14 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
             progress=progress,
         )
     stats, batches = gather(model, config, stats, progress=progress)
+    if texts.calibration is not None:
+        tokens = options.calibration_tokens
+        batches = pipeline.verification_batches(model, folder, texts.calibration, tokens=tokens)
     if planned is not None:
         _check_calibration(planned, stats)
-        return _Work(folder, model, planned, stats)
+        return _Work(folder, model, planned, stats, batches=batches)
     prepared = prepare(model, config, stats, progress=progress)
     if config.verify and stats is not None:
-        if texts.calibration is not None:
-            tokens = options.calibration_tokens
-            batches = pipeline.verification_batches(model, folder, texts.calibration, tokens=tokens)
         prepared = prepared.verified(model, stats, batches, progress=progress)
     if options.validation is not None and validated is not None:
         if stats is None:
@@ -296,7 +299,7 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
         seen = f"{validated.tokens:,} tokens of {Path(options.validation).name}"
         prepared = prepared.measured(model, stats, validated.batches, source=seen, progress=progress)
     made = prepared.plan(progress=progress)
-    return _Work(folder, model, made, stats, prepared.rounded)
+    return _Work(folder, model, made, stats, prepared.rounded, batches)
 
 
 def _compared(work: _Work, options: CompressOptions, texts: _Texts) -> Comparison:
@@ -324,7 +327,14 @@ def _carried_out(
     model, progress = work.model, options.progress
     teacher = copy.deepcopy(model) if options.heal or options.refine else None
     done = pipeline.carry_out(
-        model, work.plan, work.stats, started=started, progress=progress, rounded=work.rounded
+        model,
+        work.plan,
+        work.stats,
+        started=started,
+        progress=progress,
+        rounded=work.rounded,
+        batches=work.batches,
+        allowed=None if options.config is None else options.config.loss_increase,
     )
     file = None
     if options.heal:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
 from tensornet.calibration.batches import BatchLike
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
+from tensornet.compression.measured_loss import DenseLosses, warn_of_loss
 from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports, model_size
 from tensornet.compression.rounded_layers import RoundedLayers
@@ -109,7 +110,7 @@ def validation_data(model: PreTrainedModel, folder: Path, text: str) -> Calibrat
 
 
 def verification_batches(model: PreTrainedModel, folder: Path, text: str, *, tokens: int) -> list[BatchLike]:
-    """Build the batches of `collect_stats` again, for `PreparedPlan.verified`; none for a classifier.
+    """Build the batches of `collect_stats` again, to measure losses on them; none for a classifier.
 
     A text has no labels for a classifier, so no loss could be measured.
     """
@@ -193,6 +194,8 @@ def carry_out(
     started: float,
     progress: bool = False,
     rounded: RoundedLayers | None = None,
+    batches: Sequence[BatchLike] = (),
+    allowed: float | None = None,
 ) -> CompressionReport:
     """Execute a plan and return the report of `tensornet.compress`.
 
@@ -203,13 +206,19 @@ def carry_out(
         started: `time.perf_counter()` when the work began, planning included.
         progress: show a progress bar.
         rounded: layers that verification has rounded.
+        batches: of calibration; the loss is measured on a few rows before and after, as `compress` does.
+        allowed: `loss_increase` of the configuration; a warning says if more was measured.
 
     Raises: as `tensornet.apply_plan`.
     """
     before = model_size(model)
     reach = planned_reach(model, planned)
+    dense = DenseLosses.measure(model, batches)
     errors = apply_plan(model, planned, stats, progress=progress, rounded=rounded)
     after = model_size(model)
+    measured = None if dense is None else dense.rise(model)
+    if measured is not None:
+        warn_of_loss(measured, planned.predicted_loss_increase, allowed)
     return CompressionReport(
         layers=layer_reports(planned, errors),
         model_params_before=before[0],
@@ -219,6 +228,7 @@ def carry_out(
         seconds=time.perf_counter() - started,
         plan=planned,
         reach=reach,
+        measured=measured,
     )
 
 
