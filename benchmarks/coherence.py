@@ -32,7 +32,7 @@ from harness import RECORDS, record
 
 import tensornet as tn
 from tensornet.calibration import label_losses
-from tensornet.calibration.calibrate import observed
+from tensornet.calibration.hooks import observed
 from tensornet.nn.targets import Target, find_targets
 from tensornet.quantization import round_weight
 
