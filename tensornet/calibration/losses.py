@@ -318,20 +318,35 @@ def _projected(unit: Tensor) -> Tensor:
 def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
     """Return the mask of real tokens for the given leading dimensions; None without padding.
 
-    Padding is what `attention_mask` says, or, for decoders and where there is no such mask, what the labels
-    ignore. Where an encoder's and a decoder's mask have one shape, a position counts if either says so.
-    `tensornet.calibration.token_axes` says which dimensions are rows and tokens.
+    Padding is what `attention_mask` and `decoder_attention_mask` say. A label of -100 is a token without a
+    loss, as most are in a batch for masked language modelling; batches padded without a mask are read by the
+    model as they are, and so counted. Only a decoder that is given its tokens as labels reads padding after
+    the last label of a row. Where an encoder's and a decoder's mask have one shape, a position counts if
+    either says so. `tensornet.calibration.token_axes` says which dimensions are rows and tokens.
     """
-    encoder, decoder, labels = (
-        batch.get(name) for name in ("attention_mask", "decoder_attention_mask", "labels")
-    )
-    masks = [x.bool() for x in (encoder, decoder) if isinstance(x, Tensor) and x.ndim <= 2]
+    named = (batch.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    masks = [x.bool() for x in named if isinstance(x, Tensor) and x.ndim <= 2]
     found = place_masks(masks, shape)
-    if found is None and decoder is None and isinstance(labels, Tensor) and labels.ndim <= 2:
-        labelled = labels != IGNORED
-        if bool(labelled.any()):
-            found = place_masks([labelled], shape)
+    if found is None and (ended := _ended_labels(batch)) is not None:
+        found = place_masks([ended], shape)
     return found
+
+
+def _ended_labels(batch: Batch) -> Tensor | None:
+    """Return the mask of decoder tokens up to the last label of each row; None for other labels.
+
+    Labels are a decoder's if no input of the batch but its own has their shape, and there is no mask of its
+    own.
+    """
+    labels = batch.get("labels")
+    if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    others = (x for name, x in batch.items() if name != "labels" and not name.startswith("decoder_"))
+    inputs = [x for x in others if isinstance(x, Tensor)]
+    if labels.is_floating_point() or not inputs or any(x.shape[:2] == labels.shape for x in inputs):
+        return None
+    real = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    return real if bool(real.any()) else None
 
 
 def _logits(output: Any) -> Tensor | None:

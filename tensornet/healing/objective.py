@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tensornet.calibration.batches import Batch, run_model
 from tensornet.calibration.label_shift import field
 from tensornet.calibration.losses import only_hidden, output_distances, pooled, token_mask
+from tensornet.context import uncompiled
 from tensornet.errors import TargetError
 from tensornet.healing.config import Distance
 from tensornet.healing.divergence import divergence
@@ -56,7 +57,7 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
             stock = _counterpart(teacher, name)
             handles.append(stock.register_forward_hook(compare(layer), with_kwargs=True))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():  # a compiled teacher would trace the backward passes of the hooks
             run_model(teacher, batch)
     finally:
         for handle in handles:

@@ -95,12 +95,17 @@ def test_wrapped_models(wrap: Any) -> None:
     torch.testing.assert_close(wrapped(X), model(X))
 
 
-def test_ignored_labels_do_not_count() -> None:
+def test_ignored_labels_have_no_loss() -> None:
     model = classifier()
     masked = Y.masked_fill(torch.arange(64) < 16, -100)
     assert label_losses(model, as_batch((X, masked), model, CPU)).numel() == 48
     stats = tn.calibrate(model, [(X, masked)])
-    same(stats, tn.calibrate(model, [(X[16:], Y[16:])]))
+    scored = tn.calibrate(model, [(X[16:], Y[16:])])
+    assert stats.loss == pytest.approx(scored.loss)
+    for name, moment in scored.rows.items():
+        torch.testing.assert_close(stats.rows[name], moment)
+    assert stats.tokens == 64  # the layers read the other rows all the same
+    torch.testing.assert_close(stats.columns["0"], X.T @ X / 64)
 
 
 def test_labels_that_are_numbers_are_regressed() -> None:

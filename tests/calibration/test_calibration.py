@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hf_models import gpt2, llama, opt, t5_relu
+from hf_models import bert, gpt2, llama, opt, t5_relu
 from mixture_models import mixture
 from torch import Tensor, nn
 
@@ -171,13 +172,34 @@ def test_encoder_decoder_is_scored_without_shift() -> None:
     assert losses.mean().item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
-def test_mask_of_the_labels_where_there_is_no_attention_mask() -> None:
-    labels = torch.tensor([[1, 2, -100]])
-    assert token_mask({"labels": labels}, labels.shape).tolist() == [[True, True, False]]  # type: ignore[union-attr]
-    attention = torch.tensor([[1, 1, 1]])
-    assert token_mask({"labels": labels, "attention_mask": attention}, labels.shape).all()  # type: ignore[union-attr]
-    assert token_mask({"labels": labels}, torch.Size([3])).tolist() == [True, True, False]  # type: ignore[union-attr]
-    assert token_mask({"labels": labels}, torch.Size([4])) is None
+@pytest.mark.parametrize("make", [gpt2, bert], ids=["answers", "masked words"])
+def test_tokens_without_a_label_are_no_padding(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    ids = torch.randint(3, 90, (4, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, ::2] = -100  # no loss in between
+    labels[:, 6:] = -100  # nor at the end
+    found = tn.calibrate(model, [{"input_ids": ids, "labels": labels}])
+    expected = tn.calibrate(
+        model, [{"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}]
+    )
+    assert found.tokens == expected.tokens == 32
+    for name, moment in expected.columns.items():
+        torch.testing.assert_close(found.columns[name], moment)
+    for name, moment in expected.rows.items():
+        torch.testing.assert_close(found.rows[name], moment)
+
+
+def test_labels_alone_show_the_padding_of_a_decoder() -> None:
+    ids, labels = torch.ones(1, 5), torch.tensor([[1, -100, 2, -100]])
+    until_the_last = [[True, True, True, False]]
+    for batch in ({"input_ids": ids}, {"input_ids": ids, "decoder_input_ids": labels.clamp_min(0)}):
+        assert token_mask({**batch, "labels": labels}, labels.shape).tolist() == until_the_last  # type: ignore[union-attr]
+        assert token_mask({**batch, "labels": labels}, torch.Size([1, 5])) is None  # the encoder
+    own = {"input_ids": ids, "labels": labels, "decoder_attention_mask": torch.ones_like(labels)}
+    assert token_mask(own, labels.shape).all()  # type: ignore[union-attr]
+    assert token_mask({"input_ids": labels.abs(), "labels": labels}, labels.shape) is None
+    assert token_mask({"x": torch.ones(4, 3), "labels": labels[0]}, labels[0].shape) is None  # of classes
 
 
 def test_sampled_labels_give_the_true_fisher_matrix() -> None:
