@@ -17,6 +17,8 @@ BatchLike = Batch | Tensor | Sequence[Any]
 
 #: Label of a position that has no loss.
 IGNORED = -100
+#: Dtypes of labels that no loss takes, though models take such indices of tokens.
+_SHORT = (torch.int32, torch.int16, torch.int8, torch.uint8)
 #: First argument of a model that does not name it.
 _FIRST = "input_ids"
 #: Annotations of an argument that is a mapping, as text.
@@ -67,6 +69,8 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
         batch = dict(given)
     else:
         raise TargetError(f"A batch is {_FORMS}; got {_described(given)}.")
+    if isinstance(labels := batch.get("labels"), Tensor) and labels.dtype in _SHORT:
+        batch["labels"] = labels.long()  # losses take no other integers
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.draws import seeded_draws
 from tensornet.context import in_eval_mode, uncompiled, without_cache
+from tensornet.errors import TargetError
 from tensornet.nn.extension import expanded
 from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, find_targets
@@ -39,6 +40,12 @@ def _hooked(model: nn.Module, recorder: "MomentRecorder", config: LayerSelection
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     holders = {name[:k] for name, _ in layers.values() for k, x in enumerate(name) if x == "."}
     handles = [
+        x.register_forward_pre_hook(_index_hook(name), with_kwargs=True)
+        for name, x in model.named_modules()
+        # Subclasses may read something else, such as a mask that they make positions of.
+        if isinstance(x, nn.Embedding) and type(x).forward is nn.Embedding.forward
+    ]
+    handles += [
         model.get_submodule(name).register_forward_pre_hook(_states_hook(recorder), with_kwargs=True)
         for name in sorted(holders)
     ]
@@ -58,6 +65,22 @@ def _hooked(model: nn.Module, recorder: "MomentRecorder", config: LayerSelection
             handle.remove()
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
+
+
+def _index_hook(name: str) -> Any:
+    def hook(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for given in (*args, *kwargs.values()):
+            if not isinstance(given, Tensor) or given.is_meta or not given.numel():
+                continue
+            low, high = (int(x) for x in given.aminmax())
+            if low < 0 or high >= module.num_embeddings:
+                raise TargetError(
+                    f"Embedding {name!r} has {module.num_embeddings:,} rows, and a batch asks for row "
+                    f"{low if low < 0 else high}: token ids of another tokenizer, or a text longer than the "
+                    f"model takes? Indices go from 0 to {module.num_embeddings - 1}."
+                )
+
+    return hook
 
 
 def _states_hook(recorder: "MomentRecorder") -> Any:

@@ -363,7 +363,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
     """Run the model and return `(labels, logits of each label or None, output)`."""
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
-        labels = batch["input_ids"]
+        labels = batch["input_ids"].long()  # of 32 bits in some batches, which losses do not take
         mask = batch.get("attention_mask")
         if mask is not None and mask.shape == labels.shape:  # others say which tokens see which
             labels = labels.masked_fill(mask == 0, IGNORED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration import CalibrationStats, cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.losses import token_mask
+from tensornet.errors import TargetError
 
 BATCH = {
     "input_ids": torch.tensor([[5, 7, 9, 11, 13], [6, 8, 10, 0, 0]]),
@@ -254,10 +256,23 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_hooks_go_when_a_batch_fails() -> None:
     model = gpt2()
-    with pytest.raises(IndexError):
+    with pytest.raises(TargetError, match=r"'transformer.wte' has 101 rows, and a batch asks for row 100000"):
         tn.calibrate(model, [torch.tensor([[1, 100_000]])])
+    with pytest.raises(TargetError, match=r"row -1: token ids of another tokenizer"):
+        tn.calibrate(model, [torch.tensor([[1, -1]])])
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert model.transformer.h[0].mlp.c_fc.weight.requires_grad
+
+
+@pytest.mark.parametrize("make", [gpt2, t5_relu], ids=["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_indices_may_be_of_32_bits(make: Callable[[], nn.Module], labelled: bool) -> None:
+    model = make()
+    ids = BATCH["input_ids"]
+    batch = {"input_ids": ids, "labels": ids} if labelled else {"input_ids": ids}
+    expected = tn.calibrate(model, [batch])
+    found = tn.calibrate(copy.deepcopy(model), [{name: x.int() for name, x in batch.items()}])
+    assert found.loss == pytest.approx(expected.loss)
 
 
 def test_save_and_load_keep_moments_and_sharing(tmp_path: Path) -> None:
