@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from quantization.rounding_cases import moment, price, weight
 
@@ -67,14 +67,16 @@ def test_small_pivots_are_factorised_in_double_precision() -> None:
 
 
 @given(**SIZES)
+@example(m=14, n=1, seed=516)  # whose rows cost little together and much apart
 def test_more_bits_cost_less(m: int, n: int, seed: int) -> None:
     matrix, rows, columns = weight(m, n, seed), moment(m, seed), moment(n, seed + 1)
     costs = [
         float(round_weight(matrix, f"int{bits}", rows=rows, columns=columns).loss_increase)
         for bits in (2, 4, 6, 8)
     ]
-    # Scales have 16 bits: below that, an element alone in its group has nothing to gain.
-    slack = 1e-5 * price(matrix, damped(rows, 0.1), damped(columns, 0.01))
+    # Scales have 16 bits: below that, an element alone in its group has nothing to gain. The signs of errors
+    # are their own, so that they cost up to what the elements would without theirs.
+    slack = 1e-5 * price(matrix.abs(), damped(rows, 0.1).abs(), damped(columns, 0.01).abs())
     assert all(more <= fewer + slack for fewer, more in pairwise(costs))
 
 
