@@ -27,10 +27,13 @@ FORMATS = {
     "gate_proj": "int4:g128",
     "up_proj": "int4:row",
 }
+needs_compressed_tensors = pytest.mark.skipif(
+    find_spec("compressed_tensors") is None, reason="needs the extra `export`"
+)
 REASONS = {"down_proj": "int3"}
 
 
-def model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def model(dtype: torch.dtype = torch.float32, **options: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=48,
@@ -39,6 +42,7 @@ def model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        **options,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -98,23 +102,55 @@ def test_packed_words_hold_the_codes_and_all_else_is_dense_and_listed(tmp_path: 
     assert sorted(named) == sorted(report.packed)
 
 
-@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="needs the extra `export`")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_alone_computes_equal_logits(tmp_path: Path, dtype: torch.dtype) -> None:
-    made = compressed(dtype)
-    th.export_compressed_tensors(made, tmp_path / "out")
+def logits_of_transformers_alone(folder: Path) -> torch.Tensor:
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto').eval()\n"
         "assert not any(name.startswith('tensornet') for name in sys.modules)\n"
         "with torch.no_grad(): torch.save(model(torch.arange(24).reshape(2, 12)).logits, sys.argv[2])\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-c", script, str(folder), str(folder / "logits.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "logits.pt")
+    return torch.load(folder / "logits.pt")
+
+
+@needs_compressed_tensors
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_alone_computes_equal_logits(tmp_path: Path, dtype: torch.dtype) -> None:
+    made = compressed(dtype)
+    th.export_compressed_tensors(made, tmp_path / "out")
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    found = logits_of_transformers_alone(tmp_path / "out")
     torch.testing.assert_close(found, logits(made), rtol=tolerance, atol=tolerance)
+
+
+def tied_head() -> LlamaForCausalLM:
+    made = model(tie_word_embeddings=True)
+    options = {"bits_per_weight": 9, "formats": ("int8",), "target_modules": "all", "objective": "weight"}
+    tn.compress(made, tn.CompressionConfig(**options), progress=False)
+    return made
+
+
+def test_a_head_tied_to_the_embedding_is_written_dense_once(tmp_path: Path) -> None:
+    made = tied_head()
+    report = th.export_compressed_tensors(made, tmp_path / "out")
+    assert len(report.packed) == 14
+    assert report.dense == {
+        "lm_head": "its tensors are tied to those of model.embed_tokens",
+        "model.embed_tokens": "an Embedding; only nn.Linear can be packed",
+    }
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert not [name for name in state if name.startswith("lm_head")]
+    assert torch.equal(state["model.embed_tokens.weight"], made.lm_head.to_matrix())
+
+
+@needs_compressed_tensors
+def test_transformers_alone_ties_the_head_again(tmp_path: Path) -> None:
+    made = tied_head()
+    th.export_compressed_tensors(made, tmp_path / "out")
+    found = logits_of_transformers_alone(tmp_path / "out")
+    torch.testing.assert_close(found, logits(made), rtol=1e-5, atol=1e-5)
 
 
 def test_command_exports_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ configuration lists the layers of each number format in a group of its own.
 
 import copy
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import tensornet as tn
 from tensornet.compression.forecast import light_copy
 from tensornet.errors import TargetError
 from tensornet.nn.encoding import unpacked_codes
+from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
 from tensornet.topologies.structure import is_matrix
 from tensornet_hf.checkpoint.folders import check_free, write_folder
@@ -106,16 +105,16 @@ def export_compressed_tensors(
     model = light_copy(given)
     assert isinstance(model, PreTrainedModel)
     model.config = copy.deepcopy(given.config)
-    layers = dict(_integer_layers(model))
+    layers = dict(_compressed_layers(model))
     if not layers:
         raise TargetError(
             "This model has no tensor-network layers, so there is nothing to pack; compress it first, by "
             'tensornet.compress(model, CompressionConfig(bits_per_weight=4.25, formats=("int4",))).'
         )
     decompress(model)
-    state, packed, dense = model.state_dict(), {}, {}
+    state, ties, packed, dense = model.state_dict(), _ties(layers), {}, {}
     for name, layer in layers.items():
-        found = _packed(layer, model.get_submodule(name), shared=_is_shared(layer, layers))
+        found = _packed(layer, model.get_submodule(name), tied_to=ties.get(name))
         if isinstance(found, str):
             dense[name] = found
             continue
@@ -161,23 +160,27 @@ def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _integer_layers(model: nn.Module) -> Iterator[tuple[str, tn.nn.TensorNetworkLinear]]:
-    """List all compressed linear layers under every name they have."""
+def _compressed_layers(model: nn.Module) -> Iterator[tuple[str, NetworkModule]]:
+    """List all compressed linear layers and embeddings under every name they have."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, tn.nn.TensorNetworkLinear):
+        if isinstance(module, NetworkModule):
             yield name, module
 
 
-def _is_shared(layer: tn.nn.TensorNetworkLinear, layers: dict[str, tn.nn.TensorNetworkLinear]) -> bool:
-    """Return True if another layer stores the same tensors."""
-    first = Counter(id(next(iter(each.stored.values()))) for each in layers.values())
-    return first[id(next(iter(layer.stored.values())))] > 1
+def _ties(layers: dict[str, NetworkModule]) -> dict[str, str]:
+    """Map every layer that shares its tensors to the name of another one that does."""
+    users: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        users.setdefault(id(next(iter(layer.stored.values()))), []).append(name)
+    shared = [names for names in users.values() if len(names) > 1]
+    return {name: next(x for x in names if x != name) for names in shared for name in names}
 
 
-def _packed(layer: tn.nn.TensorNetworkLinear, stock: nn.Module, *, shared: bool) -> dict[str, Tensor] | str:
+def _packed(layer: NetworkModule, stock: nn.Module, *, tied_to: str | None) -> dict[str, Tensor] | str:
     """Pack the tensors of one layer, or return the reason why it is written dense."""
     if type(stock) is not nn.Linear:
-        return f"a {type(stock).__name__}; only nn.Linear can be packed"
+        kind = type(stock).__name__
+        return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}; only nn.Linear can be packed"
     if not is_matrix(layer.topology):
         return f"a network of the family {layer.topology.family!r}; only dense matrices can be packed"
     core = layer.topology.core_names[0]
@@ -188,8 +191,8 @@ def _packed(layer: tn.nn.TensorNetworkLinear, stock: nn.Module, *, shared: bool)
     rows, columns = stock.weight.shape
     if number_format.group is not None and columns % number_format.group:
         return f"groups of {number_format.group} do not divide {columns} inputs"
-    if shared:
-        return "its tensors are tied to those of another layer"
+    if tied_to is not None:  # loading would tie the other layer's matrix to a weight that is not there
+        return f"its tensors are tied to those of {tied_to}"
     stored = layer.stored
     scale = stored[f"scale_{core}"].to(stock.weight.dtype)
     if not torch.equal(scale.float(), stored[f"scale_{core}"].float()):
