@@ -17,6 +17,7 @@ from tensornet.compression.sensitivity import layer_weighting
 from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.expansion import settle
 from tensornet.nn.extension import expanded, structure_changed
@@ -84,6 +85,8 @@ def apply_plan(
         targets = {target.name: target for target in all_targets(model)}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
+        _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
+        refuse_wrapped(wrapped)
         shared = _shared_cores(work, targets, plan, stats)
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]

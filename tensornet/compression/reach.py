@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tensornet.nn.adapters import split_by_adapters
 from tensornet.nn.compound import Compound
 from tensornet.nn.extension import expanded
 from tensornet.nn.stock_layers import layer_bias, reason_against
@@ -19,6 +20,7 @@ BIASES = "biases"
 READ = "weight read past the layer"
 #: Why a layer stays dense that never ran in calibration.
 UNSEEN = "never ran in calibration"
+ADAPTER = "of an adapter"
 #: Types named in one line; the others are added up.
 _NAMED = 5
 
@@ -118,7 +120,8 @@ def _reasons(
     reasons = {x.name: READ for x in left if not past.isdisjoint((*x.names, *x.owners))}
     for name, owner in users_outside(model, targets).items():
         reasons[name] = f"tied to {type(model.get_submodule(owner)).__name__}"
-    return reasons
+    own, _ = split_by_adapters(model, (name for x in left for name in x.names))
+    return reasons | {x.name: ADAPTER for x in left if not own.isdisjoint(x.names)}
 
 
 def _label(module: nn.Module) -> str:

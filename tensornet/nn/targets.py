@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tensornet.checks import check_type
 from tensornet.errors import TargetError
+from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
 from tensornet.nn.compound import Compound
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, compound_of, kind_of
@@ -88,7 +89,8 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
     A layer whose weight is read past the layer is left dense, with a warning; a pattern that names
     it takes it nevertheless. A weight that is also in a module of another kind, such as an embedding that
-    scales, is left dense in any case: compressing a part of its places would untie them.
+    scales, is left dense in any case: compressing a part of its places would untie them. So are the layers
+    of adapters.
 
     Args:
         model: any module.
@@ -97,15 +99,17 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
             `weight_readers` finds.
 
     Raises:
-        TargetError: a pattern matches no compressible module, or nothing is left to compress.
+        TargetError: a pattern matches no compressible module, nothing is left to compress, or a layer lies
+            under an adapter.
     """
     groups = all_targets(model)
+    own, wrapped = split_by_adapters(model, (name for group in groups for name in group.names))
     outside = users_outside(model, groups)
     included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
     heads = {id(module) for module in (output_head(model),) if module is not None}
     named = included is not None and included != [ALL]
     past = frozenset() if named else weight_readers(model).union(readers)
-    chosen, read, tied = [], [], []
+    chosen, read, tied, beside = [], [], [], []
     for group in groups:
         if included is None:
             embeds = any(kind.name == "embedding" for kind in group.kinds)
@@ -113,6 +117,9 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         else:
             wanted = included == [ALL] or _matches_any(group, included)
         if not wanted or (excluded and _matches_any(group, excluded)):
+            continue
+        if not own.isdisjoint(group.names):
+            beside.append(group)
             continue
         if group.name in outside:
             tied.append(group)
@@ -133,6 +140,9 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
             f"Left dense, because their weights are read past the layers: {summary(read)}. "
             "Name them in target_modules to compress them nevertheless.",
         )
+    refuse_wrapped(name for group in chosen for name in group.names if name in wrapped)
+    if beside:
+        warn(f"Left dense, because they belong to adapters: {summary(beside)}.")
     owners = [outside[group.name] for group in tied]
     kinds = [type(model.get_submodule(owner)).__name__ for owner in owners]
     pairs = [f"{x.name} and {owner} ({kind})" for x, owner, kind in zip(tied, owners, kinds, strict=True)]

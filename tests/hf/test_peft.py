@@ -264,3 +264,74 @@ def test_healing_with_adapters() -> None:
     report = tn.heal(made, teacher, [batch], steps=10, lr=1e-2, parameters="trainable")
     assert report.losses[-1] < report.losses[0]
     assert report.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
+
+
+I8 = {"bits_per_weight": 9, "formats": ("int8",), "objective": "weight"}
+
+
+def adapted_by_peft() -> PeftModel:
+    """Stock layers under stock adapters, which say something from the start."""
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    return get_peft_model(llama(), config).eval()
+
+
+@pytest.mark.parametrize("target_modules", [None, "all", "*.q_proj.*"])
+def test_layers_under_adapters_are_not_compressed(target_modules: str | None) -> None:
+    """Merging would add the adapter to a weight that is not there."""
+    made = adapted_by_peft()
+    before = logits(made)
+    config = tn.CompressionConfig(target_modules=target_modules, **I8)
+    told = r"q_proj\.base_layer lies under an adapter.*merge_and_unload.*hf\.peft\.lora_config.*'base_layer'"
+    with pytest.raises(tn.TargetError, match=told):
+        tn.compress(made, config, progress=False)
+    torch.testing.assert_close(logits(made), before, atol=0, rtol=0)
+
+
+def test_adapters_stay_beside_layers_that_are_left_dense() -> None:
+    made = adapted_by_peft()
+    with pytest.warns(UserWarning, match=r"they belong to adapters: .*q_proj\.lora_A\.default"):
+        report = tn.compress(made, tn.CompressionConfig(exclude_modules="base_layer", **I8), progress=False)
+    assert "of an adapter" in str(report.reach)
+    assert len(report.plan) == 10
+    before = logits(made)
+    merged = merge_adapters(made)
+    assert isinstance(merged.get_submodule("model.layers.0.mlp.up_proj"), tn.nn.TensorNetworkLinear)
+    torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-5)
+
+
+def test_plans_are_not_carried_out_under_adapters() -> None:
+    made = adapted_by_peft()
+    name = f"base_model.model.{LAYER}.base_layer"
+    plan = tn.plan(nn.ModuleDict({"x": made.get_submodule(name)}), tn.CompressionConfig(max_bond=2))
+    data = plan.to_dict()
+    data["layers"][0]["name"] = name
+    with pytest.raises(tn.TargetError, match="lies under an adapter"):
+        tn.apply_plan(made, tn.CompressionPlan.from_dict(data))
+
+
+def test_adapters_that_merge_into_cores_let_dense_layers_be_compressed_again() -> None:
+    made = tn.decompress(adapted(compressed(), target_modules=["q_proj"]))
+    assert isinstance(made.get_submodule(f"base_model.model.{LAYER}"), LoraNetworkLinear)
+    with pytest.warns(UserWarning, match="they belong to adapters"):
+        tn.compress(made, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+    before = logits(made)
+    torch.testing.assert_close(logits(merge_adapters(made)), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8", "low_rank"])
+def test_stock_adapters_over_cores_do_not_merge(form: str) -> None:
+    """However the cores came there: by hand, or by an older version."""
+    made = adapted_by_peft()
+    layer = made.get_submodule(f"base_model.model.{LAYER}")
+    held = nn.ModuleList([layer.base_layer])
+    options = I8 if form == "int8" else {"topology": form, "max_bond": 4}
+    tn.compress(held, tn.CompressionConfig(**options), progress=False)
+    layer.base_layer = held[0]
+    before = logits(made)
+    with pytest.raises(tn.TargetError, match=r"q_proj\.base_layer is made of cores.*tensornet\.decompress"):
+        merge_adapters(made)
+    torch.testing.assert_close(logits(made), before, atol=0, rtol=0)
+    with pytest.raises((RuntimeError, AttributeError, TypeError)):  # PEFT's own, but not silence
+        copy.deepcopy(made).merge_and_unload()
+    merged = merge_adapters(tn.decompress(made))
+    torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-5)

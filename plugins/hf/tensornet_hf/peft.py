@@ -26,10 +26,12 @@ from transformers import PreTrainedModel
 from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
+from tensornet.nn.adapters import split_by_adapters
 from tensornet.nn.encoding import encode
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.linear import empty_linear, linear_from_network
 from tensornet.nn.stock_layers import layer_bias
+from tensornet.nn.targets import compressed_names
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -47,6 +49,8 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     has no such topology (`TopologyFamily.with_rank`) cannot take the adapter in and become dense. Integer
     cores are rounded again, with a warning; of a sum only the last term is, which takes the adapter in.
     """
+
+    merges_into_cores = True  # see `tensornet.nn.adapters`
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, **options: Any
@@ -238,6 +242,9 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
 def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
     """Merge the adapters into the model, ready to be saved as a compressed model.
 
+    Raises:
+        TargetError: an adapter over cores that PEFT knows nothing of; nothing was merged.
+
     Example:
         >>> from peft import get_peft_model
         >>> from tensornet_hf.peft import lora_config, merge_adapters
@@ -248,6 +255,13 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
         >>> type(merge_adapters(adapted)).__name__
         'GPT2LMHeadModel'
     """
+    _, wrapped = split_by_adapters(adapted, compressed_names(adapted))
+    if wrapped:
+        raise TargetError(
+            f"{min(wrapped)} is made of cores, and the adapter over it can be merged into a dense weight "
+            "only. Call tensornet.decompress(adapted) before merging, or add adapters to the compressed "
+            "model by tensornet_hf.peft.lora_config."
+        )
     model = adapted.merge_and_unload()
     structure_changed(model)
     assert isinstance(model, PreTrainedModel)
