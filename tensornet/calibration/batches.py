@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import TargetError
+from tensornet.nn.wrappers import unwrapped
 
 #: Keyword arguments of a model. `"labels"` may be there for the loss alone.
 Batch = Mapping[str, Any]
@@ -129,7 +130,7 @@ def takes_labels(model: nn.Module) -> bool:
 
 def _mapping_argument(model: nn.Module) -> str | None:
     """Return the name of the first argument of a model that takes one mapping; None for other models."""
-    first = next(iter(inspect.signature(_inside(model).forward).parameters.values()), None)
+    first = next(iter(inspect.signature(unwrapped(model).forward).parameters.values()), None)
     if first is None or first.annotation is first.empty:
         return None
     kind = first.annotation
@@ -141,23 +142,12 @@ def _mapping_argument(model: nn.Module) -> str | None:
 
 def _arguments(model: nn.Module) -> tuple[list[str], bool]:
     """Return the keywords that `forward` names, and True if it takes any other keyword as well."""
-    kinds = inspect.signature(_inside(model).forward).parameters
+    kinds = inspect.signature(unwrapped(model).forward).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return (
         [name for name, parameter in kinds.items() if parameter.kind in by_name],
         any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in kinds.values()),
     )
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """Unwrap a model from `DataParallel`, `DistributedDataParallel` and `torch.compile`."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _first_argument(model: nn.Module) -> str:

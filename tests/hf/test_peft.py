@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import gpt2, llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -177,6 +177,28 @@ def test_unmerging_gives_the_layers_back() -> None:
     made.unmerge_adapter()
     assert made.get_submodule(f"base_model.model.{LAYER}").base_layer is base
     torch.testing.assert_close(logits(made), before)
+
+
+def test_model_and_adapters_are_saved_apart(tmp_path: Path) -> None:
+    """Nothing is written of a model that is saved as a whole: PEFT would write the adapters alone."""
+    made = adapted(compressed())
+    before = logits(made)
+    for whole in (made, made.get_base_model(), nn.DataParallel(made)):
+        with pytest.raises(
+            tn.TargetError, match=r"save_model\(model\.unload\(\), .*load_adapters.*merge_adapters"
+        ):
+            th.save_model(whole, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+    made.save_pretrained(tmp_path / "adapters")
+    th.save_model(made.unload(), tmp_path / "model")
+    again = load_adapters(th.load(tmp_path / "model"), tmp_path / "adapters").eval()
+    torch.testing.assert_close(logits(again), before, atol=0, rtol=0)
+
+
+def test_prompts_are_not_saved_for_the_model(tmp_path: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(tn.TargetError, match="Adapters are attached"):
+        th.save_model(get_peft_model(compressed(), config), tmp_path / "model")
 
 
 def test_broken_adapter_is_not_merged() -> None:

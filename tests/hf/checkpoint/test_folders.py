@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hf_models import ARCHITECTURES, logits
+from torch import nn
 
 import tensornet as tn
 import tensornet_hf as th
@@ -57,6 +59,24 @@ def test_links_out_of_a_folder_are_not_copied(encoder: Path, tmp_path: Path) -> 
     with pytest.raises(FormatError, match=r"vocab.txt is a link to .*secret, outside the folder"):
         th.save_model(th.load(encoder), tmp_path / "made", source=encoder)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda x: torch.compile(x, backend="eager")])
+def test_wrapped_models_are_saved_without_the_wrapper(wrap: Any, tmp_path: Path) -> None:
+    model = GPT2.dense
+    wrapped = nn.DataParallel(wrap(model))
+    config = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
+    tn.compress(wrapped, config, progress=False)
+    loaded = th.load(th.save_model(wrapped, tmp_path / "made"))
+    assert torch.equal(logits(loaded, GPT2), logits(model, GPT2))
+
+
+@pytest.mark.parametrize("value", [nn.Linear(3, 3), nn.DataParallel(nn.Linear(3, 3)), "folder"])
+def test_what_is_no_model_of_transformers_is_not_saved(value: Any, tmp_path: Path) -> None:
+    kind = "str" if isinstance(value, str) else "Linear"
+    told = rf"takes a model of transformers, got {kind}.*tensornet\.save_model writes models of plain PyTorch"
+    with pytest.raises(TypeError, match=told):
+        th.save_model(value, tmp_path / "made")
 
 
 def test_layers_replaced_by_hand_are_saved_once_described(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet.errors import FormatError, TargetError
+from tensornet.nn.adapters import adapter_names
+from tensornet.nn.wrappers import unwrapped
 from tensornet_hf.checkpoint.describe import layer_descriptions
 from tensornet_hf.checkpoint.folders import write_folder
 from tensornet_hf.checkpoint.links import inside
@@ -25,7 +27,7 @@ NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
 
 
 def save_model(
-    model: PreTrainedModel,
+    model: nn.Module,
     destination: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
@@ -34,7 +36,7 @@ def save_model(
     """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
 
     Args:
-        model: to save.
+        model: of transformers; may be wrapped by `DataParallel`, `DistributedDataParallel`, `torch.compile`.
         destination: the new folder.
         source: the folder that the model came from; its tokenizer and other small files are copied.
         force: replace a model folder that is at the destination.
@@ -44,6 +46,8 @@ def save_model(
 
     Raises:
         DestinationError: it exists already, is the source, or cannot be written (full disk); nothing is left.
+        TargetError: adapters of PEFT are attached.
+        TypeError: no model that can save itself as a folder.
 
     Example:
         >>> model = th.load(th.embedded.gpt2_path())
@@ -54,12 +58,33 @@ def save_model(
         ['README.md', 'config.json']
     """
     sources = (Path(source),) if source is not None else ()
-    prepare_for_saving(model)
+    whole = _whole_model(model)
+    prepare_for_saving(whole)
     with write_folder(destination, force=force, sources=sources) as folder:
-        model.save_pretrained(folder)
+        whole.save_pretrained(folder)
         for origin in sources:
             copy_small_files(origin, folder)
     return Path(destination)
+
+
+def _whole_model(model: Any) -> Any:
+    """Unwrap a model, and check that its `save_pretrained` writes all of it."""
+    whole = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(whole, nn.Module) or not callable(getattr(whole, "save_pretrained", None)):
+        raise TypeError(
+            f"save_model takes a model of transformers, got {type(whole).__name__}, which has no method "
+            "save_pretrained; tensornet.save_model writes models of plain PyTorch to a file."
+        )
+    # PEFT sets `peft_config` on what it adapts; prompts are adapters without layers.
+    if adapter_names(whole) or getattr(whole, "peft_config", None):
+        raise TargetError(
+            f"Adapters are attached to this {type(whole).__name__}, and a folder holds the model or the "
+            "adapters. Save them apart: model.save_pretrained(adapters) in PEFT, then "
+            "save_model(model.unload(), folder), and put them together by "
+            "tensornet_hf.peft.load_adapters(load(folder), adapters); or save what "
+            "tensornet_hf.peft.merge_adapters(model) returns."
+        )
+    return whole
 
 
 def copy_small_files(source: Path, destination: Path) -> list[str]:
