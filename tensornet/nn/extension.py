@@ -4,11 +4,12 @@ A model class may keep many matrices in one parameter, have its own way of savin
 calibrate on. A plugin subclasses `ModelExtension`, overrides methods and registers one instance.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -80,6 +81,16 @@ class ModelExtension:
         Returns:
             True if the extension takes care of how the model is saved. Unless some extension does,
             `save_pretrained` of the model raises TargetError.
+        """
+        return False
+
+    def is_described(self, model: nn.Module) -> bool:
+        """Return True if `save_pretrained` of the model writes its tensor-network layers.
+
+        Asked while a model is saved of which only a part was compressed: `layers_replaced` saw that part.
+
+        Args:
+            model: has a method `save_pretrained`.
         """
         return False
 
@@ -161,6 +172,8 @@ def structure_changed(model: nn.Module) -> None:
     """
     keep_off_fused_paths(model)
     handled = _tell_extensions(model)
+    if refuse_other_owners not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(refuse_other_owners)  # public, since copies and pickles find it
     if handled or not callable(getattr(type(model), "save_pretrained", None)):
         return
     if any(_is_special(module) for module in model.modules()):
@@ -183,6 +196,42 @@ def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     _remove_guard(self)
     return self.save_pretrained(*args, **kwargs)  # type: ignore[operator]
+
+
+def refuse_other_owners(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Raise TargetError if a larger model saves the module and does not describe its layers.
+
+    To explain why it looks at the call stack: a module does not know the model that it is a part of, and
+    whoever compresses a part names that part alone. The tensors of both are collected inside the larger
+    model's `save_pretrained`.
+
+    Args:
+        module: had layers replaced; this is its hook for `state_dict`.
+        prefix: name of the module in the larger model, with a dot at its end; empty if there is none.
+        keep_vars: see `torch.nn.Module.state_dict`.
+
+    Raises:
+        TargetError: the folder could not be loaded; the message says what to call.
+    """
+    owner = _saved_owner() if prefix and any(map(_is_special, module.modules())) else None
+    if owner is None or any(extension.is_described(owner) for extension in _EXTENSIONS):
+        return
+    raise TargetError(
+        f"A part of this {type(owner).__name__}, {prefix.removesuffix('.')}, holds layers made of cores, and "
+        "its save_pretrained does not describe them: the folder could not be loaded. Run `import "
+        "tensornet_hf` and tensornet_hf.prepare_for_saving(model), then save again."
+    )
+
+
+def _saved_owner() -> nn.Module | None:
+    """Return the model whose `save_pretrained` runs; None also if PEFT writes adapters alone."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
+        if isinstance(owner, nn.Module):
+            return None if getattr(owner, "peft_config", None) else owner
+        frame = frame.f_back
+    return None
 
 
 def _tell_extensions(model: nn.Module) -> bool:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 
 IDS = torch.tensor([[5, 7, 9, 11, 13, 6]])
 LAYER = "model.layers.0.self_attn.q_proj"
+I8 = {"bits_per_weight": 9, "formats": ("int8",), "objective": "weight"}
 
 
 @cache
@@ -195,6 +196,14 @@ def test_model_and_adapters_are_saved_apart(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), before, atol=0, rtol=0)
 
 
+def test_adapters_are_saved_where_a_part_was_compressed(tmp_path: Path) -> None:
+    """The model would be refused, but PEFT writes nothing of it."""
+    model = llama().eval()
+    tn.compress(model.model.layers[0], tn.CompressionConfig(**I8), progress=False)
+    adapted(model).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_prompts_are_not_saved_for_the_model(tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(tn.TargetError, match="Adapters are attached"):
@@ -286,9 +295,6 @@ def test_healing_with_adapters() -> None:
     report = tn.heal(made, teacher, [batch], steps=10, lr=1e-2, parameters="trainable")
     assert report.losses[-1] < report.losses[0]
     assert report.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
-
-
-I8 = {"bits_per_weight": 9, "formats": ("int8",), "objective": "weight"}
 
 
 def adapted_by_peft() -> PeftModel:

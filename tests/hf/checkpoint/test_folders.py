@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hf_models import ARCHITECTURES, logits
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
@@ -91,3 +93,41 @@ def test_layers_replaced_by_hand_are_saved_once_described(tmp_path: Path) -> Non
     loaded = th.load(tmp_path / "described")
     torch.testing.assert_close(logits(loaded, GPT2), logits(model.eval(), GPT2))
     assert [*loaded.config.quantization_config.layers] == ["transformer.h.0.mlp.c_fc"]
+
+
+@pytest.mark.parametrize("part", ["transformer.h", "transformer.h.0", "transformer.h.0.mlp"])
+def test_a_model_of_which_a_part_was_compressed_is_not_saved_undescribed(part: str, tmp_path: Path) -> None:
+    model = GPT2.dense
+    config = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
+    tn.compress(model.get_submodule(part), config, progress=False)
+    with pytest.raises(tn.TargetError, match=rf"{part}, holds .*prepare_for_saving\(model\)"):
+        model.save_pretrained(tmp_path / "undescribed")
+    assert not list((tmp_path / "undescribed").glob("*.safetensors"))
+    assert th.prepare_for_saving(model)
+    model.save_pretrained(tmp_path / "described")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "described").eval()
+    assert torch.equal(logits(loaded, GPT2), logits(model, GPT2))
+
+
+def test_a_part_that_its_model_shares_no_description_with_is_refused(tmp_path: Path) -> None:
+    """The configuration of both lists the layers of the first part, and not of the second."""
+    model = GPT2.dense
+    config = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
+    tn.compress(model.transformer, dataclasses.replace(config, target_modules="*.mlp.*"), progress=False)
+    tn.compress(model.transformer.h[0].attn, config, progress=False)
+    with pytest.raises(tn.TargetError, match=r"transformer, holds .*prepare_for_saving\(model\)"):
+        model.save_pretrained(tmp_path / "undescribed")
+    th.save_model(model, tmp_path / "described")
+    assert torch.equal(logits(th.load(tmp_path / "described"), GPT2), logits(model, GPT2))
+
+
+def test_a_part_is_compressed_after_the_model(tmp_path: Path) -> None:
+    model = GPT2.dense
+    config = tn.CompressionConfig(
+        max_bond=4, topology="low_rank", objective="weight", target_modules="*.mlp.*"
+    )
+    tn.compress(model, config, progress=False)
+    attention = dataclasses.replace(config, target_modules=None)
+    tn.compress(model.transformer.h[0].attn, attention, progress=False)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(th.load(tmp_path / "model"), GPT2), logits(model, GPT2))

@@ -17,8 +17,8 @@ from tensornet.errors import FormatError, TargetError
 from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet_hf.checkpoint import ties
-from tensornet_hf.checkpoint.attach import attach, detach
-from tensornet_hf.checkpoint.describe import describe, is_inside
+from tensornet_hf.checkpoint.attach import attach, detach, is_attached
+from tensornet_hf.checkpoint.describe import describe, is_inside, layer_descriptions
 from tensornet_hf.checkpoint.guards import make_guards, pass_by_guards, without_guards
 from tensornet_hf.checkpoint.headers import check_layers, read_headers
 from tensornet_hf.checkpoint.parallelism import check_distribution
@@ -193,6 +193,24 @@ def prepare_for_saving(model: nn.Module) -> bool:
     for part in found:
         _prepare(part)
     return bool(found)
+
+
+def is_described(model: nn.Module) -> bool:
+    """Return True if there are transformers models in a module, and all are saved with their descriptions.
+
+    A model inside another one does not count, unless both share the configuration: the outer one is saved.
+    """
+    found = _outermost(model)
+    return bool(found) and all(is_attached(x) or _shares_description(x) for x in found)
+
+
+def _shares_description(model: PreTrainedModel) -> bool:
+    """Return True if a model inside this one put a description of all layers into their configuration."""
+    config, prefix = getattr(model.config, "quantization_config", None), f"{model.base_model_prefix}."
+    if not isinstance(config, TensorNetworkConfig):
+        return False
+    known = {name.removeprefix(prefix) for name in config.layers}
+    return all(name.removeprefix(prefix) in known for name in layer_descriptions(model))
 
 
 def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) -> None:
