@@ -55,8 +55,8 @@ class CompressionConfig(LayerSelection):
             do, with no leg of size 1); `"balanced"` takes factors of similar size.
         max_bond: cap on every bond.
         rel_error: largest relative Frobenius error of each layer.
-        param_ratio: keep ratio: fraction of the parameters of the targeted layers to keep; of all together
-            with the curvature objective, of each layer with the others.
+        param_ratio: keep ratio: fraction of the parameters of the targeted layers to keep, above 0 and at
+            most 1; of all together with the curvature objective, of each layer with the others.
         bits_per_weight: mean bits of a weight of the targeted layers, scales included. Like all budgets of
             bytes it needs calibrated gradients; without calibration data layers become int8, if that fits.
         byte_ratio: bytes of the whole model, embeddings and biases included, as a share of its bytes now.
@@ -159,6 +159,12 @@ class CompressionConfig(LayerSelection):
             check_number(name, value)
             if not value > 0:
                 raise BudgetError(f"{name} must be above 0, got {value!r}.")
+        if self.param_ratio is not None and self.param_ratio > 1:
+            # `Budget` allows more, for a family may need more numbers than the matrix has.
+            raise BudgetError(
+                f"param_ratio is a fraction of the parameters to keep, at most 1; got {self.param_ratio!r}. "
+                "50 % is param_ratio=0.5."
+            )
         if self.byte_ratio is not None and self.byte_ratio > 1:
             raise BudgetError(
                 f"byte_ratio is a share of the model's bytes, at most 1; got {self.byte_ratio!r}. Sizes in "

@@ -326,6 +326,7 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
     [
         ({"bits_per_weight": 0}, "bits_per_weight must be above 0"),
         ({"bits_per_weight": "4"}, "bits_per_weight must be a number, got '4'"),
+        ({"param_ratio": 50}, r"param_ratio is a fraction .* at most 1; got 50\. 50 % is param_ratio=0\.5"),
         ({"byte_ratio": 1.5}, "byte_ratio is a share of the model's bytes, at most 1; got 1.5"),
         ({"formats": ("int9",)}, "Unknown number format 'int9'; known are float, bf16, int8"),
         ({"formats": "int4"}, r"formats is a sequence of names .* got 'int4'"),
