@@ -234,42 +234,7 @@ class CompressionPlan:
         )
 
     def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=5)
-        lines = [
-            f"{'layer':<{width}}  {'form':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
-            f"{'plain SVD':>9}"
-        ]
-        for layer in self.layers:
-            form = describe(layer.topology, layer.storage)
-            size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
-            count = f"{layer.params_before:,} -> {layer.params_after:,}"
-            error = "?" if layer.error is None else f"{layer.error:.4f}"
-            lines.append(
-                f"{layer.name:<{width}}  {form:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
-                f"{count:>24} {error:>8} {layer.baseline_error:>9.4f}"
-            )
-        lines.append(
-            f"total: {self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a "
-            f"weight, {self.params_before:,} -> {self.params_after:,} parameters"
-        )
-        if self.predicted_loss_increase is not None:
-            seen = f" (measured on {self.forecast.source})" if self.forecast.source else ""
-            what = "loss of a token" if self.of_tokens else "loss"
-            text = f"predicted rise of the {what}: {self.predicted_loss_increase:.4f}{seen}"
-            lines.append(text + self.predicted_change())
-        if self.verification is not None:
-            lines.append(str(self.verification))
-        elif uncertain := sum(is_unverified(layer) for layer in self.layers):
-            lines.append(f"not verified by measuring: {uncertain} layers whose predicted loss is uncertain")
-        if self.baseline is not None:
-            rise = self.forecast.rise(self.baseline.loss_increase)
-            lines.append(
-                f"round to nearest, {self.baseline.number_format} everywhere: {self.baseline.num_bytes:,} "
-                f"bytes, predicted rise {rise:.4f}"
-            )
-        if self.predicted_milliseconds is not None:
-            lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
-        return "\n".join(lines)
+        return plan_text(self, {layer.name: layer.error for layer in self.layers})
 
     def plot(self) -> "Figure":
         """Draw loss over bits of a weight, if it is predicted, and bits and ranks of all layers.
@@ -380,6 +345,52 @@ class CompressionPlan:
         except (OSError, ValueError, RecursionError) as error:
             raise FormatError(f"Cannot read a compression plan from {path}: {error}") from error
         return cls.from_dict(data)
+
+
+def plan_text(plan: CompressionPlan, errors: Mapping[str, float | None]) -> str:
+    """Format a plan as a table of its layers, with the given errors, and lines about their sum."""
+    width = max((len(layer.name) for layer in plan), default=5)
+    lines = [
+        f"{'layer':<{width}}  {'form':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
+        f"{'plain SVD':>9}"
+    ]
+    for layer in plan:
+        form = describe(layer.topology, layer.storage)
+        size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
+        count = f"{layer.params_before:,} -> {layer.params_after:,}"
+        known = errors[layer.name]
+        error = "?" if known is None else f"{known:.4f}"
+        lines.append(
+            f"{layer.name:<{width}}  {form:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
+            f"{count:>24} {error:>8} {layer.baseline_error:>9.4f}"
+        )
+    return "\n".join([*lines, *_summary(plan)])
+
+
+def _summary(plan: CompressionPlan) -> list[str]:
+    """Describe all layers of a plan together, in lines."""
+    lines = [
+        f"total: {plan.bytes_before:,} -> {plan.bytes_after:,} bytes, {plan.bits_per_weight:.2f} bits a "
+        f"weight, {plan.params_before:,} -> {plan.params_after:,} parameters"
+    ]
+    if plan.predicted_loss_increase is not None:
+        seen = f" (measured on {plan.forecast.source})" if plan.forecast.source else ""
+        what = "loss of a token" if plan.of_tokens else "loss"
+        text = f"predicted rise of the {what}: {plan.predicted_loss_increase:.4f}{seen}"
+        lines.append(text + plan.predicted_change())
+    if plan.verification is not None:
+        lines.append(str(plan.verification))
+    elif uncertain := sum(is_unverified(layer) for layer in plan.layers):
+        lines.append(f"not verified by measuring: {uncertain} layers whose predicted loss is uncertain")
+    if plan.baseline is not None:
+        rise = plan.forecast.rise(plan.baseline.loss_increase)
+        lines.append(
+            f"round to nearest, {plan.baseline.number_format} everywhere: {plan.baseline.num_bytes:,} "
+            f"bytes, predicted rise {rise:.4f}"
+        )
+    if plan.predicted_milliseconds is not None:
+        lines.append(f"predicted for {plan.tokens} tokens: {plan.predicted_milliseconds:.4g} ms")
+    return lines
 
 
 def _general(storage: Storage) -> Storage:

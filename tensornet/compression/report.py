@@ -9,6 +9,7 @@ from torch import nn
 from tensornet.compression.layer_plan import describe
 from tensornet.compression.measured_loss import MeasuredRise
 from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, plan_text
 from tensornet.compression.reach import Reach
 from tensornet.nn.module import NetworkModule
 from tensornet.notebook import html_table
@@ -53,14 +54,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """Result of `compress`; `str(report)` is a table, `report.plan` holds topologies and spectra.
+    """Result of `compress`: `str(report)` is the table of its plan with the certified errors.
 
     Args:
         layers: one entry for each targeted weight.
         model_params_before, model_params_after: elements of all parameters of the model.
         model_bytes_before, model_bytes_after: their size in memory.
         seconds: wall time.
-        plan: the plan that was carried out.
+        plan: the plan that was carried out, with topologies, spectra and the errors expected before.
         reach: which share of the parameters was considered, and which modules hold the rest.
         measured: rise of the loss, measured on a few rows of the data beside `plan.predicted_loss_increase`;
             None where no batches were at hand or the model has no loss.
@@ -97,8 +98,9 @@ class CompressionReport:
         loss = "" if self.measured is None else f"measured rise of the loss: {self.measured}\n"
         if not loss and self.plan.predicted_loss_increase is not None:
             loss = "measured rise of the loss: none, without batches that it could be measured on\n"
+        table = plan_text(self.plan, {layer.name: layer.error for layer in self.layers})
         return (
-            f"{self.plan}\n{loss}"
+            f"{table}\n{loss}"
             f"model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
             f"{self.seconds:.1f} s\n{self.reach}"

@@ -293,6 +293,26 @@ def test_editing_the_storage_of_a_layer() -> None:
         plan.replace_layer(name, None, "int9")
 
 
+def test_a_printed_report_shows_the_errors_that_were_measured() -> None:
+    """And a printed plan those that it expects, which are estimates at few bits."""
+    model, stats, _ = calibrated()
+    dense = copy.deepcopy(model)
+    config = CompressionConfig(bits_per_weight=2.6, formats=FORMATS)
+    report = tn.compress(model, config, calibration=stats, progress=False)
+    printed = {line.split()[0]: line.split() for line in str(report).splitlines() if line}
+    planned = {line.split()[0]: line.split() for line in str(report.plan).splitlines()}
+    expected = 0
+    for layer in report.plan:
+        matrix = dense.get_submodule(layer.name).weight.detach().mT  # Conv1D
+        kept = model.get_submodule(layer.name).to_matrix().detach()
+        true = torch.linalg.norm(kept - matrix) / torch.linalg.norm(matrix)
+        assert float(printed[layer.name][-2]) == pytest.approx(float(true), abs=1e-3)
+        assert float(planned[layer.name][-2]) == pytest.approx(layer.error, abs=1e-4)
+        assert printed[layer.name][:-2] == planned[layer.name][:-2]
+        expected += planned[layer.name][-2] != printed[layer.name][-2]
+    assert expected > 0
+
+
 def test_without_calibration_data_layers_become_int8() -> None:
     model = calibrated()[0]
     with pytest.warns(
