@@ -25,8 +25,14 @@ from tensornet.nn.linear import TensorNetworkLinear, linear_from_network, linear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias, layer_kind
 from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
+from tensornet.notices import warn
 from tensornet.progress import progress_bar
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.underflow import scales_underflow, with_wide_scales
 from tensornet.topologies import Decomposition, topology_family
+
+#: Layers that a warning names.
+_NAMED = 5
 
 
 @torch.inference_mode(False)  # parameters made there could not be trained
@@ -105,6 +111,7 @@ def apply_plan(
             if rounded is not None and not layer.shared_core:
                 rounded.keep(layer, modules, errors[layer.name])
             made.update(zip(target.names, modules, strict=True))
+        _warn_of_underflow(work, targets, made, plan, stats)
         with replaced(model, made):
             structure_changed(model)
     return errors
@@ -199,6 +206,41 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         raise TargetError(
             f"The plan was made for {layer.name!r} of shape {layer.shape}, the model's has shape "
             f"{tuple(target.matrix.shape)}."
+        )
+
+
+def _warn_of_underflow(
+    work: Sequence[LayerPlan],
+    targets: Mapping[str, Target],
+    made: Mapping[str, nn.Module],
+    plan: CompressionPlan,
+    stats: CalibrationStats | None,
+) -> None:
+    """Warn of layers that lose weights because scales of their number format became zero."""
+    found: dict[str, list[str]] = {}
+    for layer in work:
+        target = targets[layer.name]
+        module = made[target.names[0]]
+        assert isinstance(module, NetworkModule)
+        zeroed = [
+            number_format
+            for name, (number_format, _) in module.integer_cores.items()
+            if bool((module.stored[name.replace("core_", "scale_", 1)].float() == 0).any())
+        ]
+        if not zeroed:
+            continue
+        seen = layer_weighting(target, plan.objective, stats, plan.damping)
+        for number_format in dict.fromkeys(zeroed):
+            if scales_underflow(target.matrix, number_format, seen):
+                found.setdefault(number_format.name, []).append(repr(layer.name))
+    for name, layers in found.items():
+        number_format = NumberFormat.parse(name)
+        limits = torch.finfo(number_format.scale_dtype)
+        others = f" and {len(layers) - _NAMED} others" if len(layers) > _NAMED else ""
+        warn(
+            f"Weights of {', '.join(layers[:_NAMED])}{others} became zero: the scales of {name!r} have "
+            f"{limits.bits} bits and underflow below {limits.smallest_normal * limits.eps:.1e}. Use bfloat16 "
+            f"scales, as in formats=({with_wide_scales(number_format).name!r},)."
         )
 
 

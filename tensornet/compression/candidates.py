@@ -19,6 +19,7 @@ from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, decode, encode
+from tensornet.quantization.underflow import scales_underflow
 from tensornet.topologies import Decomposition, TopologyFamily, topology_family
 from tensornet.topologies.ladder import RoundTrip
 from tensornet.topology import Topology
@@ -110,7 +111,7 @@ def family_candidates(
         matrix,
         (sensitivity.choice, sensitivity.forecast),
         max_bond=max_bond,
-        round_trip=_rounding(storage, matrix.dtype, sensitivity.choice),
+        round_trip=_rounding(storage, matrix, sensitivity.choice),
         **chosen,
     )
     topologies = ladder.topologies
@@ -150,12 +151,20 @@ def family_candidates(
     )
 
 
-def _rounding(storage: Storage, dtype: torch.dtype, weighting: Weighting) -> RoundTrip | None:
-    """Wrap `round_trip` for `TopologyFamily.ladder`; None where nothing is rounded."""
+def _rounding(storage: Storage, matrix: Tensor, weighting: Weighting) -> RoundTrip | None:
+    """Wrap `round_trip` for `TopologyFamily.ladder`; None where nothing is rounded.
+
+    Losses of formats whose scales underflow are measured: in a pivoted network one factor is as small as the
+    matrix, and predictions take both as balanced.
+    """
     if not storage.quantized:
         return None
-    number_format = storage.number_format if storage.number_format.is_integer else None
-    return RoundTrip(lambda network: round_trip(network, storage, dtype, weighting), number_format)
+    number_format = storage.number_format
+    predicted = number_format.is_integer and not scales_underflow(matrix, number_format, weighting)
+    return RoundTrip(
+        lambda network: round_trip(network, storage, matrix.dtype, weighting),
+        number_format if predicted else None,
+    )
 
 
 def storage_of(config: CompressionConfig, objective: str) -> Storage:

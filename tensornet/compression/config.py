@@ -68,7 +68,8 @@ class CompressionConfig(LayerSelection):
         formats: number formats that layers may be stored in, as names for `NumberFormat.parse`: `"float"` is
             the model's own, `"int4"` has groups of 64. Dense layers take any of them, factors of networks
             those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` where
-            `bits_per_weight` or `byte_ratio` is given, else the model's own alone.
+            `bits_per_weight` or `byte_ratio` is given, else the model's own alone. In layers whose weights
+            are too small for 8-bit scales those of `DEFAULT_FORMATS` have 16-bit ones at as many bytes.
         loss_increase: predicted rise of the loss of a token that all layers together may cause. Curvature
             only; alone it asks for the smallest such model.
         max_milliseconds: predicted time of one forward pass through the targeted layers together, by the

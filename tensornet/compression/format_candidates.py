@@ -1,7 +1,8 @@
 """The dense matrix of a layer as a candidate in every number format, with exact bytes and predicted loss.
 
 From 4 bits on the loss is predicted from the moments alone; at 2 and 3 bits, where clamping and scales
-decide, a part of the matrix is rounded, and the prediction is corrected by what that costs.
+decide, a part of the matrix is rounded, and the prediction is corrected by what that costs. Where scales are
+too small for their dtype the whole matrix is rounded.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tensornet.compression.candidates import LayerCandidates, relative_gap, round_trip
+from tensornet.compression.config import DEFAULT_FORMATS
 from tensornet.compression.latency import Clock
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, times
@@ -20,6 +22,7 @@ from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.expected_loss import expected_losses
 from tensornet.quantization.prediction import group_ranges, spaced_rows
 from tensornet.quantization.scales import as_groups
+from tensornet.quantization.underflow import scales_underflow, storable_formats
 from tensornet.remembered import remembering
 from tensornet.topologies import dense
 from tensornet.topologies.dense import ROUNDING_DAMPING, round_dense
@@ -85,9 +88,16 @@ def dense_candidates(
     formats: Sequence[NumberFormat],
     clock: Clock | None,
     measured: MeasuredSample | None = None,
+    names: Sequence[NumberFormat] | None = None,
 ) -> LayerCandidates:
-    """Make one candidate of the dense matrix for each format, in their order; see `format_losses`."""
+    """Make one candidate of the dense matrix for each format, in their order; see `format_losses`.
+
+    Candidates are found in `uniform` and `nearest` under the formats of `names`, for which those of `formats`
+    stand in this layer; under their own if absent.
+    """
+    names = names or formats
     losses = format_losses(matrix, sensitivity, formats, measured)
+    nearest = nearest_losses(matrix, sensitivity.forecast, formats)
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storages = [PLAIN if x == NumberFormat() else Storage(number_format=x) for x in formats]
 
@@ -112,8 +122,12 @@ def dense_candidates(
         errors=column([x.error for x in losses]),
         milliseconds=column([time(x) for x in formats]),
         make=make,
-        uniform={x.name: k for k, x in enumerate(formats)},
-        nearest=nearest_losses(matrix, sensitivity.forecast, formats),
+        uniform={x.name: k for k, x in enumerate(names)},
+        nearest={
+            asked.name: nearest[kept.name]
+            for asked, kept in zip(names, formats, strict=True)
+            if kept.name in nearest
+        },
     )
 
 
@@ -131,16 +145,32 @@ def format_losses(
         formats: number formats.
         measured: from `measure_samples`, which takes less time for several matrices; measured here if absent.
     """
-    integers = [x for x in formats if x.is_integer]
-    found = {x: _measured(matrix, sensitivity, x) for x in formats if not x.is_integer}
+    coarse = [x for x in formats if scales_underflow(matrix, x, sensitivity.choice)]
+    integers = [x for x in formats if x.is_integer and x not in coarse]
+    found = {x: _measured(matrix, sensitivity, x) for x in formats if x not in integers}
     sample = spaced_rows(matrix, SAMPLED_ROWS)
     found |= dict(zip(integers, _predicted(matrix, sensitivity, integers, sample), strict=True))
-    if few := few_bits(formats):
+    if few := few_bits(integers):
         known = measured or measure_samples([sample_of(matrix, sensitivity, few)], few)[0]
         expected = _predicted(known.sample.part, known.sample.seen, few)
         for x, losses in zip(few, expected, strict=True):
             found[x] = found[x].scaled(known.losses[x], losses)
     return [found[x] for x in formats]
+
+
+def layer_formats(
+    matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], formats: Sequence[NumberFormat]
+) -> tuple[NumberFormat, ...]:
+    """Choose the formats of one layer, or of layers that share a core, from those that may be planned.
+
+    Of the default ones those with 8-bit scales give way to those with 16-bit scales where theirs underflow.
+    Formats that were asked for stay, and cost what they lose.
+    """
+    found = tuple(formats)
+    if tuple(x.name for x in formats) == DEFAULT_FORMATS:
+        for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
+            found = storable_formats(matrix, found, sensitivity.choice)
+    return found
 
 
 def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:

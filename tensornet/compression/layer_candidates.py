@@ -19,6 +19,7 @@ from tensornet.compression.format_candidates import (
     MeasuredSample,
     dense_candidates,
     few_bits,
+    layer_formats,
     measure_samples,
     sample_of,
 )
@@ -124,13 +125,16 @@ def _all_forms(
     plain = storage_of(config, objective)
     if not config.plans_formats:
         return _networks(matrix, sensitivity, plain, config, clock)
-    found = dense_candidates(matrix, sensitivity, config.number_formats, clock, measured)
+    formats = layer_formats([matrix], [sensitivity], config.number_formats)
+    if formats != config.number_formats:
+        measured = None  # in other formats
+    found = dense_candidates(matrix, sensitivity, formats, clock, measured, config.number_formats)
     if objective == "weight":
         return found
     parts = [
         _network(matrix, sensitivity, storage, name, config, clock)
         for name in config.calibrated_families
-        for storage in _storages(topology_family(name), plain.pivoted, config.number_formats)
+        for storage in _storages(topology_family(name), plain.pivoted, formats)
     ]
     return joined([found, *(_without_dense(part) for part in parts)])
 

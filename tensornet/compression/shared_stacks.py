@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.format_candidates import layer_formats
 from tensornet.compression.layer_plan import LayerPlan, low_rank_error
 from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.compression.shared_formats import form_curves
@@ -119,10 +120,11 @@ def find_stacks(
             continue
         matrices = [target.matrix for target in group]
         per_token = experts_per_token([target.names[0] for target in group], stats)
+        kept = layer_formats(matrices, weights, formats)
         curves = [
             curve
             for name in SHARED_FORMS
-            for curve in form_curves(name, matrices, weights, formats, per_token=per_token)
+            for curve in form_curves(name, matrices, weights, kept, per_token=per_token)
         ]
         found.append(Stack(tuple(members), (matrices[0].shape[0], matrices[0].shape[1]), tuple(curves)))
     return tuple(stack for stack in found if stack.curves)
