@@ -370,8 +370,8 @@ def plan_text(plan: CompressionPlan, errors: Mapping[str, float | None]) -> str:
 def _summary(plan: CompressionPlan) -> list[str]:
     """Describe all layers of a plan together, in lines."""
     lines = [
-        f"total: {plan.bytes_before:,} -> {plan.bytes_after:,} bytes, {plan.bits_per_weight:.2f} bits a "
-        f"weight, {plan.params_before:,} -> {plan.params_after:,} parameters"
+        f"these layers: {plan.bytes_before:,} -> {plan.bytes_after:,} bytes, {plan.bits_per_weight:.2f} bits "
+        f"a weight, {plan.params_before:,} -> {plan.params_after:,} parameters"
     ]
     if plan.predicted_loss_increase is not None:
         seen = f" (measured on {plan.forecast.source})" if plan.forecast.source else ""

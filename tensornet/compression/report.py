@@ -8,10 +8,9 @@ from torch import nn
 
 from tensornet.compression.layer_plan import describe
 from tensornet.compression.measured_loss import MeasuredRise
-from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.plan import CompressionPlan, plan_text
 from tensornet.compression.reach import Reach
-from tensornet.nn.module import NetworkModule
+from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.notebook import html_table
 
 if TYPE_CHECKING:
@@ -27,7 +26,8 @@ class LayerReport:
         shape: `(out_features, in_features)`.
         form: number formats, family and bonds, or `"dense"`.
         bytes_before, bytes_after: of the weight before and after, scales and padding included.
-        params_before, params_after: elements of the weight before and after, padding included.
+        params_before, params_after: stored numbers of the weight before and after: elements or codes, scales,
+            zero points and padding.
         error: certified relative Frobenius error.
         baseline_error: error of the plain truncated SVD with the same number of parameters.
         bound_by: the cap that decided.
@@ -58,7 +58,8 @@ class CompressionReport:
 
     Args:
         layers: one entry for each targeted weight.
-        model_params_before, model_params_after: elements of all parameters of the model.
+        model_params_before, model_params_after: stored numbers of the whole model, tied ones once: elements
+            of parameters, codes of integers, scales and zero points.
         model_bytes_before, model_bytes_after: their size in memory.
         seconds: wall time.
         plan: the plan that was carried out, with topologies, spectra and the errors expected before.
@@ -101,7 +102,7 @@ class CompressionReport:
         table = plan_text(self.plan, {layer.name: layer.error for layer in self.layers})
         return (
             f"{table}\n{loss}"
-            f"model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
+            f"whole model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
             f"{self.seconds:.1f} s\n{self.reach}"
         )
@@ -182,8 +183,14 @@ def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[Laye
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """Count `(elements, bytes)` of all distinct parameters, integer cores included."""
-    layers = [module for module in model.modules() if isinstance(module, NetworkModule)]
-    stored = [tensor for layer in layers for tensor in layer.stored.values()]
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *stored)}.values()
-    return sum(x.numel() for x in tensors), sum(x.numel() * x.element_size() for x in tensors)
+    """Count `(numbers, bytes)` of all distinct parameters, tied ones once.
+
+    Integers count as the floats beside them: each packed code, scale and zero point is one number.
+    """
+    sizes = {id(x): (x.numel(), x.nbytes) for x in model.parameters()}
+    for layer in model.modules():
+        if isinstance(layer, FixedDtypes):
+            stored = layer.stored
+            for name, count in layer.stored_counts.items():
+                sizes[id(stored[name])] = count, stored[name].nbytes
+    return sum(count for count, _ in sizes.values()), sum(size for _, size in sizes.values())

@@ -1,5 +1,6 @@
 """Modules in which some stored tensors keep a dtype of their own: packed integers, scales, bfloat16."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,17 @@ class FixedDtypes(MatrixKeeper):
     def integer_cores(self) -> Mapping[str, tuple[NumberFormat, int]]:
         """Number format and columns of cores stored as packed integers, by the name of the tensor."""
         raise TypeError(f"{type(self).__name__} must define integer_cores.")
+
+    @property
+    def stored_counts(self) -> dict[str, int]:
+        """Numbers in each stored tensor, by its name: every code and zero point is one, however packed."""
+        found = {name: tensor.numel() for name, tensor in self.stored.items()}
+        for name, (number_format, columns) in self.integer_cores.items():
+            found[name] = math.prod(self.stored[name].shape[:-1]) * columns
+            if number_format.zero_point:
+                stem = name.partition("_")[2]
+                found[f"zero_{stem}"] = found[f"scale_{stem}"]
+        return found
 
     @property
     def trains_scales(self) -> bool:

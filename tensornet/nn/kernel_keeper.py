@@ -64,7 +64,7 @@ class KernelKeeper(NetworkModule):
 
     @property
     def num_params(self) -> int:
-        """Number of stored elements, bias and integers included."""
+        """Stored numbers, bias, scales and padding included; packed integers count one by one."""
         self.hold_as_stored()
         return super().num_params
 

@@ -157,8 +157,10 @@ class NetworkModule(FixedDtypes, RoutedModule):
 
     @property
     def num_params(self) -> int:
-        """Number of stored elements, bias and integers included."""
-        return sum(tensor.numel() for tensor in (*self.parameters(), *self.buffers()))
+        """Stored numbers, bias, scales and padding included; packed integers count one by one."""
+        counts = self.stored_counts
+        others = (*self.named_parameters(), *self.named_buffers())
+        return sum(counts.values()) + sum(x.numel() for name, x in others if name not in counts)
 
     @property
     def weight(self) -> Tensor:

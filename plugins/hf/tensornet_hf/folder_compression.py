@@ -62,8 +62,8 @@ class PlannedFolder:
         before, after = self.sizes["model_params_before"], self.sizes["model_params_after"]
         return (
             f"{self.plan}\n"
-            f"layers: {sizes['layers_bytes_before']} -> {sizes['layers_bytes_after']}\n"
-            f"model: {before:,} -> {after:,} parameters, {sizes['model_bytes_before']} -> "
+            f"these layers: {sizes['layers_bytes_before']} -> {sizes['layers_bytes_after']}\n"
+            f"whole model: {before:,} -> {after:,} parameters, {sizes['model_bytes_before']} -> "
             f"{sizes['model_bytes_after']}\n{self.reach}"
         )
 
@@ -106,11 +106,11 @@ class FolderReport:
 
     def __str__(self) -> str:
         done = self.report
-        dense = sum(layer.form == "dense" for layer in done.layers)
+        bits, dense = done.plan.bits_per_weight, sum(layer.form == "dense" for layer in done.layers)
         left = f" ({dense} of them stay dense)" if dense else ""
         lines = (
             f"files       {compact_bytes(self.file_bytes_before)} -> {compact_bytes(self.file_bytes_after)}",
-            f"layers      {len(done.layers)}{left}, {done.plan.bits_per_weight:.2f} bits a weight",
+            f"layers      {len(done.layers)}{left}, {bits:.2f} bits a weight of these layers",
             f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
             f"reach       {str(done.reach).removeprefix('reached ')}",
             *self._predicted(),

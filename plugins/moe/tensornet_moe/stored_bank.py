@@ -116,8 +116,8 @@ class StoredBank(FixedDtypes, ExpertBank):
 
     @property
     def num_params(self) -> int:
-        """Number of stored elements that this bank owns, packed integers by their bytes."""
-        return sum(tensor.numel() for tensor in self.stored.values())
+        """Stored numbers that this bank owns, scales included; packed integers count one by one."""
+        return sum(self.stored_counts.values())
 
     @property
     def num_bytes(self) -> int:

@@ -58,10 +58,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class PromisedTensor:
-    """Shape of a described tensor, and its dtype where a number format fixes it."""
+    """Shape of a described tensor, its dtype where a number format fixes it, and the numbers it holds."""
 
     shape: tuple[int, ...]
     dtype: str | None
+    numbers: int
 
 
 @dataclass(frozen=True)
@@ -282,8 +283,16 @@ def promised_tensors(layer: str, spec: Mapping[str, Any]) -> dict[str, PromisedT
         if isinstance(inner, FixedDtypes)
         for name, dtype in inner.fixed_dtypes.items()
     }
-    found = module.state_dict()
-    return {name: PromisedTensor(tuple(x.shape), fixed.get(name)) for name, x in found.items()}
+    counts = {
+        f"{part}.{name}" if part else name: count
+        for part, inner in module.named_modules()
+        if isinstance(inner, FixedDtypes)
+        for name, count in inner.stored_counts.items()
+    }
+    return {
+        name: PromisedTensor(tuple(x.shape), fixed.get(name), counts.get(name, x.numel()))
+        for name, x in module.state_dict().items()
+    }
 
 
 def _not_a_model(folder: Path) -> str:

@@ -9,7 +9,13 @@ from typing import Any
 from tensornet.compression.layer_plan import describe
 from tensornet.nn.encoding import Storage
 from tensornet.topology import Topology
-from tensornet_hf.checkpoint.headers import StoredTensor, read_checkpoint
+from tensornet_hf.checkpoint.headers import (
+    Checkpoint,
+    PromisedTensor,
+    StoredTensor,
+    promised_tensors,
+    read_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class StoredLayer:
         name: in the model.
         form: number formats, family and bonds, or the kind of module for others than single matrices.
         shape: `(out_features, in_features)`, None for others than single matrices.
-        params: stored elements, bias included; 0 where another name owns the cores.
+        params: stored numbers, bias and scales included; 0 where another name owns the cores.
         dense_params: elements of the dense weight (bias not counted), None for others.
         dtype: of the cores, None where another name owns them.
     """
@@ -41,9 +47,9 @@ class Inspection:
         folder: where it is.
         architecture: class named in its configuration.
         format_version: of the description of compressed modules, None for an ordinary model.
-        params: elements of all stored tensors.
+        params: stored numbers of the whole model; packed integers count one by one.
         bytes: size of the weight files.
-        dtypes: elements by dtype.
+        dtypes: stored numbers by dtype of their tensors; integers of fewer than 8 bits are packed in uint8.
         layers: the compressed modules.
         ties: names whose tensor is stored under another name.
     """
@@ -70,9 +76,10 @@ def inspect_folder(folder: str | Path) -> Inspection:
     """
     checkpoint = read_checkpoint(folder)
     description = checkpoint.compression
+    counts = _stored_numbers(checkpoint)
     dtypes: dict[str, int] = {}
-    for tensor in checkpoint.tensors.values():
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    for name, tensor in checkpoint.tensors.items():
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + counts[name]
     names = checkpoint.config.get("architectures") or ["unknown class"]
     return Inspection(
         folder=str(folder),
@@ -84,7 +91,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
         layers=()
         if description is None
         else tuple(
-            _stored_layer(name, spec, checkpoint.tensors) for name, spec in description.layers.items()
+            _stored_layer(name, spec, checkpoint.tensors, counts) for name, spec in description.layers.items()
         ),
         ties={} if description is None else dict(description.ties),
     )
@@ -95,8 +102,23 @@ def weight_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _stored_layer(name: str, spec: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> StoredLayer:
-    inside = [tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")]
+def _stored_numbers(checkpoint: Checkpoint) -> dict[str, int]:
+    """Count the numbers in every stored tensor, packed integers one by one."""
+    counts = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    known: dict[str, dict[str, PromisedTensor]] = {}  # by description: the layers of a model repeat a few
+    layers = {} if checkpoint.compression is None else checkpoint.compression.layers
+    for layer, spec in layers.items():
+        if (key := repr(spec)) not in known:
+            known[key] = promised_tensors(layer, spec)
+        for name, tensor in known[key].items():
+            if f"{layer}.{name}" in counts:
+                counts[f"{layer}.{name}"] = tensor.numbers
+    return counts
+
+
+def _stored_layer(
+    name: str, spec: Mapping[str, Any], tensors: Mapping[str, StoredTensor], counts: Mapping[str, int]
+) -> StoredLayer:
     cores = [t.dtype for key, t in tensors.items() if key.startswith(f"{name}.core_")]
     topology = Topology.from_dict(spec["topology"]) if "topology" in spec else None
     storage = Storage.from_dict(spec.get("storage", {}))
@@ -105,7 +127,7 @@ def _stored_layer(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Stor
         name=name,
         form=describe(topology, storage) if topology is not None and single else _form(spec),
         shape=topology.shape if topology is not None and single else None,
-        params=sum(math.prod(tensor.shape) for tensor in inside),
+        params=sum(count for key, count in counts.items() if key.startswith(f"{name}.")),
         dense_params=math.prod(topology.shape) if topology is not None and single else None,
         dtype=cores[0] if cores else None,
     )

@@ -50,6 +50,7 @@ def _print(found: SideBySide, plot: Path | None) -> None:
     if first is not None:
         header += ["perplexity" if first.of_tokens else first.measure, "rise"]
     shared.print_table(header, [_row(found, folder) for folder in found.folders])
+    shared.print_lines("", "Bytes, bits a weight and parameters are those of the whole model.")
     if first is not None:
         shared.print_lines("", f"{first.measure.capitalize()}: {first.how}.")
     for folder in found.folders:

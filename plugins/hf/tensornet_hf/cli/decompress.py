@@ -36,4 +36,6 @@ def run(
         shared.print_json({"source": source, "destination": destination, **numbers})
     else:
         files = "" if size is None else f", {compact_bytes(size)} of weight files"
-        shared.print_lines(f"{before:,} -> {after:,} parameters{files}", f"written to {destination}")
+        shared.print_lines(
+            f"{before:,} -> {after:,} parameters of the whole model{files}", f"written to {destination}"
+        )

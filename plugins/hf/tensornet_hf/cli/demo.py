@@ -48,6 +48,7 @@ def _print(done: Demo) -> None:
     shared.print_lines(
         "",
         f"Measured on held-out text, lower is better: {original.how}.",
+        "Bytes and parameters are those of the whole model, bits a weight those of the compressed layers.",
         "Plain methods: one format or ratio for all layers, not saved; GPTQ by our own code.",
         "",
     )

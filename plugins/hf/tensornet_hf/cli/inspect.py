@@ -20,12 +20,12 @@ def _print(found: Inspection) -> None:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())
     shared.print_lines(
         f"{found.architecture}, {form}",
-        f"{found.params:,} stored elements ({dtypes}), {compact_bytes(found.bytes)} of weight files",
+        f"whole model: {found.params:,} parameters ({dtypes}), {compact_bytes(found.bytes)} of weight files",
     )
     if not found.layers:
         return
     shared.print_lines("")
-    header = ("layer", "form", "shape", "dense", "stored", "kept", "dtype")
+    header = ("layer", "form", "shape", "dense", "parameters", "kept", "dtype")
     rows = []
     for layer in found.layers:
         dense = layer.dense_params

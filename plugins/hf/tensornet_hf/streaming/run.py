@@ -244,6 +244,13 @@ def _compress(
     return _Made(pieces, tensors, written, left_out, reach, len(past.pieces))
 
 
+def _unpacked(piece: Piece) -> int:
+    """Count the integers of a layer beyond the bytes they are packed in."""
+    if piece.plan.topology is None or not piece.plan.storage.quantized:
+        return 0
+    return piece.plan.params_after - sum(part.numel for part in piece.tensors.values())
+
+
 def _report(dense: _Dense, plan: CompressionPlan, made: _Made, seconds: float) -> CheckpointReport:
     pieces, source = made.pieces.values(), dense.source.tensors
     done = replace(plan, layers=tuple(piece.plan for piece in pieces))
@@ -251,7 +258,7 @@ def _report(dense: _Dense, plan: CompressionPlan, made: _Made, seconds: float) -
     compression = CompressionReport(
         layers=layer_reports(done, {name: piece.error for name, piece in made.pieces.items()}),
         model_params_before=sum(part.numel for part in kept),
-        model_params_after=sum(part.numel for part in made.tensors.values()),
+        model_params_after=sum(part.numel for part in made.tensors.values()) + sum(map(_unpacked, pieces)),
         model_bytes_before=sum(part.nbytes for part in kept),
         model_bytes_after=sum(part.nbytes for part in made.tensors.values()),
         seconds=seconds,
