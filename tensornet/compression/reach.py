@@ -10,7 +10,7 @@ from torch import nn
 from tensornet.nn.adapters import split_by_adapters
 from tensornet.nn.compound import Compound
 from tensornet.nn.extension import expanded
-from tensornet.nn.stock_layers import layer_bias, reason_against
+from tensornet.nn.stock_layers import layer_bias, type_and_reason
 from tensornet.nn.targets import Target, all_targets, users_outside
 from tensornet.nn.weight_readers import weight_readers
 
@@ -105,7 +105,7 @@ def measure_reach(
                     continue
                 seen.add(id(parameter))
                 bias = id(parameter) in biases or isinstance(module, Compound)
-                unknown[BIASES if bias else _label(module)] += parameter.numel()
+                unknown[BIASES if bias else type_and_reason(module)] += parameter.numel()
     total = reached + excluded.total() + unknown.total()
     return Reach(total, reached, _by_size(excluded), _by_size(unknown))
 
@@ -122,11 +122,6 @@ def _reasons(
         reasons[name] = f"tied to {type(model.get_submodule(owner)).__name__}"
     own, _ = split_by_adapters(model, (name for x in left for name in x.names))
     return reasons | {x.name: ADAPTER for x in left if not own.isdisjoint(x.names)}
-
-
-def _label(module: nn.Module) -> str:
-    reason = reason_against(module)
-    return type(module).__name__ if reason is None else f"{type(module).__name__} ({reason})"
 
 
 def compact_count(value: float) -> str:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.errors import ShapeError
-from tensornet.nn.compound import Compound, Shared, Stack, own_parameters
-from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
+from tensornet.nn.compound import Compound, Shared, Stack
+from tensornet.nn.stock_layers import CompoundKind, own_parameters, register_compound_kind
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 

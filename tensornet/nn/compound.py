@@ -6,7 +6,7 @@ the parameter. Such a layer is observed, planned and replaced as an `nn.Linear` 
 the stock module back where nothing was replaced.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tensornet.contraction.operator import PLANNED_TOKENS
 from tensornet.nn.execution import CACHED
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import LayerKind, layer_bias, register_layer_kind
+from tensornet.nn.stock_layers import LayerKind, layer_bias, own_parameters, register_layer_kind
 
 #: Matrices made so far, by the parameter they view and the rows of it.
 Shared = dict[tuple[object, ...], nn.Parameter]
@@ -272,11 +272,6 @@ def dense_matrix(layer: nn.Module) -> Tensor:
         return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
     assert isinstance(layer, PartMatrix)
     return layer.matrix
-
-
-def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Return the parameters of a module that no parametrization or hook replaces."""
-    return {name: p for name, p in module._parameters.items() if p is not None}
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.nn.compound import Compound, Shared, Stack, dense_matrix, is_observed, own_parameters
+from tensornet.nn.compound import Compound, Shared, Stack, dense_matrix, is_observed
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
+from tensornet.nn.stock_layers import CompoundKind, is_plain, register_compound_kind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -177,9 +177,7 @@ class _ConvolutionKind(CompoundKind):
 
 def _has_kernel(module: nn.Module) -> bool:
     """Return True if a module is a stock convolution whose parameters are its weight and bias."""
-    known = type(module) in (*_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)
-    names = own_parameters(module).keys()
-    return known and "weight" in names and names <= {"weight", "bias"}
+    return type(module) in (*_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS) and is_plain(module)
 
 
 def _can_shrink(module: Any) -> bool:

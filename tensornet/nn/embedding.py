@@ -19,7 +19,7 @@ from tensornet.nn.encoding import PLAIN, Storage, decode, row_cores, storage_ent
 from tensornet.nn.execution import CACHED
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import kind_of, layer_kind
+from tensornet.nn.stock_layers import kind_of, layer_kind, type_and_reason
 from tensornet.topologies import TopologyFamily
 from tensornet.topologies.stored_cores import matrix_view
 from tensornet.topology import Topology
@@ -101,7 +101,7 @@ class MPOEmbedding(NetworkModule):
         kind = kind_of(layer)
         if kind is None or kind.name != "embedding":
             raise TargetError(
-                f"from_embedding takes nn.Embedding, got {type(layer).__name__}"
+                f"from_embedding takes nn.Embedding, got {type_and_reason(layer)}"
                 f"{'' if getattr(layer, 'max_norm', None) is None else ' whose max_norm changes its rows'}."
             )
         result = decompose(

@@ -32,7 +32,7 @@ from tensornet.nn.kernel_keeper import KERNEL_BUFFERS, KernelKeeper
 from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int4, multiply_int4_twice
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import require_linear_shape
-from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind
+from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind, type_and_reason
 from tensornet.topologies import MPOFamily, TopologyFamily
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
@@ -222,8 +222,8 @@ class TensorNetworkLinear(KernelKeeper):
         kind = kind_of(layer)
         if kind is None or kind.name == "embedding":
             raise TargetError(
-                f"from_linear takes nn.Linear or Conv1D, got {type(layer).__name__}; subclasses are refused "
-                "because their own code may read the dense weight."
+                f"from_linear takes nn.Linear or Conv1D, got {type_and_reason(layer)}; subclasses are "
+                "refused because their own code may read the dense weight."
             )
         matrix = kind.matrix(layer)
         result = decompose(

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from tensornet.errors import ShapeError
-from tensornet.nn.compound import Compound, Shared, Stack, dense_matrix, is_observed, own_parameters
-from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
+from tensornet.nn.compound import Compound, Shared, Stack, dense_matrix, is_observed
+from tensornet.nn.stock_layers import CompoundKind, own_parameters, register_compound_kind
 
 #: The states of one direction: hidden alone, or hidden and cell.
 State = tuple[Tensor, ...]

@@ -10,7 +10,7 @@ for example, reads `out_proj.weight` itself and would silently compute with a co
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ class _Linear(LayerKind):
     name = "linear"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module) is nn.Linear
+        return type(module) is nn.Linear and is_plain(module)
 
     def matrix(self, module: nn.Module) -> Tensor:
         return module.weight  # type: ignore[return-value]
@@ -136,7 +136,8 @@ class _Conv1D(LayerKind):
 
     def matches(self, module: nn.Module) -> bool:
         # By name, so that the core does not import transformers.
-        return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+        known = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+        return known and is_plain(module)
 
     def matrix(self, module: nn.Module) -> Tensor:
         weight = module.weight
@@ -161,7 +162,7 @@ class _Embedding(LayerKind):
     name = "embedding"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module) is nn.Embedding and module.max_norm is None
+        return type(module) is nn.Embedding and module.max_norm is None and is_plain(module)
 
     def matrix(self, module: nn.Module) -> Tensor:
         return module.weight  # type: ignore[return-value]
@@ -176,6 +177,14 @@ def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module
         layer.bias = nn.Parameter(bias)
     return layer
 
+
+#: Types whose weight a hook of `torch.nn.utils` may recompute before each pass.
+_STOCK = (
+    *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+#: Why a layer stays dense under weight_norm, spectral_norm or prune.
+RECOMPUTED = "weight recomputed by a hook"
 
 _KINDS: dict[str, LayerKind] = {}
 _COMPOUNDS: list[CompoundKind] = []
@@ -265,13 +274,43 @@ def compound_of(module: nn.Module) -> CompoundKind | None:
 
 
 def reason_against(module: nn.Module) -> str | None:
-    """Return why the first kind that knows a module's type leaves it whole; None if none does.
+    """Explain briefly why a module of a known type is not compressed; None if its type is the reason.
 
     >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
     'groups too small for low rank'
     """
+    if isinstance(module, _STOCK) and not vars(module).keys().isdisjoint(("weight", "bias")):
+        return RECOMPUTED
     reasons = (kind.reason_against(module) for kind in _COMPOUNDS)
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def type_and_reason(module: nn.Module) -> str:
+    """Name the type of a module, with the reason why it is not compressed in brackets, if there is one.
+
+    >>> type_and_reason(torch.nn.Conv1d(8, 8, 3, groups=8)), type_and_reason(torch.nn.LayerNorm(4))
+    ('Conv1d (groups too small for low rank)', 'LayerNorm')
+    """
+    reason = reason_against(module)
+    return type(module).__name__ if reason is None else f"{type(module).__name__} ({reason})"
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Return the parameters of a module that no parametrization or hook replaces."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return True if a layer computes with its parameters `weight` and `bias`, and has no others.
+
+    False under `weight_norm`, `spectral_norm` or `prune` of `torch.nn.utils`: their hook overwrites the
+    attribute `weight` before each pass, from parameters of other names.
+
+    >>> is_plain(torch.nn.Linear(4, 4)), is_plain(torch.nn.utils.spectral_norm(torch.nn.Linear(4, 4)))
+    (True, False)
+    """
+    names = own_parameters(module).keys()
+    return "weight" in names and names <= {"weight", "bias"} and "bias" not in vars(module)
 
 
 def layer_bias(module: nn.Module) -> Tensor | None:

@@ -13,7 +13,7 @@ from tensornet.errors import TargetError
 from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
 from tensornet.nn.compound import Compound
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import LayerKind, compound_of, kind_of
+from tensornet.nn.stock_layers import RECOMPUTED, LayerKind, compound_of, kind_of, reason_against
 from tensornet.nn.weight_readers import weight_readers
 from tensornet.notices import warn
 
@@ -133,7 +133,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
             raise TargetError(
                 f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
                 f"{summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
-                f"{_made_of_cores(model)}"
+                f"{_made_of_cores(model)}{_recomputed_layers(model, pattern)}"
             )
     if read:
         warn(
@@ -156,6 +156,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         raise TargetError(
             f"Nothing to compress. Compressible layers: {summary(groups)}.{_made_of_cores(model)}"
             f"{f' Compressing would untie {shared}.' if tied else ''}{_unknown_layers(model)}"
+            f"{_recomputed_layers(model)}"
         )
     return chosen
 
@@ -341,13 +342,25 @@ def _made_of_cores(model: nn.Module) -> str:
 def _unknown_layers(model: nn.Module) -> str:
     """Compose a hint that names subclasses of stock layers: left alone, since their `forward` may differ."""
     stock = (nn.Linear, nn.Embedding)
-    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, stock) and kind_of(m) is None}
+    left = [m for m in model.modules() if isinstance(m, stock) and kind_of(m) is None]
+    kinds = {type(m).__name__ for m in left if reason_against(m) is None}
     if not kinds:
         return ""
     return (
         f" Layers of the types {', '.join(sorted(kinds))} here may compute something else (subclasses, and "
         "embeddings with max_norm); "
         "tensornet.nn.register_layer_kind makes a type compressible."
+    )
+
+
+def _recomputed_layers(model: nn.Module, pattern: str = "*") -> str:
+    """Compose a hint that names layers whose weight a hook of `torch.nn.utils` recomputes."""
+    names = [n for n, m in model.named_modules() if reason_against(m) == RECOMPUTED and matches(n, pattern)]
+    if not names:
+        return ""
+    return (
+        f" Before each pass a hook recomputes the weight of {shortened(names)}: make it an ordinary "
+        "parameter by remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils."
     )
 
 
@@ -358,5 +371,13 @@ def summary(groups: Sequence[Target], limit: int = 8) -> str:
     '0, and 1 more'
     """
     names = [group.name for group in groups]
-    shown = ", ".join(names[:limit]) or "none (supported: nn.Linear, nn.Embedding, what owns such matrices)"
-    return shown + (f", and {len(names) - limit} more" if len(names) > limit else "")
+    return shortened(names, limit) or "none (supported: nn.Linear, nn.Embedding, what owns such matrices)"
+
+
+def shortened(names: Sequence[str], limit: int = 8) -> str:
+    """Join names in one line, and count those beyond a limit.
+
+    >>> shortened(["up", "down", "gate"], limit=2)
+    'up, down, and 1 more'
+    """
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from torch import Tensor, nn
 
-from tensornet.nn.stock_layers import LayerKind, register_layer_kind
+from tensornet.nn.stock_layers import LayerKind, is_plain, register_layer_kind
 
 
 class _FalconLinear(LayerKind):
@@ -15,7 +15,8 @@ class _FalconLinear(LayerKind):
 
     def matches(self, module: nn.Module) -> bool:
         # By name, so that the model's file is not imported for everybody.
-        return type(module).__name__ == "FalconLinear" and type(module).__module__ == self._module
+        known = type(module).__name__ == "FalconLinear" and type(module).__module__ == self._module
+        return known and is_plain(module)
 
     def matrix(self, module: nn.Module) -> Tensor:
         return module.weight  # type: ignore[return-value]
