@@ -21,10 +21,11 @@ from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.expansion import settle
 from tensornet.nn.extension import expanded, structure_changed
+from tensornet.nn.hooks import carry_hooks, has_own_forward
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network, linear_from_stored
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import layer_bias, layer_kind
-from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names
+from tensornet.nn.stock_layers import layer_bias, layer_kind, reason_against
+from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names, shortened
 from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
@@ -124,6 +125,7 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
     try:
         for name, module in modules.items():
             set_submodule(model, name, module)
+            carry_hooks(before[name], module)
         yield
     except BaseException:  # an interrupt as well
         for name, module in before.items():
@@ -149,7 +151,7 @@ def decompress(model: nn.Module) -> nn.Module:
         The same model; what was frozen is frozen.
 
     Raises:
-        TargetError: the model itself is such a layer.
+        TargetError: the model itself is such a layer, or a `forward` was set on one.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -162,6 +164,7 @@ def decompress(model: nn.Module) -> nn.Module:
             "decompress puts layers into the model that holds them; for a layer alone take what its "
             "to_linear() or to_embedding() returns."
         )
+    _check_forwards(model)
     dense: dict[tuple[int, ...], nn.Module] = {}  # by all stored tensors: tied layers share every one
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
@@ -178,6 +181,7 @@ def decompress(model: nn.Module) -> nn.Module:
         if (bias := layer_bias(module)) is not None:
             stock.bias = bias  # the parameter itself, as in `apply_plan`
         set_submodule(model, name, stock)
+        carry_hooks(module, stock)
     settle(model)
     structure_changed(model)
     return model
@@ -194,6 +198,17 @@ def check_stats(stats: Any) -> None:
         check_type("stats", stats, CalibrationStats, advice)
 
 
+def _check_forwards(model: nn.Module) -> None:
+    """Raise TargetError if a `forward` that was set on a tensor-network layer would get lost."""
+    layers = [model.get_submodule(name) for name in compressed_names(model)]
+    named = zip(compressed_names(model), layers, strict=True)
+    if names := [name for name, layer in named if has_own_forward(layer)]:
+        raise TargetError(
+            f"Another forward was set on {shortened(names)}, which a stock layer would lose: delete it "
+            "first (`del layer.forward`), and set it again afterwards."
+        )
+
+
 def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> None:
     if target is None:
         if layer.name in compressed_names(model):
@@ -201,6 +216,9 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
                 f"Layer {layer.name!r} is made of cores already; a plan is carried out on the dense model. "
                 "tensornet.decompress(model) makes it dense, without what compression removed."
             )
+        found = dict(model.named_modules()).get(layer.name)
+        if found is not None and (reason := reason_against(found)) is not None:
+            raise TargetError(f"The plan names {layer.name!r}, which cannot be replaced: {reason}.")
         raise TargetError(f"The plan names a layer {layer.name!r} that this model does not have.")
     if tuple(target.matrix.shape) != layer.shape:
         raise TargetError(

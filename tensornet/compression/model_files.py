@@ -17,6 +17,7 @@ from tensornet.errors import FormatError, TargetError
 from tensornet.io.safetensors_files import write_tensors
 from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.extension import structure_changed
+from tensornet.nn.hooks import has_own_forward
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of
@@ -164,6 +165,11 @@ def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Pat
         raise FormatError(
             f"{path} is of another model: {name!r} is a {type(stock).__name__} here, there it stands for a "
             f"layer of the kind {spec.get('source')!r}."
+        )
+    if has_own_forward(stock):
+        raise TargetError(
+            f"Another forward was set on {name!r}, which a compressed layer would lose: delete it first "
+            "(`del layer.forward`), and set it again afterwards."
         )
     matrix = kind.matrix(stock)
     module = build_module(spec, device=matrix.device, dtype=matrix.dtype)

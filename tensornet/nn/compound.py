@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tensornet.contraction.operator import PLANNED_TOKENS
 from tensornet.nn.execution import CACHED
+from tensornet.nn.hooks import ACCELERATE
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, layer_bias, own_parameters, register_layer_kind
 
@@ -256,7 +257,8 @@ class Compound(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             stock = self.__dict__.get("_stock")
-            if stock is None or (name not in vars(stock[0]) and name not in stock[0]._parameters):
+            known = stock is not None and (name in vars(stock[0]) or name in stock[0]._parameters)
+            if not known or name in ACCELERATE:  # its hooks belong to the stock module alone
                 raise
             return getattr(stock[0], name)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from tensornet.nn.compound import Compound, Shared
+from tensornet.nn.hooks import carry_hooks, has_own_forward
 from tensornet.nn.stock_layers import compound_of
 
 
@@ -44,7 +45,7 @@ def take_apart(model: nn.Module, *, inside: Iterable[str] | None = None) -> list
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or isinstance(module, Compound) or (wanted is not None and name not in wanted):
             continue
-        kind = compound_of(module)
+        kind = None if has_own_forward(module) else compound_of(module)
         if kind is not None:
             if id(module) not in made:
                 made[id(module)] = kind.take_apart(module, shared)
@@ -78,4 +79,6 @@ def settle(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    place = model.get_submodule(parent)
+    carry_hooks(place.get_submodule(child), module)
+    setattr(place, child, module)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import TargetError
+from tensornet.nn.hooks import has_own_forward
 from tensornet.optional import import_optional
 
 
@@ -185,6 +186,8 @@ _STOCK = (
 )
 #: Why a layer stays dense under weight_norm, spectral_norm or prune.
 RECOMPUTED = "weight recomputed by a hook"
+#: Why a layer stays dense that another `forward` was set on.
+OWN_FORWARD = "forward set on the layer itself"
 
 _KINDS: dict[str, LayerKind] = {}
 _COMPOUNDS: list[CompoundKind] = []
@@ -281,6 +284,8 @@ def reason_against(module: nn.Module) -> str | None:
     """
     if isinstance(module, _STOCK) and not vars(module).keys().isdisjoint(("weight", "bias")):
         return RECOMPUTED
+    if has_own_forward(module) and (kind_of(module) or compound_of(module)) is not None:
+        return OWN_FORWARD
     reasons = (kind.reason_against(module) for kind in _COMPOUNDS)
     return next((reason for reason in reasons if reason is not None), None)
 

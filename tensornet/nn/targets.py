@@ -12,8 +12,9 @@ from tensornet.checks import check_type
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
 from tensornet.nn.compound import Compound
+from tensornet.nn.hooks import has_own_forward
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import RECOMPUTED, LayerKind, compound_of, kind_of, reason_against
+from tensornet.nn.stock_layers import OWN_FORWARD, RECOMPUTED, LayerKind, compound_of, kind_of, reason_against
 from tensornet.nn.weight_readers import weight_readers
 from tensornet.notices import warn
 
@@ -66,6 +67,11 @@ class Target:
         return self.names[0]
 
     @property
+    def all_names(self) -> tuple[str, ...]:
+        """Names of the layers and of modules taken apart that hold them, any of which a pattern may match."""
+        return (*self.names, *self.owners)
+
+    @property
     def weight(self) -> Tensor:
         """Shared parameter, in the orientation of its layers."""
         weight = self.modules[0].weight
@@ -89,8 +95,8 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
     A layer whose weight is read past the layer is left dense, with a warning; a pattern that names
     it takes it nevertheless. A weight that is also in a module of another kind, such as an embedding that
-    scales, is left dense in any case: compressing a part of its places would untie them. So are the layers
-    of adapters.
+    scales, is left dense in any case: compressing a part of its places would untie them. So are layers of
+    adapters, and layers that are changed from outside (`stock_layers.reason_against`).
 
     Args:
         model: any module.
@@ -104,37 +110,24 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
     """
     groups = all_targets(model)
     own, wrapped = split_by_adapters(model, (name for group in groups for name in group.names))
+    choice = _Choice.of(model, selection)
+    _check_matching(model, groups, choice)
+    found = [group for group in groups if choice.takes(group.all_names, group.modules)]
+    changed = {
+        name: reason
+        for name, module in model.named_modules()
+        if (reason := reason_against(module)) in _CHANGED and choice.takes([name], [module])
+    }
     outside = users_outside(model, groups)
-    included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
-    heads = {id(module) for module in (output_head(model),) if module is not None}
-    named = included is not None and included != [ALL]
+    named = choice.included is not None and choice.included != [ALL]
     past = frozenset() if named else weight_readers(model).union(readers)
-    chosen, read, tied, beside = [], [], [], []
-    for group in groups:
-        if included is None:
-            embeds = any(kind.name == "embedding" for kind in group.kinds)
-            wanted = not embeds and all(id(module) not in heads for module in group.modules)
-        else:
-            wanted = included == [ALL] or _matches_any(group, included)
-        if not wanted or (excluded and _matches_any(group, excluded)):
-            continue
-        if not own.isdisjoint(group.names):
-            beside.append(group)
-            continue
-        if group.name in outside:
-            tied.append(group)
-            continue
-        if not past.isdisjoint((*group.names, *group.owners)):
-            read.append(group)
-        else:
-            chosen.append(group)
-    for pattern in [*(included or []), *(excluded or [])]:
-        if pattern != ALL and not any(_matches_any(group, [pattern]) for group in groups):
-            raise TargetError(
-                f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
-                f"{summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
-                f"{_made_of_cores(model)}{_recomputed_layers(model, pattern)}"
-            )
+    beside = [group for group in found if not own.isdisjoint(group.names)]
+    found = [group for group in found if group not in beside]
+    tied = [group for group in found if group.name in outside]
+    read = [group for group in found if group.name not in outside and not past.isdisjoint(group.all_names)]
+    chosen = [group for group in found if group not in tied and group not in read]
+    if changed and chosen:
+        warn(f"Left dense, because they are changed from outside.{_changed_layers(changed)}")
     if read:
         warn(
             f"Left dense, because their weights are read past the layers: {summary(read)}. "
@@ -146,7 +139,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
     owners = [outside[group.name] for group in tied]
     kinds = [type(model.get_submodule(owner)).__name__ for owner in owners]
     pairs = [f"{x.name} and {owner} ({kind})" for x, owner, kind in zip(tied, owners, kinds, strict=True)]
-    shared = ", ".join(pairs[:4]) + (f", and {len(pairs) - 4} more" if len(pairs) > 4 else "")
+    shared = shortened(pairs, limit=4)
     if tied and chosen:
         warn(
             f"Left dense, because compressing one side alone would untie them: {shared}. "
@@ -156,9 +149,53 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         raise TargetError(
             f"Nothing to compress. Compressible layers: {summary(groups)}.{_made_of_cores(model)}"
             f"{f' Compressing would untie {shared}.' if tied else ''}{_unknown_layers(model)}"
-            f"{_recomputed_layers(model)}"
+            f"{_changed_layers(changed)}"
         )
     return chosen
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Patterns of a selection, and the output head that is not taken without patterns."""
+
+    included: list[str] | None
+    excluded: list[str]
+    head: nn.Module | None
+
+    @classmethod
+    def of(cls, model: nn.Module, selection: LayerSelection) -> "_Choice":
+        included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
+        return cls(included, excluded or [], output_head(model))
+
+    def takes(self, names: Collection[str], modules: Collection[nn.Module]) -> bool:
+        """Return True if these modules, which share a weight, are selected by one of their names."""
+        if self.included is None:
+            chosen = not any(_embeds(x) or x is self.head for x in modules)
+        else:
+            chosen = self.included == [ALL] or _matches_any(names, self.included)
+        return chosen and not _matches_any(names, self.excluded)
+
+
+def _embeds(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return isinstance(module, nn.Embedding) if kind is None else kind.name == "embedding"
+
+
+def _check_matching(model: nn.Module, groups: Sequence[Target], choice: _Choice) -> None:
+    """Raise TargetError if a pattern matches no compressible layer.
+
+    Raises:
+        TargetError: the message lists the layers, and says why others stay dense.
+    """
+    for pattern in [*(choice.included or []), *choice.excluded]:
+        if pattern == ALL or any(_matches_any(group.all_names, [pattern]) for group in groups):
+            continue
+        reasons = {n: reason_against(m) for n, m in model.named_modules() if matches(n, pattern)}
+        raise TargetError(
+            f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
+            f"{summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
+            f"{_made_of_cores(model)}{_changed_layers(reasons)}"
+        )
 
 
 def check_loaded(targets: Sequence[Target]) -> None:
@@ -239,8 +276,7 @@ def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
     return None if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _matches_any(target: Target, patterns: Sequence[str]) -> bool:
-    names = (*target.names, *target.owners)
+def _matches_any(names: Collection[str], patterns: Sequence[str]) -> bool:
     return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
@@ -251,7 +287,7 @@ def all_targets(model: nn.Module) -> list[Target]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Compound):
             compounds[name] = module
-        kind = kind_of(module)
+        kind = None if has_own_forward(module) else kind_of(module)
         if kind is not None:
             weight = kind.matrix(module)
             key = (_memory(module.weight), tuple(weight.shape), weight.stride())
@@ -353,15 +389,19 @@ def _unknown_layers(model: nn.Module) -> str:
     )
 
 
-def _recomputed_layers(model: nn.Module, pattern: str = "*") -> str:
-    """Compose a hint that names layers whose weight a hook of `torch.nn.utils` recomputes."""
-    names = [n for n, m in model.named_modules() if reason_against(m) == RECOMPUTED and matches(n, pattern)]
-    if not names:
-        return ""
-    return (
-        f" Before each pass a hook recomputes the weight of {shortened(names)}: make it an ordinary "
-        "parameter by remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils."
-    )
+#: Reasons to leave a layer dense that its user may remove.
+_CHANGED = {
+    RECOMPUTED: "Before each pass a hook recomputes the weight of {}: make it an ordinary parameter by "
+    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils.",
+    OWN_FORWARD: "Another forward was set on {}: delete it to compress the layer (`del layer.forward`), or "
+    "put what it adds into a hook, which compression keeps.",
+}
+
+
+def _changed_layers(reasons: Mapping[str, str | None]) -> str:
+    """Compose hints that name layers which are changed from outside, and say how to end that."""
+    found = {reason: [name for name, why in reasons.items() if why == reason] for reason in _CHANGED}
+    return "".join(f" {_CHANGED[why].format(shortened(names))}" for why, names in found.items() if names)
 
 
 def summary(groups: Sequence[Target], limit: int = 8) -> str:

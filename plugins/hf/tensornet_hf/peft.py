@@ -29,6 +29,7 @@ from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
 from tensornet.nn.adapters import split_by_adapters
 from tensornet.nn.encoding import encode
 from tensornet.nn.extension import structure_changed
+from tensornet.nn.hooks import carry_hooks
 from tensornet.nn.linear import empty_linear, linear_from_network
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.targets import compressed_names
@@ -132,6 +133,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
             matrix, rank = matrix + delta, rank + self.r[name]
         self._unmerged = self._unmerged or base
         self.base_layer = _with_matrix(base, matrix, rank)
+        carry_hooks(base, self.base_layer)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

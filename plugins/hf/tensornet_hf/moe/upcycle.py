@@ -10,6 +10,7 @@ from torch import nn
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
 from tensornet.nn.extension import structure_changed
+from tensornet.nn.hooks import carry_hooks
 from tensornet.progress import progress_bar
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners
 from tensornet_hf.moe.causality import causal_networks
@@ -156,6 +157,8 @@ def upcycle(
         put_owners(place, {owner.label: owner for owner in owners})
     for network, (mixture, _) in zip(networks, made, strict=True):
         for name, part in network.replacements(mixture).items():
+            if network.inside is None:  # else a matrix gives way to the whole network
+                carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
     structure_changed(model)
     across = sum(p.numel() for owner in owners for p in owner.parameters())
