@@ -19,6 +19,7 @@ from tensornet.nn.execution import CACHED
 from tensornet.nn.hooks import ACCELERATE
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, layer_bias, own_parameters, register_layer_kind
+from tensornet.nn.weight_facts import weight_facts
 
 #: Matrices made so far, by the parameter they view and the rows of it.
 Shared = dict[tuple[object, ...], nn.Parameter]
@@ -188,10 +189,16 @@ class Compound(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Stock weight for code that reads it; only dtype and device are right once layers are replaced."""
-        if not self._freed and "weight" in self._stock[0]._parameters:
-            return self._stock[0].weight  # type: ignore[return-value]
-        return self.get_submodule(self.layer_names[0]).weight  # type: ignore[return-value]
+        """Stock weight for code that reads it; its numbers are refused once layers are replaced."""
+        stock, first = self._stock[0], self.get_submodule(self.layer_names[0])
+        if "weight" not in stock._parameters:
+            return first.weight  # type: ignore[return-value]
+        weight: Tensor = stock.weight  # type: ignore[assignment]
+        if not self._freed:
+            return weight
+        like = first._computed_like() if isinstance(first, NetworkModule) else first.weight
+        assert isinstance(like, Tensor)
+        return weight_facts(like, weight.shape, list(self.parameters()))
 
     @property
     def compressed(self) -> bool:
@@ -257,8 +264,9 @@ class Compound(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             stock = self.__dict__.get("_stock")
-            known = stock is not None and (name in vars(stock[0]) or name in stock[0]._parameters)
-            if not known or name in ACCELERATE:  # its hooks belong to the stock module alone
+            if stock is None or name in ACCELERATE:  # whose hooks belong to the stock module alone
+                raise
+            if name not in vars(stock[0]) and name not in stock[0]._parameters:
                 raise
             return getattr(stock[0], name)
 

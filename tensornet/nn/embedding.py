@@ -71,7 +71,7 @@ class MPOEmbedding(NetworkModule):
             return nn.functional.embedding(input, self.kept_matrix())
         if not self._row_cores:
             return lookup_rows(self.topology, self.lookup, self.cores, input)
-        kept, dtype = self.stored, self.weight.dtype
+        kept, dtype = self.stored, self._computed_like().dtype
         # Of integer tables only the rows are unpacked that are asked for.
         readers = {name: partial(self._rows, kept, name, dtype) for name in self._row_cores}
         cores = decode(self.topology, self.storage, kept, self._gauge_axes, dtype, skip=self._row_cores)

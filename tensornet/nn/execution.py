@@ -50,7 +50,7 @@ class RoutedModule(MatrixKeeper):
 
     @property
     def weight(self) -> Tensor:
-        """Tensor with the dtype and device of the cores."""
+        """Stand-in with dtype, device and shape of the dense weight."""
         raise TypeError(f"{type(self).__name__} must define weight.")
 
     def to_matrix(self) -> Tensor:
@@ -78,7 +78,7 @@ class RoutedModule(MatrixKeeper):
         bounds = self._routes.get((on_cpu, rebuild))
         if bounds is None:
             machine = self.machine or default_machine("cpu" if on_cpu else "cuda")
-            bounds = fastest_routes(self.plan, machine, self.weight.element_size(), rebuild=rebuild)
+            bounds = fastest_routes(self.plan, machine, self._computed_like().element_size(), rebuild=rebuild)
             self._routes[on_cpu, rebuild] = bounds
         return bounds
 
@@ -96,7 +96,7 @@ class RoutedModule(MatrixKeeper):
             return RECONSTRUCT
         if self.strategy == "cached" and self.keeps_now():
             return CACHED
-        on_cpu = self.weight.device.type == "cpu" if on_cpu is None else on_cpu
+        on_cpu = self._computed_like().device.type == "cpu" if on_cpu is None else on_cpu
         return choose(self.routes(on_cpu, rebuild=self.strategy != "factorized"), tokens)
 
     def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
@@ -105,7 +105,7 @@ class RoutedModule(MatrixKeeper):
         Raises:
             ValueError: `tokens` is not an integer of at least 1.
         """
-        machine = self.machine or default_machine(self.weight.device)
+        machine = self.machine or default_machine(self._computed_like().device)
         names = {RECONSTRUCT: "reconstruct", CACHED: "cached"}
         tokens = check_size("tokens", tokens, error=ValueError)
         integers = self._integer_costs(tokens, machine)
@@ -114,7 +114,7 @@ class RoutedModule(MatrixKeeper):
             self.plan,
             tokens,
             machine,
-            self.weight.element_size(),
+            self._computed_like().element_size(),
             choice=lambda: "factorized" if whole else names.get(self.route(tokens), "factorized"),
             refused=self._refused(),
             integers=integers,
@@ -152,12 +152,15 @@ class RoutedModule(MatrixKeeper):
     def matrix_bytes(self) -> int:
         """Size of the dense matrix in the dtype of the cores."""
         out_features, in_features = self.topology.shape
-        return out_features * in_features * self.weight.element_size()
+        return out_features * in_features * self._computed_like().element_size()
 
     @property
     def seconds_saved(self) -> float:
         """Predicted time that a kept matrix saves in a pass of one token."""
-        machine, itemsize = self.machine or default_machine(self.weight.device), self.weight.element_size()
+        machine, itemsize = (
+            self.machine or default_machine(self._computed_like().device),
+            self._computed_like().element_size(),
+        )
         fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
         return fastest - dense_seconds(*self.topology.shape, 1, machine, itemsize)
 
@@ -208,9 +211,6 @@ class RoutedModule(MatrixKeeper):
         if self.records_gradients():
             return {"cached": "gradients of the cores are recorded; use torch.no_grad()"}
         return {}
-
-    def _computed_like(self) -> Tensor:
-        return self.weight
 
     def _core_tensors(self) -> tuple[Tensor | None, ...]:
         # Straight from the dictionaries: a parametrized tensor is then not taken for a parameter.

@@ -18,6 +18,7 @@ from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.integer_cost import IntegerCost, unpacking_cost
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.storage import kept_shapes
+from tensornet.nn.weight_facts import weight_facts
 from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
@@ -147,7 +148,7 @@ class NetworkModule(FixedDtypes, RoutedModule):
             )
         for name, tensor in other.stored.items():
             hold(self, name, tensor)
-        self._compute_as(other.weight)
+        self._compute_as(other._computed_like())
         self._forget_routes()
 
     @property
@@ -164,11 +165,15 @@ class NetworkModule(FixedDtypes, RoutedModule):
 
     @property
     def weight(self) -> Tensor:
-        """Tensor with the dtype and device of the computation, for code that reads `layer.weight.dtype`.
+        """Stand-in with dtype, device and shape of the dense weight, for code that reads those.
 
-        It is a stored floating tensor, or an empty one where number formats fix their dtypes. Never the dense
-        matrix, which would bring back what was compressed; use `to_matrix` for that.
+        Any use of its numbers raises TargetError: the matrix would bring back what was compressed, and is
+        what `to_matrix` returns.
         """
+        trained = [tensor for tensor in self.stored.values() if isinstance(tensor, nn.Parameter)]
+        return weight_facts(self._computed_like(), self.topology.shape, trained)
+
+    def _computed_like(self) -> Tensor:
         first = self.topology.core_names[0]
         if not self.storage.own_dtypes:
             stored = getattr(self, f"scale_{first}" if self.storage.int8 else f"core_{first}")
@@ -185,7 +190,7 @@ class NetworkModule(FixedDtypes, RoutedModule):
     def _integer_costs(self, tokens: int, machine: Machine) -> dict[str, IntegerCost]:
         if not self.storage.quantized:
             return {}
-        cost = unpacking_cost(self.topology, self.storage, machine, self.weight.element_size())
+        cost = unpacking_cost(self.topology, self.storage, machine, self._computed_like().element_size())
         return dict.fromkeys(("factorized", "reconstruct"), cost)
 
     def to_matrix(self) -> Tensor:
@@ -230,7 +235,7 @@ def cores_of(module: NetworkModule) -> tuple[Tensor, ...]:
     """Return the stored cores of a module, decoded."""
     if module.storage.plain:
         return tuple(getattr(module, f"core_{name}") for name in module.topology.core_names)
-    dtype = module.weight.dtype if module.storage.own_dtypes else None
+    dtype = module._computed_like().dtype if module.storage.own_dtypes else None
     return decode(module.topology, module.storage, module.stored, module._gauge_axes, dtype)
 
 

@@ -1,8 +1,8 @@
 """Layers whose weight is read outside their `forward`, so that they cannot be replaced.
 
 To find them, a twin of the model is run with a *probe* in place of every weight. A layer's own `forward` sees
-the weight itself; whoever else computes with the probe, or asks for its shape, is noticed. The twin shares or
-lacks the numbers of the model: on the meta device a run costs neither memory nor arithmetic.
+the weight itself; whoever else computes with the probe is noticed. The twin shares or lacks the numbers of
+the model: on the meta device a run costs neither memory nor arithmetic.
 
 The core cannot call a model without data. An extension brings runs of the models that it knows
 (`ModelExtension.sample_runs`); `calibrate` adds one with the first batch.
@@ -21,6 +21,7 @@ from tensornet.context import uncompiled
 from tensornet.nn.compound import Compound, PartMatrix
 from tensornet.nn.extension import Run, sample_runs
 from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.weight_facts import FACTS, LIKE
 
 
 def weight_readers(model: nn.Module, runs: Iterable[Run] = ()) -> frozenset[str]:
@@ -185,7 +186,7 @@ class _Probe(nn.Parameter):
         kwargs = kwargs or {}
         values = [*args, *kwargs.values()]
         with torch._C.DisableTorchFunctionSubclass():
-            if function in _FACTS or (function in _LIKE and not isinstance(args[0], cls)):
+            if function in FACTS or (function in LIKE and not isinstance(args[0], cls)):
                 return function(*args, **kwargs)
             for value in _flat(values):
                 if isinstance(value, cls):
@@ -207,20 +208,6 @@ def _own(value: Any) -> Any:
         return value.detach().clone().requires_grad_(value.requires_grad)
     return type(value)(map(_own, value)) if type(value) in (list, tuple) else value
 
-
-#: What a tensor-network layer's `weight` answers as the dense weight would.
-_FACTS = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("dtype", "device", "layout", "requires_grad", "grad", "is_leaf", "is_meta", "is_cpu")
-    ),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_mps", "is_xpu", "is_quantized", "is_sparse")),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.requires_grad_),
-    *(torch.is_floating_point, torch.is_complex, Tensor.__hash__, Tensor.__repr__, Tensor.get_device),
-    *(Tensor.new_tensor, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
-}
-#: Calls that take dtype and device alone from another tensor.
-_LIKE = {Tensor.to, Tensor.type_as}
 
 #: A module, the name of one of its parameters, and the probe for it.
 _Place = tuple[nn.Module, str, _Probe]
