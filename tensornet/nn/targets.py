@@ -93,10 +93,10 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
     """List the weights that a selection matches, in the order of the model.
 
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
-    A layer whose weight is read past the layer is left dense, with a warning; a pattern that names
-    it takes it nevertheless. A weight that is also in a module of another kind, such as an embedding that
-    scales, is left dense in any case: compressing a part of its places would untie them. So are layers of
-    adapters, and layers that are changed from outside (`stock_layers.reason_against`).
+    A layer whose weight is read past the layer is left dense, with a warning. A weight that is also in a
+    module of another kind, such as an embedding that scales, is left dense in any case: compressing a part of
+    its places would untie them. So are layers of adapters, and layers that are changed from outside
+    (`stock_layers.reason_against`).
 
     Args:
         model: any module.
@@ -105,8 +105,8 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
             `weight_readers` finds.
 
     Raises:
-        TargetError: a pattern matches no compressible module, nothing is left to compress, or a layer lies
-            under an adapter.
+        TargetError: a pattern matches no compressible module, or none whose weight is not read past it, or
+            nothing is left to compress, or a layer lies under an adapter.
     """
     groups = all_targets(model)
     own, wrapped = split_by_adapters(model, (name for group in groups for name in group.names))
@@ -119,19 +119,19 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
         if (reason := reason_against(module)) in _CHANGED and choice.takes([name], [module])
     }
     outside = users_outside(model, groups)
-    named = choice.included is not None and choice.included != [ALL]
-    past = frozenset() if named else weight_readers(model).union(readers)
+    past = weight_readers(model).union(readers)
     beside = [group for group in found if not own.isdisjoint(group.names)]
     found = [group for group in found if group not in beside]
     tied = [group for group in found if group.name in outside]
     read = [group for group in found if group.name not in outside and not past.isdisjoint(group.all_names)]
+    _check_readable(choice, found, read)
     chosen = [group for group in found if group not in tied and group not in read]
     if changed and chosen:
         warn(f"Left dense, because they are changed from outside.{_changed_layers(changed)}")
     if read:
         warn(
             f"Left dense, because their weights are read past the layers: {summary(read)}. "
-            "Name them in target_modules to compress them nevertheless.",
+            "The model computes with them itself, and compressed layers have no such weights.",
         )
     refuse_wrapped(name for group in chosen for name in group.names if name in wrapped)
     if beside:
@@ -196,6 +196,22 @@ def _check_matching(model: nn.Module, groups: Sequence[Target], choice: _Choice)
             f"{summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
             f"{_made_of_cores(model)}{_changed_layers(reasons)}"
         )
+
+
+def _check_readable(choice: _Choice, found: Sequence[Target], read: Sequence[Target]) -> None:
+    """Raise TargetError if a pattern names nothing but layers whose weight is read past them.
+
+    Raises:
+        TargetError: the message names the layers.
+    """
+    for pattern in choice.included or []:
+        named = [group for group in found if pattern == ALL or _matches_any(group.all_names, [pattern])]
+        if pattern != ALL and named and all(group in read for group in named):
+            raise TargetError(
+                f"Pattern {pattern!r} names layers whose weights are read past them: {summary(named)}. The "
+                "model computes with these weights itself, as a run of it has shown, and compressed layers "
+                "have no such weights. Remove the pattern from target_modules."
+            )
 
 
 def check_loaded(targets: Sequence[Target]) -> None:

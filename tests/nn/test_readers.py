@@ -41,7 +41,7 @@ class Reader(nn.Module):
         return self.called(y)
 
 
-def config(targets: str | None, **options: Any) -> tn.CompressionConfig:
+def config(targets: str | list[str] | None, **options: Any) -> tn.CompressionConfig:
     return tn.CompressionConfig(
         target_modules=targets, param_ratio=0.5, topology="low_rank", **{"objective": "activation", **options}
     )
@@ -54,7 +54,7 @@ READ = r"0\.multiplied, 0\.passed"
 @pytest.mark.parametrize("targets", ["all", None])
 def test_a_weight_that_is_read_stays_dense_and_that_is_said(targets: str | None) -> None:
     model = nn.Sequential(Reader(), nn.Linear(24, 24))
-    with pytest.warns(UserWarning, match=rf"Left dense.*: {READ}\. Name them"):
+    with pytest.warns(UserWarning, match=rf"Left dense.*: {READ}\. The model computes with them itself"):
         report = tn.compress(model, config(targets), calibration=[X], progress=False)
     assert [layer.name for layer in report.layers] == ["0.measured", "0.asked", "0.called", "1"]
     assert model(X).shape == (3, 24)
@@ -71,11 +71,33 @@ def test_statistics_remember_what_running_has_shown(tmp_path: Path) -> None:
     assert [layer.name for layer in plan] == ["0.measured", "0.asked", "0.called", "1"]
 
 
-def test_a_layer_that_is_named_is_compressed_nevertheless() -> None:
-    report = tn.compress(
-        nn.Sequential(Reader()), config("0.multiplied", objective="weight"), calibration=[X], progress=False
-    )
-    assert [layer.name for layer in report.layers] == ["0.multiplied"]
+def test_a_pattern_that_names_such_layers_alone_is_refused() -> None:
+    model = nn.Sequential(Reader())
+    with pytest.raises(
+        tn.TargetError, match=r"'re:.*' names layers .*: 0\.multiplied, 0\.passed\..*Remove the"
+    ):
+        tn.compress(model, config(r"re:0\.(multiplied|passed)"), calibration=[X], progress=False)
+    with pytest.raises(tn.TargetError, match=r"Pattern '0\.passed' names layers .*: 0\.passed\. "):
+        tn.compress(model, config(["0.called", "0.passed"]), calibration=[X], progress=False)
+    with pytest.warns(UserWarning, match=rf"Left dense.*: {READ}\."):  # the pattern names others too
+        report = tn.compress(model, config("0.*"), calibration=[X], progress=False)
+    assert [layer.name for layer in report.layers] == ["0.measured", "0.asked", "0.called"]
+
+
+def test_a_layer_whose_shape_is_read_may_be_named() -> None:
+    model = nn.Sequential(Reader())
+    tn.compress(model, config(["0.measured", "0.asked"]), calibration=[X], progress=False)
+    assert isinstance(model[0].measured, tn.nn.NetworkModule)
+    assert model(X).shape == (3, 24)
+
+
+@pytest.mark.parametrize("pattern", ["*.dt_proj", "dt_proj", "backbone.layers.0.mixer.dt_proj"])
+def test_a_known_reader_is_refused_without_data(pattern: str) -> None:
+    model = MODELS["mamba"][0]()
+    with pytest.raises(
+        tn.TargetError, match=r"names layers .* read past them: backbone\.layers\.0\.mixer\.dt"
+    ):
+        tn.compress(model, config(pattern, objective="weight"), progress=False)
 
 
 class Indirect(nn.Module):
