@@ -1,9 +1,9 @@
 """What compilers make of torch's kernels for integers.
 
-Inductor calls them, or with `freezing` and `max_autotune` generates its own for the processor. Those use units
-for matrices (AMX), which torch's kernels leave idle, and unpack into the cache: on such processors they are as
-fast as a dense matrix for any number of tokens. But the cache of compiled graphs does not tell frozen integers
-of one shape apart (torch 2.13): a second model would compute with the weights of the first.
+Inductor calls them, or with `freezing` and `max_autotune` generates its own for the processor. Those use
+units for matrices (AMX), which torch's kernels leave idle, and unpack into the cache: on such processors they
+are as fast as a dense matrix for any number of tokens. But the cache of compiled graphs does not tell frozen
+integers of one shape apart (torch 2.13): a second model would compute with the weights of the first.
 """
 
 import torch

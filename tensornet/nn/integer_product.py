@@ -105,7 +105,7 @@ class IntegerMatrix:
 
     def has_kernel(self, x: Tensor, *, generated: bool = False) -> bool:
         """Return True if torch's int8 kernel can read the codes, and is the faster way for this input."""
-        few = 0 < len(x) and (generated or len(x) <= INT8_TOKENS)
+        few = len(x) > 0 and (generated or len(x) <= INT8_TOKENS)
         fits = few and x.is_cpu and x.dtype == self.scales.dtype == torch.bfloat16
         return fits and has_int8_kernel(self.number_format, self.shape)
 

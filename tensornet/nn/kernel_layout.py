@@ -84,7 +84,7 @@ class KernelMatrix:
 
     def has_kernel(self, x: Tensor, *, generated: bool = False) -> bool:
         """Return True if the kernel is the faster way for this input."""
-        few = 0 < len(x) and (generated or len(x) <= KERNEL_TOKENS // self.products)
+        few = len(x) > 0 and (generated or len(x) <= KERNEL_TOKENS // self.products)
         return few and x.dtype == torch.bfloat16
 
     def by_kernel(self, x: Tensor) -> Tensor:
