@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 import architecture_steps as steps
-from hf_architectures import ARCHITECTURES, EXCEPTIONS, GROUPS
+from hf_architectures import EXCEPTIONS, GROUPS, PAGE_ARCHITECTURES
 from make_docs import table
 
 RECORD = ROOT / "benchmarks" / "records" / "architectures.json"
@@ -38,8 +38,8 @@ ORDER = ("fails", "refused", "transformers", "right")
 
 def page(record: Mapping[str, Any]) -> str:
     """Render the whole document."""
-    counts = Counter(outcome(name) for name in ARCHITECTURES)
-    tried = len(ARCHITECTURES) - counts["transformers"]
+    counts = Counter(outcome(name) for name in PAGE_ARCHITECTURES)
+    tried = len(PAGE_ARCHITECTURES) - counts["transformers"]
     summary = (
         f"**{tried} architectures: {counts['right']} right in every step, {counts['refused']} with a step "
         f"that is refused for a reason, {counts['fails']} with a step that fails.** "
@@ -74,7 +74,7 @@ def row(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
     notes = [f"{kind} ({', '.join(found)}): {reason}" for (kind, reason), found in by_reason.items()]
     return {
         "architecture": name,
-        "class": ARCHITECTURES[name].model,
+        "class": PAGE_ARCHITECTURES[name].model,
         "parameters": f"{measured['parameters']:,}",
         "usual": share(measured.get("usual")),
         "all": share(measured.get("all")),
@@ -92,7 +92,7 @@ def measure(names: Sequence[str]) -> dict[str, Any]:
     """Run architectures; raise where a step without an exception entry fails."""
     record, wrong = {}, []
     for name in names:
-        trial = steps.Trial(ARCHITECTURES[name])
+        trial = steps.Trial(PAGE_ARCHITECTURES[name])
         for step in steps.steps_of(trial.architecture):
             error = steps.attempt(trial, step)
             expected = EXCEPTIONS.get(name, {}).get(step)
@@ -111,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", nargs="*", metavar="NAME")
     if (named := parser.parse_args(arguments).record) is not None:
-        record = json.loads(RECORD.read_text()) | measure(named or list(ARCHITECTURES))
-        rows = [f" {json.dumps(name)}: {json.dumps(record[name])}" for name in ARCHITECTURES]
+        record = json.loads(RECORD.read_text()) | measure(named or list(PAGE_ARCHITECTURES))
+        rows = [f" {json.dumps(name)}: {json.dumps(record[name])}" for name in PAGE_ARCHITECTURES]
         RECORD.write_text("{\n" + ",\n".join(rows) + "\n}\n")
     PAGE.write_text(page(json.loads(RECORD.read_text())))
     return PAGE

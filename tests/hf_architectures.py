@@ -1034,12 +1034,13 @@ GROUPS: dict[str, tuple[Architecture, ...]] = {
     "Images beside text": PAIRS,
     "Images in text": READERS,
 }
-ARCHITECTURES = {x.name: x for group in GROUPS.values() for x in group}
+#: By their names on the page; `hf_models.ARCHITECTURES` are the few that many tests run on.
+PAGE_ARCHITECTURES = {x.name: x for group in GROUPS.values() for x in group}
 
 
 @lru_cache(maxsize=1)
 def _dense(name: str) -> PreTrainedModel:
-    architecture = ARCHITECTURES[name]
+    architecture = PAGE_ARCHITECTURES[name]
     kind = getattr(transformers, architecture.model)
     with torch.random.fork_rng():
         torch.manual_seed(architecture.seed)

@@ -147,6 +147,7 @@ class Architecture:
         return copy.deepcopy(_compressed(self.name))
 
 
+#: The few that many tests run on; `hf_architectures.PAGE_ARCHITECTURES` are all that the page lists.
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_architectures import ARCHITECTURES
+from hf_architectures import PAGE_ARCHITECTURES
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -42,13 +42,13 @@ def assert_same(found: CalibrationStats, expected: CalibrationStats) -> None:
 @pytest.mark.parametrize("name", ["DBRX", "JetMoE", "Switch Transformers", "NLLB-MoE", "Mixtral"])
 @pytest.mark.filterwarnings("ignore:Left dense")
 def test_padding_does_not_count(name: str) -> None:
-    model = ARCHITECTURES[name].dense
+    model = PAGE_ARCHITECTURES[name].dense
     bare, padded = batches(not model.config.is_encoder_decoder)
     assert_same(tn.calibrate(model, [padded], config=LINEAR), tn.calibrate(model, [bare], config=LINEAR))
 
 
 def test_streaming_agrees(tmp_path: Path) -> None:
-    model = ARCHITECTURES["DBRX"].dense
+    model = PAGE_ARCHITECTURES["DBRX"].dense
     model.save_pretrained(tmp_path / "dense")
     bare, padded = batches(decoder=True)
     found = calibrate_checkpoint(tmp_path / "dense", [padded], tmp_path / "stats", config=LINEAR)

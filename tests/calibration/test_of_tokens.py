@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_architectures import ARCHITECTURES
+from hf_architectures import PAGE_ARCHITECTURES
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
@@ -43,7 +43,7 @@ def tagger() -> nn.Module:
 
 
 def image() -> dict[str, Tensor]:
-    return ARCHITECTURES["ViT"].batch(labels=True)
+    return PAGE_ARCHITECTURES["ViT"].batch(labels=True)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def image() -> dict[str, Tensor]:
         (Letters, text(), True),
         (lambda: Letters(7), text(7), False),
         (tagger, {"input_ids": torch.ones(2, 5).long(), "labels": torch.ones(2, 5).long()}, False),
-        (lambda: ARCHITECTURES["GPT-2"].dense, {"input_ids": torch.arange(5, 14)[None]}, True),
-        (lambda: ARCHITECTURES["T5"].dense, ARCHITECTURES["T5"].batch(labels=True), True),
-        (lambda: ARCHITECTURES["Whisper"].dense, ARCHITECTURES["Whisper"].batch(labels=True), True),
-        (lambda: ARCHITECTURES["Gemma 3"].dense, ARCHITECTURES["Gemma 3"].batch(labels=True), True),
-        (lambda: ARCHITECTURES["ViT"].dense, image(), False),
+        (lambda: PAGE_ARCHITECTURES["GPT-2"].dense, {"input_ids": torch.arange(5, 14)[None]}, True),
+        (lambda: PAGE_ARCHITECTURES["T5"].dense, PAGE_ARCHITECTURES["T5"].batch(labels=True), True),
+        (lambda: PAGE_ARCHITECTURES["Whisper"].dense, PAGE_ARCHITECTURES["Whisper"].batch(labels=True), True),
+        (lambda: PAGE_ARCHITECTURES["Gemma 3"].dense, PAGE_ARCHITECTURES["Gemma 3"].batch(labels=True), True),
+        (lambda: PAGE_ARCHITECTURES["ViT"].dense, image(), False),
     ],
 )
 def test_a_loss_of_tokens_is_recognised(make: Any, batch: dict[str, Tensor], expected: bool) -> None:
@@ -91,7 +91,7 @@ def test_files_keep_it(tmp_path: Path) -> None:
 
 
 def test_streaming_agrees(tmp_path: Path) -> None:
-    ARCHITECTURES["Llama"].dense.save_pretrained(tmp_path / "dense")
+    PAGE_ARCHITECTURES["Llama"].dense.save_pretrained(tmp_path / "dense")
     batches = [{"input_ids": torch.arange(5, 14)[None]}]
     assert calibrate_checkpoint(tmp_path / "dense", batches, tmp_path / "stats", config=HALF).of_tokens
     report = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, stats=tmp_path / "stats")

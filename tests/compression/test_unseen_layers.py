@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_architectures import ARCHITECTURES
+from hf_architectures import PAGE_ARCHITECTURES
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -107,7 +107,7 @@ def test_experts_in_dictionaries_take_the_moments_of_their_relatives() -> None:
 
 
 def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
-    architecture = ARCHITECTURES["Gemma 3"]
+    architecture = PAGE_ARCHITECTURES["Gemma 3"]
     ids = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
     model = architecture.dense
     stats = tn.calibrate(model, [{"input_ids": ids, "labels": ids}], config=HALF)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from architecture_steps import Trial, attempt, reached, steps_of
-from hf_architectures import ARCHITECTURES, EXCEPTIONS, RELATIVES
+from hf_architectures import EXCEPTIONS, PAGE_ARCHITECTURES, RELATIVES
 
 from tensornet.errors import TensorNetError
 
@@ -19,14 +19,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import architectures as document  # noqa: E402
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-NAMES = [name for name in ARCHITECTURES if NIGHTLY or name not in RELATIVES]
+NAMES = [name for name in PAGE_ARCHITECTURES if NIGHTLY or name not in RELATIVES]
 RECORD = json.loads(document.RECORD.read_text())
 SHARES = ("all", "usual")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_is_right_or_its_exception_is_listed(name: str) -> None:
-    trial = Trial(ARCHITECTURES[name])
+    trial = Trial(PAGE_ARCHITECTURES[name])
     try:
         for step in steps_of(trial.architecture):
             error, exception = attempt(trial, step), EXCEPTIONS.get(name, {}).get(step)
@@ -49,10 +49,10 @@ def test_every_step_is_right_or_its_exception_is_listed(name: str) -> None:
 
 
 def test_tables_name_architectures() -> None:
-    assert len(ARCHITECTURES) >= 60
-    assert RELATIVES | EXCEPTIONS.keys() <= ARCHITECTURES.keys() == RECORD.keys()
+    assert len(PAGE_ARCHITECTURES) >= 60
+    assert RELATIVES | EXCEPTIONS.keys() <= PAGE_ARCHITECTURES.keys() == RECORD.keys()
     for name, steps in EXCEPTIONS.items():
-        assert steps.keys() <= set(steps_of(ARCHITECTURES[name]))
+        assert steps.keys() <= set(steps_of(PAGE_ARCHITECTURES[name]))
 
 
 def test_the_page_is_current() -> None:

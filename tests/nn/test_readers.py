@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_architectures import ARCHITECTURES
+from hf_architectures import PAGE_ARCHITECTURES
 from reader_models import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -171,7 +171,7 @@ def test_matrices_of_other_modules_are_read_as_well() -> None:
 )
 def test_models_of_images_of_any_size_and_of_places(name: str, read: str) -> None:
     """DETR reads its queries and names no size of images; SAM reads what stands for points and boxes."""
-    architecture = ARCHITECTURES[name]
+    architecture = PAGE_ARCHITECTURES[name]
     model = architecture.dense
     with pytest.warns(UserWarning, match=read):
         tn.compress(model, config("all", objective="weight"), progress=False)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(\s*)(`{3,}|~{3,}).*?^\1\2\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?P<target>[^)\s#]*)(?:#(?P<anchor>[^)\s]*))?\)")
+NAMED = re.compile(r"`(?P<name>\w+)` in\s+\[[^\]]*\]\((?P<file>[^)\s#]+\.py)\)")
 HEADING = re.compile(r"^#+ +(?P<title>.+?)\s*$", re.MULTILINE)
 
 
@@ -43,6 +44,33 @@ def broken(page: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert list(broken(page)) == []
+
+
+def misnamed(page: Path) -> Iterator[str]:
+    """Names that a page says are in a Python file, and that this file or not only this one defines.
+
+    Only modules that tests share could be mistaken for one another, not the tests themselves.
+    """
+    for match in NAMED.finditer(page.read_text()):
+        name, file = match["name"], page.parent / match["file"]
+        others = [path for path in file.parent.glob("*.py") if not path.name.startswith("test_")]
+        defined = re.compile(rf"^(?:class |def )?{name}\b", re.MULTILINE)
+        found = {path.name for path in {file, *others} if defined.search(path.read_text())}
+        if found != {file.name}:
+            yield f"{name}: the page says {file.name}, it is in {sorted(found)}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_are_where_a_page_says(page: Path) -> None:
+    assert list(misnamed(page)) == []
+
+
+def test_misnamed_tables_are_found(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text("TABLE = {}\n" + f"{name} = 1\n")
+    page = tmp_path / "page.md"
+    page.write_text("`TABLE` in [a](a.py), `a` in\n[b](b.py), `b` in [b](b.py)\n")
+    assert [line.split(":")[0] for line in misnamed(page)] == ["TABLE", "a"]
 
 
 def test_broken_links_are_found(tmp_path: Path) -> None:

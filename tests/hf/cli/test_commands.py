@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from hf_architectures import ARCHITECTURES
+from hf_architectures import PAGE_ARCHITECTURES
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration, GPT2LMHeadModel
 
 import tensornet as tn
@@ -33,7 +33,7 @@ def logits(model: GPT2LMHeadModel) -> torch.Tensor:
 
 
 def test_layers_that_the_text_does_not_reach_are_named(tensornet: Run, tmp_path: Path) -> None:
-    options = copy.deepcopy(dict(ARCHITECTURES["Gemma 3"].options))
+    options = copy.deepcopy(dict(PAGE_ARCHITECTURES["Gemma 3"].options))
     options["text_config"]["vocab_size"] = 1200  # of the tokenizer
     model = Gemma3ForConditionalGeneration(Gemma3ForConditionalGeneration.config_class(**options))
     model.save_pretrained(tmp_path / "dense")
