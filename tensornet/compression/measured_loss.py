@@ -145,7 +145,7 @@ def warn_of_loss(measured: MeasuredRise, predicted: float | None, allowed: float
     over = allowed is not None and measured.least > allowed
     if few or not (far or over):
         return
-    bytes_kept = "more bytes" if allowed is None else "a budget of bytes (bits_per_weight=)"
+    larger = "allow more bytes" if allowed is None else "set a budget of bytes (bits_per_weight=)"
     said = f"predicted {predicted:.2g}" if predicted is not None else "no prediction"
     budget = "" if allowed is None else f", loss_increase={allowed:g} allowed"
     text = (
@@ -156,11 +156,11 @@ def warn_of_loss(measured: MeasuredRise, predicted: float | None, allowed: float
         text += (
             ": the model was probably trained on these data and fits them, so that their gradients do not "
             "show what an error costs. Calibrate with other data, pass validation= batches of other data, or "
-            f"set {bytes_kept}."
+            f"{larger}."
         )
     else:
         text += (
             ": predictions are too low for errors this large. Pass validation=, which corrects them by "
-            f"measuring, or set {bytes_kept}."
+            f"measuring, or {larger}."
         )
     warn(text, CalibrationWarning)

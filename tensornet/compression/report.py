@@ -1,6 +1,7 @@
 """Report of a compression: sizes, errors and predicted losses, layer by layer."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from tensornet.notebook import html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+#: Largest loss whose exponential is a number.
+_MOST = 700.0
 
 
 @dataclass(frozen=True)
@@ -96,16 +101,25 @@ class CompressionReport:
         return sum(x.params_after for x in self.layers) / sum(x.params_before for x in self.layers)
 
     def __str__(self) -> str:
-        loss = "" if self.measured is None else f"measured rise of the loss: {self.measured}\n"
-        if not loss and self.plan.predicted_loss_increase is not None:
-            loss = "measured rise of the loss: none, without batches that it could be measured on\n"
         table = plan_text(self.plan, {layer.name: layer.error for layer in self.layers})
         return (
-            f"{table}\n{loss}"
+            f"{table}\n{self._measured_line()}"
             f"whole model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
             f"{self.seconds:.1f} s\n{self.reach}"
         )
+
+    def _measured_line(self) -> str:
+        """Describe the measured rise; empty where there is none and nothing was predicted either."""
+        found = self.measured
+        if found is None:
+            missing = "measured rise of the loss: none, without batches that it could be measured on\n"
+            return "" if self.plan.predicted_loss_increase is None else missing
+        change = ""
+        if self.plan.of_tokens and found.dense_loss + found.value < _MOST:
+            before, after = found.dense_loss, found.dense_loss + found.value
+            change = f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
+        return f"measured rise of the loss: {found}{change}\n"
 
     def plot(self) -> "Figure":
         """Draw bits and ranks of all layers, and the loss or the weight error of each.

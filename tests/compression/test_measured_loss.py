@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import re
 import warnings
 
 import pytest
@@ -72,6 +74,28 @@ def test_the_measured_rise_stands_beside_the_prediction() -> None:
     assert f"measured rise of the loss: {found.value:.4f} (standard error" in str(report)
     assert f"measured {found.value:.4f}" in report._repr_html_()
     assert json.loads(report.to_json())["measured"]["value"] == found.value
+
+
+def test_a_loss_of_tokens_is_shown_as_perplexity() -> None:
+    class Letters(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer, self.head = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20)
+
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.head(torch.tanh(self.layer(self.table(input_ids))))}
+
+    ids = torch.randint(20, (8, 12), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # the model has no loss of its own
+        report = tn.compress(
+            Letters(), tn.CompressionConfig(param_ratio=0.8), calibration=[ids], progress=False
+        )
+    assert report.measured is not None
+    before, after = (math.exp(report.measured.dense_loss + x) for x in (0, report.measured.value))
+    assert f", perplexity {before:.4g} -> {after:.4g}\nmodel: " in str(report)
+    unknown = dataclasses.replace(report.measured, value=math.inf)
+    assert "calibration data)\nmodel: " in str(dataclasses.replace(report, measured=unknown))
 
 
 def test_statistics_leave_nothing_to_measure_on() -> None:
@@ -146,7 +170,8 @@ def test_when_a_warning_is_given() -> None:
     assert not said(rise(0.5, error=0.2), 1e-3)  # noise
     assert not said(rise(0.5, losses=4), 1e-3)
     assert not said(rise(0.5), None)
-    assert "fits them" in said(rise(0.05), 0.01)
+    assert re.search("fits them.*or allow more bytes", said(rise(0.05), 0.01))
+    assert re.search("loss_increase=0.04.*or set a budget of bytes", said(rise(0.05), 0.01, allowed=0.04))
     assert "fits them" in said(rise(math.nan, losses=4), 0.01)
     assert "predictions are too low" in said(rise(0.05), 0.03, allowed=0.04)
     assert not said(rise(0.05, error=0.01), 0.03, allowed=0.04)
