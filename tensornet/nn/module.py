@@ -170,7 +170,9 @@ class NetworkModule(FixedDtypes, RoutedModule):
         Any use of its numbers raises TargetError: the matrix would bring back what was compressed, and is
         what `to_matrix` returns.
         """
-        trained = [tensor for tensor in self.stored.values() if isinstance(tensor, nn.Parameter)]
+        # Not `stored`, which undoes the layout of kernels: some models ask for the dtype in every pass.
+        kept = (self._parameters.get(name) for name in self._tensor_names)
+        trained = [tensor for tensor in kept if tensor is not None]
         return weight_facts(self._computed_like(), self.topology.shape, trained)
 
     def _computed_like(self) -> Tensor:

@@ -242,6 +242,12 @@ def test_scales_that_are_replaced_are_used() -> None:
     close(made(tokens(2)) - made.bias, 2 * before.float())
 
 
+def test_asking_for_the_dtype_leaves_the_layout() -> None:
+    made = layer("int4").eval()
+    assert made.weight.dtype == torch.bfloat16
+    assert made.kernel_matrix is not None
+
+
 def test_what_others_hold_stays_as_it_is() -> None:
     """Converted, it would be held twice."""
     first, second = layer("int4"), layer("int4")
