@@ -18,10 +18,10 @@ from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
+from tensornet.nn.carried_hooks import carry_hooks, has_own_forward
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.expansion import settle
 from tensornet.nn.extension import expanded, structure_changed
-from tensornet.nn.hooks import carry_hooks, has_own_forward
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network, linear_from_stored
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import layer_bias, layer_kind, reason_against

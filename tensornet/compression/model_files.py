@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
 from tensornet.io.safetensors_files import write_tensors
+from tensornet.nn.carried_hooks import has_own_forward
 from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.hooks import has_own_forward
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
 from tensornet.nn.stock_layers import kind_of

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.contraction.operator import PLANNED_TOKENS
+from tensornet.nn.carried_hooks import ACCELERATE
 from tensornet.nn.execution import CACHED
-from tensornet.nn.hooks import ACCELERATE
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import LayerKind, layer_bias, own_parameters, register_layer_kind
 from tensornet.nn.weight_facts import weight_facts

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from tensornet.nn.carried_hooks import carry_hooks, has_own_forward
 from tensornet.nn.compound import Compound, Shared
-from tensornet.nn.hooks import carry_hooks, has_own_forward
 from tensornet.nn.stock_layers import compound_of
 
 

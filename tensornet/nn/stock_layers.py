@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import TargetError
-from tensornet.nn.hooks import has_own_forward
+from tensornet.nn.carried_hooks import has_own_forward
 from tensornet.optional import import_optional
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tensornet.checks import check_type
 from tensornet.errors import TargetError
 from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
+from tensornet.nn.carried_hooks import has_own_forward
 from tensornet.nn.compound import Compound
-from tensornet.nn.hooks import has_own_forward
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.stock_layers import OWN_FORWARD, RECOMPUTED, LayerKind, compound_of, kind_of, reason_against
 from tensornet.nn.weight_readers import weight_readers

@@ -93,9 +93,9 @@ def test_a_loss_of_tokens_is_shown_as_perplexity() -> None:
         )
     assert report.measured is not None
     before, after = (math.exp(report.measured.dense_loss + x) for x in (0, report.measured.value))
-    assert f", perplexity {before:.4g} -> {after:.4g}\nmodel: " in str(report)
+    assert f", perplexity {before:.4g} -> {after:.4g}\nwhole model: " in str(report)
     unknown = dataclasses.replace(report.measured, value=math.inf)
-    assert "calibration data)\nmodel: " in str(dataclasses.replace(report, measured=unknown))
+    assert "calibration data)\nwhole model: " in str(dataclasses.replace(report, measured=unknown))
 
 
 def test_statistics_leave_nothing_to_measure_on() -> None:

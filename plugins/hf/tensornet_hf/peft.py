@@ -27,9 +27,9 @@ from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
 from tensornet.nn.adapters import split_by_adapters
+from tensornet.nn.carried_hooks import carry_hooks
 from tensornet.nn.encoding import encode
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.hooks import carry_hooks
 from tensornet.nn.linear import empty_linear, linear_from_network
 from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.targets import compressed_names
