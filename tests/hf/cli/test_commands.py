@@ -77,11 +77,17 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
     sizes = {layer["name"]: layer["params"] for layer in found["layers"]}
     for name in changed:
         assert sizes[name] == small.get_submodule(name).num_params
+    held = {layer["name"]: layer["bytes"] for layer in found["layers"]}
+    for name in changed:
+        assert held[name] == sum(x.nbytes for x in small.get_submodule(name).state_dict().values())
     assert found["bytes"] == Path("small/model.safetensors").stat().st_size
     status, out, _ = tensornet("inspect", "small")
     assert status == 0
     assert "transformer.h.0.mlp.c_fc" in out
     assert "512 x 128" in out
+    name = "transformer.h.0.mlp.c_fc"
+    assert f"{held[name]:,}" in out
+    assert f"{8 * held[name] / (512 * 128):.2f}" in out
 
     assert tensornet("decompress", "small", "dense")[0] == 0
     dense = GPT2LMHeadModel.from_pretrained("dense")  # by transformers alone

@@ -3,10 +3,13 @@
 Only headers are read. Nothing here allocates a weight, and nothing unpickles.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_files import read_headers as locate_tensors
@@ -54,6 +57,12 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     file: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return math.prod(self.shape) * itemsize
 
 
 @dataclass(frozen=True)

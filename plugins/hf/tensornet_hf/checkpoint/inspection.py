@@ -27,6 +27,7 @@ class StoredLayer:
         form: number formats, family and bonds, or the kind of module for others than single matrices.
         shape: `(out_features, in_features)`, None for others than single matrices.
         params: stored numbers, bias and scales included; 0 where another name owns the cores.
+        bytes: that these take in the file.
         dense_params: elements of the dense weight (bias not counted), None for others.
         dtype: of the cores, None where another name owns them.
     """
@@ -35,6 +36,7 @@ class StoredLayer:
     form: str
     shape: tuple[int, int] | None
     params: int
+    bytes: int
     dense_params: int | None
     dtype: str | None
 
@@ -119,7 +121,8 @@ def _stored_numbers(checkpoint: Checkpoint) -> dict[str, int]:
 def _stored_layer(
     name: str, spec: Mapping[str, Any], tensors: Mapping[str, StoredTensor], counts: Mapping[str, int]
 ) -> StoredLayer:
-    cores = [t.dtype for key, t in tensors.items() if key.startswith(f"{name}.core_")]
+    own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    cores = [tensor.dtype for key, tensor in own.items() if key.startswith(f"{name}.core_")]
     topology = Topology.from_dict(spec["topology"]) if "topology" in spec else None
     storage = Storage.from_dict(spec.get("storage", {}))
     single = topology is not None and spec["type"] in ("linear", "embedding")
@@ -127,7 +130,8 @@ def _stored_layer(
         name=name,
         form=describe(topology, storage) if topology is not None and single else _form(spec),
         shape=topology.shape if topology is not None and single else None,
-        params=sum(count for key, count in counts.items() if key.startswith(f"{name}.")),
+        params=sum(counts[key] for key in own),
+        bytes=sum(tensor.nbytes for tensor in own.values()),
         dense_params=math.prod(topology.shape) if topology is not None and single else None,
         dtype=cores[0] if cores else None,
     )

@@ -25,7 +25,7 @@ def _print(found: Inspection) -> None:
     if not found.layers:
         return
     shared.print_lines("")
-    header = ("layer", "form", "shape", "dense", "parameters", "kept", "dtype")
+    header = ("layer", "form", "shape", "bytes", "bits a weight", "parameters", "dtype")
     rows = []
     for layer in found.layers:
         dense = layer.dense_params
@@ -35,9 +35,9 @@ def _print(found: Inspection) -> None:
                 layer.name,
                 layer.form,
                 "" if layer.shape is None else f"{layer.shape[0]} x {layer.shape[1]}",
-                "" if dense is None else f"{dense:,}",
+                f"{layer.bytes:,}" if layer.params else "",
+                f"{8 * layer.bytes / dense:.2f}" if dense and layer.params else "",
                 stored,
-                f"{layer.params / dense:.1%}" if dense and layer.params else "",
                 layer.dtype or "",
             )
         )
