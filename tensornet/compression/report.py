@@ -110,7 +110,7 @@ class CompressionReport:
         )
 
     def _measured_line(self) -> str:
-        """Describe the measured rise; empty where there is none and nothing was predicted either."""
+        """Format the measured rise as a line; empty if no loss was predicted or measured."""
         found = self.measured
         if found is None:
             missing = "measured rise of the loss: none, without batches that it could be measured on\n"

@@ -157,10 +157,8 @@ class RoutedModule(MatrixKeeper):
     @property
     def seconds_saved(self) -> float:
         """Predicted time that a kept matrix saves in a pass of one token."""
-        machine, itemsize = (
-            self.machine or default_machine(self._computed_like().device),
-            self._computed_like().element_size(),
-        )
+        like = self._computed_like()
+        machine, itemsize = self.machine or default_machine(like.device), like.element_size()
         fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
         return fastest - dense_seconds(*self.topology.shape, 1, machine, itemsize)
 

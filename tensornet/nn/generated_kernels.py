@@ -1,4 +1,4 @@
-"""What compilers make of torch's kernels for integers.
+"""Integer kernels that Inductor generates, and when they can be used.
 
 Inductor calls them, or with `freezing` and `max_autotune` generates its own for the processor. Those use
 units for matrices (AMX), which torch's kernels leave idle, and unpack into the cache: on such processors they

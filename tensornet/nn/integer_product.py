@@ -121,7 +121,7 @@ def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
-    """Return True if codes are stored as points of the grid, of which each row has one scale."""
+    """Return True for 8 bits without zero points and with one scale for each row."""
     points = number_format.bits == 8 and not number_format.zero_point
     return points and number_format.groups(columns) == 1
 

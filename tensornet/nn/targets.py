@@ -68,7 +68,7 @@ class Target:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Names of the layers and of modules taken apart that hold them, any of which a pattern may match."""
+        """Names that a pattern may match: of the layers, and of the modules that they were taken out of."""
         return (*self.names, *self.owners)
 
     @property
