@@ -158,7 +158,8 @@ def why(rows: Sequence[Row]) -> str:
         f"- Less loss at the same bytes. At {at} bits a weight the loss {'. That '.join(parts)}.\n"
         "- Layers differ. Each gets its own integers, of 2 to 8 bits, or rank, by the predicted increase of "
         "the loss.\n"
-        "- The loss is predicted before you pay it, and measured after. Where plain int4 or int8 is best, the plan chooses it."
+        "- The loss is predicted before you pay it, and measured after. Where plain int4 or int8 is best, "
+        "the plan chooses it."
     )
 
 
