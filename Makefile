@@ -16,7 +16,7 @@ LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest lint format wheel-test docs docs-test docs-pictures names clean test-gpu
+.PHONY: help demo test test-all test-lowest lint format wheel-test docs docs-pictures names clean test-gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -26,15 +26,18 @@ help: ## list the targets
 demo: $(VENV)/.made-cli ## compress the embedded GPT-2, evaluate, reload, generate, write demo_out/
 	$(ONE_THREAD) $(BIN)/tensornet demo --output demo_out --force
 
-test: $(VENV)/.made-dev ## run the tests
-	$(PYTEST) -n $(WORKERS) -m "not docs" $(ARGS)
+test: $(VENV)/.made-dev ## run the tests, in a few minutes
+	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.made-all ## all tests, with every extra: architectures, kill tests, toy benchmarks, code of pages
+	$(PYTEST) -n $(WORKERS) $(ARGS)
 
 test-gpu: $(VENV)/.made-dev ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make: PyTorch finds no CUDA device here")'
 	$(PYTEST) -m gpu $(ARGS)
 
 test-lowest: $(LOWEST)/.made ## run the tests with the lowest versions that pyproject.toml allows
-	$(TESTS) $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "not docs" $(ARGS)
+	$(TESTS) $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.made-dev ## linter, formatter, types: only report
 	$(BIN)/ruff check .
@@ -47,9 +50,6 @@ format: $(VENV)/.made-dev ## let the linter and the formatter mend what they can
 
 wheel-test: $(VENV)/.made-dev ## build the wheel and install it away from here: core, then each extra
 	$(BIN)/python tests/wheel/check_wheel.py
-
-docs-test: $(VENV)/.made-dev ## run the code blocks of README.md and docs/
-	$(PYTEST) tests/project/test_docs_code.py $(ARGS)
 
 docs: $(VENV)/.made-docs ## build the site into build/site/; a warning fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -92,6 +92,11 @@ $(LOWEST)/.made: pyproject.toml
 $(VENV)/.made-dev: pyproject.toml $(VENV)/.made
 	@echo "Setting up $(VENV), once: the first time PyTorch is downloaded, which can take some minutes."
 	$(BIN)/python -m pip install -e '.[all,test,lint]'
+	@touch $@
+
+# Every extra that a test would otherwise be skipped without.
+$(VENV)/.made-all: $(VENV)/.made-dev
+	$(BIN)/python -m pip install -e '.[all,test,export,eval,torchao]'
 	@touch $@
 
 # The site is built from the sources: pages of the API are read, not imported.

@@ -20,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 import architecture_steps as steps
+from harness import table
 from hf_architectures import EXCEPTIONS, GROUPS, PAGE_ARCHITECTURES
-from make_docs import table
 
 RECORD = ROOT / "benchmarks" / "records" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"

@@ -18,3 +18,10 @@ def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     for path in BENCHMARKS.glob("*.py"):
         monkeypatch.delitem(sys.modules, path.stem, raising=False)
     return importlib.import_module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Benchmarks at toy size are slow tests."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import architectures as document  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 NAMES = [name for name in PAGE_ARCHITECTURES if NIGHTLY or name not in RELATIVES]
 RECORD = json.loads(document.RECORD.read_text())

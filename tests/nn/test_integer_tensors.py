@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import distributed_tasks as tasks
@@ -17,8 +16,6 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet_hf.checkpoint.headers import read_checkpoint
 
-#: Written by the version that kept integers as parameters: a GPT-2 of one block, every layer compressed.
-BEFORE = Path(__file__).resolve().parents[1] / "fixtures" / "saved_before"
 FORMS = {"pivoted": {"pivoted": True}, "int8": {"pivoted": True, "int8": True}}
 each_form = pytest.mark.parametrize("form", FORMS)
 
@@ -115,16 +112,6 @@ def test_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
     loaded.tie_weights()
     got = logits(loaded, ARCHITECTURES["gpt2"])
     torch.testing.assert_close(got, logits(model, ARCHITECTURES["gpt2"]), atol=0, rtol=0)
-
-
-@each_form
-def test_folders_that_were_saved_before_still_load(form: str, tmp_path: Path) -> None:
-    wanted = torch.tensor(json.loads((BEFORE / form / "logits.json").read_text()))
-    loaded = th.load(BEFORE / form)
-    for model in (loaded, th.load(th.save_model(loaded, tmp_path / "again"))):
-        got = model(torch.arange(7)[None]).logits[0, -1]
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-        assert all(p.is_floating_point() for p in model.parameters())
 
 
 def test_sharded_by_fsdp1(tmp_path: Path) -> None:

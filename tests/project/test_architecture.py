@@ -1,7 +1,7 @@
-"""The shape of the project: who may import whom, which names are public, how long a file may be.
+"""The borders of the project: who may import whom, no circles, and which names are public.
 
 The public names are a snapshot in ``tests/public_names.txt``. After changing them on purpose run
-``python tests/project/test_architecture.py --update`` and commit the file with the change.
+``make names`` and commit the file with the change.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import requires
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -25,145 +24,102 @@ from public_surface import PAGES
 from tensornet._entry import CLI_MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
-CORE = ROOT / "tensornet"
-MOE = ROOT / "plugins" / "moe" / "tensornet_moe"
-HF = ROOT / "plugins" / "hf" / "tensornet_hf"
 SNAPSHOT = ROOT / "tests" / "public_names.txt"
-PUBLIC_MODULES = tuple(PAGES)
-
-# Optional packages of the core: imported inside the function that needs them, never with the package.
-LAZY = {"quimb", "tensorly", "matplotlib", "jinja2"}
+PACKAGES = {
+    "tensornet": ROOT / "tensornet",
+    "tensornet_moe": ROOT / "plugins" / "moe" / "tensornet_moe",
+    "tensornet_hf": ROOT / "plugins" / "hf" / "tensornet_hf",
+}
+#: Optional packages of the core: imported inside the function that needs them, never with the package.
+OPTIONAL = {"quimb", "tensorly", "matplotlib", "jinja2", "hypothesis", "pytest"}
 HUGGING_FACE = {"transformers", "accelerate", "peft", "typer", "rich"}
 
-MAX_LINES = 500
-# Path from the root -> why one idea needs more lines than that.
-LONG_FILES: dict[str, str] = {
-    "tensornet/testing/laws.py": "every law with its example, and the classes that draw for them",
-    "tests/hf_architectures.py": "one table: an entry for each architecture, with its configuration",
-    "tensornet/mpo.py": "one class: the algebra of an operator, every method with its example",
-    "tensornet/mpo_algebra.py": "the pure functions behind that class, one for each method",
-}
+
+def modules(package: str) -> dict[str, Path]:
+    """Map the dotted names of all modules of a package to their files."""
+    base = PACKAGES[package].parent
+    return {
+        ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(PACKAGES[package].rglob("*.py"))
+    }
 
 
-def python_files(*folders: Path) -> Iterator[Path]:
-    for folder in folders:
-        yield from sorted(folder.rglob("*.py"))
-
-
-def imports(path: Path) -> set[str]:
-    """Top-level names of all modules a file imports, wherever in the file."""
-    found: set[str] = set()
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of everything that a file imports, wherever in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imports_at_load(statement: str) -> set[str]:
-    """Top-level names of all modules loaded after ``statement`` ran in a fresh interpreter."""
-    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.split())
-
-
-def offenders(files: Iterator[Path], forbidden: set[str]) -> dict[str, set[str]]:
-    return {str(f.relative_to(ROOT)): bad for f in files if (bad := imports(f) & forbidden)}
-
-
-def core_files() -> Iterator[Path]:
-    return (f for f in python_files(CORE) if CORE / "testing" not in f.parents)
-
-
-def public_names() -> list[str]:
-    return sorted(f"{name}.{public}" for name in PUBLIC_MODULES for public in exported(name))
-
-
-def exported(name: str) -> list[str]:
-    """``__all__`` of a module, or nothing while the module holds only its docstring or does not exist."""
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        return []
-    module = importlib.import_module(name)
-    if not hasattr(module, "__all__"):
-        assert _is_only_a_docstring(module), f"{name} holds code but no __all__: list its public names there"
-        return []
-    return list(module.__all__)
-
-
-def _is_only_a_docstring(module: ModuleType) -> bool:
-    body = ast.parse(Path(str(module.__file__)).read_text()).body
-    return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+def offenders(package: str, forbidden: set[str], *, without: str = "") -> dict[str, set[str]]:
+    return {
+        name: bad
+        for name, path in modules(package).items()
+        if not (without and name.startswith(without))
+        and (bad := {x.split(".")[0] for x in imported(path)} & forbidden)
+    }
 
 
 # --- who may import whom -------------------------------------------------------------------------
 
 
 def test_core_imports_no_plugin() -> None:
-    forbidden = {"tensornet_moe", "tensornet_hf", "hypothesis"} | HUGGING_FACE
-    assert offenders(core_files(), forbidden) == {}
-
-
-def test_testing_imports_no_plugin() -> None:
-    assert offenders(python_files(CORE / "testing"), {"tensornet_moe", "tensornet_hf"} | HUGGING_FACE) == {}
+    plugins = {"tensornet_moe", "tensornet_hf"} | HUGGING_FACE
+    assert offenders("tensornet", plugins | {"hypothesis"}, without="tensornet.testing") == {}
+    assert offenders("tensornet", plugins) == {}
 
 
 def test_moe_imports_no_hugging_face() -> None:
-    assert offenders(python_files(MOE), {"tensornet_hf"} | HUGGING_FACE) == {}
+    assert offenders("tensornet_moe", {"tensornet_hf"} | HUGGING_FACE) == {}
 
 
 def test_plugins_import_no_private_name_of_another_package() -> None:
-    found = {
-        f"{path.relative_to(ROOT)}: {node.module}.{alias.name}"
-        for root in (MOE, HF)
-        for path in python_files(root)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tensornet")
-        for alias in node.names
-        if node.module.split(".")[0] != root.name
-        and any(part.startswith("_") for part in (*node.module.split("."), alias.name))
+    private = {
+        f"{name}: {target}"
+        for package in ("tensornet_moe", "tensornet_hf")
+        for name, path in modules(package).items()
+        for target in imported(path)
+        if target.startswith("tensornet")
+        and target.split(".")[0] != package
+        and any(part.startswith("_") for part in target.split("."))
     }
-    assert found == set()
+    assert private == set()
 
 
-def test_the_hugging_face_plugin_registers_one_extension() -> None:
-    calls = [
-        path.name
-        for path in python_files(HF, MOE)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_extension"
-    ]
-    assert calls == ["__init__.py"]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_of_imports(package: str) -> None:
+    """Imports inside functions and under TYPE_CHECKING count as well: they hide a circle, not end it."""
+    names = modules(package)
+    uses: dict[str, set[str]] = defaultdict(set)
+    for module, path in names.items():
+        for target in imported(path):
+            found = target if target in names else target.rpartition(".")[0]
+            if found in names and found != module:
+                uses[module].add(found)
+    try:
+        tuple(TopologicalSorter(uses).static_order())
+    except CycleError as error:
+        pytest.fail(f"these import one another: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("package", ["tensornet", "tensornet_moe"])
 def test_loading_a_package_loads_nothing_optional(package: str) -> None:
-    plugins = {"tensornet_hf", "tensornet_moe"} - {package}
-    forbidden = plugins | HUGGING_FACE | LAZY | {"hypothesis", "pytest"}
-    assert imports_at_load(f"import {package}") & forbidden == set()
-
-
-def test_only_the_entry_names_a_plugin_in_a_string() -> None:
-    """An import by string would escape the tests above; the console script needs exactly one."""
-    plugin = re.compile(r"tensornet_(hf|moe)(\.\w+)*")
-    naming = {
-        str(path.relative_to(ROOT))
-        for path in core_files()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and plugin.fullmatch(node.value)
-    }
-    assert naming == {"tensornet/_entry.py"}
+    code = f"import sys, {package}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    forbidden = {"tensornet_hf", "tensornet_moe"} - {package} | HUGGING_FACE | OPTIONAL
+    assert set(done.stdout.split()) & forbidden == set()
 
 
 def test_entry_checks_for_all_that_the_extra_brings() -> None:
-    needed = _packages_of_extra("cli") - _packages_of_extra("")
+    needed = packages_of_extra("cli") - packages_of_extra("")
     assert {name.lower() for name in needed} == set(CLI_MODULES)
 
 
-def _packages_of_extra(extra: str) -> set[str]:
+def packages_of_extra(extra: str) -> set[str]:
     """Names of the requirements of an extra, extras it refers to included."""
     names: set[str] = set()
     for line in requires("tensornet-torch") or []:
@@ -172,66 +128,42 @@ def _packages_of_extra(extra: str) -> set[str]:
             continue
         if requirement.name == "tensornet-torch":
             for inner in requirement.extras:
-                names |= _packages_of_extra(inner)
+                names |= packages_of_extra(inner)
         else:
             names.add(requirement.name)
     return names
 
 
+def test_every_folder_of_code_is_a_typed_package() -> None:
+    for root in PACKAGES.values():
+        assert (root / "py.typed").is_file()
+        assert [f for p in root.rglob("*.py") if not ((f := p.parent) / "__init__.py").is_file()] == []
+
+
 # --- what is public ------------------------------------------------------------------------------
 
 
+def public_names() -> list[str]:
+    return sorted(f"{name}.{public}" for name in PAGES for public in importlib.import_module(name).__all__)
+
+
 def test_public_names_are_the_snapshot() -> None:
-    recorded = SNAPSHOT.read_text().split()
-    current = public_names()
-    added, gone = sorted(set(current) - set(recorded)), sorted(set(recorded) - set(current))
-    assert (added, gone) == ([], []), (
-        f"public names changed: added {added}, gone {gone}. If that is meant, run "
-        "`python tests/project/test_architecture.py --update` and say so in CHANGELOG.md."
-    )
+    recorded, current = set(SNAPSHOT.read_text().split()), set(public_names())
+    added, gone = sorted(current - recorded), sorted(recorded - current)
+    assert (added, gone) == ([], []), "public names changed; if that is meant, run `make names`"
 
 
 def test_every_public_name_has_a_docstring() -> None:
-    assert [name for name in public_names() if not _has_docstring(name)] == []
+    def has_docstring(name: str) -> bool:
+        module, _, attribute = name.rpartition(".")
+        value = getattr(importlib.import_module(module), attribute)
+        if not (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)):
+            return True  # a constant or a type alias has no docstring of its own
+        text = (value.__doc__ or "").strip()
+        # A dataclass without a docstring gets its signature as one.
+        return bool(text) and not text.startswith(f"{attribute}(")
 
-
-def _has_docstring(name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    value = getattr(importlib.import_module(module), attribute)
-    if not (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)):
-        return True  # a constant or a type alias has no docstring of its own
-    text = (value.__doc__ or "").strip()
-    # A dataclass without a docstring gets its signature as one.
-    return bool(text) and not text.startswith(f"{attribute}(")
-
-
-# --- how it is written ---------------------------------------------------------------------------
-
-
-def test_files_are_short() -> None:
-    folders = (CORE, MOE, HF, ROOT / "tests", ROOT / "benchmarks")
-    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in python_files(*folders)}
-    long = {path for path, lines in lengths.items() if lines > MAX_LINES}
-    assert long == set(LONG_FILES), f"over {MAX_LINES} lines, or listed as such without need"
-
-
-def test_library_prints_nothing() -> None:
-    printing = {
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in python_files(CORE, MOE, HF)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-    }
-    assert printing == set()
-
-
-def test_every_folder_of_code_is_a_package() -> None:
-    folders = {path.parent for path in python_files(CORE, MOE, HF)}
-    assert [str(f.relative_to(ROOT)) for f in folders if not (f / "__init__.py").is_file()] == []
-
-
-def test_every_package_is_typed() -> None:
-    assert [p.name for p in (CORE, MOE, HF) if not (p / "py.typed").is_file()] == []
+    assert [name for name in public_names() if not has_docstring(name)] == []
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def shown_pictures(path: Path) -> list[str]:
     return [match["name"] for match in PICTURE.finditer(path.read_text())]
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 @pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in documents()])
 def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,15 @@ import weakref
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import tensornet as tn
 import tensornet_hf as th
+
+pytestmark = pytest.mark.slow
 
 ROUNDS, WARM = 200, 80
 #: Allocators keep some pages; 120 leaks of one of these models would be 17 MB.
