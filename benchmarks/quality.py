@@ -68,9 +68,6 @@ METHODS = {
         "MPO, 2 sites, ours, balanced legs",
         {"objective": "curvature", "topology": "mpo", "sites": 2, "dims": "balanced"},
     ),
-    "ours_int8": Method(
-        "low rank by curvature, int8 factors (ours)", {"objective": "curvature", "int8": True}
-    ),
 }
 
 
@@ -100,8 +97,6 @@ TABLE = [
     *jobs("ours", "all", 60, after="healed"),
     *jobs("svd", "mlp", 80),
     *jobs("mpo", "mlp", 80),
-    *jobs("ours_int8", "all", 80),
-    *jobs("ours_int8", "mlp", 80),
     *jobs("ours", "mlp", 60, after="healed"),
     *jobs("ours_two_texts", "all", 80, 60),
     *jobs("ours_two_texts", "all", 80, 60, after="refined"),

@@ -170,7 +170,7 @@ def _rounding(storage: Storage, matrix: Tensor, weighting: Weighting) -> RoundTr
 def storage_of(config: CompressionConfig, objective: str) -> Storage:
     """Choose the encoding of cores: pivoted with calibration data unless the configuration names another."""
     pivoted = objective != "weight" if config.pivoted is None else config.pivoted
-    return Storage(pivoted=pivoted, int8=config.int8)
+    return Storage(pivoted=pivoted)
 
 
 def joined(candidates: Sequence[LayerCandidates]) -> LayerCandidates:

@@ -25,7 +25,6 @@ BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
 #: 32 with 8-bit scales take as many bytes as groups of 64 with 16-bit ones and round more accurately.
 DEFAULT_FORMATS = (
     "float",
-    "int8",
     "int6:g32:float8",
     "int5:g32:float8",
     "int4:g32:float8",
@@ -84,7 +83,6 @@ class CompressionConfig(LayerSelection):
             calibration text more; predictions then come out lower.
         pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
             data if None.
-        int8: keep cores as eight-bit integers; predicted losses include the rounding.
         share_experts: let the experts of a mixture share a projection of their inputs, a basis of their
             outputs, or a base matrix, wherever that predicts less loss than separate networks. Budgets of
             the whole model are spent on both at once. Goes with budgets of parameters, bytes and the loss.
@@ -129,7 +127,6 @@ class CompressionConfig(LayerSelection):
     objective: Objective = "auto"
     damping: float = 0.1
     pivoted: bool | None = None
-    int8: bool = False
     share_experts: bool = False
     require_calibrated: bool = False
     verify: bool = True
@@ -181,11 +178,8 @@ class CompressionConfig(LayerSelection):
         check_number("damping", self.damping)
         if not 0 <= self.damping < float("inf"):
             raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
-        if not isinstance(self.pivoted, bool | None) or not isinstance(self.int8, bool):
-            raise ValueError(
-                "pivoted must be True, False or None, and int8 True or False; got "
-                f"{self.pivoted!r} and {self.int8!r}."
-            )
+        if not isinstance(self.pivoted, bool | None):
+            raise ValueError(f"pivoted must be True, False or None, got {self.pivoted!r}.")
         _check_sharing(self)
         for name in ("require_calibrated", "verify"):
             if not isinstance(value := getattr(self, name), bool):
@@ -290,7 +284,6 @@ def _check_sharing(config: CompressionConfig) -> None:
     if not isinstance(config.share_experts, bool):
         raise ValueError(f"share_experts must be True or False, got {config.share_experts!r}.")
     apart = {
-        "int8": config.int8,
         "max_bond": config.max_bond is not None,
         "rel_error": config.rel_error is not None,
         "max_milliseconds": config.max_milliseconds is not None,
@@ -332,18 +325,12 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
 
     Raises:
         FormatError: not a sequence of names, or an unknown name.
-        BudgetError: formats contradict `int8`.
     """
     formats = config.formats
     if formats is None:
-        if config.int8 or (config.bits_per_weight is None and config.byte_ratio is None):
+        if config.bits_per_weight is None and config.byte_ratio is None:
             return None
         formats = DEFAULT_FORMATS
-    if config.int8:
-        raise BudgetError(
-            "int8=True stores the cores of all networks with one scale a channel; formats= lets the plan "
-            "choose. Leave out int8=True and name 'int8' among the formats."
-        )
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise FormatError(
             f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, got {formats!r}; 'int4' alone is "

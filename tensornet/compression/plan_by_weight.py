@@ -100,7 +100,7 @@ def _fixed(target: Target, config: CompressionConfig) -> LayerPlan:
     """
     dense = _dense(target, singular_values(target.matrix))
     topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")
-    storage = Storage(pivoted=bool(config.pivoted), int8=config.int8).for_topology(topology)
+    storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
     made = replace(dense, topology=topology, bound_by="topology", error=None, storage=storage)
     return with_baseline(made)
 

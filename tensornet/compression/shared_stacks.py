@@ -219,11 +219,10 @@ def fit_stack(
             "not planned alike. Layers that share a core are carried out together: plan again, or give each "
             "a network of its own by plan.replace_layer(name, topology)."
         )
-    if first.storage.pivoted or first.storage.int8:
+    if first.storage.pivoted:
         raise TopologyError(
             f"Layer {first.name!r} shares core {first.shared_core!r} with others and is stored as "
-            f"{first.storage}; layers that share a core have number formats alone, neither pivoted=True nor "
-            "int8=True."
+            f"{first.storage}; layers that share a core have number formats alone, not pivoted=True."
         )
     assert first.topology is not None
     rank = max(first.topology.bond_dims.values())

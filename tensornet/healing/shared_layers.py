@@ -57,7 +57,7 @@ def find_shared_layers(layers: Mapping[str, NetworkModule]) -> list[SharedLayers
         alike = all((layers[x].topology, layers[x].storage) == (first.topology, first.storage) for x in names)
         if len(names) == 1 or len({*names}) < len(names) or names in found or not alike:
             continue
-        if first.storage.pivoted or first.storage.int8:
+        if first.storage.pivoted:
             continue
         # Codes, scales and zero points of one core are shared together, all other tensors by nobody.
         common = [part for part, x in stored[names[0]].items() if tuple(users[id(x)]) == names]

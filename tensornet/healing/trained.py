@@ -53,8 +53,6 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
 
 def _float_cores(module: NetworkModule) -> dict[str, nn.Parameter]:
     """Collect the stored tensors of one layer that can be trained."""
-    if module.storage.int8:
-        return {}
     return {part: x for part, x in module.stored.items() if isinstance(x, nn.Parameter)}
 
 

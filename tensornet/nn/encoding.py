@@ -12,11 +12,9 @@ stored as `core_<name>`, packed rows of its matrix view (`matrix_view`), `scale_
 packed as well, where groups have zero points. Integers are rounded by the family, with the moments of the
 loss (`TopologyFamily.round_cores`).
 
-**Int8.** The older eight-bit encoding with one scale for each channel: all indices of a core but the longest.
-
 Reference:
     Zhao et al. 2025, "Pivoting factorization" (low rank); Oseledets, Tyrtyshnikov 2010, "TT-cross
-    approximation" (pivots in chains); Dettmers et al. 2022, "LLM.int8()" (per-channel scales).
+    approximation" (pivots in chains).
 """
 
 import math
@@ -34,8 +32,6 @@ from tensornet.nn.storage import (
     gauge_of,
     kept_shapes,
     layout,
-    long_axis,
-    scale_shape,
     storage_entry,
 )
 from tensornet.quantization import NumberFormat, RoundedWeight, dequantize, pack, rounded_values, unpack
@@ -44,9 +40,6 @@ from tensornet.quantization.scales import as_groups
 from tensornet.topologies import topology_family
 from tensornet.topologies.stored_cores import StoredCores, matrix_view
 from tensornet.topology import Topology
-
-_INT8_MAX = 127
-
 
 __all__ = [
     "PLAIN",
@@ -59,7 +52,6 @@ __all__ = [
     "hold",
     "layout",
     "packed_codes",
-    "quantize",
     "row_cores",
     "storage_entry",
     "stored_core",
@@ -88,10 +80,7 @@ def encode(
         kept |= _rounded(topology, storage, named, kept, weighting or Weighting())
         return kept
     for name, tensor in named.items():
-        if storage.int8:
-            kept[f"core_{name}"], kept[f"scale_{name}"] = quantize(tensor)
-        else:
-            kept[f"core_{name}"] = _as_stored(tensor, storage.format_of(name))
+        kept[f"core_{name}"] = _as_stored(tensor, storage.format_of(name))
     return kept
 
 
@@ -210,10 +199,7 @@ def _decoded(
     """Decode one core."""
     core, order = kept[f"core_{name}"], kept.get(f"order_{name}")
     number_format = storage.format_of(name)
-    if storage.int8:
-        scale = kept[f"scale_{name}"]
-        core = core.to(scale.dtype) * scale
-    elif number_format.is_integer:
+    if number_format.is_integer:
         bond = None if order is None else topology.core_shapes[name][axes[name]]
         columns = matrix_view(topology, name)[1] if bond is None else bond
         core = unpacked(number_format, kept, name, columns, dtype)
@@ -245,7 +231,7 @@ def stored_dtype(topology: Topology, storage: Storage, kept: Mapping[str, Tensor
     """Return the dtype of cores stored in the model's dtype; float32 if there are none."""
     for name in topology.core_names:
         if storage.format_of(name) == FLOAT:
-            return kept[f"scale_{name}" if storage.int8 else f"core_{name}"].dtype
+            return kept[f"core_{name}"].dtype
     return torch.float32
 
 
@@ -332,17 +318,6 @@ def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
     else:
         module._parameters.pop(name, None)
         module.register_buffer(name, tensor)
-
-
-def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to eight-bit integers and scales, `tensor ~ integers * scales`, at most half a scale off."""
-    axis = long_axis(tensor.shape)
-    if tensor.numel() == 0:
-        return tensor.to(torch.int8), tensor.new_zeros(scale_shape(tensor.shape))
-    scale = (tensor.abs().amax(axis, keepdim=True).float() / _INT8_MAX).to(tensor.dtype)
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
-    integers = (tensor.float() / divisor).round().clamp(-_INT8_MAX, _INT8_MAX)
-    return integers.to(torch.int8), scale
 
 
 def _pivot(topology: Topology, cores: Sequence[Tensor], kept: dict[str, Tensor]) -> list[Tensor]:

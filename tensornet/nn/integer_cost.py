@@ -99,8 +99,6 @@ def unpacking_cost(topology: Topology, storage: Storage, machine: Machine, items
     seconds, elements, size = 0.0, 0, 0
     for name, shape, _ in kept_shapes(topology, storage):
         number_format = storage.format_of(name)
-        if storage.int8:
-            number_format = NumberFormat(bits=8)
         if number_format.is_integer:
             count = math.prod(shape)
             elements += count

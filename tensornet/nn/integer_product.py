@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tensornet.nn.encoding import unpacked
-from tensornet.nn.generated_kernels import kernels_are_confused, kernels_are_generated
 from tensornet.nn.kernel_layout import KernelMatrix
 from tensornet.quantization import NumberFormat
 
@@ -36,12 +35,11 @@ class IntegerProduct(Protocol):
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
         """Return the scales of rows, shape `(out,)`, that `blocks` leaves out; None if it leaves out none."""
 
-    def has_kernel(self, x: Tensor, *, generated: bool = False) -> bool:
+    def has_kernel(self, x: Tensor) -> bool:
         """Return True if a kernel multiplies this input faster than unpacked blocks do.
 
         Args:
             x: input, shape `(tokens, in)`.
-            generated: a compiler makes the kernel, which is then as fast for many tokens.
         """
 
     def by_kernel(self, x: Tensor) -> Tensor:
@@ -103,9 +101,9 @@ class IntegerMatrix:
         for start in range(0, len(self.codes), step):
             yield slice(start, min(start + step, len(self.codes)))
 
-    def has_kernel(self, x: Tensor, *, generated: bool = False) -> bool:
+    def has_kernel(self, x: Tensor) -> bool:
         """Return True if torch's int8 kernel can read the codes, and is the faster way for this input."""
-        few = len(x) > 0 and (generated or len(x) <= INT8_TOKENS)
+        few = len(x) > 0 and len(x) <= INT8_TOKENS
         fits = few and x.is_cpu and x.dtype == self.scales.dtype == torch.bfloat16
         return fits and has_int8_kernel(self.number_format, self.shape)
 
@@ -156,8 +154,7 @@ def multiply(x: Tensor, matrix: IntegerMatrix | KernelMatrix, bias: Tensor | Non
 
 def _traced(x: Tensor, matrix: IntegerMatrix | KernelMatrix, *, recorded: bool) -> Tensor:
     """Multiply by differentiable operations, for compilers, which cannot differentiate the kernel."""
-    kernel = matrix.has_kernel(x, generated=kernels_are_generated())
-    if kernel and not recorded and not kernels_are_confused():
+    if matrix.has_kernel(x) and not recorded:
         return matrix.by_kernel(x)
     if isinstance(matrix, KernelMatrix):
         return linear(x, matrix.dense(x.dtype))

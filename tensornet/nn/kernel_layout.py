@@ -82,9 +82,9 @@ class KernelMatrix:
     def row_scales(self, dtype: torch.dtype) -> None:
         """Return None: `blocks` leaves no scales out."""
 
-    def has_kernel(self, x: Tensor, *, generated: bool = False) -> bool:
+    def has_kernel(self, x: Tensor) -> bool:
         """Return True if the kernel is the faster way for this input."""
-        few = len(x) > 0 and (generated or len(x) <= KERNEL_TOKENS // self.products)
+        few = len(x) > 0 and len(x) <= KERNEL_TOKENS // self.products
         return few and x.dtype == torch.bfloat16
 
     def by_kernel(self, x: Tensor) -> Tensor:

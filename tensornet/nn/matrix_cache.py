@@ -223,10 +223,5 @@ class MatrixKeeper(nn.Module):
         self.drop_cache()
         return super()._apply(fn, recurse)
 
-    def _replicate_for_data_parallel(self) -> Self:
-        replica: Self = super()._replicate_for_data_parallel()
-        replica.drop_cache()  # it is a shallow copy, which gets other tensors
-        return replica
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}

@@ -178,7 +178,7 @@ class NetworkModule(FixedDtypes, RoutedModule):
     def _computed_like(self) -> Tensor:
         first = self.topology.core_names[0]
         if not self.storage.own_dtypes:
-            stored = getattr(self, f"scale_{first}" if self.storage.int8 else f"core_{first}")
+            stored = getattr(self, f"core_{first}")
             assert isinstance(stored, Tensor)
             return stored
         like, device = self.compute_like, self._held_device()

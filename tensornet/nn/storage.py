@@ -1,7 +1,7 @@
 """Description of an encoding of cores, and of the tensors it stores; see `tensornet.nn.encoding`."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,21 +15,20 @@ from tensornet.topology import Topology
 
 #: The model's own dtype.
 FLOAT = NumberFormat()
-_OPTIONS = ("pivoted", "int8", "number_format", "core_formats")
+_OPTIONS = ("pivoted", "number_format", "core_formats")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Encoding of the cores of a layer: number formats, pivoting, scales.
+    """Encoding of the cores of a layer: number formats and pivoting.
 
     Args:
         pivoted: fix the gauge of bonds by an identity block in one of their cores.
-        int8: keep eight-bit integers with a scale for each channel. Such cores are not trained.
         number_format: of all cores, or its name.
         core_formats: `(name of a core, format)` pairs, or a mapping; they overrule `number_format`.
 
     Raises:
-        FormatError: unknown formats, a core named twice, or formats beside `int8`.
+        FormatError: unknown formats, or a core named twice.
 
     Example:
         >>> storage = Storage(number_format="int4", core_formats={"left": "int8"})
@@ -38,7 +37,6 @@ class Storage:
     """
 
     pivoted: bool = False
-    int8: bool = False
     number_format: NumberFormat = FLOAT
     core_formats: tuple[tuple[str, NumberFormat], ...] = ()
 
@@ -51,21 +49,16 @@ class Storage:
         names = [name for name, _ in parsed]
         if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
             raise FormatError(f"core_formats must name every core once, got {names}.")
-        if self.int8 and (parsed or self.number_format != FLOAT):
-            raise FormatError(
-                "int8=True is the older encoding of all cores and takes no number formats beside it; use "
-                "number_format='int8' in its place."
-            )
 
     @property
     def plain(self) -> bool:
         """True if parameters are the cores themselves."""
-        return not self.pivoted and not self.int8 and not self.own_dtypes
+        return not self.pivoted and not self.own_dtypes
 
     @property
     def quantized(self) -> bool:
         """True if some cores are integers."""
-        return self.int8 or any(each.is_integer for each in self._formats)
+        return any(each.is_integer for each in self._formats)
 
     @property
     def own_dtypes(self) -> bool:
@@ -90,7 +83,7 @@ class Storage:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready form."""
-        data: dict[str, Any] = {"pivoted": self.pivoted, "int8": self.int8}
+        data: dict[str, Any] = {"pivoted": self.pivoted}
         if self.number_format != FLOAT:
             data["number_format"] = self.number_format.name
         if self.core_formats:
@@ -107,8 +100,8 @@ class Storage:
         if not isinstance(data, Mapping) or (unknown := sorted(map(str, data.keys() - set(_OPTIONS)))):
             got = f"the unknown entries {', '.join(unknown)}" if isinstance(data, Mapping) else repr(data)
             raise FormatError(f"A storage holds {', '.join(_OPTIONS)}; got {got}.")
-        if any(type(data.get(name, False)) is not bool for name in _OPTIONS[:2]):
-            raise FormatError(f"The storage options pivoted and int8 are true or false, got {dict(data)}.")
+        if type(data.get("pivoted", False)) is not bool:
+            raise FormatError(f"The storage option pivoted is true or false, got {dict(data)}.")
         formats = data.get("core_formats", {})
         names = [data.get("number_format", "float")]
         names += formats.values() if isinstance(formats, Mapping) else [None]
@@ -182,9 +175,7 @@ def layout(
             if number_format.zero_point:
                 found[f"zero_{name}"] = ((rows, packed_bytes(groups, number_format.bits)), torch.uint8)
             continue
-        found[f"core_{name}"] = (kept, torch.int8 if storage.int8 else number_format.dtype or dtype)
-        if storage.int8:
-            found[f"scale_{name}"] = (scale_shape(kept), dtype)
+        found[f"core_{name}"] = (kept, number_format.dtype or dtype)
     return found
 
 
@@ -207,9 +198,7 @@ def _numbers(topology: Topology, storage: Storage) -> Iterator[tuple[str, int]]:
     for name, kept, order in kept_shapes(topology, storage):
         number_format = storage.format_of(name)
         count = math.prod(kept) + (order or 0)
-        if storage.int8:
-            count += math.prod(scale_shape(kept))
-        elif number_format.is_integer:
+        if number_format.is_integer:
             count += kept[0] * number_format.groups(kept[1]) * (2 if number_format.zero_point else 1)
         yield name, count
 
@@ -221,14 +210,3 @@ def gauge_of(topology: Topology) -> dict[str, str]:
         TopologyError: the family is not registered.
     """
     return topology_family(topology.family).gauge_bonds(topology)
-
-
-def long_axis(shape: Sequence[int]) -> int:
-    """Return the longest axis, along which the per-channel encoding shares a scale."""
-    return max(range(len(shape)), key=lambda axis: shape[axis])
-
-
-def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of the scales of the per-channel encoding."""
-    axis = long_axis(shape)
-    return tuple(1 if k == axis else size for k, size in enumerate(shape))

@@ -24,7 +24,7 @@ from tensornet.topologies import TopologyFamily, registered
 _CONFIGS: tuple[dict[str, Any], ...] = (
     {"objective": "weight"},
     {"objective": "curvature", "pivoted": True},
-    {"objective": "activation", "int8": True},
+    {"objective": "activation"},
 )
 
 

@@ -90,7 +90,6 @@ def test_rows_are_measured_once_and_kept(cache: Path, load: Any) -> None:
         *quality.jobs("ours", "mlp", 40, after="refined"),
         *quality.jobs("ours", "mlp", 40, after="healed"),
         *quality.jobs("mpo2", "mlp", 80),
-        *quality.jobs("ours_int8", "mlp", 80),
     ]
     command = [str(cache), *TOY, "--out", str(cache / "out")]
     path = quality.main(command, table[:2])

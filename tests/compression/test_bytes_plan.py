@@ -351,7 +351,6 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
         ({"formats": ("int9",)}, "Unknown number format 'int9'; known are float, bf16, int8"),
         ({"formats": "int4"}, r"formats is a sequence of names .* got 'int4'"),
         ({"formats": ()}, r"formats is a sequence of names .* got \(\)"),
-        ({"formats": ("int8",), "int8": True}, "int8=True stores the cores of all networks"),
         ({"byte_ratio": 0.5, "objective": "activation"}, "needs the cost of an error"),
     ],
 )

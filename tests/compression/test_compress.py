@@ -336,7 +336,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         ({"topology": ["mpo"]}, "topology must be the name of a family"),
         ({"target_modules": nn.Linear}, "target_modules takes names of modules"),
         ({"exclude_modules": ["up", 5]}, r"exclude_modules takes .* got \['up', 5\]"),
-        ({"int8": "no"}, "int8 True or False; got None and 'no'"),
+        ({"pivoted": "no"}, "pivoted must be True, False or None"),
         ({"pivoted": 1}, "pivoted must be True, False or None"),
     ],
 )
@@ -351,7 +351,7 @@ def test_a_budget_no_network_can_meet_names_the_layer() -> None:
 
 
 def test_options_as_a_dictionary() -> None:
-    config = tn.CompressionConfig(target_modules=("a", "b"), param_ratio=0.5, int8=True)
+    config = tn.CompressionConfig(target_modules=("a", "b"), param_ratio=0.5, pivoted=True)
     again = tn.CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
     with pytest.raises(ValueError, match="Unknown compression options colour; known are"):

@@ -59,7 +59,7 @@ def compressed(**options: object) -> Model:
         {"param_ratio": 0.5, "target_modules": "all"},
         {"max_bond": 3, "topology": "mpo", "sites": 3, "target_modules": ["blocks.*", "table"]},
         {"param_ratio": 0.6, "topology": "tucker", "exclude_modules": ["first"]},
-        {"param_ratio": 0.5, "target_modules": "all", "int8": True},
+        {"param_ratio": 0.5, "target_modules": "all", "pivoted": True},
     ],
     ids=lambda options: str(options.get("topology", "auto")),
 )

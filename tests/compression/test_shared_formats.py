@@ -333,15 +333,10 @@ def test_members_stored_in_other_ways_are_refused() -> None:
         tn.apply_plan(copy.deepcopy(model), replace(plan, layers=layers), stats)
 
 
-@pytest.mark.parametrize("storage", [Storage(pivoted=True), Storage(int8=True)], ids=["pivoted", "int8"])
-def test_encodings_that_move_numbers_between_cores_are_refused(storage: Storage) -> None:
+def test_pivoted_cores_are_not_shared() -> None:
+    storage = Storage(pivoted=True)
     model, stats, _ = calibrated()
     plan = made()[1].plan
     layers = tuple(replace(x, storage=storage) if x.shared_core else x for x in plan)
     with pytest.raises(TopologyError, match=r"layers that share a core have number formats alone"):
         tn.apply_plan(copy.deepcopy(model), replace(plan, layers=layers), stats)
-
-
-def test_one_encoding_for_everything_is_refused_beside_sharing() -> None:
-    with pytest.raises(BudgetError, match=r"share_experts.*formats=.*drop int8"):
-        tn.CompressionConfig(param_ratio=0.5, share_experts=True, int8=True)

@@ -230,7 +230,7 @@ def test_refuses_a_part_of_a_stack() -> None:
     assert isinstance(model.experts, Experts)
 
 
-@pytest.mark.parametrize("options", [{"max_bond": 4}, {"rel_error": 0.1}, {"int8": True}], ids=str)
+@pytest.mark.parametrize("options", [{"max_bond": 4}, {"rel_error": 0.1}], ids=str)
 def test_refuses_options_that_sharing_does_not_keep(options: dict[str, object]) -> None:
     with pytest.raises(BudgetError, match=next(iter(options))):
         tn.CompressionConfig(param_ratio=0.5, share_experts=True, **options)  # type: ignore[arg-type]

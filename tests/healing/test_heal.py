@@ -209,7 +209,9 @@ def test_nothing_to_heal() -> None:
     with pytest.raises(tn.TargetError, match="no layer made of trainable cores"):
         tn.heal(copy.deepcopy(teacher), teacher, batches(), steps=1)
     eight = copy.deepcopy(teacher)
-    tn.compress(eight, tn.CompressionConfig(param_ratio=0.5, objective="weight", pivoted=True, int8=True))
+    tn.compress(
+        eight, tn.CompressionConfig(bits_per_weight=9, objective="weight", formats=("int8:g32:float8",))
+    )
     with pytest.raises(tn.TargetError, match="parameters='vectors'"):
         tn.heal(eight, teacher, batches(), steps=1, parameters="cores")
     frozen = copy.deepcopy(teacher).requires_grad_(False)

@@ -277,8 +277,7 @@ def test_pefts_all_linear_sees_stock_layers_alone() -> None:
 
 def test_merging_into_eight_bits_is_said() -> None:
     model = llama().eval()
-    config = tn.CompressionConfig(param_ratio=0.7, objective="weight", topology="low_rank", int8=True)
-    tn.compress(model, config, progress=False)
+    tn.compress(model, tn.CompressionConfig(**I8), progress=False)
     made = get_peft_model(model, lora_config(model, r=2))
     before = logits(made)
     with pytest.warns(UserWarning, match="rounds them again"):

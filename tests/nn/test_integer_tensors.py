@@ -16,7 +16,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet_hf.checkpoint.headers import read_checkpoint
 
-FORMS = {"pivoted": {"pivoted": True}, "int8": {"pivoted": True, "int8": True}}
+FORMS = {"pivoted": {"pivoted": True}, "int8": {"bits_per_weight": 9, "formats": ("int8",)}}
 each_form = pytest.mark.parametrize("form", FORMS)
 
 

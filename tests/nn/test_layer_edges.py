@@ -88,7 +88,7 @@ def test_traced_layers_keep_nothing_of_the_trace(strategy: str, warm: bool) -> N
         torch.testing.assert_close(traced(x), layer(x))  # the cores are its parameters, not constants
 
 
-@pytest.mark.parametrize("storage", [Storage(pivoted=True), Storage(pivoted=True, int8=True)])
+@pytest.mark.parametrize("storage", [Storage(pivoted=True), Storage(pivoted=True, number_format="int8")])
 def test_default_device_is_not_that_of_numbers_on_the_way(storage: Storage) -> None:
     network = tn.MPO.from_matrix(torch.randn(12, 20), max_bond=3).network
     expected = encode(network.topology, storage, network.cores)

@@ -37,7 +37,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tucker": lambda: tn.nn.TensorNetworkLinear(
         tn.topologies.tucker(out_dims=(24, 32), in_dims=(32, 24), max_bond=9)
     ),
-    "int8": lambda: tn.nn.TensorNetworkLinear(CHAIN, storage=Storage(pivoted=True, int8=True)),
+    "int8": lambda: tn.nn.TensorNetworkLinear(CHAIN, storage=Storage(pivoted=True, number_format="int8")),
     "embedding": lambda: tn.nn.MPOEmbedding(CHAIN),
     "experts": lambda: _mixture().experts,
 }

@@ -217,9 +217,8 @@ def test_one_core_may_have_a_format_of_its_own() -> None:
 
 
 def test_old_descriptions_are_as_they_were() -> None:
-    assert Storage(pivoted=True, int8=True).to_dict() == {"pivoted": True, "int8": True}
+    assert Storage(pivoted=True).to_dict() == {"pivoted": True}
     assert Storage.from_dict({}) == Storage()
-    assert Storage.from_dict({"pivoted": True, "int8": False}) == Storage(pivoted=True)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +228,12 @@ def test_old_descriptions_are_as_they_were() -> None:
             {"int4": True},
             "A storage holds pivoted, .*core_formats; got the unknown entries int4",
         ),
-        ({"pivoted": 1}, "are true or false"),
+        ({"pivoted": 1}, "is true or false"),
         ({"number_format": "int9"}, "Unknown number format 'int9'; known are float, bf16, int8"),
         ({"number_format": 4}, "number_format is the name of a format"),
         ({"core_formats": ["int4"]}, "core_formats maps names of cores"),
         ({"core_formats": {"0": None}}, "core_formats maps names of cores"),
         ({"core_formats": {"7": "int4"}}, "number formats for cores 7; the topology 'mpo' has 0, 1, 2"),
-        ({"int8": True, "number_format": "int4"}, "int8=True is the older encoding"),
     ],
 )
 def test_bad_descriptions(data: dict[str, object], message: str) -> None:

@@ -15,7 +15,6 @@ from tensornet.nn.encoding import Storage
 STORAGES = [
     Storage(),
     Storage(pivoted=True),
-    Storage(int8=True),
     Storage(number_format="bf16"),
     Storage(number_format="int8:row"),
     Storage(number_format="int4:g32:zero"),

@@ -31,7 +31,7 @@ def elsewhere() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"int8": True}, {"topology": "mpo", "sites": 3}, {"topology": "tucker"}], ids=str
+    "options", [{}, {"pivoted": True}, {"topology": "mpo", "sites": 3}, {"topology": "tucker"}], ids=str
 )
 def test_compression(options: dict[str, object]) -> None:
     config = tn.CompressionConfig(param_ratio=0.5, **options)  # type: ignore[arg-type]

@@ -148,8 +148,6 @@ class CompressOptions:
             raise OptionError("{refine} fits layers on the text of {calibration}; give one.")
         if self.heal and not self.calibration_files:
             raise OptionError("{heal} trains on the text of {calibration}; give one.")
-        if self.heal and self.config is not None and self.config.int8:
-            raise OptionError("{heal} trains cores, {int8} keeps them as integers; leave one of them out.")
 
     def check_needs_no_model(self, more: Mapping[str, object]) -> None:
         """Raise OptionError if an option needs the model in memory, which workers never load."""

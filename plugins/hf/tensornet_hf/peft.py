@@ -309,7 +309,7 @@ def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
 def _rounds(base: TensorNetworkLinear) -> bool:
     """Return True if merging rounds cores to integers: of a network, or of the last term of a sum."""
     _, part = base.topology.parts[-1]
-    return base.storage.int8 or any(base.storage.format_of(name).is_integer for name in part.core_names)
+    return any(base.storage.format_of(name).is_integer for name in part.core_names)
 
 
 def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor) -> nn.Module:

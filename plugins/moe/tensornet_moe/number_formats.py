@@ -17,9 +17,9 @@ def check_storage(storage: Storage, topology: Topology) -> None:
     """Raise FormatError unless a storage gives number formats to cores of this topology, and nothing else.
 
     Raises:
-        FormatError: gauges or the older eight-bit encoding, or formats for cores that are not there.
+        FormatError: gauges, or formats for cores that are not there.
     """
-    if not isinstance(storage, Storage) or storage.pivoted or storage.int8:
+    if not isinstance(storage, Storage) or storage.pivoted:
         raise FormatError(
             f"Cores of experts have number formats alone, got {storage!r}; write "
             "Storage(number_format='int8') or the name of a format."

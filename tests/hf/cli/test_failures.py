@@ -97,8 +97,8 @@ FAILURES = {
     ),
     "plan and budget": Failure("leave out --max-bond", ("--plan", "plan.json", "--max-bond", "4")),
     "plan and other answers": Failure(
-        "becomes; leave out --target and --int8 and --topology",
-        ("--plan", "plan.json", "--int8", "--topology", "mpo", "--target", "c_fc"),
+        "becomes; leave out --target and --topology",
+        ("--plan", "plan.json", "--topology", "mpo", "--target", "c_fc"),
     ),
     "report of nothing": Failure(
         "leave out --report", ("--param-ratio", "0.5", "--dry-run", "--report", "page.html"), status=2

@@ -28,7 +28,7 @@ from tensornet_hf.streaming.shards import Part, layout
 
 EVERYTHING = tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6)
 LINEARS = tn.CompressionConfig(**HALF)
-PACKED = tn.CompressionConfig(pivoted=True, int8=True, objective="weight", **HALF)
+PACKED = tn.CompressionConfig(pivoted=True, objective="weight", **HALF)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from tensornet_hf.streaming.mapped_model import mapped_model
 
 EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
-PACKED = tn.CompressionConfig(param_ratio=0.5, objective="weight", int8=True, pivoted=True)
+PACKED = tn.CompressionConfig(param_ratio=0.5, objective="weight", pivoted=True)
 #: A gate of one row has no low rank with half of its numbers, and a stream plans every layer by itself.
 GATE = "shared_expert_gate"
 #: One expert of the first mixture: the others leave their stack as they are.

@@ -220,7 +220,6 @@ def start(*command: str, cwd: Path, stop_at: int = -1) -> subprocess.CompletedPr
     ("options", "message"),
     [
         (["--heal", "3"], "--heal trains on the text of --calibration; give one"),
-        (["--heal", "3", "--calibration", "text.txt", "--int8"], "leave one of them out"),
         (["--refine"], "--refine fits layers on the text of --calibration; give one"),
         (["--refine", "--calibration", "text.txt", "--workers", "1"], "--refine"),
     ],

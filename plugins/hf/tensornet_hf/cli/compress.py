@@ -108,7 +108,6 @@ def run(
             "interrupted run of the same command goes on where it was.",
         ),
     ] = 0,
-    int8: Annotated[bool, typer.Option("--int8", help="Keep cores as eight-bit integers.")] = False,
     share_experts: Annotated[
         bool,
         typer.Option(
@@ -152,7 +151,7 @@ def run(
         "max_milliseconds": max_milliseconds,
     }
     others: dict[str, object] = {"sites": sites, "target": target, "exclude": exclude, "tokens": tokens}
-    others |= {"int8": int8, "topology": topology != "auto", "objective": objective != "auto"}
+    others |= {"topology": topology != "auto", "objective": objective != "auto"}
     others |= {"topology-option": topology_option, "formats": formats, "share-experts": share_experts}
     with shared.usage_errors():
         config = CompressionConfig(
@@ -161,7 +160,6 @@ def run(
             topology=topology,
             topology_options=shared.key_values("--topology-option", topology_option),
             sites=sites,
-            int8=int8,
             share_experts=share_experts,
             formats=None if formats is None else tuple(formats.split(",")),
             tokens=tokens,

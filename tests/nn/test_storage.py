@@ -1,4 +1,4 @@
-"""How cores are kept: identity blocks left out, eight-bit integers; sizes, errors, gradients, files."""
+"""Pivoted cores: sizes, errors, gradients, files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.compression.report import model_size
-from tensornet.nn.encoding import PLAIN, Storage, decode, encode, gauge_of, layout, quantize
+from tensornet.nn.encoding import PLAIN, Storage, decode, encode, gauge_of, layout
 from tensornet.nn.linear import linear_from_network
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-PIVOTED, INT8, BOTH = Storage(pivoted=True), Storage(int8=True), Storage(pivoted=True, int8=True)
-FORMS = [PIVOTED, INT8, BOTH]
+PIVOTED, BOTH = Storage(pivoted=True), Storage(pivoted=True, number_format="int8:g32")
+FORMS = [PIVOTED, BOTH]
 CHAINS = [("low_rank", {}), ("mpo", {"sites": 2}), ("mpo", {"sites": 3})]
 
 
@@ -79,26 +79,6 @@ def test_sizes_are_those_of_the_stored_tensors(
     assert shapes == layout(made.topology, storage, torch.float32)
 
 
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (1, 4, 7, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_is_at_most_half_a_scale(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = torch.randn(shape).to(dtype)
-    integers, scale = quantize(tensor)
-    assert integers.dtype == torch.int8
-    assert scale.dtype == dtype
-    gap = (integers.float() * scale.float() - tensor.float()).abs()
-    room = 1.02 if dtype == torch.float32 else 1.6  # a scale in bfloat16 is itself rounded
-    assert bool((gap <= scale.float() / 2 * room + 1e-7).all())
-    assert scale.numel() == tensor.numel() // max(shape)
-
-
-def test_zeros_and_nothing_have_no_scale() -> None:
-    integers, scale = quantize(torch.zeros(3, 5))
-    assert not integers.any()
-    assert not scale.any()
-    assert quantize(torch.zeros(0, 5))[0].shape == (0, 5)
-
-
 @pytest.mark.parametrize("storage", FORMS)
 def test_layers_are_described_and_built_again(storage: Storage) -> None:
     layer = linear_from_network(
@@ -118,7 +98,7 @@ def test_a_bad_description_of_storage() -> None:
     spec = tn.nn.module_spec(linear_from_network(network("mpo", {}), bias=None, source="linear"))
     assert spec is not None
     assert "storage" not in spec
-    for storage in ({"int8": "yes"}, {"int4": True}):
+    for storage in ({"pivoted": "yes"}, {"int4": True}):
         with pytest.raises(tn.FormatError, match="Bad description"):
             tn.nn.build_module({**spec, "storage": storage})
 
@@ -134,7 +114,7 @@ def test_any_network_has_a_gauge_that_can_be_fixed(
     made = topology_family(family).decompose(torch.randn(16, 20), tn.Budget(max_bond=5), **options).network
     kept = encode(made.topology, storage, made.cores)
     again = tn.TensorNetwork(made.topology, decode(made.topology, storage, kept)).to_matrix()
-    if not storage.int8:
+    if not storage.quantized:
         torch.testing.assert_close(again, made.to_matrix(), atol=1e-4, rtol=1e-4)
         assert PIVOTED.num_params(made.topology) <= made.num_params
     layer = linear_from_network(made, bias=None, source="linear", storage=storage)
@@ -196,24 +176,7 @@ def test_dtypes(dtype: torch.dtype, storage: Storage) -> None:
     )
     assert layer.weight.dtype == dtype
     assert layer(torch.randn(2, 20, dtype=dtype)).dtype == dtype
-    assert {p.dtype for p in layer.parameters()} <= {dtype, torch.int8, torch.int32}
-
-
-def test_the_error_of_what_is_stored_is_certified() -> None:
-    model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 20))
-    dense = [layer.weight.detach().clone() for layer in model]
-    config = tn.CompressionConfig(param_ratio=0.7, objective="weight", pivoted=True, int8=True)
-    report = tn.compress(model, config, progress=False)
-    for entry, layer, weight in zip(report.layers, model, dense, strict=True):
-        gap = float((layer.to_matrix().detach() - weight).norm() / weight.norm())
-        assert entry.error == pytest.approx(gap, rel=1e-5)
-        plain = report.plan[entry.name]
-        assert plain.error == pytest.approx(gap, rel=1e-3)  # foreseen
-        assert plain.topology is not None
-        unrounded = tn.truncated_svd(weight, max_rank=max(plain.topology.bond_dims.values()))
-        assert entry.error > unrounded.error  # rounding is in it
-        assert entry.error < plain.error + 0.05
-    assert report.model_bytes_after < 0.35 * report.model_bytes_before
+    assert {p.dtype for p in layer.parameters()} <= {dtype}
 
 
 def test_tied_layers_share_what_is_stored() -> None:
@@ -227,9 +190,7 @@ def test_tied_layers_share_what_is_stored() -> None:
             return self.head(self.embed(ids))
 
     model = Tied()
-    config = tn.CompressionConfig(
-        target_modules="all", param_ratio=0.6, objective="weight", pivoted=True, int8=True
-    )
+    config = tn.CompressionConfig(target_modules="all", param_ratio=0.6, objective="weight", pivoted=True)
     tn.compress(model, config, progress=False)
     assert all(a is b for a, b in zip(model.embed.parameters(), model.head.parameters(), strict=True))
     ids = torch.arange(30)
@@ -240,6 +201,6 @@ def test_tied_layers_share_what_is_stored() -> None:
 
 def test_sharing_between_different_forms() -> None:
     made = network("low_rank", {})
-    layers = [linear_from_network(made, bias=None, source="linear", storage=s) for s in (PLAIN, INT8)]
+    layers = [linear_from_network(made, bias=None, source="linear", storage=s) for s in (PLAIN, PIVOTED)]
     with pytest.raises(tn.ShapeError, match="same topology and storage"):
         layers[0].share_cores(layers[1])
