@@ -27,6 +27,7 @@ SCRIPTS = {
         TORCHRUN,
         f"step 0: loss {NUMBER} on 2 processes\nstep 9: loss {NUMBER} on 2 processes\nsaved GPT2LMHeadModel",
     ),
+    "image_accuracy": ((), f"accuracy: {NUMBER} on 6 images"),
     "compress_cnn": ((), rf"(?s)dense: {NUMBER}.*healed: {NUMBER}\nloaded: {NUMBER}"),
 }
 
@@ -63,6 +64,11 @@ def test_sentence_encoder(tmp_path: Path) -> None:
 def test_fsdp2_accelerate(tmp_path: Path) -> None:
     first, last = numbers("fsdp2_accelerate", tmp_path)
     assert last < first
+
+
+def test_image_accuracy(tmp_path: Path) -> None:
+    (accuracy,) = numbers("image_accuracy", tmp_path)
+    assert round(6 * accuracy, 2) in range(7)
 
 
 def test_compress_cnn(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`tensornet eval`: tasks, sentences and labels, each against a count of its own, and its bad input."""
+"""`tensornet eval`: tasks against a count of their own, and bad input."""
 
 import json
 import os
@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import tensornet_hf as th
-from tensornet.errors import FormatError, TargetError
+from tensornet.errors import TargetError
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.evaluation import measure_encoder, run_tasks
-from tensornet_hf.evaluation.classifiers import read_examples
-from tensornet_hf.evaluation.encoders import read_sentences
+from tensornet_hf.evaluation import run_tasks
 from tensornet_hf.evaluation.harness import TaskError
 from tensornet_hf.text.tokens import load_tokenizer
 
@@ -123,90 +120,6 @@ def test_something_must_be_measured(tensornet: Run, tmp_path: Path) -> None:
     status, _, err = tensornet("eval", gpt2_path())
     assert status == 2
     assert "Say what to measure: --text FILE" in err
-    assert "--images FOLDER" in err
-    for option, needed in (("--task-path", "--tasks"), ("--reference", "--sentences")):
-        status, _, err = tensornet("eval", gpt2_path(), "--labels", "x.jsonl", option, tmp_path)
-        assert status == 2
-        assert f"{option} belongs to {needed}" in err
-
-
-def vectors(folder: Path, sentences: list[str]) -> torch.Tensor:
-    """Mean-pooled unit vectors, one sentence at a time: no padding."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    with torch.no_grad():
-        means = [model(**tokenizer(x, return_tensors="pt")).last_hidden_state[0].mean(0) for x in sentences]
-    return torch.nn.functional.normalize(torch.stack(means), dim=-1)
-
-
-def test_pairs_are_retrieved_and_compared_with_a_reference(tensornet: Run, encoder: Path) -> None:
-    pairs = [("rain falls", "the rain is wet"), ("the sun shines", "sun"), ("a cat", "a warm kitten falls")]
-    Path("pairs.txt").write_text("\n".join("\t".join(pair) for pair in pairs))
-    first, second = (vectors(encoder, list(half)) for half in zip(*pairs, strict=True))
-    likeness = first @ second.T
-    ranks = [int((row > row[k]).sum()) + 1 for k, row in enumerate(likeness)]
-    shown = tensornet("eval", encoder, "--sentences", "pairs.txt", "--json")
-    found = json.loads(shown[1])["sentences"]
-    assert found["hits"] == pytest.approx(sum(rank == 1 for rank in ranks) / 3)
-    assert found["reciprocal_rank"] == pytest.approx(sum(1 / rank for rank in ranks) / 3)
-    assert (found["sentences"], found["cosine"]) == (6, None)
-    small = ("--param-ratio", 0.3, "--objective", "weight")
-    assert tensornet("compress", encoder, "small", *small)[0] == 0
-    status, out, _ = tensornet("eval", "small", "--sentences", "pairs.txt", "--reference", encoder)
-    assert status == 0
-    cosine = float(out.partition("cosine with the reference ")[2].split()[0])
-    flat = [x for half in zip(*pairs, strict=True) for x in half]
-    expected = (vectors(encoder, flat) * vectors(Path("small"), flat)).sum(-1).mean()
-    assert cosine == pytest.approx(float(expected), abs=2e-4)
-    assert cosine < 1
-
-
-def test_bad_sentences(tensornet: Run, encoder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "s.txt"
-    file.write_text("rain\nsun\n")
-    status, _, err = tensornet("eval", encoder, "--sentences", "s.txt")
-    assert status == 1
-    assert "Single sentences say nothing by themselves" in err
-    file.write_text("rain\tsun\ncat\n")
-    with pytest.raises(FormatError, match="sentence 2: 1 parts, where the first has 2"):
-        read_sentences(file)
-    with pytest.raises(TargetError, match="returns no hidden states"):
-        measure_encoder(th.load(gpt2_path()), gpt2_path(), [("rain", "sun")])
-
-
-def test_labels_are_counted(tensornet: Run, classifier: Path) -> None:
-    texts = ["rain falls", "the sun shines", "a wet cat", "warm"]
-    tokenizer = AutoTokenizer.from_pretrained(classifier)
-    model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
-    with torch.no_grad():
-        chosen = [int(model(**tokenizer(x, return_tensors="pt")).logits.argmax()) for x in texts]
-    labels = ["wet" if index == 1 else "dry" for index in chosen]
-    rows = [{"text": x, "label": label} for x, label in zip(texts, labels, strict=True)]
-    rows[-1]["label"] = 1 - chosen[-1]  # a number, and wrong
-    Path("l.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    status, out, _ = tensornet("eval", classifier, "--labels", "l.jsonl")
-    assert status == 0
-    assert "accuracy 0.7500" in out
-    assert "4 labelled texts" in out
-
-
-def test_bad_labels(tensornet: Run, tmp_path: Path, encoder: Path) -> None:
-    names = {0: "dry", 1: "wet"}
-    file = tmp_path / "l.jsonl"
-    for line, match in (
-        ("rain", r"line 1: expected \{\"text\""),
-        ('{"text": "rain"}', "line 1: expected"),
-        (
-            '{"text": "rain", "label": "cold"}',
-            r"label 'cold' is not a class; the model has dry \(0\), wet \(1\)",
-        ),
-        ('{"text": "rain", "label": 7}', "label 7 is not a class"),
-        ('{"text": "rain", "label": true}', "label True is not a class"),
-        ('{"text": 3, "label": 1}', "line 1: expected"),
-    ):
-        file.write_text(line)
-        with pytest.raises(FormatError, match=match):
-            read_examples(file, names)
-    file.write_text('{"text": "rain", "label": 1}')
-    status, _, err = tensornet("eval", encoder, "--labels", "l.jsonl")
-    assert status == 1
-    assert "BertModel is not a classifier of texts" in err
+    status, _, err = tensornet("eval", gpt2_path(), "--text", "x", "--task-path", tmp_path)
+    assert status == 2
+    assert "--task-path belongs to --tasks" in err

@@ -77,7 +77,7 @@ def run_tasks(
     if not model.can_generate():
         raise TargetError(
             f"{type(model).__name__} writes no text, which the tasks of lm-evaluation-harness need; measure "
-            "encoders by --sentences and classifiers by --labels."
+            "encoders and classifiers in Python, as examples/sentence_encoder.py does."
         )
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM

@@ -86,8 +86,7 @@ def judge_of(
     if not of_tokens and data.loss_fn is not cosine_losses:
         raise TargetError(
             f"{type(dense).__name__} is neither a language model nor an encoder: a text has no labels for "
-            "it, so no loss can be measured. Leave the held-out text out; tensornet eval PATH --labels FILE "
-            "measures the accuracy of a classifier."
+            "it, so no loss can be measured. Leave the held-out text out, and measure the accuracy in Python."
         )
     measure = "one minus cosine" if data.loss_fn is cosine_losses else "loss"
     losses = losses_against(light_copy(dense))  # layers of the model itself will be replaced
