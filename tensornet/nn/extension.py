@@ -102,6 +102,16 @@ class ModelExtension:
         """
         return None
 
+    def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
+        """Return keyword arguments with which a model, or a part of one, can be called; None if unknown.
+
+        Compressed models are run on it once, which reveals code that reads the weight of a replaced layer.
+
+        Args:
+            model: compressed or not.
+        """
+        return None
+
     def sample_runs(self, model: nn.Module) -> Iterable[Run]:
         """Return runs of the model on generated data, which reveal weights read outside their layers.
 
@@ -158,6 +168,11 @@ def announce_batch(block: nn.Module, batch: Mapping[str, Any]) -> None:
 def provided_data(model: nn.Module) -> ProvidedData | None:
     """Return the data of the first extension that has some for this model, or None."""
     return next((data for x in _EXTENSIONS if (data := x.calibration_data(model)) is not None), None)
+
+
+def sample_batch(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return the batch of the first extension that makes one for this model, or None."""
+    return next((batch for x in _EXTENSIONS if (batch := x.sample_batch(model)) is not None), None)
 
 
 def sample_runs(model: nn.Module) -> list[Run]:

@@ -9,6 +9,7 @@ from torch import nn
 from tensornet.nn.extension import ModelExtension, ProvidedData, Run
 from tensornet_hf.checkpoint.quantizer import is_described, prepare_for_saving
 from tensornet_hf.checkpoint.stacked_experts import experts_apart, tell_padding
+from tensornet_hf.sample_batch import sample_batch
 from tensornet_hf.sample_runs import sample_runs
 from tensornet_hf.text.default_data import embedded_text
 
@@ -35,6 +36,10 @@ class TransformersExtension(ModelExtension):
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
         """Return the embedded text in the tokens of a causal language model."""
         return embedded_text(model)
+
+    def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
+        """Make a small batch from the configuration of a transformers model."""
+        return sample_batch(model)
 
     def sample_runs(self, model: nn.Module) -> Iterable[Run]:
         """List runs of initialization, training and inference for every part that is a transformers model."""
