@@ -278,9 +278,9 @@ def peak_mib() -> int:
 def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | None) -> dict[str, Any]:
     """Build the arguments of `round_weight` for one of the uniform methods."""
     if stats is None:
-        return {"method": "nearest", "refits": 0}
+        return {"rounding": "nearest", "refits": 0}
     if method == "one-sided":
-        return {"method": "columns", "columns": damped(stats.columns[target.names[0]], INPUT_DAMPING)}
+        return {"rounding": "one_sided", "columns": damped(stats.columns[target.names[0]], INPUT_DAMPING)}
     found = layer_weighting(target, "curvature", stats, ROW_DAMPING)
     if found is None:
         raise SystemExit(f"no gradient reaches {target.name}")

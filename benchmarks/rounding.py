@@ -27,7 +27,7 @@ from tensornet.quantization.feedback import Grid, one_sided, two_sided
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, paired_medians, record
 
-METHODS = ("nearest", "columns", "both")
+METHODS = ("nearest", "one_sided", "two_sided")
 
 
 def moment(size: int, seed: int) -> Tensor:
@@ -44,12 +44,12 @@ def measure(size: int, name: str, repeats: int) -> dict[str, Any]:
     rows, columns = moment(size, 1), moment(size, 2)
     both = {"rows": rows, "columns": columns}
     # Each with the moments it has by itself: one-sided alone must not pay for the second side.
-    given = {"nearest": {"columns": columns.diagonal()}, "columns": {"columns": columns}, "both": both}
+    given = {"nearest": {"columns": columns.diagonal()}, "one_sided": {"columns": columns}, "two_sided": both}
     found = {}
 
     def call(method: str) -> Any:
         def run() -> None:
-            options = {"method": method, "predict": method == "both"}
+            options = {"rounding": method, "predict": method == "two_sided"}
             found[method] = round_weight(weight, name, **options, **given[method])  # type: ignore[arg-type]
 
         return run
@@ -59,8 +59,8 @@ def measure(size: int, name: str, repeats: int) -> dict[str, Any]:
     grid = Grid(torch.full((1, size, size), 0.3), 8.0, 15)
     loops = paired_medians(
         {
-            "columns": lambda: one_sided(weight[None], grid, couplings),
-            "both": lambda: two_sided(weight[None], grid, couplings, couplings),
+            "one_sided": lambda: one_sided(weight[None], grid, couplings),
+            "two_sided": lambda: two_sided(weight[None], grid, couplings, couplings),
         },
         repeats,
         warmup=0,
@@ -73,10 +73,10 @@ def measure(size: int, name: str, repeats: int) -> dict[str, Any]:
         "seconds": {m: round(t.median, 3) for m, t in times.items()},
         "loops": {m: round(t.median, 3) for m, t in loops.items()},
         "price": price,
-        "predicted": float(found["both"].predicted),
-        "loss_increase": float(found["both"].loss_increase),
-        "ratio": round(times["both"].median / times["columns"].median, 2),
-        "loop_ratio": round(loops["both"].median / loops["columns"].median, 2),
+        "predicted": float(found["two_sided"].predicted),
+        "loss_increase": float(found["two_sided"].loss_increase),
+        "ratio": round(times["two_sided"].median / times["one_sided"].median, 2),
+        "loop_ratio": round(loops["two_sided"].median / loops["one_sided"].median, 2),
     }
 
 

@@ -18,7 +18,6 @@ from tensornet.nn.targets import Target, all_targets
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.formats import BITS
-from tensornet.quantization.rounding import Method
 from tensornet.topologies import dense
 
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
@@ -235,7 +234,7 @@ def _integers(kept: Tensor, number_format: NumberFormat) -> _Plain:
 
 
 def _nearest_matrix(matrix: Tensor, number_format: NumberFormat) -> Tensor:
-    return round_weight(matrix, number_format, method="nearest", refits=0).dequantize()
+    return round_weight(matrix, number_format, rounding="nearest", refits=0).dequantize()
 
 
 def _gptq(
@@ -244,8 +243,7 @@ def _gptq(
     assert stats is not None  # checked with the method
     matrix = target.matrix
     columns = input_weighting(target, stats).columns
-    method: Method = "nearest" if columns is None else "columns"
-    kept = round_weight(matrix, number_format, columns=columns, method=method).dequantize()
+    kept = round_weight(matrix, number_format, columns=columns, rounding="one_sided").dequantize()
     return _integers(kept, number_format)
 
 

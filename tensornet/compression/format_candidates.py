@@ -298,7 +298,7 @@ def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[Numbe
     )
     integers = [x for x in formats if x.is_integer]
     errors = [
-        part - round_weight(part, x, method="nearest", refits=0).dequantize(work.dtype) for x in integers
+        part - round_weight(part, x, rounding="nearest", refits=0).dequantize(work.dtype) for x in integers
     ]
     if sample is None:
         return {x.name: weighting.cost(error) for x, error in zip(integers, errors, strict=True)}

@@ -34,7 +34,15 @@ from tensornet.nn.storage import (
     layout,
     storage_entry,
 )
-from tensornet.quantization import NumberFormat, RoundedWeight, dequantize, pack, rounded_values, unpack
+from tensornet.quantization import (
+    NumberFormat,
+    RoundedWeight,
+    Rounding,
+    dequantize,
+    pack,
+    rounded_values,
+    unpack,
+)
 from tensornet.quantization.codes import scale_factors, scaled
 from tensornet.quantization.scales import as_groups
 from tensornet.topologies import topology_family
@@ -63,7 +71,11 @@ __all__ = [
 @torch.no_grad()
 @outside_autocast
 def encode(
-    topology: Topology, storage: Storage, cores: Sequence[Tensor], weighting: Weighting | None = None
+    topology: Topology,
+    storage: Storage,
+    cores: Sequence[Tensor],
+    weighting: Weighting | None = None,
+    rounding: Rounding = "two_sided",
 ) -> dict[str, Tensor]:
     """Encode cores as stored tensors, with the names and shapes of `layout`; floating cores keep their dtype.
 
@@ -72,12 +84,13 @@ def encode(
         storage: how its cores are kept.
         cores: in the order of the topology.
         weighting: sensitivity of the loss to errors of the matrix, with which cores are rounded to integers.
+        rounding: the most feedback of errors, see `tensornet.quantization.round_weight`.
     """
     kept: dict[str, Tensor] = {}
     tensors = _pivot(topology, cores, kept) if storage.pivoted else list(cores)
     named = dict(zip(topology.core_names, tensors, strict=True))
     if any(storage.format_of(name).is_integer for name in named):
-        kept |= _rounded(topology, storage, named, kept, weighting or Weighting())
+        kept |= _rounded(topology, storage, named, kept, weighting or Weighting(), rounding)
         return kept
     for name, tensor in named.items():
         kept[f"core_{name}"] = _as_stored(tensor, storage.format_of(name))
@@ -94,6 +107,7 @@ def _rounded(
     tensors: Mapping[str, Tensor],
     orders: Mapping[str, Tensor],
     weighting: Weighting,
+    rounding: Rounding,
 ) -> dict[str, Tensor]:
     """Round the integer cores with the rule of the family, and pack them."""
     formats = {name: storage.format_of(name) for name in tensors if storage.format_of(name).is_integer}
@@ -110,7 +124,7 @@ def _rounded(
         )
 
     pivots = {name: orders[f"order_{name}"] for name in tensors if f"order_{name}" in orders}
-    stored = StoredCores(topology, work, formats, pivots, assemble)
+    stored = StoredCores(topology, work, formats, pivots, assemble, rounding)
     done = topology_family(topology.family).round_cores(stored, weighting)
     kept: dict[str, Tensor] = {}
     for name in tensors:

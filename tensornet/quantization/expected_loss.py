@@ -17,9 +17,10 @@ from tensornet.quantization.rounding import (
     COLUMN_DAMPING,
     LEAST_DAMPING,
     ROW_DAMPING,
+    Rounding,
     _Loop,
-    _methods,
     _Problem,
+    _roundings,
 )
 from tensornet.quantization.scales import search_scales
 
@@ -80,6 +81,7 @@ def expected_losses(
     *,
     row_damping: float = LEAST_DAMPING,
     column_damping: float = COLUMN_DAMPING,
+    rounding: Rounding = "two_sided",
     sample: Tensor | None = None,
 ) -> Tensor:
     """Predict losses of rounding with the first weighting under all of them, shape `(formats, weightings)`.
@@ -90,6 +92,7 @@ def expected_losses(
         weightings: of the loss; moments of one side are multiples of each other, but for the diagonal.
         row_damping: as for `round_weight`; the losses are those of the moments without it.
         column_damping: likewise.
+        rounding: as for `round_weight`.
         sample: indices of rows from which the losses of all are estimated; all rows if absent.
 
     Example:
@@ -108,7 +111,7 @@ def expected_losses(
         prepare_side(chosen.rows, work.shape[1], (), row_damping, work, "rows"),
         prepare_side(chosen.columns, work.shape[2], (), column_damping, work, "columns"),
     )
-    loop = problem.rounder(_methods(None, problem)[-1])
+    loop = problem.rounder(_roundings(rounding, problem)[-1])
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
     dampings = row_damping, column_damping
     losses, part = [], work if sample is None else work[:, sample]

@@ -16,13 +16,12 @@ from torch import Tensor
 from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
-from tensornet.linalg.weighted_svd import Weighting, damped, times
+from tensornet.linalg.weighted_svd import Weighting, times
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.rounding import (
-    COLUMN_DAMPING,
     LEAST_DAMPING,
-    ROW_DAMPING,
     RoundedWeight,
+    Rounding,
     empty_weight,
     round_weight,
 )
@@ -48,75 +47,6 @@ class RoundedProduct:
     loss_increase: float
 
 
-@dataclass(frozen=True)
-class RoundedFactors:
-    """Rounded factors of a low-rank product.
-
-    Args:
-        left: codes of `A: (out, rank)`.
-        right: codes of `B: (rank, in)`.
-        loss_increase: exact loss increase of the product against the target, under the damped moments.
-
-    Example:
-        >>> from tensornet.quantization import NumberFormat, round_factors
-        >>> rounded = round_factors(torch.randn(16, 4), torch.randn(4, 64), NumberFormat.parse("int8"))
-        >>> rounded.left.codes.shape, rounded.right.codes.shape
-        (torch.Size([16, 4]), torch.Size([4, 64]))
-    """
-
-    left: RoundedWeight
-    right: RoundedWeight
-    loss_increase: float
-
-    def to_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Multiply the dequantized factors, shape `(out, in)`."""
-        return self.left.dequantize(dtype) @ self.right.dequantize(dtype)
-
-
-@torch.no_grad()
-@outside_autocast
-def round_factors(
-    left: Tensor,
-    right: Tensor,
-    number_format: NumberFormat | str,
-    *,
-    target: Tensor | None = None,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-    row_damping: float = ROW_DAMPING,
-    column_damping: float = COLUMN_DAMPING,
-) -> RoundedFactors:
-    """Round the right factor, refit and round the left one; skip the refit if that gives a lower loss.
-
-    Args:
-        left: `A`, shape `(out, rank)`.
-        right: `B`, shape `(rank, in)`.
-        number_format: an integer format or its name; groups lie along the inputs of each factor.
-        target: matrix `(out, in)` that the product stands for; the product itself if absent.
-        rows: moment of the gradients by the outputs, `(out, out)` or `(out,)`; identity if absent.
-        columns: moment of the inputs, `(in, in)` or `(in,)`; identity if absent.
-        row_damping: as for `round_weight`.
-        column_damping: as for `round_weight`.
-
-    Raises:
-        FormatError, NonFiniteError, ShapeError: as `round_weight`; also for factors that do not fit.
-
-    Example:
-        >>> from tensornet.quantization import round_factors
-        >>> round_factors(torch.randn(16, 4), torch.randn(4, 64), "int8").left.codes.shape
-        torch.Size([16, 4])
-    """
-    number_format = NumberFormat.parse(number_format)
-    weighting = Weighting(
-        None if rows is None or not rows.any() else damped(rows, row_damping),
-        None if columns is None or not columns.any() else damped(columns, column_damping),
-    )
-    made = round_product(left, right, number_format, number_format, weighting, target=target)
-    assert isinstance(made.left, RoundedWeight)
-    assert isinstance(made.right, RoundedWeight)
-    return RoundedFactors(made.left, made.right, made.loss_increase)
-
-
 @torch.no_grad()
 @outside_autocast
 def round_product(
@@ -128,6 +58,7 @@ def round_product(
     *,
     target: Tensor | None = None,
     order: Tensor | None = None,
+    rounding: Rounding = "two_sided",
 ) -> RoundedProduct:
     """Round one factor of a product or both, and fit the other again.
 
@@ -139,6 +70,7 @@ def round_product(
         weighting: moments, damped as far as they should be.
         target: matrix `(out, in)` that the product stands for; the product itself if absent.
         order: position of every row of `A` in an identity followed by its free rows; None if all are free.
+        rounding: as for `round_weight`.
 
     Raises:
         FormatError, NonFiniteError, ShapeError: as `round_weight`; also for factors that do not fit.
@@ -165,12 +97,12 @@ def round_product(
             f"target= has shape {tuple(wanted.shape)}; the product has shape {(a.shape[0], b.shape[1])}."
         )
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
-    product = _Product(wanted, Weighting(rows, columns), order)
+    product = _Product(wanted, Weighting(rows, columns), order, rounding)
     if right_format is None:
         made = product.rounded_left(a, b, left_format)
         fitted = product.fit_right(product.values(made))
         return RoundedProduct(made, fitted, product.cost(made, fitted))
-    codes = _rounded(b, right_format, a.mT @ times(rows, a), columns)
+    codes = product.rounded(b, right_format, a.mT @ times(rows, a), columns)
     b = codes.dequantize(torch.float64)
     made, cost = product.best_left(a, b, left_format)
     return RoundedProduct(made, codes, cost)
@@ -185,6 +117,7 @@ def round_beside(
     side: Literal["left", "right"],
     number_format: NumberFormat | None,
     weighting: Weighting,
+    rounding: Rounding = "two_sided",
 ) -> RoundedWeight | Tensor:
     """Round one factor of a product beside the other one, which is kept as it is.
 
@@ -197,6 +130,7 @@ def round_beside(
         side: the factor to round.
         number_format: of it; None fits it without rounding.
         weighting: moments, damped as far as they should be.
+        rounding: as for `round_weight`.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -207,7 +141,7 @@ def round_beside(
     """
     a, b, wanted = left.double(), right.double(), target.double()
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
-    product = _Product(wanted, Weighting(rows, columns), None)
+    product = _Product(wanted, Weighting(rows, columns), None, rounding)
     return (product.best_left if side == "left" else product.best_right)(a, b, number_format)[0]
 
 
@@ -218,6 +152,7 @@ class _Product:
     wanted: Tensor
     weighting: Weighting
     order: Tensor | None
+    rounding: Rounding
 
     def _split(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the indices of the pivot rows, and of the free ones."""
@@ -253,7 +188,7 @@ class _Product:
             moment = moment[free] if moment.ndim == 1 else moment[free][:, free]
         if number_format is None:
             return a[free]
-        return _rounded(a[free], number_format, moment, b @ times(self.weighting.columns, b.mT))
+        return self.rounded(a[free], number_format, moment, b @ times(self.weighting.columns, b.mT))
 
     def best_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
@@ -269,7 +204,9 @@ class _Product:
         made: list[RoundedWeight | Tensor] = [self.fit_right(a), b]
         if number_format is not None:
             seen = a.mT @ times(self.weighting.rows, a)
-            made = [_rounded(x, number_format, seen, self.weighting.columns) for x in (self.fit_right(a), b)]
+            made = [
+                self.rounded(x, number_format, seen, self.weighting.columns) for x in (self.fit_right(a), b)
+            ]
         costs = [self.cost(a, x if isinstance(x, Tensor) else x.dequantize(torch.float64)) for x in made]
         return min(zip(made, costs, strict=True), key=lambda found: found[1])
 
@@ -286,17 +223,18 @@ class _Product:
         eye = torch.eye(free.shape[1], dtype=free.dtype, device=free.device)
         return torch.cat((eye, free))[self.order.long()]
 
-
-def _rounded(
-    factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
-) -> RoundedWeight:
-    if factor.numel() == 0:
-        return empty_weight(factor, number_format)
-    return round_weight(
-        factor,
-        number_format,
-        rows=rows,
-        columns=columns,
-        row_damping=LEAST_DAMPING,  # both sides are damped already
-        column_damping=LEAST_DAMPING,
-    )
+    def rounded(
+        self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
+    ) -> RoundedWeight:
+        """Round a factor under the moments that it sees."""
+        if factor.numel() == 0:
+            return empty_weight(factor, number_format)
+        return round_weight(
+            factor,
+            number_format,
+            rows=rows,
+            columns=columns,
+            rounding=self.rounding,
+            row_damping=LEAST_DAMPING,  # both sides are damped already
+            column_damping=LEAST_DAMPING,
+        )

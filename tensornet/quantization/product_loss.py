@@ -10,7 +10,7 @@ from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.prediction import ExpectedResiduals, spaced_rows, unit_losses
-from tensornet.quantization.rounding import COLUMN_DAMPING, LEAST_DAMPING, _methods, _Problem
+from tensornet.quantization.rounding import COLUMN_DAMPING, LEAST_DAMPING, Rounding, _Problem, _roundings
 from tensornet.quantization.scales import search_scales
 from tensornet.remembered import remembered
 
@@ -21,7 +21,11 @@ SAMPLED_ROWS = 128
 @torch.no_grad()
 @outside_autocast
 def predict_product_losses(
-    left: Tensor, right: Tensor, number_format: NumberFormat | str, weightings: Sequence[Weighting]
+    left: Tensor,
+    right: Tensor,
+    number_format: NumberFormat | str,
+    weightings: Sequence[Weighting],
+    rounding: Rounding = "two_sided",
 ) -> Tensor:
     """Predict the loss increase of `round_product` for all leading parts of a sum of rank-one terms.
 
@@ -35,6 +39,7 @@ def predict_product_losses(
         right: shape `(rank, in)`.
         number_format: integer format of both factors, or its name.
         weightings: of the loss; the first one is rounded with.
+        rounding: as for `round_weight`.
 
     Returns:
         Shape `(weightings, rank)`.
@@ -48,8 +53,8 @@ def predict_product_losses(
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
     seen = [(_norms(left, 0, each.rows, chosen.rows), _norms(right, 1, each.columns)) for each in weightings]
-    errors_right = _expected(right, number_format, seen[0][0], chosen.columns)
-    errors_left = _expected(left, number_format, chosen.rows, seen[0][1])
+    errors_right = _expected(right, number_format, seen[0][0], chosen.columns, rounding)
+    errors_left = _expected(left, number_format, chosen.rows, seen[0][1], rounding)
     found = []
     for weighting, (of_left, of_right) in zip(weightings, seen, strict=True):
         by_column = unit_losses(errors_right.columns, chosen.columns, weighting.columns, COLUMN_DAMPING)
@@ -79,7 +84,11 @@ def _norms(factor: Tensor, axis: int, moment: Tensor | None, known: Tensor | Non
 
 
 def _expected(
-    factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
+    factor: Tensor,
+    number_format: NumberFormat,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    rounding: Rounding,
 ) -> ExpectedResiduals:
     """Predict the residuals of one factor with all feedback that its moments allow."""
     work = factor.float()[None]
@@ -93,4 +102,4 @@ def _expected(
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
     sample = spaced_rows(factor, SAMPLED_ROWS)
     scales = search_scales(work if sample is None else work[:, sample], number_format, importance)
-    return problem.expected(scales, problem.rounder(_methods(None, problem)[-1]), sample)
+    return problem.expected(scales, problem.rounder(_roundings(rounding, problem)[-1]), sample)

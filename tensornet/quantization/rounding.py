@@ -28,8 +28,8 @@ from tensornet.quantization.scales import (
     spread_groups,
 )
 
-#: Ways to round: without feedback, with feedback along one side, with feedback along both.
-Method = Literal["nearest", "columns", "rows", "both"]
+#: How much of the error of an element is fed back to those that are rounded after it.
+Rounding = Literal["nearest", "one_sided", "two_sided"]
 
 #: Shares of the mean diagonals of the output-gradient and the input moment that are added before rounding.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
@@ -65,7 +65,7 @@ class RoundedWeight:
     scales: Tensor
     zeros: Tensor | None
     number_format: NumberFormat
-    methods: tuple[Method, ...]
+    methods: tuple[Rounding, ...]
     predicted: Tensor | None
     loss_increase: Tensor
 
@@ -97,7 +97,7 @@ def round_weight(
     *,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
-    method: Method | None = None,
+    rounding: Rounding = "two_sided",
     row_damping: float = ROW_DAMPING,
     column_damping: float = COLUMN_DAMPING,
     refits: int = 1,
@@ -114,8 +114,10 @@ def round_weight(
             the stack, `(..., out, out)`. Missing or all zero means the identity, and no feedback between
             rows.
         columns: moment `C` of the inputs, likewise.
-        method: the most that is tried: `"nearest"`, `"columns"` (one-sided, GPTQ), `"rows"` or `"both"`
-            (two-sided). All that the moments allow if absent. Cheaper ones are tried as well.
+        rounding: the most feedback that is tried: `"nearest"` has none; `"one_sided"` (GPTQ, LDLQ) follows
+            the inputs, or the outputs where only their moment is full; `"two_sided"` follows both. A side
+            without a full moment has no feedback. Ways with less are tried as well, and the one of least
+            loss is kept.
         row_damping: fraction of the mean diagonal of `R` that is added to it; 0 if it is damped already.
         column_damping: the same for `C`.
         refits: how often scales are refitted to the codes and codes rounded again. Where both sides are
@@ -127,14 +129,14 @@ def round_weight(
     Raises:
         FormatError: not an integer format.
         NonFiniteError: the weight or a moment holds NaN or infinity.
-        ShapeError: moments that do not fit, or a method that they do not allow.
+        ShapeError: moments that do not fit, or another word for `rounding`.
 
     Example:
         >>> from tensornet.quantization import round_weight
         >>> inputs = torch.randn(100, 64)
         >>> rounded = round_weight(torch.randn(8, 64), "int4", columns=inputs.T @ inputs / 100)
         >>> rounded.methods, rounded.nbytes, rounded.dequantize().shape
-        (('columns',), 272, torch.Size([8, 64]))
+        (('one_sided',), 272, torch.Size([8, 64]))
     """
     number_format = NumberFormat.parse(number_format)
     if weight.ndim < 2 or weight.numel() == 0:
@@ -149,13 +151,13 @@ def round_weight(
         prepare_side(rows, work.shape[1], lead, row_damping, work, "rows"),
         prepare_side(columns, work.shape[2], lead, column_damping, work, "columns"),
     )
-    names = _methods(method, problem)
+    names = _roundings(rounding, problem)
     importance = None if problem.columns is None else problem.columns.diagonal[:, None, :]
     start = search_scales(work, number_format, importance)
     factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     loops = {name: problem.rounder(name, factors) for name in names}
     predicted = problem.predicted(start, loops[names[-1]]) if predict else None
-    two_sided_later = refits > 0 and names[-1] == "both"
+    two_sided_later = refits > 0 and names[-1] == "two_sided"
     first = names[:-1] if two_sided_later else names
     estimate = two_sided_later and work.shape[1] >= _ESTIMATED_ROWS
     best = problem.cheapest([problem.solve(start, name, loops[name], estimate) for name in first])
@@ -171,35 +173,16 @@ def round_weight(
     return problem.result(best, predicted, weight)
 
 
-def _methods(method: Method | None, problem: "_Problem") -> list[Method]:
-    """List the methods to try, the one with most feedback last.
+def _roundings(most: Rounding, problem: "_Problem") -> list[Rounding]:
+    """List the ways to round that the moments allow, the one with most feedback last.
 
     Raises:
-        ShapeError: a method that the moments do not allow, or that does not exist.
+        ShapeError: another word than those of `Rounding`.
     """
-    sides = {
-        "rows": problem.rows is not None and problem.rows.couples,
-        "columns": problem.columns is not None and problem.columns.couples,
-    }
-    if method not in (None, *get_args(Method)):
-        raise ShapeError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
-    asked: tuple[str, ...] = ("rows", "columns")
-    if method is not None and method != "both":
-        asked = (method,)
-    missing = [side for side in asked if not sides.get(side, True)]
-    if method is not None and missing:
-        raise ShapeError(
-            f"method={method!r} needs full matrices {', '.join(f'{side}=' for side in missing)} that are not "
-            "zero; leave method out to use what is there."
-        )
-    allowed: list[Method] = ["nearest"]
-    if "columns" in asked and sides["columns"]:
-        allowed.append("columns")
-    if "rows" in asked and sides["rows"] and not ("columns" in asked and sides["columns"]):
-        allowed.append("rows")
-    if len(asked) == 2 and all(sides.values()):
-        allowed.append("both")
-    return allowed
+    if most not in get_args(Rounding):
+        raise ShapeError(f"rounding must be one of {', '.join(get_args(Rounding))}, got {most!r}.")
+    full = sum(side is not None and side.couples for side in (problem.rows, problem.columns))
+    return list(get_args(Rounding)[: 1 + min(get_args(Rounding).index(most), full)])
 
 
 @dataclass(frozen=True)
@@ -209,7 +192,7 @@ class _Solution:
     codes: Tensor
     scales: GroupScales
     price: Tensor
-    methods: tuple[Method, ...]
+    methods: tuple[Rounding, ...]
 
 
 @dataclass(frozen=True)
@@ -237,18 +220,21 @@ class _Problem:
         return Grid(*_spread(found, self.format, self.weight.shape[2], self.weight.dtype), self.format.top)
 
     def rounder(
-        self, method: Method, factors: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
+        self, rounding: Rounding, factors: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
     ) -> _Loop:
-        """Build the rounding loop of a method, with its moments factorised.
+        """Build the rounding loop of one way to round, with its moments factorised.
 
         Args:
-            method: to round with.
-            factors: of both sides as far as other methods needed them; those that this one needs are added.
+            rounding: the way to round.
+            factors: of both sides as far as other ways needed them; those that this one needs are added.
         """
         stack, factors = len(self.weight), {} if factors is None else factors
 
+        # One side follows the inputs where their moment is full.
+        along = "columns" if self.columns is not None and self.columns.couples else "rows"
+
         def factorised(name: str, side: Side | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            if method not in (name, "both"):
+            if rounding != "two_sided" and (rounding == "nearest" or name != along):
                 return None, None, None
             assert side is not None
             if name not in factors:
@@ -271,12 +257,14 @@ class _Problem:
 
         return _Loop(run, rows, columns, row_order, column_order)
 
-    def solve(self, scales: GroupScales, method: Method, loop: _Loop, estimate: bool = False) -> _Solution:
+    def solve(
+        self, scales: GroupScales, rounding: Rounding, loop: _Loop, estimate: bool = False
+    ) -> _Solution:
         """Round all matrices with given scales.
 
         Args:
             scales: of all groups.
-            method: that the loop belongs to.
+            rounding: that the loop belongs to.
             loop: of `rounder`.
             estimate: price errors of rows as if these were independent, by the diagonal of their moment. So
                 they are where no feedback couples them, and the product with the whole moment takes long.
@@ -295,7 +283,7 @@ class _Problem:
         codes = ordered(loop.run(ordered(self.weight), turned), back=True)
         rows = Side(self.rows.diagonal) if estimate and self.rows is not None else self.rows
         price = loss_increase(self.weight - grid.points(codes), rows, self.columns)
-        return _Solution(codes, scales, price, (method,) * len(codes))
+        return _Solution(codes, scales, price, (rounding,) * len(codes))
 
     def priced(self, solution: _Solution) -> _Solution:
         """Replace estimates by the exact loss increase."""

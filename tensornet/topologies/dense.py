@@ -13,7 +13,7 @@ from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.quantization import NumberFormat, round_weight
+from tensornet.quantization import NumberFormat, Rounding, round_weight
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition
@@ -66,16 +66,28 @@ _SWEEPS = {3: 2, 2: 4}
 
 
 def round_dense(
-    matrix: Tensor, number_format: NumberFormat, weighting: Weighting, most_sweeps: int | None = None
+    matrix: Tensor,
+    number_format: NumberFormat,
+    weighting: Weighting,
+    most_sweeps: int | None = None,
+    rounding: Rounding = "two_sided",
 ) -> RoundedWeight:
-    """Round a matrix two-sidedly with further damped moments, and descend where few bits are left.
+    """Round a matrix with further damped moments, and descend on the loss where few bits are left.
+
+    The plain methods know no more than they do elsewhere: rounding to nearest no moments, one-sided rounding
+    (GPTQ) the moment of the inputs alone; neither descends.
 
     Args:
         matrix: shape `(out, in)`, or a stack `(stack, out, in)`.
         number_format: an integer format.
         weighting: sensitivity of the loss to errors; its full moments may be stacks as well.
         most_sweeps: of descent, where fewer than usual will do.
+        rounding: as for `round_weight`.
     """
+    if rounding == "nearest":
+        return round_weight(matrix, number_format, rounding=rounding, refits=0)
+    if rounding == "one_sided":
+        return round_weight(matrix, number_format, columns=weighting.columns, rounding=rounding)
     sweeps = _SWEEPS.get(number_format.bits or 0, 0)
     return round_weight(
         matrix,
@@ -162,7 +174,12 @@ class DenseFamily(TopologyFamily):
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
         """Round the matrix two-sidedly with the moments of the weight."""
         formats = stored.formats.items()
-        return RoundedCores({name: round_dense(stored.tensors[name], x, weighting) for name, x in formats})
+        return RoundedCores(
+            {
+                name: round_dense(stored.tensors[name], x, weighting, rounding=stored.rounding)
+                for name, x in formats
+            }
+        )
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
         """Return the same topology, since the sum of two matrices is a matrix."""

@@ -219,6 +219,7 @@ class LowRankFamily(TopologyFamily):
             stored.formats.get(right),
             weighting,
             order=stored.orders.get(left),
+            rounding=stored.rounding,
         )
         done = RoundedCores()
         for name, factor in ((left, made.left), (right, made.right)):

@@ -218,7 +218,7 @@ class ResidualFamily(TopologyFamily):
         target, whole = stored.matrix(), stored.topology
         if BASE not in stored.formats:  # in floating point it takes what rounding the network leaves
             given = {name: stored.tensors[name] for name in part.core_names}
-            done, product = _round_part(part, given, stored.formats, weighting)
+            done, product = _round_part(part, given, stored, weighting)
             done.tensors[BASE] = _padded(target - product, whole).reshape(stored.tensors[BASE].shape)
             return done
 
@@ -228,12 +228,12 @@ class ResidualFamily(TopologyFamily):
         )
 
         def round_base(rest: Tensor) -> tuple[RoundedCores, Tensor]:
-            return _round_part(base, {BASE: _padded(rest, whole)}, stored.formats, seen)
+            return _round_part(base, {BASE: _padded(rest, whole)}, stored, seen)
 
         def fit_network(rest: Tensor) -> tuple[RoundedCores, Tensor]:
             fitted = topology_family(part.family).fit(rest, part, weighting).network
             given = dict(zip(part.core_names, fitted.to(target.dtype).cores, strict=True))
-            return _round_part(part, given, stored.formats, weighting)
+            return _round_part(part, given, stored, weighting)
 
         best = alternate(target, weighting, round_base, fit_network, _ALTERNATIONS)
         return RoundedCores(
@@ -285,10 +285,10 @@ def _padded_moment(moment: Tensor | None, size: int) -> Tensor | None:
 
 
 def _round_part(
-    part: Topology, given: Mapping[str, Tensor], formats: Mapping[str, NumberFormat], weighting: Weighting
+    part: Topology, given: Mapping[str, Tensor], whole: StoredCores, weighting: Weighting
 ) -> tuple[RoundedCores, Tensor]:
     """Round the integer cores of one term by the rule of its family; return them and the matrix they give."""
-    wanted = {name: formats[name] for name in part.core_names if name in formats}
+    wanted = {name: whole.formats[name] for name in part.core_names if name in whole.formats}
     work = {
         name: tensor.reshape(matrix_view(part, name) if name in wanted else part.core_shapes[name])
         for name, tensor in given.items()
@@ -297,7 +297,7 @@ def _round_part(
     def assemble(found: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return tuple(found[name].reshape(part.core_shapes[name]) for name in part.core_names)
 
-    stored = StoredCores(part, work, wanted, {}, assemble)
+    stored = StoredCores(part, work, wanted, {}, assemble, whole.rounding)
     done = topology_family(part.family).round_cores(stored, weighting) if wanted else RoundedCores()
     done.tensors = {name: done.tensors.get(name, work[name]) for name in work if name not in done.codes}
     dtype = next(iter(work.values())).dtype

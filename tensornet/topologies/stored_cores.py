@@ -21,7 +21,7 @@ from tensornet.contraction.steps import run
 from tensornet.linalg.weighted_svd import Weighting, root
 from tensornet.network import TensorNetwork
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.rounding import RoundedWeight, empty_weight, round_weight
+from tensornet.quantization.rounding import RoundedWeight, Rounding, empty_weight, round_weight
 from tensornet.topology import Topology
 
 #: Random errors that estimate the moments of a core.
@@ -43,6 +43,7 @@ class StoredCores:
         formats: of the cores that will be integers, by name.
         orders: of pivoted cores the position of every row in the identity followed by the stored rows.
         assemble: full cores, in the order of the topology, from such tensors.
+        rounding: the most feedback of errors, see `round_weight`.
     """
 
     topology: Topology
@@ -50,6 +51,7 @@ class StoredCores:
     formats: Mapping[str, NumberFormat]
     orders: Mapping[str, Tensor]
     assemble: Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+    rounding: Rounding = "two_sided"
 
     def matrix(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """Contract the network with these tensors, by default its own, to the matrix `(out, in)`."""
@@ -109,13 +111,18 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> RoundedCores:
 
 
 def _rounded(
-    matrix: Tensor, number_format: NumberFormat, rows: Tensor | None = None, columns: Tensor | None = None
+    matrix: Tensor,
+    number_format: NumberFormat,
+    rounding: Rounding,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> RoundedWeight:
     return round_weight(
         matrix,
         number_format,
         rows=rows,
         columns=columns,
+        rounding=rounding,
         row_damping=_ESTIMATE_DAMPING,
         column_damping=_ESTIMATE_DAMPING,
     )
@@ -129,7 +136,10 @@ def _round_core(
     if matrix.numel() == 0:
         return empty_weight(matrix, number_format)
     moments = seen_moments(stored, tensors, name, weighting)
-    tried = [_rounded(matrix, number_format), _rounded(matrix, number_format, *moments)]
+    tried = [
+        _rounded(matrix, number_format, stored.rounding),
+        _rounded(matrix, number_format, stored.rounding, *moments),
+    ]
 
     def cost(found: RoundedWeight) -> float:
         made = stored.matrix({**tensors, name: found.dequantize(target.dtype)})

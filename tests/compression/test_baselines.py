@@ -59,7 +59,7 @@ def test_nearest_is_torch_rounding_and_svd_the_best_of_its_rank(made: Made) -> N
     for layer in plan:
         uniform = uniform.replace_layer(layer.name, None, form)
     assert (made_by.num_bytes, made_by.num_params) == (uniform.bytes_after, uniform.params_after)
-    expected = round_weight(model[0].weight.detach(), form, method="nearest", refits=0).dequantize()
+    expected = round_weight(model[0].weight.detach(), form, rounding="nearest", refits=0).dequantize()
     assert torch.equal(rounded[0].weight, expected)
     apply_baseline(truncated, plan, SVD, stats)
     u, s, v = torch.linalg.svd(model[0].weight.detach().double(), full_matrices=False)
