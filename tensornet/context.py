@@ -89,6 +89,21 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = flag
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Unwrap a model from `DataParallel`, `DistributedDataParallel` and `torch.compile`.
+
+    >>> type(unwrapped(nn.DataParallel(nn.Linear(4, 4)))).__name__
+    'Linear'
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def is_exporting() -> bool:
     """Return True during `torch.export`, and False inside `torch.compile`.
 

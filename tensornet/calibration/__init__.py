@@ -9,7 +9,6 @@ from tensornet.calibration.losses import (
     sampled_losses,
 )
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.deprecation import moved
 
 __all__ = [
     "CalibrationStats",
@@ -20,8 +19,3 @@ __all__ = [
     "output_losses",
     "sampled_losses",
 ]
-
-#: Names that were exported here before plugins had one protocol; they go with the next release.
-__getattr__ = moved(
-    __name__, dict.fromkeys(("ProvidedData", "register_calibration_provider"), "tensornet.nn.extension")
-)

@@ -8,8 +8,8 @@ from typing import Any, get_origin
 import torch
 from torch import Tensor, nn
 
+from tensornet.context import unwrapped
 from tensornet.errors import TargetError
-from tensornet.nn.wrappers import unwrapped
 
 #: Keyword arguments of a model. `"labels"` may be there for the loss alone.
 Batch = Mapping[str, Any]

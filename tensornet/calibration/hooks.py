@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from tensornet.calibration.draws import seeded_draws
 from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import TargetError
-from tensornet.nn.extension import expanded
-from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, find_targets
+from tensornet.nn.unfuse import unfused
 
 if TYPE_CHECKING:
     from tensornet.calibration.calibrate import MomentRecorder
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def observed(model: nn.Module, recorder: "MomentRecorder", config: LayerSelection | None) -> Iterator[None]:
     """Record the chosen layers inside the block, in eval mode, with frozen weights and repeatable draws."""
     with (
-        expanded(model),
+        unfused(model),
         in_eval_mode(model),
         uncompiled(),
         without_cache(model),

@@ -43,19 +43,5 @@ __getattr__ = moved(
         ),
         **dict.fromkeys(("HealReport", "RefineReport", "heal", "refine"), "tensornet.healing"),
         **dict.fromkeys(("Target", "find_targets"), "tensornet.nn.targets"),
-        **dict.fromkeys(
-            (
-                "ProvidedData",
-                "Run",
-                "expanded",
-                "register_calibration_provider",
-                "register_expansion",
-                "register_runs",
-                "register_structure_hook",
-                "structure_changed",
-            ),
-            "tensornet.nn.extension",
-        ),
-        "keep_off_fused_paths": "tensornet.nn.fused_paths",
     },
 )

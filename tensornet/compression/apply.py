@@ -17,15 +17,21 @@ from tensornet.compression.sensitivity import layer_weighting
 from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
-from tensornet.nn.carried_hooks import carry_hooks, has_own_forward
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
-from tensornet.nn.expansion import settle
-from tensornet.nn.extension import expanded, structure_changed
+from tensornet.nn.extension import structure_changed
+from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind, reason_against
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network, linear_from_stored
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import layer_bias, layer_kind, reason_against
-from tensornet.nn.targets import Target, all_targets, check_holder, compressed_names, shortened
+from tensornet.nn.targets import (
+    Target,
+    all_targets,
+    check_holder,
+    compressed_names,
+    refuse_wrapped,
+    shortened,
+    split_by_adapters,
+)
+from tensornet.nn.unfuse import fuse, unfused
 from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
@@ -88,7 +94,7 @@ def apply_plan(
     work = [layer for layer in plan if layer.topology is not None]
     made: dict[str, nn.Module] = {}
     errors = {}
-    with expanded(model):
+    with unfused(model):
         targets = {target.name: target for target in all_targets(model)}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
@@ -182,7 +188,7 @@ def decompress(model: nn.Module) -> nn.Module:
             stock.bias = bias  # the parameter itself, as in `apply_plan`
         set_submodule(model, name, stock)
         carry_hooks(module, stock)
-    settle(model)
+    fuse(model)
     structure_changed(model)
     return model
 

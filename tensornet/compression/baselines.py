@@ -13,8 +13,8 @@ from tensornet.context import on_cpu_unless_said
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, tail_costs, weighted_svd
 from tensornet.nn.encoding import Storage
-from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, all_targets
+from tensornet.nn.unfuse import unfused
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.formats import BITS
@@ -133,7 +133,7 @@ def _baseline(
         )
     size, params, losses, ranks = 0, 0, [], []
     number_format = _format_of_size(plan)
-    with expanded(model):
+    with unfused(model):
         for target, weighting in _weighed(model, plan, stats):
             matrix = target.matrix
             made = _PLAIN[method](target, number_format, plan, stats)
@@ -183,7 +183,7 @@ def baseline_losses(
     nearest, svd = {}, {}
     nearest_sums = {x: [0.0, 0.0] for x in formats}
     svd_sums = {x: [0.0, 0.0] for x in bits}
-    with expanded(model):
+    with unfused(model):
         work = _weighed(model, plan, stats)
         for target, weighting in progress_bar(work, desc="baselines", unit="layer", disable=not progress):
             matrix, layer = target.matrix, plan[target.name]

@@ -19,7 +19,7 @@ from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.context import in_eval_mode
-from tensornet.nn.extension import expanded
+from tensornet.nn.unfuse import unfused
 
 #: Tokens that losses are measured on.
 TOKENS = 1024
@@ -84,7 +84,7 @@ class LossTrial:
         rise = Rise.of(found - self.dense)
         if rise.value + 2 * rise.standard_error <= enough:
             return rise
-        with expanded(self.model), opposite_errors(self.model, compressed):
+        with unfused(self.model), opposite_errors(self.model, compressed):
             opposite = self._losses(compressed, self._skipping(first))
         return Rise.of((found + opposite) / 2 - self.dense)
 

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
 from tensornet.io.safetensors_files import write_tensors
-from tensornet.nn.carried_hooks import has_own_forward
-from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.extension import structure_changed
+from tensornet.nn.layer_kinds import has_own_forward, kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
-from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.unfuse import fuse, unfuse
 
 FILE_VERSION = 1
 
@@ -90,17 +89,17 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TargetError("load_model fills a model that is in memory; this one is on the meta device.")
     header, state = _read(Path(path))
-    apart = take_apart(model, inside=header["layers"])
+    apart = unfuse(model, inside=header["layers"])
     try:
         _fill(model, header, state, path)
     finally:  # where it failed, the stock modules come back
-        settle(model, apart)
+        fuse(model, apart)
     structure_changed(model)
     return model
 
 
 def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Insert the compressed layers into an expanded model, and load all tensors."""
+    """Insert the compressed layers into an unfused model, and load all tensors."""
     made: dict[int, nn.Module] = {}  # by stock layer: one that has several names stays one
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():

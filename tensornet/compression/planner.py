@@ -34,8 +34,8 @@ from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.matrix_spectrum import singular_values
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.extension import expanded
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
+from tensornet.nn.unfuse import unfused
 from tensornet.notices import warn
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
@@ -393,7 +393,7 @@ def prepare(
     check_config(config)
     check_stats(stats)
     objective = resolve_objective(config, stats)
-    with expanded(model):
+    with unfused(model):
         targets = tuple(find_targets(model, config, () if stats is None else stats.readers))
     check_loaded(targets)
     targets, unseen = _seen(targets, config, objective, stats)

@@ -7,11 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from tensornet.nn.adapters import split_by_adapters
-from tensornet.nn.compound import Compound
-from tensornet.nn.extension import expanded
-from tensornet.nn.stock_layers import layer_bias, type_and_reason
-from tensornet.nn.targets import Target, all_targets, users_outside
+from tensornet.nn.layer_kinds import layer_bias, type_and_reason
+from tensornet.nn.targets import Target, all_targets, split_by_adapters, users_outside
+from tensornet.nn.unfuse import Compound, unfused
 from tensornet.nn.weight_readers import weight_readers
 
 #: Entry for the biases of layers whose matrices are reached or left out.
@@ -83,7 +81,7 @@ def measure_reach(
     excluded: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     reached = 0
-    with expanded(model):
+    with unfused(model):
         seen: set[int] = set()
         biases: set[int] = set()
         left = []

@@ -7,8 +7,8 @@ from torch import nn
 
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.nn.encoding import Storage
+from tensornet.nn.layer_kinds import layer_bias
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.stock_layers import layer_bias
 from tensornet.nn.targets import Target
 from tensornet.topology import Topology
 

@@ -21,8 +21,8 @@ from tensornet.compression.shared_forms import SHARED_FORMS, FormCurve, form_of
 from tensornet.compression.shared_rounding import fit_stored
 from tensornet.errors import TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.compound import PartMatrix
 from tensornet.nn.targets import Target
+from tensornet.nn.unfuse import PartMatrix
 from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
 

@@ -27,8 +27,8 @@ from tensornet.healing.trained import (
 )
 from tensornet.healing.trained_scales import trained_scales
 from tensornet.io.atomic import check_place
-from tensornet.nn.extension import expanded
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.unfuse import unfused
 from tensornet.progress import progress_bar
 
 
@@ -126,7 +126,7 @@ def _healed(
     run = _Run.start(model, teacher, config)
     batches = _forever(data, skip=run.done)
     device = next(model.parameters()).device
-    apart = expanded(teacher) if config.layer_steps else nullcontext()
+    apart = unfused(teacher) if config.layer_steps else nullcontext()
     trained, held = run.trained.values(), config.autocast if config.hold_weights else None
     with (
         apart,

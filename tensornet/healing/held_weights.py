@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.stock_layers import kind_of
 
 #: Stock layers whose weight enters matrix products alone, which autocast computes in its dtype.
 _PRODUCTS = ("linear", "conv1d")

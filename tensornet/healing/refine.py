@@ -36,11 +36,11 @@ from tensornet.healing.teacher_student import NEVER_REACHED, Group, PairedMoment
 from tensornet.healing.trained import compressed_layers
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.encoding import encode
-from tensornet.nn.extension import expanded
+from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import kind_of
 from tensornet.nn.targets import all_targets
+from tensornet.nn.unfuse import unfused
 from tensornet.progress import progress_bar
 from tensornet.topologies import topology_family
 
@@ -141,7 +141,7 @@ def refine(
     judges, fitted = given[-judged:], given[:-judged] or given
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
-        stack.enter_context(expanded(teacher))
+        stack.enter_context(unfused(teacher))
         stocks = {name: _stock(teacher, name) for name in layers}
         settings = (in_eval_mode(model, teacher), uncompiled(), without_cache(model), without_cache(teacher))
         for context in settings:

@@ -1,17 +1,11 @@
 """Tensor-network layers, and the stock layers that they replace."""
 
 from tensornet.nn.attention import MatrixAttention
-from tensornet.nn.compound import Compound, PartMatrix, Stack
 from tensornet.nn.convolution import MatrixConvolution, MatrixTransposedConvolution
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.execution import cached_bytes, set_strategy
 from tensornet.nn.explain import Explanation, StrategyCost
-from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
-from tensornet.nn.module import NetworkModule
-from tensornet.nn.recurrent import MatrixRecurrence
-from tensornet.nn.serialization import build_module, module_spec, register_module_type
-from tensornet.nn.stacked import StackedMatrices
-from tensornet.nn.stock_layers import (
+from tensornet.nn.layer_kinds import (
     CompoundKind,
     LayerKind,
     compound_of,
@@ -20,6 +14,11 @@ from tensornet.nn.stock_layers import (
     register_compound_kind,
     register_layer_kind,
 )
+from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
+from tensornet.nn.module import NetworkModule
+from tensornet.nn.recurrent import MatrixRecurrence
+from tensornet.nn.serialization import build_module, module_spec, register_module_type
+from tensornet.nn.unfuse import Compound, PartMatrix, Stack, register_stacked_matrices
 
 __all__ = [
     "Compound",
@@ -35,7 +34,6 @@ __all__ = [
     "NetworkModule",
     "PartMatrix",
     "Stack",
-    "StackedMatrices",
     "StrategyCost",
     "TensorNetworkLinear",
     "build_module",
@@ -47,5 +45,6 @@ __all__ = [
     "register_compound_kind",
     "register_layer_kind",
     "register_module_type",
+    "register_stacked_matrices",
     "set_strategy",
 ]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.errors import ShapeError
-from tensornet.nn.compound import Compound, Shared, Stack
-from tensornet.nn.stock_layers import CompoundKind, own_parameters, register_compound_kind
+from tensornet.nn.layer_kinds import CompoundKind, own_parameters, register_compound_kind
+from tensornet.nn.unfuse import Compound, Shared, Stack
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 
@@ -136,7 +136,7 @@ class _AttentionKind(CompoundKind):
         plain = packed or {f"{name}_weight" for name in _INPUTS} <= projections[0].keys()
         return plain and "weight" in projections[1]
 
-    def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
+    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
         assert isinstance(module, nn.MultiheadAttention)
         return MatrixAttention(module, shared)
 

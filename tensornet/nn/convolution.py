@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.nn.compound import Compound, Shared, Stack, dense_matrix, is_observed
+from tensornet.nn.layer_kinds import CompoundKind, is_plain, register_compound_kind
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import CompoundKind, is_plain, register_compound_kind
+from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -163,7 +163,7 @@ class _ConvolutionKind(CompoundKind):
     def matches(self, module: nn.Module) -> bool:
         return _has_kernel(module) and _can_shrink(module)
 
-    def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
+    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
         if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
             return MatrixTransposedConvolution(module, shared)
         assert isinstance(module, _CONVOLUTIONS)

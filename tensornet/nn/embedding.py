@@ -17,9 +17,9 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, decode, row_cores, storage_entry, unpacked
 from tensornet.nn.execution import CACHED
+from tensornet.nn.layer_kinds import kind_of, layer_kind, type_and_reason
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import kind_of, layer_kind, type_and_reason
 from tensornet.topologies import TopologyFamily
 from tensornet.topologies.stored_cores import matrix_view
 from tensornet.topology import Topology

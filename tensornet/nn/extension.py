@@ -4,25 +4,21 @@ A model class may keep many matrices in one parameter, have its own way of savin
 calibrate on. A plugin subclasses `ModelExtension`, overrides methods and registers one instance.
 """
 
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import FrameType, MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from tensornet.checks import check_type
 from tensornet.errors import TargetError
-from tensornet.nn.expansion import matrices_apart
-from tensornet.nn.fused_paths import keep_off_fused_paths
+from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import module_spec
+from tensornet.notices import warn
 
 #: Runs a model that is given to it.
 Run = Callable[[nn.Module], Any]
-Function = TypeVar("Function", bound=Callable[[nn.Module], Any])
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class ModelExtension:
         'ones'
     """
 
-    def expanded(self, model: nn.Module) -> AbstractContextManager[None]:
+    def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
         """Expose weights that the model stores in another form as layers, inside the returned context.
 
         Entered while a model is observed, planned or changed. On exit every layer that was not replaced
@@ -68,7 +64,7 @@ class ModelExtension:
         Called where blocks of a model run one by one, without the model around them.
 
         Args:
-            block: part of a model that is expanded.
+            block: part of a model that is unfused.
             batch: keyword arguments of the model.
         """
 
@@ -79,18 +75,8 @@ class ModelExtension:
             model: its layers are final; the method is called once after the last replacement.
 
         Returns:
-            True if the extension takes care of how the model is saved. Unless some extension does,
-            `save_pretrained` of the model raises TargetError.
-        """
-        return False
-
-    def is_described(self, model: nn.Module) -> bool:
-        """Return True if `save_pretrained` of the model writes its tensor-network layers.
-
-        Asked while a model is saved of which only a part was compressed: `layers_replaced` saw that part.
-
-        Args:
-            model: has a method `save_pretrained`.
+            True if the extension takes care of how the model is saved. If none does and the model has a
+            `save_pretrained`, a warning says that this method does not know the new layers.
         """
         return False
 
@@ -119,7 +105,7 @@ class ModelExtension:
             model: says which calls are possible.
 
         Returns:
-            Functions that run a twin of the model, or a part of it; one that cannot may raise anything.
+            Functions that run a copy of the model, or a part of it; one that cannot may raise anything.
         """
         return ()
 
@@ -150,13 +136,9 @@ def register_extension(extension: ModelExtension) -> ModelExtension:
     return extension
 
 
-@contextmanager
-def expanded(model: nn.Module) -> Iterator[None]:
-    """Show all weights of a model as layers inside the block; may be nested."""
-    with ExitStack() as stack:
-        for apart in (matrices_apart, *(extension.expanded for extension in _EXTENSIONS)):
-            stack.enter_context(apart(model))
-        yield
+def extensions() -> tuple[ModelExtension, ...]:
+    """Return the registered extensions, in the order of their registration."""
+    return tuple(_EXTENSIONS)
 
 
 def announce_batch(block: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -181,77 +163,20 @@ def sample_runs(model: nn.Module) -> list[Run]:
 
 
 def structure_changed(model: nn.Module) -> None:
-    """Tell every extension that layers were replaced; block `save_pretrained` unless one handles it.
+    """Tell every extension that layers were replaced; warn if none knows how to save the model.
 
     Code that replaces layers calls this once, after the last one.
     """
     keep_off_fused_paths(model)
-    handled = _tell_extensions(model)
-    if refuse_other_owners not in model._state_dict_pre_hooks.values():
-        model.register_state_dict_pre_hook(refuse_other_owners)  # public, since copies and pickles find it
-    if handled or not callable(getattr(type(model), "save_pretrained", None)):
+    handled = [extension.layers_replaced(model) for extension in _EXTENSIONS]
+    if any(handled) or not callable(getattr(type(model), "save_pretrained", None)):
         return
-    if any(_is_special(module) for module in model.modules()):
-        # On the instance: other models are not affected, and an extension that comes later can remove it.
-        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
-    else:
-        _remove_guard(model)
-
-
-def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Ask the extensions again, then save or raise TargetError.
-
-    It has that method's name because pickling finds a bound method by its function's name.
-    """
-    if not _tell_extensions(self):
-        raise TargetError(
-            f"This {type(self).__name__} holds layers made of cores, and its save_pretrained does not know "
-            "how to write them: the folder could not be loaded. Run `import tensornet_hf`, then save again; "
-            "or call tensornet.decompress(model) first to save dense weights."
+    if any(map(_is_special, model.modules())):
+        warn(
+            f"save_pretrained of this {type(model).__name__} does not describe compressed layers, "
+            "and the folder could not be loaded. Before saving, `import tensornet_hf` and call "
+            "tensornet_hf.prepare_for_saving(model); or make it dense by tensornet.decompress(model)."
         )
-    _remove_guard(self)
-    return self.save_pretrained(*args, **kwargs)  # type: ignore[operator]
-
-
-def refuse_other_owners(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Raise TargetError if a larger model saves the module and does not describe its layers.
-
-    To explain why it looks at the call stack: a module does not know the model that it is a part of, and
-    whoever compresses a part names that part alone. The tensors of both are collected inside the larger
-    model's `save_pretrained`.
-
-    Args:
-        module: had layers replaced; this is its hook for `state_dict`.
-        prefix: name of the module in the larger model, with a dot at its end; empty if there is none.
-        keep_vars: see `torch.nn.Module.state_dict`.
-
-    Raises:
-        TargetError: the folder could not be loaded; the message says what to call.
-    """
-    owner = _saved_owner() if prefix and any(map(_is_special, module.modules())) else None
-    if owner is None or any(extension.is_described(owner) for extension in _EXTENSIONS):
-        return
-    raise TargetError(
-        f"A part of this {type(owner).__name__}, {prefix.removesuffix('.')}, holds layers made of cores, and "
-        "its save_pretrained does not describe them: the folder could not be loaded. Run `import "
-        "tensornet_hf` and tensornet_hf.prepare_for_saving(model), then save again."
-    )
-
-
-def _saved_owner() -> nn.Module | None:
-    """Return the model whose `save_pretrained` runs; None also if PEFT writes adapters alone."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
-        if isinstance(owner, nn.Module):
-            return None if getattr(owner, "peft_config", None) else owner
-        frame = frame.f_back
-    return None
-
-
-def _tell_extensions(model: nn.Module) -> bool:
-    answers = [extension.layers_replaced(model) for extension in _EXTENSIONS]
-    return any(answers)
 
 
 def _is_special(module: nn.Module) -> bool:
@@ -262,47 +187,26 @@ def _is_special(module: nn.Module) -> bool:
         return True
 
 
-def _remove_guard(model: nn.Module) -> None:
-    if getattr(model.__dict__.get("save_pretrained"), "__func__", None) is save_pretrained:
-        del model.__dict__["save_pretrained"]
+#: Attribute that a class checks before it takes a fused path.
+_QUESTIONS = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+_BEFORE = "_tensornet_fused_path"
 
 
-# --- deprecated: one function for each method, until the next release --------------------------------
+def keep_off_fused_paths(model: nn.Module) -> None:
+    """Disable the fused paths of encoders with tensor-network layers, and restore the others.
 
-
-class _FromFunction(ModelExtension):
-    """Extension with one method, registered by one of the deprecated functions below."""
-
-    def __init__(self, method: str, function: Callable[[nn.Module], Any]) -> None:
-        setattr(self, method, function)
-
-
-def _register(old: str, method: str, function: Function) -> Function:
-    warnings.warn(
-        f"{old} is deprecated and goes with the next release; subclass tensornet.ModelExtension, "
-        f"override {method} and call register_extension.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    register_extension(_FromFunction(method, function))
-    return function
-
-
-def register_structure_hook(hook: Function) -> Function:
-    """Register a function for `ModelExtension.layers_replaced` (deprecated)."""
-    return _register("register_structure_hook", "layers_replaced", hook)
-
-
-def register_expansion(expansion: Function) -> Function:
-    """Register a function for `ModelExtension.expanded` (deprecated)."""
-    return _register("register_expansion", "expanded", expansion)
-
-
-def register_calibration_provider(provider: Function) -> Function:
-    """Register a function for `ModelExtension.calibration_data` (deprecated)."""
-    return _register("register_calibration_provider", "calibration_data", provider)
-
-
-def register_runs(provider: Function) -> Function:
-    """Register a function for `ModelExtension.sample_runs` (deprecated)."""
-    return _register("register_runs", "sample_runs", provider)
+    In eval without gradients an encoder passes `linear1.weight` to one fused operation, and a tensor-network
+    layer has no such weight.
+    """
+    for module in model.modules():
+        question = next((x for kind, x in _QUESTIONS.items() if isinstance(module, kind)), None)
+        if question is None:
+            continue
+        if any(isinstance(part, NetworkModule) for part in module.modules()):
+            vars(module).setdefault(_BEFORE, getattr(module, question))
+            setattr(module, question, False)
+        elif _BEFORE in vars(module):
+            setattr(module, question, vars(module).pop(_BEFORE))

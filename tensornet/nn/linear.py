@@ -30,9 +30,9 @@ from tensornet.nn.integer_product import (
 )
 from tensornet.nn.kernel_keeper import KERNEL_BUFFERS, KernelKeeper
 from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int4, multiply_int4_twice
+from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind, type_and_reason
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import require_linear_shape
-from tensornet.nn.stock_layers import kind_of, layer_bias, layer_kind, type_and_reason
 from tensornet.topologies import MPOFamily, TopologyFamily
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology

@@ -32,7 +32,7 @@ class NetworkModule(FixedDtypes, RoutedModule):
 
     Args:
         topology: the operator `(out_features, in_features)`.
-        source: kind of stock layer that this replaces (see `stock_layers`), to which `decompress` returns.
+        source: kind of stock layer that this replaces (see `layer_kinds`), to which `decompress` returns.
         strategy: `"factorized"` contracts the input with the cores, and may hold integers of 2 bits as 4 for
             a kernel of torch, `"reconstruct"` rebuilds the matrix for each call and frees it, `"auto"` takes
             the faster of both by the cost model, `"cached"` keeps the rebuilt matrix in eval while no

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from tensornet.errors import ShapeError
-from tensornet.nn.compound import Compound, Shared, Stack, dense_matrix, is_observed
-from tensornet.nn.stock_layers import CompoundKind, own_parameters, register_compound_kind
+from tensornet.nn.layer_kinds import CompoundKind, own_parameters, register_compound_kind
+from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed
 
 #: The states of one direction: hidden alone, or hidden and cell.
 State = tuple[Tensor, ...]
@@ -206,7 +206,7 @@ class _RecurrenceKind(CompoundKind):
         assert isinstance(module, nn.RNNBase)
         return own_parameters(module).keys() == set(module._flat_weights_names)
 
-    def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
+    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
         assert isinstance(module, nn.RNNBase)
         return MatrixRecurrence(module, shared)
 

@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from tensornet.checks import check_type
 from tensornet.errors import TargetError
-from tensornet.nn.adapters import refuse_wrapped, split_by_adapters
-from tensornet.nn.carried_hooks import has_own_forward
-from tensornet.nn.compound import Compound
+from tensornet.nn.layer_kinds import (
+    OWN_FORWARD,
+    RECOMPUTED,
+    LayerKind,
+    compound_of,
+    has_own_forward,
+    kind_of,
+    reason_against,
+)
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.stock_layers import OWN_FORWARD, RECOMPUTED, LayerKind, compound_of, kind_of, reason_against
+from tensornet.nn.unfuse import Compound
 from tensornet.nn.weight_readers import weight_readers
 from tensornet.notices import warn
 
@@ -96,7 +102,7 @@ def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[
     A layer whose weight is read past the layer is left dense, with a warning. A weight that is also in a
     module of another kind, such as an embedding that scales, is left dense in any case: compressing a part of
     its places would untie them. So are layers of adapters, and layers that are changed from outside
-    (`stock_layers.reason_against`).
+    (`layer_kinds.reason_against`).
 
     Args:
         model: any module.
@@ -437,3 +443,65 @@ def shortened(names: Sequence[str], limit: int = 8) -> str:
     'up, down, and 1 more'
     """
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
+#: Under this name an adapter holds the layer that it wraps.
+BASE = "base_layer"
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """List the names of the adapters inside a model.
+
+    >>> class Adapter(nn.Module):
+    ...     adapter_layer_names = ("down",)
+    >>> adapter_names(nn.Sequential(nn.Linear(4, 4), Adapter()))
+    ['1']
+    """
+    return [name for name, x in model.named_modules(remove_duplicate=False) if _is_adapter(x)]
+
+
+def split_by_adapters(model: nn.Module, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Select layers that belong to adapters, and layers that adapters wrap and could not merge into cores.
+
+    An adapter that merges into cores says so by a true class attribute `merges_into_cores`.
+
+    Args:
+        model: any module.
+        names: of layers inside it.
+
+    Returns:
+        The names of both kinds of layers.
+    """
+    adapters = {name: model.get_submodule(name) for name in adapter_names(model)}
+    own, wrapped = set(), set()
+    for name in names if adapters else ():
+        parts = name.split(".")
+        around = [(adapters.get(".".join(parts[:k])), part) for k, part in enumerate(parts)]
+        inside = [(adapter, part) for adapter, part in around if adapter is not None]
+        if any(part != BASE for _, part in inside):
+            own.add(name)
+        elif any(not getattr(adapter, "merges_into_cores", False) for adapter, _ in inside):
+            wrapped.add(name)
+    return own, wrapped
+
+
+def refuse_wrapped(wrapped: Iterable[str]) -> None:
+    """Raise TargetError if layers to compress lie under adapters.
+
+    Args:
+        wrapped: their names.
+
+    Raises:
+        TargetError: there are any.
+    """
+    if names := sorted(wrapped):
+        others = f" ({len(names) - 1} other layers too)" if len(names) > 1 else ""
+        raise TargetError(
+            f"{names[0]} lies under an adapter{others}, which could not be merged into cores. Merge the "
+            "adapters first, by merge_and_unload() in PEFT; or compress first, and add adapters by "
+            f"tensornet_hf.peft.lora_config; or leave such layers dense, by exclude_modules={BASE!r}."
+        )
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return isinstance(getattr(type(module), "adapter_layer_names", None), tuple)

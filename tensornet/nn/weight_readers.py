@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.context import uncompiled
-from tensornet.nn.compound import Compound, PartMatrix
 from tensornet.nn.extension import Run, sample_runs
-from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.layer_kinds import kind_of
+from tensornet.nn.unfuse import Compound, PartMatrix
 from tensornet.nn.weight_facts import FACTS, LIKE
 
 

@@ -21,8 +21,8 @@ from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan,
 from tensornet.errors import FormatError
 from tensornet.io.atomic import Written, file_digest
 from tensornet.io.safetensors_files import Slice, read_header, write_tensors
+from tensornet.nn.layer_kinds import layer_kind
 from tensornet.nn.serialization import module_spec
-from tensornet.nn.stock_layers import layer_kind
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet.topologies import Decomposition
 

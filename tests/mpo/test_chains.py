@@ -26,7 +26,7 @@ from tensornet.calibration.sequential import ChainRun, find_chains
 from tensornet.context import without_cache
 from tensornet.errors import TargetError
 from tensornet.healing.teacher_student import Group, PairedMoments, PairedRun
-from tensornet.nn.extension import expanded
+from tensornet.nn.unfuse import unfused
 
 MASK = torch.ones(3, 9, dtype=torch.long)
 MASK[1, 6:] = 0
@@ -128,7 +128,7 @@ def test_moments_are_those_of_the_whole_models(make: Any) -> None:
     )
     names = [name for name, x in model.named_modules() if isinstance(x, tn.nn.TensorNetworkLinear)]
     batches = [batch_of(), batch_of()]
-    with without_cache(model), without_cache(teacher), expanded(teacher):
+    with without_cache(model), without_cache(teacher), unfused(teacher):
         run, whole = PairedRun(model, teacher, batches), PairedRun(model, teacher, batches)
         whole.chains = {}
         groups = run.groups(names)

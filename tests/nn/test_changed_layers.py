@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune, remove_weight_norm, spectral_norm
 
 import tensornet as tn
-from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.layer_kinds import kind_of
 
 INT8 = tn.CompressionConfig(bits_per_weight=16, formats=("int8",), objective="weight", target_modules="all")
 X = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))

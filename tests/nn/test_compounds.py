@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet.nn import Compound, PartMatrix
-from tensornet.nn.expansion import matrices_apart
+from tensornet.nn.unfuse import unfused
 
 #: Of PyTorch, about its own layers as well.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -197,7 +197,7 @@ def test_taken_apart_it_computes_the_same(case: _Case) -> None:
     model, x = case.model(), case.x()
     expected, before = results(model, x), {name: id(p) for name, p in model.named_parameters()}
     weights = torch.autograd.grad(model(x).square().sum(), list(model.body.parameters()))
-    with matrices_apart(model):
+    with unfused(model):
         for each, wanted in zip(results(model, x), expected, strict=True):
             torch.testing.assert_close(each, wanted, **CLOSE)
         with observed(model) as seen:

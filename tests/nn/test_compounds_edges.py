@@ -23,9 +23,8 @@ from tensornet.nn import (
     MatrixRecurrence,
     MatrixTransposedConvolution,
 )
-from tensornet.nn.expansion import settle, take_apart
-from tensornet.nn.extension import expanded
 from tensornet.nn.recurrent import in_one_chunk
+from tensornet.nn.unfuse import fuse, unfuse, unfused
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -223,7 +222,7 @@ def test_modules_that_are_something_else_are_left_alone() -> None:
         *(Own(8, 8, 3), pruned, normed),
     ]
     model = nn.ModuleList([*modules, nn.Linear(8, 8)])
-    assert take_apart(model) == []
+    assert unfuse(model) == []
     config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
     with pytest.warns(UserWarning, match="a hook recomputes the weight of 3:"):
         reach = tn.compress(model, config, progress=False).reach
@@ -316,11 +315,11 @@ def test_layer_wise_healing_reaches_them() -> None:
 
 def test_modes_of_modules_inside_are_kept() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)])
-    with expanded(model):
+    with unfused(model):
         model.eval()
     assert not any(module.training for module in model.modules())
     model.train()
-    with expanded(model):
+    with unfused(model):
         pass
     assert all(module.training for module in model.modules())
 
@@ -346,8 +345,8 @@ def test_fused_operations_get_one_chunk_of_memory() -> None:
 
 def test_settling_twice_and_nested_blocks() -> None:
     model = CASES["lstm_packed"].model()
-    with expanded(model), expanded(model):
+    with unfused(model), unfused(model):
         assert isinstance(model.body, MatrixRecurrence)
     assert type(model.body) is nn.LSTM
-    settle(model)
+    fuse(model)
     assert type(model.body) is nn.LSTM

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.nn.extension import expanded
+from tensornet.nn.unfuse import unfused
 from tensornet.nn.weight_readers import weight_readers
 from tensornet_hf.checkpoint.headers import read_checkpoint
 
@@ -215,7 +215,7 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         dense = first_floats(model, inputs)
     assert {re_number(x) for x in weight_readers(model)} == DENSE[name]
-    with expanded(model):
+    with unfused(model):
         read = weight_readers(model)  # of modules that own several matrices too
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,9 +1,8 @@
-"""Stacks of matrices of any name and order: the code that multiplies by them decides what they are."""
+"""Stacks of matrices of registered classes: one layer for each matrix, computed by the code of the class."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +26,8 @@ from transformers import (
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.report import model_size
-from tensornet.nn import StackedMatrices
-from tensornet.nn.expansion import matrices_apart, take_apart
-from tensornet.nn.stack_uses import StackUse, stack_uses
+from tensornet.nn import register_stacked_matrices
+from tensornet.nn.unfuse import StackedMatrices, unfuse, unfused
 
 X = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -80,24 +78,22 @@ class Split(nn.Module):
 
 
 class Summed(nn.Module):
-    """Stacks by the letters of sums, in both orders, and one that is summed over experts as well."""
+    """Stacks by the letters of sums, in both orders."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.randn(6, 8, 9)), nn.Parameter(torch.randn(6, 8, 9))
-        self.c = nn.Parameter(torch.randn(6, 8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.einsum("tef,edf->etd", torch.einsum("etd,edf->tef", x, self.a).sin(), self.b)
-        return torch.einsum("etd,edf->tf", x.tanh(), self.c)[None]
+        return torch.einsum("tef,edf->etd", torch.einsum("etd,edf->tef", x, self.a).sin(), self.b)
 
 
 class Flat(nn.Module):
-    """Experts one below the other in parameters of two dimensions, followed through variables."""
+    """Experts one below the other in parameters of two dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.width, self.experts = 7, 6
+        self.width, self.num_experts = 7, 6
         self.first, self.last = nn.Parameter(torch.randn(6 * 7, 8)), nn.Parameter(torch.randn(6 * 7, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +101,7 @@ class Flat(nn.Module):
         results = []
         for k, part in enumerate(x):
             first = self.first.view(split)[k].T
-            last = self.last.reshape(self.experts, -1, 8)[k]
+            last = self.last.view(self.num_experts, -1, 8)[k]
             results.append(part.matmul(first).relu().matmul(last))
         return torch.stack(results)
 
@@ -127,7 +123,7 @@ class Parent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows, self.scale = Rows(), nn.Parameter(torch.ones(8))
+        self.rows, self.scale, self.num_experts = Rows(), nn.Parameter(torch.ones(8)), 6
 
     def forward(self, x: Tensor) -> Tensor:
         one = [self.rows(part, self.rows.up.view(6, 7, 8)[k], self.rows.down[k]) for k, part in enumerate(x)]
@@ -152,14 +148,24 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(5, 6, 8), torch.arange(5) % 3) for _ in range(3)]
 
 
-KINDS = {Batched: 12, Looped: 12, Split: 2, Summed: 13, Flat: 12, Parent: 12}
+LAYOUTS = {
+    Batched: {"first": "eio", "last": "eoi"},
+    Looped: {"a": "eio", "b": "eoi"},
+    Split: {"q": "ioo", "o": "oii"},
+    Summed: {"a": "eio", "b": "eoi"},
+    Flat: {"first": "eoi", "last": "eio"},
+    Parent: {"rows.up": "eoi", "rows.down": "eio"},
+}
+KINDS = {kind: 2 if kind is Split else 12 for kind in LAYOUTS}
+for kind, layouts in LAYOUTS.items():
+    register_stacked_matrices(f"{kind.__module__}.{kind.__qualname__}", layouts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_compression_and_back(kind: type[nn.Module]) -> None:
     model, x = holder(kind), X.transpose(0, 1)
     expected, state = model(x), copy.deepcopy(model.state_dict())
-    with matrices_apart(model):
+    with unfused(model):
         assert isinstance(model.body, StackedMatrices)
         torch.testing.assert_close(model(x), expected, **CLOSE)
     assert torch.equal(model(x), expected)
@@ -198,212 +204,41 @@ def test_calibrated_compression_is_saved_copied_and_trained(kind: type[nn.Module
     assert not torch.equal(loaded(x), model(x))
 
 
-def test_the_code_decides_not_names_or_shapes() -> None:
-    assert stack_uses(Batched()) == {"first": StackUse((1,), (2,), True), "last": StackUse((2,), (1,), True)}
-    assert stack_uses(Looped()) == {"a": StackUse((1,), (2,), True), "b": StackUse((2,), (1,), True)}
-    assert stack_uses(Split()) == {"q": StackUse((0,), (1, 2), False), "o": StackUse((1, 2), (0,), False)}
-    assert take_apart(holder(Batched)) == ["body"]
+class Unknown(Batched):
+    """A subclass, whose code may differ."""
 
 
-def test_positions_are_those_of_the_view() -> None:
-    seen = {"first": ((2,), (1,), True, (6, 7, 8)), "last": ((1,), (2,), True, (6, 7, 8))}
-    assert stack_uses(Flat()) == {name: StackUse(*use) for name, use in seen.items()}
-    seen = {"rows.up": ((2,), (1,), True, (6, 7, 8)), "rows.down": ((1,), (2,), True)}
-    assert stack_uses(Parent()) == {name: StackUse(*use) for name, use in seen.items()}
-    model = holder(Parent)
-    with matrices_apart(model):
-        assert [x for x, _ in model.body.named_parameters()][:2] == ["scale", "0.rows_up.matrix"]
-        with pytest.raises(
-            tn.TargetError, match=r"viewed as \(7, 6, 8\), only as \(6, 7, 8\); derive a class"
-        ):
-            model.body.rows.up.view(7, 6, 8)
-
-
-class Both(nn.Module):
-    """Uses one stack in both orientations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([x[k] @ self.w[k] + F.linear(x[k], self.w[k]) for k in range(6)])
-
-
-class Read(Both):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.w)
-
-
-class Normed(nn.Module):
-    """Also reads the numbers of its stack."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.w) / self.w.norm()
-
-
-class Shared(nn.Module):
-    """Sums over a side that the input does not have: no product with a matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("eti,eij->eti", x, self.w)
-
-
-def _wrapped(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(forward)
-    def other(self: nn.Module, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.w.mT)
-
-    return other
-
-
-class Decorated(nn.Module):
-    """Runs other code than it shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    @_wrapped
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.w)
-
-
-class Rebound(nn.Module):
-    """Uses a name for a stack and for something else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6 * 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.w.view(6, 8, 8)[0]
-        x = x @ w
-        w = x.mean((0, 1))
-        return x * w
-
-
-class Scaled(nn.Module):
-    """Changes a matrix before it multiplies by it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6 * 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            w = self.w.view(6, 8, 8)[0]
-            w += 0
-            return x @ w
-
-
-class Mixed(nn.Module):
-    """Views columns as experts, which are no rows below each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(8, 6 * 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([x[k] @ self.w.view(6, 8, 8)[k] for k in range(6)])
-
-
-class Reader(nn.Module):
-    """Reads its stack itself, beside its parent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return x @ w * self.w.norm()
-
-
-class Double(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Reader()
-        self.w = nn.Parameter(torch.randn(6 * 8, 8))  # multiplied by as one matrix
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.inner(x[k], self.inner.w[k]) for k in range(6)]) + (x @ self.w.T).mean()
-
-
-class Gathered(nn.Module):
-    """Takes a matrix for each row by a tensor of indices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        order = x.mean((1, 2)).argsort()
-        return torch.bmm(x, self.w[order])
-
-
-class Masked(nn.Module):
-    """Sums the matrices that a mask selects."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w[x.mean((1, 2)) > 0].sum(0)
-
-
-class GatheredByMethod(nn.Module):
-    """Takes them in a method that is handed the indices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 8, 8))
-
-    def some(self, x: Tensor, order: Tensor) -> Tensor:
-        return torch.bmm(x, self.w[order])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.some(x, x.mean((1, 2)).argsort())
-
-
-LEFT = [Both, Read, Normed, Shared, Decorated, Rebound, Scaled, Mixed, Double]
-LEFT += [Gathered, Masked, GatheredByMethod]
-
-
-@pytest.mark.parametrize("kind", LEFT)
-def test_what_cannot_be_decided_is_left_and_said(kind: type[nn.Module]) -> None:
-    model = holder(kind)
-    expected = model(X.transpose(0, 1))
-    assert take_apart(model) == []
+def test_other_classes_are_left_and_said() -> None:
+    model = holder(Unknown)
+    assert unfuse(model) == []
     report = tn.compress(model, EXACT, progress=False)
-    assert report.reach.unknown[kind.__name__] == 6 * 8 * 8
-    torch.testing.assert_close(model(X.transpose(0, 1)), expected, **CLOSE)
-    with pytest.raises(tn.TargetError, match=r"'body' matches no layer that can be compressed"):
+    assert report.reach.unknown["Unknown"] == 2 * 6 * 8 * 8 + 6 * 8
+    with pytest.raises(tn.TargetError, match="'body' matches no layer"):
         tn.plan(model, tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules="body"))
 
 
-def test_a_stand_in_refuses_what_was_not_found_in_the_code() -> None:
+def test_other_operations_are_refused() -> None:
     model = holder(Batched)
-    with matrices_apart(model):
-        with pytest.raises(tn.TargetError, match=r"mul cannot compute with a stack.*derive a class"):
+    with unfused(model):
+        with pytest.raises(tn.TargetError, match="mul cannot compute"):
             torch.mul(torch.ones(8), model.body.first)
-        with pytest.raises(tn.TargetError, match=r"mul cannot compute with a matrix.*derive a class"):
+        with pytest.raises(tn.TargetError, match="mul cannot compute"):
             torch.mul(torch.ones(8), model.body.first[0])
-        with pytest.raises(tn.TargetError, match=r"indexed by a tensor of shape \(2,\); derive a class"):
+        with pytest.raises(tn.TargetError, match="one matrix at a time"):
             model.body.last[torch.tensor([0, 1])]
         assert model.body.last[torch.tensor(1)].layer is model.body.get_submodule("1.last")
         stack = model.body.last
-        assert (stack.shape, stack.size(1), stack.ndim, stack.dim()) == ((6, 8, 8), 8, 3, 3)
-        assert stack.size() == (6, 8, 8)
-        assert (stack.dtype, stack.device) == (torch.float32, torch.device("cpu"))
+        assert (stack.shape, stack.dtype, stack.device) == ((6, 8, 8), torch.float32, torch.device("cpu"))
+    model = holder(Parent)
+    with unfused(model):
+        assert [x for x, _ in model.body.named_parameters()][:2] == ["scale", "0.rows_up.matrix"]
+        with pytest.raises(tn.TargetError, match="viewed"):
+            model.body.rows.up.view(7, 6, 8)
+
+
+def test_layouts_are_checked() -> None:
+    with pytest.raises(tn.TargetError, match="eio"):
+        register_stacked_matrices("mine.Experts", {"w": "oie"})
 
 
 def xlnet() -> PreTrainedModel:

@@ -20,7 +20,7 @@ import torch
 from public_surface import public_objects
 
 import tensornet_moe.router_base
-from tensornet.nn import extension, serialization, stock_layers
+from tensornet.nn import extension, layer_kinds, serialization, unfuse
 from tensornet.topologies import registry
 
 #: The usual name of each package; a package may use those before it.
@@ -67,7 +67,8 @@ def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         (extension, "_EXTENSIONS"),
         (registry, "_FAMILIES"),
         (serialization, "_BUILDERS"),
-        (stock_layers, "_KINDS"),
+        (layer_kinds, "_KINDS"),
+        (unfuse, "_STACKED"),
         (tensornet_moe.router_base, "_ROUTERS"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name).copy())

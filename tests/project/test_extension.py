@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet import calibration, compression
 from tensornet.nn import extension as extensions
 from tensornet.nn.extension import ModelExtension, ProvidedData, register_extension
 
@@ -38,7 +37,7 @@ class Stacks(ModelExtension):
         self.told: list[nn.Module] = []
 
     @contextmanager
-    def expanded(self, model: nn.Module) -> Iterator[None]:
+    def unfused(self, model: nn.Module) -> Iterator[None]:
         stack = model if isinstance(model, Stack) and model.weights is not None else None
         if stack is not None:
             for name, matrix in zip(("first", "second"), stack.weights.detach(), strict=True):
@@ -88,25 +87,3 @@ def test_a_plan_alone_leaves_the_model_in_its_own_form() -> None:
 def test_only_instances_can_be_registered(extension: object) -> None:
     with pytest.raises(TypeError, match=r"extension must be .*ModelExtension.* got"):
         register_extension(extension)
-
-
-@pytest.mark.filterwarnings("ignore:tensornet.*is now tensornet.nn.extension:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("package", "name", "method"),
-    [
-        (compression, "register_structure_hook", "layers_replaced"),
-        (compression, "register_expansion", "expanded"),
-        (compression, "register_calibration_provider", "calibration_data"),
-        (compression, "register_runs", "sample_runs"),
-        (calibration, "register_calibration_provider", "calibration_data"),
-    ],
-)
-def test_old_names_work_and_say_the_new_one(package: object, name: str, method: str) -> None:
-    register = getattr(package, name)
-
-    def function(model: nn.Module) -> str:
-        return type(model).__name__
-
-    with pytest.warns(DeprecationWarning, match=rf"{name} is deprecated.*ModelExtension.*{method}"):
-        assert register(function) is function
-    assert getattr(extensions._EXTENSIONS[0], method)(nn.Identity()) == "Identity"

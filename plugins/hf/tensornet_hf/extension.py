@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tensornet.nn.extension import ModelExtension, ProvidedData, Run
-from tensornet_hf.checkpoint.quantizer import is_described, prepare_for_saving
+from tensornet_hf.checkpoint.quantizer import prepare_for_saving
 from tensornet_hf.checkpoint.stacked_experts import experts_apart, tell_padding
 from tensornet_hf.sample_batch import sample_batch
 from tensornet_hf.sample_runs import sample_runs
@@ -17,7 +17,7 @@ from tensornet_hf.text.default_data import embedded_text
 class TransformersExtension(ModelExtension):
     """Show stacked experts as layers, describe models for saving, and offer calibration text."""
 
-    def expanded(self, model: nn.Module) -> AbstractContextManager[None]:
+    def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
         """Show every matrix of stacked experts as a layer."""
         return experts_apart(model)
 
@@ -28,10 +28,6 @@ class TransformersExtension(ModelExtension):
     def layers_replaced(self, model: nn.Module) -> bool:
         """Attach a transformers model for saving; return False for any other model."""
         return prepare_for_saving(model)
-
-    def is_described(self, model: nn.Module) -> bool:
-        """Return True if every transformers model in it was attached for saving."""
-        return is_described(model)
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
         """Return the embedded text in the tokens of a causal language model."""

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from torch import Tensor, nn
 
-from tensornet.nn.stock_layers import LayerKind, is_plain, register_layer_kind
+from tensornet.nn.layer_kinds import LayerKind, is_plain, register_layer_kind
 
 
 class _FalconLinear(LayerKind):

@@ -26,13 +26,11 @@ from transformers import PreTrainedModel
 from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
-from tensornet.nn.adapters import split_by_adapters
-from tensornet.nn.carried_hooks import carry_hooks
 from tensornet.nn.encoding import encode
 from tensornet.nn.extension import structure_changed
+from tensornet.nn.layer_kinds import carry_hooks, layer_bias
 from tensornet.nn.linear import empty_linear, linear_from_network
-from tensornet.nn.stock_layers import layer_bias
-from tensornet.nn.targets import compressed_names
+from tensornet.nn.targets import compressed_names, split_by_adapters
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -51,7 +49,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     cores are rounded again, with a warning; of a sum only the last term is, which takes the adapter in.
     """
 
-    merges_into_cores = True  # see `tensornet.nn.adapters`
+    merges_into_cores = True  # see `tensornet.nn.targets`
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, **options: Any

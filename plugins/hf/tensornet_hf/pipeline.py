@@ -18,8 +18,8 @@ from tensornet.compression.report import layer_reports, model_size
 from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
-from tensornet.nn.extension import expanded
 from tensornet.nn.targets import all_targets
+from tensornet.nn.unfuse import unfused
 from tensornet.progress import progress_bar
 from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.hub import require_free, save_to
@@ -179,7 +179,7 @@ def plan_spectra(
 
     Layers that stay matrices, in whatever number format, have no bond and are left out.
     """
-    with expanded(model):
+    with unfused(model):
         matrices = {x.name: x.matrix for x in all_targets(model)}
     networks = [layer for layer in planned if layer.topology is not None and layer.topology.bond_dims]
     layers = progress_bar(networks, desc="spectra", unit="layer", disable=not progress)
@@ -258,7 +258,7 @@ def stored_as(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedMo
 def plan_summary(model: PreTrainedModel, planned: CompressionPlan) -> Mapping[str, int]:
     """Return sizes before and after a plan, without executing it."""
     params, size = model_size(model)
-    with expanded(model):
+    with unfused(model):
         dtypes = {x.name: x.weight.dtype for x in all_targets(model)}
     before = sum(layer.params_before * dtypes[layer.name].itemsize for layer in planned)
     after = sum(layer.num_bytes(dtypes[layer.name]) for layer in planned)

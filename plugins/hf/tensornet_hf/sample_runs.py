@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensornet.nn.extension import Run
-from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.layer_kinds import kind_of
 
 #: Rows and tokens of the data.
 _ROWS, _TOKENS = 1, 8

@@ -19,9 +19,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TargetError
-from tensornet.nn.expansion import take_apart
-from tensornet.nn.extension import expanded
 from tensornet.nn.targets import find_targets
+from tensornet.nn.unfuse import unfuse, unfused
 from tensornet_hf.checkpoint.stacked_experts import SplitExperts, experts_apart
 
 EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
@@ -39,7 +38,7 @@ def test_importing_the_package_is_enough() -> None:
     """Nothing else has to be imported for experts to be reached; other tests import the module itself."""
     code = (
         "import tensornet_hf\n"
-        "from tensornet.nn.stock_layers import compound_of\n"
+        "from tensornet.nn.layer_kinds import compound_of\n"
         "from transformers import MixtralConfig\n"
         "from transformers.models.mixtral.modeling_mixtral import MixtralExperts\n"
         "config = MixtralConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)\n"
@@ -62,7 +61,7 @@ def test_split_experts_compute_the_same(family: str) -> None:
 def test_gradients_of_split_experts(family: str) -> None:
     """With respect to the input and to every matrix, against the stacks."""
     whole, apart = mixture(family), mixture(family)
-    take_apart(apart)
+    unfuse(apart)
     for model in (whole, apart):
         model(tokens(), labels=tokens()).loss.backward()
     for stock, split in zip(expert_modules(whole), expert_modules(apart), strict=True):
@@ -164,8 +163,8 @@ def test_experts_that_saw_no_token_are_planned_by_their_relatives() -> None:
 
 def test_expansions_may_be_nested() -> None:
     model = mixture("mixtral")
-    with expanded(model):
-        with expanded(model):
+    with unfused(model):
+        with unfused(model):
             pass
         names = [x.name for x in find_targets(model, EXACT)]
         assert sum(".experts." in name for name in names) == 2 * 2 * EXPERTS

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensornet.errors import FormatError
+from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
-from tensornet.nn.stock_layers import kind_of
 from tensornet_hf.moe.banks import make_room
 from tensornet_moe import lend_shared_cores
 

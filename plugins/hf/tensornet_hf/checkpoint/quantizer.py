@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, TargetError
-from tensornet.nn.expansion import settle, take_apart
 from tensornet.nn.fixed_dtypes import FixedDtypes
+from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.checkpoint import ties
 from tensornet_hf.checkpoint.attach import attach, detach, is_attached
 from tensornet_hf.checkpoint.describe import describe, is_inside, layer_descriptions
@@ -100,7 +100,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         if files:
             check_layers(config, stored, where=str(files[0].parent))
         prefix = f"{model.base_model_prefix}."  # with or without it: it depends on the head
-        take_apart(model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))])
+        unfuse(model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))])
         names = place_layers(model, config.layers, dtype=dtype)
         check_distribution(model, {name: config.layers[layer] for layer, name in names.items()})
         self._layers = list(names.values())
@@ -220,7 +220,7 @@ def _prepare(model: PreTrainedModel, compression: dict[str, Any] | None = None) 
         quantizer._experts_spread = True
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return
-    settle(model)
+    fuse(model)
     config = describe(model, compression=compression)
     if config.layers:
         attach(model, config, TensorNetworkQuantizer(config))

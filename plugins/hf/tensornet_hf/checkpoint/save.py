@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 import tensornet as tn
+from tensornet.context import unwrapped
 from tensornet.errors import FormatError, TargetError
-from tensornet.nn.adapters import adapter_names
-from tensornet.nn.wrappers import unwrapped
+from tensornet.nn.targets import adapter_names
 from tensornet_hf.checkpoint.describe import layer_descriptions
 from tensornet_hf.checkpoint.folders import write_folder
 from tensornet_hf.checkpoint.links import inside

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.nn.compound import Compound, Shared, Stack
-from tensornet.nn.expansion import settle, take_apart
-from tensornet.nn.expert_matrix import ExpertMatrix
-from tensornet.nn.stock_layers import CompoundKind, register_compound_kind
+from tensornet.nn.layer_kinds import CompoundKind, register_compound_kind
+from tensornet.nn.unfuse import Compound, ExpertMatrix, Shared, Stack, fuse, unfuse
 
 #: What transformers' `use_experts_implementation` puts on the experts modules that follow its conventions.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -26,7 +24,7 @@ class SplitExperts(Compound):
 
     Args:
         stock: the module it stands for, asked for what it does between the matrices.
-        shared: see `CompoundKind.take_apart`.
+        shared: see `CompoundKind.unfuse`.
     """
 
     layer = ExpertMatrix
@@ -107,7 +105,7 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
     """Split the experts of a model inside the block; there they skip padding."""
-    names = take_apart(model)
+    names = unfuse(model)
 
     def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tell_padding(model, kwargs)
@@ -118,7 +116,7 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
         _set_padding(model, None)
-        settle(model, names)
+        fuse(model, names)
 
 
 def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -142,7 +140,7 @@ class _ExpertsKind(CompoundKind):
     def matches(self, module: nn.Module) -> bool:
         return bool(stack_names(module))
 
-    def take_apart(self, module: nn.Module, shared: Shared) -> nn.Module:
+    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
         return SplitExperts(module, shared)
 
 

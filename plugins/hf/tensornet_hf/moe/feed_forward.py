@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tensornet.compression.apply import set_submodule
 from tensornet.context import in_eval_mode
 from tensornet.errors import TargetError
-from tensornet.nn.stock_layers import LayerKind, kind_of, layer_bias
+from tensornet.nn.layer_kinds import LayerKind, kind_of, layer_bias
 from tensornet_hf.moe.identity import DoneBefore
 from tensornet_moe.ffn import ACTIVATIONS
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tensornet.errors import TargetError
-from tensornet.nn.stock_layers import kind_of
+from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import matches, pattern_help
 from tensornet_hf.moe.feed_forward import DropoutPlace, FeedForward, check_reading, computes_inside
 from tensornet_moe import SharedCoreMoE

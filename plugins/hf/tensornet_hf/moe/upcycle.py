@@ -9,8 +9,8 @@ from torch import nn
 
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
-from tensornet.nn.carried_hooks import carry_hooks
 from tensornet.nn.extension import structure_changed
+from tensornet.nn.layer_kinds import carry_hooks
 from tensornet.progress import progress_bar
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners
 from tensornet_hf.moe.causality import causal_networks

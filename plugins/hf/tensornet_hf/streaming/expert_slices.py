@@ -20,9 +20,8 @@ from transformers.core_model_loading import (
 
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_files import FLOATS, Slice
-from tensornet.nn.compound import Compound, Stack
-from tensornet.nn.expansion import take_apart
-from tensornet.nn.stock_layers import compound_of
+from tensornet.nn.layer_kinds import compound_of
+from tensornet.nn.unfuse import Compound, Stack, unfuse
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet_hf.streaming.skeleton import as_loaded
 
@@ -66,7 +65,7 @@ def take_experts_apart(
         kind = compound_of(module)
         if kind is None or not name or any(users[id(p)] > 1 for p in module.parameters()):
             continue
-        compound = kind.take_apart(module, {})
+        compound = kind.unfuse(module, {})
         assert isinstance(compound, Compound)
         found = [
             (stack, _of_stack(f"{name}.{stack.parameter}", stack, tensors, stored, joined))
@@ -76,7 +75,7 @@ def take_experts_apart(
             for layer, (matrix, names) in zip(stack.names, parts or (), strict=True):
                 matrices[f"{name}.{layer}"], keys[f"{name}.{layer}"] = matrix, names
                 modules[f"{name}.{layer}"] = name
-    take_apart(skeleton, inside=matrices)
+    unfuse(skeleton, inside=matrices)
     for layer, matrix in matrices.items():
         target = skeleton.get_submodule(layer).get_parameter("matrix")
         if tuple(target.shape) != matrix.shape:

@@ -21,7 +21,7 @@ from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet.io.atomic import CHUNK, Written, file_digest, write_file
 from tensornet.io.safetensors_files import ShardTask, Slice, write_shard
-from tensornet.nn.expert_matrix import ExpertMatrix
+from tensornet.nn.unfuse import ExpertMatrix
 from tensornet.progress import progress_bar
 from tensornet.streaming.pool import run_tasks
 from tensornet.streaming.worker import (

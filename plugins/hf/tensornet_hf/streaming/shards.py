@@ -11,10 +11,10 @@ from torch import nn
 from tensornet.compression import CompressionConfig, LayerPlan
 from tensornet.io.safetensors_files import FLOATS, Slice
 from tensornet.nn.encoding import hold
-from tensornet.nn.expansion import settle
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
+from tensornet.nn.unfuse import fuse
 from tensornet.streaming.worker import Piece, is_of_core
 from tensornet_hf.checkpoint.describe import describe
 from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
@@ -119,7 +119,7 @@ def config_text(
         _put_in_place(skeleton, piece)
     for piece in pieces:
         _share_core(skeleton, piece.plan)
-    settle(skeleton)
+    fuse(skeleton)
     described: TensorNetworkConfig = describe(skeleton, compression=config.to_dict())
     return json.dumps({**source, "quantization_config": described.to_dict()}, indent=2, sort_keys=True) + "\n"
 

@@ -12,7 +12,7 @@ from tensornet.compression import CompressionConfig, CompressionPlan
 from tensornet.compression.shared_stacks import stacks_of_experts
 from tensornet.errors import TargetError
 from tensornet.io.safetensors_files import FLOATS, Slice, contents
-from tensornet.nn.stock_layers import layer_bias
+from tensornet.nn.layer_kinds import layer_bias
 from tensornet.nn.targets import Target, all_targets, find_targets
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet.streaming.worker import PieceTask, StackTask, Use

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import TargetError
-from tensornet.nn.carried_hooks import has_own_forward
 from tensornet.optional import import_optional
 
 
@@ -102,16 +101,16 @@ class CompoundKind(ABC):
         """Return True if this kind describes the module."""
 
     @abstractmethod
-    def take_apart(self, module: nn.Module, shared: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
-        """Build a `tensornet.nn.compound.Compound` that computes the same from the same parameters.
+    def unfuse(self, module: nn.Module, shared: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
+        """Build a `tensornet.nn.unfuse.Compound` that computes the same from the same parameters.
 
         Args:
             module: the stock module; its parameters are viewed, not copied.
-            shared: matrices of modules taken apart before, so that tied parameters stay tied.
+            shared: matrices of modules that were unfused before, so that tied parameters stay tied.
         """
 
     def reason_against(self, module: nn.Module) -> str | None:
-        """Explain briefly, for reports, why a module of a known type is not taken apart; None if it is."""
+        """Explain briefly, for reports, why a module of a known type cannot be unfused; None if it can."""
         return None
 
 
@@ -231,7 +230,7 @@ def register_compound_kind(kind: CompoundKind) -> CompoundKind:
     >>> class Nothing(tn.nn.CompoundKind):
     ...     def matches(self, module):
     ...         return False
-    ...     def take_apart(self, module, shared):
+    ...     def unfuse(self, module, shared):
     ...         raise NotImplementedError
     >>> tn.nn.compound_of(torch.nn.ReLU()) is tn.nn.register_compound_kind(Nothing())
     False
@@ -322,6 +321,61 @@ def layer_bias(module: nn.Module) -> Tensor | None:
     """Return the bias of a stock layer; None if absent, as in embeddings."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
+
+
+#: Dictionaries of `nn.Module` that hold the hooks of its calls and gradients.
+_DICTIONARIES = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks"),
+)
+#: Attributes in which accelerate keeps its hook, and the `forward` that it wraps.
+ACCELERATE = (HOOK, WRAPPED) = ("_hf_hook", "_old_forward")
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of the module that it replaces.
+
+    Both share the dictionaries, so that handles which registering returned still remove their hooks.
+
+    >>> old, new = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    >>> handle = old.register_forward_hook(lambda module, inputs, output: 0 * output)
+    >>> carry_hooks(old, new)
+    >>> bool(new(torch.ones(4)).any())
+    False
+    >>> handle.remove()
+    >>> bool(new(torch.ones(4)).any())
+    True
+    """
+    if old is new:
+        return
+    for name in _DICTIONARIES:
+        setattr(new, name, getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+    hook = vars(old).get(HOOK)
+    if hook is None or vars(new).get(HOOK) is hook:
+        return
+    hooks = import_optional("accelerate.hooks", extra="hf", user="A layer with a hook of accelerate")
+    # An empty hook first: the real one would place the tensors anew, which are where they belong.
+    hooks.add_hook_to_module(new, hooks.ModelHook())
+    new._hf_hook = hook
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return True if another `forward` than that of its class is set on a module.
+
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> layer.forward = lambda x: torch.zeros(4)
+    >>> has_own_forward(layer), has_own_forward(torch.nn.Linear(4, 4))
+    (True, False)
+    """
+    values = vars(module)
+    forward = values.get(WRAPPED if HOOK in values else "forward")
+    if forward is None:
+        return False
+    # Wrappers that were taken off leave the bound method of the class.
+    bound_to, function = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
+    return bound_to is not module or function is not type(module).forward
 
 
 for _kind in (_Linear(), _Conv1D(), _Embedding()):

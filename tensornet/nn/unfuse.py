@@ -1,0 +1,654 @@
+"""Unfusing: modules that own several matrices become modules with one layer for each, and back.
+
+Recurrent layers, attention and stacks of experts keep several matrices in one parameter, none of which is a
+layer. A `Compound` computes the same as such a stock module, but has a `PartMatrix` for every matrix: a view
+of its rows of the parameter. Such a layer is observed, planned and replaced as an `nn.Linear` is.
+`Compound.fuse` gives the stock module back where nothing was replaced.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensornet.contraction.operator import PLANNED_TOKENS
+from tensornet.errors import TargetError
+from tensornet.nn.execution import CACHED
+from tensornet.nn.extension import extensions
+from tensornet.nn.layer_kinds import (
+    ACCELERATE,
+    CompoundKind,
+    LayerKind,
+    carry_hooks,
+    compound_of,
+    has_own_forward,
+    layer_bias,
+    own_parameters,
+    register_compound_kind,
+    register_layer_kind,
+)
+from tensornet.nn.module import NetworkModule
+from tensornet.nn.weight_facts import weight_facts
+
+#: Matrices made so far, by the parameter they view and the rows of it.
+Shared = dict[tuple[object, ...], nn.Parameter]
+
+
+class PartMatrix(nn.Module):
+    """One matrix `(out_features, in_features)` of a module that owns several.
+
+    Not an `nn.Linear`: loading would take a parameter called `weight` here for one of the stock module.
+
+    Args:
+        matrix: the matrix; a parameter is taken as it is.
+        bias: shape `(out_features,)`; a parameter is taken as it is.
+
+    Example:
+        >>> from tensornet.nn import PartMatrix
+        >>> layer = PartMatrix(torch.randn(4, 8), bias=torch.zeros(4))
+        >>> layer(torch.randn(3, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.matrix = matrix if isinstance(matrix, nn.Parameter) else nn.Parameter(matrix)
+        plain = bias is None or isinstance(bias, nn.Parameter)
+        self.register_parameter("bias", bias if plain else nn.Parameter(bias))  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Weight matrix, under the name that other layers use."""
+        return self.matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x: (..., in_features)` to `(..., out_features)`."""
+        return F.linear(x, self.matrix, self.bias)
+
+
+class PartKind(LayerKind):
+    """Layer kind of `PartMatrix`."""
+
+    name = "part"
+    layer = PartMatrix
+
+    def matches(self, module: nn.Module) -> bool:
+        """See `LayerKind.matches`."""
+        return type(module) is self.layer
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """See `LayerKind.matrix`."""
+        assert isinstance(module, PartMatrix)
+        return module.matrix
+
+    def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+        """See `LayerKind.build`."""
+        return self.layer(matrix, bias)
+
+    def relatives(self, name: str, others: Iterable[str]) -> list[str]:
+        """Select the same projection of the other experts as relatives; see `LayerKind.relatives`."""
+        owner, number, matrix = ["", "", *name.rsplit(".", 2)][-3:]
+        if not number.isdigit():
+            return []
+        return [other for other in others if other.rsplit(".", 2)[::2] == [owner, matrix]]
+
+    def share(self, module: nn.Module, weight: nn.Parameter) -> None:
+        """See `LayerKind.share`."""
+        assert isinstance(module, PartMatrix)
+        module.matrix = weight
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices stacked along the rows of one parameter of the stock module.
+
+    Args:
+        parameter: its dotted name.
+        names: dotted names of the layers, in the order of the rows.
+        columns: width of a row.
+        transposed: each matrix is stored as `(in_features, out_features)`.
+        bias: dotted name of a parameter that is the bias of the only layer.
+
+    Example:
+        >>> from tensornet.nn import Stack
+        >>> stack = Stack("in_proj_weight", names=("query", "key", "value"), columns=16)
+        >>> parameter = torch.nn.Parameter(torch.randn(48, 16))
+        >>> [tuple(view.shape) for view in stack.views(parameter, {})]
+        [(16, 16), (16, 16), (16, 16)]
+    """
+
+    parameter: str
+    names: tuple[str, ...]
+    columns: int
+    transposed: bool = False
+    bias: str | None = None
+
+    def views(self, parameter: nn.Parameter, shared: Shared) -> list[nn.Parameter]:
+        """Split the parameter into matrices `(out_features, in_features)` that share memory with it."""
+        if self._is_whole(parameter):
+            return [parameter]
+        stacked = parameter.detach().reshape(len(self.names), -1, self.columns)
+        key = (id(parameter), len(self.names), self.columns, self.transposed)
+        return [
+            shared.setdefault(
+                (*key, row), nn.Parameter(x.T if self.transposed else x, parameter.requires_grad)
+            )
+            for row, x in enumerate(stacked)
+        ]
+
+    def joined(self, matrices: list[nn.Parameter], like: Tensor, shared: Shared) -> nn.Parameter:
+        """Join matrices into one parameter; the same matrices give the same parameter."""
+        if self._is_whole(like):
+            return matrices[0]
+        rows = [x.detach().T if self.transposed else x.detach() for x in matrices]
+        made = nn.Parameter(torch.cat(rows).reshape(like.shape), any(x.requires_grad for x in matrices))
+        return shared.setdefault((*map(id, matrices), like.shape), made)
+
+    def _is_whole(self, parameter: Tensor) -> bool:
+        return len(self.names) == 1 and parameter.ndim == 2 and not self.transposed
+
+
+class Compound(nn.Module):
+    """Abstract replacement for a stock module, which computes the same from layers of single matrices.
+
+    Subclasses define `forward` with the arguments of the stock module.
+
+    Args:
+        stock: the module it stands for, kept outside the tree of modules.
+        stacks: where the matrices lie in it.
+        shared: see `CompoundKind.unfuse`.
+
+    Example:
+        >>> from tensornet.nn import compound_of
+        >>> attention = torch.nn.MultiheadAttention(16, 2)
+        >>> compound = compound_of(attention).unfuse(attention, {})
+        >>> compound.type_name, compound.layer_names
+        ('MultiheadAttention', ('q_proj', 'k_proj', 'v_proj', 'out_proj'))
+    """
+
+    #: What sort of layer each matrix becomes.
+    layer = PartMatrix
+
+    def __init__(self, stock: nn.Module, stacks: tuple[Stack, ...], shared: Shared) -> None:
+        super().__init__()
+        self._stock = (stock,)
+        self._freed = False
+        self.stacks = stacks
+        for stack in stacks:
+            bias = None if stack.bias is None else _parameter(stock, stack.bias)
+            views = stack.views(stock.get_parameter(stack.parameter), shared)
+            for name, matrix in zip(stack.names, views, strict=True):
+                self._add(name, self.layer(matrix, bias))
+        taken = {stack.parameter for stack in stacks}
+        # In the dictionary: `register_parameter` would find the name, which `__getattr__` passes on.
+        self._parameters.update({name: p for name, p in stock._parameters.items() if name not in taken})
+        self.train(stock.training)
+
+    @property
+    def type_name(self) -> str:
+        """Name of the stock module's type, by which reports count parameters."""
+        return type(self._stock[0]).__name__
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(name for stack in self.stacks for name in stack.names)
+
+    @property
+    def weight(self) -> Tensor:
+        """Stock weight for code that reads it; its numbers are refused once layers are replaced."""
+        stock, first = self._stock[0], self.get_submodule(self.layer_names[0])
+        if "weight" not in stock._parameters:
+            return first.weight  # type: ignore[return-value]
+        weight: Tensor = stock.weight  # type: ignore[assignment]
+        if not self._freed:
+            return weight
+        like = first._computed_like() if isinstance(first, NetworkModule) else first.weight
+        assert isinstance(like, Tensor)
+        return weight_facts(like, weight.shape, list(self.parameters()))
+
+    @property
+    def compressed(self) -> bool:
+        """True if a layer has been replaced."""
+        return any(not isinstance(self.get_submodule(name), PartMatrix) for name in self.layer_names)
+
+    @torch.no_grad()
+    def fuse(self, shared: Shared) -> nn.Module:
+        """Return the module to keep: the compound if a layer was compressed, else the stock module.
+
+        Args:
+            shared: parameters that were put together before, so that tied ones stay tied.
+
+        Returns:
+            This module, freed of the stock parameters, if some layer was replaced; else the stock module
+            with the matrices in its parameters.
+        """
+        stock = self._stock[0]
+        if self.compressed:
+            self._free()
+            return self
+        if self._freed:
+            for stack in self.stacks:
+                layers = [self.get_submodule(name) for name in stack.names]
+                matrices = [layer.get_parameter("matrix") for layer in layers]
+                like = stock.get_parameter(stack.parameter)
+                _set_parameter(stock, stack.parameter, stack.joined(matrices, like, shared))
+                if stack.bias is not None and (bias := layer_bias(layers[0])) is not None:
+                    _set_parameter(stock, stack.bias, bias)  # type: ignore[arg-type]
+            for name, parameter in own_parameters(self).items():
+                _set_parameter(stock, name, parameter)
+        mine = set(self.modules())
+        for module in stock.modules():  # those that both have are in the mode that they are in
+            if module not in mine:
+                module.training = self.training
+        return stock
+
+    def _free(self) -> None:
+        """Delete the stock parameters; dense layers get memory of their own."""
+        stock = self._stock[0]
+        for name in self.layer_names:
+            if isinstance(layer := self.get_submodule(name), PartMatrix):
+                layer.matrix.data = _own(layer.matrix.data)
+        taken = [name for stack in self.stacks for name in (stack.parameter, stack.bias) if name is not None]
+        for name in {*taken, *own_parameters(stock)}:
+            parameter = stock.get_parameter(name)
+            empty = torch.empty_like(parameter, device="meta")
+            _set_parameter(stock, name, nn.Parameter(empty, parameter.requires_grad))
+        self._freed = True
+
+    def _add(self, name: str, layer: nn.Module) -> None:
+        place: nn.Module = self
+        *path, last = name.split(".")
+        for part in path:
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(last, layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up sizes and options in the stock module, for code that reads them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            stock = self.__dict__.get("_stock")
+            if stock is None or name in ACCELERATE:  # whose hooks belong to the stock module alone
+                raise
+            if name not in vars(stock[0]) and name not in stock[0]._parameters:
+                raise
+            return getattr(stock[0], name)
+
+
+def is_observed(*layers: nn.Module) -> bool:
+    """Return True if a layer has hooks, so that it must be called."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
+def dense_matrix(layer: nn.Module) -> Tensor:
+    """Return the differentiable matrix of a layer of a compound, from the cache if its strategy keeps one."""
+    if isinstance(layer, NetworkModule):
+        return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
+    assert isinstance(layer, PartMatrix)
+    return layer.matrix
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    owner, _, key = name.rpartition(".")
+    return module.get_submodule(owner)._parameters[key]
+
+
+def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(module.get_submodule(owner), key, value)
+
+
+def _own(matrix: Tensor) -> Tensor:
+    """Copy a matrix to contiguous memory of its own, if it shares memory."""
+    alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
+    return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
+
+
+class ExpertMatrix(PartMatrix):
+    """Matrix of one expert; the biases of experts stay stacked."""
+
+
+class _ExpertKind(PartKind):
+    name = "expert"
+    layer = ExpertMatrix
+
+
+#: Parameters that are stacks of matrices, by class and dotted name; see `register_stacked_matrices`.
+_STACKED: dict[str, Mapping[str, str]] = {}
+
+
+def register_stacked_matrices(type_name: str, layouts: Mapping[str, str]) -> None:
+    """Declare which parameters of a class are stacks of matrices, or one matrix with a split side.
+
+    Neither the names nor the shapes of parameters tell whether a stack of experts is `(experts, out, in)` or
+    `(experts, in, out)`, so it is said here. The code of the class may multiply by a stack with `torch.bmm`,
+    `torch.einsum` or `@`, or by one matrix of it, `stack[k]`, with `F.linear`, `torch.matmul` or `@`.
+
+    Args:
+        type_name: module and qualified name of the class, which need not be imported.
+        layouts: by dotted name of a parameter, what each of its dimensions is: `e` counts matrices, `i` are
+            inputs and `o` outputs. A stack whose parameter has two dimensions is stored with its
+            `num_experts` matrices one below the other.
+
+    Example:
+        >>> from tensornet.nn.unfuse import register_stacked_matrices, unfuse
+        >>> class Experts(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = torch.nn.Parameter(torch.randn(3, 4, 5))
+        ...     def forward(self, x):
+        ...         return torch.bmm(x, self.w)
+        >>> register_stacked_matrices(f"{Experts.__module__}.{Experts.__qualname__}", {"w": "eio"})
+        >>> model = torch.nn.Sequential(Experts())
+        >>> unfuse(model), model[0].layer_names
+        (['0'], ('0.w', '1.w', '2.w'))
+    """
+    wrong = {name: layout for name, layout in layouts.items() if layout not in _LAYOUTS}
+    if wrong or not layouts:
+        raise TargetError(f"Layouts of stacked matrices are {', '.join(_LAYOUTS)}; got {wrong or layouts}.")
+    _STACKED[type_name] = dict(layouts)
+
+
+_LAYOUTS = ("eio", "eoi", "ioo", "oii", "iio", "ooi")
+
+_TRANSFORMERS = "transformers.models"
+register_stacked_matrices(
+    f"{_TRANSFORMERS}.llama4.modeling_llama4.Llama4TextExperts", {"gate_up_proj": "eio", "down_proj": "eio"}
+)
+register_stacked_matrices(f"{_TRANSFORMERS}.jetmoe.modeling_jetmoe.JetMoeParallelExperts", {"weight": "eoi"})
+register_stacked_matrices(
+    f"{_TRANSFORMERS}.dbrx.modeling_dbrx.DbrxExperts", {"mlp.w1": "eoi", "mlp.v1": "eoi", "mlp.w2": "eio"}
+)
+register_stacked_matrices(
+    f"{_TRANSFORMERS}.xlnet.modeling_xlnet.XLNetRelativeAttention",
+    {"q": "ioo", "k": "ioo", "v": "ioo", "r": "ioo", "o": "oii"},
+)
+
+
+class StackedMatrices(Compound):
+    """Replacement for a module of a class known to `register_stacked_matrices`, run by the class's own code.
+
+    The code finds a stand-in where the parameter was, whose products are computed by layers; any other
+    operation on it raises. Parameters may be those of a child, which is then run in the same way.
+    """
+
+    def __init__(self, stock: nn.Module, layouts: Mapping[str, str], shared: Shared) -> None:
+        self.__dict__["layouts"] = {}  # until the stacks are known, see `__getattr__`
+        self._shapes = {name: _shape(stock, name, layout) for name, layout in layouts.items()}
+        stacks = {name: _stack(name, layouts[name], self._shapes[name]) for name in layouts}
+        super().__init__(stock, tuple(stacks.values()), shared)
+        self._names = {name: stack.names for name, stack in stacks.items()}
+        self.layouts = dict(layouts)
+        self.holders = frozenset(name.partition(".")[0] for name in layouts if "." in name)
+        for name, child in stock.named_children():
+            if name not in self.holders:
+                self.add_module(name, child)
+
+    @property
+    def weight(self) -> Any:
+        """Stand-in for a stack named `weight`; otherwise see `Compound.weight`."""
+        return self._stacked("weight") if "weight" in self.layouts else super().weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the code of the stock module."""
+        return type(self._stock[0]).forward(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up stand-ins for the stacks, and other attributes in the stock module."""
+        layouts = self.__dict__.get("layouts", {})
+        if name in layouts:
+            return self._stacked(name)
+        if name in self.__dict__.get("holders", ()):
+            return _Holder(self, name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            kind = type(self._stock[0]) if layouts else nn.Module
+            method = inspect.getattr_static(kind, name, None)
+            if not hasattr(method, "__get__"):
+                raise
+            return method.__get__(self, kind)  # bound to this module, unless it is static
+
+    def _stacked(self, name: str) -> "_Stacked":
+        layers = [self.get_submodule(x) for x in self._names[name]]
+        return _Stacked(layers, self.layouts[name], self._shapes[name])
+
+
+class _Holder:
+    """Stand-in for a child that holds stacks: runs the child's code with stand-ins for the stacks."""
+
+    def __init__(self, owner: StackedMatrices, name: str) -> None:
+        self._owner, self._name = owner, name
+        self._child = owner._stock[0].get_submodule(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._child).forward(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        full = f"{self._name}.{name}"
+        return self._owner._stacked(full) if full in self._owner.layouts else getattr(self._child, name)
+
+
+class _Stacked:
+    """Stand-in for a parameter in products; raises for any other operation."""
+
+    def __init__(self, layers: Sequence[nn.Module], layout: str, shape: tuple[int, ...]) -> None:
+        self.layers, self.layout, self.shape = layers, layout, torch.Size(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].weight.dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].weight.device  # type: ignore[return-value]
+
+    def view(self, *sizes: Any) -> "_Stacked":
+        """Return the stack itself, for a view of stacked rows in the shape of the stack."""
+        asked = tuple(sizes[0] if len(sizes) == 1 else sizes)
+        if len(asked) != 3 or any(x not in (-1, known) for x, known in zip(asked, self.shape, strict=True)):
+            raise TargetError(
+                f"An unfused stack of matrices cannot be viewed as {asked}, only as {tuple(self.shape)}."
+            )
+        return self
+
+    def __getitem__(self, index: Any) -> "_One":
+        if self.layout[0] != "e" or (isinstance(index, Tensor) and index.numel() != 1):
+            raise TargetError(
+                "An unfused stack gives one matrix at a time; got an index of "
+                f"{tuple(index.shape) if isinstance(index, Tensor) else index}."
+            )
+        return _One(self.layers[int(index)])
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.bmm, torch.matmul, Tensor.__matmul__, Tensor.matmul) and not kwargs:
+            x, stack = args
+            return stack._product(x)
+        if func is torch.einsum and not kwargs:
+            equation, x, stack = args
+            return stack._einsum(equation, x)
+        raise TargetError(
+            f"{getattr(func, '__name__', func)} cannot compute with an unfused stack of matrices, only "
+            "bmm, einsum, and products with one matrix of it."
+        )
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Multiply `x: (matrices, tokens, in)` by each matrix."""
+        return torch.stack([layer(part) for layer, part in zip(self.layers, x.unbind(), strict=True)])
+
+    def _einsum(self, equation: str, x: Tensor) -> Tensor:
+        """Compute an einsum that sums over the inputs of the stack and keeps its outputs."""
+        given, _, after = equation.replace(" ", "").partition("->")
+        before, _, weight = given.partition(",")
+        role = dict(zip(weight, self.layout, strict=True))
+        summed = [letter for letter in weight if role[letter] == "i"]
+        made = [letter for letter in weight if role[letter] == "o"]
+        kept = [letter for letter in before if letter not in summed]
+        if self.layout[0] == "e":
+            kept = [weight[0], *(letter for letter in kept if letter != weight[0])]
+        x = x.permute([before.index(letter) for letter in (*kept, *summed)]).flatten(len(kept))
+        y = self._product(x) if self.layout[0] == "e" else self.layers[0](x)
+        y = y.unflatten(-1, [self.shape[weight.index(letter)] for letter in made])
+        order = [*kept, *made]
+        return y.permute([order.index(letter) for letter in after])
+
+
+class _One:
+    """Stand-in for one matrix of a stack, in either orientation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @property
+    def T(self) -> "_One":
+        return self
+
+    mT = T
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        known = (F.linear, torch._C._nn.linear, torch.matmul, Tensor.__matmul__, Tensor.matmul)
+        if func in known and len(args) == 2 and not kwargs:
+            return args[1].layer(args[0])
+        raise TargetError(
+            f"{getattr(func, '__name__', func)} cannot compute with one matrix of an unfused stack, only "
+            "linear and matmul."
+        )
+
+
+def _shape(stock: nn.Module, name: str, layout: str) -> tuple[int, ...]:
+    """Return the shape of a stack with one dimension for each letter of its layout."""
+    shape = tuple(stock.get_parameter(name).shape)
+    if len(shape) == len(layout):
+        return shape
+    count: int = stock.num_experts  # type: ignore[assignment]
+    return (count, shape[0] // count, shape[1])
+
+
+def _stack(name: str, layout: str, shape: tuple[int, ...]) -> Stack:
+    layer, transposed = name.replace(".", "_"), layout.index("i") < layout.index("o")
+    if layout[0] == "e":
+        return Stack(name, tuple(f"{k}.{layer}" for k in range(shape[0])), shape[2], transposed)
+    last = [size for size, letter in zip(shape, layout, strict=True) if letter == layout[-1]]
+    return Stack(name, (f"{layer}_matrix",), math.prod(last), transposed)
+
+
+class _StackedKind(CompoundKind):
+    def matches(self, module: nn.Module) -> bool:
+        layouts = _STACKED.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        names = {name for name, _ in module.named_parameters()} if layouts else set()
+        return layouts is not None and layouts.keys() <= names
+
+    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
+        kind = type(module)
+        return StackedMatrices(module, _STACKED[f"{kind.__module__}.{kind.__qualname__}"], shared)
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Show every weight of a model as a layer inside the block, where it can be observed and replaced.
+
+    Modules that own several matrices (recurrent layers, stacks of experts) are replaced by equivalent ones
+    with a layer for each; extensions do the same for classes of their own. After the block every module whose
+    layers were not replaced is the stock module again. Blocks may be nested.
+
+    Example:
+        >>> from tensornet.nn.unfuse import unfused
+        >>> model = torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2))
+        >>> with unfused(model):
+        ...     print([name for name, _ in model[0].named_children()])
+        ['q_proj', 'k_proj', 'v_proj', 'out_proj']
+    """
+    with ExitStack() as stack:
+        stack.callback(fuse, model, unfuse(model))
+        for extension in extensions():
+            stack.enter_context(extension.unfused(model))
+        yield
+
+
+def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str]:
+    """Replace modules that own several matrices by equivalent compounds, in place, without copies.
+
+    Args:
+        model: any model; if it is such a module itself, it is left as it is.
+        inside: only modules that hold one of these names, which are those of layers in replaced modules.
+
+    Returns:
+        Names of the modules that were replaced.
+
+    >>> from tensornet.nn.unfuse import unfuse
+    >>> model = nn.Sequential(nn.Conv1d(4, 4, 3))
+    >>> unfuse(model), [name for name, _ in model.named_modules()]
+    (['0'], ['', '0', '0.matrix'])
+    """
+    wanted = None if inside is None else {name[:k] for name in inside for k, x in enumerate(name) if x == "."}
+    shared: Shared = {}
+    made: dict[int, nn.Module] = {}  # one module under several names stays one module
+    found = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not name or isinstance(module, Compound) or (wanted is not None and name not in wanted):
+            continue
+        kind = None if has_own_forward(module) else compound_of(module)
+        if kind is not None:
+            if id(module) not in made:
+                made[id(module)] = kind.unfuse(module, shared)
+            _put(model, name, made[id(module)])
+            found.append(name)
+    return found
+
+
+def fuse(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Restore stock modules whose matrices were not replaced.
+
+    Args:
+        model: any model.
+        names: look at these modules only.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Compound)
+    }
+    shared: Shared = {}
+    made: dict[int, nn.Module] = {}
+    for name, module in found.items():
+        if names is not None and name not in names:
+            continue
+        if id(module) not in made:
+            made[id(module)] = module.fuse(shared)
+        if made[id(module)] is not module:
+            _put(model, name, made[id(module)])
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    place = model.get_submodule(parent)
+    carry_hooks(place.get_submodule(child), module)
+    setattr(place, child, module)
+
+
+register_layer_kind(PartKind())
+register_layer_kind(_ExpertKind())
+register_compound_kind(_StackedKind())
