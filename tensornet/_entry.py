@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from tensornet.optional import missing_hint
+from tensornet._util import missing_hint
 
 # What the extra `cli` brings; an architecture test compares this with pyproject.toml.
 CLI_MODULES = ("accelerate", "filelock", "jinja2", "matplotlib", "rich", "transformers", "typer")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensornet.checks import check_number, check_size
+from tensornet._util import check_number, check_size
 from tensornet.errors import BudgetError
 
 

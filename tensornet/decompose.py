@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensornet._util import check_dense, outside_autocast
 from tensornet.als import fit_from_random
 from tensornet.budget import Budget
-from tensornet.checks import check_dense
-from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.linalg.svd import check_finite, frobenius, result_dtype, safe_scale, scaled_back, working_dtype
 from tensornet.network import TensorNetwork

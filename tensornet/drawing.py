@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tensornet.optional import import_optional
+from tensornet._util import import_optional
 from tensornet.topology import Topology
 
 if TYPE_CHECKING:

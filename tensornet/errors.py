@@ -116,7 +116,7 @@ class MissingDependencyError(TensorNetError, ImportError):
     """An optional package is missing; the message holds the pip command that installs it.
 
     Example:
-        >>> from tensornet.optional import require
+        >>> from tensornet._util import require
         >>> require(("no_such_package",), extra="viz", user="draw")
         Traceback (most recent call last):
             ...

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensornet._util import import_optional
 from tensornet.errors import ShapeError
-from tensornet.optional import import_optional
 
 
 def to_quimb(cores: Sequence[Tensor]) -> Any:

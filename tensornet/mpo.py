@@ -16,14 +16,12 @@ from torch import Tensor
 
 from tensornet import certificates, interop
 from tensornet import mpo_algebra as algebra
+from tensornet._util import check_dense, check_size, check_sizes, html_table, outside_autocast
 from tensornet.budget import Budget
-from tensornet.checks import check_dense, check_size, check_sizes
-from tensornet.context import outside_autocast
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import Method, check_finite, frobenius
 from tensornet.linalg.tt_svd import default_tolerance, has_full_bonds, tt_svd, tt_svd_stack
 from tensornet.network import TensorNetwork
-from tensornet.notebook import html_table
 from tensornet.topologies.factored import choose_dims
 from tensornet.topologies.mpo import chain
 from tensornet.topology import Topology

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensornet._util import outside_autocast
 from tensornet.budget import caps_of_bonds
-from tensornet.context import outside_autocast
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.linalg.svd import check_finite, largest_element, result_dtype, truncated_svd, working_dtype
-from tensornet.scaling import split_exponent, times_power_of_two
 
 Cores = tuple[Tensor, ...]
 
@@ -509,3 +508,27 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = R.diagonal()
     phase = torch.sgn(torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal))
     return Q * phase, R * phase.conj()[:, None]
+
+
+# --- numbers as `mantissa * 2^exponent`, so that long products neither overflow nor underflow; exponents are
+# 0-dimensional float64 tensors without gradient, and a product with a power of two is exact.
+
+
+def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a tensor into one whose largest element lies in `[1/2, 1)`, and a power of two.
+
+    The exponent of zeros, and of a tensor with NaN or infinity in it, is 0. The first result has a gradient.
+    """
+    size = tensor.detach().abs().amax().double()
+    exponent = torch.frexp(size).exponent.double()
+    exponent = torch.where(torch.isfinite(size) & (size > 0), exponent, torch.zeros_like(exponent))
+    return times_power_of_two(tensor, -exponent), exponent
+
+
+def times_power_of_two(tensor: Tensor, exponent: Tensor) -> Tensor:
+    """Compute `tensor * 2^exponent` without an intermediate result outside the range of the dtype."""
+    limit = 1000 if tensor.dtype in (torch.float64, torch.complex128) else 120
+    first = exponent.clamp(-limit, limit)
+    second = (exponent - first).clamp(-limit, limit)  # beyond, a mantissa becomes 0 or infinite anyhow
+    dtype = tensor.real.dtype
+    return tensor * torch.exp2(first).to(dtype) * torch.exp2(second).to(dtype)

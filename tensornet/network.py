@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tensornet.checks import check_size
+from tensornet._util import check_size, html_table
 from tensornet.contraction.machine import default_machine
 from tensornet.contraction.operator import contract_with_input, plan_matrix, plan_operator
 from tensornet.contraction.steps import run
 from tensornet.drawing import draw_topology
 from tensornet.errors import ShapeError, TopologyError
-from tensornet.notebook import html_table
 from tensornet.topology import Topology
 
 if TYPE_CHECKING:

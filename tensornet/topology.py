@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from tensornet.checks import check_size
+from tensornet._util import check_size
 from tensornet.errors import TopologyError
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_origin
 import torch
 from torch import Tensor, nn
 
-from tensornet.context import unwrapped
+from tensornet._util import unwrapped
 from tensornet.errors import TargetError
 
 #: Keyword arguments of a model. `"labels"` may be there for the loss alone.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import check_type, progress_bar, remembering
 from tensornet.calibration.batches import (
     Batch,
     BatchLike,
@@ -32,12 +33,9 @@ from tensornet.calibration.losses import (
 )
 from tensornet.calibration.shared_inputs import InputSum, Reading
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.checks import check_type
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.targets import LayerSelection, check_model
 from tensornet.nn.weight_readers import Run, weight_readers
-from tensornet.progress import progress_bar
-from tensornet.remembered import remembering
 
 Fisher = Literal["labels", "sampled"]
 #: Losses that first ask the model where it scores labels, which must not be observed.

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensornet._util import remembered
 from tensornet.calibration.batches import Batch
 from tensornet.linalg.cholesky import cholesky
 from tensornet.linalg.weighted_svd import damped, root
-from tensornet.remembered import remembered
 
 #: Rows of a layer that are kept, and how many tokens of each.
 ROWS, TOKENS = 16, 32

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.draws import seeded_draws
-from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import LayerSelection, check_loaded, find_targets

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode
 from tensornet.calibration.batches import IGNORED, Batch, run_model, takes_labels
-from tensornet.context import in_eval_mode
 from tensornet.errors import CalibrationWarning
 
 #: Positions that get a label in a trial.

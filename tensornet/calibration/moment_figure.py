@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tensornet.optional import import_optional
+from tensornet._util import import_optional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

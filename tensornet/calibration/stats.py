@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import safetensors
 from torch import Tensor
 
+from tensornet._util import html_table
 from tensornet.errors import FormatError
 from tensornet.io.safetensors_files import write_tensors
-from tensornet.notebook import html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,6 @@ from tensornet.compression.model_files import load_model, save_model
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planner import PreparedPlan, plan, prepare
 from tensornet.compression.report import CompressionReport, LayerReport
-from tensornet.deprecation import moved
 
 __all__ = [
     "CompressionConfig",
@@ -25,23 +24,3 @@ __all__ = [
     "prepare",
     "save_model",
 ]
-
-#: Names that were exported here before packages had one job each; they go with the next release.
-__getattr__ = moved(
-    __name__,
-    {
-        **dict.fromkeys(
-            (
-                "CalibrationStats",
-                "calibrate",
-                "cosine_losses",
-                "label_losses",
-                "losses_against",
-                "sampled_losses",
-            ),
-            "tensornet.calibration",
-        ),
-        **dict.fromkeys(("HealReport", "RefineReport", "heal", "refine"), "tensornet.healing"),
-        **dict.fromkeys(("Target", "find_targets"), "tensornet.nn.targets"),
-    },
-)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import check_type, progress_bar, warn
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.checks import check_type
 from tensornet.compression.candidates import relative_gap
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
@@ -32,8 +32,6 @@ from tensornet.nn.targets import (
     split_by_adapters,
 )
 from tensornet.nn.unfuse import fuse, unfused
-from tensornet.notices import warn
-from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.underflow import scales_underflow, with_wide_scales
 from tensornet.topologies import Decomposition, topology_family

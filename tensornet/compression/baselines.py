@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import on_cpu_unless_said, progress_bar
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.sensitivity import forecast_weighting, input_weighting
-from tensornet.context import on_cpu_unless_said
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, tail_costs, weighted_svd
 from tensornet.nn.encoding import Storage
 from tensornet.nn.targets import Target, all_targets
 from tensornet.nn.unfuse import unfused
-from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.formats import BITS
 from tensornet.topologies import dense

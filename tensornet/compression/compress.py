@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
+from tensornet._util import warn
 from tensornet.calibration.batch_sample import BatchSample
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.calibrate import calibrate
@@ -19,7 +20,6 @@ from tensornet.compression.report import CompressionReport, layer_reports, model
 from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.extension import provided_data
 from tensornet.nn.targets import check_model
-from tensornet.notices import warn
 
 Calibration = CalibrationStats | Iterable[BatchLike]
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from tensornet._util import check_number, check_size, check_type
 from tensornet.budget import Budget
-from tensornet.checks import check_number, check_size, check_type
 from tensornet.errors import BudgetError, FormatError, TopologyError
 from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat

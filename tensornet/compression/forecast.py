@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode
 from tensornet.calibration.batches import BatchLike, as_batch
 from tensornet.calibration.label_shift import same_convention
 from tensornet.calibration.losses import TokenLosses
-from tensornet.context import in_eval_mode
 from tensornet.errors import BudgetError, TargetError
 from tensornet.nn.module import NetworkModule
 

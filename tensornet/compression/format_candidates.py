@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensornet._util import remembering
 from tensornet.compression.candidates import LayerCandidates, relative_gap, round_trip
 from tensornet.compression.config import DEFAULT_FORMATS
 from tensornet.compression.latency import Clock
@@ -23,7 +24,6 @@ from tensornet.quantization.expected_loss import expected_losses
 from tensornet.quantization.prediction import group_ranges, spaced_rows
 from tensornet.quantization.scales import as_groups
 from tensornet.quantization.underflow import scales_underflow, storable_formats
-from tensornet.remembered import remembering
 from tensornet.topologies import dense
 from tensornet.topologies.dense import ROUNDING_DAMPING, round_dense
 from tensornet.topology import Topology

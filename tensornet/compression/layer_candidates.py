@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tensornet._util import remembering
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.candidates import (
     LayerCandidates,
@@ -30,7 +31,6 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.encoding import Storage
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat
-from tensornet.remembered import remembering
 from tensornet.topologies import TopologyFamily, topology_family
 
 #: Layers whose samples are rounded together, and bytes that the moments of one side may take meanwhile.

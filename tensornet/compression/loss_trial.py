@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode
 from tensornet.calibration.batch_sample import some_rows
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
@@ -18,7 +19,6 @@ from tensornet.compression.forecast import Rise, light_copy, opposite_errors
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.rounded_layers import RoundedLayers
-from tensornet.context import in_eval_mode
 from tensornet.nn.unfuse import unfused
 
 #: Tokens that losses are measured on.

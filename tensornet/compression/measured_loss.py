@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
 from tensornet.calibration.batch_sample import BatchSample, some_rows
 from tensornet.calibration.batches import Batch, BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.compression.forecast import Rise
-from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import CalibrationWarning
-from tensornet.notices import warn
 
 #: Tokens, or rows of plain models, that losses are measured on, at most; and batches they are taken from.
 TOKENS, BATCHES = 2048, 8

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tensornet._util import import_optional
 from tensornet.compression.baselines import BaselineLosses
 from tensornet.compression.layer_blocks import Panel, grid_of, layer_names
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
-from tensornet.optional import import_optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

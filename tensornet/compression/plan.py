@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensornet._util import html_table
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES
 from tensornet.compression.forecast import UNMEASURED, Forecast
@@ -25,7 +26,6 @@ from tensornet.compression.verification import Verification, is_unverified
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io.atomic import write_file
 from tensornet.nn.encoding import PLAIN, Storage
-from tensornet.notebook import html_table
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
 from tensornet.topology import Topology

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tensornet._util import progress_bar
 from tensornet.budget import Budget
 from tensornet.compression.allocate import decide_alone
 from tensornet.compression.config import CompressionConfig
@@ -14,7 +15,6 @@ from tensornet.errors import BudgetError
 from tensornet.linalg.matrix_spectrum import MatrixSpectrum, singular_values
 from tensornet.nn.encoding import Storage
 from tensornet.nn.targets import Target
-from tensornet.progress import progress_bar
 from tensornet.topologies import Decomposition, topology_family
 from tensornet.topologies.decomposition import Prediction
 from tensornet.topologies.fixed import topology_of_shape

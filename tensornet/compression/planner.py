@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import on_cpu_unless_said, progress_bar, warn
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
@@ -28,7 +29,6 @@ from tensornet.compression.sensitivity import is_known, never_ran
 from tensornet.compression.shared_stacks import SharedChoice, Stack, find_stacks, share_alone
 from tensornet.compression.verification import Checks
 from tensornet.compression.verify import verify_prices
-from tensornet.context import on_cpu_unless_said
 from tensornet.contraction.machine import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.matrix_spectrum import singular_values
@@ -36,8 +36,6 @@ from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
-from tensornet.notices import warn
-from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import Decomposition, topology_family
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tensornet._util import html_table
 from tensornet.compression.layer_plan import describe
 from tensornet.compression.measured_loss import MeasuredRise
 from tensornet.compression.plan import CompressionPlan, plan_text
 from tensornet.compression.reach import Reach
 from tensornet.nn.fixed_dtypes import FixedDtypes
-from tensornet.notebook import html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

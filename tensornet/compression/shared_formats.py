@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensornet._util import remembering
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.compression.shared_forms import (
     SHARED_FORMS,
@@ -41,7 +42,6 @@ from tensornet.quantization.expected_loss import expected_losses
 from tensornet.quantization.prediction import spaced_rows
 from tensornet.quantization.product_loss import predict_product_losses
 from tensornet.quantization.rounding import LEAST_DAMPING
-from tensornet.remembered import remembering
 from tensornet.topologies import topology_family
 from tensornet.topologies.dense import ROUNDING_DAMPING
 from tensornet.topologies.residual_family import BASE

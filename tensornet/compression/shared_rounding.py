@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import outside_autocast
 from tensornet.compression.shared_forms import (
     SHARED_FORMS,
     Cores,
@@ -19,7 +20,6 @@ from tensornet.compression.shared_forms import (
     trace,
     working,
 )
-from tensornet.context import outside_autocast
 from tensornet.linalg.weighted_svd import Weighting, times, weighted_svd
 from tensornet.nn.encoding import stored_core
 from tensornet.nn.storage import Storage

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tensornet._util import progress_bar
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.format_candidates import layer_formats
 from tensornet.compression.layer_plan import LayerPlan, low_rank_error
@@ -23,7 +24,6 @@ from tensornet.errors import TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.targets import Target
 from tensornet.nn.unfuse import PartMatrix
-from tensornet.progress import progress_bar
 from tensornet.quantization import NumberFormat
 
 #: Where layers are planned one by one, a shared form must cost at most this fraction of separate networks.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensornet._util import progress_bar, warn
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats
@@ -26,8 +27,6 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.verification import Checks, RaisedPrice, form_of, has_large_error
 from tensornet.errors import CalibrationWarning
 from tensornet.nn.targets import Target
-from tensornet.notices import warn
-from tensornet.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import nn

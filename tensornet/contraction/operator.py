@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 
-from tensornet.checks import check_input
+from tensornet._util import check_input
 from tensornet.contraction.cost import dense_seconds, plan_seconds
 from tensornet.contraction.lowering import lower_path
 from tensornet.contraction.machine import CPU, Machine

@@ -10,10 +10,10 @@ from typing import Any
 
 import opt_einsum
 
+from tensornet._util import import_optional
 from tensornet.contraction.lowering import lower_path
 from tensornet.contraction.steps import TOKENS, ContractionPlan, PairStep, run
 from tensornet.errors import TopologyError
-from tensornet.optional import import_optional
 
 __all__ = [
     "TOKENS",

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from tensornet._util import check_size
 from tensornet.calibration.batches import Batch
-from tensornet.checks import check_size
 
 #: Distance between the outputs of the student and the teacher on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode, progress_bar, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches
-from tensornet.context import in_eval_mode, without_cache
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.checkpoint import load_state, save_state
 from tensornet.healing.config import HealingConfig
@@ -29,7 +29,6 @@ from tensornet.healing.trained_scales import trained_scales
 from tensornet.io.atomic import check_place
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.unfuse import unfused
-from tensornet.progress import progress_bar
 
 
 @dataclass(frozen=True)

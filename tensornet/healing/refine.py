@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode, progress_bar, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.sensitivity import INPUT_DAMPING, is_known, layer_weighting
-from tensornet.context import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import TargetError
 from tensornet.healing.objective import output_distance
 from tensornet.healing.shared_layers import SharedLayers, find_shared_layers
@@ -41,7 +41,6 @@ from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import all_targets
 from tensornet.nn.unfuse import unfused
-from tensornet.progress import progress_bar
 from tensornet.topologies import topology_family
 
 #: Fraction of the batches that are held back to judge whether refitting helped.

@@ -13,9 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tensornet._util import check_dense, check_size, outside_autocast
 from tensornet.budget import Budget
-from tensornet.checks import check_dense, check_size
-from tensornet.context import outside_autocast
 from tensornet.errors import BudgetError, NonFiniteError
 from tensornet.linalg.gram_matrix import GramMatrix
 from tensornet.linalg.subspace_iteration import iterated_basis, worth_iterating

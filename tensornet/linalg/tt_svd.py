@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensornet._util import check_sizes
 from tensornet.budget import Budget
-from tensornet.checks import check_sizes
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import (
     Method,

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, fix_signs, working_dtype
-from tensornet.remembered import remembered
 
 #: Eigenvalues below this fraction of the largest count as zero where Cholesky fails.
 _EIGEN_FLOOR = 1e-12

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tensornet.context import is_exporting, outside_autocast
+from tensornet._util import is_exporting, outside_autocast
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import (
     FLOAT,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tensornet.checks import check_size
+from tensornet._util import check_size
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, check_machine, default_machine
 from tensornet.contraction.operator import (

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tensornet.checks import check_size
+from tensornet._util import check_size
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine
 from tensornet.contraction.operator import RECONSTRUCT, OperatorPlan

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from tensornet.checks import check_type
+from tensornet._util import check_type, warn
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import module_spec
-from tensornet.notices import warn
 
 #: Runs a model that is given to it.
 Run = Callable[[nn.Module], Any]

@@ -27,7 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tensornet.context import is_exporting
+from tensornet._util import is_exporting
 from tensornet.nn.encoding import packed_codes, unpacked_codes
 from tensornet.quantization import NumberFormat, packed_bytes, unpack
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import import_optional
 from tensornet.errors import TargetError
-from tensornet.optional import import_optional
 
 
 class LayerKind(ABC):

@@ -9,8 +9,7 @@ from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from tensornet.checks import check_input
-from tensornet.context import is_exporting
+from tensornet._util import check_input, is_exporting
 from tensornet.contraction.machine import default_machine
 from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input, plan_operator
 from tensornet.contraction.steps import is_slow

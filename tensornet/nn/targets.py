@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensornet.checks import check_type
+from tensornet._util import check_type, warn
 from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import (
     OWN_FORWARD,
@@ -22,7 +22,6 @@ from tensornet.nn.layer_kinds import (
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.unfuse import Compound
 from tensornet.nn.weight_readers import weight_readers
-from tensornet.notices import warn
 
 ALL = "all"
 

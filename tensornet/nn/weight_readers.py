@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.context import uncompiled
+from tensornet._util import uncompiled
 from tensornet.nn.extension import Run, sample_runs
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.unfuse import Compound, PartMatrix

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.cholesky import cholesky
 from tensornet.linalg.svd import check_finite
-from tensornet.remembered import remembered
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tensornet.checks import check_dense
-from tensornet.context import outside_autocast
+from tensornet._util import check_dense, outside_autocast
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.quantization.curvature import prepare_side

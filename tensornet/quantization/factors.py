@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tensornet.context import outside_autocast
+from tensornet._util import outside_autocast
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, times

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tensornet.checks import check_sizes
+from tensornet._util import check_sizes
 from tensornet.errors import FormatError
 from tensornet.quantization.packing import packed_bytes
 

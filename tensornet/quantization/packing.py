@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tensornet.context import is_exporting
+from tensornet._util import is_exporting
 from tensornet.errors import ShapeError
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensornet._util import remembered
 from tensornet.linalg.weighted_svd import closest_shift
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.scales import as_groups, spread_groups
-from tensornet.remembered import remembered
 
 #: Standard deviations beyond which a normal distribution counts as zero.
 _FAR = 12.0

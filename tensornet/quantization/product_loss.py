@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensornet.context import outside_autocast
+from tensornet._util import outside_autocast, remembered
 from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
 from tensornet.quantization.curvature import prepare_side
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.prediction import ExpectedResiduals, spaced_rows, unit_losses
 from tensornet.quantization.rounding import COLUMN_DAMPING, LEAST_DAMPING, Rounding, _Problem, _roundings
 from tensornet.quantization.scales import search_scales
-from tensornet.remembered import remembered
 
 #: Rows of each factor whose residuals are predicted one by one; they stand for the others.
 SAMPLED_ROWS = 128

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tensornet.context import outside_autocast
+from tensornet._util import outside_autocast
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.quantization.codes import dequantize

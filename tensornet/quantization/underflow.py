@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tensornet._util import remembered
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.scales import as_groups
-from tensornet.remembered import remembered
 
 #: Largest share of the weighted energy in groups with such scales that is left out of account. If all of it
 #: is lost, the relative error is that of rounding to 8 bits.

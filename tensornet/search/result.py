@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tensornet.checks import check_number
+from tensornet._util import check_number
 from tensornet.errors import BudgetError
 from tensornet.topology import Topology
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tensornet._util import check_dense, check_size
 from tensornet.budget import Budget
-from tensornet.checks import check_dense, check_size
 from tensornet.contraction.cost import dense_seconds
 from tensornet.contraction.machine import Machine, check_machine, default_machine
 from tensornet.contraction.operator import plan_operator

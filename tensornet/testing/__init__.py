@@ -1,6 +1,6 @@
 """Property testing of tensor networks: hypothesis strategies, laws, slow references."""
 
-from tensornet.optional import require
+from tensornet._util import require
 
 require(("hypothesis",), extra="testing", user="tensornet.testing")
 

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tensornet._util import check_dense, outside_autocast
 from tensornet.budget import Budget, check_budget
-from tensornet.checks import check_dense
-from tensornet.context import outside_autocast
 from tensornet.errors import TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.matrix_spectrum import MatrixSpectrum

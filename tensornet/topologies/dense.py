@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tensornet._util import check_size
 from tensornet.budget import Budget, caps_of_bonds
-from tensornet.checks import check_size
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tensornet._util import check_size, check_sizes, warn
 from tensornet.budget import Budget, caps_of_bonds
-from tensornet.checks import check_size, check_sizes
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, frobenius
 from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
-from tensornet.notices import warn
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.leg_dims import balanced_factors

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tensornet._util import check_sizes
 from tensornet.budget import Budget
-from tensornet.checks import check_sizes
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import TTResult, max_bonds, tt_svd

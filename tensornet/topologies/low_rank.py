@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensornet._util import check_size, remembered
 from tensornet.budget import Budget, caps_of_bonds, check_budget
-from tensornet.checks import check_size
 from tensornet.errors import TopologyError
 from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.matrix_spectrum import MatrixSpectrum
@@ -39,7 +39,6 @@ from tensornet.network import TensorNetwork
 from tensornet.quantization.factors import round_product
 from tensornet.quantization.product_loss import predict_product_losses
 from tensornet.quantization.rounding import RoundedWeight
-from tensornet.remembered import remembered
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition, Prediction
 from tensornet.topologies.factored import refuse_options

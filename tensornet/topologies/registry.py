@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 
+from tensornet._util import warn
 from tensornet.errors import TopologyError
-from tensornet.notices import warn
 from tensornet.topologies.base import TopologyFamily
 
 #: Group of entry points by which an installed package offers families: each names an instance.

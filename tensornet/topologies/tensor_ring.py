@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tensornet._util import check_size
 from tensornet.als import fit_network
 from tensornet.budget import Budget
-from tensornet.checks import check_size
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import (
     Method,

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import tensornet as tn
+from tensornet._util import ROWS, html_table
 from tensornet.compression.baselines import BaselineLosses, baseline_losses
 from tensornet.compression.layer_blocks import grid_of, layer_names, panels_of
 from tensornet.compression.pictures import (
@@ -20,7 +21,6 @@ from tensornet.compression.pictures import (
     losses_by_method,
     plan_figure,
 )
-from tensornet.notebook import ROWS, html_table
 
 Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport, BaselineLosses]
 
@@ -155,8 +155,8 @@ import sys
 import importlib.util
 known = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "matplotlib" else known(name, *rest)
-import tensornet.optional
-tensornet.optional.find_spec = importlib.util.find_spec
+import tensornet._util
+tensornet._util.find_spec = importlib.util.find_spec
 import torch, tensornet as tn
 assert "matplotlib" not in sys.modules
 model = torch.nn.Sequential(torch.nn.Linear(8, 8))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import tensornet as tn
+from tensornet._util import remembered, remembering
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
-from tensornet.remembered import remembered, remembering
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_torchtt_tensor_is_refused() -> None:
 
 
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tensornet.optional.find_spec", lambda name: None)
+    monkeypatch.setattr("tensornet._util.find_spec", lambda name: None)
     with pytest.raises(tn.MissingDependencyError, match=r"to_quimb needs quimb.*tensornet-torch\[interop\]"):
         operator((2, 3), (2, 3), torch.float64).to_quimb()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
-from tensornet.scaling import split_exponent, times_power_of_two
+from tensornet.mpo_algebra import split_exponent, times_power_of_two
 from tensornet.testing import reference, strategies
 
 SITES = 200

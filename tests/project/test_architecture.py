@@ -83,7 +83,8 @@ def test_plugins_import_no_private_name_of_another_package() -> None:
         for target in imported(path)
         if target.startswith("tensornet")
         and target.split(".")[0] != package
-        and any(part.startswith("_") for part in target.split("."))
+        # `tensornet._util` is shared by the packages of this distribution, not by its users.
+        and any(part.startswith("_") for part in target.removeprefix("tensornet._util").split("."))
     }
     assert private == set()
 

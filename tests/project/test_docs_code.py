@@ -20,7 +20,7 @@ import pytest
 from page_blocks import check_output, python_blocks, run_blocks, with_outputs
 
 import tensornet as tn
-from tensornet import optional
+from tensornet import _util
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)?pictures/(?P<name>[\w.-]+)\)")
@@ -67,7 +67,7 @@ def test_pictures_are_committed_small_and_shown() -> None:
 def test_notebook_without_matplotlib_says_what_to_install(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(_util, "find_spec", lambda name: None)
     with pytest.raises(
         tn.MissingDependencyError, match=r"this notebook needs matplotlib.*tensornet-torch\[viz\]"
     ):

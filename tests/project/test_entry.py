@@ -14,8 +14,8 @@ import torch
 from hypothesis import settings
 
 from tensornet import _entry
+from tensornet._util import missing_hint, require
 from tensornet.errors import MissingDependencyError
-from tensornet.optional import missing_hint, require
 
 
 def test_nothing_missing_gives_no_hint() -> None:

@@ -212,7 +212,7 @@ def test_unknown_spectrum_lists_those_that_exist() -> None:
 def test_missing_hypothesis_names_the_extra() -> None:
     code = (
         "import tensornet as tn\n"
-        "import tensornet.optional as optional\n"
+        "import tensornet._util as optional\n"
         "optional.find_spec = lambda name: None\n"
         "try:\n    tn.testing\n"
         "except tn.MissingDependencyError as error:\n    print(error)"

@@ -3,12 +3,11 @@
 Importing this package registers the quantization method "tensornet" with transformers.
 """
 
-from tensornet.optional import require
+from tensornet._util import require
 
 require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
 import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
-from tensornet.deprecation import moved
 from tensornet.nn.extension import register_extension
 from tensornet_hf.checkpoint.export import ExportReport, export_compressed_tensors
 from tensornet_hf.checkpoint.load import load
@@ -58,15 +57,3 @@ __all__ = [
     "upcycle_folder",
     "verify_manifest",
 ]
-
-#: Internals that were exported here; they go with the next release.
-__getattr__ = moved(
-    __name__,
-    {
-        **dict.fromkeys(("Checkpoint", "StoredTensor", "read_checkpoint"), "tensornet_hf.checkpoint.headers"),
-        **dict.fromkeys(("check_free", "write_folder"), "tensornet_hf.checkpoint.folders"),
-        "resolve_folder": "tensornet_hf.checkpoint.load",
-        "TensorNetworkQuantizer": "tensornet_hf.checkpoint.quantizer",
-        "embedded_text": "tensornet_hf.text.default_data",
-    },
-)

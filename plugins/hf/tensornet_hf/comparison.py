@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from tensornet._util import progress_bar
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionPlan, CompressionReport
 from tensornet.compression.baselines import (
@@ -18,7 +19,6 @@ from tensornet.compression.baselines import (
     predict_baseline,
 )
 from tensornet.compression.report import model_size
-from tensornet.progress import progress_bar
 from tensornet.streaming.worker import peak_memory
 from tensornet_hf.report import BondSpectrum, ModelFacts, Page, versions
 from tensornet_hf.text.quality import Judge, Quality, judge_of

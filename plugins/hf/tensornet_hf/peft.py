@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.notices import warn
-from tensornet.optional import require
+from tensornet._util import require, warn
 
 require(("peft",), extra="peft", user="LoRA on compressed layers")
 

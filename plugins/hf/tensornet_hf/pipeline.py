@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensornet._util import progress_bar
 from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
 from tensornet.calibration.batches import BatchLike
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
@@ -20,7 +21,6 @@ from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
 from tensornet.nn.targets import all_targets
 from tensornet.nn.unfuse import unfused
-from tensornet.progress import progress_bar
 from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.hub import require_free, save_to
 from tensornet_hf.checkpoint.load import load, on_device, resolve_folder

@@ -1,6 +1,6 @@
 """Scaled bases: every expert rescales the rows and columns of a few matrices that all experts share."""
 
-from tensornet.checks import check_size
+from tensornet._util import check_size
 from tensornet.topology import CoreSpec, Topology
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.context import is_exporting
+from tensornet._util import is_exporting
 from tensornet.errors import ShapeError
 from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.grouped_linear import Groups, masked_linear

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.context import is_exporting
+from tensornet._util import is_exporting
 from tensornet.errors import ShapeError
 from tensornet_moe.checks import check_capacity, check_not_negative
 from tensornet_moe.ffn import ExpertFFN

@@ -109,7 +109,7 @@ def test_tasks_that_need_the_network_say_so(tmp_path: Path, encoder: Path) -> No
 
 
 def test_without_the_harness_the_pip_line_is_named(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tensornet.optional.find_spec", lambda name: None)
+    monkeypatch.setattr("tensornet._util.find_spec", lambda name: None)
     status, out, err = tensornet("eval", gpt2_path(), "--tasks", "arc_easy")
     assert (status, out) == (1, "")
     assert "tensornet eval --tasks needs lm_eval" in err

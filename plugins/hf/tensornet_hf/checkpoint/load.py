@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from tensornet._util import warn
 from tensornet.errors import FormatError, NonFiniteError, TensorNetError
-from tensornet.notices import warn
 from tensornet_hf.checkpoint.describe import is_inside
 from tensornet_hf.checkpoint.headers import Checkpoint, read_checkpoint
 from tensornet_hf.checkpoint.quantization_config import Descriptions

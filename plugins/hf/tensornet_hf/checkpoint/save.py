@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 import tensornet as tn
-from tensornet.context import unwrapped
+from tensornet._util import unwrapped
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.targets import adapter_names
 from tensornet_hf.checkpoint.describe import layer_descriptions

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tensornet._util import import_optional
 from tensornet.errors import TargetError, TensorNetError
-from tensornet.optional import import_optional
 
 _USER = "tensornet eval --tasks"
 _OFFLINE = (

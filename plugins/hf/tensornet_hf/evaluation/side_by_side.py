@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from tensornet.context import in_eval_mode
+from tensornet._util import import_optional, in_eval_mode, progress_bar
 from tensornet.errors import TargetError
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.optional import import_optional
-from tensornet.progress import progress_bar
 from tensornet_hf.checkpoint.load import on_device, resolve_folder
 from tensornet_hf.evaluation.quantizers import bytes_on_disk, count_weights, load_any, quantization_method
 from tensornet_hf.report.page import display_name

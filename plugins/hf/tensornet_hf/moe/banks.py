@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensornet._util import progress_bar
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
-from tensornet.progress import progress_bar
 from tensornet.topologies import topology_family
 from tensornet.topologies.fixed import topology_of_shape
 from tensornet.topology import Topology

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensornet.context import in_eval_mode, uncompiled, without_cache
+from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.errors import TargetError
 from tensornet_hf.moe.feed_forward import FeedForward
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode
 from tensornet.compression.apply import set_submodule
-from tensornet.context import in_eval_mode
 from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import LayerKind, kind_of, layer_bias
 from tensornet_hf.moe.identity import DoneBefore

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensornet._util import progress_bar
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks
-from tensornet.progress import progress_bar
 from tensornet_hf.moe.banks import across_layers, alone, owner_place, put_owners
 from tensornet_hf.moe.causality import causal_networks
 from tensornet_hf.moe.feed_forward import FeedForward

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensornet._util import progress_bar
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import Batch, BatchLike, as_batch
 from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss
@@ -25,7 +26,6 @@ from tensornet.calibration.sequential import ChainRun, outer_stacks
 from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io.safetensors_files import load_slice, read_header, write_tensors
-from tensornet.progress import progress_bar
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.moments import Moments
 

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tensornet.compression
+from tensornet._util import progress_bar
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport
 from tensornet.compression.reach import Reach, measure_reach
@@ -22,7 +23,6 @@ from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet.io.atomic import CHUNK, Written, file_digest, write_file
 from tensornet.io.safetensors_files import ShardTask, Slice, write_shard
 from tensornet.nn.unfuse import ExpertMatrix
-from tensornet.progress import progress_bar
 from tensornet.streaming.pool import run_tasks
 from tensornet.streaming.worker import (
     Piece,

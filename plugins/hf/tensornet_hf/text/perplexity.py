@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import in_eval_mode, progress_bar
 from tensornet.calibration.label_shift import field, predicts_next_token
-from tensornet.context import in_eval_mode
 from tensornet.errors import NonFiniteError, ShapeError, TargetError
-from tensornet.progress import progress_bar
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
 _LOGITS = 16_000_000

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import tensornet as tn
-from tensornet.context import in_eval_mode
+from tensornet._util import in_eval_mode
 from tensornet.healing import HealingConfig, trained_scales
 from tensornet.healing.config import Parameters
 from tensornet.healing.objective import output_distance

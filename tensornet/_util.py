@@ -1,0 +1,443 @@
+"""What several packages need: checks of arguments, contexts, warnings, optional imports, progress, memory."""
+
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from html import escape
+from importlib import import_module
+from importlib.util import find_spec
+from numbers import Real
+from operator import index
+from types import FrameType, ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import std
+from tqdm.auto import tqdm
+
+from tensornet.errors import BudgetError, MissingDependencyError, ShapeError, TopologyError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# --- checks of arguments: messages state what was expected, what came, and the remedy ------------
+
+#: Numbers that can be decomposed.
+FLOATING = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
+    """Raise ShapeError unless `value` is a dense floating tensor with `ndim` dimensions, not on meta.
+
+    Args:
+        value: the argument.
+        who: the public function or class that was called.
+        what: the expected argument, for example `"a matrix of shape (out, in)"`.
+        ndim: number of dimensions.
+
+    Raises:
+        ShapeError: another type, shape, dtype or layout; the message names the remedy.
+    """
+    if not isinstance(value, Tensor):
+        raise ShapeError(
+            f"{who} needs {what} as a torch.Tensor, got {type(value).__name__}; convert it with "
+            "torch.as_tensor."
+        )
+    if value.ndim != ndim or value.numel() == 0:
+        raise ShapeError(f"{who} needs {what} with at least one element, got shape {tuple(value.shape)}.")
+    if value.dtype not in FLOATING:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise ShapeError(
+            f"{who} needs {what} of floating or complex numbers ({names}), got {value.dtype}; cast it, for "
+            "example with .float()."
+        )
+    if value.is_meta:
+        raise ShapeError(f"{who} needs {what} with numbers in it, got one on the meta device; load it first.")
+    if value.layout is not torch.strided:
+        raise ShapeError(f"{who} needs {what} in dense layout, got {value.layout}; use .to_dense().")
+
+
+def check_input(x: Tensor, in_features: int) -> None:
+    """Raise ShapeError unless the last dimension of the input is `in_features`.
+
+    Raises:
+        ShapeError: another size; the message shows both.
+    """
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ShapeError(
+            f"The input has shape {tuple(x.shape)}; its last dimension must be in_features={in_features}."
+        )
+
+
+def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError] = TopologyError) -> int:
+    """Convert a size to `int`, NumPy integers included, or raise if it is below `least`.
+
+    Args:
+        name: the argument as the caller wrote it.
+        value: the size to convert.
+        least: smallest value allowed.
+        error: class to raise.
+    """
+    try:
+        size = index(value)
+    except TypeError:
+        size = least - 1
+    if isinstance(value, bool) or size < least:
+        raise error(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return size
+
+
+def check_sizes(name: str, values: Any) -> tuple[int, ...]:
+    """Convert a sequence of sizes to a tuple of `int`.
+
+    Raises:
+        TopologyError: not a sequence of integers of at least 1.
+    """
+    if not isinstance(values, Sequence | torch.Size) or isinstance(values, str):
+        raise TopologyError(f"{name} must be a sequence of integers, for example (4, 8, 8); got {values!r}.")
+    return tuple(check_size(f"Every entry of {name}", value) for value in values)
+
+
+def check_type(name: str, value: Any, kind: type, advice: str) -> None:
+    """Raise TypeError unless `value` is an instance of `kind`.
+
+    Args:
+        name: the argument as the caller wrote it.
+        value: the argument.
+        kind: the expected class.
+        advice: the remedy, for the message.
+
+    Raises:
+        TypeError: another type; the message shows it.
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}; {advice}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise BudgetError unless `value` is a real number.
+
+    Raises:
+        BudgetError: another type; the message shows the value.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise BudgetError(f"{name} must be a number, got {value!r}.")
+
+
+# --- contexts ------------------------------------------------------------------------------------
+
+_DEVICES = ("cpu", "cuda")
+
+
+def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Disable autocast in a function, whose error bounds products in 16 bits would break."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for device in _DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
+    """Create new tensors on the CPU in a function, whatever `torch.set_default_device` says.
+
+    Sensitivities and ranks are computed there, beside weights on any device. Not for functions that run a
+    model, which may rely on the default.
+    """
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.get_default_device().type == "cpu":  # inside the context every operation takes twice as long
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode inside the block and restore the mode of every module after it.
+
+    The fused paths of PyTorch's encoders are disabled, since they bypass the hooks of layers.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run modules that `torch.compile` has wrapped eagerly, so that hooks on their parts are called."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Disable the key/value cache of a model, which no pass over whole texts reads.
+
+    Where blocks run several times on one batch, it would take every further run for new tokens.
+    """
+    found = (getattr(module, "config", None) for module in model.modules())  # stacks may have copies
+    configs: list[Any] = [*{id(x): x for x in found if getattr(x, "use_cache", None) is not None}.values()]
+    flags = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, flag in zip(configs, flags, strict=True):
+            config.use_cache = flag
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Unwrap a model from `DataParallel`, `DistributedDataParallel` and `torch.compile`.
+
+    >>> type(unwrapped(nn.DataParallel(nn.Linear(4, 4)))).__name__
+    'Linear'
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def is_exporting() -> bool:
+    """Return True during `torch.export`, and False inside `torch.compile`.
+
+    `torch.compiler.is_exporting` reads the same flag, but compilers before torch 2.12 take it for True.
+
+    Example:
+        >>> from tensornet._util import is_exporting
+        >>> is_exporting()
+        False
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
+# --- warnings ------------------------------------------------------------------------------------
+
+#: The library and its plugins.
+PACKAGES = "tensornet"
+#: A program inside them, which calls the library as anybody does.
+PROGRAM = ".cli."
+#: Modules that wrap functions of the library, such as `torch.no_grad` as a decorator.
+WRAPPERS = ("torch.utils._contextlib", "contextlib")
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the first line of the call stack outside the library.
+
+    Args:
+        message: says what happens and what to do about it.
+        category: of the warning.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as seen:
+        ...     warnings.simplefilter("always")
+        ...     warn("Left dense.")
+        >>> str(seen[0].message)
+        'Left dense.'
+    """
+    level, frame = 2, sys._getframe(1)
+    while (outer := frame.f_back) is not None and _is_own(frame):
+        level, frame = level + 1, outer
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_own(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name in WRAPPERS or (name.startswith(PACKAGES) and PROGRAM not in f"{name}.")
+
+
+# --- optional dependencies -------------------------------------------------------------------------
+
+DISTRIBUTION = "tensornet-torch"
+
+
+def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None:
+    """Compose a line with the pip command for missing modules; None if every module is installed.
+
+    Looks the modules up without importing them, so that a failure *inside* an installed package
+    is never mistaken for an absent one.
+
+    Args:
+        modules: top-level module names, as imported.
+        extra: the extra of this distribution that brings them.
+        user: the part of the library that needs them, as the reader knows it ("the command line").
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"{user} needs {', '.join(missing)}, not installed here: run  pip install '{DISTRIBUTION}[{extra}]'"
+    )
+
+
+def require(modules: Sequence[str], *, extra: str, user: str) -> None:
+    """Raise an error with the pip command when one of ``modules`` is not installed.
+
+    Args:
+        modules: top-level module names, as imported.
+        extra: the extra of this distribution that brings them.
+        user: the part of the library that needs them, as the reader knows it.
+
+    Raises:
+        MissingDependencyError: names the missing modules and the extra that brings them.
+    """
+    hint = missing_hint(modules, extra=extra, user=user)
+    if hint is not None:
+        raise MissingDependencyError(hint)
+
+
+def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
+    """Import and return a dotted module of an optional package.
+
+    Args:
+        module: dotted name of the module.
+        extra: the extra of this distribution that brings it.
+        user: the part of the library that needs it, as the reader knows it.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
+    require((module.partition(".")[0],), extra=extra, user=user)
+    return import_module(module)
+
+
+# --- output ------------------------------------------------------------------------------------------
+
+
+def progress_bar(*args: Any, **kwargs: Any) -> Any:
+    """Make a tqdm progress bar; where stderr is neither a terminal nor a notebook, one line in 30 seconds.
+
+    Args:
+        args, kwargs: of `tqdm`.
+
+    Example:
+        >>> [layer for layer in progress_bar(["up", "down"], desc="planning", unit="layer", disable=True)]
+        ['up', 'down']
+    """
+    notebook = not issubclass(tqdm, std.tqdm) or any("notebook" in kind.__module__ for kind in tqdm.__mro__)
+    rare = {} if notebook or sys.stderr.isatty() else {"mininterval": 30.0, "delay": 5.0, "leave": False}
+    return tqdm(*args, **{**rare, **kwargs})
+
+
+#: Rows of a table that are shown; a model has hundreds of layers.
+ROWS = 40
+
+
+def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Format a table as HTML, with at most `ROWS` rows and a count of the others.
+
+    Args:
+        caption: line above the table.
+        header: names of the columns.
+        rows: cells, converted by `str`.
+
+    Example:
+        >>> from tensornet._util import html_table
+        >>> html_table("a < b", ["x"], [[1]])
+        '<p>a &lt; b</p><table><thead><tr><th>x</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>'
+    """
+    lines = [[escape(str(cell)) for cell in row] for row in rows]
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines[:ROWS])
+    more = f"<p>and {len(lines) - ROWS} more</p>" if len(lines) > ROWS else ""
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<p>{escape(caption)}</p>{table}{more}"
+
+
+# --- results computed once -----------------------------------------------------------------------
+
+#: Results of the innermost block with the arguments they belong to, which keeps these alive; None outside.
+_known: ContextVar[dict[Hashable, tuple[Any, Any]] | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Compute what `remembered` functions return once for the same arguments; forget all after the block.
+
+    Candidates of one layer need the same decompositions several times. They are larger than the layer, so
+    that they must not outlive it.
+
+    Example:
+        >>> import torch
+        >>> @remembered
+        ... def double(x):
+        ...     return 2 * x
+        >>> x = torch.ones(2)
+        >>> with remembering():
+        ...     double(x) is double(x)
+        True
+        >>> double(x) is double(x)
+        False
+    """
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """Return the result of an earlier call with the same arguments inside `remembering`.
+
+    Tensors are the same if they are one object that was not changed in between. Other arguments are compared.
+    Callers share the result and must not change it.
+    """
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        known = _known.get()
+        if known is None:
+            return function(*args, **kwargs)
+        key = (function, _key(args), _key(tuple(sorted(kwargs.items()))))
+        if key not in known:
+            known[key] = (args, kwargs), function(*args, **kwargs)
+        found: R = known[key][1]
+        return found
+
+    return wrapped
+
+
+def _key(value: Any) -> Hashable:
+    """Identify an argument: tensors by identity and version, tuples and dataclasses by what they hold."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, tuple):
+        return tuple(_key(x) for x in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple(_key(getattr(value, field.name)) for field in fields(value))
+    return value
