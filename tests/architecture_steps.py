@@ -21,7 +21,7 @@ from tensornet.calibration import CalibrationStats
 from tensornet.compression.reach import BIASES
 from tensornet.nn import NetworkModule
 
-EVERY_LAYER = tn.CompressionConfig(target_modules="all")
+EVERY_LAYER = tn.CompressionConfig(target_modules="all", topology="mpo")
 SIXTY = tn.CompressionConfig(param_ratio=0.6)
 #: Rows that reach less say why.
 EXPLAINED = 0.9

@@ -164,7 +164,7 @@ ARCHITECTURES = {
 }
 ALL = list(ARCHITECTURES.values())
 GENERATING = [architecture for architecture in ALL if architecture.generates]
-EVERY_LAYER = tn.CompressionConfig(target_modules="all")
+EVERY_LAYER = tn.CompressionConfig(target_modules="all", topology="mpo")
 
 
 def logits(model: nn.Module, architecture: Architecture) -> Tensor:

@@ -13,7 +13,7 @@ from tensornet.compression.candidates import relative_gap
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.rounded_layers import RoundedLayers
-from tensornet.compression.sensitivity import layer_weighting
+from tensornet.compression.sensitivity import layer_weighting, rounding_weighting
 from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
@@ -112,7 +112,8 @@ def apply_plan(
             else:
                 known = (decomposed or {}).pop(layer.name, None)
                 result = known or _decomposed(target, layer, weighting)
-            modules, errors[layer.name] = _compressed(target, layer, result, weighting)
+            rounded_with = rounding_weighting(weighting, plan.rounding)
+            modules, errors[layer.name] = _compressed(target, layer, result, rounded_with)
             if rounded is not None and not layer.shared_core:
                 rounded.keep(layer, modules, errors[layer.name])
             made.update(zip(target.names, modules, strict=True))

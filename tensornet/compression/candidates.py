@@ -111,7 +111,7 @@ def family_candidates(
         matrix,
         (sensitivity.choice, sensitivity.forecast),
         max_bond=max_bond,
-        round_trip=_rounding(storage, matrix, sensitivity.choice),
+        round_trip=_rounding(storage, matrix, sensitivity),
         **chosen,
     )
     topologies = ladder.topologies
@@ -151,7 +151,7 @@ def family_candidates(
     )
 
 
-def _rounding(storage: Storage, matrix: Tensor, weighting: Weighting) -> RoundTrip | None:
+def _rounding(storage: Storage, matrix: Tensor, sensitivity: Sensitivity) -> RoundTrip | None:
     """Wrap `round_trip` for `TopologyFamily.ladder`; None where nothing is rounded.
 
     Losses of formats whose scales underflow are measured: in a pivoted network one factor is as small as the
@@ -160,9 +160,9 @@ def _rounding(storage: Storage, matrix: Tensor, weighting: Weighting) -> RoundTr
     if not storage.quantized:
         return None
     number_format = storage.number_format
-    predicted = number_format.is_integer and not scales_underflow(matrix, number_format, weighting)
+    predicted = number_format.is_integer and not scales_underflow(matrix, number_format, sensitivity.choice)
     return RoundTrip(
-        lambda network: round_trip(network, storage, matrix.dtype, weighting),
+        lambda network: round_trip(network, storage, matrix.dtype, sensitivity.rounded_with),
         number_format if predicted else None,
     )
 

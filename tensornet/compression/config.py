@@ -1,7 +1,12 @@
-"""Options of `tensornet.compress`: targets, budgets, topology, objective."""
+"""Options of `tensornet.compress`: targets, budgets, topology, objective.
+
+Every field carries its help and its kind as metadata, from which the command line is made.
+"""
+
+# ruff: noqa: RUF009 (`_option` returns a `dataclasses.field`)
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from tensornet._util import check_number, check_size, check_type
@@ -16,6 +21,9 @@ from tensornet.topology import Topology
 
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
+Rounding = Literal["nearest", "one_sided", "two_sided"]
+ROUNDINGS = ("nearest", "one_sided", "two_sided")
+DIMS = ("auto", "balanced")
 AUTO = "auto"
 #: Budgets of all layers together, which need the sensitivity of the loss to an error in each.
 WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase", "max_milliseconds")
@@ -31,6 +39,24 @@ DEFAULT_FORMATS = (
     "int3:g32:float8",
     "int2:g32:float8",
 )
+
+
+def _option(
+    default: Any, help: str, group: str, *, kind: str = "choice", choices: Sequence[str] = (), name: str = ""
+) -> Any:
+    """Describe an option once: the command line is made from these fields.
+
+    Args:
+        default: if it is not given.
+        help: what it does, in a sentence or two.
+        group: `"budget"`, `"data"`, `"layers"` or `"advanced"`.
+        kind: how its value is written: `"number"`, `"integer"`, `"share"` (0.5), `"size"` (60MB), `"text"`,
+            `"choice"`, `"names"` (a,b), `"pairs"` (key=value), `"patterns"`, `"flag"`.
+        choices: all values of a choice.
+        name: on the command line, where it is another one than that of the field.
+    """
+    described = {"help": help, "group": group, "kind": kind, "choices": tuple(choices), "name": name}
+    return field(default=default, metadata=described)
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,11 @@ class CompressionConfig(LayerSelection):
             error of each layer's outputs, needs calibrated inputs), `"curvature"` (predicted loss, spent
             over all layers together, needs calibrated gradients), or `"auto"` (the last for which there is
             calibration data).
+        rounding: how weights become integers: `"nearest"`; `"one_sided"`, with feedback along the inputs
+            under their moments, as GPTQ; `"two_sided"`, along inputs and outputs. With `objective="weight"`,
+            `topology` and `formats` the plain methods of the field are configurations: round to nearest is
+            `(objective="weight", formats=("int4",), rounding="nearest")`, the truncated SVD
+            `(objective="weight", topology="low_rank", param_ratio=0.5)`.
         damping: fraction of the mean diagonal that is added to gradient moments. Smaller trusts the
             calibration text more; predictions then come out lower.
         pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
@@ -109,27 +140,123 @@ class CompressionConfig(LayerSelection):
         64
     """
 
-    topology: str | TopologyFamily | Topology | Sequence[Topology] = AUTO
-    topology_options: Mapping[str, Any] | None = None
-    sites: int | None = None
-    dims: Literal["auto", "balanced"] = "auto"
-    max_bond: int | None = None
-    rel_error: float | None = None
-    param_ratio: float | None = None
-    bits_per_weight: float | None = None
-    byte_ratio: float | None = None
-    max_bytes: int | None = None
-    whole_model: bool | None = None
-    formats: Sequence[str] | None = None
-    loss_increase: float | None = None
-    max_milliseconds: float | None = None
-    tokens: int | None = None
-    objective: Objective = "auto"
-    damping: float = 0.1
-    pivoted: bool | None = None
+    target_modules: str | Sequence[str] | None = _option(
+        None,
+        "Layers to compress: a name, the end of a name, a glob, or re:REGEX; repeatable. Default: all linear "
+        "layers but the output head.",
+        "layers",
+        kind="patterns",
+        name="target",
+    )
+    exclude_modules: str | Sequence[str] | None = _option(
+        None, "Layers to leave dense, named likewise; repeatable.", "layers", kind="patterns", name="exclude"
+    )
+    topology: str | TopologyFamily | Topology | Sequence[Topology] = _option(
+        AUTO,
+        "Family of tensor networks, such as low_rank or mpo; auto takes the best one for each layer.",
+        "advanced",
+        kind="text",
+    )
+    topology_options: Mapping[str, Any] | None = _option(
+        None,
+        "Option of that family, as sites=4; repeatable.",
+        "advanced",
+        kind="pairs",
+        name="topology_option",
+    )
+    sites: int | None = _option(None, "Number of cores of a chain.", "advanced", kind="integer")
+    dims: Literal["auto", "balanced"] = _option(
+        "auto",
+        "Sizes of the legs: chosen by predicted loss, or factors of similar size.",
+        "advanced",
+        choices=DIMS,
+    )
+    max_bond: int | None = _option(None, "Largest bond of every network.", "budget", kind="integer")
+    rel_error: float | None = _option(
+        None, "Largest relative error of each weight (Frobenius norm).", "budget", kind="number"
+    )
+    param_ratio: float | None = _option(
+        None, "Share of the parameters of these layers to keep, such as 0.5.", "budget", kind="share"
+    )
+    bits_per_weight: float | None = _option(
+        None,
+        "Mean bits of a weight of these layers, scales included, such as 4.25.",
+        "budget",
+        kind="number",
+        name="bits",
+    )
+    byte_ratio: float | None = _option(
+        None, "Share of the bytes of the whole model to keep, such as 0.25.", "budget", kind="share"
+    )
+    max_bytes: int | None = _option(
+        None,
+        "Size in bytes, such as 60MB: of the whole model where number formats are planned, else of these "
+        "layers.",
+        "budget",
+        kind="size",
+    )
+    whole_model: bool | None = _option(
+        None,
+        "Whether budgets of bytes count the whole model or these layers alone.",
+        "advanced",
+        kind="flag",
+    )
+    formats: Sequence[str] | None = _option(
+        None,
+        "Number formats that layers may have, as float,int8,int4. Default with a budget of bits or bytes: "
+        "the float of the model and integers of 8 to 2 bits.",
+        "advanced",
+        kind="names",
+    )
+    loss_increase: float | None = _option(
+        None, "Predicted loss increase per token to allow, in nats.", "budget", kind="number"
+    )
+    max_milliseconds: float | None = _option(
+        None,
+        "Predicted time of one forward pass of --tokens tokens through these layers.",
+        "budget",
+        kind="number",
+    )
+    tokens: int | None = _option(
+        None, "Tokens of that forward pass: 1 for generating, more for reading.", "advanced", kind="integer"
+    )
+    objective: Objective = _option(
+        "auto",
+        "What an error costs: its Frobenius norm, the error of the layer's outputs, or the predicted loss "
+        "increase; auto takes the last one that the calibration data allow.",
+        "data",
+        choices=OBJECTIVES,
+    )
+    rounding: Rounding = _option(
+        "two_sided",
+        "How integers are rounded: to the nearest, with feedback along the inputs (as GPTQ), or along inputs "
+        "and outputs.",
+        "advanced",
+        choices=ROUNDINGS,
+    )
+    damping: float = _option(
+        0.1, "Share of the mean diagonal that is added to gradient moments.", "advanced", kind="number"
+    )
+    pivoted: bool | None = _option(
+        None,
+        "Whether to leave out the numbers of a network that only fix its gauge.",
+        "advanced",
+        kind="flag",
+    )
     share_experts: bool = False
-    require_calibrated: bool = False
-    verify: bool = True
+    require_calibrated: bool = _option(
+        False,
+        "Refuse layers that never ran in calibration instead of leaving them dense.",
+        "data",
+        kind="flag",
+    )
+    verify: bool = _option(
+        True,
+        "Measure the loss of layers with large errors before anything is replaced, and plan again where the "
+        "prediction was far too low.",
+        "data",
+        kind="flag",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,13 +266,26 @@ class CompressionConfig(LayerSelection):
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
         object.__setattr__(self, "topology_options", _checked_options(self))
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"Unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
-        if self.dims not in ("auto", "balanced"):
-            raise ValueError(f"dims must be 'auto' or 'balanced', got {self.dims!r}.")
+        for name, choices in (("objective", OBJECTIVES), ("dims", DIMS), ("rounding", ROUNDINGS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
         for name in ("max_bond", "sites", "tokens"):
             if (value := getattr(self, name)) is not None:  # NumPy's integers become Python's
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
+        for name, more in (
+            ("pivoted", (None,)),
+            ("whole_model", (None,)),
+            ("require_calibrated", ()),
+            ("verify", ()),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value not in more:
+                raise ValueError(f"{name} must be True or False{' or None' if more else ''}, got {value!r}.")
+        self._check_budgets()
+        _check_sharing(self)
+
+    def _check_budgets(self) -> None:
+        """Raise BudgetError for a budget that is out of range or contradicts another option."""
         if self.max_milliseconds is not None and self.tokens is None:
             raise BudgetError(
                 "max_milliseconds depends on how many tokens a forward pass has: give tokens=1 for "
@@ -178,12 +318,25 @@ class CompressionConfig(LayerSelection):
         check_number("damping", self.damping)
         if not 0 <= self.damping < float("inf"):
             raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
-        if not isinstance(self.pivoted, bool | None):
-            raise ValueError(f"pivoted must be True, False or None, got {self.pivoted!r}.")
-        _check_sharing(self)
-        for name in ("require_calibrated", "verify"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+    @property
+    def says_how_far(self) -> bool:
+        """True if a budget, number formats or a topology say how far to compress."""
+        budgets = not self.budget.unlimited or self.needs_curvature
+        return budgets or self.plans_formats or self.topology != AUTO
+
+    def check_says_how_far(self) -> None:
+        """Raise BudgetError without a budget: every candidate would be larger than the dense matrix.
+
+        Example:
+            >>> tn.CompressionConfig(param_ratio=0.5).check_says_how_far()
+        """
+        if not self.says_how_far:
+            raise BudgetError(
+                "Nothing says how far to compress: give a budget, bits_per_weight=4.25, byte_ratio=0.25, "
+                "max_bytes=, param_ratio=0.5, max_bond=, rel_error=, loss_increase= or max_milliseconds=; or "
+                "name a topology= to store every layer as such a network without loss."
+            )
 
     def counts_model(self, budget: str) -> bool:
         """Return True if a budget of bytes counts the whole model, False for the targeted layers alone.
@@ -303,8 +456,6 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
         TopologyError: neither, an unknown family, or topologies beside options that would choose them.
     """
     given = config.topology
-    if config.budget.unlimited and not config.needs_curvature and given == AUTO:
-        return "mpo"  # without a budget every family is exact
     if isinstance(given, str | TopologyFamily):
         return AUTO if given == AUTO else topology_family(given).name
     if not (found := fixed_topologies(given)):

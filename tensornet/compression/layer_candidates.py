@@ -59,7 +59,10 @@ def all_candidates(
     few = few_bits(config.number_formats) if config.plans_formats else []
     for some in _chunks(targets):
         with remembering():  # layers that read the same inputs share a moment
-            known = [layer_sensitivity(target, objective, stats, config.damping) for target in some]
+            known = [
+                layer_sensitivity(target, objective, stats, config.damping, config.rounding)
+                for target in some
+            ]
         sensitive = [k for k, sensitivity in enumerate(known) if sensitivity is not None]
         measured: dict[int, MeasuredSample] = {}
         if few:

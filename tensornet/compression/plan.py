@@ -12,7 +12,7 @@ import torch
 
 from tensornet._util import html_table
 from tensornet.compression.allocate import CostCurve, frontier
-from tensornet.compression.config import OBJECTIVES
+from tensornet.compression.config import OBJECTIVES, ROUNDINGS
 from tensornet.compression.forecast import UNMEASURED, Forecast
 from tensornet.compression.layer_plan import (
     Baseline,
@@ -50,6 +50,7 @@ class CompressionPlan:
         objective: what an error was taken to cost, see `CompressionConfig`. All but `"weight"` need the
             calibration statistics again when the plan is carried out.
         damping: of the gradient moments.
+        rounding: how integers are rounded, see `CompressionConfig`.
         dense_loss: mean loss of a token during calibration.
         calibration: what the statistics were collected on.
         tokens: for which `milliseconds` were predicted.
@@ -83,6 +84,7 @@ class CompressionPlan:
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
     verification: Verification | None = None
+    rounding: str = "two_sided"
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -282,6 +284,7 @@ class CompressionPlan:
         return {
             "version": PLAN_VERSION,
             **data,
+            "rounding": self.rounding,
             "tokens": self.tokens,
             "forecast": self.forecast.to_dict(),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
@@ -319,6 +322,7 @@ class CompressionPlan:
                 of_tokens=data.get("of_tokens", True),  # older plans: of text, if there was a loss
                 unseen=tuple(data.get("unseen", ())),
                 verification=Verification.from_dict(data.get("verification")),
+                rounding=data.get("rounding", "two_sided"),
             )
             _check(made)
             return made
@@ -427,6 +431,8 @@ def _check(plan: CompressionPlan) -> None:
     """
     if plan.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {plan.objective!r}, known are {', '.join(OBJECTIVES)}")
+    if plan.rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {plan.rounding!r}, known are {', '.join(ROUNDINGS)}")
     if not 0 <= plan.damping < math.inf:
         raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
     if not plan.layers:

@@ -310,6 +310,7 @@ class PreparedPlan:
             tuple(layers),
             objective=self.objective,
             damping=config.damping if calibrated else 0.0,
+            rounding=config.rounding,
             dense_loss=self.dense_loss,
             calibration=self.calibration,
             tokens=config.tokens,
@@ -389,6 +390,7 @@ def prepare(
     """
     check_holder(model)
     check_config(config)
+    config.check_says_how_far()
     check_stats(stats)
     objective = resolve_objective(config, stats)
     with unfused(model):

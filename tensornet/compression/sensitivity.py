@@ -32,14 +32,43 @@ FREQUENCY_SPREAD = 0.5
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Weightings of errors in one weight: for choosing a candidate, and for forecasting its loss."""
+    """Weightings of errors in one weight: for choosing a candidate, and for forecasting its loss.
+
+    Args:
+        choice: little damped, for choosing and fitting.
+        forecast: further damped, for predicting the loss increase.
+        rounding: how integers are rounded, see `rounding_weighting`.
+    """
 
     choice: Weighting
     forecast: Weighting
+    rounding: str = "two_sided"
+
+    @property
+    def rounded_with(self) -> Weighting:
+        """Weighting that integers are rounded with."""
+        return rounding_weighting(self.choice, self.rounding)
+
+
+def rounding_weighting(weighting: Weighting, rounding: str) -> Weighting:
+    """Drop the moments that a way of rounding does not use: both for `"nearest"`, the rows for `"one_sided"`.
+
+    Example:
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> rounding_weighting(Weighting(torch.ones(2), torch.ones(3)), "one_sided").rows is None
+        True
+    """
+    if rounding == "two_sided":
+        return weighting
+    return Weighting() if rounding == "nearest" else Weighting(None, weighting.columns)
 
 
 def layer_sensitivity(
-    target: Target, objective: str, stats: CalibrationStats | None, damping: float
+    target: Target,
+    objective: str,
+    stats: CalibrationStats | None,
+    damping: float,
+    rounding: str = "two_sided",
 ) -> Sensitivity | None:
     """Weigh errors in one layer with little damping for the choice, and with more for the forecast.
 
@@ -53,16 +82,16 @@ def layer_sensitivity(
     if choice is None:
         return None
     if objective != "curvature":
-        return Sensitivity(choice, choice)
+        return Sensitivity(choice, choice, rounding)
     if len(target.names) == 1 and target.kinds[0].name != "embedding":
         assert choice.rows is not None
-        return Sensitivity(choice, replace(choice, rows=_damped_further(choice.rows, damping)))
+        return Sensitivity(choice, replace(choice, rows=_damped_further(choice.rows, damping)), rounding)
     forecast = forecast_weighting(target, stats, damping)
     assert forecast is not None
     known, same = choice.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
         forecast = replace(forecast, columns=known)  # held once, and seen to be the same
-    return Sensitivity(choice, forecast)
+    return Sensitivity(choice, forecast, rounding)
 
 
 def _damped_further(moment: Tensor, damping: float) -> Tensor:

@@ -22,15 +22,19 @@ Run = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class ProvidedData:
-    """Calibration data of an extension.
+    """Calibration data with a name: of an extension, or as `tensornet.compress(calibration=...)`.
 
     Args:
-        batches: as for `tensornet.calibrate`.
+        batches: as for `tensornet.calibrate`; the loss is measured on a few of them.
         source: a few words for reports that say what the data is.
+        loss_fn: losses of a batch, see `tensornet.calibrate`; the model's own if absent.
+        statistics: collected on these batches before; collected now if absent.
     """
 
     batches: Iterable[Any]
     source: str
+    loss_fn: Callable[[nn.Module, Any], Any] | None = None
+    statistics: Any = None
 
 
 class ModelExtension:

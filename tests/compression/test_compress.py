@@ -208,7 +208,7 @@ def test_a_module_used_twice_stays_one_module() -> None:
 def test_decompressing_gives_stock_layers_back() -> None:
     model = Model()
     expected = model(IDS)
-    tn.compress(model, tn.CompressionConfig(target_modules="all"), progress=False)
+    tn.compress(model, tn.CompressionConfig(target_modules="all", topology="mpo"), progress=False)
     assert tn.decompress(model) is model
     torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)
     assert {type(module) for module in model.modules()} == {type(module) for module in Model().modules()}
@@ -255,7 +255,7 @@ def test_without_data_a_warning_says_what_to_pass() -> None:
     assert report.plan.objective == "weight"
 
 
-@pytest.mark.parametrize("config", [HALF, tn.CompressionConfig()])
+@pytest.mark.parametrize("config", [HALF, tn.CompressionConfig(topology="mpo")])
 def test_nothing_is_said_where_data_would_change_nothing(config: tn.CompressionConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from hf_models import gpt2
 from torch import nn
 
 import tensornet as tn
+from tensornet.nn.extension import ProvidedData
 
 
 def test_a_model_that_is_a_layer_itself() -> None:
@@ -83,3 +85,31 @@ def test_arguments_of_other_types() -> None:
             call()
     with pytest.raises(tn.TargetError, match="pass a list, not an iterator"):
         tn.compress(model, config, calibration=stats, validation=iter([ids]), progress=False)  # type: ignore[arg-type]
+
+
+def test_nothing_that_says_how_far_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    batches = [(torch.randn(16, 64), torch.randint(10, (16,)))]
+    with pytest.raises(tn.BudgetError, match="budget"):
+        tn.compress(model, tn.CompressionConfig(), calibration=batches, progress=False)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_plan_is_applied_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    batches = [(torch.randn(16, 64), torch.randint(10, (16,)))]
+    stats = tn.calibrate(model, batches, source="noise")
+    plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5), stats).replace_layer("2", None)
+    data = ProvidedData(batches, "noise", statistics=stats)
+    with pytest.raises(tn.BudgetError, match="made with noise"):
+        tn.compress(model, plan, calibration=batches, progress=False)
+    report = tn.compress(model, plan, calibration=data, progress=False)
+    assert report.plan == plan
+    assert report.measured is not None
+    assert "noise" in str(report.measured)
+    assert type(model[2]) is nn.Linear
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(tn.CompressionConfig), ids=lambda field: field.name)
+def test_every_option_describes_itself(field: dataclasses.Field[object]) -> None:
+    assert field.name == "share_experts" or field.metadata["help"]

@@ -159,7 +159,7 @@ def test_nothing_to_refine() -> None:
     with pytest.raises(tn.TargetError, match="compressed linear layers"):
         refine(Chain(), Chain(), [{"input_ids": torch.randn(3, 10)}])
     model = Chain()
-    tn.compress(model, tn.CompressionConfig(), progress=False)
+    tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
     with pytest.raises(tn.TargetError, match="at least one batch"):
         refine(model, Chain(), [])
 
@@ -172,7 +172,7 @@ def test_options_out_of_range(options: dict[str, float]) -> None:
 
 def test_the_teacher_must_be_dense() -> None:
     model = Chain()
-    tn.compress(model, tn.CompressionConfig(), progress=False)
+    tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
     with pytest.raises(tn.TargetError, match=r"'first'.*no stock layer of the teacher"):
         refine(model, copy.deepcopy(model), [{"input_ids": torch.randn(3, 10)}])
 

@@ -219,7 +219,11 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
         read = weight_readers(model)  # of modules that own several matrices too
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tn.compress(model, tn.CompressionConfig(target_modules="all", objective="weight"), progress=False)
+        tn.compress(
+            model,
+            tn.CompressionConfig(target_modules="all", topology="mpo", objective="weight"),
+            progress=False,
+        )
     assert any("read past the layers" in str(x.message) for x in caught) == bool(read)
     model.save_pretrained(tmp_path)
     loaded = th.load(tmp_path)

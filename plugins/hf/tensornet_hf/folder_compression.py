@@ -281,7 +281,8 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
             tokens=options.calibration_tokens,
             progress=progress,
         )
-    stats, batches = gather(model, config, stats, progress=progress)
+    stats, data = gather(model, config, stats, progress=progress)
+    batches = list(data.batches)
     if texts.calibration is not None:
         tokens = options.calibration_tokens
         batches = pipeline.verification_batches(model, folder, texts.calibration, tokens=tokens)

@@ -58,7 +58,7 @@ dense = transformers.GPT2LMHeadModel(transformers.GPT2Config(
 model, part = copy.deepcopy(dense), copy.deepcopy(dense)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    tn.compress(model, tn.CompressionConfig(target_modules="all"), progress=False)
+    tn.compress(model, tn.CompressionConfig(target_modules="all", topology="mpo"), progress=False)
 assert any("prepare_for_saving" in str(x.message) for x in said)
 tn.compress(part.transformer.h[0], tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
 import tensornet_hf as th
