@@ -152,8 +152,8 @@ def _check_calibration(plan: CompressionPlan, stats: CalibrationStats | None) ->
     """Raise BudgetError if a plan was made with other statistics, on which its cores depend."""
     if plan.objective != "weight" and (stats is None or stats.source != plan.calibration):
         raise BudgetError(
-            f"The plan was made with {plan.calibration}, on which the cores depend; pass the same calibration "
-            "data, as many tokens of them, or the statistics that were collected then."
+            f"The plan was made with {plan.calibration}, on which the cores depend; pass the same data, "
+            "as many tokens of them, or the statistics that were collected then."
         )
 
 

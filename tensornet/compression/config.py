@@ -280,12 +280,15 @@ class CompressionConfig(LayerSelection):
         ):
             value = getattr(self, name)
             if not isinstance(value, bool) and value not in more:
-                raise ValueError(f"{name} must be True or False{' or None' if more else ''}, got {value!r}.")
+                raise ValueError(
+                    f"{name} must be {'True, False or None' if more else 'True or False'}, got {value!r}."
+                )
         self._check_budgets()
         _check_sharing(self)
 
     def _check_budgets(self) -> None:
         """Raise BudgetError for a budget that is out of range or contradicts another option."""
+        _ = self.budget  # checks max_bond, rel_error and param_ratio
         if self.max_milliseconds is not None and self.tokens is None:
             raise BudgetError(
                 "max_milliseconds depends on how many tokens a forward pass has: give tokens=1 for "

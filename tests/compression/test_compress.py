@@ -220,7 +220,7 @@ def test_conv1d_comes_back_as_conv1d() -> None:
     model = gpt2().eval()
     expected = model(IDS).logits
     kind = type(model.transformer.h[0].mlp.c_fc)
-    tn.compress(model, tn.CompressionConfig(), progress=False)
+    tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     tn.decompress(model)
     assert type(model.transformer.h[0].mlp.c_fc) is kind
@@ -262,7 +262,9 @@ def test_nothing_is_said_where_data_would_change_nothing(config: tn.CompressionC
         tn.compress(Model(), config, progress=False)
 
 
-@pytest.mark.parametrize("option", [{"loss_increase": 0.1}, {"max_bytes": 1000}, {"objective": "curvature"}])
+@pytest.mark.parametrize(
+    "option", [{"loss_increase": 0.1}, {"max_bytes": 1000}, {"objective": "curvature", "param_ratio": 0.5}]
+)
 def test_data_that_is_needed_is_asked_for(option: dict[str, object]) -> None:
     with pytest.raises(tn.TargetError, match="needs calibrated gradients: pass calibration=batches"):
         tn.compress(Model(), tn.CompressionConfig(**option), progress=False)  # type: ignore[arg-type]
