@@ -13,7 +13,7 @@ from tensornet.compression.candidates import relative_gap
 from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.rounded_layers import RoundedLayers
-from tensornet.compression.sensitivity import layer_weighting, rounding_weighting
+from tensornet.compression.sensitivity import layer_weighting
 from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
@@ -32,7 +32,7 @@ from tensornet.nn.targets import (
     split_by_adapters,
 )
 from tensornet.nn.unfuse import fuse, unfused
-from tensornet.quantization import NumberFormat
+from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.underflow import scales_underflow, with_wide_scales
 from tensornet.topologies import Decomposition, topology_family
 
@@ -112,8 +112,7 @@ def apply_plan(
             else:
                 known = (decomposed or {}).pop(layer.name, None)
                 result = known or _decomposed(target, layer, weighting)
-            rounded_with = rounding_weighting(weighting, plan.rounding)
-            modules, errors[layer.name] = _compressed(target, layer, result, rounded_with)
+            modules, errors[layer.name] = _compressed(target, layer, result, weighting, plan.rounding)
             if rounded is not None and not layer.shared_core:
                 rounded.keep(layer, modules, errors[layer.name])
             made.update(zip(target.names, modules, strict=True))
@@ -307,14 +306,18 @@ def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decom
 
 
 def _compressed(
-    target: Target, layer: LayerPlan, result: Decomposition | dict[str, Tensor], weighting: Weighting
+    target: Target,
+    layer: LayerPlan,
+    result: Decomposition | dict[str, Tensor],
+    weighting: Weighting,
+    rounding: Rounding,
 ) -> tuple[list[nn.Module], float]:
     """Build tensor-network modules that share cores, one for each name of a target; return the error too."""
     matrix = target.matrix
     trainable = target.weight.requires_grad
     made: dict[int, nn.Module] = {}  # one object used under several names stays one object
     first: NetworkModule | None = None
-    options: dict[str, Any] = {"storage": layer.storage, "weighting": weighting}
+    options: dict[str, Any] = {"storage": layer.storage, "weighting": weighting, "rounding": rounding}
     for module, kind in zip(target.modules, target.kinds, strict=True):
         if id(module) in made:
             continue

@@ -19,6 +19,7 @@ from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, decode, encode
+from tensornet.quantization import Rounding
 from tensornet.quantization.underflow import scales_underflow
 from tensornet.topologies import Decomposition, TopologyFamily, topology_family
 from tensornet.topologies.ladder import RoundTrip
@@ -162,7 +163,7 @@ def _rounding(storage: Storage, matrix: Tensor, sensitivity: Sensitivity) -> Rou
     number_format = storage.number_format
     predicted = number_format.is_integer and not scales_underflow(matrix, number_format, sensitivity.choice)
     return RoundTrip(
-        lambda network: round_trip(network, storage, matrix.dtype, sensitivity.rounded_with),
+        lambda network: round_trip(network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding),
         number_format if predicted else None,
     )
 
@@ -234,7 +235,11 @@ def keep_promise(
 
 
 def round_trip(
-    network: TensorNetwork, storage: Storage, dtype: torch.dtype, weighting: Weighting | None = None
+    network: TensorNetwork,
+    storage: Storage,
+    dtype: torch.dtype,
+    weighting: Weighting | None = None,
+    rounding: Rounding = "two_sided",
 ) -> TensorNetwork:
     """Encode the cores of a network in a dtype, and decode them again.
 
@@ -243,8 +248,9 @@ def round_trip(
         storage: how its cores are kept.
         dtype: of the model.
         weighting: sensitivity of the loss, with which cores are rounded to integers.
+        rounding: how, see `CompressionConfig`.
     """
-    kept = encode(network.topology, storage, network.to(dtype).cores, weighting)
+    kept = encode(network.topology, storage, network.to(dtype).cores, weighting, rounding)
     # Integers are looked at in full precision.
     seen = network.cores[0].dtype if storage.own_dtypes else None
     return TensorNetwork(network.topology, decode(network.topology, storage, kept, dtype=seen))

@@ -7,13 +7,13 @@ Every field carries its help and its kind as metadata, from which the command li
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tensornet._util import check_number, check_size, check_type
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, FormatError, TopologyError
 from tensornet.nn.targets import ALL, LayerSelection
-from tensornet.quantization import NumberFormat
+from tensornet.quantization import NumberFormat, Rounding
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
 from tensornet.topologies.fixed import fixed_topologies
@@ -21,8 +21,7 @@ from tensornet.topology import Topology
 
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
-Rounding = Literal["nearest", "one_sided", "two_sided"]
-ROUNDINGS = ("nearest", "one_sided", "two_sided")
+ROUNDINGS = get_args(Rounding)
 DIMS = ("auto", "balanced")
 AUTO = "auto"
 #: Budgets of all layers together, which need the sensitivity of the loss to an error in each.
@@ -33,6 +32,7 @@ BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
 #: 32 with 8-bit scales take as many bytes as groups of 64 with 16-bit ones and round more accurately.
 DEFAULT_FORMATS = (
     "float",
+    "int8",
     "int6:g32:float8",
     "int5:g32:float8",
     "int4:g32:float8",

@@ -197,20 +197,21 @@ def measure_samples(samples: Sequence[Sample], formats: Sequence[NumberFormat]) 
     """
     groups: dict[Hashable, list[int]] = {}
     for index, sample in enumerate(samples):
-        chosen = sample.seen.rounded_with
+        chosen = sample.seen.choice
         full = all(moment is not None and moment.ndim == 2 for moment in (chosen.rows, chosen.columns))
         kind = (sample.part.shape, sample.part.dtype, sample.part.device, sample.whole)
         groups.setdefault(kind if full else index, []).append(index)
     found: list[dict[NumberFormat, FormatLosses]] = [{} for _ in samples]
     for places in groups.values():
         some = [samples[k] for k in places]
-        weights, weighting = some[0].part, some[0].seen.rounded_with
+        weights, weighting = some[0].part, some[0].seen.choice
         if len(some) > 1:
             weights = torch.stack([x.part for x in some])
-            weighting = Weighting(*(torch.stack(x) for x in _moments([y.seen.rounded_with for y in some])))
+            weighting = Weighting(*(torch.stack(x) for x in _moments([y.seen.choice for y in some])))
         with remembering():  # moments are factorised once for all formats
             for number_format in formats:
-                made = round_dense(weights, number_format, weighting, None if some[0].whole else _SWEEPS)
+                sweeps = None if some[0].whole else _SWEEPS
+                made = round_dense(weights, number_format, weighting, sweeps, some[0].seen.rounding)
                 kept = made.dequantize(weights.dtype)
                 for k, sample, matrix in zip(places, some, kept.view(-1, *kept.shape[-2:]), strict=True):
                     found[k][number_format] = _losses(sample.part, matrix, sample.seen)
@@ -239,7 +240,7 @@ def _measured(matrix: Tensor, sensitivity: Sensitivity, number_format: NumberFor
     """Measure the losses of a matrix by storing it in a format."""
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
-    kept = round_trip(network, storage, matrix.dtype, sensitivity.rounded_with).to_matrix()
+    kept = round_trip(network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding).to_matrix()
     return _losses(matrix, kept, sensitivity)
 
 
@@ -260,12 +261,19 @@ def _predicted(
     sample: Tensor | None = None,
 ) -> list[FormatLosses]:
     """Predict losses and errors of integer formats without rounding."""
-    weightings = [sensitivity.rounded_with, sensitivity.choice, sensitivity.forecast, Weighting()]
+    weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
     norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
-    found = expected_losses(matrix, formats, weightings, row_damping=ROUNDING_DAMPING, sample=sample)
+    found = expected_losses(
+        matrix,
+        formats,
+        weightings,
+        row_damping=ROUNDING_DAMPING,
+        rounding=sensitivity.rounding,
+        sample=sample,
+    )
     return [
         FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
-        for _, choice, forecast, plain in found.tolist()
+        for choice, forecast, plain in found.tolist()
     ]
 
 

@@ -26,7 +26,7 @@ from tensornet.compression.verification import Verification, is_unverified
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io.atomic import write_file
 from tensornet.nn.encoding import PLAIN, Storage
-from tensornet.quantization import NumberFormat
+from tensornet.quantization import NumberFormat, Rounding
 from tensornet.topologies import dense
 from tensornet.topology import Topology
 
@@ -84,7 +84,7 @@ class CompressionPlan:
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
     verification: Verification | None = None
-    rounding: str = "two_sided"
+    rounding: Rounding = "two_sided"
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)

@@ -15,6 +15,7 @@ from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, nearest_kronecker
 from tensornet.nn.targets import Target
+from tensornet.quantization import Rounding
 
 #: Damping of the input moment, as a fraction of its mean diagonal: only against rounding and dead inputs.
 INPUT_DAMPING = 1e-4
@@ -37,30 +38,12 @@ class Sensitivity:
     Args:
         choice: little damped, for choosing and fitting.
         forecast: further damped, for predicting the loss increase.
-        rounding: how integers are rounded, see `rounding_weighting`.
+        rounding: how integers are rounded, see `CompressionConfig`.
     """
 
     choice: Weighting
     forecast: Weighting
-    rounding: str = "two_sided"
-
-    @property
-    def rounded_with(self) -> Weighting:
-        """Weighting that integers are rounded with."""
-        return rounding_weighting(self.choice, self.rounding)
-
-
-def rounding_weighting(weighting: Weighting, rounding: str) -> Weighting:
-    """Drop the moments that a way of rounding does not use: both for `"nearest"`, the rows for `"one_sided"`.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> rounding_weighting(Weighting(torch.ones(2), torch.ones(3)), "one_sided").rows is None
-        True
-    """
-    if rounding == "two_sided":
-        return weighting
-    return Weighting() if rounding == "nearest" else Weighting(None, weighting.columns)
+    rounding: Rounding = "two_sided"
 
 
 def layer_sensitivity(
@@ -68,7 +51,7 @@ def layer_sensitivity(
     objective: str,
     stats: CalibrationStats | None,
     damping: float,
-    rounding: str = "two_sided",
+    rounding: Rounding = "two_sided",
 ) -> Sensitivity | None:
     """Weigh errors in one layer with little damping for the choice, and with more for the forecast.
 

@@ -20,6 +20,7 @@ from tensornet.nn.execution import CACHED
 from tensornet.nn.layer_kinds import kind_of, layer_kind, type_and_reason
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
+from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
 from tensornet.topologies.stored_cores import matrix_view
 from tensornet.topology import Topology
@@ -214,8 +215,9 @@ def embedding_from_network(
     padding_idx: int | None = None,
     storage: Storage = PLAIN,
     weighting: Weighting | None = None,
+    rounding: Rounding = "two_sided",
 ) -> MPOEmbedding:
     """Build an embedding from cores, rounded by `weighting` where the storage is integer."""
     layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
-    layer.set_cores(network.cores, weighting)
+    layer.set_cores(network.cores, weighting, rounding)
     return layer

@@ -32,6 +32,7 @@ from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int
 from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind, type_and_reason
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import require_linear_shape
+from tensornet.quantization import Rounding
 from tensornet.topologies import MPOFamily, TopologyFamily
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
@@ -366,10 +367,11 @@ def linear_from_network(
     strategy: Strategy = "auto",
     storage: Storage = PLAIN,
     weighting: Weighting | None = None,
+    rounding: Rounding = "two_sided",
 ) -> TensorNetworkLinear:
     """Build a layer from cores and a copy of the bias, in the dtype and on the device of the cores.
 
-    `weighting` decides how cores are rounded, see `NetworkModule.set_cores`.
+    `weighting` and `rounding` decide how cores are rounded, see `NetworkModule.set_cores`.
     """
     layer = empty_linear(
         network.topology,
@@ -379,7 +381,7 @@ def linear_from_network(
         storage=storage,
         device="meta",
     )
-    layer.set_cores(network.cores, weighting)
+    layer.set_cores(network.cores, weighting, rounding)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(network.cores[0].dtype).clone())
     return layer

@@ -19,7 +19,7 @@ from tensornet.nn.integer_cost import IntegerCost, unpacking_cost
 from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.storage import kept_shapes
 from tensornet.nn.weight_facts import weight_facts
-from tensornet.quantization import NumberFormat
+from tensornet.quantization import NumberFormat, Rounding
 from tensornet.topology import Topology
 
 
@@ -94,7 +94,9 @@ class NetworkModule(FixedDtypes, RoutedModule):
         """Parameters and buffers that hold the cores, by name."""
         return {name: getattr(self, name) for name in self._tensor_names}
 
-    def set_cores(self, cores: Sequence[Tensor], weighting: Weighting | None = None) -> None:
+    def set_cores(
+        self, cores: Sequence[Tensor], weighting: Weighting | None = None, rounding: Rounding = "two_sided"
+    ) -> None:
         """Replace the core parameters by tensors, which keep their dtype and device.
 
         Tensors that are parameters already are shared, not copied: that is how tied layers stay tied.
@@ -102,11 +104,12 @@ class NetworkModule(FixedDtypes, RoutedModule):
         Args:
             cores: in the order of the topology.
             weighting: sensitivity of the loss, with which cores are rounded where they are kept as integers.
+            rounding: as for `encode`.
 
         Raises:
             ShapeError: a core does not have the shape its topology says.
         """
-        kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting)
+        kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting, rounding)
         for name, tensor in kept.items():
             # Contiguous, as they come back from a file: a pass reads them without a copy, to the same bits.
             hold(self, name, tensor if isinstance(tensor, nn.Parameter) else tensor.contiguous())
