@@ -31,9 +31,8 @@ from forward import strategies
 from harness import paired_medians
 from speed import Case, clock_for, options_of, rounds, with_threads
 
-from tensornet.contraction.cost import dense_seconds
-from tensornet.contraction.machine import Machine, default_machine
-from tensornet.contraction.operator import OperatorPlan
+from tensornet.contraction.cost import Machine, default_machine, dense_seconds
+from tensornet.contraction.plan import OperatorPlan
 from tensornet.nn.encoding import Storage
 from tensornet.nn.integer_cost import product_cost
 from tensornet.nn.linear import TensorNetworkLinear

@@ -51,8 +51,8 @@ from speed import (
     with_threads,
 )
 
-from tensornet.contraction.machine import default_machine
-from tensornet.contraction.operator import RECONSTRUCT, contract_with_input
+from tensornet.contraction.cost import default_machine
+from tensornet.contraction.plan import RECONSTRUCT, contract_with_input
 from tensornet.nn import MPOLinear
 
 #: A low rank is a chain of two sites, `(out, 1) x (1, in)`: what the planner takes for pretrained layers.

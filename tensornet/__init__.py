@@ -23,7 +23,8 @@ from tensornet.compression import (
     plan,
     save_model,
 )
-from tensornet.contraction.machine import Machine, measure_machine
+from tensornet.contraction.cost import Machine, measure_machine
+from tensornet.contrib.search import SearchPoint, TopologySearch, search_topology
 from tensornet.decompose import decompose
 from tensornet.errors import (
     BudgetError,
@@ -42,7 +43,6 @@ from tensornet.linalg.svd import TruncatedSVD, truncated_svd
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
 from tensornet.nn.extension import ModelExtension, register_extension
-from tensornet.search import SearchPoint, TopologySearch, search_topology
 from tensornet.topologies import register_topology
 from tensornet.topology import CoreSpec, Topology
 

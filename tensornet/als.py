@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensornet.contraction.operator import plan_matrix
-from tensornet.contraction.path import plan_contraction
-from tensornet.contraction.steps import ContractionPlan, run
+from tensornet.contraction.lowering import ContractionPlan, run
+from tensornet.contraction.plan import plan_contraction, plan_matrix
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, times
 from tensornet.network import TensorNetwork, random_cores

@@ -11,7 +11,7 @@ from hf_models import ARCHITECTURES
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tensornet.io.atomic import file_digest
+from tensornet.io import file_digest
 
 HALF = {"param_ratio": 0.5}
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from tensornet._util import remembered
 from tensornet.calibration.batches import Batch
-from tensornet.linalg.cholesky import cholesky
-from tensornet.linalg.weighted_svd import damped, root
+from tensornet.linalg.weighted_svd import cholesky, damped, root
 
 #: Rows of a layer that are kept, and how many tokens of each.
 ROWS, TOKENS = 16, 32

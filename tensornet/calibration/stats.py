@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tensornet._util import html_table
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_files import write_tensors
+from tensornet.io import write_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensornet.contraction.cost import dense_seconds
-from tensornet.contraction.machine import Machine
-from tensornet.contraction.operator import plan_operator
+from tensornet.contraction.cost import Machine, dense_seconds
+from tensornet.contraction.plan import plan_operator
 from tensornet.nn.integer_cost import product_cost, unpacking_cost
 from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
-from tensornet.io.safetensors_files import write_tensors
+from tensornet.io import write_tensors
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import has_own_forward, kind_of
 from tensornet.nn.module import NetworkModule

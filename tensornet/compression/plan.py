@@ -24,7 +24,7 @@ from tensornet.compression.layer_plan import (
 )
 from tensornet.compression.verification import Verification, is_unverified
 from tensornet.errors import FormatError, TopologyError
-from tensornet.io.atomic import write_file
+from tensornet.io import write_file
 from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.topologies import dense

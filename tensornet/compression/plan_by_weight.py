@@ -12,7 +12,7 @@ from tensornet.compression.allocate import decide_alone
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.layer_plan import LayerPlan, with_baseline
 from tensornet.errors import BudgetError
-from tensornet.linalg.matrix_spectrum import MatrixSpectrum, singular_values
+from tensornet.linalg.svd import MatrixSpectrum, singular_values
 from tensornet.nn.encoding import Storage
 from tensornet.nn.targets import Target
 from tensornet.topologies import Decomposition, topology_family

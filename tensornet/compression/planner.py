@@ -29,10 +29,9 @@ from tensornet.compression.sensitivity import is_known, never_ran
 from tensornet.compression.shared_stacks import SharedChoice, Stack, find_stacks, share_alone
 from tensornet.compression.verification import Checks
 from tensornet.compression.verify import verify_prices
-from tensornet.contraction.machine import default_machine
+from tensornet.contraction.cost import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning
-from tensornet.linalg.matrix_spectrum import singular_values
-from tensornet.linalg.svd import check_finite
+from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused

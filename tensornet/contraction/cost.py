@@ -6,13 +6,252 @@ Counting floating-point operations alone would be wrong by more than an order of
 where memory, copies and overheads decide.
 """
 
-import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from tensornet.contraction.machine import Machine
-from tensornet.contraction.steps import ContractionPlan, Copy, Product
+import torch
+
+# --- machine constants, shipped or measured on request --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Machine constants of the cost model, in seconds and single-precision elements unless stated otherwise.
+
+    Args:
+        name: for reports.
+        peak: multiply-adds per second of a large matrix product.
+        half_peak: the same in a 16-bit dtype.
+        bandwidth: bytes per second at which weights arrive from memory; in a model of many layers they are
+            never in a cache when they are needed.
+        overhead: per operation, a matrix product or a permuting copy.
+        copy_element: per element of a permuting copy.
+        copy_run: more for each contiguous run of a copy: for each element if the innermost index changes.
+        copy_far: more for each element of a copy that the cache of a core does not hold.
+        half_size: rows, columns or summed indices at which a product reaches half of its peak.
+        unpack_pass: per element of one pass over a block of a matrix of integers that is unpacked.
+        kernel_peak: multiply-adds per second of torch's kernels that read integer codes; 0 without them.
+
+    Example:
+        >>> import dataclasses
+        >>> from tensornet.contraction.cost import default_machine
+        >>> machine = dataclasses.replace(default_machine("cpu"), name="mine", bandwidth=40e9)
+        >>> machine.efficiency(64, 64, 64) < 1
+        True
+    """
+
+    name: str
+    peak: float
+    half_peak: float
+    bandwidth: float
+    overhead: float
+    copy_element: float
+    copy_run: float
+    copy_far: float
+    half_size: float
+    unpack_pass: float = 0.1e-9
+    kernel_peak: float = 30e9
+
+    def efficiency(self, rows: int, inner: int, columns: int) -> float:
+        """Compute the fraction of the peak that a matrix product of this size can reach."""
+        # A vector times a matrix takes the time to read the matrix, which is counted apart.
+        sizes = (inner,) if rows == 1 else (rows, inner, columns)
+        reached = 1.0
+        for size in sizes:
+            reached *= size / (size + self.half_size)
+        return reached
+
+
+#: One thread of a server processor of 2023 (AVX-512): `benchmarks/fit_machine.py`, timings of every way to
+#: apply 27 layers to 1 to 1024 tokens. Constants of 16-bit and integer products: one of 2024, whose AVX-512
+#: multiplies bfloat16, layers of four shapes in seven formats.
+CPU = Machine(
+    name="cpu",
+    peak=50e9,
+    half_peak=190e9,
+    bandwidth=13e9,
+    overhead=5e-6,
+    copy_element=0.06e-9,
+    copy_run=0.5e-9,
+    copy_far=0.55e-9,
+    half_size=5,
+    unpack_pass=0.25e-9,
+    kernel_peak=80e9,
+)
+
+#: A data-centre GPU of the class of an A100, from its data sheet; not measured.
+GPU = Machine(
+    name="gpu",
+    peak=8e12,
+    half_peak=100e12,
+    bandwidth=1.2e12,
+    overhead=10e-6,
+    copy_element=8e-12,
+    copy_run=20e-12,
+    copy_far=0.0,
+    half_size=24,
+    unpack_pass=8e-12,
+    kernel_peak=0.0,
+)
+
+#: Speed that a second thread adds to products and to copies, relative to the first: copies share the memory.
+_PRODUCT_GAIN, _COPY_GAIN = 0.9, 0.5
+
+#: More seconds for every operation that threads share, to start and to wait for each other.
+_SYNCHRONIZE = 8e-6
+
+
+@lru_cache(maxsize=64)
+def machine_with_threads(machine: Machine, threads: int) -> Machine:
+    """Scale machine constants to a number of threads."""
+    if threads == 1:
+        return machine
+    products, copies = (1 + gain * (threads - 1) for gain in (_PRODUCT_GAIN, _COPY_GAIN))
+    return replace(
+        machine,
+        name=f"{machine.name} x{threads}",
+        peak=machine.peak * products,
+        half_peak=machine.half_peak * products,
+        overhead=machine.overhead + _SYNCHRONIZE,
+        copy_element=machine.copy_element / copies,
+        copy_run=machine.copy_run / copies,
+        copy_far=machine.copy_far / copies,
+        unpack_pass=machine.unpack_pass / copies,
+        kernel_peak=machine.kernel_peak * products,
+    )
+
+
+def check_machine(machine: object) -> None:
+    """Raise TypeError unless `machine` is a Machine or None.
+
+    Raises:
+        TypeError: another type; the message names the functions that return machines.
+    """
+    if machine is not None and not isinstance(machine, Machine):
+        raise TypeError(
+            f"machine must be a tensornet.Machine, as tensornet.measure_machine() returns, got {machine!r}. "
+            "Without one the shipped constants of the device count."
+        )
+
+
+def default_machine(device: torch.device | str) -> Machine:
+    """Return shipped constants for a device: `CPU` with the current number of threads, else `GPU`."""
+    if torch.device(device).type in ("cpu", "meta"):
+        return machine_with_threads(CPU, torch.get_num_threads())
+    return GPU
+
+
+@torch.no_grad()
+def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> Machine:
+    """Measure the machine constants of a device with the current number of threads, in about a second.
+
+    Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. `half_size`,
+    `unpack_pass` and `kernel_peak` are those of the shipped machine: they belong to the kernels, not to the
+    clock.
+
+    Args:
+        device: where to measure.
+        repeats: of each measurement; the fastest counts.
+
+    Example:
+        >>> tn.measure_machine(repeats=1).peak > 1e6
+        True
+    """
+    where = torch.device(device)
+    base = default_machine(where)
+
+    def fastest(function: Callable[[], object], calls: int = 1) -> float:
+        function()
+        seconds = []
+        for _ in range(repeats):
+            _synchronize(where)
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            _synchronize(where)
+            seconds.append((time.perf_counter() - start) / calls)
+        return min(seconds)
+
+    def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.ones(shape, device=where, dtype=dtype)
+
+    def copying(count: int, run: int) -> float:
+        """Measure seconds per element of a copy with runs of this length, 4,096 elements or more."""
+        operand = ones(count, 64, run).permute(1, 0, 2)
+        whole = fastest(lambda: operand.reshape(-1), calls=20 if count * run < 2**18 else 1)
+        return max(whole - overhead, 1e-9) / operand.numel()
+
+    small, vector, large = ones(8, 8), ones(1, 4096), ones(1024, 1024)
+    tall = ones(4096, 8192)  # 128 MiB: no cache holds it
+    half = ones(1024, 1024, dtype=torch.bfloat16)
+    overhead = fastest(lambda: (small @ small.reshape(8, 8)).reshape(64), calls=50)
+    # The shipped efficiency says how far this product stays below the peak.
+    volume = 1024**3 / base.efficiency(1024, 1024, 1024)
+    element, strided, far = copying(4, 1024), copying(4096, 1), copying(64, 1024)
+    return replace(
+        base,
+        name=f"{where.type}, measured",
+        peak=volume / max(fastest(lambda: large @ large) - overhead, 1e-9),
+        half_peak=volume / max(fastest(lambda: half @ half) - overhead, 1e-9),
+        bandwidth=4 * tall.numel() / max(fastest(lambda: vector @ tall) - overhead, 1e-9),
+        overhead=overhead,
+        copy_element=element,
+        copy_run=max(strided - element, 0.0),
+        copy_far=max(far - element, 0.0),
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- times ----------------------------------------------------------------------------------------
 
 #: Larger operands than this, in bytes, are not all in the cache of one core.
 _FAR = 2**20
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Permutation that is copied before its operand enters a matrix product.
+
+    Args:
+        elements: elements moved, for each token if `per_token`.
+        run: elements that stay together; 1 if the innermost index changes.
+        per_token: whether the operand carries the token index.
+    """
+
+    elements: int
+    run: int
+    per_token: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """Sizes of a batched matrix product `(batch, rows, inner) @ (batch, inner, columns)`.
+
+    Args:
+        batch, rows, inner, columns: sizes; the group that carries the token index counts without it.
+        tokens_in: `"batch"`, `"rows"`, `"inner"`, `"columns"`, or None if no operand carries tokens.
+    """
+
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    tokens_in: str | None
+
+    def at(self, tokens: int) -> tuple[int, int, int, int]:
+        """Return `(batch, rows, inner, columns)` for a token count."""
+        return (
+            self.batch * (tokens if self.tokens_in == "batch" else 1),
+            self.rows * (tokens if self.tokens_in == "rows" else 1),
+            self.inner * (tokens if self.tokens_in == "inner" else 1),
+            self.columns * (tokens if self.tokens_in == "columns" else 1),
+        )
 
 
 def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: int = 4) -> float:
@@ -31,13 +270,6 @@ def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -
     if elements * itemsize > _FAR:
         each += machine.copy_far
     return machine.overhead + elements * each * max(itemsize, 2) / 4
-
-
-def plan_seconds(plan: ContractionPlan, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predict the time of a contraction for a token count, with operands without tokens read from memory."""
-    read = sum(math.prod(shape) for shape in plan.stored_shapes) * itemsize / machine.bandwidth
-    products = sum(product_seconds(step.product, tokens, machine, itemsize) for step in plan.steps)
-    return read + products + sum(copy_seconds(copy, tokens, machine, itemsize) for copy in plan.copies)
 
 
 def dense_seconds(

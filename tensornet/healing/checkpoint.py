@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_files import write_tensors
+from tensornet.io import write_tensors
 
 #: Moments of the gradients of a parameter in the state of AdamW.
 _MOMENTS = ("exp_avg", "exp_avg_sq")

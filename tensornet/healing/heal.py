@@ -26,7 +26,7 @@ from tensornet.healing.trained import (
     trained_parameters,
 )
 from tensornet.healing.trained_scales import trained_scales
-from tensornet.io.atomic import check_place
+from tensornet.io import check_place
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.unfuse import unfused
 

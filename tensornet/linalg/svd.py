@@ -4,10 +4,14 @@ Everything is computed in double precision and returned in the dtype of the inpu
 types). For float32 input that makes the Gram route *more* accurate than a float32 SVD: squaring the
 condition number costs half of the 16 digits and float32 only ever had 7. What a route cannot resolve it
 notices, and hands over to the exact one.
+
+Reference:
+    Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,8 +20,113 @@ from torch import Tensor
 from tensornet._util import check_dense, check_size, outside_autocast
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, NonFiniteError
-from tensornet.linalg.gram_matrix import GramMatrix
-from tensornet.linalg.subspace_iteration import iterated_basis, worth_iterating
+
+# --- subspace iteration ---------------------------------------------------------------------------
+
+#: Below this size an eigendecomposition of the Gram matrix is as fast.
+MIN_SIZE = 256
+#: Above this fraction of the smaller dimension an eigendecomposition is as fast.
+MAX_SHARE = 1 / 8
+_MAX_ITERATIONS = 10
+#: Singular values converge later than the energy: factor on the number of iterations if they are wanted.
+_PATIENCE = 2
+#: Forming the Gram matrix costs size/width iterations of the direct product; six are typical.
+_GRAM_PAYS_BELOW = 12
+
+
+def worth_iterating(size: int, rank: int) -> bool:
+    """Return True if iteration is faster than an eigendecomposition for `rank` vectors of length `size`."""
+    return size >= MIN_SIZE and rank <= MAX_SHARE * size
+
+
+def iterated_basis(
+    block: Tensor,
+    total: Tensor,
+    rank: int,
+    *,
+    slack: float,
+    kept_slack: float | None = None,
+    gram: Tensor | None = None,
+) -> Tensor | None:
+    """Compute an orthonormal basis of the `rank` leading left singular vectors, in descending order.
+
+    Args:
+        block: shape `(*batch, m, n)` with `m <= n`.
+        total: energy of the blocks, shape `(*batch)`, double precision.
+        rank: number of vectors, at most `m`.
+        slack: stop when an iteration lowers the energy left outside by less than this fraction of it.
+        kept_slack: and by less than this fraction of the energy inside, for accurate singular values
+            themselves: next to a large rest they may be far off while the rest hardly changes.
+        gram: `block @ block^H` if it is known.
+
+    Returns:
+        Basis of shape `(*batch, m, rank)`, or None if the energy has not settled.
+    """
+    size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
+    if size > _GRAM_PAYS_BELOW * width:
+        gram = None
+    elif gram is None:
+        gram = block @ block.mH
+    generator = torch.Generator(device="cpu").manual_seed(0)  # the same numbers on every device
+    probe = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu").to(block)
+    basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
+    before = torch.zeros_like(total)
+    for _ in range(_MAX_ITERATIONS if kept_slack is None else _PATIENCE * _MAX_ITERATIONS):
+        image = _square(block, gram, basis)
+        values, vectors = torch.linalg.eigh(basis.mH @ image)
+        captured = values[..., -rank:].double().sum(-1)
+        outside = (total - captured).clamp_min(0)
+        resolution = 10 * torch.finfo(block.dtype).eps * total
+        allowed = slack * outside
+        if kept_slack is not None:
+            allowed = torch.minimum(allowed, kept_slack * captured)
+        if bool((captured - before <= allowed + resolution).all()):
+            return basis @ vectors[..., -rank:].flip(-1)
+        before = captured
+        basis = torch.linalg.qr(image).Q
+    return None
+
+
+def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
+    """Compute `block @ block^H @ vectors`."""
+    return block @ (block.mH @ vectors) if gram is None else gram @ vectors
+
+
+# --- Gram matrices --------------------------------------------------------------------------------
+
+
+class Eigenpairs(NamedTuple):
+    """Eigenvalues in ascending order, shape `(*batch, k)`, and their vectors as columns, `(*batch, k, k)`."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+class GramMatrix:
+    """Gram matrix `B B^H` of a block, or `B^H B` where that is smaller, for several users.
+
+    Args:
+        block: shape `(*batch, m, n)`, in double precision.
+    """
+
+    def __init__(self, block: Tensor) -> None:
+        wide = block.mH if block.shape[-2] > block.shape[-1] else block
+        self.product = wide @ wide.mH  # shape: (*batch, k, k) with k = min(m, n)
+
+    @cached_property
+    def eigh(self) -> Eigenpairs:
+        """Eigenvalues and eigenvectors of the product."""
+        return Eigenpairs(*torch.linalg.eigh(self.product))
+
+    @property
+    def energies(self) -> Tensor:
+        """Squared singular values in descending order, shape `(*batch, k)`."""
+        known = "eigh" in self.__dict__
+        values = self.eigh.values if known else torch.linalg.eigvalsh(self.product)
+        return values.flip(-1).clamp_min(0)
+
+
+# --- truncated SVD --------------------------------------------------------------------------------
 
 Method = Literal["auto", "exact", "gram", "randomized"]
 METHODS = ("auto", "exact", "gram", "randomized")
@@ -403,3 +512,66 @@ def _project(work: Tensor, U: Tensor, method: str) -> Factors:
 
 def _flip(factors: Factors) -> Factors:
     return factors._replace(U=factors.Vh.mH, Vh=factors.U.mH)
+
+
+# --- all singular values and the leading vectors of one matrix ------------------------------------
+
+
+class MatrixSpectrum:
+    """Singular values of a matrix, computed once; call it to get them.
+
+    To explain how this works: values alone take a quarter of the time of values with vectors. So vectors are
+    computed with the values only if a rank is expected for which `truncated` will need them, see `expect`.
+    What is kept is the Gram matrix or its eigenvectors: `min(m, n)^2` numbers in double precision.
+
+    Args:
+        matrix: shape `(m, n)`, finite.
+        truncates: whether `truncated` will be called.
+
+    Example:
+        >>> from tensornet.linalg.svd import MatrixSpectrum
+        >>> spectrum = MatrixSpectrum(torch.diag(torch.tensor([4.0, 3.0, 0.0])))
+        >>> spectrum()
+        tensor([4., 3., 0.], dtype=torch.float64)
+        >>> spectrum.truncated(1).S
+        tensor([4.])
+    """
+
+    def __init__(self, matrix: Tensor, *, truncates: bool = False) -> None:
+        self._matrix, self._truncates = matrix, truncates
+        self._scale = safe_scale(matrix)
+        self._gram: GramMatrix | None = None
+        self._values: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Compute the singular values in descending order, in double precision."""
+        if self._values is None:
+            gram = self._shared()
+            self._values = gram.energies.sqrt() * self._scale
+            if not self._truncates:
+                self._gram = None
+        return self._values
+
+    def expect(self, rank: int) -> None:
+        """Compute eigenvectors together with the values if `truncated(rank)` will need them.
+
+        Call it before the values are asked for.
+        """
+        if self._truncates and not worth_iterating(min(self._matrix.shape), rank):
+            _ = self._shared().eigh
+
+    @torch.no_grad()
+    def truncated(self, rank: int) -> TruncatedSVD:
+        """Truncate the SVD as `truncated_svd(matrix, max_rank=rank)` does."""
+        return truncate(self._matrix, self._scale, rank, gram=self._shared())
+
+    def _shared(self) -> GramMatrix:
+        if self._gram is None:
+            self._gram = GramMatrix(scaled_work(self._matrix, self._scale))
+        return self._gram
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Compute the singular values in descending order, in double precision, from the smaller Gram matrix."""
+    return MatrixSpectrum(matrix)()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 
-from tensornet.contraction.path import TOKENS, ContractionPlan, plan_contraction, run
-from tensornet.contraction.steps import plan_sum
+from tensornet.contraction.lowering import plan_sum
+from tensornet.contraction.plan import TOKENS, ContractionPlan, plan_contraction, run
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tensornet._util import check_size
-from tensornet.contraction.cost import dense_seconds
-from tensornet.contraction.machine import Machine, check_machine, default_machine
-from tensornet.contraction.operator import (
+from tensornet.contraction.cost import Machine, check_machine, default_machine, dense_seconds
+from tensornet.contraction.plan import (
     PLANNED_TOKENS,
     RECONSTRUCT,
     Bounds,

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tensornet._util import check_size
-from tensornet.contraction.cost import dense_seconds
-from tensornet.contraction.machine import Machine
-from tensornet.contraction.operator import RECONSTRUCT, OperatorPlan
+from tensornet.contraction.cost import Machine, dense_seconds
+from tensornet.contraction.plan import RECONSTRUCT, OperatorPlan
 from tensornet.nn.integer_cost import IntegerCost
 
 

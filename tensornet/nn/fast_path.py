@@ -13,7 +13,7 @@ from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from tensornet.contraction.steps import ContractionPlan
+from tensornet.contraction.lowering import ContractionPlan
 from tensornet.nn.matrix_cache import CachedMatrix, MatrixKeeper
 
 #: Gives the output of a layer for an input; None where the long way has to be taken.

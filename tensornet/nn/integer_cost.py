@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tensornet.contraction.cost import dense_seconds
-from tensornet.contraction.machine import Machine
+from tensornet.contraction.cost import Machine, dense_seconds
 from tensornet.nn.integer_product import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel, scales_by_row
 from tensornet.nn.kernel_layout import KERNEL_TOKENS, has_layout, layout_bytes, products_of
 from tensornet.nn.storage import Storage, kept_shapes
@@ -62,7 +61,7 @@ def product_cost(
         larger: whether the integers may be held in many more bytes than stored, see `has_layout`.
 
     Example:
-        >>> from tensornet.contraction.machine import CPU
+        >>> from tensornet.contraction.cost import CPU
         >>> product_cost(NumberFormat.parse("int8:row"), (512, 512), 1, CPU, 2).kernel
         'int8 kernel'
         >>> product_cost(NumberFormat.parse("int3"), (512, 512), 256, CPU, 2).kernel

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
-from tensornet.contraction.machine import Machine
+from tensornet.contraction.cost import Machine
 from tensornet.nn.integer_cost import IntegerCost, product_cost
 from tensornet.nn.kernel_layout import KernelMatrix, from_kernel, has_layout, layout_bytes, to_kernel
 from tensornet.nn.module import NetworkModule, cores_of

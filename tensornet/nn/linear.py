@@ -10,9 +10,9 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from tensornet._util import check_input, is_exporting
-from tensornet.contraction.machine import default_machine
-from tensornet.contraction.operator import PLANNED_TOKENS, contract_with_input, plan_operator
-from tensornet.contraction.steps import is_slow
+from tensornet.contraction.cost import default_machine
+from tensornet.contraction.lowering import is_slow
+from tensornet.contraction.plan import PLANNED_TOKENS, contract_with_input, plan_operator
 from tensornet.decompose import decompose
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.contraction.machine import Machine
-from tensornet.contraction.operator import contract_to_matrix
-from tensornet.contraction.path import check_optimize
+from tensornet.contraction.cost import Machine
+from tensornet.contraction.plan import check_optimize, contract_to_matrix
 from tensornet.errors import ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.contraction.operator import PLANNED_TOKENS
+from tensornet.contraction.plan import PLANNED_TOKENS
 from tensornet.errors import TargetError
 from tensornet.nn.execution import CACHED
 from tensornet.nn.extension import extensions

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tensornet._util import remembered
 from tensornet.errors import ShapeError
-from tensornet.linalg.cholesky import cholesky
 from tensornet.linalg.svd import check_finite
+from tensornet.linalg.weighted_svd import cholesky
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 Workers know nothing of the model that the weights belong to, so they start without its library.
 """
 
-from tensornet.io.atomic import Written
-from tensornet.io.safetensors_files import (
+from tensornet.io import (
     ShardTask,
     Slice,
+    Written,
     load_slice,
     read_header,
     write_shard,

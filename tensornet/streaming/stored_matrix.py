@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensornet.io.safetensors_files import Slice, load_slice
+from tensornet.io import Slice, load_slice
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, LayerPlan, apply_plan, prepare
 from tensornet.errors import FormatError
-from tensornet.io.atomic import Written, file_digest
-from tensornet.io.safetensors_files import Slice, read_header, write_tensors
+from tensornet.io import Slice, Written, file_digest, read_header, write_tensors
 from tensornet.nn.layer_kinds import layer_kind
 from tensornet.nn.serialization import module_spec
 from tensornet.streaming.stored_matrix import StoredMatrix

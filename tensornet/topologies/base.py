@@ -11,8 +11,8 @@ from torch import Tensor
 from tensornet._util import check_dense, outside_autocast
 from tensornet.budget import Budget, check_budget
 from tensornet.errors import TopologyError
-from tensornet.linalg.cut_spectra import CutSpectra
-from tensornet.linalg.matrix_spectrum import MatrixSpectrum
+from tensornet.linalg.svd import MatrixSpectrum
+from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import (
     Method,
     allowed_energy,
@@ -23,7 +22,7 @@ from tensornet.linalg.svd import (
     scaled_back,
     working_dtype,
 )
-from tensornet.linalg.tt_svd import pad_matrix
+from tensornet.linalg.tt_svd import CutSpectra, pad_matrix
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (
     FactoredFamily,

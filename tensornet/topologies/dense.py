@@ -25,7 +25,7 @@ from tensornet.topologies.stored_cores import RoundedCores, StoredCores
 from tensornet.topology import CoreSpec, Topology
 
 if TYPE_CHECKING:
-    from tensornet.linalg.cut_spectra import CutSpectra
+    from tensornet.linalg.tt_svd import CutSpectra
 
 
 def dense(*, out_features: int, in_features: int) -> Topology:

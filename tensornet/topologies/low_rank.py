@@ -13,10 +13,8 @@ from torch import Tensor
 from tensornet._util import check_size, remembered
 from tensornet.budget import Budget, caps_of_bonds, check_budget
 from tensornet.errors import TopologyError
-from tensornet.linalg.cut_spectra import CutSpectra
-from tensornet.linalg.matrix_spectrum import MatrixSpectrum
-from tensornet.linalg.subspace_iteration import worth_iterating
 from tensornet.linalg.svd import (
+    MatrixSpectrum,
     Method,
     TruncatedSVD,
     allowed_energy,
@@ -26,8 +24,9 @@ from tensornet.linalg.svd import (
     relative,
     result_dtype,
     truncated_svd,
+    worth_iterating,
 )
-from tensornet.linalg.tt_svd import cap_bonds
+from tensornet.linalg.tt_svd import CutSpectra, cap_bonds
 from tensornet.linalg.weighted_svd import (
     WeightedSVD,
     Weighting,

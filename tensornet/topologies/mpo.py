@@ -8,9 +8,8 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
-from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import Method
-from tensornet.linalg.tt_svd import cap_bonds, max_bonds, mpo_params, tt_svd
+from tensornet.linalg.tt_svd import CutSpectra, cap_bonds, max_bonds, mpo_params, tt_svd
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.topologies.decomposition import Decomposition

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
-from tensornet.linalg.cut_spectra import CutSpectra
 from tensornet.linalg.svd import check_finite, result_dtype
+from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tensornet.als import fit_network
-from tensornet.contraction.operator import plan_matrix
-from tensornet.contraction.steps import run
+from tensornet.contraction.lowering import run
+from tensornet.contraction.plan import plan_matrix
 from tensornet.linalg.weighted_svd import Weighting, root
 from tensornet.network import TensorNetwork
 from tensornet.quantization.formats import NumberFormat

@@ -24,8 +24,7 @@ from tensornet.linalg.svd import (
     scaled_back,
     working_dtype,
 )
-from tensornet.linalg.tt_svd import max_bonds, pad_matrix
-from tensornet.linalg.tt_svd_step import split_block
+from tensornet.linalg.tt_svd import max_bonds, pad_matrix, split_block
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.topologies.decomposition import Decomposition

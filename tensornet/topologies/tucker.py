@@ -18,8 +18,7 @@ from tensornet.linalg.svd import (
     safe_scale,
     scaled_back,
 )
-from tensornet.linalg.tt_svd import pad_matrix
-from tensornet.linalg.tt_svd_step import split_block
+from tensornet.linalg.tt_svd import pad_matrix, split_block
 from tensornet.network import TensorNetwork
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from tensornet.contraction.machine import CPU
+from tensornet.contraction.cost import CPU
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RATIOS = {

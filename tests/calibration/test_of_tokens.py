@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForTokenClassification
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration.losses import label_losses
-from tensornet.io.safetensors_files import write_tensors
+from tensornet.io import write_tensors
 from tensornet_hf.streaming.calibrate import calibrate_checkpoint
 
 HALF = tn.CompressionConfig(param_ratio=0.5)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
-from tensornet.contraction.path import TOKENS, plan_contraction, run
+from tensornet.contraction.plan import TOKENS, plan_contraction, run
 from tensornet.testing import reference
 
 Labels = tuple[str, ...]

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import tensornet as tn
+import tensornet.io as atomic
 from tensornet.errors import DestinationError, FormatError
-from tensornet.io import atomic
-from tensornet.io.safetensors_files import read_header, read_headers, write_tensors
+from tensornet.io import read_header, read_headers, write_tensors
 
 
 def header_of(text: str, data: bytes) -> bytes:

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.linalg import subspace_iteration as subspace
 from tensornet.linalg import svd
-from tensornet.linalg.subspace_iteration import iterated_basis
-from tensornet.linalg.svd import METHODS, energy, result_dtype
-from tensornet.linalg.tt_svd_step import split_block
+from tensornet.linalg.svd import METHODS, energy, iterated_basis, result_dtype
+from tensornet.linalg.tt_svd import split_block
 from tensornet.testing import laws, reference, strategies
 
 methods = pytest.mark.parametrize("method", METHODS)
@@ -143,7 +141,7 @@ def test_gram_keeps_a_small_promise(dtype: torch.dtype) -> None:
 
 
 def test_iteration_that_does_not_settle_is_redone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subspace, "_MAX_ITERATIONS", 1)
+    monkeypatch.setattr(svd, "_MAX_ITERATIONS", 1)
     found = tn.truncated_svd(torch.randn(64, 64), max_rank=4, method="randomized")
     assert found.method == "exact"
 
@@ -307,9 +305,9 @@ def test_zero_matrix() -> None:
 
 
 def test_private_threshold_is_what_the_docstring_says() -> None:
-    assert subspace.worth_iterating(256, 32)
-    assert not subspace.worth_iterating(256, 33)
-    assert not subspace.worth_iterating(255, 1)
+    assert svd.worth_iterating(256, 32)
+    assert not svd.worth_iterating(256, 33)
+    assert not svd.worth_iterating(255, 1)
     assert "eighth" in (svd.truncated_svd.__doc__ or "")
 
 

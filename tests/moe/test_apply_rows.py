@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.contraction.operator import RECONSTRUCT
+from tensornet.contraction.plan import RECONSTRUCT
 from tensornet_moe import experts as experts_module
 from tensornet_moe.grouped_linear import Groups, group_rows
 

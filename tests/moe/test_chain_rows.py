@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.contraction.operator import RECONSTRUCT
+from tensornet.contraction.plan import RECONSTRUCT
 from tensornet_moe import chain_rows as chain_module
 from tensornet_moe import experts as experts_module
 from tensornet_moe.chain_rows import ChainLegs, chain_legs, chain_rows

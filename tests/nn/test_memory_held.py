@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.contraction.operator import plan_operator
+from tensornet.contraction.plan import plan_operator
 from tensornet.nn import kernel_layout
 from tensornet.nn.encoding import Storage
 from tensornet.quantization import NumberFormat

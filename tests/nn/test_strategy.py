@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tensornet as tn
-from tensornet.contraction.machine import CPU, GPU, default_machine, machine_with_threads, measure_machine
-from tensornet.contraction.operator import (
+from tensornet.contraction.cost import CPU, GPU, default_machine, machine_with_threads, measure_machine
+from tensornet.contraction.plan import (
     RECONSTRUCT,
+    TOKENS,
     choose,
     contract_to_matrix,
     contract_with_input,
+    plan_contraction,
     plan_operator,
+    run,
 )
-from tensornet.contraction.path import TOKENS, plan_contraction, run
 from tensornet.nn.execution import CACHED
 from tensornet.nn.matrix_cache import STRATEGIES
 from tensornet.topologies import low_rank, mpo

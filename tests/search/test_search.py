@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
-from tensornet.contraction.cost import dense_seconds
-from tensornet.contraction.machine import CPU, GPU
-from tensornet.linalg.cut_spectra import CutSpectra
+from tensornet.contraction.cost import CPU, GPU, dense_seconds
+from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import block_tt, low_rank, mpo, topology_family
 
@@ -99,7 +98,7 @@ def test_pruning_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(32, 24, dtype=torch.float64)
     found = tn.search_topology(matrix, param_ratio=0.4)
     assert found.pruned > 0
-    monkeypatch.setattr("tensornet.search.search._beaten", lambda *_: False)
+    monkeypatch.setattr("tensornet.contrib.search._beaten", lambda *_: False)
     everything = tn.search_topology(matrix, param_ratio=0.4)
     assert everything.pruned == 0
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.linalg.matrix_spectrum import MatrixSpectrum
+from tensornet.linalg.svd import MatrixSpectrum
 from tensornet.topologies import topology_family
 
 BUDGETS = [

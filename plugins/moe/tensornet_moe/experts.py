@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.budget import Budget
-from tensornet.contraction.machine import default_machine
-from tensornet.contraction.operator import (
+from tensornet.contraction.cost import default_machine
+from tensornet.contraction.plan import (
     RECONSTRUCT,
     choose,
     contract_with_input,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.contraction.machine import default_machine
+from tensornet.contraction.cost import default_machine
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, safe_scale, truncated_svd, working_dtype

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from tensornet.contraction.path import TOKENS, ContractionPlan, find_path, plan_contraction, run
+from tensornet.contraction.plan import TOKENS, ContractionPlan, find_path, plan_contraction, run
 from tensornet.errors import TopologyError
 from tensornet.topology import Topology
 

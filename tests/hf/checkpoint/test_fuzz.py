@@ -23,7 +23,7 @@ from sharded_folders import save
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TensorNetError
-from tensornet.io.safetensors_files import read_header, write_tensors
+from tensornet.io import read_header, write_tensors
 from tensornet_hf.checkpoint.headers import check_layers, read_checkpoint, read_compression, read_headers
 from tensornet_hf.checkpoint.json_files import read_json
 from tensornet_hf.streaming.journal import Staging

@@ -16,7 +16,7 @@ from sharded_folders import HALF, contents, save, save_tensors
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError, TargetError
-from tensornet.io.safetensors_files import (
+from tensornet.io import (
     ShardTask,
     Slice,
     load_slice,

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tensornet.errors import DestinationError
-from tensornet.io.atomic import new_folder, restore_earlier
+from tensornet.io import new_folder, restore_earlier
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_files import read_headers as locate_tensors
+from tensornet.io import read_headers as locate_tensors
 from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.serialization import build_module
 from tensornet_hf.checkpoint.describe import is_inside

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tensornet.compression import LayerPlan
-from tensornet.linalg.matrix_spectrum import singular_values
+from tensornet.linalg.svd import singular_values
 from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.topologies import topology_family
 from tensornet.topologies.structure import Side

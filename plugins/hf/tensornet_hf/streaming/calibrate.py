@@ -25,7 +25,7 @@ from tensornet.calibration.losses import TokenLosses, default_losses, label_loss
 from tensornet.calibration.sequential import ChainRun, outer_stacks
 from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
-from tensornet.io.safetensors_files import load_slice, read_header, write_tensors
+from tensornet.io import load_slice, read_header, write_tensors
 from tensornet_hf.streaming.mapped_model import mapped_model
 from tensornet_hf.streaming.moments import Moments
 

@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_files import FLOATS, Slice
+from tensornet.io import FLOATS, Slice
 from tensornet.nn.layer_kinds import compound_of
 from tensornet.nn.unfuse import Compound, Stack, unfuse
 from tensornet.streaming.stored_matrix import StoredMatrix

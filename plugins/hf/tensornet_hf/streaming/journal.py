@@ -21,7 +21,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from tensornet.errors import DestinationError
-from tensornet.io.atomic import take_place, write_file
+from tensornet.io import take_place, write_file
 
 
 class Staging:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tensornet.errors import FormatError
-from tensornet.io.atomic import Written, intact
+from tensornet.io import Written, intact
 from tensornet_hf.checkpoint.json_files import read_json
 
 MANIFEST = "tensornet_manifest.json"

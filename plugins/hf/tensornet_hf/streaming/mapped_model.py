@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
-from tensornet.io.safetensors_files import FLOATS, contents, load_slice
+from tensornet.io import FLOATS, contents, load_slice
 from tensornet.streaming.stored_matrix import StoredMatrix
 from tensornet_hf.streaming.expert_slices import take_experts_apart
 from tensornet_hf.streaming.skeleton import model_skeleton

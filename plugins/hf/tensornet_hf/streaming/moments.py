@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.stats import STATS_VERSION
-from tensornet.io.safetensors_files import (
+from tensornet.io import (
     ShardTask,
     Slice,
     load_slice,

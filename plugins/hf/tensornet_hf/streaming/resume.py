@@ -8,7 +8,7 @@ import torch
 
 import tensornet as tn
 from tensornet.errors import FormatError
-from tensornet.io.atomic import Written, intact
+from tensornet.io import Written, intact
 from tensornet.streaming.worker import Piece
 from tensornet_hf.streaming.journal import Staging
 from tensornet_hf.streaming.source import Mark, Source, check_unchanged, digest

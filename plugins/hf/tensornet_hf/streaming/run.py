@@ -20,8 +20,7 @@ from tensornet.compression import CompressionConfig, CompressionPlan, Compressio
 from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
-from tensornet.io.atomic import CHUNK, Written, file_digest, write_file
-from tensornet.io.safetensors_files import ShardTask, Slice, write_shard
+from tensornet.io import CHUNK, ShardTask, Slice, Written, file_digest, write_file, write_shard
 from tensornet.nn.unfuse import ExpertMatrix
 from tensornet.streaming.pool import run_tasks
 from tensornet.streaming.worker import (

@@ -9,7 +9,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 
 from tensornet.compression import CompressionConfig, LayerPlan
-from tensornet.io.safetensors_files import FLOATS, Slice
+from tensornet.io import FLOATS, Slice
 from tensornet.nn.encoding import hold
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule

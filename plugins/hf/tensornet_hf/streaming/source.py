@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.errors import FormatError
-from tensornet.io.safetensors_files import Slice, read_headers
+from tensornet.io import Slice, read_headers
 from tensornet_hf.checkpoint.headers import INDEX, WEIGHT_SUFFIXES, weight_files
 from tensornet_hf.checkpoint.json_files import read_json
 from tensornet_hf.checkpoint.links import inside

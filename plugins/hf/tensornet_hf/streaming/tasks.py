@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tensornet.compression import CompressionConfig, CompressionPlan
 from tensornet.compression.shared_stacks import stacks_of_experts
 from tensornet.errors import TargetError
-from tensornet.io.safetensors_files import FLOATS, Slice, contents
+from tensornet.io import FLOATS, Slice, contents
 from tensornet.nn.layer_kinds import layer_bias
 from tensornet.nn.targets import Target, all_targets, find_targets
 from tensornet.streaming.stored_matrix import StoredMatrix

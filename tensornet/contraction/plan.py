@@ -1,23 +1,113 @@
-"""Contraction plans of a linear operator: applied core by core, or with the matrix rebuilt first."""
+"""Plan a contraction once, and run it as pairwise matrix products.
+
+`opt_einsum` finds the order, `lowering` writes it as permutations, reshapes and (batched) matrix products.
+Calling opt_einsum inside `forward` would break `torch.compile(fullgraph=True)` and autocast; the lowered
+steps do not. Indices of size 1 are removed before planning, so a low-rank layer is exactly two matmuls.
+"""
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import opt_einsum
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 
-from tensornet._util import check_input
-from tensornet.contraction.cost import dense_seconds, plan_seconds
-from tensornet.contraction.lowering import lower_path
-from tensornet.contraction.machine import CPU, Machine
-from tensornet.contraction.path import find_path
-from tensornet.contraction.steps import TOKENS, ContractionPlan, plan_sum, run
+from tensornet._util import check_input, import_optional
+from tensornet.contraction.cost import CPU, Machine, dense_seconds
+from tensornet.contraction.lowering import TOKENS, ContractionPlan, lower_path, plan_sum, run
+from tensornet.errors import TopologyError
 from tensornet.topology import Topology
+
+# --- one contraction ------------------------------------------------------------------------------
+
+#: How the order is found: a name `opt_einsum.contract_path` knows, `"cotengra"`, a path optimizer of
+#: `opt_einsum`'s protocol, or an explicit pairwise path.
+Optimize = str | Sequence[tuple[int, int]] | Callable[..., Any]
+
+
+def plan_contraction(
+    operands: Sequence[tuple[str, ...]],
+    output: tuple[str, ...],
+    size_of: Mapping[str, int],
+    *,
+    optimize: Optimize = "auto",
+) -> ContractionPlan:
+    """Plan `einsum(operands -> output)`.
+
+    Args:
+        operands: labels of each operand.
+        output: labels of the result; every other label is summed.
+        size_of: size of each label; `TOKENS` holds the expected number of tokens.
+        optimize: see `Optimize`. `"auto"` tries all orders up to 4 operands, fewer beyond.
+
+    Returns:
+        A plan for `run`.
+
+    Raises:
+        TopologyError: the path is not pairwise, or `optimize` is an unknown name.
+        MissingDependencyError: `optimize="cotengra"` without cotengra.
+    """
+    path = find_path(operands, output, size_of, optimize)
+    return lower_path(operands, output, size_of, path)
+
+
+def find_path(
+    operands: Sequence[tuple[str, ...]],
+    output: tuple[str, ...],
+    size_of: Mapping[str, int],
+    optimize: Optimize = "auto",
+) -> list[tuple[int, int]]:
+    """Find a pairwise contraction order with few multiply-adds, by the optimizer `optimize`."""
+    if len(operands) == 1:
+        return []
+    squeezed = [tuple(x for x in labels if x == TOKENS or size_of[x] > 1) for labels in operands]
+    kept = tuple(x for x in output if x == TOKENS or size_of[x] > 1)
+    if optimize == "cotengra":
+        cotengra = import_optional("cotengra", extra="interop", user='optimize="cotengra"')
+        return _pairs(cotengra.array_contract_path(squeezed, kept, dict(size_of)))
+    symbol: dict[str, str] = {}
+    for labels in (*squeezed, kept):
+        for label in labels:
+            symbol.setdefault(label, opt_einsum.get_symbol(len(symbol)))
+    terms = ["".join(symbol[x] for x in labels) for labels in squeezed]
+    equation = ",".join(terms) + "->" + "".join(symbol[x] for x in kept)
+    shapes = [tuple(size_of[x] for x in labels) for labels in squeezed]
+    try:
+        path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
+    except KeyError as error:  # how opt_einsum says that it has no optimizer of this name
+        if not isinstance(optimize, str):
+            raise
+        raise TopologyError(
+            f"Unknown optimize={optimize!r}; choose 'auto', 'optimal', 'dp', 'greedy', 'branch-2', "
+            "'cotengra' or another name that opt_einsum knows, or pass one of its path optimizers."
+        ) from error
+    return _pairs(path)
+
+
+def check_optimize(optimize: Optimize) -> None:
+    """Raise early unless `optimize` can find paths, since planning waits for the first forward pass.
+
+    Raises:
+        TopologyError: no optimizer has this name.
+        MissingDependencyError: `optimize="cotengra"` without cotengra.
+    """
+    if optimize != "auto":
+        find_path([("a", "b"), ("b", "c"), ("c", "d")], ("a", "d"), dict.fromkeys("abcd", 2), optimize)
+
+
+def _pairs(path: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    if any(len(step) != 2 for step in path):
+        raise TopologyError(f"A contraction path must be pairwise, got {path}; use another `optimize`.")
+    return [(min(step), max(step)) for step in path]
+
+
+# --- a linear operator: applied core by core, or with the matrix rebuilt first --------------------
 
 #: Token count assumed where the actual one is not known, as in an exported program.
 PLANNED_TOKENS = 256
@@ -67,9 +157,9 @@ class OperatorPlan:
     def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
         """Predict the time for a token count; the route is a position in `applies` or `RECONSTRUCT`."""
         if route != RECONSTRUCT:
-            return plan_seconds(self.applies[route], tokens, machine, itemsize)
+            return self.applies[route].seconds(tokens, machine, itemsize)
         dense = dense_seconds(*self.shape, tokens, machine, itemsize, from_memory=False)
-        return dense + plan_seconds(self.matrix, 1, machine, itemsize)
+        return dense + self.matrix.seconds(1, machine, itemsize)
 
     def fastest(self, tokens: int, machine: Machine, itemsize: int = 4, *, rebuild: bool = True) -> int:
         """Find the route with the least predicted time; `rebuild=False` excludes `RECONSTRUCT`."""
@@ -83,7 +173,7 @@ def plan_operator(topology: Topology, optimize: str = "auto") -> OperatorPlan:
 
     Args:
         topology: the operator.
-        optimize: how orders are found, see `tensornet.contraction.path.Optimize`.
+        optimize: how orders are found, see `tensornet.contraction.plan.Optimize`.
     """
     applies = tuple(_applies(topology, optimize)) if not topology.terms else _applies_sum(topology, optimize)
     matrix = plan_matrix(topology, optimize)
@@ -113,7 +203,7 @@ def _applies_sum(topology: Topology, optimize: str) -> tuple[ContractionPlan, ..
     terms = [(positions, list(_applies(part, optimize))) for positions, part in topology.parts]
     places = [(0, *(k + 1 for k in positions)) for positions, _ in terms]  # operand 0 is the input
     for tokens in _PATH_TOKENS:
-        times = [[plan_seconds(plan, tokens, CPU) for plan in plans] for _, plans in terms]
+        times = [[plan.seconds(tokens, CPU) for plan in plans] for _, plans in terms]
         routes = tuple(each.index(min(each)) for each in times)
         chosen = [plans[k] for (_, plans), k in zip(terms, routes, strict=True)]
         found.setdefault(routes, plan_sum(list(zip(places, chosen, strict=True))))
@@ -136,7 +226,7 @@ def _plan_matrix(topology: Topology, widths: Mapping[str, int], optimize: str) -
     sizes = {**topology.size_of, **widths}
     paths = [find_path(cores, output, sizes, optimize), *_sweeps(len(cores))]
     plans = [lower_path(cores, output, sizes, path) for path in dict.fromkeys(map(tuple, paths))]
-    best = min(plans, key=lambda plan: plan_seconds(plan, 1, CPU))
+    best = min(plans, key=lambda plan: plan.seconds(1, CPU))
     return _with_shape(best, (-1, topology.padded_shape[1]))
 
 

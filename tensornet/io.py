@@ -1,0 +1,463 @@
+"""Files: written atomically, and safetensors headers read, mapped, and assembled without loading tensors."""
+
+import errno
+import glob
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tensornet.errors import DestinationError, FormatError
+
+# --- files and folders that appear whole or not at all --------------------------------------------
+
+#: Bytes copied at a time.
+CHUNK = 1 << 24
+#: End of the name of a folder that holds what is being replaced.
+_OLD = ".old"
+
+
+@dataclass(frozen=True)
+class Written:
+    """Name, length and checksum of a finished file.
+
+    Args:
+        name: of the file.
+        nbytes: its length.
+        sha256: of its content.
+    """
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+def check_place(what: str, path: Path) -> None:
+    """Raise DestinationError unless a file can be written to `path`.
+
+    Args:
+        what: the file, as in a sentence: `"The checkpoint"`.
+        path: of the file.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
+
+
+@contextmanager
+def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
+    """Yield a path that replaces `path` when the block ends without an error.
+
+    An earlier file stays until then, and stays for good after an error.
+
+    Args:
+        path: of the file.
+        what: names the file in errors, see `check_place`.
+
+    Raises:
+        DestinationError: `what` is given, and the file cannot be written.
+        OSError: it cannot be written otherwise.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with new_file(folder / "x") as beside:
+        ...     _ = beside.write_text("done")
+        >>> (folder / "x").read_text()
+        'done'
+    """
+    if what is not None:
+        check_place(what, path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        _sync_file(beside)
+        beside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if what is None:
+            raise
+        raise DestinationError(f"{what} cannot be written to {path}: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | None = None) -> Written:
+    """Write chunks of bytes into one file; arguments and errors as for `new_file`.
+
+    Example:
+        >>> write_file(Path(tempfile.mkdtemp(), "x"), [b"a", b"b"]).nbytes
+        2
+    """
+    total, checksum = 0, hashlib.sha256()
+    with new_file(path, what=what) as beside, beside.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            checksum.update(chunk)
+            total += len(chunk)
+    return Written(path.name, total, checksum.hexdigest())
+
+
+def file_digest(path: Path) -> Written:
+    """Compute the record that `write_file` would have returned for an existing file."""
+    checksum = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            checksum.update(chunk)
+    return Written(path.name, path.stat().st_size, checksum.hexdigest())
+
+
+def intact(path: Path, written: Written) -> bool:
+    """Return True if a file exists with the recorded content."""
+    try:
+        return path.stat().st_size == written.nbytes and file_digest(path).sha256 == written.sha256
+    except OSError:
+        return False
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that replaces `target` when the block ends without an error.
+
+    What was at `target` stays until then, and stays for good after an error. A process killed in between may
+    leave it as `.NAME.*.old/NAME`; the next call renames it back first.
+
+    Raises:
+        DestinationError: no folder can be made beside `target`, or as `take_place`.
+        OSError: the folder cannot take its place.
+    """
+    restore_earlier(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise DestinationError(f"Cannot write {target}: {error}.") from error
+    try:
+        yield folder
+        os.umask(mask := os.umask(0))  # the only way to read it
+        folder.chmod(0o777 & ~mask)  # mkdtemp makes folders for the owner alone
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
+        take_place(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone already if it took its place
+
+
+def take_place(folder: Path, target: Path) -> None:
+    """Flush a finished folder and rename it to its destination; delete or restore what was there.
+
+    To explain how this works: what was at `target` waits as `.NAME.*.old/NAME` beside it until the new folder
+    has its name. Any failure, Ctrl-C included, renames it back; after SIGKILL `restore_earlier` does.
+
+    Raises:
+        DestinationError: the renames failed and what was there cannot be renamed back; the message says where
+            it is.
+        OSError: the folder cannot take its place.
+    """
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            _sync_file(path)
+        elif path.is_dir():
+            sync_folder(path)
+    if not target.exists():
+        folder.rename(target)
+        sync_folder(target.parent)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
+    earlier = old / target.name
+    try:
+        target.rename(earlier)
+        folder.rename(target)
+    finally:
+        # The file system is asked, since an interrupt may come before or after either rename.
+        if os.path.lexists(target) and not os.path.lexists(folder):
+            sync_folder(target.parent)
+            _discard(earlier)
+        else:
+            _put_back(earlier, target)
+
+
+def restore_earlier(target: Path) -> None:
+    """Rename a folder back to `target` that a killed process moved aside, unless something is there.
+
+    Raises:
+        DestinationError: it cannot be renamed; the message says where it is.
+
+    Example:
+        >>> target = Path(tempfile.mkdtemp(), "model")
+        >>> aside = target.with_name(".model.x.old") / "model"
+        >>> aside.mkdir(parents=True)
+        >>> restore_earlier(target)
+        >>> target.exists(), aside.parent.exists()
+        (True, False)
+    """
+    if os.path.lexists(target):
+        return
+    aside = target.parent.glob(f".{glob.escape(target.name)}.*{_OLD}")
+    found = [folder / target.name for folder in aside if os.path.lexists(folder / target.name)]
+    if found:
+        _put_back(max(found, key=lambda path: path.parent.stat().st_mtime_ns), target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the directory entries of a folder to the disk, where the system supports it."""
+    if os.name != "posix":  # Windows opens no directories
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:  # of folders that may not be listed, and of some network file systems
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb" if os.name == "posix" else "rb+") as file:  # Windows flushes what may be written
+        os.fsync(file.fileno())
+
+
+def _put_back(earlier: Path, target: Path) -> None:
+    if os.path.lexists(earlier):
+        try:
+            earlier.rename(target)
+        except OSError as error:
+            raise DestinationError(
+                f"What was at {target} is kept in {earlier}: it could not be renamed back ({error}). Move it "
+                "there yourself."
+            ) from error
+    with suppress(OSError):  # never by force: nothing but an empty folder is to go
+        earlier.parent.rmdir()
+
+
+def _discard(earlier: Path) -> None:
+    with suppress(OSError):  # `restore_earlier` would take it for a whole folder when it is half deleted
+        earlier.rename(earlier.with_name(f"{earlier.name}.replaced"))
+    shutil.rmtree(earlier.parent, ignore_errors=True)
+
+
+# --- safetensors files ----------------------------------------------------------------------------
+
+#: Metadata that transformers looks for.
+PYTORCH = {"format": "pt"}
+#: Dtypes in which weights can be decomposed.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Dtypes of tensors that can be mapped: weights, and buffers such as counters, positions and masks.
+MAPPED = FLOATS | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# The package sorts the tensors of a file by dtype in this order, then by name.
+_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Location of a tensor inside a file.
+
+    Args:
+        file: the safetensors file.
+        dtype: as named in the header, such as `"BF16"`.
+        shape: of the tensor.
+        start: first byte, counted from the start of the file.
+        stop: end, exclusive.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, Slice]:
+    """Locate all tensors of a safetensors file, by name; nothing but the header is read.
+
+    Raises:
+        FormatError: the file cannot be read, is truncated, its header contradicts itself or the file, or a
+            name occurs twice.
+    """
+    try:
+        with path.open("rb") as file, safe_open(path, framework="np"):  # checks sizes and offsets
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{path} is truncated or damaged: {error!s:.200}. Copy or download it again."
+        ) from error
+    except OSError as error:
+        raise FormatError(f"Cannot read {path}: {error.strerror or error}.") from error
+    entries.pop("__metadata__", None)
+    return {
+        name: Slice(path, x["dtype"], tuple(x["shape"]), *(8 + length + place for place in x["data_offsets"]))
+        for name, x in entries.items()
+    }
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Slice]:
+    """Locate all tensors of several files, by name.
+
+    Raises:
+        FormatError: as `read_header`, or two files hold the same name.
+    """
+    tensors: dict[str, Slice] = {}
+    for file in files:
+        for name, part in read_header(file).items():
+            if name in tensors:
+                raise FormatError(f"{file} and {tensors[name].file} both store {name!r}.")
+            tensors[name] = part
+    return tensors
+
+
+def load_slice(part: Slice) -> Tensor:
+    """Map one tensor into memory: only the pages that are touched are ever resident.
+
+    The mapping is private to the process and copy-on-write; the file is never changed.
+
+    Raises:
+        FormatError: the file has become shorter, or holds a dtype that is not in `MAPPED`.
+    """
+    if part.dtype not in MAPPED:
+        raise FormatError(
+            f"{part.file} holds a tensor of dtype {part.dtype}, which cannot be mapped; mapped are "
+            f"{', '.join(MAPPED)}. Load the model and save it in one of these."
+        )
+    dtype = MAPPED[part.dtype]
+    if part.nbytes == 0:
+        return torch.empty(part.shape, dtype=dtype)
+    page = part.start - part.start % mmap.ALLOCATIONGRANULARITY
+    with part.file.open("rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), part.stop - page, access=mmap.ACCESS_COPY, offset=page)
+        except ValueError as error:  # beyond the end of the file
+            raise FormatError(f"{part.file} has become shorter since its header was read.") from error
+    flat = torch.frombuffer(mapped, dtype=dtype, count=part.numel, offset=part.start - page)
+    return flat.reshape(part.shape)
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] = PYTORCH,
+    *,
+    what: str | None = None,
+) -> None:
+    """Write tensors that are in memory into one file, atomically.
+
+    Args:
+        path: of the file.
+        tensors: contiguous, no two in the same memory.
+        metadata: of the file.
+        what: names the file in errors, see `tensornet.io.new_file`.
+
+    Raises:
+        DestinationError: `what` is given, and the file cannot be written.
+        OSError: it cannot be written otherwise.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "x.safetensors")
+        >>> write_tensors(path, {"x": torch.ones(2, 3)})
+        >>> read_header(path)["x"].shape
+        (2, 3)
+    """
+    with new_file(Path(path), what=what) as beside:
+        try:
+            save_file(dict(tensors), beside, dict(metadata))
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Shard to assemble: its path and the tensors it holds.
+
+    Args:
+        path: file to write.
+        tensors: where the content of each tensor lies now, by name.
+        metadata: of the file.
+    """
+
+    path: Path
+    tensors: Mapping[str, Slice]
+    metadata: Mapping[str, str] = field(default_factory=lambda: PYTORCH)
+
+
+def write_shard(task: ShardTask) -> Written:
+    """Copy tensors from other files, chunk by chunk, into the file that the safetensors package would write.
+
+    Bytes are copied so that memory holds one chunk, whatever the dtype: the package would need all tensors
+    of the file in memory, or mapped, and a mapped file that is cut short kills the process.
+
+    Raises:
+        FormatError: a source file has become shorter.
+        OSError: a file cannot be read or written.
+    """
+    rank = {dtype: place for place, dtype in enumerate(_ORDER)}
+    parts = dict(sorted(task.tensors.items(), key=lambda x: (rank.get(x[1].dtype, len(rank)), x[0])))
+    entries: dict[str, Any] = {"__metadata__": dict(task.metadata)}
+    end = 0
+    for name, part in parts.items():
+        place = [end, end := end + part.nbytes]
+        entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the buffer starts aligned
+    return write_file(task.path, chain([len(text).to_bytes(8, "little"), text], contents(parts.values())))
+
+
+def contents(parts: Iterable[Slice]) -> Iterator[bytes]:
+    """Yield the bytes of tensors one after another, in chunks.
+
+    Raises:
+        FormatError: a file has become shorter.
+    """
+    for part in parts:
+        with part.file.open("rb") as file:
+            file.seek(part.start)
+            left = part.nbytes
+            while left:
+                chunk = file.read(min(left, CHUNK))
+                if not chunk:
+                    raise FormatError(f"{part.file} has become shorter while it was being read.")
+                left -= len(chunk)
+                yield chunk
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return made

@@ -1,1 +1,0 @@
-"""Read safetensors files strictly; write files and folders completely or not at all."""
