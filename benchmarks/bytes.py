@@ -213,7 +213,7 @@ class Bench:
             if method != "nearest":
                 _, stats, calibrated = self.statistics(seed)
             start = time.process_time()
-            for target in find_targets(model, self.subject.layers):
+            for target in (x for x in find_targets(model, self.subject.layers) if not x.skip):
                 options = rounding_options(method, target, stats)
                 target.matrix.copy_(round_weight(target.matrix, name, **options).dequantize())
             rounded = time.process_time() - start
@@ -305,7 +305,7 @@ def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> No
     Raises:
         SystemExit: a targeted layer has none.
     """
-    targets = {target.name: target.matrix for target in find_targets(model, subject.layers)}
+    targets = {x.name: x.matrix for x in find_targets(model, subject.layers) if not x.skip}
     if missing := sorted(targets.keys() - weights.keys()):
         raise SystemExit(f"a peer left out {missing}")
     for name, matrix in targets.items():

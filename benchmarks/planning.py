@@ -50,7 +50,7 @@ def measure(rows: int, columns: int, budgets: Sequence[float], repeats: int) -> 
     calls: dict[str, Any] = {"plan": lambda: prepare(model, config, stats)}
     calls |= {f"round {bits}": lambda bits=bits: rounded(bits) for bits in budgets}
     times = paired_medians(calls, repeats, warmup=1, clock=time.thread_time)
-    (target,) = find_targets(model, config)
+    (target,) = (x for x in find_targets(model, config) if not x.skip)
     sensitivity = layer_sensitivity(target, "curvature", stats, config.damping)
     assert sensitivity is not None
     found = {}

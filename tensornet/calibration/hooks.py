@@ -34,7 +34,8 @@ def observed(model: nn.Module, recorder: "MomentRecorder", config: LayerSelectio
 
 @contextmanager
 def _hooked(model: nn.Module, recorder: "MomentRecorder", config: LayerSelection | None) -> Iterator[None]:
-    targets = find_targets(model, config or LayerSelection(target_modules="all"))
+    weights = find_targets(model, config or LayerSelection(target_modules="all"))
+    targets = [x for x in weights if not x.skip]
     check_loaded(targets)
     layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
     wanted = [(p, p.requires_grad) for p in model.parameters()]

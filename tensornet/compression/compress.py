@@ -23,7 +23,8 @@ from tensornet.compression.report import CompressionReport, layer_reports, model
 from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data
-from tensornet.nn.targets import check_model
+from tensornet.nn.targets import check_model, list_weights
+from tensornet.nn.unfuse import unfused
 
 #: What `compress` calibrates with: batches, batches with their name and loss, or statistics.
 Calibration = Iterable[BatchLike] | ProvidedData | CalibrationStats
@@ -92,6 +93,8 @@ def compress(
                 "validation corrects predictions while planning, and the plan is made: drop it."
             )
         made, decomposed = given, {}
+        with unfused(model):
+            weights = list_weights(model, () if stats is None else stats.readers)
     else:
         prepared = prepare(model, config, stats, progress=progress)
         batches = list(data.batches) or ([] if held_out is None else list(held_out.batches))
@@ -114,9 +117,8 @@ def compress(
                 progress=progress,
             )
         made, decomposed = prepared.plan_decomposed(progress=progress)
-        rounded = prepared.rounded
-    readers = () if stats is None else stats.readers
-    reach = measure_reach(model, [layer.name for layer in made], readers=readers, unseen=made.unseen)
+        rounded, weights = prepared.rounded, list(prepared.weights)
+    reach = measure_reach(weights, [layer.name for layer in made], unseen=made.unseen)
     seen = held_out or data
     before = DenseLosses.measure(model, seen.batches, seen.source)
     errors = apply_plan(model, made, stats, progress=progress, decomposed=decomposed, rounded=rounded)

@@ -67,6 +67,7 @@ class PreparedPlan:
         of_tokens: whether `dense_loss` is the cross entropy of tokens.
         stacks: experts that may share a core, if the configuration lets them.
         checks: predicted losses that were verified, see `verified`.
+        weights: every weight of the model, with the reason to skip it.
         rounded: layers that were rounded to verify them, for `apply_plan`.
 
     Example:
@@ -90,6 +91,7 @@ class PreparedPlan:
     of_tokens: bool = False
     stacks: tuple[Stack, ...] = ()
     checks: Checks | None = None
+    weights: tuple[Target, ...] = field(default=(), compare=False, repr=False)
     rounded: RoundedLayers = field(default_factory=RoundedLayers, compare=False, repr=False)
 
     def verified(
@@ -393,7 +395,8 @@ def prepare(
     check_stats(stats)
     objective = resolve_objective(config, stats)
     with unfused(model):
-        targets = tuple(find_targets(model, config, () if stats is None else stats.readers))
+        weights = tuple(find_targets(model, config, () if stats is None else stats.readers))
+    targets = tuple(x for x in weights if not x.skip)
     check_loaded(targets)
     targets, unseen = _seen(targets, config, objective, stats)
     for target in targets:
@@ -433,6 +436,7 @@ def prepare(
         unseen=unseen,
         of_tokens=stats is not None and stats.of_tokens,
         stacks=stacks,
+        weights=weights,
     )
 
 

@@ -5,20 +5,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
-from tensornet.nn.layer_kinds import layer_bias, type_and_reason
-from tensornet.nn.targets import Target, all_targets, split_by_adapters, users_outside
-from tensornet.nn.unfuse import Compound, unfused
-from tensornet.nn.weight_readers import weight_readers
+from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
 
 #: Entry for the biases of layers whose matrices are reached or left out.
 BIASES = "biases"
-#: Why a layer stays dense whose owner computes with its weight: no call of the layer could do that instead.
-READ = "weight read past the layer"
-#: Why a layer stays dense that never ran in calibration.
-UNSEEN = "never ran in calibration"
-ADAPTER = "of an adapter"
 #: Types named in one line; the others are added up.
 _NAMED = 5
 
@@ -61,65 +51,38 @@ class Reach:
         return asdict(self) | {"share": self.share}
 
 
-def measure_reach(
-    model: nn.Module, layers: Collection[str], *, readers: Iterable[str] = (), unseen: Iterable[str] = ()
-) -> Reach:
+def measure_reach(targets: Iterable[Target], layers: Collection[str], *, unseen: Iterable[str] = ()) -> Reach:
     """Count the parameters of a dense model that a plan considers, and list the others by type.
 
     Args:
-        model: before the plan is carried out; may be on the meta device.
+        targets: every weight of the model, from `find_targets` or `list_weights`.
         layers: names of the layers in the plan.
-        readers: names of layers whose weight is known to be read past them, beside those that
-            `weight_readers` finds.
         unseen: names of layers that never ran in calibration.
 
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    >>> print(measure_reach(model, ["0"]))
+    >>> from tensornet.nn.targets import list_weights
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    >>> print(measure_reach(list_weights(model), ["0"]))
     reached 72.7 % of 88 parameters; not reached: LayerNorm 16, biases 8
     """
-    names = set(layers)
+    planned, never_ran = set(layers), set(unseen)
     excluded: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     reached = 0
-    with unfused(model):
-        seen: set[int] = set()
-        biases: set[int] = set()
-        left = []
-        for target in (targets := all_targets(model)):
-            seen.add(id(target.weight))
-            biases |= {id(layer_bias(module)) for module in target.modules}
-            if names.isdisjoint(target.names):
-                left.append(target)
-            else:
-                reached += target.weight.numel()
-        reasons = dict.fromkeys(unseen, UNSEEN) | _reasons(model, left, targets, readers)
-        for target in left:
-            reason = reasons.get(target.name)
-            label = target.type_name if reason is None else f"{target.type_name} ({reason})"
-            (excluded if reason is None else unknown)[label] += target.weight.numel()
-        for module in model.modules():
-            for parameter in module._parameters.values():
-                if parameter is None or id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                bias = id(parameter) in biases or isinstance(module, Compound)
-                unknown[BIASES if bias else type_and_reason(module)] += parameter.numel()
+    for target in targets:
+        size = target.weight.numel()
+        if not planned.isdisjoint(target.names):
+            reached += size
+        elif target.name in never_ran:
+            unknown[f"{target.type_name} ({UNSEEN})"] += size
+        elif target.by_choice or not target.skip:
+            excluded[target.type_name] += size
+        elif target.skip == BIAS:
+            unknown[BIASES] += size
+        else:
+            reason = "" if target.skip == UNKNOWN else f" ({target.skip})"
+            unknown[f"{target.type_name}{reason}"] += size
     total = reached + excluded.total() + unknown.total()
     return Reach(total, reached, _by_size(excluded), _by_size(unknown))
-
-
-def _reasons(
-    model: nn.Module, left: list[Target], targets: list[Target], readers: Iterable[str]
-) -> dict[str, str]:
-    """Find the layers that cannot be compressed among those that no plan names, each with the reason."""
-    if not left:
-        return {}
-    past = weight_readers(model).union(readers)
-    reasons = {x.name: READ for x in left if not past.isdisjoint((*x.names, *x.owners))}
-    for name, owner in users_outside(model, targets).items():
-        reasons[name] = f"tied to {type(model.get_submodule(owner)).__name__}"
-    own, _ = split_by_adapters(model, (name for x in left for name in x.names))
-    return reasons | {x.name: ADAPTER for x in left if not own.isdisjoint(x.names)}
 
 
 def compact_count(value: float) -> str:

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from tensornet.nn.layer_kinds import (
     compound_of,
     has_own_forward,
     kind_of,
+    layer_bias,
+    own_parameters,
     reason_against,
 )
 from tensornet.nn.module import NetworkModule
@@ -50,21 +52,35 @@ class LayerSelection:
             _check_patterns(name, value)
 
 
+#: Reasons to skip a weight that could be compressed: the configuration decides.
+EXCLUDED, HEAD, TABLE = "excluded by the configuration", "output head", "embedding"
+#: Reasons to skip a weight that cannot be compressed; `layer_kinds.reason_against` and ties give others.
+ADAPTER = "of an adapter"
+READ = "weight read past the layer"
+UNSEEN = "never ran in calibration"
+BIAS, UNKNOWN = "bias", "no layer kind"
+
+
 @dataclass(frozen=True)
 class Target:
-    """Weight to compress, with all modules that use it.
+    """Weight of a model, with all modules that use it.
 
     Args:
-        names: module names that use the weight; the first stands for the group in plans and reports.
+        names: module names that use the weight; the first stands for the group in plans and reports. For a
+            weight that is no layer's matrix, the name of the parameter.
         modules: the modules, in the same order (one object may appear under several names).
-        kinds: the layer kind of each module.
-        owners: modules taken apart that hold them, by name.
+        kinds: the layer kind of each module; none for a weight that is no layer's matrix.
+        owners: unfused modules that the layers are part of, by name.
+        skip: why it is not compressed, in a few words; empty if it is to be compressed.
+        parameter: the weight, if it is no layer's matrix.
     """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     kinds: tuple[LayerKind, ...]
     owners: Mapping[str, Compound] = field(default_factory=dict)
+    skip: str = ""
+    parameter: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -73,19 +89,19 @@ class Target:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Names that a pattern may match: of the layers, and of the modules that they were taken out of."""
+        """Names that a pattern may match: of the layers, and of the modules they are part of."""
         return (*self.names, *self.owners)
 
     @property
     def weight(self) -> Tensor:
         """Shared parameter, in the orientation of its layers."""
-        weight = self.modules[0].weight
+        weight = self.modules[0].weight if self.parameter is None else self.parameter
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def type_name(self) -> str:
-        """Type of the module that holds the weight, by which reports count parameters."""
+        """Type of the module that owns the weight, by which reports count parameters."""
         return next((x.type_name for x in self.owners.values()), type(self.modules[0]).__name__)
 
     @property
@@ -93,92 +109,105 @@ class Target:
         """Operator of shape `(out_features, in_features)`."""
         return self.kinds[0].matrix(self.modules[0]).detach()
 
+    @property
+    def by_choice(self) -> bool:
+        """True if the configuration alone is the reason to skip it."""
+        return self.skip in (EXCLUDED, HEAD, TABLE)
 
-def find_targets(model: nn.Module, selection: LayerSelection, readers: Iterable[str] = ()) -> list[Target]:
-    """List the weights that a selection matches, in the order of the model.
 
-    Modules that share one weight form one target, whichever of them a pattern names: they stay tied.
-    A layer whose weight is read past the layer is left dense, with a warning. A weight that is also in a
-    module of another kind, such as an embedding that scales, is left dense in any case: compressing a part of
-    its places would untie them. So are layers of adapters, and layers that are changed from outside
-    (`layer_kinds.reason_against`).
+def find_targets(model: nn.Module, config: LayerSelection, readers: Iterable[str] = ()) -> list[Target]:
+    """List every weight of a model once: those to compress, and all others with the reason to skip them.
+
+    Modules that share one weight form one target, whichever of them a pattern names: they stay tied. A
+    warning names the layers that the configuration selects and that have to be skipped.
 
     Args:
-        model: any module.
-        config: what to select.
-        readers: names of layers whose weight is known to be read past them, beside those that
-            `weight_readers` finds.
+        model: any module, unfused (`tensornet.nn.unfuse.unfused`) if its stacks are to be seen as layers.
+        config: which layers to compress.
+        readers: names of layers whose weight is known to be read outside their `forward`.
+
+    Returns:
+        Weights of layers in the order of the model, then all other parameters, each of which has a `skip`.
 
     Raises:
-        TargetError: a pattern matches no compressible module, or none whose weight is not read past it, or
-            nothing is left to compress, or a layer lies under an adapter.
+        TargetError: a pattern matches no layer that can be compressed, nothing is left to compress, or a
+            selected layer lies under an adapter.
+
+    Example:
+        >>> from tensornet.nn.targets import LayerSelection, find_targets
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8))
+        >>> [(x.name, x.skip) for x in find_targets(model, LayerSelection())]
+        [('0', 'embedding'), ('1', ''), ('1.bias', 'bias')]
     """
-    groups = all_targets(model)
-    own, wrapped = split_by_adapters(model, (name for group in groups for name in group.names))
-    choice = _Choice.of(model, selection)
-    _check_matching(model, groups, choice)
-    found = [group for group in groups if choice.takes(group.all_names, group.modules)]
-    changed = {
-        name: reason
-        for name, module in model.named_modules()
-        if (reason := reason_against(module)) in _CHANGED and choice.takes([name], [module])
-    }
-    outside = users_outside(model, groups)
-    past = weight_readers(model).union(readers)
-    beside = [group for group in found if not own.isdisjoint(group.names)]
-    found = [group for group in found if group not in beside]
-    tied = [group for group in found if group.name in outside]
-    read = [group for group in found if group.name not in outside and not past.isdisjoint(group.all_names)]
-    _check_readable(choice, found, read)
-    chosen = [group for group in found if group not in tied and group not in read]
-    if changed and chosen:
-        warn(f"Left dense, because they are changed from outside.{_changed_layers(changed)}")
-    if read:
-        warn(
-            f"Left dense, because their weights are read past the layers: {summary(read)}. "
-            "The model computes with them itself, and compressed layers have no such weights.",
-        )
-    refuse_wrapped(name for group in chosen for name in group.names if name in wrapped)
-    if beside:
-        warn(f"Left dense, because they belong to adapters: {summary(beside)}.")
-    owners = [outside[group.name] for group in tied]
-    kinds = [type(model.get_submodule(owner)).__name__ for owner in owners]
-    pairs = [f"{x.name} and {owner} ({kind})" for x, owner, kind in zip(tied, owners, kinds, strict=True)]
-    shared = shortened(pairs, limit=4)
-    if tied and chosen:
-        warn(
-            f"Left dense, because compressing one side alone would untie them: {shared}. "
-            "tensornet.nn.register_layer_kind makes a type compressible.",
-        )
-    if not chosen:
+    weights = list_weights(model, readers)
+    layers = [x for x in weights if x.kinds]
+    included, excluded = _patterns(config.target_modules), _patterns(config.exclude_modules) or []
+    _check_matching(model, layers, [*(included or []), *excluded])
+    head = output_head(model)
+
+    def choice(names: Collection[str], modules: Collection[nn.Module]) -> str:
+        """Say why the configuration does not select modules; empty if it does."""
+        if included is None and any(x is head for x in modules):
+            return HEAD
+        if included is None and any(map(_embeds, modules)):
+            return TABLE
+        matched = included is None or included == [ALL] or _matches_any(names, included)
+        return "" if matched and not _matches_any(names, excluded) else EXCLUDED
+
+    found = [replace(x, skip=x.skip or choice(x.all_names, x.modules)) for x in weights]
+    selected = [x for x in found if not x.skip]
+    # Layers that are selected and cannot be compressed, each with the reason.
+    dense = {x.name: x.skip for x in layers if x.skip and not choice(x.all_names, x.modules)}
+    for name, module in model.named_modules():
+        if (reason := reason_against(module)) in _REMEDIES and not choice([name], [module]):
+            dense[name] = reason
+    _check_readable(included or [], found)
+    _, wrapped = split_by_adapters(model, (name for x in selected for name in x.names))
+    refuse_wrapped(wrapped)
+    if not selected:
         raise TargetError(
-            f"Nothing to compress. Compressible layers: {summary(groups)}.{_made_of_cores(model)}"
-            f"{f' Compressing would untie {shared}.' if tied else ''}{_unknown_layers(model)}"
-            f"{_changed_layers(changed)}"
+            f"Nothing to compress. Compressible layers: {summary(layers)}.{_made_of_cores(model)}"
+            f"{_skipped(dense)}{_unknown_layers(model)}"
         )
-    return chosen
+    if dense:
+        warn(f"Left dense:{_skipped(dense)}")
+    return found
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Patterns of a selection, and the output head that is not taken without patterns."""
+def list_weights(model: nn.Module, readers: Iterable[str] = ()) -> list[Target]:
+    """List every weight of a model once; those that no configuration can compress have a `skip`.
 
-    included: list[str] | None
-    excluded: list[str]
-    head: nn.Module | None
+    Args:
+        model, readers: see `find_targets`.
 
-    @classmethod
-    def of(cls, model: nn.Module, selection: LayerSelection) -> "_Choice":
-        included, excluded = _patterns(selection.target_modules), _patterns(selection.exclude_modules)
-        return cls(included, excluded or [], output_head(model))
-
-    def takes(self, names: Collection[str], modules: Collection[nn.Module]) -> bool:
-        """Return True if these modules, which share a weight, are selected by one of their names."""
-        if self.included is None:
-            chosen = not any(_embeds(x) or x is self.head for x in modules)
-        else:
-            chosen = self.included == [ALL] or _matches_any(names, self.included)
-        return chosen and not _matches_any(names, self.excluded)
+    Returns:
+        Weights of layers in the order of the model, then all other parameters.
+    """
+    layers = all_targets(model)
+    tied = users_outside(model, layers)
+    adapters, _ = split_by_adapters(model, (name for layer in layers for name in layer.names))
+    past = weight_readers(model).union(readers)
+    found = []
+    for layer in layers:
+        skip = ""
+        if not adapters.isdisjoint(layer.names):
+            skip = ADAPTER
+        elif layer.name in tied:
+            skip = f"tied to {type(model.get_submodule(tied[layer.name])).__name__}"
+        elif not past.isdisjoint(layer.all_names):
+            skip = READ
+        found.append(replace(layer, skip=skip))
+    seen = {id(layer.weight) for layer in layers}
+    biases = {id(layer_bias(module)) for layer in layers for module in layer.modules}
+    for name, module in model.named_modules():
+        for key, parameter in own_parameters(module).items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                bias = id(parameter) in biases or isinstance(module, Compound)
+                skip = BIAS if bias else reason_against(module) or UNKNOWN
+                full = f"{name}.{key}".lstrip(".")
+                found.append(Target((full,), (module,), (), skip=skip, parameter=parameter))
+    return found
 
 
 def _embeds(module: nn.Module) -> bool:
@@ -186,37 +215,59 @@ def _embeds(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) if kind is None else kind.name == "embedding"
 
 
-def _check_matching(model: nn.Module, groups: Sequence[Target], choice: _Choice) -> None:
+def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequence[str]) -> None:
     """Raise TargetError if a pattern matches no compressible layer.
 
     Raises:
         TargetError: the message lists the layers, and says why others stay dense.
     """
-    for pattern in [*(choice.included or []), *choice.excluded]:
-        if pattern == ALL or any(_matches_any(group.all_names, [pattern]) for group in groups):
+    for pattern in patterns:
+        if pattern == ALL or any(_matches_any(layer.all_names, [pattern]) for layer in layers):
             continue
-        reasons = {n: reason_against(m) for n, m in model.named_modules() if matches(n, pattern)}
+        named = [(name, module) for name, module in model.named_modules() if matches(name, pattern)]
+        dense = {name: reason for name, module in named if (reason := reason_against(module)) is not None}
         raise TargetError(
             f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
-            f"{summary(groups)}. {pattern_help(pattern, [n for group in groups for n in group.names])}"
-            f"{_made_of_cores(model)}{_changed_layers(reasons)}"
+            f"{summary(layers)}. {pattern_help(pattern, [n for layer in layers for n in layer.names])}"
+            f"{_made_of_cores(model)}{_skipped(dense)}"
         )
 
 
-def _check_readable(choice: _Choice, found: Sequence[Target], read: Sequence[Target]) -> None:
+def _check_readable(patterns: Sequence[str], found: Sequence[Target]) -> None:
     """Raise TargetError if a pattern names nothing but layers whose weight is read past them.
 
     Raises:
         TargetError: the message names the layers.
     """
-    for pattern in choice.included or []:
-        named = [group for group in found if pattern == ALL or _matches_any(group.all_names, [pattern])]
-        if pattern != ALL and named and all(group in read for group in named):
+    for pattern in patterns:
+        named = [x for x in found if pattern == ALL or _matches_any(x.all_names, [pattern])]
+        if pattern != ALL and named and all(x.skip == READ for x in named):
             raise TargetError(
                 f"Pattern {pattern!r} names layers whose weights are read past them: {summary(named)}. The "
                 "model computes with these weights itself, as a run of it has shown, and compressed layers "
                 "have no such weights. Remove the pattern from target_modules."
             )
+
+
+#: What ends a reason to skip a layer.
+_REMEDIES = {
+    RECOMPUTED: "before each pass a hook recomputes it; make it an ordinary parameter by "
+    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils",
+    OWN_FORWARD: "delete it to compress the layer (`del layer.forward`), or put what it adds into a hook, "
+    "which compression keeps",
+    READ: "the model computes with it itself, and compressed layers have no such weights",
+}
+_TIED_REMEDY = "compressing would untie them; tensornet.nn.register_layer_kind makes that type compressible"
+
+
+def _skipped(dense: Mapping[str, str]) -> str:
+    """Say why layers have to be skipped, and what can be done about it, given the reason for each name."""
+    hint = ""
+    for why in dict.fromkeys(dense.values()):
+        names = shortened([name for name, reason in dense.items() if reason == why])
+        remedy = _REMEDIES.get(why, _TIED_REMEDY if why.startswith("tied") else "")
+        hint += f" {names} ({why}{': ' if remedy else ''}{remedy})."
+    return hint
 
 
 def check_loaded(targets: Sequence[Target]) -> None:
@@ -408,21 +459,6 @@ def _unknown_layers(model: nn.Module) -> str:
         "embeddings with max_norm); "
         "tensornet.nn.register_layer_kind makes a type compressible."
     )
-
-
-#: Reasons to leave a layer dense that its user may remove.
-_CHANGED = {
-    RECOMPUTED: "Before each pass a hook recomputes the weight of {}: make it an ordinary parameter by "
-    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils.",
-    OWN_FORWARD: "Another forward was set on {}: delete it to compress the layer (`del layer.forward`), or "
-    "put what it adds into a hook, which compression keeps.",
-}
-
-
-def _changed_layers(reasons: Mapping[str, str | None]) -> str:
-    """Compose hints that name layers which are changed from outside, and say how to end that."""
-    found = {reason: [name for name, why in reasons.items() if why == reason] for reason in _CHANGED}
-    return "".join(f" {_CHANGED[why].format(shortened(names))}" for why, names in found.items() if names)
 
 
 def summary(groups: Sequence[Target], limit: int = 8) -> str:

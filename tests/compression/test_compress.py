@@ -60,7 +60,8 @@ IDS = torch.arange(12).reshape(3, 4)
 
 
 def names(model: nn.Module, **options: object) -> list[str]:
-    return [target.name for target in find_targets(model, tn.CompressionConfig(**options))]  # type: ignore[arg-type]
+    config = tn.CompressionConfig(**options)  # type: ignore[arg-type]
+    return [target.name for target in find_targets(model, config) if not target.skip]
 
 
 # --- which layers --------------------------------------------------------------------------------

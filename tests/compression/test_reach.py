@@ -16,6 +16,7 @@ from transformers.utils import logging
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.reach import Reach, compact_count, measure_reach
+from tensornet.nn.targets import list_weights
 from tensornet_hf.cli.main import run
 from tensornet_hf.report import write_report
 
@@ -82,7 +83,7 @@ def test_layers_that_cannot_be_compressed_are_not_left_out_by_choice() -> None:
 
 def test_nothing_left_is_not_listed() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
-    assert str(measure_reach(model, ["0"])) == "reached 100.0 % of 64 parameters"
+    assert str(measure_reach(list_weights(model), ["0"])) == "reached 100.0 % of 64 parameters"
 
 
 def test_many_types_are_added_up() -> None:
@@ -98,7 +99,7 @@ def test_counts(value: int, text: str) -> None:
 
 def test_a_model_on_the_meta_device_is_counted() -> None:
     with torch.device("meta"):
-        assert measure_reach(Mixed(), ["inner.0"]).reached == 24 * 12
+        assert measure_reach(list_weights(Mixed()), ["inner.0"]).reached == 24 * 12
 
 
 def test_reports_say_it(tmp_path: Path) -> None:

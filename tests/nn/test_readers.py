@@ -54,7 +54,7 @@ READ = r"0\.multiplied, 0\.passed"
 @pytest.mark.parametrize("targets", ["all", None])
 def test_a_weight_that_is_read_stays_dense_and_that_is_said(targets: str | None) -> None:
     model = nn.Sequential(Reader(), nn.Linear(24, 24))
-    with pytest.warns(UserWarning, match=rf"Left dense.*: {READ}\. The model computes with them itself"):
+    with pytest.warns(UserWarning, match=rf"Left dense.* {READ} \(weight read past"):
         report = tn.compress(model, config(targets), calibration=[X], progress=False)
     assert [layer.name for layer in report.layers] == ["0.measured", "0.asked", "0.called", "1"]
     assert model(X).shape == (3, 24)
@@ -79,7 +79,7 @@ def test_a_pattern_that_names_such_layers_alone_is_refused() -> None:
         tn.compress(model, config(r"re:0\.(multiplied|passed)"), calibration=[X], progress=False)
     with pytest.raises(tn.TargetError, match=r"Pattern '0\.passed' names layers .*: 0\.passed\. "):
         tn.compress(model, config(["0.called", "0.passed"]), calibration=[X], progress=False)
-    with pytest.warns(UserWarning, match=rf"Left dense.*: {READ}\."):  # the pattern names others too
+    with pytest.warns(UserWarning, match=rf"Left dense.* {READ} "):  # the pattern names others too
         report = tn.compress(model, config("0.*"), calibration=[X], progress=False)
     assert [layer.name for layer in report.layers] == ["0.measured", "0.asked", "0.called"]
 
@@ -224,7 +224,7 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
             tn.CompressionConfig(target_modules="all", topology="mpo", objective="weight"),
             progress=False,
         )
-    assert any("read past the layers" in str(x.message) for x in caught) == bool(read)
+    assert any("read past the layer" in str(x.message) for x in caught) == bool(read)
     model.save_pretrained(tmp_path)
     loaded = th.load(tmp_path)
     with torch.no_grad():
@@ -247,9 +247,9 @@ def test_files_without_the_model_show_the_same(tmp_path: Path) -> None:
     model = MODELS["gemma3n"][0]()
     model.save_pretrained(tmp_path / "dense")
     options = tn.CompressionConfig(max_bond=4, objective="weight")
-    with pytest.warns(UserWarning, match=r"read past the layers: model.layers.0.altup"):
+    with pytest.warns(UserWarning, match=r"model.layers.0.altup.*read past"):
         th.compress_checkpoint(tmp_path / "dense", tmp_path / "files", options)
-    with pytest.warns(UserWarning, match=r"read past the layers: model.layers.0.altup"):
+    with pytest.warns(UserWarning, match=r"model.layers.0.altup.*read past"):
         tn.compress(model, options, progress=False)
     names = set(read_checkpoint(tmp_path / "files").compression.layers)
     assert names == set(model.config.quantization_config.layers)

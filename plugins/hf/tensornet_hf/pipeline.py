@@ -19,7 +19,7 @@ from tensornet.compression.report import layer_reports, model_size
 from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
-from tensornet.nn.targets import all_targets
+from tensornet.nn.targets import all_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint.headers import read_checkpoint
 from tensornet_hf.checkpoint.hub import require_free, save_to
@@ -234,7 +234,9 @@ def carry_out(
 
 def planned_reach(model: PreTrainedModel, planned: CompressionPlan) -> Reach:
     """Count the parameters that a plan reaches, before the plan is executed."""
-    return measure_reach(model, [layer.name for layer in planned], unseen=planned.unseen)
+    with unfused(model):
+        weights = list_weights(model)
+    return measure_reach(weights, [layer.name for layer in planned], unseen=planned.unseen)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -166,9 +166,9 @@ def test_expansions_may_be_nested() -> None:
     with unfused(model):
         with unfused(model):
             pass
-        names = [x.name for x in find_targets(model, EXACT)]
+        names = [x.name for x in find_targets(model, EXACT) if not x.skip]
         assert sum(".experts." in name for name in names) == 2 * 2 * EXPERTS
-    assert not any(".experts." in x.name for x in find_targets(model, EXACT))
+    assert not any(".experts." in x.name for x in find_targets(model, EXACT) if not x.skip)
 
 
 def test_copies_and_pickles() -> None:

@@ -21,7 +21,8 @@ from tensornet.compression.reach import Reach, measure_reach
 from tensornet.compression.report import layer_reports
 from tensornet.errors import DestinationError, FormatError, TensorNetError
 from tensornet.io import CHUNK, ShardTask, Slice, Written, file_digest, write_file, write_shard
-from tensornet.nn.unfuse import ExpertMatrix
+from tensornet.nn.targets import list_weights
+from tensornet.nn.unfuse import ExpertMatrix, unfused
 from tensornet.streaming.pool import run_tasks
 from tensornet.streaming.worker import (
     Piece,
@@ -217,7 +218,9 @@ def _compress(
         folder=work.pieces,
     )
     stacks = find_stack_tasks(dense.skeleton, tasks, config, plan)
-    reach = measure_reach(dense.skeleton, tasks, unseen=() if plan is None else plan.unseen)
+    with unfused(dense.skeleton):
+        weights = list_weights(dense.skeleton)
+    reach = measure_reach(weights, tasks, unseen=() if plan is None else plan.unseen)
     decisive: dict[str, Any] = {"device": options.device, "shard": options.max_shard_bytes}
     if measured is not None:
         decisive["stats"] = file_digest(measured).sha256

@@ -46,7 +46,7 @@ def find_tasks(
             in another form than its layer's.
     """
     untie_different(skeleton, stored)
-    targets = find_targets(skeleton, config)
+    targets = [x for x in find_targets(skeleton, config) if not x.skip]
     if plan is not None:
         targets = _planned(all_targets(skeleton), plan)
     tasks = {}
@@ -83,7 +83,7 @@ def find_stack_tasks(
             if layer.shared_core:
                 found.setdefault(layer.shared_with, []).append(layer.name)
     elif config.share_experts:
-        targets = find_targets(skeleton, config)
+        targets = [x for x in find_targets(skeleton, config) if not x.skip]
         for members in stacks_of_experts(targets):
             names = [targets[place].name for place in members]
             found[names[0]] = names

@@ -79,7 +79,8 @@ def statistics_of_text(
 
 def _check_inside_blocks(model: PreTrainedModel, config: CompressionConfig) -> None:
     stack, _ = find_blocks(model)
-    outside = [x.name for x in find_targets(model, config) if not x.name.startswith(f"{stack}.")]
+    targets = [x for x in find_targets(model, config) if not x.skip]
+    outside = [x.name for x in targets if not x.name.startswith(f"{stack}.")]
     if outside:
         raise TargetError(
             f"{', '.join(outside)} of {type(model).__name__} lies outside its blocks ({stack}), of which "
