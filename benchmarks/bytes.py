@@ -50,8 +50,8 @@ from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.targets import LayerSelection, Target, find_targets
 from tensornet.quantization import round_weight
 from tensornet.quantization.rounding import ROW_DAMPING
-from tensornet.streaming.worker import peak_memory
 from tensornet.topologies.dense import ROUNDING_DAMPING
+from tensornet_hf.streaming import peak_memory
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
 PEERS = ("torchao", "hqq", "gptq", "autoround")

@@ -34,9 +34,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.streaming.worker import peak_memory
 from tensornet.topologies import mpo
-from tensornet_hf.streaming.journal import Staging
+from tensornet_hf import streaming
+from tensornet_hf.streaming import peak_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
@@ -80,16 +80,16 @@ class Stop(Exception):
 
 
 @contextmanager
-def interrupted_after(lines: int) -> Iterator[None]:
-    """Raise `Stop` in runs inside the block once their journal has this many more lines."""
-    original, left = Staging.note, iter(range(lines))
+def interrupted_after(shards: int) -> Iterator[None]:
+    """Raise `Stop` in runs inside the block once they have compressed so many shards."""
+    original, done = streaming._compress_shard, iter(range(shards))
 
-    def note(self: Staging, entry: dict[str, Any]) -> None:
-        original(self, entry)
-        if next(left, lines) + 1 >= lines:
+    def compress(shard: Any) -> dict[str, Any]:
+        if next(done, None) is None:
             raise Stop
+        return original(shard)
 
-    with mock.patch.object(Staging, "note", note), suppress(Stop):
+    with mock.patch.object(streaming, "_compress_shard", compress), suppress(Stop):
         yield
 
 
@@ -116,14 +116,14 @@ def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
         ProcessPoolExecutor(2, mp_context=PROCESSES) as two,
     ):
         for number, pool in enumerate((one, two, two)):  # up and with everything imported
-            th.compress_checkpoint(source, folder / f"warm{number}", HALF, executor=pool)
+            th.compress_checkpoint(source, folder / f"warm{number}", HALF, executor=pool, **_shards(sizes))
         for number in range(sizes.repeats):
             cases: dict[str, dict[str, Any]] = {"1 worker": {"executor": one}, "2 workers": {"executor": two}}
             if sizes.starts:
                 cases["2 workers, started for the run"] = {"workers": 2}
             for name, options in cases.items():
                 start = time.perf_counter()
-                th.compress_checkpoint(source, folder / f"{name}{number}", HALF, **options)
+                th.compress_checkpoint(source, folder / f"{name}{number}", HALF, **options, **_shards(sizes))
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
     return [
@@ -163,19 +163,25 @@ def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
     return before, th.compress_checkpoint(source, out, HALF).peak_memory
 
 
+def _shards(sizes: Sizes) -> dict[str, int]:
+    """Return the option for shards of one block of the model."""
+    return {"max_shard_bytes": 7 * 2 * sizes.width**2}
+
+
 def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
     """Measure question 3: a run interrupted half way and resumed, against one that is not."""
     source = make_checkpoint(folder / "resume", sizes.width, sizes.weights)
     ratios = []
     for number in range(sizes.repeats):
         start = time.process_time()
-        th.compress_checkpoint(source, folder / f"whole{number}", HALF)
+        th.compress_checkpoint(source, folder / f"whole{number}", HALF, **_shards(sizes))
         whole = time.process_time() - start
         start = time.process_time()
-        with interrupted_after(sizes.weights // 2):
-            th.compress_checkpoint(source, folder / f"parts{number}", HALF)
-        report = th.compress_checkpoint(source, folder / f"parts{number}", HALF)
-        assert report.resumed == sizes.weights // 2
+        blocks = sizes.weights // 7
+        with interrupted_after(blocks // 2):
+            th.compress_checkpoint(source, folder / f"parts{number}", HALF, **_shards(sizes))
+        report = th.compress_checkpoint(source, folder / f"parts{number}", HALF, **_shards(sizes))
+        assert report.resumed == blocks // 2
         ratios.append((time.process_time() - start) / whole - 1)
     return [
         {

@@ -15,7 +15,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration.losses import label_losses
 from tensornet.io import write_tensors
-from tensornet_hf.streaming.calibrate import calibrate_checkpoint
+from tensornet_hf.streamed_calibration import calibrate_checkpoint
 
 HALF = tn.CompressionConfig(param_ratio=0.5)
 

@@ -20,13 +20,8 @@ from tensornet_hf.folder_compression import FolderReport, PlannedFolder, compres
 from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_hf.pipeline import upcycle_folder
-from tensornet_hf.streaming import (
-    CheckpointReport,
-    WorkerError,
-    calibrate_checkpoint,
-    compress_checkpoint,
-    verify_manifest,
-)
+from tensornet_hf.streamed_calibration import calibrate_checkpoint
+from tensornet_hf.streaming import CheckpointReport, WorkerError, compress_checkpoint
 from tensornet_hf.training.callbacks import GradientMaskCallback, RouterStatsCallback
 
 register_extension(TransformersExtension())
@@ -55,5 +50,4 @@ __all__ = [
     "save_model",
     "upcycle",
     "upcycle_folder",
-    "verify_manifest",
 ]

@@ -19,8 +19,8 @@ from tensornet.compression.baselines import (
     predict_baseline,
 )
 from tensornet.compression.report import model_size
-from tensornet.streaming.worker import peak_memory
 from tensornet_hf.report import BondSpectrum, ModelFacts, Page, versions
+from tensornet_hf.streaming import peak_memory
 from tensornet_hf.text.quality import Judge, Quality, judge_of
 from tensornet_hf.text.tokens import continue_text, load_tokenizer
 

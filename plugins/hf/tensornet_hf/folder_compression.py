@@ -25,8 +25,8 @@ from tensornet_hf.compress_options import CompressOptions, OptionError
 from tensornet_hf.report import ModelFacts, write_report
 from tensornet_hf.report.facts import compact_bytes
 from tensornet_hf.report.page import display_name
+from tensornet_hf.streamed_calibration import statistics_of_text
 from tensornet_hf.streaming import compress_checkpoint
-from tensornet_hf.streaming.text_statistics import statistics_of_text
 from tensornet_hf.text.mixing import mix_texts
 from tensornet_hf.text.quality import Quality
 from tensornet_hf.text.tokens import read_text
@@ -398,7 +398,7 @@ def _streamed(
     )
     done = streamed.compression
     sizes = (weight_bytes(folder), _written_bytes(destination, done))
-    return FolderReport(source, destination, done, *sizes, memory=streamed.memory)
+    return FolderReport(source, destination, done, *sizes, memory=str(streamed).splitlines()[-1])
 
 
 def _observed(planned: CompressionPlan | None) -> CompressionConfig:

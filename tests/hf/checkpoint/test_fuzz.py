@@ -26,11 +26,9 @@ from tensornet.errors import TensorNetError
 from tensornet.io import read_header, write_tensors
 from tensornet_hf.checkpoint.headers import check_layers, read_checkpoint, read_compression, read_headers
 from tensornet_hf.checkpoint.json_files import read_json
-from tensornet_hf.streaming.journal import Staging
-from tensornet_hf.streaming.manifest import MANIFEST, read_manifest
-from tensornet_hf.streaming.skeleton import check_values, model_skeleton
+from tensornet_hf.lazy_model import Source, check_values, open_lazily
 
-HEADERS, CONFIGS, DESCRIPTIONS, MANIFESTS, JOURNALS, PLANS = 6_000, 5_000, 3_500, 3_000, 1_500, 2_000
+HEADERS, CONFIGS, DESCRIPTIONS, PLANS = 6_000, 5_000, 3_500, 2_000
 #: 100 us to read a small file would be slow; a second is a hang.
 SLOW = 1.0
 #: Room for what a process of this size needs to read small files.
@@ -192,7 +190,7 @@ def test_configurations_of_whole_models(compressed: Path) -> None:
     draw, tensors = random.Random(8), read_header(compressed.parent / "dense" / "model.safetensors")
     whole = json.loads((compressed.parent / "dense" / "config.json").read_text())
     accepted, refused = attack(
-        lambda content: model_skeleton(content, tensors),
+        lambda content: open_lazily(Source(compressed, content, tensors, (), {}), only=()),
         (mutate_json(whole, draw) for _ in range(250)),
     )
     assert refused > 50
@@ -211,40 +209,6 @@ def test_descriptions_of_compressed_layers(compressed: Path) -> None:
     accepted, refused = attack(read, (mutate_json(whole, draw) for _ in range(DESCRIPTIONS)))
     assert refused > DESCRIPTIONS / 2
     assert accepted > 50
-
-
-def test_manifests(compressed: Path, folder: Path) -> None:
-    draw, whole = random.Random(4), json.loads((compressed / MANIFEST).read_text())
-    text = json.dumps(whole).encode()
-
-    def read(data: bytes) -> None:
-        (folder / MANIFEST).write_bytes(data)
-        for name in read_manifest(folder):
-            assert (folder / name).resolve().is_relative_to(folder)
-
-    mutated = (
-        mutate_bytes(text, draw) if number % 3 == 0 else json.dumps(mutate_json(whole, draw)).encode()
-        for number in range(MANIFESTS)
-    )
-    _, refused = attack(read, mutated)
-    assert refused > MANIFESTS / 3
-
-
-def test_journals(folder: Path) -> None:
-    """A journal yields lines as they were written, up to the first damage, and never an error."""
-    draw, work = random.Random(5), Staging(folder)
-    entries = [{"number": number, "text": "x" * number} for number in range(12)]
-    work.begin(entries)
-    work.close()
-    whole = work.journal.read_bytes()
-
-    def read(data: bytes) -> None:
-        work.journal.write_bytes(data)
-        kept = work.entries()
-        assert all(entry in entries for entry in kept)
-
-    accepted, refused = attack(read, (mutate_bytes(whole, draw) for _ in range(JOURNALS)))
-    assert (accepted, refused) == (JOURNALS, 0)
 
 
 def test_plans(folder: Path) -> None:
@@ -282,8 +246,4 @@ def test_names_of_tensors(compressed: Path, folder: Path) -> None:
     for _ in range(100):
         names = {".".join(draw.choices(parts, k=draw.randint(1, 5))) for _ in range(4)}
         write_tensors(path, {name: torch.ones(2, 2) for name in names})
-        attack(lambda tensors: model_skeleton(config, tensors), iter([read_header(path)]))
-
-
-def test_there_are_enough_inputs() -> None:
-    assert HEADERS + CONFIGS + DESCRIPTIONS + MANIFESTS + JOURNALS + PLANS >= 20_000
+        attack(lambda x: open_lazily(Source(folder, config, x, (), {}), only=()), iter([read_header(path)]))

@@ -18,7 +18,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration.losses import cosine_losses
 from tensornet.errors import TargetError
-from tensornet_hf.streaming.mapped_model import mapped_model
+from tensornet_hf.lazy_model import mapped_model
 
 ONE_STACK = ["gpt2", "llama", "qwen2", "opt", "bert"]
 

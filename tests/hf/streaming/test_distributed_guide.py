@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import tensornet_moe as tm
@@ -23,6 +24,7 @@ with open(f"threads.{os.environ['RANK']}", "w") as written:
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "scale.md"
 
 
+@pytest.mark.slow
 def test_accelerate_recipe(tmp_path: Path) -> None:
     script = next(part for part in GUIDE.read_text().split("```python\n") if part.startswith("# train.py"))
     (tmp_path / "train.py").write_text(script.partition("```")[0] + THREADS)

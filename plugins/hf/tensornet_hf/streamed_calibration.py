@@ -5,6 +5,8 @@ once more from its input. So memory holds the weights and moments of one block, 
 batch. The result is that of `tensornet.calibrate`.
 """
 
+import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import tensornet as tn
 from tensornet._util import progress_bar
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import Batch, BatchLike, as_batch
@@ -23,11 +26,21 @@ from tensornet.calibration.coherence import HeldTokens
 from tensornet.calibration.hooks import observed
 from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, sampled_losses
 from tensornet.calibration.sequential import ChainRun, outer_stacks
+from tensornet.calibration.stats import STATS_VERSION
 from tensornet.compression import CompressionConfig
 from tensornet.errors import TargetError
-from tensornet.io import load_slice, read_header, write_tensors
-from tensornet_hf.streaming.mapped_model import mapped_model
-from tensornet_hf.streaming.moments import Moments
+from tensornet.io import (
+    ShardTask,
+    Slice,
+    load_slice,
+    read_header,
+    write_shard,
+    write_tensors,
+)
+from tensornet.nn.targets import find_targets
+from tensornet_hf.lazy_model import mapped_model, open_source
+from tensornet_hf.streaming import digest, staging
+from tensornet_hf.text.calibration_data import calibration_data
 
 #: Prefix of folders of activations, beside the statistics.
 SPILL = ".calibration."
@@ -116,6 +129,73 @@ def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     return next(iter(found.items()))
 
 
+def statistics_of_text(
+    folder: Path,
+    destination: str | Path,
+    text: str,
+    *,
+    name: str,
+    config: CompressionConfig,
+    tokens: int,
+    resume: bool = True,
+    progress: bool = False,
+) -> Path:
+    """Run a model over a text block by block, and store the moments for planning.
+
+    The file lies in the staging folder of `destination` and goes when the run that compresses is through.
+    An interrupted run finds it there: it is used again for the same model, text and layers.
+
+    Args:
+        folder: of the model.
+        destination: where the compressed model will be.
+        text: like what the model will see; its beginning is used.
+        name: how reports call the text.
+        config: observe the layers it selects and that lie inside blocks.
+        tokens: how much of the text to use.
+        resume: use statistics that are there already.
+        progress: show a progress bar.
+
+    Returns:
+        Path of the statistics, for `compress_checkpoint(stats=)`.
+
+    Raises:
+        TargetError: a model that cannot be run block by block, or for which text alone says too little.
+        DestinationError: another run is writing the destination.
+        ValueError: the text is too short.
+    """
+    source = open_source(folder)
+    layers = (config.target_modules, config.exclude_modules)
+    key = digest(
+        [sorted(source.marks.items()), text, name, tokens, layers, tn.__version__, torch.__version__]
+    )
+    with staging(Path(destination).expanduser().absolute()) as work:
+        path = work / f"statistics-{key[:16]}.safetensors"
+        if path.is_file() and resume:
+            return path
+        for left in work.glob(f"{SPILL}*"):  # by a run that was killed
+            shutil.rmtree(left)
+        model = mapped_model(folder, spill=work)
+        stack, _ = find_blocks(model)  # before anything is run
+        targets = [x for x in find_targets(model, config) if not x.skip]
+        if outside := [x.name for x in targets if not x.name.startswith(f"{stack}.")]:
+            raise TargetError(
+                f"{', '.join(outside)} of {type(model).__name__} lies outside its blocks ({stack}), of which "
+                "alone statistics are collected without loading the model. Exclude it, or load the model (on "
+                "the command line, leave out --workers)."
+            )
+        data = calibration_data(model, folder, text, tokens=tokens)
+        calibrate_checkpoint(
+            folder,
+            data.batches,
+            path,
+            config=config,
+            loss_fn=data.loss_fn,
+            source=f"{data.tokens:,} tokens of {name}",
+            progress=progress,
+        )
+    return path
+
+
 class _OnDisk:
     """Store of hidden states and gradients in files, by block and batch; see `sequential.States`."""
 
@@ -143,7 +223,7 @@ class _Streamed:
         self.chain = ChainRun(model, blocks, (), _OnDisk(folder))
         inside = {id(module) for name in blocks for module in model.get_submodule(name).modules()}
         self.rest = [module for module in model.modules() if id(module) not in inside]
-        self.full_up_to, self.moments = full_up_to, Moments(folder / "moments")
+        self.full_up_to, self.moments = full_up_to, _Moments(folder / "moments")
         self.recorder = MomentRecorder(full_up_to, torch.float32)
         self.sees = "nothing"
         self.counts: dict[str, int] = {}
@@ -250,3 +330,49 @@ def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, parameter in owners:
             module._parameters[name] = parameter
+
+
+class _Moments:
+    """Collector of statistics that writes a few layers at a time to the disk.
+
+    Args:
+        folder: where they are kept until `write`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.sides: dict[str, dict[str, str]] = {"rows": {}, "columns": {}}
+        self.stored: dict[str, Slice] = {}
+        self.coherence: dict[str, float] = {}
+
+    def add(self, stats: CalibrationStats) -> None:
+        """Write the moments of some layers; shared tensors stay shared."""
+        self.coherence |= stats.coherence
+        tensors: dict[str, Tensor] = {}
+        keys: dict[int, str] = {}
+        for side, moments in (("rows", stats.rows), ("columns", stats.columns)):
+            for name, moment in moments.items():
+                key = keys.setdefault(id(moment), f"{side}.{name}")
+                tensors[key] = moment.contiguous()
+                self.sides[side][name] = key
+        if tensors:
+            path = self.folder / f"{len(self.stored)}.safetensors"
+            write_tensors(path, tensors)
+            self.stored |= read_header(path)
+
+    def columns(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the moments of the inputs of some layers; a tensor that layers share is read once."""
+        keys = {name: self.sides["columns"][name] for name in names if name in self.sides["columns"]}
+        read = {key: load_slice(self.stored[key]) for key in dict.fromkeys(keys.values())}
+        return {name: read[key] for name, key in keys.items()}
+
+    def write(self, path: Path, **facts: Any) -> None:
+        """Write the file that `CalibrationStats.load` reads, from the stored bytes.
+
+        Args:
+            path: of the file.
+            facts: fields of `CalibrationStats` that are not moments.
+        """
+        header = {"version": STATS_VERSION, **facts, "coherence": self.coherence, **self.sides}
+        write_shard(ShardTask(path, self.stored, {"calibration": json.dumps(header)}))

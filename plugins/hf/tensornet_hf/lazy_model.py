@@ -1,0 +1,379 @@
+"""Open a model folder lazily: the model of transformers, its weights memory-mapped from the files.
+
+Only pages that are touched are resident, so a model may be larger than memory. It is planned, calibrated and
+compressed by the functions that work on any model.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from tensornet.errors import FormatError
+from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice, read_headers
+from tensornet_hf.checkpoint.headers import INDEX, WEIGHT_SUFFIXES, weight_files
+from tensornet_hf.checkpoint.json_files import read_json
+
+#: Identifies a file between two runs: bytes, time of change in ns, SHA-256 of its header if it has one.
+Mark = tuple[int, int, str | None]
+
+_COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
+_SIZES = ("_size", "_dim", "d_model", "d_ff", "n_embd", "n_positions", "n_inner")
+#: No dimension of a model comes near this.
+_LARGEST = 2**31
+
+
+@dataclass(frozen=True)
+class Source:
+    """Model folder that is read without loading its weights.
+
+    Args:
+        folder: where it is.
+        config: content of `config.json`.
+        tensors: every stored tensor by name.
+        others: relative paths of the files that are copied as they are.
+        marks: the mark of every file that is read, by relative path; they reveal a later change.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Slice]
+    others: tuple[str, ...]
+    marks: dict[str, Mark]
+
+
+def open_source(folder: str | os.PathLike[str]) -> Source:
+    """Read configuration, index and headers of a model folder.
+
+    Raises:
+        FormatError: something is missing, damaged, contradictory or quantized; the message names it.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FormatError(
+            f"{folder} is not a model folder: there is no config.json. Give one that save_pretrained wrote."
+        )
+    config = read_json(folder / "config.json")
+    if (entry := config.get("quantization_config")) is not None:
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        raise FormatError(
+            f"{folder} is quantized or compressed already (by {method!r:.80}). Use the original model, with "
+            "weights in floating point."
+        )
+    files, index = weight_files(folder)
+    tensors = read_headers(files)
+    for tensor, name in index.items():
+        if tensor not in tensors or tensors[tensor].file.name != name:
+            raise FormatError(
+                f"{folder / INDEX} says that {name} holds {tensor!r}, and it does not: the index belongs to "
+                "other files, or a file is incomplete. Copy or download the folder again."
+            )
+    others = []  # neither hidden files nor weights in other formats
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        written = (path.name == "config.json" and len(name.parts) == 1) or path.name.endswith(INDEX)
+        if any(part.startswith(".") for part in name.parts) or written or path.suffix in WEIGHT_SUFFIXES:
+            continue
+        if path.is_file():
+            others.append(name.as_posix())
+    used = ["config.json", *(file.name for file in files), *others]
+    return Source(folder, config, tensors, tuple(others), {name: _mark(folder / name) for name in used})
+
+
+def check_unchanged(source: Source, marks: Mapping[str, Any], *, since: str) -> None:
+    """Compare the marks of a source with earlier or later ones.
+
+    Raises:
+        FormatError: files differ; the message names them, and when they were first read.
+    """
+    names = sorted(source.marks.keys() | marks.keys())
+    if changed := [x for x in names if list(source.marks.get(x, ())) != list(marks.get(x, ()))]:
+        raise FormatError(
+            f"{', '.join(changed)} in {source.folder} changed since {since}: what is finished belongs to the "
+            "old content. Put the old files back, or start again with resume=False (--no-resume)."
+        )
+
+
+def marks_now(source: Source) -> dict[str, Mark]:
+    """Compute the present marks of the files of a source; absent files have none."""
+    return {name: _mark(source.folder / name) for name in source.marks if (source.folder / name).is_file()}
+
+
+def _mark(path: Path) -> Mark:
+    stat, header = path.stat(), None
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = hashlib.sha256(file.read(min(length, 100_000_000))).hexdigest()
+    return stat.st_size, stat.st_mtime_ns, header
+
+
+@dataclass(frozen=True)
+class LazyModel:
+    """Model whose weights are mapped from the files of its folder.
+
+    Args:
+        model: in eval mode. Weights that the files store in another form are on the meta device.
+        stored: the stored tensors of each parameter and buffer. Several are the matrices of a stack of
+            experts, or go through another conversion.
+        renamed: names that are stored as they are: one stored tensor, in the shape of the model.
+        surplus: stored tensors that the model does not have.
+    """
+
+    model: PreTrainedModel
+    stored: Mapping[str, tuple[str, ...]]
+    renamed: frozenset[str]
+    surplus: tuple[str, ...]
+
+
+def open_lazily(
+    source: Source, *, only: Collection[str] | None = None, spill: str | Path | None = None
+) -> LazyModel:
+    """Build the model of a folder; its weights are mapped from the files, in the dtype that is stored.
+
+    The class is that of transformers, so that kinds of layers, ties and renamings are those of loading. Code
+    that comes with a checkpoint is never run, and changing a mapped weight in place does not change the file.
+
+    Args:
+        source: the folder.
+        only: names of the parameters and buffers to map; the others stay on the meta device. All if absent.
+        spill: folder for stacks whose matrices are stored one by one: their bytes are joined there, in files
+            without a name that go with the model. The system's temporary folder if absent.
+
+    Raises:
+        FormatError: transformers lacks the class, or the values of the configuration are impossible or
+            contradict the stored tensors.
+    """
+    check_values(source.config, tensors=len(source.tensors))
+    model = _empty_model(source.config)
+    state = model.state_dict(keep_vars=True)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
+    converters = [x for x in transforms if isinstance(x, WeightConverter)]
+    renamed: dict[str, str] = {}
+    stacked: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for key in sorted(source.tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None:
+            stacked[name][pattern].append(key)
+        elif name in renamed:
+            raise FormatError(f"{renamed[name]!r} and {key!r} are both stored, and are the same parameter.")
+        else:
+            renamed[name] = key
+
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in renamed:
+            parts = [source.tensors[renamed[name]]]
+            if tuple(tensor.shape) != parts[0].shape:
+                raise _contradiction(name, tensor.shape, parts[0].shape)
+        elif name in stacked:
+            parts = _stack_parts(name, tensor, stacked[name], converters, source.tensors)
+        else:
+            continue
+        of_weights = isinstance(tensor, nn.Parameter)
+        if not parts or parts[0].dtype not in (FLOATS if of_weights else MAPPED):
+            continue
+        if of_weights:
+            tensor.data = tensor.data.to(FLOATS[parts[0].dtype])
+        if only is None or name in only:
+            found[name] = load_slice(parts[0]) if name in renamed else _joined(parts, tensor.shape, spill)
+    _untie_different(model, {name: source.tensors[key] for name, key in renamed.items()})
+    _put_in_place(model, found)
+    stored = {name: (key,) for name, key in renamed.items() if name in state}
+    stored |= {name: tuple(chain(*by_pattern.values())) for name, by_pattern in stacked.items()}
+    surplus = tuple(key for name, key in renamed.items() if name not in state)
+    return LazyModel(model.eval(), stored, frozenset(renamed) & state.keys(), surplus)
+
+
+def mapped_model(folder: str | os.PathLike[str], *, spill: str | Path | None = None) -> PreTrainedModel:
+    """Build a model that runs on mapped weights, at the speed of the disk where memory is small.
+
+    Args:
+        folder: of the model.
+        spill: see `open_lazily`.
+
+    Raises:
+        FormatError: as `open_lazily`, or the folder keeps a weight in another form than the model.
+    """
+    model = open_lazily(open_source(folder), spill=spill).model
+    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise FormatError(
+            f"{folder} does not store {absent[0]} as the model uses it, so the weight cannot be mapped. Load "
+            "the model, and use tensornet.compress."
+        )
+    for module in model.modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()  # computes the buffers that are not stored, such as rotary frequencies
+    return model
+
+
+def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
+    """Raise FormatError for sizes so large that building even an empty model would not end.
+
+    Args:
+        config: nested as it may be.
+        tensors: number of stored tensors; a model has no more layers or experts than a small multiple.
+    """
+    open_entries: list[tuple[str, Any]] = list(config.items())
+    while open_entries:
+        key, value = open_entries.pop()
+        if isinstance(value, Mapping):
+            open_entries += [(f"{key}.{inner}", entry) for inner, entry in value.items()]
+        elif isinstance(value, list):
+            open_entries += [(key, entry) for entry in value]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            leaf = key.rpartition(".")[2]
+            counts = _COUNT.search(leaf) is not None
+            limit = max(1024, 4 * tensors) if counts else _LARGEST
+            if abs(value) > limit or (value < 0 and (counts or leaf.endswith(_SIZES))):
+                raise FormatError(
+                    f"config.json sets {key} to {value!r:.40}; a checkpoint of {tensors} tensors has values "
+                    f"from 0 to {limit} there. It is damaged or hostile."
+                )
+
+
+def _empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device."""
+    kind, names = config.get("model_type"), config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if not (known and isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        code = " It names code to run (auto_map), which is never run here." if "auto_map" in config else ""
+        raise FormatError(
+            f"config.json names the class {name!r:.80} (architectures) of the model type {kind!r:.80}, which "
+            f"transformers {transformers.__version__} does not have.{code} Update transformers, convert the "
+            "checkpoint to a class that it has, or load the model with its own code and use "
+            "tensornet.compress and tensornet.save_model."
+        )
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # reading a file decodes infinities that JSON lacks
+            Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
+            read: PreTrainedConfig = CONFIG_MAPPING[str(kind)].from_pretrained(folder, local_files_only=True)
+        read.name_or_path = ""
+        with torch.device("meta"):
+            return cls(read)
+    except Exception as error:  # model classes fail on nonsense in every way there is
+        raise FormatError(
+            f"config.json does not describe a {name}: {type(error).__name__}: {error!s:.300}"
+        ) from error
+
+
+def _stack_parts(
+    name: str,
+    stack: Tensor,
+    by_pattern: Mapping[str, Sequence[str]],
+    converters: Sequence[WeightConverter],
+    tensors: Mapping[str, Slice],
+) -> list[Slice]:
+    """List the stored matrices whose bytes, one after another, are a stack of experts.
+
+    Returns:
+        Nothing where loading does more than stack experts, each of one or more matrices joined by rows.
+
+    Raises:
+        FormatError: the number or the sizes of the stored matrices contradict the configuration.
+    """
+    using = next(x for x in converters if by_pattern.keys() <= set(x.source_patterns))
+    match using.operations:
+        case [MergeModulelist(dim=0)] if len(using.source_patterns) == 1:
+            pass
+        case [MergeModulelist(dim=0), Concatenate(dim=1)]:
+            pass
+        case _:
+            return []
+    columns = [by_pattern.get(pattern, ()) for pattern in using.source_patterns]
+    if stack.ndim != 3 or any(len(x) != stack.shape[0] for x in columns):
+        raise FormatError(
+            f"config.json describes {stack.shape[0]} experts in {name}, {min(map(len, columns))} are stored: "
+            "files are missing, or belong to another model."
+        )
+    parts = []
+    for number, expert in enumerate(zip(*columns, strict=True)):
+        matrices = [tensors[key] for key in expert]
+        rows, width = sum(x.shape[0] for x in matrices), matrices[0].shape[1:]
+        if any(x.shape[1:] != width for x in matrices) or (rows, *width) != tuple(stack.shape[1:]):
+            path, _, leaf = name.rpartition(".")
+            raise _contradiction(f"{path}.{number}.{leaf}", stack.shape[1:], (rows, *width))
+        parts += matrices
+    return parts if len({x.dtype for x in parts}) == 1 else []
+
+
+def _contradiction(name: str, described: Sequence[int], stored: Sequence[int]) -> FormatError:
+    return FormatError(
+        f"config.json describes {name} with shape {list(described)}, it is stored with shape {list(stored)}. "
+        "One of the two belongs to another model."
+    )
+
+
+def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None) -> Tensor:
+    """Join the bytes of stored matrices in a file without a name, and map it."""
+    with tempfile.TemporaryFile(dir=spill) as file:
+        for chunk in contents(parts):
+            file.write(chunk)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), sum(part.nbytes for part in parts), access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapped, dtype=FLOATS[parts[0].dtype]).reshape(shape)
+
+
+def _untie_different(model: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
+    """Untie tied layers whose stored weights differ.
+
+    A configuration may claim a tie that the weights do not have (T5 v1.1); loading decides as we do here.
+    """
+    for target, source in model.all_tied_weights_keys.items():
+        if target in stored and source in stored and not _equal(stored[target], stored[source]):
+            path, _, name = target.rpartition(".")
+            own = torch.empty_like(model.get_parameter(target))
+            setattr(model.get_submodule(path), name, nn.Parameter(own))
+
+
+def _equal(first: Slice, second: Slice) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return all(a == b for a, b in zip(contents([first]), contents([second]), strict=True))
+
+
+def _put_in_place(model: PreTrainedModel, found: Mapping[str, Tensor]) -> None:
+    """Set the mapped tensors in the model; tied parameters stay one parameter."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in found and id(parameter) not in made:
+            made[id(parameter)] = nn.Parameter(found[name], requires_grad=False)
+    for name, tensor in _named_tensors(model):
+        new = made.get(id(tensor), found.get(name)) if isinstance(tensor, nn.Parameter) else found.get(name)
+        if new is not None:
+            new._is_hf_initialized = True  # type: ignore[attr-defined]  # initialize_weights looks for it
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, new)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from list(model.named_parameters(remove_duplicate=False))
+    yield from list(model.named_buffers(remove_duplicate=False))
