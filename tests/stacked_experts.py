@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tensornet.nn.unfuse import register_stacked_matrices
+
 
 class Experts(nn.Module):
     """Experts of one shape `(experts, out, in)`, each of which reads tokens of its own."""
@@ -15,6 +17,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("eti,eoi->eto", x, self.w)
+
+
+register_stacked_matrices(f"{Experts.__module__}.{Experts.__qualname__}", {"w": "eoi"})
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

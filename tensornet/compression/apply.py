@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensornet._util import check_type, progress_bar, warn
 from tensornet.calibration.stats import CalibrationStats
@@ -14,13 +14,12 @@ from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.compression.sensitivity import layer_weighting
-from tensornet.compression.shared_stacks import fit_stack
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind, reason_against
-from tensornet.nn.linear import TensorNetworkLinear, linear_from_network, linear_from_stored
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import (
     Target,
@@ -98,7 +97,6 @@ def apply_plan(
             _check_fits(model, layer, targets.get(layer.name))
         _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
         refuse_wrapped(wrapped)
-        shared = _shared_cores(work, targets, plan, stats)
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
             target = targets[layer.name]
             if rounded is not None and (again := rounded.find(layer, target)) is not None:
@@ -106,14 +104,9 @@ def apply_plan(
                 made.update(zip(target.names, modules, strict=True))
                 continue
             weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-            result: Decomposition | dict[str, Tensor]
-            if layer.name in shared:
-                result = shared[layer.name]
-            else:
-                known = (decomposed or {}).pop(layer.name, None)
-                result = known or _decomposed(target, layer, weighting)
+            result = (decomposed or {}).pop(layer.name, None) or _decomposed(target, layer, weighting)
             modules, errors[layer.name] = _compressed(target, layer, result, weighting, plan.rounding)
-            if rounded is not None and not layer.shared_core:
+            if rounded is not None:
                 rounded.keep(layer, modules, errors[layer.name])
             made.update(zip(target.names, modules, strict=True))
         _warn_of_underflow(work, targets, made, plan, stats)
@@ -266,26 +259,6 @@ def _warn_of_underflow(
         )
 
 
-def _shared_cores(
-    work: Sequence[LayerPlan],
-    targets: Mapping[str, Target],
-    plan: CompressionPlan,
-    stats: CalibrationStats | None,
-) -> dict[str, dict[str, Tensor]]:
-    """Fit the layers that share a core with others; return the stored tensors of each by name."""
-    groups: dict[str, list[LayerPlan]] = {}
-    for layer in work:
-        if layer.shared_core:
-            groups.setdefault(layer.shared_with, []).append(layer)
-    made: dict[str, dict[str, Tensor]] = {}
-    for layers in groups.values():
-        members = [targets[layer.name] for layer in layers]
-        known = [layer_weighting(x, plan.objective, stats, plan.damping) for x in members]
-        found = fit_stack(layers, members, [weighting or Weighting() for weighting in known])
-        made |= {layer.name: stored for layer, stored in zip(layers, found, strict=True)}
-    return made
-
-
 def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decomposition:
     """Decompose one layer under the weighting of the plan."""
     assert layer.topology is not None
@@ -306,11 +279,7 @@ def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decom
 
 
 def _compressed(
-    target: Target,
-    layer: LayerPlan,
-    result: Decomposition | dict[str, Tensor],
-    weighting: Weighting,
-    rounding: Rounding,
+    target: Target, layer: LayerPlan, result: Decomposition, weighting: Weighting, rounding: Rounding
 ) -> tuple[list[nn.Module], float]:
     """Build tensor-network modules that share cores, one for each name of a target; return the error too."""
     matrix = target.matrix
@@ -322,16 +291,10 @@ def _compressed(
         if id(module) in made:
             continue
         new: NetworkModule
-        if isinstance(result, dict):
-            assert layer.topology is not None
-            new = linear_from_stored(
-                layer.topology, result, source=kind.name, storage=layer.storage, like=matrix
-            )
-        elif isinstance(module, nn.Embedding):
-            network = result.network.to(matrix.dtype)
+        network = result.network.to(matrix.dtype)
+        if isinstance(module, nn.Embedding):
             new = embedding_from_network(network, padding_idx=module.padding_idx, **options)
         else:
-            network = result.network.to(matrix.dtype)
             new = linear_from_network(network, bias=None, source=kind.name, **options)
         if isinstance(new, TensorNetworkLinear):
             new.bias = layer_bias(module)  # the parameter itself: another module may be tied to it
@@ -342,8 +305,5 @@ def _compressed(
             stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
         made[id(module)] = new
     assert first is not None
-    if isinstance(result, Decomposition) and layer.storage.plain:
-        error = result.error
-    else:
-        error = relative_gap(matrix, first.to_matrix())
+    error = result.error if layer.storage.plain else relative_gap(matrix, first.to_matrix())
     return [made[id(module)] for module in target.modules], error

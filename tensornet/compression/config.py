@@ -114,11 +114,6 @@ class CompressionConfig(LayerSelection):
             calibration text more; predictions then come out lower.
         pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
             data if None.
-        share_experts: let the experts of a mixture share a projection of their inputs, a basis of their
-            outputs, or a base matrix, wherever that predicts less loss than separate networks. Budgets of
-            the whole model are spent on both at once. Goes with budgets of parameters, bytes and the loss.
-            Where number formats are planned, shared cores are stored in them as well; private factors have
-            the model's own format or at least four bits.
         require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
             that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
             and names them in one warning.
@@ -243,7 +238,6 @@ class CompressionConfig(LayerSelection):
         "advanced",
         kind="flag",
     )
-    share_experts: bool = False
     require_calibrated: bool = _option(
         False,
         "Refuse layers that never ran in calibration instead of leaving them dense.",
@@ -284,7 +278,6 @@ class CompressionConfig(LayerSelection):
                     f"{name} must be {'True, False or None' if more else 'True or False'}, got {value!r}."
                 )
         self._check_budgets()
-        _check_sharing(self)
 
     def _check_budgets(self) -> None:
         """Raise BudgetError for a budget that is out of range or contradicts another option."""
@@ -428,28 +421,6 @@ class CompressionConfig(LayerSelection):
                 f"Unknown compression options {', '.join(unknown)}; known are {', '.join(sorted(known))}."
             )
         return cls(**data)
-
-
-def _check_sharing(config: CompressionConfig) -> None:
-    """Validate `share_experts`.
-
-    Raises:
-        ValueError: not True or False.
-        BudgetError: it contradicts another option.
-    """
-    if not isinstance(config.share_experts, bool):
-        raise ValueError(f"share_experts must be True or False, got {config.share_experts!r}.")
-    apart = {
-        "max_bond": config.max_bond is not None,
-        "rel_error": config.rel_error is not None,
-        "max_milliseconds": config.max_milliseconds is not None,
-        "topology": bool(config.fixed),
-    }
-    if config.share_experts and (beside := [name for name, given in apart.items() if given]):
-        raise BudgetError(
-            "share_experts chooses shared cores by their size and predicted loss alone, in the formats of "
-            f"formats=: drop {', '.join(beside)}, or share_experts."
-        )
 
 
 def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:

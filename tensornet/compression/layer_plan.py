@@ -30,8 +30,6 @@ class LayerPlan:
         milliseconds: predicted time of a forward pass, None where no token count was given.
         dtype: of the weight; float32 in plans saved before it was recorded.
         byte_curve: as `curve`, over bytes.
-        shared_core: name of the core that the layer shares with others of its stack; empty where none is.
-        shared_with: name of the first layer of that stack, at which the shared core is counted.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -53,8 +51,6 @@ class LayerPlan:
     milliseconds: float | None = None
     dtype: torch.dtype = torch.float32
     byte_curve: tuple[tuple[int, float], ...] = ()
-    shared_core: str = ""
-    shared_with: str = ""
 
     @property
     def params_before(self) -> int:
@@ -66,7 +62,7 @@ class LayerPlan:
         """Stored numbers of the planned network, padding, scales and row orders included."""
         if self.topology is None:
             return self.params_before
-        return self.storage.num_params(self.topology) - self._counted_elsewhere(self.dtype)[0]
+        return self.storage.num_params(self.topology)
 
     @property
     def bytes_before(self) -> int:
@@ -87,13 +83,7 @@ class LayerPlan:
         """Compute the bytes of the planned network for a weight of this dtype."""
         if self.topology is None:
             return self.params_before * dtype.itemsize
-        return self.storage.num_bytes(self.topology, dtype) - self._counted_elsewhere(dtype)[1]
-
-    def _counted_elsewhere(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Count the stored numbers and the bytes of a shared core that another layer owns."""
-        if self.topology is None or not self.shared_core or self.shared_with == self.name:
-            return 0, 0
-        return self.storage.core_size(self.topology, self.shared_core, dtype)
+        return self.storage.num_bytes(self.topology, dtype)
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,6 @@ def layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
         "milliseconds": layer.milliseconds,
         "dtype": str(layer.dtype).removeprefix("torch."),
         "byte_curve": [list(point) for point in layer.byte_curve],
-        **({"shared_core": layer.shared_core, "shared_with": layer.shared_with} if layer.shared_core else {}),
     }
 
 
@@ -189,8 +178,6 @@ def layer_from_dict(data: dict[str, Any]) -> LayerPlan:
         milliseconds=data.get("milliseconds"),
         dtype=_dtype(data.get("dtype", "float32")),
         byte_curve=tuple((int(size), cost) for size, cost in data.get("byte_curve", ())),
-        shared_core=data.get("shared_core", ""),
-        shared_with=data.get("shared_with", ""),
     )
 
 

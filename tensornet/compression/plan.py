@@ -229,10 +229,9 @@ class CompressionPlan:
             kept.num_params(topology)  # formats of unknown cores are refused
             edited = replace(old, topology=topology, bound_by="edited", error=None, storage=kept)
             edited = with_baseline(replace(edited, loss_increase=None, milliseconds=None))
-        edited = replace(edited, shared_core="", shared_with="")
         return replace(
             self,
-            layers=tuple(edited if x.name == name else _without_owner(x, name, self) for x in self.layers),
+            layers=tuple(edited if x.name == name else x for x in self.layers),
         )
 
     def __str__(self) -> str:
@@ -400,14 +399,6 @@ def _summary(plan: CompressionPlan) -> list[str]:
 def _general(storage: Storage) -> Storage:
     """Drop the formats of single cores, so that an encoding fits other topologies."""
     return replace(storage, core_formats=())
-
-
-def _without_owner(layer: LayerPlan, name: str, plan: CompressionPlan) -> LayerPlan:
-    """Count the core that a layer shares at the next layer of its stack once the first leaves it."""
-    if layer.shared_with != name:
-        return layer
-    left = [other.name for other in plan if other.shared_with == name and other.name != name]
-    return replace(layer, shared_with=left[0])
 
 
 def _check_topology(layer: LayerPlan, topology: Topology) -> None:

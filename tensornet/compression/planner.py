@@ -13,10 +13,9 @@ from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, check_stats
 from tensornet.compression.candidates import LayerCandidates, storage_of
-from tensornet.compression.choose import NO_REST, Allocation, ModelRest, choose_candidates, spends_jointly
+from tensornet.compression.choose import NO_REST, Allocation, ModelRest, choose_candidates
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.forecast import UNMEASURED, Forecast, all_losses, light_copy, measured_rise
-from tensornet.compression.joint_choice import Choice, choose_jointly
 from tensornet.compression.latency import Clock
 from tensornet.compression.layer_candidates import all_candidates
 from tensornet.compression.layer_plan import Baseline, LayerPlan, with_baseline
@@ -26,17 +25,15 @@ from tensornet.compression.plan_by_weight import plan_layers
 from tensornet.compression.report import model_size
 from tensornet.compression.rounded_layers import RoundedLayers
 from tensornet.compression.sensitivity import is_known, never_ran
-from tensornet.compression.shared_stacks import SharedChoice, Stack, find_stacks, share_alone
 from tensornet.compression.verification import Checks
 from tensornet.compression.verify import verify_prices
 from tensornet.contraction.cost import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.svd import check_finite, singular_values
-from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
-from tensornet.topologies import Decomposition, topology_family
+from tensornet.topologies import Decomposition
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
@@ -65,7 +62,6 @@ class PreparedPlan:
         rest: the part of the model that is not targeted, for budgets that count all of it.
         unseen: layers that were to be targets, but never ran in calibration.
         of_tokens: whether `dense_loss` is the cross entropy of tokens.
-        stacks: experts that may share a core, if the configuration lets them.
         checks: predicted losses that were verified, see `verified`.
         weights: every weight of the model, with the reason to skip it.
         rounded: layers that were rounded to verify them, for `apply_plan`.
@@ -89,7 +85,6 @@ class PreparedPlan:
     rest: ModelRest = NO_REST
     unseen: tuple[str, ...] = ()
     of_tokens: bool = False
-    stacks: tuple[Stack, ...] = ()
     checks: Checks | None = None
     weights: tuple[Target, ...] = field(default=(), compare=False, repr=False)
     rounded: RoundedLayers = field(default_factory=RoundedLayers, compare=False, repr=False)
@@ -223,7 +218,7 @@ class PreparedPlan:
             The plan, and decompositions for `apply_plan` by layer name: of the layers that are planned one by
             one by the error of their weights. They take the memory of the compressed layers.
         """
-        if self.candidates or self.stacks:
+        if self.candidates:
             return self.plan(progress=progress), {}
         planned = plan_layers(self.targets, self.config, decompose=True, progress=progress)
         found = {each.layer.name: each.decomposition for each in planned if each.decomposition is not None}
@@ -252,33 +247,22 @@ class PreparedPlan:
         config = replace(self.config, **caps) if budget else self.config
         if not self.candidates:
             alone = plan_layers(self.targets, config, progress=progress)
-            plans = [each.layer for each in alone]
-            if self.stacks:
-                costs = [_frobenius_cost(x, y) for x, y in zip(plans, self.targets, strict=True)]
-                plans = share_alone(plans, self.stacks, costs)
-            return self._as_plan(plans, config)
+            return self._as_plan([each.layer for each in alone], config)
         if config.needs_curvature and self.objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {self.objective!r}.")
-        layers = self._layers(config)
-        joined = self._as_plan(layers, config)
-        return replace(joined, baseline=self._baseline(sum(layer.bytes_after for layer in layers)))
-
-    def _layers(self, config: CompressionConfig) -> list[LayerPlan]:
-        """Choose among the candidates, and let stacks share cores where that pays."""
         given = Allocation(self.targets, self.candidates, config, self.objective, self.forecast, self.rest)
-        if spends_jointly(config, self.objective):
-            chosen, bound_by = choose_jointly(given, self.stacks)
-            return self._planned(chosen, bound_by, config)
-        alone, bound_by = choose_candidates(given)
-        costs = [float(found.costs[k]) for found, k in zip(self.candidates, alone, strict=True)]
-        return share_alone(self._planned([*alone], bound_by, config), self.stacks, costs)
+        return replace(self, config=config).planned(*choose_candidates(given))
 
-    def _planned(self, chosen: Choice, bound_by: str, config: CompressionConfig) -> list[LayerPlan]:
-        """Turn a choice into plans of layers."""
+    def planned(self, chosen: Sequence[int], bound_by: str) -> CompressionPlan:
+        """Turn the index of a candidate of each layer into a plan.
+
+        Args:
+            chosen: indices.
+            bound_by: the cap that decided.
+        """
         layers = []
         work = zip(self.targets, self.candidates, chosen, self.spectra, strict=True)
-        for target, found, choice, spectrum in work:
-            index = choice if isinstance(choice, int) else 0  # replaced below
+        for target, found, index, spectrum in work:
             topology, storage = found.make(index)
             made = LayerPlan(
                 name=target.name,
@@ -291,18 +275,13 @@ class PreparedPlan:
                 storage=storage,
                 loss_increase=float(found.forecasts[index]) if self.objective == "curvature" else None,
                 curve=found.hull("params") if self.objective == "curvature" else (),
-                milliseconds=float(found.milliseconds[index]) if config.tokens is not None else None,
+                milliseconds=float(found.milliseconds[index]) if self.config.tokens is not None else None,
                 dtype=target.matrix.dtype,
                 byte_curve=found.hull("num_bytes") if self.objective == "curvature" else (),
             )
             layers.append(with_baseline(made))
-        for place, choice in enumerate(chosen):
-            if isinstance(choice, SharedChoice) and choice.stack.members[0] == place:
-                members = choice.stack.members
-                shared = choice.planned([layers[k] for k in members], bound_by)
-                for k, layer in zip(members, shared, strict=True):
-                    layers[k] = layer
-        return layers
+        joined = self._as_plan(layers, self.config)
+        return replace(joined, baseline=self._baseline(sum(layer.bytes_after for layer in layers)))
 
     def _as_plan(self, layers: Sequence[LayerPlan], config: CompressionConfig) -> CompressionPlan:
         """Join the plans of layers and the figures of the calibration into one plan."""
@@ -415,15 +394,6 @@ def prepare(
         for target, each in zip(work, found, strict=True):
             candidates.append(each)
             spectra.append(tuple(singular_values(target.matrix).tolist()))
-    stacks: tuple[Stack, ...] = ()
-    if config.share_experts:
-        if objective == "weight" and config.plans_formats:
-            raise BudgetError(
-                "share_experts weighs shared cores against number formats by the predicted loss: pass "
-                "calibration=batches to compress, or budget parameters alone by param_ratio=."
-            )
-        formats = config.number_formats
-        stacks = find_stacks(targets, objective, stats, config.damping, formats, progress=progress)
     return PreparedPlan(
         config,
         objective,
@@ -435,7 +405,6 @@ def prepare(
         rest=rest,
         unseen=unseen,
         of_tokens=stats is not None and stats.of_tokens,
-        stacks=stacks,
         weights=weights,
     )
 
@@ -468,11 +437,3 @@ def _clock(config: CompressionConfig, weight: Tensor) -> Clock | None:
     if config.tokens is None:
         return None
     return Clock(config.tokens, default_machine(weight.device), weight.element_size())
-
-
-def _frobenius_cost(layer: LayerPlan, target: Target) -> float:
-    """Compute half the squared error of a layer as planned, whose plan may hold a bound."""
-    if layer.topology is None:
-        return 0.0
-    made = topology_family(layer.topology.family).fit(target.matrix, layer.topology, Weighting())
-    return Weighting().cost(target.matrix - made.network.to_matrix().to(target.matrix))

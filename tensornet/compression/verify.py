@@ -167,7 +167,7 @@ def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: Set[st
     blocks: dict[str, list[LayerPlan]] = {}
     for layer, name in zip(plan, names, strict=True):
         risky = layer.name in suspects or _is_risky(layer, powers[layer.name])
-        if not layer.shared_core and layer.loss_increase and risky:
+        if layer.loss_increase and risky:
             blocks.setdefault(name.place, []).append(layer)
     each = -(-len(blocks) // GROUPS)
     runs = list(blocks.values())

@@ -10,9 +10,7 @@ network under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old one. L
 order in which they run, each behind all that were refitted before it: fitted at once, each would correct the
 same error in full. The whole step did harm at high compression (docs/quality.md).
 
-Layers that share one core are refitted together, where the first of them runs. If another number of tokens
-reaches one of them in the dense model, as it does where a router sees other inputs, its target is `W` and its
-moments are those of calibration.
+Layers that share cores with others are skipped.
 """
 
 import math
@@ -28,18 +26,16 @@ from torch import Tensor, nn
 from tensornet._util import in_eval_mode, progress_bar, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.sensitivity import INPUT_DAMPING, is_known, layer_weighting
+from tensornet.compression.sensitivity import INPUT_DAMPING
 from tensornet.errors import TargetError
 from tensornet.healing.objective import output_distance
-from tensornet.healing.shared_layers import SharedLayers, find_shared_layers
-from tensornet.healing.teacher_student import NEVER_REACHED, Group, PairedMoments, PairedRun
+from tensornet.healing.teacher_student import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.healing.trained import compressed_layers
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.encoding import encode
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.targets import all_targets
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
@@ -149,16 +145,14 @@ def refine(
             distance = _distance(model, teacher, judges)
         put_back = stack.enter_context(_restoring([*layers.values()]))
         before, after = {}, {}
-        stacks = find_shared_layers(layers)
-        left = {name: why for name, why in _tied(model, stacks).items() if name in layers}
-        refit = _Refit(layers, stocks, _sensitivities(teacher, stacks, stats, damping), stats, options)
+        left = {name: why for name, why in _tied(model).items() if name in layers}
+        refit = _Refit(layers, stocks, stats, options)
         run = PairedRun(model, teacher, fitted)
-        for known, together in _moments(run, layers, stacks, left, reduced, progress):
+        for known in _moments(run, layers, left, reduced, progress):
             errors = {name: _OutputError(stocks[name].double(), moments) for name, moments in known.items()}
             old = {name: error.of(layers[name]) for name, error in errors.items()}
-            refused = refit.layers_of(known, together)
-            left |= refused
-            for name in (name for name in known if name not in refused):
+            refit.layers_of(known)
+            for name in known:
                 before[name], after[name] = old[name], errors[name].of(layers[name])
         with reduced():
             distances = (distance, _distance(model, teacher, judges))
@@ -188,123 +182,59 @@ class _Options:
 def _moments(
     run: PairedRun,
     layers: Collection[str],
-    stacks: Sequence[SharedLayers],
     left: dict[str, str],
     reduced: Callable[[], AbstractContextManager[object]],
     progress: bool,
-) -> Iterator[tuple[dict[str, PairedMoments], list[SharedLayers]]]:
-    """Yield the moments of layers that are refitted at once, and their stacks, in execution order.
+) -> Iterator[dict[str, PairedMoments]]:
+    """Yield the moments of layers that are refitted at once, in execution order.
 
     Args:
         run: both models; moments are taken after the layers before were refitted.
         layers: to be refitted.
-        stacks: among them.
-        left: layers that are not, with the reason; layers without moments are added, unless a stack has
-            moments of others.
+        left: layers that are not, with the reason; layers without moments are added.
         reduced: precision in which the models run. Computations on moments must not be rounded.
         progress: show a progress bar.
     """
     with reduced():
         groups = run.groups([name for name in layers if name not in left])
-    place = {name: group.place for group in groups for name in group.names}
-    for stack in stacks:  # blocks are run one after the other, and never again
-        if len({place[name] for name in stack.names if name in place}) > 1:
-            left |= dict.fromkeys(stack.names, "its core is shared with layers of other blocks")
-    stacks = [stack for stack in stacks if stack.names[0] not in left]
-    groups = [group for group in groups if group.names[0] not in left]
     reached = {name for group in groups for name in group.names}
-    missing = {name: NEVER_REACHED for name in layers if name not in reached and name not in left}
-    stack_of = {name: stack for stack in stacks for name in stack.names}
-    left |= {name: why for name, why in missing.items() if name not in stack_of}
-    units = _units(groups, stacks)
-    for unit in progress_bar(units, desc="refining", disable=not progress, unit="group"):
-        known: dict[str, PairedMoments] = {}
-        for group in unit:
-            with reduced():
-                moments = run.moments(group)
-            if isinstance(moments, str):
-                missing |= dict.fromkeys(group.names, moments)
-            else:
-                known |= dict.fromkeys(group.names, moments)
-        together = [stack for stack in stacks if any(name in known for name in stack.names)]
-        filled = {name for stack in together for name in stack.names}
-        left |= {x: missing[x] for group in unit for x in group.names if x in missing and x not in filled}
-        if known:
-            yield known, together
-    left |= {x: missing[x] for stack in stacks for x in stack.names if not (reached & {*stack.names})}
-
-
-def _units(groups: Sequence[Group], stacks: Sequence[SharedLayers]) -> list[list[Group]]:
-    """Join the groups that hold layers of one stack, at the place of the first of them."""
-    units: list[list[Group]] = []
-    for group in groups:
-        mine = [stack for stack in stacks if {*stack.names} & {*group.names}]
-        names = {name for stack in mine for name in stack.names}
-        home = next((u for u in units if any(names & {*other.names} for other in u)), None)
-        if home is None:
-            units.append([group])
+    left |= {name: NEVER_REACHED for name in layers if name not in reached and name not in left}
+    for group in progress_bar(groups, desc="refining", disable=not progress, unit="group"):
+        with reduced():
+            moments = run.moments(group)
+        if isinstance(moments, str):
+            left |= dict.fromkeys(group.names, moments)
         else:
-            home.append(group)
-    return units
+            yield dict.fromkeys(group.names, moments)
 
 
 @dataclass(frozen=True)
 class _Refit:
-    """Refits of single layers and of stacks.
+    """Refits of single layers.
 
     Args:
         layers: of the compressed model, by name.
         stocks: matrices of the dense model, likewise.
-        sensitivities: calibrated weightings of the layers of stacks; None where nothing is known.
         stats: of the calibration.
         options: of `refine`.
     """
 
     layers: Mapping[str, TensorNetworkLinear]
     stocks: Mapping[str, Tensor]
-    sensitivities: Mapping[str, Weighting | None]
     stats: CalibrationStats | None
     options: _Options
 
-    def layers_of(self, known: Mapping[str, PairedMoments], stacks: Sequence[SharedLayers]) -> dict[str, str]:
-        """Refit all layers with moments, and return those that were left, each with the reason."""
-        refused: dict[str, str] = {}
-        for stack in stacks:
-            refused |= self._stack(stack, known)
-        shared = {name for stack in stacks for name in stack.names}
+    def layers_of(self, known: Mapping[str, PairedMoments]) -> None:
+        """Refit all layers with moments."""
         for name, moments in known.items():
-            if name not in shared:
-                metric, wanted = self._target(name, moments)
-                rows = None
-                if self.stats is not None and name in self.stats.rows:
-                    rows = damped(self.stats.rows[name], self.options.damping)
-                layer, weighting = self.layers[name], Weighting(rows, metric)
-                family = topology_family(layer.topology.family)
-                made = family.fit(wanted.to(layer.weight.dtype), layer.topology, weighting)
-                _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores], weighting)
-        return refused
-
-    def _stack(self, stack: SharedLayers, known: Mapping[str, PairedMoments]) -> dict[str, str]:
-        """Refit the layers of one stack together, or return why they are left."""
-        without = [x for x in stack.names if x not in known or self.stats is not None]
-        if unknown := [name for name in without if self.sensitivities.get(name) is None]:
-            why = f"{unknown[0]}, with which it shares a core, has no moments of this data or of calibration"
-            return dict.fromkeys(stack.names, why)
-        wanted, weightings = [], []
-        for name in stack.names:
-            found = self.sensitivities.get(name) or Weighting()
-            target = self.stocks[name].double()
-            if (moments := known.get(name)) is not None:
-                metric, target = self._target(name, moments)
-                # Calibrated sensitivities are for the mean over tokens, which their rows count.
-                tokens = (1 + self.options.anchor) * moments.tokens if self.stats is not None else 1
-                found = Weighting(found.rows, metric / tokens)
-            wanted.append(target)
-            weightings.append(found)
-        for name, kept in zip(stack.names, stack.fit(wanted, weightings), strict=True):
-            for part, tensor in self.layers[name].stored.items():
-                tensor.copy_(kept[part])
-        return {}
+            metric, wanted = self._target(name, moments)
+            rows = None
+            if self.stats is not None and name in self.stats.rows:
+                rows = damped(self.stats.rows[name], self.options.damping)
+            layer, weighting = self.layers[name], Weighting(rows, metric)
+            family = topology_family(layer.topology.family)
+            made = family.fit(wanted.to(layer.weight.dtype), layer.topology, weighting)
+            _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores], weighting)
 
     def _target(self, name: str, moments: PairedMoments) -> tuple[Tensor, Tensor]:
         """Compute the metric of a layer's inputs and the matrix that its network approximates."""
@@ -316,22 +246,6 @@ class _Refit:
         metric = damped(real + self.options.anchor * known, INPUT_DAMPING)
         step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
         return metric, weight + self.options.correction * step
-
-
-def _sensitivities(
-    teacher: nn.Module, stacks: Sequence[SharedLayers], stats: CalibrationStats | None, damping: float
-) -> dict[str, Weighting | None]:
-    """Weigh errors in the layers of stacks by calibrated moments; None where nothing is known of one."""
-    if stats is None or not stacks:
-        return {}
-    objective = "curvature" if stats.has_gradients else "activation"
-    targets = {target.name: target for target in all_targets(teacher)}
-    found: dict[str, Weighting | None] = {}
-    for name in (name for stack in stacks for name in stack.names):
-        target = targets.get(name)
-        known = target is not None and is_known(target, stats)
-        found[name] = layer_weighting(target, objective, stats, damping) if target and known else None
-    return found
 
 
 def _write(layer: NetworkModule, cores: Sequence[Tensor], weighting: Weighting) -> None:
@@ -357,9 +271,8 @@ def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
         raise
 
 
-def _tied(model: nn.Module, stacks: Sequence[SharedLayers]) -> dict[str, str]:
-    """List layers that share cores with others outside stacks, with the reason why each is not refitted."""
-    inside = {name for stack in stacks for name in stack.names}
+def _tied(model: nn.Module) -> dict[str, str]:
+    """List layers that share cores with others, with the reason why each is not refitted."""
     users: dict[int, list[str]] = {}
     for name, module in compressed_layers(model).items():
         for parameter in module.stored.values():
@@ -367,7 +280,7 @@ def _tied(model: nn.Module, stacks: Sequence[SharedLayers]) -> dict[str, str]:
     found: dict[str, str] = {}
     for names in users.values():
         for name in names:
-            if name not in inside and (others := [other for other in names if other != name]):
+            if others := [other for other in names if other != name]:
                 found[name] = f"its cores are those of {', '.join(others)} as well"
     return found
 

@@ -3,6 +3,7 @@
 import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
 from tensornet_moe.basis import mixture_of_bases
 from tensornet_moe.batch_ensemble import scaled_bases
+from tensornet_moe.compress_experts import ExpertsReport, SharedStack, compress_experts
 from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
@@ -22,6 +23,7 @@ __all__ = [
     "ExpertBank",
     "ExpertChoiceRouter",
     "ExpertFFN",
+    "ExpertsReport",
     "GradientMask",
     "JointFit",
     "LowRankDeltaExperts",
@@ -33,11 +35,13 @@ __all__ = [
     "SharedCoreMoE",
     "SharedCores",
     "SharedExperts",
+    "SharedStack",
     "SwitchRouter",
     "TiedExperts",
     "TopKRouter",
     "average_gradients",
     "collect_aux_losses",
+    "compress_experts",
     "gather_experts",
     "lend_shared_cores",
     "linear_fade",

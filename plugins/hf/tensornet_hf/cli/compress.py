@@ -108,13 +108,6 @@ def run(
             "interrupted run of the same command goes on where it was.",
         ),
     ] = 0,
-    share_experts: Annotated[
-        bool,
-        typer.Option(
-            "--share-experts",
-            help="Let experts of a mixture share a factor or a base where that predicts less loss.",
-        ),
-    ] = False,
     dtype: shared.Dtype = None,
     device: shared.Device = shared.CPU,
     plan: Annotated[
@@ -152,7 +145,7 @@ def run(
     }
     others: dict[str, object] = {"sites": sites, "target": target, "exclude": exclude, "tokens": tokens}
     others |= {"topology": topology != "auto", "objective": objective != "auto"}
-    others |= {"topology-option": topology_option, "formats": formats, "share-experts": share_experts}
+    others |= {"topology-option": topology_option, "formats": formats}
     with shared.usage_errors():
         config = CompressionConfig(
             target_modules=target or None,
@@ -160,7 +153,6 @@ def run(
             topology=topology,
             topology_options=shared.key_values("--topology-option", topology_option),
             sites=sites,
-            share_experts=share_experts,
             formats=None if formats is None else tuple(formats.split(",")),
             tokens=tokens,
             objective=objective,  # type: ignore[arg-type]  # checked by the class

@@ -1,0 +1,573 @@
+"""Compression of a model whose stacks of experts may share a core.
+
+A stack is the same matrix of all experts of one mixture. Its networks may share a projection of the inputs, a
+basis of the outputs or a base matrix (`low_rank_sharing.py`). In the allocation a stack is one item with its
+own candidates: the best separate networks of every total size, and the shared ones of every rank and number
+format. A choice takes one of them, so the two exclude each other, and what a stack saves by sharing goes to
+the layers for which it lowers the predicted loss most.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._util import progress_bar
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.allocate import hull_steps
+from tensornet.compression.apply import apply_plan, replaced
+from tensornet.compression.candidates import LayerCandidates, relative_gap
+from tensornet.compression.choose import Allocation, choose_candidates
+from tensornet.compression.compress import Calibration, gather
+from tensornet.compression.config import CompressionConfig, check_config
+from tensornet.compression.format_candidates import layer_formats
+from tensornet.compression.layer_plan import describe
+from tensornet.compression.measured_loss import DenseLosses, MeasuredRise, warn_of_loss
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.planner import prepare
+from tensornet.compression.report import LayerReport, layer_reports, model_size
+from tensornet.compression.sensitivity import layer_sensitivity, layer_weighting
+from tensornet.errors import BudgetError, TargetError
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.extension import structure_changed
+from tensornet.nn.linear import linear_from_stored
+from tensornet.nn.storage import Storage
+from tensornet.nn.targets import Target, all_targets, check_model
+from tensornet.nn.unfuse import PartMatrix, unfused
+from tensornet.topology import Topology
+from tensornet_moe.low_rank_sharing import PATTERNS, fit_stored
+from tensornet_moe.shared_candidates import SharedCandidates, shared_candidates
+
+#: Sums over the members of a stack that the allocation uses.
+_SUMS = ("params", "num_bytes", "costs", "forecasts")
+#: Kinds of candidates of a stack.
+SEPARATE, SHARED = "separate", "shared"
+#: Separate networks stay where sharing saves no more of the predicted loss than rounding errors.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class SharedStack:
+    """Experts whose networks share one core.
+
+    Args:
+        names: of the experts' layers.
+        pattern: `"inputs"`, `"outputs"` or `"base"`.
+        topology: network of one expert.
+        storage: number formats of its cores.
+        params_before, params_after: stored numbers of all experts; the shared core counts once.
+        bytes_before, bytes_after: their size.
+        loss_increase: predicted, before corrections of the forecast.
+        errors: relative Frobenius error of each expert, measured.
+
+    Example:
+        >>> topology = tn.topologies.low_rank(out_features=8, in_features=8, rank=2)
+        >>> sizes = {"params_before": 128, "params_after": 48, "bytes_before": 512, "bytes_after": 192}
+        >>> names, errors = ("0.w", "1.w"), (0.3, 0.4)
+        >>> sizes |= {"loss_increase": 0.1, "errors": errors}
+        >>> print(SharedStack(names, "inputs", topology, Storage(), **sizes))
+        0.w and 1 more  shared inputs, low_rank 2, 512 -> 192 bytes, errors 0.3000 to 0.4000
+    """
+
+    names: tuple[str, ...]
+    pattern: str
+    topology: Topology
+    storage: Storage
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    loss_increase: float
+    errors: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.names[0]} and {len(self.names) - 1} more  shared {self.pattern}, "
+            f"{describe(self.topology, self.storage)}, {self.bytes_before:,} -> {self.bytes_after:,} bytes, "
+            f"errors {min(self.errors):.4f} to {max(self.errors):.4f}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready form."""
+        return asdict(self) | {"topology": self.topology.to_dict(), "storage": self.storage.to_dict()}
+
+
+@dataclass(frozen=True)
+class ExpertsReport:
+    """Result of `compress_experts`.
+
+    Args:
+        stacks: experts that share a core.
+        layers: all other targeted weights.
+        plan: of these layers.
+        model_params_before, model_params_after: stored numbers of the whole model.
+        model_bytes_before, model_bytes_after: their size in memory.
+        predicted_loss_increase: of the loss of a token, by all layers and stacks together.
+        seconds: wall time.
+        measured: loss increase measured on a few rows of the calibration batches; None without batches.
+
+    Example:
+        >>> report = ExpertsReport((), (), tn.CompressionPlan(()), 10, 10, 40, 20, 0.25, 1.0, None)
+        >>> report.byte_ratio
+        0.5
+    """
+
+    stacks: tuple[SharedStack, ...]
+    layers: tuple[LayerReport, ...]
+    plan: CompressionPlan
+    model_params_before: int
+    model_params_after: int
+    model_bytes_before: int
+    model_bytes_after: int
+    predicted_loss_increase: float
+    seconds: float
+    measured: MeasuredRise | None
+
+    @property
+    def byte_ratio(self) -> float:
+        """Bytes of the whole model after compression, relative to before."""
+        return self.model_bytes_after / self.model_bytes_before
+
+    @property
+    def param_ratio(self) -> float:
+        """Parameters of the targeted weights after compression, relative to before."""
+        parts = (*self.stacks, *self.layers)
+        return sum(x.params_after for x in parts) / sum(x.params_before for x in parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits of a targeted weight after compression."""
+        parts = (*self.stacks, *self.layers)
+        return 8 * sum(x.bytes_after for x in parts) / sum(x.params_before for x in parts)
+
+    def __str__(self) -> str:
+        measured = "" if self.measured is None else f", measured {self.measured}"
+        return "\n".join(
+            [
+                *map(str, self.stacks),
+                *([str(self.plan)] if len(self.plan) else []),
+                f"predicted loss increase {self.predicted_loss_increase:.4f}{measured}",
+                f"whole model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
+                f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
+                f"{self.seconds:.1f} s",
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready form, without the plan."""
+        return {
+            **{name: value for name, value in vars(self).items() if name not in ("plan", "stacks", "layers")},
+            "stacks": [stack.to_dict() for stack in self.stacks],
+            "layers": [asdict(layer) for layer in self.layers],
+            "byte_ratio": self.byte_ratio,
+            "param_ratio": self.param_ratio,
+            "bits_per_weight": self.bits_per_weight,
+            "measured": None if self.measured is None else self.measured.to_dict(),
+        }
+
+
+@torch.inference_mode(False)  # what is made there could not be trained
+@torch.no_grad()
+def compress_experts(
+    model: nn.Module,
+    config: CompressionConfig,
+    *,
+    calibration: Calibration | None = None,
+    progress: bool = True,
+) -> ExpertsReport:
+    """Compress a model in place as `tensornet.compress` does, and let experts of a mixture share a core.
+
+    Every stack of experts gets separate networks, or networks with a shared projection of the inputs, basis
+    of the outputs or base matrix: whichever predicts less loss, in one budget with all other layers. Stacks
+    with an expert that no gradient reached are compressed separately.
+
+    Args:
+        model: holds mixtures that keep their experts as one parameter `(experts, out, in)`.
+        config: what to compress and how far, by parameters, bytes or the predicted loss.
+        calibration: batches of the model's arguments, or statistics with gradients.
+        progress: show progress bars.
+
+    Raises:
+        TargetError: no targeted layer is an expert, or there are no calibrated gradients.
+        BudgetError: the budget cannot be kept, or the configuration limits what sharing does not keep.
+
+    Example:
+        >>> import tensornet_hf  # knows the mixtures of transformers
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        >>> heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+        >>> model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+        >>> ids = torch.randint(32, (8, 32))
+        >>> config = tn.CompressionConfig("*experts*", param_ratio=0.6)
+        >>> batches = [{"input_ids": ids, "labels": ids}]
+        >>> report = tm.compress_experts(model, config, calibration=batches, progress=False)
+        >>> report.param_ratio <= 0.6
+        True
+    """
+    start = time.perf_counter()
+    check_model(model)
+    _check_options(config)
+    params_before, bytes_before = model_size(model)
+    with torch.enable_grad():
+        stats, data = gather(model, config, calibration, progress=progress)
+    if stats is None or not stats.has_gradients:
+        raise TargetError(
+            "compress_experts compares separate and shared networks by their predicted loss, which needs "
+            "calibrated gradients: pass calibration=batches, or use tensornet.compress."
+        )
+    prepared = prepare(model, replace(config, objective="curvature"), stats, progress=progress)
+    if config.verify:
+        with suppress(BudgetError):  # separate networks may not fit a budget that shared ones keep
+            prepared = prepared.verified(model, stats, list(data.batches), progress=progress)
+    stacks = find_stacks(prepared.targets, stats, config, progress=progress)
+    given = Allocation(
+        prepared.targets, prepared.candidates, config, "curvature", prepared.forecast, prepared.rest
+    )
+    chosen, bound_by = choose_jointly(given, stacks)
+    alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
+    plan = CompressionPlan(())
+    if alone:
+        plan = replace(
+            prepared,
+            targets=tuple(prepared.targets[k] for k in alone),
+            candidates=tuple(prepared.candidates[k] for k in alone),
+            spectra=tuple(prepared.spectra[k] for k in alone),
+        ).planned([chosen[k] for k in alone], bound_by)  # type: ignore[misc]  # these are integers
+    before = DenseLosses.measure(model, data.batches, data.source)
+    sharing = {choice.stack.members: choice for choice in chosen if isinstance(choice, SharedChoice)}
+    with unfused(model):
+        targets = {target.name: target for target in all_targets(model)}
+        made: dict[str, nn.Module] = {}
+        reports = []
+        for choice in progress_bar(
+            sharing.values(), desc="sharing cores", disable=not progress, unit="stack"
+        ):
+            members = [targets[prepared.targets[k].name] for k in choice.stack.members]
+            modules, report = _fit(choice, members, stats, config.damping)
+            made |= modules
+            reports.append(report)
+        errors = apply_plan(model, plan, stats, progress=progress) if len(plan) else {}
+        with replaced(model, made):
+            structure_changed(model)
+    params_after, bytes_after = model_size(model)
+    predicted = prepared.forecast.rise(totals_of(chosen, given)[1])
+    measured = None if before is None else before.rise(model)
+    if measured is not None:
+        warn_of_loss(measured, predicted, config.loss_increase)
+    return ExpertsReport(
+        tuple(reports),
+        layer_reports(plan, errors),
+        plan,
+        params_before,
+        params_after,
+        bytes_before,
+        bytes_after,
+        predicted,
+        time.perf_counter() - start,
+        measured,
+    )
+
+
+def _check_options(config: CompressionConfig) -> None:
+    """Raise BudgetError where the configuration limits what shared networks do not keep.
+
+    Raises:
+        BudgetError: always naming the options to drop.
+    """
+    check_config(config)
+    apart = {
+        "max_bond": config.max_bond is not None,
+        "rel_error": config.rel_error is not None,
+        "max_milliseconds": config.max_milliseconds is not None,
+        "topology": bool(config.fixed),
+        "objective": config.objective not in ("auto", "curvature"),
+    }
+    if conflicts := [name for name, is_set in apart.items() if is_set]:
+        raise BudgetError(
+            "compress_experts chooses shared cores only by their size and predicted loss, in the number "
+            f"formats of formats=: drop {', '.join(conflicts)}, or use tensornet.compress."
+        )
+
+
+# --- stacks and their candidates ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape that may share a core.
+
+    Args:
+        members: places of the matrices among the targets.
+        shape: `(out_features, in_features)` of each.
+        candidates: networks that share a core, of all patterns and number formats that save anything.
+    """
+
+    members: tuple[int, ...]
+    shape: tuple[int, int]
+    candidates: tuple[SharedCandidates, ...]
+
+
+@dataclass(frozen=True)
+class SharedChoice:
+    """Choice of shared networks for one stack: the candidates and the index, which is the rank minus one."""
+
+    stack: Stack
+    candidates: SharedCandidates
+    index: int
+
+
+def find_stacks(
+    targets: Sequence[Target], stats: CalibrationStats, config: CompressionConfig, *, progress: bool = False
+) -> tuple[Stack, ...]:
+    """Group the experts of each mixture, and predict the losses of the ways in which they may share a core.
+
+    Raises:
+        TargetError: no target is an expert of a mixture.
+    """
+    names = [target.name for target in targets]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, target in enumerate(targets):
+        if len(target.names) == 1 and isinstance(target.modules[0], PartMatrix):
+            relatives = tuple(target.kinds[0].relatives(target.name, names)) or (target.name,)
+            groups.setdefault((relatives, target.matrix.shape, target.matrix.dtype), []).append(place)
+    members_of = [members for members in groups.values() if len(members) > 1]
+    if not members_of:
+        raise TargetError(
+            f"compress_experts found no stack of experts among the {len(targets)} targeted layers: nothing "
+            "could share a core. Target the experts of a mixture that keeps them as one parameter of "
+            "shape (experts, out, in), or use tensornet.compress."
+        )
+    found = []
+    for members in progress_bar(members_of, desc="stacks", disable=not progress, unit="stack"):
+        group = [targets[k] for k in members]
+        known = [layer_sensitivity(target, "curvature", stats, config.damping) for target in group]
+        weights = [sensitivity for sensitivity in known if sensitivity is not None]
+        if len(weights) < len(group):  # errors of an expert without gradients cost nothing: it need not share
+            continue
+        matrices = [target.matrix for target in group]
+        per_token = experts_per_token([target.names[0] for target in group], stats)
+        formats = layer_formats(matrices, weights, config.number_formats)
+        candidates = [
+            each
+            for pattern in PATTERNS
+            for each in shared_candidates(pattern, matrices, weights, formats, per_token=per_token)
+        ]
+        if candidates:
+            found.append(
+                Stack(tuple(members), (matrices[0].shape[0], matrices[0].shape[1]), tuple(candidates))
+            )
+    return tuple(found)
+
+
+def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
+    """Compute how many of some experts a token of calibration reached on average, at least 1.
+
+    Args:
+        names: of the experts.
+        stats: without counts of their tokens it is taken to be two.
+
+    Example:
+        >>> counts = {"experts.0.up": 60, "experts.1.up": 90}
+        >>> experts_per_token([*counts], tn.CalibrationStats({}, {}, tokens=100, counts=counts))
+        1.5
+    """
+    known = {name: stats.counts[name] for name in names if name in stats.counts}
+    if not known:
+        return float(min(2, len(names)))
+    tokens = max(stats.tokens, stats.scored, 1)  # where only experts are observed, none of them sees all
+    return max(1.0, sum(known.values()) / tokens)
+
+
+# --- one allocation over separate and shared networks ---------------------------------------------
+
+#: Index of a candidate of each target, or the choice of its stack.
+Choice = list[int | SharedChoice]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Candidates of one stack as a whole, and the meaning of each.
+
+    Args:
+        stack: of the item.
+        candidates: sums over the stack: separate networks along their path, one format for all, shared ones.
+        start: candidate of each member at the start of the path.
+        steps: `(member, candidate)` of each step of the path.
+        formats: candidate of each member, for each number format that all of them have.
+        shared: the shared candidates one by one.
+    """
+
+    stack: Stack
+    candidates: LayerCandidates
+    start: tuple[int, ...]
+    steps: tuple[tuple[int, int], ...]
+    formats: tuple[tuple[int, ...], ...]
+    shared: tuple[SharedChoice, ...]
+
+    def meaning(self, index: int) -> tuple[int, ...] | SharedChoice:
+        """Return the candidate of each member, or the shared choice."""
+        points = len(self.steps) + 1 if self.start else 0
+        if index >= points + len(self.formats):
+            return self.shared[index - points - len(self.formats)]
+        if index >= points:
+            return self.formats[index - points]
+        chosen = list(self.start)
+        for member, candidate in self.steps[:index]:
+            chosen[member] = candidate
+        return tuple(chosen)
+
+
+def choose_jointly(given: Allocation, stacks: Sequence[Stack]) -> tuple[Choice, str]:
+    """Choose candidates of single layers and of stacks in one budget, and name the tightest cap.
+
+    With both kinds of candidates one allocation finds which stacks share. Then the budget is spent again with
+    these stacks shared and the layers of all others on their own, which is finer. No stack shared, and all of
+    them shared, are tried as well, so the joint choice never predicts a higher loss than the better of both.
+
+    Raises:
+        BudgetError: the budget cannot be kept.
+    """
+    found: list[tuple[float, Choice, str]] = []
+    refused: list[BudgetError] = []
+    sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
+    least_size = all(getattr(given.config, name) is None for name in sizes)  # for a given loss
+
+    def attempt(some: Sequence[Stack], kinds: Sequence[str]) -> list[Stack]:
+        try:
+            made, bound_by = choose_kinds(given, some, kinds)
+        except BudgetError as error:
+            refused.append(error)
+            return []
+        size, loss = totals_of(made, given)
+        found.append((size if least_size else loss, made, bound_by))
+        return [each.stack for each in made if isinstance(each, SharedChoice)]
+
+    attempt((), ())
+    if stacks:
+        attempt(stacks, (SHARED,))
+        sharing = attempt(stacks, (SEPARATE, SHARED))
+        attempt([stack for stack in stacks if any(stack is each for each in sharing)], (SHARED,))
+    if not found:
+        raise refused[0]
+    least = min(measure for measure, _, _ in found)
+    return next(each[1:] for each in found if each[0] <= least * (1 + _ROUNDING))
+
+
+def choose_kinds(given: Allocation, stacks: Sequence[Stack], kinds: Sequence[str]) -> tuple[Choice, str]:
+    """Choose with the given kinds of candidates for some stacks, and the layers of all others on their own.
+
+    Raises:
+        BudgetError: the budget cannot be kept.
+    """
+    targets, candidates = given.targets, given.candidates
+    items = [_item(stack, given, kinds) for stack in stacks]
+    inside = {place for stack in stacks for place in stack.members}
+    single = [place for place in range(len(targets)) if place not in inside]
+    together = [*(candidates[place] for place in single), *(item.candidates for item in items)]
+    names = [targets[place].name for place in (*single, *(item.stack.members[0] for item in items))]
+    chosen, bound_by = choose_candidates(replace(given, candidates=together), names)
+    made: Choice = [0] * len(targets)
+    for place, index in zip(single, chosen, strict=False):
+        made[place] = index
+    for item, index in zip(items, chosen[len(single) :], strict=True):
+        meant = item.meaning(index)
+        for k, place in enumerate(item.stack.members):
+            made[place] = meant if isinstance(meant, SharedChoice) else meant[k]
+    return made, bound_by
+
+
+def totals_of(chosen: Choice, given: Allocation) -> tuple[float, float]:
+    """Compute the size of a choice in the unit of the allocation, and its predicted loss increase."""
+    size, loss = 0.0, 0.0
+    for place, choice in enumerate(chosen):
+        if isinstance(choice, int):
+            found: LayerCandidates | SharedCandidates = given.candidates[place]
+            index = choice
+        elif choice.stack.members[0] == place:
+            found, index = choice.candidates, choice.index
+        else:
+            continue
+        size += float(getattr(found, given.unit)[index])
+        loss += float(found.forecasts[index])
+    return size, loss
+
+
+def _item(stack: Stack, given: Allocation, kinds: Sequence[str]) -> _Item:
+    """Build the candidates of one stack."""
+    members = [given.candidates[place] for place in stack.members]
+    tables = [torch.stack([getattr(found, name) for name in _SUMS]) for found in members]
+
+    def added(chosen: Sequence[int]) -> Tensor:
+        return torch.stack([table[:, k] for table, k in zip(tables, chosen, strict=True)]).sum(0)
+
+    start: Sequence[int] = ()
+    steps: Sequence[tuple[int, int]] = ()
+    formats: dict[str, tuple[int, ...]] = {}
+    points: list[Tensor] = []  # shape: (sums, points) each
+    if SEPARATE in kinds:
+        # The separate networks of every total size, along the convex hulls of the members.
+        start, steps = hull_steps([found.curve(given.unit) for found in members])
+        at = list(start)
+        changes = [added(at)]
+        for member, candidate in steps:
+            changes.append(tables[member][:, candidate] - tables[member][:, at[member]])
+            at[member] = candidate
+        points.append(torch.stack(changes, dim=1).cumsum(1))
+        common = [name for name in members[0].uniform if all(name in found.uniform for found in members)]
+        formats = {name: tuple(found.uniform[name] for found in members) for name in common}
+        points += [added(chosen)[:, None] for chosen in formats.values()]
+    shared = []
+    if SHARED in kinds:
+        for found in stack.candidates:
+            shared += [SharedChoice(stack, found, index) for index in range(len(found.params))]
+            points.append(torch.stack([getattr(found, name) for name in _SUMS]))
+    sums = dict(zip(_SUMS, torch.cat(points, dim=1), strict=True))
+    nothing = torch.zeros_like(sums["params"])
+    places = {name: len(steps) + 1 + k for k, name in enumerate(formats)}
+
+    def make(index: int) -> tuple[Topology | None, Storage]:
+        raise AssertionError(f"candidate {index} of a stack is no single layer")
+
+    candidates = LayerCandidates(**sums, errors=nothing, milliseconds=nothing, make=make, uniform=places)
+    return _Item(stack, candidates, tuple(start), tuple(steps), tuple(formats.values()), tuple(shared))
+
+
+# --- shared networks in the model -----------------------------------------------------------------
+
+
+def _fit(
+    choice: SharedChoice, targets: Sequence[Target], stats: CalibrationStats, damping: float
+) -> tuple[dict[str, nn.Module], SharedStack]:
+    """Fit the networks of a stack, and build the layers that share their core, by name."""
+    candidates, storage, rank = choice.candidates, choice.candidates.storage, choice.index + 1
+    weightings = [layer_weighting(x, "curvature", stats, damping) or Weighting() for x in targets]
+    stored = fit_stored(candidates.pattern, [x.matrix for x in targets], weightings, rank, storage)
+    topology = PATTERNS[candidates.pattern].build(*choice.stack.shape, rank)
+    modules: dict[str, nn.Module] = {}
+    errors = []
+    for target, tensors in zip(targets, stored, strict=True):
+        (part,), (kind,) = target.modules, target.kinds
+        layer = linear_from_stored(topology, tensors, source=kind.name, storage=storage, like=target.matrix)
+        assert isinstance(part, PartMatrix)
+        layer.bias = part.bias
+        for tensor in layer.stored.values():
+            tensor.requires_grad_(target.weight.requires_grad and isinstance(tensor, nn.Parameter))
+        errors.append(relative_gap(target.matrix, layer.to_matrix()))
+        modules[target.names[0]] = layer
+    report = SharedStack(
+        names=tuple(target.name for target in targets),
+        pattern=candidates.pattern,
+        topology=topology,
+        storage=storage,
+        params_before=sum(target.matrix.numel() for target in targets),
+        params_after=int(candidates.params[choice.index]),
+        bytes_before=sum(target.matrix.nbytes for target in targets),
+        bytes_after=int(candidates.num_bytes[choice.index]),
+        loss_increase=float(candidates.forecasts[choice.index]),
+        errors=tuple(errors),
+    )
+    return modules, report

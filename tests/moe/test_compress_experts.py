@@ -1,0 +1,424 @@
+"""Stacks of experts share a core where that predicts less loss in the same budget, and only there."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from stacked_experts import Experts, gaussian
+from torch import Tensor, nn
+
+import tensornet as tn
+import tensornet_moe as tm
+from tensornet.compression import prepare
+from tensornet.compression.choose import Allocation
+from tensornet.compression.report import model_size
+from tensornet.compression.sensitivity import Sensitivity
+from tensornet.errors import BudgetError, TargetError
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.encoding import Storage
+from tensornet.nn.linear import linear_from_stored
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.factors import round_beside
+from tensornet_moe.compress_experts import (
+    SEPARATE,
+    SHARED,
+    Stack,
+    choose_jointly,
+    choose_kinds,
+    find_stacks,
+    totals_of,
+)
+from tensornet_moe.low_rank_sharing import PATTERNS, fit_low_rank, fit_stored, pattern_of, pooled
+from tensornet_moe.shared_candidates import encodings, shared_candidates
+
+E, OUT, IN = 4, 36, 32
+FORMATS = tuple(NumberFormat.parse(x) for x in ("float", "int8", "int4:g32:float8"))
+PLANTED: dict[str, Callable[[int], Tensor]] = {
+    "inputs": lambda seed: (
+        gaussian(E, OUT, 6, seed=seed) @ gaussian(6, IN, seed=seed + 1) / 6**0.5
+        + 0.1 * gaussian(E, OUT, IN, seed=seed + 2)
+    ),
+    "outputs": lambda seed: (
+        gaussian(OUT, 6, seed=seed) @ gaussian(E, 6, IN, seed=seed + 1) / 6**0.5
+        + 0.1 * gaussian(E, OUT, IN, seed=seed + 2)
+    ),
+    "base": lambda seed: (
+        gaussian(OUT, IN, seed=seed)
+        + 0.3 * gaussian(E, OUT, 1, seed=seed + 1) @ gaussian(E, 1, IN)
+        + 0.05 * gaussian(E, OUT, IN, seed=seed + 2)
+    ),
+    "nothing": lambda seed: gaussian(E, OUT, IN, seed=seed),
+}
+
+
+def moment(size: int, seed: int) -> Tensor:
+    root = gaussian(size, 2 * size, seed=seed).double() * torch.logspace(0, -1, size).double()[:, None]
+    found = root @ root.T / size
+    return found + 0.1 * found.diagonal().mean() * torch.eye(size)
+
+
+@cache
+def sensitivities() -> list[Sensitivity]:
+    """Sensitivities of the experts, whose moments differ."""
+    found = []
+    for e in range(E):
+        rows, columns = moment(OUT, 10 + e), moment(IN, 20 + e)
+        flat = (rows + rows.diagonal().mean() * torch.eye(OUT)) / 2
+        found.append(Sensitivity(Weighting(rows, columns), Weighting(flat, columns)))
+    return found
+
+
+def matrices_of(
+    pattern: str, rank: int, stored: list[dict[str, Tensor]], storage: Storage, like: Tensor
+) -> list[Tensor]:
+    topology = PATTERNS[pattern].build(OUT, IN, rank)
+    layers = [linear_from_stored(topology, x, source="part", storage=storage, like=like) for x in stored]
+    return [layer.to_matrix().detach() for layer in layers]
+
+
+# --- fits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_planted_pattern_is_found_exactly_under_any_moments(pattern: str) -> None:
+    made = {
+        "inputs": gaussian(E, OUT, 3).double() @ gaussian(3, IN, seed=1).double(),
+        "outputs": gaussian(OUT, 3, seed=1).double() @ gaussian(E, 3, IN).double(),
+        "base": gaussian(OUT, IN, seed=3).double().expand(E, OUT, IN),
+    }[pattern]
+    stored = fit_stored(pattern, list(made), [x.choice for x in sensitivities()], 3)
+    for want, found in zip(made, matrices_of(pattern, 3, stored, Storage(), made[0]), strict=True):
+        assert torch.allclose(found, want, atol=1e-8)
+    core = PATTERNS[pattern].core
+    assert len({id(cores[f"core_{core}"]) for cores in stored}) == 1
+    assert pattern_of(PATTERNS[pattern].build(OUT, IN, 3), core) == pattern
+
+
+@pytest.mark.parametrize("pattern", ["inputs", "outputs"])
+def test_private_factors_are_optimal_under_their_own_moments(pattern: str) -> None:
+    matrices, weightings = list(gaussian(E, OUT, IN).double()), [x.choice for x in sensitivities()]
+    fits = fit_low_rank(pattern, matrices, weightings, 3)
+    for matrix, weighting, cores in zip(matrices, weightings, fits, strict=True):
+        name = "0" if pattern == "inputs" else "1"
+        private = cores[name].clone().requires_grad_()  # type: ignore[union-attr]
+        cores = {**cores, name: private}
+        error = matrix - cores["0"] @ cores["1"]  # type: ignore[operator]
+        loss = 0.5 * torch.trace(weighting.rows @ error @ weighting.columns @ error.T)  # type: ignore[operator]
+        (gradient,) = torch.autograd.grad(loss, private)
+        assert float(gradient.norm()) < 1e-8 * float(loss.detach())
+
+
+def test_diagonal_moments_weigh_as_their_matrices() -> None:
+    matrices = list(gaussian(E, OUT, IN).double())
+    rows, columns = gaussian(E, OUT).double().square() + 0.1, gaussian(E, IN).double().square() + 0.1
+    flat = [Weighting(*pair) for pair in zip(rows, columns, strict=True)]
+    full = [Weighting(torch.diag(x.rows), torch.diag(x.columns)) for x in flat]  # type: ignore[arg-type]
+    for pattern in PATTERNS:
+        pairs = (fit_low_rank(pattern, matrices, some, 3) for some in (flat, full))
+        for one, other in zip(*pairs, strict=True):
+            for a, b in zip(one.values(), other.values(), strict=True):
+                assert torch.allclose(a.abs(), b.abs(), atol=1e-6)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_factor_is_fitted_to_what_rounding_left(side: str) -> None:
+    a, b = gaussian(OUT, 6).double(), gaussian(6, IN, seed=1).double()
+    weighting = sensitivities()[0].choice
+    rough = (
+        (a, b + 0.1 * gaussian(6, IN, seed=2)) if side == "left" else (a + 0.1 * gaussian(OUT, 6, seed=2), b)
+    )
+    made = round_beside(a @ b, *rough, side, None, weighting)  # type: ignore[arg-type]
+    assert isinstance(made, Tensor)
+    fitted = made @ rough[1] if side == "left" else rough[0] @ made
+    assert weighting.cost(a @ b - fitted) < weighting.cost(a @ b - rough[0] @ rough[1])
+
+
+def test_pooled_moments_are_exact_where_matrices_agree() -> None:
+    weighting, error = sensitivities()[0].choice, gaussian(OUT, IN).double()
+    for one in (weighting, Weighting(weighting.rows, None), Weighting(None, weighting.columns)):
+        assert pooled([one] * 3, (OUT, IN)).cost(error) == pytest.approx(3 * one.cost(error))
+    many = [x.choice for x in sensitivities()]
+    white = torch.stack([gaussian(OUT, IN, seed=k).double() for k in range(200)])  # equal traces
+    costs = [sum(x.cost(e) for e in white) for x in (*many, pooled(many, (OUT, IN)))]
+    assert costs[-1] == pytest.approx(sum(costs[:-1]), rel=0.02)
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planted", ["inputs", "base", "nothing"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_predicted_losses_of_all_ranks_are_those_of_the_fits(pattern: str, planted: str) -> None:
+    matrices = list(PLANTED[planted](3))
+    (found,) = shared_candidates(pattern, matrices, sensitivities())
+    assert len(found.params) > 2
+    for rank in range(1, len(found.params) + 1, 3):
+        fits = fit_low_rank(pattern, matrices, [x.choice for x in sensitivities()], rank)
+        core = PATTERNS[pattern].core
+        once = fits[0][core].numel()  # type: ignore[union-attr]
+        numbers = sum(x.numel() for cores in fits for x in cores.values())  # type: ignore[union-attr]
+        assert found.params[rank - 1] == numbers - (E - 1) * once
+        made = [cores["0"] @ cores["1"] + cores.get("base", 0) for cores in fits]  # type: ignore[operator]
+        errors = [w.double() - m for w, m in zip(matrices, made, strict=True)]
+        for predicted, kind in ((found.costs, "choice"), (found.forecasts, "forecast")):
+            wanted = sum(getattr(x, kind).cost(e) for x, e in zip(sensitivities(), errors, strict=True))
+            assert float(predicted[rank - 1]) == pytest.approx(wanted, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_predicted_losses_and_bytes_in_number_formats_are_those_of_the_fits(pattern: str) -> None:
+    matrices, weightings = list(PLANTED[pattern](3)), [x.choice for x in sensitivities()]
+    found = shared_candidates(pattern, matrices, sensitivities(), FORMATS)
+    assert [x.storage for x in found] == [Storage(), *encodings(pattern, FORMATS)[1:]]
+    for candidates in found[1:]:
+        for rank in (2, 6):
+            storage = candidates.storage
+            stored = fit_stored(pattern, matrices, weightings, rank, storage)
+            tensors = {id(x): x for cores in stored for x in cores.values()}.values()
+            assert sum(x.nbytes for x in tensors) == candidates.num_bytes[rank - 1]
+            made = matrices_of(pattern, rank, stored, storage, matrices[0])
+            errors = [(w - m).double() for w, m in zip(matrices, made, strict=True)]
+            cost = sum(x.choice.cost(e) for x, e in zip(sensitivities(), errors, strict=True))
+            # Refitted factors make up for a part of the rounding error, which predictions leave out.
+            assert 0.85 < float(candidates.costs[rank - 1]) / cost < 1.9, (storage, rank)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rounding_errors_of_a_shared_core_count_for_every_expert_of_a_token(pattern: str) -> None:
+    first, second, third = (
+        float(
+            shared_candidates(pattern, list(PLANTED[pattern](3)), sensitivities(), FORMATS, per_token=x)[
+                -1
+            ].costs[3]
+        )
+        for x in (1.0, 2.0, 3.0)
+    )
+    assert second > first
+    assert third - second == pytest.approx(second - first, rel=0.1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_only_the_tensors_of_the_shared_core_are_common(pattern: str) -> None:
+    core = PATTERNS[pattern].core
+    storage = Storage(number_format="int4", core_formats={core: "int8"})  # type: ignore[arg-type]
+    first, *others = fit_stored(pattern, list(PLANTED[pattern](3)), [Weighting()] * E, 5, storage)
+    for stored in others:
+        assert {part for part in stored if stored[part] is first[part]} == {f"core_{core}", f"scale_{core}"}
+
+
+def test_encodings_are_among_the_allowed_formats() -> None:
+    for names in (("int4",), ("int8", "int4"), ("float", "int8", "int6", "int3", "bf16")):
+        allowed = [NumberFormat.parse(x) for x in names]
+        for pattern in PATTERNS:
+            for storage in encodings(pattern, allowed):
+                assert {storage.number_format, *dict(storage.core_formats).values()} <= {*allowed}
+    assert encodings("inputs", [NumberFormat.parse("int3")]) == []  # factors need four bits
+
+
+# --- the joint allocation ------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Several stacks of experts, and a linear layer that shares nothing."""
+
+    def __init__(self, *stacks: Tensor) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({f"block{k}": Experts(weights) for k, weights in enumerate(stacks)})
+        self.head = nn.Linear(OUT, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed = x.reshape(E, -1, IN)  # as many tokens for each expert
+        hidden = sum(block(routed) for block in self.blocks.values())
+        return self.head(torch.tanh(hidden / 6).reshape(len(x), OUT))
+
+
+@cache
+def calibrated(seed: int = 0) -> tuple[Model, tn.CalibrationStats, list[tuple[Tensor, Tensor]]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Model(
+            *(PLANTED[x](seed + 20 * k) for k, x in enumerate(("inputs", "nothing", "base")))
+        ).eval()
+        batches = [(torch.randn(256, IN), torch.randint(9, (256,))) for _ in range(4)]
+        return model, tn.calibrate(model, batches), batches
+
+
+def config(**options: object) -> tn.CompressionConfig:
+    return tn.CompressionConfig(**{"target_modules": ("*block*", "head"), **options})  # type: ignore[arg-type]
+
+
+@cache
+def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Allocation, tuple[Stack, ...]]:
+    model, stats, _ = calibrated(seed)
+    options = config(param_ratio=0.5, formats=formats)
+    prepared = prepare(model, options, stats)
+    stacks = find_stacks(prepared.targets, stats, options)
+    return Allocation(prepared.targets, prepared.candidates, options, rest=prepared.rest), stacks
+
+
+def totals(
+    budget: dict[str, float], formats: tuple[str, ...] | None, seed: int, kind: str
+) -> tuple[float, float]:
+    """Size and predicted loss with one kind of candidates, or with both; infinite where none fits."""
+    given, stacks = candidates(seed, formats)
+    given = replace(given, config=replace(given.config, **{"param_ratio": None, **budget}))  # type: ignore[arg-type]
+    try:
+        chosen, _ = choose_jointly(given, stacks) if kind == "both" else choose_kinds(given, stacks, [kind])
+    except BudgetError:
+        return math.inf, math.inf
+    return totals_of(chosen, given)
+
+
+INTEGERS = ("float", "int8", "int4:g32:float8")
+BUDGETS = [
+    *((None, {"param_ratio": ratio}) for ratio in (0.9, 0.55, 0.3, 0.15)),
+    *((INTEGERS, {"bits_per_weight": bits}) for bits in (14.0, 6.0, 3.5)),
+    (INTEGERS, {"param_ratio": 0.7, "bits_per_weight": 8.0}),
+    (INTEGERS, {"byte_ratio": 0.4}),
+]
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("formats", "budget"), BUDGETS, ids=str)
+def test_the_joint_choice_never_predicts_more_than_either_kind(
+    formats: tuple[str, ...] | None, budget: dict[str, float], seed: int
+) -> None:
+    bounds = [totals(budget, formats, seed, kind)[1] for kind in (SEPARATE, SHARED)]
+    assert min(bounds) < math.inf
+    assert totals(budget, formats, seed, "both")[1] <= min(bounds) * (1 + 1e-6)
+
+
+def test_sharing_reaches_sizes_that_separate_networks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"param_ratio": 0.06}
+    assert totals(small, None, 0, SEPARATE)[1] == math.inf
+    shared = totals(small, None, 0, SHARED)[1]
+    assert shared < math.inf
+
+    def only_one_kind(given: Allocation, stacks: object, kinds: tuple[str, ...]) -> object:
+        if len(kinds) == 2:
+            raise BudgetError("nothing was found with both kinds")
+        return choose_kinds(given, stacks, kinds)  # type: ignore[arg-type]
+
+    module = importlib.import_module("tensornet_moe.compress_experts")
+    monkeypatch.setattr(module, "choose_kinds", only_one_kind)
+    assert totals(small, None, 0, "both")[1] == pytest.approx(shared)
+
+
+def test_a_budget_of_the_loss_buys_a_smaller_model() -> None:
+    size, loss = totals({"loss_increase": 0.02}, None, 0, "both")
+    assert loss <= 0.02
+    alone = replace(candidates(0, None)[0], config=config(loss_increase=0.02))
+    chosen, _ = choose_jointly(alone, ())
+    assert size < 0.95 * totals_of(chosen, alone)[0]
+
+
+# --- the compressed model ------------------------------------------------------------------------
+
+
+@cache
+def compressed(**budget: object) -> tuple[Model, tm.ExpertsReport]:
+    model, stats, _ = calibrated()
+    small = copy.deepcopy(model)
+    return small, tm.compress_experts(small, config(**budget), calibration=stats, progress=False)
+
+
+RATIO, BITS = {"param_ratio": 0.4}, {"bits_per_weight": 4.5, "formats": ("int8", "int4")}
+
+
+def test_each_stack_takes_its_pattern_and_leaves_room_for_the_others() -> None:
+    _, report = compressed(**RATIO)
+    assert {x.names[0].split(".")[1]: x.pattern for x in report.stacks} == {
+        "block0": "inputs",
+        "block2": "base",
+    }
+    alone = copy.deepcopy(calibrated()[0])
+    other = tn.compress(alone, config(**RATIO), calibration=calibrated()[1], progress=False)
+    assert report.predicted_loss_increase < 0.9 * (other.plan.predicted_loss_increase or 0)
+    room = [sum(x.params_after for x in some if "block1" in x.name) for some in (other.layers, report.layers)]
+    assert room[1] > room[0]
+
+
+@pytest.mark.parametrize("budget", [RATIO, BITS], ids=str)
+def test_the_model_has_the_sizes_and_errors_of_the_report(budget: dict[str, object]) -> None:
+    (dense, _, batches), (model, report) = calibrated(), compressed(**budget)
+    kept = (report.param_ratio <= 0.4) if "param_ratio" in budget else (report.bits_per_weight <= 4.5)
+    assert kept
+    parts = (*report.stacks, *report.layers)
+    saved = model_size(dense)[1] - model_size(model)[1]
+    assert saved == sum(x.bytes_before - x.bytes_after for x in parts)
+    assert (report.model_params_after, report.model_bytes_after) == model_size(model)
+    for stack in report.stacks:
+        core = PATTERNS[stack.pattern].core
+        layers = [model.get_submodule(name) for name in stack.names]
+        assert len({id(layer.stored[f"core_{core}"]) for layer in layers}) == 1  # type: ignore[index]
+        block = dense.get_submodule(stack.names[0].rsplit(".", 2)[0])
+        for weight, layer, error in zip(block.w, layers, stack.errors, strict=True):  # type: ignore[arg-type]
+            gap = float((weight - layer.to_matrix()).detach().norm() / weight.detach().norm())  # type: ignore[operator]
+            assert error == pytest.approx(gap, rel=1e-4)
+    if "bits_per_weight" in budget:
+        assert any(x.storage.quantized for x in report.stacks)
+    restored = copy.deepcopy(model)
+    tn.decompress(restored)
+    assert isinstance(restored.blocks["block0"], Experts)
+    x = batches[0][0]
+    torch.testing.assert_close(restored(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [RATIO, BITS], ids=str)
+def test_copies_files_and_moves_keep_a_shared_core_one(budget: dict[str, object], tmp_path: Path) -> None:
+    model, report = compressed(**budget)
+    tn.save_model(model, tmp_path / "small.safetensors")
+    again = tn.load_model(copy.deepcopy(calibrated()[0]), tmp_path / "small.safetensors")
+    x = calibrated()[2][0][0]
+    assert torch.equal(again(x), model(x))
+    for other in (again, copy.deepcopy(model).to(torch.bfloat16)):
+        for stack in report.stacks:
+            part = f"core_{PATTERNS[stack.pattern].core}"
+            layers = [other.get_submodule(name) for name in stack.names]
+            assert len({id(layer.stored[part]) for layer in layers}) == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("budget", [RATIO, BITS], ids=str)
+def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
+    model, (dense, _, batches) = copy.deepcopy(compressed(**budget)[0]), calibrated()
+    stack = compressed(**budget)[1].stacks[0]
+    part = ("scale_" if stack.storage.quantized else "core_") + PATTERNS[stack.pattern].core
+    first, second = (model.get_submodule(name) for name in stack.names[:2])
+    before, count = getattr(first, part).clone(), len({id(p) for p in model.parameters()})
+    report = tn.heal(model, dense, batches, steps=30, lr=1e-2)
+    assert sum(report.losses[-5:]) < sum(report.losses[:5])
+    assert getattr(first, part) is getattr(second, part)
+    assert not torch.equal(getattr(first, part), before)
+    assert len({id(p) for p in model.parameters()}) == count
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_bond": 4}, {"rel_error": 0.1}, {"objective": "activation"}], ids=str
+)
+def test_refuses_options_that_sharing_does_not_keep(options: dict[str, object]) -> None:
+    model, stats, _ = calibrated()
+    with pytest.raises(BudgetError, match=next(iter(options))):
+        tm.compress_experts(model, config(param_ratio=0.5, **options), calibration=stats)
+
+
+def test_refuses_models_without_stacks_and_without_gradients() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    batches = [(torch.randn(8, 16), torch.randint(16, (8,)))]
+    options = tn.CompressionConfig("*", param_ratio=0.5)
+    with pytest.raises(TargetError, match="no stack of experts"):
+        tm.compress_experts(model, options, calibration=batches, progress=False)
+    stats = tn.calibrate(model, batches, gradient_batches=0)
+    with pytest.raises(TargetError, match="gradients"):
+        tm.compress_experts(model, options, calibration=stats, progress=False)
+    assert isinstance(model[0], nn.Linear)
