@@ -49,8 +49,7 @@ from tensornet.compression.sensitivity import INPUT_DAMPING, layer_weighting
 from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.targets import LayerSelection, Target, find_targets
 from tensornet.quantization import round_weight
-from tensornet.quantization.rounding import ROW_DAMPING
-from tensornet.topologies.dense import ROUNDING_DAMPING
+from tensornet.quantization.moments import DENSE_ROW_DAMPING, ROW_DAMPING
 from tensornet_hf.streaming import peak_memory
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
@@ -284,7 +283,7 @@ def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | N
     found = layer_weighting(target, "curvature", stats, ROW_DAMPING)
     if found is None:
         raise SystemExit(f"no gradient reaches {target.name}")
-    return {"rows": found.rows, "columns": found.columns, "row_damping": ROUNDING_DAMPING}
+    return {"rows": found.rows, "columns": found.columns, "row_damping": DENSE_ROW_DAMPING}
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

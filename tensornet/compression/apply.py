@@ -32,7 +32,7 @@ from tensornet.nn.targets import (
 )
 from tensornet.nn.unfuse import fuse, unfused
 from tensornet.quantization import NumberFormat, Rounding
-from tensornet.quantization.underflow import scales_underflow, with_wide_scales
+from tensornet.quantization.scales import scales_underflow, with_wide_scales
 from tensornet.topologies import Decomposition, topology_family
 
 #: Layers that a warning names.

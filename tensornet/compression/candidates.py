@@ -20,7 +20,7 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, decode, encode
 from tensornet.quantization import Rounding
-from tensornet.quantization.underflow import scales_underflow
+from tensornet.quantization.scales import scales_underflow
 from tensornet.topologies import Decomposition, TopologyFamily, topology_family
 from tensornet.topologies.ladder import RoundTrip
 from tensornet.topology import Topology

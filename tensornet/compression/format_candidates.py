@@ -19,13 +19,12 @@ from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, times
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage
-from tensornet.quantization import NumberFormat, round_weight
-from tensornet.quantization.expected_loss import expected_losses
-from tensornet.quantization.prediction import group_ranges, spaced_rows
-from tensornet.quantization.scales import as_groups
-from tensornet.quantization.underflow import scales_underflow, storable_formats
+from tensornet.quantization import NumberFormat, predict_losses, round_weight
+from tensornet.quantization.moments import DENSE_ROW_DAMPING
+from tensornet.quantization.predict import group_ranges, spaced_rows
+from tensornet.quantization.scales import scales_underflow, storable_formats
 from tensornet.topologies import dense
-from tensornet.topologies.dense import ROUNDING_DAMPING, round_dense
+from tensornet.topologies.dense import round_dense
 from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted instead of measured.
@@ -263,11 +262,11 @@ def _predicted(
     """Predict losses and errors of integer formats without rounding."""
     weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
     norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
-    found = expected_losses(
+    found = predict_losses(
         matrix,
         formats,
         weightings,
-        row_damping=ROUNDING_DAMPING,
+        row_damping=DENSE_ROW_DAMPING,
         rounding=sensitivity.rounding,
         sample=sample,
     )
@@ -315,7 +314,7 @@ def nearest_losses(matrix: Tensor, weighting: Weighting, formats: Sequence[Numbe
     for number_format, error, seen in zip(integers, errors, passed, strict=True):
         losses = (error * seen.mT).sum(1, dtype=torch.float64) * rows[sample]
         ranges = group_ranges(work[None], number_format)[0]
-        known = ranges @ as_groups(columns, number_format).sum(-1) * rows
+        known = ranges @ number_format.grouped(columns).sum(-1) * rows
         total = known[sample].sum()
         found[number_format.name] = 0.5 * float(losses.sum() * known.sum() / total) if total > 0 else 0.0
     return found

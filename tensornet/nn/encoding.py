@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import is_exporting, outside_autocast
+from tensornet._util import outside_autocast
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import (
     FLOAT,
@@ -34,17 +34,7 @@ from tensornet.nn.storage import (
     layout,
     storage_entry,
 )
-from tensornet.quantization import (
-    NumberFormat,
-    RoundedWeight,
-    Rounding,
-    dequantize,
-    pack,
-    rounded_values,
-    unpack,
-)
-from tensornet.quantization.codes import scale_factors, scaled
-from tensornet.quantization.scales import as_groups
+from tensornet.quantization import NumberFormat, RoundedWeight, Rounding, pack, rounded_values, unpack
 from tensornet.topologies import topology_family
 from tensornet.topologies.stored_cores import StoredCores, matrix_view
 from tensornet.topology import Topology
@@ -276,13 +266,7 @@ def unpacked(
     if codes.is_floating_point():  # trained at the moment
         zeros = zeros if zeros is None else unpack(zeros, bits, scales.shape[-1])
         return rounded_values(codes, scales, zeros, number_format, dtype)
-    if bits == 8 and zeros is None and not is_exporting():  # as stored they are the points of the grid
-        points = as_groups(codes, number_format).view(torch.int8)
-        factor = scale_factors(scales, dtype).unsqueeze(-1)
-        return scaled(points, factor, dtype).flatten(-2)[..., :columns]
-    if zeros is not None:
-        zeros = unpack(zeros, bits, scales.shape[-1])
-    return dequantize(unpacked_codes(codes, bits, columns), scales, zeros, number_format, dtype)
+    return number_format.decode_packed(codes, scales, zeros, columns, dtype)
 
 
 def unpacked_codes(core: Tensor, bits: int, columns: int) -> Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.scales import spread_groups
 
 #: Columns whose updates of the gradient are collected into one matrix product.
 _BLOCK = 64
@@ -175,7 +174,7 @@ def sweep_scales(
     size = weight.shape[2]
     width = number_format.group or size
     if product is None:
-        product = (weight - points * spread_groups(scales, number_format, size)) @ columns
+        product = (weight - points * number_format.spread(scales, size)) @ columns
     for group in range(scales.shape[2]):
         part = slice(group * width, min((group + 1) * width, size))
         u = points[..., part]
@@ -251,7 +250,7 @@ def descend(
     size = weight.shape[2]
 
     def spread(x: Tensor) -> Tensor:
-        return spread_groups(x.to(weight.dtype), number_format, size)
+        return number_format.spread(x.to(weight.dtype), size)
 
     def passed(points: Tensor, tried: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the error `E`, and `E C`."""

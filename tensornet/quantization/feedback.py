@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tensornet.quantization.moments import Moment
+
 #: Elements a side of a tile; within it antidiagonals are rounded one after another.
 TILE = 32
 #: Elements a side of a block; blocks exchange feedback by matrix products.
@@ -70,6 +72,48 @@ class Grid:
 
 def _round(target: Tensor, divisor: Tensor, zero: Tensor | float, top: int) -> Tensor:
     return (target / divisor).add_(zero).round_().clamp_(0, top)
+
+
+def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns: Moment | None) -> Tensor:
+    """Round a stack of matrices with feedback along the sides whose moments are given, both full.
+
+    Args:
+        weight: shape `(stack, out, in)`.
+        grid: points to round to.
+        rows: moment of the gradients; None rounds rows independently.
+        columns: moment of the inputs; None rounds columns independently.
+
+    Returns:
+        Codes in the dtype of the weight, shape `(stack, out, in)`.
+    """
+    if rows is None and columns is None:
+        return grid.codes(weight)
+    orders = [(moment.order, axis) for moment, axis in ((rows, 1), (columns, 2)) if moment is not None]
+
+    def sorted_by(x: Tensor, *, back: bool = False) -> Tensor:
+        """Sort rows and columns by the order of rounding, or undo it."""
+        for order, axis in orders:
+            order = order.argsort(1) if back else order
+            if len(order) == 1:
+                x = x.index_select(axis, order[0])
+            else:
+                x = x.gather(axis, order.unsqueeze(3 - axis).expand(x.shape))
+        return x
+
+    zero = sorted_by(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
+    work, points = sorted_by(weight), Grid(sorted_by(grid.scale), zero, grid.top)
+    couplings = [
+        None if moment is None else moment.feedback[0].expand(len(weight), -1, -1)
+        for moment in (rows, columns)
+    ]
+    if couplings[0] is not None and couplings[1] is not None:
+        codes = two_sided(work, points, couplings[0], couplings[1])
+    elif couplings[1] is not None:
+        codes = one_sided(work, points, couplings[1])
+    else:
+        assert couplings[0] is not None
+        codes = one_sided(work.mT, points.transposed(), couplings[0]).mT
+    return sorted_by(codes, back=True)
 
 
 def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Number formats: bits per element, rounding grid, and size in bytes.
+"""Number formats: name, rounding grid, conversion between values, codes and packed bytes, size in bytes.
 
 An integer format stores every element as a code of `bits` bits and every group of neighbouring inputs of one
 row as a scale, `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups. Scales
 have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with 16-bit
 ones and are more accurate, since codes are chosen after the scale has been rounded.
+
+Everything that depends on the format is a method of `NumberFormat`; the rest of the library asks it.
 """
 
 import math
@@ -12,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.compiler import is_compiling
 
-from tensornet._util import check_sizes
+from tensornet._util import check_sizes, is_exporting
 from tensornet.errors import FormatError
-from tensornet.quantization.packing import packed_bytes
+from tensornet.quantization import packing
 
 #: Bits of integer formats.
 BITS = (8, 7, 6, 5, 4, 3, 2)
@@ -140,10 +144,135 @@ class NumberFormat:
         half = 2.0 ** (self._integer_bits() - 1)
         return half - 0.5 if self.bits == 2 else half
 
+    # --- groups ----------------------------------------------------------------------------------
+
     def groups(self, size: int) -> int:
-        """Count the groups in a row of `inputs` elements."""
+        """Count the groups in a row of `size` elements."""
         self._integer_bits()
         return 1 if self.group is None else math.ceil(size / self.group)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """Reshape `(..., in)` to `(..., groups, group)` with zero padding; a view where nothing is padded."""
+        size = x.shape[-1]
+        groups, width = self.groups(size), self.group or max(size, 1)
+        if groups * width != size:  # padding by nothing copies
+            x = torch.nn.functional.pad(x, (0, groups * width - size))
+        return x.reshape(*x.shape[:-1], groups, width)
+
+    def spread(self, values: Tensor, size: int) -> Tensor:
+        """Repeat the value of each group, shape `(..., groups)`, for all its elements, `(..., size)`."""
+        width = self.group or max(size, 1)
+        # Many times faster than `repeat_interleave`.
+        return values.unsqueeze(-1).expand(*values.shape, width).flatten(-2)[..., :size]
+
+    # --- values, codes, bytes --------------------------------------------------------------------
+
+    def storable(self, scales: Tensor) -> Tensor:
+        """Round scales to the dtype they are stored in, clamped to its range."""
+        limit = torch.finfo(self.scale_dtype).max
+        return scales.clamp(-limit, limit).to(self.scale_dtype)
+
+    def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """Round values to the nearest codes on given scales.
+
+        Args:
+            values: shape `(..., out, in)`.
+            scales: shape `(..., out, groups)`; where a scale is zero, so are all values of its group.
+            zeros: `torch.uint8` of the same shape; None without zero points.
+
+        Returns:
+            `torch.uint8` of the shape of the values.
+
+        Example:
+            >>> from tensornet.quantization import NumberFormat
+            >>> int4, scales = NumberFormat.parse("int4"), torch.tensor([[0.5]])
+            >>> int4.encode(torch.tensor([[-9.0, 0.1, 0.6]]), scales)
+            tensor([[0, 8, 9]], dtype=torch.uint8)
+        """
+        size = values.shape[-1]
+        spread = self.spread(scales.to(values.dtype), size)
+        zero = self.center if zeros is None else self.spread(zeros.to(values.dtype), size)
+        found = values / torch.where(spread == 0, torch.ones_like(spread), spread) + zero
+        return found.round_().clamp_(0, self.top).to(torch.uint8)
+
+    def decode(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Compute the values `scale * (code - zero)`, differentiable by the scales.
+
+        Args:
+            codes: `torch.uint8`, shape `(..., out, in)`.
+            scales: shape `(..., out, groups)`.
+            zeros: `torch.uint8` of the same shape; None without zero points.
+            dtype: of the values.
+
+        Example:
+            >>> from tensornet.quantization import NumberFormat
+            >>> codes = torch.tensor([[0, 8, 9]], dtype=torch.uint8)
+            >>> NumberFormat.parse("int4").decode(codes, torch.tensor([[0.5]]))
+            tensor([[-4.0000,  0.0000,  0.5000]])
+        """
+        grouped, halves = self.grouped(codes), False
+        # Differences of small integers are exact and fast in 8 bits; two bits count halves.
+        if zeros is not None:
+            kind = torch.int16 if self.bits == 8 else torch.int8
+            points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
+        elif self.center % 1:
+            points, halves = 2 * _signed(grouped) - int(2 * self.center), True
+        elif self.bits == 8:
+            points = grouped.to(torch.int16) - 128 if is_compiling() else (grouped ^ 128).view(torch.int8)
+        else:
+            points = _signed(grouped) - int(self.center)
+        return _scaled(points, scales, dtype, halves=halves)[..., : codes.shape[-1]]
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Pack codes to the bytes that are stored, shape `(..., packed_bytes(in, bits))`.
+
+        Codes of 8 bits are stored as signed integers around their center, which torch's kernels read.
+
+        Example:
+            >>> from tensornet.quantization import NumberFormat
+            >>> int4, codes = NumberFormat.parse("int4"), torch.tensor([[0, 8, 9]], dtype=torch.uint8)
+            >>> packed = int4.pack(codes)
+            >>> packed.shape, int4.unpack(packed, 3).tolist()
+            (torch.Size([1, 2]), [[0, 8, 9]])
+        """
+        packed = packing.pack(codes, self._integer_bits())
+        return packed ^ 128 if self.bits == 8 else packed
+
+    def unpack(self, packed: Tensor, size: int) -> Tensor:
+        """Unpack `size` codes a row, the inverse of `pack`."""
+        codes = packing.unpack(packed, self._integer_bits(), size)
+        return codes ^ 128 if self.bits == 8 else codes
+
+    def decode_packed(
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Compute the values of packed codes, shape `(..., out, size)`, as `decode` does.
+
+        Args:
+            packed: from `pack`.
+            scales: shape `(..., out, groups)`.
+            zeros: zero points, packed by `tensornet.quantization.pack`; None without them.
+            size: number of columns.
+            dtype: of the values.
+        """
+        if self.bits == 8 and zeros is None and not is_exporting():  # these bytes are the points of the grid
+            return _scaled(self.grouped(packed).view(torch.int8), scales, dtype)[..., :size]
+        if zeros is not None:
+            zeros = packing.unpack(zeros, self._integer_bits(), scales.shape[-1])
+        return self.decode(self.unpack(packed, size), scales, zeros, dtype)
+
+    # --- size ------------------------------------------------------------------------------------
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Count the exact bytes of a tensor, including scales, zero points and padding.
@@ -157,8 +286,8 @@ class NumberFormat:
         if self.bits is None:
             return rows * size * (self.dtype or dtype).itemsize
         groups = self.groups(size)
-        each = packed_bytes(size, self.bits) + groups * self.scale_dtype.itemsize
-        return rows * (each + (packed_bytes(groups, self.bits) if self.zero_point else 0))
+        each = packing.packed_bytes(size, self.bits) + groups * self.scale_dtype.itemsize
+        return rows * (each + (packing.packed_bytes(groups, self.bits) if self.zero_point else 0))
 
     def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
         """Compute eight times the bytes, divided by the number of elements."""
@@ -179,3 +308,19 @@ def format_names() -> tuple[str, ...]:
         ('float', 'bf16', 'int8')
     """
     return (*_FLOATS, *(f"int{bits}" for bits in BITS))
+
+
+def _signed(codes: Tensor) -> Tensor:
+    """Convert codes below 128 to signed bytes, without a copy; ONNX cannot express that view."""
+    return codes.to(torch.int8) if is_compiling() else codes.view(torch.int8)
+
+
+def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
+    """Multiply small integers `(..., groups, group)` by scales `(..., groups)`; products are rounded once."""
+    # In float16 scales of bfloat16 would be subnormal or zero.
+    factor = scales.to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(-1)
+    factor = factor / 2 if halves else factor
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu):
+        # Processors have no arithmetic in 16 bits: operations in float32 take half the time.
+        return (points * factor.float()).to(dtype).flatten(-2)
+    return (points.to(dtype) * factor).flatten(-2)

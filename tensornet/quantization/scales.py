@@ -1,18 +1,20 @@
-"""Scales and zero points of groups: search by weighted error, refit by least squares.
+"""Scales and zero points of groups: search by weighted error, refit by least squares, and underflow.
 
 The search minimises `sum_j C_jj (w_j - q_j)^2` in every group over shrunken ranges, since a few clamped
 elements often cost less than a coarse grid. The refit takes the codes as given and minimises
 `(w - q) C (w - q)^T` over all scales of a row at once, correlations between groups included.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.formats import NumberFormat
 
 #: Ranges tried, as shares of the largest element: from the first for few bits up to the last.
@@ -22,32 +24,17 @@ _TRIED = 24
 _POLISHED = 2
 #: Elements searched at a time: on a CPU they stay in its cache, elsewhere memory is bounded.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
-
-
-@dataclass(frozen=True)
-class GroupScales:
-    """Scale and zero point of every group.
-
-    Args:
-        scales: shape `(..., out, groups)`, in the dtype of the format's scales. Scales may be negative: their
-            sign mirrors a grid that has one point more below zero than above.
-        zeros: codes whose value is zero, `torch.uint8` of the same shape; None without zero points.
-
-    Example:
-        >>> from tensornet.quantization import NumberFormat, search_scales
-        >>> found = search_scales(torch.randn(4, 64), NumberFormat.parse("int4"))
-        >>> found.scales.shape, found.zeros
-        (torch.Size([4, 1]), None)
-    """
-
-    scales: Tensor
-    zeros: Tensor | None = None
+#: Largest share of the weighted energy that groups with underflowing scales may have. If all of it is lost,
+#: the relative error is that of rounding to 8 bits.
+_NEGLIGIBLE = 1e-4
+#: Sizes of groups with 16-bit scales for those with 8-bit scales: twice as large ones take as many bytes.
+_WIDER = {32: 64, 64: 128}
 
 
 @torch.no_grad()
 def search_scales(
     weight: Tensor, number_format: NumberFormat, importance: Tensor | None = None
-) -> GroupScales:
+) -> tuple[Tensor, Tensor | None]:
     """Find scales and zero points with little weighted rounding error, group by group.
 
     Args:
@@ -56,90 +43,55 @@ def search_scales(
         importance: weight of the squared error of every element, broadcastable to the weight: usually the
             diagonal of the input moment, shape `(in,)`. Equal weights if absent.
 
+    Returns:
+        Scales in the dtype of the format, and zero points as `torch.uint8` or None, `(..., out, groups)`.
+        Scales may be negative: their sign mirrors a grid with one point more below zero than above.
+
     Raises:
         NonFiniteError: the weight or the importance holds NaN or infinity.
         ShapeError: the weight is neither a matrix nor a stack of matrices.
 
     Example:
         >>> from tensornet.quantization import NumberFormat, search_scales
-        >>> search_scales(torch.randn(4, 128), NumberFormat.parse("int4")).scales.shape
+        >>> search_scales(torch.randn(4, 128), NumberFormat.parse("int4"))[0].shape
         torch.Size([4, 2])
     """
     if weight.ndim < 2:
         raise ShapeError(f"Scales are searched for matrices (..., out, in), got shape {tuple(weight.shape)}.")
     check_finite(weight, "The weight")
-    grouped = as_groups(weight if weight.dtype == torch.float64 else weight.float(), number_format)
+    grouped = number_format.grouped(weight if weight.dtype == torch.float64 else weight.float())
     flat = grouped.reshape(-1, grouped.shape[-1])
     if importance is None:
         importance = grouped.new_ones(1)
     check_finite(importance, "The importance of the elements")
     # Padding has no importance: not every grid has a zero.
-    prices = as_groups(importance.to(grouped).expand(weight.shape), number_format).reshape(flat.shape)
+    importance = number_format.grouped(importance.to(grouped).expand(weight.shape)).reshape(flat.shape)
     step = max(1, (_CACHED if flat.is_cpu else _CHUNK) // flat.shape[1])
     scales, zeros = [], []
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
         # One group a column: sums over groups of 32 and products with scales run along all groups.
-        scale, zero = _search(flat[part].T.contiguous(), number_format, prices[part].T.contiguous())
+        scale, zero = _search(flat[part].T.contiguous(), number_format, importance[part].T.contiguous())
         scales.append(scale)
         zeros.append(zero)
     shape = grouped.shape[:-1]
     found = torch.cat(scales).reshape(shape).to(number_format.scale_dtype)
     if not number_format.zero_point:
-        return GroupScales(found)
-    return GroupScales(found, torch.cat(zeros).reshape(shape).to(torch.uint8))
+        return found, None
+    return found, torch.cat(zeros).reshape(shape).to(torch.uint8)
 
 
-def as_groups(x: Tensor, number_format: NumberFormat) -> Tensor:
-    """Reshape `(..., in)` to `(..., groups, group)` with zero padding; a view where nothing is padded."""
-    size = x.shape[-1]
-    groups = number_format.groups(size)
-    width = number_format.group or max(size, 1)
-    if groups * width != size:  # padding by nothing copies
-        x = torch.nn.functional.pad(x, (0, groups * width - size))
-    return x.reshape(*x.shape[:-1], groups, width)
-
-
-def spread_groups(values: Tensor, number_format: NumberFormat, size: int) -> Tensor:
-    """Repeat the value of each group `(..., groups)` for all its elements, `(..., size)`."""
-    width = number_format.group or max(size, 1)
-    # Many times faster than `repeat_interleave`.
-    return values.unsqueeze(-1).expand(*values.shape, width).flatten(-2)[..., :size]
-
-
-def _search(flat: Tensor, number_format: NumberFormat, prices: Tensor) -> tuple[Tensor, Tensor]:
+def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Find the best scale and zero, shape `(groups,)` each, for groups `(width, groups)`."""
-    best = _Best(flat, prices, number_format)
-    for scale, zero in _candidates(flat, number_format):
-        best.offer(scale, zero)
-    for _ in range(_POLISHED):
-        points = best.points(best.scale, best.zero)
-        weighed = points * prices
-        size = (weighed * points).sum(0)
-        fitted = (weighed * flat).sum(0) / torch.where(size > 0, size, torch.ones_like(size))
-        best.offer(torch.where(size > 0, fitted, best.scale), best.zero)
-    return best.scale, best.zero
+    center, top, against = number_format.center, number_format.top, -flat
+    best_scale = flat.new_zeros(flat.shape[1])
+    best_zero = torch.full_like(best_scale, 0.0 if number_format.zero_point else center)
+    best_cost = (flat * flat).mul_(importance).sum(0)
 
-
-def _narrowest(number_format: NumberFormat) -> float:
-    return 1 - 1.6 / number_format.top**0.7 if number_format.top > 3 else 0.3
-
-
-class _Best:
-    """Best scale and zero found so far for every group, a column of `flat: (width, groups)`."""
-
-    def __init__(self, flat: Tensor, prices: Tensor, number_format: NumberFormat) -> None:
-        self.flat, self.prices, self.format = flat, prices, number_format
-        self.against = -flat
-        self.scale = flat.new_zeros(flat.shape[1])
-        self.zero = torch.full_like(self.scale, 0.0 if number_format.zero_point else number_format.center)
-        self.cost = (flat * flat).mul_(prices).sum(0)
-
-    def points(self, scale: Tensor, zero: Tensor) -> Tensor:
+    def points(scale: Tensor, zero: Tensor) -> Tensor:
         """Compute the nearest codes less their zeros."""
-        found = self.flat / torch.where(scale == 0, torch.ones_like(scale), scale)
-        center, top = self.format.center, self.format.top
-        if self.format.zero_point:
+        found = flat / torch.where(scale == 0, torch.ones_like(scale), scale)
+        if number_format.zero_point:
             return found.add_(zero).round_().clamp_(0, top).sub_(zero)
         if center % 1:  # points lie between whole numbers
             found.sub_(0.5).round_().add_(0.5)
@@ -147,15 +99,27 @@ class _Best:
             found.round_()
         return found.clamp_(-center, top - center)
 
-    def offer(self, scale: Tensor, zero: Tensor) -> None:
-        scale = _stored(scale, self.format)
-        error = torch.addcmul(self.against, self.points(scale, zero), scale)
-        cost = error.mul_(error).mul_(self.prices).sum(0)
-        better = cost < self.cost
-        self.scale, self.zero, self.cost = (
-            torch.where(better, new, old)
-            for new, old in ((scale, self.scale), (zero, self.zero), (cost, self.cost))
-        )
+    def offer(scale: Tensor, zero: Tensor) -> None:
+        """Keep a scale and a zero in the groups in which they are better."""
+        nonlocal best_scale, best_zero, best_cost
+        scale = _stored(scale, number_format)
+        error = torch.addcmul(against, points(scale, zero), scale)
+        cost = error.mul_(error).mul_(importance).sum(0)
+        better = cost < best_cost
+        best_scale = torch.where(better, scale, best_scale)
+        best_cost = torch.where(better, cost, best_cost)
+        if number_format.zero_point:
+            best_zero = torch.where(better, zero, best_zero)
+
+    for scale, zero in _candidates(flat, number_format):
+        offer(scale, zero)
+    for _ in range(_POLISHED):  # the scale of least squares for the codes found
+        found = points(best_scale, best_zero)
+        weighed = found * importance
+        size = (weighed * found).sum(0)
+        fitted = (weighed * flat).sum(0) / torch.where(size > 0, size, torch.ones_like(size))
+        offer(torch.where(size > 0, fitted, best_scale), best_zero)
+    return best_scale, best_zero
 
 
 def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
@@ -167,17 +131,16 @@ def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
 def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
     """List scales and zeros that fit shares of the range of every group into the grid."""
     low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
-    top = number_format.top
+    top, center = number_format.top, number_format.center
     if number_format.zero_point:
         whole = (high - low) / top
         middle = (-low / torch.where(whole == 0, torch.ones_like(whole), whole)).round()
         others = [(1, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
     else:
-        extreme = torch.where(high > -low, high, low)
-        whole = -extreme / number_format.center  # code 0 reaches farthest from the center
-        center = torch.full_like(low, number_format.center)
-        others = [(sign, center) for sign in ((1,) if number_format.center % 1 else (1, -1))]
-    shares = torch.linspace(_narrowest(number_format), _WIDEST, _TRIED, device=flat.device)
+        whole = -torch.where(high > -low, high, low) / center  # code 0 lies farthest from the center
+        others = [(sign, torch.full_like(low, center)) for sign in ((1,) if center % 1 else (1, -1))]
+    narrowest = 1 - 1.6 / top**0.7 if top > 3 else 0.3
+    shares = torch.linspace(narrowest, _WIDEST, _TRIED, device=flat.device)
     for scale in _distinct(_stored(shares.to(flat)[:, None] * whole, number_format)):
         for sign, zero in others:
             yield sign * scale, zero
@@ -232,19 +195,88 @@ def refit_scales(
     size = weight.shape[-1]
     if columns is None or columns.ndim == 1:
         weighed = points if columns is None else points * columns
-        normal = as_groups(weighed * points, number_format).sum(-1)
-        right = as_groups(weighed * weight, number_format).sum(-1)
+        normal = number_format.grouped(weighed * points).sum(-1)
+        right = number_format.grouped(weighed * weight).sum(-1)
         return torch.where(normal > 0, right / torch.where(normal > 0, normal, 1.0), 0.0)
     width = number_format.group or size
     normals = []
     for start in range(0, size, width):
         part = slice(start, min(start + width, size))
         seen = (points[..., part] @ columns[..., part, :]).mul_(points)
-        normals.append(as_groups(seen, number_format).sum(-1))
+        normals.append(number_format.grouped(seen).sum(-1))
     normal = torch.stack(normals, -2)  # shape: (..., out, groups, groups)
-    right = as_groups((weight @ columns).mul_(points), number_format).sum(-1)
+    right = number_format.grouped((weight @ columns).mul_(points)).sum(-1)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     # Groups without a point and groups that others determine need a finite answer.
     shift = torch.where(diagonal > 0, 8 * torch.finfo(normal.dtype).eps * diagonal, 1.0)
     solved = torch.linalg.solve(normal + torch.diag_embed(shift), right)
     return torch.where(diagonal > 0, solved, 0.0)
+
+
+@torch.no_grad()
+def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Weighting | None = None) -> bool:
+    """Return True if scales that matter for the loss are too small to be stored with two bits of precision.
+
+    Smaller ones become coarse, and in the end zero, with all weights of their groups.
+
+    Args:
+        weight: shape `(out, in)`.
+        number_format: any format; only integer ones have scales.
+        weighting: sensitivity of the loss to errors of the weight, by whose diagonals groups are weighed;
+            equal weights if absent.
+
+    Example:
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.quantization.scales import scales_underflow
+        >>> number_format, weight = NumberFormat.parse("int4:g32:float8"), torch.randn(8, 64)
+        >>> scales_underflow(weight, number_format), scales_underflow(1e-5 * weight, number_format)
+        (False, True)
+    """
+    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # the range of float32
+        return False
+    limits = torch.finfo(number_format.scale_dtype)
+    smallest = 4 * limits.smallest_normal * limits.eps
+    ranges = _ranges(weight, number_format.group, number_format.zero_point)
+    steps = ranges / (number_format.top if number_format.zero_point else number_format.center)
+    small = steps < smallest
+    if not bool(small.any()):
+        return False
+    energy, seen = weight.double().square(), weighting or Weighting()
+    for moment, axis in ((seen.rows, 1), (seen.columns, 0)):
+        if moment is not None:
+            energy *= (moment if moment.ndim == 1 else moment.diagonal()).to(energy).unsqueeze(axis)
+    of_groups = number_format.grouped(energy).sum(-1)
+    return float(of_groups[small].sum()) > _NEGLIGIBLE * float(of_groups.sum())
+
+
+@remembered
+def _ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
+    """Compute the range of every group, `(out, groups)`, which formats of all bits share."""
+    groups = NumberFormat(8, group).grouped(weight)
+    return groups.amax(-1) - groups.amin(-1) if zero_point else groups.abs().amax(-1)
+
+
+def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
+    """Return the format with 16-bit scales that takes as many bytes, for scales of 8 bits.
+
+    Groups are twice as large where larger ones exist.
+
+    Example:
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.quantization.scales import with_wide_scales
+        >>> with_wide_scales(NumberFormat.parse("int4:g32:float8")).name
+        'int4'
+    """
+    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
+        return number_format
+    group = number_format.group
+    if number_format.scale_dtype.itemsize == 1 and group is not None:
+        group = _WIDER.get(group, group)
+    return replace(number_format, group=group, scale_dtype=torch.bfloat16)
+
+
+def storable_formats(
+    weight: Tensor, number_formats: Sequence[NumberFormat], weighting: Weighting | None = None
+) -> tuple[NumberFormat, ...]:
+    """Replace the formats whose scales underflow in a matrix by those with 16-bit scales."""
+    return tuple(with_wide_scales(x) if scales_underflow(weight, x, weighting) else x for x in number_formats)

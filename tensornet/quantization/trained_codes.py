@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.scales import as_groups, spread_groups
 
 #: Elements that are rounded at a time on a processor.
 _CACHED = 1 << 16
@@ -89,7 +88,7 @@ class _Rounded(torch.autograd.Function):
             values = to_code[rows].copy_(arriving[rows])  # in 16 bits they would be cast in each product
             if needs_scale:
                 points = _points(code[rows], None if zero is None else zero[rows], ctx.number_format)
-                to_scale[rows] = as_groups(points.mul_(values), ctx.number_format).sum(-1)
+                to_scale[rows] = ctx.number_format.grouped(points.mul_(values)).sum(-1)
             if needs_code:
                 _scale(values, scale[rows], ctx.number_format)
         return by_codes if needs_code else None, by_scales if needs_scale else None, None, None, None
@@ -110,13 +109,13 @@ def _points(codes: Tensor, zeros: Tensor | None, number_format: NumberFormat) ->
     points = codes.round().clamp_(0, number_format.top)
     if zeros is None:
         return points.sub_(number_format.center)
-    return points.sub_(spread_groups(zeros.to(points), number_format, points.shape[1]))
+    return points.sub_(number_format.spread(zeros.to(points), points.shape[1]))
 
 
 def _scale(x: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
     """Multiply the elements of every group by its scale, in place, shape `(rows, in)`."""
     width = number_format.group or max(x.shape[1], 1)
     if x.shape[1] % width:  # else scales need not be repeated, which takes as long as the product
-        return x.mul_(spread_groups(scales.to(x), number_format, x.shape[1]))
+        return x.mul_(number_format.spread(scales.to(x), x.shape[1]))
     x.unflatten(1, (-1, width)).mul_(scales.to(x).unsqueeze(-1))
     return x

@@ -14,6 +14,7 @@ from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, Rounding, round_weight
+from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition
@@ -55,12 +56,6 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Share of the mean diagonal of damped gradient moments that is added to them, only to round with. To explain
-#: why: rounding moves errors into directions that cost little, and those where the calibration text had small
-#: gradients, but another text has larger ones, cost more than their price. With the damping of decompositions
-#: alone two-sided rounding halved the price of SmolLM2's integers and lowered its loss by 3 %; with this by
-#: 15 %. The embedded GPT-2 does not notice (docs/bytes.md).
-ROUNDING_DAMPING = 0.8
 #: Sweeps of descent after rounding, by bits: with few bits scales and clamping leave much to gain.
 _SWEEPS = {3: 2, 2: 4}
 
@@ -94,7 +89,7 @@ def round_dense(
         number_format,
         rows=weighting.rows,
         columns=weighting.columns,
-        row_damping=ROUNDING_DAMPING,
+        row_damping=DENSE_ROW_DAMPING,
         sweeps=sweeps if most_sweeps is None else min(sweeps, most_sweeps),
     )
 

@@ -35,8 +35,7 @@ from tensornet.linalg.weighted_svd import (
     weighted_svd,
 )
 from tensornet.network import TensorNetwork
-from tensornet.quantization.factors import round_product
-from tensornet.quantization.product_loss import predict_product_losses
+from tensornet.quantization import predict_product_losses, round_product
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition, Prediction

@@ -24,7 +24,6 @@ from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.residual import alternate
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
@@ -227,18 +226,21 @@ class ResidualFamily(TopologyFamily):
             _padded_moment(weighting.columns, whole.padded_shape[1]),
         )
 
-        def round_base(rest: Tensor) -> tuple[RoundedCores, Tensor]:
-            return _round_part(base, {BASE: _padded(rest, whole)}, stored, seen)
-
-        def fit_network(rest: Tensor) -> tuple[RoundedCores, Tensor]:
+        # The matrix is rounded without the network's part, then the network is fitted to what is left. The
+        # turn of least loss is kept: rounding the network may undo what fitting it gained.
+        best: tuple[float, RoundedCores] | None = None
+        network = torch.zeros_like(target)
+        for _ in range(_ALTERNATIONS):
+            done, matrix = _round_part(base, {BASE: _padded(target - network, whole)}, stored, seen)
+            rest = target - matrix
             fitted = topology_family(part.family).fit(rest, part, weighting).network
             given = dict(zip(part.core_names, fitted.to(target.dtype).cores, strict=True))
-            return _round_part(part, given, stored, weighting)
-
-        best = alternate(target, weighting, round_base, fit_network, _ALTERNATIONS)
-        return RoundedCores(
-            {**best.base.codes, **best.product.codes}, {**best.base.tensors, **best.product.tensors}
-        )
+            others, network = _round_part(part, given, stored, weighting)
+            loss = weighting.cost(rest - network)
+            if best is None or loss < best[0]:
+                best = loss, RoundedCores(done.codes | others.codes, done.tensors | others.tensors)
+        assert best is not None
+        return best[1]
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
         """Fix no gauge: the network is small, and its rows are chosen after the matrix has been rounded."""

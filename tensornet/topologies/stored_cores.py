@@ -21,13 +21,12 @@ from tensornet.contraction.plan import plan_matrix
 from tensornet.linalg.weighted_svd import Weighting, root
 from tensornet.network import TensorNetwork
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.rounding import RoundedWeight, Rounding, empty_weight, round_weight
+from tensornet.quantization.moments import ESTIMATE_DAMPING
+from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weight
 from tensornet.topology import Topology
 
 #: Random errors that estimate the moments of a core.
 _PROBES = 6
-#: Damping of estimated moments.
-_ESTIMATE_DAMPING = 0.1
 #: Conjugate gradient steps for each core that is refitted.
 _STEPS = 4
 
@@ -123,8 +122,8 @@ def _rounded(
         rows=rows,
         columns=columns,
         rounding=rounding,
-        row_damping=_ESTIMATE_DAMPING,
-        column_damping=_ESTIMATE_DAMPING,
+        row_damping=ESTIMATE_DAMPING,
+        column_damping=ESTIMATE_DAMPING,
     )
 
 
@@ -134,7 +133,7 @@ def _round_core(
     """Round one core with estimated moments and to nearest; return the result of smaller exact loss."""
     number_format, matrix = stored.formats[name], tensors[name]
     if matrix.numel() == 0:
-        return empty_weight(matrix, number_format)
+        return round_weight(matrix, number_format)
     moments = seen_moments(stored, tensors, name, weighting)
     tried = [
         _rounded(matrix, number_format, stored.rounding),

@@ -26,8 +26,9 @@ from tensornet.compression.forecast import Forecast
 from tensornet.compression.format_candidates import PREDICTED_BITS
 from tensornet.compression.layer_plan import describe
 from tensornet.compression.report import model_size
+from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.encoding import Storage
-from tensornet.quantization import NumberFormat, predict_loss_increase, round_weight
+from tensornet.quantization import NumberFormat, predict_losses, round_weight
 
 FORMATS = ("float", "int8", "int4", "int3", "int2")
 SIZES = st.floats(2.3, 34.0)
@@ -156,12 +157,12 @@ def test_predicted_and_rounded_losses_agree() -> None:
             assert float(found.num_bytes[index]) == storage.num_bytes(topology, target.matrix.dtype)
     weight, inputs = torch.randn(48, 128), torch.randn(500, 128) @ torch.randn(128, 128)
     columns = inputs.T @ inputs / 500
-    predicted = predict_loss_increase(weight, ("int8", "int4"), columns=columns)
-    for name, value in zip(("int8", "int4"), predicted, strict=True):
+    seen = [Weighting(None, damped(columns, 0.01))]
+    predicted = predict_losses(weight, ("int8", "int4"), seen, column_damping=0.0)[:, 0]
+    for name, value in zip(("int8", "int4"), predicted.tolist(), strict=True):
         assert value == pytest.approx(
             float(round_weight(weight, name, columns=columns).loss_increase), rel=0.3
         )
-    assert predict_loss_increase(weight, ()) == ()
 
 
 def test_the_whole_model_counts_embeddings_and_everything_else() -> None:

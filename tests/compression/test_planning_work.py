@@ -11,9 +11,9 @@ import tensornet as tn
 from tensornet.compression import candidates, layer_candidates
 from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.nn.encoding import Storage
-from tensornet.quantization import prediction, round_weight
+from tensornet.quantization import predict, round_weight
 from tensornet.quantization.feedback import Grid
-from tensornet.quantization.prediction import expected_residuals
+from tensornet.quantization.predict import expected_residuals
 from tensornet.topology import Topology
 
 
@@ -76,5 +76,5 @@ def test_far_tails_count_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix[0, 0, 0] = 40.0  # far beyond the grid
     spread = torch.full_like(matrix, 3.0)
     near = expected_residuals(matrix, grid, spread)
-    monkeypatch.setattr(prediction, "_FAR", 1e300)
+    monkeypatch.setattr(predict, "_FAR", 1e300)
     torch.testing.assert_close(near, expected_residuals(matrix, grid, spread), rtol=1e-12, atol=0)

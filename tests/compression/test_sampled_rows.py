@@ -12,9 +12,8 @@ from tensornet.compression import format_candidates, layer_candidates
 from tensornet.compression.format_candidates import format_losses, nearest_losses
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
-from tensornet.quantization import NumberFormat, predict_product_losses, product_loss
-from tensornet.quantization.expected_loss import expected_losses
-from tensornet.quantization.prediction import spaced_rows
+from tensornet.quantization import NumberFormat, predict, predict_losses, predict_product_losses
+from tensornet.quantization.predict import spaced_rows
 from tensornet.topologies.dense import round_dense
 
 FORMATS = [NumberFormat.parse(f"int{bits}") for bits in (4, 3, 2)]
@@ -64,9 +63,9 @@ def test_predictions_of_some_rows_stand_for_all() -> None:
     assert sample is not None
     assert len(sample.unique()) == 64
     assert 7 in sample
-    every = expected_losses(matrix, FORMATS, weightings)
+    every = predict_losses(matrix, FORMATS, weightings)
     torch.testing.assert_close(
-        expected_losses(matrix, FORMATS, weightings, sample=sample), every, rtol=0.1, atol=0
+        predict_losses(matrix, FORMATS, weightings, sample=sample), every, rtol=0.1, atol=0
     )
     assert spaced_rows(matrix, 300) is None
 
@@ -76,7 +75,7 @@ def test_products_are_predicted_by_some_rows_of_the_factors(monkeypatch: pytest.
     found = weighted_svd(matrix, sensitivity.choice)
     weightings = [sensitivity.choice, sensitivity.forecast]
     exact = predict_product_losses(*found.factors(96), "int4:g32", weightings)
-    monkeypatch.setattr(product_loss, "SAMPLED_ROWS", 48)
+    monkeypatch.setattr(predict, "SAMPLED_ROWS", 48)
     sampled = predict_product_losses(*found.factors(96), "int4:g32", weightings)
     assert not torch.equal(sampled, exact)
     torch.testing.assert_close(sampled[:, 8:], exact[:, 8:], rtol=0.15, atol=0)

@@ -17,7 +17,7 @@ from tensornet.healing import trained_scales
 from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
-from tensornet.quantization import NumberFormat, TrainedCodes, dequantize, rounded_values
+from tensornet.quantization import NumberFormat, TrainedCodes, rounded_values
 from tensornet.topologies import topology_family
 
 FORMATS = ["int8", "int8:row:zero", "int5:g32", "int4:g32:zero", "int3:row", "int2:g32:float8"]
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_the_values(name: str) -> None:
     codes.requires_grad_(True)
     scales.requires_grad_(True)
     values = rounded_values(codes, scales, zeros, number_format, torch.float64)
-    known = dequantize(codes.detach().to(torch.uint8), scales, zeros, number_format, torch.float64)
+    known = number_format.decode(codes.detach().to(torch.uint8), scales, zeros, torch.float64)
     torch.testing.assert_close(values, known)
     (values * weights).sum().backward()
     (expected,) = torch.autograd.grad((known * weights).sum(), scales)

@@ -25,8 +25,7 @@ from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import linear_from_stored
-from tensornet.quantization import NumberFormat
-from tensornet.quantization.factors import round_beside
+from tensornet.quantization import NumberFormat, round_factor
 from tensornet_moe.compress_experts import (
     SEPARATE,
     SHARED,
@@ -135,7 +134,7 @@ def test_a_factor_is_fitted_to_what_rounding_left(side: str) -> None:
     rough = (
         (a, b + 0.1 * gaussian(6, IN, seed=2)) if side == "left" else (a + 0.1 * gaussian(OUT, 6, seed=2), b)
     )
-    made = round_beside(a @ b, *rough, side, None, weighting)  # type: ignore[arg-type]
+    made = round_factor(a @ b, *rough, side, None, weighting)  # type: ignore[arg-type]
     assert isinstance(made, Tensor)
     fitted = made @ rough[1] if side == "left" else rough[0] @ made
     assert weighting.cost(a @ b - fitted) < weighting.cost(a @ b - rough[0] @ rough[1])

@@ -24,7 +24,7 @@ from tensornet.nn.kernel_layout import (
     to_kernel,
 )
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
-from tensornet.quantization import NumberFormat, dequantize, pack
+from tensornet.quantization import NumberFormat, pack
 from tensornet.topologies import topology_family
 
 SHAPE = (192, 128)
@@ -90,7 +90,7 @@ def test_values_are_those_of_the_stored_form_and_convert_back(
     assert torch.equal(back[1].float(), scales.float())
     assert back[1].dtype == scales.dtype
     for dtype in (torch.float32, torch.bfloat16):
-        values = dequantize(codes, scales, zeros if number_format.zero_point else None, number_format, dtype)
+        values = number_format.decode(codes, scales, zeros if number_format.zero_point else None, dtype)
         assert torch.equal(matrix.dense(dtype), values)
         assert torch.equal(torch.cat([rows for _, rows in matrix.blocks(dtype)]), values)
         if dtype == torch.float32:

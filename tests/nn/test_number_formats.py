@@ -12,11 +12,11 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn import encoding, integer_product
+from tensornet.nn import integer_product
 from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.encoding import Storage, decode, encode, layout
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
-from tensornet.quantization import NumberFormat, codes
+from tensornet.quantization import NumberFormat, formats
 from tensornet.topologies import topology_family
 
 FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
@@ -167,10 +167,10 @@ def test_tables_read_rows(family: str, name: str, pivoted: bool, monkeypatch: py
     table = embedding_from_network(made, storage=storage)
     expected = table.to_matrix()
     if family in ("dense", "low_rank") and not pivoted:  # the first core is read row by row
-        most, real = [], encoding.scaled
-        seen = lambda points, *rest: (most.append(len(points)), real(points, *rest))[1]  # noqa: E731
-        monkeypatch.setattr(encoding, "scaled", seen)
-        monkeypatch.setattr(codes, "scaled", seen)
+        most, real = [], formats._scaled
+        monkeypatch.setattr(
+            formats, "_scaled", lambda x, *rest, **more: (most.append(len(x)), real(x, *rest, **more))[1]
+        )
         table(torch.tensor([3, 3, 7]))
         assert 3 in most
         assert SHAPE[0] not in most

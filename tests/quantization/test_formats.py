@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensornet.errors import FormatError, TopologyError
-from tensornet.quantization import NumberFormat, dequantize, format_names, pack, round_weight
+from tensornet.quantization import NumberFormat, format_names, pack, round_weight
 
 INTEGERS = st.builds(
     NumberFormat,
@@ -84,7 +84,7 @@ def test_bytes_of_the_usual_cases() -> None:
 def test_two_bits_have_four_points_around_zero() -> None:
     codes = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
     scales = torch.ones(1, 1, dtype=torch.bfloat16)
-    values = dequantize(codes, scales, None, NumberFormat.parse("int2"))
+    values = NumberFormat.parse("int2").decode(codes, scales)
     assert values.tolist() == [[-1.5, -0.5, 0.5, 1.5]]
     assert NumberFormat.parse("int2").center == 1.5
 
@@ -99,6 +99,6 @@ def test_values_in_float16_are_the_exact_ones_rounded_once(name: str, size: floa
     parts = [x if x is None else x.to(device) for x in (made.codes, made.scales, made.zeros)]
     assert parts[0] is not None
     assert parts[1] is not None
-    values = dequantize(parts[0], parts[1], parts[2], made.number_format, torch.float16)
+    values = made.number_format.decode(parts[0], parts[1], parts[2], torch.float16)
     assert torch.equal(values.cpu(), exact.to(torch.float16))
     assert bool(exact.any()) or "float8" in name

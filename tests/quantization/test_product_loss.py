@@ -7,8 +7,13 @@ import torch
 from quantization.rounding_cases import moment, weight
 
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
-from tensornet.quantization import NumberFormat, predict_product_losses, round_product, round_weight
-from tensornet.quantization.expected_loss import expected_losses
+from tensornet.quantization import (
+    NumberFormat,
+    predict_losses,
+    predict_product_losses,
+    round_product,
+    round_weight,
+)
 
 
 def test_predicted_losses_of_factors_are_those_of_rounding() -> None:
@@ -42,7 +47,7 @@ def test_errors_also_cost_under_another_damping(bits: int) -> None:
         (Weighting(rows.diagonal(), columns.diagonal()), 0.3),
         (Weighting(), 0.6),  # a rough estimate, of the Frobenius error alone
     ]
-    (predicted,) = expected_losses(matrix, [f"int{bits}"], [each for each, _ in seen], column_damping=0.0)
+    (predicted,) = predict_losses(matrix, [f"int{bits}"], [each for each, _ in seen], column_damping=0.0)
     kept = round_weight(
         matrix, f"int{bits}", rows=rows, columns=columns, row_damping=0.0, column_damping=0.0, refits=0
     )
@@ -54,7 +59,7 @@ def test_errors_also_cost_under_another_damping(bits: int) -> None:
 def test_damping_to_round_does_not_cost() -> None:
     rows, columns, matrix = damped(moment(64, 1), 0.1), damped(moment(96, 2), 0.01), weight(64, 96, 3)
     seen = [Weighting(rows, columns), Weighting(rows / 2 + torch.eye(64).double(), columns)]
-    (predicted,) = expected_losses(matrix, ["int5"], seen, row_damping=0.2, column_damping=0.3)
+    (predicted,) = predict_losses(matrix, ["int5"], seen, row_damping=0.2, column_damping=0.3)
     kept = round_weight(
         matrix, "int5", rows=rows, columns=columns, row_damping=0.2, column_damping=0.3, refits=0
     )
@@ -64,4 +69,4 @@ def test_damping_to_round_does_not_cost() -> None:
 
 
 def test_no_format_has_no_losses() -> None:
-    assert expected_losses(torch.randn(3, 4), [], [Weighting()]).shape == (0, 1)
+    assert predict_losses(torch.randn(3, 4), [], [Weighting()]).shape == (0, 1)

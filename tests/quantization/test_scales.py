@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from quantization.rounding_cases import moment, weight
 
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet.quantization import NumberFormat, dequantize, refit_scales, round_weight, search_scales
+from tensornet.quantization import NumberFormat, refit_scales, round_weight, search_scales
 from tensornet.quantization import scales as searching
 
 
@@ -39,7 +39,7 @@ def test_weighted_search_serves_its_weights() -> None:
     number_format = NumberFormat.parse("int3")
 
     def cost(importance: torch.Tensor | None) -> float:
-        scales = search_scales(matrix, number_format, importance).scales
+        scales = search_scales(matrix, number_format, importance)[0]
         error = matrix - scales.double() * (matrix / scales.double()).round().clamp(-4, 3)
         return float((error.square() * prices).sum())
 
@@ -52,8 +52,8 @@ def test_refit_is_least_squares(columns: str) -> None:
     matrix, size = weight(5, 100, 0), 100
     number_format = NumberFormat.parse("int3:g32")
     moments = {"full": moment(size, 0), "diagonal": moment(size, 0).diagonal(), "none": None}
-    found = search_scales(matrix, number_format)
-    spread = found.scales.double().repeat_interleave(32, 1)[:, :size]
+    found, _ = search_scales(matrix, number_format)
+    spread = found.double().repeat_interleave(32, 1)[:, :size]
     points = (matrix / spread).round().clamp(-4, 3)
     scales = refit_scales(matrix, points, number_format, moments[columns])
     dense = moments[columns] if columns == "full" else torch.eye(size, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_an_exact_grid_is_found() -> None:
     codes[:, ::64] = 0  # the widest point is there
     number_format = NumberFormat.parse("int4")
     scales = (torch.rand(6, 2) + 0.5).bfloat16()
-    matrix = dequantize(codes, scales, None, number_format)
+    matrix = number_format.decode(codes, scales)
     assert float(round_weight(matrix, number_format).loss_increase) < 1e-6 * float(matrix.square().sum())
 
 
@@ -107,14 +107,14 @@ def test_scales_that_are_stored_alike_are_tried_once(name: str, monkeypatch: pyt
     few = search_scales(matrix, number_format)
     monkeypatch.setattr(searching, "_distinct", lambda x: x)
     every = search_scales(matrix, number_format)
-    assert torch.equal(few.scales.float(), every.scales.float())
-    assert few.zeros is None or torch.equal(few.zeros, every.zeros)  # type: ignore[arg-type]
+    assert torch.equal(few[0].float(), every[0].float())
+    assert few[1] is None or torch.equal(few[1], every[1])  # type: ignore[arg-type]
     assert all(count <= 9 for count in tried) or number_format.scale_dtype == torch.bfloat16
 
 
 def test_groups_are_searched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     number_format, matrix = NumberFormat.parse("int3:g32"), weight(20, 100, 1)
     prices = torch.rand(20, 100, generator=torch.Generator().manual_seed(0))
-    whole = search_scales(matrix, number_format, prices)
+    whole, _ = search_scales(matrix, number_format, prices)
     monkeypatch.setattr(searching, "_CACHED", 3 * 32)
-    assert torch.equal(search_scales(matrix, number_format, prices).scales, whole.scales)
+    assert torch.equal(search_scales(matrix, number_format, prices)[0], whole)

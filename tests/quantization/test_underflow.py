@@ -7,7 +7,7 @@ import torch
 
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, round_weight
-from tensornet.quantization.underflow import scales_underflow, storable_formats, with_wide_scales
+from tensornet.quantization.scales import scales_underflow, storable_formats, with_wide_scales
 
 NAMES = ["int8:g64:float8", "int6:g32:float8", "int4:g32:float8", "int4:g32:zero:float8", "int2:g32:float8"]
 

@@ -31,8 +31,7 @@ from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, root, times, weighted_svd
 from tensornet.nn.encoding import stored_core
 from tensornet.nn.storage import PLAIN, Storage
-from tensornet.quantization import NumberFormat, RoundedWeight
-from tensornet.quantization.factors import round_beside, round_product
+from tensornet.quantization import NumberFormat, RoundedWeight, round_factor, round_product
 from tensornet.topologies import low_rank
 from tensornet.topologies.dense import round_dense
 from tensornet.topologies.residual_family import BASE, residual
@@ -275,7 +274,7 @@ def _round_inputs(
     shared = round_shared(right, formats["1"], pooled(seen, (right.shape[0], right.shape[1])))
     kept = value_of(shared)
     return [
-        {"0": round_beside(w, left, kept, "left", formats["0"], x), "1": shared}
+        {"0": round_factor(w, left, kept, "left", formats["0"], x), "1": shared}
         for w, left, x in zip(matrices, lefts, weightings, strict=True)
     ]
 
@@ -288,7 +287,7 @@ def _round_outputs(
     shared = round_shared(left, formats["0"], pooled(seen, (left.shape[0], left.shape[1])))
     kept = value_of(shared)
     return [
-        {"0": shared, "1": round_beside(w, kept, right, "right", formats["1"], x)}
+        {"0": shared, "1": round_factor(w, kept, right, "right", formats["1"], x)}
         for w, right, x in zip(matrices, rights, weightings, strict=True)
     ]
 

@@ -25,12 +25,9 @@ from tensornet.linalg.weighted_svd import (
 )
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.expected_loss import expected_losses
-from tensornet.quantization.prediction import spaced_rows
-from tensornet.quantization.product_loss import predict_product_losses
-from tensornet.quantization.rounding import LEAST_DAMPING
+from tensornet.quantization.moments import DENSE_ROW_DAMPING, LEAST_DAMPING
+from tensornet.quantization.predict import predict_losses, predict_product_losses, spaced_rows
 from tensornet.topologies import topology_family
-from tensornet.topologies.dense import ROUNDING_DAMPING
 from tensornet_moe.low_rank_sharing import (
     PATTERNS,
     Terms,
@@ -243,7 +240,7 @@ def _factor_losses(
             else:
                 seen = [moments_of_left(b, x) for (_, b), x in zip(pairs, weightings, strict=True)]
             sums.append(pooled(seen, (common.shape[0], common.shape[1])))
-        of_shared.append(_expected(common, shared, sums, ROUNDING_DAMPING))
+        of_shared.append(_expected(common, shared, sums, DENSE_ROW_DAMPING))
     for place, sides in enumerate(zip(*kinds, strict=True)):
         with remembering():  # the moments of a matrix are factorised once for all ranks
             for at, pairs in enumerate(pairs_at):
@@ -271,7 +268,7 @@ def _expected(
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)
-    losses = expected_losses(core, integers, weightings, row_damping=row_damping, sample=sample)
+    losses = predict_losses(core, integers, weightings, row_damping=row_damping, sample=sample)
     found[torch.tensor([x.is_integer for x in formats])] = losses.double().cpu().clamp_min(0)
     return found
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from tensornet.compression.forecast import light_copy
 from tensornet.errors import TargetError
-from tensornet.nn.encoding import unpacked_codes
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
 from tensornet.topologies.structure import is_matrix
@@ -198,7 +197,7 @@ def _packed(layer: NetworkModule, stock: nn.Module, *, tied_to: str | None) -> d
     if not torch.equal(scale.float(), stored[f"scale_{core}"].float()):
         return f"scales are not exact in {stock.weight.dtype}"
     return {
-        "weight_packed": words(unpacked_codes(stored[f"core_{core}"], bits, columns), bits),
+        "weight_packed": words(number_format.unpack(stored[f"core_{core}"], columns), bits),
         "weight_scale": scale.contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
     }

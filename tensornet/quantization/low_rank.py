@@ -18,13 +18,8 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, times
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.rounding import (
-    LEAST_DAMPING,
-    RoundedWeight,
-    Rounding,
-    empty_weight,
-    round_weight,
-)
+from tensornet.quantization.moments import LEAST_DAMPING
+from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weight
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ def round_product(
 
 @torch.no_grad()
 @outside_autocast
-def round_beside(
+def round_factor(
     target: Tensor,
     left: Tensor,
     right: Tensor,
@@ -119,7 +114,7 @@ def round_beside(
     weighting: Weighting,
     rounding: Rounding = "two_sided",
 ) -> RoundedWeight | Tensor:
-    """Round one factor of a product beside the other one, which is kept as it is.
+    """Round one factor of a product and keep the other one as it is.
 
     The factor is rounded as given and fitted again, and the result of smaller loss is returned.
 
@@ -134,9 +129,9 @@ def round_beside(
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> from tensornet.quantization.factors import round_beside
+        >>> from tensornet.quantization import round_factor
         >>> a, b = torch.randn(16, 4), torch.randn(4, 64)
-        >>> round_beside(a @ b, a, b, "left", NumberFormat.parse("int8"), Weighting()).codes.shape
+        >>> round_factor(a @ b, a, b, "left", NumberFormat.parse("int8"), Weighting()).codes.shape
         torch.Size([16, 4])
     """
     a, b, wanted = left.double(), right.double(), target.double()
@@ -227,8 +222,6 @@ class _Product:
         self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
     ) -> RoundedWeight:
         """Round a factor under the moments that it sees."""
-        if factor.numel() == 0:
-            return empty_weight(factor, number_format)
         return round_weight(
             factor,
             number_format,
