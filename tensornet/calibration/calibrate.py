@@ -1,6 +1,7 @@
 """Calibration: run a model over data and accumulate second moments in bounded memory."""
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,7 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import check_type, progress_bar, remembering
+from tensornet._util import (
+    check_type,
+    in_eval_mode,
+    progress_bar,
+    remembering,
+    uncompiled,
+    without_cache,
+)
 from tensornet.calibration.batches import (
     Batch,
     BatchLike,
@@ -20,26 +28,28 @@ from tensornet.calibration.batches import (
     run_model,
 )
 from tensornet.calibration.coherence import CoherenceSample, HeldTokens
-from tensornet.calibration.gathered import GatheredTokens, hidden_states
-from tensornet.calibration.gram import add_gram, add_moment, mirrored, upper_gram
-from tensornet.calibration.hooks import observed
 from tensornet.calibration.losses import (
     PROJECTIONS,
     TokenLosses,
     default_losses,
     label_losses,
+    own_losses,
     sampled_losses,
-    token_mask,
+    seeded_draws,
 )
-from tensornet.calibration.shared_inputs import InputSum, Reading
+from tensornet.calibration.masks import GatheredTokens, hidden_states, token_mask
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.errors import NonFiniteError, TargetError
-from tensornet.nn.targets import LayerSelection, check_model
+from tensornet.nn.layer_kinds import kind_of
+from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
+from tensornet.nn.unfuse import unfused
 from tensornet.nn.weight_readers import Run, weight_readers
 
 Fisher = Literal["labels", "sampled"]
-#: Losses that first ask the model where it scores labels, which must not be observed.
-_OWN = (label_losses, sampled_losses)
+#: Losses that first ask the model what it returns, which must not be observed.
+_OWN = (label_losses, own_losses, sampled_losses)
+#: Columns of a block of a Gram matrix.
+_BLOCK = 128
 
 
 @torch.inference_mode(False)  # inside it nothing can be differentiated
@@ -234,8 +244,8 @@ class MomentRecorder:
         self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.inputs: dict[str, InputSum] = {}  # layer -> sum that it shares with those that read the same
-        self._last: Reading | None = None
+        self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
+        self._last: _Reading | None = None
         self.readers: frozenset[str] = frozenset()
         self._gathered = GatheredTokens()
         self._gathered_of: Batch = self.batch
@@ -258,7 +268,7 @@ class MomentRecorder:
         if self._last is None or not self._last.joins(name, x):
             self._settle()
             tokens = _rows(x, self._mask(x, name))
-            self._last = Reading(x, self._moment(tokens, self.dtype), tokens.shape[0])
+            self._last = _Reading(x, self._moment(tokens, self.dtype), tokens.shape[0])
         elif (mask := self._masks.get(self._last.layers[0])) is not None:
             self._masks[name] = mask
         self._last.layers.append(name)
@@ -275,12 +285,12 @@ class MomentRecorder:
         layers, moment = self._last.layers, self._last.moment
         self._last = None
         if new := [name for name in layers if name not in self.inputs]:
-            start = InputSum(new, torch.zeros_like(moment))
+            start = _InputSum(new, torch.zeros_like(moment))
             self.inputs.update(dict.fromkeys(new, start))
         for shared in {id(x): x for x in (self.inputs[name] for name in layers)}.values():
             if rest := [name for name in shared.layers if name not in layers]:
                 shared.layers = [name for name in shared.layers if name in layers]
-                self.inputs.update(dict.fromkeys(rest, InputSum(rest, shared.total.clone())))
+                self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.total.clone())))
             add_moment(shared.total, moment)
 
     def see_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -416,3 +426,176 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         sums[name] += value
     else:
         sums[name] = value
+
+
+@dataclass
+class _InputSum:
+    """Summed input moment of layers that have read the same tensors so far."""
+
+    layers: list[str]
+    total: Tensor
+
+
+class _Reading:
+    """Input tensor, its moment, and the layers that have read it."""
+
+    def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
+        self.moment, self.tokens = moment, tokens
+        self.layers: list[str] = []
+        self._of = weakref.ref(x)
+        self._version = _version(x)
+
+    def joins(self, name: str, x: Tensor) -> bool:
+        """Return True if a layer reads this tensor, unchanged, for the first time."""
+        unchanged = self._version is not None and _version(x) == self._version
+        return self._of() is x and unchanged and name not in self.layers
+
+
+def _version(x: Tensor) -> int | None:
+    """Return the in-place version of a tensor; None if it has no version counter."""
+    return None if x.is_inference() else x._version
+
+
+def upper_gram(x: Tensor) -> Tensor:
+    """Compute the blocks of `X^T X` on and above the diagonal; blocks below it are undefined."""
+    found = x.new_empty(x.shape[1], x.shape[1])
+    for rows, columns in _blocks(x.shape[1]):
+        torch.mm(x[:, rows].T, x[:, columns], out=found[rows, columns])
+    return found
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add `X^T X` to the upper half of a sum, in its dtype, block by block while they are in the cache.
+
+    Args:
+        total: shape `(features, features)`; what stands below the diagonal is not defined afterwards.
+        x: shape `(tokens, features)`, perhaps in 16 bits: then the product of these tokens is, not the sum.
+    """
+    for rows, columns in _blocks(x.shape[1]):
+        left, right = x[:, rows].T, x[:, columns]
+        if x.dtype == total.dtype:
+            total[rows, columns].addmm_(left, right)
+        else:
+            total[rows, columns] += torch.mm(left, right)
+
+
+def add_moment(total: Tensor, moment: Tensor) -> None:
+    """Add a moment to a sum: the upper half of a matrix, or a diagonal."""
+    if moment.ndim == 1:
+        total += moment
+        return
+    for rows, columns in _blocks(len(moment)):
+        total[rows, columns] += moment[rows, columns]
+
+
+def _blocks(size: int) -> list[tuple[slice, slice]]:
+    """List the blocks of rows of a square matrix, with the columns from their diagonal on."""
+    return [(slice(k, k + _BLOCK), slice(k, None)) for k in range(0, size, _BLOCK)]
+
+
+def mirrored(moment: Tensor) -> Tensor:
+    """Mirror the upper triangle of a moment; diagonal moments are returned unchanged."""
+    return moment if moment.ndim == 1 else moment.triu_().add_(moment.triu(1).T)
+
+
+@contextmanager
+def observed(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
+    """Record the chosen layers inside the block, in eval mode, with frozen weights and repeatable draws."""
+    with (
+        unfused(model),
+        in_eval_mode(model),
+        uncompiled(),
+        without_cache(model),
+        seeded_draws(),
+        _hooked(model, recorder, config),
+    ):
+        yield
+
+
+@contextmanager
+def _hooked(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
+    weights = find_targets(model, config or LayerSelection(target_modules="all"))
+    targets = [x for x in weights if not x.skip]
+    check_loaded(targets)
+    layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    holders = {name[:k] for name, _ in layers.values() for k, x in enumerate(name) if x == "."}
+    handles = [
+        x.register_forward_pre_hook(_index_hook(name), with_kwargs=True)
+        for name, x in model.named_modules()
+        # Subclasses may read something else, such as a mask that they make positions of.
+        if isinstance(x, nn.Embedding) and type(x).forward is nn.Embedding.forward
+    ]
+    handles += [
+        model.get_submodule(name).register_forward_pre_hook(_states_hook(recorder), with_kwargs=True)
+        for name in sorted(holders)
+    ]
+    handles += [
+        handle
+        for name, module in layers.values()
+        for handle in (
+            module.register_forward_pre_hook(_input_hook(name, recorder), with_kwargs=True),
+            module.register_forward_hook(_output_hook(name, recorder), with_kwargs=True),
+        )
+    ]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+
+
+def _index_hook(name: str) -> Any:
+    def hook(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for given in (*args, *kwargs.values()):
+            if not isinstance(given, Tensor) or given.is_meta or not given.numel():
+                continue
+            low, high = (int(x) for x in given.aminmax())
+            if low < 0 or high >= module.num_embeddings:
+                raise TargetError(
+                    f"Embedding {name!r} has {module.num_embeddings:,} rows, and a batch asks for row "
+                    f"{low if low < 0 else high}: token ids of another tokenizer, or a text longer than the "
+                    f"model takes? Indices go from 0 to {module.num_embeddings - 1}."
+                )
+
+    return hook
+
+
+def _states_hook(recorder: MomentRecorder) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorder.see_states(args, kwargs)
+
+    return hook
+
+
+def _input_hook(name: str, recorder: MomentRecorder) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (given,) = (*args, *kwargs.values())  # some models name the only argument
+        kind = kind_of(module)
+        if kind is not None and kind.name == "embedding":
+            recorder.see_indices(name, given, kind.matrix(module).shape[0])
+        else:
+            recorder.see_input(name, given)
+
+    return hook
+
+
+def _output_hook(name: str, recorder: MomentRecorder) -> Any:
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        if not output.requires_grad:  # the first layer: with frozen weights the graph starts here
+            # A copy, since the model may change its output in place, which no leaf of a graph allows.
+            output = output.detach().requires_grad_().clone()
+        (given,) = (*args, *kwargs.values())
+        paired = given.is_floating_point() and given.shape[:-1] == output.shape[:-1]
+        held = recorder.hold(name, given) if paired else []
+        output.register_hook(lambda gradient: recorder.see_gradient(name, gradient, held))
+        return output
+
+    return hook

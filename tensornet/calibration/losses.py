@@ -5,19 +5,20 @@ left out. Any function of that form can be given to `calibrate`. Random numbers 
 same in every calibration; called alone, they take the global generator.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import IGNORED, Batch, run_model
-from tensornet.calibration.draws import draws_on
-from tensornet.calibration.label_shift import field, labels_are_shifted, same_convention
-from tensornet.calibration.token_axes import place_masks
-from tensornet.calibration.token_entropy import drawn_labels, token_entropies
-from tensornet.errors import TargetError
+from tensornet._util import unwrapped
+from tensornet.calibration.batches import IGNORED, Batch, run_model, takes_labels
+from tensornet.calibration.masks import token_mask
+from tensornet.errors import CalibrationWarning, TargetError
 
 TokenLosses = Callable[[nn.Module, Batch], Tensor]
 
@@ -25,10 +26,11 @@ TokenLosses = Callable[[nn.Module, Batch], Tensor]
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of the labels under the model's logits.
 
-    Labels are `batch["labels"]`, else the unpadded `input_ids`. Whether logits are scored on the label at
-    their position or on the next one is decided by the model's own loss (`labels_are_shifted`); the next
-    token is not scored from padding. Where labels and logits do not match token by token, the model's own
-    mean loss counts once for each row of the batch. Outputs are objects or mappings with `logits` or `loss`.
+    Labels are `batch["labels"]`, else the unpadded `input_ids`. Decoders score the label of the next
+    position, other models that in its place (`scores_next_token`); no token is scored from padding. A
+    model of an unknown class that computes a loss from labels is scored by that (`own_losses`), and so is one
+    whose labels and logits do not match token by token. Outputs are objects or mappings with `logits` or
+    `loss`.
     A model that returns one tensor `(..., classes)` is scored at each label `(...)` there is; labels that
     are numbers of the shape of that tensor are predicted: the loss of each row is then the mean squared
     difference.
@@ -47,7 +49,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
         return _squared(model, output, labels)
     if logits is None or labels is None:
         if (loss := field(output, "loss")) is not None:
-            return loss.expand(_rows(batch))
+            return loss.expand(_scored(labels, batch))
         raise TargetError(
             f"{type(model).__name__} returns neither logits for each token nor a loss, so nothing says what "
             "an error costs. For hidden states there is tensornet.compression.cosine_losses. Calibrate it "
@@ -55,7 +57,36 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
             "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
             "tensornet.compress(model, config, calibration=stats)."
         )
+    if scores_next_token(model) is None and labels.ndim == 2:
+        if "labels" not in batch and takes_labels(model):
+            output = run_model(model, {**batch, "labels": labels})
+        if (loss := field(output, "loss")) is not None:
+            return loss.expand(_scored(labels, batch))
     return token_entropies(*_aligned(model, batch, logits, labels))
+
+
+def own_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Compute the model's own mean loss, once for each token that has a label, shape `(tokens,)`.
+
+    Labels are `batch["labels"]`, else the unpadded `input_ids`.
+
+    Raises:
+        TargetError: the model returns no loss.
+
+    Example:
+        >>> from tensornet.calibration.losses import own_losses
+        >>> class Copier(torch.nn.Embedding):
+        ...     def forward(self, input_ids, labels):
+        ...         logits = super().forward(input_ids)
+        ...         return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+        >>> own_losses(Copier(9, 9), {"input_ids": torch.ones(2, 3, dtype=torch.long)}).shape
+        torch.Size([6])
+    """
+    labels = _labels(batch)
+    output = run_model(model, batch if labels is None else {**batch, "labels": labels})
+    if (loss := field(output, "loss")) is None:
+        raise TargetError(f"{type(model).__name__} returns no loss: pass a loss_fn of your own.")
+    return loss.expand(_scored(labels, batch))
 
 
 def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
@@ -154,24 +185,83 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> DefaultLoss:
     """Choose the loss for a model from its outputs for one batch.
 
     `cosine_losses` for hidden states or sentence embeddings alone; `output_losses` for other outputs that
-    have neither labels nor a loss of the model; else `sampled_losses` for `fisher="sampled"`, or
-    `label_losses`. A loss of labels is then ready for `batch`: the model has been asked where it scores them.
+    have neither labels nor a loss of the model; else `sampled_losses` for `fisher="sampled"`, `own_losses`
+    for classes that are not known and compute a loss, or `label_losses`.
     """
     labels, logits, output = _predict(model, batch)
     if only_hidden(output):
         return DefaultLoss(cosine_losses)
-    matched = logits is not None and labels is not None
-    if matched:
-        assert labels is not None
-        if labels.ndim == 2:
-            labels_are_shifted(model, batch, labels, output)
-    elif "labels" not in batch and field(output, "loss") is None:
+    if logits is not None and labels is not None:
+        of_tokens = logits.ndim == 3 and _has_table(model, logits.shape[-1])
+        if labels.ndim == 2 and scores_next_token(model) is None:
+            with_labels = output
+            if "labels" not in batch and takes_labels(model):
+                with_labels = run_model(model, {**batch, "labels": labels})
+            if fisher == "labels" and field(with_labels, "loss") is not None:
+                return DefaultLoss(own_losses)
+            _warn_of_assumption(model, _shifted(model, batch, labels))
+        return DefaultLoss(sampled_losses if fisher == "sampled" else label_losses, of_tokens)
+    if "labels" not in batch and field(output, "loss") is None:
         classes = _logits(output)
         drawn = classes is not None and classes.ndim == 2 and classes.shape[1] > 1
         if not (drawn and fisher == "sampled") and _tensors(output, batch):
             return DefaultLoss(output_losses)
-    of_tokens = matched and logits is not None and logits.ndim == 3 and _has_table(model, logits.shape[-1])
-    return DefaultLoss(sampled_losses if fisher == "sampled" else label_losses, of_tokens)
+    return DefaultLoss(sampled_losses if fisher == "sampled" else label_losses)
+
+
+#: Endings of the names of classes whose logits at one position are scored by the next label, and of others
+#: that score labels in their place.
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_IN_PLACE = (
+    "XLNetLMHeadModel",
+    "XLMWithLMHeadModel",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForTokenClassification",
+)
+
+
+def scores_next_token(model: nn.Module) -> bool | None:
+    """Return True if logits are scored by the label of the next position, False if by the label in its place.
+
+    Known of the classes of transformers: decoders by the end of their name, with listed exceptions; models
+    of an encoder and a decoder shift their labels themselves. None for any other class.
+
+    Example:
+        >>> from tensornet.calibration.losses import scores_next_token
+        >>> class TinyForCausalLM(torch.nn.Module):
+        ...     pass
+        >>> scores_next_token(TinyForCausalLM()), scores_next_token(torch.nn.Linear(2, 2))
+        (True, None)
+    """
+    model = unwrapped(model)
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or name.endswith(_IN_PLACE):
+        return False
+    return True if name.endswith(_DECODERS) else None
+
+
+def _shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
+    """Decide whether a label scores the position before; for unknown classes if the labels are the inputs."""
+    known = scores_next_token(model)
+    if known is not None:
+        return known
+    inputs = batch.get("input_ids")
+    if not isinstance(inputs, Tensor) or inputs.shape != labels.shape:
+        return False
+    counted = labels != IGNORED
+    return bool((inputs == labels)[counted].all())
+
+
+def _warn_of_assumption(model: nn.Module, shifted: bool) -> None:
+    how = "the input tokens, so the next token is scored" if shifted else "scored in their place"
+    warnings.warn(
+        f"{type(model).__name__} computes no loss from labels, and its class is not known to predict a label "
+        f"at its position or at the one before. Assumed: the labels are {how}. If that is wrong, pass "
+        "loss_fn, a function (model, batch) -> losses of shape (tokens,).",
+        CalibrationWarning,
+        stacklevel=3,
+    )
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
@@ -188,7 +278,7 @@ def _has_table(model: nn.Module, classes: int) -> bool:
 def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses:
     """Build a loss that scores compressed models beside their dense teacher, with the same labels each time.
 
-    `label_losses`, which scores labels where the dense model does. Without labels, the distance from the
+    Of labels, `label_losses` or `own_losses`. Without labels, the distance from the
     dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
     squared difference of other outputs relative to the dense ones.
 
@@ -222,7 +312,6 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
         if judged_by is None:  # from the first batch; the teacher of a language model then runs no more
             judged_by = default_losses(teacher, batch, "labels").losses
         if judged_by not in PROJECTIONS:
-            same_convention(model, teacher)
             return judged_by(model, batch)
         wanted, found = wanted_of(batch), run_model(model, batch)
         if judged_by is cosine_losses:
@@ -315,38 +404,9 @@ def _projected(unit: Tensor) -> Tensor:
     return (unit * torch.randn(unit.shape, generator=draws_on(unit.device), **like)).sum(-1)
 
 
-def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
-    """Return the mask of real tokens for the given leading dimensions; None without padding.
-
-    Padding is what `attention_mask` and `decoder_attention_mask` say. A label of -100 is a token without a
-    loss, as most are in a batch for masked language modelling; batches padded without a mask are read by the
-    model as they are, and so counted. Only a decoder that is given its tokens as labels reads padding after
-    the last label of a row. Where an encoder's and a decoder's mask have one shape, a position counts if
-    either says so. `tensornet.calibration.token_axes` says which dimensions are rows and tokens.
-    """
-    named = (batch.get(name) for name in ("attention_mask", "decoder_attention_mask"))
-    masks = [x.bool() for x in named if isinstance(x, Tensor) and x.ndim <= 2]
-    found = place_masks(masks, shape)
-    if found is None and (ended := _ended_labels(batch)) is not None:
-        found = place_masks([ended], shape)
-    return found
-
-
-def _ended_labels(batch: Batch) -> Tensor | None:
-    """Return the mask of decoder tokens up to the last label of each row; None for other labels.
-
-    Labels are a decoder's if no input of the batch but its own has their shape, and there is no mask of its
-    own.
-    """
-    labels = batch.get("labels")
-    if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
-        return None
-    others = (x for name, x in batch.items() if name != "labels" and not name.startswith("decoder_"))
-    inputs = [x for x in others if isinstance(x, Tensor)]
-    if labels.is_floating_point() or not inputs or any(x.shape[:2] == labels.shape for x in inputs):
-        return None
-    real = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-    return real if bool(real.any()) else None
+def field(output: Any, name: str) -> Any:
+    """Return a named field of a model output, an object or a mapping; None if the field is missing."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _logits(output: Any) -> Tensor | None:
@@ -359,16 +419,29 @@ def _numbers(labels: Tensor | None) -> bool:
     return labels is not None and labels.is_floating_point()
 
 
-def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
-    """Run the model and return `(labels, logits of each label or None, output)`."""
+def _labels(batch: Batch) -> Tensor | None:
+    """Return the labels of a batch, else its input tokens without padding."""
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
         labels = batch["input_ids"].long()  # of 32 bits in some batches, which losses do not take
         mask = batch.get("attention_mask")
         if mask is not None and mask.shape == labels.shape:  # others say which tokens see which
             labels = labels.masked_fill(mask == 0, IGNORED)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            batch = {**batch, "labels": labels}
+    return labels
+
+
+def _scored(labels: Any, batch: Batch) -> int:
+    """Count the tokens that have a label; rows where labels are not classes of tokens."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 2:
+        return _rows(batch)
+    return int((labels != IGNORED).sum())
+
+
+def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
+    """Run the model and return `(labels, logits of each label or None, output)`."""
+    labels = _labels(batch)
+    if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        batch = {**batch, "labels": labels}
     output = run_model(model, batch)
     if isinstance(output, Tensor):  # it may be hidden states: only labels that were given make logits of it
         labels = batch.get("labels")
@@ -381,7 +454,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
 def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits `(positions, classes)`, the positions that have a label, and these labels."""
     mask = batch.get("attention_mask")
-    causal = labels.ndim == 2 and labels_are_shifted(model, batch, labels)
+    causal = labels.ndim == 2 and _shifted(model, batch, labels)
     padded = causal and mask is not None and mask.shape == labels.shape
     if causal:  # a position is scored by the next label
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -391,3 +464,116 @@ def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> 
     places = keep.reshape(-1).nonzero().squeeze(1)
     # Indices may be of 32 bits, classes may not.
     return logits.reshape(-1, logits.shape[-1]), places, labels.reshape(-1)[places].long()
+
+
+#: Logits that are looked at together: on a CPU they stay in its cache.
+_CACHED, _CHUNK = 1 << 18, 1 << 27
+
+
+def token_entropies(logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross entropy of labels at some rows of the logits, in single precision.
+
+    Args:
+        logits: shape `(rows, classes)`.
+        places: rows that have a label, each at most once, shape `(tokens,)`.
+        labels: their classes, shape `(tokens,)`.
+
+    Returns:
+        Shape `(tokens,)`; differentiable once by the logits.
+
+    Example:
+        >>> from tensornet.calibration.losses import token_entropies
+        >>> token_entropies(torch.zeros(3, 4), torch.tensor([0, 2]), torch.tensor([1, 3])).tolist()
+        [1.3862943649291992, 1.3862943649291992]
+    """
+    found: Tensor = _TokenEntropies.apply(logits, places, labels)
+    return found
+
+
+@torch.no_grad()
+def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
+    """Draw a label from the probabilities at some rows of the logits, shape `(tokens,)`.
+
+    Args:
+        logits: shape `(rows, classes)`.
+        places: rows, shape `(tokens,)`.
+
+    Example:
+        >>> from tensornet.calibration.losses import drawn_labels
+        >>> drawn_labels(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.tensor([0, 1])).tolist()
+        [1, 0]
+    """
+    like: Any = {"dtype": torch.float64, "device": logits.device}
+    shares = torch.rand(len(places), 1, generator=draws_on(logits.device), **like)
+    drawn = torch.empty_like(places)
+    for part in _parts(places, logits):
+        sums = logits[places[part]].float().softmax(1).cumsum(1, dtype=torch.float64)
+        # The first class whose sum exceeds the share of the total: none without probability.
+        drawn[part] = torch.searchsorted(sums, shares[part] * sums[:, -1:], right=True)[:, 0]
+    return drawn.clamp_max_(logits.shape[1] - 1)
+
+
+class _TokenEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+        sums, losses = (logits.new_empty(len(places), dtype=torch.float32) for _ in range(2))
+        for part in _parts(places, logits):
+            some = logits[places[part]].float()
+            torch.logsumexp(some, 1, out=sums[part])
+            losses[part] = sums[part] - some.gather(1, labels[part, None])[:, 0]
+        ctx.save_for_backward(logits, places, labels, sums)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, places, labels, sums = ctx.saved_tensors
+        whole = len(places) == len(logits)  # each place is there at most once
+        found = torch.empty_like(logits) if whole else torch.zeros_like(logits)
+        for part in _parts(places, logits):
+            some = logits[places[part]].float().sub_(sums[part, None]).exp_()
+            some[torch.arange(len(some), device=some.device), labels[part]] -= 1
+            found[places[part]] = some.mul_(gradient[part, None]).to(logits.dtype)
+        return found, None, None
+
+
+def _parts(places: Tensor, logits: Tensor) -> list[slice]:
+    """Split the tokens into runs whose logits are looked at together."""
+    step = max(1, (_CACHED if logits.is_cpu else _CHUNK) // max(logits.shape[1], 1))
+    return [slice(k, k + step) for k in range(0, len(places), step)]
+
+
+#: Generators of the innermost block by device; None outside.
+_drawing: ContextVar[dict[torch.device, torch.Generator] | None] = ContextVar("drawing", default=None)
+
+
+@contextmanager
+def seeded_draws() -> Iterator[None]:
+    """Let losses draw from generators of their own inside the block, which start at a fixed seed.
+
+    One sequence runs through all batches, so that equal batches get different noise.
+
+    Example:
+        >>> from tensornet.calibration.losses import draws_on, seeded_draws
+        >>> def two():
+        ...     with seeded_draws():
+        ...         return [float(torch.rand((), generator=draws_on(torch.device("cpu")))) for _ in range(2)]
+        >>> first, second = two()
+        >>> first != second, two() == [first, second]
+        (True, True)
+    """
+    token = _drawing.set({})
+    try:
+        yield
+    finally:
+        _drawing.reset(token)
+
+
+def draws_on(device: torch.device) -> torch.Generator | None:
+    """Return the generator of a device; None outside of `seeded_draws`, where the global one draws."""
+    known = _drawing.get()
+    if known is None:
+        return None
+    if device not in known:
+        known[device] = torch.Generator(device).manual_seed(0)
+    return known[device]

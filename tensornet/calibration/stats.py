@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors
 from torch import Tensor
@@ -12,9 +11,6 @@ from torch import Tensor
 from tensornet._util import html_table
 from tensornet.errors import FormatError
 from tensornet.io import write_tensors
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 STATS_VERSION = 1
 
@@ -79,37 +75,19 @@ class CalibrationStats:
         distinct = {id(x): x for x in (*self.rows.values(), *self.columns.values())}
         return sum(x.numel() * x.element_size() for x in distinct.values())
 
-    def plot(self) -> "Figure":
-        """Draw the size of each layer's moments, and in how many directions its inputs vary.
-
-        Returns:
-            A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
-
-        Raises:
-            MissingDependencyError: matplotlib is not installed.
-
-        Example:
-            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-            >>> stats = tn.calibrate(model, [torch.randn(32, 64)])
-            >>> [axes.get_xlabel() for axes in stats.plot().axes]
-            ['sensitivity 1/2 tr R tr C', 'directions that inputs use']
-        """
-        from tensornet.calibration.moment_figure import moment_figure
-
-        return moment_figure(self)
-
     def _repr_html_(self) -> str:
         """Format as a table for notebooks."""
-        from tensornet.calibration.moment_figure import moment_summaries
-
         known = self.loss is not None and self.loss == self.loss  # NaN: batches had no loss of their own
         loss = f", loss {self.loss:.4f}" if known else ""
         caption = f"Statistics of {self.tokens:,} tokens of {self.source}{loss}"
-        rows = [
-            (x.name, f"{x.inputs:,}", f"{x.directions:.1f}", "" if x.loss is None else f"{x.loss:.3g}")
-            for x in moment_summaries(self)
-        ]
-        return html_table(caption, ("layer", "inputs", "directions used", "1/2 tr R tr C"), rows)
+        rows = []
+        for name, columns in self.columns.items():
+            traces = [_trace(side[name]) for side in (self.rows, self.columns) if name in side]
+            sensitivity = (
+                f"{0.5 * traces[0] * traces[1]:.3g}" if self.has_gradients and len(traces) == 2 else ""
+            )
+            rows.append((name, f"{len(columns):,}", f"{self.counts.get(name, self.tokens):,}", sensitivity))
+        return html_table(caption, ("layer", "inputs", "tokens", "1/2 tr R tr C"), rows)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a tensor that several layers share is written once.
@@ -179,3 +157,8 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
         key = keys.setdefault(id(moment), f"{side}.{name}")
         tensors.setdefault(key, moment.contiguous())
     return {name: keys[id(moment)] for name, moment in moments.items()}
+
+
+def _trace(moment: Tensor) -> float:
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    return float(diagonal.double().sum())

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from tensornet._util import warn
-from tensornet.calibration.batch_sample import BatchSample
-from tensornet.calibration.batches import BatchLike
+from tensornet.calibration.batches import BatchLike, BatchSample
 from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.losses import PROJECTIONS, TokenLosses, sampled_losses
 from tensornet.calibration.stats import CalibrationStats

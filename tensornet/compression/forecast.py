@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode
 from tensornet.calibration.batches import BatchLike, as_batch
-from tensornet.calibration.label_shift import same_convention
 from tensornet.calibration.losses import TokenLosses
 from tensornet.errors import BudgetError, TargetError
 from tensornet.nn.module import NetworkModule
@@ -215,6 +214,4 @@ def _reflection(stock: nn.Module) -> Any:
 def light_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of a model without their parameters and buffers, which are shared."""
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, shared)
-    same_convention(copied, model)
-    return copied
+    return copy.deepcopy(model, shared)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode
-from tensornet.calibration.batch_sample import some_rows
-from tensornet.calibration.batches import BatchLike
+from tensornet.calibration.batches import BatchLike, some_rows
+from tensornet.calibration.blockwise import find_chains, hidden_of, replaced_blocks
 from tensornet.calibration.losses import TokenLosses, losses_against
-from tensornet.calibration.sequential import find_chains, hidden_of, replaced_blocks
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.forecast import Rise, light_copy, opposite_errors

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
-from tensornet.calibration.batch_sample import BatchSample, some_rows
-from tensornet.calibration.batches import Batch, BatchLike
+from tensornet.calibration.batches import Batch, BatchLike, BatchSample, some_rows
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.compression.forecast import Rise
 from tensornet.errors import CalibrationWarning

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tensornet._util import uncompiled
 from tensornet.calibration.batches import Batch, run_model
-from tensornet.calibration.label_shift import field
-from tensornet.calibration.losses import only_hidden, output_distances, pooled, token_mask
+from tensornet.calibration.losses import field, only_hidden, output_distances, pooled
+from tensornet.calibration.masks import token_mask
 from tensornet.errors import TargetError
 from tensornet.healing.config import Distance
 from tensornet.healing.divergence import divergence

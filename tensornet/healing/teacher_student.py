@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model
-from tensornet.calibration.gram import mirrored, upper_gram
-from tensornet.calibration.losses import token_mask
-from tensornet.calibration.sequential import ChainRun, Stop, find_chains
+from tensornet.calibration.blockwise import ChainRun, Stop, find_chains
+from tensornet.calibration.calibrate import mirrored, upper_gram
+from tensornet.calibration.masks import token_mask
 
 NEVER_REACHED = "the data never reached it"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import CalibrationStats, cosine_losses, label_losses, sampled_losses
-from tensornet.calibration.losses import token_mask
+from tensornet.calibration.masks import token_mask
 from tensornet.errors import TargetError
 
 BATCH = {

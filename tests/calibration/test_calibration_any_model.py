@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration.label_shift import predicts_next_token
-from tensornet.calibration.losses import label_losses, losses_against, token_mask
+from tensornet.calibration.losses import label_losses, losses_against, own_losses
+from tensornet.calibration.masks import token_mask
 
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
 
@@ -219,51 +219,53 @@ class Writer(nn.Module):
 IDS = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("convention", ["shifted", "in place"])
-@pytest.mark.parametrize("more", ["", "smooth", "balanced", "twice", "balanced smooth"])
-def test_labels_are_scored_where_the_model_scores_them(convention: str, more: str) -> None:
-    model, plain = Writer(f"{more} {convention}"), Writer(convention)
-    wanted = plain(IDS, IDS)["loss"].item()
+@pytest.mark.parametrize("convention", ["shifted", "in place", "smooth shifted", "balanced in place"])
+def test_an_unknown_class_is_scored_by_its_own_loss(convention: str) -> None:
+    model = Writer(convention)
+    wanted = model(IDS, IDS)["loss"].item()
     for batch in ({"input_ids": IDS}, {"input_ids": IDS, "labels": IDS}):
-        assert label_losses(model, batch).mean().item() == pytest.approx(wanted, rel=1e-5)
+        losses = label_losses(model, batch)
+        assert losses.shape == (21,)
+        assert losses.mean().item() == pytest.approx(wanted, rel=1e-5)
     stats = tn.calibrate(model, [IDS])
-    assert stats.loss == pytest.approx(wanted, rel=1e-5)
-    same(stats, tn.calibrate(plain, [IDS], loss_fn=label_losses))
+    assert (stats.loss, stats.scored) == (pytest.approx(wanted, rel=1e-5), 21)
+    same(stats, tn.calibrate(model, [IDS], loss_fn=own_losses))
+    against = losses_against(model)(Writer(convention), {"input_ids": IDS})
+    assert against.mean().item() == pytest.approx(wanted, rel=1e-5)
+
+
+class WriterForCausalLM(Writer):
+    """The name of its class tells that labels are shifted."""
+
+
+class WriterForMaskedLM(Writer):
+    """The name of its class tells that labels are scored in their place."""
 
 
 @pytest.mark.parametrize(("labels", "shift"), [(IDS, True), (IDS.roll(-1, 1), False)])
-def test_a_model_without_a_loss_is_scored_as_documented(labels: Tensor, shift: bool) -> None:
+def test_an_unknown_class_without_a_loss_is_scored_as_documented(labels: Tensor, shift: bool) -> None:
     model, like = Writer("none"), Writer("shifted" if shift else "in place")
     batch = {"input_ids": IDS, "labels": labels}
     said = "the next token is scored" if shift else "scored in their place"
-    with pytest.warns(tn.CalibrationWarning, match=f"Writer computes no loss .* {said}") as caught:
+    with pytest.warns(tn.CalibrationWarning, match=said) as caught:
         stats = tn.calibrate(model, [batch, batch])
     assert len(caught) == 1
     assert stats.loss == pytest.approx(like(**batch)["loss"].item(), rel=1e-5)
-    tn.calibrate(model, [batch])  # said once
 
 
-def test_equal_logits_at_all_positions_answer_nothing() -> None:
-    model = Writer("shifted")
-    nn.init.zeros_(model.head.weight)
-    assert predicts_next_token(model, {"input_ids": IDS}, IDS) is None
+@pytest.mark.parametrize(("kind", "like"), [(WriterForCausalLM, "shifted"), (WriterForMaskedLM, "in place")])
+def test_names_of_classes_tell_where_labels_are_scored(kind: type[Writer], like: str) -> None:
+    wanted = Writer(like)(IDS, IDS)["loss"].item()
+    assert tn.calibrate(kind("none"), [IDS]).loss == pytest.approx(wanted, rel=1e-5)
 
 
-def test_validation_and_perplexity_follow_the_loss_of_the_model() -> None:
+def test_perplexity_refuses_models_that_score_labels_in_their_place() -> None:
     from tensornet_hf.text.perplexity import perplexity
 
-    for convention in ("shifted", "in place"):
-        model = Writer(convention)
-        prepared = tn.compression.prepare(
-            model, tn.CompressionConfig(target_modules="all", param_ratio=0.8), tn.calibrate(model, [IDS])
-        )
-        assert prepared.dense_loss == pytest.approx(model(IDS, IDS)["loss"].item(), rel=1e-5)
-        against = losses_against(model)(Writer("none"), {"input_ids": IDS})  # no warning: as its teacher
-        assert against.mean().item() == pytest.approx(model(IDS, IDS)["loss"].item(), rel=1e-5)
-    found = perplexity(Writer("shifted"), IDS.flatten(), context=7)
+    found = perplexity(WriterForCausalLM("shifted"), IDS.flatten(), context=7)
     assert found.loss == pytest.approx(Writer("shifted")(IDS, IDS)["loss"].item(), rel=1e-5)
-    with pytest.raises(tn.TargetError, match="Writer scores each label at its own position"):
-        perplexity(Writer("in place"), IDS.flatten(), context=7)
+    with pytest.raises(tn.TargetError, match="own position"):
+        perplexity(WriterForMaskedLM("in place"), IDS.flatten(), context=7)
 
 
 class Projector(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import CalibrationStats
-from tensornet.calibration.gathered import GatheredTokens, hidden_states
+from tensornet.calibration.masks import GatheredTokens, hidden_states
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 
 LINEAR = tn.CompressionConfig(max_bond=1)

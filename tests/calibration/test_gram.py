@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hf_models import llama
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration import gram
+
+gram = importlib.import_module("tensornet.calibration.calibrate")
 
 
 @settings(max_examples=30)

@@ -10,10 +10,10 @@ from hf_models import llama
 from torch import nn
 
 import tensornet as tn
-from tensornet.calibration import token_entropy
+from tensornet.calibration import losses as losses_module
 from tensornet.calibration.batches import fullest_row
 from tensornet.calibration.calibrate import _rows
-from tensornet.calibration.token_entropy import drawn_labels, token_entropies
+from tensornet.calibration.losses import drawn_labels, token_entropies
 
 calibrating = importlib.import_module("tensornet.calibration.calibrate")
 
@@ -23,7 +23,7 @@ calibrating = importlib.import_module("tensornet.calibration.calibrate")
 def test_losses_and_gradients_are_those_of_torch(
     dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_entropy, "_CACHED", 3 * 7)
+    monkeypatch.setattr(losses_module, "_CACHED", 3 * 7)
     torch.manual_seed(0)
     logits = (3 * torch.randn(12, 7)).to(dtype).requires_grad_()
     places, labels = torch.randperm(12)[:count], torch.randint(7, (count,))
@@ -47,7 +47,7 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_labels_are_drawn_by_their_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_entropy, "_CACHED", 4 * 1000)
+    monkeypatch.setattr(losses_module, "_CACHED", 4 * 1000)
     torch.manual_seed(0)
     shares = torch.tensor([0.5, 0.0, 0.2, 0.3])
     logits = torch.stack([shares.log(), torch.full((4,), -1e9)]).expand(9000, 2, 4)[:, 0]
@@ -57,13 +57,12 @@ def test_labels_are_drawn_by_their_probabilities(monkeypatch: pytest.MonkeyPatch
     assert not bool((drawn == 1).any())
 
 
-def test_the_first_batch_costs_three_runs_more() -> None:
-    """One that finds the loss, and two that ask where the model's own loss scores labels."""
+def test_the_first_batch_costs_one_run_more() -> None:
     torch.manual_seed(0)
     model, runs = llama(), []
     model.register_forward_hook(lambda *_: runs.append(0))
     tn.calibrate(model, [torch.randint(1, 60, (2, 12)) for _ in range(2)])
-    assert len(runs) == 2 + 3
+    assert len(runs) == 2 + 1
 
 
 def test_inputs_without_padding_are_not_copied() -> None:

@@ -91,10 +91,9 @@ def test_plan_shows_its_point_and_the_bits_of_every_layer(made: Made) -> None:
     assert "dense, no rise" in text_of(figure)
 
 
-def test_report_and_statistics_draw(made: Made) -> None:
-    _, stats, report, _ = made
+def test_report_draws(made: Made) -> None:
+    report = made[2]
     assert "predicted rise of the loss" in text_of(report.plot())
-    assert "sensitivity" in text_of(stats.plot())
     blind = tn.compress(nn.Sequential(Block()), tn.CompressionConfig(param_ratio=0.5), progress=False)
     assert "relative error of the weight" in text_of(blind.plot())
     assert len(blind.plan.plot().axes) == 1  # no curve where nothing is predicted
@@ -161,7 +160,7 @@ import torch, tensornet as tn
 assert "matplotlib" not in sys.modules
 model = torch.nn.Sequential(torch.nn.Linear(8, 8))
 report = tn.compress(model, tn.CompressionConfig(max_bond=2), progress=False)
-for thing in (report, report.plan, tn.CalibrationStats({}, {}, 1)):
+for thing in (report, report.plan):
     assert thing._repr_html_()
     try:
         thing.plot()
@@ -172,9 +171,9 @@ for thing in (report, report.plan, tn.CalibrationStats({}, {}, 1)):
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 2
     assert all("needs matplotlib" in x and "pip install 'tensornet-torch[viz]'" in x for x in lines)
-    assert [x.split()[0] for x in lines] == ["report.plot()", "plan.plot()", "stats.plot()"]
+    assert [x.split()[0] for x in lines] == ["report.plot()", "plan.plot()"]
 
 
 def test_a_plan_of_many_layers_stays_within_a_page() -> None:

@@ -16,7 +16,7 @@ from mixture_models import VOCAB, mixture
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration.batch_sample import BatchSample, some_rows
+from tensornet.calibration.batches import BatchSample, some_rows
 from tensornet.compression import CompressionConfig, CompressionPlan, PreparedPlan, prepare
 from tensornet.compression.forecast import mean_loss, opposite_errors
 from tensornet.compression.layer_plan import describe

@@ -23,7 +23,7 @@ from transformers import (
 
 import tensornet as tn
 from tensornet._util import without_cache
-from tensornet.calibration.sequential import ChainRun, find_chains
+from tensornet.calibration.blockwise import ChainRun, find_chains
 from tensornet.errors import TargetError
 from tensornet.healing.teacher_student import Group, PairedMoments, PairedRun
 from tensornet.nn.unfuse import unfused

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet.calibration import label_losses
-from tensornet.calibration.label_shift import predicts_next_token
+from tensornet.calibration.losses import scores_next_token
 
 SIZES = {**LLAMA, **TOKENS}
 LATENT = {
@@ -112,7 +112,7 @@ def test_loss_and_moments_of_any_decoder(build: Callable[[], PreTrainedModel], s
     mask[1, 6:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     labels = ids.masked_fill(mask == 0, -100)
-    assert predicts_next_token(model, batch, labels) is shifted
+    assert scores_next_token(model) is shifted
     own = model(**batch, labels=labels).loss.item()
     assert label_losses(model, batch).mean().item() == pytest.approx(own, rel=1e-5)
     padded = tn.calibrate(model, [batch])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode, progress_bar
-from tensornet.calibration.label_shift import field, predicts_next_token
+from tensornet.calibration.losses import field, scores_next_token
 from tensornet.errors import NonFiniteError, ShapeError, TargetError
 
 #: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
@@ -128,6 +128,7 @@ def perplexity(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    _check_next_token(model)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if positions is not None and context > positions:
         raise ValueError(f"context {context} is more than the {positions} positions this model has.")
@@ -140,8 +141,6 @@ def perplexity(
     with in_eval_mode(model), bar:
         for batch in _batches(cut, _fitting(model, context, batch_size)):
             ids = torch.stack([tokens[w.start : w.end] for w in batch])
-            if count == 0:
-                _check_next_token(model, ids[:1])
             logits = field(model(input_ids=ids), "logits")
             for row, window in enumerate(batch):
                 first = window.first_scored - window.start
@@ -156,12 +155,9 @@ def perplexity(
     return Perplexity(math.exp(min(mean, 700.0)), mean, count, len(cut), context, stride)
 
 
-def _check_next_token(model: nn.Module, ids: Tensor) -> None:
-    """Raise TargetError if the model's own loss scores each label at its own position.
-
-    A model without a loss is taken at the caller's word.
-    """
-    if predicts_next_token(model, {"input_ids": ids}, ids) is False:
+def _check_next_token(model: nn.Module) -> None:
+    """Raise TargetError if a model is of a class that scores each label at its own position."""
+    if scores_next_token(model) is False:
         raise TargetError(
             f"The loss of {type(model).__name__} scores each label at its own position, so its logits are no "
             "predictions of the next token and have no perplexity. Compare such models by their own loss, or "
