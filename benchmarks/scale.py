@@ -37,6 +37,7 @@ import tensornet_moe as tm
 from tensornet.topologies import mpo
 from tensornet_hf import streaming
 from tensornet_hf.streaming import peak_memory
+from tensornet_moe.experimental import parallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
@@ -228,7 +229,7 @@ def _train(rank: int, ranks: int, store: str, sizes: Sizes) -> None:
     experts = tm.ExpertFFN({"up": tm.SharedCoreExperts(up, 8), "down": tm.SharedCoreExperts(down, 8)})
     moe = tm.SharedCoreMoE(tm.SwitchRouter(experts.in_features, 8), experts)
     if ranks > 1:
-        tm.shard_experts(moe)
+        parallel.shard_experts(moe)
     x = torch.randn(sizes.tokens // ranks, experts.in_features)
     seconds = []
     for _ in range(1 + sizes.repeats):
@@ -237,7 +238,7 @@ def _train(rank: int, ranks: int, store: str, sizes: Sizes) -> None:
         loss = moe(x).square().mean() + tm.collect_aux_losses(moe).total
         loss.backward()
         if ranks > 1:
-            tm.average_gradients(moe)
+            parallel.average_gradients(moe)
         dist.barrier()
         seconds.append(time.perf_counter() - start)
     if rank == 0:

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet_moe.grouped_linear import group_rows, one_group
-from tensornet_moe.router_base import Combine
+from tensornet_moe.routers import Combine
 
 ACTIVATION = "gelu_new"
 

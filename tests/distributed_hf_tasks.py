@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import tensornet_hf as th
-import tensornet_moe as tm
 from tensornet.errors import TargetError
+from tensornet_moe.experimental import parallel
 
 X = torch.arange(3, 15).reshape(2, 6)
 
@@ -56,9 +56,9 @@ def fsdp_steps(rank: int, ranks: int, folder: str, saved: str) -> list[float]:
 def expert_steps(rank: int, ranks: int, folder: str, saved: str) -> list[float]:
     """The same with the experts spread by us, saved by one process once they are together again."""
     model = th.load(folder).train()
-    tm.shard_experts(model)
-    losses = _steps(model, X.chunk(ranks)[rank], lambda: tm.average_gradients(model))
-    tm.gather_experts(model)
+    parallel.shard_experts(model)
+    losses = _steps(model, X.chunk(ranks)[rank], lambda: parallel.average_gradients(model))
+    parallel.gather_experts(model)
     if rank == 0:
         model.save_pretrained(saved)
     dist.barrier()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import tensornet_moe as tm
 from tensornet.topologies import mpo
+from tensornet_moe.experimental import parallel
 
 #: Imported once, where processes are forked from (which does not find modules of the tests).
 PRELOADED = ["tensornet_moe", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
@@ -162,16 +163,16 @@ def fsdp(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
 
 def experts(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
     model = Model(one_center)
-    tm.shard_experts(model)
+    parallel.shard_experts(model)
 
     def step_loss(step: int) -> float:
         loss = _step(model, step, rank, ranks)
-        tm.average_gradients(model)
+        parallel.average_gradients(model)
         return loss
 
     record = train(model, step_loss, steps, 0.5)
     sharded = model.eval()(batch(99, 0, 1)[0]).detach()
-    tm.gather_experts(model)
+    parallel.gather_experts(model)
     finish(record, model, model.state_dict())
     torch.testing.assert_close(record.outputs, sharded)
     return record
@@ -179,11 +180,11 @@ def experts(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
 
 def experts_in_ddp(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
     model = Model(one_center)
-    own = tm.shard_experts(model)
+    own = parallel.shard_experts(model)
     assert len(own) == LAYERS * 2 * (2 + 1)  # two banks with two private cores and a bias each
     wrapped = nn.parallel.DistributedDataParallel(model)
     record = train(model, lambda step: _step(wrapped, step, rank, ranks), steps, 0.5)
-    tm.gather_experts(model)
+    parallel.gather_experts(model)
     return finish(record, model, model.state_dict())
 
 
@@ -191,7 +192,7 @@ def load_elsewhere(rank: int, ranks: int, path: str) -> Tensor:
     """Load one checkpoint on this number of processes, and run it with its experts spread."""
     model = Model()
     model.load_state_dict(torch.load(path, weights_only=True))
-    tm.shard_experts(model)
+    parallel.shard_experts(model)
     return model.eval()(batch(99, 0, 1)[0]).detach()
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.contraction.plan import RECONSTRUCT
-from tensornet_moe import chain_rows as chain_module
 from tensornet_moe import experts as experts_module
-from tensornet_moe.chain_rows import ChainLegs, chain_legs, chain_rows
+from tensornet_moe.experimental import chain_rows as chain_module
+from tensornet_moe.experimental.chain_rows import ChainLegs, chain_legs, chain_rows, use_chain_rows
 from tensornet_moe.grouped_linear import group_rows
 from tensornet_moe.testing import BankLaws
 
@@ -37,19 +37,24 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         count.append(1)
         return chain_rows(*arguments)
 
-    monkeypatch.setattr(experts_module, "chain_rows", counted)
-    monkeypatch.setattr(experts_module, "_BUILT_ALONE", 1)
+    monkeypatch.setattr(chain_module, "chain_rows", counted)
+    monkeypatch.setattr(chain_module, "BUILT_ALONE", 1)
     monkeypatch.setattr(experts_module, "choose", lambda *_: RECONSTRUCT)
     monkeypatch.setattr(chain_module, "_SMALL_ENDS", 100)
     monkeypatch.setattr(chain_module, "_SLICE_BYTES", 2**10)
     return count
 
 
+def in_slices(bank: tm.SharedCoreExperts) -> tm.SharedCoreExperts:
+    assert use_chain_rows(bank) == 1
+    return bank
+
+
 def bank_of(name: str, max_bond: int | None = 5) -> tm.SharedCoreExperts:
     torch.manual_seed(0)
     out_dims, in_dims = CHAINS[name]
     topology = tn.topologies.mpo(out_dims=out_dims, in_dims=in_dims, max_bond=max_bond)
-    return tm.SharedCoreExperts(topology, E, dtype=torch.float64)
+    return in_slices(tm.SharedCoreExperts(topology, E, dtype=torch.float64))
 
 
 def both_ways(
@@ -164,7 +169,7 @@ class TestInSlices(BankLaws):
         return tn.topologies.mpo(out_dims=legs[shape[0]], in_dims=legs[shape[1]])
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        return tm.SharedCoreExperts(self.topology(shape), num_experts, dtype=torch.float64)
+        return in_slices(tm.SharedCoreExperts(self.topology(shape), num_experts, dtype=torch.float64))
 
     def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
         topology = self.topology(self.shape)
@@ -176,7 +181,9 @@ class TestBorrowedInSlices(TestInSlices):
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
         owner = tm.SharedCores(self.topology(shape), dtype=torch.float64)
-        return tm.SharedCoreExperts(self.topology(shape), num_experts, shared=owner, dtype=torch.float64)
+        return in_slices(
+            tm.SharedCoreExperts(self.topology(shape), num_experts, shared=owner, dtype=torch.float64)
+        )
 
     def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.SharedExperts]:
         assert isinstance(bank, tm.SharedCoreExperts)
@@ -191,11 +198,11 @@ def test_taken_at_the_sizes_of_a_base_model_alone(monkeypatch: pytest.MonkeyPatc
         taken.append(x.dtype)
         return chain_rows(x, *arguments)
 
-    monkeypatch.setattr(experts_module, "chain_rows", noted)
+    monkeypatch.setattr(chain_module, "chain_rows", noted)
     for size, dtype in ((512, torch.float32), (64, torch.float32), (512, torch.bfloat16)):
         dims = (4, size // 16, 4)
         topology = tn.topologies.mpo(out_dims=dims, in_dims=dims)
-        bank = tm.SharedCoreExperts(topology, E, dtype=dtype)
+        bank = in_slices(tm.SharedCoreExperts(topology, E, dtype=dtype))
         x = torch.randn(E * 64, size, dtype=dtype)
         groups = group_rows(torch.arange(E).repeat_interleave(64), E)
         y = bank.apply_rows(x, groups)

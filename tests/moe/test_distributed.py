@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import tensornet_moe as tm
 from tensornet.errors import TargetError, TopologyError
+from tensornet_moe.experimental import parallel
 
 STEPS = 5
 HOW = {
@@ -57,7 +57,7 @@ def test_one_checkpoint_for_any_number_of_processes(ranks: int, tmp_path: Path) 
 
 def test_no_processes_at_all() -> None:
     with pytest.raises(TargetError, match="Start the script with torchrun"):
-        tm.shard_experts(tasks.Model())
+        parallel.shard_experts(tasks.Model())
 
 
 @pytest.fixture
@@ -72,26 +72,26 @@ def test_sharding_and_gathering_give_the_same_model_back(alone: object) -> None:
     model.blocks[0].moe.experts.up.core_0.requires_grad_(False)
     before, x = {k: v.clone() for k, v in model.state_dict().items()}, torch.randn(9, tasks.FEATURES)
     expected = model(x).detach()
-    names = tm.shard_experts(model)
+    names = parallel.shard_experts(model)
     assert "blocks.0.moe.experts.local.up.core_0" in names
     assert not any("core_1" in name for name in names)  # the center is everybody's
     torch.testing.assert_close(model(x).detach(), expected)
     with pytest.raises(TargetError, match="spread over processes already"):
-        tm.shard_experts(model)
+        parallel.shard_experts(model)
     with pytest.raises(TargetError, match="gather_experts"):
         model.blocks[0].moe.spec()
-    tm.gather_experts(model)
+    parallel.gather_experts(model)
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert not model.blocks[0].moe.experts.up.core_0.requires_grad
     with pytest.raises(TargetError, match="holds no experts that are spread"):
-        tm.gather_experts(model)
+        parallel.gather_experts(model)
 
 
 def test_what_cannot_be_sharded(alone: object, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TargetError, match="holds no SharedCoreMoE"):
-        tm.shard_experts(nn.Linear(2, 2))
+        parallel.shard_experts(nn.Linear(2, 2))
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 3)
     with pytest.raises(TopologyError, match=r"4 experts of 'blocks\.0\.moe' cannot be spread evenly over 3"):
-        tm.shard_experts(tasks.Model())
+        parallel.shard_experts(tasks.Model())

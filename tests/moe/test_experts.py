@@ -174,7 +174,7 @@ def test_large_matrices_are_built_one_by_one(name: str, shared: str, monkeypatch
     probe = torch.randn(2, bank.out_features, bank.in_features, dtype=torch.float64)
     results = []
     for limit in (1, 10**9):
-        monkeypatch.setattr(experts_module, "_BUILT_ALONE", limit)
+        monkeypatch.setattr(experts_module, "BUILT_ALONE", limit)
         bank.zero_grad()
         matrices = list(bank.matrix_list([2, 1]))
         (torch.stack(matrices) * probe).sum().backward()

@@ -18,7 +18,7 @@ import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.nn import serialization
-from tensornet_moe import router_base
+from tensornet_moe import routers
 from tensornet_moe.testing import RouterLaws
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "custom_moe.md"
@@ -74,7 +74,7 @@ class TestDocstring(RouterLaws):
     @pytest.fixture(autouse=True)
     def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Run the code, and take its name for this test only: other tests run it as well."""
-        for module, name in ((router_base, "_ROUTERS"), (serialization, "_BUILDERS")):
+        for module, name in ((routers, "_ROUTERS"), (serialization, "_BUILDERS")):
             monkeypatch.setattr(module, name, getattr(module, name).copy())
         self.names: dict[str, Any] = {"torch": torch, "tn": tn, "tm": tm}
         exec(self.code, self.names)

@@ -12,7 +12,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 import tensornet_moe as tm
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet_moe.router_base import limit_capacity
+from tensornet_moe.routers import limit_capacity
 
 TOKENS, FEATURES, E = 12, 6, 4
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from public_surface import public_objects
 
-import tensornet_moe.router_base
+import tensornet_moe.routers
 from tensornet.nn import extension, layer_kinds, serialization, unfuse
 from tensornet.topologies import registry
 
@@ -69,7 +69,7 @@ def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         (serialization, "_BUILDERS"),
         (layer_kinds, "_KINDS"),
         (unfuse, "_STACKED"),
-        (tensornet_moe.router_base, "_ROUTERS"),
+        (tensornet_moe.routers, "_ROUTERS"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name).copy())
 

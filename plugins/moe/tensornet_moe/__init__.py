@@ -1,22 +1,32 @@
 """Mixtures of experts that share tensor-network cores: experts, routers, auxiliary losses, gradient mask."""
 
 import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
-from tensornet_moe.basis import mixture_of_bases
-from tensornet_moe.batch_ensemble import scaled_bases
 from tensornet_moe.compress_experts import ExpertsReport, SharedStack, compress_experts
 from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.joint_fit import JointFit
-from tensornet_moe.layer import AuxLosses, RoutingStats, SharedCoreMoE, collect_aux_losses
-from tensornet_moe.losses import load_balancing_loss, router_z_loss
+from tensornet_moe.layer import (
+    AuxLosses,
+    RoutingStats,
+    SharedCoreMoE,
+    collect_aux_losses,
+    load_balancing_loss,
+    router_z_loss,
+)
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
-from tensornet_moe.parallel import ParallelExperts, average_gradients, gather_experts, shard_experts
-from tensornet_moe.router_base import Router, Routing, register_router
-from tensornet_moe.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
+from tensornet_moe.routers import (
+    ExpertChoiceRouter,
+    Router,
+    Routing,
+    SwitchRouter,
+    TopKRouter,
+    register_router,
+)
 from tensornet_moe.sharing import lend_shared_cores, share_across_layers
 from tensornet_moe.tied_experts import SharedExperts, TiedExperts, tie_experts
+from tensornet_moe.topologies import mixture_of_bases, scaled_bases
 
 __all__ = [
     "AuxLosses",
@@ -27,7 +37,6 @@ __all__ = [
     "GradientMask",
     "JointFit",
     "LowRankDeltaExperts",
-    "ParallelExperts",
     "Router",
     "Routing",
     "RoutingStats",
@@ -39,10 +48,8 @@ __all__ = [
     "SwitchRouter",
     "TiedExperts",
     "TopKRouter",
-    "average_gradients",
     "collect_aux_losses",
     "compress_experts",
-    "gather_experts",
     "lend_shared_cores",
     "linear_fade",
     "load_balancing_loss",
@@ -50,7 +57,6 @@ __all__ = [
     "register_router",
     "router_z_loss",
     "scaled_bases",
-    "shard_experts",
     "share_across_layers",
     "shared_parameters",
     "tie_experts",

@@ -11,8 +11,13 @@ from tensornet.errors import ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_whole
-from tensornet_moe.compiled_linear import expert_linear
-from tensornet_moe.grouped_linear import Groups, grouped_linear, looped_linear, takes_grouped_mm
+from tensornet_moe.grouped_linear import (
+    Groups,
+    expert_linear,
+    grouped_linear,
+    looped_linear,
+    takes_grouped_mm,
+)
 from tensornet_moe.stacked import resolve_shared
 
 

@@ -1,6 +1,6 @@
 """Experts whose matrices are tensor networks with shared and private cores."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from tensornet.errors import TopologyError
 from tensornet.nn.encoding import PLAIN, Storage, storage_entry
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
-from tensornet_moe.chain_rows import chain_legs, chain_rows, merge_ends, takes_chain_rows
 from tensornet_moe.checks import check_weights, check_whole
-from tensornet_moe.compiled_chain import compiled_chain_rows
 from tensornet_moe.expert_bank import SharedCores
 from tensornet_moe.grouped_linear import Groups
 from tensornet_moe.initialization import Start, initial_cores, start_from_dense
@@ -32,7 +30,7 @@ from tensornet_moe.stored_bank import StoredBank
 
 #: Matrices with at least this many elements are built one after another on CPUs: the working set of one fits
 #: the caches and its memory is reused for the next, which saves a tenth of a training step.
-_BUILT_ALONE = 2**18
+BUILT_ALONE = 2**18
 
 
 class SharedCoreExperts(StoredBank):
@@ -103,6 +101,9 @@ class SharedCoreExperts(StoredBank):
         self._start_keeping("cached" if cache_bytes else "auto", cache_bytes or None)
         #: Relative Frobenius error against the matrices the bank was built from; None for a new bank.
         self.error: float | None = None
+        #: Multiplies rows by the matrices of their experts, or returns None to leave that to the bank: see
+        #: `tensornet_moe.experimental.chain_rows.use_chain_rows`.
+        self.kernel: Callable[[SharedCoreExperts, Tensor, Groups], Tensor | None] | None = None
         #: Result of the joint fit of `from_experts`.
         self.fit: JointFit | None = None
         if owner is not None:
@@ -272,7 +273,7 @@ class SharedCoreExperts(StoredBank):
         if kept is not None:
             return [kept[e] for e in experts]
         if (
-            self.out_features * self.in_features >= _BUILT_ALONE
+            self.out_features * self.in_features >= BUILT_ALONE
             and self.stored_tensors()[0].device.type == "cpu"
         ):
             return self._one_by_one(experts)
@@ -301,16 +302,13 @@ class SharedCoreExperts(StoredBank):
 
     def _apply_matrices(self, x: Tensor, groups: Groups) -> Tensor:
         """Build the matrix of each active expert and multiply its rows by it."""
-        legs = chain_legs(self.topology, self.shared)
-        large = self.out_features * self.in_features >= _BUILT_ALONE
-        if legs is None or not large or not takes_chain_rows(x, self.compute_like):
-            return super().apply_rows(x, groups)
+        y = None if self.kernel is None else self.kernel(self, x, groups)
+        return super().apply_rows(x, groups) if y is None else y
+
+    def cores(self) -> list[Tensor]:
+        """Return the cores in the order of the topology: shared ones, and private ones as stacks."""
         shared = self._shared_here()
-        cores = [shared[n] if n in shared else self._whole_core(n) for n in self.topology.core_names]
-        ends, middle = merge_ends(cores, legs), cores[legs.middle]
-        if groups.active is None or groups.sizes is None:
-            return compiled_chain_rows(x, ends, middle, groups.counts)
-        return chain_rows(x, ends, middle, (groups.active, [groups.sizes[e] for e in groups.active]))
+        return [shared[n] if n in shared else self._whole_core(n) for n in self.topology.core_names]
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the single matrix of a bank whose cores are all shared."""

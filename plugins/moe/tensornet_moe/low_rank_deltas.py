@@ -15,10 +15,9 @@ from tensornet.nn.matrix_cache import MatrixKeeper
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_weights, check_whole
-from tensornet_moe.compiled_linear import expert_linear
 from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
-from tensornet_moe.grouped_linear import Groups, looped_linear
+from tensornet_moe.grouped_linear import Groups, expert_linear, looped_linear
 from tensornet_moe.joint_fit import stack_error
 
 

@@ -1,13 +1,264 @@
-"""Routers: Switch, top-k, expert choice."""
+"""Routers: experts and combine weights of every token, the registry of router classes, expert capacity."""
 
 import math
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.nn import register_module_type
 from tensornet_moe.checks import check_whole
-from tensornet_moe.router_base import Combine, Router, Routing, register_router
+
+Combine = Literal["unit", "prob", "sigmoid"]
+COMBINE = ("unit", "prob", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Routing decision: up to `k` experts, with combine weights, for each of `tokens` tokens.
+
+    Args:
+        expert_indices: shape `(tokens, k)`, integer.
+        weights: combine weight of each choice, shape `(tokens, k)`, float32.
+        probs: softmax over experts, shape `(tokens, E)`, float32.
+        logits: shape `(tokens, E)`, float32.
+        mask: shape `(tokens,)`, False for padding; None without padding.
+        kept: shape `(tokens, k)`, False where a choice is not computed (over capacity, or not chosen by the
+            expert); None if all are.
+
+    Example:
+        >>> routing = tm.TopKRouter(8, 4, top_k=2)(torch.randn(5, 8))
+        >>> routing.expert_indices.shape, int(routing.load().sum()), int(routing.dropped())
+        (torch.Size([5, 2]), 10, 0)
+    """
+
+    expert_indices: Tensor
+    weights: Tensor
+    probs: Tensor
+    logits: Tensor
+    mask: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts `E`."""
+        return self.probs.shape[-1]
+
+    def load(self) -> Tensor:
+        """Count the tokens that each expert computes, padding excluded, shape `(E,)`."""
+        chosen = self.expert_indices.unsqueeze(-1) == torch.arange(self.num_experts, device=self.probs.device)
+        counted = chosen & self._real().unsqueeze(-1)
+        return counted.sum((0, 1))
+
+    def dropped(self) -> Tensor:
+        """Count the tokens that no expert computes, padding excluded."""
+        tokens = torch.ones_like(self.probs[:, 0], dtype=torch.bool) if self.mask is None else self.mask
+        return (tokens & ~self._real().any(-1)).sum()
+
+    def _real(self) -> Tensor:
+        real = torch.ones_like(self.expert_indices, dtype=torch.bool) if self.kept is None else self.kept
+        return real if self.mask is None else real & self.mask[:, None]
+
+
+class Router(nn.Module, ABC):
+    """Abstract router with the shared part: jitter, float32 logits, softmax, check for NaN.
+
+    Subclasses define `select`, and name the arguments of their own in `options`; `register_router` makes them
+    known to configurations and checkpoints. One that looks at later tokens sets `causal = False`. None may
+    look at the place of a token in the batch, which depends on padding. `tensornet_moe.testing.RouterLaws`
+    tests them.
+
+    Logits are `x @ weight^T` in float32 whatever the model's dtype and autocast say: a router in half
+    precision is unstable (Switch, section 2.4).
+
+    Args:
+        num_features: size of a token.
+        num_experts: number of experts.
+        jitter: in training, tokens are multiplied by uniform noise in `[1 - jitter, 1 + jitter]` before the
+            router sees them.
+        combine: `"unit"`: weights sum to one in value, so that experts that all compute the same function
+            compute it together (for one expert `p / stop_gradient(p)`); `"prob"`: the probabilities;
+            `"sigmoid"`: `2 sigmoid(logit)`, about 1 for each expert at the start, however many a token has
+            (Csordas et al. 2024, MoEUT, up to the factor 2): for training from scratch, where weights that
+            sum to one let experts learn `k` times more slowly than a dense network.
+        device, dtype: of the weight, shape `(num_experts, num_features)`; it starts at standard deviation
+            `0.1 / sqrt(num_features)`.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    Example:
+        >>> class EveryExpertRouter(tm.Router):
+        ...     def select(self, logits, probs, mask):
+        ...         experts = torch.arange(self.num_experts, device=probs.device).expand_as(probs)
+        ...         return tm.Routing(experts, probs, probs, logits, mask)
+        >>> tm.register_router("every_expert", EveryExpertRouter)
+        >>> EveryExpertRouter(8, 4)(torch.randn(6, 8)).load()
+        tensor([6, 6, 6, 6])
+    """
+
+    #: Arguments beyond those of this class, each kept as an attribute of the same name.
+    options: ClassVar[tuple[str, ...]] = ()
+    #: True if the experts of a token are independent of later tokens; other routers are for encoders only.
+    causal: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        num_features: int,
+        num_experts: int,
+        *,
+        jitter: float = 0.0,
+        combine: Combine = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_whole(num_features=num_features, num_experts=num_experts)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
+        if combine not in COMBINE:
+            raise ValueError(f"Unknown combine={combine!r}; choose one of {', '.join(COMBINE)}.")
+        self.num_features, self.num_experts = num_features, num_experts
+        self.jitter, self.combine = jitter, combine
+        weight = torch.randn(num_experts, num_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight * (0.1 / math.sqrt(num_features)))
+
+    @abstractmethod
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
+        """Choose experts from float32 `logits` and `probs: (tokens, E)` and a bool `mask: (tokens,)`."""
+
+    def spec(self) -> dict[str, Any]:
+        """Return a JSON-ready description, see `tensornet.nn.register_module_type`.
+
+        Raises:
+            TypeError: the class is not registered.
+        """
+        name = next((name for name, kind in _ROUTERS.items() if kind is type(self)), None)
+        if name is None:
+            raise TypeError(
+                f"{type(self).__name__} cannot be saved: register it, here and where it is loaded, as in "
+                f'tensornet_moe.register_router("my_router", {type(self).__name__}).'
+            )
+        common = ("num_features", "num_experts", "jitter", "combine")
+        return {"type": f"{name}_router", **{key: getattr(self, key) for key in (*common, *self.options)}}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """Route tokens `x: (tokens, features)`; a False or 0 in `mask: (tokens,)` marks padding.
+
+        Raises:
+            NonFiniteError: a token that is not padding has NaN or infinite logits. (RuntimeError when
+                compiled: compiled code cannot choose its exception.)
+            ShapeError: tokens of another size.
+        """
+        if x.shape[-1] != self.num_features:
+            raise ShapeError(
+                f"This router takes tokens of size {self.num_features}, got {tuple(x.shape)}: (tokens, size)."
+            )
+        mask = None if mask is None else mask.to(torch.bool)
+        with torch.autocast(x.device.type, enabled=False):
+            seen = x.float()
+            if self.training and self.jitter > 0:
+                seen = seen * torch.empty_like(seen).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits = nn.functional.linear(seen, self.weight.float())
+            self._refuse_nonfinite(logits, mask)
+            return self.select(logits, logits.softmax(-1), mask)
+
+    def _refuse_nonfinite(self, logits: Tensor, mask: Tensor | None) -> None:
+        finite = torch.isfinite(logits).all(-1)
+        if mask is not None:
+            finite = finite | ~mask
+        if torch.compiler.is_compiling():
+            torch._assert_async(finite.all(), "a router was fed NaN or infinity")
+        elif not bool(finite.all()):
+            raise NonFiniteError(
+                f"The router was fed NaN or infinity: {int((~finite).sum())} of {len(finite)} tokens have "
+                "non-finite logits. Look at the layer before it, the learning rate and, in float16, the loss "
+                "scale; mask padding if the values are there."
+            )
+
+    def extra_repr(self) -> str:
+        """Describe the module for `print(model)`."""
+        return f"{self.num_features}, {self.num_experts}, jitter={self.jitter}, combine={self.combine}"
+
+
+_ROUTERS: dict[str, type[Router]] = {}
+
+
+def register_router(name: str, kind: type[Router]) -> None:
+    """Register a router class under the name that configurations and checkpoints use.
+
+    Args:
+        name: for `MoEConfig(router=name)`.
+        kind: a subclass of `Router` whose constructor takes the arguments of `Router` and its `options`.
+            Options that a configuration has too (`top_k`, `capacity_factor`) are taken from there.
+
+    Raises:
+        ValueError: the name is taken by another class.
+
+    Example:
+        >>> class CalmRouter(tm.SwitchRouter):
+        ...     pass
+        >>> tm.register_router("calm", CalmRouter)
+        >>> CalmRouter(8, 4).spec()["type"]
+        'calm_router'
+    """
+    known = _ROUTERS.get(name)
+    if known is kind:
+        return
+    if known is not None:
+        raise ValueError(
+            f"A router named {name!r} is registered already ({known.__name__}); choose another name."
+        )
+    _ROUTERS[name] = kind
+
+    def build(
+        spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> nn.Module:
+        return kind(**{key: spec[key] for key in spec if key != "type"}, device=device, dtype=dtype)
+
+    register_module_type(f"{name}_router", build)
+
+
+def router_kind(name: str) -> type[Router]:
+    """Look up a router class by its registered name.
+
+    Raises:
+        ValueError: an unknown name; the message lists the registered ones.
+    """
+    if name not in _ROUTERS:
+        raise ValueError(f"Unknown router {name!r}; choose one of {', '.join(_ROUTERS)}.")
+    return _ROUTERS[name]
+
+
+def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
+    """Drop the choices of each expert beyond its capacity `ceil(capacity_factor * k * tokens / E)`.
+
+    First choices of all tokens come before second choices, earlier tokens before later ones, padding last. A
+    dropped choice contributes nothing; weights of the others stay as they are, so that a token all of whose
+    choices are dropped passes through the residual connection alone.
+
+    Args:
+        routing: a decision without `kept`.
+        capacity_factor: 1 gives every expert exactly the load of an even distribution.
+
+    Reference:
+        Fedus et al. 2021, equation 3; GShard, algorithm 1 for the order.
+    """
+    tokens, k = routing.expert_indices.shape
+    experts = torch.arange(routing.num_experts, device=routing.expert_indices.device)
+    chosen = routing.expert_indices.T.reshape(-1, 1) == experts  # shape: (k * tokens, E), first choices first
+    real = None if routing.mask is None else routing.mask.repeat(k)
+    counted = chosen if real is None else chosen & real[:, None]
+    position = (counted.cumsum(0) * chosen).sum(-1)  # 1-based place in the queue of its expert
+    if real is not None:
+        position = torch.where(real, position, (counted.sum(0) + (chosen & ~real[:, None]).cumsum(0))[chosen])
+    count = tokens if routing.mask is None else int(routing.mask.sum())
+    capacity = math.ceil(capacity_factor * k * count / routing.num_experts)
+    return replace(routing, kept=(position <= capacity).reshape(k, tokens).T)
 
 
 class TopKRouter(Router):

@@ -14,7 +14,7 @@ from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
-from tensornet_moe.router_base import Router
+from tensornet_moe.routers import Router
 from tensornet_moe.stacked import enclosing_topology
 from tensornet_moe.tied_experts import AbsentExperts, SharedExperts, TiedExperts
 

@@ -20,7 +20,7 @@ from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows
 from tensornet_moe.mask import GradientMask
-from tensornet_moe.router_base import Router, Routing
+from tensornet_moe.routers import Router, Routing
 from tensornet_moe.sharing import lend_shared_cores
 from tensornet_moe.tied_experts import SharedExperts
 

@@ -19,6 +19,7 @@ import tensornet_moe as tm
 from tensornet.errors import TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_path
+from tensornet_moe.experimental import parallel
 
 CONFIG = th.MoEConfig(num_experts=4, sites=3, noise=0.05)
 
@@ -208,12 +209,12 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 def test_trainer_refuses_experts_that_are_spread(alone: None, tmp_path: Path) -> None:
     model = model_of()
-    tm.shard_experts(model)
+    parallel.shard_experts(model)
     with pytest.raises(TargetError, match=r"spread over processes, and Trainer .*gather_experts\(model\)"):
         trainer_of(model, tmp_path, [])
     with pytest.raises(TargetError, match="gather_experts"):
         model.save_pretrained(tmp_path / "part")
-    tm.gather_experts(model)
+    parallel.gather_experts(model)
     assert model.hf_quantizer.is_trainable
     model.save_pretrained(tmp_path / "whole")
     th.load(tmp_path / "whole")

@@ -6,8 +6,8 @@
   a compressed layer; a mixture, which no rule names, is kept whole by every process.
 * Expert parallelism (`ep_size`) hands an experts module `(hidden_states, top_k_index, top_k_weights)` and
   cuts its stacks `(experts, ...)` along the first dimension. Experts that share cores take rows that their
-  own router has sorted and limited, and their center belongs to all: `tensornet_moe.shard_experts` spreads
-  them.
+  own router has sorted and limited, and their center belongs to all: `shard_experts` of
+  `tensornet_moe.experimental.parallel` spreads them.
 
 Loading with a plan that does not fit is refused: transformers would compute something else, or fail on a
 shape.
@@ -52,8 +52,8 @@ def check_distribution(model: PreTrainedModel, layers: Mapping[str, Mapping[str,
             raise TargetError(
                 f"The experts of {cut[0]} are made of cores, which the expert-parallel plan of transformers "
                 "does not cut. Load the model without ep_size, then spread experts that share cores with "
-                "tensornet_moe.shard_experts(model) (docs/guides/scale.md); any model takes "
-                "DistributedConfig(fsdp_size=...)."
+                "shard_experts(model) of tensornet_moe.experimental.parallel (docs/guides/scale.md); any "
+                "model takes DistributedConfig(fsdp_size=...)."
             )
 
 

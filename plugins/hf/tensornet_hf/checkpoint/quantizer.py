@@ -25,7 +25,7 @@ from tensornet_hf.checkpoint.parallelism import check_distribution
 from tensornet_hf.checkpoint.placement import place_layers, rename
 from tensornet_hf.checkpoint.quantization_config import METHOD, TensorNetworkConfig
 from tensornet_hf.moe.aux_losses import join_aux_losses
-from tensornet_moe import ParallelExperts
+from tensornet_moe.experimental.parallel import ParallelExperts
 
 
 class TensorNetworkQuantizer(HfQuantizer):
@@ -55,9 +55,9 @@ class TensorNetworkQuantizer(HfQuantizer):
         if self._experts_spread:
             raise TargetError(
                 "The experts of this model are spread over processes, and Trainer writes checkpoints from "
-                "one process, which does not hold them all. Call tensornet_moe.gather_experts(model) and let "
-                "Trainer train every expert on every process (or shard them with FSDP); or train spread "
-                "experts in a loop of your own (docs/guides/scale.md)."
+                "one process, which does not hold them all. Call gather_experts(model) of "
+                "tensornet_moe.experimental.parallel and let Trainer train every expert on every process (or "
+                "shard them with FSDP); or train spread experts in a loop of your own (docs/guides/scale.md)."
             )
         return True
 

@@ -18,7 +18,7 @@ from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.finder import find_feed_forwards
 from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_moe import ExpertFFN, SharedCoreExperts, SharedCoreMoE
-from tensornet_moe.router_base import router_kind
+from tensornet_moe.routers import router_kind
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tensornet.topologies.fixed import fixed_topologies
 from tensornet.topology import Topology
 from tensornet_moe import Router
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
-from tensornet_moe.router_base import COMBINE, Combine, router_kind
+from tensornet_moe.routers import COMBINE, Combine, router_kind
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class ParallelExperts(nn.Module):
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> names = tm.shard_experts(moe)
+        >>> names = shard_experts(moe)
         >>> type(moe.experts).__name__, moe.experts.num_experts
         ('ParallelExperts', 4)
         >>> dist.destroy_process_group()
@@ -79,7 +79,7 @@ class ParallelExperts(nn.Module):
             TargetError: always; see `gather_experts`.
         """
         raise TargetError(
-            "These experts are spread over processes. Call tensornet_moe.gather_experts(model) on every "
+            "These experts are spread over processes. Call gather_experts(model) on every "
             "process, then save on one: the result loads on any number of processes."
         )
 
@@ -111,7 +111,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> tm.shard_experts(moe)[:2]
+        >>> shard_experts(moe)[:2]
         ['experts.local.up.core_0', 'experts.local.up.core_2']
         >>> dist.destroy_process_group()
     """
@@ -148,8 +148,8 @@ def gather_experts(module: nn.Module) -> None:
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> _ = tm.shard_experts(moe)
-        >>> tm.gather_experts(moe)
+        >>> _ = shard_experts(moe)
+        >>> gather_experts(moe)
         >>> type(moe.experts).__name__
         'ExpertFFN'
         >>> dist.destroy_process_group()
@@ -176,9 +176,9 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
         >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> _ = tm.shard_experts(moe)
+        >>> _ = shard_experts(moe)
         >>> moe(torch.randn(5, 8)).square().sum().backward()
-        >>> tm.average_gradients(moe)  # then optimizer.step()
+        >>> average_gradients(moe)  # then optimizer.step()
         >>> dist.destroy_process_group()
     """
     own = {id(p) for p in _private_parameters(module)}

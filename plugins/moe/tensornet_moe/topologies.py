@@ -1,4 +1,4 @@
-"""Mixture of bases: every expert recombines a few matrices that all experts share."""
+"""Networks for experts: each recombines, or rescales, a few matrices that all experts share."""
 
 from tensornet._util import check_size
 from tensornet.topology import CoreSpec, Topology
@@ -40,6 +40,50 @@ def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: i
         family="mixture_of_bases",
         cores=(CoreSpec("basis", basis), CoreSpec("mix", ("k",)), CoreSpec("transform", transform)),
         sizes=(("o0", out_features), ("i0", in_features), ("r", min(rank or widest, widest)), ("k", bases)),
+        out_labels=("o0",),
+        in_labels=("i0",),
+        out_features=out_features,
+        in_features=in_features,
+    )
+
+
+def scaled_bases(*, out_features: int, in_features: int, bases: int = 1) -> Topology:
+    """Build the network `W = sum_k diag(rows_k) B_k diag(columns_k)`.
+
+    In a `SharedCoreExperts` with `shared=("basis",)` (or the default, `"center"`, where the bases are the
+    largest core) an expert owns `bases * (out_features + in_features)` numbers. With one base the experts
+    are the members of a BatchEnsemble. Experts whose scales start with random signs compute different
+    functions from the first step on, which low-rank deltas that start at zero do not.
+
+    Args:
+        out_features, in_features: shape of the matrix.
+        bases: number of matrices `B_k`.
+
+    Raises:
+        TopologyError: a size is not a whole number of at least 1.
+
+    Reference:
+        Wen, Tran, Ba 2020, "BatchEnsemble: An Alternative Approach to Efficient Ensemble and Lifelong
+        Learning", equation 1; the sum over several bases is our extension.
+
+    Example:
+        >>> import torch
+        >>> import tensornet_moe as tm
+        >>> topology = tm.scaled_bases(out_features=16, in_features=8, bases=2)
+        >>> bank = tm.SharedCoreExperts(topology, 4, shared=("basis",))
+        >>> {name: tuple(core.shape) for name, core in bank.named_parameters()}
+        {'core_rows': (4, 2, 16), 'core_basis': (2, 16, 8), 'core_columns': (4, 2, 8)}
+    """
+    for name, size in (("out_features", out_features), ("in_features", in_features), ("bases", bases)):
+        check_size(name, size)
+    return Topology(
+        family="scaled_bases",
+        cores=(
+            CoreSpec("rows", ("k", "o0")),
+            CoreSpec("basis", ("k", "o0", "i0")),
+            CoreSpec("columns", ("k", "i0")),
+        ),
+        sizes=(("k", bases), ("o0", out_features), ("i0", in_features)),
         out_labels=("o0",),
         in_labels=("i0",),
         out_features=out_features,
