@@ -22,7 +22,7 @@ from tensornet.nn.encoding import PLAIN, Storage, decode, encode
 from tensornet.quantization import Rounding
 from tensornet.quantization.scales import scales_underflow
 from tensornet.topologies import Decomposition, TopologyFamily, topology_family
-from tensornet.topologies.ladder import RoundTrip
+from tensornet.topologies.results import RoundTrip
 from tensornet.topology import Topology
 
 #: Fields of `LayerCandidates` with one value for each candidate.

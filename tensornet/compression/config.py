@@ -16,7 +16,7 @@ from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
-from tensornet.topologies.fixed import fixed_topologies
+from tensornet.topologies.registry import fixed_topologies
 from tensornet.topology import Topology
 
 Objective = Literal["auto", "weight", "activation", "curvature"]

@@ -16,8 +16,8 @@ from tensornet.linalg.svd import MatrixSpectrum, singular_values
 from tensornet.nn.encoding import Storage
 from tensornet.nn.targets import Target
 from tensornet.topologies import Decomposition, topology_family
-from tensornet.topologies.decomposition import Prediction
-from tensornet.topologies.fixed import topology_of_shape
+from tensornet.topologies.registry import topology_of_shape
+from tensornet.topologies.results import Prediction
 
 
 class PlannedLayer(NamedTuple):

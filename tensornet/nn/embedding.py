@@ -22,7 +22,7 @@ from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
-from tensornet.topologies.stored_cores import matrix_view
+from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 
 

@@ -36,7 +36,8 @@ from tensornet.nn.storage import (
 )
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding, pack, rounded_values, unpack
 from tensornet.topologies import topology_family
-from tensornet.topologies.stored_cores import StoredCores, matrix_view
+from tensornet.topologies.rounded_cores import StoredCores
+from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from tensornet.errors import FormatError
 from tensornet.quantization import NumberFormat, packed_bytes
 from tensornet.topologies import topology_family
-from tensornet.topologies.stored_cores import matrix_view
+from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 
 #: The model's own dtype.

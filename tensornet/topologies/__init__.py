@@ -2,22 +2,19 @@
 
 from tensornet.topologies.base import TopologyFamily, check_topology
 from tensornet.topologies.block_tt import BlockTTFamily, block_tt
-from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.dense import DenseFamily, dense
-from tensornet.topologies.factored import FactoredFamily
+from tensornet.topologies.factored import FactoredFamily, balanced_factors
 from tensornet.topologies.kronecker import KroneckerFamily, kronecker
-from tensornet.topologies.ladder import Ladder
-from tensornet.topologies.leg_dims import balanced_factors
 from tensornet.topologies.low_rank import LowRankFamily, low_rank
 from tensornet.topologies.mpo import MPOFamily, mpo
-from tensornet.topologies.proposals import Proposal
 from tensornet.topologies.registry import (
     register_topology,
     registered,
     topology_family,
     topology_names,
 )
-from tensornet.topologies.residual_family import ResidualFamily, residual
+from tensornet.topologies.residual import ResidualFamily, residual
+from tensornet.topologies.results import Decomposition, Ladder, Proposal
 from tensornet.topologies.tensor_ring import TensorRingFamily, tensor_ring
 from tensornet.topologies.tucker import TuckerFamily, tucker
 

@@ -1,32 +1,37 @@
 """Abstract base class of topology families."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tensornet._util import check_dense, outside_autocast
 from tensornet.budget import Budget, check_budget
-from tensornet.errors import TopologyError
+from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import MatrixSpectrum
 from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat
-from tensornet.topologies.decomposition import Decomposition, Prediction
-from tensornet.topologies.ladder import Ladder, RoundTrip, bond_ladder
-from tensornet.topologies.proposals import Proposal, uniform_proposals
-from tensornet.topologies.stored_cores import RoundedCores, StoredCores, round_in_turn
+from tensornet.topologies.fit import fit_weighted, leading, legs_of, structured_start
+from tensornet.topologies.results import Decomposition, Ladder, Prediction, Proposal, RoundTrip
+from tensornet.topologies.rounded_cores import RoundedCores, StoredCores, round_in_turn
 from tensornet.topologies.structure import Side, bond_cuts, gauge_bonds
-from tensornet.topologies.uniform_cap import uniform_caps
-from tensornet.topologies.weighted_fit import fit_weighted, structured_start
 from tensornet.topology import Topology
 
 #: Bits of integer cores of candidates.
 _CORE_BITS = (8, 4)
+#: Fractions of the largest bond at which candidates are decomposed; between them losses are interpolated.
+_TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
+#: Candidates made between bond 1 and the largest.
+_RUNGS = 400
+#: Partial traces of a moment name two indices for each leg, with letters.
+_MAX_LEGS = 25
 
 
 class TopologyFamily(ABC):
@@ -56,10 +61,12 @@ class TopologyFamily(ABC):
     name: str
     #: Options of `build` that mixtures of experts pass where their configuration leaves them open.
     mixture_options: ClassVar[Mapping[str, Any]] = {}
+    #: Whether the leading part of every core of an exact decomposition decomposes for smaller bonds.
+    nested: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("decompose", "decompose_to", "fit", "starts", "ladder", "round_cores"):
+        for name in ("decompose", "decompose_to", "fit", "ladder", "round_cores"):
             if name in vars(cls):
                 setattr(cls, name, torch.no_grad()(outside_autocast(vars(cls)[name])))
 
@@ -217,16 +224,6 @@ class TopologyFamily(ABC):
         return fit_weighted(self.decompose_to, matrix, topology, weighting)
 
     @outside_autocast
-    def starts(
-        self, matrix: Tensor, topologies: Sequence[Topology], weighting: Weighting
-    ) -> list[TensorNetwork]:
-        """Compute a fast decomposition for each of several topologies that differ only in bonds.
-
-        By default one decomposition for each. Override it if the leading part of a large one serves all.
-        """
-        return [structured_start(self.decompose_to, matrix, x, weighting) for x in topologies]
-
-    @outside_autocast
     def ladder(
         self,
         matrix: Tensor,
@@ -238,8 +235,8 @@ class TopologyFamily(ABC):
     ) -> Ladder:
         """List candidates for one matrix with the predicted loss increase of each.
 
-        By default up to 400 bond sizes, of which ten are decomposed, one is fitted, and the others are
-        interpolated. Override it if all of them have a closed form.
+        By default up to 400 bond sizes, of which ten are decomposed and the others interpolated; losses are
+        lowered by as much as fitting one in the middle gains. Override it if all of them have a closed form.
 
         Args:
             matrix: shape `(out, in)`.
@@ -249,9 +246,52 @@ class TopologyFamily(ABC):
             options: of `build`.
 
         Raises:
-            TopologyError: the options do not fit the shape.
+            TopologyError: the options do not fit the shape, or the topology has more legs than a moment can
+                be split into.
         """
-        return bond_ladder(self, matrix, weightings, max_bond=max_bond, round_trip=round_trip, **options)
+        rows, columns = matrix.shape
+        full = self.build(rows, columns, **options)
+        if max(len(full.out_dims), len(full.in_dims)) > _MAX_LEGS:
+            raise TopologyError(
+                f"With calibration data a network has at most {_MAX_LEGS} out-legs and as many in-legs, got "
+                f"{len(full.out_dims)} and {len(full.in_dims)}; take fewer sites, or objective='weight'."
+            )
+        legs = (*full.out_dims, *full.in_dims)  # bonds of a Tucker network, which exactly is one core
+        largest = max(full.bond_dims.values() or legs)
+        top = min(largest, max_bond or largest)
+        tried = sorted({max(1, round(fraction * top)) for fraction in _TRIED})
+        caps = sorted({max(1, round(k * top / _RUNGS)) for k in range(1, _RUNGS + 1)} | set(tried))
+        topologies = [self.build(rows, columns, max_bond=cap, **options) for cap in caps]
+
+        def gap(network: TensorNetwork) -> Tensor:
+            return matrix - (network if round_trip is None else round_trip(network)).to_matrix()
+
+        # 1. Decompositions at a few bonds.
+        chosen = [topologies[caps.index(cap)] for cap in tried]
+        if self.nested:
+            exact = legs_of(full, weightings[0]).decompose(self.decompose_to, matrix, full)
+            starts = [leading(exact, topology) for topology in chosen]
+        else:
+            starts = [structured_start(self.decompose_to, matrix, x, weightings[0]) for x in chosen]
+        gaps = [gap(start) for start in starts]
+        losses = [[weighting.cost(x) for x in gaps] for weighting in weightings]
+        # 2. Fitting lowers their losses, by about as much as it does in the middle.
+        if weightings[0] != Weighting():
+            middle = len(tried) // 2
+            fitted = gap(self.fit(matrix, topologies[caps.index(tried[middle])], weightings[0]).network)
+            losses = [
+                _scaled(tried, values, middle, weighting.cost(fitted))
+                for values, weighting in zip(losses, weightings, strict=True)
+            ]
+        # 3. All other bonds, between them.
+        norm = max(float(matrix.norm()), 1e-300)
+        errors = _interpolated(caps, tried, [float(x.norm()) / norm for x in gaps])
+        return Ladder(
+            tuple(topologies),
+            torch.tensor([_interpolated(caps, tried, values) for values in losses], dtype=torch.float64),
+            torch.tensor(errors, dtype=torch.float64),
+            complete=top == largest,
+        )
 
     def stack_starts(self, weights: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
         """Initialise the joint fit of a stack of matrices by networks that share cores.
@@ -322,7 +362,16 @@ class TopologyFamily(ABC):
             spectra: of the matrix; None if only its shape is known.
             max_sites: most cores of a chain.
         """
-        return uniform_proposals(self, shape, params)
+
+        def fits(bond: int) -> bool:
+            return self.build(*shape, max_bond=bond).num_params <= params
+
+        if fits(1):
+            low, high = 1, max(shape) + 1  # invariant: low fits
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(middle) else (low, middle)
+            yield Proposal(self.build(*shape, max_bond=low), 0.0, 1.0, None)
 
 
 def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int]:
@@ -365,3 +414,62 @@ def check_options(family: TopologyFamily, options: Mapping[str, Any]) -> None:
         raise TopologyError(
             f"Topology {family.name!r} does not know the options {', '.join(map(str, unknown))}; {exist}."
         )
+
+
+def uniform_caps(
+    budget: Budget,
+    shape: tuple[int, int],
+    exact: Sequence[int],
+    params: Callable[[list[int]], int],
+    what: str,
+) -> tuple[list[int], str]:
+    """Find the largest bonds within `max_bond` and `param_ratio`, and name the cap that decides.
+
+    `param_ratio` is turned into one cap for all bonds.
+
+    Args:
+        budget: caps of the caller.
+        shape: `(out_features, in_features)`, without padding.
+        exact: bonds of the exact network.
+        params: parameters of the network at such bonds; need not be monotone.
+        what: the network, for the error message.
+
+    Returns:
+        `(bonds, bound_by)`; `bound_by` is `"exact"` if no bond is truncated.
+
+    Raises:
+        BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.
+    """
+    caps = budget.caps_of_bonds(len(exact))
+    limits = [min(bond, cap or bond) for bond, cap in zip(exact, caps, strict=True)]
+    bound_by = "exact" if limits == list(exact) else "max_bond"
+    if budget.param_ratio is None:
+        return limits, bound_by
+    allowed = budget.param_ratio * shape[0] * shape[1]
+    for cap in range(max(limits, default=1), 0, -1):
+        bonds = [min(cap, limit) for limit in limits]
+        if params(bonds) <= allowed:
+            return bonds, bound_by if bonds == limits else "param_ratio"
+    raise BudgetError(
+        f"param_ratio={budget.param_ratio} allows {int(allowed)} parameters for a matrix of shape "
+        f"{shape}, but {what} needs {params([1] * len(limits))} at bond 1; raise the budget, use other dims, "
+        "or another topology."
+    )
+
+
+def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
+    """Rescale a curve through one exact point; the smallest cap stays unscaled."""
+    factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
+    if factor == 0 or index == 0:
+        return list(values)
+    parts = np.interp(np.log(caps), [math.log(caps[0]), math.log(caps[index])], [0.0, 1.0])
+    return [float(value * factor**part) for value, part in zip(values, parts, strict=True)]
+
+
+def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
+    """Interpolate values log-linearly, but linearly next to an exact candidate."""
+    logs = np.log(np.maximum(values, 1e-300))
+    plain, geometric = np.interp(caps, tried, values), np.exp(np.interp(caps, tried, logs))
+    exact = np.array(values) <= 1e-12 * max(*values, 1e-300)
+    beside = np.interp(caps, tried, exact.astype(float)) > 0
+    return np.where(beside, plain, geometric).tolist()

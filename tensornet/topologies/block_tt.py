@@ -23,19 +23,20 @@ from tensornet.linalg.svd import (
     working_dtype,
 )
 from tensornet.linalg.tt_svd import CutSpectra, pad_matrix
-from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.base import uniform_caps
 from tensornet.topologies.factored import (
+    Dims,
     FactoredFamily,
     check_bonds,
     choose_dims,
     clip_bonds,
+    cut_dims,
     fitted_network,
     padded_shape,
     site_topology,
 )
-from tensornet.topologies.proposals import Dims, Proposal, cut_dims, known_proposal
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.uniform_cap import uniform_caps
+from tensornet.topologies.results import Decomposition, Proposal
 from tensornet.topology import Topology
 
 
@@ -160,7 +161,7 @@ class BlockTTFamily(FactoredFamily):
             exact = None
             if spectra is not None:
                 exact = math.sqrt(float(spectra.block_tails(out_dims, in_dims)[rank]))
-            yield known_proposal(topology, exact, math.sqrt(1 - rank / full))
+            yield Proposal.known(topology, exact, math.sqrt(1 - rank / full))
 
 
 def _block_dims(shape: tuple[int, int]) -> Iterator[Dims]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,22 +11,18 @@ from tensornet._util import check_size
 from tensornet.budget import Budget, caps_of_bonds
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
+from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, Rounding, round_weight
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
-from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
-from tensornet.topologies.ladder import Ladder, RoundTrip
-from tensornet.topologies.proposals import Proposal, known_proposal
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.stored_cores import RoundedCores, StoredCores
+from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
+from tensornet.topologies.rounded_cores import RoundedCores, StoredCores
 from tensornet.topology import CoreSpec, Topology
-
-if TYPE_CHECKING:
-    from tensornet.linalg.tt_svd import CutSpectra
 
 
 def dense(*, out_features: int, in_features: int) -> Topology:
@@ -181,11 +177,11 @@ class DenseFamily(TopologyFamily):
         return topology
 
     def proposals(
-        self, shape: tuple[int, int], params: int, spectra: "CutSpectra | None", max_sites: int
+        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
     ) -> Iterator[Proposal]:
         """Propose the matrix, if it fits."""
         if shape[0] * shape[1] <= params:
-            yield known_proposal(self.build(*shape), 0.0, 0.0)
+            yield Proposal.known(self.build(*shape), 0.0, 0.0)
 
 
 register_topology(DenseFamily())

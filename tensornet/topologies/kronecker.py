@@ -9,7 +9,6 @@ from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import TTResult, max_bonds, tt_svd
-from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -18,6 +17,7 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topologies.registry import register_topology
+from tensornet.topologies.results import Decomposition
 from tensornet.topology import CoreSpec, Topology
 
 

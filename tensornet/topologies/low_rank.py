@@ -38,16 +38,16 @@ from tensornet.network import TensorNetwork
 from tensornet.quantization import predict_product_losses, round_product
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
-from tensornet.topologies.decomposition import Decomposition, Prediction
 from tensornet.topologies.factored import refuse_options
-from tensornet.topologies.ladder import Ladder, RoundTrip
 from tensornet.topologies.mpo import mpo
-from tensornet.topologies.proposals import KERNEL_STEP, Proposal, known_proposal
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.stored_cores import RoundedCores, StoredCores
+from tensornet.topologies.results import Decomposition, Ladder, Prediction, Proposal, RoundTrip
+from tensornet.topologies.rounded_cores import RoundedCores, StoredCores
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
 
+#: Matrix products are fastest where sizes are multiples of this.
+KERNEL_STEP = 16
 #: Fractions of the largest rank at which a lossy encoding is tried; between them its cost is interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
 #: Relative errors above this are read off singular values from a Gram matrix to many digits.
@@ -247,7 +247,7 @@ class LowRankFamily(TopologyFamily):
             exact = None
             if spectra is not None:
                 exact = math.sqrt(float(spectra.tails((shape[0], 1), (1, shape[1]), 1)[rank]))
-            yield known_proposal(self.build(*shape, max_bond=rank), exact, worst, baseline=True)
+            yield Proposal.known(self.build(*shape, max_bond=rank), exact, worst, baseline=True)
 
     def _balanced(self, result: TruncatedSVD, rows: int, columns: int) -> TensorNetwork:
         root = result.S.sqrt().to(result.U.dtype)

@@ -1,13 +1,18 @@
-"""Registry of topology families, filled by calls and by entry points of installed packages."""
+"""Registry of topology families, filled by calls and by entry points of installed packages.
 
-from collections.abc import Iterator
+A configuration names a family of the registry, or fixes one topology for every shape of matrix.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 from tensornet._util import warn
 from tensornet.errors import TopologyError
 from tensornet.topologies.base import TopologyFamily
+from tensornet.topology import Topology
 
 #: Group of entry points by which an installed package offers families: each names an instance.
 ENTRY_POINTS = "tensornet.topologies"
@@ -132,3 +137,58 @@ def _load_entry_points() -> None:
             )
     for trouble in _BROKEN.values():  # after the last one: a warning may be an error here
         warn(trouble, RuntimeWarning)
+
+
+def fixed_topologies(value: Any) -> tuple[Topology, ...]:
+    """Read the topologies of a configuration; empty for other values, such as the name of a family.
+
+    Args:
+        value: a topology or its `to_dict`, or a sequence of these.
+
+    Raises:
+        TopologyError: a family that is not registered, or two topologies for one shape.
+
+    Example:
+        >>> from tensornet.topologies import low_rank
+        >>> made = low_rank(out_features=8, in_features=6, rank=2)
+        >>> fixed_topologies(made) == fixed_topologies([made.to_dict()]) == (made,), fixed_topologies("mpo")
+        (True, ())
+    """
+    values = [value] if isinstance(value, Topology | Mapping) else value
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return ()
+    if not all(isinstance(each, Topology | Mapping) for each in values):
+        return ()
+    found = tuple(each if isinstance(each, Topology) else Topology.from_dict(each) for each in values)
+    for topology in found:
+        topology_family(topology.family)  # layers of families that are not registered could not be loaded
+    shapes = [topology.shape for topology in found]
+    if twice := next((shape for shape in shapes if shapes.count(shape) > 1), None):
+        raise TopologyError(f"Two topologies are for matrices of shape {twice}; give one for each shape.")
+    return found
+
+
+def topology_of_shape(topologies: Sequence[Topology], shape: tuple[int, int], what: str) -> Topology:
+    """Select the topology for a matrix.
+
+    Args:
+        topologies: see `fixed_topologies`.
+        shape: of the matrix, `(out_features, in_features)`.
+        what: the matrix, for the error.
+
+    Raises:
+        TopologyError: none is for that shape.
+
+    Example:
+        >>> from tensornet.topologies import mpo
+        >>> topology_of_shape([mpo(out_dims=(2, 3), in_dims=(2, 2))], (6, 4), "Layer 'up'").shape
+        (6, 4)
+    """
+    for topology in topologies:
+        if topology.shape == shape:
+            return topology
+    raise TopologyError(
+        f"{what} is a matrix of shape {shape}, and the topologies given are for "
+        f"{', '.join(str(topology.shape) for topology in topologies)}. Give one for this shape as well "
+        "(topology=[...]), choose other layers (target_modules=...), or give the name of a family."
+    )

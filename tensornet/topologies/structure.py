@@ -1,4 +1,4 @@
-"""Structure of a network: bonds with a free gauge, and bonds that separate it into two parts."""
+"""Structure of a network: bonds with a free gauge, bonds that separate it, its kind, cores as matrices."""
 
 import math
 
@@ -94,6 +94,22 @@ def is_matrix(topology: Topology) -> bool:
     labels = topology.cores[0].labels
     legs = (*topology.out_labels, *topology.in_labels)
     return len(topology.cores) == 1 and labels == legs and topology.shape == topology.padded_shape
+
+
+def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
+    """View a core as a matrix whose rows are groups along the inputs, which share scales.
+
+    Columns are the axes from the first in-leg on; the last axis alone where no axis comes before an in-leg.
+
+    Example:
+        >>> matrix_view(tn.topologies.low_rank(out_features=6, in_features=4, rank=2), "1")
+        (2, 4)
+    """
+    labels = next(core.labels for core in topology.cores if core.name == name)
+    legs = [axis for axis, label in enumerate(labels) if label in topology.in_labels]
+    split = legs[0] if legs and legs[0] > 0 else len(labels) - 1
+    shape = topology.core_shapes[name]
+    return math.prod(shape[:split]), math.prod(shape[split:])
 
 
 def _reachable(topology: Topology, start: int, without: str) -> set[int]:

@@ -27,7 +27,7 @@ from tensornet.linalg.svd import (
 from tensornet.linalg.tt_svd import max_bonds, pad_matrix, split_block
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.base import uniform_caps
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -38,7 +38,7 @@ from tensornet.topologies.factored import (
     site_topology,
 )
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.uniform_cap import uniform_caps
+from tensornet.topologies.results import Decomposition
 from tensornet.topology import Topology
 
 #: Without weighting the first step solves for a core whose bonds are few, the second comes close for others.

@@ -20,7 +20,7 @@ from tensornet.linalg.svd import (
 )
 from tensornet.linalg.tt_svd import pad_matrix, split_block
 from tensornet.network import TensorNetwork
-from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.base import uniform_caps
 from tensornet.topologies.factored import (
     FactoredFamily,
     balance_norms,
@@ -30,7 +30,7 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.uniform_cap import uniform_caps
+from tensornet.topologies.results import Decomposition
 from tensornet.topology import CoreSpec, Topology
 
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
-from tensornet.topologies.factored import choose_dims
-from tensornet.topologies.leg_dims import MAX_PADDING, balanced_factors
+from tensornet.topologies.factored import MAX_PADDING, balanced_factors, choose_dims
 
 
 @given(size=st.integers(1, 60_000), sites=st.integers(1, 6))

@@ -16,7 +16,7 @@ from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.network import random_cores
 from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.topologies import topology_family
-from tensornet.topologies.weighted_fit import fit_weighted, leg_moments, structured_start
+from tensornet.topologies.fit import fit_weighted, leg_moments, structured_start
 
 CHAINS = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {})]
 FAMILIES = [*CHAINS, ("tensor_ring", {}), ("tucker", {})]

@@ -12,8 +12,8 @@ import tensornet as tn
 from tensornet.als import fit_network
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.topologies import topology_family
-from tensornet.topologies.leg_search import best_dims, unbalanced_dims
-from tensornet.topologies.weighted_fit import leg_moments, legs_of
+from tensornet.topologies.fit import leg_moments, legs_of
+from tensornet.topologies.mpo import best_dims, unbalanced_dims
 from tensornet.topology import Topology
 
 FAMILIES = [
@@ -137,5 +137,5 @@ def test_the_planner_chooses_legs_and_loses_little_where_none_are_better() -> No
 
 
 def test_unknown_dims() -> None:
-    with pytest.raises(ValueError, match="dims must be 'auto' or 'balanced', got 'golden'"):
+    with pytest.raises(ValueError, match="golden"):
         tn.CompressionConfig(param_ratio=0.5, dims="golden")  # type: ignore[arg-type]

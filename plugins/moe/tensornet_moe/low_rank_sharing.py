@@ -34,7 +34,7 @@ from tensornet.nn.storage import PLAIN, Storage
 from tensornet.quantization import NumberFormat, RoundedWeight, round_factor, round_product
 from tensornet.topologies import low_rank
 from tensornet.topologies.dense import round_dense
-from tensornet.topologies.residual_family import BASE, residual
+from tensornet.topologies.residual import BASE, residual
 from tensornet.topology import Topology
 
 #: Factor between the ranks at which a base is fitted, from 1 on. Starting from the base of the previous rank,

@@ -9,7 +9,7 @@ from tensornet.errors import FormatError
 from tensornet.nn.encoding import Storage, packed_codes, unpacked
 from tensornet.nn.storage import layout
 from tensornet.quantization import NumberFormat, pack, round_weight
-from tensornet.topologies.stored_cores import matrix_view
+from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 
 

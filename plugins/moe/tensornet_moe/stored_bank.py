@@ -12,7 +12,7 @@ from tensornet.nn.encoding import PLAIN, Storage
 from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.quantization import NumberFormat
 from tensornet.topologies.factored import pad_core
-from tensornet.topologies.stored_cores import matrix_view
+from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.number_formats import check_storage, decode_core, encode_core, stored_dtypes

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tensornet._util import progress_bar
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
 from tensornet.topologies import topology_family
-from tensornet.topologies.fixed import topology_of_shape
+from tensornet.topologies.registry import topology_of_shape
 from tensornet.topology import Topology
 from tensornet_hf.moe.feed_forward import FeedForward
 from tensornet_hf.moe.upcycle_config import MoEConfig

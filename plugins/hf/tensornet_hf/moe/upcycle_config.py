@@ -8,7 +8,7 @@ import torch
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.topologies import TopologyFamily, topology_family
-from tensornet.topologies.fixed import fixed_topologies
+from tensornet.topologies.registry import fixed_topologies
 from tensornet.topology import Topology
 from tensornet_moe import Router
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole

@@ -12,7 +12,7 @@ from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.linalg.weighted_svd import Weighting, damped, root
 from tensornet.network import TensorNetwork
-from tensornet.topologies.decomposition import Decomposition
+from tensornet.topologies.results import Decomposition
 from tensornet.topology import Topology
 
 #: How a family writes a matrix as a network of a given topology.

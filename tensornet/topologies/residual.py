@@ -25,12 +25,11 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
-from tensornet.topologies.decomposition import Decomposition
 from tensornet.topologies.factored import refuse_options
-from tensornet.topologies.ladder import Ladder, RoundTrip
-from tensornet.topologies.proposals import Proposal, known_proposal
 from tensornet.topologies.registry import register_topology, topology_family
-from tensornet.topologies.stored_cores import RoundedCores, StoredCores, matrix_view
+from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
+from tensornet.topologies.rounded_cores import RoundedCores, StoredCores
+from tensornet.topologies.structure import matrix_view
 from tensornet.topology import CoreSpec, Topology
 
 #: Name of the core that holds the dense matrix.
@@ -258,7 +257,7 @@ class ResidualFamily(TopologyFamily):
         """Propose the smallest bond, if it fits: the matrix itself is never smaller."""
         topology = self.build(*shape, max_bond=1)
         if topology.num_params <= params:
-            yield known_proposal(topology, 0.0, 0.0)
+            yield Proposal.known(topology, 0.0, 0.0)
 
 
 def _beside(network: Topology) -> Topology:
