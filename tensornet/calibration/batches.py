@@ -221,20 +221,32 @@ def some_rows(
     device = next(model.parameters()).device
     if not batches:
         return []
-    width = _tokens_of_row(as_batch(batches[0], model, device))
+    width = tokens_of_row(as_batch(batches[0], model, device))
     count = min(parts, len(batches), max(1, round(tokens / width)))
     places = [k * len(batches) // count for k in range(count)]
-    return [_first_rows(as_batch(batches[k], model, device), tokens / count) for k in places]
+    return [first_rows(as_batch(batches[k], model, device), tokens / count) for k in places]
 
 
-def _first_rows(batch: Batch, tokens: float) -> Batch:
-    """Select the first rows of a batch, and of long token windows their beginning."""
+def tokens_of(batch: Batch) -> int:
+    """Estimate how many tokens a batch has, padding left out.
+
+    Example:
+        >>> from tensornet.calibration.batches import tokens_of
+        >>> tokens_of({"input_ids": torch.ones(4, 7, dtype=torch.int64)})
+        28
+    """
+    first = next((x for x in batch.values() if isinstance(x, Tensor) and x.ndim), None)
+    return 1 if first is None else round(len(first) * tokens_of_row(batch))
+
+
+def first_rows(batch: Batch, tokens: float) -> Batch:
+    """Select the first rows of a batch, of about so many tokens, and of long windows their beginning."""
     arrays = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     sizes = {len(value) for value in arrays.values()}
     others = [value for value in batch.values() if not isinstance(value, Tensor)]
     if len(sizes) != 1 or any(isinstance(value, Sequence) and not isinstance(value, str) for value in others):
         return batch
-    rows = max(1, round(tokens / _tokens_of_row(batch)))
+    rows = max(1, round(tokens / tokens_of_row(batch)))
     cut: dict[str, Any] = {name: value[:rows] for name, value in arrays.items()}
     if rows == 1 and _is_one_window(arrays):
         cut = {name: value[:, : max(1, round(tokens))] for name, value in cut.items()}
@@ -249,7 +261,7 @@ def _is_one_window(arrays: dict[str, Tensor]) -> bool:
     return "input_ids" in arrays and integers and len(shapes) == 1 and (mask is None or bool(mask.all()))
 
 
-def _tokens_of_row(batch: Batch) -> float:
+def tokens_of_row(batch: Batch) -> float:
     """Estimate how many tokens a row has, padding left out; 1 where a row is one vector."""
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:

@@ -1,6 +1,7 @@
 """Calibration: run a model over data and accumulate second moments in bounded memory."""
 
 import math
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,8 +25,10 @@ from tensornet.calibration.batches import (
     BatchLike,
     as_batch,
     check_batches,
+    first_rows,
     fullest_row,
     run_model,
+    tokens_of,
 )
 from tensornet.calibration.coherence import CoherenceSample, HeldTokens
 from tensornet.calibration.losses import (
@@ -38,14 +41,21 @@ from tensornet.calibration.losses import (
     seeded_draws,
 )
 from tensornet.calibration.masks import GatheredTokens, hidden_states, token_mask
-from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
-from tensornet.nn.targets import LayerSelection, check_loaded, check_model, find_targets
+from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model, find_targets
 from tensornet.nn.unfuse import unfused
 from tensornet.nn.weight_readers import Run, weight_readers
 
 Fisher = Literal["labels", "sampled"]
+#: Calibration that is not told how many tokens to read stops at so many at the latest.
+MOST_TOKENS = 32768
+#: It stops before, but not before so many, once each full input moment has so many tokens a feature and the
+#: predicted loss increase of the reference scheme has at most this relative standard error.
+FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 4, 0.05
+#: Elements of a weight from which on products in 16 bits are faster than the conversions they need.
+_LARGE = 1 << 18
 #: Losses that first ask the model what it returns, which must not be observed.
 _OWN = (label_losses, own_losses, sampled_losses)
 #: Columns of a block of a Gram matrix.
@@ -60,10 +70,11 @@ def calibrate(
     config: LayerSelection | None = None,
     loss_fn: TokenLosses | None = None,
     fisher: Fisher = "labels",
+    tokens: int | None = None,
     gradient_batches: int | None = None,
     full_up_to: int = 8192,
     dtype: torch.dtype = torch.float32,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | Literal["auto"] | None = "auto",
     source: str = "calibration data",
     progress: bool = False,
 ) -> CalibrationStats:
@@ -71,6 +82,12 @@ def calibrate(
 
     Memory is that of the moments plus one batch; weights get no gradients. The model runs in eval mode on
     the device its parameters are on, and is left as it was.
+
+    Unless `tokens` says how many to read, calibration stops once the moments have settled: every full moment
+    of inputs has at least 4 tokens a feature, and the predicted loss increase of a reference scheme (all
+    weights with the same relative error, `sum 1/2 s^2 tr R tr C` with the mean square `s^2` of each weight)
+    has a relative standard error of at most 5 %, estimated from batch to batch by the delta method. It reads
+    at least 4,096 tokens and at most 32,768.
 
     Args:
         model: any module; its layers of registered kinds are observed, see `tensornet.nn.kind_of`.
@@ -84,13 +101,16 @@ def calibrate(
             from the dense ones (`output_losses`).
         fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
             `"sampled"` at labels drawn from the model (the true one).
+        tokens: how many tokens to read, padding left out, fewer if the batches have no more; the last batch
+            is cut. Where a model reads no tokens, rows count (an image as 196).
         gradient_batches: number of first batches that are also differentiated, which costs three times as
             much as running the model; all if absent, 0 to collect inputs only.
         full_up_to: a side of a weight longer than this keeps only the diagonal of its moment.
         dtype: dtype of the accumulators.
         autocast: run the model in this dtype where that is safe, and multiply the gradients of one batch in
-            it; `torch.bfloat16` makes calibration about twice as fast on processors that have it.
-            Moments of inputs are always multiplied in `dtype`, and all are summed in it.
+            it. `"auto"` takes `torch.bfloat16` for large float32 models on devices that multiply it faster
+            (`fast_dtype`); None leaves the caller's autocast as it is. Moments of inputs are always
+            multiplied in `dtype`, and all are summed in it.
         source: what the data is, for reports.
         progress: show a progress bar.
 
@@ -110,19 +130,121 @@ def calibrate(
         advice = "a CompressionConfig, or LayerSelection(target_modules=...)"
         check_type("config", config, LayerSelection, advice)
     check_batches(batches, "calibrate")
-    _check_arguments(fisher, gradient_batches)
+    _check_arguments(fisher, gradient_batches, tokens)
+    if autocast == "auto":
+        autocast = fast_dtype(model)
     recorder = MomentRecorder(full_up_to, dtype, autocast)
     runs = _Runs(model, recorder, loss_fn, fisher, gradient_batches)
     length = length_hint(batches) or None
-    with observed(model, recorder, config):
+    left = MOST_TOKENS if tokens is None else tokens
+    with observed(model, recorder, config) as targets:
         device = next(model.parameters()).device
-        for batch in progress_bar(
+        settling = _Settling(targets)
+        for given in progress_bar(
             batches, desc="calibrating", disable=not progress, unit="batch", total=length
         ):
+            batch = as_batch(given, model, device)
+            if tokens_of(batch) > left:
+                batch = first_rows(batch, left)
             with _in_dtype(device, autocast):
-                runs.add(as_batch(batch, model, device))
+                runs.add(batch)
+            left -= tokens_of(batch)
+            settling.batches.append(recorder.take_traces())
+            if left <= 0 or (tokens is None and settling.settled(recorder)):
+                break
+        fingerprint = weight_samples(targets)
     stats = recorder.finish(runs.scored, runs.mean_loss(), source)
-    return replace(stats, of_tokens=runs.of_tokens)
+    return replace(stats, of_tokens=runs.of_tokens, fingerprint=fingerprint)
+
+
+def fast_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return bfloat16 if a model runs faster under autocast to it on its device, else None.
+
+    That takes a float32 model with matrices of at least 2^18 elements, and a device that multiplies bfloat16
+    in hardware: a GPU from Ampere on, or a processor with AVX-512 BF16 or AMX.
+
+    Example:
+        >>> from tensornet.calibration.calibrate import fast_dtype
+        >>> fast_dtype(torch.nn.Linear(8, 8)) is None
+        True
+    """
+    large = [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
+    if not large or any(p.dtype != torch.float32 for p in large):
+        return None
+    device = large[0].device
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
+        return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else None
+    return None
+
+
+def calibration_seconds(
+    model: nn.Module, batches: Iterable[BatchLike], *, tokens: int = MOST_TOKENS, **options: Any
+) -> float:
+    """Estimate how long calibration takes, by calibrating on the first batch.
+
+    Args:
+        model, batches, options: as for `calibrate`; only the first batch is read.
+        tokens: of the whole calibration. It may stop before, once the moments have settled.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        TargetError: see `calibrate`.
+
+    Example:
+        >>> from tensornet.calibration.calibrate import calibration_seconds
+        >>> calibration_seconds(torch.nn.Sequential(torch.nn.Linear(8, 8)), [torch.ones(4, 8)]) > 0
+        True
+    """
+    check_batches(batches, "calibration_seconds")
+    first = next(iter(batches), None)
+    if first is None:
+        raise TargetError("calibration_seconds got no batches; pass at least one.")
+    start = time.perf_counter()
+    calibrate(model, [first], **options)
+    seconds = time.perf_counter() - start
+    read = min(MOST_TOKENS, tokens_of(as_batch(first, model, next(model.parameters()).device)))
+    return seconds * tokens / max(read, 1)
+
+
+class _Settling:
+    """Predicted loss increase of the reference scheme, batch by batch; see `calibrate`."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        #: Mean square of each weight.
+        self.squares = {x.name: float(x.weight.detach().float().square().mean()) for x in targets}
+        self.batches: list[tuple[Mapping[str, float], Mapping[str, float]]] = []
+
+    def settled(self, recorder: "MomentRecorder") -> bool:
+        """Return True if no more tokens are needed."""
+        if max(recorder.counts.values(), default=0) < FEWEST_TOKENS or len(self.batches) < 4:
+            return False
+        for name, shared in recorder.inputs.items():
+            full = shared.total.ndim == 2
+            if full and recorder.counts[name] < TOKENS_A_FEATURE * len(shared.total):
+                return False
+        return self.relative_error() <= TOLERANCE
+
+    def relative_error(self) -> float:
+        """Estimate the relative standard error of the predicted loss increase of the reference scheme."""
+        names = [name for name in self.squares if any(name in inputs for inputs, _ in self.batches)]
+        scale = torch.tensor([self.squares[name] for name in names], dtype=torch.float64)
+        # shape: (batches, layers); a batch that does not reach a layer adds nothing to its traces
+        c, r = (
+            torch.tensor([[x.get(name, 0.0) for name in names] for x in side], dtype=torch.float64)
+            for side in zip(*self.batches, strict=True)
+        )
+        if not bool(r.any()):  # inputs alone
+            r = torch.ones_like(r)
+        mean_c, mean_r = c.mean(0), r.mean(0)
+        total = float((scale * mean_c * mean_r).sum())
+        # First-order change of the total if a batch counted a little more.
+        influence = (scale * (c * mean_r + mean_c * r)).sum(1) - 2 * total
+        return float(influence.std()) / math.sqrt(len(c)) / total if total > 0 else math.inf
 
 
 def _in_dtype(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -222,8 +344,8 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
     return math.nan if loss_fn in PROJECTIONS else total / scored
 
 
-def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
-    """Raise ValueError unless both options are valid.
+def _check_arguments(fisher: str, gradient_batches: int | None, tokens: int | None) -> None:
+    """Raise ValueError unless the options are valid.
 
     Raises:
         ValueError: an invalid value; the message names the option.
@@ -232,6 +354,8 @@ def _check_arguments(fisher: str, gradient_batches: int | None) -> None:
         raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
     if gradient_batches is not None and gradient_batches < 0:
         raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}.")
 
 
 class MomentRecorder:
@@ -246,6 +370,7 @@ class MomentRecorder:
         self.counts: dict[str, int] = {}
         self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
         self._last: _Reading | None = None
+        self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self.readers: frozenset[str] = frozenset()
         self._gathered = GatheredTokens()
         self._gathered_of: Batch = self.batch
@@ -272,7 +397,15 @@ class MomentRecorder:
         elif (mask := self._masks.get(self._last.layers[0])) is not None:
             self._masks[name] = mask
         self._last.layers.append(name)
+        _accumulate(self._traces[0], name, self._last.trace)
         self.counts[name] = self.counts.get(name, 0) + self._last.tokens
+
+    def take_traces(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the traces of inputs and gradients by layer, summed since the last call."""
+        found = self._traces
+        self._traces = ({}, {})
+        inputs, gradients = ({name: float(x) for name, x in side.items()} for side in found)
+        return inputs, gradients
 
     def _settle(self) -> None:
         """Add the moment of the pending tensor to the sums of the layers that read it.
@@ -329,6 +462,7 @@ class MomentRecorder:
             self._samples[name].add(held, gradient, self.batch)
         mask = self._known_mask(name, gradient)
         tokens = _rows(gradient, mask)
+        _accumulate(self._traces[1], name, tokens.float().square().sum())
         if tokens.shape[1] > self.full_up_to:
             _accumulate(self.gradients, name, self._moment(tokens, self.dtype))
             return
@@ -441,6 +575,7 @@ class _Reading:
 
     def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
         self.moment, self.tokens = moment, tokens
+        self.trace = (moment if moment.ndim == 1 else moment.diagonal()).sum()
         self.layers: list[str] = []
         self._of = weakref.ref(x)
         self._version = _version(x)
@@ -499,7 +634,9 @@ def mirrored(moment: Tensor) -> Tensor:
 
 
 @contextmanager
-def observed(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
+def observed(
+    model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
+) -> Iterator[list[Target]]:
     """Record the chosen layers inside the block, in eval mode, with frozen weights and repeatable draws."""
     with (
         unfused(model),
@@ -507,13 +644,15 @@ def observed(model: nn.Module, recorder: MomentRecorder, config: LayerSelection 
         uncompiled(),
         without_cache(model),
         seeded_draws(),
-        _hooked(model, recorder, config),
+        _hooked(model, recorder, config) as targets,
     ):
-        yield
+        yield targets
 
 
 @contextmanager
-def _hooked(model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None) -> Iterator[None]:
+def _hooked(
+    model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
+) -> Iterator[list[Target]]:
     weights = find_targets(model, config or LayerSelection(target_modules="all"))
     targets = [x for x in weights if not x.skip]
     check_loaded(targets)
@@ -540,7 +679,7 @@ def _hooked(model: nn.Module, recorder: MomentRecorder, config: LayerSelection |
     ]
     try:
         model.requires_grad_(False)
-        yield
+        yield targets
     finally:
         for handle in handles:
             handle.remove()

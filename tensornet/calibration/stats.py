@@ -1,16 +1,18 @@
 """Second moments that calibration collects, and their file format."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
+import torch
 from torch import Tensor
 
 from tensornet._util import html_table
-from tensornet.errors import FormatError
+from tensornet.errors import FormatError, TargetError
 from tensornet.io import write_tensors
+from tensornet.nn.targets import Target
 
 STATS_VERSION = 1
 
@@ -40,6 +42,7 @@ class CalibrationStats:
             absent.
         counts: by module name, tokens that reached the layer: fewer than `tokens` where a router chooses.
         scored: tokens that have a loss.
+        fingerprint: by module name, four elements of the weight, which tell another model of the same shapes.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -63,6 +66,27 @@ class CalibrationStats:
     coherence: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     scored: int = 0
+    fingerprint: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def check_weights(self, targets: Iterable[Target]) -> None:
+        """Raise TargetError if the statistics were collected on a model of other weights.
+
+        Args:
+            targets: of the model at hand; those that the statistics do not know are passed over.
+
+        Raises:
+            TargetError: a weight differs by more than its rounding to 16 bits; the message names the layer.
+        """
+        for name, found in weight_samples(x for x in targets if x.name in self.fingerprint).items():
+            known = self.fingerprint[name]
+            tolerance = 0.01 * max(map(abs, known))
+            if len(known) != len(found) or any(
+                abs(a - b) > tolerance for a, b in zip(known, found, strict=True)
+            ):
+                raise TargetError(
+                    f"These statistics ({self.source}) were collected on another model: the weight of "
+                    f"{name!r} differs. Calibrate this model, or pass the statistics collected on it."
+                )
 
     @property
     def has_gradients(self) -> bool:
@@ -107,6 +131,7 @@ class CalibrationStats:
             "coherence": dict(self.coherence),
             "counts": dict(self.counts),
             "scored": self.scored,
+            "fingerprint": {name: list(values) for name, values in self.fingerprint.items()},
             **sides,
         }
         metadata = {"calibration": json.dumps(header)}
@@ -143,6 +168,7 @@ class CalibrationStats:
                 coherence=header.get("coherence", {}),
                 counts=header.get("counts", {}),
                 scored=header.get("scored", 0),
+                fingerprint={name: tuple(x) for name, x in header.get("fingerprint", {}).items()},
             )
         except FormatError:
             raise
@@ -157,6 +183,19 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
         key = keys.setdefault(id(moment), f"{side}.{name}")
         tensors.setdefault(key, moment.contiguous())
     return {name: keys[id(moment)] for name, moment in moments.items()}
+
+
+def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
+    """Read four elements of the weight of each target, by name; none on the meta device."""
+    found = {}
+    for target in targets:
+        matrix = target.matrix
+        if not matrix.is_meta:
+            rows, columns = (
+                torch.linspace(0, size - 1, 4, device=matrix.device).round().long() for size in matrix.shape
+            )
+            found[target.name] = tuple(matrix[rows, columns].float().tolist())
+    return found
 
 
 def _trace(moment: Tensor) -> float:

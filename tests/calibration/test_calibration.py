@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from tensornet.calibration import CalibrationStats, cosine_losses, label_losses,
 from tensornet.calibration.masks import token_mask
 from tensornet.errors import TargetError
 
+calibrating = importlib.import_module("tensornet.calibration.calibrate")
 BATCH = {
     "input_ids": torch.tensor([[5, 7, 9, 11, 13], [6, 8, 10, 0, 0]]),
     "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
@@ -393,3 +395,80 @@ def test_under_inference_mode() -> None:
     assert stats.loss == pytest.approx(expected.loss)
     name = "transformer.h.0.mlp.c_fc"
     torch.testing.assert_close(stats.rows[name], expected.rows[name])
+
+
+class Repeated(nn.Module):
+    """Two layers whose inputs and gradients have known moments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def many(batches: int, rows: int = 1024, spread: float = 0.0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    scales = 1 + spread * torch.randn(batches, generator=generator)
+    return [(a * torch.randn(rows, 8, generator=generator), torch.arange(rows) % 4) for a in scales]
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "read"),
+    [
+        (many(9), {}, 4096),  # settled as soon as it may be
+        (many(9, spread=1.0), {}, 9 * 1024),  # never settled
+        (many(40, spread=1.0), {}, 32768),
+        (many(9), {"tokens": 8000}, 8000),
+        (many(2), {"tokens": 8000}, 2048),
+        (many(9), {"gradient_batches": 0}, 4096),
+    ],
+)
+def test_calibration_stops_once_the_moments_have_settled(
+    batches: list[tuple[torch.Tensor, torch.Tensor]], options: dict[str, int], read: int
+) -> None:
+    stats = tn.calibrate(Repeated(), batches, **options)  # type: ignore[arg-type]
+    assert stats.tokens == read
+    x = torch.cat([x for x, _ in batches])[:read]
+    torch.testing.assert_close(stats.columns["first"], x.T @ x / read, rtol=1e-4, atol=1e-4)
+
+
+def test_the_standard_error_is_that_of_the_reference_scheme() -> None:
+    """Against the spread of independent estimates of sum s^2 tr R tr C."""
+    generator = torch.Generator().manual_seed(1)
+    errors, totals = [], []
+    for _ in range(200):
+        settling = calibrating._Settling([])
+        settling.squares = {"a": 1.0, "b": 3.0}
+        draws = torch.rand(20, 2, 2, generator=generator)
+        settling.batches = [({"a": x[0], "b": x[1]}, {"a": r[0], "b": r[1]}) for x, r in draws.tolist()]
+        errors.append(settling.relative_error())
+        x, r = draws.mean(0)
+        totals.append(float(x[0] * r[0] + 3 * x[1] * r[1]))
+    spread = torch.tensor(totals)
+    assert sum(errors) / 200 == pytest.approx(float(spread.std() / spread.mean()), rel=0.15)
+
+
+def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
+    stats = tn.calibrate(Repeated(), many(1))
+    stats.save(tmp_path / "stats")
+    loaded = tn.CalibrationStats.load(tmp_path / "stats")
+    assert loaded.fingerprint == stats.fingerprint
+    config = tn.CompressionConfig(param_ratio=0.8)
+    tn.plan(Repeated().bfloat16().float(), config, loaded)  # the same weights, rounded
+    other = Repeated()
+    nn.init.normal_(other.second.weight)
+    with pytest.raises(tn.TargetError, match="another model"):
+        tn.plan(other, config, loaded)
+
+
+def test_the_time_of_calibration_is_estimated_from_its_first_batch() -> None:
+    few, more = (calibrating.calibration_seconds(Repeated(), many(1), tokens=n) for n in (1, 10**9))
+    assert 0 < few < more
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.bfloat16, 512), (torch.float64, 512)])
+def test_small_models_and_other_dtypes_run_without_autocast(dtype: torch.dtype, size: int) -> None:
+    assert calibrating.fast_dtype(nn.Linear(size, size, dtype=dtype)) is None
