@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
+from tensornet_moe.experimental.chain_rows import use_chain_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, paired_medians, record
@@ -115,7 +116,9 @@ def mixture(case: Case, *, dense: bool) -> tm.SharedCoreMoE:
         else tm.SharedCoreExperts(topology, case.experts)
         for name, topology in (("wi", up), ("wo", down))
     }
-    return tm.SharedCoreMoE(tm.SwitchRouter(case.model, case.experts), tm.ExpertFFN(banks, activation="relu"))
+    moe = tm.SharedCoreMoE(tm.SwitchRouter(case.model, case.experts), tm.ExpertFFN(banks, activation="relu"))
+    use_chain_rows(moe)
+    return moe
 
 
 def _end(size: int) -> int:

@@ -110,6 +110,19 @@ def test_sharing_pays_for_related_experts() -> None:
     assert bank.error < 0.9 * bank.fit.alone_error
 
 
+@pytest.mark.parametrize("shared", ["0", "1"])
+def test_low_ranks_that_share_a_factor_are_the_best_ones(shared: str) -> None:
+    weights = related(4, 0.5)
+    topology = tn.topologies.low_rank(out_features=12, in_features=12, rank=5)
+    bank = tm.SharedCoreExperts.from_experts(weights, topology=topology, shared=[shared])
+    rows = weights.reshape(-1, 12) if shared == "1" else weights.transpose(1, 2).reshape(-1, 12)
+    best = float(torch.linalg.svdvals(rows)[5:].norm() / weights.norm())
+    assert bank.fit is not None
+    assert fit_shared(weights, topology, (shared,)).error == pytest.approx(best, rel=1e-6)
+    assert bank.error == pytest.approx(min(best, bank.fit.alone_error or best), rel=1e-6)
+    assert relative(bank, weights) == pytest.approx(bank.error, rel=1e-5)
+
+
 def test_topologies_without_a_family_start_at_random() -> None:
     chain = tn.Topology.from_dict({**CHAIN.to_dict(), "family": "hand_made"})
     weights = related(3, 0.1)

@@ -1,7 +1,8 @@
 """Joint fit of different expert matrices by shared and private cores.
 
 The model `W_e ~ network(shared, private_e)` is one network with one more leg, which counts experts: private
-cores carry its label, shared ones do not. So `tensornet.als` fits it as it fits any other network.
+cores carry its label, shared ones do not. So `tensornet.als` fits it as it fits any other network. Low-rank
+networks that share one factor have a closed form (`low_rank_sharing.py`), which is used for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import LowRankFamily, TopologyFamily, topology_family, topology_names
 from tensornet.topology import CoreSpec, Topology
+from tensornet_moe.low_rank_sharing import fit_low_rank, pattern_of, value_of
 
 #: Label of the leg that counts experts.
 EXPERTS = "expert"
@@ -138,8 +140,9 @@ def fit_shared(
 ) -> SharedFit:
     """Fit `weights: (E, out, in)` by shared and private cores.
 
-    Two starts are tried for a few sweeps, and the better continues: the decomposition of the mean expert
-    (right where experts grew from one matrix), and each expert's own with the shared cores averaged. The
+    Low ranks that share one factor are the best ones. For all other networks two starts are tried for a few
+    sweeps of alternating least squares, and the better one continues: the decomposition of the mean expert
+    (right where experts grew from one matrix), and each expert's own with the shared cores averaged. That
     problem is not convex: for unrelated experts the result is a local minimum.
 
     Args:
@@ -161,6 +164,9 @@ def fit_shared(
     check_finite(weights, "The stack of expert matrices")
     scale = safe_scale(weights)  # squares of the target neither overflow nor vanish
     target = weights.detach().to(working_dtype(weights.dtype)) / scale
+    pattern = pattern_of(topology, shared[0]) if len(shared) == 1 and not target.is_complex() else None
+    if pattern is not None:
+        return _closed_form(pattern, target, topology, shared[0], scale)
     fitted = target
     if len(shared) == len(topology.cores):  # nothing private: the mean is all that one network can fit
         fitted = target.mean(0, keepdim=True)
@@ -173,6 +179,27 @@ def fit_shared(
     part = scale ** (1 / len(topology.cores))  # every core takes an equal part of the scale
     cores = {name: core * part for name, core in stack.unstacked(rest.network).items()}
     return SharedFit(cores, error, best.sweeps + rest.sweeps, rest.converged)
+
+
+def _closed_form(pattern: str, target: Tensor, topology: Topology, shared: str, scale: float) -> SharedFit:
+    """Fit low ranks that share one factor, with columns and rows of equal norms on both sides of the bond."""
+    rank = max(topology.bond_dims.values())
+    fits = fit_low_rank(pattern, list(target), [Weighting()] * len(target), rank)
+    left, right = (torch.stack([value_of(cores[name]) for cores in fits]) for name in topology.core_names)
+    error = stack_error(target, left @ right)
+    sizes = left.square().sum(1).mean(0).sqrt(), right.square().sum(2).mean(0).sqrt()
+    gauge = (sizes[1] / sizes[0].clamp_min(1e-300)).sqrt()
+    gauge = torch.where(gauge > 0, gauge, torch.ones_like(gauge))
+    parts = zip(topology.core_names, (left * gauge, right / gauge[:, None]), strict=True)
+    shapes = topology.core_shapes
+    cores = {
+        name: (part[0] if name == shared else part).reshape(
+            shapes[name] if name == shared else (len(target), *shapes[name])
+        )
+        * scale**0.5
+        for name, part in parts
+    }
+    return SharedFit(cores, error, 0, converged=True)
 
 
 @dataclass(frozen=True)
