@@ -1,10 +1,9 @@
-"""The mixture as a whole: against a loop over tokens, compiled, checkpointed, copied, sharded."""
+"""The mixture as a whole: against a loop over tokens, compiled, checkpointed, copied."""
 
 from __future__ import annotations
 
 import copy
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.errors import ShapeError
 from tensornet.nn import build_module
 from tensornet_moe import expert_bank as bank_module
 from tensornet_moe.grouped_linear import group_rows, takes_grouped_mm
@@ -224,12 +223,6 @@ def test_total_is_weighted_and_summed_over_layers() -> None:
         tm.collect_aux_losses(nn.Linear(2, 2))
 
 
-def test_nan_is_one_clear_error() -> None:
-    moe = make_moe()
-    with pytest.raises(NonFiniteError, match="router was fed NaN"):
-        moe(torch.full((3, FEATURES), torch.nan, dtype=torch.float64))
-
-
 # --- checkpointing, compiling, copying -----------------------------------------------------------
 
 
@@ -318,57 +311,3 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 3), tm.ExpertFFN(banks))
     with pytest.raises(ValueError, match="capacity_factor must be above 0"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), tm.ExpertFFN(banks), capacity_factor=0)
-
-
-# --- distributed ---------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self, centers: nn.ModuleDict) -> None:
-        super().__init__()
-        banks = {
-            name: tm.SharedCoreExperts(topology, E, shared=centers[name])  # type: ignore[arg-type]
-            for name, topology in (("wi", UP), ("wo", DOWN))
-        }
-        self.moe = tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), tm.ExpertFFN(banks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.moe(x)
-
-
-class TwoBlocks(nn.Sequential):
-    """Two mixtures over one center for each matrix; the owner sits beside the blocks."""
-
-    def __init__(self) -> None:
-        centers = nn.ModuleDict({"wi": tm.SharedCores(UP), "wo": tm.SharedCores(DOWN)})
-        super().__init__(Block(centers), Block(centers))
-        self.centers = centers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self[1](self[0](x))
-
-
-def test_a_center_for_all_layers_trains_under_fsdp(tmp_path: Path) -> None:
-    """The owner belongs to the root unit; each layer is a unit of its own."""
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        plain, sharded = TwoBlocks(), TwoBlocks()
-        sharded.load_state_dict(plain.state_dict())
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for block in (sharded[0], sharded[1]):
-            fully_shard(block, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        x = torch.randn(20, FEATURES)
-        for model in (plain, sharded):
-            (model(x).square().sum() + tm.collect_aux_losses(model).total).backward()
-        for (name, a), b in zip(plain.named_parameters(), sharded.parameters(), strict=True):
-            assert a.grad is not None
-            assert b.grad is not None, name
-            assert torch.allclose(a.grad, b.grad.full_tensor(), atol=1e-5), name  # type: ignore[attr-defined]
-        mask = tm.GradientMask(sharded, p=1.0)
-        assert len(mask.parameters) == 2
-        assert mask.apply() == 2
-    finally:
-        torch.distributed.destroy_process_group()

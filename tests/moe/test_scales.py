@@ -32,49 +32,35 @@ def true_error(weights: Tensor, bank: tm.SharedCoreExperts, scale: float) -> flo
 @pytest.mark.parametrize(("dtype", "scale"), SCALES)
 def test_error_of_a_joint_fit_knows_no_scale(dtype: torch.dtype, scale: float) -> None:
     weights = experts(dtype)
-    bank = tm.SharedCoreExperts.from_experts(weights * scale, max_bond=3)
+    bank, plain = (tm.SharedCoreExperts.from_experts(weights * x, max_bond=3) for x in (scale, 1.0))
     assert bank.error is not None
+    assert plain.fit is not None
+    assert bank.fit is not None
     assert bank.error > 0.1
     assert true_error(weights, bank, scale) == pytest.approx(bank.error, rel=1e-4)
-    plain = tm.SharedCoreExperts.from_experts(weights, max_bond=3)
     assert bank.error == pytest.approx(plain.error, rel=1e-3)
-    assert bank.fit is not None
-    assert plain.fit is not None
     assert bank.fit.alone_error == pytest.approx(plain.fit.alone_error, rel=1e-4)
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-@pytest.mark.parametrize(("dtype", "scale"), SCALES)
-def test_error_of_an_upcycled_matrix_knows_no_scale(dtype: torch.dtype, scale: float, noise: float) -> None:
-    weight = experts(dtype)[0]
-    bank = tm.SharedCoreExperts.from_dense(weight * scale, num_experts=2, max_bond=3, noise=noise)
-    assert bank.error is not None
-    assert bank.error > 0.1
-    made = bank.expert_matrices().detach().double() / scale
-    if noise == 0:
-        assert reference.relative_error(weight, made[0]) == pytest.approx(bank.error, rel=1e-4)
-    else:
-        assert float((made[0] - made[1]).norm()) > 0.01
-
-
-@pytest.mark.parametrize(("dtype", "scale"), SCALES)
-def test_error_of_a_cut_topology_knows_no_scale(dtype: torch.dtype, scale: float) -> None:
-    """Experts of unequal bonds: the error is that of the first one."""
-    weight = experts(dtype)[0]
-    topologies = [mpo(out_dims=(2, 4), in_dims=(4, 3), max_bond=bond) for bond in (2, 4)]
-    bank = tm.SharedCoreExperts.from_dense(weight * scale, num_experts=2, topology=topologies, shared="none")
-    assert bank.error is not None
-    made = bank.expert_matrices().detach().double()[0] / scale
-    assert reference.relative_error(weight, made) == pytest.approx(bank.error, rel=1e-4)
-    assert bank.error > 0.1
-
-
-@pytest.mark.parametrize(("dtype", "scale"), SCALES)
-def test_error_of_experts_shared_by_layers_knows_no_scale(dtype: torch.dtype, scale: float) -> None:
-    weights = experts(dtype)
     owner, banks = tm.share_across_layers(weights * scale, num_experts=2, max_bond=3)
-    for weight, bank in zip(weights, banks, strict=True):
-        assert bank.error is not None
-        made = bank.expert_matrices().detach().double()[0] / scale
-        assert reference.relative_error(weight, made) == pytest.approx(bank.error, rel=1e-4)
     assert owner.names
+    for weight, layer in zip(weights, banks, strict=True):
+        made = layer.expert_matrices().detach().double()[0] / scale
+        assert reference.relative_error(weight, made) == pytest.approx(layer.error, rel=1e-4)
+
+
+@pytest.mark.parametrize("topology", ["mpo", "bonds that differ"])
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_error_of_an_upcycled_matrix_knows_no_scale(dtype: torch.dtype, scale: float, topology: str) -> None:
+    """Where the bonds differ the error is that of the first expert; noise is relative to the cores."""
+    weight, options = experts(dtype)[0], {"max_bond": 3}
+    if topology != "mpo":
+        topologies = [mpo(out_dims=(2, 4), in_dims=(4, 3), max_bond=bond) for bond in (2, 4)]
+        options = {"topology": topologies, "shared": "none"}  # type: ignore[dict-item]
+    for noise in (0.0, 0.1):
+        bank = tm.SharedCoreExperts.from_dense(weight * scale, num_experts=2, noise=noise, **options)
+        assert bank.error is not None
+        assert bank.error > 0.1
+        made = bank.expert_matrices().detach().double() / scale
+        if noise == 0:
+            assert reference.relative_error(weight, made[0]) == pytest.approx(bank.error, rel=1e-4)
+        else:
+            assert float((made[0] - made[1]).norm()) > 0.01

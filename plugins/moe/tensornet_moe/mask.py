@@ -161,14 +161,14 @@ class GradientMask:
             FormatError: the state is of a mask over another number of cores or of another granularity, or no
                 state of a mask.
         """
-        if state.keys() - {"granularity"} != {"generator", "steps", "cores"}:  # older states are without it
+        if state.keys() != {"generator", "steps", "cores", "granularity"}:
             raise FormatError(f"Not the state of a GradientMask: it has the entries {sorted(state)}.")
         if state["cores"] != len(self.parameters):
             raise FormatError(
                 f"The state is of a mask over {state['cores']} cores, this one has {len(self.parameters)}: "
                 "draws would not line up."
             )
-        if (drawn := state.get("granularity", self.granularity)) != self.granularity:
+        if (drawn := state["granularity"]) != self.granularity:
             raise FormatError(
                 f"The state is of a mask with granularity={drawn!r}, this one has {self.granularity!r}: "
                 "draws would not line up. Resume with the same, or start a new mask."
