@@ -3,11 +3,12 @@
 from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.layer_plan import LayerPlan
-from tensornet.compression.model_files import load_model, save_model
-from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planner import PreparedPlan, plan, prepare
+from tensornet.compression.loss_check import check_loss, correct_by_measuring
+from tensornet.compression.measure import LossIncrease, measure, record_losses
+from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.planning import Prepared, plan, prepare
 from tensornet.compression.report import CompressionReport, LayerReport
+from tensornet.compression.serialization import load_model, save_model
 
 __all__ = [
     "CompressionConfig",
@@ -15,12 +16,17 @@ __all__ = [
     "CompressionReport",
     "LayerPlan",
     "LayerReport",
-    "PreparedPlan",
+    "LossIncrease",
+    "Prepared",
     "apply_plan",
+    "check_loss",
     "compress",
+    "correct_by_measuring",
     "decompress",
     "load_model",
+    "measure",
     "plan",
     "prepare",
+    "record_losses",
     "save_model",
 ]

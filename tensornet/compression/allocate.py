@@ -1,8 +1,8 @@
-"""Allocation of one budget over many layers, by one Lagrange multiplier for all cost curves.
+"""Allocation of budgets over many layers, by one Lagrange multiplier for all cost curves.
 
-Each layer has candidates, each with a size and a cost. With one price for a unit of size, every layer takes
-the candidate with the least `cost + price * size`, which is optimal for the size that comes out (Everett's
-theorem). Lowering the price walks every layer along the lower convex hull of its candidates, one step after
+Each layer has candidates, each with a size and a cost. With one Lagrange multiplier `m`, every layer takes
+the candidate with the least `cost + m * size`, which is optimal for the size that comes out (Everett's
+theorem). Lowering `m` walks every layer along the lower convex hull of its candidates, one step after
 the other in the order of what a step saves for its size; a budget ends the walk, and what is left over is
 spent so that a larger budget never costs more.
 
@@ -12,16 +12,61 @@ Reference:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from tensornet.compression.config import BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig
+from tensornet.compression.measure import UNMEASURED, Forecast
 from tensornet.errors import BudgetError
+from tensornet.nn.storage import Storage
+from tensornet.nn.targets import Target
+from tensornet.topology import Topology
 
 _Choice = TypeVar("_Choice")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store a weight.
+
+    Args:
+        topology: the network; None is the dense matrix in the dtype of the model.
+        storage: encoding of its cores.
+        num_bytes: exact size, scales and padding included.
+        params: stored numbers.
+        predicted_loss: predicted loss increase, in nats per token with calibrated gradients.
+        error: relative Frobenius error.
+        cost: what candidates are chosen by: the loss under gradient moments with little damping.
+        milliseconds: predicted time of a forward pass; 0 where no time was asked for.
+        number_format: name of the format that was asked for, of the dense matrix in that format.
+
+    Example:
+        >>> from tensornet.compression.allocate import Candidate
+        >>> Candidate(None, tn.nn.Storage(), num_bytes=64, params=16, predicted_loss=0.0, error=0.0).cost
+        0.0
+    """
+
+    topology: Topology | None
+    storage: Storage
+    num_bytes: int
+    params: int
+    predicted_loss: float
+    error: float
+    cost: float = 0.0
+    milliseconds: float = 0.0
+    number_format: str = ""
+
+    def scaled(self, factor: float) -> "Candidate":
+        """Copy the candidate with its predicted losses multiplied."""
+        return replace(self, cost=factor * self.cost, predicted_loss=factor * self.predicted_loss)
+
+
+#: Candidates of one layer.
+_Candidates = Sequence[Candidate]
 
 
 @dataclass(frozen=True)
@@ -36,9 +81,9 @@ class CostCurve:
     sizes: Tensor
     costs: Tensor
 
-    def best(self, price: float) -> int:
-        """Find the candidate of least `cost + price * size`; ties go to the smallest."""
-        return int((self.costs + price * self.sizes).argmin())
+    def best(self, multiplier: float) -> int:
+        """Find the candidate of least `cost + multiplier * size`; ties go to the smallest."""
+        return int((self.costs + multiplier * self.sizes).argmin())
 
 
 def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
@@ -74,8 +119,8 @@ def spend_cost(
     """
     charged = counted if counted is not None else [curve.costs for curve in curves]
 
-    def charge(price: float) -> float:
-        return sum(float(x[c.best(price)]) for x, c in zip(charged, curves, strict=True))
+    def charge(multiplier: float) -> float:
+        return sum(float(x[c.best(multiplier)]) for x, c in zip(charged, curves, strict=True))
 
     least = charge(0.0)
     if least > allowed:
@@ -83,7 +128,7 @@ def spend_cost(
             f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}; allow more or "
             "choose fewer layers."
         )
-    # The cost rises with the price: the last price at which it is still allowed.
+    # The cost rises with the multiplier: find the last one at which it is still allowed.
     low, high = 0.0, 1.0
     while charge(high) <= allowed and high < 1e12:
         high *= 4
@@ -147,9 +192,9 @@ def decide_alone(
 
 def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:
     """Compute `(total size, total cost)` along the optimal allocations, by decreasing size."""
-    low, high = _price_range(curves)
-    prices = [0.0, *torch.logspace(low, high, points - 1, base=10, dtype=torch.float64).tolist()]
-    allocations = [[curve.best(price) for curve in curves] for price in prices]
+    low, high = _multiplier_range(curves)
+    multipliers = [0.0, *torch.logspace(low, high, points - 1, base=10, dtype=torch.float64).tolist()]
+    allocations = [[curve.best(multiplier) for curve in curves] for multiplier in multipliers]
     pairs = {(total_size(curves, chosen), total_cost(curves, chosen)) for chosen in allocations}
     return sorted(pairs, reverse=True)
 
@@ -275,9 +320,276 @@ def _middle(low: float, high: float) -> float:
     return (max(low, high * 1e-12) * high) ** 0.5
 
 
-def _price_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
+def _multiplier_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
     """Compute the exponents of ten between which the multiplier changes allocations."""
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     top = max(max(float(step) for step in steps), 1e-300)
     exponent = float(torch.tensor(top, dtype=torch.float64).log10())
     return exponent - 8, exponent + 3
+
+
+# --- all caps of a configuration --------------------------------------------------------------------
+
+#: Format of all layers where nothing is known of their errors.
+_BLIND = "int8"
+#: Layers that an error names.
+_NAMED = 4
+#: Rounds in which the weights of several caps are adjusted.
+_ROUNDS = 80
+
+
+def curve_of(candidates: _Candidates, unit: str) -> CostCurve:
+    """Build the cost curve of a layer over `"params"`, `"num_bytes"` or `"milliseconds"`."""
+    sizes = torch.tensor([float(getattr(x, unit)) for x in candidates], dtype=torch.float64)
+    return CostCurve(sizes, torch.tensor([x.cost for x in candidates], dtype=torch.float64))
+
+
+def choose_candidates(
+    targets: Sequence[Target],
+    candidates: Sequence[_Candidates],
+    config: CompressionConfig,
+    objective: str,
+    *,
+    forecast: Forecast = UNMEASURED,
+    rest: tuple[int, int] = (0, 0),
+    names: Sequence[str] | None = None,
+) -> tuple[list[int], str]:
+    """Choose a candidate index for each layer, and name the cap that was decisive; all caps are kept.
+
+    Args:
+        targets: the layers.
+        candidates: of each.
+        config: names the budgets.
+        objective: by which candidates were made.
+        forecast: corrects predicted losses by measured ones.
+        rest: elements and bytes of the parameters that are not targeted, for budgets of the whole model.
+        names: of the candidates in errors, where several layers have candidates together.
+
+    Raises:
+        BudgetError: the caps cannot be kept.
+    """
+    if not spends_jointly(config, objective):
+        if config.plans_formats:
+            return one_format(targets, candidates, config, rest)
+        return _choose_alone(targets, candidates, config), _cap_of_layers(config)
+    caps, names = [], names or [target.name for target in targets]
+
+    def add(name: str, unit: str, allowed: float) -> None:
+        caps.append(Cap(name, [curve_of(found, unit) for found in candidates], allowed, names))
+
+    if config.param_ratio is not None:
+        add("param_ratio", "params", config.param_ratio * sum(target.matrix.numel() for target in targets))
+    for name, allowed in allowed_bytes(config, targets, rest).items():
+        add(name, "num_bytes", allowed)
+    if config.max_milliseconds is not None:
+        add("max_milliseconds", "milliseconds", config.max_milliseconds)
+    if not caps:
+        assert config.loss_increase is not None
+        curves = [curve_of(found, "num_bytes" if config.plans_formats else "params") for found in candidates]
+        losses = [torch.tensor([x.predicted_loss for x in found]).double() for found in candidates]
+        return spend_cost(curves, forecast.uncorrected(config.loss_increase), losses), "loss_increase"
+    chosen, bound_by = _or_one_format(spend_all(caps), candidates, caps)
+    if config.loss_increase is not None:
+        loss = sum(found[k].predicted_loss for found, k in zip(candidates, chosen, strict=True))
+        if (predicted := forecast.corrected(loss)) > config.loss_increase:
+            raise BudgetError(
+                f"{bound_by} and loss_increase={config.loss_increase} contradict each other: the best plan "
+                f"of that size raises the loss by {predicted:.4g}. Drop one of them or raise it."
+            )
+    return chosen, bound_by
+
+
+@dataclass(frozen=True)
+class Cap:
+    """Cap on the sum of one size over all layers.
+
+    Args:
+        name: of the budget, for errors and reports.
+        curves: cost over this size, of each layer; the costs are those of all other caps.
+        allowed: the cap.
+        layers: names, for errors.
+    """
+
+    name: str
+    curves: Sequence[CostCurve]
+    allowed: float
+    layers: Sequence[str] = ()
+
+    def use(self, chosen: Sequence[int]) -> float:
+        """Compute the fraction of the cap that a choice uses; at most 1 keeps the cap."""
+        return total_size(self.curves, chosen) / self.allowed
+
+
+def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
+    """Choose the candidates of least total cost that keep all caps, and name the tightest one.
+
+    To explain how this works: a choice that keeps all caps also keeps any weighted mean of them, which is one
+    cap. Weights of caps that are exceeded are raised until all are kept.
+
+    Raises:
+        BudgetError: a cap cannot be kept, or they cannot be kept together.
+    """
+    alone = [_spend(cap) for cap in caps]
+    kept = [chosen for chosen in alone if all(cap.use(chosen) <= 1 for cap in caps)]
+    weights, allowed = torch.full((len(caps),), 1 / len(caps), dtype=torch.float64), 1.0
+    for round_ in range(0 if kept or len(caps) == 1 else _ROUNDS):
+        mixed = [_mixed(caps, layer, weights) for layer in range(len(caps[0].curves))]
+        least = sum(float(curve.sizes.min()) for curve in mixed)
+        chosen = spend_size(mixed, max(least * (1 + 1e-12), allowed))
+        use = torch.tensor([cap.use(chosen) for cap in caps], dtype=torch.float64)
+        if bool((use <= 1).all()):
+            kept.append(chosen)
+            allowed = 1.0
+        else:  # candidates are few: what is allowed together must leave some slack
+            allowed *= 0.99
+        weights = weights * use.clamp(0.5, 2.0) ** (0.95**round_)
+        weights = weights / weights.sum()
+    if not kept:
+        raise BudgetError(
+            f"{' and '.join(cap.name for cap in caps)} contradict each other: no choice of candidates was "
+            "found that keeps them all. Drop one of them or raise it."
+        )
+    best = min(kept, key=lambda chosen: total_cost(caps[0].curves, chosen))
+    return best, max(caps, key=lambda cap: cap.use(best)).name
+
+
+def _mixed(caps: Sequence[Cap], layer: int, weights: Tensor) -> CostCurve:
+    """Combine all sizes of one layer, each relative to its cap, by a weighted mean; the costs stay."""
+    parts = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
+    return CostCurve(weights @ parts, caps[0].curves[layer].costs)
+
+
+def spends_jointly(config: CompressionConfig, objective: str) -> bool:
+    """Return True if budgets are spent over all layers together, False if each layer is planned alone."""
+    return objective == "curvature" and (config.param_ratio is not None or config.needs_curvature)
+
+
+def allowed_bytes(
+    config: CompressionConfig, targets: Sequence[Target], rest: tuple[int, int]
+) -> dict[str, float]:
+    """Compute the bytes available to the targeted layers, by the name of the budget.
+
+    Raises:
+        BudgetError: the rest of the model alone takes more.
+    """
+    weights = sum(target.matrix.numel() for target in targets)
+    now = sum(target.matrix.numel() * target.matrix.element_size() for target in targets)
+    found = {}
+    for name in BYTE_BUDGETS:
+        if (value := getattr(config, name)) is None:
+            continue
+        whole = config.counts_model(name)
+        params, size = (weights + rest[0], now + rest[1]) if whole else (weights, now)
+        total = {"bits_per_weight": value / 8 * params, "byte_ratio": value * size, "max_bytes": value}[name]
+        found[name] = total - (rest[1] if whole else 0)
+        if found[name] <= 0:
+            raise BudgetError(
+                f"{name}={value} allows {total:,.0f} bytes for the whole model, {rest[1]:,} of which "
+                "are tensors that are not compressed. Raise it, target more layers, or count the targeted "
+                "layers alone by whole_model=False."
+            )
+    return found
+
+
+def _or_one_format(
+    planned: tuple[list[int], str], candidates: Sequence[_Candidates], caps: Sequence[Cap]
+) -> tuple[list[int], str]:
+    """Replace the planned choice by one format for all layers if that has the smaller predicted loss."""
+    best = planned
+    for name in _common_formats(candidates):
+        chosen = [uniform(found)[name] for found in candidates]
+        fits = all(cap.use(chosen) <= 1 for cap in caps)
+        if fits and total_cost(caps[0].curves, chosen) < total_cost(caps[0].curves, best[0]):
+            best = chosen, max(caps, key=lambda cap: cap.use(chosen)).name
+    return best
+
+
+def one_format(
+    targets: Sequence[Target],
+    candidates: Sequence[_Candidates],
+    config: CompressionConfig,
+    rest: tuple[int, int],
+) -> tuple[list[int], str]:
+    """Choose the most accurate single format that keeps the caps, for plans without calibration data.
+
+    Raises:
+        BudgetError: no format keeps the caps.
+    """
+    caps = allowed_bytes(config, targets, rest)
+    names = _common_formats(candidates)
+    if config.formats == DEFAULT_FORMATS:  # fewer bits are only rounded blindly where they were asked for
+        names = [_BLIND]
+    sizes = {x: sum(found[uniform(found)[x]].num_bytes for found in candidates) for x in names}
+    for name in sorted(names, key=lambda x: -sizes[x]):
+        if all(sizes[name] <= allowed for allowed in caps.values()):
+            return [uniform(found)[name] for found in candidates], min(
+                caps, key=caps.__getitem__, default="exact"
+            )
+    budget = " and ".join(f"{name}={getattr(config, name)}" for name in caps)
+    raise BudgetError(
+        f"{budget}: without calibration data all layers get one format, {' or '.join(names)}, which takes "
+        f"{min(sizes.values()):,.0f} bytes where {min(caps.values()):,.0f} are allowed. Pass "
+        "calibration=batches to plan smaller ones, or name the format to round to: formats=('int4',)."
+    )
+
+
+def _common_formats(candidates: Sequence[_Candidates]) -> list[str]:
+    """List the formats in which every layer has a dense candidate."""
+    return [x for x in uniform(candidates[0]) if all(x in uniform(found) for found in candidates)]
+
+
+def uniform(candidates: _Candidates) -> dict[str, int]:
+    """Map number formats to the index of the dense matrix in that format."""
+    return {x.number_format: k for k, x in enumerate(candidates) if x.number_format}
+
+
+def _spend(cap: Cap) -> list[int]:
+    """Call `spend_size`, with errors that name the budget."""
+    try:
+        return spend_size(cap.curves, cap.allowed)
+    except BudgetError as error:
+        raise BudgetError(f"{cap.name}: {error}{_largest(cap)}") from error
+
+
+def _largest(cap: Cap) -> str:
+    """Name the layers whose smallest candidates take most room, those that cannot shrink at all first."""
+    least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
+    order = sorted(range(len(cap.layers)), key=lambda k: least[k], reverse=True)
+    shown = ", ".join(f"{cap.layers[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])
+    fixed = [size for alone, size in least if alone]
+    text = (
+        f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, as those do that no gradient "
+        "reaches in calibration: exclude them, or choose objective='activation', which needs none."
+    )
+    return f"{text if fixed else ''} Most room is taken by {shown}." if shown else ""
+
+
+def _choose_alone(
+    targets: Sequence[Target], candidates: Sequence[_Candidates], config: CompressionConfig
+) -> list[int]:
+    """Choose the best candidate of each layer under the caps on single layers."""
+    if config.param_ratio is not None:
+        sizes = [target.matrix.numel() for target in targets]
+
+        def decide(index: int, ratio: float) -> int:
+            try:
+                return spend_size([curve_of(candidates[index], "params")], ratio * sizes[index])[0]
+            except BudgetError as error:
+                raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
+
+        def stay(index: int) -> tuple[int, float]:
+            """Keep the dense matrix, or the smallest candidate if a cap on ranks excludes it."""
+            found = candidates[index]
+            dense = [k for k, x in enumerate(found) if x.topology is None]
+            place = dense[0] if dense else min(range(len(found)), key=lambda k: found[k].params)
+            return place, float(found[place].params)
+
+        return decide_alone(sizes, config.param_ratio, decide, stay)
+    if config.rel_error is not None:
+        return [min(range(len(found)), key=lambda k: found[k].params) for found in candidates]
+    return [min(range(len(found)), key=lambda k: found[k].cost) for found in candidates]
+
+
+def _cap_of_layers(config: CompressionConfig) -> str:
+    names = ("param_ratio", "rel_error", "max_bond")
+    return next((name for name in names if getattr(config, name) is not None), "exact")

@@ -1,4 +1,4 @@
-"""Execution of a plan: replace stock layers by tensor-network layers, and back."""
+"""Apply a plan: replace stock layers by tensor-network layers, and put stock layers back."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,7 @@ from torch import nn
 from tensornet._util import check_type, progress_bar, warn
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.candidates import relative_gap
-from tensornet.compression.layer_plan import LayerPlan
-from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.rounded_layers import RoundedLayers
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
@@ -21,6 +19,7 @@ from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind, reason_against
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import Storage
 from tensornet.nn.targets import (
     Target,
     all_targets,
@@ -34,7 +33,11 @@ from tensornet.nn.unfuse import fuse, unfused
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.scales import scales_underflow, with_wide_scales
 from tensornet.topologies import Decomposition, topology_family
+from tensornet.topology import Topology
 
+#: Modules that replace a layer, one for each of its names, and their relative error, by the name of the layer
+#: and its scheme.
+MadeLayers = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
 #: Layers that a warning names.
 _NAMED = 5
 
@@ -47,8 +50,8 @@ def apply_plan(
     stats: CalibrationStats | None = None,
     *,
     progress: bool = False,
-    decomposed: dict[str, Decomposition] | None = None,
-    rounded: RoundedLayers | None = None,
+    made: MadeLayers | None = None,
+    dense: dict[str, nn.Module] | None = None,
 ) -> dict[str, float]:
     """Replace the planned layers in place. Nothing is replaced if any decomposition fails.
 
@@ -57,9 +60,8 @@ def apply_plan(
         plan: may have been edited or loaded.
         stats: what the plan was made with; a plan holds topologies, not the moments that the cores depend on.
         progress: show a progress bar.
-        decomposed: decompositions of single layers, if planning has just made them of these very weights;
-            emptied, so that cores are held once.
-        rounded: takes layers from there that were made for this plan before, and keeps those it makes.
+        made: layers that were made for the same scheme before are taken from here, and others are added.
+        dense: the modules that were replaced are added here by name, for `put_back`.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
@@ -89,7 +91,8 @@ def apply_plan(
             "with, or calibrate again."
         )
     work = [layer for layer in plan if layer.topology is not None]
-    made: dict[str, nn.Module] = {}
+    known = {} if made is None else made
+    modules: dict[str, nn.Module] = {}
     errors = {}
     with unfused(model):
         targets = {target.name: target for target in all_targets(model)}
@@ -98,20 +101,25 @@ def apply_plan(
         _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
         refuse_wrapped(wrapped)
         for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
-            target = targets[layer.name]
-            if rounded is not None and (again := rounded.find(layer, target)) is not None:
-                modules, errors[layer.name] = again
-                made.update(zip(target.names, modules, strict=True))
-                continue
-            weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-            result = (decomposed or {}).pop(layer.name, None) or _decomposed(target, layer, weighting)
-            modules, errors[layer.name] = _compressed(target, layer, result, weighting, plan.rounding)
-            if rounded is not None:
-                rounded.keep(layer, modules, errors[layer.name])
-            made.update(zip(target.names, modules, strict=True))
-        _warn_of_underflow(work, targets, made, plan, stats)
-        with replaced(model, made):
+            target, key = targets[layer.name], (layer.name, layer.topology, layer.storage)
+            if key in known:
+                new, errors[layer.name] = known[key]
+                for module, old in zip(new, target.modules, strict=True):
+                    if isinstance(module, TensorNetworkLinear):
+                        module.bias = layer_bias(old)
+            else:
+                weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
+                found = _decomposed(target, layer, weighting)
+                new, errors[layer.name] = _compressed(target, layer, found, weighting, plan.rounding)
+                if made is not None:
+                    made[key] = new, errors[layer.name]
+            modules.update(zip(target.names, new, strict=True))
+        _warn_of_underflow(work, targets, modules, plan, stats)
+        before = {name: model.get_submodule(name) for name in modules}
+        with replaced(model, modules):
             structure_changed(model)
+    if dense is not None:
+        dense.update(before)
     return errors
 
 
@@ -129,6 +137,14 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
         raise
+
+
+def put_back(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
+    """Put stock modules back at the dotted names from which `apply_plan` removed them."""
+    with unfused(model):
+        for name, module in dense.items():
+            set_submodule(model, name, module)
+        structure_changed(model)
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -172,9 +188,9 @@ def decompress(model: nn.Module) -> nn.Module:
             tensor for tensor in stored if isinstance(tensor, nn.Parameter)
         ]  # none where all are integers
         stock.weight.requires_grad_(not cores or any(tensor.requires_grad for tensor in cores))
-        twin = dense.setdefault(tuple(map(id, stored)), stock)
-        if twin is not stock:
-            layer_kind(module.source).share(stock, twin.weight)  # type: ignore[arg-type]
+        copy = dense.setdefault(tuple(map(id, stored)), stock)
+        if copy is not stock:
+            layer_kind(module.source).share(stock, copy.weight)  # type: ignore[arg-type]
         if (bias := layer_bias(module)) is not None:
             stock.bias = bias  # the parameter itself, as in `apply_plan`
         set_submodule(model, name, stock)
@@ -210,8 +226,8 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
     if target is None:
         if layer.name in compressed_names(model):
             raise TargetError(
-                f"Layer {layer.name!r} is made of cores already; a plan is carried out on the dense model. "
-                "tensornet.decompress(model) makes it dense, without what compression removed."
+                f"Layer {layer.name!r} is a tensor-network layer already; a plan is applied to the dense "
+                "model. tensornet.decompress(model) makes it dense, without what compression removed."
             )
         found = dict(model.named_modules()).get(layer.name)
         if found is not None and (reason := reason_against(found)) is not None:
@@ -279,7 +295,11 @@ def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decom
 
 
 def _compressed(
-    target: Target, layer: LayerPlan, result: Decomposition, weighting: Weighting, rounding: Rounding
+    target: Target,
+    layer: LayerPlan,
+    result: Decomposition,
+    weighting: Weighting,
+    rounding: Rounding,
 ) -> tuple[list[nn.Module], float]:
     """Build tensor-network modules that share cores, one for each name of a target; return the error too."""
     matrix = target.matrix

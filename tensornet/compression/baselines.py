@@ -1,29 +1,35 @@
-"""Baselines of a plan: round to nearest, GPTQ and the truncated SVD, at about the same bytes."""
+"""Plain methods at the bytes of a plan: round to nearest, GPTQ and the truncated SVD.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+Each is a configuration of the same pipeline; here are the configurations, and their predicted losses.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensornet._util import on_cpu_unless_said, progress_bar
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.allocate import Candidate
+from tensornet.compression.apply import apply_plan
+from tensornet.compression.candidates import dense_candidates, network_candidates
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.sensitivity import forecast_weighting, input_weighting
+from tensornet.compression.planning import prepare
+from tensornet.compression.sensitivity import Sensitivity, forecast_weighting
 from tensornet.errors import TargetError
-from tensornet.linalg.weighted_svd import Weighting, tail_costs, weighted_svd
-from tensornet.nn.encoding import Storage
-from tensornet.nn.targets import Target, all_targets
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.encoding import PLAIN
+from tensornet.nn.targets import all_targets
 from tensornet.nn.unfuse import unfused
-from tensornet.quantization import NumberFormat, round_weight
+from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import BITS
-from tensornet.topologies import dense
+from tensornet.topologies import topology_family
 
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
 #: Integer formats that the plain methods choose from, with 16-bit scales.
 _FORMATS = tuple(NumberFormat(bits, group) for bits in BITS for group in (64, 32, 128))
-#: Bytes of a number in the factors of the plain SVD where the plan has number formats.
-_SHORT = 2
 #: A format that takes so much more than the plan still counts as one of the same bytes.
 _SLACK = 1.01
 #: Sizes at which the curve of the plain SVD is drawn, as bits of a weight.
@@ -36,7 +42,7 @@ class BaselineResult:
 
     Args:
         method: `"round to nearest"`, `"GPTQ"` or `"plain SVD"`.
-        form: number format or ranks, in a few characters.
+        scheme: number format or ranks, in a few characters.
         num_bytes: of all layers, scales included.
         num_params: stored numbers, scales included.
         predicted_loss_increase: of all layers together, corrected as that of the plan; None without
@@ -44,7 +50,7 @@ class BaselineResult:
     """
 
     method: str
-    form: str
+    scheme: str
     num_bytes: int
     num_params: int
     predicted_loss_increase: float | None = None
@@ -55,8 +61,8 @@ class BaselineLosses:
     """Predicted loss increase of the plain methods, by layer and over sizes.
 
     Args:
-        nearest: by layer, of rounding to nearest at the bytes of its plan; between two number formats it is
-            interpolated, beyond them it is that of the nearest one.
+        nearest: by layer, of rounding to nearest in the largest format of at most the bytes of its plan, or
+            in the smallest.
         svd: by layer, of the truncated SVD of at most those bytes.
         nearest_curve: `(bytes of all layers, loss increase)`, of one format for all layers.
         svd_curve: likewise, of one ratio for all layers.
@@ -68,15 +74,31 @@ class BaselineLosses:
     svd_curve: tuple[tuple[int, float], ...] = ()
 
 
-def baseline_methods(stats: CalibrationStats | None) -> tuple[str, ...]:
-    """List the plain methods that the statistics allow: GPTQ needs moments of inputs.
+def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> dict[str, CompressionConfig]:
+    """Configure the plain methods at about the bytes of a plan, by name; GPTQ needs moments of inputs.
 
     Example:
-        >>> from tensornet.compression.baselines import baseline_methods
-        >>> baseline_methods(None)
-        ('round to nearest', 'plain SVD')
+        >>> from tensornet.compression.baselines import baseline_configs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
+        >>> baseline_configs(plan, None)["round to nearest"].formats
+        ('int4',)
     """
-    return (NEAREST, SVD) if stats is None else (NEAREST, GPTQ, SVD)
+    names = [layer.name for layer in plan]
+    sizes = {x: sum(x.nbytes(layer.shape) for layer in plan) for x in _FORMATS}
+    fitting = [x for x in _FORMATS if sizes[x] <= _SLACK * plan.bytes_after]
+    largest = max(fitting, key=lambda x: sizes[x]) if fitting else min(_FORMATS, key=lambda x: sizes[x])
+    integers = CompressionConfig(target_modules=names, formats=(largest.name,), verify=False)
+    low_rank = CompressionConfig(
+        target_modules=names,
+        topology="low_rank",
+        objective="weight",
+        param_ratio=min(1.0, plan.bytes_after / (_number_bytes(plan) * plan.params_before)),
+    )
+    found = {NEAREST: replace(integers, rounding="nearest")}
+    if stats is not None:
+        found[GPTQ] = replace(integers, rounding="one_sided")
+    return {**found, SVD: low_rank}
 
 
 def predict_baseline(
@@ -87,7 +109,7 @@ def predict_baseline(
     Args:
         model: dense, the plan was made for it.
         plan: gives the layers and their bytes.
-        method: one of `baseline_methods(stats)`.
+        method: one of `baseline_configs(plan, stats)`.
         stats: the plan was made with them.
 
     Raises:
@@ -97,18 +119,31 @@ def predict_baseline(
         >>> from tensornet.compression.baselines import predict_baseline
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
-        >>> predict_baseline(model, plan, "round to nearest").form
+        >>> predict_baseline(model, plan, "round to nearest").scheme
         'int4'
     """
-    return _baseline(model, plan, method, stats, write=False)
+    made = _planned(model, plan, method, stats)
+    ranks = [x.topology.bond_dims["b1"] for x in made if x.topology is not None and x.topology.bond_dims]
+    scheme = next((x.storage.number_format.name for x in made if x.topology is not None), "dense")
+    if ranks:
+        scheme = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"rank {min(ranks)} to {max(ranks)}"
+    size, loss = made.bytes_after, made.predicted_loss_increase
+    if method == SVD:
+        size = made.params_after * _number_bytes(plan)
+        loss = None
+        if plan.objective == "curvature" and stats is not None:
+            known = baseline_losses(model, plan, stats, sizes={x.name: x.params_after for x in made})
+            loss = sum(known.svd.values())
+    loss = None if loss is None else plan.forecast.corrected(loss)
+    return BaselineResult(method, scheme, size, made.params_after, loss)
 
 
 def apply_baseline(
     model: nn.Module, plan: CompressionPlan, method: str, stats: CalibrationStats | None = None
 ) -> BaselineResult:
-    """Round or truncate the planned weights in place by a plain method of the same bytes.
+    """Compress the planned layers in place by a plain method of the same bytes, to measure the loss.
 
-    The layers stay dense: this is for measuring the loss. Arguments and errors as `predict_baseline`.
+    Arguments and errors as `predict_baseline`.
 
     Example:
         >>> from tensornet.compression.baselines import apply_baseline
@@ -117,41 +152,37 @@ def apply_baseline(
         >>> apply_baseline(model, plan, "round to nearest").num_bytes == plan.bytes_after
         True
     """
-    return _baseline(model, plan, method, stats, write=True)
+    result = predict_baseline(model, plan, method, stats)
+    apply_plan(model, _planned(model, plan, method, stats), stats)
+    return result
 
 
-@torch.no_grad()
-@on_cpu_unless_said
-def _baseline(
-    model: nn.Module, plan: CompressionPlan, method: str, stats: CalibrationStats | None, *, write: bool
-) -> BaselineResult:
-    if method not in baseline_methods(stats):
-        known = ", ".join(map(repr, baseline_methods(stats)))
+def _planned(
+    model: nn.Module, plan: CompressionPlan, method: str, stats: CalibrationStats | None
+) -> CompressionPlan:
+    """Plan by the configuration of a plain method.
+
+    Raises:
+        TargetError: an unknown method, or GPTQ without statistics.
+    """
+    configs = baseline_configs(plan, stats)
+    if method not in configs:
         raise TargetError(
-            f"Unknown baseline {method!r}; choose one of {known} ('GPTQ' needs calibration statistics)."
+            f"Unknown baseline {method!r}; choose one of {', '.join(map(repr, configs))} ('GPTQ' needs "
+            "calibration statistics)."
         )
-    size, params, losses, ranks = 0, 0, [], []
-    number_format = _format_of_size(plan)
-    with unfused(model):
-        for target, weighting in _weighed(model, plan, stats):
-            matrix = target.matrix
-            made = _PLAIN[method](target, number_format, plan, stats)
-            if weighting is not None:
-                losses.append(weighting.cost(matrix.double() - made.matrix.double()))
-            if write:
-                matrix.copy_(made.matrix)
-            size, params = size + made.num_bytes, params + made.num_params
-            ranks += [] if made.rank is None else [made.rank]
-    form = _ranks(ranks) if ranks else number_format.name
-    return BaselineResult(
-        method, form, size, params, plan.forecast.rise(sum(losses)) if _predicts(plan, stats) else None
-    )
+    return prepare(model, configs[method], None if method == SVD else stats).plan()
 
 
 @torch.no_grad()
 @on_cpu_unless_said
 def baseline_losses(
-    model: nn.Module, plan: CompressionPlan, stats: CalibrationStats | None, *, progress: bool = False
+    model: nn.Module,
+    plan: CompressionPlan,
+    stats: CalibrationStats | None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    progress: bool = False,
 ) -> BaselineLosses:
     """Predict the loss increase of rounding to nearest and of the plain SVD, by layer and over sizes.
 
@@ -161,6 +192,7 @@ def baseline_losses(
         model: dense, the plan was made for it.
         plan: gives the layers and their bytes.
         stats: the plan was made with them.
+        sizes: stored numbers of the SVD of each layer; those of the bytes of its plan if absent.
         progress: show a progress bar.
 
     Raises:
@@ -175,152 +207,54 @@ def baseline_losses(
         >>> losses.svd["0"] > losses.nearest["0"]
         True
     """
-    if not _predicts(plan, stats):
+    if plan.objective != "curvature" or stats is None:
         return BaselineLosses()
     formats = [NumberFormat.parse(f"int{bits}") for bits in BITS]
+    each = _number_bytes(plan)
     bits = [x for x in _CURVE_BITS if x <= 8 * plan.bytes_before / plan.params_before]
     nearest, svd = {}, {}
-    nearest_sums = {x: [0.0, 0.0] for x in formats}
-    svd_sums = {x: [0.0, 0.0] for x in bits}
+    nearest_sums = {x.name: [0, 0.0] for x in formats}
+    svd_sums: dict[float, list[float]] = {x: [0, 0.0] for x in bits}
+    config = CompressionConfig(topology="low_rank", max_bond=max(max(layer.shape) for layer in plan))
     with unfused(model):
-        work = _weighed(model, plan, stats)
-        for target, weighting in progress_bar(work, desc="baselines", unit="layer", disable=not progress):
-            matrix, layer = target.matrix, plan[target.name]
-            weighting = weighting or Weighting(*(matrix.new_zeros(size) for size in matrix.shape))
-            points = []
-            for number_format in formats:
-                gap = matrix.double() - _nearest_matrix(matrix, number_format).double()
-                points.append((number_format.nbytes(matrix.shape), weighting.cost(gap)))
-                _add(nearest_sums[number_format], points[-1])
-            nearest[target.name] = _between(points, layer.bytes_after)
-            costs = tail_costs(weighted_svd(matrix, Weighting()), weighting).tolist()
-            each = _rank_bytes(matrix, plan)
-            svd[target.name] = costs[min(len(costs) - 1, max(1, layer.bytes_after // each))]
-            for size in bits:
-                rank = min(len(costs) - 1, max(1, int(size / 8 * matrix.numel()) // each))
-                _add(svd_sums[size], (rank * each, costs[rank]))
-    return BaselineLosses(
-        nearest,
-        svd,
-        tuple((int(size), plan.forecast.rise(cost)) for size, cost in nearest_sums.values()),
-        tuple((int(size), plan.forecast.rise(cost)) for size, cost in svd_sums.values()),
-    )
+        targets = {target.name: target for target in all_targets(model)}
+        if missing := [layer.name for layer in plan if layer.name not in targets]:
+            raise TargetError(
+                f"The plan names a layer {missing[0]!r} that this model does not have as dense."
+            )
+        for layer in progress_bar(list(plan), desc="plain methods", unit="layer", disable=not progress):
+            matrix = targets[layer.name].matrix
+            forecast = forecast_weighting(targets[layer.name], stats, plan.damping)
+            if forecast is None:  # no gradient arrives: errors cost nothing
+                nearest[layer.name] = svd[layer.name] = 0.0
+                continue
+            plain = Sensitivity(Weighting(), forecast, "nearest")
+            rounded = dense_candidates(matrix, plain, formats)
+            ranks = network_candidates(matrix, plain, PLAIN, topology_family("low_rank"), config)
+            fits = [x for x in rounded if x.num_bytes <= _SLACK * layer.bytes_after]
+            nearest[layer.name] = _largest(fits or rounded[:1]).predicted_loss
+            allowed = layer.bytes_after // each if sizes is None else sizes[layer.name]
+            svd[layer.name] = _largest([x for x in ranks if x.params <= allowed] or ranks[:1]).predicted_loss
+            for candidate in rounded:
+                sums = nearest_sums[candidate.number_format]
+                sums[0], sums[1] = sums[0] + candidate.num_bytes, sums[1] + candidate.predicted_loss
+            for size, total in svd_sums.items():
+                most = size / 8 * matrix.numel() / each
+                found = _largest([x for x in ranks if x.params <= most] or ranks[:1])
+                total[0], total[1] = total[0] + found.params * each, total[1] + found.predicted_loss
+
+    def curve(sums: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+        return tuple((int(size), plan.forecast.corrected(loss)) for size, loss in sums)
+
+    return BaselineLosses(nearest, svd, curve([*nearest_sums.values()]), curve([*svd_sums.values()]))
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """Matrix compressed by a plain method, with its bytes and stored numbers, and its rank if it has one."""
-
-    matrix: Tensor
-    num_bytes: int
-    num_params: int
-    rank: int | None = None
+def _largest(candidates: Sequence[Candidate]) -> Candidate:
+    return max(candidates, key=lambda x: x.num_bytes)
 
 
-def _nearest(
-    target: Target, number_format: NumberFormat, plan: CompressionPlan, stats: CalibrationStats | None
-) -> _Plain:
-    matrix = target.matrix
-    kept = _nearest_matrix(matrix, number_format)
-    return _integers(kept, number_format)
-
-
-def _integers(kept: Tensor, number_format: NumberFormat) -> _Plain:
-    """Count the bytes and the stored numbers, scales included, of a rounded matrix."""
-    topology = dense(out_features=kept.shape[0], in_features=kept.shape[1])
-    numbers = Storage(number_format=number_format).num_params(topology)
-    return _Plain(kept, number_format.nbytes(kept.shape), numbers)
-
-
-def _nearest_matrix(matrix: Tensor, number_format: NumberFormat) -> Tensor:
-    return round_weight(matrix, number_format, rounding="nearest", refits=0).dequantize()
-
-
-def _gptq(
-    target: Target, number_format: NumberFormat, plan: CompressionPlan, stats: CalibrationStats | None
-) -> _Plain:
-    assert stats is not None  # checked with the method
-    matrix = target.matrix
-    columns = input_weighting(target, stats).columns
-    kept = round_weight(matrix, number_format, columns=columns, rounding="one_sided").dequantize()
-    return _integers(kept, number_format)
-
-
-def _svd(
-    target: Target, number_format: NumberFormat, plan: CompressionPlan, stats: CalibrationStats | None
-) -> _Plain:
-    matrix = target.matrix
-    made, each = weighted_svd(matrix, Weighting()), _rank_bytes(matrix, plan)
-    allowed = int(plan.bytes_after / plan.params_before * matrix.numel())
-    rank = min(len(made.values), max(1, allowed // each))
-    dtype = torch.bfloat16 if _plans_formats(plan) else matrix.dtype
-    left, right = (x.to(dtype).to(matrix.dtype) for x in (made.left[:, :rank], made.right[:rank]))
-    return _Plain(left @ right, rank * each, rank * sum(matrix.shape), rank)
-
-
-_PLAIN: dict[str, Callable[[Target, NumberFormat, CompressionPlan, CalibrationStats | None], _Plain]] = {
-    NEAREST: _nearest,
-    GPTQ: _gptq,
-    SVD: _svd,
-}
-
-
-def _weighed(
-    model: nn.Module, plan: CompressionPlan, stats: CalibrationStats | None
-) -> list[tuple[Target, Weighting | None]]:
-    """Return the planned weights, each with the weighting of forecasts; None where errors cost nothing.
-
-    Raises:
-        TargetError: the model has no layer of a planned name.
-    """
-    targets = {target.name: target for target in all_targets(model)}
-    if missing := [layer.name for layer in plan if layer.name not in targets]:
-        raise TargetError(f"The plan names a layer {missing[0]!r} that this model does not have as dense.")
-    chosen = [targets[layer.name] for layer in plan]
-    if not _predicts(plan, stats):
-        return [(target, None) for target in chosen]
-    return [(target, forecast_weighting(target, stats, plan.damping)) for target in chosen]
-
-
-def _predicts(plan: CompressionPlan, stats: CalibrationStats | None) -> bool:
-    """Return True if losses can be predicted."""
-    return plan.objective == "curvature" and stats is not None
-
-
-def _plans_formats(plan: CompressionPlan) -> bool:
-    return any(layer.storage.own_dtypes for layer in plan)
-
-
-def _rank_bytes(matrix: Tensor, plan: CompressionPlan) -> int:
-    """Count the bytes that one more rank adds to the plain SVD of a matrix."""
-    return sum(matrix.shape) * (_SHORT if _plans_formats(plan) else matrix.element_size())
-
-
-def _format_of_size(plan: CompressionPlan) -> NumberFormat:
-    """Choose the largest integer format of at most about the bytes of a plan, or the smallest of all."""
-    sizes = {x: sum(x.nbytes(layer.shape) for layer in plan) for x in _FORMATS}
-    fitting = [x for x in _FORMATS if sizes[x] <= _SLACK * plan.bytes_after]
-    return max(fitting, key=lambda x: sizes[x]) if fitting else min(_FORMATS, key=lambda x: sizes[x])
-
-
-def _between(points: Sequence[tuple[int, float]], size: int) -> float:
-    """Interpolate the logarithm of a loss over bytes; constant beyond both ends."""
-    ordered = sorted(points)
-    below = [point for point in ordered if point[0] <= size]
-    above = [point for point in ordered if point[0] > size]
-    if not below or not above:
-        return (below or above)[-1 if below else 0][1]
-    (x0, y0), (x1, y1) = below[-1], above[0]
-    if min(y0, y1) <= 0:
-        return y0
-    return y0 * (y1 / y0) ** ((size - x0) / (x1 - x0))
-
-
-def _add(sums: list[float], point: tuple[int, float]) -> None:
-    sums[0] += point[0]
-    sums[1] += point[1]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    low, high = min(ranks), max(ranks)
-    return f"rank {low}" if low == high else f"rank {low} to {high}"
+def _number_bytes(plan: CompressionPlan) -> int:
+    """Bytes of a number in the factors of the plain SVD: 2 where the plan has number formats."""
+    if any(layer.storage.own_dtypes for layer in plan):
+        return 2
+    return plan.layers[0].dtype.itemsize

@@ -1,158 +1,280 @@
-"""Candidates of one layer: networks with an encoding of their cores, their size, time and predicted loss.
+"""Candidates of every layer: networks and number formats, with bytes, time and predicted loss increase.
 
-A candidate is a topology and a `Storage`, the encoding of its cores; the dense matrix is the last one. The
-topologies and losses come from the family (`TopologyFamily.ladder`); bytes and times are added here.
+The dense matrix in each number format comes first. Its loss is predicted from the moments alone from 4 bits
+on; at 2 and 3 bits, where clamping and scales decide, a part of the matrix is rounded and the prediction
+corrected by what that costs. Then come the networks of each topology family (`TopologyFamily.ladder`), in
+each encoding of their cores, up to the bond at which they are as large as the matrix in the same format.
+Candidates that no budget would choose, because they lie above the lower convex hull, are dropped at once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tensornet.compression.allocate import CostCurve, lower_hull
-from tensornet.compression.config import CompressionConfig
-from tensornet.compression.latency import Clock
-from tensornet.compression.sensitivity import Sensitivity
+from tensornet._util import remembering
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.allocate import Candidate, lower_hull
+from tensornet.compression.config import DEFAULT_FORMATS, CompressionConfig
+from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
+from tensornet.contraction.cost import Machine, default_machine, dense_seconds
+from tensornet.contraction.plan import plan_operator
+from tensornet.errors import BudgetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.encoding import PLAIN, Storage, decode, encode
-from tensornet.quantization import Rounding
-from tensornet.quantization.scales import scales_underflow
-from tensornet.topologies import Decomposition, TopologyFamily, topology_family
+from tensornet.nn.integer_cost import product_cost, unpacking_cost
+from tensornet.nn.targets import Target
+from tensornet.quantization import NumberFormat, Rounding, predict_losses
+from tensornet.quantization.moments import DENSE_ROW_DAMPING
+from tensornet.quantization.predict import spaced_rows
+from tensornet.quantization.scales import scales_underflow, storable_formats
+from tensornet.topologies import TopologyFamily, dense, topology_family
+from tensornet.topologies.dense import round_dense
 from tensornet.topologies.results import RoundTrip
 from tensornet.topology import Topology
 
-#: Fields of `LayerCandidates` with one value for each candidate.
-_VALUES = ("params", "num_bytes", "costs", "forecasts", "errors", "milliseconds")
+#: Fewest bits at which the loss of rounding is predicted without rounding anything.
+PREDICTED_BITS = 4
+#: Rows whose predicted residuals stand for those of all rows.
+PREDICTED_ROWS = 64
+#: Rows and columns of the part that is rounded to few bits, and sweeps of descent on it. With all sweeps that
+#: a matrix gets, the part would gain 2 to 3 % more than the whole matrix does.
+SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
+#: Layers whose parts are rounded together, and bytes that their moments may take meanwhile.
+_LAYERS, _MOMENT_BYTES = 28, 1 << 28
+#: Fractions of the largest bond at which times are predicted; between them they are interpolated.
+_TIMED = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-@dataclass(frozen=True)
-class LayerCandidates:
-    """Candidates of one layer, the dense matrix last where it is allowed.
+def find_candidates(
+    targets: Sequence[Target],
+    config: CompressionConfig,
+    objective: str,
+    stats: CalibrationStats | None,
+) -> Iterator[list[Candidate]]:
+    """Find the candidates of each layer within its own caps, a few layers at a time.
 
     Args:
-        params: stored numbers of each candidate, shape `(candidates,)`.
-        num_bytes: their bytes, shape `(candidates,)`.
-        costs: what decides; adds over layers, shape `(candidates,)`.
-        forecasts: predicted loss increase, shape `(candidates,)`.
-        errors: relative Frobenius error of each, shape `(candidates,)`.
-        milliseconds: predicted time of a forward pass, shape `(candidates,)`; zeros where nobody asked.
-        make: topology (None for dense) and storage of a candidate, by its index.
-        uniform: indices of the dense matrix in each number format, by the name of the format.
-        nearest: predicted loss increase of rounding to nearest in each integer format, for comparison.
+        targets: the layers.
+        config: what to compress and how far.
+        objective: see `CompressionConfig`.
+        stats: calibration statistics.
+
+    Raises:
+        BudgetError: no candidate is left of a layer.
     """
-
-    params: Tensor
-    num_bytes: Tensor
-    costs: Tensor
-    forecasts: Tensor
-    errors: Tensor
-    milliseconds: Tensor
-    make: Callable[[int], tuple[Topology | None, Storage]]
-    uniform: Mapping[str, int] = field(default_factory=dict)
-    nearest: Mapping[str, float] = field(default_factory=dict)
-
-    def curve(self, unit: str) -> CostCurve:
-        """Build the cost curve over `"params"`, `"num_bytes"` or `"milliseconds"`."""
-        return CostCurve(getattr(self, unit), self.costs)
-
-    def only(self, indices: Sequence[int]) -> "LayerCandidates":
-        """Select candidates by index."""
-        values = {name: getattr(self, name)[list(indices)] for name in _VALUES}
-        places = {old: new for new, old in enumerate(indices)}
-        uniform = {name: places[k] for name, k in self.uniform.items() if k in places}
-        return replace(self, **values, make=lambda index: self.make(indices[index]), uniform=uniform)
-
-    def free(self) -> "LayerCandidates":
-        """Copy the candidates with all predicted losses set to zero."""
-        nothing = torch.zeros_like(self.costs)
-        return replace(self, costs=nothing, forecasts=nothing, nearest=dict.fromkeys(self.nearest, 0.0))
-
-    def hull(self, unit: str) -> tuple[tuple[int, float], ...]:
-        """Compute the lower convex hull of forecasts over a size, from which budgets of the model choose."""
-        sizes, costs = getattr(self, unit).tolist(), self.forecasts.tolist()
-        return tuple((int(sizes[k]), costs[k]) for k in lower_hull(sizes, costs))
+    few = few_bits(config.number_formats)
+    clock = Clock.of(config, targets)
+    for some in _chunks(targets):
+        with remembering():  # layers that read the same inputs share a moment
+            known = [layer_sensitivity(x, objective, stats, config.damping, config.rounding) for x in some]
+        sensitive = [k for k, sensitivity in enumerate(known) if sensitivity is not None]
+        measured: dict[int, MeasuredPart] = {}
+        if few:
+            parts = [part_of(some[k].matrix, x, few) for k in sensitive if (x := known[k]) is not None]
+            measured = dict(zip(sensitive, measure_parts(parts, few), strict=True))
+        for k, (target, sensitivity) in enumerate(zip(some, known, strict=True)):
+            if sensitivity is None:
+                yield _insensitive(target.matrix, config, clock)
+                continue
+            with remembering():  # every format and encoding asks for the same decompositions
+                yield _of_layer(target, sensitivity, config, objective, clock, measured.get(k))
 
 
-def family_candidates(
+def _of_layer(
+    target: Target,
+    sensitivity: Sensitivity,
+    config: CompressionConfig,
+    objective: str,
+    clock: "Clock | None",
+    measured: "MeasuredPart | None",
+) -> list[Candidate]:
+    """Find all candidates of one layer and keep those that some budget may choose.
+
+    Raises:
+        BudgetError: none is left.
+    """
+    matrix = target.matrix
+    pivoted = objective != "weight" if config.pivoted is None else config.pivoted
+    if not config.plans_formats:
+        found = []
+        for name in config.calibrated_families:
+            found += network_candidates(
+                matrix, sensitivity, Storage(pivoted=pivoted), topology_family(name), config, clock
+            )
+    else:
+        formats = layer_formats([matrix], [sensitivity], config.number_formats)
+        if formats != config.number_formats:
+            measured = None  # in other formats
+        found = dense_candidates(matrix, sensitivity, formats, clock, measured, config.number_formats)
+        families = () if objective == "weight" else config.calibrated_families
+        for family in map(topology_family, families):
+            for number_format, others in family.encodings(formats):
+                storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
+                more = network_candidates(matrix, sensitivity, storage, family, config, clock)
+                found += [x for x in more if x.topology is not None]  # a format says how it may stay dense
+    if config.rel_error is not None:
+        found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
+    if not found:
+        raise BudgetError(
+            f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
+            f"most rel_error={config.rel_error}."
+        )
+    return pruned(found)
+
+
+def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Keep the candidates that some budget of bytes, parameters and time may choose, in their order.
+
+    These are those on the lower convex hull of the cost over a size; where times are known also over mixtures
+    of bytes and time, since a plan may keep both caps. The dense matrix in each number format always stays,
+    for plans of one format everywhere.
+
+    Example:
+        >>> from tensornet.compression.candidates import Candidate, pruned
+        >>> sizes, costs = (1, 2, 3), (4.0, 3.9, 0.0)
+        >>> all_of_them = [
+        ...     Candidate(None, tn.nn.Storage(), size, size, cost, cost, cost)
+        ...     for size, cost in zip(sizes, costs)
+        ... ]
+        >>> [x.num_bytes for x in pruned(all_of_them)]
+        [1, 3]
+    """
+    costs = [x.cost for x in candidates]
+    sizes = [[float(x.num_bytes) for x in candidates], [float(x.params) for x in candidates]]
+    times = [x.milliseconds for x in candidates]
+    if any(times):
+        most, longest = max(sizes[0]), max(times)
+        for share in (0.25, 0.5, 0.75, 1.0):
+            sizes.append(
+                [(1 - share) * a / most + share * b / longest for a, b in zip(sizes[0], times, strict=True)]
+            )
+    kept = {k for size in sizes for k in lower_hull(size, costs)}
+    return [x for k, x in enumerate(candidates) if k in kept or x.number_format]
+
+
+def hull_of(candidates: Sequence[Candidate], unit: str) -> tuple[tuple[int, float], ...]:
+    """Compute the lower convex hull `(size, predicted loss)` over `"params"` or `"num_bytes"`."""
+    sizes = [getattr(x, unit) for x in candidates]
+    losses = [x.predicted_loss for x in candidates]
+    return tuple((sizes[k], losses[k]) for k in lower_hull(sizes, losses))
+
+
+def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Split layers into runs whose moments fit into a little memory, or single ones."""
+    some: list[Target] = []
+    size = 0
+    for target in targets:
+        moments = 8 * sum(x * x for x in target.matrix.shape)
+        if some and (len(some) >= _LAYERS or size + moments > _MOMENT_BYTES):
+            yield some
+            some, size = [], 0
+        some.append(target)
+        size += moments
+    if some:
+        yield some
+
+
+def _insensitive(matrix: Tensor, config: CompressionConfig, clock: "Clock | None") -> list[Candidate]:
+    """Build the only candidate of a layer that no gradient reaches: an accurate one.
+
+    The most accurate integer format where formats are chosen, else the dense matrix.
+    """
+    integers = [x for x in config.number_formats if x.is_integer]
+    if not integers:
+        time = 0.0 if clock is None else clock.dense((matrix.shape[0], matrix.shape[1]))
+        size = matrix.numel() * matrix.element_size()
+        return [Candidate(None, PLAIN, size, matrix.numel(), 0.0, 0.0, 0.0, time)]
+    largest = max(integers, key=lambda x: x.nbytes(matrix.shape))
+    made = dense_candidates(matrix, Sensitivity(Weighting(), Weighting()), [largest], clock)
+    return [x.scaled(0.0) for x in made]
+
+
+# --- networks ---------------------------------------------------------------------------------------
+
+
+def network_candidates(
     matrix: Tensor,
     sensitivity: Sensitivity,
     storage: Storage,
     family: TopologyFamily,
-    *,
-    max_bond: int | None = None,
-    rel_error: float | None = None,
-    clock: Clock | None = None,
-    search_legs: bool = False,
-    options: dict[str, Any] | None = None,
-) -> LayerCandidates:
-    """Build the candidates of one family for one matrix, and the dense one.
+    config: CompressionConfig,
+    clock: "Clock | None" = None,
+) -> list[Candidate]:
+    """Build the candidates of one family with one encoding of the cores, and the dense matrix after them.
 
     Args:
         matrix: shape `(out, in)`.
         sensitivity: of the loss to errors.
         storage: encoding of the cores.
         family: a registered one.
-        max_bond: largest bond; where it excludes some, dense is not a candidate.
-        rel_error: drop candidates with a larger relative Frobenius error.
+        config: caps, and options of the family. Where `max_bond` excludes some networks, the dense matrix is
+            no candidate; networks above `rel_error` are dropped.
         clock: predicts times.
-        search_legs: let the family choose its leg sizes for this matrix.
-        options: of the family's `build`.
 
     Raises:
         TopologyError: the options do not fit, or are unknown.
     """
-    chosen = dict(options or {})
-    if search_legs:
-        chosen = family.search_legs(matrix, sensitivity.choice, storage.num_params, **chosen)
+    options, max_bond = config.family_options(family.name), config.max_bond
+    if storage.number_format.is_integer:
+        max_bond = _largest_useful_bond(family, matrix, storage, max_bond, options)
+    if config.dims == "auto":
+        options = family.search_legs(matrix, sensitivity.choice, storage.num_params, **options)
     ladder = family.ladder(
         matrix,
         (sensitivity.choice, sensitivity.forecast),
         max_bond=max_bond,
-        round_trip=_rounding(storage, matrix, sensitivity),
-        **chosen,
+        round_trip=_round_trip_of(storage, matrix, sensitivity),
+        **options,
     )
     topologies = ladder.topologies
-    params, sizes = _sizes(_Rungs(topologies), storage, matrix.dtype)
-    shape = (matrix.shape[0], matrix.shape[1])
-    dense = [float(matrix.numel())] if ladder.complete else []
-    dense_bytes, dense_time = float(matrix.numel() * matrix.element_size()), 0.0
-    times = torch.zeros(len(topologies), dtype=torch.float64)
+    sizes = _sizes(_Rungs(topologies), storage, matrix.dtype)
+    times, dense_time = [0.0] * len(topologies), 0.0
     if clock is not None:
-        times, dense_time = clock.ladder(topologies), clock.dense(shape)
+        times, dense_time = clock.ladder(topologies), clock.dense((matrix.shape[0], matrix.shape[1]))
         if storage.quantized:
-            times = times + clock.unpacking(topologies, storage)
-    keep = torch.ones(len(topologies), dtype=torch.bool)
-    if rel_error is not None:
-        keep &= ladder.errors <= rel_error
-    if dense:  # candidates that save nothing would only be other ways to write the matrix
-        keep &= (params < matrix.numel()) | (sizes < dense_bytes) | (times < dense_time)
-    kept = keep.nonzero().squeeze(1).tolist()
-
-    def with_dense(values: Tensor, last: float = 0.0) -> Tensor:
-        return torch.cat([values[keep], values.new_tensor([last] * len(dense))])
-
-    def make(index: int) -> tuple[Topology | None, Storage]:
-        if index == len(kept):
-            return None, PLAIN
-        topology = topologies[kept[index]]
-        return topology, storage.for_topology(topology)
-
-    return LayerCandidates(
-        params=with_dense(params, float(matrix.numel())),
-        num_bytes=with_dense(sizes, dense_bytes),
-        costs=with_dense(ladder.losses[0]),
-        forecasts=with_dense(ladder.losses[1]),
-        errors=with_dense(ladder.errors),
-        milliseconds=with_dense(times, dense_time),
-        make=make,
-    )
+            times = [a + clock.unpacking(b, storage) for a, b in zip(times, topologies, strict=True)]
+    dense_params, dense_bytes = matrix.numel(), matrix.numel() * matrix.element_size()
+    costs, losses = ladder.losses.tolist()
+    found = []
+    for k, error in enumerate(ladder.errors.tolist()):
+        params, size = sizes[k]
+        saves = params < dense_params or size < dense_bytes or times[k] < dense_time
+        if (config.rel_error is not None and error > config.rel_error) or (ladder.complete and not saves):
+            continue  # one that saves nothing would only be another way to write the matrix
+        stored = storage.for_topology(topologies[k])
+        found.append(Candidate(topologies[k], stored, size, params, losses[k], error, costs[k], times[k]))
+    if config.rel_error is None:
+        found = pruned(found)
+    if ladder.complete:
+        found.append(Candidate(None, PLAIN, dense_bytes, dense_params, 0.0, 0.0, 0.0, dense_time))
+    return found
 
 
-def _rounding(storage: Storage, matrix: Tensor, sensitivity: Sensitivity) -> RoundTrip | None:
+def _largest_useful_bond(
+    family: TopologyFamily,
+    matrix: Tensor,
+    storage: Storage,
+    max_bond: int | None,
+    options: Mapping[str, Any],
+) -> int:
+    """Find the largest bond whose network is smaller than the dense matrix in the same format."""
+    rows, columns = matrix.shape
+    limit = storage.number_format.nbytes((rows, columns), matrix.dtype)
+    low, high = 1, min(rows, columns, max_bond or rows)
+    while low < high:
+        middle = (low + high + 1) // 2
+        size = storage.num_bytes(family.build(rows, columns, max_bond=middle, **options), matrix.dtype)
+        low, high = (middle, high) if size < limit else (low, middle - 1)
+    return low
+
+
+def _round_trip_of(storage: Storage, matrix: Tensor, sensitivity: Sensitivity) -> RoundTrip | None:
     """Wrap `round_trip` for `TopologyFamily.ladder`; None where nothing is rounded.
 
     Losses of formats whose scales underflow are measured: in a pivoted network one factor is as small as the
@@ -168,70 +290,37 @@ def _rounding(storage: Storage, matrix: Tensor, sensitivity: Sensitivity) -> Rou
     )
 
 
-def storage_of(config: CompressionConfig, objective: str) -> Storage:
-    """Choose the encoding of cores: pivoted with calibration data unless the configuration names another."""
-    pivoted = objective != "weight" if config.pivoted is None else config.pivoted
-    return Storage(pivoted=pivoted)
-
-
-def joined(candidates: Sequence[LayerCandidates]) -> LayerCandidates:
-    """Join the candidates of several families."""
-    starts = [0]
-    for found in candidates:
-        starts.append(starts[-1] + len(found.params))
-
-    def make(index: int) -> tuple[Topology | None, Storage]:
-        family = next(k for k in range(len(candidates)) if index < starts[k + 1])
-        return candidates[family].make(index - starts[family])
-
-    values = {name: torch.cat([getattr(found, name) for found in candidates]) for name in _VALUES}
-    uniform = {
-        name: start + k
-        for start, found in zip(starts, candidates, strict=False)
-        for name, k in found.uniform.items()
-    }
-    nearest = {name: loss for found in candidates for name, loss in found.nearest.items()}
-    return LayerCandidates(**values, make=make, uniform=uniform, nearest=nearest)
-
-
-def dense_candidate(matrix: Tensor, clock: Clock | None = None) -> LayerCandidates:
-    """Build candidates with the dense matrix as the only choice."""
-    count = torch.tensor([float(matrix.numel())], dtype=torch.float64)
-    zero = torch.zeros(1, dtype=torch.float64)
-    time = zero if clock is None else zero + clock.dense((matrix.shape[0], matrix.shape[1]))
-    size = count * matrix.element_size()
-    return LayerCandidates(count, size, zero, zero, zero, time, lambda index: (None, PLAIN))
-
-
 def keep_promise(
-    candidates: LayerCandidates, matrix: Tensor, weighting: Weighting, rel_error: float
-) -> LayerCandidates:
+    candidates: Sequence[Candidate], matrix: Tensor, weighting: Weighting, rel_error: float
+) -> list[Candidate]:
     """Drop candidates whose measured error exceeds `rel_error`.
 
     The errors of candidates are estimates: of starts that are fitted later to the loss, which lets the
     Frobenius error grow, and before rounding. The smallest candidate that is left has been decomposed.
 
     Args:
-        candidates: of one layer; their estimates keep the error.
+        candidates: of one layer, whose estimated errors are small enough.
         matrix: its weight.
-        weighting: at which plans are carried out.
+        weighting: at which plans are applied.
         rel_error: the promise.
     """
-    order = candidates.params.argsort(stable=True).tolist()
+    order = sorted(candidates, key=lambda x: x.params)
     place = 0
     while place < len(order):
-        topology, storage = candidates.make(order[place])
+        topology, storage = order[place].topology, order[place].storage
         if topology is None:
             break
         made = topology_family(topology.family).fit(matrix, topology, weighting)
-        error = stored_error(matrix, made, storage, weighting)
+        error = made.error
+        if not storage.plain:
+            stored = round_trip(made.network, storage, matrix.dtype, weighting)
+            error = relative_gap(matrix, stored.to_matrix())
         if error <= rel_error:
             break
-        wanted = float(candidates.errors[order[place]]) * rel_error / error
-        later = range(place + 1, len(order))
-        step = max(1, (len(order) - place) // 8)
-        place = next((k for k in later if float(candidates.errors[order[k]]) < wanted), place + step)
-    return candidates.only(sorted(order[place:]))
+        wanted = order[place].error * rel_error / error
+        later, step = range(place + 1, len(order)), max(1, (len(order) - place) // 8)
+        place = next((k for k in later if order[k].error < wanted), place + step)
+    return order[place:]
 
 
 def round_trip(
@@ -245,7 +334,7 @@ def round_trip(
 
     Args:
         network: to be stored.
-        storage: how its cores are kept.
+        storage: encoding of its cores.
         dtype: of the model.
         weighting: sensitivity of the loss, with which cores are rounded to integers.
         rounding: how, see `CompressionConfig`.
@@ -254,15 +343,6 @@ def round_trip(
     # Integers are looked at in full precision.
     seen = network.cores[0].dtype if storage.own_dtypes else None
     return TensorNetwork(network.topology, decode(network.topology, storage, kept, dtype=seen))
-
-
-def stored_error(
-    matrix: Tensor, made: Decomposition, storage: Storage, weighting: Weighting | None = None
-) -> float:
-    """Compute the relative Frobenius error of the stored network: certified if plain, else measured."""
-    if storage.plain:
-        return made.error
-    return relative_gap(matrix, round_trip(made.network, storage, matrix.dtype, weighting).to_matrix())
 
 
 def relative_gap(matrix: Tensor, other: Tensor) -> float:
@@ -283,9 +363,290 @@ class _Rungs:
 
 
 @lru_cache(maxsize=256)
-def _sizes(rungs: _Rungs, storage: Storage, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Count stored numbers and bytes of each topology; cached, since layers of one shape share candidates."""
-    topologies = rungs.topologies
-    params = torch.tensor([storage.num_params(t) for t in topologies], dtype=torch.float64)
-    sizes = torch.tensor([storage.num_bytes(t, dtype) for t in topologies], dtype=torch.float64)
-    return params, sizes
+def _sizes(rungs: _Rungs, storage: Storage, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Count `(stored numbers, bytes)` of each topology, once for all layers of one shape."""
+    return [(storage.num_params(t), storage.num_bytes(t, dtype)) for t in rungs.topologies]
+
+
+# --- the dense matrix in number formats -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FormatLosses:
+    """Losses and errors of a dense matrix in one format.
+
+    Args:
+        choice: predicted loss increase under the weighting that candidates are chosen by.
+        forecast: the same under the weighting of forecasts.
+        error: relative Frobenius error; estimated where nothing was rounded.
+    """
+
+    choice: float
+    forecast: float
+    error: float
+
+    def scaled(self, measured: "FormatLosses", expected: "FormatLosses") -> "FormatLosses":
+        """Correct a prediction by the ratio of measured and expected values of a part of the matrix."""
+        names = ("choice", "forecast", "error")
+        values = [(getattr(self, n), getattr(measured, n), getattr(expected, n)) for n in names]
+        return FormatLosses(*(x * found / known if known > 0 else found for x, found, known in values))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a matrix that is rounded to few bits, and the sensitivity to its errors alone.
+
+    Args:
+        matrix: some rows and columns.
+        seen: sensitivity to its errors.
+        whole: the part is the whole matrix.
+    """
+
+    matrix: Tensor
+    seen: Sensitivity
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class MeasuredPart:
+    """Part of a matrix with its measured losses in each format of few bits."""
+
+    part: Part
+    losses: Mapping[NumberFormat, FormatLosses]
+
+
+def dense_candidates(
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    formats: Sequence[NumberFormat],
+    clock: "Clock | None" = None,
+    measured: MeasuredPart | None = None,
+    names: Sequence[NumberFormat] | None = None,
+) -> list[Candidate]:
+    """Build one candidate of the dense matrix for each format, in their order; see `format_losses`.
+
+    `names` are the formats that were asked for, for which those of `formats` stand in this layer.
+    """
+    topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
+    shape = (matrix.shape[0], matrix.shape[1])
+    losses = format_losses(matrix, sensitivity, formats, measured)
+    found = []
+    for number_format, asked, loss in zip(formats, names or formats, losses, strict=True):
+        stays = number_format == NumberFormat()
+        storage = PLAIN if stays else Storage(number_format=number_format)
+        time = 0.0
+        if clock is not None:
+            time = clock.integers(number_format, shape) if number_format.is_integer else clock.dense(shape)
+        found.append(
+            Candidate(
+                None if stays else topology,
+                storage,
+                storage.num_bytes(topology, matrix.dtype),
+                storage.num_params(topology),
+                loss.forecast,
+                loss.error,
+                loss.choice,
+                time,
+                asked.name,
+            )
+        )
+    return found
+
+
+def format_losses(
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    formats: Sequence[NumberFormat],
+    measured: MeasuredPart | None = None,
+) -> list[FormatLosses]:
+    """Compute the losses of a matrix in each format; measure a part where predictions are inaccurate.
+
+    Where scales are too small for their dtype the whole matrix is rounded.
+
+    Args:
+        matrix: shape `(out, in)`.
+        sensitivity: of the loss to its errors.
+        formats: number formats.
+        measured: from `measure_parts`, which takes less time for several matrices; measured here if absent.
+    """
+    coarse = [x for x in formats if scales_underflow(matrix, x, sensitivity.choice)]
+    integers = [x for x in formats if x.is_integer and x not in coarse]
+    found = {}
+    for number_format in (x for x in formats if x not in integers):
+        topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
+        storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
+        stored = round_trip(network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding)
+        found[number_format] = _losses(matrix, stored.to_matrix(), sensitivity)
+    sample = spaced_rows(matrix, PREDICTED_ROWS)
+    found |= dict(zip(integers, _predicted(matrix, sensitivity, integers, sample), strict=True))
+    if few := few_bits(integers):
+        known = measured or measure_parts([part_of(matrix, sensitivity, few)], few)[0]
+        expected = _predicted(known.part.matrix, known.part.seen, few)
+        for number_format, losses in zip(few, expected, strict=True):
+            found[number_format] = found[number_format].scaled(known.losses[number_format], losses)
+    return [found[x] for x in formats]
+
+
+def layer_formats(
+    matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], formats: Sequence[NumberFormat]
+) -> tuple[NumberFormat, ...]:
+    """Choose the formats of one layer, or of layers that share a core, from those that may be planned.
+
+    Of the default ones those with 8-bit scales give way to those with 16-bit scales where theirs underflow.
+    Formats that were asked for stay, and cost what they lose.
+    """
+    found = tuple(formats)
+    if tuple(x.name for x in formats) == DEFAULT_FORMATS:
+        for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
+            found = storable_formats(matrix, found, sensitivity.choice)
+    return found
+
+
+def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
+    """List the formats with so few bits that predictions are corrected by measured losses."""
+    return [x for x in formats if x.is_integer and (x.bits or 0) < PREDICTED_BITS]
+
+
+def part_of(matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]) -> Part:
+    """Choose the rows and whole groups of columns of a matrix that are rounded to formats of few bits."""
+    rows = spaced_rows(matrix, SAMPLED_ROWS)
+    if rows is None:
+        rows = torch.arange(len(matrix), device=matrix.device)
+    size = matrix.shape[1]
+    width = max(x.group or size for x in formats)
+    columns, count = torch.arange(size, device=matrix.device), max(1, SAMPLED_COLUMNS // width)
+    if -(-size // width) > count:
+        kept = torch.linspace(0, size // width - 1, count).long().tolist()
+        columns = torch.cat([columns[k * width : (k + 1) * width] for k in dict.fromkeys(kept)])
+
+    def some(moment: Tensor | None, places: Tensor) -> Tensor | None:
+        if moment is None:
+            return None
+        return moment[places] if moment.ndim == 1 else moment[places][:, places]
+
+    seen = [
+        Weighting(some(x.rows, rows), some(x.columns, columns))
+        for x in (sensitivity.choice, sensitivity.forecast)
+    ]
+    part = matrix[rows][:, columns]
+    return Part(part, Sensitivity(*seen, sensitivity.rounding), part.shape == matrix.shape)
+
+
+@torch.no_grad()
+def measure_parts(parts: Sequence[Part], formats: Sequence[NumberFormat]) -> list[MeasuredPart]:
+    """Round parts of several matrices to formats of few bits, those of one shape in one stack.
+
+    Rounding goes column by column, and for parts a call takes longer than its arithmetic.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, part in enumerate(parts):
+        chosen = part.seen.choice
+        full = all(moment is not None and moment.ndim == 2 for moment in (chosen.rows, chosen.columns))
+        kind = (part.matrix.shape, part.matrix.dtype, part.matrix.device, part.whole)
+        groups.setdefault(kind if full else index, []).append(index)
+    found: list[dict[NumberFormat, FormatLosses]] = [{} for _ in parts]
+    for places in groups.values():
+        some = [parts[k] for k in places]
+        weights, weighting = some[0].matrix, some[0].seen.choice
+        if len(some) > 1:
+            weights = torch.stack([x.matrix for x in some])
+            rows, columns = (
+                torch.stack([m for x in some if (m := getattr(x.seen.choice, side)) is not None])
+                for side in ("rows", "columns")
+            )
+            weighting = Weighting(rows, columns)
+        sweeps = None if some[0].whole else _SWEEPS
+        with remembering():  # moments are factorised once for all formats
+            for number_format in formats:
+                made = round_dense(weights, number_format, weighting, sweeps, some[0].seen.rounding)
+                kept = made.dequantize(weights.dtype)
+                for k, part, matrix in zip(places, some, kept.view(-1, *kept.shape[-2:]), strict=True):
+                    found[k][number_format] = _losses(part.matrix, matrix, part.seen)
+    return [MeasuredPart(part, losses) for part, losses in zip(parts, found, strict=True)]
+
+
+def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLosses:
+    """Compute the losses and the relative error of keeping one matrix in place of another."""
+    error = matrix - kept
+    if not bool(error.any()):
+        return FormatLosses(0.0, 0.0, 0.0)
+    return FormatLosses(
+        sensitivity.choice.cost(error), sensitivity.forecast.cost(error), relative_gap(matrix, kept)
+    )
+
+
+def _predicted(
+    matrix: Tensor,
+    sensitivity: Sensitivity,
+    formats: Sequence[NumberFormat],
+    sample: Tensor | None = None,
+) -> list[FormatLosses]:
+    """Predict losses and errors of integer formats without rounding."""
+    weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
+    norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
+    found = predict_losses(
+        matrix,
+        formats,
+        weightings,
+        row_damping=DENSE_ROW_DAMPING,
+        rounding=sensitivity.rounding,
+        sample=sample,
+    )
+    return [
+        FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
+        for choice, forecast, plain in found.tolist()
+    ]
+
+
+# --- time -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Predicts the milliseconds of a layer's forward pass by its fastest route, without a kept matrix.
+
+    Args:
+        tokens: of the forward pass.
+        machine: whose constants are used.
+        itemsize: bytes of a number.
+    """
+
+    def __init__(self, tokens: int, machine: Machine, itemsize: int) -> None:
+        self.tokens, self.machine, self.itemsize = tokens, machine, itemsize
+        self._known: dict[tuple[Topology, Topology, int], list[float]] = {}
+
+    @classmethod
+    def of(cls, config: CompressionConfig, targets: Sequence[Target]) -> "Clock | None":
+        """Build the clock of a configuration; None where it asks for no times."""
+        if config.tokens is None or not targets:
+            return None
+        weight = targets[0].weight
+        return cls(config.tokens, default_machine(weight.device), weight.element_size())
+
+    def ladder(self, topologies: Sequence[Topology]) -> list[float]:
+        """Predict the times of layers whose topologies differ in their bonds, by increasing bond."""
+        key = (topologies[0], topologies[-1], len(topologies))
+        if key not in self._known:
+            last = len(topologies) - 1
+            tried = sorted({round(fraction * last) for fraction in _TIMED})
+            times = [self._milliseconds(topologies[place]) for place in tried]
+            self._known[key] = np.interp(np.arange(last + 1), tried, times).tolist()
+        return self._known[key]
+
+    def _milliseconds(self, topology: Topology) -> float:
+        plan = plan_operator(topology)
+        route = plan.fastest(self.tokens, self.machine, self.itemsize)
+        return 1e3 * plan.seconds(route, self.tokens, self.machine, self.itemsize)
+
+    def unpacking(self, topology: Topology, storage: Storage) -> float:
+        """Predict the time to unpack the integer cores of a network, 0 without any."""
+        return 1e3 * unpacking_cost(topology, storage, self.machine, self.itemsize).seconds
+
+    def integers(self, number_format: NumberFormat, shape: tuple[int, int]) -> float:
+        """Predict the time of a dense matrix in an integer format."""
+        cost = product_cost(number_format, shape, self.tokens, self.machine, self.itemsize)
+        return 1e3 * cost.seconds
+
+    def dense(self, shape: tuple[int, int]) -> float:
+        """Predict the time of the dense layer."""
+        # A network of one core takes as long: the tie goes to the dense layer, whatever the rounding.
+        return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, self.itemsize)

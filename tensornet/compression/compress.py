@@ -1,27 +1,27 @@
-"""Compression in one call: calibrate, plan, check the loss, apply, report."""
+"""Compression in one call: find targets, calibrate, plan, check the loss, apply, run, report."""
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from tensornet._util import warn
-from tensornet.calibration.batches import BatchLike, BatchSample
+from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
+from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, run_model, some_rows
 from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.losses import PROJECTIONS, TokenLosses, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.apply import apply_plan
+from tensornet.compression.apply import apply_plan, put_back
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.measured_loss import DenseLosses, warn_of_loss
+from tensornet.compression.loss_check import check_loss, correct_by_measuring
+from tensornet.compression.measure import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planner import prepare
-from tensornet.compression.reach import measure_reach
-from tensornet.compression.report import CompressionReport, layer_reports, model_size
-from tensornet.compression.rounded_layers import RoundedLayers
+from tensornet.compression.planning import prepare
+from tensornet.compression.report import CompressionReport, layer_reports, measure_coverage, model_size
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
-from tensornet.nn.extension import ProvidedData, provided_data
+from tensornet.nn.extension import ProvidedData, provided_data, sample_batch
 from tensornet.nn.targets import check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
@@ -47,7 +47,7 @@ def compress(
         calibration: batches of the model's arguments (see `calibrate`); `ProvidedData`, which gives them a
             name for reports, a loss, or statistics that were saved; or statistics alone. Without, a plugin
             may offer text of its own; else the error of the weights decides. Either is said in a
-            `CalibrationWarning`. With batches, predicted losses of number formats are verified by measuring
+            `CalibrationWarning`. With batches, predicted losses of number formats are checked by measuring
             (`CompressionConfig.verify`), and the loss is measured before and after on at most 2,048 tokens
             of them, or of `validation` (`CompressionReport.measured`). A `CalibrationWarning` says so where
             it rises far above the prediction or what was allowed.
@@ -58,9 +58,12 @@ def compress(
 
     Returns:
         What was done to each layer, with certified errors, the plain-SVD baseline and the predicted loss.
+        After the replacement the model is run on one batch; a layer whose weight its code reads is put back
+        dense (`CompressionReport.put_back`).
 
     Raises:
-        TargetError, BudgetError, NonFiniteError, TopologyError: before anything is replaced.
+        TargetError, BudgetError, NonFiniteError, TopologyError: before anything is replaced, or with all
+            layers put back.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
@@ -72,34 +75,34 @@ def compress(
     """
     start = time.perf_counter()
     check_model(model)
-    given = config if isinstance(config, CompressionPlan) else None
-    if given is not None:  # the layers to observe; this budget is never read
-        names = [layer.name for layer in given]
-        config = CompressionConfig(target_modules=names, objective=given.objective, max_bond=1)  # type: ignore[arg-type]
-    assert not isinstance(config, CompressionPlan)
-    check_config(config)
-    config.check_says_how_far()
+    given, config = (config, None) if isinstance(config, CompressionPlan) else (None, config)
+    if config is not None:
+        check_config(config)
+        config.check_says_how_far()
     held_out = _named(validation, "validation data")
     if held_out is not None and iter(held_out.batches) is held_out.batches:
         raise TargetError("validation is walked through several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
-    stats, data = gather(model, config, calibration, progress=progress)
-    rounded = RoundedLayers()
+
+    # Calibrate, unless statistics are given or not needed.
+    stats, data = gather(model, config or _observing(given), calibration, progress=progress)
+
+    # Plan, and check predicted losses by measuring before anything is replaced.
     if given is not None:
         _check_calibration(given, stats)
         if held_out is not None:
             raise TargetError(
                 "validation corrects predictions while planning, and the plan is made: drop it."
             )
-        made, decomposed = given, {}
+        plan, made = given, {}
         with unfused(model):
             weights = list_weights(model, () if stats is None else stats.readers)
     else:
         prepared = prepare(model, config, stats, progress=progress)
         batches = list(data.batches) or ([] if held_out is None else list(held_out.batches))
         if config.verify and stats is not None:
-            prepared = prepared.verified(
-                model, stats, batches, loss_fn=_deterministic(data), progress=progress
+            prepared = check_loss(
+                prepared, model, stats, batches, loss_fn=_deterministic(data), progress=progress
             )
         if held_out is not None:
             if stats is None:
@@ -107,7 +110,8 @@ def compress(
                     "validation corrects what calibration predicts: pass calibration=batches as well, and "
                     "not objective='weight'."
                 )
-            prepared = prepared.measured(
+            prepared = correct_by_measuring(
+                prepared,
                 model,
                 stats,
                 list(held_out.batches),
@@ -115,47 +119,40 @@ def compress(
                 source=held_out.source,
                 progress=progress,
             )
-        made, decomposed = prepared.plan_decomposed(progress=progress)
-        rounded, weights = prepared.rounded, list(prepared.weights)
-    reach = measure_reach(weights, [layer.name for layer in made], unseen=made.unseen)
+        plan, made, weights = prepared.plan(progress=progress), prepared.made, list(prepared.weights)
+    coverage = measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen)
+
+    # Apply the plan, run one batch, and put back dense the layers whose weights the model's code reads.
     seen = held_out or data
-    before = DenseLosses.measure(model, seen.batches, seen.source)
-    errors = apply_plan(model, made, stats, progress=progress, decomposed=decomposed, rounded=rounded)
-    params_after, bytes_after = model_size(model)
-    measured = None if before is None else before.rise(model)
+    before = record_losses(model, seen.batches, loss_fn=_deterministic(seen), source=seen.source)
+    batch = _batch_to_run(model, data.batches)
+    dense: dict[str, nn.Module] = {}
+    errors = apply_plan(model, plan, stats, progress=progress, made=made, dense=dense)
+    returned = {} if batch is None else _put_back_readers(model, batch, plan, weights, dense)
+    for name in returned:
+        plan = plan.replace_layer(name, None)
+        del errors[name]
+    del dense
+
+    # Measure and report.
+    measured = None if before is None else measure(model, before)
     if measured is not None:
-        allowed = None if given is not None else config.loss_increase
-        warn_of_loss(measured, made.predicted_loss_increase, allowed)
+        allowed = None if config is None else config.loss_increase
+        warn_of_loss(measured, plan.predicted_loss_increase, allowed)
+    params_after, bytes_after = model_size(model)
     return CompressionReport(
-        layers=layer_reports(made, errors),
+        layers=layer_reports(plan, errors),
         model_params_before=params_before,
         model_params_after=params_after,
         model_bytes_before=bytes_before,
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
-        plan=made,
-        reach=reach,
+        plan=plan,
+        coverage=coverage,
         measured=measured,
+        put_back=returned,
+        was_run=batch is not None,
     )
-
-
-def _named(data: Iterable[BatchLike] | ProvidedData | None, source: str) -> ProvidedData | None:
-    """Give batches a name for reports unless they have one."""
-    return data if data is None or isinstance(data, ProvidedData) else ProvidedData(data, source)
-
-
-def _deterministic(data: ProvidedData) -> TokenLosses | None:
-    """Return the loss of the data unless it draws random numbers, so that its value measures nothing."""
-    return None if data.loss_fn in (*PROJECTIONS, sampled_losses) else data.loss_fn
-
-
-def _check_calibration(plan: CompressionPlan, stats: CalibrationStats | None) -> None:
-    """Raise BudgetError if a plan was made with other statistics, on which its cores depend."""
-    if plan.objective != "weight" and (stats is None or stats.source != plan.calibration):
-        raise BudgetError(
-            f"The plan was made with {plan.calibration}, on which the cores depend; pass the same data, "
-            "as many tokens of them, or the statistics that were collected then."
-        )
 
 
 def gather(
@@ -171,9 +168,8 @@ def gather(
     if isinstance(calibration, CalibrationStats):
         return calibration, ProvidedData([], calibration.source)
     unlimited = config.budget.unlimited and not config.needs_curvature and not config.plans_formats
-    unlimited = unlimited and not config.fixed
-    if config.objective == "weight" or unlimited:
-        return None, ProvidedData([], "")
+    if config.objective == "weight" or (unlimited and not config.fixed):
+        return None, replace(_some(calibration), statistics=None)
     data = _named(calibration, "calibration data")
     if data is None:
         data = provided_data(model)
@@ -185,11 +181,9 @@ def gather(
             "model; pass calibration=batches.",
             CalibrationWarning,
         )
-    sample = BatchSample(data.batches)
     if data.statistics is not None:
-        for _ in sample:  # a few of the batches are kept
-            pass
-        return data.statistics, replace(data, batches=sample.kept)
+        return data.statistics, _some(data)
+    sample = BatchSample(data.batches)
     stats = calibrate(
         model,
         sample,
@@ -200,6 +194,41 @@ def gather(
         progress=progress,
     )
     return stats, replace(data, batches=sample.kept)
+
+
+def _some(data: Iterable[BatchLike] | ProvidedData | None) -> ProvidedData:
+    """Keep a few of the batches."""
+    named = _named(data, "calibration data") or ProvidedData([], "")
+    sample = BatchSample(named.batches)
+    for _ in sample:  # a loader may be walked through only once
+        pass
+    return replace(named, batches=sample.kept)
+
+
+def _named(data: Iterable[BatchLike] | ProvidedData | None, source: str) -> ProvidedData | None:
+    """Give batches a name for reports unless they have one."""
+    return data if data is None or isinstance(data, ProvidedData) else ProvidedData(data, source)
+
+
+def _deterministic(data: ProvidedData) -> TokenLosses | None:
+    """Return the loss of the data unless it draws random numbers, so that its value measures nothing."""
+    return None if data.loss_fn in (*PROJECTIONS, sampled_losses) else data.loss_fn
+
+
+def _observing(plan: CompressionPlan | None) -> CompressionConfig:
+    """Configure the calibration of the layers of a plan; the budget is never read."""
+    assert plan is not None
+    names: Any = [layer.name for layer in plan]
+    return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
+
+
+def _check_calibration(plan: CompressionPlan, stats: CalibrationStats | None) -> None:
+    """Raise BudgetError if a plan was made with other statistics, on which its cores depend."""
+    if plan.objective != "weight" and (stats is None or stats.source != plan.calibration):
+        raise BudgetError(
+            f"The plan was made with {plan.calibration}, on which the cores depend; pass the same data, "
+            "as many tokens of them, or the statistics that were collected then."
+        )
 
 
 def _warn_without_data(model: nn.Module, config: CompressionConfig) -> None:
@@ -221,3 +250,72 @@ def _warn_without_data(model: nn.Module, config: CompressionConfig) -> None:
             "objective='weight' if this is meant.",
             CalibrationWarning,
         )
+
+
+# --- code that reads the weight of a replaced layer -----------------------------------------------------
+
+
+def _run(model: nn.Module, batch: Batch) -> None:
+    with torch.no_grad(), in_eval_mode(model), uncompiled(), without_cache(model):
+        run_model(model, batch)
+
+
+def _batch_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:
+    """Choose a batch on which the dense model runs: one row of the data, all of it, or a batch made up."""
+    kept = list(batches)
+    device = next((x.device for x in model.parameters()), torch.device("cpu"))
+    choices: list[Any] = []
+    if kept:
+        choices = [lambda: some_rows(kept, model, 1)[0], lambda: as_batch(kept[0], model, device)]
+    for choice in (*choices, lambda: sample_batch(model)):
+        try:
+            if (batch := choice()) is not None:
+                _run(model, batch)
+                return batch
+        except Exception:
+            continue
+    return None
+
+
+def _put_back_readers(
+    model: nn.Module,
+    batch: Batch,
+    plan: CompressionPlan,
+    weights: Iterable[Any],
+    dense: Mapping[str, nn.Module],
+) -> dict[str, str]:
+    """Run a compressed model, and put the layers back dense whose weight its code reads.
+
+    Args:
+        model: compressed.
+        batch: on which the dense model runs.
+        plan: that was applied.
+        weights: all weights of the model, with all names of each.
+        dense: the modules that were replaced, by name.
+
+    Returns:
+        Names of the planned layers that were put back, with the reason.
+
+    Raises:
+        Exception: the model runs on the batch no more; all layers are put back first.
+    """
+    planned = {layer.name for layer in plan}
+    names_of = {x: (target.names[0], target.names) for target in weights for x in target.names}
+    returned: dict[str, str] = {}
+    while True:
+        try:
+            _run(model, batch)
+            break
+        except BaseException as error:
+            reader = getattr(error, "layer", None)
+            read = [x for x, module in model.named_modules(remove_duplicate=False) if module is reader]
+            found = [x for x in read if x in dense and names_of[x][0] in planned - returned.keys()]
+            if reader is None or not found:
+                put_back(model, dense)
+                raise
+            name, names = names_of[found[0]]
+            put_back(model, {x: dense[x] for x in names})
+            returned[name] = str(error).partition(" on the weight")[0] + " outside of the layer"
+    if returned:
+        warn(f"Put back dense, because the model's code reads their weights: {', '.join(returned)}.")
+    return returned

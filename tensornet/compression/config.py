@@ -95,7 +95,7 @@ class CompressionConfig(LayerSelection):
             those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` where
             `bits_per_weight` or `byte_ratio` is given, else the model's own alone. In layers whose weights
             are too small for 8-bit scales those of `DEFAULT_FORMATS` have 16-bit ones at as many bytes.
-        loss_increase: predicted rise of the loss of a token that all layers together may cause. Curvature
+        loss_increase: predicted loss increase per token that all layers together may cause. Curvature
             only; alone it asks for the smallest such model.
         max_milliseconds: predicted time of one forward pass through the targeted layers together, by the
             cost model of `layer.explain`, in eval, on the device of the model. Curvature only.
@@ -119,7 +119,7 @@ class CompressionConfig(LayerSelection):
             and names them in one warning.
         verify: measure the loss of layers with large errors on a few rows of the calibration batches before
             anything is replaced, and plan again where the prediction was far too low
-            (`PreparedPlan.verified`). Where number formats are planned, and only with batches: statistics
+            (`check_loss`). Where number formats are planned, and only with batches: statistics
             alone do not allow it.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os.path
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,20 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tensornet._util import html_table
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES, ROUNDINGS
-from tensornet.compression.forecast import UNMEASURED, Forecast
-from tensornet.compression.layer_plan import (
-    Baseline,
-    LayerPlan,
-    describe,
-    layer_from_dict,
-    layer_to_dict,
-    with_baseline,
-)
-from tensornet.compression.verification import Verification, is_unverified
+from tensornet.compression.measure import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
 from tensornet.nn.encoding import PLAIN, Storage
@@ -33,10 +26,142 @@ from tensornet.topology import Topology
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLAN_VERSION = 2
-#: Versions that are read; plans of version 1 hold no dtypes and no number formats.
-_KNOWN_VERSIONS = (1, PLAN_VERSION)
-_HEADER = ("objective", "damping", "dense_loss", "calibration")
+PLAN_VERSION = 1
+#: Fields of a plan that are written as they are.
+_HEADER = ("objective", "damping", "rounding", "dense_loss", "calibration", "tokens", "of_tokens")
+#: Relative error of a weight from which on its predicted loss increase is uncertain: that of integers of two
+#: bits and of small ranks; integers of three bits have 0.2 to 0.3.
+LARGE_ERROR = 0.35
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Plan for one weight.
+
+    Args:
+        name: module name of the (first) layer that uses the weight.
+        shape: `(out_features, in_features)`.
+        topology: the network that replaces it, bonds included; None keeps it dense.
+        bound_by: the cap that decided, or `"dense"`.
+        error: expected relative Frobenius error; None where the plan was edited and it is not known yet.
+        baseline_error: error of the plain truncated SVD with the same number of parameters.
+        singular_values: spectrum of the weight in descending order, for pictures.
+        storage: encoding of the cores.
+        loss_increase: predicted loss increase per token by this layer alone, before measurements of the
+            whole model correct it; None without calibrated gradients.
+        curve: `(parameters, predicted loss increase)`, likewise, on the convex hull of the candidates.
+        milliseconds: predicted time of a forward pass, None where no token count was given.
+        dtype: of the weight.
+        byte_curve: as `curve`, over bytes.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+        >>> layer = tn.plan(model, tn.CompressionConfig(max_bond=4, topology="low_rank"))["0"]
+        >>> layer.shape, layer.topology.family, layer.params_after, layer.bound_by
+        ((64, 32), 'low_rank', 384, 'max_bond')
+    """
+
+    name: str
+    shape: tuple[int, int]
+    topology: Topology | None
+    bound_by: str
+    error: float | None
+    baseline_error: float
+    singular_values: tuple[float, ...] = ()
+    storage: Storage = PLAIN
+    loss_increase: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+    milliseconds: float | None = None
+    dtype: torch.dtype = torch.float32
+    byte_curve: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def params_before(self) -> int:
+        """Dense parameters of the weight (bias not counted)."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def params_after(self) -> int:
+        """Stored numbers of the planned network, padding, scales and row orders included."""
+        if self.topology is None:
+            return self.params_before
+        return self.storage.num_params(self.topology)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the dense weight in its own dtype."""
+        return self.params_before * self.dtype.itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes as planned: packed integers, scales, zero points and row orders included."""
+        return self.num_bytes(self.dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Planned bits for each element of the dense weight."""
+        return 8 * self.bytes_after / self.params_before
+
+    @property
+    def scheme(self) -> str:
+        """Number formats, topology family and bonds, or `"dense"`."""
+        return describe(self.topology, self.storage)
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Compute the bytes of the planned network for a weight of this dtype."""
+        if self.topology is None:
+            return self.params_before * dtype.itemsize
+        return self.storage.num_bytes(self.topology, dtype)
+
+
+@dataclass(frozen=True)
+class RaisedLoss:
+    """Predicted loss increase that was multiplied, because the measured one was far higher.
+
+    Args:
+        layer: name of the layer.
+        scheme: number format and topology, as plans print them.
+        factor: measured over predicted.
+    """
+
+    layer: str
+    scheme: str
+    factor: float
+
+
+@dataclass(frozen=True)
+class LossCheck:
+    """Outcome of measuring the loss of layers with large errors while planning (`check_loss`).
+
+    Args:
+        layers: layers of the plan that were measured as planned.
+        raised: predicted losses that were multiplied before the plan was made, of schemes that it may no
+            longer contain.
+
+    Example:
+        >>> from tensornet.compression.plan import LossCheck, RaisedLoss
+        >>> print(LossCheck(28, (RaisedLoss("output.dense", "int2 dense", 25.5),)))
+        28 layers checked by measuring, predicted loss raised of output.dense in int2 dense (26x)
+    """
+
+    layers: int
+    raised: tuple[RaisedLoss, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.layers} layers checked by measuring"
+        if self.raised:
+            each = (f"{x.layer} in {x.scheme} ({x.factor:.2g}x)" for x in self.raised)
+            text += f", predicted loss raised of {', '.join(each)}"
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready form."""
+        return {"layers": self.layers, "raised": [asdict(x) for x in self.raised]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LossCheck":
+        """Restore a check from `to_dict`."""
+        return cls(int(data["layers"]), tuple(RaisedLoss(**x) for x in data["raised"]))
 
 
 @dataclass(frozen=True)
@@ -54,13 +179,12 @@ class CompressionPlan:
         dense_loss: mean loss of a token during calibration.
         calibration: what the statistics were collected on.
         tokens: for which `milliseconds` were predicted.
-        forecast: corrects the sum over layers, where rises were measured (`PreparedPlan.measured`).
+        forecast: corrects the sum over layers, where loss increases were measured on validation data.
         topology_options: options of the family that the topologies were built with.
-        baseline: rounding to nearest at the same bytes, where number formats were planned.
         of_tokens: `dense_loss` is the cross entropy of tokens, so that its exponential is a perplexity.
         unseen: layers that were to be compressed and stay dense, because they never ran in calibration.
-        verification: predicted losses that were checked by measuring (`PreparedPlan.verified`); None where
-            no batches were at hand.
+        loss_check: layers with large errors whose loss was measured while planning; None where no batches
+            were at hand.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
@@ -80,10 +204,9 @@ class CompressionPlan:
     tokens: int | None = None
     forecast: Forecast = UNMEASURED
     topology_options: Mapping[str, Any] | None = None
-    baseline: Baseline | None = None
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
-    verification: Verification | None = None
+    loss_check: LossCheck | None = None
     rounding: Rounding = "two_sided"
 
     def __iter__(self) -> Iterator[LayerPlan]:
@@ -127,11 +250,11 @@ class CompressionPlan:
     def predicted_loss_increase(self) -> float | None:
         """Predicted increase of the loss of a token by all layers together; None without calibration.
 
-        Second order in the errors and without interplay between layers: close for small rises, low for
+        Second order in the errors and without interplay between layers: close for small increases, low for
         large ones, unless measurements corrected it.
         """
         total = _sum([layer.loss_increase for layer in self.layers])
-        return None if total is None else self.forecast.rise(total)
+        return None if total is None else self.forecast.corrected(total)
 
     @property
     def predicted_milliseconds(self) -> float | None:
@@ -144,9 +267,9 @@ class CompressionPlan:
 
         None where nothing was predicted, or the loss is not one of tokens.
         """
-        rise = self.predicted_loss_increase
-        known = rise is not None and self.dense_loss is not None and self.of_tokens
-        return math.exp(self.dense_loss + rise) if known else None  # type: ignore[operator]
+        increase = self.predicted_loss_increase
+        known = increase is not None and self.dense_loss is not None and self.of_tokens
+        return math.exp(self.dense_loss + increase) if known else None  # type: ignore[operator]
 
     def predictions(self) -> dict[str, float | None]:
         """Collect loss increase, perplexity and milliseconds, JSON-ready; None for those unknown."""
@@ -161,10 +284,10 @@ class CompressionPlan:
         >>> tn.CompressionPlan(()).predicted_change()
         ''
         """
-        rise = self.predicted_loss_increase
-        if rise is None or self.dense_loss is None:
+        increase = self.predicted_loss_increase
+        if increase is None or self.dense_loss is None:
             return ""
-        before, after = self.dense_loss, self.dense_loss + rise
+        before, after = self.dense_loss, self.dense_loss + increase
         if self.of_tokens:
             return f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
         return f", from {before:.4g} to {after:.4g}"
@@ -188,7 +311,7 @@ class CompressionPlan:
             return []
         hulls = [torch.tensor(curve, dtype=torch.float64) for curve in curves]
         pairs = frontier([CostCurve(hull[:, 0], hull[:, 1]) for hull in hulls], points)
-        return [(int(size), self.forecast.rise(cost)) for size, cost in pairs]
+        return [(int(size), self.forecast.corrected(cost)) for size, cost in pairs]
 
     def replace_layer(
         self, name: str, topology: Topology | None, storage: Storage | str | None = None
@@ -220,19 +343,16 @@ class CompressionPlan:
         if topology is None and storage is not None and not storage.plain:
             topology = dense(out_features=old.shape[0], in_features=old.shape[1])
         if topology is None:
-            rise = None if old.loss_increase is None else 0.0
+            loss = None if old.loss_increase is None else 0.0
             edited = replace(old, topology=None, bound_by="dense", error=0.0, baseline_error=0.0)
-            edited = replace(edited, storage=PLAIN, loss_increase=rise, milliseconds=None)
+            edited = replace(edited, storage=PLAIN, loss_increase=loss, milliseconds=None)
         else:
             _check_topology(old, topology)
             kept = (storage or _general(old.storage)).for_topology(topology)
             kept.num_params(topology)  # formats of unknown cores are refused
             edited = replace(old, topology=topology, bound_by="edited", error=None, storage=kept)
             edited = with_baseline(replace(edited, loss_increase=None, milliseconds=None))
-        return replace(
-            self,
-            layers=tuple(edited if x.name == name else x for x in self.layers),
-        )
+        return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def __str__(self) -> str:
         return plan_text(self, {layer.name: layer.error for layer in self.layers})
@@ -252,7 +372,7 @@ class CompressionPlan:
             >>> len(plan.plot().axes)
             1
         """
-        from tensornet.compression.pictures import plan_figure
+        from tensornet.compression.viz import plan_figure
 
         return plan_figure(self)
 
@@ -261,12 +381,12 @@ class CompressionPlan:
         total = (
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a weight"
         )
-        rise = self.predicted_loss_increase
-        predicted = "" if rise is None else f", predicted rise of the loss {rise:.4f}"
+        loss = self.predicted_loss_increase
+        predicted = "" if loss is None else f", predicted loss increase {loss:.4f}"
         rows = [
             (
                 layer.name,
-                describe(layer.topology, layer.storage),
+                layer.scheme,
                 f"{layer.bits_per_weight:.2f}",
                 f"{layer.bytes_after:,}",
                 "" if layer.loss_increase is None else f"{layer.loss_increase:.2g}",
@@ -274,23 +394,18 @@ class CompressionPlan:
             )
             for layer in self.layers
         ]
-        header = ("layer", "form", "bits", "bytes", "predicted rise", "error")
+        header = ("layer", "scheme", "bits", "bytes", "predicted loss increase", "error")
         return html_table(f"Plan of {len(self)} layers: {total}{predicted}", header, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready form."""
-        data = {name: getattr(self, name) for name in _HEADER}
         return {
             "version": PLAN_VERSION,
-            **data,
-            "rounding": self.rounding,
-            "tokens": self.tokens,
+            **{name: getattr(self, name) for name in _HEADER},
+            "unseen": list(self.unseen),
             "forecast": self.forecast.to_dict(),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
-            "baseline": None if self.baseline is None else asdict(self.baseline),
-            "of_tokens": self.of_tokens,
-            "unseen": list(self.unseen),
-            "verification": None if self.verification is None else self.verification.to_dict(),
+            "loss_check": None if self.loss_check is None else self.loss_check.to_dict(),
             "layers": [layer_to_dict(x) for x in self.layers],
         }
 
@@ -301,27 +416,19 @@ class CompressionPlan:
         Raises:
             FormatError: not a plan, of an unknown version, or edited to something else.
         """
-        if not isinstance(data, dict) or data.get("version") not in _KNOWN_VERSIONS:
-            raise FormatError(f"Not a compression plan of version {' or '.join(map(str, _KNOWN_VERSIONS))}.")
+        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
+            raise FormatError(f"Not a compression plan of version {PLAN_VERSION}; plan again.")
         try:
-            layers = tuple(layer_from_dict(layer) for layer in data["layers"])
-            header = {name: data[name] for name in _HEADER}
-            forecast = Forecast.from_dict(data["forecast"]) if "forecast" in data else UNMEASURED
-            options = data.get("topology_options")
+            options, check = data["topology_options"], data["loss_check"]
             if not isinstance(options, Mapping | None):
                 raise TypeError(f"topology_options must be a mapping, got {options!r}")
-            baseline = data.get("baseline")
             made = cls(
-                layers,
-                **header,
-                tokens=data.get("tokens"),
-                forecast=forecast,
+                tuple(layer_from_dict(layer) for layer in data["layers"]),
+                **{name: data[name] for name in _HEADER},
+                unseen=tuple(data["unseen"]),
+                forecast=Forecast.from_dict(data["forecast"]),
                 topology_options=options,
-                baseline=None if baseline is None else Baseline(**baseline),
-                of_tokens=data.get("of_tokens", True),  # older plans: of text, if there was a loss
-                unseen=tuple(data.get("unseen", ())),
-                verification=Verification.from_dict(data.get("verification")),
-                rounding=data.get("rounding", "two_sided"),
+                loss_check=None if check is None else LossCheck.from_dict(check),
             )
             _check(made)
             return made
@@ -350,21 +457,113 @@ class CompressionPlan:
         return cls.from_dict(data)
 
 
+def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> float:
+    """Compute the relative error of the truncated SVD with at most this many parameters."""
+    rank = max(1, params // (shape[0] + shape[1]))
+    energies = spectrum.square()
+    total = float(energies.sum())
+    return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
+
+
+def with_baseline(layer: LayerPlan) -> LayerPlan:
+    """Add the error of the plain SVD of the same size, from the spectrum; 0 for a dense layer.
+
+    The size is that in bytes where cores have number formats, and the SVD is kept in the model's dtype.
+    """
+    if layer.topology is None:
+        return layer
+    spectrum = torch.tensor(layer.singular_values, dtype=torch.float64)
+    size = layer.params_after
+    if layer.storage.own_dtypes:
+        size = layer.bytes_after // layer.dtype.itemsize
+    return replace(layer, baseline_error=low_rank_error(spectrum, layer.shape, size))
+
+
+def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
+    """Abbreviate number formats, family and bonds, without boundary bonds of 1.
+
+    Example:
+        >>> topology = tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
+        >>> describe(topology, Storage(number_format="int8"))
+        'int8 low_rank 8'
+    """
+    if topology is None:
+        return "dense"
+    bonds = [size for size in topology.bond_dims.values() if size > 1]
+    if not bonds and topology.bond_dims:
+        bonds = [1]
+    names = [storage.format_of(name).name for name in topology.core_names]
+    formats = "+".join(dict.fromkeys(name for name in names if name != "float"))
+    parts = [formats, topology.family, "x".join(map(str, bonds))]
+    return " ".join(part for part in parts if part)
+
+
+def layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
+    """Convert the plan of one layer to a JSON-ready form."""
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "topology": None if layer.topology is None else layer.topology.to_dict(),
+        "bound_by": layer.bound_by,
+        "error": layer.error,
+        "baseline_error": layer.baseline_error,
+        "singular_values": list(layer.singular_values),
+        "storage": layer.storage.to_dict(),
+        "loss_increase": layer.loss_increase,
+        "curve": [list(point) for point in layer.curve],
+        "milliseconds": layer.milliseconds,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "byte_curve": [list(point) for point in layer.byte_curve],
+    }
+
+
+def layer_from_dict(data: dict[str, Any]) -> LayerPlan:
+    """Restore the plan of one layer."""
+    topology = data["topology"]
+    return LayerPlan(
+        name=data["name"],
+        shape=(data["shape"][0], data["shape"][1]),
+        topology=None if topology is None else Topology.from_dict(topology),
+        bound_by=data["bound_by"],
+        error=data["error"],
+        baseline_error=data["baseline_error"],
+        singular_values=tuple(data["singular_values"]),
+        storage=Storage.from_dict(data["storage"]),
+        loss_increase=data["loss_increase"],
+        curve=tuple((int(size), cost) for size, cost in data["curve"]),
+        milliseconds=data["milliseconds"],
+        dtype=_dtype(data["dtype"]),
+        byte_curve=tuple((int(size), cost) for size, cost in data["byte_curve"]),
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Look up a floating-point dtype by its name.
+
+    Raises:
+        ValueError: torch has no floating-point dtype of this name.
+    """
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"unknown dtype {name!r}, expected a floating-point one of torch, such as 'float32'")
+    return found
+
+
 def plan_text(plan: CompressionPlan, errors: Mapping[str, float | None]) -> str:
     """Format a plan as a table of its layers, with the given errors, and lines about their sum."""
     width = max((len(layer.name) for layer in plan), default=5)
     lines = [
-        f"{'layer':<{width}}  {'form':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
+        f"{'layer':<{width}}  {'scheme':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
         f"{'plain SVD':>9}"
     ]
     for layer in plan:
-        form = describe(layer.topology, layer.storage)
+        scheme = layer.scheme
         size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
         count = f"{layer.params_before:,} -> {layer.params_after:,}"
         known = errors[layer.name]
         error = "?" if known is None else f"{known:.4f}"
         lines.append(
-            f"{layer.name:<{width}}  {form:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
+            f"{layer.name:<{width}}  {scheme:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
             f"{count:>24} {error:>8} {layer.baseline_error:>9.4f}"
         )
     return "\n".join([*lines, *_summary(plan)])
@@ -377,23 +576,27 @@ def _summary(plan: CompressionPlan) -> list[str]:
         f"a weight, {plan.params_before:,} -> {plan.params_after:,} parameters"
     ]
     if plan.predicted_loss_increase is not None:
-        seen = f" (measured on {plan.forecast.source})" if plan.forecast.source else ""
-        what = "loss of a token" if plan.of_tokens else "loss"
-        text = f"predicted rise of the {what}: {plan.predicted_loss_increase:.4f}{seen}"
-        lines.append(text + plan.predicted_change())
-    if plan.verification is not None:
-        lines.append(str(plan.verification))
-    elif uncertain := sum(is_unverified(layer) for layer in plan.layers):
-        lines.append(f"not verified by measuring: {uncertain} layers whose predicted loss is uncertain")
-    if plan.baseline is not None:
-        rise = plan.forecast.rise(plan.baseline.loss_increase)
-        lines.append(
-            f"round to nearest, {plan.baseline.number_format} everywhere: {plan.baseline.num_bytes:,} "
-            f"bytes, predicted rise {rise:.4f}"
-        )
+        text = f"{plan.predicted_loss_increase:.4f}{plan.predicted_change()}"
+        source = plan.forecast.source
+        text += f", on {plan.calibration}" if source is None else f", corrected by measuring on {source}"
+        lines.append(f"predicted loss increase{' per token' if plan.of_tokens else ''}: {text}")
+    if plan.loss_check is not None:
+        lines.append(str(plan.loss_check))
+    elif uncertain := sum(_is_uncertain(layer) for layer in plan.layers):
+        lines.append(f"not checked by measuring: {uncertain} layers whose predicted loss is uncertain")
     if plan.predicted_milliseconds is not None:
         lines.append(f"predicted for {plan.tokens} tokens: {plan.predicted_milliseconds:.4g} ms")
     return lines
+
+
+def has_large_error(layer: LayerPlan) -> bool:
+    """Return True if a layer loses so much that its predicted loss increase is uncertain."""
+    return layer.topology is not None and layer.error is not None and layer.error > LARGE_ERROR
+
+
+def _is_uncertain(layer: LayerPlan) -> bool:
+    """Return True if the loss check would have measured a layer, as far as its plan tells."""
+    return has_large_error(layer) and bool(layer.loss_increase) and layer.storage.own_dtypes
 
 
 def _general(storage: Storage) -> Storage:
@@ -441,3 +644,43 @@ def _sum(values: Sequence[float | None]) -> float | None:
     """Sum the values; None if there are none or if any is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """Parts of the name of a layer: its block, and its name within the block.
+
+    Args:
+        name: in the model.
+        block: index of the block, None outside of blocks.
+        place: name of the block, such as `"layers.3"`; the name up to its last dot outside of blocks.
+        kind: what follows, such as `"mlp.up_proj"`.
+    """
+
+    name: str
+    block: int | None
+    place: str
+    kind: str
+
+
+def layer_names(names: Sequence[str]) -> list[LayerName]:
+    """Split the names of layers at the number of their block.
+
+    Example:
+        >>> from tensornet.compression.plan import layer_names
+        >>> parts = layer_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+        >>> [(part.place, part.kind) for part in parts]
+        [('layers.0', 'mlp.up_proj'), ('layers.1', 'mlp.up_proj')]
+    """
+    parts = [name.split(".") for name in names]
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # works on lists as on strings
+    found = []
+    for name, part in zip(names, parts, strict=True):
+        at = next((k for k, word in enumerate(part) if word.isdigit()), None)
+        if at is None or at == len(part) - 1:
+            block, cut = None, len(part) - 1
+        else:
+            block, cut = int(part[at]), at + 1
+        first = max(0, min(shared - 1, cut - 2))
+        found.append(LayerName(name, block, ".".join(part[first:cut]), ".".join(part[cut:])))
+    return found

@@ -2,20 +2,124 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tensornet._util import html_table
-from tensornet.compression.layer_plan import describe
-from tensornet.compression.measured_loss import MeasuredRise
+from tensornet.compression.measure import LossIncrease
 from tensornet.compression.plan import CompressionPlan, plan_text
-from tensornet.compression.reach import Reach
 from tensornet.nn.fixed_dtypes import FixedDtypes
+from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+#: Entry for the biases of layers whose matrices are covered or excluded.
+BIASES = "biases"
+#: Types named in one line; the others are added up.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Parameters of a model by whether a compression covers them; tied ones count once.
+
+    Args:
+        total: elements of all parameters.
+        covered: elements of the matrices that were planned, dense ones included.
+        excluded: elements of other matrices that could be compressed, by type of module: the configuration
+            excludes them.
+        unknown: elements of parameters that cannot be compressed, by type of module, with the reason in
+            brackets unless it is that no kind of layer describes the type.
+
+    >>> print(Coverage(1000, 800, {"Embedding": 150}, {"LayerNorm": 50}))
+    covers 80.0 % of 1.00k parameters; excluded: Embedding 150; skipped: LayerNorm 50
+    """
+
+    total: int
+    covered: int
+    excluded: Mapping[str, int]
+    unknown: Mapping[str, int]
+
+    @property
+    def share(self) -> float:
+        """Covered parameters as a ratio of all."""
+        return self.covered / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        parts = [f"covers {self.share:.1%} of {compact_count(self.total)} parameters".replace("%", " %")]
+        for label, sizes in (("excluded", self.excluded), ("skipped", self.unknown)):
+            if sizes:
+                parts.append(f"{label}: {_listed(sizes)}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready form."""
+        return asdict(self) | {"share": self.share}
+
+
+def measure_coverage(
+    targets: Iterable[Target], layers: Collection[str], *, unseen: Iterable[str] = ()
+) -> Coverage:
+    """Count the parameters of a dense model that a plan covers, and list the others by type.
+
+    Args:
+        targets: every weight of the model, from `find_targets` or `list_weights`.
+        layers: names of the layers in the plan.
+        unseen: names of layers that never ran in calibration.
+
+    >>> from tensornet.nn.targets import list_weights
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    >>> print(measure_coverage(list_weights(model), ["0"]))
+    covers 72.7 % of 88 parameters; skipped: LayerNorm 16, biases 8
+    """
+    planned, never_ran = set(layers), set(unseen)
+    excluded: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    covered = 0
+    for target in targets:
+        size = target.weight.numel()
+        if not planned.isdisjoint(target.names):
+            covered += size
+        elif target.name in never_ran:
+            unknown[f"{target.type_name} ({UNSEEN})"] += size
+        elif target.by_choice or not target.skip:
+            excluded[target.type_name] += size
+        elif target.skip == BIAS:
+            unknown[BIASES] += size
+        else:
+            reason = "" if target.skip == UNKNOWN else f" ({target.skip})"
+            unknown[f"{target.type_name}{reason}"] += size
+    total = covered + excluded.total() + unknown.total()
+    return Coverage(total, covered, _by_size(excluded), _by_size(unknown))
+
+
+def compact_count(value: float) -> str:
+    """Format a count with three significant digits.
+
+    >>> compact_count(940800)
+    '941k'
+    """
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{f'{value / size:#.3g}'.rstrip('.')}{unit}"
+    return f"{value:g}"
+
+
+def _by_size(sizes: Counter[str]) -> dict[str, int]:
+    return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    named = [f"{name} {compact_count(size)}" for name, size in list(sizes.items())[:_NAMED]]
+    if rest := sum(list(sizes.values())[_NAMED:]):
+        named.append(f"{len(sizes) - _NAMED} other types {compact_count(rest)}")
+    return ", ".join(named)
 
 
 #: Largest loss whose exponential is a number.
@@ -29,7 +133,7 @@ class LayerReport:
     Args:
         name: module name.
         shape: `(out_features, in_features)`.
-        form: number formats, family and bonds, or `"dense"`.
+        scheme: number formats, family and bonds, or `"dense"`.
         bytes_before, bytes_after: of the weight before and after, scales and padding included.
         params_before, params_after: stored numbers of the weight before and after: elements or codes, scales,
             zero points and padding.
@@ -41,13 +145,13 @@ class LayerReport:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
         >>> config = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
         >>> layer = tn.compress(model, config, progress=False).layers[0]
-        >>> layer.name, layer.form, layer.params_after, abs(layer.error - layer.baseline_error) < 1e-6
+        >>> layer.name, layer.scheme, layer.params_after, abs(layer.error - layer.baseline_error) < 1e-6
         ('0', 'low_rank 4', 256, True)
     """
 
     name: str
     shape: tuple[int, int]
-    form: str
+    scheme: str
     bytes_before: int
     bytes_after: int
     params_before: int
@@ -67,10 +171,13 @@ class CompressionReport:
             of parameters, codes of integers, scales and zero points.
         model_bytes_before, model_bytes_after: their size in memory.
         seconds: wall time.
-        plan: the plan that was carried out, with topologies, spectra and the errors expected before.
-        reach: which share of the parameters was considered, and which modules hold the rest.
-        measured: rise of the loss, measured on a few rows of the data beside `plan.predicted_loss_increase`;
-            None where no batches were at hand or the model has no loss.
+        plan: the plan that was applied, with topologies, spectra and the errors expected before.
+        coverage: which share of the parameters the plan covers, and what the others are.
+        measured: loss increase, measured on a few rows of the data to compare with
+            `plan.predicted_loss_increase`; None where no batches were at hand or the model has no loss.
+        put_back: layers that were put back dense after a run of the compressed model, with the reason.
+        was_run: whether the compressed model was run on a batch, which shows code that reads the weight of a
+            replaced layer.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -87,8 +194,10 @@ class CompressionReport:
     model_bytes_after: int
     seconds: float
     plan: CompressionPlan
-    reach: Reach
-    measured: MeasuredRise | None = None
+    coverage: Coverage
+    measured: LossIncrease | None = None
+    put_back: Mapping[str, str] = field(default_factory=dict)
+    was_run: bool = True
 
     @property
     def byte_ratio(self) -> float:
@@ -101,25 +210,25 @@ class CompressionReport:
         return sum(x.params_after for x in self.layers) / sum(x.params_before for x in self.layers)
 
     def __str__(self) -> str:
-        table = plan_text(self.plan, {layer.name: layer.error for layer in self.layers})
-        return (
-            f"{table}\n{self._measured_line()}"
-            f"whole model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
-            f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, "
-            f"{self.seconds:.1f} s\n{self.reach}"
-        )
-
-    def _measured_line(self) -> str:
-        """Format the measured rise as a line; empty if no loss was predicted or measured."""
+        lines = [plan_text(self.plan, {layer.name: layer.error for layer in self.layers})]
         found = self.measured
-        if found is None:
-            missing = "measured rise of the loss: none, without batches that it could be measured on\n"
-            return "" if self.plan.predicted_loss_increase is None else missing
-        change = ""
-        if self.plan.of_tokens and found.dense_loss + found.value < _MOST:
-            before, after = found.dense_loss, found.dense_loss + found.value
-            change = f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
-        return f"measured rise of the loss: {found}{change}\n"
+        if found is not None:
+            before, after = found.dense_loss, found.dense_loss + found.mean
+            change = ""
+            if self.plan.of_tokens and after < _MOST:
+                change = f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
+            lines.append(f"measured loss increase: {found}{change}")
+        elif self.plan.predicted_loss_increase is not None:
+            lines.append("measured loss increase: none, without batches that it could be measured on")
+        lines.append(
+            f"whole model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
+            f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, {self.seconds:.1f} s"
+        )
+        lines.append(str(self.coverage))
+        lines += [f"put back dense: {name} ({reason})" for name, reason in self.put_back.items()]
+        if not self.was_run:
+            lines.append("not run: no batch to find code that reads the weights of replaced layers")
+        return "\n".join(lines)
 
     def plot(self) -> "Figure":
         """Draw bits and ranks of all layers, and the loss or the weight error of each.
@@ -136,24 +245,24 @@ class CompressionReport:
             >>> len(report.plot().axes)
             2
         """
-        from tensornet.compression.pictures import report_figure
+        from tensornet.compression.viz import report_figure
 
         return report_figure(self.plan, {layer.name: layer.error for layer in self.layers})
 
     def _repr_html_(self) -> str:
         """Format as a table for notebooks."""
         before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
-        rise = self.plan.predicted_loss_increase
-        predicted = "" if rise is None else f", predicted rise of the loss {rise:.4f}"
+        loss = self.plan.predicted_loss_increase
+        predicted = "" if loss is None else f", predicted loss increase {loss:.4f}"
         if self.measured is not None:
-            predicted += f", measured {self.measured.value:.4f}"
+            predicted += f", measured {self.measured.mean:.4f} on {self.measured.source}"
         rows = [
-            (x.name, x.form, f"{x.bytes_before:,}", f"{x.bytes_after:,}", f"{x.error:.4f}")
+            (x.name, x.scheme, f"{x.bytes_before:,}", f"{x.bytes_after:,}", f"{x.error:.4f}")
             for x in self.layers
         ]
         return html_table(
             f"Compressed in {self.seconds:.1f} s: model {before:.2f} -> {after:.2f} MB{predicted}",
-            ("layer", "form", "bytes before", "bytes after", "error"),
+            ("layer", "scheme", "bytes before", "bytes after", "error"),
             rows,
         )
 
@@ -165,10 +274,10 @@ class CompressionReport:
             "byte_ratio": self.byte_ratio,
             "bits_per_weight": self.plan.bits_per_weight,
             "param_ratio": self.param_ratio,
-            "reach": self.reach.to_dict(),
-            "baseline": None if self.plan.baseline is None else asdict(self.plan.baseline),
+            "coverage": self.coverage.to_dict(),
             "measured": None if self.measured is None else self.measured.to_dict(),
-            "verification": None if (seen := self.plan.verification) is None else seen.to_dict(),
+            "put_back": dict(self.put_back),
+            "loss_check": None if (check := self.plan.loss_check) is None else check.to_dict(),
         }
         return data | counted | self.plan.predictions()
 
@@ -183,7 +292,7 @@ def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[Laye
         LayerReport(
             name=layer.name,
             shape=layer.shape,
-            form=describe(layer.topology, layer.storage),
+            scheme=layer.scheme,
             bytes_before=layer.bytes_before,
             bytes_after=layer.bytes_after,
             params_before=layer.params_before,
@@ -199,7 +308,7 @@ def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[Laye
 def model_size(model: nn.Module) -> tuple[int, int]:
     """Count `(numbers, bytes)` of all distinct parameters, tied ones once.
 
-    Integers count as the floats beside them: each packed code, scale and zero point is one number.
+    Integers count as floats do: each packed code, scale and zero point is one number.
     """
     sizes = {id(x): (x.numel(), x.nbytes) for x in model.parameters()}
     for layer in model.modules():

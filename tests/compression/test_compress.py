@@ -175,7 +175,7 @@ def test_an_error_cap_is_kept_or_the_layer_stays_dense() -> None:
     for layer in report.layers:
         assert layer.error <= 0.3
         module = model.get_submodule(layer.name)
-        if layer.form == "dense":
+        if layer.scheme == "dense":
             assert type(module) is nn.Linear
             continue
         weight = weights[f"{layer.name}.weight"]

@@ -1,66 +1,22 @@
-"""Forecasts of the loss that measurements correct: the curve, and a real model whose loss is foreseen."""
+"""Predictions that measurements correct, on a real model."""
 
 from __future__ import annotations
 
 import copy
-import math
 from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.losses import label_losses
-from tensornet.compression import CompressionConfig, PreparedPlan, prepare
-from tensornet.compression.forecast import Forecast, light_copy, mean_loss
+from tensornet.compression import CompressionConfig, Prepared, correct_by_measuring, prepare
+from tensornet.compression.measure import mean_loss
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text.tokens import load_tokenizer, token_ids
-
-numbers = st.floats(1e-6, 1e3)
-
-
-@st.composite
-def forecasts(draw: st.DrawFn) -> Forecast:
-    count = draw(st.integers(1, 4))
-    prices = sorted(draw(st.lists(numbers, min_size=count, max_size=count, unique=True)))
-    rises = sorted(draw(st.lists(numbers, min_size=count, max_size=count, unique=True)))
-    return Forecast(tuple(zip(prices, rises, strict=True)))
-
-
-@given(forecasts(), numbers, numbers)
-def test_the_curve_rises_through_its_points(forecast: Forecast, a: float, b: float) -> None:
-    for price, rise in forecast.points:
-        assert forecast.rise(price) == pytest.approx(rise)
-    low, high = sorted((a, b))
-    assert forecast.rise(low) <= forecast.rise(high) * (1 + 1e-9)
-    assert forecast.price(forecast.rise(a)) == pytest.approx(a, rel=1e-5)
-    (first_price, first_rise), (last_price, last_rise) = forecast.points[0], forecast.points[-1]
-    assert forecast.rise(first_price / 7) == pytest.approx(first_rise / 7)
-    assert forecast.rise(last_price * 7) == pytest.approx(last_rise * 7)
-    assert forecast.rise(0.0) == 0.0
-
-
-@given(numbers)
-def test_without_points_a_price_is_its_own_forecast(price: float) -> None:
-    assert Forecast().rise(price) == price == Forecast().price(price)
-
-
-def test_noise_is_left_out() -> None:
-    measured = [(0.1, -0.01), (0.2, 0.3), (0.4, 0.25), (0.8, 0.9)]
-    assert Forecast.through(reversed(measured)).points == ((0.2, 0.3), (0.8, 0.9))
-    with pytest.raises(tn.BudgetError, match="No compressed model had a higher loss"):
-        Forecast.through([(0.1, -0.01), (0.2, math.nan)])
-
-
-@pytest.mark.parametrize("points", [((0.2, 0.1), (0.1, 0.2)), ((0.0, 0.1),), ((0.1, math.nan),)])
-def test_points_that_do_not_rise(points: tuple[tuple[float, float], ...]) -> None:
-    with pytest.raises(tn.BudgetError, match="must rise from above 0"):
-        Forecast(points)
 
 
 def windows(text: str) -> list[Tensor]:
@@ -69,7 +25,7 @@ def windows(text: str) -> list[Tensor]:
 
 
 @cache
-def real() -> tuple[nn.Module, tn.CalibrationStats, PreparedPlan, list[Tensor], list[Tensor]]:
+def real() -> tuple[nn.Module, tn.CalibrationStats, Prepared, list[Tensor], list[Tensor]]:
     """The embedded GPT-2, and held-out text in two parts: to measure on, and to be foreseen."""
     model = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     stats = tn.calibrate(model, windows(calibration_text()[:60_000]), loss_fn=sampled_losses)
@@ -77,6 +33,10 @@ def real() -> tuple[nn.Module, tn.CalibrationStats, PreparedPlan, list[Tensor], 
     lines = heldout_text().splitlines()
     parts = [windows("\n".join(lines[k::2])) for k in range(2)]
     return model, stats, prepared, parts[0], parts[1]
+
+
+def shares(*values: float) -> list[dict[str, float]]:
+    return [{"param_ratio": value} for value in values]
 
 
 def rise_of(model: nn.Module, plan: tn.CompressionPlan, text: list[Tensor]) -> float:
@@ -89,59 +49,50 @@ def rise_of(model: nn.Module, plan: tn.CompressionPlan, text: list[Tensor]) -> f
 def test_a_measured_forecast_comes_true() -> None:
     """On other windows, at a size that was not measured; the price alone misses by far more."""
     model, stats, prepared, text, others = real()
-    measured = prepared.measured(model, stats, text, shares=(0.6, 0.4))
+    measured = correct_by_measuring(prepared, model, stats, text, budgets=shares(0.6, 0.4))
     plan = measured.plan(param_ratio=0.5)
     actual = rise_of(model, plan, others)
     assert plan.predicted_loss_increase == pytest.approx(actual, rel=0.12)
     assert prepared.plan(param_ratio=0.5).predicted_loss_increase < actual / 1.3  # type: ignore[operator]
     assert [layer.topology for layer in plan] == [x.topology for x in prepared.plan(param_ratio=0.5)]
-    for size, rise in plan.curve():
-        assert rise >= 0
+    for size, found in plan.curve():
+        assert found >= 0
         if size <= 0.9 * plan.params_before:
-            assert rise > 0
+            assert found > 0
 
 
 def test_measuring_changes_nothing() -> None:
     model, stats, prepared, text, _ = real()
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
     model.train()
-    prepared.measured(model, stats, text[:1], shares=(0.5,))
+    correct_by_measuring(prepared, model, stats, text[:1], budgets=shares(0.5))
     assert all(module.training for module in model.modules())
     model.eval()
     assert list(model.modules()) == modules
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_light_copy_shares_what_is_heavy() -> None:
-    model, *_ = real()
-    copied = light_copy(model)
-    assert not set(map(id, copied.modules())) & set(map(id, model.modules()))
-    for (name, a), (_, b) in zip(model.state_dict().items(), copied.state_dict().items(), strict=True):
-        assert a.data_ptr() == b.data_ptr(), name
-
-
 def test_a_rise_of_the_loss_buys_what_was_measured() -> None:
     model, stats, prepared, text, others = real()
-    measured = prepared.measured(model, stats, text, shares=(0.8, 0.6), source="the other half")
+    measured = correct_by_measuring(
+        prepared, model, stats, text, budgets=shares(0.8, 0.6), source="the other half"
+    )
     plan = measured.plan(loss_increase=0.1)
     assert plan.predicted_loss_increase == pytest.approx(0.1, rel=0.05)
     assert plan.predicted_loss_increase <= 0.1  # type: ignore[operator]
     assert rise_of(model, plan, others) == pytest.approx(0.1, rel=0.25)
-    assert "(measured on the other half)" in str(plan)
+    assert "corrected by measuring on the other half" in str(plan)
     with pytest.raises(tn.BudgetError, match=r"loss_increase=0\.0001 contradict"):
         measured.plan(param_ratio=0.3, loss_increase=1e-4)
 
 
 def test_a_measured_plan_is_kept() -> None:
     model, stats, prepared, text, _ = real()
-    plan = prepared.measured(model, stats, text[:2], shares=(0.5,)).plan(param_ratio=0.6)
+    plan = correct_by_measuring(prepared, model, stats, text[:2], budgets=shares(0.5)).plan(param_ratio=0.6)
     loaded = tn.CompressionPlan.from_dict(plan.to_dict())
     assert loaded == plan
     assert loaded.predicted_loss_increase == plan.predicted_loss_increase
-    old = plan.to_dict()
-    del old["forecast"]  # plans of earlier versions
-    assert tn.CompressionPlan.from_dict(old).forecast == Forecast()
-    with pytest.raises(tn.FormatError, match="must rise from above 0"):
+    with pytest.raises(tn.FormatError, match="increase from above 0"):
         tn.CompressionPlan.from_dict({**plan.to_dict(), "forecast": {"points": [[1, -1]], "source": None}})
 
 
@@ -151,7 +102,7 @@ def test_compress_measures_on_validation_text() -> None:
     report = tn.compress(
         twin, CompressionConfig(param_ratio=0.6), calibration=stats, validation=text, progress=False
     )
-    assert report.plan == prepared.measured(model, stats, text).plan(param_ratio=0.6)
+    assert report.plan == correct_by_measuring(prepared, model, stats, text).plan(param_ratio=0.6)
     assert mean_loss(twin, text, label_losses) - mean_loss(model, text, label_losses) == pytest.approx(
         report.plan.predicted_loss_increase, rel=0.1
     )  # the prediction leaves out what is linear in the errors
@@ -160,12 +111,12 @@ def test_compress_measures_on_validation_text() -> None:
 def test_what_cannot_be_measured() -> None:
     model, stats, prepared, _, _ = real()
     weight = CompressionConfig(param_ratio=0.5, objective="weight")
-    with pytest.raises(tn.TargetError, match="validation corrects what calibration predicts"):
+    with pytest.raises(tn.TargetError, match="validation"):
         tn.compress(copy.deepcopy(model), weight, validation=[torch.ones(1, 4).long()], progress=False)
-    with pytest.raises(tn.BudgetError, match="predicts losses, which measurements can correct, not 'weight'"):
-        prepare(model, weight).measured(model, stats, [torch.ones(1, 4).long()])
-    with pytest.raises(tn.TargetError, match="No validation text is left"):
-        prepared.measured(model, stats, [])
+    with pytest.raises(tn.BudgetError, match="curvature"):
+        correct_by_measuring(prepare(model, weight), model, stats, [torch.ones(1, 4).long()])
+    with pytest.raises(tn.TargetError, match="No loss"):
+        correct_by_measuring(prepared, model, stats, [])
 
 
 def test_an_encoder_needs_no_loss_of_its_own() -> None:

@@ -219,9 +219,7 @@ def test_one_preparation_serves_all_budgets() -> None:
 
 def test_what_forms_depend_on_is_no_budget() -> None:
     model, stats = gpt2_stats()
-    with pytest.raises(
-        tn.BudgetError, match=r"takes the budgets param_ratio, .*, got max_bond; prepare again"
-    ):
+    with pytest.raises(tn.BudgetError, match="got max_bond"):
         prepare(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
     inputs = prepare(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
     with pytest.raises(tn.BudgetError, match="max_bytes needs objective='curvature', not 'activation'"):

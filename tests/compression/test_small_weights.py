@@ -63,7 +63,7 @@ def test_formats_that_underflow_are_not_planned_where_others_fit() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report, error = compressed(1e-5, formats=(EIGHT_BIT_SCALES, "int3"))
-    assert report.layers[0].form == "int3 dense"
+    assert report.layers[0].scheme == "int3 dense"
     assert error < 0.3
 
 
@@ -87,4 +87,4 @@ def test_an_unused_row_is_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = tn.compress(small, config, progress=False)
-    assert report.layers[0].form == "int4:g32:float8 dense"
+    assert report.layers[0].scheme == "int4:g32:float8 dense"

@@ -49,8 +49,8 @@ def test_they_stay_dense_and_one_warning_names_them() -> None:
     assert report.plan.unseen == ("vision.0", "vision.2")
     assert {layer.name for layer in report.layers} == {"text", "head"}
     assert report.param_ratio <= 0.5
-    assert report.reach.unknown["Linear (never ran in calibration)"] == 2 * 64
-    assert report.reach.excluded == {}
+    assert report.coverage.unknown["Linear (never ran in calibration)"] == 2 * 64
+    assert report.coverage.excluded == {}
     assert tn.CompressionPlan.from_dict(report.plan.to_dict()) == report.plan
 
 
@@ -117,6 +117,6 @@ def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path
     architecture.dense.save_pretrained(tmp_path / "dense")
     with pytest.warns(CalibrationWarning, match="Left dense"):
         streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, stats=stats)
-    assert streamed.compression.reach == report.reach
+    assert streamed.compression.coverage == report.coverage
     batch = architecture.batch()
     torch.testing.assert_close(th.load(tmp_path / "made")(**batch).logits, model(**batch).logits)

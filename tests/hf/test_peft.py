@@ -257,7 +257,7 @@ def test_pefts_own_all_linear_is_refused() -> None:
 
 def test_errors_of_peft_name_what_reaches_compressed_layers(tmp_path: Path) -> None:
     (made := adapted(compressed())).save_pretrained(tmp_path)
-    named = r"MPOLinear\(.*\) \(adapters reach it by tensornet_hf\.peft\.lora_config and load_adapters\)"
+    named = r"MPOLinear\(.*\) \(adapters coverage it by tensornet_hf\.peft\.lora_config and load_adapters\)"
     with pytest.raises(ValueError, match=f"Target module {named} is not supported"):
         get_peft_model(compressed(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=named):
@@ -318,7 +318,7 @@ def test_adapters_stay_beside_layers_that_are_left_dense() -> None:
     made = adapted_by_peft()
     with pytest.warns(UserWarning, match=r"they belong to adapters: .*q_proj\.lora_A\.default"):
         report = tn.compress(made, tn.CompressionConfig(exclude_modules="base_layer", **I8), progress=False)
-    assert "of an adapter" in str(report.reach)
+    assert "of an adapter" in str(report.coverage)
     assert len(report.plan) == 10
     before = logits(made)
     merged = merge_adapters(made)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from stacked_experts import Experts, gaussian
+from tensornet.compression.choose import Allocation
 from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.compression import prepare
-from tensornet.compression.choose import Allocation
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.errors import BudgetError, TargetError

@@ -52,10 +52,10 @@ def test_a_weight_that_a_hook_recomputes_stays_dense(name: str) -> None:
     with torch.no_grad():
         expected = other(X)
     with pytest.warns(UserWarning, match=r"0 \(weight recomputed.*remove_weight"):
-        reach = tn.compress(model, INT8, progress=False).reach
+        coverage = tn.compress(model, INT8, progress=False).coverage
     assert type(model[0]) is nn.Linear
     assert isinstance(model[1], tn.nn.NetworkModule)
-    assert "Linear (weight recomputed by a hook)" in reach.unknown
+    assert "Linear (weight recomputed by a hook)" in coverage.unknown
     with torch.no_grad():
         torch.testing.assert_close(model(X), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
@@ -177,9 +177,9 @@ def test_a_layer_whose_forward_was_set_stays_dense(name: str) -> None:
     set_forward(layer)
     expected = model(TOKENS)
     with pytest.warns(UserWarning, match=rf"{name} \(forward set on the layer.*delete it"):
-        reach = tn.compress(model, INT8, progress=False).reach
+        coverage = tn.compress(model, INT8, progress=False).coverage
     assert model.get_submodule(name) is layer
-    assert f"{type(layer).__name__} (forward set on the layer itself)" in reach.unknown
+    assert f"{type(layer).__name__} (forward set on the layer itself)" in coverage.unknown
     torch.testing.assert_close(
         model(TOKENS), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max())
     )
@@ -205,7 +205,7 @@ def test_hooks_of_accelerate_move_with_the_layer() -> None:
     for layer in model.children():
         add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
     hooks = {name: layer._hf_hook for name, layer in model.named_children()}
-    assert tn.compress(model, INT8, progress=False).reach.unknown.keys() <= {"biases"}
+    assert tn.compress(model, INT8, progress=False).coverage.unknown.keys() <= {"biases"}
     for kind in (tn.nn.NetworkModule, nn.Linear):
         assert isinstance(model.first, kind)
         assert {name: layer._hf_hook for name, layer in model.named_children()} == hooks

@@ -15,7 +15,7 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import tensornet as tn
-from tensornet.compression.reach import measure_reach
+from tensornet.compression.report import measure_coverage
 from tensornet.healing import refine
 from tensornet.nn import (
     MatrixAttention,
@@ -197,7 +197,7 @@ def test_ties_stay_ties(tmp_path: Path) -> None:
         "rnn.matrix_ih_l0",
         "rnn.matrix_hh_l0",
     ]
-    assert report.reach.total == sum(p.numel() for p in Tied().parameters())
+    assert report.coverage.total == sum(p.numel() for p in Tied().parameters())
     assert model.rnn is model.again
     assert model.first.matrix.core_1 is model.second.matrix.core_1
     expected = model(x)
@@ -226,9 +226,9 @@ def test_modules_that_are_something_else_are_left_alone() -> None:
     assert unfuse(model) == []
     config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
     with pytest.warns(UserWarning, match=r"\b3 \(weight recomputed"):
-        reach = tn.compress(model, config, progress=False).reach
+        coverage = tn.compress(model, config, progress=False).coverage
     depthwise = {f"{name} (groups too small for low rank)" for name in ("Conv1d", "ConvTranspose2d")}
-    assert {"Conv1d (weight recomputed by a hook)", "Own"} | depthwise <= reach.unknown.keys()
+    assert {"Conv1d (weight recomputed by a hook)", "Own"} | depthwise <= coverage.unknown.keys()
 
 
 def test_a_module_that_nothing_holds_is_refused() -> None:
@@ -239,10 +239,10 @@ def test_a_module_that_nothing_holds_is_refused() -> None:
 def test_reports_name_the_stock_modules() -> None:
     model = CASES["lstm"].model()
     with unfused(model):
-        reach = measure_reach(list_weights(model), ["body.matrix_ih_l0"])
-    assert reach.reached == 4 * 12 * 10
-    assert reach.excluded == {"LSTM": 4 * 12 * 12, "Linear": 12 * CLASSES}
-    assert reach.unknown == {"biases": 2 * 48 + CLASSES}
+        coverage = measure_coverage(list_weights(model), ["body.matrix_ih_l0"])
+    assert coverage.coverageed == 4 * 12 * 10
+    assert coverage.excluded == {"LSTM": 4 * 12 * 12, "Linear": 12 * CLASSES}
+    assert coverage.unknown == {"biases": 2 * 48 + CLASSES}
 
 
 def test_patterns_name_modules_and_matrices() -> None:

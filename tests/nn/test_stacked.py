@@ -212,7 +212,7 @@ def test_other_classes_are_left_and_said() -> None:
     model = holder(Unknown)
     assert unfuse(model) == []
     report = tn.compress(model, EXACT, progress=False)
-    assert report.reach.unknown["Unknown"] == 2 * 6 * 8 * 8 + 6 * 8
+    assert report.coverage.unknown["Unknown"] == 2 * 6 * 8 * 8 + 6 * 8
     with pytest.raises(tn.TargetError, match="'body' matches no layer"):
         tn.plan(model, tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules="body"))
 
@@ -306,5 +306,5 @@ def test_their_checkpoints(make: Callable[[], PreTrainedModel], tmp_path: Path) 
     config = tn.CompressionConfig(param_ratio=0.6, objective="weight")
     streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", config)
     report = tn.compress(model, config, progress=False)
-    assert streamed.compression.reach == report.reach
+    assert streamed.compression.coverage == report.coverage
     torch.testing.assert_close(th.load(tmp_path / "made")(IDS).logits, model(IDS).logits, **CLOSE)

@@ -84,7 +84,7 @@ def test_heads_of_scaled_embeddings_stay_tied(name: str, tmp_path: Path) -> None
     with pytest.warns(UserWarning, match=r"lm_head \(tied to .*Scaled"):
         report = tn.compress(model, config("all"), progress=False)
     assert model.lm_head.weight is model.get_input_embeddings().weight is head
-    layers = [layer for layer in report.layers if layer.form != "dense"]
+    layers = [layer for layer in report.layers if layer.scheme != "dense"]
     saved = sum(layer.params_before - layer.params_after for layer in layers)
     assert sum(p.numel() for p in model.parameters()) == before - saved < before
     model.save_pretrained(tmp_path)

@@ -14,8 +14,8 @@ from tensornet.compression.baselines import (
     BaselineLosses,
     BaselineResult,
     apply_baseline,
+    baseline_configs,
     baseline_losses,
-    baseline_methods,
     predict_baseline,
 )
 from tensornet.compression.report import model_size
@@ -160,7 +160,7 @@ def compare_baselines(
     losses = baseline_losses(model, plan, stats, progress=progress)
     dense = None if judge is None else judge(model)
     found = []
-    methods = baseline_methods(stats)
+    methods = list(baseline_configs(plan, stats))
     for method in progress_bar(methods, desc="plain methods", unit="method", disable=not progress):
         if judge is None:
             made, quality = predict_baseline(model, plan, method, stats), None
@@ -181,7 +181,7 @@ def baseline_facts(
     params, size = model_size(model)
     return ModelFacts(
         name=made.method,
-        form=made.form,
+        form=made.scheme,
         params=params - plan.params_before + made.num_params,
         bytes=size - plan.bytes_before + made.num_bytes,
         bits=8 * made.num_bytes / plan.params_before,

@@ -11,10 +11,17 @@ from transformers import PreTrainedModel
 
 from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import BatchLike
-from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, prepare
+from tensornet.compression import (
+    CompressionConfig,
+    CompressionPlan,
+    CompressionReport,
+    check_loss,
+    correct_by_measuring,
+    prepare,
+)
+from tensornet.compression.apply import MadeLayers
 from tensornet.compression.compress import gather
-from tensornet.compression.reach import Reach
-from tensornet.compression.rounded_layers import RoundedLayers
+from tensornet.compression.report import Coverage
 from tensornet.errors import BudgetError, TargetError
 from tensornet_hf import pipeline
 from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
@@ -40,7 +47,7 @@ class PlannedFolder:
     Args:
         plan: can be edited, saved, and carried out with `CompressOptions(plan=...)`.
         sizes: parameters and bytes before and after, see `tensornet_hf.pipeline.plan_summary`.
-        reach: which of the model's parameters the plan considers.
+        coverage: which of the model's parameters the plan covers.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -50,12 +57,12 @@ class PlannedFolder:
 
     plan: CompressionPlan
     sizes: Mapping[str, int]
-    reach: Reach
+    coverage: Coverage
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form, which `CompressionPlan.load` reads as well."""
         plan = {**self.plan.to_dict(), **self.plan.predictions()}
-        return {**plan, **self.sizes, "reach": self.reach.to_dict()}
+        return {**plan, **self.sizes, "coverage": self.coverage.to_dict()}
 
     def __str__(self) -> str:
         sizes = {name: compact_bytes(size) for name, size in self.sizes.items() if "bytes" in name}
@@ -64,7 +71,7 @@ class PlannedFolder:
             f"{self.plan}\n"
             f"these layers: {sizes['layers_bytes_before']} -> {sizes['layers_bytes_after']}\n"
             f"whole model: {before:,} -> {after:,} parameters, {sizes['model_bytes_before']} -> "
-            f"{sizes['model_bytes_after']}\n{self.reach}"
+            f"{sizes['model_bytes_after']}\n{self.coverage}"
         )
 
 
@@ -106,15 +113,15 @@ class FolderReport:
 
     def __str__(self) -> str:
         done = self.report
-        bits, dense = done.plan.bits_per_weight, sum(layer.form == "dense" for layer in done.layers)
+        bits, dense = done.plan.bits_per_weight, sum(layer.scheme == "dense" for layer in done.layers)
         left = f" ({dense} of them stay dense)" if dense else ""
         lines = (
             f"files       {compact_bytes(self.file_bytes_before)} -> {compact_bytes(self.file_bytes_after)}",
             f"layers      {len(done.layers)}{left}, {bits:.2f} bits a weight of these layers",
             f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
-            f"reach       {str(done.reach).removeprefix('reached ')}",
+            f"covers      {str(done.coverage).removeprefix('covers ')}",
             *self._predicted(),
-            *([] if done.measured is None else [f"rise        {done.measured}"]),
+            *([] if done.measured is None else [f"measured    {done.measured}"]),
             *self._measured(),
             f"seconds     {done.seconds:.1f}",
             f"written to  {self.destination}",
@@ -124,13 +131,15 @@ class FolderReport:
     def _predicted(self) -> list[str]:
         """Return the predicted loss increase of compression alone; refitting and healing are excluded."""
         plan = self.report.plan
-        rise = plan.predicted_loss_increase
-        if rise is None:
+        loss = plan.predicted_loss_increase
+        if loss is None:
             return []
-        where = f"measured on {plan.forecast.source}" if plan.forecast.source else plan.calibration
+        where = (
+            f"corrected by measuring on {plan.forecast.source}" if plan.forecast.source else plan.calibration
+        )
         if plan.dense_loss is None:  # an encoder
-            return [f"predicted   cosine with the original {1 - rise:.4f} ({where})"]
-        return [f"predicted   loss +{rise:.4f}{plan.predicted_change()} ({where})"]
+            return [f"predicted   cosine with the original {1 - loss:.4f} ({where})"]
+        return [f"predicted   loss +{loss:.4f}{plan.predicted_change()} ({where})"]
 
     def _measured(self) -> list[str]:
         """Return the measured loss of the original, the compressed model and the plain methods."""
@@ -230,8 +239,8 @@ def plan_folder(source: str | Path, options: CompressOptions) -> PlannedFolder:
     if options.workers is not None:
         options.check_needs_no_model({"dry_run": True})
     work = _plan(resolve_folder(source), options, _Texts.read(options))
-    reach = pipeline.planned_reach(work.model, work.plan)
-    return PlannedFolder(work.plan, pipeline.plan_summary(work.model, work.plan), reach)
+    coverage = pipeline.planned_coverage(work.model, work.plan)
+    return PlannedFolder(work.plan, pipeline.plan_summary(work.model, work.plan), coverage)
 
 
 @dataclass(frozen=True)
@@ -258,7 +267,7 @@ class _Work:
     model: PreTrainedModel
     plan: CompressionPlan
     stats: CalibrationStats | None
-    rounded: RoundedLayers | None = None
+    made: MadeLayers | None = None
     batches: Sequence[BatchLike] = ()
 
 
@@ -291,16 +300,18 @@ def _plan(folder: Path, options: CompressOptions, texts: _Texts) -> _Work:
         return _Work(folder, model, planned, stats, batches=batches)
     prepared = prepare(model, config, stats, progress=progress)
     if config.verify and stats is not None:
-        prepared = prepared.verified(model, stats, batches, progress=progress)
+        prepared = check_loss(prepared, model, stats, batches, progress=progress)
     if options.validation is not None and validated is not None:
         if stats is None:
             raise TargetError(
                 "The validation text corrects what calibration predicts; give a calibration text too."
             )
         seen = f"{validated.tokens:,} tokens of {Path(options.validation).name}"
-        prepared = prepared.measured(model, stats, validated.batches, source=seen, progress=progress)
+        prepared = correct_by_measuring(
+            prepared, model, stats, list(validated.batches), source=seen, progress=progress
+        )
     made = prepared.plan(progress=progress)
-    return _Work(folder, model, made, stats, prepared.rounded, batches)
+    return _Work(folder, model, made, stats, prepared.made, batches)
 
 
 def _compared(work: _Work, options: CompressOptions, texts: _Texts) -> Comparison:
@@ -333,7 +344,7 @@ def _carried_out(
         work.stats,
         started=started,
         progress=progress,
-        rounded=work.rounded,
+        made=work.made,
         batches=work.batches,
         allowed=None if options.config is None else options.config.loss_increase,
     )

@@ -13,10 +13,9 @@ from tensornet._util import progress_bar
 from tensornet.calibration import CalibrationStats, calibrate, cosine_losses
 from tensornet.calibration.batches import BatchLike
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
-from tensornet.compression.measured_loss import DenseLosses, warn_of_loss
-from tensornet.compression.reach import Reach, measure_reach
-from tensornet.compression.report import layer_reports, model_size
-from tensornet.compression.rounded_layers import RoundedLayers
+from tensornet.compression.apply import MadeLayers
+from tensornet.compression.measure import measure, record_losses, warn_of_loss
+from tensornet.compression.report import Coverage, layer_reports, measure_coverage, model_size
 from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
 from tensornet.nn.targets import all_targets, list_weights
@@ -93,7 +92,7 @@ def collect_stats(
 
 
 def validation_data(model: PreTrainedModel, folder: Path, text: str) -> CalibrationData:
-    """Build batches from the beginning of a text, for `PreparedPlan.measured`.
+    """Build batches from the beginning of a text, for `correct_by_measuring`.
 
     Raises:
         TargetError: a classifier, a text has no labels for it, so no loss can be measured.
@@ -193,7 +192,7 @@ def carry_out(
     *,
     started: float,
     progress: bool = False,
-    rounded: RoundedLayers | None = None,
+    made: MadeLayers | None = None,
     batches: Sequence[BatchLike] = (),
     allowed: float | None = None,
 ) -> CompressionReport:
@@ -205,18 +204,18 @@ def carry_out(
         stats: the plan was made with them.
         started: `time.perf_counter()` when the work began, planning included.
         progress: show a progress bar.
-        rounded: layers that verification has rounded.
+        made: layers that the loss check has rounded.
         batches: of calibration; the loss is measured on a few rows before and after, as `compress` does.
         allowed: `loss_increase` of the configuration; a warning says if more was measured.
 
     Raises: as `tensornet.apply_plan`.
     """
     before = model_size(model)
-    reach = planned_reach(model, planned)
-    dense = DenseLosses.measure(model, batches)
-    errors = apply_plan(model, planned, stats, progress=progress, rounded=rounded)
+    coverage = planned_coverage(model, planned)
+    dense = record_losses(model, batches)
+    errors = apply_plan(model, planned, stats, progress=progress, made=made)
     after = model_size(model)
-    measured = None if dense is None else dense.rise(model)
+    measured = None if dense is None else measure(model, dense)
     if measured is not None:
         warn_of_loss(measured, planned.predicted_loss_increase, allowed)
     return CompressionReport(
@@ -227,16 +226,16 @@ def carry_out(
         model_bytes_after=after[1],
         seconds=time.perf_counter() - started,
         plan=planned,
-        reach=reach,
+        coverage=coverage,
         measured=measured,
     )
 
 
-def planned_reach(model: PreTrainedModel, planned: CompressionPlan) -> Reach:
-    """Count the parameters that a plan reaches, before the plan is executed."""
+def planned_coverage(model: PreTrainedModel, planned: CompressionPlan) -> Coverage:
+    """Count the parameters that a plan covers, before the plan is executed."""
     with unfused(model):
         weights = list_weights(model)
-    return measure_reach(weights, [layer.name for layer in planned], unseen=planned.unseen)
+    return measure_coverage(weights, [layer.name for layer in planned], unseen=planned.unseen)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -18,17 +18,15 @@ from torch import Tensor, nn
 
 from tensornet._util import progress_bar
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import hull_steps
+from tensornet.compression.allocate import Candidate, choose_candidates, curve_of, hull_steps, uniform
 from tensornet.compression.apply import apply_plan, replaced
-from tensornet.compression.candidates import LayerCandidates, relative_gap
-from tensornet.compression.choose import Allocation, choose_candidates
+from tensornet.compression.candidates import layer_formats, relative_gap
 from tensornet.compression.compress import Calibration, gather
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.format_candidates import layer_formats
-from tensornet.compression.layer_plan import describe
-from tensornet.compression.measured_loss import DenseLosses, MeasuredRise, warn_of_loss
-from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planner import prepare
+from tensornet.compression.loss_check import check_loss
+from tensornet.compression.measure import LossIncrease, measure, record_losses, warn_of_loss
+from tensornet.compression.plan import CompressionPlan, describe
+from tensornet.compression.planning import Prepared, prepare
 from tensornet.compression.report import LayerReport, layer_reports, model_size
 from tensornet.compression.sensitivity import layer_sensitivity, layer_weighting
 from tensornet.errors import BudgetError, TargetError
@@ -43,7 +41,7 @@ from tensornet_moe.low_rank_sharing import PATTERNS, fit_stored
 from tensornet_moe.shared_candidates import SharedCandidates, shared_candidates
 
 #: Sums over the members of a stack that the allocation uses.
-_SUMS = ("params", "num_bytes", "costs", "forecasts")
+_SUMS = ("num_bytes", "params", "predicted_loss", "cost")
 #: Kinds of candidates of a stack.
 SEPARATE, SHARED = "separate", "shared"
 #: Separate networks stay where sharing saves no more of the predicted loss than rounding errors.
@@ -125,7 +123,7 @@ class ExpertsReport:
     model_bytes_after: int
     predicted_loss_increase: float
     seconds: float
-    measured: MeasuredRise | None
+    measured: LossIncrease | None
 
     @property
     def byte_ratio(self) -> float:
@@ -222,12 +220,9 @@ def compress_experts(
     prepared = prepare(model, replace(config, objective="curvature"), stats, progress=progress)
     if config.verify:
         with suppress(BudgetError):  # separate networks may not fit a budget that shared ones keep
-            prepared = prepared.verified(model, stats, list(data.batches), progress=progress)
+            prepared = check_loss(prepared, model, stats, list(data.batches), progress=progress)
     stacks = find_stacks(prepared.targets, stats, config, progress=progress)
-    given = Allocation(
-        prepared.targets, prepared.candidates, config, "curvature", prepared.forecast, prepared.rest
-    )
-    chosen, bound_by = choose_jointly(given, stacks)
+    chosen, bound_by = choose_jointly(prepared, stacks)
     alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
     plan = CompressionPlan(())
     if alone:
@@ -237,7 +232,7 @@ def compress_experts(
             candidates=tuple(prepared.candidates[k] for k in alone),
             spectra=tuple(prepared.spectra[k] for k in alone),
         ).planned([chosen[k] for k in alone], bound_by)  # type: ignore[misc]  # these are integers
-    before = DenseLosses.measure(model, data.batches, data.source)
+    before = record_losses(model, data.batches, source=data.source)
     sharing = {choice.stack.members: choice for choice in chosen if isinstance(choice, SharedChoice)}
     with unfused(model):
         targets = {target.name: target for target in all_targets(model)}
@@ -254,8 +249,8 @@ def compress_experts(
         with replaced(model, made):
             structure_changed(model)
     params_after, bytes_after = model_size(model)
-    predicted = prepared.forecast.rise(totals_of(chosen, given)[1])
-    measured = None if before is None else before.rise(model)
+    predicted = prepared.facts.forecast.corrected(totals_of(chosen, prepared)[1])
+    measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, predicted, config.loss_increase)
     return ExpertsReport(
@@ -402,7 +397,7 @@ class _Item:
     """
 
     stack: Stack
-    candidates: LayerCandidates
+    candidates: Sequence[Candidate]
     start: tuple[int, ...]
     steps: tuple[tuple[int, int], ...]
     formats: tuple[tuple[int, ...], ...]
@@ -421,7 +416,7 @@ class _Item:
         return tuple(chosen)
 
 
-def choose_jointly(given: Allocation, stacks: Sequence[Stack]) -> tuple[Choice, str]:
+def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice, str]:
     """Choose candidates of single layers and of stacks in one budget, and name the tightest cap.
 
     With both kinds of candidates one allocation finds which stacks share. Then the budget is spent again with
@@ -434,15 +429,15 @@ def choose_jointly(given: Allocation, stacks: Sequence[Stack]) -> tuple[Choice, 
     found: list[tuple[float, Choice, str]] = []
     refused: list[BudgetError] = []
     sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
-    least_size = all(getattr(given.config, name) is None for name in sizes)  # for a given loss
+    least_size = all(getattr(prepared.config, name) is None for name in sizes)  # for a given loss
 
     def attempt(some: Sequence[Stack], kinds: Sequence[str]) -> list[Stack]:
         try:
-            made, bound_by = choose_kinds(given, some, kinds)
+            made, bound_by = choose_kinds(prepared, some, kinds)
         except BudgetError as error:
             refused.append(error)
             return []
-        size, loss = totals_of(made, given)
+        size, loss = totals_of(made, prepared)
         found.append((size if least_size else loss, made, bound_by))
         return [each.stack for each in made if isinstance(each, SharedChoice)]
 
@@ -457,19 +452,27 @@ def choose_jointly(given: Allocation, stacks: Sequence[Stack]) -> tuple[Choice, 
     return next(each[1:] for each in found if each[0] <= least * (1 + _ROUNDING))
 
 
-def choose_kinds(given: Allocation, stacks: Sequence[Stack], kinds: Sequence[str]) -> tuple[Choice, str]:
+def choose_kinds(prepared: Prepared, stacks: Sequence[Stack], kinds: Sequence[str]) -> tuple[Choice, str]:
     """Choose with the given kinds of candidates for some stacks, and the layers of all others on their own.
 
     Raises:
         BudgetError: the budget cannot be kept.
     """
-    targets, candidates = given.targets, given.candidates
-    items = [_item(stack, given, kinds) for stack in stacks]
+    targets, candidates = prepared.targets, prepared.candidates
+    items = [_item(stack, prepared, kinds) for stack in stacks]
     inside = {place for stack in stacks for place in stack.members}
     single = [place for place in range(len(targets)) if place not in inside]
     together = [*(candidates[place] for place in single), *(item.candidates for item in items)]
     names = [targets[place].name for place in (*single, *(item.stack.members[0] for item in items))]
-    chosen, bound_by = choose_candidates(replace(given, candidates=together), names)
+    chosen, bound_by = choose_candidates(
+        targets,
+        together,
+        prepared.config,
+        "curvature",
+        forecast=prepared.facts.forecast,
+        rest=prepared.rest,
+        names=names,
+    )
     made: Choice = [0] * len(targets)
     for place, index in zip(single, chosen, strict=False):
         made[place] = index
@@ -480,26 +483,31 @@ def choose_kinds(given: Allocation, stacks: Sequence[Stack], kinds: Sequence[str
     return made, bound_by
 
 
-def totals_of(chosen: Choice, given: Allocation) -> tuple[float, float]:
+def totals_of(chosen: Choice, prepared: Prepared) -> tuple[float, float]:
     """Compute the size of a choice in the unit of the allocation, and its predicted loss increase."""
-    size, loss = 0.0, 0.0
+    size, loss, unit = 0.0, 0.0, _unit(prepared)
     for place, choice in enumerate(chosen):
         if isinstance(choice, int):
-            found: LayerCandidates | SharedCandidates = given.candidates[place]
-            index = choice
+            candidate = prepared.candidates[place][choice]
+            size, loss = size + getattr(candidate, unit), loss + candidate.predicted_loss
         elif choice.stack.members[0] == place:
-            found, index = choice.candidates, choice.index
-        else:
-            continue
-        size += float(getattr(found, given.unit)[index])
-        loss += float(found.forecasts[index])
+            size += float(getattr(choice.candidates, unit)[choice.index])
+            loss += float(choice.candidates.forecasts[choice.index])
     return size, loss
 
 
-def _item(stack: Stack, given: Allocation, kinds: Sequence[str]) -> _Item:
+def _unit(prepared: Prepared) -> str:
+    """Size that candidates are compared by."""
+    return "num_bytes" if prepared.config.plans_formats else "params"
+
+
+def _item(stack: Stack, prepared: Prepared, kinds: Sequence[str]) -> _Item:
     """Build the candidates of one stack."""
-    members = [given.candidates[place] for place in stack.members]
-    tables = [torch.stack([getattr(found, name) for name in _SUMS]) for found in members]
+    members = [prepared.candidates[place] for place in stack.members]
+    tables = [
+        torch.tensor([[float(getattr(x, name)) for x in found] for name in _SUMS], dtype=torch.float64)
+        for found in members
+    ]
 
     def added(chosen: Sequence[int]) -> Tensor:
         return torch.stack([table[:, k] for table, k in zip(tables, chosen, strict=True)]).sum(0)
@@ -510,29 +518,27 @@ def _item(stack: Stack, given: Allocation, kinds: Sequence[str]) -> _Item:
     points: list[Tensor] = []  # shape: (sums, points) each
     if SEPARATE in kinds:
         # The separate networks of every total size, along the convex hulls of the members.
-        start, steps = hull_steps([found.curve(given.unit) for found in members])
+        start, steps = hull_steps([curve_of(found, _unit(prepared)) for found in members])
         at = list(start)
         changes = [added(at)]
         for member, candidate in steps:
             changes.append(tables[member][:, candidate] - tables[member][:, at[member]])
             at[member] = candidate
         points.append(torch.stack(changes, dim=1).cumsum(1))
-        common = [name for name in members[0].uniform if all(name in found.uniform for found in members)]
-        formats = {name: tuple(found.uniform[name] for found in members) for name in common}
+        uniforms = [uniform(found) for found in members]
+        common = [name for name in uniforms[0] if all(name in each for each in uniforms)]
+        formats = {name: tuple(each[name] for each in uniforms) for name in common}
         points += [added(chosen)[:, None] for chosen in formats.values()]
     shared = []
     if SHARED in kinds:
         for found in stack.candidates:
             shared += [SharedChoice(stack, found, index) for index in range(len(found.params))]
-            points.append(torch.stack([getattr(found, name) for name in _SUMS]))
-    sums = dict(zip(_SUMS, torch.cat(points, dim=1), strict=True))
-    nothing = torch.zeros_like(sums["params"])
-    places = {name: len(steps) + 1 + k for k, name in enumerate(formats)}
-
-    def make(index: int) -> tuple[Topology | None, Storage]:
-        raise AssertionError(f"candidate {index} of a stack is no single layer")
-
-    candidates = LayerCandidates(**sums, errors=nothing, milliseconds=nothing, make=make, uniform=places)
+            points.append(torch.stack([found.num_bytes, found.params, found.forecasts, found.costs]))
+    places = {len(steps) + 1 + k: name for k, name in enumerate(formats)}
+    candidates = [
+        Candidate(None, Storage(), int(size), int(params), loss, 0.0, cost, number_format=places.get(k, ""))
+        for k, (size, params, loss, cost) in enumerate(torch.cat(points, dim=1).T.tolist())
+    ]
     return _Item(stack, candidates, tuple(start), tuple(steps), tuple(formats.values()), tuple(shared))
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.compression.baselines import BaselineLosses
-from tensornet.compression.forecast import UNMEASURED, Forecast
-from tensornet.compression.reach import compact_count
+from tensornet.compression.measure import UNMEASURED, Forecast
+from tensornet.compression.report import compact_count
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, versions, write_report
 from tensornet_hf.report.facts import compact_bytes
 from tensornet_hf.report.page import display_command, display_name
@@ -93,7 +93,7 @@ def test_shows_every_number(tmp_path: Path) -> None:
     content = a_page()
     page = parsed(write_report(content, tmp_path / "report.html"))
     for layer in content.report.layers:
-        assert layer.form in page.text
+        assert layer.scheme in page.text
         assert f"{layer.error:.4f}" in page.text
         assert f"{layer.baseline_error:.4f}" in page.text
         assert f"{layer.params_after:,}" in page.text

@@ -7,7 +7,7 @@ from typing import Any
 
 from tensornet.compression import CompressionPlan, LayerReport
 from tensornet.compression.baselines import BaselineLosses
-from tensornet.compression.layer_blocks import layer_names
+from tensornet.compression.plan import layer_names
 
 #: Width of the scale, in CSS pixels, and the margin that keeps its marks inside.
 WIDTH, MARGIN = 200, 6

@@ -13,7 +13,7 @@ from typing import Any
 from tensornet._util import require
 from tensornet.compression import CompressionReport
 from tensornet.compression.baselines import BaselineLosses
-from tensornet.compression.reach import compact_count
+from tensornet.compression.report import compact_count
 from tensornet.io import write_file
 from tensornet_hf.report.blocks import MARGIN, WIDTH, table_of_layers
 from tensornet_hf.report.facts import ModelFacts, compact_bytes

@@ -18,15 +18,17 @@ from matplotlib.ticker import NullFormatter
 
 from tensornet.compression import CompressionPlan, LayerPlan
 from tensornet.compression.baselines import GPTQ, NEAREST, SVD, BaselineLosses
-from tensornet.compression.layer_blocks import grid_of, layer_names, panels_of
-from tensornet.compression.pictures import (
+from tensornet.compression.plan import layer_names
+from tensornet.compression.viz import (
     Mark,
     Palette,
     draw_bits,
     draw_layer_losses,
     draw_loss_over_bits,
+    grid_of,
     loss_limits,
     losses_by_method,
+    panels_of,
     plain_axes,
 )
 from tensornet_hf.report.facts import ModelFacts

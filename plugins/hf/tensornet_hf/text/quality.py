@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tensornet.calibration import cosine_losses, losses_against
-from tensornet.compression.forecast import light_copy, mean_loss
+from tensornet.compression.measure import light_copy, mean_loss
 from tensornet.errors import TargetError
 from tensornet_hf.text.calibration_data import calibration_data, scores_tokens
 from tensornet_hf.text.perplexity import perplexity

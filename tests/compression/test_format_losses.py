@@ -8,8 +8,8 @@ from quantization.rounding_cases import moment, weight
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression import format_candidates, layer_candidates
-from tensornet.compression.format_candidates import format_losses, nearest_losses
+from tensornet.compression import candidates
+from tensornet.compression.candidates import format_losses
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
 from tensornet.quantization import NumberFormat, predict, predict_losses, predict_product_losses
@@ -27,9 +27,9 @@ def case(rows: int) -> tuple[torch.Tensor, Sensitivity]:
 
 def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, sensitivity = case(160)
-    monkeypatch.setattr(format_candidates, "SAMPLED_ROWS", 64)
+    monkeypatch.setattr(candidates, "SAMPLED_ROWS", 64)
     sampled = format_losses(matrix, sensitivity, FORMATS)
-    monkeypatch.setattr(format_candidates, "SAMPLED_ROWS", 160)
+    monkeypatch.setattr(candidates, "SAMPLED_ROWS", 160)
     for found, exact in zip(sampled, format_losses(matrix, sensitivity, FORMATS), strict=True):
         assert found.choice == pytest.approx(exact.choice, rel=0.25)
         assert found.forecast == pytest.approx(exact.forecast, rel=0.25)
@@ -41,9 +41,9 @@ def test_a_small_matrix_is_measured_exactly() -> None:
     matrix, sensitivity = case(40)
     found = format_losses(matrix, sensitivity, FORMATS)
     for each, number_format in zip(found[1:], FORMATS[1:], strict=True):
-        exact = format_candidates._measured(matrix, sensitivity, number_format)
-        assert each.choice == pytest.approx(exact.choice)
-        assert each.forecast == pytest.approx(exact.forecast)
+        error = matrix - round_dense(matrix, number_format, sensitivity.choice).dequantize()
+        assert each.choice == pytest.approx(sensitivity.choice.cost(error))
+        assert each.forecast == pytest.approx(sensitivity.forecast.cost(error))
 
 
 def test_without_moments_and_with_zeros() -> None:
@@ -81,36 +81,27 @@ def test_products_are_predicted_by_some_rows_of_the_factors(monkeypatch: pytest.
     torch.testing.assert_close(sampled[:, 8:], exact[:, 8:], rtol=0.15, atol=0)
 
 
-def test_nearest_is_estimated_from_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix, sensitivity = case(400)
-    flat = Weighting(sensitivity.forecast.rows.diagonal(), sensitivity.forecast.columns)  # type: ignore[union-attr]
-    sampled = nearest_losses(matrix, flat, FORMATS)
-    monkeypatch.setattr(format_candidates, "SAMPLED_ROWS", 400)
-    exact = nearest_losses(matrix, flat, FORMATS)
-    assert sampled != exact
-    assert sampled == pytest.approx(exact, rel=0.2)
-
-
 def test_whole_groups_of_columns_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(format_candidates, "SAMPLED_COLUMNS", 128)
-    wide, formats = torch.zeros(2, 1000), [NumberFormat.parse("int3:g32"), NumberFormat.parse("int2:g64")]
-    columns = format_candidates._spaced_columns(wide, formats)
-    assert columns.tolist() == [*range(64), *range(896, 960)]
-    rows = [NumberFormat.parse("int2:row")]
-    assert len(format_candidates._spaced_columns(wide, rows)) == 1000
+    monkeypatch.setattr(candidates, "SAMPLED_COLUMNS", 128)
+    wide, plain = torch.arange(2000.0).view(2, 1000), Sensitivity(Weighting(), Weighting())
+    formats = [NumberFormat.parse("int3:g32"), NumberFormat.parse("int2:g64")]
+    part = candidates.part_of(wide, plain, formats)
+    assert part.matrix[0].tolist() == [*range(64), *range(896, 960)]
+    assert not part.whole
+    assert candidates.part_of(wide, plain, [NumberFormat.parse("int2:row")]).whole
 
 
-def test_samples_of_several_matrices_are_measured_as_alone() -> None:
+def test_parts_of_several_matrices_are_measured_as_alone() -> None:
     """Those of one shape in one stack, one with a diagonal moment and one of another shape beside it."""
-    few = format_candidates.few_bits(FORMATS)
+    few = candidates.few_bits(FORMATS)
     cases = [case(40), case(40), case(24)]
     cases[1] = -2 * cases[1][0].flip(0), cases[1][1]
     flat = cases[0][1].choice
     assert flat.rows is not None
     diagonal = Weighting(flat.rows.diagonal(), flat.columns)
     cases.append((cases[0][0], Sensitivity(diagonal, diagonal)))
-    samples = [format_candidates.sample_of(*each, few) for each in cases]
-    found = format_candidates.measure_samples(samples, few)
+    parts = [candidates.part_of(*each, few) for each in cases]
+    found = candidates.measure_parts(parts, few)
     for each, measured in zip(cases, found, strict=True):
         together = format_losses(*each, FORMATS, measured)
         for one, other in zip(together, format_losses(*each, FORMATS), strict=True):
@@ -120,15 +111,15 @@ def test_samples_of_several_matrices_are_measured_as_alone() -> None:
 
 def test_layers_are_measured_together_within_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real = layer_candidates.measure_samples
+    real = candidates.measure_parts
     monkeypatch.setattr(
-        layer_candidates, "measure_samples", lambda some, few: (sizes.append(len(some)), real(some, few))[1]
+        candidates, "measure_parts", lambda some, few: (sizes.append(len(some)), real(some, few))[1]
     )
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5)))
     stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(32, (64,)))])
     config = tn.CompressionConfig(bits_per_weight=4)
     whole = tn.plan(model, config, stats)
-    monkeypatch.setattr(layer_candidates, "_MOMENT_BYTES", 2 * 8 * 2 * 32**2)
+    monkeypatch.setattr(candidates, "_MOMENT_BYTES", 2 * 8 * 2 * 32**2)
     assert [layer.loss_increase for layer in tn.plan(model, config, stats)] == pytest.approx(
         [layer.loss_increase for layer in whole], rel=1e-4
     )

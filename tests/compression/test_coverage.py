@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression.reach import Reach, compact_count, measure_reach
+from tensornet.compression.report import Coverage, compact_count, measure_coverage
 from tensornet.nn.targets import list_weights
 from tensornet_hf.cli.main import run
 from tensornet_hf.report import write_report
@@ -38,11 +38,11 @@ class Mixed(nn.Module):
 
 def test_every_parameter_is_counted_once() -> None:
     model = Mixed()
-    reach = tn.compress(model, CONFIG, progress=False).reach
-    assert reach.total == sum(p.numel() for p in Mixed().parameters())
-    assert reach.reached == 2 * 12 * 24
-    assert reach.excluded == {"Embedding": 11 * 12}  # the head is tied to it
-    assert reach.unknown == {
+    coverage = tn.compress(model, CONFIG, progress=False).coverage
+    assert coverage.total == sum(p.numel() for p in Mixed().parameters())
+    assert coverage.coverageed == 2 * 12 * 24
+    assert coverage.excluded == {"Embedding": 11 * 12}  # the head is tied to it
+    assert coverage.unknown == {
         "Conv1d (groups too small for low rank)": 12 * 3 + 12,
         "LayerNorm": 24,
         "biases": 24,
@@ -51,10 +51,10 @@ def test_every_parameter_is_counted_once() -> None:
 
 def test_the_configuration_and_missing_kinds_are_told_apart() -> None:
     config = tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules=["inner.0"])
-    reach = tn.compress(Mixed(), config, progress=False).reach
-    assert reach.excluded == {"Linear": 24 * 12, "Embedding": 11 * 12}
-    assert reach.reached == 24 * 12
-    assert "left out by choice: Linear 288, Embedding 132; not reached: Conv1d (groups too" in str(reach)
+    coverage = tn.compress(Mixed(), config, progress=False).coverage
+    assert coverage.excluded == {"Linear": 24 * 12, "Embedding": 11 * 12}
+    assert coverage.coverageed == 24 * 12
+    assert "excluded: Linear 288, Embedding 132; skipped: Conv1d (groups too" in str(coverage)
 
 
 def test_layers_that_cannot_be_compressed_are_not_left_out_by_choice() -> None:
@@ -72,9 +72,9 @@ def test_layers_that_cannot_be_compressed_are_not_left_out_by_choice() -> None:
     inner = tn.CompressionConfig(target_modules="inner")
     stats = tn.calibrate(Reader(), [torch.randn(4, 8)], config=inner)
     with pytest.warns(UserWarning, match="Left dense"):
-        reach = tn.compress(Reader(), CONFIG, calibration=stats, progress=False).reach
-    assert reach.excluded == {}
-    assert reach.unknown == {
+        coverage = tn.compress(Reader(), CONFIG, calibration=stats, progress=False).coverage
+    assert coverage.excluded == {}
+    assert coverage.unknown == {
         "Linear (weight read past the layer)": 64,
         "Linear (tied to Embedding)": 40,
         "biases": 8,
@@ -83,13 +83,13 @@ def test_layers_that_cannot_be_compressed_are_not_left_out_by_choice() -> None:
 
 def test_nothing_left_is_not_listed() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
-    assert str(measure_reach(list_weights(model), ["0"])) == "reached 100.0 % of 64 parameters"
+    assert str(measure_coverage(list_weights(model), ["0"])) == "covers 100.0 % of 64 parameters"
 
 
 def test_many_types_are_added_up() -> None:
-    reach = Reach(100, 30, {}, dict.fromkeys("abcdefg", 10))
-    assert str(reach).endswith("e 10, 2 other types 20")
-    assert Reach(0, 0, {}, {}).share == 0
+    coverage = Coverage(100, 30, {}, dict.fromkeys("abcdefg", 10))
+    assert str(coverage).endswith("e 10, 2 other types 20")
+    assert Coverage(0, 0, {}, {}).share == 0
 
 
 @pytest.mark.parametrize(("value", "text"), [(999, "999"), (1000, "1.00k"), (12_340_000, "12.3M")])
@@ -99,15 +99,15 @@ def test_counts(value: int, text: str) -> None:
 
 def test_a_model_on_the_meta_device_is_counted() -> None:
     with torch.device("meta"):
-        assert measure_reach(list_weights(Mixed()), ["inner.0"]).reached == 24 * 12
+        assert measure_coverage(list_weights(Mixed()), ["inner.0"]).coverageed == 24 * 12
 
 
 def test_reports_say_it(tmp_path: Path) -> None:
     report = tn.compress(Mixed(), CONFIG, progress=False)
-    assert str(report.reach) in str(report)
-    assert json.loads(report.to_json())["reach"]["unknown"]["LayerNorm"] == 24
+    assert str(report.coverage) in str(report)
+    assert json.loads(report.to_json())["coverage"]["unknown"]["LayerNorm"] == 24
     page = a_page()
-    assert str(page.report.reach) in parsed(write_report(page, tmp_path / "report.html")).text
+    assert str(page.report.coverage) in parsed(write_report(page, tmp_path / "report.html")).text
 
 
 def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
     config = tn.CompressionConfig(**HALF, objective="weight")
     streamed = th.compress_checkpoint(folder, tmp_path / "made", config)
     loaded = th.load(folder)
-    reach = tn.compress(loaded, config, progress=False).reach
-    assert streamed.compression.reach == reach
-    assert str(reach) in str(streamed)
-    assert reach.excluded.keys() == {"Embedding"}
-    assert reach.unknown.keys() == {"LayerNorm", "biases"}
+    coverage = tn.compress(loaded, config, progress=False).coverage
+    assert streamed.compression.coverage == coverage
+    assert str(coverage) in str(streamed)
+    assert coverage.excluded.keys() == {"Embedding"}
+    assert coverage.unknown.keys() == {"LayerNorm", "biases"}
 
 
 def test_the_command_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +136,7 @@ def test_the_command_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[
         for arguments in (["--dry-run"], [tmp_path / "a"]):
             assert "left out by choice: Embedding" in said(*arguments)
         for arguments in (["--dry-run"], [tmp_path / "b"], [tmp_path / "c", "--workers", 1]):
-            assert 0 < json.loads(said(*arguments, "--json"))["reach"]["share"] < 1
+            assert 0 < json.loads(said(*arguments, "--json"))["coverage"]["share"] < 1
     finally:
         logging.set_verbosity(verbosity)  # the program sets both for its whole process
         logging.enable_progress_bar()

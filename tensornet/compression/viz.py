@@ -1,17 +1,16 @@
-"""Pictures of plans: loss over bits, bits and rank of every layer, losses beside the plain methods.
+"""Pictures of plans: loss over bits, bits and rank of every layer, losses of the plain methods.
 
 Functions that draw on axes take a `Palette`, so that a page can draw the same pictures in its own colours.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensornet._util import import_optional
 from tensornet.compression.baselines import BaselineLosses
-from tensornet.compression.layer_blocks import Panel, grid_of, layer_names
-from tensornet.compression.layer_plan import LayerPlan
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, LayerName, LayerPlan, layer_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 #: Smallest predicted loss increase that is drawn on a logarithmic axis.
 FLOOR = 1e-7
-#: Rises of the loss above this, in nats, are not drawn: the model is useless there.
+#: Loss increases above this, in nats, are not drawn: the model is useless there.
 _USELESS = 12.0
 _WIDTH = 9.0  # inches
 
@@ -59,16 +58,31 @@ class Mark:
     Args:
         label: its name.
         bits: of a weight of the compressed layers.
-        rise: of the loss over that of the dense model.
+        loss_increase: over the dense model.
         color: of the mark.
         measured: filled, else a ring.
     """
 
     label: str
     bits: float
-    rise: float
+    loss_increase: float
     color: str
     measured: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Layers of one kind, from left to right.
+
+    Args:
+        title: the kind.
+        layers: names of layers by their place.
+        ticks: labels of all places.
+    """
+
+    title: str
+    layers: tuple[tuple[int, str], ...]
+    ticks: tuple[str, ...]
 
 
 def draw_loss_over_bits(
@@ -78,9 +92,9 @@ def draw_loss_over_bits(
     losses: BaselineLosses | None = None,
     palette: Palette = DEFAULT,
     *,
-    label: str = "rise of the loss",
+    label: str = "loss increase",
 ) -> None:
-    """Draw the predicted loss increase over bits of a weight, baselines and models beside it.
+    """Draw the predicted loss increase over bits of a weight, baselines and models and models.
 
     Args:
         axes: to draw on.
@@ -95,10 +109,10 @@ def draw_loss_over_bits(
     weights = plan.params_before
 
     def line(points: Sequence[tuple[int, float]], color: str, label: str, **options: Any) -> list[float]:
-        shown = [(8 * size / weights, rise) for size, rise in sorted(points) if FLOOR < rise < _USELESS]
+        shown = [(8 * size / weights, loss) for size, loss in sorted(points) if FLOOR < loss < _USELESS]
         if shown:
             axes.plot(*zip(*shown, strict=True), color=color, label=label, **options)
-        return [rise for _, rise in shown]
+        return [loss for _, loss in shown]
 
     curve = plan.curve(unit="bytes")
     values = line(curve, palette.ours, "this method, predicted", linewidth=2)
@@ -109,10 +123,10 @@ def draw_loss_over_bits(
     for mark in marks:
         fill = mark.color if mark.measured else "none"
         style: dict[str, Any] = {"color": mark.color, "markerfacecolor": fill, "markersize": 8, "zorder": 4}
-        if mark.rise > FLOOR:
-            values.append(min(mark.rise, _USELESS))
+        if mark.loss_increase > FLOOR:
+            values.append(min(mark.loss_increase, _USELESS))
             axes.plot([mark.bits], values[-1:], "o", **style)
-        else:  # no rise has no place on a logarithmic axis: at its lower end
+        else:  # no increase has no place on a logarithmic axis: at its lower end
             axes.plot([mark.bits], [0.03], "v", transform=axes.get_xaxis_transform(), **style)
     dense = 8 * plan.bytes_before / weights
     axes.set_yscale("log")
@@ -132,7 +146,7 @@ def _bits_axis(axes: "Axes", smallest: float, dense: float, palette: Palette) ->
 
     axes.axvline(dense, color=palette.dense, linestyle="--", linewidth=1.1)
     axes.annotate(
-        "dense, no rise",
+        "dense",
         (dense, 1),
         xycoords=("data", "axes fraction"),
         xytext=(-4, -10),
@@ -257,7 +271,7 @@ def plan_figure(plan: CompressionPlan, marks: Sequence[Mark] = (), *, user: str 
 
     Args:
         plan: to be drawn.
-        marks: models beside it.
+        marks: models and models.
         user: named where matplotlib is missing.
 
     Raises:
@@ -273,8 +287,8 @@ def plan_figure(plan: CompressionPlan, marks: Sequence[Mark] = (), *, user: str 
     figure: Figure = module.Figure(figsize=(width, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if curve:
-        rise = plan.predicted_loss_increase
-        own = [] if rise is None else [Mark("this plan", plan.bits_per_weight, rise, DEFAULT.ours)]
+        loss = plan.predicted_loss_increase
+        own = [] if loss is None else [Mark("this plan", plan.bits_per_weight, loss, DEFAULT.ours)]
         draw_loss_over_bits(panels[0], plan, [*own, *marks])
         panels[0].set_title(f"{plan.bits_per_weight:.2f} bits a weight", loc="left", fontsize=10)
     draw_bits(panels[-1], list(plan))
@@ -286,7 +300,7 @@ def report_figure(plan: CompressionPlan, errors: Mapping[str, float]) -> "Figure
     """Draw a finished compression: the plan, and the loss or the weight error of every layer.
 
     Args:
-        plan: that was carried out.
+        plan: that was applied.
         errors: relative Frobenius error of each layer.
 
     Raises:
@@ -305,7 +319,7 @@ def report_figure(plan: CompressionPlan, errors: Mapping[str, float]) -> "Figure
     places = range(len(layers))
     if predicted:
         values.bar(places, [layer.loss_increase or 0.0 for layer in layers], color=DEFAULT.ours)
-        values.set_ylabel("predicted rise of the loss")
+        values.set_ylabel("predicted loss increase")
     else:
         values.plot(places, [layer.baseline_error for layer in layers], "s", color=DEFAULT.svd, markersize=4)
         values.plot(places, [errors[layer.name] for layer in layers], "o", color=DEFAULT.ours, markersize=4)
@@ -321,3 +335,53 @@ def _rank(layer: LayerPlan) -> str:
     if layer.topology is None:
         return ""
     return "x".join(str(size) for size in layer.topology.bond_dims.values() if size > 1)
+
+
+# --- places of layers in a picture -------------------------------------------------------------------
+
+
+def grid_of(names: Sequence[LayerName]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+    """Arrange layers: kinds as rows, blocks as columns.
+
+    Returns:
+        Labels of rows and of columns, and `(row, column)` of each layer by its name.
+
+    Example:
+        >>> from tensornet.compression.plan import layer_names
+        >>> from tensornet.compression.viz import grid_of
+        >>> grid_of(layer_names(["h.0.up", "h.0.down", "h.1.up"]))
+        (['up', 'down'], ['0', '1'], {'h.0.up': (0, 0), 'h.0.down': (1, 0), 'h.1.up': (0, 1)})
+    """
+    rows: dict[str, int] = {}
+    columns: dict[tuple[str, int], int] = {}
+    cells = {}
+    for name in names:
+        stack = re.sub(r"\d+$", "", name.place) if name.block is not None else ""
+        row = name.kind if name.block is not None else name.name
+        column = columns.setdefault((stack, name.block or 0), len(columns)) if name.block is not None else 0
+        cells[name.name] = (rows.setdefault(row, len(rows)), column)
+    several = len({stack for stack, _ in columns}) > 1  # encoder and decoder: their first letters
+    labels = [f"{stack[:3]}{block}" if several else str(block) for stack, block in columns]
+    return list(rows), labels or [""], cells
+
+
+def panels_of(names: Sequence[LayerName]) -> list[Panel]:
+    """Arrange layers in panels, one for each kind over blocks; without blocks all are in one.
+
+    Example:
+        >>> from tensornet.compression.plan import layer_names
+        >>> from tensornet.compression.viz import panels_of
+        >>> [panel.title for panel in panels_of(layer_names(["h.0.up", "h.0.down", "h.1.up"]))]
+        ['up', 'down']
+    """
+    rows, columns, cells = grid_of(names)
+    if len(columns) == 1:
+        return [Panel("", tuple((cells[x.name][0], x.name) for x in names), tuple(rows))]
+    return [
+        Panel(
+            kind,
+            tuple(sorted((cells[x.name][1], x.name) for x in names if cells[x.name][0] == row)),
+            tuple(columns),
+        )
+        for row, kind in enumerate(rows)
+    ]

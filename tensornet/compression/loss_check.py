@@ -1,0 +1,379 @@
+"""Check predicted losses by measuring, before anything is replaced.
+
+The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large error it may be far too low:
+in all-MiniLM-L6-v2 an output channel in front of a layer norm has thousands of times the power of others, and
+an error of one percent of it drowns them, which no gradient at the dense weights knows. `check_loss`
+therefore rounds the layers with large errors and measures all such layers of a block at once. A block whose
+loss is far above the sum of its predictions is halved until the layers are found, their predictions are
+multiplied by what was measured, and the plan is made again.
+
+`correct_by_measuring` measures the loss of the whole model at a few sizes, which corrects all predictions by
+a factor that depends on the size.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._util import in_eval_mode, progress_bar, warn
+from tensornet.calibration.batches import Batch, BatchLike, some_rows
+from tensornet.calibration.blockwise import find_chains, hidden_of, replaced_blocks
+from tensornet.calibration.losses import TokenLosses, losses_against
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.allocate import Candidate
+from tensornet.compression.apply import apply_plan
+from tensornet.compression.measure import (
+    UNMEASURED,
+    Forecast,
+    LossIncrease,
+    light_copy,
+    measure,
+    opposite_errors,
+)
+from tensornet.compression.plan import (
+    CompressionPlan,
+    LayerPlan,
+    LossCheck,
+    RaisedLoss,
+    has_large_error,
+    layer_names,
+)
+from tensornet.compression.planning import Prepared
+from tensornet.errors import BudgetError, CalibrationWarning
+from tensornet.nn.targets import Target
+from tensornet.nn.unfuse import unfused
+
+#: Bits of a weight at which `correct_by_measuring` measures where number formats are planned, without those
+#: below what the formats allow; and shares of the parameters elsewhere.
+MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
+MEASURED_SHARES = (0.9, 0.75, 0.6)
+#: Tokens that layers are measured on.
+TOKENS = 1024
+#: Times a plan is made again; groups of layers that are measured each time, at most (more blocks are joined);
+#: measurements that find the layers of groups whose loss is too high, at most, each time.
+ROUNDS, GROUPS, _SPLITS = 4, 12, 48
+#: Measured over predicted from which on a prediction is raised; the least share of the loss increase of the
+#: whole plan by which it must be wrong; and the largest factor.
+_TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
+#: Groups from which on their median ratio of measured to predicted counts as common to all layers.
+_COMMON = 4
+#: Power of the strongest output over the median one, times the squared relative error of the weight, from
+#: which on the error of a single output may drown the others.
+_OUTLIER = 10.0
+#: Errors of models whose blocks cannot be skipped: they need what a block does besides its output.
+_CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+
+Group = tuple[LayerPlan, ...]
+
+
+def check_loss(
+    prepared: Prepared,
+    model: nn.Module,
+    stats: CalibrationStats,
+    batches: Sequence[BatchLike],
+    *,
+    loss_fn: TokenLosses | None = None,
+    progress: bool = False,
+    **budget: Any,
+) -> Prepared:
+    """Measure the layers with large errors of a plan, and raise predictions that are far too low.
+
+    What is new in the plan that then comes out is measured as well, in a few rounds. The model is left as it
+    was. Plans without number formats or predicted losses are not checked.
+
+    Args:
+        prepared: for this model.
+        model: dense.
+        stats: that the candidates were found with.
+        batches: as for `calibrate`; about a thousand tokens of them are used.
+        loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
+        progress: show a progress bar.
+        budget: as for `Prepared.plan`.
+
+    Raises:
+        BudgetError: as `Prepared.plan`.
+
+    Example:
+        >>> from tensornet.compression import check_loss, prepare
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> batches = [(torch.randn(64, 64), torch.randint(8, (64,)))]
+        >>> stats = tn.calibrate(model, batches)
+        >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=2.5), stats)
+        >>> check_loss(prepared, model, stats, batches).plan().loss_check.layers > 0
+        True
+    """
+    if prepared.facts.objective != "curvature" or not prepared.config.plans_formats or not len(batches):
+        return prepared
+    given, trial = prepared, None
+    check = prepared.facts.loss_check or LossCheck(0)
+    measured = prepared.measured or frozenset()
+    powers = _outlier_powers(prepared.targets, stats)
+    for _ in range(ROUNDS):
+        prepared = replace(prepared, facts=replace(prepared.facts, loss_check=check), measured=measured)
+        plan = prepared.plan(**budget)
+        suspects = {raised.layer for raised in check.raised}  # whose other schemes may cost more as well
+        groups = _groups(plan, powers, suspects)
+        groups = [x for x in groups if not all((layer.name, layer.scheme) in measured for layer in x)]
+        if not groups:
+            break
+        if trial is None:
+            try:
+                trial = _Trial(model, stats, batches, loss_fn, prepared)
+            except _CANNOT_COPY as error:
+                warn(
+                    f"Predicted losses were not checked by measuring: {type(model).__name__} cannot be "
+                    f"copied ({error}). verify=False leaves the check out without this warning.",
+                    CalibrationWarning,
+                )
+                return given
+        factors = trial.factors(plan, groups, progress=progress)
+        layers = {layer.name: layer for group in groups for layer in group}
+        measured |= {(layer.name, layer.scheme) for layer in layers.values()}
+        raised = [RaisedLoss(name, layers[name].scheme, round(x, 3)) for name, x in factors.items()]
+        check = replace(check, raised=(*check.raised, *raised))
+        candidates = [
+            _raise(found, layers[target.name], factors[target.name]) if target.name in factors else found
+            for target, found in zip(prepared.targets, prepared.candidates, strict=True)
+        ]
+        prepared = replace(prepared, candidates=tuple(candidates))
+        if not factors:
+            break
+    return replace(prepared, facts=replace(prepared.facts, loss_check=check), measured=measured)
+
+
+def correct_by_measuring(
+    prepared: Prepared,
+    model: nn.Module,
+    stats: CalibrationStats,
+    validation: Sequence[BatchLike],
+    *,
+    loss_fn: TokenLosses | None = None,
+    budgets: Sequence[Mapping[str, float]] | None = None,
+    source: str = "validation data",
+    progress: bool = False,
+) -> Prepared:
+    """Correct predicted losses by loss increases measured at a few sizes.
+
+    A copy of the model that shares its weights is compressed to each size and run on the text; nothing is
+    trained, and the model is left as it was. Takes one compression for each size and three forward passes
+    over the text. Loss increases below twice their standard error are skipped.
+
+    Args:
+        prepared: for this model.
+        model: dense.
+        stats: that the candidates were found with.
+        validation: batches as for `calibrate`: some ten thousand tokens, of another source than the
+            calibration text if predictions are to be right for other text.
+        loss_fn: see `tensornet.calibration.losses`, not one that draws labels; `losses_against(model)` if
+            absent.
+        budgets: sizes to measure at, as for `Prepared.plan`; if absent, `MEASURED_BITS` with number
+            formats, else `MEASURED_SHARES`.
+        source: what the text is, for reports.
+        progress: show a progress bar.
+
+    Raises:
+        BudgetError: another objective, which predicts no losses, or no measured loss is higher than the dense
+            one.
+    """
+    if prepared.facts.objective != "curvature":
+        raise BudgetError(
+            f"Only objective='curvature' predicts losses, which measurements can correct, not "
+            f"{prepared.facts.objective!r}."
+        )
+    if budgets is None and prepared.config.plans_formats:
+        least = 8 * sum(min(x.num_bytes for x in found) for found in prepared.candidates)
+        smallest = least / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
+        bits = [x for x in MEASURED_BITS if x >= smallest] or [smallest]
+        budgets = [{"bits_per_weight": x} for x in bits]
+    elif budgets is None:
+        budgets = [{"param_ratio": share} for share in MEASURED_SHARES]
+    alone = replace(
+        prepared,
+        config=replace(prepared.config, whole_model=False),
+        facts=replace(prepared.facts, forecast=UNMEASURED),
+    )
+    found = []
+    for budget in progress_bar(budgets, desc="measuring the loss", disable=not progress, unit="size"):
+        made, copied = alone.plan(**budget), light_copy(model)
+        apply_plan(copied, made, stats)
+        increase = measure(copied, model, validation, loss_fn=loss_fn, source=source)
+        assert made.predicted_loss_increase is not None
+        if increase.significant:
+            found.append((made.predicted_loss_increase, increase.mean))
+    return replace(prepared, facts=replace(prepared.facts, forecast=Forecast.through(found, source)))
+
+
+def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:
+    """Group the layers of a plan whose predictions may be wrong by block, and blocks to at most `GROUPS`."""
+    blocks: dict[str, list[LayerPlan]] = {}
+    for layer, name in zip(plan, layer_names([layer.name for layer in plan]), strict=True):
+        error = layer.error or 0.0
+        drowns = layer.topology is not None and error * error * powers[layer.name] > _OUTLIER
+        if layer.loss_increase and (layer.name in suspects or drowns or has_large_error(layer)):
+            blocks.setdefault(name.place, []).append(layer)
+    runs, each = list(blocks.values()), max(1, -(-len(blocks) // GROUPS))
+    return [
+        tuple(layer for block in runs[k : k + each] for layer in block) for k in range(0, len(runs), each)
+    ]
+
+
+def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[str, float]:
+    """Compute the power of the strongest output over the median one, of each weight.
+
+    The power of an output is the sum of squared weights times those of the inputs, as if inputs were
+    independent. It is 1 for tables, and where most outputs are zero.
+    """
+    found = {}
+    for target in targets:
+        found[target.name] = 1.0
+        moment = next((stats.columns[name] for name in target.names if name in stats.columns), None)
+        if moment is None or target.kinds[0].name == "embedding":
+            continue
+        squares = (moment if moment.ndim == 1 else moment.diagonal()).to(target.matrix.device).double()
+        power = target.matrix.double().square() @ squares
+        if (median := float(power.median())) > 0:
+            found[target.name] = float(power.max()) / median
+    return found
+
+
+def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
+    """Multiply the losses of the planned candidate and of smaller ones of its family."""
+    assert layer.topology is not None
+    family = layer.topology.family
+    return [
+        x.scaled(factor)
+        if x.topology is not None and x.topology.family == family and x.num_bytes <= layer.bytes_after
+        else x
+        for x in found
+    ]
+
+
+#: Errors of models that cannot be copied.
+_CANNOT_COPY = (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError)
+
+
+class _Trial:
+    """Dense model with the losses of a few rows, to compare partly compressed copies with.
+
+    Blocks in front of the first compressed layer return what they return in the dense model, which is kept.
+    So layers of the last block cost little more than that block and the head.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        stats: CalibrationStats,
+        batches: Sequence[BatchLike],
+        loss_fn: TokenLosses | None,
+        prepared: Prepared,
+    ) -> None:
+        copied = light_copy(model)  # first, since a model that cannot be copied is not checked
+        self.model, self.stats, self.made = model, stats, prepared.made
+        self.modules = {target.name: target.names for target in prepared.targets}
+        self.loss_fn = loss_fn or losses_against(model, remember=True)
+        self.batches: list[Batch] = some_rows(batches, model, TOKENS)
+        with in_eval_mode(model):
+            self.loss_fn(model, self.batches[0])  # a model may be asked first where it scores labels
+            chains = find_chains(model, self.batches[0])
+        self.blocks = max(chains.values(), key=len, default=())
+        self.outputs: list[list[Any]] = [[None] * len(self.blocks) for _ in self.batches]
+        self.dense = self._losses(model, record=True)
+        try:  # are the losses the same with all blocks but the last skipped?
+            found = self._losses(copied, first=len(self.blocks) - 1)
+            skips = bool(self.blocks) and torch.allclose(found, self.dense, rtol=1e-4, atol=1e-5)
+        except _CANNOT_SKIP:
+            skips = False
+        if not skips:
+            self.blocks = ()
+
+    def factors(self, plan: CompressionPlan, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
+        """Find the layers of a plan whose predicted loss is too low, and by which factor."""
+        self.plan, self.left, self.common = plan, _SPLITS, 1.0
+        self.total = sum(layer.loss_increase or 0.0 for layer in plan)
+        work = progress_bar(groups, desc="checking the loss", disable=not progress, unit="group")
+        increases = [self._increase(group) for group in work]
+        if len(groups) >= _COMMON:  # a ratio that is common to all layers does not change a plan
+            ratios = sorted(x.mean / _predicted(group) for x, group in zip(increases, groups, strict=True))
+            middle = ratios[(len(ratios) - 1) // 2]
+            self.common = max(1.0, middle) if math.isfinite(middle) else 1.0
+        found: dict[str, float] = {}
+        for group, increase in zip(groups, increases, strict=True):
+            if self._too_high(group, increase):
+                found |= self._split(group, increase)
+        return found
+
+    def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
+        """Find the layers of a group whose loss is too high; all of them where only all together are."""
+        found: dict[str, float] = {}
+        if len(group) > 1 and self.left > 1:
+            self.left -= 2
+            middle = len(group) // 2
+            halves = group[:middle], group[middle:]
+            for half, measured in zip(halves, [self._increase(half) for half in halves], strict=True):
+                if self._too_high(half, measured):
+                    found |= self._split(half, measured)
+        factor = min(_MOST, increase.mean / (_predicted(group) * self.common))
+        return found or dict.fromkeys((layer.name for layer in group), factor)
+
+    def _allowed(self, group: Group) -> float:
+        """Compute the largest loss increase of a group that agrees with its prediction."""
+        predicted = self.common * _predicted(group)
+        return max(_TOO_LOW * predicted, predicted + self.common * _SHARE * self.total)
+
+    def _too_high(self, group: Group, increase: LossIncrease) -> bool:
+        return increase.mean - 2 * increase.stderr > self._allowed(group)
+
+    @torch.no_grad()
+    def _increase(self, group: Group) -> LossIncrease:
+        """Measure the loss increase of some layers of the plan; infinite if the model breaks down."""
+        compressed = light_copy(self.model)
+        part = replace(self.plan, layers=group, loss_check=None)
+        apply_plan(compressed, part, self.stats, made=self.made)
+        first = min(
+            next((k for k, block in enumerate(self.blocks) if f"{name}.".startswith(f"{block}.")), 0)
+            for layer in group
+            for name in self.modules[layer.name]
+        )
+        found = self._losses(compressed, first)
+        increase = LossIncrease.of(found - self.dense)
+        if increase.mean + 2 * increase.stderr > self._allowed(group):  # else it is certain already
+            with unfused(self.model), opposite_errors(self.model, compressed):
+                mirrored = self._losses(compressed, first)
+            increase = LossIncrease.of((found + mirrored) / 2 - self.dense)
+        known = math.isfinite(increase.mean) and math.isfinite(increase.stderr)
+        return increase if known else replace(increase, mean=math.inf, stderr=0.0)
+
+    def _losses(self, model: nn.Module, first: int = 0, *, record: bool = False) -> Tensor:
+        """Collect the losses of all rows, shape `(tokens,)`, with the blocks before one skipped."""
+        found = []
+        with in_eval_mode(model):
+            for batch, outputs in zip(self.batches, self.outputs, strict=True):
+
+                def step(
+                    index: int, forward: Callable[..., Any], *args: Any, _: list[Any] = outputs, **kwargs: Any
+                ) -> Any:
+                    if index < first:
+                        return _copied(_[index])
+                    output = forward(*args, **kwargs)
+                    if record:
+                        _[index] = _copied(output)
+                    return output
+
+                with replaced_blocks(model, self.blocks if first or record else (), step):
+                    found.append(self.loss_fn(model, batch).double().flatten().cpu())
+        return torch.cat(found)
+
+
+def _predicted(group: Iterable[LayerPlan]) -> float:
+    return sum(layer.loss_increase or 0.0 for layer in group)
+
+
+def _copied(output: Any) -> Any:
+    """Copy the hidden state in the output of a block, which others may change in place."""
+    hidden = hidden_of(output).clone()
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

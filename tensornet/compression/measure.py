@@ -1,0 +1,428 @@
+"""The loss increase of a compressed model over its dense model: the one place where it is measured.
+
+Losses are compared token by token on the same text, with the Kullback-Leibler divergence of the predictions
+where a model predicts tokens. First-order effects dominate the change of a single token's loss, but cancel
+when losses with the errors +E and -E are averaged. So where the dense model is at hand, compressed layers run
+with the opposite error as well: twice the outputs of the dense layer, less those of the compressed one.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
+from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, some_rows
+from tensornet.calibration.losses import TokenLosses, losses_against
+from tensornet.errors import BudgetError, CalibrationWarning, TargetError
+from tensornet.nn.module import NetworkModule
+
+#: Tokens, or rows of plain models, that a report is measured on, at most, and batches they are taken from.
+TOKENS, BATCHES = 2048, 8
+#: Logits of the dense model that are kept for the divergence, at most (128 MB in float32).
+_LOGITS = 1 << 25
+#: A loss increase is far above its prediction if it is above this many times it, and above this value, by so
+#: many standard errors; of fewer losses no standard error is known.
+_TIMES, _FLOOR, _ERRORS, _LEAST = 3.0, 0.02, 3.0, 8
+#: Errors of models that do not run on a part of a batch, or have no loss: then nothing is measured.
+_NOT_MEASURED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+
+
+@dataclass(frozen=True)
+class LossIncrease:
+    """Measured loss increase of a compressed model.
+
+    Args:
+        mean: over all losses, in nats where they are cross entropies.
+        stderr: standard error of that mean.
+        tokens: number of losses: of tokens, or of rows.
+        source: what they were measured on.
+        dense_loss: mean loss of the dense model; 0 where losses are distances from its outputs.
+        kl_mean: mean Kullback-Leibler divergence of the predictions from those of the dense model, in nats;
+            None where a model predicts no tokens.
+        kl_stderr: standard error of that mean.
+
+    Example:
+        >>> from tensornet.compression.measure import LossIncrease
+        >>> print(LossIncrease(0.0312, 0.002, 2048, "calibration data", kl_mean=0.034, kl_stderr=0.001))
+        0.0312 (standard error 0.002, 2,048 losses on calibration data; KL divergence 0.0340)
+    """
+
+    mean: float
+    stderr: float
+    tokens: int
+    source: str = "calibration data"
+    dense_loss: float = 0.0
+    kl_mean: float | None = None
+    kl_stderr: float | None = None
+
+    @classmethod
+    def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
+        """Average the loss increases of single tokens, shape `(tokens,)`."""
+        return cls(*_mean(increases), len(increases), **facts)
+
+    def __str__(self) -> str:
+        noise = f"standard error {self.stderr:.2g}, {self.tokens:,} losses on {self.source}"
+        divergence = "" if self.kl_mean is None else f"; KL divergence {self.kl_mean:.4f}"
+        return f"{self.mean:.4f} ({noise}{divergence})"
+
+    @property
+    def significant(self) -> bool:
+        """True if the mean exceeds twice its standard error."""
+        return self.mean > 2 * self.stderr
+
+    @property
+    def least(self) -> float:
+        """The mean less three standard errors; infinite for a model that broke down."""
+        least = self.mean - _ERRORS * self.stderr
+        return least if math.isfinite(least) else math.inf
+
+    def exceeds(self, predicted: float) -> bool:
+        """Return True if the loss increase is far above a prediction."""
+        return self.least > max(_TIMES * predicted, _FLOOR)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RecordedLosses:
+    """Losses of a dense model on a few rows, to compare it with once it is compressed in place.
+
+    Args:
+        batches: keyword arguments of the model.
+        loss_fn: losses of a batch; keeps what it needs of the dense model.
+        losses: of all batches, shape `(losses,)`.
+        log_probs: of the first tokens, by batch, shape `(tokens, vocabulary)`.
+        source: what the text is, for reports.
+    """
+
+    batches: Sequence[Batch]
+    loss_fn: TokenLosses
+    losses: Tensor
+    log_probs: Sequence[Tensor]
+    source: str
+
+
+def record_losses(
+    model: nn.Module,
+    batches: Iterable[BatchLike],
+    *,
+    loss_fn: TokenLosses | None = None,
+    source: str = "calibration data",
+    tokens: int | None = TOKENS,
+) -> RecordedLosses | None:
+    """Run a dense model on a few rows before it is compressed in place; `measure` compares with them.
+
+    Args:
+        model: dense.
+        batches: as for `calibrate`.
+        loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
+        source: what the text is, for reports.
+        tokens: take the first rows of a few batches, of about so many tokens in all; None takes all.
+
+    Returns:
+        None without batches, and where the model has no loss or does not run on a part of a batch.
+
+    Example:
+        >>> from tensornet.compression.measure import measure, record_losses
+        >>> model = torch.nn.Linear(4, 3)
+        >>> before = record_losses(model, [(torch.randn(16, 4), torch.arange(16) % 3)])
+        >>> with torch.no_grad():
+        ...     _ = model.weight.mul_(10)
+        >>> measure(model, before).tokens
+        16
+    """
+    sample = BatchSample(batches)
+    kept = list(sample) if tokens is None else [None for _ in sample]  # a loader may be walked through once
+    if not kept:
+        return None
+    loss_fn = loss_fn or losses_against(model, remember=True)
+    try:
+        device = next(model.parameters()).device
+        if tokens is None:
+            parts = [as_batch(batch, model, device) for batch in kept]
+        else:
+            parts = some_rows(sample.kept, model, tokens, parts=BATCHES)
+        losses, log_probs = _run(model, parts, loss_fn, _LOGITS)
+    except _NOT_MEASURED:
+        return None
+    return RecordedLosses(parts, loss_fn, losses, log_probs, source) if len(losses) else None
+
+
+def measure(
+    model: nn.Module,
+    reference: nn.Module | RecordedLosses,
+    batches: Iterable[BatchLike] = (),
+    *,
+    loss_fn: TokenLosses | None = None,
+    source: str = "validation data",
+) -> LossIncrease:
+    """Measure by how much the loss of a compressed model is higher than that of its dense model.
+
+    Args:
+        model: compressed.
+        reference: the dense model, whose first-order noise is then removed as said above unless it exceeds
+            twice its own standard error; or what `record_losses` returned, with the batches it was run on.
+        batches: as for `calibrate`, all of which are used; not with recorded losses.
+        loss_fn: see `tensornet.calibration.losses`, not one that draws random numbers;
+            `losses_against(reference)` if absent.
+        source: what the text is, for reports.
+
+    Raises:
+        TargetError: no token is scored.
+
+    Example:
+        >>> from tensornet.compression.measure import measure
+        >>> dense = torch.nn.Sequential(torch.nn.Linear(8, 3))
+        >>> batches = [(torch.randn(32, 8), torch.arange(32) % 3)]
+        >>> measure(copy.deepcopy(dense), dense, batches).mean
+        0.0
+    """
+    if isinstance(reference, RecordedLosses):
+        dense, found, source = reference, token_losses(model, reference), reference.source
+    else:
+        recorded = record_losses(reference, batches, loss_fn=loss_fn, source=source, tokens=None)
+        if recorded is None:
+            raise TargetError(
+                "No loss can be measured: pass a list of batches or another collection that can be walked "
+                "again, on which the model has a loss."
+            )
+        dense, found = recorded, token_losses(model, recorded)
+        with opposite_errors(reference, model):
+            mirrored, _ = _run(model, dense.batches, dense.loss_fn, 0)
+        odd = (found[0] - mirrored) / 2
+        mean, error = _mean(odd)
+        if abs(mean) <= 2 * error:
+            found = found[0] - odd, found[1]
+    losses, divergences = found
+    kl = _mean(divergences) if len(divergences) else (None, None)
+    return LossIncrease.of(
+        losses - dense.losses,
+        source=source,
+        dense_loss=float(dense.losses.mean()),
+        kl_mean=kl[0],
+        kl_stderr=kl[1],
+    )
+
+
+def token_losses(model: nn.Module, recorded: RecordedLosses) -> tuple[Tensor, Tensor]:
+    """Compute the losses of a model on recorded batches, and the divergences from the dense predictions.
+
+    Returns:
+        Shapes `(losses,)` and `(tokens,)`; the second is empty where no predictions were recorded.
+    """
+    losses, log_probs = _run(model, recorded.batches, recorded.loss_fn, _LOGITS)
+    found = [
+        (p.exp() * (p - q)).sum(-1).double().cpu()
+        for p, q in zip(recorded.log_probs, log_probs, strict=False)
+        if p.shape == q.shape
+    ]
+    return losses, torch.cat(found) if found else losses.new_zeros(0)
+
+
+def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLosses) -> float:
+    """Compute the mean loss of a model over all batches.
+
+    Raises:
+        TargetError: no token is scored.
+    """
+    device = next(model.parameters()).device
+    losses, _ = _run(model, [as_batch(batch, model, device) for batch in batches], loss_fn, 0)
+    if not len(losses):
+        raise TargetError("No token of the batches has a loss: pass a list of batches, not an iterator.")
+    return float(losses.mean())
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module, batches: Sequence[Batch], loss_fn: TokenLosses, numbers: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Collect the losses of all batches and the log-probabilities of the first tokens, at most so many."""
+    losses, log_probs = [], []
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        logits = field(output, "logits")
+        if not seen and isinstance(logits, Tensor) and logits.ndim == 3:
+            seen.append(logits)
+
+    # Calibration has said what there is to say of these batches; parts of them have odd sizes.
+    with in_eval_mode(model), uncompiled(), without_cache(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        for batch in batches:
+            handle = model.register_forward_hook(keep) if numbers else None
+            try:
+                losses.append(loss_fn(model, batch).double().flatten().cpu())
+            finally:
+                if handle is not None:
+                    handle.remove()
+            for logits in seen:
+                ids, mask, width = batch.get("input_ids"), batch.get("attention_mask"), logits.shape[-1]
+                if isinstance(ids, Tensor) and ids.shape == logits.shape[:2] and numbers >= width:
+                    masked = isinstance(mask, Tensor) and mask.shape == ids.shape
+                    kept = (logits[mask != 0] if masked else logits).reshape(-1, width)[: numbers // width]
+                    log_probs.append(kept.float().log_softmax(-1))
+                    numbers -= kept.numel()
+            seen.clear()
+    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64), log_probs
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """Compute a mean and its standard error."""
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return float(values.mean()), error
+
+
+@contextmanager
+def opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
+    """Mirror the outputs of compressed layers at those of the dense ones inside the block.
+
+    Args:
+        model: the dense one.
+        compressed: the same with some layers replaced.
+    """
+    dense = dict(model.named_modules())
+
+    def mirror(module: nn.Module) -> Any:
+        return lambda _, args, kwargs, output: 2 * module(*args, **kwargs) - output
+
+    handles = [
+        module.register_forward_hook(mirror(dense[name]), with_kwargs=True)
+        for name, module in compressed.named_modules()
+        if isinstance(module, NetworkModule) and name in dense
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def light_copy(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model without their parameters and buffers, which are shared."""
+    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float | None) -> None:
+    """Warn of a loss increase that is far above its prediction, or certainly above the one that was allowed.
+
+    Args:
+        measured: on the compressed model.
+        predicted: by its plan; None if nothing was.
+        allowed: the budget `loss_increase`; None if there is none.
+    """
+    few = measured.tokens < _LEAST and math.isfinite(measured.mean)
+    far = predicted is not None and measured.exceeds(predicted)
+    over = allowed is not None and measured.least > allowed
+    if few or not (far or over):
+        return
+    larger = "allow more bytes" if allowed is None else "set a budget of bytes (bits_per_weight=)"
+    said = f"predicted {predicted:.2g}" if predicted is not None else "no prediction"
+    budget = "" if allowed is None else f", loss_increase={allowed:g} allowed"
+    text = (
+        f"Compression raised the loss by {measured.mean:.3g} on {measured.source} "
+        f"(before {measured.dense_loss:.2g}, {said}{budget})"
+    )
+    if far and measured.dense_loss and measured.source == "calibration data":
+        text += (
+            ": the model was probably trained on these data and fits them, so that their gradients do not "
+            "show what an error costs. Calibrate with other data, pass validation= batches of other data, or "
+            f"{larger}."
+        )
+    else:
+        text += (
+            ": predictions are too low for errors this large. Pass validation=, which corrects them by "
+            f"measuring, or {larger}."
+        )
+    warn(text, CalibrationWarning)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Correction of predicted loss increases by measured ones, at a few sizes of the model.
+
+    Predictions are of second order, add up layers as if they were independent, and know the calibration text
+    alone. All three make them wrong by a factor, which depends on the size. Logarithms are interpolated
+    linearly between the points; beyond the first and the last the factor is constant. Without points nothing
+    is corrected.
+
+    Args:
+        points: `(predicted, measured)`, both above 0 and increasing.
+        source: what they were measured on.
+
+    Raises:
+        BudgetError: the points do not increase from above 0.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        flat = [(0.0, 0.0), *self.points]
+        if not all(a[0] < b[0] < math.inf and a[1] < b[1] < math.inf for a, b in pairwise(flat)):
+            raise BudgetError(f"The points of a forecast must increase from above 0, got {self.points}.")
+
+    @classmethod
+    def through(cls, measured: Iterable[tuple[float, float]], source: str | None = None) -> "Forecast":
+        """Fit a correction through pairs of predicted and measured loss increase.
+
+        A measured value that is not above 0, or not above that of a smaller prediction, is noise and skipped.
+
+        Raises:
+            BudgetError: no pair remains.
+        """
+        points: list[tuple[float, float]] = []
+        for predicted, found in sorted(measured):
+            last = points[-1] if points else (0.0, 0.0)
+            if predicted > last[0] and found > last[1]:
+                points.append((predicted, found))
+        if not points:
+            raise BudgetError(
+                "No compressed model had a higher loss than the dense one, so predictions cannot be "
+                "corrected by measuring; use more validation text, or smaller sizes."
+            )
+        return cls(tuple(points), source)
+
+    def corrected(self, predicted: float) -> float:
+        """Correct a predicted loss increase by the measurements."""
+        return _along(self.points, predicted)
+
+    def uncorrected(self, measured: float) -> float:
+        """Compute the prediction whose correction is this loss increase: the inverse of `corrected`."""
+        return _along([(b, a) for a, b in self.points], measured)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready form."""
+        return {"points": [list(point) for point in self.points], "source": self.source}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Forecast":
+        """Restore a forecast from `to_dict`."""
+        return cls(tuple((float(a), float(b)) for a, b in data["points"]), data["source"])
+
+
+#: Predictions stay as they are.
+UNMEASURED = Forecast()
+
+
+def _along(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Interpolate through points linearly in logarithms, with a constant ratio beyond them."""
+    if not points or x <= 0:
+        return x
+    below = [point for point in points if point[0] <= x]
+    above = [point for point in points if point[0] > x]
+    if not below or not above:
+        near = below[-1] if below else above[0]
+        return x * near[1] / near[0]
+    (x0, y0), (x1, y1) = below[-1], above[0]
+    return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))

@@ -1,0 +1,331 @@
+"""From a model to its plan: find targets and their candidates once, then plan for any number of budgets.
+
+A plan is a function of targets, candidates and a budget. With calibrated gradients a budget is spent over all
+layers together; else every layer is planned alone, by the errors of its outputs or of its weight.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._util import on_cpu_unless_said, progress_bar, warn
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone
+from tensornet.compression.apply import MadeLayers, check_stats
+from tensornet.compression.candidates import find_candidates, hull_of
+from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
+from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
+from tensornet.compression.report import model_size
+from tensornet.compression.sensitivity import is_known, never_ran, resolve_objective
+from tensornet.errors import BudgetError, CalibrationWarning
+from tensornet.linalg.svd import MatrixSpectrum, check_finite, singular_values
+from tensornet.nn.encoding import Storage
+from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
+from tensornet.nn.unfuse import unfused
+from tensornet.topologies import topology_family
+from tensornet.topologies.registry import topology_of_shape
+from tensornet.topologies.results import Prediction
+
+#: Budgets that are spent after preparation.
+BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Targets of a model and their candidates: slow to find, and the same for all budgets.
+
+    Made by `prepare`. It refers to the weights and copies none of them.
+
+    Args:
+        config: what it was made with.
+        weights: every weight of the model, most of them skipped for a reason, see `find_targets`.
+        targets: those to compress, in model order.
+        candidates: of each; empty where layers are planned one by one by the error of their weights.
+        spectra: singular values of each weight.
+        facts: plan without layers, which says what is known from calibration and from measuring.
+        rest: elements and bytes of the parameters that are not targeted, for budgets of the whole model.
+        measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
+        made: layers that were rounded to measure them, for `apply_plan`.
+
+    Example:
+        >>> from tensornet.compression import prepare
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+        >>> prepared = prepare(model, tn.CompressionConfig(max_bond=8, topology="low_rank"))
+        >>> prepared.facts.objective, len(prepared.targets)
+        ('weight', 1)
+    """
+
+    config: CompressionConfig
+    weights: tuple[Target, ...]
+    targets: tuple[Target, ...]
+    candidates: tuple[Sequence[Candidate], ...]
+    spectra: tuple[tuple[float, ...], ...]
+    facts: CompressionPlan
+    rest: tuple[int, int] = (0, 0)
+    measured: frozenset[tuple[str, str]] | None = None
+    made: MadeLayers = field(default_factory=dict, compare=False, repr=False)
+
+    @torch.no_grad()
+    @on_cpu_unless_said
+    def plan(self, *, progress: bool = False, **budget: Any) -> CompressionPlan:
+        """Compute the plan of least predicted loss for one budget.
+
+        Args:
+            progress: show a progress bar where layers are decomposed one by one.
+            budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes`, `loss_increase` and
+                `max_milliseconds` (for the token count of the configuration), in place of the
+                configuration's.
+
+        Raises:
+            BudgetError: the budget cannot be met, or a cap was named that candidates depend on.
+        """
+        if unknown := sorted(budget.keys() - set(BUDGETS)):
+            raise BudgetError(
+                f"After preparation these budgets can be spent: {', '.join(BUDGETS)}; got "
+                f"{', '.join(unknown)}. Prepare again for other options."
+            )
+        config = replace(self.config, **{**dict.fromkeys(BUDGETS), **budget}) if budget else self.config
+        if not self.candidates:
+            layers = _plan_by_weight(self.targets, config, progress=progress)
+            return replace(self.facts, layers=tuple(layers))
+        objective = self.facts.objective
+        if config.needs_curvature and objective != "curvature" and not config.one_format_keeps:
+            raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
+        chosen, bound_by = choose_candidates(
+            self.targets,
+            self.candidates,
+            config,
+            objective,
+            forecast=self.facts.forecast,
+            rest=self.rest,
+        )
+        return self.planned(chosen, bound_by)
+
+    def planned(self, chosen: Sequence[int], bound_by: str) -> CompressionPlan:
+        """Turn a candidate of each layer, by index, into a plan.
+
+        Args:
+            chosen: of each layer.
+            bound_by: the budget that decided.
+        """
+        predicts = self.facts.objective == "curvature"
+        layers = []
+        for target, found, index, spectrum in zip(
+            self.targets, self.candidates, chosen, self.spectra, strict=True
+        ):
+            candidate = found[index]
+            made = LayerPlan(
+                name=target.name,
+                shape=(target.matrix.shape[0], target.matrix.shape[1]),
+                topology=candidate.topology,
+                bound_by="dense" if candidate.topology is None else bound_by,
+                error=candidate.error,
+                baseline_error=0.0,
+                singular_values=spectrum,
+                storage=candidate.storage,
+                loss_increase=candidate.predicted_loss if predicts else None,
+                curve=hull_of(found, "params") if predicts else (),
+                byte_curve=hull_of(found, "num_bytes") if predicts else (),
+                milliseconds=candidate.milliseconds if self.config.tokens is not None else None,
+                dtype=target.matrix.dtype,
+            )
+            layers.append(with_baseline(made))
+        check = self.facts.loss_check
+        if check is not None and self.measured is not None:
+            check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
+        return replace(self.facts, layers=tuple(layers), loss_check=check)
+
+
+def plan(
+    model: nn.Module,
+    config: CompressionConfig,
+    stats: CalibrationStats | None = None,
+    *,
+    progress: bool = False,
+) -> CompressionPlan:
+    """Choose a candidate for every targeted layer; the model is not changed.
+
+    Args:
+        model: any module; targets are found by `find_targets`.
+        config: what to compress and how far.
+        stats: from `calibrate`; what the objective may use.
+        progress: show a progress bar.
+
+    Raises:
+        TargetError: nothing matches, or the objective needs statistics that are not there.
+        NonFiniteError: a weight holds NaN or infinity; the message names the layer.
+        BudgetError: nothing says how far to compress, or a layer cannot meet the budget.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(10, (64,)))])
+        >>> plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5), stats)
+        >>> plan.params_after <= 0.5 * plan.params_before
+        True
+    """
+    return prepare(model, config, stats, progress=progress).plan(progress=progress)
+
+
+@torch.no_grad()
+@on_cpu_unless_said
+def prepare(
+    model: nn.Module,
+    config: CompressionConfig,
+    stats: CalibrationStats | None = None,
+    *,
+    progress: bool = False,
+) -> Prepared:
+    """Find the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`.
+
+    Example:
+        >>> from tensornet.compression import prepare
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(10, (64,)))])
+        >>> prepared = prepare(model, tn.CompressionConfig(param_ratio=0.5), stats)
+        >>> plans = [prepared.plan(param_ratio=ratio) for ratio in (0.7, 0.4)]
+        >>> plans[0].predicted_loss_increase < plans[1].predicted_loss_increase
+        True
+    """
+    check_holder(model)
+    check_config(config)
+    config.check_says_how_far()
+    check_stats(stats)
+    objective = resolve_objective(config, stats)
+    with unfused(model):
+        weights = tuple(find_targets(model, config, () if stats is None else stats.readers))
+    targets = tuple(x for x in weights if not x.skip)
+    check_loaded(targets)
+    targets, unseen = _seen(targets, config, objective, stats)
+    for target in targets:
+        check_finite(target.matrix, f"Layer {target.name!r}")
+    facts = CompressionPlan(
+        (),
+        objective=objective,
+        damping=config.damping if objective != "weight" else 0.0,
+        rounding=config.rounding,
+        dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # NaN: no value
+        calibration=stats.source if stats is not None else None,
+        tokens=config.tokens,
+        topology_options=config.topology_options,
+        of_tokens=stats is not None and stats.of_tokens,
+        unseen=unseen,
+    )
+    params, size = model_size(model)
+    rest = (
+        params - sum(x.matrix.numel() for x in targets),
+        size - sum(x.matrix.numel() * x.matrix.element_size() for x in targets),
+    )
+    alone = objective == "weight" and not config.plans_formats and not config.pivoted
+    if alone or config.fixed:
+        return Prepared(config, weights, targets, (), (), facts, rest)
+    found = find_candidates(targets, config, objective, stats)
+    candidates, spectra = [], []
+    work = progress_bar(targets, desc="planning", disable=not progress, unit="layer")
+    for target, each in zip(work, found, strict=True):
+        candidates.append(each)
+        spectra.append(tuple(singular_values(target.matrix).tolist()))
+    return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), facts, rest)
+
+
+def _seen(
+    targets: tuple[Target, ...], config: CompressionConfig, objective: str, stats: CalibrationStats | None
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """Separate the weights that calibration knows from those that never ran, which a warning names.
+
+    Raises:
+        TargetError: it ran none of them, or not all and the configuration requires all.
+    """
+    if objective == "weight" or stats is None:
+        return targets, ()
+    unseen = [target for target in targets if not is_known(target, stats)]
+    if unseen and (config.require_calibrated or len(unseen) == len(targets)):
+        raise never_ran(unseen[0])
+    names = tuple(target.name for target in unseen)
+    if names:
+        warn(
+            f"Left dense, because they never ran during calibration: {summary(unseen)}. Calibrate with data "
+            "that reaches them, compress them by their weights alone (objective='weight' with target_modules "
+            "that name them), or set require_calibrated=True for an error in place of this warning.",
+            CalibrationWarning,
+        )
+    return tuple(target for target in targets if target.name not in names), names
+
+
+# --- layers planned one by one, by the Frobenius error of their weights ------------------------------
+
+
+def _plan_by_weight(
+    targets: Sequence[Target], config: CompressionConfig, *, progress: bool
+) -> list[LayerPlan]:
+    """Plan every layer by the Frobenius error of its weight.
+
+    Raises:
+        BudgetError: a layer cannot meet the budget; the message names it.
+    """
+    sizes = [target.matrix.numel() for target in targets]
+    with progress_bar(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
+
+        def decide(index: int, ratio: float | None) -> LayerPlan:
+            made = plan_layer_by_weight(targets[index], replace(config, param_ratio=ratio))
+            bar.update()
+            return made
+
+        def stay(index: int) -> tuple[LayerPlan, float]:
+            target = targets[index]
+            return _dense(target, singular_values(target.matrix)), sizes[index]
+
+        if config.param_ratio is None:
+            return [decide(index, None) for index in range(len(targets))]
+        return decide_alone(sizes, config.param_ratio, decide, stay)
+
+
+def plan_layer_by_weight(target: Target, config: CompressionConfig) -> LayerPlan:
+    """Plan one layer by the Frobenius error of its weight: the topology given, or the best family."""
+    matrix = target.matrix
+    if config.fixed:
+        dense = _dense(target, singular_values(matrix))
+        topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")
+        storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
+        return with_baseline(
+            replace(dense, topology=topology, bound_by="topology", error=None, storage=storage)
+        )
+    best: Prediction | None = None
+    refusals = []
+    spectrum = MatrixSpectrum(matrix, truncates=False)
+    for family in config.families:
+        try:
+            options = config.family_options(family)
+            found = topology_family(family).predict(matrix, config.budget, spectrum, **options)
+        except BudgetError as error:
+            refusals.append(f"{family}: {error}")
+            continue
+        if best is None or _better(found, best, config.rel_error):
+            best = found
+    if best is None:
+        raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
+    dense = _dense(target, spectrum())
+    if not config.budget.unlimited and best.topology.num_params >= matrix.numel():
+        return dense
+    return with_baseline(replace(dense, topology=best.topology, bound_by=best.bound_by, error=best.error))
+
+
+def _dense(target: Target, spectrum: Tensor) -> LayerPlan:
+    matrix = target.matrix
+    shape = (matrix.shape[0], matrix.shape[1])
+    return LayerPlan(
+        target.name, shape, None, "dense", 0.0, 0.0, tuple(spectrum.tolist()), dtype=matrix.dtype
+    )
+
+
+def _better(new: Prediction, old: Prediction, rel_error: float | None) -> bool:
+    """Compare two plans: the smaller wins under `rel_error`, the more accurate one under a size cap."""
+    if rel_error is not None:
+        kept_new, kept_old = new.error <= rel_error, old.error <= rel_error
+        if kept_new and kept_old:
+            return new.topology.num_params < old.topology.num_params
+        if kept_new != kept_old:
+            return kept_new
+    return new.error < old.error
