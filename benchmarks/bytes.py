@@ -38,13 +38,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import bytes_models
 from bytes_models import Subject, judge, pooled, sample, tokens_of
-from bytes_workers import apply_in_parallel, prepared_in_parallel
 from harness import RECORDS, provenance, record
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against
-from tensornet.compression.forecast import all_losses, measured_rise
-from tensornet.compression.rounded_layers import RoundedLayers
+from tensornet.compression import check_loss, measure, prepare
+from tensornet.compression.apply import MadeLayers
 from tensornet.compression.sensitivity import INPUT_DAMPING, layer_weighting
 from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.targets import LayerSelection, Target, find_targets
@@ -94,7 +93,7 @@ class Bench:
     def __init__(self, subject: Subject, book: Book, work: Path | None, workers: int) -> None:
         self.subject, self.book, self.work, self.workers = subject, book, work, workers
         self.prepared: dict[int, tuple[nn.Module, tn.CalibrationStats, float]] = {}
-        self.rounded: dict[float, RoundedLayers] = {}
+        self.made: dict[float, MadeLayers] = {}
 
     @cached_property
     def judged(self) -> tuple[list[Tensor], Tensor, str | None]:
@@ -153,12 +152,11 @@ class Bench:
         for bits in sizes:
             (plan, verified), start = made[bits], processor_seconds()
             small = self.subject.load()
-            apply_in_parallel(small, plan, stats, self.workers, self.rounded.get(bits))
+            tn.apply_plan(small, plan, stats, made=self.made.get(bits))
             seconds = processor_seconds() - start
             rises = {}
             for name, data in self.subject.validation.items():
-                dense, _ = self.kept(f"dense-{name}", lambda data=data: all_losses(model, data, loss_fn))
-                rises[name] = asdict(measured_rise(model, small, data, loss_fn, dense))
+                rises[name] = measure(small, model, data, loss_fn=loss_fn, source=name).to_dict()
             formats: dict[str, int] = {}
             for layer in plan:
                 name = "float" if layer.topology is None else layer.storage.number_format.name
@@ -174,7 +172,7 @@ class Bench:
                 predicted={"alone": plan.predicted_loss_increase},
                 validation=rises,
                 formats=formats,
-                verification=None if plan.verification is None else plan.verification.to_dict(),
+                loss_check=None if plan.loss_check is None else plan.loss_check.to_dict(),
                 seconds={
                     "calibrate": calibrated,
                     "plan": planned - sum(spent for _, spent in made.values()),
@@ -191,17 +189,17 @@ class Bench:
         stats: tn.CalibrationStats,
         batches: Sequence[Mapping[str, Tensor]],
     ) -> dict[float, tuple[tn.CompressionPlan, float]]:
-        """Compute the plans of all sizes, each verified by itself, and the seconds that verifying took.
+        """Compute the plans of all sizes, each checked by itself, and the seconds that checking took.
 
         They include rounding the layers that are measured, which is not repeated.
         """
-        prepared = prepared_in_parallel(model, config, stats, self.workers)
-        self.rounded = {bits: RoundedLayers() for bits in SIZES}
+        prepared = prepare(model, config, stats)
+        self.made = {bits: {} for bits in SIZES}
         made = {}
         for bits in SIZES:
             start = processor_seconds()
-            alone = replace(prepared, rounded=self.rounded[bits])
-            alone = alone.verified(model, stats, batches, bits_per_weight=bits)
+            alone = replace(prepared, made=self.made[bits])
+            alone = check_loss(alone, model, stats, batches, bits_per_weight=bits)
             made[bits] = alone.plan(bits_per_weight=bits), processor_seconds() - start
         return made
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
-from tensornet.compression import PreparedPlan, prepare
+from tensornet.compression import Prepared, prepare
 from tensornet.compression.report import model_size
 from tensornet.healing import refine
 from tensornet.topologies import LowRankFamily
@@ -116,7 +116,7 @@ class Bench:
     heal_seconds: float
     refine_windows: int
     length: int = 512
-    prepared: dict[tuple[str, str], PreparedPlan] = field(default_factory=dict)
+    prepared: dict[tuple[str, str], Prepared] = field(default_factory=dict)
     moments: dict[tuple[str, ...], tn.CalibrationStats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class Bench:
             "sample": self.sample(model),
         }
 
-    def prepare(self, job: Job, model: nn.Module) -> PreparedPlan:
+    def prepare(self, job: Job, model: nn.Module) -> Prepared:
         """Compute all candidates with predicted losses, once for all sizes of a method."""
         key = (job.method, job.layers)
         whole = self.prepared.get((job.method, "all"))
@@ -315,7 +315,7 @@ def mean_loss(model: nn.Module, windows: Tensor) -> float:
     return total / count
 
 
-def part_of(whole: PreparedPlan, pattern: str | None) -> PreparedPlan:
+def part_of(whole: Prepared, pattern: str | None) -> Prepared:
     """Restrict a preparation to the layers that match a pattern."""
     assert pattern is not None
     kept = [k for k, target in enumerate(whole.targets) if fnmatch(target.name, pattern)]

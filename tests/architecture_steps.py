@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration import CalibrationStats
-from tensornet.compression.reach import BIASES
+from tensornet.compression.report import BIASES
 from tensornet.nn import NetworkModule
 
 EVERY_LAYER = tn.CompressionConfig(target_modules="all", topology="mpo")
@@ -276,9 +276,9 @@ def reached(trial: Trial) -> dict[str, Any]:
     excepted = EXCEPTIONS.get(trial.architecture.name, {})
     if "dense" in excepted:
         return {"parameters": sum(p.numel() for p in trial.dense.parameters())}
-    everything, usual = trial.full_report.reach, None
+    everything, usual = trial.full_report.coverage, None
     if "60 %" not in excepted:
-        usual = trial.small[1].reach.share
+        usual = trial.small[1].coverage.share
     found = {
         "parameters": everything.total,
         "all": round(everything.share, 3),

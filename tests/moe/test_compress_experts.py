@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from stacked_experts import Experts, gaussian
-from tensornet.compression.choose import Allocation
 from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.compression import prepare
+from tensornet.compression.planning import Prepared
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.errors import BudgetError, TargetError
@@ -255,12 +255,11 @@ def config(**options: object) -> tn.CompressionConfig:
 
 
 @cache
-def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Allocation, tuple[Stack, ...]]:
+def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Prepared, tuple[Stack, ...]]:
     model, stats, _ = calibrated(seed)
     options = config(param_ratio=0.5, formats=formats)
     prepared = prepare(model, options, stats)
-    stacks = find_stacks(prepared.targets, stats, options)
-    return Allocation(prepared.targets, prepared.candidates, options, rest=prepared.rest), stacks
+    return prepared, find_stacks(prepared.targets, stats, options)
 
 
 def totals(
@@ -301,7 +300,7 @@ def test_sharing_reaches_sizes_that_separate_networks_do_not(monkeypatch: pytest
     shared = totals(small, None, 0, SHARED)[1]
     assert shared < math.inf
 
-    def only_one_kind(given: Allocation, stacks: object, kinds: tuple[str, ...]) -> object:
+    def only_one_kind(given: Prepared, stacks: object, kinds: tuple[str, ...]) -> object:
         if len(kinds) == 2:
             raise BudgetError("nothing was found with both kinds")
         return choose_kinds(given, stacks, kinds)  # type: ignore[arg-type]

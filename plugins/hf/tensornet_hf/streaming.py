@@ -38,8 +38,7 @@ import tensornet.compression
 from tensornet._util import progress_bar
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
-from tensornet.compression.reach import measure_reach
-from tensornet.compression.report import layer_reports
+from tensornet.compression.report import Coverage, layer_reports, measure_coverage
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import (
     CHUNK,
@@ -213,7 +212,7 @@ def compress_checkpoint(
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
             weights = list_weights(lazy.model)
-        reach = measure_reach(weights, [layer.name for layer in plan], unseen=plan.unseen)
+        coverage = measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen)
 
         # Stage 2: compress every shard that is not finished.
         shards = _cut(lazy, source, plan, stats_file, device, work, max_shard_bytes)
@@ -234,7 +233,7 @@ def compress_checkpoint(
         check_unchanged(source, marks_now(source), since="this run began")
         take_place(work / "out", target)
         shutil.rmtree(work)
-    return _report(lazy, source, plan, parts, reach, resumed, time.perf_counter() - started)
+    return _report(lazy, source, plan, parts, coverage, resumed, time.perf_counter() - started)
 
 
 @contextmanager
@@ -560,7 +559,7 @@ def _report(
     source: Source,
     plan: CompressionPlan,
     parts: list[dict[str, Any]],
-    reach: Any,
+    coverage: Coverage,
     resumed: int,
     seconds: float,
 ) -> CheckpointReport:
@@ -575,7 +574,7 @@ def _report(
         model_bytes_after=sum(size for part in parts for size in part["tensors"].values()),
         seconds=seconds,
         plan=plan,
-        reach=reach,
+        coverage=coverage,
     )
     peak = max([peak_memory(), *(part["peak_memory"] for part in parts)])
     return CheckpointReport(compression, lazy.surplus, resumed, len(parts), peak)
