@@ -125,7 +125,7 @@ def _of_layer(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
             f"most rel_error={config.rel_error}."
         )
-    return pruned(found)
+    return pruned(found) if objective == "curvature" else found  # what is planned alone fills its budget
 
 
 def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -249,8 +249,6 @@ def network_candidates(
             continue  # one that saves nothing would only be another way to write the matrix
         stored = storage.for_topology(topologies[k])
         found.append(Candidate(topologies[k], stored, size, params, losses[k], error, costs[k], times[k]))
-    if config.rel_error is None:
-        found = pruned(found)
     if ladder.complete:
         found.append(Candidate(None, PLAIN, dense_bytes, dense_params, 0.0, 0.0, 0.0, dense_time))
     return found
@@ -582,7 +580,10 @@ def _predicted(
     sample: Tensor | None = None,
 ) -> list[FormatLosses]:
     """Predict losses and errors of integer formats without rounding."""
-    weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
+    known = sensitivity.choice  # the moments that this way of rounding knows
+    if sensitivity.rounding != "two_sided":
+        known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
+    weightings = [known, sensitivity.choice, sensitivity.forecast, Weighting()]
     norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
     found = predict_losses(
         matrix,
@@ -594,7 +595,7 @@ def _predicted(
     )
     return [
         FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
-        for choice, forecast, plain in found.tolist()
+        for _, choice, forecast, plain in found.tolist()
     ]
 
 

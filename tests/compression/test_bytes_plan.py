@@ -355,9 +355,8 @@ def test_options_that_are_none(options: dict[str, object], message: str) -> None
 def test_budgets_that_nothing_keeps() -> None:
     _, _, prepared = calibrated()
     with pytest.raises(tn.BudgetError, match=r"bits_per_weight: The budget allows .* smallest candidates"):
-        replace(prepared, candidates=tuple(x.only([x.uniform["int8"]]) for x in prepared.candidates)).plan(
-            bits_per_weight=4
-        )
+        int8 = tuple([found[uniform(found)["int8"]]] for found in prepared.candidates)
+        replace(prepared, candidates=int8).plan(bits_per_weight=4)
     with pytest.raises(tn.BudgetError, match="max_bytes=100 allows 100 bytes for the whole model"):
         prepared.plan(max_bytes=100)
 

@@ -42,7 +42,7 @@ def test_compressing_twice_says_so() -> None:
         tn.compress(model, HALF, progress=False)
     with pytest.raises(tn.TargetError, match=r"'up' matches no.*made of cores already"):
         tn.compress(model, tn.CompressionConfig(target_modules="up", max_bond=2), progress=False)
-    with pytest.raises(tn.TargetError, match=r"Layer 'blocks\.0\.up' is made of cores already"):
+    with pytest.raises(tn.TargetError, match=r"Layer 'blocks\.0\.up' is a tensor-network layer already"):
         tn.apply_plan(model, plan)
 
 

@@ -40,7 +40,7 @@ def test_every_parameter_is_counted_once() -> None:
     model = Mixed()
     coverage = tn.compress(model, CONFIG, progress=False).coverage
     assert coverage.total == sum(p.numel() for p in Mixed().parameters())
-    assert coverage.coverageed == 2 * 12 * 24
+    assert coverage.covered == 2 * 12 * 24
     assert coverage.excluded == {"Embedding": 11 * 12}  # the head is tied to it
     assert coverage.unknown == {
         "Conv1d (groups too small for low rank)": 12 * 3 + 12,
@@ -53,7 +53,7 @@ def test_the_configuration_and_missing_kinds_are_told_apart() -> None:
     config = tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules=["inner.0"])
     coverage = tn.compress(Mixed(), config, progress=False).coverage
     assert coverage.excluded == {"Linear": 24 * 12, "Embedding": 11 * 12}
-    assert coverage.coverageed == 24 * 12
+    assert coverage.covered == 24 * 12
     assert "excluded: Linear 288, Embedding 132; skipped: Conv1d (groups too" in str(coverage)
 
 
@@ -99,7 +99,7 @@ def test_counts(value: int, text: str) -> None:
 
 def test_a_model_on_the_meta_device_is_counted() -> None:
     with torch.device("meta"):
-        assert measure_coverage(list_weights(Mixed()), ["inner.0"]).coverageed == 24 * 12
+        assert measure_coverage(list_weights(Mixed()), ["inner.0"]).covered == 24 * 12
 
 
 def test_reports_say_it(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_command_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     verbosity = logging.get_verbosity()
     try:
         for arguments in (["--dry-run"], [tmp_path / "a"]):
-            assert "left out by choice: Embedding" in said(*arguments)
+            assert "excluded: Embedding" in said(*arguments)
         for arguments in (["--dry-run"], [tmp_path / "b"], [tmp_path / "c", "--workers", 1]):
             assert 0 < json.loads(said(*arguments, "--json"))["coverage"]["share"] < 1
     finally:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.als import _improve, _matrix, fit_network, plan_grams
-from tensornet.compression.candidates import family_candidates, joined
+from tensornet.compression import CompressionConfig
+from tensornet.compression.candidates import network_candidates
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.network import random_cores
-from tensornet.nn.encoding import PLAIN, Storage
+from tensornet.nn.encoding import Storage
 from tensornet.topologies import topology_family
 from tensornet.topologies.fit import fit_weighted, leg_moments, structured_start
 
@@ -126,29 +127,14 @@ def test_padded_legs() -> None:
 def test_forms_of_networks_are_upper_bounds_of_the_fitted_cost() -> None:
     matrix, weighting = problem()
     sensitivity, family = Sensitivity(weighting, weighting), topology_family("mpo")
-    found = family_candidates(matrix, sensitivity, Storage(pivoted=True), family, options={"sites": 2})
-    assert found.costs[-1] == 0
-    assert found.params[-1] == matrix.numel()
-    for index in range(0, len(found.params) - 1, 7):
-        topology, storage = found.make(index)
-        assert topology is not None
-        assert storage.num_params(topology) == found.params[index]
-        made = topology_family("mpo").fit(matrix, topology, weighting)
-        assert weighting.cost(matrix - made.network.to_matrix()) <= float(found.costs[index]) * 1.1 + 1e-6
-
-
-def test_a_choice_of_families_is_never_worse_than_low_rank() -> None:
-    matrix, weighting = problem()
-    prices = Sensitivity(weighting, weighting)
-    low = family_candidates(matrix, prices, PLAIN, topology_family("low_rank"))
-    chains = family_candidates(matrix, prices, PLAIN, topology_family("mpo"), options={"sites": 2})
-    both = joined([low, chains])
-    for price in (1e-3, 1e-1, 1.0, 10.0):
-        best = float((both.costs + price * both.params).min())
-        assert best <= float((low.costs + price * low.params).min())
-    topology, _ = both.make(len(low.params))
-    assert topology is not None
-    assert topology.family == "mpo"
+    config = CompressionConfig(topology="mpo", sites=2)
+    *found, dense = network_candidates(matrix, sensitivity, Storage(pivoted=True), family, config)
+    assert (dense.topology, dense.cost, dense.params) == (None, 0, matrix.numel())
+    for each in found[::3]:
+        assert each.topology is not None
+        assert each.storage.num_params(each.topology) == each.params
+        made = topology_family("mpo").fit(matrix, each.topology, weighting)
+        assert weighting.cost(matrix - made.network.to_matrix()) <= each.cost * 1.1 + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

@@ -264,16 +264,15 @@ def test_plans_choose_it_where_it_costs_less() -> None:
     config = tn.CompressionConfig(bits_per_weight=4, topology="residual", formats=formats)
     both = prepare(model(), config, statistics())
     (found,) = both.candidates
-    made_as = [found.make(k) for k in range(len(found.costs))]
     chosen = 0
     for bits in (2.4, 2.8, 3.2, 3.6, 4.0, 4.8, 6.0, 8.3):
         plan = both.plan(bits_per_weight=bits)
         assert plan.bits_per_weight <= bits
         (layer,) = plan
         assert layer.topology is not None
-        cost = float(found.costs[made_as.index((layer.topology, layer.storage))])
-        fitting = [k for k in found.uniform.values() if found.num_bytes[k] <= bits / 8 * layer.params_before]
-        assert cost <= min(float(found.costs[k]) for k in fitting)
+        cost = next(x.cost for x in found if (x.topology, x.storage) == (layer.topology, layer.storage))
+        plain = [x for x in found if x.number_format and x.num_bytes <= bits / 8 * layer.params_before]
+        assert cost <= min(x.cost for x in plain)
         if layer.topology.family != "residual":
             continue
         chosen += 1
