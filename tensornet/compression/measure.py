@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, some_rows
-from tensornet.calibration.losses import TokenLosses, losses_against
+from tensornet.calibration.losses import TokenLosses, field, losses_against
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.module import NetworkModule
 

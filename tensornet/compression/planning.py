@@ -198,6 +198,8 @@ def prepare(
         weights = tuple(find_targets(model, config, () if stats is None else stats.readers))
     targets = tuple(x for x in weights if not x.skip)
     check_loaded(targets)
+    if stats is not None:
+        stats.check_weights(targets)
     targets, unseen = _seen(targets, config, objective, stats)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")

@@ -354,8 +354,8 @@ def test_options_that_are_none(options: dict[str, object], message: str) -> None
 
 def test_budgets_that_nothing_keeps() -> None:
     _, _, prepared = calibrated()
+    int8 = tuple([found[uniform(found)["int8"]]] for found in prepared.candidates)
     with pytest.raises(tn.BudgetError, match=r"bits_per_weight: The budget allows .* smallest candidates"):
-        int8 = tuple([found[uniform(found)["int8"]]] for found in prepared.candidates)
         replace(prepared, candidates=int8).plan(bits_per_weight=4)
     with pytest.raises(tn.BudgetError, match="max_bytes=100 allows 100 bytes for the whole model"):
         prepared.plan(max_bytes=100)
