@@ -87,12 +87,12 @@ def test_sharding_and_gathering_give_the_same_model_back(alone: object) -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert not model.blocks[0].moe.experts.up.core_0.requires_grad
-    with pytest.raises(TargetError, match="holds no experts that are spread"):
+    with pytest.raises(TargetError, match="no experts that are spread"):
         parallel.gather_experts(model)
 
 
 def test_what_cannot_be_sharded(alone: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TargetError, match="holds no SharedCoreMoE"):
+    with pytest.raises(TargetError, match="no SharedCoreMoE"):
         parallel.shard_experts(nn.Linear(2, 2))
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 3)
     with pytest.raises(TopologyError, match=r"4 experts of 'blocks\.0\.moe' cannot be spread evenly over 3"):

@@ -244,7 +244,7 @@ def test_a_mask_attached_to_nothing_says_what_it_looked_for() -> None:
     with pytest.raises(TargetError, match="over no parameters"):
         tm.GradientMask([], p=0.5)
     model = Model()
-    with pytest.raises(TargetError, match="does not hold 3 of the 3 masked cores"):
+    with pytest.raises(TargetError, match="does not train 3 of the 3 masked cores"):
         tm.GradientMask(model, p=0.5).attach(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
 
 

@@ -79,8 +79,8 @@ class SharedCoreMoE(nn.Module):
     Args:
         router: chooses experts.
         experts: the feed-forward networks.
-        shared_expert: a network of one expert that computes every token beside the routed ones, with combine
-            weight 1 (DeepSeekMoE, Dai et al. 2024, section 3.2).
+        shared_expert: a network of one expert that computes every token, with combine weight 1, in addition
+            to the routed ones (DeepSeekMoE, Dai et al. 2024, section 3.2).
         capacity_factor: None computes every choice (dropless); a number drops the choices beyond
             `ceil(capacity_factor * k * tokens / E)` for each expert, see `limit_capacity`: a dropped
             token gets 0 here and passes through the residual connection alone.
@@ -92,8 +92,8 @@ class SharedCoreMoE(nn.Module):
         ShapeError: router and experts do not fit, or the shared expert has other features or is not one.
         ValueError: a capacity factor of at most 0, or a coefficient below 0.
 
-    After a forward `.stats` holds `RoutingStats`, and `.aux_losses` what `collect_aux_losses` gathers. Both
-    are replaced by the next forward, and not touched by the second forward of gradient checkpointing.
+    After a forward pass `.stats` is a `RoutingStats`, and `.aux_losses` is what `collect_aux_losses` gathers.
+    The next forward pass replaces both; the recomputation of gradient checkpointing does not touch them.
 
     Example:
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -182,7 +182,7 @@ class SharedCoreMoE(nn.Module):
         self.stats = routing_stats(routing, balance.detach(), z.detach())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Losses and statistics of the last step hold its graph, which can be neither copied nor pickled.
+        # The losses refer to the graph of the last step, which can be neither copied nor pickled.
         return {**self.__dict__, "aux_losses": None, "stats": None, "token_mask": None}
 
     def spec(self) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     layers = [module for module in model.modules() if isinstance(module, SharedCoreMoE)]
     if not layers:
         raise RuntimeError(
-            "collect_aux_losses: the model has no SharedCoreMoE; pass the model that holds the mixtures."
+            "collect_aux_losses: the model has no SharedCoreMoE; pass the model that contains the mixtures."
         )
     losses = [layer.aux_losses for layer in layers if layer.aux_losses is not None]
     if not losses:
@@ -311,6 +311,8 @@ def _is_recomputing() -> bool:
 
     Its routing has been counted already, and its graph ends where the recomputation stops.
     """
+    # Private: no public function says that a backward pass is running. Without it the losses of a recomputed
+    # layer would be counted twice.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -345,7 +347,7 @@ def load_balancing_loss(
     chosen = expert_indices.unsqueeze(-1) == torch.arange(num_experts, device=expert_indices.device)
     counts = (chosen.to(router_probs.dtype) * real[:, None, None]).sum((0, 1))  # shape: (E,)
     fractions = counts / counts.sum().clamp_min(1)
-    # where, not a product: padding may hold NaN, and 0 * NaN is NaN
+    # where, not a product: padding may be NaN, and 0 * NaN is NaN
     probabilities = torch.where(real[:, None] > 0, router_probs, 0).sum(0) / real.sum().clamp_min(1)
     return num_experts * (fractions * probabilities).sum()
 
@@ -355,7 +357,7 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         logits: shape `(tokens, E)`.
-        mask: shape `(tokens,)`, False or 0 for padding, which is left out.
+        mask: shape `(tokens,)`, False or 0 for padding, which is excluded.
 
     Returns:
         A scalar; 0 if there is no token.

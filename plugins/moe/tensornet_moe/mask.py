@@ -116,7 +116,7 @@ class GradientMask:
             optimizer: of torch, or what accelerate's `prepare` made of one.
 
         Raises:
-            TargetError: the optimizer does not hold all masked cores.
+            TargetError: the optimizer does not train all masked cores.
             RuntimeError: the mask is attached already.
         """
         if self._hooks:
@@ -124,11 +124,11 @@ class GradientMask:
         # Hooks belong on the optimizer that steps: a wrapper such as accelerate's calls it when it does.
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = sum(id(p) not in held for p in self.parameters)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = sum(id(p) not in trained for p in self.parameters)
         if missing:
             raise TargetError(
-                f"The optimizer does not hold {missing} of the {len(self.parameters)} masked cores. Attach "
+                f"The optimizer does not train {missing} of the {len(self.parameters)} masked cores. Attach "
                 "it to the optimizer that trains them, after wrapping the model: FSDP replaces parameters."
             )
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
@@ -183,7 +183,7 @@ class GradientMask:
             for parameter in self.parameters:
                 self._mask_elements(parameter, p)
             return 0
-        # u lies in [0, 1): u < 0 never holds and u < 1 always does, so both ends are exact.
+        # u is in [0, 1), so u < 0 is never true and u < 1 always is: both ends are exact.
         masked = (
             torch.rand(len(self.parameters), generator=self._generator, dtype=torch.float64, device="cpu") < p
         ).tolist()

@@ -172,6 +172,7 @@ class Router(nn.Module, ABC):
         if mask is not None:
             finite = finite | ~mask
         if torch.compiler.is_compiling():
+            # Private: torch.compile has no other check of values that does not break the graph.
             torch._assert_async(finite.all(), "a router was fed NaN or infinity")
         elif not bool(finite.all()):
             raise NonFiniteError(

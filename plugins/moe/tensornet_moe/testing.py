@@ -4,7 +4,7 @@
         def router(self, num_features, num_experts):
             return MyRouter(num_features, num_experts)
 
-They need pytest and fail by assertion. Set a law to None if it does not hold, for example
+They need pytest and fail by assertion. Set a law to None if it does not apply, for example
 `test_causal = None` for a router that looks at the whole batch.
 """
 
@@ -55,9 +55,9 @@ class RouterLaws:
     def test_equal_experts_act_as_one(self) -> None:
         """Check that combine weights sum to one, so that upcycled experts reproduce the dense model."""
         routing = self._made()(torch.randn(_TOKENS, _FEATURES))
-        sums, reached = _weights(routing).sum(-1), _reached(routing)
-        assert bool(reached.any())
-        assert torch.allclose(sums[reached], torch.ones(int(reached.sum())), atol=1e-5)
+        sums, computed = _weights(routing).sum(-1), _computed(routing)
+        assert bool(computed.any())
+        assert torch.allclose(sums[computed], torch.ones(int(computed.sum())), atol=1e-5)
 
     def test_trains(self) -> None:
         """Check that the combine weights have a gradient with respect to the router weight."""
@@ -127,7 +127,7 @@ def _weights(routing: Routing) -> Tensor:
     return routing.weights if routing.kept is None else routing.weights * routing.kept
 
 
-def _reached(routing: Routing) -> Tensor:
+def _computed(routing: Routing) -> Tensor:
     real = torch.ones_like(routing.weights, dtype=torch.bool) if routing.kept is None else routing.kept
     return real.any(-1)
 
@@ -179,7 +179,7 @@ class BankLaws:
 
     def test_gradients_of_dense_experts(self) -> None:
         """Check outputs and gradients of a mixture against a loop over its dense matrices."""
-        up, down = self._made(), self._turned()
+        up, down = self._made(), self._transposed()
         network = ExpertFFN({"up": up, "down": down}, activation="tanh").double()
         expert = torch.tensor([0, 0, 1, 3, 3, 3])
         x = torch.randn(len(expert), self.shape[1], dtype=torch.float64, requires_grad=True)
@@ -224,13 +224,13 @@ class BankLaws:
         again = torch.nn.ModuleList(build_module(spec, device=None, dtype=torch.float64) for spec in specs)
         lend_shared_cores(again)
         again.load_state_dict(holder.state_dict())
-        twin = again[-1]
-        assert isinstance(twin, ExpertBank)
-        assert type(twin) is type(bank)
-        assert torch.equal(twin.expert_matrices(), bank.expert_matrices())
+        copied = again[-1]
+        assert isinstance(copied, ExpertBank)
+        assert type(copied) is type(bank)
+        assert torch.equal(copied.expert_matrices(), bank.expert_matrices())
 
     def owners(self, bank: ExpertBank) -> list[SharedCores | SharedExperts]:
-        """Return the modules that own parameters of the bank beside itself; by default none."""
+        """Return the other modules that own parameters of the bank; by default none."""
         return []
 
     def test_a_mask_leaves_shared_parameters(self) -> None:
@@ -255,7 +255,7 @@ class BankLaws:
         torch.manual_seed(0)
         return self.bank(_EXPERTS, self.shape)
 
-    def _turned(self) -> ExpertBank:
+    def _transposed(self) -> ExpertBank:
         torch.manual_seed(1)
         return self.bank(_EXPERTS, (self.shape[1], self.shape[0]))
 

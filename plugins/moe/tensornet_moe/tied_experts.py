@@ -15,8 +15,8 @@ from tensornet_moe.grouped_linear import Groups
 class SharedExperts(nn.Module):
     """Owner of banks that several layers use, each through a `TiedExperts`.
 
-    A parameter must be owned once: put the owner into the model beside the layers (under FSDP: in the root
-    unit).
+    A parameter must be owned once: put the owner into the model that contains the layers (under FSDP: in the
+    root unit).
 
     Args:
         banks: by name, for example `{"up": ..., "down": ...}`.
@@ -83,8 +83,8 @@ class AbsentExperts(SharedExperts):
         """
         raise RuntimeError(
             f"These experts borrow the bank {name!r} from the SharedExperts labelled {self.label!r}, which "
-            "they were not given: call tensornet_moe.lend_shared_cores(model) on the model that holds both, "
-            "or bank.borrow(owner)."
+            "they were not given: call tensornet_moe.lend_shared_cores(model) on the model that contains "
+            "both, or bank.borrow(owner)."
         )
 
 
@@ -92,7 +92,7 @@ class TiedExperts(ExpertBank):
     """Bank that borrows all its matrices from a `SharedExperts`: experts tied over layers.
 
     Args:
-        owner: holds the matrices.
+        owner: of the matrices.
         name: of the bank there.
         num_experts, shape: needed only if the owner is not known yet.
 
@@ -195,14 +195,14 @@ class TiedExperts(ExpertBank):
 
 
 def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> SharedExperts:
-    """Tie the expert matrices of several networks to those of the first; biases and routers stay apart.
+    """Tie the expert matrices of several networks to those of the first; biases and routers stay separate.
 
     Args:
         networks: of neighbouring layers, with the same number, names and shapes of experts.
         label: of the owner.
 
     Returns:
-        The owner of the matrices, which belongs into the model beside the layers.
+        The owner of the matrices, which belongs into the model that contains the layers.
 
     Raises:
         ValueError: fewer than two networks, or the same one twice.
@@ -231,7 +231,7 @@ def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> Sha
         if found != shapes[0]:
             raise ShapeError(
                 f"The experts of networks 0 and {position} cannot be tied: (experts, out, in) are "
-                f"{shapes[0]} and {found}. Build them with equal banks, or tie those that are alike."
+                f"{shapes[0]} and {found}. Build them with equal banks, or tie networks of equal shapes."
             )
     owner = SharedExperts({name: networks[0].bank(name) for name in networks[0].names}, label=label)
     for network in networks:

@@ -7,7 +7,7 @@ from tensornet.topology import CoreSpec, Topology
 def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: int | None = None) -> Topology:
     """Build the network `W = A sum_k a_k B_k`; with shared `B_k` its experts are those of MoBE.
 
-    The transform `A` stands on the shorter side: `A: (out, rank)` where `out <= in`, else the product is
+    The transform `A` is on the shorter side: `A: (out, rank)` where `out <= in`, else the product is
     `(sum_k a_k B_k) A` with `A: (rank, in)`. In a `SharedCoreExperts` the default `shared="center"` shares
     the core `basis`, usually the largest (`shared=("basis",)` does in any case), and each expert owns
     `mix: (bases,)` and `transform`. MoBE has a nonlinearity behind the sum, which a tensor network has not.

@@ -1,8 +1,8 @@
 """Rows times the matrices of chains with one shared middle core, slice by slice in reused memory.
 
 A chain whose ends are merged is `W[(o p q), (i j k)] = sum_lr L[o, i, l] M[l, p, j, r] R[r, q, k]`: two thin
-products build it, `T = L M` and then `T R`, and one copy brings rows and columns into order. To explain why
-this is faster than the same operations recorded by autograd: both products work on a slice of the middle
+products build it, `T = L M` and then `T R`, and one copy brings rows and columns into order. This
+is faster than the same operations recorded by autograd, because both products work on a slice of the middle
 that stays in the second-level cache, in memory that is used again for every slice and every expert; the copy
 moves whole runs of `k` as single words; backward adds each expert's gradient to that of the middle in place.
 Between forward and backward only the matrices themselves are kept, and those only if the rows need a
@@ -29,7 +29,7 @@ from tensornet_moe.grouped_linear import Groups
 #: Bytes of a slice of `T`: it and the same slice of the matrix are to stay in a second-level cache.
 _SLICE_BYTES = 2**20
 
-#: Merged ends may hold this fraction of the elements of a matrix.
+#: Merged ends may have this fraction of the elements of a matrix.
 _SMALL_ENDS = 1 / 8
 
 
@@ -152,7 +152,7 @@ def merge_ends(cores: Sequence[Tensor], legs: ChainLegs) -> tuple[Tensor, Tensor
     """Merge the private cores on each side of the middle, with gradient.
 
     Args:
-        cores: in the order of the chain; those beside the middle have shape `(E, left, out, in, right)`.
+        cores: in the order of the chain; all but the middle have shape `(E, left, out, in, right)`.
         legs: sizes of the chain.
 
     Returns:

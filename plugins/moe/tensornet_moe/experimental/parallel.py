@@ -1,7 +1,7 @@
 """Expert parallelism: each process stores the private cores of some experts; shared cores are replicated.
 
 Tokens travel to the process of their expert and back (two all-to-all exchanges a layer). The gradients of
-private cores then hold the tokens of all processes already; those of shared cores and of everything else
+private cores then contain the tokens of all processes already; those of shared cores and of everything else
 are averaged over processes, as data parallelism does.
 """
 
@@ -24,7 +24,7 @@ from tensornet_moe.layer import SharedCoreMoE
 class ParallelExperts(nn.Module):
     """Experts of one layer distributed over a process group; replaces their `ExpertFFN`.
 
-    Process `r` of `R` holds experts `r * E / R` to `(r + 1) * E / R - 1`. Every process must run the layer
+    Process `r` of `R` stores experts `r * E / R` to `(r + 1) * E / R - 1`. Every process must run the layer
     equally often, forward and backward, with or without tokens.
 
     Args:
@@ -87,13 +87,13 @@ class ParallelExperts(nn.Module):
 def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
     """Distribute the experts of every `SharedCoreMoE` in a module over a process group, in place.
 
-    Every process must hold the same weights before the call, and keeps its own experts. Call this before
+    Every process must have the same weights before the call, and keeps its own experts. Call this before
     building the optimizer. Then either wrap the model with `DistributedDataParallel`, or call
     `average_gradients(model)` before each `optimizer.step()`. `Trainer` of transformers refuses such a model:
-    its checkpoints are written by one process, which does not hold all experts.
+    its checkpoints are written by one process, which does not have all experts.
 
     Args:
-        module: holds the mixtures.
+        module: contains the mixtures.
         group: the processes; all if absent.
 
     Returns:
@@ -123,13 +123,14 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         )
     found = {name: part for name, part in module.named_modules() if isinstance(part, SharedCoreMoE)}
     if not found:
-        raise TargetError(f"{type(module).__name__} holds no SharedCoreMoE whose experts could be spread.")
+        raise TargetError(f"{type(module).__name__} has no SharedCoreMoE whose experts could be spread.")
     for name, moe in found.items():
         _check(name, moe, dist.get_world_size(group))
     for moe in found.values():
         moe.experts = _shard(moe.experts, group)  # type: ignore[assignment]  # same interface
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
+    # Private, but documented by torch as the way to exclude parameters; else ranks overwrite each other's experts.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     structure_changed(module)
     return names
@@ -156,7 +157,7 @@ def gather_experts(module: nn.Module) -> None:
     """
     found = [part for part in module.modules() if isinstance(getattr(part, "experts", None), ParallelExperts)]
     if not found:
-        raise TargetError(f"{type(module).__name__} holds no experts that are spread over processes.")
+        raise TargetError(f"{type(module).__name__} has no experts that are spread over processes.")
     for part in found:
         part.experts = _gather(part.experts)  # type: ignore[arg-type]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [])
