@@ -130,7 +130,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         moe.experts = _shard(moe.experts, group)  # type: ignore[assignment]  # same interface
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
-    # Private, but documented by torch as the way to exclude parameters; else ranks overwrite each other's experts.
+    # Private, but the way that torch documents to exclude parameters; else ranks would average their experts.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     structure_changed(module)
     return names
