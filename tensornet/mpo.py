@@ -564,7 +564,10 @@ class MPO:
 
     @outside_autocast
     def round(self, *, max_bond: int | Sequence[int] | None = None, rel_error: float | None = None) -> "MPO":
-        """Truncate the bonds to a relative error of at most `rel_error`; the result carries no gradient.
+        """Truncate the bonds to a relative error of at most `rel_error`, with gradient.
+
+        The gradient is that of the truncation at the ranks chosen. It exists where at every bond the smallest
+        singular value kept differs from the largest one discarded; see `mpo_algebra.round_chain`.
 
         Args:
             max_bond: cap on every bond, or a sequence with one for each.

@@ -259,19 +259,21 @@ def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype:
     return result
 
 
-@torch.no_grad()
 def round_chain(
     cores: Sequence[Tensor],
     *,
     max_bond: int | Sequence[int] | None = None,
     rel_error: float | None = None,
 ) -> tuple[Cores, float]:
-    """Truncate the bonds of a chain; the result carries no gradient.
+    """Truncate the bonds of a chain: canonical form, then one truncated SVD for each bond; with gradient.
 
-    Canonical form, then one truncated SVD for each bond.
+    The gradient is that of the truncation at the ranks that were chosen. It exists where at every bond the
+    smallest singular value kept is positive and differs from the largest discarded one. Functions of the
+    cores themselves also need distinct singular values among those kept; functions of the operator do not.
+    At other points it is finite and without meaning. It can be differentiated once.
 
     Args:
-        cores: the chain.
+        cores: the chain, core `k` of shape `(left, out, in, right)`.
         max_bond: cap on every bond, or one cap for each.
         rel_error: largest Frobenius error relative to the norm of the chain. What one bond leaves over
             goes to the next.
@@ -288,21 +290,93 @@ def round_chain(
         Oseledets 2011, algorithm 2.
     """
     caps = caps_of_bonds(max_bond, len(cores) - 1)
-    work, exponent = _canonical(cores, 0)
-    total = float(torch.linalg.vector_norm(work[0])) ** 2
-    spent = 0.0
-    for k in range(len(work) - 1):
-        left, out, in_, right = work[k].shape
-        block = work[k].reshape(-1, right)
-        energy = float(torch.linalg.vector_norm(block)) ** 2
-        tolerance = bond_tolerance(rel_error, total, spent, energy, bonds_left=len(work) - 1 - k)
-        factors = truncated_svd(block, max_rank=caps[k], rel_error=tolerance, method="exact")
-        spent += factors.error**2 * energy
-        work[k] = factors.U.reshape(left, out, in_, -1)
-        rest = factors.S[:, None] * factors.Vh
-        work[k + 1] = torch.tensordot(rest, work[k + 1], dims=1)
+    with torch.no_grad():
+        canonical, exponent = _canonical(cores, 0)
+        work = list(canonical)
+        total = float(torch.linalg.vector_norm(work[0])) ** 2
+        spent = 0.0
+        for k in range(len(work) - 1):
+            left, out, in_, right = work[k].shape
+            block = work[k].reshape(-1, right)
+            energy = float(torch.linalg.vector_norm(block)) ** 2
+            tolerance = bond_tolerance(rel_error, total, spent, energy, bonds_left=len(work) - 1 - k)
+            factors = truncated_svd(block, max_rank=caps[k], rel_error=tolerance, method="exact")
+            spent += factors.error**2 * energy
+            work[k] = factors.U.reshape(left, out, in_, -1)
+            rest = factors.S[:, None] * factors.Vh
+            work[k + 1] = torch.tensordot(rest, work[k + 1], dims=1)
     error = math.sqrt(spent / total) if total > 0 else 0.0
+    if _needs_gradient(cores):
+        live = _rounded_with_gradient(cores, canonical, work, exponent)
+        # The value stays what was computed above; the difference is zero and has the gradient.
+        work = [value + (same - same.detach()) for value, same in zip(work, live, strict=True)]
     return _with_exponent(work, exponent, len(work) - 1, result_dtype(cores[0].dtype)), error
+
+
+def _rounded_with_gradient(
+    cores: Sequence[Tensor], canonical: Sequence[Tensor], rounded: Sequence[Tensor], exponent: Tensor
+) -> list[Tensor]:
+    """Compute the rounded chain again, differentiably, from its canonical form and its result.
+
+    The left singular vectors of an unfolding `M` do not change to first order when `M` is replaced by
+    `M Q`, where the columns of `Q` are a constant orthonormal basis of the row space of `M`: what leaves
+    that space meets singular values of zero. So `Q`, the right-canonical cores, is a constant here, and no
+    QR is differentiated, which has no gradient where bonds are larger than ranks, as those of sums.
+    """
+    live = [split_exponent(core) for core in _working(cores)]  # constant powers of two: all sizes near 1
+    ends = [torch.ones_like(live[0][0][:1, 0, 0, :1])]  # shape: (bond of the chain, bond of Q)
+    for (core, _), frozen in zip(reversed(live[1:]), reversed(canonical[1:]), strict=True):
+        ends.append(split_exponent(torch.einsum("aoib,bd,coid->ac", core, ends[-1], frozen.conj()))[0])
+    before = torch.ones_like(ends[0])  # shape: (bond of the result, bond of the chain)
+    passed, result = -exponent, []
+    for (core, of_core), value, end in zip(live[:-1], rounded[:-1], reversed(ends[1:]), strict=True):
+        site = torch.einsum("xa,aoib->xoib", before, core)
+        block = torch.tensordot(site, end, dims=1).flatten(0, 2)
+        U = _LeadingVectors.apply(block, value.shape[3])
+        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # made real and positive, as in `value`
+        phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
+        result.append((U * phase.conj()).reshape(value.shape))
+        before, more = split_exponent(torch.einsum("xoiy,xoib->yb", result[-1].conj(), site))
+        passed = passed + of_core + more
+    last, of_last = live[-1]
+    result.append(times_power_of_two(torch.tensordot(before, last, dims=1), passed + of_last))
+    return result
+
+
+class _LeadingVectors(torch.autograd.Function):
+    """Left singular vectors of the largest singular values of a matrix `(m, n)`, shape `(m, rank)`.
+
+    With `M = U S V^H`, the change of a kept vector along another one is
+    `u_j^H du_i = (s_i u_j^H dM v_i + s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)`, and outside of all it is
+    `(1 - U U^H) dM v_i / s_i`. Along itself it is zero; the caller fixes the phase. Pairs of equal values
+    contribute nothing, which is right for functions that do not depend on the basis of their space.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, rank: int) -> Tensor:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        ctx.rank = rank
+        ctx.save_for_backward(matrix, U, S, Vh)
+        return U[:, :rank].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        matrix, U, S, Vh = ctx.saved_tensors
+        gradient, rank = gradients[0].detach(), ctx.rank
+        kept = S[:rank]
+        floor = 10 * torch.finfo(S.dtype).eps * S[0]
+        along = U.mH @ gradient  # shape: (k, rank)
+        gaps = kept.square() - S.square()[:, None]
+        factors = torch.where(gaps.abs() > floor * S[0], 1 / gaps, 0).to(along.dtype)
+        inverse = torch.where(kept > floor, 1 / kept, 0)
+        pairs = U.new_zeros(len(S), len(S))
+        pairs[:, :rank] = factors * along
+        inner = pairs * S + (pairs * S[:, None]).mH
+        outside = (gradient - U @ along) * inverse
+        found = U @ inner @ Vh + outside @ Vh[:rank]
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _NoSecondDerivative.apply(matrix, found)
+        return found, None
 
 
 def bond_tolerance(
@@ -468,8 +542,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         raise RuntimeError(
-            "norm, log_norm, bond_spectrum and bond_entropy of an MPO can be differentiated once only; for "
-            "the norm use inner(self, self).real.sqrt(), which can be differentiated any number of times."
+            "round, norm, log_norm, bond_spectrum and bond_entropy can be differentiated once only; "
+            "for the norm use inner(self, self).real.sqrt(), which can be differentiated any number of times."
         )
 
 

@@ -81,15 +81,26 @@ class TensorNetwork:
         """Multiply `x: (..., in_features)` by the operator without building its matrix.
 
         Raises:
-            ShapeError: not a tensor, or its last dimension is not `in_features`.
+            ShapeError: not a tensor, its last dimension is not `in_features`, or its dtype or device is not
+                that of the cores (autocast excepted, which casts both).
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__
             raise ShapeError(
                 f"apply needs a torch.Tensor of shape (..., in_features={self.shape[1]}), got {got}."
             )
-        plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
         core = self.cores[0]
+        if x.dtype != core.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ShapeError(
+                f"apply needs an input of the dtype of the cores, {core.dtype}, got {x.dtype}; cast one of "
+                f"them, with x.to({core.dtype}) or the .to method of the operator."
+            )
+        if x.device != core.device:
+            raise ShapeError(
+                f"apply needs an input on the device of the cores, {core.device}, got one on {x.device}; "
+                f'move it with x.to("{core.device}").'
+            )
+        plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
         machine = default_machine(core.device)
         candidate = plan.fastest(tokens, machine, core.element_size(), rebuild=False)
         return contract_with_input(plan, self.cores, x, candidate=candidate)
