@@ -133,6 +133,95 @@ def best_error(matrix: Tensor | Array, rank: int) -> float:
     return float(np.sqrt(np.sum(values[rank:] ** 2) / total)) if total > 0 else 0.0
 
 
+def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
+    """Compute the relative error that a good decomposition with these bonds does not exceed.
+
+    A bond of `r` whose removal splits a network in two is a cut: the matrix, unfolded into the legs on both
+    sides, is approximated with rank `r`, and no network with that bond has a smaller error than its
+    discarded singular values `e`. Truncating cut by cut reaches `sqrt(sum of e^2)`, hence at most
+    `sqrt(number of cuts)` times the best error of the same bonds. Where all bonds that truncate separate rows
+    from columns the network contains the truncated SVD, and the bound is its error. A leg on both sides of a
+    cut numbers blocks, which are truncated one by one. In a sum of networks one term may do it all.
+
+    Args:
+        matrix: shape `(out_features, in_features)`.
+        topology: the network, with the bonds that were chosen.
+
+    Returns:
+        The bound, relative to the norm of the matrix; None where bonds form a loop.
+
+    Reference:
+        Oseledets 2011, "Tensor-Train Decomposition", theorem 2.2 and corollary 2.4; Grasedyck 2010,
+        "Hierarchical Singular Value Decomposition of Tensors", theorem 3.11.
+
+    Example:
+        >>> from tensornet.testing import reference
+        >>> topology = tn.topologies.low_rank(out_features=2, in_features=2, rank=1)
+        >>> reference.error_bound(torch.diag(torch.tensor([3.0, 4.0])), topology)
+        0.6
+    """
+    array = to_numpy(matrix) if isinstance(matrix, Tensor) else matrix
+    if topology.terms:
+        bounds = [error_bound(array, part) for _, part in topology.parts]
+        return min((bound for bound in bounds if bound is not None), default=None)
+    edges = _tree(topology)
+    if edges is None:
+        return None
+    padded = np.zeros(topology.padded_shape, dtype=array.dtype)
+    padded[: array.shape[0], : array.shape[1]] = array
+    legs = (*topology.out_labels, *topology.in_labels)
+    tensor = padded.reshape(*topology.out_dims, *topology.in_dims)
+    tails, separates = [], True
+    for a, b, rank in edges:
+        left = _reachable(a, [edge for edge in edges if edge != (a, b, rank)])
+        sides = [
+            {x for k, core in enumerate(topology.cores) if (k in left) == own for x in core.labels}
+            for own in (True, False)
+        ]
+        both = [x for x in legs if x in sides[0] and x in sides[1]]
+        rows, columns = ([x for x in legs if x in side and x not in both] for side in sides)
+        moved = tensor.transpose([legs.index(x) for x in (*both, *rows, *columns)])
+        shape = [int(np.prod([topology.size_of[x] for x in group])) for group in (both, rows, columns)]
+        values = np.linalg.svd(moved.reshape(shape), compute_uv=False)
+        if rank < values.shape[-1]:
+            tails.append(float(np.sqrt(np.sum(values[..., rank:] ** 2))))
+            long = {x for x in legs if topology.size_of[x] > 1}
+            ends = [long & set(topology.out_labels), long & set(topology.in_labels)]
+            separates &= [long & set(rows), long & set(columns)] in (ends, ends[::-1])
+    size = float(np.linalg.norm(array)) or 1.0
+    return (max(tails, default=0.0) if separates else float(np.linalg.norm(tails))) / size
+
+
+def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
+    """List the edges `(core, core, rank)` of a tree over all cores; None if the bonds form a loop.
+
+    Parts that no bond joins form a product, which is an edge of rank 1.
+    """
+    sizes: dict[tuple[int, ...], int] = {}
+    for label, size in topology.bond_dims.items():
+        ends = tuple(k for k, core in enumerate(topology.cores) if label in core.labels)
+        sizes[ends] = sizes.get(ends, 1) * size  # several bonds between the same cores are one
+    edges: list[tuple[int, int, int]] = []
+    for ends, size in sizes.items():
+        if len(ends) > 2 or (len(ends) == 2 and ends[1] in _reachable(ends[0], edges)):
+            return None
+        if len(ends) == 2:
+            edges.append((ends[0], ends[1], size))
+    for core in range(1, len(topology.cores)):
+        if core not in _reachable(0, edges):
+            edges.append((core - 1, core, 1))
+    return edges
+
+
+def _reachable(start: int, edges: Sequence[tuple[int, int, int]]) -> set[int]:
+    """Collect the cores that edges connect with one."""
+    found, before = {start}, 0
+    while len(found) > before:
+        before = len(found)
+        found |= {x for a, b, _ in edges if a in found or b in found for x in (a, b)}
+    return found
+
+
 def relative_error(matrix: Tensor | Array, approximation: Tensor | Array) -> float:
     """Compute `|W - W'|_F / |W|_F`, or `|W'|_F` if W is zero.
 

@@ -135,7 +135,10 @@ class TuckerFamily(FactoredFamily):
             bound_by = "rel_error"
         # A lower rank can cost more than it saves, by its factor; the second choice never exceeds the caps.
         whole = [leg if cap == leg else rank for rank, cap, leg in zip(ranks, caps, legs, strict=True)]
-        topology = min(at(ranks), at(whole), key=lambda topology: topology.num_params)
+        topology = at(ranks)
+        if at(whole).num_params < topology.num_params:  # legs without a factor lose nothing then
+            topology = at(whole)
+            core, factors, error = st_hosvd(matrix, out_dims, in_dims, whole, None, method)
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
     def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
