@@ -7,6 +7,7 @@ import torch
 from hf_architectures import PAGE_ARCHITECTURES
 from transformers import PreTrainedModel
 
+import tensornet_hf  # noqa: F401 (registers its extension)
 from tensornet.nn.extension import sample_batch
 
 #: Vision towers that take patches of their own layout, and the reason why Llama 4 fails without us as well.
