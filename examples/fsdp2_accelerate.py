@@ -62,7 +62,7 @@ def main():
         whole = AutoModelForCausalLM.from_pretrained(source)
         tn.compress(whole, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
         whole.load_state_dict(state)
-        th.save_model(whole, output, source=source)
+        th.save(whole, output, source=source)
         print(f"saved {type(th.load(output)).__name__} in {output}")
     accelerator.wait_for_everyone()
     # All that holds the process group: its threads would outlive it, and now and then abort as Python ends.

@@ -64,7 +64,7 @@ def main():
 
     output = options.paths[-1]
     source = None if options.toy else options.paths[0]
-    th.save_model(model, output, source=source)
+    th.save(model, output, source=source)
     vectors, expected = pooled(th.load(output).eval(), held_out), pooled(dense, held_out)
     print(f"cosine to the dense vectors: {float(cosine_similarity(vectors, expected).mean()):.4f}")
     change = (vectors @ vectors.T - expected @ expected.T).abs().max()

@@ -66,7 +66,7 @@ def main():
     Trainer(model, arguments, train_dataset=examples).train()
     trained = loss_of(model.cpu(), held_out)
 
-    th.save_model(model, Path(output) / "model", source=source)
+    th.save(model, Path(output) / "model", source=source)
     again = loss_of(th.load(Path(output) / "model"), held_out)
     print(f"loss: dense {dense:.3f}, compressed {compressed:.3f}, trained {trained:.3f}, loaded {again:.3f}")
 

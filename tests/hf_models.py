@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import tensornet as tn
-import tensornet_hf as th
+from tensornet_hf.quantizer import prepare_for_saving
 
 VOCAB = 101  # a prime: every vocabulary is padded
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -179,7 +179,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def compressed_names(model: PreTrainedModel) -> set[str]:
-    return set(th.prepare_for_saving(model) and model.config.quantization_config.layers)
+    return set(prepare_for_saving(model) and model.config.quantization_config.layers)
 
 
 @cache

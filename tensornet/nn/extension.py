@@ -177,8 +177,8 @@ def structure_changed(model: nn.Module) -> None:
     if any(map(_is_special, model.modules())):
         warn(
             f"save_pretrained of this {type(model).__name__} does not describe compressed layers, "
-            "and the folder could not be loaded. Before saving, `import tensornet_hf` and call "
-            "tensornet_hf.prepare_for_saving(model); or make it dense by tensornet.decompress(model)."
+            "and the folder could not be loaded. Save it with tensornet_hf.save(model, folder); or make it "
+            "dense by tensornet.decompress(model)."
         )
 
 

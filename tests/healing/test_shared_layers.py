@@ -19,7 +19,7 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.healing import refine
 from tensornet.healing.trained import compressed_layers
-from tensornet_hf.training.heal import heal
+from tensornet_hf.trainer import heal
 
 E = 4
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.45)
@@ -82,7 +82,7 @@ def test_healing_lowers_the_loss_and_trains_a_shared_core_once(tmp_path: Path) -
     assert not torch.equal(core, before)
     assert len({id(p) for p in small.parameters()}) == own
     want = logits(small)
-    th.save_model(small, tmp_path / "small")
+    th.save(small, tmp_path / "small")
     again = th.load(tmp_path / "small").eval()
     assert torch.equal(logits(again), want)
     assert len(shared_core(again)) == len(shared_core(small))
@@ -134,5 +134,5 @@ def test_the_trainer_heals_a_shared_core(tmp_path: Path) -> None:
     assert last < 0.8 * first
     assert shared_core(small)[0] is core
     assert not torch.equal(core, before)
-    th.save_model(small, tmp_path / "small")
+    th.save(small, tmp_path / "small")
     assert torch.equal(logits(th.load(tmp_path / "small").eval()), logits(small))

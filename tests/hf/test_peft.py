@@ -188,10 +188,10 @@ def test_model_and_adapters_are_saved_apart(tmp_path: Path) -> None:
         with pytest.raises(
             tn.TargetError, match=r"save_model\(model\.unload\(\), .*load_adapters.*merge_adapters"
         ):
-            th.save_model(whole, tmp_path / "model")
+            th.save(whole, tmp_path / "model")
         assert not (tmp_path / "model").exists()
     made.save_pretrained(tmp_path / "adapters")
-    th.save_model(made.unload(), tmp_path / "model")
+    th.save(made.unload(), tmp_path / "model")
     again = load_adapters(th.load(tmp_path / "model"), tmp_path / "adapters").eval()
     torch.testing.assert_close(logits(again), before, atol=0, rtol=0)
 
@@ -207,7 +207,7 @@ def test_adapters_are_saved_where_a_part_was_compressed(tmp_path: Path) -> None:
 def test_prompts_are_not_saved_for_the_model(tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(tn.TargetError, match="Adapters are attached"):
-        th.save_model(get_peft_model(compressed(), config), tmp_path / "model")
+        th.save(get_peft_model(compressed(), config), tmp_path / "model")
 
 
 def test_broken_adapter_is_not_merged() -> None:

@@ -79,7 +79,7 @@ def test_a_folder_stores_shared_cores_once(family: str, budget: dict[str, object
     if family == "olmoe":
         assert any(x.storage.quantized for x in report.stacks)
     want = logits(model)
-    th.save_model(model, tmp_path / "small")
+    th.save(model, tmp_path / "small")
     (file,) = (tmp_path / "small").glob("*.safetensors")
     assert sum(x.nbytes for x in load_file(file).values()) == model_size(model)[1]
     for again in (th.load(tmp_path / "small").eval(), type(model).from_pretrained(tmp_path / "small").eval()):

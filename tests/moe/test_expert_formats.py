@@ -20,7 +20,8 @@ from tensornet.errors import FormatError
 from tensornet.healing import trained_scales
 from tensornet.nn import build_module, module_spec
 from tensornet.nn.encoding import Storage
-from tensornet_hf.checkpoint.inspection import inspect_folder
+from tensornet_hf.inspect import inspect_folder
+from tensornet_hf.quantizer import prepare_for_saving
 
 IDS = torch.tensor([[5, 7, 9, 11, 13, 6]])
 FORMATS = ["float", "bf16", "int8", "int6:g32", "int4", "int3:row:zero", "int2:g32:float8"]
@@ -167,7 +168,7 @@ def test_a_mixture_in_integers_saves_loads_and_trains(tmp_path: Path) -> None:
     for module in model.modules():
         if isinstance(module, tm.SharedCoreExperts):
             module.quantize("int8")
-    th.prepare_for_saving(model)
+    prepare_for_saving(model)
     expected = logits(model)
     assert 0 < float((expected - dense).abs().max()) < 0.3 * float(dense.abs().max())
     model.save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf.checkpoint.headers import read_checkpoint
+from tensornet_hf.checkpoint import read_checkpoint
 
 FORMS = {"pivoted": {"pivoted": True}, "int8": {"bits_per_weight": 9, "formats": ("int8",)}}
 each_form = pytest.mark.parametrize("form", FORMS)

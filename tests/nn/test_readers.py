@@ -20,7 +20,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.nn.unfuse import unfused
 from tensornet.nn.weight_readers import weight_readers
-from tensornet_hf.checkpoint.headers import read_checkpoint
+from tensornet_hf.checkpoint import read_checkpoint
 
 
 class Reader(nn.Module):

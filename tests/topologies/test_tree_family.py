@@ -19,7 +19,7 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import TopologyFamily, registered
-from tensornet_hf.checkpoint.headers import read_checkpoint
+from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.report import ModelFacts, Page, bond_spectra, write_report
 
@@ -113,7 +113,7 @@ def test_compress_save_load_and_report(tmp_path: Path) -> None:
     tn.save_model(model, tmp_path / "model.safetensors")
     again = tn.load_model(gpt2()[0], tmp_path / "model.safetensors")
     torch.testing.assert_close(again.eval()(batches[0]).logits, expected)
-    th.save_model(model, tmp_path / "folder")
+    th.save(model, tmp_path / "folder")
     torch.testing.assert_close(th.load(tmp_path / "folder").eval()(batches[0]).logits, expected)
 
     spectra = {layer.name: bond_spectra(matrices[layer.name], layer) for layer in plan}
@@ -186,6 +186,6 @@ def test_a_model_is_upcycled_with_a_shared_root(tmp_path: Path) -> None:
     torch.testing.assert_close(model.eval()(batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
     banks = [module for module in model.modules() if isinstance(module, tm.SharedCoreExperts)]
     assert {bank.topology.family for bank in banks} == {"tree"}
-    th.save_model(model, tmp_path / "mixture")
+    th.save(model, tmp_path / "mixture")
     loaded = th.load(tmp_path / "mixture").eval()
     torch.testing.assert_close(loaded(batches[0]).logits, model(batches[0]).logits)

@@ -9,20 +9,17 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
 import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
 from tensornet.nn.extension import register_extension
-from tensornet_hf.checkpoint.export import ExportReport, export_compressed_tensors
-from tensornet_hf.checkpoint.load import load
-from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
-from tensornet_hf.checkpoint.quantizer import prepare_for_saving
-from tensornet_hf.checkpoint.save import decompress, save_model
+from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress_options import CompressOptions, OptionError
+from tensornet_hf.description import TensorNetworkConfig
+from tensornet_hf.export.compressed_tensors import ExportReport, export_compressed_tensors
 from tensornet_hf.extension import TransformersExtension
 from tensornet_hf.folder_compression import FolderReport, PlannedFolder, compress_folder, plan_folder
-from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
-from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_hf.pipeline import upcycle_folder
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import CheckpointReport, WorkerError, compress_checkpoint
-from tensornet_hf.training.callbacks import GradientMaskCallback, RouterStatsCallback
+from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback
+from tensornet_hf.upcycle import MoEConfig, UpcycleReport, upcycle
 
 register_extension(TransformersExtension())
 
@@ -46,8 +43,7 @@ __all__ = [
     "export_compressed_tensors",
     "load",
     "plan_folder",
-    "prepare_for_saving",
-    "save_model",
+    "save",
     "upcycle",
     "upcycle_folder",
 ]

@@ -10,12 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
 from tensornet_hf import pipeline
-from tensornet_hf.checkpoint.folders import check_free
-from tensornet_hf.checkpoint.inspection import weight_bytes
-from tensornet_hf.checkpoint.load import on_device
-from tensornet_hf.checkpoint.save import save_model
+from tensornet_hf.checkpoint import check_free, on_device, save
 from tensornet_hf.comparison import Comparison, Sampler, compare_baselines, folder_page
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
+from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.report import Page, write_report
 from tensornet_hf.report.page import plain
 
@@ -96,7 +94,7 @@ def run_demo(
     started = clock.last - clock.laps["calibrate and plan"]
     done = pipeline.carry_out(model, planned, stats, started=started, progress=progress)
     clock.lap("compress")
-    save_model(model, folder, source=source, force=force)
+    save(model, folder, source=source, force=force)
     # Users of the folder have only transformers and one import of tensornet_hf.
     reloaded = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
     clock.lap("save and load again")

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from tensornet.nn.extension import ModelExtension, ProvidedData, Run
-from tensornet_hf.checkpoint.quantizer import prepare_for_saving
-from tensornet_hf.checkpoint.stacked_experts import experts_apart, tell_padding
+from tensornet_hf.experts import experts_apart, tell_padding
+from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.sample_batch import sample_batch
 from tensornet_hf.sample_runs import sample_runs
 from tensornet_hf.text.default_data import embedded_text

@@ -24,11 +24,10 @@ from tensornet.compression.compress import gather
 from tensornet.compression.report import Coverage
 from tensornet.errors import BudgetError, TargetError
 from tensornet_hf import pipeline
-from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
-from tensornet_hf.checkpoint.inspection import weight_bytes
-from tensornet_hf.checkpoint.load import on_device, resolve_folder
+from tensornet_hf.checkpoint import HUB, check_free, on_device, resolve_folder, save
 from tensornet_hf.comparison import Comparison, compare_baselines, folder_page
 from tensornet_hf.compress_options import CompressOptions, OptionError
+from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.report import ModelFacts, write_report
 from tensornet_hf.report.facts import compact_bytes
 from tensornet_hf.report.page import display_name
@@ -186,7 +185,7 @@ def compress_folder(source: str | Path, destination: str | Path, options: Compre
         raise OptionError("{workers} writes to a local folder; name one.")
     texts = _Texts.read(options)
     folder = resolve_folder(source)
-    require_free(str(destination), source=folder, force=options.force)
+    check_free(destination, force=options.force, sources=(folder,))
     if options.workers is not None:
         return _streamed(str(source), folder, str(destination), options, texts)
     work = _plan(folder, options, texts)
@@ -370,7 +369,7 @@ def _carried_out(
         done = replace(done, seconds=time.perf_counter() - started)
     stored = pipeline.stored_as(model, pipeline.dtype_of(options.dtype))
     found = (None, None) if comparison is None else comparison.of(stored)
-    save_to(stored, destination, source=work.folder, force=options.force)
+    save(stored, destination, source=work.folder, force=options.force)
     if file is not None:
         file.end()
     return done, found, notes

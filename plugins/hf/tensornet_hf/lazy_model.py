@@ -33,8 +33,7 @@ from transformers.core_model_loading import (
 
 from tensornet.errors import FormatError
 from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice, read_headers
-from tensornet_hf.checkpoint.headers import INDEX, WEIGHT_SUFFIXES, weight_files
-from tensornet_hf.checkpoint.json_files import read_json
+from tensornet_hf.checkpoint import INDEX, WEIGHT_SUFFIXES, read_json, weight_files
 
 #: Identifies a file between two runs: bytes, time of change in ns, SHA-256 of its header if it has one.
 Mark = tuple[int, int, str | None]

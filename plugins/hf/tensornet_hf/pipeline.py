@@ -20,13 +20,10 @@ from tensornet.errors import TargetError
 from tensornet.healing import HealReport, RefineReport, heal, refine
 from tensornet.nn.targets import all_targets, list_weights
 from tensornet.nn.unfuse import unfused
-from tensornet_hf.checkpoint.headers import read_checkpoint
-from tensornet_hf.checkpoint.hub import require_free, save_to
-from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
-from tensornet_hf.moe.upcycle import UpcycleReport, upcycle
-from tensornet_hf.moe.upcycle_config import MoEConfig
+from tensornet_hf.checkpoint import check_free, load, on_device, read_checkpoint, resolve_folder, save
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
 from tensornet_hf.text.calibration_data import CalibrationData, calibration_data
+from tensornet_hf.upcycle import MoEConfig, UpcycleReport, upcycle
 
 #: Tokens of a validation text that are used: for the dense model and for each size that is measured.
 VALIDATION_TOKENS = 10_240
@@ -310,9 +307,9 @@ def upcycle_folder(
     stored = dtype_of(dtype)
     folder = resolve_folder(source)
     if destination is not None:
-        require_free(str(destination), source=folder, force=force)
+        check_free(destination, force=force, sources=(folder,))
     model = on_device(open_dense(folder), device)
     report = upcycle(model, config, progress=progress)
     if destination is not None:
-        save_to(stored_as(model, stored), str(destination), source=folder, force=force)
+        save(stored_as(model, stored), destination, source=folder, force=force)
     return report

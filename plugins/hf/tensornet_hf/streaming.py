@@ -54,13 +54,8 @@ from tensornet.io import (
 )
 from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
-from tensornet_hf.checkpoint.describe import describe
-from tensornet_hf.checkpoint.folders import check_free
-from tensornet_hf.checkpoint.guards import GUARD_SHAPE, replaced_names
-from tensornet_hf.checkpoint.headers import INDEX, WEIGHTS
-from tensornet_hf.checkpoint.json_files import read_json
-from tensornet_hf.checkpoint.model_card import CARD, write_card
-from tensornet_hf.checkpoint.quantization_config import TensorNetworkConfig
+from tensornet_hf.checkpoint import CARD, INDEX, WEIGHTS, check_free, read_json, write_card
+from tensornet_hf.description import GUARD_SHAPE, TensorNetworkConfig, describe, replaced_names
 from tensornet_hf.lazy_model import LazyModel, Source, check_unchanged, marks_now, open_lazily, open_source
 
 #: Bytes of the source that become one file; memory holds what they are compressed to.

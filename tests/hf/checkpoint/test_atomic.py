@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 import tensornet_hf as th
 from tensornet.errors import DestinationError
-from tensornet_hf.checkpoint.folders import check_free, write_folder
+from tensornet_hf.checkpoint import check_free, write_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -114,7 +114,7 @@ import resource, tensornet as tn, tensornet_hf as th
 model = th.load({str(tmp_path / "source")!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    th.save_model(model, {str(tmp_path / "small")!r}, source={str(tmp_path / "source")!r})
+    th.save(model, {str(tmp_path / "small")!r}, source={str(tmp_path / "source")!r})
 except tn.DestinationError as error:
     raise SystemExit(0 if "failed" in str(error) else f"unclear: {{error}}")
 raise SystemExit("no error")
@@ -140,7 +140,7 @@ def test_save_model_copies_what_belongs_to_the_model(tmp_path: Path) -> None:
         (source / name).write_text("do not copy")
     before = contents(source)
     model = architecture.compressed
-    assert th.save_model(model, tmp_path / "small", source=source) == tmp_path / "small"
+    assert th.save(model, tmp_path / "small", source=source) == tmp_path / "small"
     assert contents(source) == before
     got = contents(tmp_path / "small")
     assert got.keys() == {
@@ -156,6 +156,6 @@ def test_save_model_copies_what_belongs_to_the_model(tmp_path: Path) -> None:
     assert b"import tensornet_hf" in got["README.md"]
     assert logits(th.load(tmp_path / "small"), architecture).equal(logits(model, architecture))
     with pytest.raises(DestinationError, match="exists already"):
-        th.save_model(model, tmp_path / "small", source=source)
-    th.save_model(th.decompress(model), tmp_path / "small", source=source, force=True)
+        th.save(model, tmp_path / "small", source=source)
+    th.save(th.decompress(model), tmp_path / "small", source=source, force=True)
     assert "README.md" not in contents(tmp_path / "small")  # an ordinary model again

@@ -210,11 +210,10 @@ def test_wrong_shape_of_a_core(folder: Path, load: Callable[[Path], object]) -> 
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float64])
 @load_either_way
-def test_wrong_dtype_of_a_core(folder: Path, load: Callable[[Path], object], dtype: torch.dtype) -> None:
-    edit_weights(folder, lambda tensors: tensors.update({CORE: tensors[CORE].to(dtype)}))
-    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is stored as {str(dtype)[6:]}.*float32"):
+def test_integers_in_place_of_a_core(folder: Path, load: Callable[[Path], object]) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({CORE: tensors[CORE].to(torch.int8)}))
+    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is stored as int8"):
         load(folder)
 
 

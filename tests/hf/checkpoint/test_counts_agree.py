@@ -10,9 +10,9 @@ import pytest
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.report import model_size
-from tensornet_hf.checkpoint.inspection import inspect_folder
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.evaluation.side_by_side import compare_folders
+from tensornet_hf.inspect import inspect_folder
 
 MLP = ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
 

@@ -154,7 +154,7 @@ def test_transformers_alone_ties_the_head_again(tmp_path: Path) -> None:
 
 
 def test_command_exports_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    th.save_model(compressed(), tmp_path / "small")
+    th.save(compressed(), tmp_path / "small")
     assert run(["export", str(tmp_path / "small"), str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "10 layers packed, 3 written dense" in out

@@ -24,8 +24,8 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TensorNetError
 from tensornet.io import read_header, write_tensors
-from tensornet_hf.checkpoint.headers import check_layers, read_checkpoint, read_compression, read_headers
-from tensornet_hf.checkpoint.json_files import read_json
+from tensornet_hf.checkpoint import read_checkpoint, read_compression, read_json
+from tensornet_hf.description import check_layers, read_headers
 from tensornet_hf.lazy_model import Source, check_values, open_lazily
 
 HEADERS, CONFIGS, DESCRIPTIONS, PLANS = 6_000, 5_000, 3_500, 2_000

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipelin
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf.checkpoint.headers import read_checkpoint
-from tensornet_hf.checkpoint.inspection import inspect_folder
+from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.inspect import inspect_folder
 
 #: Tries to load each folder by each call; prints what came of it, a line each.
 STRANGER = """

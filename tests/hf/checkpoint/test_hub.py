@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import PreTrainedModel
 
 from tensornet.errors import DestinationError
-from tensornet_hf.checkpoint.hub import save_to
+from tensornet_hf.checkpoint import save
 
 
 @dataclass
@@ -66,14 +66,14 @@ def test_a_repository_whose_upload_fails_is_deleted(hub: Hub, model: PreTrainedM
     """So that the same command can be run again."""
     hub.upload_error = OSError("network down\nand much more")
     with pytest.raises(DestinationError, match=r"^Cannot upload to hf://me/new: network down$"):
-        save_to(model, "hf://me/new", source=tmp_path)
+        save(model, "hf://me/new", source=tmp_path)
     assert hub.files == {}
     hub.upload_error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        save_to(model, "hf://me/new", source=tmp_path)
+        save(model, "hf://me/new", source=tmp_path)
     assert hub.files == {}
     hub.upload_error = None
-    save_to(model, "hf://me/new", source=tmp_path)
+    save(model, "hf://me/new", source=tmp_path)
     assert hub.files["me/new"] >= {"config.json", "model.safetensors"}
 
 
@@ -83,7 +83,7 @@ def test_a_new_repository_that_cannot_be_deleted_is_named(
     hub.upload_error, hub.delete_error = OSError("network down"), OSError("still down")
     text = r"network down; the new repository me/new could not be deleted \(still down\): delete it yourself"
     with pytest.raises(DestinationError, match=text):
-        save_to(model, "hf://new", source=tmp_path)
+        save(model, "hf://new", source=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["me/old", "old"])
@@ -94,9 +94,9 @@ def test_a_repository_that_was_there_is_never_deleted(
     hub.files["me/old"] = {"config.json"}
     hub.upload_error = OSError("network down")
     with pytest.raises(DestinationError, match=r"exists already|409 Conflict"):
-        save_to(model, f"hf://{name}", source=tmp_path)
+        save(model, f"hf://{name}", source=tmp_path)
     with pytest.raises(DestinationError, match="network down"):
-        save_to(model, f"hf://{name}", source=tmp_path, force=True)
+        save(model, f"hf://{name}", source=tmp_path, force=True)
     assert hub.files == {"me/old": {"config.json"}}
 
 
@@ -105,5 +105,5 @@ def test_weights_of_the_model_before_are_replaced(hub: Hub, model: PreTrainedMod
     others = {"pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "onnx/model.onnx"}
     kept = {".gitattributes", "LICENSE", "README.md", "tokenizer.json"}
     hub.files["me/old"] = shards | others | kept
-    save_to(model, "hf://me/old", source=tmp_path, force=True)
+    save(model, "hf://me/old", source=tmp_path, force=True)
     assert hub.files["me/old"] == kept | {"config.json", "generation_config.json", "model.safetensors"}

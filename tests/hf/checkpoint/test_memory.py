@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import tensornet_hf as th
 from tensornet.compression.apply import set_submodule
 from tensornet.nn import build_module
 from tensornet.topologies import topology_family
+from tensornet_hf.quantizer import prepare_for_saving
 
 MB = 2**20
 
@@ -21,6 +21,7 @@ MEASURE = """
 import resource, sys, threading, time
 import psutil, torch
 import tensornet_hf as th
+from tensornet_hf.quantizer import prepare_for_saving
 
 torch.set_num_threads(1)
 th.load(sys.argv[1] + "/tiny")  # what is imported late is imported before the count starts
@@ -79,7 +80,7 @@ def make(layers: int, hidden: int) -> tuple[PreTrainedModel, int, int]:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     model.tie_weights()
-    th.prepare_for_saving(model)
+    prepare_for_saving(model)
     return model, sum(sizes), max(sizes)
 
 

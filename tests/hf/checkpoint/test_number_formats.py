@@ -18,8 +18,8 @@ from tensornet.compression.plan import LayerPlan
 from tensornet.nn.encoding import Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import topology_family
-from tensornet_hf.checkpoint.inspection import inspect_folder
 from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.inspect import inspect_folder
 
 FORMATS = ["int8:row", "int5:g32", "int4:g32:zero", "int3", "int2:g32:float8", "bf16"]
 TABLE = "transformer.wte"
@@ -64,7 +64,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("formats") / "model"
-    th.save_model(quantized(), path)
+    th.save(quantized(), path)
     return path
 
 

@@ -21,7 +21,7 @@ import tensornet_hf as th
 from tensornet.errors import TargetError
 from tensornet.nn.targets import find_targets
 from tensornet.nn.unfuse import unfuse, unfused
-from tensornet_hf.checkpoint.stacked_experts import SplitExperts, experts_apart
+from tensornet_hf.experts import SplitExperts, experts_apart
 
 EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")

@@ -38,7 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = th.load(gpt2_path())
     config = tn.CompressionConfig(formats=("int4",), bits_per_weight=5, objective="weight")
     tn.compress(model, config, progress=False)
-    th.save_model(model, folder, source=gpt2_path())
+    th.save(model, folder, source=gpt2_path())
     return folder
 
 
@@ -302,7 +302,7 @@ def test_models_of_images_are_timed_by_the_image(tensornet: Run, kind: str) -> N
         model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
     model.save_pretrained("dense")
     tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
-    th.save_model(model, Path("ours"), source=Path("dense"))
+    th.save(model, Path("ours"), source=Path("dense"))
     status, out, _ = tensornet("compare", "dense", "ours", "--json", "--plot", "c.svg")
     assert status == 0
     assert [x["timed"] for x in json.loads(out)["models"]] == ["image", "image"]

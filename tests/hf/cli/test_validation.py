@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hf.cli.test_failures import tensornet
 
-from tensornet_hf.checkpoint.load import load
+from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text.perplexity import perplexity

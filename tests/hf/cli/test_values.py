@@ -9,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from tensornet_hf.checkpoint.load import load
+from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.cli.values import parse_device, parse_share, parse_size
 from tensornet_hf.embedded import gpt2_path, heldout_text

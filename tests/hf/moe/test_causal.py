@@ -49,7 +49,7 @@ def test_expert_choice_in_an_encoder_decoder_is_for_the_encoder() -> None:
     assert len(mixtures(model)) == len(mixtures(model.get_encoder())) == 2
 
 
-def test_the_class_name_does_not_decide_what_is_causal() -> None:
+def test_a_configuration_may_say_that_a_decoder_is_none() -> None:
     model = ARCHITECTURES["llama"].dense
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
@@ -58,37 +58,23 @@ def test_the_class_name_does_not_decide_what_is_causal() -> None:
     assert len(mixtures(model)) == 2
 
 
-class Mixer(nn.Module):
-    """A model whose inputs nobody knows: tokens `(batch, tokens, 12)`, mixed before its one network."""
+class Network(nn.Module):
+    """A model that declares nothing."""
 
-    def __init__(self, *, causal: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        mix = torch.full((6, 6), 1 / 6)
-        self.register_buffer("mix", mix.tril() if causal else mix)
-        self.ffn = nn.Module()
-        self.ffn.up_proj, self.ffn.act, self.ffn.down_proj = nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12)
-        self.ffn.forward = lambda x: self.ffn.down_proj(self.ffn.act(self.ffn.up_proj(x)))
+        self.up_proj, self.act, self.down_proj = nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ffn(self.mix @ x)
+        return self.down_proj(self.act(self.up_proj(x)))
 
 
-def test_any_model_is_asked_with_an_example() -> None:
-    example = {"x": torch.randn(3, 6, 12)}
-    with pytest.raises(TargetError, match=r"Mixer is causal is found by running it.*example="):
-        th.upcycle(Mixer(causal=False), CHOICE)
-    with pytest.raises(TargetError, match="1 of 1 feed-forward networks are causal, the first is ffn"):
-        th.upcycle(Mixer(causal=True), CHOICE, example=example)
-    with pytest.raises(TargetError, match=r"Mixer does not run on y.*unexpected keyword"):
-        th.upcycle(Mixer(causal=True), CHOICE, example={"y": torch.zeros(1)})
-    with pytest.raises(TargetError, match=r"Exchanging the last element of x_mask changes nothing"):
-        th.upcycle(_Masked(causal=True), CHOICE, example={"x_mask": torch.ones(1, 6)})
-    assert len(th.upcycle(Mixer(causal=False), CHOICE, example=example).layers) == 1
-
-
-class _Masked(Mixer):
-    def forward(self, x_mask: torch.Tensor) -> torch.Tensor:
-        return super().forward(torch.ones(1, 6, 12) * x_mask[..., None])
+@pytest.mark.parametrize("causal", [None, True])
+def test_other_models_are_refused_unless_the_caller_declares_them(causal: bool | None) -> None:
+    with pytest.raises(TargetError, match="causal=False"):
+        th.upcycle(nn.ModuleDict({"ffn": Network()}), CHOICE, causal=causal)
+    model = nn.ModuleDict({"ffn": Network()})
+    assert len(th.upcycle(model, CHOICE, causal=False).layers) == 1
 
 
 def switch_transformers() -> PreTrainedModel:

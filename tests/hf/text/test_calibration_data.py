@@ -23,7 +23,7 @@ from transformers import (
 import tensornet as tn
 from tensornet.calibration import cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.losses import IGNORED
-from tensornet_hf.checkpoint.load import load
+from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
 from tensornet_hf.text.calibration_data import calibration_data

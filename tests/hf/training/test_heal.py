@@ -28,7 +28,7 @@ from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.peft import lora_config
 from tensornet_hf.text.calibration_data import calibration_data
 from tensornet_hf.text.tokens import load_tokenizer, token_ids
-from tensornet_hf.training.heal import HealingTrainer, heal
+from tensornet_hf.trainer import HealingTrainer, heal
 
 
 @torch.no_grad()

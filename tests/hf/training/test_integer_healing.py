@@ -24,7 +24,7 @@ from tensornet.healing.trained import compressed_layers
 from tensornet.nn.encoding import Storage
 from tensornet.topologies import residual
 from tensornet_hf.peft import lora_config, merge_adapters
-from tensornet_hf.training.heal import heal
+from tensornet_hf.trainer import heal
 
 RESIDUAL = Storage(number_format="bf16", core_formats={"base": "int2"})  # type: ignore[arg-type]
 

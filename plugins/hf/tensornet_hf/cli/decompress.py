@@ -2,11 +2,9 @@
 
 from tensornet.compression.report import model_size
 from tensornet_hf import pipeline as conversion
-from tensornet_hf.checkpoint.hub import HUB, require_free, save_to
-from tensornet_hf.checkpoint.inspection import weight_bytes
-from tensornet_hf.checkpoint.load import on_device, resolve_folder
-from tensornet_hf.checkpoint.save import decompress
+from tensornet_hf.checkpoint import HUB, check_free, decompress, on_device, resolve_folder, save
 from tensornet_hf.cli import options as shared
+from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.report.facts import compact_bytes
 
 
@@ -24,11 +22,11 @@ def run(
     """
     stored = conversion.dtype_of(dtype)
     folder = resolve_folder(source)
-    require_free(destination, source=folder, force=force)
+    check_free(destination, force=force, sources=(folder,))
     model = on_device(conversion.open_compressed(folder), device)
     before, _ = model_size(model)
     decompress(model)
-    save_to(conversion.stored_as(model, stored), destination, source=folder, force=force)
+    save(conversion.stored_as(model, stored), destination, source=folder, force=force)
     after, _ = model_size(model)
     size = None if destination.startswith(HUB) else weight_bytes(destination)
     if as_json:

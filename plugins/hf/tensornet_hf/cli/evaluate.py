@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
+from tensornet_hf.checkpoint import load, on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.evaluation import run_tasks
 from tensornet_hf.text.perplexity import perplexity

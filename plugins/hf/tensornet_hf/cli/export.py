@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf.checkpoint.export import export_compressed_tensors
-from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.checkpoint import resolve_folder
 from tensornet_hf.cli import options as shared
+from tensornet_hf.export.compressed_tensors import export_compressed_tensors
 
 
 def run(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tensornet_hf.checkpoint.load import load, on_device, resolve_folder
+from tensornet_hf.checkpoint import load, on_device, resolve_folder
 from tensornet_hf.cli import options as shared
 from tensornet_hf.text.tokens import continue_text, has_chat_template, load_tokenizer
 

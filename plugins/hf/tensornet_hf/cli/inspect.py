@@ -1,8 +1,8 @@
 """`tensornet inspect`: list the layers of a model folder."""
 
-from tensornet_hf.checkpoint.inspection import Inspection, inspect_folder
-from tensornet_hf.checkpoint.load import resolve_folder
+from tensornet_hf.checkpoint import resolve_folder
 from tensornet_hf.cli import options as shared
+from tensornet_hf.inspect import Inspection, inspect_folder
 from tensornet_hf.report.facts import compact_bytes
 
 

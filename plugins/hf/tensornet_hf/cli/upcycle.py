@@ -6,9 +6,8 @@ import typer
 
 from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.values import parse_share
-from tensornet_hf.moe.upcycle import UpcycleReport
-from tensornet_hf.moe.upcycle_config import MoEConfig
 from tensornet_hf.pipeline import upcycle_folder
+from tensornet_hf.upcycle import MoEConfig, UpcycleReport
 
 
 def run(

@@ -11,10 +11,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from tensornet.errors import FormatError, MissingDependencyError
-from tensornet_hf.checkpoint.headers import WEIGHT_SUFFIXES, Checkpoint
-from tensornet_hf.checkpoint.json_files import read_json
-from tensornet_hf.checkpoint.load import load, model_class
-from tensornet_hf.checkpoint.quantization_config import METHOD
+from tensornet_hf.checkpoint import Checkpoint, WEIGHT_SUFFIXES, load, model_class, read_json
+from tensornet_hf.description import METHOD
 
 #: Method in `quantization_config` -> module that transformers imports for it, and its name for pip.
 _PACKAGES: Mapping[str, tuple[str, str]] = {

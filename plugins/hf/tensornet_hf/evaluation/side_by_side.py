@@ -15,7 +15,7 @@ from tensornet._util import import_optional, in_eval_mode, progress_bar
 from tensornet.errors import TargetError
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet_hf.checkpoint.load import on_device, resolve_folder
+from tensornet_hf.checkpoint import on_device, resolve_folder
 from tensornet_hf.evaluation.quantizers import bytes_on_disk, count_weights, load_any, quantization_method
 from tensornet_hf.report.page import display_name
 from tensornet_hf.text.quality import Judge, Quality, judge_of

@@ -14,7 +14,7 @@ import tensornet as tn
 from tensornet import CalibrationStats, HealReport
 from tensornet.healing import RefineReport
 from tensornet_hf import pipeline
-from tensornet_hf.checkpoint.hub import HUB
+from tensornet_hf.checkpoint import HUB
 from tensornet_hf.lazy_model import open_source
 from tensornet_hf.streaming import digest
 

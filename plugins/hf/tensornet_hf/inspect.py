@@ -9,13 +9,8 @@ from typing import Any
 from tensornet.compression.plan import describe
 from tensornet.nn.encoding import Storage
 from tensornet.topology import Topology
-from tensornet_hf.checkpoint.headers import (
-    Checkpoint,
-    PromisedTensor,
-    StoredTensor,
-    promised_tensors,
-    read_checkpoint,
-)
+from tensornet_hf.checkpoint import Checkpoint, read_checkpoint
+from tensornet_hf.description import StoredTensor, promised_tensors
 
 
 @dataclass(frozen=True)
@@ -106,16 +101,12 @@ def weight_bytes(folder: str | Path) -> int:
 
 def _stored_numbers(checkpoint: Checkpoint) -> dict[str, int]:
     """Count the numbers in every stored tensor, packed integers one by one."""
-    counts = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # by description: the layers of a model repeat a few
     layers = {} if checkpoint.compression is None else checkpoint.compression.layers
-    for layer, spec in layers.items():
-        if (key := repr(spec)) not in known:
-            known[key] = promised_tensors(layer, spec)
-        for name, tensor in known[key].items():
-            if f"{layer}.{name}" in counts:
-                counts[f"{layer}.{name}"] = tensor.numbers
-    return counts
+    promised = promised_tensors(layers)
+    return {
+        name: promised[name].numbers if name in promised else math.prod(tensor.shape)
+        for name, tensor in checkpoint.tensors.items()
+    }
 
 
 def _stored_layer(

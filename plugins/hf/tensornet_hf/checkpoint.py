@@ -1,0 +1,599 @@
+"""Model folders: read and check them, load a model from one, save a model as one.
+
+Folders come from strangers. Nothing is unpickled, sizes are bounded before anything is allocated, and what is
+missing, surplus or contradictory is refused with its name.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import tensornet as tn
+from tensornet._util import unwrapped, warn
+from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
+from tensornet.io import new_folder, restore_earlier
+from tensornet.nn.targets import adapter_names
+from tensornet_hf.description import (
+    METHOD,
+    StoredTensor,
+    TensorNetworkConfig,
+    check_layers,
+    layer_descriptions,
+    names_a_core,
+    read_headers,
+    without_guards,
+)
+from tensornet_hf.quantizer import prepare_for_saving
+from tensornet_hf.text.tokens import first_line
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Other forms of weights; a compressed model must not carry the dense ones along.
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot",
+    ".npz", ".onnx_data", ".tflite", ".mlmodel",
+)  # fmt: skip
+#: No configuration and no index comes near this many bytes.
+MAX_JSON = 256_000_000
+#: Addresses on the hub begin with this.
+HUB = "hf://"
+#: What a model needs from the hub, and nothing that has to be unpickled.
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+#: Options of `from_pretrained` that say which files on the hub are meant.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+#: Copied from the source of a model: tokenizer, templates, license. Weights, pickles and code are not.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
+LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
+#: Written anew by `save_pretrained`, or about weights that are not copied.
+NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
+#: Where sentence-transformers lists its modules and their folders.
+MODULES = "modules.json"
+CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+_CARD_TEXT = """\
+---
+library_name: transformers
+tags:
+- tensornet
+- tensor-network
+---
+
+# Layers of this model are made of cores
+
+`import tensornet_hf` first: without it, transformers does not know the quantization type `tensornet`, and
+refuses the folder because of the empty tensors in place of dense weights.
+
+```python
+# pip install 'tensornet-torch[hf]'
+import tensornet_hf
+
+model = tensornet_hf.load("path/of/this/folder")
+```
+
+`AutoModel...from_pretrained` works as well, after the import. The class is `{architecture}`. Which layers are
+made of cores, and of which, is said in `config.json` under `quantization_config`.
+
+`tensornet decompress` makes an ordinary model of it again.
+"""
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Validated model folder: its configuration, description and tensor headers.
+
+    Args:
+        folder: where it is.
+        config: content of `config.json`.
+        compression: description of the compressed modules, None for an ordinary model.
+        tensors: every stored tensor by name, without guards.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    compression: TensorNetworkConfig | None
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that hold weights."""
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read and check a model folder from the headers of its files.
+
+    Raises:
+        FormatError: something is missing, surplus, damaged or contradictory; the message names it.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        exists = (
+            "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        )
+        raise FormatError(
+            f"{folder} is not a model folder: it {exists}. Give a folder written by save_pretrained, or a "
+            "hub id."
+        )
+    config = read_json(folder / "config.json")
+    tensors = read_headers(weight_files(folder)[0])
+    compression = read_compression(config)
+    if compression is not None:
+        tensors = without_guards(tensors)
+        check_layers(compression, tensors, where=str(folder))
+    elif cores := [name for name in tensors if names_a_core(name)]:
+        raise FormatError(
+            f"{folder} stores cores ({cores[0]} and {len(cores) - 1} more), but its config.json has no "
+            "quantization_config that describes them. Restore the config.json that was saved with the model; "
+            "if layers were replaced by hand, or in a part of a model, save it with tensornet_hf.save."
+        )
+    return Checkpoint(folder, config, compression, tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+        FormatError: absent, unreadable, too large, not JSON, nested without end, or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise FormatError(f"{path} has {size:,} bytes; at most {MAX_JSON:,} are read of a JSON file.")
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise FormatError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, bad JSON, numbers of thousands of digits
+        raise FormatError(f"{path} is not valid JSON ({error!s:.200}). Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
+    return content
+
+
+def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
+    """Return the description of the compressed modules in a configuration, None for an ordinary model.
+
+    Raises:
+        FormatError: it is damaged, of an unknown version, or of another quantization method.
+    """
+    entry = config.get("quantization_config")
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        raise FormatError(
+            f"The model is quantized by {method!r}, not by {METHOD!r}. Use the original model, with weights "
+            "in floating point."
+        )
+    try:
+        return TensorNetworkConfig(**entry)
+    except FormatError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"The quantization_config of the model is damaged: {error}") from error
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Find the safetensors files of a model folder.
+
+    Returns:
+        The files, and the index `{tensor: file name}`, empty for a single file.
+
+    Raises:
+        FormatError: no such file, one of the index is missing or lies elsewhere, or weights are pickled.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS], {}
+    if not (folder / INDEX).is_file():
+        other = sorted(x.name for x in folder.iterdir() if x.suffix in WEIGHT_SUFFIXES)
+        if not other:
+            raise FormatError(f"{folder} holds no weights: there is no {WEIGHTS} and no {INDEX}.")
+        raise FormatError(
+            f"{folder} holds no {WEIGHTS} and no {INDEX}, only {', '.join(other)}. Pickles can run code and "
+            "are never opened: convert them where you trust them, with model.save_pretrained(folder)."
+        )
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
+        raise FormatError(f"{folder / INDEX} has no weight_map from tensors to files.")
+    names = sorted(set(index.values()))
+    for name in names:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise FormatError(
+                f"{folder / INDEX} names {name!r:.200}: only safetensors files beside the index are read, "
+                "nothing outside the folder."
+            )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FormatError(
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Copy or download it again."
+        )
+    return [folder / name for name in names], index
+
+
+# --- loading --------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, compressed or not, in the class it was saved as.
+
+    Unlike `from_pretrained`, which only reports what is wrong with a checkpoint, this refuses it. Compressed
+    layers are never built dense. Pickled weights are refused.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a hub id.
+        kwargs: passed to `from_pretrained`. The dtype is the stored one unless given. `revision`, `token`,
+            `cache_dir`, `local_files_only` and `force_download` say which files on the hub are meant.
+
+    Raises:
+        FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
+        NonFiniteError: a stored core contains NaN or infinity.
+
+    Example:
+        >>> type(th.load(th.embedded.gpt2_path())).__name__
+        'GPT2LMHeadModel'
+    """
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    folder = resolve_folder(path, **hub) / kwargs.pop("subfolder", "")
+    checkpoint = read_checkpoint(folder)
+    kind = model_class(checkpoint, **kwargs)
+    options = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
+    try:
+        loaded: Any = kind.from_pretrained(folder, **options)
+    except (TensorNetError, MemoryError, torch.OutOfMemoryError, ImportError):
+        raise
+    except Exception as error:
+        # Model classes fail on nonsense in every way there is. Where the caller gave options, these may be at
+        # fault as well, and only a configuration that cannot be read is blamed on the folder.
+        if kwargs and not isinstance(error, StrictDataclassError):
+            raise
+        raise FormatError(
+            f"{folder} does not describe a {kind.__name__} that can be loaded: {type(error).__name__}: "
+            f"{error!s:.300} Copy or download it again."
+        ) from error
+    model, info = loaded
+    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise FormatError(f"{folder} lacks weights: {_some(missing)}.")
+    if surplus and checkpoint.compression is not None:
+        raise FormatError(f"{folder} stores weights that the model does not have: {_some(surplus)}.")
+    if surplus:
+        # Usual for models of others: heads of the pre-training, masks that older versions saved.
+        warn(f"{folder}: not used by the model: {_some(surplus)}.")
+    return model
+
+
+def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Move a model to a device in place and return it; dtypes stay."""
+    return model.to(device=torch.device(device))
+
+
+def resolve_folder(path: str | Path, **hub: Any) -> Path:
+    """Return a local folder for a path or hub id; files of the hub are downloaded or taken from its cache.
+
+    Args:
+        path: a folder, or a hub id; a folder wins.
+        hub: `revision`, `token` and the like, passed to `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FormatError: neither a folder nor a model that the hub or its cache has.
+    """
+    if Path(path).exists() or not isinstance(path, str) or path.startswith((".", "/", "~")):
+        return Path(path)
+    try:
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES), **hub))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FormatError(
+            f"{path} is not a folder here, and as a hub id it could not be had: {first_line(error)}"
+        ) from error
+
+
+def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
+    """Import the model class that the configuration names in `architectures`.
+
+    Args:
+        checkpoint: what was read of the folder.
+        kwargs: `trust_remote_code=True` allows classes that the folder brings itself.
+
+    Raises:
+        FormatError: none is named, or transformers has no such class.
+    """
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    entries = checkpoint.config.get("auto_map")
+    custom = entries.values() if isinstance(entries, dict) else ()
+    reference = next((r for r in custom if isinstance(r, str) and r.endswith(f".{name}")), None)
+    if reference is not None and kwargs.get("trust_remote_code"):
+        return get_class_from_dynamic_module(reference, str(checkpoint.folder))
+    raise FormatError(
+        f"{checkpoint.folder}: config.json names the class {name!r} under 'architectures', which "
+        f"transformers {transformers.__version__} does not have. Update transformers, or load the folder "
+        "with the AutoModel class that fits (after import tensornet_hf); a class that the folder brings "
+        "itself needs trust_remote_code=True."
+    )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+# --- saving ---------------------------------------------------------------------------------------------
+
+
+def save(
+    model: nn.Module,
+    destination: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> str | Path:
+    """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
+
+    `model.save_pretrained(folder)` writes the same weights and configuration, except for layers that were
+    replaced by hand, or in a part of the model, since the last compression: only `save` describes these.
+
+    Args:
+        model: of transformers; may be wrapped by `DataParallel`, `DistributedDataParallel`, `torch.compile`.
+        destination: the new folder, or `hf://owner/name` for a repository on the hub.
+        source: the folder that the model came from; its tokenizer and other small files are copied.
+        force: replace a model folder that is at the destination; of a repository the weights, and files that
+            the new model has as well.
+
+    Returns:
+        The destination.
+
+    Raises:
+        DestinationError: it exists already, is the source, or cannot be written (full disk). What was there
+            stays, and nothing new is left; where that fails on the hub, the message says so.
+        TargetError: adapters of PEFT are attached.
+        TypeError: no model that can save itself as a folder.
+
+    Example:
+        >>> model = th.load(th.embedded.gpt2_path())
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> folder = th.save(model, "small", source=th.embedded.gpt2_path())
+        >>> sorted(path.name for path in folder.iterdir())[:2]
+        ['README.md', 'config.json']
+    """
+    whole: Any = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(whole, nn.Module) or not callable(getattr(whole, "save_pretrained", None)):
+        raise TypeError(
+            f"save takes a model of transformers, got {type(whole).__name__}, which has no method "
+            "save_pretrained; tensornet.save_model writes models of plain PyTorch to a file."
+        )
+    # PEFT sets `peft_config` on what it adapts; prompts are adapters without layers.
+    if adapter_names(whole) or getattr(whole, "peft_config", None):
+        raise TargetError(
+            f"Adapters are attached to this {type(whole).__name__}, and a folder holds the model or the "
+            "adapters. Save them apart: model.save_pretrained(adapters) in PEFT, then "
+            "tensornet_hf.save(model.unload(), folder), and put them together by "
+            "tensornet_hf.peft.load_adapters(load(folder), adapters); or save what "
+            "tensornet_hf.peft.merge_adapters(model) returns."
+        )
+    sources = () if source is None else (Path(source),)
+    check_free(destination, force=force, sources=sources)
+    if str(destination).startswith(HUB):
+        with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
+            folder = save(whole, Path(parent) / "model", source=source)
+            try:
+                _upload(Path(folder), _repository(str(destination)), force=force)
+            except Exception as error:  # of a dozen unrelated classes, httpx's among them
+                raise DestinationError(f"Cannot upload to {destination}: {first_line(error)}") from error
+        return str(destination)
+    prepare_for_saving(whole)
+    vars(whole).pop("save_pretrained", None)  # the refusal of `tensornet.compress` before this import
+    with write_folder(destination, force=force, sources=sources) as folder:
+        whole.save_pretrained(folder)
+        for origin in sources:
+            copy_small_files(origin, folder)
+        if layer_descriptions(whole):
+            write_card(folder, type(whole).__name__)
+    return Path(destination)
+
+
+def decompress(model: nn.Module) -> nn.Module:
+    """Replace compressed layers by stock ones, so that transformers alone can load the saved folder.
+
+    Same as `tensornet.decompress`, but refuses to leave anything behind that needs this library.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: the model holds modules that have no dense form, such as experts.
+
+    Example:
+        >>> model = th.load(th.embedded.gpt2_path())
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> type(th.decompress(model).transformer.h[0].mlp.c_fc).__name__
+        'Conv1D'
+    """
+    layers = layer_descriptions(model)
+    if stays := [name for name, spec in layers.items() if spec["type"] not in ("linear", "embedding")]:
+        kinds = sorted({str(layers[name]["type"]) for name in stays})
+        raise TargetError(
+            f"{len(stays)} modules of type {', '.join(kinds)} have no stock layer to go back to: "
+            f"{', '.join(stays[:5])}. Nothing was changed."
+        )
+    return tn.decompress(model)
+
+
+def write_card(folder: str | os.PathLike[str], architecture: str) -> None:
+    """Write a model card into the folder of a compressed model, unless there is one."""
+    if not (card := Path(folder) / CARD).exists():
+        card.write_text(_CARD_TEXT.format(architecture=architecture), encoding="utf-8")
+
+
+@contextmanager
+def write_folder(
+    destination: str | os.PathLike[str], *, force: bool = False, sources: tuple[Path, ...] = ()
+) -> Iterator[Path]:
+    """Yield a new folder that becomes `destination` when the block ends without an error.
+
+    After an error, a full disk included, the new folder is removed, and `destination` is as it was.
+
+    Args: as `check_free`.
+
+    Raises:
+        DestinationError: something is there already, or the place cannot be written.
+    """
+    target = Path(destination).expanduser().absolute()
+    check_free(target, force=force, sources=sources)
+    try:
+        with new_folder(target) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        # Errors of reading pass; safetensors names no file if the disk is full.
+        names = [x for x in (getattr(error, "filename", None), getattr(error, "filename2", None)) if x]
+        about = not names or any(str(name).startswith(str(target.parent)) for name in names)
+        if isinstance(error, DestinationError) or not about:
+            raise
+        raise DestinationError(
+            f"Writing {target} failed: {error}. Nothing was left there; free some space or choose another "
+            "place."
+        ) from error
+
+
+def check_free(
+    destination: str | os.PathLike[str], *, force: bool = False, sources: tuple[Path, ...] = ()
+) -> None:
+    """Check that a destination may be written, before any work is done for it.
+
+    A folder that a killed process moved aside is renamed back first, so that it is not replaced unasked.
+
+    Args:
+        destination: where the folder shall be, or `hf://owner/name`.
+        force: replace a model folder that is there; an empty folder is taken without it.
+        sources: folders that are being read and must not be replaced.
+
+    Raises:
+        DestinationError: it exists and `force` is not set, it is a source, or it is not an address.
+    """
+    if str(destination).startswith(HUB):
+        name = _repository(str(destination))
+        try:
+            taken = huggingface_hub.repo_exists(name)
+        except Exception as error:  # of a dozen unrelated classes, httpx's among them
+            raise DestinationError(f"Cannot ask the hub about {destination}: {first_line(error)}") from error
+        if taken and not force:
+            raise DestinationError(
+                f"{destination} exists already. Choose another name, or replace it with force=True (--force)."
+            )
+        return
+    target = Path(destination).expanduser().absolute()
+    restore_earlier(target)
+    real = target.resolve()
+    for source in sources:
+        if source.exists() and (real == source.resolve() or real in source.resolve().parents):
+            raise DestinationError(f"{target} is or holds the source {source}; choose another destination.")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise DestinationError(f"{target} is a file; a folder is to be written there. Choose another name.")
+    if not any(target.iterdir()):
+        return
+    if not force:
+        raise DestinationError(
+            f"{target} exists already. Choose another name, or replace it with force=True (--force)."
+        )
+    if not (target / "config.json").is_file():
+        raise DestinationError(
+            f"{target} is not a model folder (it has no config.json) and is not replaced, even with force. "
+            "Remove it yourself, or choose another name."
+        )
+
+
+def copy_small_files(source: Path, destination: Path) -> list[str]:
+    """Copy tokenizer, templates, license and sentence-transformers modules, without overwriting files.
+
+    Returns:
+        Names of the copied files, those of modules with their folders.
+
+    Raises:
+        FormatError: a list of modules that is damaged, or names one outside the folder.
+    """
+    wanted = []
+    for file in sorted(source.iterdir()):
+        small = file.suffix in SMALL_FILES or file.stem.upper() in LEGAL_FILES
+        if small and file.name not in NOT_COPIED and not file.name.endswith(".index.json") and file.is_file():
+            wanted.append(file.name)
+    if (source / MODULES).is_file():
+        try:
+            modules = json.loads((source / MODULES).read_bytes())
+            paths = [str(module["path"]) for module in modules if module["path"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise FormatError(f"{source / MODULES} does not list modules: {error!s:.200}") from error
+        for path in paths:
+            if not (source / path).resolve().is_relative_to(source.resolve()):
+                raise FormatError(f"{source / MODULES} names {path!r}, which lies outside the folder.")
+            wanted += [
+                x.relative_to(source).as_posix()
+                for x in sorted((source / path).rglob("*"))
+                if x.suffix in (*SMALL_FILES, ".safetensors") and x.is_file()
+            ]
+    copied = [name for name in wanted if not (destination / name).exists()]
+    for name in copied:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, destination / name)  # follows the links of the hub's cache
+    return copied
+
+
+def _upload(folder: Path, name: str, *, force: bool) -> None:
+    """Upload a folder; a repository that was created for it is deleted after a failure."""
+    try:
+        repository, created = huggingface_hub.create_repo(name).repo_id, True  # only the creator succeeds
+    except Exception:
+        if not force:
+            raise
+        repository, created = huggingface_hub.create_repo(name, exist_ok=True).repo_id, False
+    # Weights of the old model would be loaded along with the new.
+    replaced = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), "*.index.json"] if force else None
+    try:
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=replaced)
+    except BaseException as error:
+        if not created:
+            raise
+        try:
+            huggingface_hub.delete_repo(repository)
+        except Exception as failure:
+            raise OSError(
+                f"{first_line(error)}; the new repository {repository} could not be deleted "
+                f"({first_line(failure)}): delete it yourself."
+            ) from error
+        raise
+
+
+def _repository(destination: str) -> str:
+    name = destination.removeprefix(HUB)
+    if not _HUB_ID.fullmatch(name):
+        raise DestinationError(f"{destination!r} is not an address on the hub; write {HUB}owner/name.")
+    return name

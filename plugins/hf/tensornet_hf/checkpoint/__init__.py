@@ -1,1 +1,0 @@
-"""Model folders: what transformers stores and loads, with compressed layers in it."""

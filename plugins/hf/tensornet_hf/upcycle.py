@@ -1,0 +1,566 @@
+"""Upcycling: replace dense feed-forward networks by mixtures of experts that share cores."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
+
+from tensornet._util import progress_bar
+from tensornet.budget import Budget
+from tensornet.compression.apply import set_submodule
+from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
+from tensornet.nn.extension import structure_changed
+from tensornet.nn.layer_kinds import carry_hooks
+from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies.fixed import fixed_topologies, topology_of_shape
+from tensornet.topology import Topology
+from tensornet_hf.feed_forward import FeedForward, find_feed_forwards
+from tensornet_moe import (
+    ExpertFFN,
+    Router,
+    SharedCoreExperts,
+    SharedCoreMoE,
+    SharedCores,
+    share_across_layers,
+)
+from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
+from tensornet_moe.router_base import COMBINE, Combine, router_kind
+
+#: Attribute of a model that holds the cores its layers share.
+OWNERS = "shared_cores"
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Options of `upcycle`: experts, router, shared cores and auxiliary losses.
+
+    The variants of the paper's comparison: `shared="center"` is MPOE; `sites=1, shared="none"` gives every
+    expert dense matrices of its own (Switch); `shared="none"` alone gives it all cores of its own;
+    `max_bond=` truncates.
+
+    Args:
+        num_experts: experts of each network.
+        top_k: experts for each token.
+        router: `"switch"` (top-1), `"topk"`, `"expert_choice"` (encoders only: it looks at later tokens), or
+            one of your own, see `tensornet_moe.register_router`.
+        shared: which cores are shared: `"center"`, `"ends"`, `"none"`, `"all"`, or core names.
+        share_across_layers: one owner of the shared cores for all layers whose matrices have one name and
+            shape. The model then starts far from what it was, because one core cannot fit unrelated layers:
+            see `tensornet_moe.share_across_layers`, and train it.
+        topology: family of the decomposition, by name or itself; or topologies, one for each shape of matrix
+            in the networks.
+        sites: number of cores, 5 as in the paper if no dims are given.
+        model_dims: factors of the model's width, for every matrix alike.
+        hidden_dims: factors of the width of the hidden layer.
+        max_bond, rel_error, param_ratio: budget of each matrix, exact if absent.
+        noise: relative noise on private cores, which breaks the symmetry between experts.
+        aux_loss_coef: weight of the load-balancing loss (0.01 as in Switch).
+        z_loss_coef: weight of the router z-loss.
+        capacity_factor: slots of an expert relative to an even load, None computes every token. For
+            `"expert_choice"`: average number of experts for each token, 1 if absent.
+        jitter: multiplicative noise on what the router sees, in training.
+        combine: `"unit"`, `"prob"` or `"sigmoid"`, see `tensornet_moe.Router`; only the first computes at the
+            start what the dense network computed.
+        target_modules: patterns naming the networks; all that are recognised if absent.
+        matrices: names of the layers inside, for networks of another form than the known ones; dotted where
+            they lie deeper, for example `("intermediate.dense", "output.dense")` of BERT.
+        seed: of routers and noise.
+
+    Raises:
+        ValueError, BudgetError: an option out of its range.
+
+    Example:
+        >>> th.MoEConfig(num_experts=4, router="topk", top_k=2).top_k
+        2
+    """
+
+    num_experts: int = 8
+    top_k: int = 1
+    router: str = "switch"
+    shared: str | Sequence[str] = "center"
+    share_across_layers: bool = False
+    topology: str | TopologyFamily | Topology | Sequence[Topology] = "mpo"
+    sites: int | None = None
+    model_dims: Sequence[int] | None = None
+    hidden_dims: Sequence[int] | None = None
+    max_bond: int | None = None
+    rel_error: float | None = None
+    param_ratio: float | None = None
+    noise: float = 0.0
+    aux_loss_coef: float = 0.01
+    z_loss_coef: float = 0.0
+    capacity_factor: float | None = None
+    jitter: float = 0.0
+    combine: Combine = "unit"
+    target_modules: Sequence[str] | None = None
+    matrices: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
+        check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
+        object.__setattr__(self, "topology", _checked_topology(self))
+        kind = router_kind(self.router)
+        if self.combine not in COMBINE:
+            raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} with num_experts={self.num_experts}: a token can go to at least 1 "
+                "and at most num_experts experts."
+            )
+        if self.top_k != 1 and "top_k" not in kind.options:
+            raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
+        check_not_negative(aux_loss_coef=self.aux_loss_coef, z_loss_coef=self.z_loss_coef)
+        check_capacity(self.capacity_factor)
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}.")
+        check_noise(self.noise)
+        both = (self.model_dims, self.hidden_dims)
+        for name, dims in zip(("model_dims", "hidden_dims"), both, strict=True):
+            if dims is not None and (isinstance(dims, str) or not isinstance(dims, Sequence)):
+                raise ValueError(f"{name} is a list with one factor for each site, got {dims!r}.")
+        if all(d is not None for d in both) and len(set(map(len, both))) > 1:  # type: ignore[arg-type]
+            raise ValueError(
+                f"model_dims={self.model_dims} and hidden_dims={self.hidden_dims} must have one factor for "
+                "each site, so equally many; use 1 where a site has none."
+            )
+        if self.share_across_layers and self.shared in ("none", (), []):
+            raise ValueError('share_across_layers=True with shared="none" shares nothing.')
+        if self.share_across_layers and (self.rel_error is not None or self.param_ratio is not None):
+            raise ValueError(
+                "share_across_layers=True fits all layers by the same bonds: limit them with max_bond, not "
+                "with rel_error or param_ratio, which would choose other bonds for each layer."
+            )
+        if isinstance(self.matrices, str):
+            raise ValueError(
+                f'matrices is a list of two or three names, as ("up", "down"); got {self.matrices!r}.'
+            )
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules is a list of patterns; write [{self.target_modules!r}].")
+
+    @property
+    def fixed(self) -> tuple[Topology, ...]:
+        """Topologies for matrices of their shapes; empty where a family is given."""
+        return self.topology if isinstance(self.topology, tuple) else ()
+
+    @property
+    def limits_itself(self) -> bool:
+        """True if the router applies `capacity_factor` itself, so that the mixture drops no token."""
+        return "capacity_factor" in router_kind(self.router).options
+
+    def make_router(self, num_features: int, *, seed: int) -> Router:
+        """Build a router with weights drawn from `seed`, in float32 on the CPU."""
+        kind = router_kind(self.router)
+        options = {key: getattr(self, key, None) for key in ("jitter", "combine", *kind.options)}
+        given = {key: value for key, value in options.items() if value is not None}
+        with torch.device("cpu"):
+            router = kind(num_features, self.num_experts, **given)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
+        return router
+
+
+def _checked_topology(config: MoEConfig) -> str | tuple[Topology, ...]:
+    """Validate the topology option: the name of a family, or topologies read from a configuration.
+
+    Raises:
+        TopologyError: neither, or topologies beside options that would choose them.
+    """
+    given = config.topology
+    if isinstance(given, str | TopologyFamily):
+        return topology_family(given).name if isinstance(given, TopologyFamily) else given
+    if not (found := fixed_topologies(given)):
+        raise TopologyError(
+            "topology must be the name of a family, a registered family, a Topology or a list of topologies; "
+            f"got {given!r:.200}."
+        )
+    choosing = ("sites", "model_dims", "hidden_dims", "max_bond", "rel_error", "param_ratio")
+    if beside := [name for name in choosing if getattr(config, name) is not None]:
+        raise TopologyError(
+            f"A topology fixes all dims and bonds: drop {', '.join(beside)}, or give the name of a family."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class UpcycledLayer:
+    """Entry of the report: one network that became a mixture.
+
+    Args:
+        name: of the module.
+        dense_params: parameters before.
+        params: parameters after, router included; without those that several layers share.
+        shared_params: parameters that all experts share.
+        error: largest relative Frobenius error among its matrices.
+    """
+
+    name: str
+    dense_params: int
+    params: int
+    shared_params: int
+    error: float
+
+
+@dataclass(frozen=True)
+class UpcycleReport:
+    """Result of `upcycle`.
+
+    Args:
+        layers: one entry for each network.
+        num_experts: experts of each.
+        across_params: parameters that several layers share.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
+        >>> report = th.upcycle(model, th.MoEConfig(num_experts=2))
+        >>> report.num_experts, report.dense_experts_ratio < 1
+        (2, True)
+    """
+
+    layers: tuple[UpcycledLayer, ...]
+    num_experts: int
+    across_params: int = 0
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the networks before."""
+        return sum(layer.dense_params for layer in self.layers)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the mixtures; cores shared by several layers count once."""
+        return sum(layer.params for layer in self.layers) + self.across_params
+
+    @property
+    def dense_experts_ratio(self) -> float:
+        """Parameters relative to a mixture whose experts are all dense."""
+        return self.params / (self.num_experts * self.dense_params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        totals = {"dense_params": self.dense_params, "params": self.params}
+        return {
+            "num_experts": self.num_experts,
+            **totals,
+            "across_params": self.across_params,
+            "dense_experts_ratio": self.dense_experts_ratio,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        worst = max(layer.error for layer in self.layers)
+        return (
+            f"{len(self.layers)} feed-forward networks became {self.num_experts} experts each: "
+            f"{self.dense_params:,} -> {self.params:,} parameters, {self.dense_experts_ratio:.3f} of dense "
+            f"experts; largest relative error {worst:.2e}"
+        )
+
+
+@torch.no_grad()
+def upcycle(
+    model: nn.Module,
+    config: MoEConfig,
+    *,
+    causal: bool | None = None,
+    progress: bool = False,
+) -> UpcycleReport:
+    """Replace dense feed-forward networks by mixtures of experts, in place.
+
+    Every expert starts as the decomposition of its dense network, so that without truncation, capacity and
+    noise the model computes what it did, whatever the routers do (`"expert_choice"` excepted, where tokens
+    that no expert chooses pass through the residual). A Hugging Face model saves, loads and trains as before,
+    and the auxiliary losses join its loss in training; of other models collect them with
+    `tensornet_moe.collect_aux_losses`.
+
+    Where a network has no module of its own (BERT, OPT, BART), the mixture takes the place of its first
+    matrix, and a module that does nothing those of the activation and the second. What such a layer drops
+    out between them in training it then drops out of the result.
+
+    Args:
+        model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (gated or not).
+        config: what to make of them.
+        causal: whether a token of the model must not depend on later ones. It matters to a router that looks
+            at later tokens (`"expert_choice"`). If absent, the model's class and configuration tell it; a
+            model that does not say that it is an encoder is taken for a causal one.
+        progress: show a progress bar.
+
+    Raises:
+        TargetError: no feed-forward network is found, one computes something else, or the router looks at
+            later tokens and a network is, or may be, causal; the model is unchanged.
+        TopologyError, BudgetError, NonFiniteError: from a decomposition; the model is unchanged.
+        TypeError: no model, or no configuration.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
+        >>> report = th.upcycle(model, th.MoEConfig(num_experts=4, max_bond=32))
+        >>> len(report.layers), report.params > report.dense_params
+        (4, False)
+    """
+    if not isinstance(model, nn.Module) or not isinstance(config, MoEConfig):
+        raise TypeError(
+            "upcycle takes a model and a MoEConfig, got a "
+            f"{type(model).__name__} and a {type(config).__name__}."
+        )
+    networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
+    if not router_kind(config.router).causal:
+        _refuse_causal(config, model, networks, causal)
+    place = owner_place(model) if config.share_across_layers else None
+    owners, banks = across_layers(networks, config, place, progress=progress)
+    made = []
+    for index, network in enumerate(
+        progress_bar(networks, desc="upcycling", disable=not progress, unit="layer")
+    ):
+        seed = config.seed + index
+        made.append(make_mixture(network, alone(network, config, seed, banks[index]), config, seed=seed))
+    if place is not None:
+        put_owners(place, {owner.label: owner for owner in owners})
+    for network, (mixture, _) in zip(networks, made, strict=True):
+        for name, part in network.replacements(mixture).items():
+            if network.inside is None:  # else a matrix gives way to the whole network
+                carry_hooks(model.get_submodule(name), part)
+            set_submodule(model, name, part)
+    structure_changed(model)
+    across = sum(p.numel() for owner in owners for p in owner.parameters())
+    return UpcycleReport(tuple(layer for _, layer in made), config.num_experts, across)
+
+
+def _refuse_causal(
+    config: MoEConfig, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
+) -> None:
+    """Raise TargetError unless every network may see later tokens, as the model or the caller declares."""
+    found = [] if causal is False else list(networks)
+    if causal is None and isinstance(model, PreTrainedModel):
+        if model.config.is_encoder_decoder:
+            encoder = {id(module) for module in model.get_encoder().modules()}
+            found = [network for network in networks if id(network.module) not in encoder]
+        elif _is_encoder(model):
+            found = []
+    if not found:
+        return
+    others = [network.name for network in networks if network not in found]
+    rest = (
+        f" The other {len(others)} networks, such as {others[0]}, may have it: name them with "
+        "target_modules=[...] (--target)."
+        if others
+        else f" If every token of this {type(model).__name__} may see all others, say so by causal=False."
+    )
+    raise TargetError(
+        f"router={config.router!r} looks at later tokens, but {len(found)} of {len(networks)} feed-forward "
+        f"networks are causal, or not declared to be of an encoder; the first is {found[0].name}: training "
+        f'would leak the tokens to be predicted. Use router="switch" or "topk".{rest}'
+    )
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    """Return True if the class and the configuration of a model declare that its tokens see all others."""
+    config = model.config
+    if getattr(config, "is_causal", None) is False:  # a decoder that was made an encoder, as LLM2Vec does
+        return True
+    if getattr(config, "is_decoder", False) or getattr(config, "causal", False) or model.can_generate():
+        return False
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    images = (
+        type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and model.main_input_name == "pixel_values"
+    )
+    return masked or images or type(model).__name__.endswith(("EncoderModel", "VisionModel"))
+
+
+def make_mixture(
+    network: FeedForward, banks: Mapping[str, SharedCoreExperts], config: MoEConfig, *, seed: int
+) -> tuple[SharedCoreMoE, UpcycledLayer]:
+    """Build a mixture of these experts and its report entry; `seed` initializes the router."""
+    first = network.matrix(network.matrices[0])
+    where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
+    biases = {name: network.bias(name) for name in network.matrices}
+    experts = ExpertFFN(
+        banks,
+        activation=network.activation,
+        bias=any(bias is not None for bias in biases.values()),
+        dropout=network.dropout if network.dropout_place == "hidden" else 0.0,
+        **where,
+    )
+    for name, bias in biases.items():
+        if bias is not None:
+            getattr(experts, f"{name}_bias").copy_(bias.expand(config.num_experts, -1))
+    choice = config.limits_itself
+    mixture = SharedCoreMoE(
+        config.make_router(first.shape[1], seed=seed).to(**where),
+        experts,
+        capacity_factor=None if choice else config.capacity_factor,
+        # Experts that choose are balanced by construction; the loss would be a constant.
+        balance_coef=0.0 if choice else config.aux_loss_coef,
+        z_coef=config.z_loss_coef,
+        dropout=network.dropout if network.dropout_place == "output" else 0.0,
+    )
+    for bank in banks.values():
+        bank.requires_grad_(True)
+    shared = {id(p): p.numel() for bank in banks.values() for p in bank.shared_parameters().values()}
+    layer = UpcycledLayer(
+        name=network.name,
+        dense_params=network.num_params,
+        params=sum(p.numel() for p in mixture.parameters()),
+        shared_params=sum(shared.values()),
+        error=max(bank.error or 0.0 for bank in banks.values()),
+    )
+    return mixture, layer
+
+
+# --- banks of experts -----------------------------------------------------------------------------------
+
+
+def alone(
+    network: FeedForward, config: MoEConfig, seed: int, made: Mapping[str, SharedCoreExperts]
+) -> dict[str, SharedCoreExperts]:
+    """Return the banks of one network by name, built unless another layer shares them."""
+    banks = dict(made)
+    for position, name in enumerate(network.matrices):
+        if name in made:
+            continue
+        with _errors_name(f"{network.name}.{name}"):
+            banks[name] = SharedCoreExperts.from_dense(
+                network.matrix(name),
+                num_experts=config.num_experts,
+                topology=_topology(config, network.matrix(name), name),
+                shared=config.shared,
+                noise=config.noise,
+                seed=seed * 3 + position,
+                max_bond=config.max_bond,
+                rel_error=config.rel_error,
+                param_ratio=config.param_ratio,
+                **_family_options(config, is_down=name == network.matrices[-1]),
+            )
+    return {name: banks[name] for name in network.matrices}
+
+
+def across_layers(
+    networks: Sequence[FeedForward], config: MoEConfig, place: nn.Module | None, *, progress: bool = False
+) -> tuple[list[SharedCores], list[dict[str, SharedCoreExperts]]]:
+    """Build banks whose shared cores serve all layers with a matrix of the same name and shape.
+
+    Args:
+        networks: of the model.
+        config: what to make of them.
+        place: see `owner_place`; None shares nothing across layers.
+        progress: show a progress bar.
+
+    Returns:
+        Owners of the shared cores, and for each network its banks by name. A matrix that no other layer
+        matches has no bank among them.
+
+    Raises:
+        TargetError: layers that would share lie on different devices.
+    """
+    owners: list[SharedCores] = []
+    made: list[dict[str, SharedCoreExperts]] = [{} for _ in networks]
+    groups: dict[tuple[str, tuple[int, ...], bool], list[int]] = {}
+    for index, network in enumerate(networks if place is not None else ()):
+        for name in network.matrices:
+            key = (name, tuple(network.matrix(name).shape), name == network.matrices[-1])
+            groups.setdefault(key, []).append(index)
+    shared = {key: users for key, users in groups.items() if len(users) > 1}
+    bar = progress_bar(shared.items(), desc="fitting layers jointly", disable=not progress, unit="matrix")
+    for (name, shape, is_down), users in bar:
+        weights = [networks[index].matrix(name) for index in users]
+        if len(devices := {str(w.device) for w in weights}) > 1:
+            raise TargetError(
+                f"share_across_layers=True keeps the cores that layers share in one place, and {name} "
+                f"of these layers lies on {', '.join(sorted(devices))}: put the model on one device, or "
+                "share within each layer alone."
+            )
+        taken = {owner.label for owner in owners} | set(getattr(place, OWNERS, {}))
+        label = f"{name}_{shape[0]}x{shape[1]}"
+        label = next(
+            x for x in (label, *(f"{label}_{k}" for k in range(2, len(taken) + 3))) if x not in taken
+        )
+        with _errors_name(f"{name} of {len(weights)} layers"):
+            owner, banks = share_across_layers(
+                torch.stack([w.to(weights[0]) for w in weights]),
+                num_experts=config.num_experts,
+                label=label,
+                topology=_topology(config, weights[0], name),
+                shared=config.shared,
+                noise=config.noise,
+                seed=config.seed,
+                max_bond=config.max_bond,
+                **_family_options(config, is_down=is_down),
+            )
+        owners.append(owner)
+        for index, bank in zip(users, banks, strict=True):
+            made[index][name] = bank
+    return owners, made
+
+
+def owner_place(model: nn.Module) -> nn.Module:
+    """Return the module that owns shared cores: the base model, with or without a head.
+
+    Raises:
+        TargetError: the model is a bare container, which would run the owner as one of its layers.
+    """
+    place = model.base_model if isinstance(model, PreTrainedModel) else model
+    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise TargetError(
+            f"share_across_layers=True needs a place for the shared cores, and a {type(place).__name__} "
+            "would take them for a layer. Put it into a module of its own, and upcycle that."
+        )
+    return place
+
+
+def put_owners(place: nn.Module, owners: Mapping[str, nn.Module]) -> None:
+    """Register the owners of shared cores, by label, in the module of `owner_place`."""
+    if owners and not hasattr(place, OWNERS):
+        place.add_module(OWNERS, nn.ModuleDict())
+    for label, owner in owners.items():
+        place.get_submodule(OWNERS).add_module(label, owner)
+
+
+def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Add empty owners of shared cores where a saved model had them, since no transformers class builds them.
+
+    Args:
+        model: a skeleton.
+        layers: names of described modules in the model that was saved.
+    """
+    for layer in layers:
+        parent, _, label = layer.rpartition(".")
+        if parent.rpartition(".")[2] == OWNERS:
+            put_owners(model.base_model, {label: nn.Module()})
+
+
+@contextmanager
+def _errors_name(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (BudgetError, NonFiniteError, ShapeError, TopologyError) as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _topology(config: MoEConfig, matrix: Tensor, name: str) -> Topology | str:
+    """Select the topology for one matrix, or the family that chooses it."""
+    if config.fixed:
+        return topology_of_shape(config.fixed, (matrix.shape[0], matrix.shape[1]), name)
+    assert isinstance(config.topology, str)
+    return config.topology
+
+
+def _family_options(config: MoEConfig, *, is_down: bool) -> dict[str, Any]:
+    """Select the options of the family for one matrix; invalid dims pass, so that the family raises."""
+    if config.fixed:
+        return {}
+    assert isinstance(config.topology, str)
+    family = topology_family(config.topology)
+    dims = (config.model_dims, config.hidden_dims)
+    options: dict[str, Any] = {"sites": config.sites}
+    if {"out_dims", "in_dims"} <= set(family.options):
+        options["out_dims"], options["in_dims"] = dims if is_down else dims[::-1]
+    else:
+        options["model_dims"], options["hidden_dims"] = dims
+    if config.sites is None and all(d is None for d in dims):
+        options |= family.mixture_options
+    return {key: value for key, value in options.items() if value is not None}
