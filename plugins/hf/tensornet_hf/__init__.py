@@ -19,7 +19,7 @@ from tensornet_hf.pipeline import upcycle_folder
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import CheckpointReport, WorkerError, compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback
-from tensornet_hf.upcycle import MoEConfig, UpcycleReport, upcycle
+from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
 
 register_extension(TransformersExtension())
 

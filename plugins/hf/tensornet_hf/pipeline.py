@@ -23,7 +23,7 @@ from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import check_free, load, on_device, read_checkpoint, resolve_folder, save
 from tensornet_hf.report.spectra import BondSpectrum, bond_spectra
 from tensornet_hf.text.calibration_data import CalibrationData, calibration_data
-from tensornet_hf.upcycle import MoEConfig, UpcycleReport, upcycle
+from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
 
 #: Tokens of a validation text that are used: for the dense model and for each size that is measured.
 VALIDATION_TOKENS = 10_240

@@ -41,7 +41,7 @@ from tensornet_hf.description import (
     replaced_names,
     without_guards,
 )
-from tensornet_hf.upcycle import make_room
+from tensornet_hf.upcycling import make_room
 from tensornet_moe import ParallelExperts, lend_shared_cores
 
 

@@ -27,7 +27,7 @@ import tensornet_moe as tm
 from tensornet.errors import FormatError, TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.upcycle import across_layers
+from tensornet_hf.upcycling import across_layers
 
 CONFIG = th.MoEConfig(num_experts=3, sites=3, share_across_layers=True, noise=0.1)
 

@@ -7,7 +7,7 @@ import typer
 from tensornet_hf.cli import options as shared
 from tensornet_hf.cli.values import parse_share
 from tensornet_hf.pipeline import upcycle_folder
-from tensornet_hf.upcycle import MoEConfig, UpcycleReport
+from tensornet_hf.upcycling import MoEConfig, UpcycleReport
 
 
 def run(
