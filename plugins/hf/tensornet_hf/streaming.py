@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -437,10 +436,8 @@ def _compress_shard(shard: _Shard) -> dict[str, Any]:
         # New are the tensors of compressed layers, and guards in place of the weights that they replace.
         new = {n: x.detach().cpu().contiguous() for n, x in after.items() if n not in before}
         new = {name: x for name, x in new.items() if name not in described.ties}
-        dtype: torch.dtype = getattr(torch, described.dtype or "float32")
-        dtype = dtype if dtype.is_floating_point else torch.float32
         guards = replaced_names(before, after, described.layers)
-        new |= {name: torch.empty(GUARD_SHAPE, dtype=dtype) for name in guards}
+        new |= {name: torch.empty(GUARD_SHAPE, dtype=model.dtype) for name in guards}
         cores = Path(scratch, "cores.safetensors")
         write_tensors(cores, new)
         tensors = dict(read_header(cores))
@@ -457,7 +454,6 @@ def _compress_shard(shard: _Shard) -> dict[str, Any]:
         "errors": errors,
         "layers": dict(described.layers),
         "ties": described.ties,
-        "dtypes": {n: str(x.dtype).removeprefix("torch.") for n, x in new.items() if n in after},
         "peak_memory": peak_memory(),
     }
     write_file(shard.record, [json.dumps(made).encode()])
@@ -528,14 +524,9 @@ def _finish(
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         with (source.folder / name).open("rb") as opened:
             write_file(out / name, iter(partial(opened.read, CHUNK), b""))
-    dtypes = {name: dtype for part in parts for name, dtype in part["dtypes"].items()}
-    counted = Counter(dtypes.values())
-    main = max(sorted(counted), key=lambda dtype: counted[dtype]) if counted else None
     described = TensorNetworkConfig(
         layers={name: spec for part in parts for name, spec in part["layers"].items()},
         ties={name: owner for part in parts for name, owner in part["ties"].items()},
-        dtype=main,
-        other_dtypes={name: dtype for name, dtype in dtypes.items() if dtype != main},
         compression=config.to_dict(),
     )
     content = {**source.config, "quantization_config": described.to_dict()}

@@ -44,7 +44,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def described(folder: Path) -> dict[str, Any]:
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return {key: entry[key] for key in ("layers", "ties", "dtype", "other_dtypes", "format_version")}
+    return {key: entry[key] for key in ("layers", "ties", "format_version")}
 
 
 def same_folder(source: Path, config: tn.CompressionConfig, folder: Path) -> tuple[th.CheckpointReport, Any]:
