@@ -42,7 +42,8 @@ from tensornet_hf.description import (
     without_guards,
 )
 from tensornet_hf.upcycling import make_room
-from tensornet_moe import ParallelExperts, lend_shared_cores
+from tensornet_moe import lend_shared_cores
+from tensornet_moe.experimental.parallel import ParallelExperts
 
 
 class TensorNetworkQuantizer(HfQuantizer):
@@ -74,9 +75,9 @@ class TensorNetworkQuantizer(HfQuantizer):
         if self.experts_spread:
             raise TargetError(
                 "The experts of this model are spread over processes, and Trainer writes checkpoints from "
-                "one process, which does not hold them all. Call tensornet_moe.gather_experts(model) and let "
-                "Trainer train every expert on every process (or shard them with FSDP); or train spread "
-                "experts in a loop of your own (docs/guides/scale.md)."
+                "one process, which does not hold them all. Call gather_experts(model) of "
+                "tensornet_moe.experimental.parallel and let Trainer train every expert on every process (or "
+                "shard them with FSDP); or train spread experts in a loop of your own (docs/guides/scale.md)."
             )
         return True
 
@@ -369,8 +370,8 @@ def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
         raise TargetError(
             f"The experts of {mixtures[0]} are made of cores, which the expert-parallel plan of transformers "
             "does not cut. Load the model without ep_size, then spread experts that share cores with "
-            "tensornet_moe.shard_experts(model) (docs/guides/scale.md); any model takes "
-            "DistributedConfig(fsdp_size=...)."
+            "shard_experts(model) of tensornet_moe.experimental.parallel (docs/guides/scale.md); any model "
+            "takes DistributedConfig(fsdp_size=...)."
         )
 
 

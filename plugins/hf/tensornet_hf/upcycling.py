@@ -16,7 +16,7 @@ from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetErro
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks
 from tensornet.topologies import TopologyFamily, topology_family
-from tensornet.topologies.fixed import fixed_topologies, topology_of_shape
+from tensornet.topologies.registry import fixed_topologies, topology_of_shape
 from tensornet.topology import Topology
 from tensornet_hf.feed_forward import FeedForward, find_feed_forwards
 from tensornet_moe import (
@@ -28,7 +28,7 @@ from tensornet_moe import (
     share_across_layers,
 )
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
-from tensornet_moe.router_base import COMBINE, Combine, router_kind
+from tensornet_moe.routers import COMBINE, Combine, router_kind
 
 #: Attribute of a model that holds the cores its layers share.
 OWNERS = "shared_cores"

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from tensornet.errors import FormatError, MissingDependencyError
-from tensornet_hf.checkpoint import Checkpoint, WEIGHT_SUFFIXES, load, model_class, read_json
+from tensornet_hf.checkpoint import WEIGHT_SUFFIXES, Checkpoint, load, model_class, read_json
 from tensornet_hf.description import METHOD
 
 #: Method in `quantization_config` -> module that transformers imports for it, and its name for pip.

@@ -21,7 +21,14 @@ from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
 from tensornet.topologies.structure import is_matrix
-from tensornet_hf.checkpoint import check_free, copy_small_files, decompress, load, resolve_folder, write_folder
+from tensornet_hf.checkpoint import (
+    check_free,
+    copy_small_files,
+    decompress,
+    load,
+    resolve_folder,
+    write_folder,
+)
 
 #: Bits that `pack-quantized` readers such as vLLM have kernels for.
 EXPORTED_BITS = (4, 8)
