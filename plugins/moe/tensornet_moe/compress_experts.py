@@ -8,17 +8,24 @@ the layers for which it lowers the predicted loss most.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensornet._util import progress_bar
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import Candidate, choose_candidates, curve_of, hull_steps, uniform
+from tensornet.compression.allocate import (
+    Candidate,
+    choose_candidates,
+    curve_of,
+    hull_steps,
+    lower_hull,
+    uniform,
+)
 from tensornet.compression.apply import apply_plan, replaced
 from tensornet.compression.candidates import layer_formats, relative_gap
 from tensornet.compression.compress import Calibration, gather
@@ -40,8 +47,6 @@ from tensornet.topology import Topology
 from tensornet_moe.low_rank_sharing import PATTERNS, fit_stored
 from tensornet_moe.shared_candidates import SharedCandidates, shared_candidates
 
-#: Sums over the members of a stack that the allocation uses.
-_SUMS = ("num_bytes", "params", "predicted_loss", "cost")
 #: Kinds of candidates of a stack.
 SEPARATE, SHARED = "separate", "shared"
 #: Separate networks stay where sharing saves no more of the predicted loss than rounding errors.
@@ -233,7 +238,7 @@ def compress_experts(
             spectra=tuple(prepared.spectra[k] for k in alone),
         ).planned([chosen[k] for k in alone], bound_by)  # type: ignore[misc]  # these are integers
     before = record_losses(model, data.batches, source=data.source)
-    sharing = {choice.stack.members: choice for choice in chosen if isinstance(choice, SharedChoice)}
+    sharing = {choice.members: choice for choice in chosen if isinstance(choice, SharedCandidate)}
     with unfused(model):
         targets = {target.name: target for target in all_targets(model)}
         made: dict[str, nn.Module] = {}
@@ -241,7 +246,7 @@ def compress_experts(
         for choice in progress_bar(
             sharing.values(), desc="sharing cores", disable=not progress, unit="stack"
         ):
-            members = [targets[prepared.targets[k].name] for k in choice.stack.members]
+            members = [targets[prepared.targets[k].name] for k in choice.members]
             modules, report = _fit(choice, members, stats, config.damping)
             made |= modules
             reports.append(report)
@@ -292,27 +297,22 @@ def _check_options(config: CompressionConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Matrices of one shape that may share a core.
+class SharedCandidate:
+    """Networks of all experts of one stack that share one core.
 
     Args:
-        members: places of the matrices among the targets.
-        shape: `(out_features, in_features)` of each.
-        candidates: networks that share a core, of all patterns and number formats that save anything.
+        members: places of the experts among the targets.
+        pattern: a key of `tensornet_moe.low_rank_sharing.PATTERNS`.
+        candidate: topology and number formats of one expert, with size and predicted loss of all.
     """
 
     members: tuple[int, ...]
-    shape: tuple[int, int]
-    candidates: tuple[SharedCandidates, ...]
+    pattern: str
+    candidate: Candidate
 
 
-@dataclass(frozen=True)
-class SharedChoice:
-    """Choice of shared networks for one stack: the candidates and the index, which is the rank minus one."""
-
-    stack: Stack
-    candidates: SharedCandidates
-    index: int
+#: All candidates of one stack that share a core; there is at least one.
+Stack = tuple[SharedCandidate, ...]
 
 
 def find_stacks(
@@ -346,16 +346,31 @@ def find_stacks(
         matrices = [target.matrix for target in group]
         per_token = experts_per_token([target.names[0] for target in group], stats)
         formats = layer_formats(matrices, weights, config.number_formats)
-        candidates = [
-            each
+        curves = [
+            curve
             for pattern in PATTERNS
-            for each in shared_candidates(pattern, matrices, weights, formats, per_token=per_token)
+            for curve in shared_candidates(pattern, matrices, weights, formats, per_token=per_token)
         ]
-        if candidates:
-            found.append(
-                Stack(tuple(members), (matrices[0].shape[0], matrices[0].shape[1]), tuple(candidates))
-            )
+        if curves:
+            found.append(tuple(_on_hull(tuple(members), group[0], curves)))
     return tuple(found)
+
+
+def _on_hull(
+    members: tuple[int, ...], target: Target, curves: Sequence[SharedCandidates]
+) -> Iterator[SharedCandidate]:
+    """Yield the candidates on the lower convex hull of the cost over bytes, and over parameters."""
+    where = [(curve, index) for curve in curves for index in range(len(curve.params))]
+    bytes_of, params_of, losses, costs = (
+        torch.cat([getattr(curve, name) for curve in curves]).tolist()
+        for name in ("num_bytes", "params", "forecasts", "costs")
+    )
+    for k in sorted({*lower_hull(bytes_of, costs), *lower_hull(params_of, costs)}):
+        curve, index = where[k]
+        topology = PATTERNS[curve.pattern].build(target.matrix.shape[0], target.matrix.shape[1], index + 1)
+        sizes = int(bytes_of[k]), int(params_of[k])
+        made = Candidate(topology, curve.storage, *sizes, losses[k], error=0.0, cost=costs[k])
+        yield SharedCandidate(members, curve.pattern, made)
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
@@ -379,41 +394,8 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
 
 # --- one allocation over separate and shared networks ---------------------------------------------
 
-#: Index of a candidate of each target, or the choice of its stack.
-Choice = list[int | SharedChoice]
-
-
-@dataclass(frozen=True)
-class _Item:
-    """Candidates of one stack as a whole, and the meaning of each.
-
-    Args:
-        stack: of the item.
-        candidates: sums over the stack: separate networks along their path, one format for all, shared ones.
-        start: candidate of each member at the start of the path.
-        steps: `(member, candidate)` of each step of the path.
-        formats: candidate of each member, for each number format that all of them have.
-        shared: the shared candidates one by one.
-    """
-
-    stack: Stack
-    candidates: Sequence[Candidate]
-    start: tuple[int, ...]
-    steps: tuple[tuple[int, int], ...]
-    formats: tuple[tuple[int, ...], ...]
-    shared: tuple[SharedChoice, ...]
-
-    def meaning(self, index: int) -> tuple[int, ...] | SharedChoice:
-        """Return the candidate of each member, or the shared choice."""
-        points = len(self.steps) + 1 if self.start else 0
-        if index >= points + len(self.formats):
-            return self.shared[index - points - len(self.formats)]
-        if index >= points:
-            return self.formats[index - points]
-        chosen = list(self.start)
-        for member, candidate in self.steps[:index]:
-            chosen[member] = candidate
-        return tuple(chosen)
+#: Index of a candidate of each target, or the shared networks of its stack.
+Choice = list[int | SharedCandidate]
 
 
 def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice, str]:
@@ -439,13 +421,13 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice,
             return []
         size, loss = totals_of(made, prepared)
         found.append((size if least_size else loss, made, bound_by))
-        return [each.stack for each in made if isinstance(each, SharedChoice)]
+        sharing = {each.members for each in made if isinstance(each, SharedCandidate)}
+        return [stack for stack in stacks if stack[0].members in sharing]
 
     attempt((), ())
     if stacks:
         attempt(stacks, (SHARED,))
-        sharing = attempt(stacks, (SEPARATE, SHARED))
-        attempt([stack for stack in stacks if any(stack is each for each in sharing)], (SHARED,))
+        attempt(attempt(stacks, (SEPARATE, SHARED)), (SHARED,))
     if not found:
         raise refused[0]
     least = min(measure for measure, _, _ in found)
@@ -459,41 +441,36 @@ def choose_kinds(prepared: Prepared, stacks: Sequence[Stack], kinds: Sequence[st
         BudgetError: the budget cannot be kept.
     """
     targets, candidates = prepared.targets, prepared.candidates
-    items = [_item(stack, prepared, kinds) for stack in stacks]
-    inside = {place for stack in stacks for place in stack.members}
+    inside = {place for stack in stacks for place in stack[0].members}
     single = [place for place in range(len(targets)) if place not in inside]
-    together = [*(candidates[place] for place in single), *(item.candidates for item in items)]
-    names = [targets[place].name for place in (*single, *(item.stack.members[0] for item in items))]
+    options = [_options(stack, prepared, kinds) for stack in stacks]
     chosen, bound_by = choose_candidates(
         targets,
-        together,
+        [*(candidates[place] for place in single), *([each for each, _ in some] for some in options)],
         prepared.config,
         "curvature",
         forecast=prepared.facts.forecast,
         rest=prepared.rest,
-        names=names,
+        names=[targets[place].name for place in (*single, *(stack[0].members[0] for stack in stacks))],
     )
     made: Choice = [0] * len(targets)
     for place, index in zip(single, chosen, strict=False):
         made[place] = index
-    for item, index in zip(items, chosen[len(single) :], strict=True):
-        meant = item.meaning(index)
-        for k, place in enumerate(item.stack.members):
-            made[place] = meant if isinstance(meant, SharedChoice) else meant[k]
+    for stack, some, index in zip(stacks, options, chosen[len(single) :], strict=True):
+        meant = some[index][1]
+        for k, place in enumerate(stack[0].members):
+            made[place] = meant if isinstance(meant, SharedCandidate) else meant[k]
     return made, bound_by
 
 
 def totals_of(chosen: Choice, prepared: Prepared) -> tuple[float, float]:
     """Compute the size of a choice in the unit of the allocation, and its predicted loss increase."""
-    size, loss, unit = 0.0, 0.0, _unit(prepared)
-    for place, choice in enumerate(chosen):
-        if isinstance(choice, int):
-            candidate = prepared.candidates[place][choice]
-            size, loss = size + getattr(candidate, unit), loss + candidate.predicted_loss
-        elif choice.stack.members[0] == place:
-            size += float(getattr(choice.candidates, unit)[choice.index])
-            loss += float(choice.candidates.forecasts[choice.index])
-    return size, loss
+    parts = [
+        prepared.candidates[place][choice] if isinstance(choice, int) else choice.candidate
+        for place, choice in enumerate(chosen)
+        if isinstance(choice, int) or choice.members[0] == place
+    ]
+    return sum(getattr(x, _unit(prepared)) for x in parts), sum(x.predicted_loss for x in parts)
 
 
 def _unit(prepared: Prepared) -> str:
@@ -501,58 +478,56 @@ def _unit(prepared: Prepared) -> str:
     return "num_bytes" if prepared.config.plans_formats else "params"
 
 
-def _item(stack: Stack, prepared: Prepared, kinds: Sequence[str]) -> _Item:
-    """Build the candidates of one stack."""
-    members = [prepared.candidates[place] for place in stack.members]
-    tables = [
-        torch.tensor([[float(getattr(x, name)) for x in found] for name in _SUMS], dtype=torch.float64)
-        for found in members
-    ]
+def _options(
+    stack: Stack, prepared: Prepared, kinds: Sequence[str]
+) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
+    """List candidates of a stack as a whole: with the candidate of each member, or shared networks."""
+    members = [prepared.candidates[place] for place in stack[0].members]
+    found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 
-    def added(chosen: Sequence[int]) -> Tensor:
-        return torch.stack([table[:, k] for table, k in zip(tables, chosen, strict=True)]).sum(0)
+    def together(chosen: Sequence[int], number_format: str = "") -> Candidate:
+        parts = [each[k] for each, k in zip(members, chosen, strict=True)]
+        sums = (sum(getattr(x, name) for x in parts) for name in ("num_bytes", "params", "predicted_loss"))
+        cost = sum(x.cost for x in parts)
+        return Candidate(None, Storage(), *sums, error=0.0, cost=cost, number_format=number_format)
 
-    start: Sequence[int] = ()
-    steps: Sequence[tuple[int, int]] = ()
-    formats: dict[str, tuple[int, ...]] = {}
-    points: list[Tensor] = []  # shape: (sums, points) each
     if SEPARATE in kinds:
         # The separate networks of every total size, along the convex hulls of the members.
-        start, steps = hull_steps([curve_of(found, _unit(prepared)) for found in members])
-        at = list(start)
-        changes = [added(at)]
-        for member, candidate in steps:
-            changes.append(tables[member][:, candidate] - tables[member][:, at[member]])
-            at[member] = candidate
-        points.append(torch.stack(changes, dim=1).cumsum(1))
-        uniforms = [uniform(found) for found in members]
-        common = [name for name in uniforms[0] if all(name in each for each in uniforms)]
-        formats = {name: tuple(each[name] for each in uniforms) for name in common}
-        points += [added(chosen)[:, None] for chosen in formats.values()]
-    shared = []
+        start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
+        at, total = list(start), together(start)
+        found.append((total, tuple(at)))
+        for member, index in steps:
+            old, new = members[member][at[member]], members[member][index]
+            total = replace(
+                total,
+                num_bytes=total.num_bytes + new.num_bytes - old.num_bytes,
+                params=total.params + new.params - old.params,
+                predicted_loss=total.predicted_loss + new.predicted_loss - old.predicted_loss,
+                cost=total.cost + new.cost - old.cost,
+            )
+            at[member] = index
+            found.append((total, tuple(at)))
+        uniforms = [uniform(each) for each in members]
+        for name in (name for name in uniforms[0] if all(name in each for each in uniforms)):
+            chosen = tuple(each[name] for each in uniforms)
+            found.append((together(chosen, name), chosen))
     if SHARED in kinds:
-        for found in stack.candidates:
-            shared += [SharedChoice(stack, found, index) for index in range(len(found.params))]
-            points.append(torch.stack([found.num_bytes, found.params, found.forecasts, found.costs]))
-    places = {len(steps) + 1 + k: name for k, name in enumerate(formats)}
-    candidates = [
-        Candidate(None, Storage(), int(size), int(params), loss, 0.0, cost, number_format=places.get(k, ""))
-        for k, (size, params, loss, cost) in enumerate(torch.cat(points, dim=1).T.tolist())
-    ]
-    return _Item(stack, candidates, tuple(start), tuple(steps), tuple(formats.values()), tuple(shared))
+        found += [(each.candidate, each) for each in stack]
+    return found
 
 
 # --- shared networks in the model -----------------------------------------------------------------
 
 
 def _fit(
-    choice: SharedChoice, targets: Sequence[Target], stats: CalibrationStats, damping: float
+    choice: SharedCandidate, targets: Sequence[Target], stats: CalibrationStats, damping: float
 ) -> tuple[dict[str, nn.Module], SharedStack]:
     """Fit the networks of a stack, and build the layers that share their core, by name."""
-    candidates, storage, rank = choice.candidates, choice.candidates.storage, choice.index + 1
+    topology, storage = choice.candidate.topology, choice.candidate.storage
+    assert topology is not None
+    rank = max(topology.bond_dims.values())
     weightings = [layer_weighting(x, "curvature", stats, damping) or Weighting() for x in targets]
-    stored = fit_stored(candidates.pattern, [x.matrix for x in targets], weightings, rank, storage)
-    topology = PATTERNS[candidates.pattern].build(*choice.stack.shape, rank)
+    stored = fit_stored(choice.pattern, [x.matrix for x in targets], weightings, rank, storage)
     modules: dict[str, nn.Module] = {}
     errors = []
     for target, tensors in zip(targets, stored, strict=True):
@@ -566,14 +541,14 @@ def _fit(
         modules[target.names[0]] = layer
     report = SharedStack(
         names=tuple(target.name for target in targets),
-        pattern=candidates.pattern,
+        pattern=choice.pattern,
         topology=topology,
         storage=storage,
         params_before=sum(target.matrix.numel() for target in targets),
-        params_after=int(candidates.params[choice.index]),
+        params_after=choice.candidate.params,
         bytes_before=sum(target.matrix.nbytes for target in targets),
-        bytes_after=int(candidates.num_bytes[choice.index]),
-        loss_increase=float(candidates.forecasts[choice.index]),
+        bytes_after=choice.candidate.num_bytes,
+        loss_increase=choice.candidate.predicted_loss,
         errors=tuple(errors),
     )
     return modules, report
