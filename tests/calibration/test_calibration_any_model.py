@@ -260,7 +260,7 @@ def test_names_of_classes_tell_where_labels_are_scored(kind: type[Writer], like:
 
 
 def test_perplexity_refuses_models_that_score_labels_in_their_place() -> None:
-    from tensornet_hf.text.perplexity import perplexity
+    from tensornet_hf.evaluate import perplexity
 
     found = perplexity(WriterForCausalLM("shifted"), IDS.flatten(), context=7)
     assert found.loss == pytest.approx(Writer("shifted")(IDS, IDS)["loss"].item(), rel=1e-5)

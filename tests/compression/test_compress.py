@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 import tensornet as tn
 from tensornet.nn.targets import find_targets, matches
 from tensornet_hf.embedded import gpt2_path, heldout_text
-from tensornet_hf.text.default_data import embedded_text
-from tensornet_hf.text.tokens import load_tokenizer, token_ids
+from tensornet_hf.text import embedded_text, load_tokenizer, token_ids
 
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
 

@@ -16,7 +16,7 @@ from tensornet.calibration.losses import label_losses
 from tensornet.compression import CompressionConfig, Prepared, correct_by_measuring, prepare
 from tensornet.compression.measure import mean_loss
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.text.tokens import load_tokenizer, token_ids
+from tensornet_hf.text import load_tokenizer, token_ids
 
 
 def windows(text: str) -> list[Tensor]:

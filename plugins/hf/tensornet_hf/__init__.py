@@ -10,12 +10,18 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
 from tensornet.nn.extension import register_extension
 from tensornet_hf.checkpoint import decompress, load, save
-from tensornet_hf.compress_options import CompressOptions, OptionError
+from tensornet_hf.compress import (
+    CompressOptions,
+    FolderReport,
+    OptionError,
+    PlannedFolder,
+    compress_folder,
+    plan_folder,
+    upcycle_folder,
+)
 from tensornet_hf.description import TensorNetworkConfig
 from tensornet_hf.export.compressed_tensors import ExportReport, export_compressed_tensors
 from tensornet_hf.extension import TransformersExtension
-from tensornet_hf.folder_compression import FolderReport, PlannedFolder, compress_folder, plan_folder
-from tensornet_hf.pipeline import upcycle_folder
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import CheckpointReport, WorkerError, compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback

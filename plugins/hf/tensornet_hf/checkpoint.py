@@ -45,7 +45,7 @@ from tensornet_hf.description import (
     without_guards,
 )
 from tensornet_hf.quantizer import prepare_for_saving
-from tensornet_hf.text.tokens import first_line
+from tensornet_hf.text import first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Other forms of weights; a compressed model must not carry the dense ones along.

@@ -15,7 +15,7 @@ from typing import Literal
 __all__ = ["calibration_text", "gpt2_path", "heldout_text", "t5_pairs", "t5_path"]
 
 
-def _data(name: str) -> Path:
+def data_path(name: str) -> Path:
     path = Path(str(files("tensornet_hf") / "data" / name))
     if not path.exists():
         raise FileNotFoundError(
@@ -38,7 +38,7 @@ def gpt2_path() -> Path:
         >>> len(AutoTokenizer.from_pretrained(th.embedded.gpt2_path()))
         1024
     """
-    return _data("gpt2")
+    return data_path("gpt2")
 
 
 def t5_path() -> Path:
@@ -54,7 +54,7 @@ def t5_path() -> Path:
         >>> type(AutoModelForSeq2SeqLM.from_pretrained(th.embedded.t5_path())).__name__
         'T5ForConditionalGeneration'
     """
-    return _data("t5")
+    return data_path("t5")
 
 
 def calibration_text() -> str:
@@ -67,7 +67,7 @@ def calibration_text() -> str:
         >>> len(th.embedded.calibration_text()) > 200_000
         True
     """
-    return _data("calibration.txt").read_text(encoding="utf-8")
+    return data_path("calibration.txt").read_text(encoding="utf-8")
 
 
 def heldout_text() -> str:
@@ -80,7 +80,7 @@ def heldout_text() -> str:
         >>> len(th.embedded.heldout_text()) > 90_000
         True
     """
-    return _data("heldout.txt").read_text(encoding="utf-8")
+    return data_path("heldout.txt").read_text(encoding="utf-8")
 
 
 def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
@@ -99,6 +99,6 @@ def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
     """
     if split not in ("calibration", "heldout"):
         raise ValueError(f"Unknown split {split!r}: expected 'calibration' or 'heldout'")
-    lines = _data(f"t5_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = data_path(f"t5_{split}.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [(record["source"], record["target"]) for record in records]

@@ -11,7 +11,7 @@ from tensornet_hf.experts import experts_apart, tell_padding
 from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.sample_batch import sample_batch
 from tensornet_hf.sample_runs import sample_runs
-from tensornet_hf.text.default_data import embedded_text
+from tensornet_hf.text import embedded_text
 
 
 class TransformersExtension(ModelExtension):

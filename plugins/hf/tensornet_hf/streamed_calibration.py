@@ -39,7 +39,7 @@ from tensornet.io import (
 from tensornet.nn.targets import find_targets
 from tensornet_hf.lazy_model import mapped_model, open_source
 from tensornet_hf.streaming import digest, staging
-from tensornet_hf.text.calibration_data import calibration_data
+from tensornet_hf.text import calibration_data
 
 #: Prefix of folders of activations, beside the statistics.
 SPILL = ".calibration."
@@ -136,6 +136,7 @@ def statistics_of_text(
     name: str,
     config: CompressionConfig,
     tokens: int,
+    path: Path | None = None,
     resume: bool = True,
     progress: bool = False,
 ) -> Path:
@@ -151,6 +152,7 @@ def statistics_of_text(
         name: how reports call the text.
         config: observe the layers it selects and that lie inside blocks.
         tokens: how much of the text to use.
+        path: file to write instead.
         resume: use statistics that are there already.
         progress: show a progress bar.
 
@@ -168,7 +170,7 @@ def statistics_of_text(
         [sorted(source.marks.items()), text, name, tokens, layers, tn.__version__, torch.__version__]
     )
     with staging(Path(destination).expanduser().absolute()) as work:
-        path = work / f"statistics-{key[:16]}.safetensors"
+        path = path or work / f"statistics-{key[:16]}.safetensors"
         if path.is_file() and resume:
             return path
         for left in work.glob(f"{SPILL}*"):  # by a run that was killed

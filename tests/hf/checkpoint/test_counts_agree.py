@@ -10,8 +10,8 @@ import pytest
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.report import model_size
+from tensornet_hf.compare import compare_folders
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.evaluation.side_by_side import compare_folders
 from tensornet_hf.inspect import inspect_folder
 
 MLP = ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
@@ -20,10 +20,9 @@ MLP = ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
 @pytest.mark.parametrize("name", ["int4", "int3:g32:zero"])
 def test_one_folder_has_one_number_of_parameters(name: str, tmp_path: Path) -> None:
     config = tn.CompressionConfig(target_modules=MLP, bits_per_weight=16, formats=(name,), objective="weight")
-    options = th.CompressOptions(config)
-    planned = th.plan_folder(gpt2_path(), options)
+    planned = th.plan_folder(gpt2_path(), config)
     folder = tmp_path / "small"
-    report = th.compress_folder(gpt2_path(), folder, options).report
+    report = th.compress_folder(gpt2_path(), folder, config).report
     count = report.model_params_before - report.plan.params_before + report.plan.params_after
     assert count > report.model_params_before  # a code for each weight, and scales
     assert json.loads(report.to_json())["model_params_after"] == count
@@ -34,6 +33,6 @@ def test_one_folder_has_one_number_of_parameters(name: str, tmp_path: Path) -> N
     assert found.params == sum(found.dtypes.values()) == count
     for layer in found.layers:
         assert layer.params == model.get_submodule(layer.name).num_params
-    assert compare_folders([folder]).folders[0].params == count
+    assert compare_folders([folder])[0].params == count
     streamed = th.compress_checkpoint(gpt2_path(), tmp_path / "streamed", config)
     assert streamed.compression.model_params_after == count

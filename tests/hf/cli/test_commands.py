@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -13,17 +14,23 @@ import huggingface_hub
 import pytest
 import torch
 from hf_architectures import PAGE_ARCHITECTURES
-from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForConditionalGeneration,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet_hf import load
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
-from tensornet_hf.text.mixing import mix_texts
-from tensornet_hf.text.tokens import load_tokenizer
+from tensornet_hf.text import load_tokenizer, mix_texts
 
+FEW = ("--calibration-tokens", 2_000)
 TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
-CHAIN = ("--param-ratio", 0.5, "--topology", "mpo", "--target", "h.0.mlp.c_fc")
+CHAIN = ("--param-ratio", 0.5, "--topology", "mpo", "--target", "h.0.mlp.c_fc", "--objective", "weight")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -52,14 +59,24 @@ def test_layers_that_the_text_does_not_reach_are_named(tensornet: Run, tmp_path:
 
 def test_compress_inspect_decompress(tensornet: Run) -> None:
     status, out, err = tensornet(
-        "compress", gpt2_path(), "small", "--param-ratio", 0.5, *TWO_LAYERS, "--report", "r.html"
+        "compress",
+        gpt2_path(),
+        "small",
+        "--param-ratio",
+        0.5,
+        *TWO_LAYERS,
+        "--calibration",
+        "default",
+        *FEW,
+        "--report",
+        "r.html",
     )
     assert status == 0
     bits = float(out.partition("layers      2, ")[2].partition(" bits a weight")[0])
     assert 0 < bits <= 16  # half of float32; within the keep ratio of 0.5
     assert "written to  small" in out
-    assert "note: calibrated on" in err
-    assert "King James Bible" in err
+    assert "tokens of the embedded text (King James Bible)" in out
+    assert "measured    loss increase" in out
     page = Path("r.html").read_text()
     assert "predicted</em>" in page  # no held-out text was given
     assert "measured</em>" not in page
@@ -96,7 +113,7 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
     status, out, err = tensornet("decompress", "dense", "again")
     assert (status, out) == (1, "")
     assert "nothing to decompress" in err
-    status, _, err = tensornet("compress", "small", "again", "--max-bond", 4)
+    status, _, err = tensornet("compress", "small", "again", "--rel-error", 0.5)
     assert status == 1
     assert "compressed already" in err
 
@@ -125,7 +142,7 @@ def test_bits_are_planned_and_shown_in_bytes(tensornet: Run) -> None:
     status, out, _ = tensornet("compress", gpt2_path(), "small", *how, "--json")
     data = json.loads(out)
     assert (status, data["bits_per_weight"]) == (0, 4.25)
-    assert {layer["form"] for layer in data["layers"]} == {"int4 dense"}
+    assert {layer["scheme"] for layer in data["layers"]} == {"int4 dense"}
     assert data["file_bytes_after"] == Path("small/model.safetensors").stat().st_size
     status, _, err = tensornet("compress", gpt2_path(), "less", "--bits", 4, "--formats", "int9")
     assert status != 0
@@ -161,11 +178,51 @@ def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
     assert (status, err) == (0, "")
     assert json.loads(out)["file_bytes_after"] == Path("streamed/model.safetensors").stat().st_size
     assert torch.allclose(logits(load("streamed")), logits(load("whole")), atol=1e-5)
-    for more in (("--dtype", "bfloat16"), ("--dry-run",), ("--report", "x")):
+    for more in (("--dtype", "bfloat16"), ("--report", "x")):
         status, out, err = tensornet("compress", gpt2_path(), "other", *arguments, "--workers", 1, *more)
         assert (status, out) == (2, "")
-        assert f"which {more[0]} would need" in err
+        assert f"{more[0]} would need" in err
     assert not Path("other").exists()
+
+
+def test_statistics_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("text.txt").write_text(heldout_text()[:20_000])
+    how = ("compress", gpt2_path(), "--bits", 4.25, *TWO_LAYERS, "--statistics", "stats.safetensors")
+    text = ("--calibration", "text.txt", *FEW)
+    assert tensornet(*how, *text, "--dry-run")[0] == 0
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("tensornet_hf.compress.calibrate", never)
+    plans = [tensornet(*how, *more, "--dry-run", "--json")[1] for more in (text, ())]
+    assert "tokens of text.txt" in json.loads(plans[1])["calibration"]
+    status, out, _ = tensornet(*how, *text, "small")
+    assert status == 0
+    assert re.search(r"measured    loss increase .* on [0-9,]+ tokens of text.txt", out)
+    status, _, err = tensornet(*how, "--calibration", "default", "other")
+    assert status == 1
+    assert "was collected on" in err
+
+
+def test_experts_share_cores(tensornet: Run) -> None:
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=1024, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    model.save_pretrained("dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(gpt2_path() / name, "dense")
+    how = ("compress", "dense", "small", "--param-ratio", 0.6, "--target", "*experts*", "--share-experts")
+    status, out, err = tensornet(*how, "--calibration", "default", *FEW)
+    assert status == 0, err
+    assert "predicted loss increase" in out
+    load("small")
+    status, _, err = tensornet(*how, "--calibration", "default", "--refine", "--force")
+    assert status == 2
+    assert "--share-experts does not go with --refine" in err
 
 
 def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
@@ -259,16 +316,18 @@ def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: R
         ),
         (("generate", gpt2_path(), "--prompt", "a", "--max-new-tokens", 500), "has 128 positions"),
         (("generate", gpt2_path(), "--prompt", "a", "--temperature", -1), "temperature must be at least 0"),
-        (("compress", gpt2_path(), "out"), "Say how far to compress"),
-        (("compress", gpt2_path(), "out", "--max-bond", 4, "--dtype", "int3"), "Unknown dtype 'int3'"),
-        (("compress", gpt2_path(), "out", "--max-bond", 4, "--topology", "x"), "x.*low_rank.*mpo"),
-        (("compress", gpt2_path(), "out", "--max-bond", 4, "--target", "re:("), "not a regular expression"),
+        (("compress", gpt2_path(), "out", "--rel-error", 0.5, "--dtype", "int3"), "Unknown dtype 'int3'"),
+        (("compress", gpt2_path(), "out", "--rel-error", 0.5, "--topology", "x"), "x.*low_rank.*mpo"),
         (
-            ("compress", gpt2_path(), "out", *CHAIN, "--sites", 30, "--calibration", "text.txt"),
+            ("compress", gpt2_path(), "out", "--rel-error", 0.5, "--target", "re:("),
+            "not a regular expression",
+        ),
+        (
+            ("compress", gpt2_path(), "out", *CHAIN[:-2], "--sites", 30, "--calibration", "text.txt"),
             "at most 25 out-legs",
         ),
         (
-            ("compress", gpt2_path(), "out", "--max-bond", 4, "--report", "no/r.html"),
+            ("compress", gpt2_path(), "out", "--rel-error", 0.5, "--report", "no/r.html"),
             "report cannot be written",
         ),
         (("compress", gpt2_path(), "out", "--plan", "empty.txt"), "Cannot read a compression plan"),
@@ -277,7 +336,7 @@ def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: R
             "less than one window",
         ),
         (("compress", "bare", "out", "--max-bond", 4, "--calibration", "text.txt"), "has no tokenizer"),
-        (("compress", gpt2_path(), "hf://a/b/c", "--max-bond", 4), "not an address on the hub"),
+        (("compress", gpt2_path(), "hf://a/b/c", "--rel-error", 0.5), "not an address on the hub"),
     ],
 )
 def test_bad_input(tensornet: Run, arguments: tuple[object, ...], message: str) -> None:
@@ -304,7 +363,7 @@ def test_wrong_usage_is_a_line_and_status_2(tensornet: Run) -> None:
     ):
         status, out, err = tensornet(*arguments)
         assert (status, out, len(err.splitlines())) == (2, "", 1)
-    status, _, err = tensornet("compress", gpt2_path(), "--max-bond", 4)
+    status, _, err = tensornet("compress", gpt2_path(), "--rel-error", 0.5)
     assert status == 2
     assert "--dry-run" in err
 

@@ -49,7 +49,7 @@ def row(printed: str, label: str) -> tuple[str, list[float]]:
 
 def test_prints_bytes_first_and_baselines_of_the_same_bytes(done: tuple[Path, str]) -> None:
     folder, printed = done
-    assert re.match(r"\s+bytes\s+bits a weight\s+parameters\s+perplexity\s+rise of the loss", printed)
+    assert re.match(r"\s+bytes\s+bits a weight\s+parameters\s+perplexity\s+loss increase", printed)
     _, (size, bits, params, perplexity) = row(printed, "original")
     assert (size, bits, params) == (3.77, 32, 940_800)
     recorded = json.loads((gpt2_path() / "training.json").read_text())["heldout_perplexity"]
@@ -66,11 +66,9 @@ def test_prints_bytes_first_and_baselines_of_the_same_bytes(done: tuple[Path, st
     assert "tokens scored in 256 windows of 128, stride 128" in printed
 
 
-def test_shows_what_the_models_write(done: tuple[Path, str]) -> None:
+def test_shows_what_the_saved_model_writes(done: tuple[Path, str]) -> None:
     _, printed = done
-    for name in ("original", "compressed"):
-        written = printed.partition(f"{name} writes:\n")[2].partition("\n\n")[0]
-        assert len(written.split()) > 20
+    assert len(printed.partition("The saved model writes: ")[2].partition("\n\n")[0].split()) > 20
 
 
 def test_model_loads_through_transformers(done: tuple[Path, str]) -> None:

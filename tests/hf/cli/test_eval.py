@@ -14,9 +14,8 @@ import torch
 import tensornet_hf as th
 from tensornet.errors import TargetError
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.evaluation import run_tasks
-from tensornet_hf.evaluation.harness import TaskError
-from tensornet_hf.text.tokens import load_tokenizer
+from tensornet_hf.evaluate import TaskError, run_tasks
+from tensornet_hf.text import load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 needs_harness = pytest.mark.skipif(

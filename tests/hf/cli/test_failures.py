@@ -93,19 +93,20 @@ FAILURES = {
     "destination exists": Failure("out exists already", spoil=take_place),
     "not a model": Failure("is not a model folder: it has no config.json", spoil=no_config),
     "no such layer": Failure(
-        "Pattern 'nosuch' matches no layer", ("--param-ratio", "0.5", "--target", "nosuch")
+        "Pattern 'nosuch' matches no layer", ("--rel-error", "0.5", "--target", "nosuch")
     ),
-    "plan and budget": Failure("leave out --max-bond", ("--plan", "plan.json", "--max-bond", "4")),
     "plan and other answers": Failure(
         "becomes; leave out --target and --topology",
         ("--plan", "plan.json", "--topology", "mpo", "--target", "c_fc"),
+        status=2,
     ),
+    "bits without a text": Failure("give --calibration FILE.*--calibration default", ("--bits", "4.25")),
+    "no budget": Failure("[Ss]ay how far", ()),
+    "a removed option": Failure("No such option.*--formats int8", ("--int8",), status=2),
     "report of nothing": Failure(
-        "leave out --report", ("--param-ratio", "0.5", "--dry-run", "--report", "page.html"), status=2
+        "--report would need", ("--rel-error", "0.5", "--dry-run", "--report", "page.html"), status=2
     ),
-    "no workers": Failure(
-        "'--workers'.*(greater|range)", ("--param-ratio", "0.5", "--workers", "0"), status=2
-    ),
+    "no workers": Failure("workers.* must be at least 1", ("--rel-error", "0.5", "--workers", "0")),
     "impossible budget": Failure(
         "'transformer.h.0.attn.c_attn'.*budget", ("--param-ratio", "0.0001", "--objective", "weight")
     ),
@@ -133,8 +134,24 @@ def test_compress_fails_in_one_line(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "out").exists() == (failure.spoil is take_place)
 
 
+@pytest.mark.slow
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    """Interrupted in the middle of its work, with and without something to keep."""
+    stop = "import {0} as x\ndef stop(_): raise KeyboardInterrupt\nx.{1} = stop"
+    before = stop.format("tensornet_hf.compress", "load")
+    done = tensornet("compress", str(gpt2_path()), "out", "--rel-error", "0.5", cwd=tmp_path, before=before)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "tensornet: interrupted; nothing was written.\n"
+    before = stop.format("tensornet_hf.streaming", "_compress_shard")
+    streamed = ("--rel-error", "0.5", "--workers", "1")
+    done = tensornet("compress", str(gpt2_path()), "out", *streamed, cwd=tmp_path, before=before)
+    assert done.returncode == 130
+    assert "finished shards and statistics are kept: run the same command again" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+
+
 def test_hub_id_that_cannot_be_had(tmp_path: Path) -> None:
-    done = tensornet("compress", "nobody/nothing", "out", "--max-bond", "4", cwd=tmp_path)
+    done = tensornet("compress", "nobody/nothing", "out", "--rel-error", "0.5", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("tensornet: nobody/nothing is not a folder here")

@@ -11,9 +11,9 @@ import typer
 
 from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
-from tensornet_hf.cli.values import parse_device, parse_share, parse_size
+from tensornet_hf.cli.options import parse_device, parse_share, parse_size
 from tensornet_hf.embedded import gpt2_path, heldout_text
-from tensornet_hf.text.tokens import continue_text, load_tokenizer
+from tensornet_hf.text import continue_text, load_tokenizer
 
 TEMPLATE = "In the {{ messages[0].content }} {% if add_generation_prompt %}and{% endif %}"
 
@@ -114,7 +114,7 @@ def test_the_model_runs_on_the_device(
     commands = [
         ["eval", model, "--text", text],
         ["generate", model, "--prompt", "In the", "--max-new-tokens", "2"],
-        ["compress", model, str(tmp_path / "a"), "--max-bond", "4", "--target", "h.0.mlp.c_fc"],
+        ["compress", model, str(tmp_path / "a"), "--rel-error", "0.5", "--target", "h.0.mlp.c_fc"],
         ["upcycle", model, "--dry-run", "--target", "h.0.mlp"],
         ["decompress", str(tmp_path / "a"), str(tmp_path / "b")],
     ]

@@ -13,12 +13,12 @@ from sharded_folders import contents
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet_hf as th
-from tensornet_hf import pipeline as conversion
+from tensornet_hf import compress as conversion
 from tensornet_hf import streamed_calibration as from_text
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, t5_path
 from tensornet_hf.streaming import staging_folder
-from tensornet_hf.text.tokens import load_tokenizer
+from tensornet_hf.text import load_tokenizer
 
 TOKENS = 600
 HALF = ("--param-ratio", "0.5", "--calibration", "text.txt", "--calibration-tokens", str(TOKENS))

@@ -26,7 +26,7 @@ from tensornet.calibration.losses import IGNORED
 from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
-from tensornet_hf.text.calibration_data import calibration_data
+from tensornet_hf.text import calibration_data
 
 WORDS = ["the", "river", "runs", "past", "a", "mill", "and", "two", "old", "trees", "to", "sea"]
 TEXT = "\n\n".join(" ".join(WORDS[k % 12 :] + WORDS[: k % 5]) for k in range(40))

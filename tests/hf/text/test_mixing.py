@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensornet_hf.text.mixing import PIECE, mix_texts
+from tensornet_hf.text import PIECE, mix_texts
 
 #: Texts of lines that are short or longer than a piece, with and without an end of the last line.
 LINES = st.lists(st.sampled_from([1, 40, PIECE - 1, PIECE, 3 * PIECE]), min_size=1, max_size=12)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet_hf.text.perplexity import perplexity, windows
+from tensornet_hf.evaluate import perplexity, windows
 
 VOCABULARY = 11
 

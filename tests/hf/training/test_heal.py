@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +23,11 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.healing.objective import output_distance
 from tensornet.healing.trained import compressed_layers, trainable_cores
-from tensornet_hf import pipeline as conversion
+from tensornet_hf import compress as conversion
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.peft import lora_config
-from tensornet_hf.text.calibration_data import calibration_data
-from tensornet_hf.text.tokens import load_tokenizer, token_ids
+from tensornet_hf.text import calibration_data, load_tokenizer, token_ids
 from tensornet_hf.trainer import HealingTrainer, heal
 
 
@@ -140,9 +140,9 @@ def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixt
         assert run([*common[:2], str(folder), *common[2:], *extra]) == 0
         made.append(th.load(folder).eval())
     said = capfd.readouterr().err
-    assert len(re.findall(r"layers refitted: distance .* on text held back", said)) == 2
+    assert len(re.findall(r"layers refitted: distance .* on text held out of it", said)) == 2
     assert len(re.findall(r"healed for 30 steps, 30 of them now", said)) == 2
-    assert said.count("what was predicted is for the model before that") == 3
+    assert said.count("are of the model before that") == 3
     dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     ids = token_ids(load_tokenizer(gpt2_path()), heldout_text()[:20_000])
     batch = {"input_ids": ids[: 16 * 128].reshape(16, 128)}
@@ -157,11 +157,17 @@ def test_refitting_prefers_text_that_calibration_has_not_seen(monkeypatch: pytes
     model, text = AutoModelForCausalLM.from_pretrained(gpt2_path()), calibration_text()[:80_000]
     data = calibration_data(model, gpt2_path(), text)
     given: list[list[Any]] = []
-    monkeypatch.setattr(conversion, "refine", lambda model, teacher, batches, *_, **__: given.append(batches))
+
+    def refine(model: Any, teacher: Any, batches: list[Any], *_: Any, **__: Any) -> SimpleNamespace:
+        given.append(batches)
+        return SimpleNamespace(distances=(1.0, 1.0), after={}, left=(), kept=True)
+
+    monkeypatch.setattr(conversion, "refine", refine)
+    options = th.CompressOptions(refine=True, calibration="text.txt")
     each = data.tokens // len(data.batches)
     for seen in (0, 4 * each, data.tokens):
         stats = tn.CalibrationStats({}, {}, seen, None, "")
-        conversion.refine_on(model, model, gpt2_path(), text, stats, tokens=8 * each)
+        conversion._correct(model, model, gpt2_path(), text, stats, options, None, refine_tokens=8 * each)
     for batches, first in zip(given, (0, 4, 0), strict=True):  # all of it seen: better than none
         assert len(batches) == 8
         assert torch.equal(batches[0], data.batches[first])

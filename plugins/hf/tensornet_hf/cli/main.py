@@ -9,21 +9,27 @@ from typing import Annotated
 import typer
 from transformers.utils import logging
 
-from tensornet.errors import CalibrationWarning
-from tensornet_hf.cli import compare, compress, decompress, demo, evaluate, export, generate, inspect, upcycle
+from tensornet_hf.cli import commands, compress
 from tensornet_hf.report import versions
 
-# Name -> function. A new command is a new file beside this one and a line here.
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress.run,
-    "inspect": inspect.run,
-    "eval": evaluate.run,
-    "compare": compare.run,
-    "generate": generate.run,
-    "decompress": decompress.run,
-    "export": export.run,
-    "upcycle": upcycle.run,
-    "demo": demo.run,
+    "inspect": commands.inspect,
+    "eval": commands.evaluate,
+    "compare": commands.compare,
+    "generate": commands.generate,
+    "decompress": commands.decompress,
+    "export": commands.export,
+    "upcycle": commands.upcycle,
+    "demo": commands.demo,
+}
+#: What to use in place of options that were removed.
+REMOVED = {
+    "--int8": "Use --formats int8 with --bits 8.25.",
+    "--sentences": "examples/sentence_encoder.py compares the vectors of an encoder.",
+    "--reference": "examples/sentence_encoder.py compares the vectors of an encoder.",
+    "--labels": "Measure the accuracy of a classifier in Python, as examples/image_accuracy.py does.",
+    "--images": "examples/image_accuracy.py measures the accuracy on images.",
 }
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
@@ -83,10 +89,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
     except _click.ClickException as error:
-        _say(f"{error.format_message()} See tensornet --help, or --help after the command.")
+        removed = REMOVED.get(getattr(error, "option_name", ""))
+        advice = removed or "See tensornet --help, or --help after the command."
+        _say(f"{error.format_message()} {advice}")
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted")
+        _say(f"interrupted; {_what_is_kept(rest)}")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -99,6 +107,17 @@ def run(arguments: Sequence[str]) -> int:
     for note in notes:
         _say(f"note: {note}")
     return status if isinstance(status, int) else 0
+
+
+def _what_is_kept(arguments: Sequence[str]) -> str:
+    """Say what an interrupted command leaves, and how to go on."""
+    if "compress" in arguments and "--workers" in arguments:
+        return "finished shards and statistics are kept: run the same command again to continue."
+    if "compress" in arguments and "--heal" in arguments:
+        return "steps of healing up to the last checkpoint are kept: run the same command again."
+    if "compress" in arguments and "--statistics" in arguments:
+        return "nothing was written but the statistics, if they were complete: run the same command again."
+    return "nothing was written."
 
 
 def _quiet(debug: bool) -> list[str]:
@@ -118,8 +137,6 @@ def _quiet(debug: bool) -> list[str]:
     logging.disable_progress_bar()  # loading has bars of its own for each file
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="tensornet")
-    # The commands say it in their own words.
-    warnings.filterwarnings("ignore", message="No calibration data", category=CalibrationWarning)
     warnings.showwarning = keep
     return notes
 

@@ -1,9 +1,13 @@
-"""Options, output and errors that several commands share."""
+"""Options, values and output that several commands share."""
 
+import inspect
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -11,8 +15,114 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tensornet_hf.cli.values import parse_device
-from tensornet_hf.compress_options import OptionError
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}{end}": 1000**k for k, prefix in enumerate("KMGT", start=1) for end in ("", "B")}
+_UNITS |= {f"{prefix}IB": 1024**k for k, prefix in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+
+def parse_size(text: str | int) -> int:
+    """Convert a size such as `60MB`, `1.5 GiB` or `60000` to bytes.
+
+    Args:
+        text: a number and a unit: B, KB, MB, GB, TB are powers of 1,000, KiB, MiB, GiB, TiB of 1,024; in
+            upper or lower case, the B may be left out.
+
+    Raises:
+        typer.BadParameter: not a size, or less than one byte.
+
+    Examples:
+        >>> parse_size("60MB"), parse_size("1.5KiB"), parse_size("60_000")
+        (60000000, 1536, 60000)
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    factor = None if match is None else _UNITS.get(match[2].upper())
+    if match is None or factor is None:
+        raise typer.BadParameter(
+            f"{text!r} is not a size; write bytes, such as 60000, or a unit: 60MB, 1.5GiB."
+        )
+    size = int(Fraction(match[1].replace("_", "")) * factor)
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is less than one byte.")
+    return size
+
+
+def parse_share(text: str | float) -> float:
+    """Parse a keep ratio in `(0, 1]`.
+
+    Raises:
+        typer.BadParameter: not a number, or outside; above 1 it says how a percentage is written.
+
+    Examples:
+        >>> parse_share("0.5")
+        0.5
+    """
+    try:
+        share = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number; write a share such as 0.5.") from None
+    if 1 < share <= 100:
+        raise typer.BadParameter(
+            f"{text} is above 1, and would keep more than there is; if it is a percentage, write "
+            f"{share / 100:g} for {share:g} %."
+        )
+    if not 0 < share <= 1:
+        raise typer.BadParameter(f"{text} does not lie in (0, 1]; write a share such as 0.5 for one half.")
+    return share
+
+
+def parse_device(text: str | torch.device) -> torch.device:
+    """Parse the name of a device that is available on this machine.
+
+    Raises:
+        typer.BadParameter: torch knows no such device, or it is not there; lists those that are.
+
+    Examples:
+        >>> parse_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        device = torch.device(text)
+        usable = device.type != "meta"
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # unknown, absent, or not built in
+        usable = False
+    if not usable:
+        found = ["cpu"]
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            found += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+        raise typer.BadParameter(f"{text!s:.60} cannot be used here; choose one of {', '.join(found)}.")
+    return device
+
+
+def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
+    """Parse `KEY=VALUE` options, with values in JSON or else plain words.
+
+    Args:
+        option: as the user wrote it, for errors.
+        given: what came with it, once for each use.
+
+    Raises:
+        typer.BadParameter: no `=`, or a key twice.
+
+    Example:
+        >>> parse_pairs("--topology-option", ["out_dims=[8, 96]", "sites=2"])
+        {'out_dims': [8, 96], 'sites': 2}
+    """
+    found: dict[str, Any] = {}
+    for text in given or ():
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise typer.BadParameter(f"{option} takes KEY=VALUE, such as sites=3; got {text!r}.")
+        if key.strip() in found:
+            raise typer.BadParameter(f"{option} gives {key.strip()} twice; leave one of them out.")
+        try:
+            found[key.strip()] = json.loads(value)
+        except ValueError:
+            found[key.strip()] = value
+    return found
+
 
 Source = Annotated[str, typer.Argument(help="Model folder, or hub id where no folder has that name.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]
@@ -28,17 +138,107 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     torch.device,
-    typer.Option(
-        parser=parse_device,
-        metavar="DEVICE",
-        help="Where the model runs: cpu, cuda, cuda:1, mps.",
-    ),
+    typer.Option(parser=parse_device, metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1, mps."),
 ]
 CPU = torch.device("cpu")
-KeyValues = Annotated[
-    list[str] | None,
-    typer.Option(help="Option of the family, KEY=VALUE with a value in JSON: out_dims=[8,96]; repeatable."),
-]
+
+#: Titles of the groups that fields of configurations name, in the order in which help shows them.
+GROUPS = {
+    "budget": "How far (budgets may be combined; the tightest decides)",
+    "data": "Data that decide, and measure",
+    "layers": "Which layers",
+    "after": "Correction afterwards",
+    "output": "What is written",
+    "run": "How it runs",
+    "advanced": "Advanced",
+}
+#: Type of an option, and more arguments of `typer.Option`, by the kind that a field names.
+_KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
+    "number": (float, {"metavar": "NUMBER"}),
+    "integer": (int, {"metavar": "N"}),
+    "share": (float, {"metavar": "SHARE", "parser": parse_share}),
+    "size": (int, {"metavar": "SIZE", "parser": parse_size}),
+    "text": (str, {"metavar": "NAME"}),
+    "names": (str, {"metavar": "A,B,..."}),
+    "pairs": (list[str], {"metavar": "KEY=VALUE"}),
+    "patterns": (list[str], {"metavar": "PATTERN"}),
+    "path": (Path, {"metavar": "FILE"}),
+    "paths": (list[str], {"metavar": "FILE"}),
+    "device": (torch.device, {"metavar": "DEVICE", "parser": parse_device}),
+}
+
+
+def spelled(described: Field[Any]) -> str:
+    """Return an option as it is written on the command line.
+
+    Example:
+        >>> from dataclasses import fields
+        >>> [spelled(x) for x in fields(tn.CompressionConfig) if x.name == "bits_per_weight"]
+        ['--bits']
+    """
+    return f"--{(described.metadata['name'] or described.name).replace('_', '-')}"
+
+
+def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add an option to a command for every described field of some dataclasses.
+
+    A field is described by its metadata: `help`, `group` (of `GROUPS`), `kind`, `choices` and `name`. The
+    command gets what was given as keyword arguments by the name of the field, for `collect`.
+    """
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function)
+        given = [x for x in signature.parameters.values() if x.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [x for x in given if x.kind is not inspect.Parameter.KEYWORD_ONLY]
+        described = [x for kind in classes for x in fields(kind) if "help" in x.metadata]
+        described.sort(key=lambda x: list(GROUPS).index(x.metadata["group"]))
+        own += [_parameter(x) for x in described]
+        own += [x for x in given if x.kind is inspect.Parameter.KEYWORD_ONLY]
+        function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        function.__annotations__ = {x.name: x.annotation for x in own} | {"return": None}
+        return function
+
+    return wrap
+
+
+def _parameter(described: Field[Any]) -> inspect.Parameter:
+    """Make the parameter of a command from a field; what is not given is None."""
+    facts, flag = described.metadata, spelled(described)
+    kind, more = _KINDS.get(facts["kind"], (str, {"metavar": "NAME"}))
+    text, default = facts["help"], described.default
+    if facts["kind"] == "flag":
+        off = flag.replace("--", "--no-", 1)
+        flag = {None: f"{flag}/{off}", True: off, False: flag}[default]
+        kind, more = bool, {"metavar": " "}
+        text = f"Do not {text[0].lower()}{text[1:]}" if default is True else text
+    if facts.get("choices"):
+        text += f" One of {', '.join(facts['choices'])}."
+    if type(default) in (int, float, str) and default not in (0, ""):
+        text += f" (default: {default})"
+    option = typer.Option(flag, help=text, rich_help_panel=GROUPS[facts["group"]], show_default=False, **more)
+    return inspect.Parameter(
+        described.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def collect(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect the arguments of a dataclass from the options that were given."""
+    found = {}
+    for described in fields(kind):
+        value = given.get(described.name)
+        if "help" not in described.metadata or value is None or value == []:
+            continue
+        if described.default is True:  # the command line has the negative alone
+            value = False
+        if described.metadata["kind"] == "names":
+            value = tuple(value.split(","))
+        elif described.metadata["kind"] == "pairs":
+            value = parse_pairs(spelled(described), value)
+        found[described.name] = value
+    return found
 
 
 def print_json(data: Any) -> None:
@@ -70,7 +270,7 @@ def print_result(result: Printable, as_json: bool) -> None:
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    typer.echo(f"tensornet: note: {text}", err=True)
+    typer.echo(f"tensornet: {text}", err=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -82,40 +282,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
-    """Parse `KEY=VALUE` options, with values in JSON or else plain words.
-
-    Args:
-        option: as the user wrote it, for errors.
-        given: what came with it, once for each use.
-
-    Raises:
-        typer.BadParameter: no `=`, or a key twice.
-
-    Example:
-        >>> key_values("--topology-option", ["out_dims=[8, 96]", "sites=2"])
-        {'out_dims': [8, 96], 'sites': 2}
-    """
-    found: dict[str, Any] = {}
-    for text in given or ():
-        key, separator, value = text.partition("=")
-        if not separator or not key.strip():
-            raise typer.BadParameter(f"{option} takes KEY=VALUE, such as sites=3; got {text!r}.")
-        if key.strip() in found:
-            raise typer.BadParameter(f"{option} gives {key.strip()} twice; leave one of them out.")
-        try:
-            found[key.strip()] = json.loads(value)
-        except ValueError:
-            found[key.strip()] = value
-    return found
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Report options that exclude one another as wrong usage, by their names on the command line."""
-    try:
-        yield
-    except OptionError as error:
-        raise typer.BadParameter(error.for_command_line) from error

@@ -1,0 +1,450 @@
+"""All commands but `compress`: a thin shell over functions of the library."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from tensornet.compression.report import model_size
+from tensornet.errors import TargetError
+from tensornet_hf.checkpoint import HUB, check_free, load, on_device, read_checkpoint, resolve_folder, save
+from tensornet_hf.checkpoint import decompress as make_dense
+from tensornet_hf.cli import options as shared
+from tensornet_hf.compare import compare_folders, prompt_of
+from tensornet_hf.compress import dtype_of, upcycle_folder
+from tensornet_hf.demo import PROMPT, run_demo
+from tensornet_hf.evaluate import perplexity, run_tasks
+from tensornet_hf.export.compressed_tensors import export_compressed_tensors
+from tensornet_hf.inspect import Inspection, inspect_folder, weight_bytes
+from tensornet_hf.report import ModelFacts, compact_bytes, display_command
+from tensornet_hf.text import (
+    continue_text,
+    has_chat_template,
+    load_tokenizer,
+    read_text,
+    require_causal,
+    token_ids,
+    usual_context,
+)
+from tensornet_hf.upcycling import MoEConfig, UpcycleReport
+
+
+def inspect(path: shared.Source, as_json: shared.Json = False) -> None:
+    """Show the layers of a saved model, their topologies and sizes, from file headers alone."""
+    found = inspect_folder(resolve_folder(path))
+    if as_json:
+        shared.print_json(found.to_dict())
+    else:
+        _print_inspect(found)
+
+
+def _print_inspect(found: Inspection) -> None:
+    form = "not compressed" if found.format_version is None else f"tensornet format {found.format_version}"
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())
+    shared.print_lines(
+        f"{found.architecture}, {form}",
+        f"whole model: {found.params:,} parameters ({dtypes}), {compact_bytes(found.bytes)} of weight files",
+    )
+    if not found.layers:
+        return
+    shared.print_lines("")
+    header = ("layer", "scheme", "shape", "bytes", "bits a weight", "parameters", "dtype")
+    rows = []
+    for layer in found.layers:
+        dense = layer.dense_params
+        stored = f"{layer.params:,}" if layer.params else f"as {_owner(found, layer.name)}"
+        rows.append(
+            (
+                layer.name,
+                layer.form,
+                "" if layer.shape is None else f"{layer.shape[0]} x {layer.shape[1]}",
+                f"{layer.bytes:,}" if layer.params else "",
+                f"{8 * layer.bytes / dense:.2f}" if dense and layer.params else "",
+                stored,
+                layer.dtype or "",
+            )
+        )
+    shared.print_table(header, rows)
+
+
+def _owner(found: Inspection, layer: str) -> str:
+    owner = next((o for name, o in found.ties.items() if name.startswith(f"{layer}.")), "another layer")
+    return owner.rpartition(".")[0] or owner
+
+
+def evaluate(
+    path: shared.Source,
+    text: Annotated[Path | None, typer.Option(help="Text file, UTF-8: perplexity.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, separated by commas: arc_easy,hellaswag."),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="Folder of task files of your own, or one such file.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples shown before each question. [default: of the task]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many examples of each task.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a window of --text. [default: all positions of the model, at most 1024]"
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from window to window. [default: the context, no overlap]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Most windows or examples run at once.")] = 16,
+    device: shared.Device = shared.CPU,
+    as_json: shared.Json = False,
+) -> None:
+    """Measure a language model: perplexity of a text, tasks, or both."""
+    if text is None and tasks is None:
+        raise typer.BadParameter(
+            "Say what to measure: --text FILE (perplexity) or --tasks NAMES (lm-evaluation-harness)."
+        )
+    if task_path is not None and tasks is None:
+        raise typer.BadParameter("--task-path belongs to --tasks, which is not given.")
+    content = None if text is None else read_text(text)
+    folder = resolve_folder(path)
+    model = on_device(load(folder), device)
+    tokenizer = load_tokenizer(folder)
+    found: dict[str, Any] = {}
+    if text is not None and content is not None:
+        require_causal(model)
+        measured = perplexity(
+            model,
+            token_ids(tokenizer, content),
+            context=usual_context(model) if context is None else context,
+            stride=stride,
+            batch_size=batch,
+            progress=True,
+        )
+        found |= {"text": str(text), **measured.to_dict(), "how": f"{measured.how} of {text.name}"}
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = run_tasks(
+            model, tokenizer, names, task_path=task_path, shots=shots, limit=limit, batch_size=batch
+        )
+        found["tasks"] = scores.to_dict()
+    if as_json:
+        shared.print_json({"model": path, **found})
+        return
+    if "perplexity" in found:
+        shared.print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}", found["how"])
+    if "tasks" in found:
+        _print_tasks(**found["tasks"])
+
+
+def _print_tasks(scores: dict[str, dict[str, float]], samples: dict[str, int], version: str) -> None:
+    rows = []
+    for task, values in scores.items():
+        for metric, value in values.items():
+            name, comma, rest = metric.partition(",")
+            if not name.endswith("_stderr"):
+                error = values.get(f"{name}_stderr{comma}{rest}")
+                shown = "" if error is None else f"{error:.4f}"
+                rows.append((task, metric, f"{value:.4f}", shown, f"{samples.get(task, 0):,}"))
+    shared.print_table(("task", "metric", "score", "standard error", "examples"), rows)
+    shared.print_lines(f"lm-evaluation-harness {version}")
+
+
+def compare(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Model folders or hub ids, the dense one first: dense, ours, or of another quantizer."
+        ),
+    ],
+    text: Annotated[Path | None, typer.Option(help="Text to measure the loss on, UTF-8.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="To continue greedily. [default: the beginning of the text]")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 40,
+    device: shared.Device = shared.CPU,
+    as_json: shared.Json = False,
+) -> None:
+    """Compare models: bytes on disk, bits a weight, time of a token, loss and samples."""
+    content = None if text is None else read_text(text)
+    prompt = prompt_of(content) if prompt is None else prompt
+    name = "the text" if text is None else text.name
+    found = compare_folders(
+        paths, text=content, name=name, prompt=prompt, new_tokens=new_tokens, device=device, progress=True
+    )
+    if as_json:
+        shared.print_json({"prompt": prompt, "models": [folder.to_dict() for folder in found]})
+        return
+    quality = found[0].quality
+    header = ["", "method", "bytes", "bits a weight", "parameters", "ms a token"]
+    if quality is not None:
+        header += ["perplexity" if quality.of_tokens else quality.measure, "loss increase"]
+    rows = []
+    for folder in found:
+        row = [folder.name, folder.method, compact_bytes(folder.bytes), f"{folder.bits:.2f}"]
+        row += [f"{folder.params:,}", f"{folder.milliseconds:.2f}"]
+        if folder.quality is not None:
+            perplexity = folder.quality.perplexity
+            row.append(f"{folder.quality.loss:.4f}" if perplexity is None else f"{perplexity:.3f}")
+            row.append("" if folder is found[0] else f"{folder.loss_increase:+.4f}")
+        rows.append(row)
+    shared.print_table(header, rows)
+    shared.print_lines("", "Bytes, bits a weight and parameters are those of the whole model.")
+    if quality is not None:
+        shared.print_lines(f"{quality.measure.capitalize()}: {quality.how}.")
+    for folder in found:
+        if folder.sample is not None:
+            written = f"{prompt}{folder.sample}".replace("\n", "\n  ")
+            shared.print_lines("", f"{folder.name} writes:", f"  {written}")
+
+
+def generate(
+    path: shared.Source,
+    prompt: Annotated[str, typer.Option(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            help="Give the prompt as a message of the user, in the chat template of the tokenizer; without "
+            "either, where it has one.",
+            show_default=False,
+        ),
+    ] = None,
+    device: shared.Device = shared.CPU,
+    as_json: shared.Json = False,
+) -> None:
+    """Let a model continue a prompt (or answer it, if it is an encoder-decoder or a chat model)."""
+    folder = resolve_folder(path)
+    model = on_device(load(folder), device)
+    tokenizer = load_tokenizer(folder)
+    chat = has_chat_template(tokenizer) if chat is None else chat
+    text = continue_text(
+        model,
+        tokenizer,
+        prompt,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    if as_json:
+        options = {"chat": chat, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        shared.print_json({"model": path, "prompt": prompt, "text": text, **options})
+    elif chat or model.config.is_encoder_decoder:
+        shared.print_lines(text)
+    else:
+        shared.print_lines(prompt + text)
+
+
+def decompress(
+    source: shared.Source,
+    destination: shared.Destination,
+    dtype: shared.Dtype = None,
+    device: shared.Device = shared.CPU,
+    force: shared.Force = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Multiply all cores out and save an ordinary model, which loads without this library.
+
+    What compression cut away does not come back.
+    """
+    stored = dtype_of(dtype)
+    folder = resolve_folder(source)
+    check_free(destination, force=force, sources=(folder,))
+    if read_checkpoint(folder).compression is None:
+        raise TargetError(f"{folder} is an ordinary model; there is nothing to decompress.")
+    model = on_device(load(folder), device)
+    before, _ = model_size(model)
+    make_dense(model)
+    if stored is not None:
+        torch.nn.Module.to(model, dtype=stored)
+    save(model, destination, source=folder, force=force)
+    after, _ = model_size(model)
+    size = None if destination.startswith(HUB) else weight_bytes(destination)
+    if as_json:
+        numbers = {"params_before": before, "params_after": after, "file_bytes_after": size}
+        shared.print_json({"source": source, "destination": destination, **numbers})
+    else:
+        files = "" if size is None else f", {compact_bytes(size)} of weight files"
+        shared.print_lines(
+            f"{before:,} -> {after:,} parameters of the whole model{files}", f"written to {destination}"
+        )
+
+
+def export(
+    source: shared.Source,
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    force: shared.Force = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Export int4 and int8 layers for transformers with compressed-tensors, or vLLM.
+
+    Layers of other forms are written dense and listed.
+    """
+    report = export_compressed_tensors(resolve_folder(source), destination, force=force)
+    if as_json:
+        shared.print_json({"destination": str(destination), "packed": report.packed, "dense": report.dense})
+    else:
+        shared.print_lines(str(report))
+
+
+def upcycle(
+    source: shared.Source,
+    destination: shared.NewFolder = None,
+    experts: Annotated[int, typer.Option(help="Experts of each network.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts for each token, with --router topk.")] = 1,
+    router: Annotated[str, typer.Option(help="switch, topk or expert_choice (encoders only).")] = "switch",
+    share: Annotated[
+        list[str] | None,
+        typer.Option("--shared", help="center, ends, none, all, or a core's name; repeatable for names."),
+    ] = None,
+    across: Annotated[
+        bool,
+        typer.Option(
+            "--share-across-layers",
+            help="One owner of the shared cores for all layers of one shape; such a model must be trained.",
+        ),
+    ] = False,
+    topology: Annotated[str, typer.Option(help="Family of networks.")] = "mpo",
+    sites: Annotated[int | None, typer.Option(help="Cores of a chain. [default: 5]")] = None,
+    max_bond: Annotated[int | None, typer.Option(help="Largest bond. [default: exact]")] = None,
+    rel_error: Annotated[float | None, typer.Option(help="Largest error of each weight.")] = None,
+    param_ratio: Annotated[
+        float | None,
+        typer.Option(
+            parser=shared.parse_share,
+            metavar="SHARE",
+            help="Share of a weight's parameters that one expert has.",
+        ),
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Relative noise on private cores.")] = 0.0,
+    aux_loss_coef: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.01,
+    z_loss_coef: Annotated[float, typer.Option(help="Weight of the router z-loss.")] = 0.0,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="Slots of an expert relative to an even load. [default: no limit]")
+    ] = None,
+    jitter: Annotated[float, typer.Option(help="Noise on what routers see in training.")] = 0.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Networks to change: name, end of a name, glob, or re:REGEX; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of routers and noise.")] = 0,
+    dtype: shared.Dtype = None,
+    device: shared.Device = shared.CPU,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes, write nothing.")] = False,
+    force: shared.Force = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Turn a dense model into a mixture of experts that share cores, ready to be trained.
+
+    Every expert starts as the dense network, so that the new model computes what the old one did.
+    """
+    config = MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        router=router,
+        shared=_shared(share),
+        share_across_layers=across,
+        topology=topology,
+        sites=sites,
+        max_bond=max_bond,
+        rel_error=rel_error,
+        param_ratio=param_ratio,
+        noise=noise,
+        aux_loss_coef=aux_loss_coef,
+        z_loss_coef=z_loss_coef,
+        capacity_factor=capacity_factor,
+        jitter=jitter,
+        target_modules=target or None,
+        seed=seed,
+    )
+    if destination is None and not dry_run:
+        raise typer.BadParameter("Name a destination, or ask for --dry-run.")
+    written = None if dry_run else destination
+    report = upcycle_folder(source, written, config, dtype=dtype, device=device, force=force, progress=True)
+    if as_json:
+        shared.print_json({"source": source, "destination": written, **report.to_dict()})
+    else:
+        _show(report, written)
+
+
+def _shared(names: list[str] | None) -> str | list[str]:
+    if not names:
+        return "center"
+    keyword = len(names) == 1 and names[0] in ("center", "ends", "none", "all")
+    return names[0] if keyword else names
+
+
+def _show(report: UpcycleReport, destination: str | None) -> None:
+    rows = [
+        (
+            layer.name,
+            f"{layer.dense_params:,}",
+            f"{layer.params:,}",
+            f"{layer.shared_params:,}",
+            f"{layer.error:.1e}",
+        )
+        for layer in report.layers
+    ]
+    shared.print_table(("network", "dense", "mixture", "of it shared", "error"), rows)
+    shared.print_lines(str(report))
+    if destination is not None:
+        shared.print_lines(f"written to {destination}")
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("demo_out"),
+    bits: Annotated[
+        float, typer.Option(help="Bits of a weight of the linear layers, scales included.")
+    ] = 4.25,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    device: shared.Device = shared.CPU,
+    force: shared.Force = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Compress a small trained GPT-2, measure it, save it, load it again, and write a report."""
+    done = run_demo(
+        output,
+        bits=bits,
+        seed=seed,
+        device=device,
+        force=force,
+        command=display_command(["tensornet", *sys.argv[1:]]),
+        progress=True,
+    )
+    if as_json:
+        shared.print_json(done.to_dict())
+        return
+    models = done.result.models
+    original = models[0].quality
+    assert original is not None  # the demo measures every model
+    header = ("", "bytes", "bits a weight", "parameters", "perplexity", "loss increase")
+    shared.print_table(header, [_demo_row(model, original.loss) for model in models])
+    shared.print_lines(
+        "",
+        f"Measured on text that nobody saw, lower is better: {original.how}.",
+        "Bytes and parameters are those of the whole model, bits a weight those of the compressed layers.",
+        "Plain methods: one format or ratio for all layers, not saved; GPTQ by our own code.",
+        "",
+        f"The saved model writes: {PROMPT}{done.sample}".replace("\n", "\n  "),
+        "",
+        f"Model:  {done.folder} (import tensornet_hf, then AutoModelForCausalLM.from_pretrained)",
+        f"Report: {done.report} (open it in a browser)",
+    )
+
+
+def _demo_row(model: ModelFacts, dense_loss: float) -> tuple[str, ...]:
+    quality = model.quality
+    assert quality is not None
+    return (
+        f"{model.name}, {model.scheme}" if model.scheme else model.name,
+        compact_bytes(model.bytes or 0),
+        f"{model.bits:.2f}",
+        f"{model.params:,}",
+        f"{quality.perplexity:.2f}",
+        "" if quality.loss == dense_loss else f"{quality.loss - dense_loss:+.4f}",
+    )

@@ -1,0 +1,281 @@
+"""Model folders side by side: bytes, bits, parameters, time of a token, loss and samples."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import logging
+
+from tensornet._util import in_eval_mode, progress_bar
+from tensornet.errors import FormatError, MissingDependencyError, TargetError
+from tensornet.nn.embedding import MPOEmbedding
+from tensornet.nn.linear import TensorNetworkLinear
+from tensornet_hf.checkpoint import (
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    load,
+    model_class,
+    on_device,
+    read_json,
+    resolve_folder,
+)
+from tensornet_hf.description import METHOD
+from tensornet_hf.evaluate import Judge, Quality, judge_of
+from tensornet_hf.report import display_name
+from tensornet_hf.text import continue_text, load_tokenizer, usual_context
+
+DENSE = "dense"
+#: Tokens that are generated to take the time, how often, and the tokens of a pass of an encoder.
+_TIMED_TOKENS, _REPEATS, _PASS = 16, 3, 128
+_PROMPT_WORDS = 12
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """One model folder of a comparison.
+
+    Args:
+        name: of the folder, or the hub id.
+        method: `"dense"`, `"tensornet"` or another quantizer.
+        bytes: of the weight files.
+        bits: a weight of the whole dense model, embeddings included.
+        params: stored numbers; of quantizers that store codes of every weight, its weights.
+        milliseconds: for one token, generated one by one or of a pass over 128 of an encoder.
+        quality: on the text, None without one.
+        sample: greedy continuation, None where nothing is written.
+        loss_increase: over the first model, None where none was measured.
+    """
+
+    name: str
+    method: str
+    bytes: int
+    bits: float
+    params: int
+    milliseconds: float
+    quality: Quality | None = None
+    sample: str | None = None
+    loss_increase: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        return {**asdict(self), "quality": None if self.quality is None else self.quality.to_dict()}
+
+
+def compare_folders(
+    paths: Sequence[str | Path],
+    *,
+    text: str | None = None,
+    name: str = "the text",
+    prompt: str | None = None,
+    new_tokens: int = 40,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> list[FolderFacts]:
+    """Measure model folders one after another, each loaded by itself; others are compared with the first.
+
+    Encoders are judged by their distance from the first model, which stays in memory then.
+
+    Args:
+        paths: at least one folder or hub id: dense, compressed, or of another quantizer.
+        text: to measure the loss on.
+        name: of the text, for reports.
+        prompt: to continue greedily; the beginning of the text if absent.
+        new_tokens: length of the continuation.
+        device: where the models run.
+        progress: show a progress bar.
+
+    Raises:
+        FormatError: a folder is not a model, or cannot be loaded.
+        MissingDependencyError: the package of another quantizer is not installed.
+        TargetError: models of different kinds, or a text that has no labels for them.
+
+    Example:
+        >>> from tensornet_hf.compare import compare_folders
+        >>> (facts,) = compare_folders([th.embedded.gpt2_path()], prompt="And", new_tokens=4)
+        >>> facts.method, facts.params
+        ('dense', 940800)
+    """
+    folders = [resolve_folder(path) for path in paths]
+    methods = [quantization_method(folder) for folder in folders]  # before anything takes long
+    prompt = prompt_of(text) if prompt is None else prompt
+    judge: Judge | None = None
+    found: list[FolderFacts] = []
+    work = zip(_names(paths), folders, methods, strict=True)
+    bar = progress_bar(work, desc="comparing", unit="model", total=len(folders), disable=not progress)
+    for label, folder, method in bar:
+        model = on_device(load_any(folder), device)
+        causal = model.can_generate() and not model.config.is_encoder_decoder
+        if text is not None and (judge is None or causal):
+            judge = judge_of(model, folder, text, name=name)
+        weights, size = count_weights(folder), bytes_on_disk(folder)
+        sample = None
+        if prompt is not None and model.can_generate():
+            sample = continue_text(model, load_tokenizer(folder), prompt, max_new_tokens=new_tokens)
+        quality = None if judge is None else judge(model)
+        first = found[0].quality if found else quality
+        facts = FolderFacts(
+            name=label,
+            method=method,
+            bytes=size,
+            bits=8 * size / weights,
+            params=_stored_numbers(model, weights),
+            milliseconds=_milliseconds(model),
+            quality=quality,
+            sample=sample,
+            loss_increase=None if quality is None or first is None else quality.loss - first.loss,
+        )
+        found.append(facts)
+    return found
+
+
+def prompt_of(text: str | None) -> str | None:
+    """Return the first words of a text; None without one."""
+    return None if text is None else " ".join(text.split()[:_PROMPT_WORDS])
+
+
+def quantization_method(folder: Path) -> str:
+    """Return the method that a folder names in its configuration, `"dense"` without one.
+
+    Raises:
+        FormatError: the folder is not a model.
+
+    Example:
+        >>> from tensornet_hf.compare import quantization_method
+        >>> quantization_method(th.embedded.gpt2_path())
+        'dense'
+    """
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder} is not a model folder: it has no config.json.")
+    entry = read_json(folder / "config.json").get("quantization_config")
+    if entry is None:
+        return DENSE
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    return str(method or "unknown")
+
+
+def load_any(folder: Path) -> PreTrainedModel:
+    """Load a dense or compressed model, or one that another quantizer wrote.
+
+    Raises:
+        FormatError: the folder is not a model, or cannot be loaded.
+        MissingDependencyError: the package of its quantizer is not installed.
+    """
+    method = quantization_method(folder)
+    if method in (DENSE, METHOD):
+        return load(folder)
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load it, and leave weights random
+        known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+        raise FormatError(f"{folder} is quantized by {method!r}, which transformers does not know: {known}.")
+    kind = model_class(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
+    verbosity = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()
+        options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+        model, info = kind.from_pretrained(folder, **options)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{folder} is quantized by {method!r}, whose package is not installed here: {_reason(error)}"
+        ) from error
+    except Exception as error:  # of the packages of others, in all their ways
+        raise FormatError(
+            f"transformers cannot load {folder}, which is quantized by {method!r}: {type(error).__name__}: "
+            f"{_reason(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(f"{folder} lacks weights that a {method!r} model has: {', '.join(missing[:5])}.")
+    return model
+
+
+def _reason(error: Exception) -> str:
+    return f"{str(error).strip().partition(chr(10))[0]:.300}"
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Return the size of all weight files of a folder, whatever their format.
+
+    Example:
+        >>> from tensornet_hf.compare import bytes_on_disk
+        >>> bytes_on_disk(th.embedded.gpt2_path()) > 4 * 940_800
+        True
+    """
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+
+
+def count_weights(folder: Path) -> int:
+    """Count the weights of the dense model that a folder describes, tied ones once; nothing is loaded.
+
+    Example:
+        >>> from tensornet_hf.compare import count_weights
+        >>> count_weights(th.embedded.gpt2_path())
+        940800
+    """
+    config: Any = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = model_class(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
+    with torch.device("meta"):
+        model = kind(config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _names(paths: Sequence[str | Path]) -> list[str]:
+    """Shorten the paths of folders to their names, with the parent folder where two are the same."""
+    names = [display_name(path) for path in paths]
+    twice = {name for name in names if names.count(name) > 1}
+    return [
+        f"{Path(path).resolve().parent.name}/{name}" if name in twice else name
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def _stored_numbers(model: PreTrainedModel, weights: int) -> int:
+    """Count stored numbers: the weights of the dense model, with those of networks in place of matrices."""
+    networks = [x for x in model.modules() if isinstance(x, TensorNetworkLinear | MPOEmbedding)]
+    layers = {tuple(map(id, module.stored.values())): module for module in networks}
+    cores: dict[int, int] = {}  # numbers of every core, one that several layers share once
+    for module in layers.values():
+        topology, stored = module.topology, module.stored
+        weights -= math.prod(topology.shape)
+        for name in topology.core_names:
+            size, _ = module.storage.core_size(topology, name, module.weight.dtype)
+            cores[id(stored[f"core_{name}"])] = size
+    return weights + sum(cores.values())
+
+
+@torch.no_grad()
+def _milliseconds(model: PreTrainedModel) -> float:
+    """Measure the median time of a generated token, or of a token of an encoder's pass.
+
+    Raises:
+        TargetError: the model reads no tokens.
+    """
+    if model.main_input_name != "input_ids":
+        raise TargetError(
+            f"{type(model).__name__} reads {model.main_input_name}; models that read tokens (input_ids) can "
+            "be compared here. Compare others in Python, with their own inputs."
+        )
+    run: Any = model
+    count, options = usual_context(model, limit=_PASS), {}
+    ids = torch.ones(1, count, dtype=torch.long, device=model.device)
+    if model.can_generate():
+        count, run, ids = _TIMED_TOKENS, model.generate, ids[:, :1]
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    taken = []
+    with in_eval_mode(model):
+        for _ in range(_REPEATS + 1):  # the first one warms up
+            started = time.perf_counter()
+            run(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            taken.append(time.perf_counter() - started)
+    return 1000 * median(taken[1:]) / count

@@ -1,0 +1,792 @@
+"""Folder in, folder out: load a model, compress it, save it. The functions behind `tensornet compress`."""
+
+# ruff: noqa: RUF009 (`_option` returns a `dataclasses.field`)
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import tensornet as tn
+from tensornet.calibration import CalibrationStats, calibrate
+from tensornet.calibration.calibrate import MOST_TOKENS, calibration_seconds
+from tensornet.compression import (
+    CompressionConfig,
+    CompressionPlan,
+    CompressionReport,
+    check_loss,
+    correct_by_measuring,
+    prepare,
+)
+from tensornet.compression.report import Coverage, measure_coverage, model_size
+from tensornet.errors import BudgetError, DestinationError, TargetError
+from tensornet.healing import heal, refine
+from tensornet.nn.extension import ProvidedData
+from tensornet.nn.targets import list_weights
+from tensornet.nn.unfuse import unfused
+from tensornet_hf.checkpoint import (
+    HUB,
+    check_free,
+    load,
+    on_device,
+    read_checkpoint,
+    resolve_folder,
+    save,
+)
+from tensornet_hf.embedded import calibration_text
+from tensornet_hf.evaluate import judge_of
+from tensornet_hf.inspect import weight_bytes
+from tensornet_hf.lazy_model import open_source
+from tensornet_hf.report import (
+    ModelFacts,
+    Page,
+    compact_bytes,
+    compare_methods,
+    display_name,
+    versions,
+    write_report,
+)
+from tensornet_hf.streamed_calibration import statistics_of_text
+from tensornet_hf.streaming import compress_checkpoint, digest
+from tensornet_hf.text import calibration_data, mix_texts, read_text
+from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
+from tensornet_moe import ExpertsReport, compress_experts
+
+#: Name of the embedded text, as `--calibration default`.
+DEFAULT = "default"
+#: Tokens of a validation text that are used: for the dense model and for each size that is measured.
+VALIDATION_TOKENS = 10_240
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class OptionError(ValueError):
+    """Options that exclude or need one another.
+
+    Args:
+        template: message with the names of options in braces.
+
+    Example:
+        >>> str(th.OptionError("{refine} needs {calibration}."))
+        'refine needs calibration.'
+    """
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+        super().__init__(template.replace("{", "").replace("}", ""))
+
+
+def _option(default: Any, help: str, group: str, kind: str, **more: Any) -> Any:
+    """Describe an option, as the fields of `CompressionConfig` are: the command line is made from them."""
+    return field(default=default, metadata={"help": help, "group": group, "kind": kind, "name": "", **more})
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Options of `compress_folder` beside the `CompressionConfig`: data, correction, files.
+
+    Args:
+        calibration: text files like what the model will read, of which pieces are taken by turns; `"default"`
+            is the embedded text (the King James Bible). Not needed with `objective="weight"`.
+        calibration_tokens: how many tokens of it to read; if absent until the moments have settled, at most
+            32,768 (see `tensornet.calibrate`).
+        statistics: file of the statistics of calibration: read if it exists, else written.
+        validation: text file of another source, on which the loss is measured at a few sizes, which corrects
+            the predicted loss increase. Not for classifiers.
+        held_out: text file on which the dense model, the compressed one and plain methods of the same bytes
+            are measured. Not for classifiers. Needs memory for two models.
+        refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
+        heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
+        share_experts: let the experts of a mixture share cores where that predicts less loss.
+        dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; as they are if absent.
+        device: where the model runs.
+        workers: compress shard by shard in this many processes, without loading the model as a whole.
+        resume: continue an interrupted run of `workers` or `heal`.
+        report: HTML page to write.
+        force: replace a destination that exists.
+        command: named on the page.
+        progress: show progress bars.
+
+    Raises:
+        OptionError: options exclude or need one another.
+        DestinationError: the report cannot be written there.
+        ValueError: an unknown dtype.
+
+    Example:
+        >>> th.CompressOptions(calibration="text.txt").calibration
+        ('text.txt',)
+    """
+
+    calibration: str | Path | Sequence[str | Path] = _option(
+        (),
+        "Text like what the model will read; repeatable: pieces of several texts are taken by turns. "
+        "'default' is the embedded text, the King James Bible.",
+        "data",
+        "paths",
+    )
+    calibration_tokens: int | None = _option(
+        None,
+        "Tokens of it to read. Default: until the moments have settled, at most 32,768.",
+        "data",
+        "integer",
+    )
+    statistics: str | Path | None = _option(
+        None, "File of the statistics of calibration: read if it exists, else written.", "data", "path"
+    )
+    validation: str | Path | None = _option(
+        None,
+        "Text of another source: the loss is measured on it at a few sizes, which corrects predictions.",
+        "data",
+        "path",
+    )
+    held_out: str | Path | None = _option(
+        None,
+        "Text that the model has not seen: measures the loss of the original, the result, and plain methods "
+        "of the same bytes.",
+        "data",
+        "path",
+    )
+    refine: bool = _option(
+        False,
+        "Refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.",
+        "after",
+        "flag",
+    )
+    heal: int = _option(
+        0,
+        "Steps of training the cores to the dense model's outputs afterwards; an interrupted run goes on.",
+        "after",
+        "integer",
+    )
+    share_experts: bool = _option(
+        False, "Let experts of a mixture share cores where that predicts less loss.", "layers", "flag"
+    )
+    dtype: str | None = _option(
+        None, "Store weights in this dtype. Default: as they are.", "output", "choice", choices=tuple(DTYPES)
+    )
+    device: torch.device | str = _option(
+        "cpu", "Where the model runs: cpu, cuda, cuda:1, mps.", "run", "device"
+    )
+    workers: int | None = _option(
+        None,
+        "Never load the model as a whole: compress shard by shard in this many processes; resumable.",
+        "run",
+        "integer",
+    )
+    resume: bool = _option(
+        True, "Continue an interrupted run of --workers or --heal; start again instead.", "run", "flag"
+    )
+    report: str | Path | None = _option(None, "Write an HTML page about it.", "output", "path")
+    force: bool = _option(False, "Replace a destination that exists.", "output", "flag")
+    command: str = "tensornet_hf.compress_folder"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        given = self.calibration
+        texts = (given,) if isinstance(given, (str, Path)) else tuple(given)
+        object.__setattr__(self, "calibration", texts)
+        for name, what in (("refine", "fits layers on"), ("heal", "trains on")):
+            if getattr(self, name) and not texts:
+                raise OptionError(f"{{{name}}} {what} the text of {{calibration}}; give one.")
+        seen = [*(("calibration", x) for x in texts), ("validation", self.validation)]
+        for name, file in seen:
+            if _same_file(self.held_out, file):
+                raise OptionError(f"{{held_out}} is the text of {{{name}}}, which the model was made with.")
+        if any(_same_file(self.validation, x) for x in texts):
+            raise OptionError("{validation} is the text of {calibration}; give one of another source.")
+        dtype_of(self.dtype)
+        if self.report is not None:
+            path = Path(self.report)
+            if path.is_dir() or not path.absolute().parent.is_dir():
+                raise DestinationError(
+                    f"The report cannot be written to {path}: name a file in a folder that exists."
+                )
+        needing = ("refine", "report", "validation", "held_out")
+        if self.share_experts and (asked := [f"{{{x}}}" for x in needing if getattr(self, x)]):
+            raise OptionError(
+                f"{{share_experts}} does not go with {' and '.join(asked)}, which look at layers one by one."
+            )
+        needing = ("dtype", "report", "refine", "heal", "validation", "held_out", "share_experts")
+        if self.workers is not None and (asked := [f"{{{x}}}" for x in needing if getattr(self, x)]):
+            raise OptionError(
+                f"{{workers}} never loads the model as a whole, which {' and '.join(asked)} would need; "
+                "leave one of them out."
+            )
+
+    @property
+    def text(self) -> str | None:
+        """Calibration text; None without any."""
+        texts = [calibration_text() if x == DEFAULT else read_text(Path(x)) for x in self.calibration]  # type: ignore[union-attr]
+        return mix_texts(texts) if texts else None
+
+    @property
+    def source(self) -> str:
+        """Names of the calibration texts, for reports."""
+        embedded = "the embedded text (King James Bible)"
+        return " and ".join(embedded if x == DEFAULT else Path(x).name for x in self.calibration)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class PlannedFolder:
+    """Plan for a model folder.
+
+    Args:
+        plan: can be edited, saved, and applied by `compress_folder`.
+        sizes: parameters and bytes of the whole model and of the layers, before and after.
+        coverage: which of the model's parameters the plan covers.
+    """
+
+    plan: CompressionPlan
+    sizes: Mapping[str, int]
+    coverage: Coverage
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form, which `CompressionPlan.load` reads as well."""
+        plan = {**self.plan.to_dict(), **self.plan.predictions()}
+        return {**plan, **self.sizes, "coverage": self.coverage.to_dict()}
+
+    def __str__(self) -> str:
+        sizes = {name: compact_bytes(size) for name, size in self.sizes.items() if "bytes" in name}
+        before, after = self.sizes["model_params_before"], self.sizes["model_params_after"]
+        return (
+            f"{self.plan}\n"
+            f"these layers: {sizes['layers_bytes_before']} -> {sizes['layers_bytes_after']}\n"
+            f"whole model: {before:,} -> {after:,} parameters, {sizes['model_bytes_before']} -> "
+            f"{sizes['model_bytes_after']}\n{self.coverage}"
+        )
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """Result of `compress_folder`.
+
+    Args:
+        source, destination: as they were given.
+        report: what was done to each layer.
+        file_bytes_before, file_bytes_after: size of the weight files.
+        notes: results of refitting and healing, in words.
+        models: original, compressed and plain methods of the same bytes, where a report or a held-out text
+            was asked for.
+    """
+
+    source: str
+    destination: str
+    report: CompressionReport | ExpertsReport
+    file_bytes_before: int
+    file_bytes_after: int
+    notes: tuple[str, ...] = ()
+    models: tuple[ModelFacts, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        models = {"models": [model.to_dict() for model in self.models], "notes": list(self.notes)}
+        sizes = {"file_bytes_before": self.file_bytes_before, "file_bytes_after": self.file_bytes_after}
+        return {
+            "source": self.source,
+            "destination": self.destination,
+            **sizes,
+            **models,
+            **self.report.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        sizes = f"{compact_bytes(self.file_bytes_before)} -> {compact_bytes(self.file_bytes_after)}"
+        if isinstance(self.report, ExpertsReport):
+            return f"{self.report}\nfiles       {sizes}\nwritten to  {self.destination}"
+        done, plan = self.report, self.report.plan
+        dense = sum(layer.scheme == "dense" for layer in done.layers)
+        left = f" ({dense} of them stay dense)" if dense else ""
+        lines = [
+            f"files       {sizes}",
+            f"layers      {len(done.layers)}{left}, {plan.bits_per_weight:.2f} bits a weight of these layers",
+            f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
+            f"coverage    {str(done.coverage).removeprefix('covers ')}",
+        ]
+        if (predicted := plan.predicted_loss_increase) is not None:
+            where = (
+                f"measured on {plan.forecast.source}" if plan.forecast.source else f"on {plan.calibration}"
+            )
+            much = f"loss increase {predicted:.4f}{plan.predicted_change()}"
+            if plan.dense_loss is None:  # an encoder
+                much = f"cosine with the original {1 - predicted:.4f}"
+            lines.append(f"predicted   {much} ({where})")
+        if done.measured is not None:
+            lines.append(f"measured    loss increase {done.measured}")
+        if self.models and (original := self.models[0].quality) is not None:
+            lines.append(f"held out    {original.measure} {original.loss:.4f} ({original.how})")
+            for model in self.models[1:]:
+                if model.quality is None:
+                    continue
+                change = (
+                    ""
+                    if model.quality.perplexity is None
+                    else (f", perplexity {original.perplexity:.4g} -> {model.quality.perplexity:.4g}")
+                )
+                more = f"{model.quality.loss - original.loss:+.4f}{change}"
+                lines.append(f"            {model.name} {more} ({model.scheme}, {model.bits:.2f} bits)")
+        lines += [f"seconds     {done.seconds:.1f}", f"written to  {self.destination}"]
+        return "\n".join(lines)
+
+
+def compress_folder(
+    source: str | Path,
+    destination: str | Path,
+    config: CompressionConfig | CompressionPlan,
+    options: CompressOptions | None = None,
+) -> FolderReport:
+    """Compress a model folder and save the result as another one.
+
+    Args:
+        source: model folder, or hub id if there is no folder of that name.
+        destination: folder to write, or `hf://owner/name` to upload.
+        config: what to compress and how far, or a plan, which may have been edited or loaded.
+        options: calibration text, correction, files.
+
+    Returns:
+        What was done; printed, it is a short summary.
+
+    Raises:
+        FormatError: the source is not a model, or damaged.
+        TargetError: it is compressed already, or text says too little about models of its kind.
+        BudgetError: the budget cannot be met or needs calibration, or a plan was made with other data.
+        DestinationError: the destination exists already, or cannot be written.
+        OptionError: options exclude or need one another.
+
+    Example:
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> done = th.compress_folder(th.embedded.gpt2_path(), "small", config)
+        >>> round(done.report.param_ratio, 2), done.file_bytes_after < done.file_bytes_before
+        (0.5, True)
+    """
+    options = options or CompressOptions()
+    config = _check_data(config, options)
+    if options.workers is not None and str(destination).startswith(HUB):
+        raise OptionError("{workers} writes to a local folder; name one.")
+    text = options.text
+    held_out = None if options.held_out is None else read_text(Path(options.held_out))
+    folder = resolve_folder(source)
+    check_free(destination, force=options.force, sources=(folder,))
+    if options.workers is not None:
+        report = _streamed(folder, str(destination), config, options, text)
+        return FolderReport(
+            str(source), str(destination), report, weight_bytes(folder), weight_bytes(destination)
+        )
+
+    # Load, and collect statistics on the text.
+    started = time.perf_counter()
+    model = on_device(open_dense(folder), options.device)
+    if held_out is not None:
+        judge_of(model, folder, held_out)  # refuses models that no loss can be measured of
+    calibration, validation = _data(model, folder, config, options, text)
+    stats = None if calibration is None else calibration.statistics
+    teacher = None
+    if options.refine or options.heal or options.report is not None or held_out is not None:
+        teacher = copy.deepcopy(model)
+
+    # Compress, refit and train.
+    done: CompressionReport | ExpertsReport
+    if options.share_experts:
+        assert isinstance(config, CompressionConfig)  # the options are checked
+        done = compress_experts(model, config, calibration=calibration, progress=options.progress)
+    else:
+        done = tn.compress(
+            model, config, calibration=calibration, validation=validation, progress=options.progress
+        )
+    notes: tuple[str, ...] = ()
+    checkpoint = None
+    if options.heal and not str(destination).startswith(HUB):
+        key = [config.to_dict(), text, options.calibration_tokens, options.refine, options.heal]
+        checkpoint = _healing_file(Path(destination), folder, key, resume=options.resume)
+    if teacher is not None and text is not None and (options.refine or options.heal):
+        notes = _correct(model, teacher, folder, text, stats, options, checkpoint)
+    stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
+    done = replace(done, seconds=time.perf_counter() - started)
+
+    # Save, compare with plain methods, and write the page.
+    save(stored, destination, source=folder, force=options.force)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    uploaded = str(destination).startswith(HUB)
+    sizes = weight_bytes(folder), done.model_bytes_after if uploaded else weight_bytes(destination)
+    models: tuple[ModelFacts, ...] = ()
+    if (
+        teacher is not None
+        and isinstance(done, CompressionReport)
+        and (options.report or held_out is not None)
+    ):
+        comparison = compare_methods(
+            teacher,
+            stored,
+            folder,
+            done,
+            stats,
+            sizes,
+            text=held_out,
+            name="" if options.held_out is None else Path(options.held_out).name,
+            predicted=not (options.refine or options.heal),
+            progress=options.progress,
+        )
+        models = comparison.models
+        if options.report is not None:
+            made = (("Command", options.command), ("Versions", versions()))
+            page = Page(f"{display_name(source)}, compressed", comparison, done, made, notes)
+            write_report(page, options.report)
+    return FolderReport(str(source), str(destination), done, *sizes, notes, models)
+
+
+def plan_folder(
+    source: str | Path, config: CompressionConfig, options: CompressOptions | None = None
+) -> PlannedFolder:
+    """Plan the compression of a model folder and write nothing.
+
+    Args:
+        source: model folder, or hub id if there is no folder of that name.
+        config: what to compress and how far.
+        options: of the calibration.
+
+    Raises:
+        OptionError: an option needs a compressed model.
+        FormatError, TargetError, BudgetError: as `compress_folder`.
+
+    Example:
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> planned = th.plan_folder(th.embedded.gpt2_path(), config)
+        >>> planned.plan.save("plan.json")  # edit it, load it, and pass it to compress_folder
+    """
+    options = options or CompressOptions()
+    needing = ("report", "held_out", "workers", "refine", "heal", "share_experts")
+    if asked := [f"{{{name}}}" for name in needing if getattr(options, name)]:
+        raise OptionError(
+            f"{{dry_run}} compresses nothing, which {' and '.join(asked)} would need; leave it out."
+        )
+    checked = _check_data(config, options)
+    assert isinstance(checked, CompressionConfig)
+    folder = resolve_folder(source)
+    model = on_device(open_dense(folder), options.device)
+    calibration, validation = _data(model, folder, checked, options, options.text)
+    stats = None if calibration is None else calibration.statistics
+    prepared = prepare(model, checked, stats, progress=options.progress)
+    if checked.verify and calibration is not None and stats is not None:
+        prepared = check_loss(prepared, model, stats, list(calibration.batches), progress=options.progress)
+    if validation is not None and stats is not None:
+        batches = list(validation.batches)
+        prepared = correct_by_measuring(
+            prepared, model, stats, batches, source=validation.source, progress=options.progress
+        )
+    plan = prepared.plan(progress=options.progress)
+
+    params, size = model_size(model)
+    with unfused(model):
+        weights = list_weights(model)
+    dtypes = {x.name: x.weight.dtype for x in weights}
+    before = sum(layer.params_before * dtypes[layer.name].itemsize for layer in plan)
+    after = sum(layer.num_bytes(dtypes[layer.name]) for layer in plan)
+    sizes = {
+        "model_params_before": params,
+        "model_params_after": params - plan.params_before + plan.params_after,
+        "model_bytes_before": size,
+        "model_bytes_after": size - before + after,
+        "layers_bytes_before": before,
+        "layers_bytes_after": after,
+    }
+    return PlannedFolder(plan, sizes, measure_coverage(weights, [x.name for x in plan], unseen=plan.unseen))
+
+
+def upcycle_folder(
+    source: str | Path,
+    destination: str | Path | None,
+    config: MoEConfig,
+    *,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    progress: bool = False,
+) -> UpcycleReport:
+    """Turn a dense model folder into a mixture of experts that share cores, and save it as another folder.
+
+    Args:
+        source: model folder, or hub id if there is no folder of that name.
+        destination: folder to write, or `hf://owner/name` to upload; None writes nothing.
+        config: of the mixtures.
+        dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; as they are if absent.
+        device: where the model runs.
+        force: replace a destination that exists.
+        progress: show a progress bar.
+
+    Returns:
+        Sizes of the mixtures.
+
+    Raises:
+        FormatError: the source is not a model, or damaged.
+        TargetError: it is compressed already, or has no feed-forward network.
+        DestinationError: the destination exists already, or cannot be written.
+
+    Example:
+        >>> report = th.upcycle_folder(th.embedded.gpt2_path(), None, th.MoEConfig(num_experts=2))
+        >>> report.num_experts
+        2
+    """
+    stored = dtype_of(dtype)
+    folder = resolve_folder(source)
+    if destination is not None:
+        check_free(destination, force=force, sources=(folder,))
+    model = on_device(open_dense(folder), device)
+    report = upcycle(model, config, progress=progress)
+    if destination is not None:
+        model = model if stored is None else torch.nn.Module.to(model, dtype=stored)
+        save(model, destination, source=folder, force=force)
+    return report
+
+
+def open_dense(folder: Path) -> PreTrainedModel:
+    """Load a model for compression, in the dtype in which it is stored.
+
+    Raises:
+        FormatError: the folder is not a model, or damaged.
+        TargetError: it is compressed already.
+    """
+    if read_checkpoint(folder).compression is not None:
+        raise TargetError(
+            f"{folder} is compressed already. Compress the original again, or run tensornet decompress first."
+        )
+    return load(folder)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Look up a dtype by name; None stays None.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"Unknown dtype {name!r}; choose one of {', '.join(DTYPES)}.")
+    return None if name is None else DTYPES[name]
+
+
+def _check_data(
+    config: CompressionConfig | CompressionPlan, options: CompressOptions
+) -> CompressionConfig | CompressionPlan:
+    """Check that what is asked for has the data that it needs, before anything takes long.
+
+    Returns:
+        The configuration; without data one that decides by the error of the weights alone.
+
+    Raises:
+        BudgetError: it needs calibration data.
+        OptionError: a validation text without predicted losses.
+    """
+    has_data = bool(options.calibration) or (
+        options.statistics is not None and Path(options.statistics).exists()
+    )
+    if isinstance(config, CompressionPlan):
+        if options.share_experts:
+            raise OptionError("{plan} says already what every layer becomes; leave out {share_experts}.")
+        if options.validation is not None:
+            raise OptionError("{plan} was made with its predictions; leave out {validation}.")
+        if config.objective != "weight" and not has_data:
+            raise BudgetError(
+                f"The plan was made with {config.calibration}, on which the cores depend; give the same text "
+                "and number of tokens (calibration=, --calibration on the command line)."
+            )
+        return config
+    config.check_says_how_far()
+    if options.validation is not None and (config.objective in ("weight", "activation") or not has_data):
+        raise OptionError(
+            "{validation} corrects a predicted loss increase, which needs {calibration} and the objective "
+            "curvature or auto."
+        )
+    if has_data or config.objective == "weight":
+        return config
+    if config.objective == "auto" and config.rel_error is not None and not config.needs_curvature:
+        return replace(config, objective="weight")
+    raise BudgetError(
+        "What an error costs has to be measured on text: give --calibration FILE, text like what the model "
+        "will read (calibration= in Python), or --calibration default for the embedded one. --objective "
+        "weight goes by the weights alone, which keeps far less of what the model can do."
+    )
+
+
+def _data(
+    model: PreTrainedModel,
+    folder: Path,
+    config: CompressionConfig | CompressionPlan,
+    options: CompressOptions,
+    text: str | None,
+) -> tuple[ProvidedData | None, ProvidedData | None]:
+    """Make batches of the texts, and collect or read the statistics.
+
+    Raises:
+        TargetError: a model for which text alone says too little.
+        ValueError: a text is too short.
+    """
+    validation = None
+    if options.validation is not None:
+        seen = Path(options.validation)
+        data = calibration_data(model, folder, read_text(seen), tokens=VALIDATION_TOKENS)
+        if not data.labelled:
+            raise TargetError(
+                f"{type(model).__name__} is neither a language model nor an encoder: no loss could be "
+                "measured on the validation text. Leave it out."
+            )
+        validation = ProvidedData(data.batches, f"{data.tokens:,} tokens of {seen.name}")
+    file = None if options.statistics is None else Path(options.statistics)
+    known = CalibrationStats.load(file) if file is not None and file.exists() else None
+    if text is None:
+        found = None if known is None else ProvidedData([], known.source, statistics=known)
+        return found, validation
+    data = calibration_data(model, folder, text, tokens=options.calibration_tokens or MOST_TOKENS)
+    if known is not None and not known.source.endswith(f" tokens of {options.source}"):
+        raise BudgetError(
+            f"{file} was collected on {known.source}, and the calibration text is {options.source}. Name "
+            "another file, or leave out the text."
+        )
+    if known is None and config.objective != "weight":
+        observed = config
+        if isinstance(config, CompressionPlan):  # its layers; this budget is never read
+            names = [layer.name for layer in config]
+            observed = CompressionConfig(target_modules=names, objective=config.objective, max_bond=1)  # type: ignore[arg-type]
+        assert isinstance(observed, CompressionConfig)
+        how: dict[str, Any] = {"config": observed, "loss_fn": data.loss_fn}
+        how["gradient_batches"] = 0 if observed.objective == "activation" else None
+        if options.progress and sys.stderr.isatty():
+            seconds = calibration_seconds(model, data.batches, tokens=data.tokens, **how)
+            sys.stderr.write(f"calibration takes at most about {seconds:.0f} s\n")
+        known = calibrate(
+            model, data.batches, tokens=options.calibration_tokens, progress=options.progress, **how
+        )
+        known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
+        if file is not None:
+            known.save(file)
+    source = f"{data.tokens:,} tokens of {options.source}" if known is None else known.source
+    batches = data.batches if data.labelled else ()
+    return ProvidedData(batches, source, loss_fn=data.loss_fn, statistics=known), validation
+
+
+def _streamed(
+    folder: Path,
+    destination: str,
+    config: CompressionConfig | CompressionPlan,
+    options: CompressOptions,
+    text: str | None,
+) -> CompressionReport:
+    """Compress a folder shard by shard, without loading the model as a whole."""
+    plan = config if isinstance(config, CompressionPlan) else None
+    observed = config
+    if plan is not None:
+        observed = CompressionConfig(target_modules=[x.name for x in plan], max_bond=1)
+    assert isinstance(observed, CompressionConfig)
+    statistics = None if options.statistics is None else Path(options.statistics)
+    if text is not None and (statistics is None or not statistics.exists()):
+        statistics = statistics_of_text(
+            folder,
+            destination,
+            text,
+            name=options.source,
+            config=observed,
+            tokens=options.calibration_tokens or MOST_TOKENS,
+            path=statistics,
+            resume=options.resume,
+            progress=options.progress,
+        )
+    done = compress_checkpoint(
+        folder,
+        destination,
+        observed,
+        workers=options.workers or 1,
+        device=str(options.device),
+        resume=options.resume,
+        plan=plan,
+        stats=statistics,
+        force=options.force,
+        progress=options.progress,
+    )
+    return done.compression
+
+
+def _correct(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: Path,
+    text: str,
+    stats: CalibrationStats | None,
+    options: CompressOptions,
+    checkpoint: Path | None,
+    *,
+    refine_tokens: int = 16_384,
+) -> tuple[str, ...]:
+    """Refit and train a compressed model on the calibration text, in place.
+
+    Returns:
+        Results in words.
+    """
+    notes = []
+    if options.refine:
+        # Tokens spread over the text behind what calibration has seen, if enough is left there.
+        data = calibration_data(teacher, folder, text)
+        each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
+        fresh = data.batches[math.ceil(seen / each) :]
+        batches = fresh if len(fresh) * each >= refine_tokens / 2 else data.batches
+        count = min(len(batches), max(8, round(refine_tokens / each)))
+        places = torch.linspace(0, len(batches) - 1, count).long().tolist()
+        refined = refine(model, teacher, [batches[k] for k in places], stats, progress=options.progress)
+        before, after = refined.distances
+        left = f", {len(refined.left)} left as they were" if refined.left else ""
+        kept = "" if refined.kept else "; it grew, so the old cores were restored"
+        notes.append(
+            f"{len(refined.after)} layers refitted{left}: distance from the dense model's outputs "
+            f"{before:.4f} -> {after:.4f} on text held out of it{kept}"
+        )
+    if options.heal:
+        # One batch for each step, in random order.
+        batches = calibration_data(teacher, folder, text, window=256, window_batch=512).batches
+        generator = torch.Generator("cpu").manual_seed(0)
+        order = torch.randperm(len(batches), generator=generator, device="cpu").tolist()
+        healed = heal(
+            model,
+            teacher,
+            [batches[k] for k in order],
+            steps=options.heal,
+            checkpoint=checkpoint,
+            progress=options.progress,
+        )
+        part = max(1, len(healed.losses) // 10)
+        if healed.losses:
+            first, last = (sum(x) / part for x in (healed.losses[:part], healed.losses[-part:]))
+            notes.append(
+                f"healed for {healed.steps:,} steps, {len(healed.losses):,} of them now: divergence from the "
+                f"dense model {first:.4f} -> {last:.4f} nats a token"
+            )
+        else:
+            notes.append(f"healed for {healed.steps:,} steps, all of them before")
+    return (*notes, "the prediction and the measured loss increase are of the model before that")
+
+
+def _healing_file(destination: Path, folder: Path, options: Sequence[Any], *, resume: bool) -> Path:
+    """Return the checkpoint of healing, `.NAME.heal-KEY.safetensors`, and delete those of other options.
+
+    Args:
+        destination: of the model.
+        folder: the dense model.
+        options: JSON-ready, everything that the healed model depends on: other options have another key.
+        resume: keep the checkpoint of these options.
+    """
+    target = destination.expanduser().absolute()
+    marks = sorted(open_source(folder).marks.items())
+    key = digest([marks, *options, tn.__version__, torch.__version__])[:16]
+    path = target.with_name(f".{target.name}.heal-{key}.safetensors")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for other in target.parent.glob(f".{target.name}.heal-*"):
+        if other != path or not resume:
+            other.unlink(missing_ok=True)
+    return path
+
+
+def _same_file(one: str | Path | None, other: str | Path | None) -> bool:
+    paths = [Path(x) for x in (one, other) if x is not None]
+    return len(paths) == 2 and all(x.exists() for x in paths) and paths[0].samefile(paths[1])

@@ -1,1 +1,0 @@
-"""Text: tokens, calibration data, perplexity."""

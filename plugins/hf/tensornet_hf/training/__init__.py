@@ -1,1 +1,0 @@
-"""Training with `Trainer`: callbacks for mixtures, healing of compressed models."""
