@@ -192,6 +192,7 @@ def form_layers(case: Case, names: Sequence[str]) -> dict[str, tm.SharedCoreMoE]
         }
         router = tm.SwitchRouter(case.model, case.experts)
         layers[name] = tm.SharedCoreMoE(router, tm.ExpertFFN(banks, activation="relu")).train()
+        use_chain_rows(layers[name])
         layers[name].router.load_state_dict(layers[DENSE].router.state_dict())
     return layers
 
