@@ -138,13 +138,13 @@ class ExpertsReport:
     @property
     def param_ratio(self) -> float:
         """Parameters of the targeted weights after compression, relative to before."""
-        parts = (*self.stacks, *self.layers)
+        parts: tuple[SharedStack | LayerReport, ...] = (*self.stacks, *self.layers)
         return sum(x.params_after for x in parts) / sum(x.params_before for x in parts)
 
     @property
     def bits_per_weight(self) -> float:
         """Mean bits of a targeted weight after compression."""
-        parts = (*self.stacks, *self.layers)
+        parts: tuple[SharedStack | LayerReport, ...] = (*self.stacks, *self.layers)
         return 8 * sum(x.bytes_after for x in parts) / sum(x.params_before for x in parts)
 
     def __str__(self) -> str:
@@ -487,9 +487,16 @@ def _options(
 
     def together(chosen: Sequence[int], number_format: str = "") -> Candidate:
         parts = [each[k] for each, k in zip(members, chosen, strict=True)]
-        sums = (sum(getattr(x, name) for x in parts) for name in ("num_bytes", "params", "predicted_loss"))
-        cost = sum(x.cost for x in parts)
-        return Candidate(None, Storage(), *sums, error=0.0, cost=cost, number_format=number_format)
+        return Candidate(
+            None,
+            Storage(),
+            num_bytes=sum(x.num_bytes for x in parts),
+            params=sum(x.params for x in parts),
+            predicted_loss=sum(x.predicted_loss for x in parts),
+            error=0.0,
+            cost=sum(x.cost for x in parts),
+            number_format=number_format,
+        )
 
     if SEPARATE in kinds:
         # The separate networks of every total size, along the convex hulls of the members.

@@ -116,7 +116,8 @@ def shared_candidates(
     found = []
     if ranks and (not formats or _FLOAT in formats):
         params = torch.tensor(sizes[:ranks], dtype=torch.float64)
-        found.append(SharedCandidates(pattern, params, params * matrices[0].element_size(), *plain))
+        sizes_in_bytes = params * matrices[0].element_size()
+        found.append(SharedCandidates(pattern, params, sizes_in_bytes, plain[0], plain[1]))
     storages = [storage for storage in encodings(pattern, formats) if storage.quantized]
     if not storages or not ranks:
         return found
@@ -127,11 +128,11 @@ def shared_candidates(
         kinds = (storage.number_format, storage.format_of(PATTERNS[pattern].core))
         largest = max(kind.nbytes((rows, columns), matrices[0].dtype) for kind in kinds)
         params, num_bytes = _sizes(pattern, count, rows, columns, ranks, storage, matrices[0].dtype)
-        total = (plain + more).clamp_min(0)
-        known = int(((num_bytes < count * largest) & total.sum(0).isfinite()).sum())
-        if known:
-            parts = (x[:known] for x in (params, num_bytes, *total))
-            found.append(SharedCandidates(pattern, *parts, storage))
+        costs, forecasts = (plain + more).clamp_min(0)
+        useful = (num_bytes < count * largest) & (costs + forecasts).isfinite()
+        if known := int(useful.sum()):
+            kept = params[:known], num_bytes[:known], costs[:known], forecasts[:known]
+            found.append(SharedCandidates(pattern, *kept, storage))
     return found
 
 
