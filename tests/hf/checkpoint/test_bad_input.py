@@ -59,35 +59,24 @@ def spec(config: dict[str, Any]) -> dict[str, Any]:
     return config["quantization_config"]["layers"][LAYER]
 
 
-# --- not a model ---------------------------------------------------------------------------------
-
-
-def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="not a model folder: it does not exist"):
-        th.load(tmp_path / "nowhere")
-
-
-def test_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("x")
-    with pytest.raises(FormatError, match="not a model folder: it is a file"):
-        th.load(tmp_path / "x")
-
-
-def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"has no config\.json"):
-        th.load(tmp_path)
+# --- damaged folders ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nobody-has-this/model", "not a hub id!", "gpt2-nowhere"])
 def test_neither_folder_nor_hub_id(name: str) -> None:
-    with pytest.raises(FormatError, match="not a folder here, and as a hub id"):
+    with pytest.raises(FormatError, match="as a hub id"):
         th.load(name)
 
 
-def test_a_folder_without_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FormatError, match=r"holds no weights.*model\.safetensors"):
-        th.load(folder)
+def test_what_is_no_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path, word in (
+        (tmp_path / "no", "does not exist"),
+        (tmp_path / "file", "a file"),
+        (tmp_path, "json"),
+    ):
+        with pytest.raises(FormatError, match=word):
+            th.load(path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": ' * 100_000, "\xff"])
@@ -97,151 +86,104 @@ def test_config_that_is_not_json(folder: Path, content: str) -> None:
         th.load(folder)
 
 
-@pytest.mark.parametrize("names", [None, [], ["NoSuchModel"], ["GPT2Config"], [7]])
-def test_a_class_that_transformers_does_not_have(folder: Path, names: object) -> None:
-    edit_config(folder, lambda config: config.update(architectures=names))
-    with pytest.raises(FormatError, match="architectures"):
-        th.load(folder)
+def _cut(keep: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:keep]
 
 
-# --- damaged files -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1, -1000])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(_cut(keep) for keep in (0, 4, 100, -1, -1000)),
+        lambda data: data[:20] + bytes(20) + data[40:],
+        lambda data: (2**62).to_bytes(8, "little") + data[8:],  # a header that claims to be huge
+    ],
+)
 @load_either_way
-def test_truncated_weights(folder: Path, load: Callable[[Path], object], keep: int) -> None:
+def test_damaged_weights(
+    folder: Path, load: Callable[[Path], object], damage: Callable[[bytes], bytes]
+) -> None:
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(FormatError, match=r"model\.safetensors is truncated or damaged"):
-        load(folder)
-
-
-@load_either_way
-def test_corrupted_header(folder: Path, load: Callable[[Path], object]) -> None:
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[20:40] = b"\x00" * 20
-    path.write_bytes(content)
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(FormatError, match="truncated or damaged"):
         load(folder)
 
 
-def test_header_that_claims_to_be_huge(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
-    with pytest.raises(FormatError, match="truncated or damaged"):
-        th.load(folder)
-
-
-def test_cores_that_are_not_finite(folder: Path) -> None:
-    edit_weights(folder, lambda tensors: tensors[CORE].view(-1)[3:4].fill_(float("nan")))
-    with pytest.raises(NonFiniteError, match=rf"{re.escape(CORE)} contains NaN"):
-        th.load(folder)
-
-
-def test_a_shard_is_missing(tmp_path: Path) -> None:
-    ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path, max_shard_size="20KB")
-    shard = sorted(tmp_path.glob("*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(FormatError, match=rf"lacks {shard.name}"):
-        th.load(tmp_path)
-
-
-def test_an_index_that_leads_out_of_the_folder(tmp_path: Path) -> None:
-    ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    index = tmp_path / "model" / "model.safetensors.index.json"
+def test_shards_that_are_missing_or_lie_outside(folder: Path, tmp_path: Path) -> None:
+    ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    index = tmp_path / "parts" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     name = next(iter(content["weight_map"]))
-    shutil.copy(tmp_path / "model" / content["weight_map"][name], tmp_path / "outside.safetensors")
+    shard = tmp_path / "parts" / content["weight_map"][name]
     content["weight_map"][name] = "../outside.safetensors"
+    shutil.copy(shard, tmp_path / "outside.safetensors")
+    whole = index.read_text()
     index.write_text(json.dumps(content))
-    with pytest.raises(FormatError, match="nothing outside the folder"):
-        th.load(tmp_path / "model")
-
-
-# --- configuration and weights that do not belong together ---------------------------------------
-
-
-@load_either_way
-def test_missing_core(folder: Path, load: Callable[[Path], object]) -> None:
-    edit_weights(folder, lambda tensors: tensors.pop(CORE))
-    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is missing"):
-        load(folder)
-
-
-@load_either_way
-def test_missing_bias_of_a_compressed_layer(folder: Path, load: Callable[[Path], object]) -> None:
-    edit_weights(folder, lambda tensors: tensors.pop(f"{LAYER}.bias"))
-    with pytest.raises(FormatError, match=rf"{re.escape(LAYER)}\.bias is missing"):
-        load(folder)
-
-
-@pytest.mark.parametrize("name", [f"{LAYER}.core_7", f"{LAYER}.weight", "transformer.h.0.ln_1.core_0"])
-@load_either_way
-def test_surplus_core(folder: Path, load: Callable[[Path], object], name: str) -> None:
-    edit_weights(folder, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
-    with pytest.raises(FormatError, match=rf"{re.escape(name)} stored, but not described"):
-        load(folder)
-
-
-def test_tie_to_a_core_of_another_shape(folder: Path) -> None:
-    edit_weights(folder, lambda tensors: tensors.pop(CORE))
-    edit_config(folder, lambda c: c["quantization_config"]["ties"].update({CORE: f"{LAYER}.core_0"}))
-    with pytest.raises(FormatError, match=rf"ties {re.escape(CORE)} to .*core_0, which is not a stored"):
+    with pytest.raises(FormatError, match="outside the folder"):
+        th.load(tmp_path / "parts")
+    index.write_text(whole)
+    shard.unlink()
+    with pytest.raises(FormatError, match=rf"lacks {shard.name}"):
+        th.load(tmp_path / "parts")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match="holds no weights"):
         th.load(folder)
 
 
-def test_surplus_weight_elsewhere(folder: Path) -> None:
+# --- configuration and weights that do not belong together ----------------------------------------------
+
+Tensors = dict[str, Tensor]
+#: Name of what is wrong, the change of the weights that makes it so, and the decisive words.
+WEIGHTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "no core": (lambda x: x.pop(CORE), rf"{re.escape(CORE)} is missing"),
+    "no bias": (lambda x: x.pop(f"{LAYER}.bias"), r"bias is missing"),
+    "surplus core": (lambda x: x.update({f"{LAYER}.core_7": torch.zeros(2, 2)}), "not described"),
+    "surplus weight": (lambda x: x.update({f"{LAYER}.weight": torch.zeros(2, 2)}), "not described"),
+    "core of another": (lambda x: x.update({"transformer.h.0.ln_1.core_0": torch.zeros(2)}), "not described"),
+    "shape": (lambda x: x.update({CORE: x[CORE][..., :-1].contiguous()}), "stored with shape"),
+    "integers": (lambda x: x.update({CORE: x[CORE].to(torch.int8)}), "stored as int8"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+@load_either_way
+def test_wrong_tensors_of_a_compressed_layer(folder: Path, load: Callable[[Path], object], case: str) -> None:
+    change, message = WEIGHTS[case]
+    edit_weights(folder, change)
+    with pytest.raises(FormatError, match=message):
+        load(folder)
+
+
+@load_either_way
+def test_cores_that_are_not_finite(folder: Path, load: Callable[[Path], object]) -> None:
+    edit_weights(folder, lambda tensors: tensors[CORE].view(-1)[3:4].fill_(float("nan")))
+    with pytest.raises(NonFiniteError, match=rf"{re.escape(CORE)} contains NaN"):
+        load(folder)
+
+
+def test_wrong_tensors_elsewhere(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({"transformer.extra": torch.zeros(2)}))
     with pytest.raises(FormatError, match=r"does not have: transformer\.extra"):
         th.load(folder)
-
-
-def test_missing_weight_elsewhere(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.pop("transformer.ln_f.weight"))
     with pytest.raises(FormatError, match=r"lacks weights: transformer\.ln_f\.weight"):
         th.load(folder)
 
 
-@load_either_way
-def test_wrong_shape_of_a_core(folder: Path, load: Callable[[Path], object]) -> None:
-    edit_weights(folder, lambda tensors: tensors.update({CORE: tensors[CORE][..., :-1].contiguous()}))
-    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is stored with shape .* description says"):
-        load(folder)
-
-
-@load_either_way
-def test_integers_in_place_of_a_core(folder: Path, load: Callable[[Path], object]) -> None:
-    edit_weights(folder, lambda tensors: tensors.update({CORE: tensors[CORE].to(torch.int8)}))
-    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is stored as int8"):
-        load(folder)
-
-
-def test_config_without_its_cores(folder: Path) -> None:
-    ARCHITECTURES["gpt2"].dense.save_pretrained(folder / "dense")
-    shutil.copy(folder / "dense" / "model.safetensors", folder)
-    with pytest.raises(FormatError, match=r"core_\w+ is missing.*another save"):
-        th.load(folder)
-
-
-def test_cores_without_their_config(folder: Path) -> None:
-    edit_config(folder, lambda config: config.pop("quantization_config"))
-    with pytest.raises(FormatError, match=r"stores cores .* but its config\.json has no quantization_config"):
-        th.load(folder)
+def test_weights_and_config_of_different_saves(folder: Path, tmp_path: Path) -> None:
+    ARCHITECTURES["gpt2"].dense.save_pretrained(tmp_path / "dense")
+    for names in ((folder, tmp_path / "dense"), (tmp_path / "dense", folder)):
+        mixed = Path(shutil.copytree(names[0], tmp_path / f"mixed{names[0].name}"))
+        shutil.copy(names[1] / "model.safetensors", mixed)
+        with pytest.raises(FormatError, match=r"is missing|stores cores"):
+            th.load(mixed)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 @load_either_way
 def test_unknown_version(folder: Path, load: Callable[[Path], object], version: object) -> None:
     edit_config(folder, lambda config: config["quantization_config"].update(format_version=version))
-    with pytest.raises(FormatError, match=rf"format version {re.escape(repr(version))}.*reads version 1"):
+    with pytest.raises(FormatError, match=rf"format version {re.escape(repr(version))}"):
         load(folder)
-
-
-def test_another_quantization_method(folder: Path) -> None:
-    edit_config(folder, lambda config: config["quantization_config"].update(quant_method="gptq"))
-    with pytest.raises(FormatError, match="quantized by 'gptq'"):
-        th.load(folder)
 
 
 # --- hostile descriptions ------------------------------------------------------------------------
@@ -296,6 +238,19 @@ def test_hostile_descriptions(
     assert len(str(raised.value)) < 1000
     if load is th.load:
         assert isinstance(raised.value, FormatError)
+
+
+@pytest.mark.parametrize("names", [None, [], ["NoSuchModel"], ["GPT2Config"], [7]])
+def test_a_class_that_transformers_does_not_have(folder: Path, names: object) -> None:
+    edit_config(folder, lambda config: config.update(architectures=names))
+    with pytest.raises(FormatError, match="architectures"):
+        th.load(folder)
+
+
+def test_another_quantization_method(folder: Path) -> None:
+    edit_config(folder, lambda config: config["quantization_config"].update(quant_method="gptq"))
+    with pytest.raises(FormatError, match="quantized by 'gptq'"):
+        th.load(folder)
 
 
 # --- pickles -------------------------------------------------------------------------------------

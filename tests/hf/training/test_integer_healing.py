@@ -119,6 +119,7 @@ def test_vectors_of_a_dense_model_are_not_healed() -> None:
         tn.heal(copy.deepcopy(teacher), teacher, Examples().ids.split(8), steps=1, parameters="vectors")
 
 
+@pytest.mark.slow
 def test_trainer_resumes_with_trained_scales(tmp_path: Path) -> None:
     teacher, whole = pair("residual")
     options = TRAINING | {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}

@@ -81,6 +81,7 @@ def test_resuming_gives_the_same_model(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = ARCHITECTURES["gpt2"].compressed
     options = {
