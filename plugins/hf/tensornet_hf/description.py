@@ -302,8 +302,8 @@ def check_layers(
     layers = {in_file(layer) for layer in compression.layers}
     if surplus := sorted(k for k in tensors.keys() - described if is_inside(k, layers) or names_a_core(k)):
         raise FormatError(
-            f"{where}: {', '.join(surplus[:5])} stored, but not described in config.json. The weight files and "
-            "config.json belong to different saves."
+            f"{where}: {', '.join(surplus[:5])} stored, but not described in config.json. The weight files "
+            "and config.json belong to different saves."
         )
 
 
