@@ -33,9 +33,9 @@ from speed import Case, clock_for, options_of, rounds, with_threads
 
 from tensornet.contraction.cost import Machine, default_machine, dense_seconds
 from tensornet.contraction.plan import OperatorPlan
-from tensornet.nn.encoding import Storage
 from tensornet.nn.integer_cost import product_cost
 from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense as dense_topology
 

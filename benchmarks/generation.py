@@ -32,8 +32,8 @@ from torch import nn
 from torch._inductor import config as inductor
 
 import tensornet as tn
-from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
 

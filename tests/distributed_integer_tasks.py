@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tensornet as tn
 from tensornet.healing import trained_scales
-from tensornet.nn.encoding import Storage
+from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import residual, topology_family
 

@@ -19,7 +19,7 @@ from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind, reason_against
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.storage import Storage
+from tensornet.nn.storage import PackedCore, Storage
 from tensornet.nn.targets import (
     Target,
     all_targets,
@@ -251,12 +251,11 @@ def _warn_of_underflow(
     found: dict[str, list[str]] = {}
     for layer in work:
         target = targets[layer.name]
-        module = made[target.names[0]]
-        assert isinstance(module, NetworkModule)
+        packed = [core for core in made[target.names[0]].modules() if isinstance(core, PackedCore)]
         zeroed = [
-            number_format
-            for name, (number_format, _) in module.integer_cores.items()
-            if bool((module.stored[name.replace("core_", "scale_", 1)].float() == 0).any())
+            core.number_format
+            for core in packed
+            if core.number_format.is_integer and bool((core.scale_values.float() == 0).any())
         ]
         if not zeroed:
             continue

@@ -20,7 +20,7 @@ from tensornet.compression.planning import prepare
 from tensornet.compression.sensitivity import Sensitivity, forecast_weighting
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.encoding import PLAIN
+from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import all_targets
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat

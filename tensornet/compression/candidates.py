@@ -26,8 +26,8 @@ from tensornet.contraction.plan import plan_operator
 from tensornet.errors import BudgetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.encoding import PLAIN, Storage, decode, encode
 from tensornet.nn.integer_cost import product_cost, unpacking_cost
+from tensornet.nn.storage import PLAIN, Storage, decode, encode
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
@@ -340,7 +340,7 @@ def round_trip(
     kept = encode(network.topology, storage, network.to(dtype).cores, weighting, rounding)
     # Integers are looked at in full precision.
     seen = network.cores[0].dtype if storage.own_dtypes else None
-    return TensorNetwork(network.topology, decode(network.topology, storage, kept, dtype=seen))
+    return TensorNetwork(network.topology, decode(kept.values(), seen))
 
 
 def relative_gap(matrix: Tensor, other: Tensor) -> float:

@@ -18,7 +18,7 @@ from tensornet.compression.config import OBJECTIVES, ROUNDINGS
 from tensornet.compression.measure import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
-from tensornet.nn.encoding import PLAIN, Storage
+from tensornet.nn.storage import PLAIN, Storage
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.topologies import dense
 from tensornet.topology import Topology

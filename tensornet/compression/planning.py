@@ -22,7 +22,7 @@ from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import is_known, never_ran, resolve_objective
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.svd import MatrixSpectrum, check_finite, singular_values
-from tensornet.nn.encoding import Storage
+from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family

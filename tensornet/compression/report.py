@@ -12,7 +12,7 @@ from torch import nn
 from tensornet._util import html_table
 from tensornet.compression.measure import LossIncrease
 from tensornet.compression.plan import CompressionPlan, plan_text
-from tensornet.nn.fixed_dtypes import FixedDtypes
+from tensornet.nn.storage import PackedCore
 from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
 
 if TYPE_CHECKING:
@@ -312,8 +312,7 @@ def model_size(model: nn.Module) -> tuple[int, int]:
     """
     sizes = {id(x): (x.numel(), x.nbytes) for x in model.parameters()}
     for layer in model.modules():
-        if isinstance(layer, FixedDtypes):
-            stored = layer.stored
-            for name, count in layer.stored_counts.items():
-                sizes[id(stored[name])] = count, stored[name].nbytes
+        if isinstance(layer, PackedCore):
+            tensors = layer.tensors
+            sizes |= {id(tensors[name]): (n, tensors[name].nbytes) for name, n in layer.counts.items()}
     return sum(count for count, _ in sizes.values()), sum(size for _, size in sizes.values())

@@ -19,6 +19,7 @@ from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import has_own_forward, kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
+from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 
 FILE_VERSION = 1
@@ -200,15 +201,12 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
 def _check_dtypes(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise FormatError where a tensor has another dtype than the number format of its layer fixes."""
     for name, module in model.named_modules():
-        if not isinstance(module, NetworkModule):
-            continue
-        for part, dtype in module.fixed_dtypes.items():
+        for part, tensor in module.named_buffers() if isinstance(module, PackedCore) else ():
             found = state[f"{name}.{part}"].dtype
-            in_training = found == torch.float32 and dtype in (torch.bfloat16, torch.float16)
-            if found != dtype and not in_training:
+            if found != tensor.dtype:
                 raise FormatError(
                     f"{path} is damaged: {name}.{part} is stored as {_short(found)}, but the number format "
-                    f"of its layer claims {_short(dtype)}. Copy it again, or save the model again."
+                    f"of its layer claims {_short(tensor.dtype)}. Copy it again, or save the model again."
                 )
 
 
@@ -218,12 +216,11 @@ def _short(dtype: torch.dtype) -> str:
 
 def _check_scales(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     for name, module in model.named_modules():
-        if not isinstance(module, NetworkModule) or not module.storage.quantized:
-            continue
-        for part in (x for x in module.stored if x.startswith("scale_")):
-            if not bool(state[f"{name}.{part}"].float().isfinite().all()):
+        if isinstance(module, PackedCore) and module.number_format.is_integer:
+            kind = module.number_format.scale_dtype
+            if not bool(state[f"{name}.scales"].view(kind).float().isfinite().all()):
                 raise FormatError(
-                    f"{path} is damaged: {name}.{part} holds NaN or infinite scales. Copy it again, or save "
+                    f"{path} is damaged: {name}.scales holds NaN or infinite scales. Copy it again, or save "
                     "the model again."
                 )
 
@@ -231,12 +228,4 @@ def _check_scales(model: nn.Module, state: Mapping[str, Tensor], path: str | Pat
 def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:
     """Assign one parameter to all names that share it."""
     for name, owner in ties.items():
-        (place, key), (first, first_key) = (_split(model, x) for x in (name, owner))
-        for table in ("_parameters", "_buffers"):
-            if first_key in getattr(first, table) and key in getattr(place, table):
-                getattr(place, table)[key] = getattr(first, table)[first_key]
-
-
-def _split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, key = name.rpartition(".")
-    return model.get_submodule(parent), key
+        tie(model, name, owner)

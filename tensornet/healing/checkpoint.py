@@ -67,6 +67,8 @@ def load_state(
                     f"{path} is of a run with layer_steps={before}, not {layer_steps}: give the same, or "
                     "another checkpoint."
                 )
+            if absent := {*trained, *fixed} - {*file.keys()}:
+                raise FormatError(f"{path} belongs to another compression: it lacks {min(absent)}.")
             found = {name: file.get_tensor(name) for name in (*trained, *fixed)}
             for name, parameter in {**trained, **fixed}.items():
                 if found[name].shape != parameter.shape:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
+from tensornet.nn.strategy import Strategy
 
 #: Stock layers whose weight enters matrix products alone, which autocast computes in its dtype.
 _PRODUCTS = ("linear", "conv1d")
@@ -48,15 +49,20 @@ def held_weights(
         for module in dict.fromkeys(modules):
             if isinstance(module, TensorNetworkLinear):
                 frozen = not any(id(tensor) in moving for tensor in module.stored.values())
-                if frozen and module.integer_format is not None and module.strategy != "cached":
-                    stack.callback(module.configure, strategy=module.strategy)
-                    module.configure(strategy="cached")
+                if frozen and module.integer_core is not None and module.strategy != "cached":
+                    stack.callback(_set_strategy, module, module.strategy)
+                    module.strategy = "cached"
             elif (weight := _castable(module, dtype)) is not None and id(weight) not in moving:
                 stack.callback(module._parameters.__setitem__, "weight", weight)
                 if id(weight) not in cast:
                     cast[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
                 module._parameters["weight"] = cast[id(weight)]
         yield
+
+
+def _set_strategy(layer: TensorNetworkLinear, strategy: Strategy) -> None:
+    layer.strategy = strategy
+    layer.kept.drop()
 
 
 def _castable(module: nn.Module, dtype: torch.dtype | None) -> nn.Parameter | None:

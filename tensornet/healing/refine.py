@@ -32,10 +32,10 @@ from tensornet.healing.objective import output_distance
 from tensornet.healing.teacher_student import NEVER_REACHED, PairedMoments, PairedRun
 from tensornet.healing.trained import compressed_layers
 from tensornet.linalg.weighted_svd import Weighting, damped
-from tensornet.nn.encoding import encode
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import PackedCore, encode
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
@@ -250,9 +250,18 @@ class _Refit:
 
 def _write(layer: NetworkModule, cores: Sequence[Tensor], weighting: Weighting) -> None:
     """Write cores into the parameters of a layer."""
-    kept = encode(layer.topology, layer.storage, cores, weighting)
-    for name, parameter in layer.stored.items():
-        parameter.copy_(kept[name])
+    _copy(layer, encode(layer.topology, layer.storage, cores, weighting))
+
+
+def _copy(layer: NetworkModule, kept: Mapping[str, Tensor | PackedCore]) -> None:
+    """Write stored cores into those of a layer."""
+    for name, new in kept.items():
+        old = getattr(layer, name)
+        if isinstance(new, Tensor):
+            old.copy_(new)
+        else:
+            for part, tensor in new.tensors.items():
+                getattr(old, part).copy_(tensor)
 
 
 @contextmanager

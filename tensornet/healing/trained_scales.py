@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
-from tensornet.nn.fixed_dtypes import FixedDtypes
+from tensornet.nn.storage import pack_after_training, unpack_for_training
 
 
 @contextmanager
@@ -23,18 +23,12 @@ def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
         >>> _ = tn.compress(model, tn.CompressionConfig(formats=("int4",)), progress=False)
         >>> with tn.healing.trained_scales(model):
         ...     [name for name, _ in model.named_parameters()]
-        ['0.scale_matrix']
+        ['0.core_matrix.scales']
         >>> [name for name, _ in model.named_parameters()]
         []
     """
-    modules = [module for module in model.modules() if isinstance(module, FixedDtypes)]
-    layers = [layer for layer in modules if layer.fixed_dtypes and not layer.trains_scales]
+    cores = unpack_for_training(model, codes=codes)
     try:
-        shared: dict[int, Tensor] = {}
-        for layer in layers:
-            layer.train_scales(True, shared, codes=codes)
         yield
     finally:
-        shared = {}
-        for layer in layers:
-            layer.train_scales(False, shared)
+        pack_after_training(cores)

@@ -3,8 +3,6 @@
 from tensornet.nn.attention import MatrixAttention
 from tensornet.nn.convolution import MatrixConvolution, MatrixTransposedConvolution
 from tensornet.nn.embedding import MPOEmbedding
-from tensornet.nn.execution import cached_bytes, set_strategy
-from tensornet.nn.explain import Explanation, StrategyCost
 from tensornet.nn.layer_kinds import (
     CompoundKind,
     LayerKind,
@@ -16,8 +14,10 @@ from tensornet.nn.layer_kinds import (
 )
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.prepare import prepare_for_inference
 from tensornet.nn.recurrent import MatrixRecurrence
 from tensornet.nn.serialization import build_module, module_spec, register_module_type
+from tensornet.nn.strategy import Explanation, StrategyCost, cached_bytes, set_strategy
 from tensornet.nn.unfuse import Compound, PartMatrix, Stack, register_stacked_matrices
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "kind_of",
     "layer_kind",
     "module_spec",
+    "prepare_for_inference",
     "register_compound_kind",
     "register_layer_kind",
     "register_module_type",

@@ -1,12 +1,11 @@
 """Embedding whose rows are looked up directly in the cores."""
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 
 from tensornet.contraction.lowering import plan_sum
@@ -15,14 +14,12 @@ from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.encoding import PLAIN, Storage, decode, row_cores, storage_entry, unpacked
-from tensornet.nn.execution import CACHED
 from tensornet.nn.layer_kinds import kind_of, layer_kind, type_and_reason
-from tensornet.nn.matrix_cache import Strategy
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, row_cores, storage_entry
+from tensornet.nn.strategy import CACHED, Strategy, transforms_active
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
-from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 
 
@@ -72,15 +69,17 @@ class MPOEmbedding(NetworkModule):
             return nn.functional.embedding(input, self.kept_matrix())
         if not self._row_cores:
             return lookup_rows(self.topology, self.lookup, self.cores, input)
-        kept, dtype = self.stored, self._computed_like().dtype
         # Of integer tables only the rows are unpacked that are asked for.
-        readers = {name: partial(self._rows, kept, name, dtype) for name in self._row_cores}
-        cores = decode(self.topology, self.storage, kept, self._gauge_axes, dtype, skip=self._row_cores)
-        return lookup_rows(self.topology, self.lookup, cores, input, readers)
-
-    def _rows(self, kept: Mapping[str, Tensor], name: str, dtype: torch.dtype, rows: Tensor) -> Tensor:
-        columns = matrix_view(self.topology, name)[1]
-        return unpacked(self.storage.format_of(name), kept, name, columns, dtype, rows)
+        names, dtype = self.topology.core_names, self.dtype
+        readers: dict[str, Callable[[Tensor], Tensor]] = {}
+        cores: list[Tensor] = []
+        for name, core in zip(names, self.stored_cores, strict=True):
+            if name in self._row_cores and isinstance(core, PackedCore):
+                readers[name] = lambda rows, core=core: core.matrix(dtype, rows)  # type: ignore[misc]
+                cores.append(torch.empty(0))
+            else:
+                cores += decode([core], dtype)
+        return lookup_rows(self.topology, self.lookup, tuple(cores), input, readers)
 
     @classmethod
     def from_embedding(

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from tensornet.contraction.cost import Machine, dense_seconds
-from tensornet.nn.integer_product import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel, scales_by_row
-from tensornet.nn.kernel_layout import KERNEL_TOKENS, has_layout, layout_bytes, products_of
+from tensornet.nn.int4_cpu import KERNEL_TOKENS, has_layout, layout_bytes, products_of
+from tensornet.nn.integer_matmul import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel, scales_by_row
 from tensornet.nn.storage import Storage, kept_shapes
 from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
@@ -24,21 +24,12 @@ class IntegerCost:
         seconds: of the product, or of unpacking alone where something else multiplies.
         unpacked: elements that are unpacked.
         read_bytes: that are read from memory.
-        multiplies: whether `seconds` include the product.
-        held_bytes: that the integers take as the layer holds them for this.
     """
 
     kernel: str
     seconds: float
     unpacked: int
     read_bytes: int
-    multiplies: bool
-    held_bytes: int
-
-    @property
-    def summary(self) -> tuple[str, int, int, int]:
-        """Kernel, unpacked elements, bytes read and bytes held."""
-        return self.kernel, self.unpacked, self.read_bytes, self.held_bytes
 
 
 def product_cost(
@@ -48,9 +39,9 @@ def product_cost(
     machine: Machine,
     itemsize: int,
     *,
-    larger: bool = False,
+    prepared: bool = True,
 ) -> IntegerCost:
-    """Predict the cost of multiplying by an integer matrix, the way `tensornet.nn.integer_product` does.
+    """Predict the cost of multiplying by an integer matrix, the way `tensornet.nn.integer_matmul` does.
 
     Args:
         number_format: of the matrix.
@@ -58,7 +49,7 @@ def product_cost(
         tokens: number of input vectors.
         machine: whose constants count.
         itemsize: bytes of an element of the input; the kernels take inputs of 2 bytes.
-        larger: whether the integers may be held in many more bytes than stored, see `has_layout`.
+        prepared: whether the layer is prepared for inference where that helps.
 
     Example:
         >>> from tensornet.contraction.cost import CPU
@@ -68,22 +59,23 @@ def product_cost(
         'unpacked'
     """
     elements, size = shape[0] * shape[1], number_format.nbytes(shape)
-    kernel = _kernel(number_format, shape, tokens, machine, itemsize, larger=larger)
+    has_kernel = prepared and has_layout(number_format, shape)
+    kernel = _kernel(number_format, shape, tokens, machine, itemsize, prepared=has_kernel)
     if kernel is not None:
         products = 1
         if kernel != INT8_KERNEL:
             size, products = layout_bytes(number_format, shape), products_of(number_format)
         seconds = products * (machine.overhead + tokens * elements / machine.kernel_peak)
-        return IntegerCost(kernel, seconds + size / machine.bandwidth, 0, size, True, size)
+        return IntegerCost(kernel, seconds + size / machine.bandwidth, 0, size)
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
-    if itemsize == 2 and machine.kernel_peak > 0 and has_layout(number_format, shape, larger=larger):
+    if itemsize == 2 and machine.kernel_peak > 0 and has_kernel:
         passes = unpack_passes(number_format, 4)  # scales multiply numbers of either size
     elif scales_by_row(number_format, shape[1]):
         passes = 1.0  # codes are converted, and outputs scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
     seconds += dense_seconds(*shape, tokens, machine, wide, from_memory=False)
-    return IntegerCost("unpacked", seconds, elements, size, True, size)
+    return IntegerCost("unpacked", seconds, elements, size)
 
 
 def unpacking_cost(topology: Topology, storage: Storage, machine: Machine, itemsize: int) -> IntegerCost:
@@ -104,7 +96,7 @@ def unpacking_cost(topology: Topology, storage: Storage, machine: Machine, items
             size += number_format.nbytes((math.prod(shape[:-1]), shape[-1]))
             passes = unpack_passes(number_format, itemsize)
             seconds += machine.overhead + count * machine.unpack_pass * passes
-    return IntegerCost("unpacked", seconds, elements, size, False, size)
+    return IntegerCost("unpacked", seconds, elements, size)
 
 
 def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
@@ -126,12 +118,12 @@ def _kernel(
     machine: Machine,
     itemsize: int,
     *,
-    larger: bool,
+    prepared: bool,
 ) -> str | None:
     """Name the kernel that multiplies, if one does."""
     if machine.kernel_peak <= 0 or itemsize != 2:
         return None
-    if has_layout(number_format, shape, larger=larger):
+    if prepared:
         products = products_of(number_format)
         return INT4_KERNELS[products] if tokens <= KERNEL_TOKENS // products else None
     return INT8_KERNEL if tokens <= INT8_TOKENS and has_int8_kernel(number_format, shape) else None

@@ -5,47 +5,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from tensornet._util import check_input, is_exporting
-from tensornet.contraction.cost import default_machine
-from tensornet.contraction.lowering import is_slow
-from tensornet.contraction.plan import PLANNED_TOKENS, contract_with_input, plan_operator
+from tensornet.contraction.cost import Machine, default_machine
+from tensornet.contraction.plan import PLANNED_TOKENS, RECONSTRUCT, contract_with_input, plan_operator
 from tensornet.decompose import decompose
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.encoding import PLAIN, Storage, decode, storage_entry, unpacked
-from tensornet.nn.execution import CACHED
-from tensornet.nn.fast_path import through_kernel, through_matrices, with_kept_matrix
-from tensornet.nn.integer_product import (
-    INT8_TOKENS,
-    IntegerMatrix,
-    has_int8_kernel,
-    multiply,
-    multiply_int8,
-)
-from tensornet.nn.kernel_keeper import KERNEL_BUFFERS, KernelKeeper
-from tensornet.nn.kernel_layout import KERNEL_TOKENS, KernelMatrix, multiply_int4, multiply_int4_twice
+from tensornet.nn.integer_cost import IntegerCost, product_cost
+from tensornet.nn.integer_matmul import IntegerMatrix, IntegerProduct, multiply
 from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind, type_and_reason
-from tensornet.nn.matrix_cache import Strategy
-from tensornet.nn.module import require_linear_shape
+from tensornet.nn.module import NetworkModule, require_linear_shape
+from tensornet.nn.quick_paths import kept_product, kernel_product, two_products
+from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, storage_entry
+from tensornet.nn.strategy import CACHED, Strategy, transforms_active
 from tensornet.quantization import Rounding
 from tensornet.topologies import MPOFamily, TopologyFamily
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
 
 
-class TensorNetworkLinear(KernelKeeper):
+class TensorNetworkLinear(NetworkModule):
     """Linear layer `y = x W^T + b` whose matrix `W: (out_features, in_features)` is a tensor network.
 
     Args:
         topology: describes `W`.
         bias: whether there is a bias of shape `(out_features,)`.
         source: `"linear"` or `"conv1d"`, the stock layer that `to_linear` returns to.
-        strategy, cache_limit, optimize, storage: how to apply `W`; see `NetworkModule`.
+        strategy, optimize, storage: how to apply `W`; see `NetworkModule`.
         device, dtype: as in `nn.Linear`.
 
     A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
@@ -66,7 +56,6 @@ class TensorNetworkLinear(KernelKeeper):
         bias: bool = True,
         source: str = "linear",
         strategy: Strategy = "auto",
-        cache_limit: int | None = None,
         optimize: str = "auto",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
@@ -76,121 +65,113 @@ class TensorNetworkLinear(KernelKeeper):
             topology,
             source=source,
             strategy=strategy,
-            cache_limit=cache_limit,
             optimize=optimize,
             storage=storage,
             device=device,
             dtype=dtype,
         )
         self.out_features, self.in_features = topology.shape
+        single = len(topology.cores) == 1 and topology.shape == topology.padded_shape
+        self._is_integer = single and storage.format_of(topology.core_names[0]).is_integer
+        self._integers: IntegerMatrix | None = None
         zeros = torch.zeros(self.out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", nn.Parameter(zeros) if zeros is not None else None)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input: (..., in_features)` to `(..., out_features)`; named as in `nn.Linear`."""
-        if not is_compiling() and self._fast_path is not None:
-            y = self._fast_path(input)
+        quick = self._quick
+        if quick is not None and not is_compiling():
+            # The pass before has left what it took: choosing takes longer than multiplying few tokens.
+            y = quick(input)
             if y is not None:
                 return y
         check_input(input, self.in_features)
-        if (integers := self._integers(input)) is not None:
-            if not is_compiling():
-                self._remember_kernel(integers)
-            return multiply(input, integers, self.bias)
-        if (matrix := self._trained_matrix(input)) is not None:
-            return linear(input, matrix, self.bias)
-        if self.topology.terms and self.storage.own_dtypes and (y := self._by_terms(input)) is not None:
+        if self._has_own_dtypes and (y := self._by_integers(input)) is not None:
             return y
         # A comparison with the token count would restrict an exported program to one side of it.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
-        if route >= 0:
-            y = contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
-        else:
-            y = linear(input, self.kept_matrix() if route == CACHED else self.to_matrix(), self.bias)
-        if not is_compiling():
-            self._remember(route, input)
-        return y
+        if route == CACHED:
+            matrix = self.kept_matrix()
+            self._quick = kept_product(self, self._core_names) if self._is_plain else None
+            return linear(input, matrix, self.bias)
+        if route == RECONSTRUCT:
+            return linear(input, self.to_matrix(), self.bias)
+        if self._is_plain and self.strategy in ("auto", "factorized") and not is_compiling():
+            self._remember_products(route, input.is_cpu)
+        return contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
 
-    def _integers(self, input: Tensor) -> IntegerMatrix | KernelMatrix | None:
-        """Return the integer matrix if multiplying by integers is the fastest route, else None."""
-        number_format = self.integer_format if self.storage.own_dtypes else None
-        if number_format is None or self.strategy not in ("auto", "factorized") or is_exporting():
+    def _remember_products(self, route: int, on_cpu: bool) -> None:
+        """Let passes of few tokens skip the choice of a route, where the fastest is two products."""
+        largest, fastest = self._bounds(on_cpu, self.strategy == "auto")[0]
+        products = self.plan.applies[route].matrices
+        if route == fastest and not self.plan.is_padded and len(products) == 2:
+            self._quick = two_products(self, self._core_names, products, largest)
+
+    @property
+    def integer_core(self) -> nn.Module | None:
+        """The only core, if the weight is stored as one matrix of integers; None for all other layers."""
+        return getattr(self, self._core_names[0]) if self._is_integer else None
+
+    def _by_integers(self, input: Tensor) -> Tensor | None:
+        """Multiply by an integer matrix without contracting cores; None where that is not the way."""
+        core, device = self.integer_core, input.device.type
+        if core is None:
+            return self._by_terms(input)
+        if self.strategy in ("reconstruct", "cached"):
             return None
-        if input.dtype != self.compute_like.dtype or torch.is_autocast_enabled(input.device.type):
+        lowered = torch.is_autocast_enabled(device)
+        if isinstance(core, PackedCore) and core.is_trained:
+            # Autocast would cast the values in another pass over memory, and their gradients in a third.
+            if not lowered or input.dtype == torch.float64 or not core.codes.is_floating_point():
+                return None
+            return linear(input, core.matrix(torch.get_autocast_dtype(device)), self.bias)
+        if lowered or is_exporting() or input.dtype != self.compute_like.dtype:
             return None
         if not is_compiling() and transforms_active():
             return None
-        if input.dtype == torch.bfloat16 and input.is_cpu and not is_compiling():
-            self.hold_for_kernel()
-        if (matrix := self.kernel_matrix) is not None:
-            return matrix
-        name, tensors = self.topology.core_names[0], self.stored
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-            return None
-        codes, scales, zeros = (tensors.get(f"{part}_{name}") for part in ("core", "scale", "zero"))
-        assert codes is not None
-        assert scales is not None
-        return IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
-
-    def _trained_matrix(self, input: Tensor) -> Tensor | None:
-        """Round trained codes to values in the dtype of autocast, else None.
-
-        Autocast would cast them in another pass over memory, and their gradients back in a third.
-        """
-        number_format, device, name = self.integer_format, input.device.type, self.topology.core_names[0]
-        if f"core_{name}" not in self._parameters or number_format is None or self.strategy == "cached":
-            return None
-        if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
-            return None
-        dtype = torch.get_autocast_dtype(device)
-        return unpacked(number_format, self.stored, name, self.in_features, dtype)
-
-    def _remember_kernel(self, matrix: IntegerMatrix | KernelMatrix) -> None:
-        """Build the fast path for few tokens, if a kernel reads the matrix as held."""
-        if isinstance(matrix, KernelMatrix):
-            kernel = multiply_int4 if matrix.products == 1 else multiply_int4_twice
-            names, most = KERNEL_BUFFERS, KERNEL_TOKENS // matrix.products
-        elif has_int8_kernel(matrix.number_format, matrix.shape) and matrix.scales.dtype == torch.bfloat16:
-            name = self.topology.core_names[0]
-            names, kernel, most = (f"core_{name}", f"scale_{name}"), multiply_int8, INT8_TOKENS
-        else:
-            return
-        self._fast_path = through_kernel(self, names, matrix.shape, most, kernel)
+        matrix = self._integers_of(core)
+        if not is_compiling() and matrix.kernel_tokens:
+            self._quick = kernel_product(self, core, matrix, matrix.kernel_tokens)
+        return multiply(input, matrix, self.bias)
 
     def _by_terms(self, input: Tensor) -> Tensor | None:
         """Apply a sum whose first term is an integer matrix, multiplied block by block; None if it is not."""
+        if not self.topology.terms or is_compiling() or self.strategy in ("reconstruct", "cached"):
+            return None
         (first, *_), *others = self.topology.parts
-        name = self.topology.core_names[first[0]]
-        number_format, tensors = self.storage.format_of(name), self.stored
-        usable = self.strategy in ("auto", "factorized") and input.dtype == self.compute_like.dtype
-        if len(first) > 1 or not number_format.is_integer or not usable or is_compiling():
+        core = getattr(self, self._core_names[first[0]])
+        if len(first) > 1 or not isinstance(core, PackedCore) or not core.number_format.is_integer:
             return None
-        codes, scales = tensors[f"core_{name}"], tensors[f"scale_{name}"]
-        trained = codes.is_floating_point() or (scales.requires_grad and torch.is_grad_enabled())
-        padded = self.topology.shape != self.topology.padded_shape
-        if trained or padded or transforms_active() or torch.is_autocast_enabled(input.device.type):
+        if input.dtype != self.compute_like.dtype or torch.is_autocast_enabled(input.device.type):
             return None
-        zeros = tensors.get(f"zero_{name}")
-        matrix = IntegerMatrix(number_format, codes, scales, zeros, self.in_features)
-        cores = decode(self.topology, self.storage, tensors, self._gauge_axes, input.dtype, [name])
+        if core.is_trained or self.topology.shape != self.topology.padded_shape or transforms_active():
+            return None
         machine, tokens = self.machine or default_machine(input.device), input.numel() // self.in_features
-        y = multiply(input, matrix, self.bias)
+        y = multiply(input, self._integers_of(core), self.bias)
         for positions, part in others:
             plan = plan_operator(part, self._optimize)
             route = plan.fastest(max(tokens, 1), machine, input.element_size(), rebuild=False)
-            y = y + contract_with_input(plan, [cores[k] for k in positions], input, candidate=route)
+            cores = decode((getattr(self, self._core_names[k]) for k in positions), input.dtype)
+            y = y + contract_with_input(plan, cores, input, candidate=route)
         return y
 
-    def _remember(self, route: int, input: Tensor) -> None:
-        """Store a fast path for passes like that of this input, which took this route, if one exists."""
-        if route == CACHED and self._cached is not None:
-            self._fast_path = with_kept_matrix(self, self._cached)
-        elif route >= 0 and self.storage.plain and self.strategy != "cached" and not is_slow(input):
-            largest, first = self.routes(input.is_cpu, rebuild=self.strategy == "auto")[0]
-            plan = self.plan
-            if route == first and not plan.is_padded:
-                self._fast_path = through_matrices(self, self._stored_names, plan.applies[route], largest)
+    def _integers_of(self, core: nn.Module) -> IntegerProduct:
+        """Return the matrix of an integer core, which multiplies."""
+        if not isinstance(core, PackedCore):
+            return core.integers  # type: ignore[return-value]
+        known = self._integers
+        if known is None or known.codes is not core.codes or known.scale_bits is not core.scales:
+            known = IntegerMatrix.of(core)
+            self._integers = None if is_compiling() else known
+        return known
+
+    def _product_cost(self, tokens: int, machine: Machine, itemsize: int) -> IntegerCost | None:
+        core = self.integer_core
+        if core is None or self.strategy not in ("auto", "factorized"):
+            return None
+        number_format, prepared = self.storage.format_of(self.topology.core_names[0]), _is_prepared(core)
+        return product_cost(number_format, self.topology.shape, tokens, machine, itemsize, prepared=prepared)
 
     @classmethod
     def from_linear(
@@ -202,7 +183,6 @@ class TensorNetworkLinear(KernelKeeper):
         rel_error: float | None = None,
         param_ratio: float | None = None,
         strategy: Strategy = "auto",
-        cache_limit: int | None = None,
         **options: Any,
     ) -> "TensorNetworkLinear":
         """Decompose a stock layer, which stays unchanged; the result shares no memory with it.
@@ -212,7 +192,7 @@ class TensorNetworkLinear(KernelKeeper):
             topology: a registered family or its name, which chooses dims and bonds; or a topology, which
                 leaves no choice.
             max_bond, rel_error, param_ratio: budget, see `Budget`.
-            strategy, cache_limit: how the new layer is applied, see `NetworkModule`.
+            strategy: how the new layer is applied, see `NetworkModule`.
             options: passed to the family, for example `sites=`, `out_dims=`, `in_dims=`.
 
         Raises:
@@ -230,14 +210,16 @@ class TensorNetworkLinear(KernelKeeper):
             matrix, topology, max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio, **options
         )
         network = result.network.to(matrix.dtype)
-        made = linear_from_network(network, bias=layer_bias(layer), source=kind.name, strategy=strategy)
-        return made.configure(cache_limit=cache_limit)
+        return linear_from_network(network, bias=layer_bias(layer), source=kind.name, strategy=strategy)
 
     def to_linear(self) -> nn.Module:
         """Convert to the stock layer this layer was made from, with the rebuilt dense weight."""
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.detach().clone()
             return layer_kind(self.source).build(self.own_matrix(), bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_integers": None}
 
     def spec(self) -> dict[str, Any]:
         """Describe the layer, see `NetworkModule.spec`."""
@@ -278,7 +260,7 @@ class MPOLinear(TensorNetworkLinear):
         bond_dims: the inner bonds.
         max_bond: cap on every bond.
         topology: an MPO topology, instead of the five above.
-        source, strategy, cache_limit, optimize, storage, device, dtype: see `TensorNetworkLinear`.
+        source, strategy, optimize, storage, device, dtype: see `TensorNetworkLinear`.
 
     Raises:
         TopologyError: the dims do not fit.
@@ -305,7 +287,6 @@ class MPOLinear(TensorNetworkLinear):
         topology: Topology | None = None,
         source: str = "linear",
         strategy: Strategy = "auto",
-        cache_limit: int | None = None,
         optimize: str = "auto",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
@@ -327,7 +308,6 @@ class MPOLinear(TensorNetworkLinear):
             bias=bias,
             source=source,
             strategy=strategy,
-            cache_limit=cache_limit,
             optimize=optimize,
             storage=storage,
             device=device,
@@ -388,12 +368,21 @@ def linear_from_network(
 
 
 def linear_from_stored(
-    topology: Topology, stored: Mapping[str, Tensor], *, source: str, storage: Storage, like: Tensor
+    topology: Topology,
+    stored: Mapping[str, Tensor | PackedCore],
+    *,
+    source: str,
+    storage: Storage,
+    like: Tensor,
 ) -> TensorNetworkLinear:
-    """Build a layer without a bias from stored tensors, in the dtype and on the device of a tensor.
+    """Build a layer without a bias from stored cores, in the dtype and on the device of a tensor.
 
     See `NetworkModule.set_stored`.
     """
     layer = empty_linear(topology, bias=False, source=source, storage=storage, device="meta")
     layer.set_stored(stored, like)
     return layer
+
+
+def _is_prepared(core: nn.Module) -> bool:
+    return not isinstance(core, PackedCore)

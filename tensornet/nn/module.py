@@ -1,50 +1,53 @@
-"""Base class of all tensor-network layers: parameters, description, strategy."""
+"""The base of all tensor-network layers: a weight that is a network, its storage and how it is applied."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from tensornet.contraction.cost import Machine
-from tensornet.contraction.plan import check_optimize, contract_to_matrix
+from tensornet.contraction.cost import Machine, default_machine, dense_seconds
+from tensornet.contraction.plan import (
+    PLANNED_TOKENS,
+    RECONSTRUCT,
+    Bounds,
+    OperatorPlan,
+    check_optimize,
+    choose,
+    contract_to_matrix,
+    fastest_routes,
+    plan_operator,
+)
 from tensornet.errors import ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores
-from tensornet.nn.encoding import PLAIN, Storage, decode, empty, encode, gauge_axes, hold, layout
-from tensornet.nn.execution import RoutedModule
-from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.integer_cost import IntegerCost, unpacking_cost
-from tensornet.nn.matrix_cache import Strategy
-from tensornet.nn.storage import kept_shapes
+from tensornet.nn.quick_paths import QuickPath
+from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, empty, encode, put_core
+from tensornet.nn.strategy import CACHED, Explanation, KeptMatrix, Strategy, check_strategy, explain, may_keep
 from tensornet.nn.weight_facts import weight_facts
-from tensornet.quantization import NumberFormat, Rounding
+from tensornet.quantization import Rounding
 from tensornet.topology import Topology
 
 
-class NetworkModule(FixedDtypes, RoutedModule):
-    """Abstract base: cores registered as parameters `core_<name>`, and a topology that describes them.
-
-    With another than plain storage `tensornet.nn.encoding` derives the stored tensors from the cores:
-    floating ones are parameters, integers are persistent buffers. Where number formats fix dtypes, `.to()`,
-    `.half()` and the like move those tensors and keep their dtype, while the dtype of computing follows.
+class NetworkModule(nn.Module):
+    """Abstract base: a topology, and its cores as parameters or packed cores `core_<name>`.
 
     Args:
         topology: the operator `(out_features, in_features)`.
         source: kind of stock layer that this replaces (see `layer_kinds`), to which `decompress` returns.
-        strategy: `"factorized"` contracts the input with the cores, and may hold integers of 2 bits as 4 for
-            a kernel of torch, `"reconstruct"` rebuilds the matrix for each call and frees it, `"auto"` takes
-            the faster of both by the cost model, `"cached"` keeps the rebuilt matrix in eval while no
-            gradient of a core is wanted (memory for speed). See `explain`.
-        cache_limit: largest matrix to keep under `"cached"`, in bytes; None sets no limit, 0 keeps none. For
-            a limit on a whole model see `set_strategy`.
+        strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix for
+            each call and frees it, `"auto"` takes the faster of both by the cost model, `"cached"` keeps the
+            rebuilt matrix in eval while no gradient of a core is wanted (memory for speed). A plain
+            attribute; see `explain` and `set_strategy`.
         optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or a name `opt_einsum` knows.
-        storage: encoding of the cores.
+        storage: how the cores are stored.
         device: where the cores are allocated; `"meta"` allocates nothing.
         dtype: dtype of the cores.
 
     Raises:
-        ValueError: unknown strategy, negative limit.
+        ValueError: unknown strategy.
 
     Example:
         >>> layer = tn.nn.TensorNetworkLinear(tn.topologies.mpo(out_dims=(4, 4), in_dims=(4, 4), max_bond=4))
@@ -52,92 +55,117 @@ class NetworkModule(FixedDtypes, RoutedModule):
         (True, ['core_0', 'core_1', 'bias'])
     """
 
+    strategy: Strategy
+    machine: Machine | None
+    compute_like: Tensor
+
     def __init__(
         self,
         topology: Topology,
         *,
         source: str,
         strategy: Strategy = "auto",
-        cache_limit: int | None = None,
         optimize: str = "auto",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.topology = topology
         check_optimize(optimize)
-        self.source = source
-        self.storage = storage
-        # Here and not in `forward`, which asks no registry.
-        self._gauge_axes = gauge_axes(topology, storage)
-        self._tensor_names = tuple(layout(topology, storage, torch.float32))
+        check_strategy(strategy)
+        self.topology, self.source, self.storage = topology, source, storage
+        # Asked in every pass.
+        self._is_plain, self._has_own_dtypes = storage.plain, storage.own_dtypes
+        self.strategy, self.machine, self.kept = strategy, None, KeptMatrix()
+        self._optimize = optimize
+        self._quick: QuickPath | None = None
+        # Contractions are planned at the first pass, so that loading a model plans nothing.
+        self._plan: OperatorPlan | None = None
+        self._routes: dict[tuple[object, ...], Bounds] = {}
+        self._core_names = tuple(f"core_{name}" for name in topology.core_names)
         if device is not None and torch.device(device).type == "meta":
-            kept = empty(topology, storage, device=device, dtype=dtype)
+            self._put(empty(topology, storage, device=device, dtype=dtype))
         else:
-            kept = encode(topology, storage, random_cores(topology, device=device, dtype=dtype))
-        for name, tensor in kept.items():
-            hold(self, name, tensor)
+            self._put(encode(topology, storage, random_cores(topology, device=device, dtype=dtype)))
         if storage.own_dtypes:
             like = torch.empty(0, dtype=dtype or torch.get_default_dtype(), device=device)
             self.register_buffer("compute_like", like, persistent=False)
-        self._start_routing(strategy, cache_limit, optimize)
+
+    @property
+    def stored_cores(self) -> tuple[Tensor | PackedCore, ...]:
+        """Cores as they are stored, in the order of the topology."""
+        return tuple(getattr(self, name) for name in self._core_names)
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
         """Cores in the order of the topology; the parameters themselves if storage is plain."""
-        return cores_of(self)
+        cores = self.stored_cores
+        return cores if self._is_plain else decode(cores, self.dtype)  # type: ignore[return-value]
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """Parameters and buffers that hold the cores, by name."""
-        return {name: getattr(self, name) for name in self._tensor_names}
+        """Parameters and buffers that store the cores, by their names in the state dict."""
+        found: dict[str, Tensor] = {}
+        for name, core in zip(self._core_names, self.stored_cores, strict=True):
+            if isinstance(core, Tensor):
+                found[name] = core
+            else:
+                found |= {f"{name}.{part}": tensor for part, tensor in core.named_parameters()}
+                found |= {f"{name}.{part}": tensor for part, tensor in core.named_buffers()}
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the layer computes."""
+        return self._like().dtype
+
+    def _like(self) -> Tensor:
+        """Return a tensor with the dtype and device of the computation."""
+        first = getattr(self, self._core_names[0])
+        if not self._has_own_dtypes:
+            return first if isinstance(first, Tensor) else first.values  # type: ignore[no-any-return]
+        like = self.compute_like
+        device = first.device
+        # They differ where stored tensors took the place of those on the meta device.
+        return like if like.device == device else torch.empty(0, dtype=like.dtype, device=device)
 
     def set_cores(
         self, cores: Sequence[Tensor], weighting: Weighting | None = None, rounding: Rounding = "two_sided"
     ) -> None:
-        """Replace the core parameters by tensors, which keep their dtype and device.
+        """Replace the cores by tensors, which keep their dtype and device, and store them.
 
         Tensors that are parameters already are shared, not copied: that is how tied layers stay tied.
 
         Args:
             cores: in the order of the topology.
-            weighting: sensitivity of the loss, with which cores are rounded where they are kept as integers.
+            weighting: sensitivity of the loss, with which cores are rounded to integers.
             rounding: as for `encode`.
 
         Raises:
             ShapeError: a core does not have the shape its topology says.
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting, rounding)
-        for name, tensor in kept.items():
-            # Contiguous, as they come back from a file: a pass reads them without a copy, to the same bits.
-            hold(self, name, tensor if isinstance(tensor, nn.Parameter) else tensor.contiguous())
-        self._compute_as(cores[0])
-        self._forget_routes()
+        # Contiguous, as they come back from a file: a pass reads them without a copy, to the same bits.
+        self._put({n: x.contiguous() if type(x) is Tensor else x for n, x in kept.items()}, cores[0])
 
-    def set_stored(self, stored: Mapping[str, Tensor], like: Tensor) -> None:
-        """Replace the stored tensors, with the names and shapes of `layout`.
-
-        Parameters and buffers are taken as they are, so that several layers may hold one of them.
+    def set_stored(self, stored: Mapping[str, Tensor | PackedCore], like: Tensor) -> None:
+        """Replace the stored cores; parameters and packed cores are shared with whoever has them.
 
         Args:
-            stored: all tensors that hold the cores.
+            stored: all cores by the names of `encode`.
             like: tensor in whose dtype and on whose device the layer computes.
 
         Raises:
-            ShapeError: a tensor is missing, or has another shape.
+            ShapeError: a core is missing, or has another shape.
         """
-        wanted = {name: shape for name, (shape, _) in layout(self.topology, self.storage, like.dtype).items()}
-        found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        wanted = {f"core_{name}": shape for name, shape in self.topology.core_shapes.items()}
+        found = {name: tuple(core.shape) for name, core in stored.items()}
         if found != wanted:
-            raise ShapeError(f"The layer stores tensors of shapes {wanted}, got {found}.")
-        for name, tensor in stored.items():
-            hold(self, name, tensor)
-        self._compute_as(like)
-        self._forget_routes()
+            raise ShapeError(f"The layer stores cores of shapes {wanted}, got {found}.")
+        self._put(stored, like)
 
     def share_cores(self, other: "NetworkModule") -> None:
-        """Use the stored tensors of another module of the same topology and storage: tied weights.
+        """Use the stored cores of another module of the same topology and storage: tied weights.
 
         Raises:
             ShapeError: topology or storage differ.
@@ -148,10 +176,14 @@ class NetworkModule(FixedDtypes, RoutedModule):
                 f"{self.topology.family!r} of shape {self.topology.shape} stored as {self.storage} and "
                 f"{other.topology.family!r} of shape {other.topology.shape} stored as {other.storage}."
             )
-        for name, tensor in other.stored.items():
-            hold(self, name, tensor)
-        self._compute_as(other._computed_like())
-        self._forget_routes()
+        self._put(dict(zip(other._core_names, other.stored_cores, strict=True)), other._like())
+
+    def _put(self, cores: Mapping[str, Tensor | PackedCore], like: Tensor | None = None) -> None:
+        for name, core in cores.items():
+            put_core(self, name, core)
+        if like is not None and self.storage.own_dtypes:
+            self.compute_like = like.new_empty(0)
+        self.kept.drop()
 
     @property
     def network(self) -> TensorNetwork:
@@ -161,41 +193,19 @@ class NetworkModule(FixedDtypes, RoutedModule):
     @property
     def num_params(self) -> int:
         """Stored numbers, bias, scales and padding included; packed integers count one by one."""
-        counts = self.stored_counts
-        others = (*self.named_parameters(), *self.named_buffers())
-        return sum(counts.values()) + sum(x.numel() for name, x in others if name not in counts)
+        cores = sum(x.numel() if isinstance(x, Tensor) else sum(x.counts.values()) for x in self.stored_cores)
+        bias = getattr(self, "bias", None)
+        return cores + (bias.numel() if isinstance(bias, Tensor) else 0)
 
     @property
     def weight(self) -> Tensor:
-        """Stand-in with dtype, device and shape of the dense weight, for code that reads those.
+        """Placeholder with dtype, device and shape of the dense weight, for code that reads those.
 
         Any use of its numbers raises TargetError: the matrix would bring back what was compressed, and is
         what `to_matrix` returns.
         """
-        # Not `stored`, which undoes the layout of kernels: some models ask for the dtype in every pass.
-        kept = (self._parameters.get(name) for name in self._tensor_names)
-        trained = [tensor for tensor in kept if tensor is not None]
-        return weight_facts(self._computed_like(), self.topology.shape, trained)
-
-    def _computed_like(self) -> Tensor:
-        first = self.topology.core_names[0]
-        if not self.storage.own_dtypes:
-            stored = getattr(self, f"core_{first}")
-            assert isinstance(stored, Tensor)
-            return stored
-        like, device = self.compute_like, self._held_device()
-        # They part where stored tensors are put in place of those on the meta device.
-        return like if like.device == device else torch.empty(0, dtype=like.dtype, device=device)
-
-    def _held_device(self) -> torch.device:
-        device: torch.device = getattr(self, f"core_{self.topology.core_names[0]}").device
-        return device
-
-    def _integer_costs(self, tokens: int, machine: Machine) -> dict[str, IntegerCost]:
-        if not self.storage.quantized:
-            return {}
-        cost = unpacking_cost(self.topology, self.storage, machine, self._computed_like().element_size())
-        return dict.fromkeys(("factorized", "reconstruct"), cost)
+        trained = [tensor for tensor in self._tensors() if isinstance(tensor, nn.Parameter)]
+        return weight_facts(self._like(), self.topology.shape, trained, self)
 
     def to_matrix(self) -> Tensor:
         """Contract to the dense matrix, shape `(out_features, in_features)`, differentiable."""
@@ -208,39 +218,132 @@ class NetworkModule(FixedDtypes, RoutedModule):
             return matrix.contiguous()
         return matrix.clone(memory_format=torch.contiguous_format)
 
-    @property
-    def fixed_dtypes(self) -> dict[str, torch.dtype]:
-        """See `FixedDtypes`."""
-        if not self.storage.own_dtypes:
-            return {}
-        kinds = layout(self.topology, self.storage, torch.float32)
-        return {name: kind for name, (_, kind) in kinds.items() if self.storage.has_own_dtype(name)}
+    def kept_matrix(self) -> Tensor:
+        """Return the kept matrix, rebuilt if absent or out of date; only where `route` gives `CACHED`."""
+        return self.kept.get(self._tensors(), self._like(), self.to_matrix)
+
+    def _tensors(self) -> list[Tensor]:
+        """Return the tensors that the matrix is built from."""
+        found: list[Tensor] = []
+        for core in self.stored_cores:
+            found += [core] if isinstance(core, Tensor) else core.tensors.values()
+        return found
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as in `nn.Module`; in training no matrix is kept."""
+        self.kept.drop()
+        self._quick = None
+        return super().train(mode)
 
     @property
-    def integer_cores(self) -> dict[str, tuple[NumberFormat, int]]:
-        """See `FixedDtypes`."""
-        return {
-            f"core_{name}": (self.storage.format_of(name), view[-1])
-            for name, view, _ in kept_shapes(self.topology, self.storage)
-            if self.storage.format_of(name).is_integer
-        }
+    def plan(self) -> OperatorPlan:
+        """Contractions of the operator; equal topologies share one plan."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._plan_for_trace()
+        if self._plan is None:
+            self._plan = plan_operator(self.topology, self._optimize)
+        return self._plan
 
-    def _compute_as(self, tensor: Tensor) -> None:
-        """Compute in the dtype and on the device of a tensor from now on."""
-        if self.storage.own_dtypes:
-            self.compute_like = tensor.new_empty(0)
+    def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
+        """Choose the route for a token count.
+
+        Args:
+            tokens: number of input vectors.
+            on_cpu: whether it is done on the CPU; asks the cores if absent.
+
+        Returns:
+            The position of a candidate in `plan.applies`, `RECONSTRUCT`, or `CACHED`.
+        """
+        strategy = self.strategy
+        if strategy == "reconstruct":
+            return RECONSTRUCT
+        if strategy == "cached" and may_keep(self, self._tensors()):
+            return CACHED
+        on_cpu = self._like().device.type == "cpu" if on_cpu is None else on_cpu
+        return choose(self._bounds(on_cpu, strategy != "factorized"), tokens)
+
+    def _bounds(self, on_cpu: bool, rebuild: bool) -> Bounds:
+        """Return the fastest route for every token count, without a kept matrix."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._bounds_for_trace(on_cpu, rebuild)
+        itemsize = self._like().element_size()
+        key = (on_cpu, rebuild, itemsize, self.machine)
+        bounds = self._routes.get(key)
+        if bounds is None:
+            machine = self.machine or default_machine("cpu" if on_cpu else "cuda")
+            bounds = self._routes[key] = fastest_routes(self.plan, machine, itemsize, rebuild=rebuild)
+        return bounds
+
+    # Planning in a traced forward would break the graph: what it gives is taken as it is.
+    @torch.compiler.assume_constant_result
+    def _plan_for_trace(self) -> OperatorPlan:
+        return self.plan
+
+    @torch.compiler.assume_constant_result
+    def _bounds_for_trace(self, on_cpu: bool, rebuild: bool) -> Bounds:
+        return self._bounds(on_cpu, rebuild)
+
+    def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
+        """Report the cost of each strategy for a token count, and the strategy that the layer takes now.
+
+        Raises:
+            ValueError: `tokens` is not an integer of at least 1.
+        """
+        like = self._like()
+        machine, itemsize = self.machine or default_machine(like.device), like.element_size()
+        unpacking = None
+        if self.storage.quantized:
+            unpacking = unpacking_cost(self.topology, self.storage, machine, itemsize)
+        product = self._product_cost(tokens, machine, itemsize)
+        names = {RECONSTRUCT: "reconstruct", CACHED: "cached"}
+        return explain(
+            self.plan,
+            tokens,
+            machine,
+            itemsize,
+            choice="factorized" if product else names.get(self.route(tokens), "factorized"),
+            refused=self._refused(),
+            unpacking=unpacking,
+            product=product,
+        )
+
+    def _product_cost(self, tokens: int, machine: Machine, itemsize: int) -> IntegerCost | None:
+        """Predict the cost of the product with an integer matrix, if that is how the layer is applied."""
+        return None
+
+    def _refused(self) -> dict[str, str]:
+        """Explain why strategies are unavailable now, by name."""
+        if self.strategy in ("factorized", "reconstruct"):
+            other = {"factorized", "reconstruct", "cached"} - {self.strategy}
+            return dict.fromkeys(other, "not the strategy set")
+        if self.strategy == "auto":
+            return {"cached": 'keeps the matrix: memory for speed, strategy="cached"'}
+        if self.training:
+            return {"cached": "only in eval"}
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors()):
+            return {"cached": "gradients of the cores are recorded; use torch.no_grad()"}
+        return {}
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of the dense matrix in the dtype of the cores."""
+        out_features, in_features = self.topology.shape
+        return out_features * in_features * self._like().element_size()
+
+    @property
+    def seconds_saved(self) -> float:
+        """Predicted time that a kept matrix saves in a pass of one token."""
+        like = self._like()
+        machine, itemsize = self.machine or default_machine(like.device), like.element_size()
+        fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
+        return fastest - dense_seconds(*self.topology.shape, 1, machine, itemsize)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None, "_routes": {}, "_quick": None}
 
     def spec(self) -> dict[str, Any]:
         """Describe the layer for `tensornet.nn.build_module`, JSON-ready."""
         raise TypeError(f"{type(self).__name__} must define spec().")
-
-
-def cores_of(module: NetworkModule) -> tuple[Tensor, ...]:
-    """Return the stored cores of a module, decoded."""
-    if module.storage.plain:
-        return tuple(getattr(module, f"core_{name}") for name in module.topology.core_names)
-    dtype = module._computed_like().dtype if module.storage.own_dtypes else None
-    return decode(module.topology, module.storage, module.stored, module._gauge_axes, dtype)
 
 
 def require_linear_shape(topology: Topology, out_features: int, in_features: int) -> None:

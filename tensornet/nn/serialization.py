@@ -12,8 +12,8 @@ from torch import nn
 
 from tensornet.errors import FormatError
 from tensornet.nn.embedding import MPOEmbedding
-from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import empty_linear
+from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 
 #: Makes an empty module from its description: `(spec, device, dtype) -> module`.

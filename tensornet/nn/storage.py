@@ -1,21 +1,56 @@
-"""Description of an encoding of cores, and of the tensors it stores; see `tensornet.nn.encoding`."""
+"""How the cores of a layer are stored: as they are, pivoted, or in a number format.
+
+**Pivoted.** An operator does not determine the cores of its network: `G` and its inverse can be inserted at
+any bond of size `d` between two cores, so `d^2` of their numbers say nothing about the operator. Choosing `G`
+such that `d` rows of a core's matrix `(all else, bond)` become the identity leaves those rows out, without
+any change of the operator. The family says at which bonds (`TopologyFamily.gauge_bonds`). A plain low rank of
+`r` then takes `r (out + in - r)` numbers instead of `r (out + in)`.
+
+**Number formats.** Every core is stored in its format: the model's own dtype, bfloat16, or integers of 2 to 8
+bits with a scale for each group of neighbouring inputs (`tensornet.quantization`). The family rounds
+them with the moments of the loss (`TopologyFamily.round_cores`).
+
+A core in the model's dtype that is not pivoted is an `nn.Parameter` of its layer, `core_<name>`. Any other is
+a `PackedCore`, a submodule of that name.
+
+Reference:
+    Zhao et al. 2025, "Pivoting factorization" (low rank); Oseledets, Tyrtyshnikov 2010, "TT-cross
+    approximation" (pivots in chains).
+"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from tensornet._util import is_exporting, outside_autocast
 from tensornet.errors import FormatError
-from tensornet.quantization import NumberFormat, packed_bytes
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.quantization import (
+    NumberFormat,
+    RoundedWeight,
+    Rounding,
+    TrainedCodes,
+    pack,
+    packed_bytes,
+    rounded_values,
+    unpack,
+)
 from tensornet.topologies import topology_family
+from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 
 #: The model's own dtype.
 FLOAT = NumberFormat()
 _OPTIONS = ("pivoted", "number_format", "core_formats")
+#: Integers of the same size, which `module.to(dtype)` leaves alone.
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e5m2: torch.uint8}
+#: Bits of exponent and mantissa.
+_PARTS = {torch.bfloat16: (8, 7), torch.float16: (5, 10), torch.float8_e5m2: (5, 2)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +97,7 @@ class Storage:
 
     @property
     def own_dtypes(self) -> bool:
-        """True if some stored tensors have a dtype that is not the model's, and keep it."""
+        """True if some cores are stored in a number format and not in the dtype of the model."""
         return any(each != FLOAT for each in self._formats)
 
     @property
@@ -72,10 +107,6 @@ class Storage:
     def format_of(self, name: str) -> NumberFormat:
         """Look up the number format of one core."""
         return dict(self.core_formats).get(name, self.number_format)
-
-    def has_own_dtype(self, name: str) -> bool:
-        """Return True if a stored tensor, such as `scale_0`, keeps a dtype that is not the model's."""
-        return self.format_of(name.partition("_")[2]) != FLOAT
 
     def for_topology(self, topology: Topology) -> "Storage":
         """Adapt the encoding to a topology: not pivoted if no bond has a gauge to fix."""
@@ -136,7 +167,7 @@ class Storage:
         """
         numbers = sum(count for core, count in _numbers(topology, self) if core == name)
         tensors = layout(topology, self, dtype).items()
-        mine = [found for part, found in tensors if part.partition("_")[2] == name]
+        mine = [found for key, found in tensors if key.partition(".")[0] == f"core_{name}"]
         return numbers, sum(math.prod(shape) * kind.itemsize for shape, kind in mine)
 
 
@@ -144,18 +175,251 @@ class Storage:
 PLAIN = Storage()
 
 
+class PackedCore(nn.Module):
+    """Core of a network that is not stored as itself: pivoted, in bfloat16, or as integers.
+
+    Its tensors are `codes`, `scales` and perhaps `zeros` of integers, `values` of other numbers, and the
+    `order` of the rows of a pivoted core. All are buffers of integers except values in the dtype of the
+    model, which are a parameter. Scales, and values in bfloat16, are kept as integers with the same bits: so
+    `.to()`, `.half()` and the like move them and leave their dtype, and tied layers share this module.
+
+    Args:
+        number_format: of the elements.
+        shape: of the core.
+        columns: of its matrix view.
+        tensors: by name, with shapes and dtypes of `layout`; there may be more dimensions in front, of a
+            stack of cores.
+        axis: of the bond that has the identity, where the core is pivoted.
+
+    Example:
+        >>> topology = tn.topologies.dense(out_features=2, in_features=64)
+        >>> core = encode(topology, Storage(number_format="int4"), [torch.ones(2, 64)])["core_matrix"]
+        >>> core(torch.float32).shape, [name for name, _ in core.half().named_buffers()]
+        (torch.Size([2, 64]), ['codes', 'scales'])
+    """
+
+    codes: Tensor
+    scales: Tensor
+    values: Tensor
+    zeros: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        number_format: NumberFormat,
+        shape: Sequence[int],
+        columns: int,
+        tensors: Mapping[str, Tensor],
+        axis: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.number_format, self.shape, self.columns, self.axis = number_format, tuple(shape), columns, axis
+        self.names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self._put(name, tensor)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Stored tensors by name."""
+        return {name: getattr(self, name) for name in self.names}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the stored tensors."""
+        found: torch.device = getattr(self, self.names[0]).device
+        return found
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Numbers in each stored tensor: every code and zero point is one, however packed."""
+        found = {name: tensor.numel() for name, tensor in self.tensors.items()}
+        if "codes" in found:
+            found["codes"] = math.prod(self.codes.shape[:-1]) * self.columns
+        if "zeros" in found:
+            found["zeros"] = found["scales"]
+        return found
+
+    @property
+    def is_trained(self) -> bool:
+        """True if scales, codes, or values in bfloat16 are parameters now, see `unpack_for_training`."""
+        own = self.number_format != FLOAT
+        return own and any(isinstance(x, nn.Parameter) for x in self.tensors.values())
+
+    @property
+    def scale_values(self) -> Tensor:
+        """Scales as floating-point numbers, shape `(..., rows, groups)`."""
+        scales: Tensor = self.scales
+        return scales if scales.is_floating_point() else _floating(scales, self.number_format.scale_dtype)
+
+    def forward(self, dtype: torch.dtype | None = None, index: Tensor | None = None) -> Tensor:
+        """Return the core, differentiable by every floating-point tensor it is stored in.
+
+        Args:
+            dtype: of the result; that of the values if absent, or float32 for integers.
+            index: of a stack of cores those to return, shape `(n,)`; all if absent.
+        """
+        number_format = self.number_format
+        if number_format.bits is not None:
+            core = self.matrix(dtype or torch.float32, index)
+        else:
+            core = self.values if index is None else self.values.index_select(0, index)
+            if number_format.dtype is not None:
+                core = core if core.is_floating_point() else _floating(core, number_format.dtype)
+                core = core.to(dtype or core.dtype)
+        if self.axis is not None:
+            identity = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
+            core = torch.cat((identity, core)).index_select(0, self.order)
+            last = (*self.shape[: self.axis], *self.shape[self.axis + 1 :], self.shape[self.axis])
+            return core.reshape(last).movedim(-1, self.axis)
+        if number_format.bits is not None:
+            return core.reshape(*core.shape[:-2], *self.shape)
+        return core
+
+    def matrix(self, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
+        """Unpack integers to the matrix of their values, `(..., rows, columns)`.
+
+        Args:
+            dtype: of the values.
+            index: which rows, or matrices of a stack, shape `(n,)`; all if absent.
+        """
+        codes, scales = self.codes, self.scales
+        zeros = self.zeros if "zeros" in self.names else None
+        if index is not None:  # before the view as floats, whose operations some dtypes lack
+            codes, scales = codes.index_select(0, index), scales.index_select(0, index)
+            zeros = None if zeros is None else zeros.index_select(0, index)
+        if not scales.is_floating_point():
+            scales = _floating(scales, self.number_format.scale_dtype)
+        return unpacked(self.number_format, codes, scales, zeros, self.columns, dtype)
+
+    def check_finite(self, name: str) -> None:
+        """Raise FormatError if a scale is NaN or infinite, as in a damaged file.
+
+        Args:
+            name: of this module in its model, for the message.
+
+        Raises:
+            FormatError: see above.
+        """
+        if "scales" in self.names and not bool(self.scale_values.float().isfinite().all()):
+            raise FormatError(
+                f"{name}.scales holds NaN or infinite scales, so that the weight has no value. The file is "
+                "damaged: copy or download it again, or compress the model again."
+            )
+
+    def extra_repr(self) -> str:
+        """Format the format and shape for `print(model)`."""
+        return f"{self.number_format.name}, {self.shape}"
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Register a tensor: floating-point numbers are trained, so that they are a parameter."""
+        if not tensor.is_floating_point():
+            delattr(self, name) if hasattr(self, name) else None
+            self.register_buffer(name, tensor)
+            return
+        setattr(self, name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+
+
+def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
+    """Register a stored core in a module, whatever was stored under its name before.
+
+    Args:
+        module: a layer or bank.
+        name: `core_<name>`.
+        core: a parameter and a packed core are shared; another tensor becomes a parameter.
+    """
+    if isinstance(getattr(module, name, None), nn.Module) != isinstance(core, nn.Module) and hasattr(
+        module, name
+    ):
+        delattr(module, name)
+    plain = isinstance(core, Tensor) and not isinstance(core, nn.Parameter)
+    setattr(module, name, nn.Parameter(core) if plain else core)  # type: ignore[arg-type]
+
+
+def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[PackedCore]:
+    """Make scales and cores in bfloat16 trainable parameters in float32.
+
+    Args:
+        model: with compressed layers or experts; cores that are trained already stay as they are.
+        codes: whether integers become parameters too, `TrainedCodes` of 4 bytes each.
+
+    Returns:
+        What was converted, for `pack_after_training`. Scales of 8 bits are not trained: rounding them again
+        would undo the steps.
+    """
+    found = [core for core in model.modules() if isinstance(core, PackedCore) and not core.is_trained]
+    found = [core for core in found if core.number_format != FLOAT]
+    for core in found:
+        number_format = core.number_format
+        if number_format.bits is None:
+            assert number_format.dtype is not None
+            core._put("values", _floating(core.values, number_format.dtype).float())
+            continue
+        if number_format.scale_dtype.itemsize > 1:
+            core._put("scales", core.scale_values.float())
+        if codes:
+            made = TrainedCodes(number_format.unpack(core.codes, core.columns).float())
+            core._put("codes", made)
+    return found
+
+
+@torch.no_grad()
+def pack_after_training(cores: Iterable[PackedCore]) -> None:
+    """Store what `unpack_for_training` converted: scales in their dtype, codes rounded and packed."""
+    for core in cores:
+        number_format = core.number_format
+        if number_format.dtype is not None and core.values.is_floating_point():
+            core._put("values", _bits(core.values.detach(), number_format.dtype))
+        if number_format.bits is None:
+            continue
+        if core.scales.is_floating_point():
+            core._put("scales", _bits(core.scales.detach(), number_format.scale_dtype))
+        if core.codes.is_floating_point():
+            codes = core.codes.detach().round().clamp(0, number_format.top).to(torch.uint8)
+            core._put("codes", number_format.pack(codes))
+
+
+def tie(model: nn.Module, target: str, source: str) -> None:
+    """Make a stored tensor of a model the one that another name stands for, such as `head.core_0`.
+
+    A tensor of a `PackedCore` ties the whole core, which is what layers share.
+
+    Args:
+        model: changed in place.
+        target: name of the tensor that is replaced.
+        source: name of the tensor that takes its place.
+    """
+    (place, _, name), (first, _, key) = target.rpartition("."), source.rpartition(".")
+    owner = model.get_submodule(first)
+    if isinstance(owner, PackedCore):
+        path, _, core = place.rpartition(".")
+        put_core(model.get_submodule(path), core, owner)
+        return
+    tensor, module = getattr(owner, key), model.get_submodule(place)
+    vars(module).pop(name, None)
+    if name not in module.state_dict():
+        kept = isinstance(tensor, nn.Parameter)
+        module.register_parameter(name, tensor) if kept else module.register_buffer(name, tensor)
+    else:
+        setattr(module, name, tensor)
+
+
 def storage_entry(storage: Storage) -> dict[str, Any]:
-    """Describe the encoding of cores for a module's description; empty for plain storage."""
+    """Describe the storage of cores for a module's description; empty for plain storage."""
     return {} if storage.plain else {"storage": storage.to_dict()}
 
 
 def layout(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """List name, shape and dtype of every tensor that is stored for a topology.
+    """List name, shape and dtype of every tensor that is stored for a topology, as in a state dict.
 
     Raises:
         FormatError: a number format for a core that the topology does not have.
+
+    Example:
+        >>> topology = tn.topologies.dense(out_features=2, in_features=64)
+        >>> list(layout(topology, Storage(number_format="int4:g32:zero"), torch.float32))
+        ['core_matrix.codes', 'core_matrix.scales', 'core_matrix.zeros']
     """
     if unknown := sorted(dict(storage.core_formats).keys() - set(topology.core_names)):
         raise FormatError(
@@ -164,18 +428,22 @@ def layout(
         )
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, kept, order in kept_shapes(topology, storage):
-        number_format = storage.format_of(name)
-        if order is not None:
-            found[f"order_{name}"] = ((order,), torch.int32)
-        if number_format.bits is not None:
-            rows, columns = kept
-            groups = number_format.groups(columns)
-            found[f"core_{name}"] = ((rows, packed_bytes(columns, number_format.bits)), torch.uint8)
-            found[f"scale_{name}"] = ((rows, groups), number_format.scale_dtype)
-            if number_format.zero_point:
-                found[f"zero_{name}"] = ((rows, packed_bytes(groups, number_format.bits)), torch.uint8)
+        key, number_format = f"core_{name}", storage.format_of(name)
+        if order is None and number_format == FLOAT:
+            found[key] = (kept, dtype)
             continue
-        found[f"core_{name}"] = (kept, number_format.dtype or dtype)
+        if order is not None:
+            found[f"{key}.order"] = ((order,), torch.int32)
+        if number_format.bits is None:
+            own = dtype if number_format.dtype is None else _BITS[number_format.dtype]
+            found[f"{key}.values"] = (kept, own)
+            continue
+        rows, columns = kept
+        groups = number_format.groups(columns)
+        found[f"{key}.codes"] = ((rows, packed_bytes(columns, number_format.bits)), torch.uint8)
+        found[f"{key}.scales"] = ((rows, groups), _BITS[number_format.scale_dtype])
+        if number_format.zero_point:
+            found[f"{key}.zeros"] = ((rows, packed_bytes(groups, number_format.bits)), torch.uint8)
     return found
 
 
@@ -210,3 +478,243 @@ def gauge_of(topology: Topology) -> dict[str, str]:
         TopologyError: the family is not registered.
     """
     return topology_family(topology.family).gauge_bonds(topology)
+
+
+@torch.no_grad()
+@outside_autocast
+def encode(
+    topology: Topology,
+    storage: Storage,
+    cores: Sequence[Tensor],
+    weighting: Weighting | None = None,
+    rounding: Rounding = "two_sided",
+) -> dict[str, Tensor | PackedCore]:
+    """Store cores, by name: tensors of the model's dtype, which stay as they are, or packed.
+
+    Args:
+        topology: of the network.
+        storage: how its cores are stored.
+        cores: in the order of the topology.
+        weighting: sensitivity of the loss to errors of the matrix, with which cores are rounded to integers.
+        rounding: the most feedback of errors, see `tensornet.quantization.round_weight`.
+
+    Returns:
+        By the names `core_<name>`.
+    """
+    orders: dict[str, Tensor] = {}
+    tensors = _pivot(topology, cores, orders) if storage.pivoted else list(cores)
+    named: dict[str, Tensor | RoundedWeight] = dict(zip(topology.core_names, tensors, strict=True))
+    if storage.quantized and any(storage.format_of(name).is_integer for name in named):
+        named = _rounded(
+            topology, storage, dict(zip(named, tensors, strict=True)), orders, weighting, rounding
+        )
+    return {
+        f"core_{name}": stored_core(topology, storage, name, value, tensors[0].dtype, orders.get(name))
+        for name, value in named.items()
+    }
+
+
+def stored_core(
+    topology: Topology,
+    storage: Storage,
+    name: str,
+    value: Tensor | RoundedWeight,
+    dtype: torch.dtype,
+    order: Tensor | None = None,
+) -> Tensor | PackedCore:
+    """Store one core from its codes or its values.
+
+    Args:
+        topology: of the network.
+        storage: how its cores are stored.
+        name: of the core.
+        value: codes of its matrix view, or values.
+        dtype: of the model.
+        order: of the rows of a pivoted core.
+    """
+    shape, number_format = topology.core_shapes[name], storage.format_of(name)
+    if isinstance(value, Tensor) and order is None:
+        value = value.to(dtype).reshape(shape if value.numel() == math.prod(shape) else value.shape)
+        if number_format == FLOAT:
+            return value
+    tensors = {} if order is None else {"order": order}
+    if isinstance(value, RoundedWeight):
+        assert number_format.bits is not None
+        tensors["codes"] = number_format.pack(value.codes)
+        tensors["scales"] = _bits(value.scales, number_format.scale_dtype)
+        if value.zeros is not None:
+            tensors["zeros"] = pack(value.zeros, number_format.bits)
+    else:
+        own = number_format.dtype
+        tensors["values"] = value.to(dtype).contiguous() if own is None else _bits(value, own)
+    return _packed(topology, storage, name, tensors)
+
+
+def _packed(topology: Topology, storage: Storage, name: str, tensors: Mapping[str, Tensor]) -> PackedCore:
+    shape, axis = topology.core_shapes[name], gauge_axes(topology, storage).get(name)
+    columns = matrix_view(topology, name)[1] if axis is None else shape[axis]
+    return PackedCore(storage.format_of(name), shape, columns, tensors, axis)
+
+
+def empty(
+    topology: Topology, storage: Storage, *, device: torch.device | str | None, dtype: torch.dtype | None
+) -> dict[str, Tensor | PackedCore]:
+    """Allocate stored cores without initializing them; names as for `encode`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, (shape, kind) in layout(topology, storage, dtype or torch.get_default_dtype()).items():
+        core, _, part = key.partition(".")
+        found.setdefault(core, {})[part] = torch.empty(shape, dtype=kind, device=device)
+    return {
+        core: parts[""] if "" in parts else _packed(topology, storage, core.removeprefix("core_"), parts)
+        for core, parts in found.items()
+    }
+
+
+def decode(cores: Iterable[Tensor | PackedCore], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Return stored cores as tensors, packed ones in the given dtype (float32 for integers if absent).
+
+    Example:
+        >>> topology = tn.topologies.low_rank(out_features=6, in_features=4, rank=2)
+        >>> cores = [torch.randn(shape) for shape in topology.core_shapes.values()]
+        >>> kept = encode(topology, Storage(pivoted=True), cores)
+        >>> [tuple(core.shape) for core in decode(kept.values())]
+        [(1, 6, 1, 2), (2, 1, 4, 1)]
+    """
+    return tuple(core(dtype) if isinstance(core, nn.Module) else core for core in cores)
+
+
+def _rounded(
+    topology: Topology,
+    storage: Storage,
+    tensors: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
+    weighting: Weighting | None,
+    rounding: Rounding,
+) -> dict[str, Tensor | RoundedWeight]:
+    """Round the integer cores with the rule of the family; the others are refitted."""
+    formats = {name: storage.format_of(name) for name in tensors if storage.format_of(name).is_integer}
+    own = next(iter(tensors.values())).dtype
+    dtype = torch.float64 if own == torch.float64 else torch.float32
+    views = {name: kept for name, kept, _ in kept_shapes(topology, storage)}
+    work = {name: tensor.to(dtype).reshape(views[name]) for name, tensor in tensors.items()}
+    plain = replace(storage, number_format=FLOAT, core_formats=())
+
+    def assemble(found: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return decode(
+            stored_core(topology, plain, name, found[name], dtype, orders.get(name))
+            for name in topology.core_names
+        )
+
+    stored = StoredCores(topology, work, formats, orders, assemble, rounding)
+    done = topology_family(topology.family).round_cores(stored, weighting or Weighting())
+    return {
+        name: done.codes[name] if name in formats else done.tensors.get(name, work[name]).to(own)
+        for name in tensors
+    }
+
+
+def gauge_axes(topology: Topology, storage: Storage) -> dict[str, int]:
+    """Map each core with an identity block to its axis; empty if cores are not pivoted."""
+    gauge = gauge_of(topology) if storage.pivoted else {}
+    return {x.name: x.labels.index(gauge[x.name]) for x in topology.cores if x.name in gauge}
+
+
+def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
+    """List integer cores whose stored rows are out-leg indices, so that lookups unpack single rows."""
+    gauge = gauge_of(topology) if storage.pivoted else {}
+    found = []
+    for spec in topology.cores:
+        shape = topology.core_shapes[spec.name]
+        legs = [n for n, label in zip(shape, spec.labels, strict=True) if label in topology.out_labels]
+        rows = matrix_view(topology, spec.name)[0]
+        integers = storage.format_of(spec.name).is_integer and spec.name not in gauge
+        first = len(legs) > 0 and math.prod(shape[: _last_leg(topology, spec.labels) + 1]) == rows
+        if integers and first and math.prod(legs) == rows:
+            found.append(spec.name)
+    return tuple(found)
+
+
+def _last_leg(topology: Topology, labels: Sequence[str]) -> int:
+    return max(axis for axis, label in enumerate(labels) if label in topology.out_labels)
+
+
+def unpacked(
+    number_format: NumberFormat,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Unpack integers to their values, shape `(..., rows, columns)`.
+
+    Args:
+        number_format: of the integers.
+        codes: packed; floating-point and not packed while they are trained.
+        scales: floating-point, shape `(..., rows, groups)`.
+        zeros: packed zero points, None without.
+        columns: of the matrix.
+        dtype: of the values.
+    """
+    if codes.is_floating_point():
+        assert number_format.bits is not None
+        zeros = zeros if zeros is None else unpack(zeros, number_format.bits, scales.shape[-1])
+        return rounded_values(codes, scales, zeros, number_format, dtype)
+    return number_format.decode_packed(codes, scales, zeros, columns, dtype)
+
+
+def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to a dtype, and return its bits as integers."""
+    return tensor.to(dtype).contiguous().view(_BITS[dtype])
+
+
+def _floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers that bits stand for: the inverse of `_bits`."""
+    if not is_exporting():
+        return bits.view(dtype)
+    # ONNX has no view of bits: the number is computed from its sign, exponent and mantissa.
+    exponents, digits = _PARTS[dtype]
+    whole = bits.to(torch.int32) & (2 ** (exponents + digits + 1) - 1)
+    sign = 1 - 2 * (whole >> (exponents + digits)).float()
+    exponent = ((whole >> digits) & (2**exponents - 1)).float()
+    mantissa = (whole & (2**digits - 1)).float() / 2**digits
+    # Numbers with the smallest exponent have no leading one.
+    leading = (exponent > 0).float()
+    power = torch.exp2(exponent + (1 - leading) - (2 ** (exponents - 1) - 1))
+    return (sign * (leading + mantissa) * power).to(dtype)
+
+
+def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor]) -> list[Tensor]:
+    """Omit the identity rows of cores; the row orders go into `orders`."""
+    gauge = gauge_of(topology)
+    work = [core.double() for core in cores]
+    for index, spec in enumerate(topology.cores):
+        label = gauge.get(spec.name)
+        if label is None:
+            continue
+        rows = work[index].movedim(spec.labels.index(label), -1)
+        q, r = torch.linalg.qr(rows.reshape(-1, rows.shape[-1]))
+        order, pivots = _choose_rows(q)
+        top, rest = q[order[:pivots]], q[order[pivots:]]
+        # rest @ top^-1: bounded entries, since pivoted QR chose rows that span the others well
+        work[index] = torch.linalg.solve(top.T, rest.T).T
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device)
+        orders[spec.name] = position.to(torch.int32)
+        # What is left of this core goes into the other one with this bond, which comes later.
+        other = next(k for k in range(index + 1, len(work)) if label in topology.cores[k].labels)
+        axis = topology.cores[other].labels.index(label)
+        work[other] = torch.tensordot(top @ r, work[other], ([1], [axis])).movedim(0, axis)
+    return [new.to(old.dtype).contiguous() for new, old in zip(work, cores, strict=True)]
+
+
+def _choose_rows(basis: Tensor) -> tuple[Tensor, int]:
+    """Order the rows, `rank` well-conditioned ones first; return the order and the rank."""
+    import scipy.linalg  # LAPACK's pivoted QR, which torch does not offer
+
+    rank = basis.shape[1]
+    pivots = scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]
+    chosen = torch.from_numpy(pivots[:rank]).long()
+    others = torch.ones(basis.shape[0], dtype=torch.bool, device="cpu")
+    others[chosen] = False
+    return torch.cat([chosen, others.nonzero().squeeze(1)]).to(basis.device), rank

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from tensornet.contraction.plan import PLANNED_TOKENS
 from tensornet.errors import TargetError
-from tensornet.nn.execution import CACHED
 from tensornet.nn.extension import extensions
 from tensornet.nn.layer_kinds import (
     ACCELERATE,
@@ -34,6 +33,7 @@ from tensornet.nn.layer_kinds import (
     register_layer_kind,
 )
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.strategy import CACHED
 from tensornet.nn.weight_facts import weight_facts
 
 #: Matrices made so far, by the parameter they view and the rows of it.
@@ -211,9 +211,9 @@ class Compound(nn.Module):
         weight: Tensor = stock.weight  # type: ignore[assignment]
         if not self._freed:
             return weight
-        like = first._computed_like() if isinstance(first, NetworkModule) else first.weight
+        like = first._like() if isinstance(first, NetworkModule) else first.weight
         assert isinstance(like, Tensor)
-        return weight_facts(like, weight.shape, list(self.parameters()))
+        return weight_facts(like, weight.shape, list(self.parameters()), first)
 
     @property
     def compressed(self) -> bool:

@@ -34,7 +34,7 @@ from tensornet.compression.measure import Forecast
 from tensornet.compression.plan import describe
 from tensornet.compression.report import model_size
 from tensornet.linalg.weighted_svd import Weighting, damped
-from tensornet.nn.encoding import Storage
+from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat, predict_losses, round_weight
 
 FORMATS = ("float", "int8", "int4", "int3", "int2")

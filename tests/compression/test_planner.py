@@ -28,7 +28,7 @@ from tensornet.compression.allocate import (
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import FORECAST_DAMPING
 from tensornet.linalg.weighted_svd import damped
-from tensornet.nn.kernel_layout import has_layout
+from tensornet.nn.int4_cpu import has_layout
 from tensornet.quantization import NumberFormat
 
 MLP = "*.mlp.*"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.nn.matrix_cache import STRATEGIES
+from tensornet.nn.strategy import STRATEGIES
 from tensornet.topologies import low_rank, mpo
 
 LAYERS = {

@@ -82,9 +82,9 @@ def test_layer_step_has_the_gradient_of_each_layer_alone() -> None:
     handle.remove()
     (x, y) = seen[0]
     loss = (layers[name](x) - y).square().mean() / y.square().mean()
-    (expected,) = torch.autograd.grad(loss, layers[name].core_0)
+    (expected,) = torch.autograd.grad(loss, layers[name].core_0.values)
     layer_step(layers, teacher, batch)
-    torch.testing.assert_close(layers[name].core_0.grad, expected)
+    torch.testing.assert_close(layers[name].core_0.values.grad, expected)
 
 
 def test_only_cores_move() -> None:
@@ -133,7 +133,7 @@ def test_half_precision_heals_as_well() -> None:
     teacher, student = pair()
     report = tn.heal(student, teacher, batches(), steps=20, layer_steps=4, lr=3e-3, autocast=torch.bfloat16)
     assert report.losses[-1] < 0.8 * report.losses[0]
-    assert student.transformer.h[0].mlp.c_fc.core_0.dtype == torch.float32
+    assert student.transformer.h[0].mlp.c_fc.core_0.values.dtype == torch.float32
 
 
 def test_time_is_a_limit() -> None:

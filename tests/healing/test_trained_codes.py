@@ -15,8 +15,8 @@ import tensornet_moe as tm
 from tensornet.errors import TargetError
 from tensornet.healing import trained_scales
 from tensornet.nn.embedding import embedding_from_network
-from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat, TrainedCodes, rounded_values
 from tensornet.topologies import topology_family
 
@@ -53,6 +53,11 @@ def distance(student: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]
         return sum(float((student(x) - teacher(x)).square().mean()) for x in batches) / len(batches)
 
 
+def integer_cores(module: nn.Module) -> dict[str, PackedCore]:
+    cores = {name: core for name, core in module.named_modules() if isinstance(core, PackedCore)}
+    return {name: core for name, core in cores.items() if core.number_format.is_integer}
+
+
 def bits(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: x.clone() for name, x in module.state_dict().items()}
 
@@ -66,7 +71,7 @@ def test_codes_become_parameters_and_return_to_the_bit(family: str, name: str, p
     matrix, y = made.to_matrix().detach(), made(x).detach()
     with trained_scales(made, codes=True):
         trained = {key: p for key, p in made.named_parameters() if isinstance(p, TrainedCodes)}
-        assert set(trained) == set(made.integer_cores) != set()
+        assert set(trained) == {f"{key}.codes" for key in integer_cores(made)} != set()
         torch.testing.assert_close(made.to_matrix(), matrix, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(made(x), y, rtol=1e-5, atol=1e-5)
         made(x).square().sum().backward()
@@ -85,15 +90,14 @@ def test_what_is_trained_is_what_is_stored(family: str, name: str) -> None:
     x = torch.randn(3, 64)
     with torch.no_grad():
         old = made(x)
-        copy.deepcopy(made).to(torch.bfloat16)(x.bfloat16())
     with trained_scales(made, codes=True), torch.no_grad():
-        codes = getattr(made, next(iter(made.integer_cores)))
+        codes = next(iter(integer_cores(made).values())).codes
         codes += torch.randn(64, 64)
         codes[0] = 1000.0  # beyond the grid: the largest code
         new = made(x)
-        small = copy.deepcopy(made).to(torch.bfloat16)(x.bfloat16())
     assert not torch.allclose(old, new)
     torch.testing.assert_close(made(x), new, rtol=1e-5, atol=1e-5)
+    small = copy.deepcopy(made).to(torch.bfloat16)(x.bfloat16())
     torch.testing.assert_close(small.float(), new, rtol=0.05, atol=0.1 * float(new.abs().max()))
 
 
@@ -136,7 +140,7 @@ def test_under_autocast_values_are_made_in_its_dtype(name: str, monkeypatch: pyt
         made.zero_grad()
         return [y, *found]
 
-    monkeypatch.setattr("tensornet.nn.encoding.rounded_values", spy)
+    monkeypatch.setattr("tensornet.nn.storage.rounded_values", spy)
     with trained_scales(made, codes=True):
         with torch.autocast("cpu", torch.bfloat16):
             cast = gradients(torch.nn.functional.linear(x, made.to_matrix(), made.bias))
@@ -157,9 +161,9 @@ def test_healing_codes_comes_closer_than_healing_the_rest() -> None:
         found[parameters] = distance(student, teacher, batches) / first
         after = bits(student)
         assert {key: v.dtype for key, v in after.items()} == {key: v.dtype for key, v in before.items()}
-        changed = not torch.equal(after["0.core_matrix"], before["0.core_matrix"])
+        changed = not torch.equal(after["0.core_matrix.codes"], before["0.core_matrix.codes"])
         assert changed == (parameters == "codes")
-        assert torch.equal(after["0.scale_matrix"].float(), before["0.scale_matrix"].float())
+        assert torch.equal(after["0.core_matrix.scales"].float(), before["0.core_matrix.scales"].float())
     assert found["codes"] < 0.6 * found["vectors"], found
 
 
@@ -168,8 +172,8 @@ def test_scales_of_sixteen_bits_are_trained_beside_codes() -> None:
     before = bits(student)
     tn.heal(student, teacher, batches, steps=100, lr=1e-3, parameters="codes")
     after = bits(student)
-    for part in ("core", "scale"):
-        assert not torch.equal(after[f"0.{part}_matrix"].float(), before[f"0.{part}_matrix"].float())
+    for part in ("codes", "scales"):
+        assert not torch.equal(after[f"0.core_matrix.{part}"], before[f"0.core_matrix.{part}"])
 
 
 def test_an_interrupted_run_goes_on_to_the_same_codes(tmp_path: Path) -> None:
@@ -211,7 +215,7 @@ def test_tied_embedding_and_head_stay_tied() -> None:
         assert embedding.core_matrix is head.core_matrix
         torch.testing.assert_close(model(tokens), before)
         model(tokens).square().sum().backward()
-        assert embedding.core_matrix.grad is not None
+        assert embedding.core_matrix.codes.grad is not None
     assert embedding.core_matrix is head.core_matrix
     assert torch.equal(model(tokens), before)
 
@@ -228,7 +232,7 @@ def test_banks_of_experts_train_their_codes(whole: bool) -> None:
         torch.testing.assert_close(found, matrices, rtol=1e-5, atol=1e-5)
         found.square().sum().backward()
         codes = [p for p in bank.parameters() if isinstance(p, TrainedCodes)]
-        assert len(codes) == len(bank.integer_cores) > 0
+        assert len(codes) == len(integer_cores(bank)) > 0
         assert all(p.grad is not None for p in codes)
     assert all(torch.equal(x, before[key]) for key, x in bits(bank).items())
 

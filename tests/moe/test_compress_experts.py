@@ -23,8 +23,8 @@ from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import linear_from_stored
+from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat, round_factor
 from tensornet_moe.compress_experts import (
     SEPARATE,

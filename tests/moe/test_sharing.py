@@ -70,7 +70,8 @@ def test_a_center_that_does_not_fit_is_refused() -> None:
 
 
 def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
-    bank = make().configure(strategy="cached").eval()
+    bank = make().eval()
+    bank.strategy = "cached"
     with torch.no_grad():
         kept = bank.expert_matrices()
         assert bank.expert_matrices() is kept
@@ -82,15 +83,12 @@ def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
         assert bank.train().expert_matrices() is not bank.expert_matrices()
         assert bank.to(torch.float32).eval().expert_matrices().dtype == torch.float32
     assert bank.expert_matrices().requires_grad  # gradients in eval are not lost
-    assert copy.deepcopy(bank).cached_bytes == 0
-    with torch.no_grad():
-        kept = bank.expert_matrices()
-        assert bank._replicate_for_data_parallel().cached_bytes == 0
-        assert bank.expert_matrices() is kept
+    assert copy.deepcopy(bank).kept.nbytes == 0
 
 
 def test_kept_matrices_know_autocast_and_their_limit() -> None:
-    bank = tm.SharedCoreExperts(CHAIN, E).configure(strategy="cached").eval()
+    bank = tm.SharedCoreExperts(CHAIN, E).eval()
+    bank.strategy = "cached"
     with torch.no_grad():
         plain = bank.expert_matrices()
         with torch.autocast("cpu", torch.bfloat16):
@@ -98,7 +96,7 @@ def test_kept_matrices_know_autocast_and_their_limit() -> None:
         assert torch.equal(bank.expert_matrices(), plain)
     exact = E * 12 * 12 * 4
     for limit, keeps in ((exact, True), (exact - 1, False), (0, False), (2**30, True)):
-        bank = tm.SharedCoreExperts(CHAIN, E, cache_bytes=limit).eval()
+        tn.nn.set_strategy(bank, "cached", cache_limit=limit)
         with torch.no_grad():
             assert bank.keeps_matrices() is keeps
             assert (bank.expert_matrices() is bank.expert_matrices()) is keeps

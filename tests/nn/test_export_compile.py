@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import tensornet as tn
-from tensornet.nn.matrix_cache import STRATEGIES
+from tensornet.nn.strategy import STRATEGIES
 from tensornet.topologies import low_rank, mpo
 
 TOPOLOGIES = {

@@ -68,33 +68,6 @@ def test_calibration_leaves_the_switch_alone() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_reshaped_parameters_are_remembered_only_while_they_are_the_same() -> None:
-    layer = tn.nn.TensorNetworkLinear(tn.topologies.low_rank(out_features=12, in_features=10, rank=3)).eval()
-    x = torch.randn(1, 10)
-
-    def check() -> None:
-        with torch.no_grad():
-            for _ in range(3):
-                torch.testing.assert_close(layer(x), x @ layer.to_matrix().T + layer.bias)
-        assert layer(x).requires_grad
-
-    check()
-    for change in (
-        lambda p: p.data.mul_(2),
-        lambda p: setattr(p, "data", p.data + 1),
-        lambda p: setattr(layer, "core_0", torch.nn.Parameter(p.detach() * 3)),
-        lambda p: layer.double().float(),
-    ):
-        with torch.no_grad():
-            change(layer.core_0)
-        check()
-    with torch.no_grad():
-        traced = torch.jit.trace(layer, (x,))
-        layer.core_0.mul_(2)
-        torch.testing.assert_close(traced(x), layer(x))
-
-
 @pytest.mark.parametrize("gradients", [False, True])
 def test_every_pass_in_float16_is_contracted_in_float32(gradients: bool) -> None:
     layer = tn.nn.TensorNetworkLinear(tn.topologies.low_rank(out_features=8, in_features=512, rank=4)).eval()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.nn.encoding import Storage, encode
+from tensornet.nn.storage import Storage, encode
 from tensornet.topologies import topology_names
 
 STRATEGIES = ("factorized", "reconstruct", "cached", "auto")

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.contraction.plan import plan_operator
-from tensornet.nn import kernel_layout
-from tensornet.nn.encoding import Storage
+from tensornet.nn import int4_cpu
+from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense, low_rank, mpo
 from tensornet_moe.grouped_linear import group_rows
@@ -123,10 +123,11 @@ def test_a_layer_is_planned_at_its_first_pass() -> None:
 def test_unpacking_for_many_tokens_holds_one_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(number_format=NumberFormat.parse(name))
     topology = dense(out_features=1536, in_features=FEATURES)
-    layer = tn.nn.TensorNetworkLinear(topology, storage=storage, bias=False).bfloat16().eval()
-    if layer.kernel_matrix is None:
+    layer = tn.nn.TensorNetworkLinear(topology, storage=storage, bias=False).bfloat16()
+    tn.nn.prepare_for_inference(layer)
+    if isinstance(layer.integer_core, PackedCore):
         pytest.skip("this build of torch has no such kernel")
-    monkeypatch.setattr(kernel_layout, "_BLOCK", block := 64 * FEATURES)
+    monkeypatch.setattr(int4_cpu, "_BLOCK", block := 64 * FEATURES)
     x = torch.randn(256, FEATURES).bfloat16()
     with torch.no_grad():
         y = layer(x)

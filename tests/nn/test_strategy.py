@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import opt_einsum
@@ -23,8 +26,7 @@ from tensornet.contraction.plan import (
     plan_operator,
     run,
 )
-from tensornet.nn.execution import CACHED
-from tensornet.nn.matrix_cache import STRATEGIES
+from tensornet.nn.strategy import CACHED, STRATEGIES
 from tensornet.topologies import low_rank, mpo
 
 TOPOLOGIES = {
@@ -145,21 +147,30 @@ def test_the_second_pass_gives_what_the_first_gave(name: str) -> None:
         torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
 
 
-def test_low_rank_layers_go_the_short_way_and_hold_nothing() -> None:
-    layer = layer_for("low rank", strategy="factorized")
-    x = torch.randn(3, 8)
-    layer(x)
-    assert layer._fast_path is not None
-    assert not any(
-        isinstance(cell.cell_contents, torch.Tensor) for cell in layer._fast_path.__closure__ or ()
-    )
-    with torch.no_grad():
-        layer.core_0 = nn.Parameter(torch.randn_like(layer.core_0))
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
-        nn.utils.parametrize.register_parametrization(layer, "core_0", _Twice())
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
-        assert layer._fast_path(x) is None
-    assert small(strategy="factorized")(torch.randn(3, 16)) is not None
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_shortcuts_are_taken_only_while_parameters_are_the_same() -> None:
+    layer = layer_for("low rank").eval()
+    x = torch.randn(1, 8)
+
+    def check() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
+        assert layer(x).requires_grad
+
+    check()
+    assert layer._quick is not None
+    for change in (
+        lambda p: p.data.mul_(2),
+        lambda p: setattr(p, "data", p.data + 1),
+        lambda p: setattr(layer, "core_0", nn.Parameter(p.detach() * 3)),
+        lambda p: layer.double().float(),
+        lambda p: nn.utils.parametrize.register_parametrization(layer, "core_0", _Twice()),
+    ):
+        with torch.no_grad():
+            change(layer.core_0)
+        check()
+    assert layer._quick(x) is None
 
 
 class _Twice(nn.Module):
@@ -211,8 +222,10 @@ def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValueError, match="Unknown strategy 'fast'; choose one of auto, factorized"):
         small(strategy="fast")
     for limit in (-1, "64MB", 1.5):
-        with pytest.raises(ValueError, match=f"cache_limit must be a number of bytes.*got {limit!r}"):
-            small().configure(cache_limit=limit)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="cache_limit must be a number of bytes"):
+            tn.nn.set_strategy(small(), "cached", cache_limit=limit)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Unknown strategy 'fast'"):
+        tn.nn.set_strategy(small(), "fast")  # type: ignore[arg-type]
     with pytest.raises(tn.TopologyError, match=r"Unknown optimize='nonsense'; choose 'auto'.*'cotengra'"):
         tn.nn.TensorNetworkLinear(mpo(out_dims=(2, 3, 4), in_dims=(2, 3, 4)), optimize="nonsense")
 
@@ -224,8 +237,110 @@ def test_embedding_strategies_agree() -> None:
     with torch.no_grad():
         expected = layer.to_matrix()[indices]
         for strategy in STRATEGIES:
-            torch.testing.assert_close(layer.configure(strategy=strategy)(indices), expected)
-            assert (layer.cached_bytes > 0) == (strategy == "cached")
+            tn.nn.set_strategy(layer, strategy)  # type: ignore[arg-type]
+            torch.testing.assert_close(layer(indices), expected)
+            assert (layer.kept.nbytes > 0) == (strategy == "cached")
+
+
+# --- kept matrices ------------------------------------------------------------------------------
+
+
+def kept(layer: tn.nn.MPOLinear) -> torch.Tensor:
+    """Run the layer so that it keeps a matrix, and return that matrix."""
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.randn(3, 16))
+    assert layer.kept.matrix is not None
+    return layer.kept.matrix
+
+
+def _optimizer_step(layer: tn.nn.MPOLinear) -> None:
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def _in_inference_mode(layer: tn.nn.MPOLinear) -> None:
+    with torch.inference_mode():
+        layer.cores[1].mul_(2)
+
+
+def _data(layer: tn.nn.MPOLinear) -> None:
+    for _ in range(4):  # the allocator likes to give a freed address again
+        layer.cores[1].data = torch.randn_like(layer.cores[1])
+
+
+CHANGES: dict[str, Callable[[tn.nn.MPOLinear], object]] = {
+    "optimizer": _optimizer_step,
+    "inference mode": _in_inference_mode,
+    "a detached view": lambda layer: layer.cores[1].detach().mul_(2),
+    "load": lambda layer: layer.load_state_dict(small().state_dict()),
+    "load by assignment": lambda layer: layer.load_state_dict(small().state_dict(), assign=True),
+    "data": _data,
+    "set_cores": lambda layer: layer.set_cores(small().cores),
+    "new parameter": lambda layer: setattr(layer, "core_1", nn.Parameter(torch.randn_like(layer.core_1))),
+    "dtype": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_core_is_seen(change: str) -> None:
+    layer = small(strategy="cached")
+    first = kept(layer)
+    assert kept(layer) is not first, "eval() frees it"
+    before = kept(layer).clone()
+    CHANGES[change](layer)
+    x = torch.randn(3, 16, dtype=layer.weight.dtype)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
+        if change != "dtype":
+            assert not torch.allclose(layer.to_matrix(), before), "the change changed nothing"
+
+
+def test_the_matrix_is_kept_between_passes_and_used_only_where_it_may_be() -> None:
+    layer = small(strategy="cached")
+    first, x = kept(layer), torch.randn(3, 16)
+    other = {f"core_{k}": torch.randn_like(core) for k, core in enumerate(layer.cores)}
+    with torch.no_grad():
+        layer(x)
+        assert layer.kept.matrix is first
+        expected = x @ tn.TensorNetwork(layer.topology, list(other.values())).to_matrix().T + layer.bias
+        torch.testing.assert_close(torch.func.functional_call(layer, other, (x,)), expected)
+        torch.testing.assert_close(torch.func.vmap(layer)(x), x @ first.T + layer.bias)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = layer(x)
+            assert (low.dtype, layer.kept.nbytes) == (torch.bfloat16, 16 * 24 * 2)
+        torch.testing.assert_close(low.float(), layer(x), rtol=3e-2, atol=3e-2)
+        assert layer.kept.nbytes == 16 * 24 * 4
+    assert layer(x).requires_grad
+    layer.train()
+    assert layer.kept.nbytes == 0
+    layer(x)
+    assert layer.kept.nbytes == 0, "training"
+    layer.eval()(x)
+    assert layer.kept.nbytes == 0, "gradients of the cores are recorded"
+
+
+def test_it_serves_frozen_layers_whose_input_wants_a_gradient() -> None:
+    layer = small(strategy="cached", dtype=torch.float64).eval().requires_grad_(False)
+    with torch.inference_mode():
+        layer(torch.randn(3, 16, dtype=torch.float64))  # built here, used outside
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(grad, layer.to_matrix().sum(0).expand(3, -1))
+    assert layer.kept.nbytes > 0
+
+
+def test_a_kept_matrix_is_no_state() -> None:
+    layer = small(strategy="cached")
+    kept(layer)
+    assert set(layer.state_dict()) == {"core_0", "core_1", "core_2", "bias"}
+    again = pickle.loads(pickle.dumps(layer))
+    assert copy.deepcopy(layer).kept.nbytes == again.kept.nbytes == 0
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), layer(x))
 
 
 # --- choices ------------------------------------------------------------------------------------
@@ -234,7 +349,8 @@ def test_embedding_strategies_agree() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 16, 100, 1024, 4096, 10**6])
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 def test_auto_takes_the_cheapest_by_the_model(tokens: int, machine: tn.Machine) -> None:
-    layer = tn.nn.MPOLinear(768, 768, max_bond=24).configure(machine=machine)
+    layer = tn.nn.MPOLinear(768, 768, max_bond=24)
+    layer.machine = machine
     routes = [*range(len(layer.plan.applies)), RECONSTRUCT]
     seconds = {r: layer.plan.seconds(r, tokens, machine) for r in routes}
     # Where the fastest route changes, the token count is known to within a tenth.
@@ -248,7 +364,8 @@ def test_few_tokens_are_contracted_and_many_rebuild() -> None:
     layer.eval()
     with torch.no_grad():
         assert layer.route(4096) == RECONSTRUCT
-        assert layer.configure(strategy="cached").route(4096) == CACHED
+        layer.strategy = "cached"
+        assert layer.route(4096) == CACHED
 
 
 def test_bounds() -> None:
@@ -263,13 +380,12 @@ def test_explanation() -> None:
     assert "memory for speed" in told["cached"].refused
     assert told["cached"].multiply_adds == 7 * 16 * 24
     assert told["cached"].memory_bytes == 16 * 24 * 4
-    layer.configure(strategy="cached")
+    layer.strategy = "cached"
     assert layer.explain(7)["cached"].refused == "only in eval"
     layer.eval()
     assert "gradients" in layer.explain(7)["cached"].refused
     with torch.no_grad():
         assert layer.explain(7)["cached"].refused == ""
-        assert "cache_limit=0 B" in layer.configure(cache_limit=0).explain(7)["cached"].refused
     text = str(told)
     assert "7 tokens" in text
     assert all(name in text for name in ("factorized", "reconstruct", "cached", "dense layer"))
@@ -293,16 +409,12 @@ def test_limit_of_a_model_goes_where_it_gains_most() -> None:
     with torch.no_grad():
         model[:2].eval()(torch.randn(1, 256))
     assert tn.nn.cached_bytes(model) == 2 * 262144
-    with pytest.raises(tn.TargetError, match="Linear has no layer made of cores"):
+    with pytest.raises(tn.TargetError, match="no compressed layer"):
         tn.nn.set_strategy(nn.Linear(2, 2))
     layer = tn.nn.MPOLinear(16, 16, max_bond=4)
-    for change in (lambda **x: tn.nn.set_strategy(layer, "cached", **x), layer.configure):
-        with pytest.raises(TypeError, match=r"tensornet\.Machine.*measure_machine.*got 'cpu'"):
-            change(machine="cpu")
+    with pytest.raises(TypeError, match="measure_machine"):
+        tn.nn.set_strategy(layer, "cached", machine="cpu")  # type: ignore[arg-type]
     assert layer.strategy == "auto"
-    for change in (lambda **x: tn.nn.set_strategy(layer, **x), layer.configure):
-        with pytest.warns(DeprecationWarning, match='cache_limit=9 has no effect.*use strategy="cached"'):
-            change(cache_limit=9)
     with pytest.raises(TypeError, match=r"measure_machine.*got 'cpu'"):
         tn.search_topology((16, 16), param_ratio=0.5, machine="cpu")  # type: ignore[arg-type]
 

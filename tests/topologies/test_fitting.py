@@ -15,7 +15,7 @@ from tensornet.compression.candidates import network_candidates
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.network import random_cores
-from tensornet.nn.encoding import Storage
+from tensornet.nn.storage import Storage
 from tensornet.topologies import topology_family
 from tensornet.topologies.fit import fit_weighted, leg_moments, structured_start
 

@@ -18,8 +18,8 @@ from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import random_cores
 from tensornet.nn.embedding import embedding_from_network
-from tensornet.nn.encoding import Storage
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.nn.storage import Storage
 from tensornet.nn.targets import all_targets
 from tensornet.quantization import NumberFormat
 from tensornet.testing import laws, strategies

@@ -18,8 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import FormatError
 from tensornet.io import read_headers as locate_tensors
-from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.serialization import build_module, module_spec
+from tensornet.nn.storage import PackedCore
 
 METHOD = "tensornet"
 FORMAT_VERSION = 1
@@ -262,10 +262,9 @@ def _tensors_of(module: nn.Module) -> dict[str, PromisedTensor]:
     fixed: dict[str, str] = {}
     counts: dict[str, int] = {}
     for part, inner in module.named_modules():
-        if isinstance(inner, FixedDtypes):
-            prefix = f"{part}." if part else ""
-            fixed |= {prefix + k: str(x).removeprefix("torch.") for k, x in inner.fixed_dtypes.items()}
-            counts |= {prefix + k: count for k, count in inner.stored_counts.items()}
+        if isinstance(inner, PackedCore):
+            fixed |= {f"{part}.{k}": str(x.dtype).removeprefix("torch.") for k, x in inner.named_buffers()}
+            counts |= {f"{part}.{k}": count for k, count in inner.counts.items()}
     found = {}
     for name, x in module.state_dict().items():
         own = None if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
@@ -346,4 +345,4 @@ def _renaming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Callable
 
 def names_a_core(name: str) -> bool:
     """Return True if a tensor is named as the cores of a layer are."""
-    return name.rpartition(".")[2].startswith("core_")
+    return any(part.startswith("core_") for part in name.split(".")[-2:])

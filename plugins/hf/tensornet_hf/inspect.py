@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.compression.plan import describe
-from tensornet.nn.encoding import Storage
+from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import Checkpoint, read_checkpoint
 from tensornet_hf.description import StoredTensor, promised_tensors

@@ -6,6 +6,7 @@ adapted = load_adapters(model, folder)
 model = merge_adapters(adapted)
 """
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from transformers import PreTrainedModel
 from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
-from tensornet.nn.encoding import encode
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, layer_bias
 from tensornet.nn.linear import empty_linear, linear_from_network
+from tensornet.nn.storage import encode
 from tensornet.nn.targets import compressed_names, split_by_adapters
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
@@ -316,7 +317,11 @@ def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor
     own = TensorNetwork(old, [cores[k] for k in places]).to_matrix()
     network = topology_family(new.family).decompose_to(own + delta, new).network.to(delta.dtype)
     formats = tuple((name, each) for name, each in storage.core_formats if name in new.core_names)
-    stored = {name: x for name, x in base.stored.items() if name.partition("_")[2] not in new.core_names}
+    stored = {
+        f"core_{name}": copy.deepcopy(getattr(base, f"core_{name}"))
+        for name in topology.core_names
+        if name not in new.core_names
+    }
     stored |= encode(new, replace(storage, core_formats=formats), network.cores)
     layer = empty_linear(
         topology,
@@ -327,7 +332,7 @@ def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor
         device="meta",
         dtype=base.weight.dtype,
     )
-    layer.load_state_dict(stored, assign=True)
+    layer.set_stored(stored, base.bias if base.bias is not None else delta)
     if base.bias is not None:
         layer.bias = nn.Parameter(base.bias.detach().clone())
     return layer

@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, NonFiniteError, TargetError
-from tensornet.nn.fixed_dtypes import FixedDtypes
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
+from tensornet.nn.storage import PackedCore
 from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.description import (
@@ -181,9 +181,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             prepare_for_saving(model, compression=compression)
             return
         for name, owner in self._tied_buffers.items():
-            module, key = _place(model, name)
-            del vars(module)[key]
-            module.register_buffer(key, model.get_parameter_or_buffer(owner))
+            tie(model, name, owner)
         layers = set(self._layers)
         for name, tensor in model.state_dict(keep_vars=True).items():
             if not is_inside(name, layers):
@@ -198,8 +196,8 @@ class TensorNetworkQuantizer(HfQuantizer):
                 )
         for name in self._layers:
             for part, module in model.get_submodule(name).named_modules(prefix=name):
-                if isinstance(module, FixedDtypes):
-                    module.check_finite_scales(part)
+                if isinstance(module, PackedCore):
+                    module.check_finite(part)
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.budget import Budget
-from tensornet.contraction.cost import default_machine
+from tensornet.contraction.cost import Machine, default_machine
 from tensornet.contraction.plan import (
     RECONSTRUCT,
     choose,
@@ -16,7 +16,8 @@ from tensornet.contraction.plan import (
     plan_operator,
 )
 from tensornet.errors import TopologyError
-from tensornet.nn.encoding import PLAIN, Storage, storage_entry
+from tensornet.nn.storage import PLAIN, PackedCore, Storage, storage_entry
+from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_weights, check_whole
@@ -47,8 +48,6 @@ class SharedCoreExperts(StoredBank):
             in their bonds only.
         num_experts: number of experts.
         shared: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores` that owns them.
-        cache_bytes: memory for rebuilt matrices in eval without gradients; all of them are kept or none, and
-            none by default. `tensornet.nn.set_strategy(model, "cached")` sets it for a whole model.
         storage: number formats of the cores that the bank owns; see `quantize`.
         device, dtype: of the cores.
 
@@ -78,7 +77,6 @@ class SharedCoreExperts(StoredBank):
         num_experts: int,
         *,
         shared: str | Sequence[str] | SharedCores = "center",
-        cache_bytes: int = 0,
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -98,7 +96,9 @@ class SharedCoreExperts(StoredBank):
         self._owner: tuple[SharedCores, ...] = () if owner is None else (owner,)
         self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
-        self._start_keeping("cached" if cache_bytes else "auto", cache_bytes or None)
+        self.strategy: Strategy = "auto"
+        self.machine: Machine | None = None
+        self.kept = KeptMatrix()
         #: Relative Frobenius error against the matrices the bank was built from; None for a new bank.
         self.error: float | None = None
         #: Multiplies rows by the matrices of their experts, or returns None to leave that to the bank: see
@@ -128,7 +128,6 @@ class SharedCoreExperts(StoredBank):
         max_bond: int | None = None,
         rel_error: float | None = None,
         param_ratio: float | None = None,
-        cache_bytes: int = 0,
         **options: Any,
     ) -> "SharedCoreExperts":
         """Upcycle one dense matrix: every expert starts from the same decomposition of it.
@@ -145,7 +144,6 @@ class SharedCoreExperts(StoredBank):
                 square of that core; breaks the symmetry between experts (our addition to the paper).
             seed: of the noise; the same on every device.
             max_bond, rel_error, param_ratio: budget of the decomposition where `topology` is a name.
-            cache_bytes: see the class.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
         Raises:
@@ -155,7 +153,7 @@ class SharedCoreExperts(StoredBank):
         """
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         start = start_from_dense(weight, topology, budget, num_experts, shared, noise, seed, options)
-        return cls._from_start(start, cache_bytes, weight.dtype)
+        return cls._from_start(start, weight.dtype)
 
     @classmethod
     def from_experts(
@@ -166,7 +164,6 @@ class SharedCoreExperts(StoredBank):
         shared: str | Sequence[str] = "center",
         max_bond: int | None = None,
         max_sweeps: int = 30,
-        cache_bytes: int = 0,
         **options: Any,
     ) -> "SharedCoreExperts":
         """Decompose different experts jointly into shared and private cores (our addition).
@@ -180,7 +177,6 @@ class SharedCoreExperts(StoredBank):
             shared: which cores are shared.
             max_bond: cap on the bonds where `topology` is a name.
             max_sweeps: limit of alternating least squares.
-            cache_bytes: see the class.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
         Returns:
@@ -196,16 +192,16 @@ class SharedCoreExperts(StoredBank):
             topology = topology_family(topology).build(rows, columns, max_bond=max_bond, **options)
         fit = fit_jointly(weights, topology, resolve_shared(topology, shared), max_sweeps=max_sweeps)
         start = Start(fit.topologies, fit.shared, fit.cores, fit.error)
-        bank = cls._from_start(start, cache_bytes, weights.dtype)
+        bank = cls._from_start(start, weights.dtype)
         bank.fit = fit
         return bank
 
     @classmethod
     def _from_start(
-        cls, start: Start, cache_bytes: int, dtype: torch.dtype, owner: SharedCores | None = None
+        cls, start: Start, dtype: torch.dtype, owner: SharedCores | None = None
     ) -> "SharedCoreExperts":
         count, shared = len(start.topologies), start.shared if owner is None else owner
-        bank = cls(start.topologies, count, shared=shared, cache_bytes=cache_bytes, device="meta")
+        bank = cls(start.topologies, count, shared=shared, device="meta")
         for name, core in start.cores.items():
             pieces = [core] if isinstance(core, Tensor) else list(core)
             pieces = [piece.detach().to(dtype).contiguous() for piece in pieces]
@@ -223,10 +219,13 @@ class SharedCoreExperts(StoredBank):
         """
         if self._owner:
             return {name: self._owner[0].core(name) for name in self.shared}
-        found = {name: self._parameters.get(f"core_{name}") for name in self.shared}
-        scales = {name: self._parameters.get(f"scale_{name}") for name in self.shared}
-        trained = {name: scales[name] if found[name] is None else found[name] for name in self.shared}
-        return {name: parameter for name, parameter in trained.items() if parameter is not None}
+        found: dict[str, nn.Parameter] = {}
+        for name in self.shared:
+            core = getattr(self, f"core_{name}")
+            parts = core.tensors.values() if isinstance(core, PackedCore) else [core]
+            trained = [part for part in parts if isinstance(part, nn.Parameter)]
+            found |= {name: trained[0]} if trained else {}
+        return found
 
     @property
     def owner(self) -> SharedCores | None:
@@ -338,7 +337,7 @@ class SharedCoreExperts(StoredBank):
 
     def keeps_matrices(self) -> bool:
         """Return True if the matrices are cached: on request, in eval mode, without core gradients."""
-        return self.keeps_now()
+        return self.strategy == "cached" and may_keep(self, self.stored_tensors())
 
     @property
     def matrix_bytes(self) -> int:
@@ -351,7 +350,9 @@ class SharedCoreExperts(StoredBank):
         return self.plan.multiply_adds(1) / default_machine(self.stored_tensors()[0].device).peak
 
     def _kept(self) -> Tensor | None:
-        return self.kept(lambda: self._rebuild(None)) if self.keeps_now() else None
+        if not self.keeps_matrices():
+            return None
+        return self.kept.get(self.stored_tensors(), self.compute_like, lambda: self._rebuild(None))
 
     def _rebuild(self, index: Tensor | None) -> Tensor:
         cores = self._shared_here()

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.contraction.cost import default_machine
+from tensornet.contraction.cost import Machine, default_machine
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, safe_scale, truncated_svd, working_dtype
-from tensornet.nn.matrix_cache import MatrixKeeper
+from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_weights, check_whole
@@ -21,7 +21,7 @@ from tensornet_moe.grouped_linear import Groups, expert_linear, looped_linear
 from tensornet_moe.joint_fit import stack_error
 
 
-class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
+class LowRankDeltaExperts(ExpertBank):
     """Experts `W_e = base_e + left_e right_e`, a private low-rank delta on the matrices of a base bank.
 
     With a base that shares everything this is the form of D2-MoE, `W_e = W_0 + left_e right_e`; with a chain
@@ -70,7 +70,9 @@ class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
         left = torch.zeros(self.num_experts, rows, rank, device=device, dtype=dtype)
         right = torch.randn(self.num_experts, rank, columns, device=device, dtype=dtype) / columns**0.5
         self.left, self.right = nn.Parameter(left), nn.Parameter(right)
-        self._start_keeping("auto", None)
+        self.strategy: Strategy = "auto"
+        self.machine: Machine | None = None
+        self.kept = KeptMatrix()
         #: Relative Frobenius error against the matrices the bank was built from; None for a new bank.
         self.error: float | None = None
 
@@ -156,8 +158,8 @@ class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
         """Build the matrices of the given experts, or read them from the cache; see `ExpertBank`."""
-        if self.keeps_now():
-            kept = self.kept(lambda: self._rebuild(None))
+        if self.keeps_matrices():
+            kept = self.kept.get(self.stored_tensors(), self.left, lambda: self._rebuild(None))
             return kept if experts is None else kept.index_select(0, self.check_experts(experts))
         return self._rebuild(None if experts is None else self.check_experts(experts))
 
@@ -180,7 +182,7 @@ class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
 
     def keeps_matrices(self) -> bool:
         """Return True if the matrices are cached: on request, in eval mode, without core gradients."""
-        return self.keeps_now()
+        return self.strategy == "cached" and may_keep(self, self.stored_tensors())
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the shared cores of the base."""
@@ -201,13 +203,6 @@ class LowRankDeltaExperts(MatrixKeeper, ExpertBank):
         """Return the deltas and every tensor that the base stores or borrows."""
         # Its parameters are also the originals of cores that are parametrized.
         return (self.left, self.right, *self.base.parameters(), *self.base.stored_tensors())
-
-    def _core_tensors(self) -> tuple[Tensor, ...]:
-        return self.stored_tensors()
-
-    def _core_buffers(self) -> list[Tensor]:
-        # A base may borrow them, so that they are no buffers of modules below this one.
-        return [tensor for tensor in self.base.stored_tensors() if not isinstance(tensor, nn.Parameter)]
 
     def _rebuild(self, index: Tensor | None) -> Tensor:
         left: Tensor = self.left

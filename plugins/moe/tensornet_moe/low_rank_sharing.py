@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from tensornet._util import outside_autocast
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, root, times, weighted_svd
-from tensornet.nn.encoding import stored_core
-from tensornet.nn.storage import PLAIN, Storage
+from tensornet.nn.storage import PLAIN, PackedCore, Storage, stored_core
 from tensornet.quantization import NumberFormat, RoundedWeight, round_factor, round_product
 from tensornet.topologies import low_rank
 from tensornet.topologies.dense import round_dense
@@ -124,15 +123,15 @@ def fit_stored(
     weightings: Sequence[Weighting],
     rank: int,
     storage: Storage = PLAIN,
-) -> list[dict[str, Tensor]]:
-    """Fit low-rank networks that share one core and encode them, in the dtype of the matrices.
+) -> list[dict[str, Tensor | PackedCore]]:
+    """Fit low-rank networks that share one core and store them, in the dtype of the matrices.
 
     Args:
         pattern, matrices, weightings, rank, storage: see `fit_low_rank`.
 
     Returns:
-        Stored tensors of each network, by the names of `tensornet.nn.encoding`. Those of the shared core are
-        the same objects for all: a parameter where it has the dtype of the matrices.
+        Stored cores of each network, by the names of `tensornet.nn.storage.encode`. The shared core is the
+        same object for all: a parameter where it has the dtype of the matrices.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -140,20 +139,17 @@ def fit_stored(
         >>> storage = Storage(number_format="int8")
         >>> first, *others = fit_stored("inputs", matrices, [Weighting()] * 3, 2, storage)
         >>> sorted(first), others[0]["core_1"] is first["core_1"]
-        (['core_0', 'core_1', 'scale_0', 'scale_1'], True)
+        (['core_0', 'core_1'], True)
     """
     shared, dtype = PATTERNS[pattern].core, matrices[0].dtype
     topology = PATTERNS[pattern].build(matrices[0].shape[0], matrices[0].shape[1], rank)
     made = fit_low_rank(pattern, matrices, weightings, rank, storage)
     once = stored_core(topology, storage, shared, made[0][shared], dtype)
-    if storage.format_of(shared) == NumberFormat():
-        once = {part: nn.Parameter(tensor) for part, tensor in once.items()}
-    found = []
+    once = nn.Parameter(once) if isinstance(once, Tensor) else once
+    found: list[dict[str, Tensor | PackedCore]] = []
     for cores in made:
-        stored: dict[str, Tensor] = {}
-        for name in topology.core_names:
-            stored |= once if name == shared else stored_core(topology, storage, name, cores[name], dtype)
-        found.append(stored)
+        own = {f"core_{x}": stored_core(topology, storage, x, cores[x], dtype) for x in topology.core_names}
+        found.append({**own, f"core_{shared}": once})
     return found
 
 

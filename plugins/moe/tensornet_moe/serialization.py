@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tensornet.nn import build_module, register_module_type
-from tensornet.nn.encoding import Storage
+from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 from tensornet_moe.expert_bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts

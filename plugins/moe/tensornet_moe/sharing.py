@@ -30,7 +30,6 @@ def share_across_layers(
     seed: int = 0,
     max_bond: int | None = None,
     max_sweeps: int = 10,
-    cache_bytes: int = 0,
     **options: Any,
 ) -> tuple[SharedCores, list[SharedCoreExperts]]:
     """Upcycle several layers at once, with cores shared by all experts of all layers (our extension).
@@ -48,7 +47,6 @@ def share_across_layers(
         noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
         max_bond: cap on the bonds where `topology` is a name.
         max_sweeps: limit of alternating least squares.
-        cache_bytes: of each bank.
         options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
     Returns:
@@ -86,7 +84,7 @@ def share_across_layers(
         }
         error = _error(weight, topology, {**fit.cores, **own})
         start = Start((topology,) * num_experts, owner.names, cores, error)
-        banks.append(SharedCoreExperts._from_start(start, cache_bytes, weights.dtype, owner))
+        banks.append(SharedCoreExperts._from_start(start, weights.dtype, owner))
     return owner, banks
 
 

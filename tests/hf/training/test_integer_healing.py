@@ -21,7 +21,7 @@ from tensornet.errors import TargetError
 from tensornet.healing import refine, trained_scales
 from tensornet.healing.objective import output_distance
 from tensornet.healing.trained import compressed_layers
-from tensornet.nn.encoding import Storage
+from tensornet.nn.storage import Storage
 from tensornet.topologies import residual
 from tensornet_hf.peft import lora_config, merge_adapters
 from tensornet_hf.trainer import heal

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tensornet.compression.measure import light_copy
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import PackedCore
 from tensornet.quantization import NumberFormat
 from tensornet.topologies.structure import is_matrix
 from tensornet_hf.checkpoint import (
@@ -197,12 +198,13 @@ def _packed(layer: NetworkModule, stock: nn.Module, *, tied_to: str | None) -> d
         return f"groups of {number_format.group} do not divide {columns} inputs"
     if tied_to is not None:  # loading would tie the other layer's matrix to a weight that is not there
         return f"its tensors are tied to those of {tied_to}"
-    stored = layer.stored
-    scale = stored[f"scale_{core}"].to(stock.weight.dtype)
-    if not torch.equal(scale.float(), stored[f"scale_{core}"].float()):
+    packed = layer.get_submodule(f"core_{core}")
+    assert isinstance(packed, PackedCore)
+    scale = packed.scale_values.to(stock.weight.dtype)
+    if not torch.equal(scale.float(), packed.scale_values.float()):
         return f"scales are not exact in {stock.weight.dtype}"
     return {
-        "weight_packed": words(number_format.unpack(stored[f"core_{core}"], columns), bits),
+        "weight_packed": words(number_format.unpack(packed.codes, columns), bits),
         "weight_scale": scale.contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
     }

@@ -1,6 +1,6 @@
-"""Integer matrices in the layout of torch's int4 kernel on the CPU.
+"""Integer matrices in the layout of torch's int4 kernel on the CPU, see `prepare_for_inference`.
 
-To explain the layout: the kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. Byte
+The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. Byte
 `[block, input, k]` holds the code of row `k` of the block in its low half and that of row `k + half` in its
 high half. Beside the scale of each group lies an offset: `value = scale * (code - 8) + offset`.
 
@@ -8,15 +8,14 @@ Codes of 2 or 3 bits are held as codes of 4. Codes of 5 to 8 bits are split into
 rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two products of the kernel
 with the same groups: the rows of the low part lie below those of the high part. A zero point is subtracted
 from the codes of its group, which takes one bit more and is exact as all of this is: scales and offsets are
-powers of two times the stored scales. Stored zero points stay beside the layout, to undo it.
+powers of two times the stored scales.
 
-The layout belongs to the processor and not to a file. It is made at the first pass that uses it, and undone
-without loss wherever the stored tensors are asked for. Bits of a weight in groups of 64, stored and held:
+The layout belongs to the processor and not to a file. Bits of a weight in groups of 64, stored and prepared:
 
 | format | int2 | int3 | int4 | int5 | int6 | int8 |
 |---|---|---|---|---|---|---|
 | stored | 2.25 | 3.25 | 4.25 | 5.25 | 6.25 | 8.25 |
-| held | 4.5 | 4.5 | 4.5 | 9 | 9 | 9 |
+| prepared | 4.5 | 4.5 | 4.5 | 9 | 9 | 9 |
 """
 
 from collections.abc import Iterator
@@ -28,16 +27,15 @@ import torch
 from torch import Tensor
 
 from tensornet._util import is_exporting
-from tensornet.nn.encoding import packed_codes, unpacked_codes
-from tensornet.quantization import NumberFormat, packed_bytes, unpack
+from tensornet.quantization import NumberFormat, unpack
 
 #: Inputs that share a scale, as the kernel can have them.
 _GROUPS = (128, 64, 32)
 #: Most tokens, over the number of products, for which the kernel is faster than unpacking the matrix. Units
 #: for matrices (AMX) make the product with the unpacked matrix three to four times as fast, not the kernel.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
-#: A layout of more than this many times the stored bytes is made only under the strategy "factorized".
-HELD_RATIO = 1.75
+#: Largest layout that is made by default, in units of the stored bytes.
+MAX_GROWTH = 1.75
 #: Elements that are converted, or unpacked and multiplied, at a time: 8 MiB on the way.
 _BLOCK = 2**20
 _BITS = 4
@@ -82,10 +80,14 @@ class KernelMatrix:
     def row_scales(self, dtype: torch.dtype) -> None:
         """Return None: `blocks` leaves no scales out."""
 
+    @property
+    def kernel_tokens(self) -> int:
+        """Most tokens for which the kernel is the faster way."""
+        return KERNEL_TOKENS // self.products if self.codes.is_cpu else 0
+
     def has_kernel(self, x: Tensor) -> bool:
         """Return True if the kernel is the faster way for this input."""
-        few = len(x) > 0 and len(x) <= KERNEL_TOKENS // self.products
-        return few and x.dtype == torch.bfloat16
+        return x.dtype == torch.bfloat16 and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
@@ -187,13 +189,13 @@ def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def has_layout(number_format: NumberFormat, shape: tuple[int, int], *, larger: bool = False) -> bool:
+def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: float = MAX_GROWTH) -> bool:
     """Return True if the kernel on this processor supports matrices of this format and shape.
 
     Args:
         number_format: of the matrix.
         shape: `(out, in)`.
-        larger: also where the layout takes more than `HELD_RATIO` times the stored bytes.
+        max_growth: largest size of the layout, in units of the stored bytes.
     """
     block, group = _block_rows(), _kernel_group(number_format, shape[1])
     if _low_bits(number_format) is None or number_format.scale_dtype == torch.float16:
@@ -203,7 +205,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], *, larger: b
         return False  # torch's int8 kernel reads the codes as they are stored
     if block is None or group is None or shape[0] == 0 or shape[0] % block:
         return False
-    return larger or layout_bytes(number_format, shape) <= HELD_RATIO * number_format.nbytes(shape)
+    return layout_bytes(number_format, shape) <= max_growth * number_format.nbytes(shape)
 
 
 def products_of(number_format: NumberFormat) -> int:
@@ -212,23 +214,19 @@ def products_of(number_format: NumberFormat) -> int:
 
 
 def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
-    """Count the bytes of a matrix in the layout, zero points included; only where `has_layout`.
+    """Count the bytes of a matrix in the layout; only where `has_layout`.
 
     Example:
-        >>> from tensornet.nn.kernel_layout import layout_bytes
+        >>> from tensornet.nn.int4_cpu import layout_bytes
         >>> from tensornet.quantization import NumberFormat
         >>> number_format = NumberFormat.parse("int3")
         >>> number_format.nbytes((64, 1024)), layout_bytes(number_format, (64, 1024))
         (26624, 36864)
     """
     rows, columns = shape
-    group, groups = _kernel_group(number_format, columns), number_format.groups(columns)
+    group = _kernel_group(number_format, columns)
     assert group is not None
-    held = products_of(number_format) * rows * (columns // 2 + 4 * (columns // group))
-    if not number_format.zero_point:
-        return held
-    assert number_format.bits is not None
-    return held + rows * packed_bytes(groups, number_format.bits)
+    return products_of(number_format) * rows * (columns // 2 + 4 * (columns // group))
 
 
 @torch.no_grad()
@@ -270,32 +268,9 @@ def to_kernel(
     return KernelMatrix(number_format, made.view(products * rows, -1), held, block)
 
 
-@torch.no_grad()
-def from_kernel(matrix: KernelMatrix, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Convert back to the stored packing: codes and scales, the inverse of `to_kernel`.
-
-    Args:
-        matrix: in the layout.
-        zeros: packed zero points as they are stored, None without.
-    """
-    number_format, (rows, columns) = matrix.number_format, matrix.shape
-    bits, low = number_format.bits, _low_bits(number_format)
-    assert bits is not None
-    codes = matrix.codes.new_empty(rows, packed_bytes(columns, bits))
-    for part in _parts(rows, columns, matrix.block):
-        points = matrix._points(part)
-        points = points if low else points >> 4
-        by_row = points.transpose(2, 3).reshape(part.stop - part.start, columns)
-        origin = _origin(number_format, None if zeros is None else zeros[part], columns)
-        codes[part] = packed_codes((by_row.to(torch.int16) + origin).to(torch.uint8), bits)
-    scales = matrix.scales[: number_format.groups(columns), -rows:, 0].T
-    return codes, scales.to(number_format.scale_dtype).contiguous()
-
-
 def _centred(number_format: NumberFormat, codes: Tensor, zeros: Tensor | None, columns: int) -> Tensor:
     """Unpack `code - origin`, `torch.int16` of shape `(rows, in)`."""
-    assert number_format.bits is not None
-    found = unpacked_codes(codes, number_format.bits, columns).to(torch.int16)
+    found = number_format.unpack(codes, columns).to(torch.int16)
     return found.sub_(_origin(number_format, zeros, columns))
 
 

@@ -1,4 +1,4 @@
-"""Integers of a compressed model are buffers: training, averaging and sharding of parameters pass them by."""
+"""Tied layers share what stores their cores: moved, copied, averaged, saved and loaded as one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet_hf.checkpoint import read_checkpoint
 
-FORMS = {"pivoted": {"pivoted": True}, "int8": {"bits_per_weight": 9, "formats": ("int8",)}}
+FORMS = {
+    "pivoted": {"pivoted": True, "topology": "low_rank", "param_ratio": 0.7},
+    "int8": {"formats": ("int8",)},
+    "bf16": {"formats": ("bf16",)},
+}
+IDS = torch.arange(30)
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
 def options(form: str) -> tn.CompressionConfig:
-    return tn.CompressionConfig(
-        target_modules="all", topology="low_rank", param_ratio=0.7, objective="weight", **FORMS[form]
-    )
+    return tn.CompressionConfig(target_modules="all", objective="weight", **FORMS[form])  # type: ignore[arg-type]
 
 
 class Tied(nn.Module):
@@ -46,52 +49,33 @@ def compressed(form: str) -> Tied:
     return model.eval()
 
 
-IDS = torch.arange(30)
-
-
 @each_form
 def test_every_parameter_can_require_gradients(form: str) -> None:
     model = compressed(form).requires_grad_(True)
     assert all(p.is_floating_point() for p in model.parameters())
-    assert any(name.rpartition(".")[2] == "order_0" for name, _ in model.named_buffers())
     model(IDS).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 @each_form
-def test_an_average_of_equal_models_is_that_model(form: str) -> None:
-    model = compressed(form)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for _ in range(3):
-        average.update_parameters(model)
-    torch.testing.assert_close(average(IDS), model(IDS))
-
-
-@each_form
-def test_kept_matrices_and_fast_paths_see_new_integers(form: str) -> None:
-    model = compressed(form)
-    with torch.no_grad():
-        first = [model(IDS) for _ in range(3)][-1]
-        order = model.inner.order_0
-        order.copy_(order.flip(0))
-        assert not torch.allclose(model(IDS), first)
-        model.inner.order_0 = order.flip(0)
-        torch.testing.assert_close(model(IDS), first)
-
-
-@each_form
-def test_moving_keeps_one_tensor_for_tied_layers(form: str) -> None:
+def test_moves_copies_and_averages_keep_them_tied(form: str) -> None:
     model = compressed(form)
     expected = model(IDS)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(model)
+    torch.testing.assert_close(average(IDS), expected)
     model._apply(torch.clone)  # as moving to a device makes new tensors
     for moved in (model, copy.deepcopy(model), copy.deepcopy(model).double()):
         stored = moved.table.stored
         assert all(tensor is moved.head.stored[name] for name, tensor in stored.items())
         torch.testing.assert_close(moved(IDS).float(), expected, rtol=1e-4, atol=1e-5)
+    other = compressed(form)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(IDS), expected)
 
 
 @each_form
-def test_sizes_count_integers(form: str) -> None:
+def test_sizes_count_them_once(form: str) -> None:
     model, fresh = compressed(form), Tied()
     report = tn.compress(fresh, options(form), progress=False)
     stored = {id(x): x for x in model.state_dict(keep_vars=True).values()}.values()
@@ -101,19 +85,25 @@ def test_sizes_count_integers(form: str) -> None:
 
 
 @each_form
-def test_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
+def test_files_and_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
+    small = compressed(form)
+    tn.save_model(small, tmp_path / "net.safetensors")
+    again = tn.load_model(Tied(), tmp_path / "net.safetensors").eval()
+    torch.testing.assert_close(again(IDS), small(IDS), rtol=0, atol=0)
+    assert again.head.stored_cores[0] is again.table.stored_cores[0]
     model = ARCHITECTURES["gpt2"].dense
     tn.compress(model, options(form), progress=False)
-    model.save_pretrained(tmp_path)
-    loaded = th.load(tmp_path)
+    model.save_pretrained(tmp_path / "gpt2")
+    loaded = th.load(tmp_path / "gpt2")
     torch.testing.assert_close(loaded(IDS[None]).logits, model(IDS[None]).logits, atol=0, rtol=0)
-    assert loaded.lm_head.order_0 is loaded.transformer.wte.order_0
-    assert "lm_head.order_0" not in read_checkpoint(tmp_path).tensors
+    assert loaded.lm_head.stored_cores[0] is loaded.transformer.wte.stored_cores[0]
+    assert not any(name.startswith("lm_head.core") for name in read_checkpoint(tmp_path / "gpt2").tensors)
     loaded.tie_weights()
     got = logits(loaded, ARCHITECTURES["gpt2"])
     torch.testing.assert_close(got, logits(model, ARCHITECTURES["gpt2"]), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_sharded_by_fsdp1(tmp_path: Path) -> None:
     (losses,) = tasks.in_processes(fsdp1, 1, tmp_path)
     assert losses[-1] < losses[0]

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tensornet.nn.encoding import unpacked
-from tensornet.nn.kernel_layout import KernelMatrix
+from tensornet.nn.storage import PackedCore, unpacked
 from tensornet.quantization import NumberFormat
 
 #: Elements that are unpacked at a time; of codes that need no scales, which are converted in one pass.
@@ -32,6 +31,10 @@ class IntegerProduct(Protocol):
     def shape(self) -> tuple[int, int]:
         """Shape `(out, in)`."""
 
+    @property
+    def kernel_tokens(self) -> int:
+        """Most tokens for which a kernel multiplies faster than unpacked blocks do; 0 without a kernel."""
+
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
         """Return the scales of rows, shape `(out,)`, that `blocks` leaves out; None if it leaves out none."""
 
@@ -48,6 +51,9 @@ class IntegerProduct(Protocol):
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Unpack the rows, block by block."""
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Unpack all values, in operations that a compiler fuses."""
+
 
 @dataclass(frozen=True)
 class IntegerMatrix:
@@ -59,6 +65,7 @@ class IntegerMatrix:
         scales: of its groups.
         zeros: packed zero points, None without.
         columns: `in`.
+        scale_bits: the stored scales, to tell whether they are still the same.
     """
 
     number_format: NumberFormat
@@ -66,6 +73,13 @@ class IntegerMatrix:
     scales: Tensor
     zeros: Tensor | None
     columns: int
+    scale_bits: Tensor | None = None
+
+    @classmethod
+    def of(cls, core: PackedCore) -> "IntegerMatrix":
+        """Take the integers of a core."""
+        zeros = core.tensors.get("zeros")
+        return cls(core.number_format, core.codes, core.scale_values, zeros, core.columns, core.scales)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,10 +104,15 @@ class IntegerMatrix:
                 yield part, self.codes[part].view(torch.int8).to(dtype)
             return
         for part in self._parts(_BLOCK):
-            kept = {"core_": self.codes[part], "scale_": self.scales[part]}
-            if self.zeros is not None:
-                kept["zero_"] = self.zeros[part]
-            yield part, unpacked(self.number_format, kept, "", self.columns, dtype)
+            zeros = None if self.zeros is None else self.zeros[part]
+            found = unpacked(
+                self.number_format, self.codes[part], self.scales[part], zeros, self.columns, dtype
+            )
+            yield part, found
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Unpack all values."""
+        return unpacked(self.number_format, self.codes, self.scales, self.zeros, self.columns, dtype)
 
     def _parts(self, elements: int) -> Iterator[slice]:
         """Yield slices of as many rows as have this many elements."""
@@ -101,11 +120,15 @@ class IntegerMatrix:
         for start in range(0, len(self.codes), step):
             yield slice(start, min(start + step, len(self.codes)))
 
+    @property
+    def kernel_tokens(self) -> int:
+        """Most tokens for which torch's int8 kernel is the faster way; 0 if it cannot read the codes."""
+        fits = self.codes.is_cpu and has_int8_kernel(self.number_format, self.shape)
+        return INT8_TOKENS if fits and self.scales.dtype == torch.bfloat16 else 0
+
     def has_kernel(self, x: Tensor) -> bool:
         """Return True if torch's int8 kernel can read the codes, and is the faster way for this input."""
-        few = len(x) > 0 and len(x) <= INT8_TOKENS
-        fits = few and x.is_cpu and x.dtype == self.scales.dtype == torch.bfloat16
-        return fits and has_int8_kernel(self.number_format, self.shape)
+        return x.dtype == torch.bfloat16 and x.is_cpu and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
@@ -131,7 +154,7 @@ def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool
     return plain and all(n % _KERNEL_STEP == 0 for n in shape)
 
 
-def multiply(x: Tensor, matrix: IntegerMatrix | KernelMatrix, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
     """Map `x: (..., in)` to `(..., out)`, differentiable by the input and the bias.
 
     Args:
@@ -152,11 +175,11 @@ def multiply(x: Tensor, matrix: IntegerMatrix | KernelMatrix, bias: Tensor | Non
     return y if bias is None else y + bias
 
 
-def _traced(x: Tensor, matrix: IntegerMatrix | KernelMatrix, *, recorded: bool) -> Tensor:
+def _traced(x: Tensor, matrix: IntegerProduct, *, recorded: bool) -> Tensor:
     """Multiply by differentiable operations, for compilers, which cannot differentiate the kernel."""
     if matrix.has_kernel(x) and not recorded:
         return matrix.by_kernel(x)
-    if isinstance(matrix, KernelMatrix):
+    if not isinstance(matrix, IntegerMatrix):
         return linear(x, matrix.dense(x.dtype))
     if not recorded and (scales := matrix.row_scales(x.dtype)) is not None:
         return linear(x, matrix.codes.view(torch.int8).to(x.dtype)) * scales

@@ -1,0 +1,354 @@
+"""How a layer is applied: by contraction with the cores, or by a rebuilt matrix that is freed or kept."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+# The public `torch.compiler` has no such question, and tensors of a transform die with it.
+from torch._C import _are_functorch_transforms_active as transforms_active
+
+from tensornet._util import check_size
+from tensornet.contraction.cost import Machine, check_machine, dense_seconds
+from tensornet.contraction.plan import RECONSTRUCT, OperatorPlan
+from tensornet.errors import TargetError
+from tensornet.nn.integer_cost import IntegerCost
+
+#: How a layer is applied, see `tensornet.nn.NetworkModule`.
+Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
+STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
+#: The route with a kept matrix, in addition to those of `OperatorPlan.seconds`.
+CACHED = -2
+
+
+class KeptMatrix:
+    """The rebuilt matrix of a layer or bank under the strategy "cached", and what it was built from.
+
+    It is valid while the stored tensors are the same objects at the same addresses and versions: PyTorch
+    raises the version at every in-place change, so that an optimizer step, `copy_` and `load_state_dict` are
+    noticed. Writing *into* `parameter.data` raises no version; call `train()` and `eval()` after it.
+
+    The matrix is no part of the state of its layer: it is not saved, copied or moved.
+
+    Example:
+        >>> kept, core = KeptMatrix(), torch.ones(2, 2)
+        >>> torch.equal(kept.get([core], core, lambda: 2 * core), 2 * core), kept.nbytes
+        (True, 16)
+    """
+
+    def __init__(self) -> None:
+        self.matrix: Tensor | None = None
+        self.states: list[tuple[Tensor, int, int]] = []
+        self._aliases: list[Tensor] = []  # they keep addresses from being used again
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the matrix, 0 if there is none."""
+        return 0 if self.matrix is None else self.matrix.nbytes
+
+    def drop(self) -> None:
+        """Free the matrix; the next pass that wants one builds it again."""
+        self.matrix, self.states, self._aliases = None, [], []
+
+    def get(self, tensors: Sequence[Tensor], like: Tensor, build: Callable[[], Tensor]) -> Tensor:
+        """Return the matrix, rebuilt where it is absent or a stored tensor has changed; only if `may_keep`.
+
+        Args:
+            tensors: that the matrix is built from.
+            like: in whose dtype the module computes, unless autocast lowers it.
+            build: rebuilds the matrix.
+        """
+        dtype = compute_dtype(like)
+        matrix = self.matrix
+        if matrix is not None and matrix.dtype == dtype and len(tensors) == len(self.states):
+            for tensor, (known, version, address) in zip(tensors, self.states, strict=True):
+                if tensor is not known or known._version != version or known.data_ptr() != address:
+                    break
+            else:
+                return matrix
+        self.drop()  # frees the old matrix before the new one is built
+        # An inference tensor could not serve a later pass that records gradients of its input.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            matrix = build().to(dtype).contiguous()
+        self.matrix = matrix
+        self.states = [(x, x._version, x.data_ptr()) for x in tensors]
+        self._aliases = [x.detach() for x in tensors]
+        return matrix
+
+    def __reduce__(self) -> tuple[type["KeptMatrix"], tuple[()]]:
+        return KeptMatrix, ()
+
+
+def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Return True if the next pass of a module with the strategy "cached" would use a kept matrix.
+
+    Only in eval mode, while no gradient of a core is wanted, and for ordinary tensors: not inside a trace or
+    a `torch.func` transform, whose tensors die with it.
+
+    Args:
+        module: the layer or bank.
+        tensors: that the matrix is built from.
+    """
+    if module.training or torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing():
+        return False
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.is_meta:
+            return False
+        if recording and tensor.requires_grad:
+            return False
+    return True
+
+
+def compute_dtype(core: Tensor) -> torch.dtype:
+    """Return the dtype in which a product with this core is computed: autocast's where it is on."""
+    kind = core.device.type
+    if not torch.is_autocast_enabled(kind) or core.dtype == torch.float64 or core.is_complex():
+        return core.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise ValueError for an unknown strategy.
+
+    Raises:
+        ValueError: see above.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
+
+
+def set_strategy(
+    model: nn.Module,
+    strategy: Strategy | None = None,
+    *,
+    cache_limit: int | None = None,
+    machine: Machine | None = None,
+) -> dict[str, int]:
+    """Set strategy and machine of every tensor-network layer and bank of shared-core experts.
+
+    `"cached"` is memory for speed; all other strategies keep no more than the cores.
+
+    Args:
+        model: any module.
+        strategy: for all layers; None leaves each as it is.
+        cache_limit: bytes that the kept matrices of all layers together may take under `"cached"`. Layers
+            that gain the most time per byte on a single token are cached until it is spent, the others get
+            `"auto"`. None sets no limit.
+        machine: constants to decide by, for example from `tensornet.measure_machine()`.
+
+    Returns:
+        Bytes that each cached layer may keep, by name.
+
+    Raises:
+        TargetError: the model has no tensor-network layer.
+        TypeError: `machine` is not a `Machine`.
+        ValueError: unknown strategy, negative limit.
+
+    Example:
+        >>> model = torch.nn.Sequential(tn.nn.MPOLinear(64, 64, max_bond=4))
+        >>> tn.nn.set_strategy(model, "cached")
+        {'0': 16384}
+    """
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if _kept_by(module) is not None
+    }
+    if not layers:
+        raise TargetError(
+            f"{type(model).__name__} has no compressed layer; compress it first, or check that it is the "
+            "compressed model that was passed."
+        )
+    check_machine(machine)
+    if strategy is not None:
+        check_strategy(strategy)
+    if cache_limit is not None and (not isinstance(cache_limit, Integral) or cache_limit < 0):
+        raise ValueError(f"cache_limit must be a number of bytes of at least 0, got {cache_limit!r}.")
+    for layer in layers.values():
+        layer.strategy = strategy or layer.strategy
+        layer.machine = machine or layer.machine
+        layer.kept.drop()
+    cached = [layer for layer in layers.values() if layer.strategy == "cached"]
+    if cache_limit is not None:
+        gains = {id(layer): layer.seconds_saved / layer.matrix_bytes for layer in cached}
+        for layer in sorted(cached, key=lambda layer: gains[id(layer)], reverse=True):
+            fits = layer.matrix_bytes <= cache_limit
+            cache_limit -= layer.matrix_bytes if fits else 0
+            layer.strategy = "cached" if fits else "auto"
+    return {name: layer.matrix_bytes for name, layer in layers.items() if layer.strategy == "cached"}
+
+
+def cached_bytes(model: nn.Module) -> int:
+    """Count the bytes of all matrices kept by layers of a model; 0 unless `"cached"` was requested.
+
+    Example:
+        >>> tn.nn.cached_bytes(tn.nn.MPOLinear(64, 64, max_bond=4))
+        0
+    """
+    return sum(kept.nbytes for module in model.modules() if (kept := _kept_by(module)) is not None)
+
+
+def _kept_by(module: nn.Module) -> KeptMatrix | None:
+    kept = vars(module).get("kept")
+    return kept if isinstance(kept, KeptMatrix) else None
+
+
+@dataclass(frozen=True)
+class StrategyCost:
+    """Predicted cost of one forward pass.
+
+    Args:
+        strategy: `"factorized"`, `"reconstruct"` or `"cached"`.
+        milliseconds: by the cost model.
+        multiply_adds: arithmetic.
+        moved: elements copied by permutations.
+        memory_bytes: largest tensor made on the way, or the matrix that is kept.
+        refused: why the layer does not use it now; empty if it may.
+        integers: how integers are read; None without any.
+
+    Example:
+        >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
+        >>> cost = tn.nn.TensorNetworkLinear(topology).explain(tokens=64).costs[0]
+        >>> cost.strategy, cost.multiply_adds > 0
+        ('factorized', True)
+    """
+
+    strategy: str
+    milliseconds: float
+    multiply_adds: int
+    moved: int
+    memory_bytes: int
+    refused: str = ""
+    integers: IntegerCost | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Predicted cost of every strategy of a layer, and the one it takes; `print` shows a table.
+
+    Args:
+        description: shape and form of the operator.
+        machine: whose constants were used.
+        tokens: for which it was asked.
+        costs: one for each strategy.
+        choice: the strategy the layer takes now.
+        dense_milliseconds: a dense layer of this shape, for comparison.
+
+    Example:
+        >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
+        >>> explanation = tn.nn.TensorNetworkLinear(topology).explain(tokens=64)
+        >>> explanation.tokens, explanation.choice in {cost.strategy for cost in explanation.costs}
+        (64, True)
+    """
+
+    description: str
+    machine: str
+    tokens: int
+    costs: tuple[StrategyCost, ...]
+    choice: str
+    dense_milliseconds: float
+
+    def __getitem__(self, strategy: str) -> StrategyCost:
+        for cost in self.costs:
+            if cost.strategy == strategy:
+                return cost
+        raise KeyError(f"No strategy {strategy!r}; there are {[cost.strategy for cost in self.costs]}.")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.description}, {self.tokens} tokens, predicted for {self.machine}",
+            f"  {'strategy':<12} {'ms':>10} {'multiply-adds':>16} {'moved':>14} {'memory':>12}",
+        ]
+        for cost in self.costs:
+            mark, note, read = "*" if cost.strategy == self.choice else " ", "", cost.integers
+            if read is not None:
+                note = f"  {read.kernel}, {size_in_words(read.read_bytes)} read"
+                note += f", {read.unpacked:,} integers unpacked" if read.unpacked else ""
+            note += f"  ({cost.refused})" if cost.refused else ""
+            lines.append(
+                f"{mark} {cost.strategy:<12} {cost.milliseconds:>10.3f} {cost.multiply_adds:>16,} "
+                f"{cost.moved:>14,} {size_in_words(cost.memory_bytes):>12}{note}"
+            )
+        chosen = self[self.choice].milliseconds / self.dense_milliseconds
+        lines.append(
+            f"  {'dense layer':<12} {self.dense_milliseconds:>10.3f}  (* takes {chosen:.2f} times this)"
+        )
+        return "\n".join(lines)
+
+
+def size_in_words(size: int) -> str:
+    """Format bytes in the largest unit that leaves a digit before the point.
+
+    >>> size_in_words(3 * 2**19)
+    '1.50 MiB'
+    """
+    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"
+
+
+def explain(
+    plan: OperatorPlan,
+    tokens: int,
+    machine: Machine,
+    itemsize: int,
+    *,
+    choice: str,
+    refused: dict[str, str],
+    unpacking: IntegerCost | None = None,
+    product: IntegerCost | None = None,
+) -> Explanation:
+    """Compute the costs of an operator by every strategy.
+
+    Args:
+        plan: the planned operator.
+        tokens: number of input vectors.
+        machine: whose constants are used.
+        itemsize: bytes of an element.
+        choice: the strategy that is taken.
+        refused: why strategies are not taken, by name.
+        unpacking: cost of unpacking integer cores before they are contracted; None without any.
+        product: cost of the whole product with an integer matrix, where that is how the layer is applied.
+
+    Raises:
+        ValueError: `tokens` is not an integer of at least 1.
+    """
+    tokens = check_size("tokens", tokens, error=ValueError)
+    topology, route = plan.topology, plan.fastest(tokens, machine, itemsize, rebuild=False)
+    contraction, elements = plan.applies[route], topology.out_features * topology.in_features
+    dense = dense_seconds(*topology.shape, tokens, machine, itemsize)
+    reading = 0.0 if unpacking is None else unpacking.seconds
+    factorized = plan.seconds(route, tokens, machine, itemsize) + reading
+    work = {
+        "factorized": (
+            factorized if product is None else product.seconds,
+            contraction.multiply_adds(tokens),
+            contraction.moved(tokens),
+            contraction.largest_intermediate(tokens),
+        ),
+        "reconstruct": (
+            plan.seconds(RECONSTRUCT, tokens, machine, itemsize) + reading,
+            plan.matrix.multiply_adds(1) + tokens * elements,
+            plan.matrix.moved(1),
+            math.prod(topology.padded_shape),
+        ),
+        "cached": (dense, tokens * elements, 0, elements),
+    }
+    integers = {"factorized": product or unpacking, "reconstruct": unpacking}
+    return Explanation(
+        description=f"{topology.family} {topology.shape}, bonds {list(topology.bond_dims.values())}",
+        machine=machine.name,
+        tokens=tokens,
+        costs=tuple(
+            StrategyCost(
+                name, 1e3 * seconds, adds, moved, size * itemsize, refused.get(name, ""), integers.get(name)
+            )
+            for name, (seconds, adds, moved, size) in work.items()
+        ),
+        choice=choice,
+        dense_milliseconds=1e3 * dense,
+    )

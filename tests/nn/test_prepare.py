@@ -1,0 +1,220 @@
+"""Layers prepared for inference: the same numbers from the layout of torch's int4 kernel."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import tensornet as tn
+from tensornet.nn import int4_cpu
+from tensornet.nn.embedding import embedding_from_network
+from tensornet.nn.int4_cpu import KERNEL_TOKENS, MAX_GROWTH, has_layout, layout_bytes, to_kernel
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.nn.prepare import Int4Core
+from tensornet.nn.storage import PackedCore, Storage
+from tensornet.quantization import NumberFormat, dequantize, pack
+from tensornet.topologies import topology_family
+
+SHAPE = (192, 128)
+ONCE = ["int4", "int4:g32", "int4:row", "int4:g128:float8", "int3", "int3:row:zero"]
+TWICE = ["int5", "int5:row:zero", "int6:g128", "int6:g32:zero", "int7:row", "int7:zero", "int8"]
+LARGER = ["int2", "int2:row:zero", "int4:zero", "int5:g32"]
+LAYOUTS = [*ONCE, *TWICE]
+
+pytestmark = pytest.mark.skipif(
+    not has_layout(NumberFormat.parse("int4"), SHAPE), reason="this build of torch has no such kernel"
+)
+
+
+def layer(name: str, shape: tuple[int, int] = SHAPE) -> TensorNetworkLinear:
+    torch.manual_seed(0)
+    network = topology_family("dense").decompose(torch.randn(shape), tn.Budget()).network
+    storage = Storage(number_format=NumberFormat.parse(name))
+    made = linear_from_network(network, bias=torch.randn(shape[0]), source="linear", storage=storage)
+    return made.requires_grad_(False).bfloat16()
+
+
+def prepared(name: str, shape: tuple[int, int] = SHAPE) -> TensorNetworkLinear:
+    made = tn.nn.prepare_for_inference(layer(name, shape), max_growth=4)
+    assert isinstance(made, TensorNetworkLinear)
+    return made
+
+
+def tokens(count: int, columns: int = SHAPE[1]) -> torch.Tensor:
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).bfloat16()
+
+
+def expected(name: str, x: torch.Tensor, shape: tuple[int, int] = SHAPE) -> torch.Tensor:
+    truth = layer(name, shape)
+    return nn.functional.linear(x.float(), truth.float().to_matrix(), truth.bias)
+
+
+def close(found: torch.Tensor, truth: torch.Tensor) -> None:
+    assert float((found.float() - truth).abs().max()) <= 0.01 * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (64, 1152)])
+@pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
+def test_values_are_those_of_the_stored_integers(
+    name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int4_cpu, "_BLOCK", 2 * 64 * shape[1])
+    number_format, (rows, columns) = NumberFormat.parse(name), shape
+    assert number_format.bits is not None
+    torch.manual_seed(0)
+    groups = (rows, number_format.groups(columns))
+    codes = torch.randint(0, number_format.top + 1, shape, dtype=torch.uint8)
+    codes[0, :2] = torch.tensor([0, number_format.top])
+    scales = torch.rand(groups).to(number_format.scale_dtype)
+    zeros = torch.randint(0, number_format.top + 1, groups, dtype=torch.uint8)
+    zeros[:2, 0] = torch.tensor([0, number_format.top])
+    packed, points = number_format.pack(codes), pack(zeros, number_format.bits)
+    stored_zeros = points if number_format.zero_point else None
+    matrix = to_kernel(number_format, packed, scales, stored_zeros, columns)
+    assert matrix.shape == shape
+    assert matrix.nbytes == layout_bytes(number_format, shape)
+    assert matrix.products == (1 if name in (*ONCE, "int2", "int2:row:zero") else 2)
+    if number_format.bits == 4 and matrix.products == 1:
+        torchs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+        assert torch.equal(matrix.codes, torchs)
+    for dtype in (torch.float32, torch.bfloat16):
+        values = dequantize(codes, scales, zeros if number_format.zero_point else None, number_format, dtype)
+        assert torch.equal(matrix.dense(dtype), values)
+        assert torch.equal(torch.cat([rows for _, rows in matrix.blocks(dtype)]), values)
+        if dtype == torch.float32:
+            close(matrix.by_kernel(tokens(3, columns)), tokens(3, columns).float() @ values.T)
+
+
+@pytest.mark.parametrize("count", [1, KERNEL_TOKENS // 2 + 1, KERNEL_TOKENS + 1])
+@pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
+def test_products(name: str, count: int) -> None:
+    made, x = prepared(name), tokens(count)
+    assert isinstance(made.integer_core, Int4Core)
+    assert not any(isinstance(x, PackedCore) for x in made.modules())
+    for _ in range(2):  # chosen, then remembered
+        close(made(x), expected(name, x))
+        close(made(x.view(1, count, -1))[0], expected(name, x))
+    close(made.to_matrix(), layer(name).float().to_matrix())
+    pulled, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    made(pulled).square().sum().backward()
+    expected(name, exact).square().sum().backward()
+    assert exact.grad is not None
+    assert pulled.grad is not None
+    close(pulled.grad, exact.grad)
+    for moved in (copy.deepcopy(made), made.float().bfloat16()):
+        close(moved(x), expected(name, x))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("int8:zero", SHAPE),
+        ("int8:row", SHAPE),
+        ("int4:float16", SHAPE),
+        ("int3", (100, 128)),
+        ("int4", (64, 100)),
+        ("int5:zero", (63, 65)),
+    ],
+)
+def test_other_formats_and_shapes_stay_as_they_are(name: str, shape: tuple[int, int]) -> None:
+    made = prepared(name, shape)
+    assert isinstance(made.integer_core, PackedCore)
+    close(made(tokens(2, shape[1])), expected(name, tokens(2, shape[1]), shape))
+
+
+def test_only_layers_that_gain_are_converted() -> None:
+    network = topology_family("dense").decompose(torch.randn(192, 128), tn.Budget()).network
+    storage = Storage(number_format=NumberFormat.parse("int4"))
+    table = embedding_from_network(network, storage=storage)
+    head = linear_from_network(network, bias=None, source="linear", storage=storage)
+    head.share_cores(table)  # a table reads rows
+    first, second, cached, chain = layer("int4"), layer("int4"), layer("int4"), tn.nn.MPOLinear(64, 64)
+    second.share_cores(first)
+    cached.strategy = "cached"
+    parts = [table, head, first, second, cached, chain, layer("int2"), layer("int4").float()]
+    model = nn.ModuleList([x.bfloat16() if k < 6 else x for k, x in enumerate(parts)])
+    assert tn.nn.prepare_for_inference(model) is model
+    assert not model.training
+    cores = [x.integer_core if isinstance(x, TensorNetworkLinear) else None for x in model]
+    assert [isinstance(x, Int4Core) for x in cores] == [k in (2, 3) for k in range(8)]
+    assert cores[2] is cores[3], "tied layers stay tied"
+    made = tn.nn.prepare_for_inference(layer("int2"), max_growth=2)
+    assert isinstance(made.integer_core, Int4Core)
+    number_format = NumberFormat.parse("int2")
+    assert layout_bytes(number_format, SHAPE) > MAX_GROWTH * number_format.nbytes(SHAPE)
+
+
+def test_training_and_saving_are_refused() -> None:
+    model = nn.Sequential(prepared("int4"))
+    assert model.eval() is model
+    with pytest.raises(tn.TargetError, match="cannot be trained"):
+        model.train()
+    with pytest.raises(tn.TargetError, match="cannot be saved"):
+        model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("int4", 2), ("int4:row", 40), ("int6:zero", 40), ("int8:row", 2)]
+)
+def test_compiled_exported_and_under_autocast(name: str, count: int) -> None:
+    made, x = prepared(name), tokens(count)
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        close(torch.compile(made, fullgraph=True, backend=backend)(x), expected(name, x))
+    assert any("pack_mm" in target for target in seen) == (name != "int6:zero")
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    pulled, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    compiled(pulled).square().sum().backward()
+    expected(name, exact).square().sum().backward()
+    assert exact.grad is not None
+    assert pulled.grad is not None
+    close(pulled.grad, exact.grad)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        close(made(x), expected(name, x))
+    if name == "int8:row":
+        close(torch.export.export(made, (x,)).module()(x), expected(name, x))
+
+
+@pytest.mark.parametrize("name", ["int4:g32", "int6:g32"])
+def test_the_copy_of_scales_is_what_compilers_are_told(name: str) -> None:
+    core = prepared(name).integer_core
+    assert isinstance(core, Int4Core)
+    matrix = core.integers
+    arguments = (matrix.scales, matrix.shape[0], matrix.block // 2)
+    torch.library.opcheck(torch.ops.tensornet.kernel_scales.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kernel"),
+    [
+        ("int4", 1, "int4 kernel"),
+        ("int4", KERNEL_TOKENS + 1, "unpacked"),
+        ("int8:row", 3, "int8 kernel"),
+        ("int8", 1, "int4 kernel twice"),
+        ("int5", KERNEL_TOKENS // 2 + 1, "unpacked"),
+        ("int8:zero", 1, "unpacked"),
+    ],
+)
+def test_explain_names_the_kernel(name: str, count: int, kernel: str) -> None:
+    told = prepared(name).explain(count)
+    cost = told[told.choice].integers
+    assert cost is not None
+    assert (told.choice, cost.kernel) == ("factorized", kernel)
+    assert cost.unpacked == (0 if "kernel" in kernel else SHAPE[0] * SHAPE[1])
+    number_format = NumberFormat.parse(name)
+    stored = number_format.nbytes(SHAPE)
+    assert cost.read_bytes == (layout_bytes(number_format, SHAPE) if "int4" in kernel else stored)
+    assert f"{kernel}, " in str(told)
+    plain = layer(name).explain(count)["factorized"].integers
+    assert plain is not None
+    assert plain.kernel == ("int8 kernel" if kernel == "int8 kernel" else "unpacked")
