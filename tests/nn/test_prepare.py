@@ -16,7 +16,7 @@ from tensornet.nn.int4_cpu import KERNEL_TOKENS, MAX_GROWTH, has_layout, layout_
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.prepare import Int4Core
 from tensornet.nn.storage import PackedCore, Storage
-from tensornet.quantization import NumberFormat, dequantize, pack
+from tensornet.quantization import NumberFormat, pack
 from tensornet.topologies import topology_family
 
 SHAPE = (192, 128)
@@ -82,7 +82,7 @@ def test_values_are_those_of_the_stored_integers(
         torchs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
         assert torch.equal(matrix.codes, torchs)
     for dtype in (torch.float32, torch.bfloat16):
-        values = dequantize(codes, scales, zeros if number_format.zero_point else None, number_format, dtype)
+        values = number_format.decode(codes, scales, zeros if number_format.zero_point else None, dtype)
         assert torch.equal(matrix.dense(dtype), values)
         assert torch.equal(torch.cat([rows for _, rows in matrix.blocks(dtype)]), values)
         if dtype == torch.float32:

@@ -27,7 +27,7 @@ from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import build_module
-from tensornet.nn.storage import PackedCore
+from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.description import (
