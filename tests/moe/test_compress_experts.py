@@ -210,7 +210,7 @@ def test_only_the_tensors_of_the_shared_core_are_common(pattern: str) -> None:
     storage = Storage(number_format="int4", core_formats={core: "int8"})  # type: ignore[arg-type]
     first, *others = fit_stored(pattern, list(PLANTED[pattern](3)), [Weighting()] * E, 5, storage)
     for stored in others:
-        assert {part for part in stored if stored[part] is first[part]} == {f"core_{core}", f"scale_{core}"}
+        assert {part for part in stored if stored[part] is first[part]} == {f"core_{core}"}
 
 
 def test_encodings_are_among_the_allowed_formats() -> None:
@@ -356,7 +356,7 @@ def test_the_model_has_the_sizes_and_errors_of_the_report(budget: dict[str, obje
     for stack in report.stacks:
         core = PATTERNS[stack.pattern].core
         layers = [model.get_submodule(name) for name in stack.names]
-        assert len({id(layer.stored[f"core_{core}"]) for layer in layers}) == 1  # type: ignore[index]
+        assert len({id(getattr(layer, f"core_{core}")) for layer in layers}) == 1
         block = dense.get_submodule(stack.names[0].rsplit(".", 2)[0])
         for weight, layer, error in zip(block.w, layers, stack.errors, strict=True):  # type: ignore[arg-type]
             gap = float((weight - layer.to_matrix()).detach().norm() / weight.detach().norm())  # type: ignore[operator]
@@ -381,20 +381,20 @@ def test_copies_files_and_moves_keep_a_shared_core_one(budget: dict[str, object]
         for stack in report.stacks:
             part = f"core_{PATTERNS[stack.pattern].core}"
             layers = [other.get_submodule(name) for name in stack.names]
-            assert len({id(layer.stored[part]) for layer in layers}) == 1  # type: ignore[index]
+            assert len({id(getattr(layer, part)) for layer in layers}) == 1
 
 
 @pytest.mark.parametrize("budget", [RATIO, BITS], ids=str)
 def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
     model, (dense, _, batches) = copy.deepcopy(compressed(**budget)[0]), calibrated()
     stack = compressed(**budget)[1].stacks[0]
-    part = ("scale_" if stack.storage.quantized else "core_") + PATTERNS[stack.pattern].core
+    part = f"core_{PATTERNS[stack.pattern].core}" + (".scales" if stack.storage.quantized else "")
     first, second = (model.get_submodule(name) for name in stack.names[:2])
-    before, count = getattr(first, part).clone(), len({id(p) for p in model.parameters()})
+    before, count = first.stored[part].clone(), len({id(p) for p in model.parameters()})
     report = tn.heal(model, dense, batches, steps=30, lr=1e-2)
     assert sum(report.losses[-5:]) < sum(report.losses[:5])
-    assert getattr(first, part) is getattr(second, part)
-    assert not torch.equal(getattr(first, part), before)
+    assert first.stored[part] is second.stored[part]
+    assert not torch.equal(first.stored[part], before)
     assert len({id(p) for p in model.parameters()}) == count
 
 

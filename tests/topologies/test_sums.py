@@ -181,7 +181,7 @@ def test_a_floating_matrix_takes_what_rounding_the_network_leaves() -> None:
 @pytest.mark.parametrize("strategy", ["auto", "factorized", "reconstruct", "cached"])
 def test_forward_and_gradients_do_not_depend_on_the_strategy(strategy: str) -> None:
     made = layer(Storage(number_format="bf16", core_formats={"base": "int4"}), moments()).eval()
-    made.configure(strategy=strategy)  # type: ignore[arg-type]
+    made.strategy = strategy  # type: ignore[assignment]
     x = torch.randn(5, SHAPE[1], requires_grad=True)
     expected = x @ made.to_matrix().T
     y = made(x)

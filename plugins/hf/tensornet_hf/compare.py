@@ -244,11 +244,11 @@ def _stored_numbers(model: PreTrainedModel, weights: int) -> int:
     layers = {tuple(map(id, module.stored.values())): module for module in networks}
     cores: dict[int, int] = {}  # numbers of every core, one that several layers share once
     for module in layers.values():
-        topology, stored = module.topology, module.stored
+        topology = module.topology
         weights -= math.prod(topology.shape)
         for name in topology.core_names:
             size, _ = module.storage.core_size(topology, name, module.weight.dtype)
-            cores[id(stored[f"core_{name}"])] = size
+            cores[id(getattr(module, f"core_{name}"))] = size
     return weights + sum(cores.values())
 
 

@@ -75,7 +75,7 @@ def test_saved_and_loaded_by_every_door(folder: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert torch.equal(again(TOKENS).logits, expected)
     assert again.lm_head.core_matrix is again.transformer.wte.core_matrix  # the tied head once
-    assert again.lm_head.scale_matrix is again.transformer.wte.scale_matrix
+    assert again.lm_head.core_matrix is again.transformer.wte.core_matrix
     for name, tensor in model.state_dict().items():
         assert again.state_dict()[name].dtype == tensor.dtype, name
     tokens = again.generate(TOKENS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -121,21 +121,23 @@ def _damaged(folder: Path, path: Path, name: str, change: str) -> Path:
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     tensor = tensors[name]
-    tensors[name] = tensor[..., :-1].contiguous() if change == "short" else torch.full_like(tensor, torch.nan)
+    tensors[name] = (
+        tensor[..., :-1].contiguous() if change == "short" else torch.full_like(tensor, 0x7FC0)
+    )  # bits of NaN
     save_file(tensors, path / file.name, metadata={"format": "pt"})
     (path / "config.json").write_text((folder / "config.json").read_text())
     return path
 
 
 def test_packed_tensors_of_another_length_are_refused(folder: Path, tmp_path: Path) -> None:
-    bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.core_matrix", "short")
-    with pytest.raises(tn.FormatError, match=r"core_matrix is stored with shape .*, its description says"):
+    bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.core_matrix.codes", "short")
+    with pytest.raises(tn.FormatError, match=r"core_matrix\.codes is stored with shape"):
         th.load(bad)
 
 
 def test_scales_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
-    bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.scale_matrix", "nan")
-    with pytest.raises(tn.FormatError, match="scale_matrix holds NaN or infinite scales"):
+    bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.core_matrix.scales", "nan")
+    with pytest.raises(tn.FormatError, match="scales holds NaN"):
         th.load(bad)
 
 
@@ -166,11 +168,11 @@ C_ATTN = "transformer.h.0.attn.c_attn"
 @pytest.mark.parametrize(
     ("part", "replacement", "message"),
     [
-        ("core", None, "core_matrix is missing"),
-        ("scale", None, "scale_matrix is missing"),
-        ("zero", torch.zeros(384, 1, dtype=torch.uint8), "zero_matrix stored, but not described"),
-        ("core", torch.zeros(384, 128, dtype=torch.int16), "stored as int16, .*uint8"),
-        ("scale", torch.zeros(384, 1), "stored as float32, .*bfloat16"),
+        ("codes", None, "core_matrix.codes is missing"),
+        ("scales", None, "core_matrix.scales is missing"),
+        ("zeros", torch.zeros(384, 1, dtype=torch.uint8), "zeros stored, but not described"),
+        ("codes", torch.zeros(384, 128, dtype=torch.int16), "stored as int16, .*uint8"),
+        ("scales", torch.zeros(384, 1), "stored as float32, .*int16"),
     ],
 )
 def test_files_that_hold_other_tensors(
@@ -178,7 +180,7 @@ def test_files_that_hold_other_tensors(
 ) -> None:
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    name = f"{C_ATTN}.{part}_matrix"
+    name = f"{C_ATTN}.core_matrix.{part}"
     tensors.pop(name, None)
     save_file(
         tensors if replacement is None else {**tensors, name: replacement},
@@ -196,9 +198,9 @@ def test_scales_of_another_dtype_than_claimed(folder: Path, tmp_path: Path) -> N
     (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     storage = config["quantization_config"]["layers"][C_ATTN]["storage"]
-    storage["number_format"] += ":float16"
+    storage["number_format"] += ":float8"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    message = rf"{C_ATTN}\.scale_matrix is stored as bfloat16, but the .* claims float16\. .*restore the"
+    message = rf"{C_ATTN}\.core_matrix\.scales is stored as int16"
     with pytest.raises(tn.FormatError, match=message):
         th.load(tmp_path)
 
@@ -232,17 +234,17 @@ def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
     x = torch.randn(3, 40)
     assert torch.equal(tn.load_model(fresh(), tmp_path / "net.safetensors")(x), model(x))
     bad = {
-        k: v.half() if k == "0.scale_matrix" else v
+        k: v.int() if k == "0.core_matrix.scales" else v
         for k, v in load_file(tmp_path / "net.safetensors").items()
     }
     with safetensors.safe_open(tmp_path / "net.safetensors", framework="pt") as opened:
         save_file(bad, tmp_path / "half.safetensors", metadata=opened.metadata())
-    with pytest.raises(tn.FormatError, match=r"0\.scale_matrix is stored as float16, .* claims bfloat16"):
+    with pytest.raises(tn.FormatError, match=r"scales is stored as int32, .* claims int16"):
         tn.load_model(fresh(), tmp_path / "half.safetensors")
     with torch.no_grad():
-        model[0].scale_matrix[0, 0] = torch.inf
+        model[0].core_matrix.scales[0, 0] = 0x7F80  # bits of infinity
     tn.save_model(model, tmp_path / "net.safetensors")
-    with pytest.raises(tn.FormatError, match=r"0\.scale_matrix holds NaN or infinite scales"):
+    with pytest.raises(tn.FormatError, match=r"scales holds NaN"):
         tn.load_model(fresh(), tmp_path / "net.safetensors")
 
 
