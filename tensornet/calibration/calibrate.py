@@ -46,7 +46,6 @@ from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model, find_targets
 from tensornet.nn.unfuse import unfused
-from tensornet.nn.weight_readers import Run, weight_readers
 
 Fisher = Literal["labels", "sampled"]
 #: Calibration that is not told how many tokens to read stops at so many at the latest.
@@ -289,8 +288,7 @@ class _Runs:
         self.count += 1
 
     def _first(self, batch: Batch, with_gradients: bool) -> None:
-        """Find readers of weights and the default loss on the first batch."""
-        self.recorder.readers = weight_readers(self.model, [_batch_run(batch, self.loss_fn)])
+        """Find the default loss on the first batch."""
         with torch.set_grad_enabled(with_gradients):
             if with_gradients if self.loss_fn is None else self.loss_fn in _OWN:
                 with self.recorder.paused():
@@ -309,10 +307,6 @@ class _Runs:
         if self.gradient_batches == 0 and not self.scored:
             return None
         return mean_loss(self.total, self.scored, self.loss_fn)
-
-
-def _batch_run(batch: Batch, loss_fn: TokenLosses | None) -> Run:
-    return lambda twin: run_model(twin, batch) if loss_fn is None else loss_fn(twin, batch)
 
 
 def checked_losses(losses: Any) -> Tensor:
@@ -371,7 +365,6 @@ class MomentRecorder:
         self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self.readers: frozenset[str] = frozenset()
         self._gathered = GatheredTokens()
         self._gathered_of: Batch = self.batch
         self._masks: dict[str, Tensor] = {}  # of inputs `(tokens, features)` of this batch, by layer
@@ -506,7 +499,6 @@ class MomentRecorder:
                     "checkpoint, run the model in float32, or exclude the layer."
                 )
         tokens = max(self.counts.values(), default=0)
-        readers = tuple(sorted(self.readers))
         coherence = self._coherence(rows, {**columns, **(inputs or {})})
         return CalibrationStats(
             rows,
@@ -514,7 +506,6 @@ class MomentRecorder:
             tokens,
             loss,
             source,
-            readers,
             coherence=coherence,
             counts=dict(self.counts),
             scored=scored,

@@ -34,7 +34,6 @@ class CalibrationStats:
         tokens: number of tokens the moments are means over, padding left out.
         loss: mean loss of a token, None where no loss was computed.
         source: where the text came from, for reports.
-        readers: layers whose weight is read past them, as running a batch has shown.
         of_tokens: the loss is the cross entropy of tokens, so that its exponential is a perplexity.
         coherence: by module name, factor of `R`: how far errors add up over the tokens of a row (a text, an
             image), as a mean square relative to independent tokens, for errors that are alike in all
@@ -61,7 +60,6 @@ class CalibrationStats:
     tokens: int
     loss: float | None = None
     source: str = field(default="calibration data")
-    readers: tuple[str, ...] = ()
     of_tokens: bool = False
     coherence: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -126,7 +124,6 @@ class CalibrationStats:
             "tokens": self.tokens,
             "loss": self.loss,
             "source": self.source,
-            "readers": list(self.readers),
             "of_tokens": self.of_tokens,
             "coherence": dict(self.coherence),
             "counts": dict(self.counts),
@@ -157,13 +154,11 @@ class CalibrationStats:
                 side: {name: tensors[key] for name, key in header[side].items()}
                 for side in ("rows", "columns")
             }
-            readers = tuple(header.get("readers", ()))  # absent in older files
             return cls(
                 **sides,
                 tokens=header["tokens"],
                 loss=header["loss"],
                 source=header["source"],
-                readers=readers,
                 of_tokens=header.get("of_tokens", True),  # older files: of text, if there was a loss
                 coherence=header.get("coherence", {}),
                 counts=header.get("counts", {}),

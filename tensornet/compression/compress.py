@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from tensornet.compression.planning import prepare
 from tensornet.compression.report import CompressionReport, layer_reports, measure_coverage, model_size
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, sample_batch
-from tensornet.nn.targets import check_model, list_weights
+from tensornet.nn.targets import READ, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
 #: What `compress` calibrates with: batches, batches with their name and loss, or statistics.
@@ -96,7 +97,7 @@ def compress(
             )
         plan, made = given, {}
         with unfused(model):
-            weights = list_weights(model, () if stats is None else stats.readers)
+            weights = list_weights(model)
     else:
         prepared = prepare(model, config, stats, progress=progress)
         batches = list(data.batches) or ([] if held_out is None else list(held_out.batches))
@@ -120,7 +121,6 @@ def compress(
                 progress=progress,
             )
         plan, made, weights = prepared.plan(progress=progress), prepared.made, list(prepared.weights)
-    coverage = measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen)
 
     # Apply the plan, run one batch, and put back dense the layers whose weights the model's code reads.
     seen = held_out or data
@@ -133,6 +133,9 @@ def compress(
         plan = plan.replace_layer(name, None)
         del errors[name]
     del dense
+    weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
+    planned = [layer.name for layer in plan if layer.name not in returned]
+    coverage = measure_coverage(weights, planned, unseen=plan.unseen)
 
     # Measure and report.
     measured = None if before is None else measure(model, before)
@@ -255,8 +258,16 @@ def _warn_without_data(model: nn.Module, config: CompressionConfig) -> None:
 # --- code that reads the weight of a replaced layer -----------------------------------------------------
 
 
-def _run(model: nn.Module, batch: Batch) -> None:
-    with torch.no_grad(), in_eval_mode(model), uncompiled(), without_cache(model):
+def run_once(model: nn.Module, batch: Batch, *, training: bool = False) -> None:
+    """Run a model once without gradients; modes, buffers and the random state stay as they were."""
+    buffers = {name: x.clone() for name, x in model.named_buffers()} if training else {}
+    with ExitStack() as stack:
+        for each in (torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model), uncompiled()):
+            stack.enter_context(each)
+        stack.enter_context(without_cache(model))
+        stack.callback(model.eval)
+        stack.callback(lambda: [model.get_buffer(name).copy_(x) for name, x in buffers.items()])
+        model.train(training)
         run_model(model, batch)
 
 
@@ -270,7 +281,7 @@ def _batch_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | Non
     for choice in (*choices, lambda: sample_batch(model)):
         try:
             if (batch := choice()) is not None:
-                _run(model, batch)
+                run_once(model, batch)
                 return batch
         except Exception:
             continue
@@ -285,6 +296,8 @@ def _put_back_readers(
     dense: Mapping[str, nn.Module],
 ) -> dict[str, str]:
     """Run a compressed model, and put the layers back dense whose weight its code reads.
+
+    Some code reads weights in training mode alone, so the model is run in both modes.
 
     Args:
         model: compressed.
@@ -302,20 +315,24 @@ def _put_back_readers(
     planned = {layer.name for layer in plan}
     names_of = {x: (target.names[0], target.names) for target in weights for x in target.names}
     returned: dict[str, str] = {}
-    while True:
-        try:
-            _run(model, batch)
-            break
-        except BaseException as error:
-            reader = getattr(error, "layer", None)
-            read = [x for x, module in model.named_modules(remove_duplicate=False) if module is reader]
-            found = [x for x in read if x in dense and names_of[x][0] in planned - returned.keys()]
-            if reader is None or not found:
-                put_back(model, dense)
-                raise
-            name, names = names_of[found[0]]
-            put_back(model, {x: dense[x] for x in names})
-            returned[name] = str(error).partition(" on the weight")[0] + " outside of the layer"
+    for training in (False, True):
+        while True:
+            try:
+                run_once(model, batch, training=training)
+                break
+            except BaseException as error:
+                reader = getattr(error, "layer", None)
+                read = [x for x, module in model.named_modules(remove_duplicate=False) if module is reader]
+                found = [x for x in read if x in dense and names_of[x][0] in planned - returned.keys()]
+                if reader is not None and found:
+                    name, names = names_of[found[0]]
+                    put_back(model, {x: dense[x] for x in names})
+                    returned[name] = str(error).partition(" on the weight")[0] + " outside of the layer"
+                elif training and isinstance(error, Exception):  # a model need not train on one row
+                    break
+                else:
+                    put_back(model, dense)
+                    raise
     if returned:
         warn(f"Put back dense, because the model's code reads their weights: {', '.join(returned)}.")
     return returned

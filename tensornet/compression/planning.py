@@ -195,7 +195,7 @@ def prepare(
     check_stats(stats)
     objective = resolve_objective(config, stats)
     with unfused(model):
-        weights = tuple(find_targets(model, config, () if stats is None else stats.readers))
+        weights = tuple(find_targets(model, config))
     targets = tuple(x for x in weights if not x.skip)
     check_loaded(targets)
     if stats is not None:

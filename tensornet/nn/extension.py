@@ -16,9 +16,6 @@ from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import module_spec
 
-#: Runs a model that is given to it.
-Run = Callable[[nn.Module], Any]
-
 
 @dataclass(frozen=True)
 class ProvidedData:
@@ -101,17 +98,6 @@ class ModelExtension:
         """
         return None
 
-    def sample_runs(self, model: nn.Module) -> Iterable[Run]:
-        """Return runs of the model on generated data, which reveal weights read outside their layers.
-
-        Args:
-            model: says which calls are possible.
-
-        Returns:
-            Functions that run a copy of the model, or a part of it; one that cannot may raise anything.
-        """
-        return ()
-
 
 _EXTENSIONS: list[ModelExtension] = []
 
@@ -158,11 +144,6 @@ def provided_data(model: nn.Module) -> ProvidedData | None:
 def sample_batch(model: nn.Module) -> Mapping[str, Any] | None:
     """Return the batch of the first extension that makes one for this model, or None."""
     return next((batch for x in _EXTENSIONS if (batch := x.sample_batch(model)) is not None), None)
-
-
-def sample_runs(model: nn.Module) -> list[Run]:
-    """Return the runs of all extensions."""
-    return [run for extension in _EXTENSIONS for run in extension.sample_runs(model)]
 
 
 def structure_changed(model: nn.Module) -> None:

@@ -23,7 +23,6 @@ from tensornet.nn.layer_kinds import (
 )
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.unfuse import Compound
-from tensornet.nn.weight_readers import weight_readers
 
 ALL = "all"
 
@@ -115,7 +114,7 @@ class Target:
         return self.skip in (EXCLUDED, HEAD, TABLE)
 
 
-def find_targets(model: nn.Module, config: LayerSelection, readers: Iterable[str] = ()) -> list[Target]:
+def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
     """List every weight of a model once: those to compress, and all others with the reason to skip them.
 
     Modules that share one weight form one target, whichever of them a pattern names: they stay tied. A
@@ -124,7 +123,6 @@ def find_targets(model: nn.Module, config: LayerSelection, readers: Iterable[str
     Args:
         model: any module, unfused (`tensornet.nn.unfuse.unfused`) if its stacks are to be seen as layers.
         config: which layers to compress.
-        readers: names of layers whose weight is known to be read outside their `forward`.
 
     Returns:
         Weights of layers in the order of the model, then all other parameters, each of which has a `skip`.
@@ -139,7 +137,7 @@ def find_targets(model: nn.Module, config: LayerSelection, readers: Iterable[str
         >>> [(x.name, x.skip) for x in find_targets(model, LayerSelection())]
         [('0', 'embedding'), ('1', ''), ('1.bias', 'bias')]
     """
-    weights = list_weights(model, readers)
+    weights = list_weights(model)
     layers = [x for x in weights if x.kinds]
     included, excluded = _patterns(config.target_modules), _patterns(config.exclude_modules) or []
     _check_matching(model, layers, [*(included or []), *excluded])
@@ -161,7 +159,6 @@ def find_targets(model: nn.Module, config: LayerSelection, readers: Iterable[str
     for name, module in model.named_modules():
         if (reason := reason_against(module)) in _REMEDIES and not choice([name], [module]):
             dense[name] = reason
-    _check_readable(included or [], found)
     _, wrapped = split_by_adapters(model, (name for x in selected for name in x.names))
     refuse_wrapped(wrapped)
     if not selected:
@@ -174,11 +171,11 @@ def find_targets(model: nn.Module, config: LayerSelection, readers: Iterable[str
     return found
 
 
-def list_weights(model: nn.Module, readers: Iterable[str] = ()) -> list[Target]:
+def list_weights(model: nn.Module) -> list[Target]:
     """List every weight of a model once; those that no configuration can compress have a `skip`.
 
     Args:
-        model, readers: see `find_targets`.
+        model: see `find_targets`.
 
     Returns:
         Weights of layers in the order of the model, then all other parameters.
@@ -186,7 +183,6 @@ def list_weights(model: nn.Module, readers: Iterable[str] = ()) -> list[Target]:
     layers = all_targets(model)
     tied = users_outside(model, layers)
     adapters, _ = split_by_adapters(model, (name for layer in layers for name in layer.names))
-    past = weight_readers(model).union(readers)
     found = []
     for layer in layers:
         skip = ""
@@ -194,8 +190,6 @@ def list_weights(model: nn.Module, readers: Iterable[str] = ()) -> list[Target]:
             skip = ADAPTER
         elif layer.name in tied:
             skip = f"tied to {type(model.get_submodule(tied[layer.name])).__name__}"
-        elif not past.isdisjoint(layer.all_names):
-            skip = READ
         found.append(replace(layer, skip=skip))
     seen = {id(layer.weight) for layer in layers}
     biases = {id(layer_bias(module)) for layer in layers for module in layer.modules}
@@ -233,29 +227,12 @@ def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequen
         )
 
 
-def _check_readable(patterns: Sequence[str], found: Sequence[Target]) -> None:
-    """Raise TargetError if a pattern names nothing but layers whose weight is read past them.
-
-    Raises:
-        TargetError: the message names the layers.
-    """
-    for pattern in patterns:
-        named = [x for x in found if pattern == ALL or _matches_any(x.all_names, [pattern])]
-        if pattern != ALL and named and all(x.skip == READ for x in named):
-            raise TargetError(
-                f"Pattern {pattern!r} names layers whose weights are read past them: {summary(named)}. The "
-                "model computes with these weights itself, as a run of it has shown, and compressed layers "
-                "have no such weights. Remove the pattern from target_modules."
-            )
-
-
 #: What ends a reason to skip a layer.
 _REMEDIES = {
     RECOMPUTED: "before each pass a hook recomputes it; make it an ordinary parameter by "
     "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils",
     OWN_FORWARD: "delete it to compress the layer (`del layer.forward`), or put what it adds into a hook, "
     "which compression keeps",
-    READ: "the model computes with it itself, and compressed layers have no such weights",
 }
 _TIED_REMEDY = "compressing would untie them; tensornet.nn.register_layer_kind makes that type compressible"
 

@@ -73,7 +73,9 @@ class WeightFacts(Tensor):
                 "shape. Call the layer; or take layer.to_matrix(), which rebuilds the dense matrix; or leave "
                 "the layer dense by exclude_modules."
             )
-            error.layer = next((x._layer for x in args if isinstance(x, cls)), None)
+            values = [*args, *(kwargs or {}).values()]
+            flat = [y for x in values for y in (x if isinstance(x, list | tuple) else [x])]
+            error.layer = next((x._layer for x in flat if isinstance(x, cls)), None)
             raise error
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **(kwargs or {}))

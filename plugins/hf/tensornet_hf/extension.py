@@ -1,16 +1,15 @@
 """Extension of tensornet for transformers models."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
-from tensornet.nn.extension import ModelExtension, ProvidedData, Run
+from tensornet.nn.extension import ModelExtension, ProvidedData
 from tensornet_hf.experts import experts_apart, tell_padding
 from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.sample_batch import sample_batch
-from tensornet_hf.sample_runs import sample_runs
 from tensornet_hf.text import embedded_text
 
 
@@ -36,7 +35,3 @@ class TransformersExtension(ModelExtension):
     def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
         """Make a small batch from the configuration of a transformers model."""
         return sample_batch(model)
-
-    def sample_runs(self, model: nn.Module) -> Iterable[Run]:
-        """List runs of initialization, training and inference for every part that is a transformers model."""
-        return sample_runs(model)

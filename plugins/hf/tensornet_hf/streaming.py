@@ -10,6 +10,7 @@ here or by the workers of an executor, and a finished one is skipped when an int
     .NAME.partial/out/           becomes NAME by one rename, when everything is in it
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -29,14 +30,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet.compression
-from tensornet._util import progress_bar
+from tensornet._util import progress_bar, warn
 from tensornet.calibration import CalibrationStats
 from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
+from tensornet.compression.apply import set_submodule
 from tensornet.compression.report import Coverage, layer_reports, measure_coverage
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import (
@@ -51,11 +53,13 @@ from tensornet.io import (
     write_shard,
     write_tensors,
 )
-from tensornet.nn.targets import find_targets, list_weights
+from tensornet.nn.targets import READ, find_targets, list_weights
 from tensornet.nn.unfuse import unfused
+from tensornet.nn.weight_facts import WeightReadError, weight_facts
 from tensornet_hf.checkpoint import CARD, INDEX, WEIGHTS, check_free, read_json, write_card
 from tensornet_hf.description import GUARD_SHAPE, TensorNetworkConfig, describe, replaced_names
 from tensornet_hf.lazy_model import LazyModel, Source, check_unchanged, marks_now, open_lazily, open_source
+from tensornet_hf.sample_batch import sample_batch
 
 #: Bytes of the source that become one file; memory holds what they are compressed to.
 MAX_SHARD_BYTES = 2_000_000_000
@@ -196,6 +200,12 @@ def compress_checkpoint(
 
         # Stage 1: one plan for the whole model; an interrupted run has it already.
         lazy = open_lazily(source, spill=work)
+        read = [] if plan is not None else _layers_read(lazy.model)
+        if read:
+            excluded = config.exclude_modules or ()
+            excluded = (excluded,) if isinstance(excluded, str) else tuple(excluded)
+            config = replace(config, exclude_modules=(*excluded, *read))
+            warn(f"Left dense, because the model's code reads their weights: {', '.join(read)}.")
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
         if plan is None:
@@ -205,7 +215,7 @@ def compress_checkpoint(
                 plan = tensornet.compression.plan(lazy.model, config, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
-            weights = list_weights(lazy.model)
+            weights = [replace(x, skip=READ) if x.name in read else x for x in list_weights(lazy.model)]
         coverage = measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen)
 
         # Stage 2: compress every shard that is not finished.
@@ -293,6 +303,71 @@ def _begin(work: Path, source: Source, decisive: Mapping[str, Any], *, resume: b
         write_file(path, [json.dumps(record).encode()])
     for name in ("shards", "out"):
         (work / name).mkdir(exist_ok=True)
+
+
+class _OnlyCalled(nn.Module):
+    """Layer that computes as the stock layer does, and whose weight cannot be read, as if compressed."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self._stock = (stock,)
+        self.register_forward_hook(lambda *_: None)  # so that unfused modules call it
+
+    @property
+    def weight(self) -> Tensor:
+        stock = self._stock[0].weight
+        assert isinstance(stock, Tensor)
+        return weight_facts(stock, stock.shape, layer=self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._stock[0](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stock"][0], name)
+
+
+@torch.no_grad()
+def _layers_read(model: PreTrainedModel) -> list[str]:
+    """Find the layers whose weight the code of a model reads, by running a copy of zeros on one batch.
+
+    Every weight of the copy takes the memory of one number.
+    """
+    zeros: dict[int, Any] = {}
+    for tensor in model.parameters():
+        zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        zeros[id(tensor)] = nn.Parameter(zero, False)
+    for tensor in model.buffers():
+        zeros[id(tensor)] = torch.zeros_like(tensor, device="cpu")
+    model = copy.deepcopy(model, zeros)
+    batch: Any = sample_batch(model)
+    found: list[str] = []
+    if batch is None:
+        return found
+    with unfused(model):
+        targets = [x for x in list_weights(model) if x.kinds and not x.skip]
+        stock = {name: x for target in targets for name, x in zip(target.names, target.modules, strict=True)}
+        placed = {name: _OnlyCalled(module) for name, module in stock.items()}
+        names = {id(placed[name]): target.names for target in targets for name in target.names}
+        for name, module in placed.items():
+            set_submodule(model, name, module)
+        for training in (False, True):
+            while True:
+                try:
+                    model.train(training)(**batch)
+                    break
+                except WeightReadError as error:
+                    read = names[id(error.layer)]
+                    found.append(read[0])
+                    for name in read:
+                        set_submodule(model, name, stock[name])
+                        for parameter in stock[name].parameters():  # it may be written into
+                            parameter.data = torch.zeros_like(parameter)
+                except Exception:  # its code asks for values, or takes no such batch
+                    break
+    return found
 
 
 def _check_mapped(lazy: LazyModel, source: Source, config: CompressionConfig) -> None:
