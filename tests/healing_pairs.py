@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import tensornet as tn
-from tensornet.healing.objective import output_distance
-from tensornet.healing.trained import compressed_layers, trainable_cores
+from tensornet.healing.heal import compressed_layers, output_distance, trainable_cores
 
 #: Options of `Trainer` for a few steps on the CPU.
 TRAINING: dict[str, Any] = {

@@ -1,34 +1,127 @@
 """Healing: distil a dense model into the cores of its compressed student."""
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import in_eval_mode, progress_bar, without_cache
-from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches
-from tensornet.errors import NonFiniteError, TargetError
-from tensornet.healing.checkpoint import load_state, save_state
-from tensornet.healing.config import HealingConfig
-from tensornet.healing.held_weights import held_weights
-from tensornet.healing.objective import end_to_end_step, layer_step, output_distance
-from tensornet.healing.trained import (
-    compressed_layers,
-    only_training,
-    relative_groups,
-    row_orders,
-    trained_parameters,
-)
-from tensornet.healing.trained_scales import trained_scales
-from tensornet.io import check_place
+from tensornet._util import check_size, in_eval_mode, progress_bar, uncompiled, without_cache
+from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.losses import field, only_hidden, output_distances, pooled
+from tensornet.calibration.masks import token_mask
+from tensornet.errors import FormatError, NonFiniteError, TargetError
+from tensornet.healing.divergence import divergence
+from tensornet.io import check_place, write_tensors
+from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import pack_after_training, unpack_for_training
 from tensornet.nn.unfuse import unfused
+from tensornet.quantization import TrainedCodes
+
+#: Distance between the outputs of the student and the teacher on a batch: a scalar.
+Distance = Callable[[Any, Any, Batch], Tensor]
+#: Which parameters are trained.
+Parameters = Literal["auto", "cores", "vectors", "codes", "trainable"]
+
+
+@dataclass(frozen=True)
+class HealingConfig:
+    """Options of `heal`.
+
+    Args:
+        steps: end-to-end steps, one batch each.
+        layer_steps: layer-wise steps before them.
+        lr: largest learning rate. For cores relative to the root mean square of each core, 5e-4 if absent,
+            which suits some hundred steps of a pretrained model; models trained from scratch in an hour take
+            five times as much. Gains and biases take six times the rate of cores, integers forty times that
+            number of units a step (0.02). With `parameters="trainable"` absolute, and 1e-4 if absent.
+        temperature: of the softmax whose divergence is lowered.
+        distance: of the outputs of both models. If absent, the divergence of the logits; one minus the cosine
+            of mean-pooled hidden states for models without logits; the relative squared difference for
+            outputs that are tensors.
+        parameters: `"cores"`, with 16-bit scales of integers; `"vectors"`, these and the gains and biases of
+            the model, where scales of eight bits cannot be trained; `"codes"`, these and the integers
+            themselves, rounded in each pass with the gradient of the values (straight-through), which heals
+            more at two and three bits and takes 16 bytes a weight while it runs; `"trainable"` for all that
+            require gradients now, such as adapters beside frozen cores. `"auto"` is `"cores"` where every
+            compressed layer has something to train, else `"vectors"`.
+        autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
+            recent processors and changes the result little.
+        max_seconds: stop earlier; the learning rate then falls with time.
+        clock: measures `max_seconds` and the time of the report: wall time, or `time.process_time` for the
+            work of this process on a machine that is shared.
+        checkpoint: safetensors file for cores and optimizer. If it exists, healing resumes from it, so the
+            same call can be repeated after an interruption, with a model compressed anew the same way.
+        save_every: steps between two writes of the checkpoint.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    Example:
+        >>> tn.HealingConfig(steps=100).rate
+        0.0005
+    """
+
+    steps: int = 300
+    layer_steps: int = 0
+    lr: float | None = None
+    temperature: float = 1.0
+    distance: Distance | None = None
+    parameters: Parameters = "auto"
+    autocast: torch.dtype | None = None
+    max_seconds: float | None = None
+    clock: Callable[[], float] = time.perf_counter
+    checkpoint: str | Path | None = None
+    save_every: int = 50
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("steps", self.steps, least=0, error=ValueError)
+        check_size("layer_steps", self.layer_steps, least=0, error=ValueError)
+        check_size("save_every", self.save_every, error=ValueError)
+        if self.parameters not in get_args(Parameters):
+            raise ValueError(f"parameters must be one of {get_args(Parameters)}, got {self.parameters!r}.")
+        for name in ("lr", "temperature", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value!r}.")
+
+    @property
+    def selects_parameters(self) -> bool:
+        """True if `heal` selects what is trained, instead of taking what requires gradients.
+
+        Where it does, scales of integers become trainable, learning rates are relative to the size of each
+        parameter, and checkpoints hold the order of rows beside the cores.
+
+        Example:
+            >>> tn.HealingConfig().selects_parameters
+            True
+            >>> tn.HealingConfig(parameters="trainable").selects_parameters
+            False
+        """
+        return self.parameters != "trainable"
+
+    @property
+    def rate(self) -> float:
+        """Maximum learning rate; by default that of the trained parameters."""
+        if self.lr is not None:
+            return self.lr
+        return 5e-4 if self.selects_parameters else 1e-4
+
+    @property
+    def total(self) -> int:
+        """Number of steps of both kinds."""
+        return self.layer_steps + self.steps
 
 
 @dataclass(frozen=True)
@@ -71,9 +164,7 @@ def heal(
 
     First layer by layer (each compressed layer learns the dense layer's outputs for the dense layer's inputs,
     without a backward pass through the model), then end to end. AdamW without weight decay, gradients clipped
-    to norm 1; the learning rate rises for a twentieth of the steps and falls to zero. With `autocast` the
-    frozen matrices of both models are cast or unpacked once and held in that dtype until the end, unless
-    `hold_weights=False`.
+    to norm 1; the learning rate rises for a twentieth of the steps and falls to zero.
 
     Args:
         model: compressed, changed in place.
@@ -113,147 +204,84 @@ def heal(
         )
     config = HealingConfig(**options) if config is None else config
     check_batches(data, "heal")
-    codes = config.parameters == "codes"
-    with trained_scales(model, codes=codes) if config.selects_parameters else nullcontext():
-        return _healed(model, teacher, data, config)
-
-
-def _healed(
-    model: nn.Module, teacher: nn.Module, data: Iterable[BatchLike], config: HealingConfig
-) -> HealReport:
-    start = config.clock()
-    run = _Run.start(model, teacher, config)
-    batches = _forever(data, skip=run.done)
-    device = next(model.parameters()).device
-    apart = unfused(teacher) if config.layer_steps else nullcontext()
-    trained, held = run.trained.values(), config.autocast if config.hold_weights else None
-    with (
-        apart,
-        in_eval_mode(model, teacher),
-        without_cache(model),
-        without_cache(teacher),
-        only_training(model, trained),
-        held_weights(model, teacher, dtype=held, trained=trained),
-    ):
-        bar = progress_bar(
-            total=config.total, initial=run.done, desc="healing", disable=not config.progress, unit="step"
-        )
-        while run.done < config.total and (gone := run.progress(config.clock() - start)) < 1:
-            loss = run.step(as_batch(next(batches), model, device), gone)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}")
-            if run.done % config.save_every == 0 and run.done < config.total:
-                run.save()
-        bar.close()
-        run.save()
-    return run.report(config.clock() - start)
-
-
-@dataclass
-class _Run:
-    """State of one call of `heal`."""
-
-    model: nn.Module
-    teacher: nn.Module
-    config: HealingConfig
-    layers: Mapping[str, NetworkModule]
-    trained: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
-    done: int = 0
-    losses: list[float] = field(default_factory=list)
-    layer_losses: list[float] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, model: nn.Module, teacher: nn.Module, config: HealingConfig) -> "_Run":
-        """Select what is trained, and resume from the checkpoint if it exists."""
+    chosen = config.selects_parameters
+    begun = config.clock()
+    with ExitStack() as stack:
+        if chosen:
+            stack.enter_context(trained_scales(model, codes=config.parameters == "codes"))
         trained = trained_parameters(model, teacher, config.parameters, config.layer_steps)
-        groups = (
-            relative_groups(trained.values())
-            if config.selects_parameters
-            else [{"params": [*trained.values()], "size": 1.0}]
-        )
+        layers = compressed_layers(model)
+        fixed = row_orders(layers) if chosen else {}
         # One pass over memory in place of seven: on a CPU a step would spend a quarter of its time in them.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
-        optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=0.0, fused=fused or None)
-        run = cls(model, teacher, config, compressed_layers(model), trained, optimizer)
-        if run.checkpoint is not None:
-            check_place("The checkpoint", run.checkpoint)
-            if run.checkpoint.is_file():
-                run.done = load_state(
-                    run.checkpoint, trained, run.fixed, optimizer, layer_steps=config.layer_steps
+        optimizer = torch.optim.AdamW(
+            relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],
+            lr=config.rate,
+            weight_decay=0.0,
+            fused=fused or None,
+        )
+        done, losses, layer_losses = 0, list[float](), list[float]()
+        checkpoint = None if config.checkpoint is None else Path(config.checkpoint)
+        if checkpoint is not None:
+            check_place("The checkpoint", checkpoint)
+            if checkpoint.is_file():
+                done = load_state(checkpoint, trained, fixed, optimizer, config.layer_steps)
+        device = next(model.parameters()).device
+        distance = config.distance or partial(output_distance, temperature=config.temperature)
+        batches = _forever(data, skip=done)
+        if config.layer_steps:
+            stack.enter_context(unfused(teacher))
+        for context in (in_eval_mode(model, teacher), without_cache(model), without_cache(teacher)):
+            stack.enter_context(context)
+        stack.enter_context(only_training(model, trained.values()))
+        bar = stack.enter_context(
+            progress_bar(
+                total=config.total, initial=done, desc="healing", disable=not config.progress, unit="step"
+            )
+        )
+        while done < config.total:
+            spent = 0.0
+            if config.max_seconds is not None:
+                spent = (config.clock() - begun) / config.max_seconds
+            gone = max(done / config.total, spent)  # by steps or by time, whichever is larger
+            if gone >= 1:
+                break
+            for group in optimizer.param_groups:
+                warm_up = min(1.0, (gone + 1 / config.total) * 20)
+                group["lr"] = config.rate * group["size"] * warm_up * (1 - gone)
+            batch = as_batch(next(batches), model, device)
+            with torch.autocast(device.type, dtype=config.autocast, enabled=config.autocast is not None):
+                if done < config.layer_steps:
+                    loss = layer_step(layers, teacher, batch)
+                    layer_losses.append(loss)
+                else:
+                    with torch.no_grad():
+                        wanted = run_model(teacher, batch)
+                    gap = distance(run_model(model, batch), wanted, batch)
+                    gap.backward()
+                    loss = float(gap.detach())
+                    losses.append(loss)
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"The distance to the dense model became {loss} at step {done}; use a smaller lr than "
+                    f"{config.rate}."
                 )
-        return run
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """Checkpoint file, None if not requested."""
-        return None if self.config.checkpoint is None else Path(self.config.checkpoint)
-
-    @property
-    def fixed(self) -> dict[str, Tensor]:
-        """Tensors that are stored beside the trained ones."""
-        return row_orders(self.layers) if self.config.selects_parameters else {}
-
-    def progress(self, seconds: float) -> float:
-        """Return the finished fraction, by steps or by time, whichever is larger."""
-        by_time = 0.0 if self.config.max_seconds is None else seconds / self.config.max_seconds
-        return max(self.done / self.config.total, by_time)
-
-    def step(self, batch: Batch, progress: float) -> float:
-        """Make one step, layer-wise or end to end, and return its loss.
-
-        Raises:
-            NonFiniteError: the loss is NaN or infinite; no parameter was changed.
-        """
-        config = self.config
-        for group in self.optimizer.param_groups:
-            warm_up = min(1.0, (progress + 1 / config.total) * 20)
-            group["lr"] = config.rate * group["size"] * warm_up * (1 - progress)
-        device = next(self.model.parameters()).device
-        with torch.autocast(device.type, dtype=config.autocast, enabled=config.autocast is not None):
-            if self.done < config.layer_steps:
-                loss = layer_step(self.layers, self.teacher, batch)
-                self.layer_losses.append(loss)
-            else:
-                distance = config.distance or partial(output_distance, temperature=config.temperature)
-                loss = end_to_end_step(self.model, self.teacher, batch, distance)
-                self.losses.append(loss)
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"The distance to the dense model became {loss} at step {self.done}; use a smaller lr than "
-                f"{config.rate}."
-            )
-        _clip(self.trained.values())
-        with torch.device("cpu"):  # counters of Adam belong there, also under `torch.set_default_device`
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        return loss
-
-    def save(self) -> None:
-        """Write the checkpoint, if requested."""
-        if self.checkpoint is not None:
-            save_state(
-                self.checkpoint,
-                self.trained,
-                self.fixed,
-                self.optimizer,
-                self.done,
-                layer_steps=self.config.layer_steps,
-            )
-
-    def report(self, seconds: float) -> HealReport:
-        """Build the report."""
-        count = sum(parameter.numel() for parameter in self.trained.values())
-        return HealReport(tuple(self.losses), tuple(self.layer_losses), self.done, count, seconds)
-
-
-def _clip(parameters: Iterable[nn.Parameter]) -> None:
-    """Clip gradients to norm 1; smaller ones are not even written, as torch's own function would."""
-    parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm > 1:
-        nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+            # Small gradients are not even written, as `clip_grad_norm_` would.
+            norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            if norm > 1:
+                nn.utils.clip_grads_with_norm_(trained.values(), 1.0, norm)
+            with torch.device("cpu"):  # counters of Adam belong there, whatever the default device is
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}")
+            if checkpoint is not None and done % config.save_every == 0 and done < config.total:
+                save_state(checkpoint, trained, fixed, optimizer, done, config.layer_steps)
+        if checkpoint is not None:
+            save_state(checkpoint, trained, fixed, optimizer, done, config.layer_steps)
+    count = sum(parameter.numel() for parameter in trained.values())
+    return HealReport(tuple(losses), tuple(layer_losses), done, count, config.clock() - begun)
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
@@ -270,3 +298,360 @@ def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
                 "heal ran out of batches; pass a list or another collection that can be walked again, "
                 "not an iterator."
             )
+
+
+# --- objectives -----------------------------------------------------------------------------------
+
+
+def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: Batch) -> float:
+    """Accumulate gradients of the relative squared error of every layer's outputs.
+
+    Every layer reads the dense layer's input, so no activations are kept for a backward pass through the
+    model.
+
+    Args:
+        layers: the student's, by name.
+        teacher: run on the batch.
+        batch: keyword arguments of the teacher.
+
+    Returns:
+        Mean error over the layers.
+
+    Raises:
+        TargetError: the teacher has no layer of some name.
+    """
+    found: list[float] = []
+    handles = []
+
+    def compare(layer: NetworkModule) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        ) -> None:
+            (given,) = (*args, *kwargs.values())  # some models name the only argument
+            mask = token_mask(batch, output.shape[:-1])
+            with torch.enable_grad():
+                gap = layer(given.detach()) - output.detach()
+                gap, wanted = (x if mask is None else x[mask] for x in (gap, output.detach()))
+                error = gap.square().mean() / wanted.square().mean().clamp_min(1e-12)
+            error.backward()
+            found.append(float(error.detach()))
+
+        return hook
+
+    for name, layer in layers.items():
+        if isinstance(layer, TensorNetworkLinear):  # embeddings have no inputs to learn from
+            stock = _counterpart(teacher, name)
+            handles.append(stock.register_forward_hook(compare(layer), with_kwargs=True))
+    try:
+        with torch.no_grad(), uncompiled():  # a compiled teacher would trace the backward passes of the hooks
+            run_model(teacher, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(found) / max(len(found), 1)
+
+
+def _counterpart(teacher: nn.Module, name: str) -> nn.Module:
+    """Look up the teacher's layer of the same name.
+
+    Raises:
+        TargetError: there is no such layer.
+    """
+    try:
+        return teacher.get_submodule(name)
+    except AttributeError as error:
+        raise TargetError(
+            f"Layer-wise steps compare layers of one name, and {type(teacher).__name__} has no {name!r}: the "
+            "teacher must be the dense model that was compressed, not one around or inside it. Or use "
+            "layer_steps=0."
+        ) from error
+
+
+def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Compute the mean divergence of the predicted distributions of all tokens, in nats.
+
+    Without logits: one minus the cosine of each row's mean-pooled hidden states, or the squared difference of
+    other outputs relative to the teacher's square, as calibration measures them. Nothing is shifted: both
+    models are compared at every position.
+
+    Args:
+        student: output of the compressed model.
+        teacher: output of the dense model on the same batch.
+        batch: says which tokens are padding.
+        temperature: of the softmax; the divergence is multiplied by its square.
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> round(float(output_distance(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]), {})), 6)
+        0.5
+    """
+    if isinstance(student, Tensor):
+        return (student - teacher).float().square().sum() / teacher.float().square().sum().clamp_min(1e-30)
+    new, old = (field(x, "logits") for x in (student, teacher))
+    if new is None and only_hidden(student):
+        return (1 - (pooled(student, batch) * pooled(teacher, batch)).sum(-1)).mean()
+    if new is None:
+        return output_distances(student, teacher, batch).mean()
+    return divergence(new, old, token_mask(batch, new.shape[:-1]), temperature)
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+#: Learning rates of gains and biases, and of codes in units of the grid, in units of that of cores. Gains
+#: would hardly move at the rate of cores in some hundred steps. Codes start in the middle of their cells, so
+#: that none changes before its movements add up to half a unit; at much larger rates many change at once.
+VECTOR_RATE, CODE_RATE = 6.0, 40.0
+
+
+def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
+    """Collect the tensor-network layers of a model by name; a layer with several names comes once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NetworkModule)}
+
+
+def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
+    """Collect the floating-point tensors that hold cores by name, tied ones once.
+
+    Raises:
+        TargetError: no layer has any.
+    """
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, module in layers.items():
+        for part, core in _float_cores(module).items():
+            found.setdefault(id(core), (f"{name}.{part}", core))
+    if not found:
+        raise TargetError(
+            "Nothing to heal: the model has no layer made of trainable cores. Compress it first. Integers "
+            "with scales of eight bits are not trained: use parameters='vectors' or 'codes', or formats such "
+            "as 'int4', whose scales have 16 bits."
+        )
+    return dict(found.values())
+
+
+def _float_cores(module: NetworkModule) -> dict[str, nn.Parameter]:
+    """Collect the stored tensors of one layer that can be trained."""
+    return {part: x for part, x in module.stored.items() if isinstance(x, nn.Parameter)}
+
+
+def cores_and_vectors(model: nn.Module, layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
+    """Collect trainable cores and the gains and biases of a model by name, tied ones once.
+
+    Raises:
+        TargetError: the model has no compressed layer, or nothing to train.
+    """
+    cores = {id(core) for layer in layers.values() for core in _float_cores(layer).values()}
+    named = dict(model.named_parameters())
+    found = {
+        name: p for name, p in named.items() if p.is_floating_point() and (id(p) in cores or p.dim() < 2)
+    }
+    if not layers or not found:
+        raise TargetError(
+            "Nothing to heal: the model has no compressed layer, or no cores, gains or biases that can be "
+            "trained. Compress it first; add adapters and use parameters='trainable'."
+        )
+    return found
+
+
+def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
+    """Collect the row permutations of pivoted cores by name, tied ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, module in layers.items():
+        for part, tensor in module.stored.items():
+            if tensor.dtype == torch.int32:
+                found.setdefault(id(tensor), (f"{name}.{part}", tensor))
+    return dict(found.values())
+
+
+def trained_parameters(
+    model: nn.Module, teacher: nn.Module, parameters: Parameters, layer_steps: int
+) -> dict[str, nn.Parameter]:
+    """Collect the parameters that healing trains, by name.
+
+    Args:
+        model: the student.
+        teacher: shares no parameter with those that are trained.
+        parameters: see `HealingConfig`.
+        layer_steps: number of layer-wise steps, which train cores alone.
+
+    Raises:
+        TargetError: nothing can be trained, the teacher would be trained too or lies on another device, or no
+            core takes part in the layer-wise steps.
+    """
+    layers = compressed_layers(model)
+    if parameters == "auto":
+        parameters = "cores" if all(_float_cores(layer) for layer in layers.values()) else "vectors"
+    if parameters == "cores":
+        trained = trainable_cores(layers)
+    elif parameters in ("vectors", "codes"):
+        trained = cores_and_vectors(model, layers)
+        if parameters == "codes" and not any(isinstance(x, TrainedCodes) for x in trained.values()):
+            raise TargetError(
+                "Nothing of parameters='codes': no layer has integers in a number format. Compress with "
+                "bits_per_weight= or formats=(...), or train parameters='cores'."
+            )
+    else:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise TargetError(
+            "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
+        )
+    own = {id(parameter) for parameter in teacher.parameters()}
+    if any(id(parameter) in own for parameter in trained.values()):
+        raise TargetError(
+            "The teacher holds the very parameters that are trained. compress changes a model in place: "
+            "keep the dense one before, teacher = copy.deepcopy(model)."
+        )
+    devices = [next(iter(each.parameters())).device for each in (model, teacher)]
+    if devices[0] != devices[1]:
+        raise TargetError(
+            f"The model lies on {devices[0]} and its teacher on {devices[1]}, and each batch runs "
+            f'through both; move one, as by teacher.to("{devices[0]}").'
+        )
+    stored = {id(tensor) for layer in layers.values() for tensor in layer.stored.values()}
+    if layer_steps and not any(id(parameter) in stored for parameter in trained.values()):
+        raise TargetError(
+            "Layer-wise steps train cores, and none of them requires gradients; use layer_steps=0."
+        )
+    return trained
+
+
+def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Build one optimizer group for each parameter, with what its learning rate is relative to as `size`.
+
+    That is the root mean square of the entries of a core, `VECTOR_RATE` times that of a gain or a bias, and
+    `CODE_RATE` units of the grid for codes.
+    """
+    groups: list[dict[str, Any]] = []
+    for parameter in trained:
+        size = float(parameter.detach().float().square().mean().sqrt())
+        # A bias may start at zero and has to move all the same.
+        size = max(size, 1e-6) if parameter.dim() > 1 else VECTOR_RATE * max(size, 1e-2)
+        size = CODE_RATE if isinstance(parameter, TrainedCodes) else size
+        groups.append({"params": [parameter], "size": size})
+    return groups
+
+
+@contextmanager
+def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
+    """Require gradients of some parameters alone inside the block; restore the flags after it."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+@contextmanager
+def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
+    """Convert scales and bfloat16 cores to float32 parameters inside the block, and back after it.
+
+    Inside another such block nothing changes: optimizers hold the parameters of the outer one.
+
+    Args:
+        model: with compressed layers or experts; tied ones stay tied.
+        codes: whether the integers are parameters as well, see `tensornet.quantization.TrainedCodes`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+        >>> _ = tn.compress(model, tn.CompressionConfig(formats=("int4",)), progress=False)
+        >>> with tn.healing.trained_scales(model):
+        ...     [name for name, _ in model.named_parameters()]
+        ['0.core_matrix.scales']
+        >>> [name for name, _ in model.named_parameters()]
+        []
+    """
+    cores = unpack_for_training(model, codes=codes)
+    try:
+        yield
+    finally:
+        pack_after_training(cores)
+
+
+# --- checkpoint -----------------------------------------------------------------------------------
+
+#: Moments of the gradients of a parameter in the state of AdamW.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_state(
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    fixed: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+    done: int,
+    layer_steps: int,
+) -> None:
+    """Write the checkpoint, replacing an earlier one.
+
+    Args:
+        path: of the file.
+        trained: trained parameters by name.
+        fixed: tensors that give them their meaning, by name.
+        optimizer: of the trained parameters.
+        done: steps made, layer-wise ones included.
+        layer_steps: number of layer-wise steps of the run.
+
+    Raises:
+        DestinationError: the file cannot be written.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in fixed.items()}
+    for name, parameter in trained.items():
+        tensors[name] = parameter.detach().contiguous()
+        for key in _MOMENTS:  # absent if the parameter never had a gradient
+            if key in optimizer.state[parameter]:
+                tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
+    header = json.dumps({"step": done, "layer_steps": layer_steps})
+    write_tensors(path, tensors, {"heal": header}, what="The checkpoint")
+
+
+def load_state(
+    path: Path,
+    trained: Mapping[str, nn.Parameter],
+    fixed: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+    layer_steps: int,
+) -> int:
+    """Restore a run from its checkpoint and return the number of steps made; change nothing unless all fits.
+
+    Raises:
+        FormatError: the file is damaged, of another model, or of a run with other layer-wise steps.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            header = json.loads(file.metadata()["heal"])
+            done, before = int(header["step"]), header.get("layer_steps", layer_steps)
+            if before != layer_steps:
+                raise FormatError(
+                    f"{path} is of a run with layer_steps={before}, not {layer_steps}: give the same, or "
+                    "another checkpoint."
+                )
+            if absent := {*trained, *fixed} - {*file.keys()}:
+                raise FormatError(f"{path} belongs to another compression: it lacks {min(absent)}.")
+            found = {name: file.get_tensor(name) for name in (*trained, *fixed)}
+            for name, parameter in {**trained, **fixed}.items():
+                if found[name].shape != parameter.shape:
+                    raise FormatError(
+                        f"{path} belongs to another compression: {name} has shape "
+                        f"{tuple(found[name].shape)} there, {tuple(parameter.shape)} here."
+                    )
+            moments = {
+                name: {key: file.get_tensor(f"{name}/{key}").to(parameter) for key in _MOMENTS}
+                for name, parameter in trained.items()
+                if f"{name}/{_MOMENTS[0]}" in file.keys()  # noqa: SIM118 (not a dict)
+            }
+    except FormatError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise FormatError(f"Cannot resume healing from {path}: {error}") from error
+    with torch.no_grad():
+        for name, parameter in {**trained, **fixed}.items():
+            parameter.copy_(found[name])
+    for name, known in moments.items():
+        optimizer.state[trained[name]] = {"step": torch.tensor(float(done)), **known}
+    return done

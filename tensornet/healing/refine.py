@@ -15,8 +15,8 @@ Layers that share cores with others are skipped.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode, progress_bar, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.blockwise import ChainRun, Stop, find_chains
+from tensornet.calibration.calibrate import mirrored, upper_gram
+from tensornet.calibration.masks import token_mask
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.sensitivity import INPUT_DAMPING
 from tensornet.errors import TargetError
-from tensornet.healing.objective import output_distance
-from tensornet.healing.teacher_student import NEVER_REACHED, PairedMoments, PairedRun
-from tensornet.healing.trained import compressed_layers
+from tensornet.healing.heal import compressed_layers, output_distance
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
@@ -38,6 +39,163 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, encode
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
+
+NEVER_REACHED = "the data never reached it"
+
+
+@dataclass
+class PairedMoments:
+    """Sums over tokens of `x x^T`, `x x'^T` and `x' x'^T`, with dense inputs x and compressed inputs x'."""
+
+    dense: Tensor
+    mixed: Tensor
+    real: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, like: Tensor) -> "PairedMoments":
+        """Create empty sums for inputs of this width."""
+        width = like.shape[-1]
+        dense, mixed, real = (like.new_zeros(width, width) for _ in range(3))
+        return cls(dense, mixed, real)
+
+    def add(self, dense: Tensor, real: Tensor) -> None:
+        """Add the inputs of both models, shape `(tokens, in)` each."""
+        # The step is a difference of two moments: rounded to 16 bits, it would be noise.
+        with torch.autocast(real.device.type, enabled=False):
+            self.dense += upper_gram(dense)
+            self.mixed += dense.T @ real
+            self.real += upper_gram(real)
+        self.tokens += len(real)
+
+    def mirrored(self) -> "PairedMoments":
+        """Return the sums with both symmetric ones whole; until then `add` fills their upper halves."""
+        return PairedMoments(mirrored(self.dense), self.mixed, mirrored(self.real), self.tokens)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the same tensor, and the chain and block in which they lie, if any."""
+
+    names: tuple[str, ...]
+    place: tuple[str, int] | None
+
+
+@dataclass
+class PairedRun:
+    """Runs of both models on the same batches, block by block where they are chains.
+
+    Args:
+        model: compressed; its layers may change between two calls of `moments`.
+        teacher: dense.
+        batches: keyword arguments of the models.
+    """
+
+    model: nn.Module
+    teacher: nn.Module
+    batches: Sequence[Batch]
+    chains: dict[str, tuple[str, ...]] = field(init=False)
+    at: tuple[str, ChainRun, ChainRun] | None = None
+
+    def __post_init__(self) -> None:
+        both = [find_chains(x, self.batches[0]) for x in (self.model, self.teacher)]
+        self.chains = {name: blocks for name, blocks in both[0].items() if both[1].get(name) == blocks}
+
+    def groups(self, names: Sequence[str]) -> list[Group]:
+        """List groups of layers in execution order; neighbours that read the same tensor form a group."""
+        seen: list[tuple[str, Tensor]] = []  # the tensors are kept, so that no other takes their address
+
+        def hook(name: str) -> Callable[[Tensor], None]:
+            def note(x: Tensor) -> None:
+                if all(name != other for other, _ in seen):
+                    seen.append((name, x))
+
+            return note
+
+        with _hooked({self.model.get_submodule(name): hook(name) for name in names}):
+            run_model(self.model, self.batches[0])
+        groups: list[Group] = []
+        for index, (name, x) in enumerate(seen):
+            place = self._place(name)
+            if index and seen[index - 1][1] is x and groups[-1].place == place:
+                groups[-1] = Group((*groups[-1].names, name), place)
+            else:
+                groups.append(Group((name,), place))
+        return groups
+
+    def moments(self, group: Group) -> PairedMoments | str:
+        """Compute the moments of the inputs of a group, or return the reason why they are unknown."""
+        first = group.names[0]
+        total: PairedMoments | None = None
+        for number, batch in enumerate(self.batches):
+            dense, real = (self._input(side, first, group.place, number, batch) for side in (1, 0))
+            if len(dense) != len(real):
+                return f"{len(dense)} tokens reached it in the dense model, {len(real)} in the compressed one"
+            if len(real):
+                total = total or PairedMoments.zeros(real)
+                total.add(dense, real)
+        return NEVER_REACHED if total is None else total.mirrored()
+
+    def _input(
+        self, side: int, name: str, place: tuple[str, int] | None, number: int, batch: Batch
+    ) -> Tensor:
+        """Record the inputs of a layer of one model (0: compressed, 1: dense), shape `(tokens, in)`."""
+        found: list[Tensor] = []
+        model = (self.model, self.teacher)[side]
+
+        def keep(x: Tensor) -> None:
+            mask = token_mask(batch, x.shape[:-1])
+            found.append((x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float())
+            if place is not None:  # a block is run no further than needed
+                raise Stop
+
+        at = None if place is None else self._chain(*place)[side]  # runs blocks, so before anything is hooked
+        with _hooked({model.get_submodule(name): keep}), suppress(Stop):
+            run_model(model, batch) if at is None else at.run(number)
+        return torch.cat(found) if found else torch.empty(0, 0)
+
+    def _chain(self, chain: str, index: int) -> tuple[ChainRun, ChainRun]:
+        """Advance both models to a block and return their runs."""
+        if self.at is None or self.at[0] != chain:
+            runs = [ChainRun(x, self.chains[chain], self.batches) for x in (self.model, self.teacher)]
+            for run in runs:
+                run.enter()
+            self.at = (chain, runs[0], runs[1])
+        for run in self.at[1:]:
+            while run.position < index:
+                run.advance()
+        return self.at[1], self.at[2]
+
+    def _place(self, name: str) -> tuple[str, int] | None:
+        """Find the chain and block in which a layer lies, or None."""
+        for chain, blocks in self.chains.items():
+            for index, block in enumerate(blocks):
+                if name == block or name.startswith(f"{block}."):
+                    return chain, index
+        return None
+
+
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call a function with the inputs of each module inside the block."""
+
+    def before(function: Callable[[Tensor], None]) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            (x,) = (*args, *kwargs.values())  # some models name the only argument
+            function(x)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(before(function), with_kwargs=True)
+        for module, function in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
 
 #: Fraction of the batches that are held back to judge whether refitting helped.
 JUDGED = 1 / 8
@@ -125,7 +283,11 @@ def refine(
         >>> sorted(report.after)
         ['0', '2']
     """
-    options = _Options(correction, anchor, damping)
+    if not 0 <= correction <= 1 or not all(0 <= x < math.inf for x in (anchor, damping)):
+        raise ValueError(
+            "refine takes a correction from 0 to 1, and an anchor and a damping from 0 on; got "
+            f"{correction}, {anchor} and {damping}."
+        )
     layers = {n: x for n, x in compressed_layers(model).items() if isinstance(x, TensorNetworkLinear)}
     check_batches(batches, "refine")
     device = next(model.parameters()).device
@@ -146,12 +308,22 @@ def refine(
         put_back = stack.enter_context(_restoring([*layers.values()]))
         before, after = {}, {}
         left = {name: why for name, why in _tied(model).items() if name in layers}
-        refit = _Refit(layers, stocks, stats, options)
+        known_rows, known_columns = ({}, {}) if stats is None else (stats.rows, stats.columns)
         run = PairedRun(model, teacher, fitted)
         for known in _moments(run, layers, left, reduced, progress):
             errors = {name: _OutputError(stocks[name].double(), moments) for name, moments in known.items()}
             old = {name: error.of(layers[name]) for name, error in errors.items()}
-            refit.layers_of(known)
+            for name, moments in known.items():
+                _refit(
+                    layers[name],
+                    stocks[name],
+                    moments,
+                    rows=known_rows.get(name),
+                    columns=known_columns.get(name),
+                    correction=correction,
+                    anchor=anchor,
+                    damping=damping,
+                )
             for name in known:
                 before[name], after[name] = old[name], errors[name].of(layers[name])
         with reduced():
@@ -160,23 +332,6 @@ def refine(
         if not kept:
             put_back()
     return RefineReport(before, after, left, distances, kept)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """Step length, anchor and damping of a refit, see `refine`."""
-
-    correction: float
-    anchor: float
-    damping: float
-
-    def __post_init__(self) -> None:
-        numbers = (self.anchor, self.damping)
-        if not 0 <= self.correction <= 1 or not all(0 <= x < math.inf for x in numbers):
-            raise ValueError(
-                "refine takes a correction from 0 to 1, and an anchor and a damping from 0 on; got "
-                f"{self.correction}, {self.anchor} and {self.damping}."
-            )
 
 
 def _moments(
@@ -208,48 +363,37 @@ def _moments(
             yield dict.fromkeys(group.names, moments)
 
 
-@dataclass(frozen=True)
-class _Refit:
-    """Refits of single layers.
+def _refit(
+    layer: TensorNetworkLinear,
+    stock: Tensor,
+    moments: PairedMoments,
+    *,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    correction: float,
+    anchor: float,
+    damping: float,
+) -> None:
+    """Fit the cores of one layer to its real inputs, in place.
 
     Args:
-        layers: of the compressed model, by name.
-        stocks: matrices of the dense model, likewise.
-        stats: of the calibration.
-        options: of `refine`.
+        layer: compressed.
+        stock: the dense matrix, shape `(out, in)`.
+        moments: of the inputs of both.
+        rows: calibrated moment of the gradients at the outputs, None for the identity.
+        columns: calibrated moment of the dense inputs, None for those of `moments`.
+        correction, anchor, damping: see `refine`.
     """
-
-    layers: Mapping[str, TensorNetworkLinear]
-    stocks: Mapping[str, Tensor]
-    stats: CalibrationStats | None
-    options: _Options
-
-    def layers_of(self, known: Mapping[str, PairedMoments]) -> None:
-        """Refit all layers with moments."""
-        for name, moments in known.items():
-            metric, wanted = self._target(name, moments)
-            rows = None
-            if self.stats is not None and name in self.stats.rows:
-                rows = damped(self.stats.rows[name], self.options.damping)
-            layer, weighting = self.layers[name], Weighting(rows, metric)
-            family = topology_family(layer.topology.family)
-            made = family.fit(wanted.to(layer.weight.dtype), layer.topology, weighting)
-            _write(layer, [core.to(layer.weight.dtype) for core in made.network.cores], weighting)
-
-    def _target(self, name: str, moments: PairedMoments) -> tuple[Tensor, Tensor]:
-        """Compute the metric of a layer's inputs and the matrix that its network approximates."""
-        weight, known = self.stocks[name].double(), moments.dense.double()
-        if self.stats is not None and name in self.stats.columns:
-            columns = self.stats.columns[name].to(known) * moments.tokens
-            known = columns if columns.ndim == 2 else columns.diag()
-        real = moments.real.double()
-        metric = damped(real + self.options.anchor * known, INPUT_DAMPING)
-        step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
-        return metric, weight + self.options.correction * step
-
-
-def _write(layer: NetworkModule, cores: Sequence[Tensor], weighting: Weighting) -> None:
-    """Write cores into the parameters of a layer."""
+    weight, known, real = stock.double(), moments.dense.double(), moments.real.double()
+    if columns is not None:
+        columns = columns.to(known) * moments.tokens
+        known = columns if columns.ndim == 2 else columns.diag()
+    metric = damped(real + anchor * known, INPUT_DAMPING)
+    step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
+    wanted = (weight + correction * step).to(layer.weight.dtype)
+    weighting = Weighting(None if rows is None else damped(rows, damping), metric)
+    made = topology_family(layer.topology.family).fit(wanted, layer.topology, weighting)
+    cores = [core.to(layer.weight.dtype) for core in made.network.cores]
     _copy(layer, encode(layer.topology, layer.storage, cores, weighting))
 
 

@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against
-from tensornet.healing.objective import layer_step, output_distance
-from tensornet.healing.trained import VECTOR_RATE, compressed_layers, trainable_cores
+from tensornet.healing.heal import (
+    VECTOR_RATE,
+    compressed_layers,
+    layer_step,
+    output_distance,
+    trainable_cores,
+)
 
 
 def test_end_to_end_healing_brings_the_models_together() -> None:

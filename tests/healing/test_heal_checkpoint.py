@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import tensornet as tn
-from tensornet.healing.objective import output_distance
-from tensornet.healing.trained import compressed_layers
+from tensornet.healing.heal import compressed_layers, output_distance
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
 from tensornet.healing import refine
-from tensornet.healing.teacher_student import PairedMoments
+from tensornet.healing.refine import PairedMoments
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text import load_tokenizer, token_ids
 

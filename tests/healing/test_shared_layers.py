@@ -18,7 +18,7 @@ import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.healing import refine
-from tensornet.healing.trained import compressed_layers
+from tensornet.healing.heal import compressed_layers
 from tensornet_hf.trainer import heal
 
 E = 4

@@ -25,7 +25,7 @@ import tensornet as tn
 from tensornet._util import without_cache
 from tensornet.calibration.blockwise import ChainRun, find_chains
 from tensornet.errors import TargetError
-from tensornet.healing.teacher_student import Group, PairedMoments, PairedRun
+from tensornet.healing.refine import Group, PairedMoments, PairedRun
 from tensornet.nn.unfuse import unfused
 
 MASK = torch.ones(3, 9, dtype=torch.long)

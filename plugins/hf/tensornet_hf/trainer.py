@@ -23,9 +23,13 @@ import tensornet as tn
 from tensornet._util import in_eval_mode
 from tensornet.errors import TargetError
 from tensornet.healing import HealingConfig, trained_scales
-from tensornet.healing.config import Parameters
-from tensornet.healing.objective import output_distance
-from tensornet.healing.trained import only_training, relative_groups, trained_parameters
+from tensornet.healing.heal import (
+    Parameters,
+    only_training,
+    output_distance,
+    relative_groups,
+    trained_parameters,
+)
 from tensornet_moe import GradientMask, SharedCoreMoE, linear_fade, shared_parameters
 from tensornet_moe.mask import Granularity
 

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.healing.objective import output_distance
-from tensornet.healing.trained import compressed_layers, trainable_cores
+from tensornet.healing.heal import compressed_layers, output_distance, trainable_cores
 from tensornet_hf import compress as conversion
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
@@ -202,13 +201,13 @@ PROGRAM = """
 import os, signal, sys
 from tensornet_hf.cli.main import run
 module = sys.modules["tensornet.healing.heal"]
-before, made = module.end_to_end_step, []
-def step(*arguments):
+before, made = module.output_distance, []
+def step(*arguments, **options):
     if len(made) == {stop_at}:
         os.kill(os.getpid(), signal.SIGKILL)
     made.append(1)
-    return before(*arguments)
-module.end_to_end_step = step
+    return before(*arguments, **options)
+module.output_distance = step
 status = run(sys.argv[1:])
 print(len(made), "steps")
 sys.exit(status)

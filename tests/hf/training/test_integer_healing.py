@@ -19,8 +19,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TargetError
 from tensornet.healing import refine, trained_scales
-from tensornet.healing.objective import output_distance
-from tensornet.healing.trained import compressed_layers
+from tensornet.healing.heal import compressed_layers, output_distance
 from tensornet.nn.storage import Storage
 from tensornet.topologies import residual
 from tensornet_hf.peft import lora_config, merge_adapters
