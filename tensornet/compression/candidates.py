@@ -10,6 +10,7 @@ Candidates that no budget would choose, because they lie above the lower convex 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,23 @@ def find_candidates(
         if few:
             parts = [part_of(some[k].matrix, x, few) for k in sensitive if (x := known[k]) is not None]
             measured = dict(zip(sensitive, measure_parts(parts, few), strict=True))
-        for k, (target, sensitivity) in enumerate(zip(some, known, strict=True)):
-            if sensitivity is None:
-                yield _insensitive(target.matrix, config, clock)
-                continue
-            with remembering():  # every format and encoding asks for the same decompositions
-                yield _of_layer(target, sensitivity, config, objective, clock, measured.get(k))
+        # Every format and encoding asks for the same decompositions, and layers that read one input share
+        # its factorised moment. Decompositions are larger than the layers, so few are kept at a time.
+        inputs = [_inputs_of(sensitivity) for sensitivity in known]
+        for _, places in groupby(range(len(some)), inputs.__getitem__):
+            with remembering():
+                run = [
+                    _insensitive(some[k].matrix, config, clock)
+                    if (sensitivity := known[k]) is None
+                    else _of_layer(some[k], sensitivity, config, objective, clock, measured.get(k))
+                    for k in places
+                ]
+            yield from run
+
+
+def _inputs_of(sensitivity: Sensitivity | None) -> int:
+    """Identify the input moment of a layer."""
+    return 0 if sensitivity is None else id(sensitivity.choice.columns)
 
 
 def _of_layer(
@@ -112,12 +124,15 @@ def _of_layer(
         if formats != config.number_formats:
             measured = None  # in other formats
         found = dense_candidates(matrix, sensitivity, formats, clock, measured, config.number_formats)
+        other_caps = config.rel_error, config.param_ratio, config.tokens
+        rivals = found if other_caps == (None, None, None) else []  # these caps count more than bytes
         families = () if objective == "weight" else config.calibrated_families
         for family in map(topology_family, families):
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
-                more = network_candidates(matrix, sensitivity, storage, family, config, clock)
-                found += [x for x in more if x.topology is not None]  # a format says how it may stay dense
+                known = rivals if number_format.is_integer else []
+                more = network_candidates(matrix, sensitivity, storage, family, config, clock, known)
+                found = [*found, *(x for x in more if x.topology is not None)]  # formats say what stays dense
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
     if not found:
@@ -205,6 +220,7 @@ def network_candidates(
     family: TopologyFamily,
     config: CompressionConfig,
     clock: "Clock | None" = None,
+    rivals: Sequence[Candidate] = (),
 ) -> list[Candidate]:
     """Build the candidates of one family with one encoding of the cores, and the dense matrix after them.
 
@@ -216,6 +232,8 @@ def network_candidates(
         config: caps, and options of the family. Where `max_bond` excludes some networks, the dense matrix is
             no candidate; networks above `rel_error` are dropped.
         clock: predicts times.
+        rivals: candidates on whose lower convex hull over bytes networks have to lie to be of use. The loss
+            of a network before its cores are rounded bounds its loss from below, in a fraction of the time.
 
     Raises:
         TopologyError: the options do not fit, or are unknown.
@@ -225,13 +243,16 @@ def network_candidates(
         max_bond = _largest_useful_bond(family, matrix, storage, max_bond, options)
     if config.dims == "auto":
         options = family.search_legs(matrix, sensitivity.choice, storage.num_params, **options)
-    ladder = family.ladder(
-        matrix,
-        (sensitivity.choice, sensitivity.forecast),
-        max_bond=max_bond,
-        round_trip=_round_trip_of(storage, matrix, sensitivity),
-        **options,
-    )
+    weightings = sensitivity.choice, sensitivity.forecast
+    round_trip_of = _round_trip_of(storage, matrix, sensitivity)
+    if rivals and round_trip_of is not None and round_trip_of.number_format is not None:
+        bound = family.ladder(matrix, weightings, max_bond=max_bond, **options)
+        sizes = _sizes(_Rungs(bound.topologies), storage, matrix.dtype)
+        useful = _below_hull(rivals, [size for _, size in sizes], bound.losses[0].tolist())
+        if not useful:
+            return []
+        max_bond = max(bound.topologies[useful[-1]].bond_dims.values(), default=1)
+    ladder = family.ladder(matrix, weightings, max_bond=max_bond, round_trip=round_trip_of, **options)
     topologies = ladder.topologies
     sizes = _sizes(_Rungs(topologies), storage, matrix.dtype)
     times, dense_time = [0.0] * len(topologies), 0.0
@@ -241,8 +262,12 @@ def network_candidates(
             times = [a + clock.unpacking(b, storage) for a, b in zip(times, topologies, strict=True)]
     dense_params, dense_bytes = matrix.numel(), matrix.numel() * matrix.element_size()
     costs, losses = ladder.losses.tolist()
+    errors, places = ladder.errors.tolist(), range(len(topologies))
+    if rivals:  # the others lie above the hull
+        places = _below_hull(rivals, [size for _, size in sizes], costs)
     found = []
-    for k, error in enumerate(ladder.errors.tolist()):
+    for k in places:
+        error = errors[k]
         params, size = sizes[k]
         saves = params < dense_params or size < dense_bytes or times[k] < dense_time
         if (config.rel_error is not None and error > config.rel_error) or (ladder.complete and not saves):
@@ -252,6 +277,15 @@ def network_candidates(
     if ladder.complete:
         found.append(Candidate(None, PLAIN, dense_bytes, dense_params, 0.0, 0.0, 0.0, dense_time))
     return found
+
+
+def _below_hull(rivals: Sequence[Candidate], sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
+    """List the points that lie below the lower convex hull of candidates over bytes, or beyond its ends."""
+    known = [x.num_bytes for x in rivals], [x.cost for x in rivals]
+    hull = lower_hull(*known)
+    ends, values = [known[0][k] for k in hull], [known[1][k] for k in hull]
+    limits = np.interp(sizes, ends, values, left=np.inf, right=-np.inf)
+    return [k for k, (cost, limit) in enumerate(zip(costs, limits, strict=True)) if cost < limit]
 
 
 def _largest_useful_bond(
