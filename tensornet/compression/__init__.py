@@ -6,7 +6,7 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.measure import LossIncrease, measure, record_losses
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.planning import Prepared, plan, prepare
+from tensornet.compression.planning import Prepared, estimate_seconds, plan, prepare
 from tensornet.compression.report import CompressionReport, LayerReport
 from tensornet.compression.serialization import load_model, save_model
 
@@ -23,6 +23,7 @@ __all__ = [
     "compress",
     "correct_by_measuring",
     "decompress",
+    "estimate_seconds",
     "load_model",
     "measure",
     "plan",

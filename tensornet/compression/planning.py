@@ -20,6 +20,7 @@ from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig,
 from tensornet.compression.plan import CompressionPlan, LayerPlan, with_baseline
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import is_known, never_ran, resolve_objective
+from tensornet.contraction.cost import Machine, default_machine
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.svd import MatrixSpectrum, check_finite, singular_values
 from tensornet.nn.storage import Storage
@@ -331,3 +332,58 @@ def _better(new: Prediction, old: Prediction, rel_error: float | None) -> bool:
         if kept_new != kept_old:
             return kept_new
     return new.error < old.error
+
+
+# --- time -------------------------------------------------------------------------------------------
+
+#: Work of planning, of rounding and of the plain networks for `m n (m + n)` of a layer, in multiply-adds.
+_PLANNING, _ROUNDING, _NETWORKS = 22.0, 26.0, 3.0
+#: Forward passes that a token of calibration takes, with its gradients and the moments of inputs and outputs.
+_CALIBRATION = 5.0
+#: Layers that the loss check measures for each one that it may, and tokens of each measurement.
+_CHECKED, _CHECK_TOKENS = 12, 1024
+
+
+def estimate_seconds(
+    model: nn.Module, config: CompressionConfig, *, tokens: int = 32_768, machine: Machine | None = None
+) -> dict[str, float]:
+    """Estimate how long `compress` will take, step by step, from the shapes of the layers alone.
+
+    A rough number, right within a factor of two on an idle machine: it is there to be told before minutes are
+    spent.
+
+    Args:
+        model: dense; may be on the meta device.
+        config: what to compress and how far.
+        tokens: of calibration.
+        machine: whose constants are used; those shipped for the device of the model if absent.
+
+    Returns:
+        Seconds of `"calibration"`, `"planning"`, `"loss check"` and `"rounding"`, and their sum, `"total"`.
+
+    Raises:
+        TargetError: nothing matches.
+
+    Example:
+        >>> from tensornet.compression import estimate_seconds
+        >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 10))
+        >>> found = estimate_seconds(model, tn.CompressionConfig(bits_per_weight=4.25))
+        >>> found["total"] > found["planning"] > 0
+        True
+    """
+    with unfused(model):
+        targets = [x for x in find_targets(model, config) if not x.skip]
+    machine = machine or default_machine(targets[0].weight.device)
+    shapes = [tuple(target.matrix.shape) for target in targets]
+    work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)  # tables have many rows, one by one
+    forward = sum(p.numel() for p in model.parameters())
+    steps = dict.fromkeys(("calibration", "planning", "loss check", "rounding"), 0.0)
+    if config.objective != "weight":
+        moments = sum(m * m + n * n for m, n in shapes)
+        steps["calibration"] = tokens * (_CALIBRATION * forward + moments)
+    steps["planning"] = work * (_PLANNING if config.plans_formats else _NETWORKS)
+    steps["rounding"] = work * (_ROUNDING if config.plans_formats else _NETWORKS)
+    if config.plans_formats and config.verify and config.objective != "weight":
+        steps["loss check"] = _CHECKED * _CHECK_TOKENS * forward
+    seconds = {name: amount / machine.peak for name, amount in steps.items()}
+    return {**seconds, "total": sum(seconds.values())}
