@@ -80,7 +80,7 @@ def compare_folders(
 ) -> list[FolderFacts]:
     """Measure model folders one after another, each loaded by itself; others are compared with the first.
 
-    Encoders are judged by their distance from the first model, which stays in memory then.
+    All read the tokens of the first; an encoder as the first stays in memory, to measure distances from it.
 
     Args:
         paths: at least one folder or hub id: dense, compressed, or of another quantizer.
@@ -111,8 +111,7 @@ def compare_folders(
     bar = progress_bar(work, desc="comparing", unit="model", total=len(folders), disable=not progress)
     for label, folder, method in bar:
         model = on_device(load_any(folder), device)
-        causal = model.can_generate() and not model.config.is_encoder_decoder
-        if text is not None and (judge is None or causal):
+        if text is not None and judge is None:
             judge = judge_of(model, folder, text, name=name)
         weights, size = count_weights(folder), bytes_on_disk(folder)
         sample = None

@@ -328,7 +328,8 @@ class FolderReport:
                     if model.quality.perplexity is None
                     else (f", perplexity {original.perplexity:.4g} -> {model.quality.perplexity:.4g}")
                 )
-                more = f"{model.quality.loss - original.loss:+.4f}{change}"
+                divergence = "" if model.quality.kl is None else f", KL {model.quality.kl:.4f}"
+                more = f"{model.quality.loss - original.loss:+.4f}{change}{divergence}"
                 lines.append(f"            {model.name} {more} ({model.scheme}, {model.bits:.2f} bits)")
         lines += [f"seconds     {done.seconds:.1f}", f"written to  {self.destination}"]
         return "\n".join(lines)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensornet._util import import_optional, in_eval_mode, progress_bar
-from tensornet.calibration import cosine_losses, losses_against
-from tensornet.calibration.losses import field, scores_next_token
-from tensornet.compression.measure import light_copy, mean_loss
+from tensornet.calibration import cosine_losses, label_losses, losses_against
+from tensornet.calibration.batches import BatchLike
+from tensornet.calibration.losses import TokenLosses, field, scores_next_token
+from tensornet.compression.measure import light_copy, measure, record_losses
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet_hf.text import calibration_data, load_tokenizer, scores_tokens, token_ids, usual_context
 
@@ -200,12 +201,17 @@ class Quality:
         of_tokens: whether the loss is that of predicted tokens, so that its exponential is a perplexity.
         how: text and windows, in a few words.
         measure: what `loss` is: `"loss"` or `"one minus cosine"`.
+        stderr: standard error of the loss increase over the dense model.
+        kl: mean Kullback-Leibler divergence of the predictions from those of the dense model, in nats; None
+            for models that predict no tokens.
     """
 
     loss: float
     of_tokens: bool
     how: str
     measure: str = "loss"
+    stderr: float = 0.0
+    kl: float | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -228,7 +234,6 @@ def judge_of(
     *,
     name: str = "held-out text",
     tokens: int | None = HELD_OUT_TOKENS,
-    progress: bool = False,
 ) -> Judge:
     """Make a judge of a dense model and its compressed versions on one text.
 
@@ -238,7 +243,6 @@ def judge_of(
         text: neither seen in training nor in calibration.
         name: of the text, for reports.
         tokens: how much of it to use; all if absent.
-        progress: show progress bars.
 
     Raises:
         TargetError: a classifier, for which a text has no labels.
@@ -251,36 +255,39 @@ def judge_of(
         >>> 10 < judge(model).perplexity < 30
         True
     """
+    measured, of_tokens = "loss", True
+    batches: list[BatchLike]
     if dense.can_generate() and not dense.config.is_encoder_decoder:
-        return _causal_judge(dense, folder, text, name=name, tokens=tokens, progress=progress)
-    data = calibration_data(dense, folder, text, tokens=tokens)
-    of_tokens = scores_tokens(type(dense))
-    if not of_tokens and data.loss_fn is not cosine_losses:
-        raise TargetError(
-            f"{type(dense).__name__} is neither a language model nor an encoder: a text has no labels for "
-            "it, so no loss can be measured. Leave the held-out text out, and measure the accuracy in Python."
-        )
-    measure = "one minus cosine" if data.loss_fn is cosine_losses else "loss"
-    losses = losses_against(light_copy(dense))  # layers of the model itself will be replaced
+        ids, context = token_ids(load_tokenizer(folder), text)[:tokens], usual_context(dense)
+        if len(ids) < 2:
+            raise ValueError(f"{name} holds {len(ids)} tokens; give more text.")
+        whole, rest = ids[: len(ids) // context * context], ids[len(ids) // context * context :]
+        windows = whole.reshape(-1, context)
+        batches = [*windows.split(max(1, 1024 // context))] if len(windows) else []
+        batches += [rest[None]] if len(rest) > 1 else []
+        losses: TokenLosses = label_losses
+        how = f"tokens scored in {len(windows) + (len(rest) > 1)} windows of {context} of {name}"
+    else:
+        data = calibration_data(dense, folder, text, tokens=tokens)
+        of_tokens = scores_tokens(type(dense))
+        if not data.labelled:
+            raise TargetError(
+                f"{type(dense).__name__} is neither a language model nor an encoder: a text has no labels "
+                "for it, so no loss can be measured. Leave the held-out text out, and measure the accuracy "
+                "in Python."
+            )
+        measured = "one minus cosine" if data.loss_fn is cosine_losses else "loss"
+        batches = list(data.batches)
+        losses = losses_against(light_copy(dense))  # layers of the model itself will be replaced
+        how = f"losses on {data.tokens:,} tokens of {name}"
+    recorded = record_losses(dense, batches, loss_fn=losses, source=name, tokens=None)
+    if recorded is None:
+        raise TargetError(f"{type(dense).__name__} has no loss on {name}: no token of it is scored.")
 
     def judge(model: PreTrainedModel) -> Quality:
-        loss, how = mean_loss(model, data.batches, losses), f"{data.tokens:,} tokens of {name}"
-        return Quality(max(loss, 0.0), of_tokens, how, measure)  # a cosine above 1 is rounding
-
-    return judge
-
-
-def _causal_judge(
-    dense: PreTrainedModel, folder: Path, text: str, *, name: str, tokens: int | None, progress: bool
-) -> Judge:
-    ids = token_ids(load_tokenizer(folder), text)[:tokens]
-    if len(ids) < 2:
-        raise ValueError(f"{name} holds {len(ids)} tokens; give more text.")
-    context = usual_context(dense)
-
-    def judge(model: PreTrainedModel) -> Quality:
-        measured = perplexity(model, ids, context=context, progress=progress)
-        return Quality(measured.loss, True, f"{measured.how} of {name}")
+        found = measure(model, recorded)
+        loss = max(found.dense_loss + found.mean, 0.0)  # a cosine above 1 is rounding
+        return Quality(loss, of_tokens, f"{found.tokens:,} {how}", measured, found.stderr, found.kl_mean)
 
     return judge
 

@@ -513,6 +513,7 @@ def _compress_shard(shard: _Shard) -> dict[str, Any]:
         new = {name: x for name, x in new.items() if name not in described.ties}
         guards = replaced_names(before, after, described.layers)
         new |= {name: torch.empty(GUARD_SHAPE, dtype=model.dtype) for name in guards}
+        _refuse_readers(model)
         cores = Path(scratch, "cores.safetensors")
         write_tensors(cores, new)
         tensors = dict(read_header(cores))
@@ -533,6 +534,27 @@ def _compress_shard(shard: _Shard) -> dict[str, Any]:
     }
     write_file(shard.record, [json.dumps(made).encode()])
     return made
+
+
+def _refuse_readers(model: PreTrainedModel) -> None:
+    """Run a model with replaced layers on the meta device, where its weights take no memory.
+
+    Raises:
+        TargetError: its code reads the weight of a replaced layer.
+    """
+    if (batch := sample_batch(model)) is None:
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    nn.Module.to(model, "meta")
+    try:
+        model(**{name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
+    except Exception as error:  # code that looks at values does not run without them
+        if (reader := getattr(error, "layer", None)) is not None and id(reader) in names:
+            name = names[id(reader)]
+            raise TargetError(
+                f"The code of {type(model).__name__} reads the weight of {name!r} outside of the layer, so "
+                f"that it cannot be replaced. Exclude it: exclude_modules=[{name!r}] (--exclude)."
+            ) from error
 
 
 def _finished(shard: _Shard) -> dict[str, Any] | None:

@@ -65,6 +65,8 @@ def test_folders_side_by_side(tensornet: Run, small: Path) -> None:
     assert status == 0
     assert [x.split()[0] for x in out.splitlines()[1:3]] == ["gpt2", "small"]
     assert f"{ours['quality']['loss'] - dense['quality']['loss']:+.4f}" in out
+    assert f"{ours['quality']['kl']:.4f}" in out
+    assert dense["quality"]["kl"] == pytest.approx(0, abs=1e-6) < ours["quality"]["kl"]
     assert "small writes:" in out
 
 

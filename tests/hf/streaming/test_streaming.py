@@ -15,6 +15,7 @@ from hf_models import ARCHITECTURES
 from mixture_models import EXPERTS, FAMILIES, logits, mixture, tokens
 from safetensors.torch import load_file, save_file
 from sharded_folders import HALF, contents, save
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 import tensornet as tn
 import tensornet_hf as th
@@ -317,3 +318,18 @@ def test_damaged_experts(
     save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(error, match=match):
         th.compress_checkpoint(tmp_path / "dense", tmp_path / "ours", tn.CompressionConfig(param_ratio=0.5))
+
+
+def test_code_that_reads_a_weight_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save("gpt2", tmp_path / "dense")
+    original = GPT2Attention.forward
+
+    def forward(self: GPT2Attention, *args: Any, **kwargs: Any) -> Any:
+        _ = self.c_proj.weight * 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2Attention, "forward", forward)
+    with pytest.raises((TargetError, UserWarning), match=r"transformer\.h\.0\.attn\.c_proj"):
+        th.compress_checkpoint(source, tmp_path / "ours", LINEARS)
+    excluded = dataclasses.replace(LINEARS, exclude_modules=["attn.c_proj"])
+    th.compress_checkpoint(source, tmp_path / "ours", excluded)

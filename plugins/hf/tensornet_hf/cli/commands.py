@@ -180,7 +180,7 @@ def compare(
     quality = found[0].quality
     header = ["", "method", "bytes", "bits a weight", "parameters", "ms a token"]
     if quality is not None:
-        header += ["perplexity" if quality.of_tokens else quality.measure, "loss increase"]
+        header += ["perplexity" if quality.of_tokens else quality.measure, "loss increase", "KL"]
     rows = []
     for folder in found:
         row = [folder.name, folder.method, compact_bytes(folder.bytes), f"{folder.bits:.2f}"]
@@ -189,6 +189,8 @@ def compare(
             perplexity = folder.quality.perplexity
             row.append(f"{folder.quality.loss:.4f}" if perplexity is None else f"{perplexity:.3f}")
             row.append("" if folder is found[0] else f"{folder.loss_increase:+.4f}")
+            known = folder is not found[0] and folder.quality.kl is not None
+            row.append(f"{folder.quality.kl:.4f}" if known else "")
         rows.append(row)
     shared.print_table(header, rows)
     shared.print_lines("", "Bytes, bits a weight and parameters are those of the whole model.")
