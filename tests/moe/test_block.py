@@ -15,7 +15,7 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module
-from tensornet_moe import expert_bank as bank_module
+from tensornet_moe import bank as bank_module
 from tensornet_moe.grouped_linear import group_rows, takes_grouped_mm
 
 FEATURES, HIDDEN, E = 8, 16, 4

@@ -1,8 +1,8 @@
 """Mixtures of experts that share tensor-network cores: experts, routers, auxiliary losses, gradient mask."""
 
 import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
+from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.compress_experts import ExpertsReport, SharedStack, compress_experts
-from tensornet_moe.expert_bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.joint_fit import JointFit
@@ -24,8 +24,7 @@ from tensornet_moe.routers import (
     TopKRouter,
     register_router,
 )
-from tensornet_moe.sharing import lend_shared_cores, share_across_layers
-from tensornet_moe.tied_experts import SharedExperts, TiedExperts, tie_experts
+from tensornet_moe.tied import SharedExperts, TiedExperts, lend_shared_cores, share_across_layers, tie_experts
 from tensornet_moe.topologies import mixture_of_bases, scaled_bases
 
 __all__ = [

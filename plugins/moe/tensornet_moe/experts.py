@@ -1,6 +1,8 @@
 """Experts whose matrices are tensor networks with shared and private cores."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,33 +17,62 @@ from tensornet.contraction.plan import (
     fastest_routes,
     plan_operator,
 )
-from tensornet.errors import TopologyError
-from tensornet.nn.storage import PLAIN, PackedCore, Storage, storage_entry
+from tensornet.decompose import decompose
+from tensornet.errors import FormatError, ShapeError, TopologyError
+from tensornet.linalg.svd import frobenius
+from tensornet.network import TensorNetwork, random_cores
+from tensornet.nn.storage import (
+    FLOAT,
+    PLAIN,
+    PackedCore,
+    Storage,
+    layout,
+    put_core,
+    storage_entry,
+    stored_core,
+)
 from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
+from tensornet.quantization import NumberFormat, round_weight
 from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies.factored import pad_core
+from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
-from tensornet_moe.checks import check_weights, check_whole
-from tensornet_moe.expert_bank import SharedCores
+from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.grouped_linear import Groups
-from tensornet_moe.initialization import Start, initial_cores, start_from_dense
-from tensornet_moe.joint_fit import JointFit, fit_jointly
-from tensornet_moe.number_formats import check_storage
+from tensornet_moe.joint_fit import JointFit, fit_jointly, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
-from tensornet_moe.stored_bank import StoredBank
 
 #: Matrices with at least this many elements are built one after another on CPUs: the working set of one fits
 #: the caches and its memory is reused for the next, which saves a tenth of a training step.
 BUILT_ALONE = 2**18
 
 
-class SharedCoreExperts(StoredBank):
+@dataclass(frozen=True)
+class Start:
+    """Topologies and initial cores from which a bank of experts is built.
+
+    Args:
+        topologies: one for each expert.
+        shared: names of the shared cores.
+        cores: a shared core as it is, a private one `(E, *shape)` or one tensor for each expert.
+        error: relative Frobenius error against the given matrix or matrices.
+    """
+
+    topologies: tuple[Topology, ...]
+    shared: tuple[str, ...]
+    cores: Mapping[str, Tensor | Sequence[Tensor]]
+    error: float
+
+
+class SharedCoreExperts(ExpertBank):
     """Expert matrices whose tensor networks share some cores and keep the other cores private.
 
     A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. Where
     the experts' bonds differ, a private core is stored for each expert at its true size
     (`core_<name>_expert_<e>`), and an expert uses the leading block of a shared core that is larger than its
     bonds: nothing is padded in storage, so parameters count honestly and a small expert stays small when
-    trained.
+    trained. Each is a parameter, or a `PackedCore` where its number format is another than the model's.
 
     Args:
         topology: the operator of one expert, or a sequence of topologies, one for each expert, that differ
@@ -70,6 +101,8 @@ class SharedCoreExperts(StoredBank):
         >>> list(bank.shared_parameters())
         ['1']
     """
+
+    compute_like: Tensor
 
     def __init__(
         self,
@@ -379,6 +412,121 @@ class SharedCoreExperts(StoredBank):
             return {name: core.to(device) for name, core in self.shared_parameters().items()}
         return {name: self._whole_core(name) for name in self.shared}
 
+    # --- stored cores ---
+
+    def _store(self, name: str, core: Tensor | Sequence[Tensor]) -> None:
+        """Register a core in its number format: one tensor, or a list with one tensor for each expert."""
+        kind = self.storage.format_of(name)
+        if isinstance(core, Tensor):
+            put_core(self, f"core_{name}", encoded_core(kind, self.topology, name, core))
+            return
+        for expert, (piece, topology) in enumerate(zip(core, self.topologies, strict=True)):
+            put_core(self, f"core_{name}_expert_{expert}", encoded_core(kind, topology, name, piece))
+
+    def _compute_like(self, like: Tensor) -> None:
+        """Set the dtype and device of products to those of a tensor; stored tensors may have others."""
+        self.register_buffer("compute_like", like.new_empty(0), persistent=False)
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """Parameters and buffers in which the cores that the bank owns are stored, by name."""
+        buffers = {name: x for name, x in self.named_buffers() if name != "compute_like"}
+        return {**dict(self.named_parameters()), **buffers}
+
+    def stored_tensors(self) -> tuple[Tensor, ...]:
+        """Return every tensor that the matrices are built from, borrowed ones included."""
+        return (*self.stored.values(), *self.shared_parameters().values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the cores are contracted."""
+        return self.compute_like.dtype
+
+    @property
+    def num_params(self) -> int:
+        """Stored numbers that this bank owns, scales included; packed integers count one by one."""
+        packed = [core for core in self.modules() if isinstance(core, PackedCore)]
+        plain = sum(x.numel() for x in self.parameters(recurse=False))
+        return plain + sum(sum(core.counts.values()) for core in packed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything that this bank stores."""
+        return sum(tensor.nbytes for tensor in self.stored.values())
+
+    def _whole_core(self, name: str, index: Tensor | None = None) -> Tensor:
+        """Decode a core that the bank owns; only some experts' part of a private core if `index` is given."""
+        core = getattr(self, f"core_{name}", None)
+        if core is not None:
+            return self._decoded(core, None if name in self.shared else index)
+        pieces = [getattr(self, f"core_{name}_expert_{e}") for e in range(self.num_experts)]
+        shape = self.topology.core_shapes[name]
+        stacked = torch.stack([pad_core(self._decoded(piece), shape) for piece in pieces])
+        return stacked if index is None else stacked.index_select(0, index)
+
+    def _decoded(self, core: Tensor | PackedCore, index: Tensor | None = None) -> Tensor:
+        if isinstance(core, PackedCore):
+            decoded: Tensor = core(self.dtype, index)
+            return decoded
+        return core if index is None else core.index_select(0, index)
+
+    @torch.no_grad()
+    def quantize(self, storage: Storage | str) -> float:
+        """Store the cores that the bank owns in number formats, in place.
+
+        Cores are rounded to nearest, with scales searched group by group: in cores that a decomposition
+        made, errors of one element hardly couple to others. `"float"` unpacks them again. Borrowed cores stay
+        as their owner stores them.
+
+        Args:
+            storage: the name of a format for all cores, or formats core by core.
+
+        Returns:
+            Relative Frobenius error that rounding adds to the matrices of all experts.
+
+        Raises:
+            FormatError: an unknown format, formats for cores that are not there, or another encoding.
+
+        Example:
+            >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(32, 64), num_experts=4)
+            >>> before = bank.num_bytes
+            >>> bank.quantize("int4") < 0.2, bank.num_bytes < before / 4
+            (True, True)
+        """
+        storage = Storage(number_format=storage) if isinstance(storage, str) else storage  # type: ignore[arg-type]
+        check_storage(storage, self.topology)
+        before, like = self.expert_matrices(), self.compute_like
+        stems = {key.partition(".")[0][5:].partition("_expert_")[0] for key in self.stored}
+        owned = [name for name in self.topology.core_names if name in stems]
+        values = {name: self._whole_core(name).to(like) for name in owned}
+        whole = owned if len(set(self.topologies)) == 1 else [name for name in owned if name in self.shared]
+        self.storage = storage
+        for name in owned:
+            if name in whole:
+                self._store(name, values[name])
+            else:  # bonds differ: every expert's own core has scales of its own
+                sizes = [topology.core_shapes[name] for topology in self.topologies]
+                pieces = zip(values[name], sizes, strict=True)
+                self._store(name, [core[tuple(map(slice, size))].contiguous() for core, size in pieces])
+        self.kept.drop()
+        added = frobenius(before - self.expert_matrices()) / max(frobenius(before), 1e-300)
+        self.error = None if self.error is None else self.error + added * (1 + self.error)
+        return added
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own_tensors = self.stored
+        for name in self.topology.core_names:
+            key = f"core_{name}" if f"core_{name}" in own_tensors else f"core_{name}.codes"
+            stored, own = state_dict.get(prefix + key), own_tensors.get(key)
+            if name in self.shared or stored is None or own is None:
+                continue
+            if len(stored) != self.num_experts and stored.shape[1:] == own.shape[1:]:
+                raise ShapeError(
+                    f"{prefix}{key} holds {len(stored)} experts, this module has {self.num_experts}. "
+                    f"Build the model with num_experts={len(stored)}, or upcycle again from the dense model."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         same = len(set(self.topologies)) == 1
@@ -398,3 +546,154 @@ class SharedCoreExperts(StoredBank):
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
             f"shared={list(self.shared)}{f' of {self._owner[0].label!r}' if self._owner else ''}"
         )
+
+
+# --- initial cores ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def start_from_dense(
+    weight: Tensor,
+    topology: Topology | Sequence[Topology] | str | TopologyFamily,
+    budget: Budget,
+    num_experts: int,
+    shared: str | Sequence[str],
+    noise: float,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Start:
+    """Decompose a dense matrix into the initial cores of all experts; see `SharedCoreExperts.from_dense`."""
+    check_weights(weight, "out", "in")
+    check_noise(noise)
+    check_whole(num_experts=num_experts)
+    if isinstance(topology, str | TopologyFamily):
+        result = topology_family(topology).decompose(weight, budget, **options)
+        topologies = (result.network.topology,) * num_experts
+    else:
+        if not budget.unlimited or options:
+            raise TopologyError(
+                "An explicit topology fixes dims and bonds: drop max_bond, rel_error, param_ratio and "
+                f"{', '.join(options) or 'family options'}, or give the name of a family instead."
+            )
+        topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
+        if len(topologies) != num_experts:
+            raise ValueError(
+                f"Got {len(topologies)} topologies for num_experts={num_experts}; give one for all, or one "
+                "each."
+            )
+        result = decompose(weight, enclosing_topology(topologies))
+    network = result.network
+    names = resolve_shared(network.topology, shared)
+    generator = torch.Generator().manual_seed(seed)
+    cores: dict[str, Tensor | Sequence[Tensor]] = {}
+    for name, core in zip(network.topology.core_names, network.cores, strict=True):
+        if name in names:
+            cores[name] = core
+        else:
+            pieces = [_leading(core, t.core_shapes[name]) for t in topologies]
+            cores[name] = [with_noise(piece, noise, generator) for piece in pieces]
+    error = result.error
+    if topologies[0] != network.topology:
+        error = _first_error(weight, topologies[0], network)
+    return Start(topologies, names, cores, error)
+
+
+def _leading(core: Tensor, shape: Sequence[int]) -> Tensor:
+    return core[tuple(slice(size) for size in shape)]
+
+
+def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Add Gaussian noise of standard deviation `noise` relative to the root mean square of the core."""
+    if noise == 0:
+        return core
+    size = frobenius(core) / core.numel() ** 0.5  # no square vanishes, whatever the scale
+    # On the CPU, so that every device starts alike.
+    drawn = torch.randn(core.shape, generator=generator, device="cpu")
+    return core + noise * size * drawn.to(core)
+
+
+def _first_error(weight: Tensor, topology: Topology, network: TensorNetwork) -> float:
+    cores = [
+        _leading(core, shape)
+        for core, shape in zip(network.cores, topology.core_shapes.values(), strict=True)
+    ]
+    return stack_error(weight[None], TensorNetwork(topology, cores).to_matrix()[None])
+
+
+def initial_cores(
+    topologies: Sequence[Topology],
+    enclosing: Topology,
+    shared: Sequence[str],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor | list[Tensor]]:
+    """Draw Gaussian cores with `Var(W) = 1 / in_features` for every expert."""
+
+    def draw(topology: Topology) -> dict[str, Tensor]:
+        cores = random_cores(topology, device=device, dtype=dtype)
+        return dict(zip(topology.core_names, cores, strict=True))
+
+    def bonds(topology: Topology) -> int:
+        return math.prod(topology.bond_dims.values())
+
+    count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
+    common = draw(enclosing)
+    experts = [draw(topology) for topology in topologies]
+    # random_cores gives every core of a network the standard deviation (in * bonds)^(-1/2n). A smaller expert
+    # meets the shared cores of the enclosing network, and its private ones make up for the difference.
+    gains = [
+        (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
+        for topology in topologies
+    ]
+    cores: dict[str, Tensor | list[Tensor]] = {}
+    for name in enclosing.core_names:
+        pieces = [expert[name] * gain for expert, gain in zip(experts, gains, strict=True)]
+        same = len({piece.shape for piece in pieces}) == 1
+        cores[name] = common[name] if name in shared else (torch.stack(pieces) if same else pieces)
+    return cores
+
+
+# --- number formats --------------------------------------------------------------------------------
+
+
+def check_storage(storage: Storage, topology: Topology) -> None:
+    """Raise FormatError unless a storage gives number formats to cores of this topology, and nothing else.
+
+    Raises:
+        FormatError: gauges, or formats for cores that are not there.
+    """
+    if not isinstance(storage, Storage) or storage.pivoted:
+        raise FormatError(
+            f"Cores of experts have number formats only, got {storage!r}; write "
+            "Storage(number_format='int8') or the name of a format."
+        )
+    layout(topology, storage, torch.float32)
+
+
+def encoded_core(
+    number_format: NumberFormat, topology: Topology, name: str, core: Tensor
+) -> Tensor | PackedCore:
+    """Store a core, or a stack of them, in a number format.
+
+    Args:
+        number_format: of the elements.
+        topology: in which the core has its shape.
+        name: of the core.
+        core: shape `(..., *shape)`; rounded to nearest where it is no point of the format yet.
+    """
+    if number_format == FLOAT:
+        return core
+    shape, storage = topology.core_shapes[name], Storage(number_format=number_format)
+    lead, (rows, columns) = core.shape[: core.ndim - len(shape)], matrix_view(topology, name)
+    if core.is_meta:
+        tensors = {
+            part: torch.empty((*lead, *size), dtype=kind, device="meta")
+            for key, (size, kind) in layout(topology, storage, core.dtype).items()
+            for owner, _, part in [key.partition(".")]
+            if owner == f"core_{name}"
+        }
+        return PackedCore(number_format, shape, columns, tensors)
+    if number_format.bits is None:
+        return stored_core(topology, storage, name, core, core.dtype)
+    rounded = round_weight(core.reshape(*lead, rows, columns), number_format)
+    return stored_core(topology, storage, name, rounded, core.dtype)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tensornet._util import is_exporting
 from tensornet.errors import ShapeError
-from tensornet_moe.expert_bank import ExpertBank
+from tensornet_moe.bank import ExpertBank
 from tensornet_moe.grouped_linear import Groups, masked_linear
 
 #: Activations by name; names of the common model configurations included.

@@ -14,8 +14,8 @@ from tensornet.linalg.svd import check_finite, safe_scale, truncated_svd, workin
 from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
+from tensornet_moe.bank import ExpertBank
 from tensornet_moe.checks import check_weights, check_whole
-from tensornet_moe.expert_bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.grouped_linear import Groups, expert_linear, looped_linear
 from tensornet_moe.joint_fit import stack_error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import FormatError, TargetError
-from tensornet_moe.expert_bank import ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank, SharedCores
 
 Granularity = Literal["core", "element"]
 GRANULARITIES = ("core", "element")

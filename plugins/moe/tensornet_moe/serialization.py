@@ -9,14 +9,14 @@ from torch import nn
 from tensornet.nn import build_module, register_module_type
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
-from tensornet_moe.expert_bank import AbsentCores, ExpertBank, SharedCores
+from tensornet_moe.bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.routers import Router
 from tensornet_moe.stacked import enclosing_topology
-from tensornet_moe.tied_experts import AbsentExperts, SharedExperts, TiedExperts
+from tensornet_moe.tied import AbsentExperts, SharedExperts, TiedExperts
 
 _Device = torch.device | str | None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensornet.errors import TargetError, TopologyError
 from tensornet.nn.extension import structure_changed
-from tensornet_moe.expert_bank import ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups, group_rows
