@@ -10,13 +10,12 @@ before it have been added to it, as `U_R^T E U_C` prescribes. What stays in the 
 residual of each element. With `U_R = 1` this is GPTQ, also known as LDLQ.
 
 To explain how the two-sided loop works: element `(i, j)` depends on all elements above and to the left. So
-blocks on one antidiagonal are independent of each other, tiles on one antidiagonal of a block are, and so are
-elements on one antidiagonal of a tile. Blocks exchange feedback by large matrix products, tiles by batched
-small ones, and within a tile whole antidiagonals are rounded at once. Columns of a block are kept in reverse
-order, which makes its antidiagonals diagonals, so that torch has them as views.
+tiles on one antidiagonal of the matrix are independent of each other, and so are elements on one antidiagonal
+of a tile: these are rounded at once, in all tiles together. Tiles exchange feedback by matrix products.
+Columns are kept in reverse order, which makes antidiagonals diagonals, so that torch has them as views.
 
-Each of these steps is small, so that calls cost as much as arithmetic: tiles of all blocks are rounded
-together, in one buffer whose views are made once.
+Each of these steps is small, so that calls cost as much as arithmetic: tiles are rounded in one buffer whose
+views are made once.
 
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
@@ -165,124 +164,64 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     Returns:
         Codes in the dtype of the weight, shape `(stack, out, in)`.
     """
-    m, n = weight.shape[1:]
-    high, wide = _block_size(m), _block_size(n)
-    tall, long = -m % high, -n % wide  # padding: zero scales keep its errors at zero
+    # 1. Whole tiles, padded by zero scales, which keep errors at zero; the last column comes first.
+    stack, m, n = weight.shape
+    tall, long = -m % TILE, -n % TILE
 
-    def pad(x: Tensor) -> Tensor:
-        return _mirrored(torch.nn.functional.pad(x, (0, long, 0, tall)), wide)
+    def padded(x: Tensor, down: int = tall, right: int = long) -> Tensor:
+        return torch.nn.functional.pad(x, (0, right, 0, down))
 
-    w, scale = pad(weight), pad(grid.scale)
-    zero = pad(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
-    rows = torch.nn.functional.pad(rows, (0, tall, 0, tall))
-    columns = torch.nn.functional.pad(columns, (0, long, 0, long))
-    columns = _mirrored(_mirrored(columns, wide).mT, wide).mT
-    above, left, codes = torch.zeros_like(w), w.clone(), torch.empty_like(w)
-    down, across = w.shape[1] // high, w.shape[2] // wide
-    tiles = _TileBuffer(grid, w)
-    for diagonal in range(down + across - 1):
-        places = [
-            (slice(i * high, (i + 1) * high), slice((diagonal - i) * wide, (diagonal - i + 1) * wide))
-            for i in range(max(0, diagonal - across + 1), min(down, diagonal + 1))
-        ]
-        parts = [
-            _BlockInput(
-                w[:, r, c],
-                scale[:, r, c],
-                zero[:, r, c] if isinstance(zero, Tensor) else None,
-                above[:, r, c],
-                left[:, r, c],
-                rows[:, r, r],
-                columns[:, c, c],
-            )
-            for r, c in places
-        ]
-        solved = _round_blocks(_joined(parts), tiles).transpose(1, 2)
-        for (r, c), (q, e, g) in zip(places, solved.split(len(w), 1), strict=True):
-            codes[:, r, c] = q
-            # A thin product added to all blocks below is a third faster than collecting from all above.
-            above[:, r.stop :, c].baddbmm_(rows[:, r, r.stop :].mT, e)
-            left[:, r, c.stop :].baddbmm_(g, columns[:, c, c.stop :])
-    return _mirrored(codes, wide)[:, :m, :n]  # reversing blocks twice changes nothing
+    w, scale = padded(weight).flip(2), padded(grid.scale).flip(2)
+    zero = padded(grid.zero).flip(2) if isinstance(grid.zero, Tensor) else grid.zero
+    rows, columns = padded(rows, tall, tall), padded(columns, long, long).flip(1, 2)
+    size, width = w.shape[1:]
+    down, across = size // TILE, width // TILE
 
+    # 2. What rounding reads, tile by tile: feedback from above, weights with that from the left, the grid.
+    divisor = Grid(scale, 0.0, 0).divisor
+    parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
+    planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)
+    above, left = planes[_ABOVE], planes[_LEFT]
+    by_tile = planes.view(-1, stack, down, TILE, across, TILE)
+    row_tiles = rows.view(stack, down, TILE, down, TILE).diagonal(0, 1, 3).permute(2, 1, 0, 3)
+    column_tiles = columns.view(stack, across, TILE, across, TILE).diagonal(0, 1, 3).permute(1, 2, 0, 3)
+    row_tiles, column_tiles = row_tiles.contiguous(), column_tiles.contiguous()
+    solved = torch.empty_like(planes[:3])  # codes, errors `E`, and half-coupled errors `U_R^T E`
+    solved_by_tile = solved.view(3, stack, down, TILE, across, TILE)
+    codes, error, half = solved
+    buffer = _TileBuffer(grid, w)
 
-def _mirrored(x: Tensor, width: int) -> Tensor:
-    """Reverse the columns of every block of columns."""
-    return x.unflatten(-1, (-1, width)).flip(-1).flatten(-2)
-
-
-def _block_size(size: int) -> int:
-    return min(BLOCK, size + -size % TILE)
-
-
-@dataclass(frozen=True)
-class _BlockInput:
-    """Stack of blocks that are rounded together, with the feedback from blocks already rounded.
-
-    Args:
-        weight: elements to round.
-        scale: of their grid.
-        zero: of their grid, None if it is one number.
-        above: `F`, feedback from the rows of blocks above.
-        left: weight with the feedback from the columns of blocks to the left.
-        rows: couplings of the rows of the block with each other.
-        columns: couplings of its columns.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    above: Tensor
-    left: Tensor
-    rows: Tensor
-    columns: Tensor
-
-
-def _joined(parts: list[_BlockInput]) -> _BlockInput:
-    """Join several stacks of blocks, the row of a block before its place in the stack."""
-    names = ("weight", "scale", "above", "left", "rows", "columns")
-    zeros = [p.zero for p in parts if p.zero is not None]
-    return _BlockInput(
-        zero=torch.cat(zeros).transpose(0, 1) if zeros else None,
-        **{name: torch.cat([getattr(p, name).transpose(0, 1) for p in parts], 1) for name in names},
-    )
-
-
-def _round_blocks(given: _BlockInput, tiles: "_TileBuffer") -> Tensor:
-    """Round joined blocks, antidiagonals of tiles one after another.
-
-    Returns:
-        Codes, errors `E` and half-coupled errors `U_R^T E`, shape `(3, high, count, wide)`.
-    """
-    high, count, wide = given.weight.shape
-    down, across = high // TILE, wide // TILE
-    split = (down, TILE, count, across, TILE)
-    planes = tiles.planes(given).view(-1, *split)
-    solved = planes.new_zeros(3, *split)
-    row_panels = given.rows.view(high, count, down, TILE).permute(2, 1, 3, 0)
-    column_panels = given.columns.view(wide, count, across, TILE).permute(2, 1, 0, 3)
-    row_tiles = torch.stack([row_panels[k, ..., k * TILE : (k + 1) * TILE] for k in range(down)])
-    column_tiles = torch.stack([column_panels[k, :, k * TILE : (k + 1) * TILE] for k in range(across)])
-    error = solved[1].view(high, count, across, TILE).permute(2, 1, 0, 3)
-    half = solved[2].view(down, TILE, count, wide).transpose(1, 2)
     for offset in range(across - 1, -down, -1):  # of the antidiagonal of tiles, whose columns are reversed
+        # 3. All tiles of an antidiagonal are rounded together.
         a, b = _diagonal(offset, down, across)
-        tile = tiles.of_size((a.stop - a.start) * count)
-        size = (TILE, TILE, a.stop - a.start, count)
-        stack = tile.values.narrow(-1, 0, size[2] * count).unflatten(-1, size[2:])
-        here = planes.diagonal(offset, 1, 4)  # shape: (planes, TILE, count, TILE, tiles)
-        if offset < across - 1:
-            here[_ABOVE] += (row_panels[a] @ error[b]).permute(2, 1, 3, 0)
-            here[_LEFT] += (half[a] @ column_panels[b]).permute(2, 1, 3, 0)
-        stack[: len(planes)] = here.permute(0, 1, 3, 4, 2)
-        stack[-2] = row_tiles[a].permute(2, 3, 0, 1)
-        stack[-1] = column_tiles[b].permute(2, 3, 0, 1)
-        _round_tiles(tile, tiles.top)
-        solved.diagonal(offset, 1, 4).copy_(stack[-5:-2].permute(0, 1, 4, 2, 3))
-    return solved.view(3, high, count, wide)
+        count = a.stop - a.start
+        tiles = buffer.of_size(count * stack)
+        values = tiles.values.narrow(-1, 0, count * stack).unflatten(-1, (stack, count))
+        values[: len(planes)] = by_tile.diagonal(offset, 2, 4).permute(0, 2, 3, 1, 4)
+        values[-2], values[-1] = row_tiles[..., a], column_tiles[..., b]
+        _round_tiles(tiles, grid.top)
+        solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
+
+        # 4. Their errors go to the tiles below and, half-coupled, to those on the left (they come later): at
+        #    once inside of a block, and from a whole block in one large product.
+        for i, j in zip(range(a.start, a.stop), range(b.start, b.stop), strict=True):
+            r, c = slice(i * TILE, (i + 1) * TILE), slice(j * TILE, (j + 1) * TILE)
+            start = r.start - r.start % BLOCK
+            stop = min(start + BLOCK, size)
+            if r.stop < stop:
+                above[:, r.stop : stop, c].baddbmm_(rows[:, r, r.stop : stop].mT, error[:, r, c])
+            elif stop < size:
+                above[:, stop:, c].baddbmm_(rows[:, start:stop, stop:].mT, error[:, start:stop, c])
+            end = width - (width - c.stop) // BLOCK * BLOCK  # blocks are counted from the right
+            begin = max(end - BLOCK, 0)
+            if c.start > begin:
+                left[:, r, begin : c.start].baddbmm_(half[:, r, c], columns[:, c, begin : c.start])
+            elif begin:
+                left[:, r, :begin].baddbmm_(half[:, r, begin:end], columns[:, begin:end, :begin])
+    return codes.flip(2)[:, :m, :n]
 
 
-#: Planes of a stack of blocks: feedback from above; weights with the feedback from the left; weights from
+#: Planes of a stack of tiles: feedback from above; weights with the feedback from the left; weights from
 #: which `code * scale` is subtracted; scales; divisors; and, where they differ by element, zeros.
 _ABOVE, _LEFT, _ZERO = 0, 1, 5
 
@@ -316,7 +255,7 @@ class _Step(NamedTuple):
 class _Tiles:
     """Planes of a stack of tiles, shape `(planes, TILE, TILE, stack)`, and views of their antidiagonals.
 
-    The first planes are those of the blocks. Three that rounding writes follow, of codes, errors and
+    The first planes are those that rounding reads. Three that it writes follow, of codes, errors and
     half-coupled errors, and two with the couplings of the rows (transposed) and of the columns.
     """
 
@@ -340,13 +279,6 @@ class _TileBuffer:
         self.zero = grid.zero
         self.storage = like.new_empty(0)
         self._known: dict[int, _Tiles] = {}
-
-    def planes(self, given: _BlockInput) -> Tensor:
-        """Stack the tensors that rounding the elements of a block reads."""
-        zero = self.zero if given.zero is None else given.zero
-        divisor = Grid(given.scale, 0.0, 0).divisor
-        planes = [given.above, given.left, given.weight + given.scale * zero, given.scale, divisor]
-        return torch.stack(planes if given.zero is None else [*planes, given.zero])
 
     def of_size(self, count: int) -> _Tiles:
         """Return room for a number of tiles, rounded up, so that few sizes occur."""

@@ -100,9 +100,8 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
         return found.clamp_(-center, top - center)
 
     def offer(scale: Tensor, zero: Tensor) -> None:
-        """Keep a scale and a zero in the groups in which they are better."""
+        """Keep a scale and a zero, as they are stored, in the groups in which they are better."""
         nonlocal best_scale, best_zero, best_cost
-        scale = _stored(scale, number_format)
         error = torch.addcmul(against, points(scale, zero), scale)
         cost = error.mul_(error).mul_(importance).sum(0)
         better = cost < best_cost
@@ -118,7 +117,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
         weighed = found * importance
         size = (weighed * found).sum(0)
         fitted = (weighed * flat).sum(0) / torch.where(size > 0, size, torch.ones_like(size))
-        offer(torch.where(size > 0, fitted, best_scale), best_zero)
+        offer(_stored(torch.where(size > 0, fitted, best_scale), number_format), best_zero)
     return best_scale, best_zero
 
 
