@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet.calibration import CalibrationStats, calibrate
-from tensornet.calibration.calibrate import MOST_TOKENS, calibration_seconds
+from tensornet.calibration.calibrate import MOST_TOKENS
 from tensornet.compression import (
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
     check_loss,
     correct_by_measuring,
+    estimate_seconds,
     prepare,
 )
 from tensornet.compression.report import Coverage, measure_coverage, model_size
@@ -41,9 +42,9 @@ from tensornet_hf.checkpoint import (
     save,
 )
 from tensornet_hf.embedded import calibration_text
-from tensornet_hf.evaluate import judge_of
+from tensornet_hf.evaluate import HELD_OUT_TOKENS, judge_of
 from tensornet_hf.inspect import weight_bytes
-from tensornet_hf.lazy_model import open_source
+from tensornet_hf.lazy_model import open_lazily, open_source
 from tensornet_hf.report import (
     ModelFacts,
     Page,
@@ -622,10 +623,14 @@ def _data(
 ) -> tuple[ProvidedData | None, ProvidedData | None]:
     """Make batches of the texts, and collect or read the statistics.
 
+    On a terminal an estimate of the whole run is printed before it starts.
+
     Raises:
         TargetError: a model for which text alone says too little.
         ValueError: a text is too short.
     """
+    if options.progress and sys.stderr.isatty() and isinstance(config, CompressionConfig):
+        sys.stderr.write(f"tensornet: {estimate(model, config, options)}\n")
     validation = None
     if options.validation is not None:
         seen = Path(options.validation)
@@ -655,9 +660,6 @@ def _data(
         assert isinstance(observed, CompressionConfig)
         how: dict[str, Any] = {"config": observed, "loss_fn": data.loss_fn}
         how["gradient_batches"] = 0 if observed.objective == "activation" else None
-        if options.progress and sys.stderr.isatty():
-            seconds = calibration_seconds(model, data.batches, tokens=data.tokens, **how)
-            sys.stderr.write(f"calibration takes at most about {seconds:.0f} s\n")
         known = calibrate(
             model, data.batches, tokens=options.calibration_tokens, progress=options.progress, **how
         )
@@ -667,6 +669,41 @@ def _data(
     source = f"{data.tokens:,} tokens of {options.source}" if known is None else known.source
     batches = data.batches if data.labelled else ()
     return ProvidedData(batches, source, loss_fn=data.loss_fn, statistics=known), validation
+
+
+def estimate(model: PreTrainedModel, config: CompressionConfig, options: CompressOptions) -> str:
+    """Estimate in a line how long compression takes, plain methods of a report included.
+
+    Args:
+        model: dense; may be on the meta device.
+        config: what to compress and how far.
+        options: of the run.
+
+    Example:
+        >>> from tensornet_hf.compress import estimate
+        >>> config = tn.CompressionConfig(bits_per_weight=4.25)
+        >>> text = estimate(th.load(th.embedded.gpt2_path()), config, th.CompressOptions(calibration="a.txt"))
+        >>> text.startswith("estimated time "), "calibration" in text
+        (True, True)
+    """
+    tokens = options.calibration_tokens or MOST_TOKENS
+    steps = estimate_seconds(model, config, tokens=tokens)
+    del steps["total"]
+    if options.held_out is not None or options.report is not None:
+        # Three methods are rounded, and five models read the held-out text, at a fifth of calibrating on it.
+        steps["plain methods"] = 3 * steps["rounding"]
+        if options.held_out is not None:
+            steps["plain methods"] += steps["calibration"] * HELD_OUT_TOKENS / tokens
+    if options.statistics is not None and Path(options.statistics).exists():
+        steps["calibration"] = 0.0
+    told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in steps.items() if seconds)
+    more = [f"--{name}" for name in ("refine", "heal") if getattr(options, name)]
+    without = f", without {' and '.join(more)}" if more else ""
+    return f"estimated time {_duration(sum(steps.values()))}{without} ({told}); a busy machine takes longer"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1.0, seconds):.0f} s"
 
 
 def _streamed(
@@ -682,6 +719,9 @@ def _streamed(
     if plan is not None:
         observed = CompressionConfig(target_modules=[x.name for x in plan], max_bond=1)
     assert isinstance(observed, CompressionConfig)
+    if options.progress and sys.stderr.isatty() and plan is None:
+        skeleton = open_lazily(open_source(folder), only=()).model
+        sys.stderr.write(f"tensornet: {estimate(skeleton, observed, options)}\n")
     statistics = None if options.statistics is None else Path(options.statistics)
     if text is not None and (statistics is None or not statistics.exists()):
         statistics = statistics_of_text(

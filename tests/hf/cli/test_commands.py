@@ -39,6 +39,7 @@ def logits(model: GPT2LMHeadModel) -> torch.Tensor:
     return model(torch.arange(40)[None]).logits
 
 
+@pytest.mark.slow
 def test_layers_that_the_text_does_not_reach_are_named(tensornet: Run, tmp_path: Path) -> None:
     options = copy.deepcopy(dict(PAGE_ARCHITECTURES["Gemma 3"].options))
     options["text_config"]["vocab_size"] = 1200  # of the tokenizer
@@ -225,6 +226,7 @@ def test_experts_share_cores(tensornet: Run) -> None:
     assert "--share-experts does not go with --refine" in err
 
 
+@pytest.mark.slow
 def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
     Path("text.txt").write_text(heldout_text()[:20_000])
     arguments = ("--param-ratio", 0.4, "--target", "*.mlp.c_fc", "--json")
@@ -245,6 +247,7 @@ def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
     assert torch.allclose(logits(load("third")), logits(load("seeing")), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_calibration_texts_are_read_by_turns(tensornet: Run) -> None:
     one, other = heldout_text()[:30_000], heldout_text()[30_000:60_000]
     Path("one.txt").write_text(one)

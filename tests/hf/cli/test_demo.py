@@ -14,6 +14,7 @@ import tensornet as tn
 import tensornet_hf
 from tensornet_hf.embedded import gpt2_path
 
+pytestmark = pytest.mark.slow
 PROGRAM = """
 import socket
 def offline(*args): raise RuntimeError("the demo must not reach for the network")

@@ -51,6 +51,7 @@ def task_folder(folder: Path, data: str | None = None) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @needs_harness
 def test_a_task_of_ones_own_runs_offline(tmp_path: Path) -> None:
     """As a person runs it: a process of its own, without network, on a compressed model."""

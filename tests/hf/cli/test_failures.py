@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import tensornet as tn
+from tensornet_hf import CompressOptions, load
+from tensornet_hf.compress import estimate
 from tensornet_hf.embedded import gpt2_path
 
 # As the console script does, in a process that cannot reach a network.
@@ -117,6 +120,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
 def test_compress_fails_in_one_line(name: str, tmp_path: Path) -> None:
     failure = FAILURES[name]
@@ -132,6 +136,13 @@ def test_compress_fails_in_one_line(name: str, tmp_path: Path) -> None:
     assert contents(tmp_path) == before  # neither changed nor added, no hidden partial folder either
     assert {path.name for path in tmp_path.iterdir()} <= {"source", "out"}
     assert (tmp_path / "out").exists() == (failure.spoil is take_place)
+
+
+def test_the_estimate_counts_every_step() -> None:
+    model, options = load(gpt2_path()), CompressOptions(calibration="a.txt", held_out="b.txt", heal=3)
+    text = estimate(model, tn.CompressionConfig(bits_per_weight=4.25), options)
+    for step in ("calibration", "planning", "loss check", "rounding", "plain methods", "without --heal"):
+        assert step in text
 
 
 @pytest.mark.slow
@@ -150,6 +161,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 
+@pytest.mark.slow
 def test_hub_id_that_cannot_be_had(tmp_path: Path) -> None:
     done = tensornet("compress", "nobody/nothing", "out", "--rel-error", "0.5", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")

@@ -28,6 +28,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_second_text_corrects_the_forecast(texts: Path, tmp_path: Path) -> None:
     common = (str(gpt2_path()), *LAYERS, "--calibration", str(texts / "own.txt"), "--json")
     second = ("--validation", str(texts / "other.txt"))

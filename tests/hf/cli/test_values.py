@@ -98,6 +98,7 @@ def test_a_size_with_a_unit_is_a_budget(tmp_path: Path, capsys: pytest.CaptureFi
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_the_model_runs_on_the_device(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

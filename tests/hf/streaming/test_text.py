@@ -54,6 +54,7 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
+@pytest.mark.slow
 def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("compress", sharded, "whole", *HALF)[0] == 0
 
@@ -75,6 +76,7 @@ def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pyt
         torch.testing.assert_close(th.load("one")(x).logits, th.load("whole")(x).logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_statistics_survive_an_interruption(
     call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +101,7 @@ def test_statistics_survive_an_interruption(
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_a_plan_and_its_statistics_belong_together(call: Call, sharded: Path) -> None:
     status, out, _ = call("compress", sharded, "--dry-run", "--json", *HALF)
     assert status == 0
@@ -112,6 +115,7 @@ def test_a_plan_and_its_statistics_belong_together(call: Call, sharded: Path) ->
     assert described("out") == described("whole")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated_in_blocks(call: Call, sharded: Path) -> None:
     status, out, err = call("compress", t5_path(), "out", *HALF, "--workers", 1)
     assert (status, out) == (1, "")

@@ -142,6 +142,7 @@ def test_a_text_without_lines() -> None:
         calibration_data(load(t5_path()), t5_path(), "\n \n")
 
 
+@pytest.mark.slow
 def test_command_line_calibrates_and_heals_an_encoder_decoder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +153,7 @@ def test_command_line_calibrates_and_heals_an_encoder_decoder(
     assert run([*command, "--heal", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["param_ratio"] <= 0.6
-    assert report["measured"]["losses"] > 0  # of compression alone, before healing
+    assert report["measured"]["tokens"] > 0  # of compression alone, before healing
     assert load(out).config.is_encoder_decoder
 
 
