@@ -24,7 +24,6 @@ from tensornet.compression import (
     save_model,
 )
 from tensornet.contraction.cost import Machine, measure_machine
-from tensornet.contrib.search import SearchPoint, TopologySearch, search_topology
 from tensornet.decompose import decompose
 from tensornet.errors import (
     BudgetError,
@@ -68,14 +67,12 @@ __all__ = [
     "MissingDependencyError",
     "ModelExtension",
     "NonFiniteError",
-    "SearchPoint",
     "ShapeError",
     "TargetError",
     "TensorNetError",
     "TensorNetwork",
     "Topology",
     "TopologyError",
-    "TopologySearch",
     "TruncatedSVD",
     "apply_plan",
     "calibrate",
@@ -90,7 +87,6 @@ __all__ = [
     "register_extension",
     "register_topology",
     "save_model",
-    "search_topology",
     "topologies",
     "truncated_svd",
 ]

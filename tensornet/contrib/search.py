@@ -46,7 +46,8 @@ class SearchPoint:
         error_bound: error that no matrix of this shape exceeds, None where the family has no such bound.
 
     Example:
-        >>> point = tn.search_topology(torch.randn(32, 48), param_ratio=0.5).best()
+        >>> from tensornet.contrib.search import search_topology
+        >>> point = search_topology(torch.randn(32, 48), param_ratio=0.5).best()
         >>> point.params <= 32 * 48 / 2, 0 < point.error < 1
         (True, True)
     """
@@ -85,7 +86,8 @@ class TopologySearch:
         pruned: candidates that a bound ruled out before they were decomposed.
 
     Example:
-        >>> found = tn.search_topology(torch.randn(32, 48), param_ratio=0.5)
+        >>> from tensornet.contrib.search import search_topology
+        >>> found = search_topology(torch.randn(32, 48), param_ratio=0.5)
         >>> found.best("params").params <= found.best("error").params
         True
     """
@@ -247,7 +249,8 @@ def search_topology(
         ValueError: `tokens` below 1 or `max_sites` below 2, or not integers.
 
     Example:
-        >>> found = tn.search_topology(torch.randn(32, 48), param_ratio=0.5, tokens=(1, 256))
+        >>> from tensornet.contrib.search import search_topology
+        >>> found = search_topology(torch.randn(32, 48), param_ratio=0.5, tokens=(1, 256))
         >>> best = found.best("error")
         >>> best.topology.shape, best.params <= found.max_params
         ((32, 48), True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tensornet as tn
+from tensornet.contrib.search import search_topology
 from tensornet.topologies import (
     block_tt,
     kronecker,
@@ -68,7 +69,7 @@ def test_bonds_that_are_none_are_refused(build: Callable[[], tn.Topology], messa
 MATRIX_TAKERS: dict[str, Callable[[Tensor], object]] = {
     "MPO.from_matrix": tn.MPO.from_matrix,
     "truncated_svd": tn.truncated_svd,
-    "search_topology": lambda matrix: tn.search_topology(matrix, param_ratio=0.5),
+    "search_topology": lambda matrix: search_topology(matrix, param_ratio=0.5),
     **{
         f"Topology {name!r}": lambda matrix, name=name: topology_family(name).decompose(matrix, tn.Budget())
         for name in topology_names()

@@ -26,6 +26,7 @@ from tensornet.contraction.plan import (
     plan_operator,
     run,
 )
+from tensornet.contrib.search import search_topology
 from tensornet.nn.strategy import CACHED, STRATEGIES
 from tensornet.topologies import low_rank, mpo
 
@@ -416,7 +417,7 @@ def test_limit_of_a_model_goes_where_it_gains_most() -> None:
         tn.nn.set_strategy(layer, "cached", machine="cpu")  # type: ignore[arg-type]
     assert layer.strategy == "auto"
     with pytest.raises(TypeError, match=r"measure_machine.*got 'cpu'"):
-        tn.search_topology((16, 16), param_ratio=0.5, machine="cpu")  # type: ignore[arg-type]
+        search_topology((16, 16), param_ratio=0.5, machine="cpu")  # type: ignore[arg-type]
 
 
 def test_machines() -> None:

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 import tensornet as tn
 from tensornet.contraction.cost import CPU, GPU, dense_seconds
+from tensornet.contrib.search import SearchPoint, TopologySearch, search_topology
 from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import block_tt, low_rank, mpo, topology_family
 
 
-def true_error(matrix: torch.Tensor, point: tn.SearchPoint) -> float:
+def true_error(matrix: torch.Tensor, point: SearchPoint) -> float:
     found = topology_family(point.topology.family).decompose_to(matrix, point.topology)
     difference = found.network.to_matrix().double() - matrix.double()
     return float(difference.norm() / matrix.double().norm())
@@ -34,7 +35,7 @@ PLANTED = {
 def test_planted_structure_is_found(family: str) -> None:
     topology = PLANTED[family]
     matrix = TensorNetwork(topology, random_cores(topology, dtype=torch.float64)).to_matrix()
-    found = tn.search_topology(matrix, max_params=topology.num_params).best("error")
+    found = search_topology(matrix, max_params=topology.num_params).best("error")
     assert found.topology.family == family
     assert found.params <= topology.num_params
     assert found.error is not None
@@ -54,7 +55,7 @@ def test_points_keep_their_promises(
     matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     limit = int(ratio * shape[0] * shape[1])
     try:
-        found = tn.search_topology(matrix, param_ratio=ratio, tokens=3)
+        found = search_topology(matrix, param_ratio=ratio, tokens=3)
     except tn.BudgetError:
         assert limit < sum(shape)
         return
@@ -78,7 +79,7 @@ def test_never_worse_than_plain_low_rank() -> None:
     for ratio in (0.2, 0.5):
         rank = int(ratio * matrix.numel()) // sum(matrix.shape)
         plain = tn.truncated_svd(matrix, max_rank=rank).error
-        best = tn.search_topology(matrix, param_ratio=ratio).best("error")
+        best = search_topology(matrix, param_ratio=ratio).best("error")
         assert best.error is not None
         assert best.error <= plain + 1e-5
 
@@ -96,20 +97,20 @@ def test_bounds_hold_for_chains() -> None:
 
 def test_pruning_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(32, 24, dtype=torch.float64)
-    found = tn.search_topology(matrix, param_ratio=0.4)
+    found = search_topology(matrix, param_ratio=0.4)
     assert found.pruned > 0
     monkeypatch.setattr("tensornet.contrib.search._beaten", lambda *_: False)
-    everything = tn.search_topology(matrix, param_ratio=0.4)
+    everything = search_topology(matrix, param_ratio=0.4)
     assert everything.pruned == 0
 
-    def coordinates(result: tn.TopologySearch) -> set[tuple[int, float, float]]:
+    def coordinates(result: TopologySearch) -> set[tuple[int, float, float]]:
         return {(p.params, round(p.ranked_error, 9), round(p.milliseconds, 9)) for p in result}
 
     assert coordinates(found) == coordinates(everything)
 
 
 def test_front_holds_no_beaten_point() -> None:
-    found = tn.search_topology(torch.randn(48, 32), param_ratio=0.5)
+    found = search_topology(torch.randn(48, 32), param_ratio=0.5)
     front = [(point.params, point.ranked_error, point.milliseconds) for point in found]
     assert len(found) == len(front) > 1
     for point in found.points:
@@ -121,7 +122,7 @@ def test_front_holds_no_beaten_point() -> None:
 
 
 def test_shape_alone_ranks_by_the_worst_case() -> None:
-    found = tn.search_topology((48, 32), param_ratio=0.5)
+    found = search_topology((48, 32), param_ratio=0.5)
     assert all(point.error is None for point in found.points)
     assert "error at most" in str(found)
     plain = next(point for point in found.points if point.topology.family == "low_rank")
@@ -131,7 +132,7 @@ def test_shape_alone_ranks_by_the_worst_case() -> None:
 
 
 def test_limits_of_best() -> None:
-    found = tn.search_topology(torch.randn(48, 32), param_ratio=0.6)
+    found = search_topology(torch.randn(48, 32), param_ratio=0.6)
     assert found.best("params").params == min(point.params for point in found.points)
     fast = found.best("time")
     assert fast.params >= 0.9 * max(point.params for point in found.points)
@@ -149,16 +150,16 @@ def test_limits_of_best() -> None:
 
 def test_other_families_and_machines() -> None:
     matrix = torch.randn(12, 12)
-    found = tn.search_topology(matrix, param_ratio=0.8, families=("kronecker", "low_rank"), machine=GPU)
+    found = search_topology(matrix, param_ratio=0.8, families=("kronecker", "low_rank"), machine=GPU)
     assert {point.topology.family for point in found.points} == {"kronecker", "low_rank"}
     assert found.dense_milliseconds == pytest.approx(dense_seconds(12, 12, 256, GPU) * 1e3)
-    shapes = tn.search_topology((12, 12), param_ratio=0.8, families=("kronecker",), machine=CPU)
+    shapes = search_topology((12, 12), param_ratio=0.8, families=("kronecker",), machine=CPU)
     assert shapes.points[0].error_bound is None
     assert shapes.points[0].ranked_error == 1.0
 
 
 def test_ranks_that_kernels_like_are_offered_too() -> None:
-    found = tn.search_topology((320, 320), max_params=100 * 640, tokens=512, families=("low_rank",))
+    found = search_topology((320, 320), max_params=100 * 640, tokens=512, families=("low_rank",))
     ranks = {max(point.topology.bond_dims.values()) for point in found.points}
     assert {100, 96} <= ranks
     assert found.best("time").topology == low_rank(out_features=320, in_features=320, rank=96)
@@ -168,7 +169,7 @@ def test_ranks_that_kernels_like_are_offered_too() -> None:
 @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (100, 80)])
 def test_low_rank_of_the_whole_budget_is_never_ruled_out(shape: tuple[int, int]) -> None:
     """Without a matrix a smaller chain may beat it by its bound and in time; who asks for speed wants it."""
-    search = tn.search_topology(shape, param_ratio=0.4, tokens=(1, 64))
+    search = search_topology(shape, param_ratio=0.4, tokens=(1, 64))
     ranks = [p.topology.bond_dims["b1"] for p in search.points if p.topology.family == "low_rank"]
     largest = int(0.4 * shape[0] * shape[1]) // sum(shape)
     assert {largest, largest - largest % 16} <= set(ranks)
@@ -181,8 +182,8 @@ def test_low_rank_of_the_whole_budget_is_never_ruled_out(shape: tuple[int, int])
 
 
 def test_several_token_counts_weigh_the_same() -> None:
-    one, many = (tn.search_topology((48, 32), param_ratio=0.5, tokens=t) for t in (1, 1000))
-    both = tn.search_topology((48, 32), param_ratio=0.5, tokens=(1, 1000))
+    one, many = (search_topology((48, 32), param_ratio=0.5, tokens=t) for t in (1, 1000))
+    both = search_topology((48, 32), param_ratio=0.5, tokens=(1, 1000))
     assert both.tokens == (1, 1000)
     assert both.dense_milliseconds**2 == pytest.approx(one.dense_milliseconds * many.dense_milliseconds)
     times = [{p.topology: p.milliseconds for p in found.points} for found in (one, many, both)]
@@ -195,55 +196,55 @@ def test_several_token_counts_weigh_the_same() -> None:
 def test_the_input_is_not_changed() -> None:
     matrix = torch.randn(16, 12, requires_grad=True)
     before = matrix.detach().clone()
-    tn.search_topology(matrix, param_ratio=0.5)
+    search_topology(matrix, param_ratio=0.5)
     assert torch.equal(matrix, before)
 
 
 def test_bad_input() -> None:
     with pytest.raises(tn.BudgetError, match="needs a budget: param_ratio= or max_params="):
-        tn.search_topology((4, 4))
+        search_topology((4, 4))
     with pytest.raises(tn.BudgetError, match="param_ratio must be above 0, got 0"):
-        tn.search_topology((4, 4), param_ratio=0)
+        search_topology((4, 4), param_ratio=0)
     with pytest.raises(tn.BudgetError, match="max_params must be an integer of at least 1, got 0"):
-        tn.search_topology((4, 4), max_params=0)
+        search_topology((4, 4), max_params=0)
     with pytest.raises(tn.BudgetError, match=r"fits 3 parameters; raise the budget \(plain low rank needs 8"):
-        tn.search_topology((4, 4), max_params=3)
+        search_topology((4, 4), max_params=3)
     with pytest.raises(tn.ShapeError, match=r"got shape \(2, 2, 2\)"):
-        tn.search_topology(torch.zeros(2, 2, 2), param_ratio=0.5)
+        search_topology(torch.zeros(2, 2, 2), param_ratio=0.5)
     with pytest.raises(
         tn.ShapeError, match="out_features of the shape must be an integer of at least 1, got 0"
     ):
-        tn.search_topology((0, 4), param_ratio=0.5)
+        search_topology((0, 4), param_ratio=0.5)
     with pytest.raises(tn.NonFiniteError, match="The matrix"):
-        tn.search_topology(torch.full((4, 4), math.nan), param_ratio=0.5)
+        search_topology(torch.full((4, 4), math.nan), param_ratio=0.5)
     with pytest.raises(tn.TopologyError, match="Unknown topology 'forest'"):
-        tn.search_topology((4, 4), param_ratio=0.5, families=("forest",))
+        search_topology((4, 4), param_ratio=0.5, families=("forest",))
     with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
-        tn.search_topology((4, 4), param_ratio=0.5, families=())
+        search_topology((4, 4), param_ratio=0.5, families=())
     with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
-        tn.search_topology((4, 4), param_ratio=0.5, families=None)  # type: ignore[arg-type]
+        search_topology((4, 4), param_ratio=0.5, families=None)  # type: ignore[arg-type]
     with pytest.raises(tn.ShapeError, match="or its shape, two integers; got 12"):
-        tn.search_topology(12, param_ratio=0.5)  # type: ignore[arg-type]
+        search_topology(12, param_ratio=0.5)  # type: ignore[arg-type]
     with pytest.raises(tn.ShapeError, match=r"as a torch\.Tensor, .*; got ndarray"):
-        tn.search_topology(torch.ones(4, 4).numpy(), param_ratio=0.5)  # type: ignore[arg-type]
+        search_topology(torch.ones(4, 4).numpy(), param_ratio=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_sites must be an integer of at least 2, got 1"):
-        tn.search_topology((4, 4), param_ratio=0.5, max_sites=1)
+        search_topology((4, 4), param_ratio=0.5, max_sites=1)
     for tokens in (1.5, "many", (8, 0)):
         with pytest.raises(ValueError, match="tokens must be an integer of at least 1"):
-            tn.search_topology((4, 4), param_ratio=0.5, tokens=tokens)  # type: ignore[arg-type]
+            search_topology((4, 4), param_ratio=0.5, tokens=tokens)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tokens must be an integer of at least 1"):
-        tn.search_topology((4, 4), param_ratio=0.5, tokens=0)
+        search_topology((4, 4), param_ratio=0.5, tokens=0)
 
 
 def test_one_family_may_be_named_alone() -> None:
-    found = tn.search_topology((12, 18), param_ratio=0.6, families="low_rank")
+    found = search_topology((12, 18), param_ratio=0.6, families="low_rank")
     assert {point.topology.family for point in found.points} == {"low_rank"}
 
 
 def test_points_and_searches_print_in_a_line() -> None:
-    known = tn.search_topology(torch.randn(12, 18), param_ratio=0.6, families="low_rank")
+    known = search_topology(torch.randn(12, 18), param_ratio=0.6, families="low_rank")
     counts = f"{len(known.front)} of {len(known.points)} points"
     assert repr(known) == f"<TopologySearch (12, 18): {counts} on the front>"
     assert re.fullmatch(r"low_rank 4: 120 parameters, error 0\.\d{5}, \d\.\d{4} ms", str(known.best()))
-    bounded = tn.search_topology((12, 18), param_ratio=0.6, families="low_rank").best()
+    bounded = search_topology((12, 18), param_ratio=0.6, families="low_rank").best()
     assert "error at most 0.81650" in str(bounded)

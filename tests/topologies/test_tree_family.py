@@ -18,6 +18,7 @@ import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.compression.baselines import BaselineLosses
+from tensornet.contrib.search import search_topology
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import TopologyFamily, registered
 from tensornet_hf.checkpoint import read_checkpoint
@@ -151,7 +152,7 @@ def test_mixtures_share_cores_of_a_tree() -> None:
 
 
 def test_a_tree_is_searched_and_embedded() -> None:
-    found = tn.search_topology(torch.randn(32, 48), param_ratio=0.6, families=("low_rank", "tree"))
+    found = search_topology(torch.randn(32, 48), param_ratio=0.6, families=("low_rank", "tree"))
     assert "tree" in {point.topology.family for point in found.points}
     table = nn.Embedding(40, 24)
     layer = tn.nn.MPOEmbedding.from_embedding(table, topology="tree", sites=3)
