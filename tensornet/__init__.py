@@ -24,6 +24,7 @@ from tensornet.compression import (
     save_model,
 )
 from tensornet.contraction.cost import Machine, measure_machine
+from tensornet.contrib import attention, convolution, recurrent  # noqa: F401 (register their kinds)
 from tensornet.decompose import decompose
 from tensornet.errors import (
     BudgetError,

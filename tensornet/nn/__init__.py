@@ -1,7 +1,5 @@
 """Tensor-network layers, and the stock layers that they replace."""
 
-from tensornet.nn.attention import MatrixAttention
-from tensornet.nn.convolution import MatrixConvolution, MatrixTransposedConvolution
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.layer_kinds import (
     CompoundKind,
@@ -15,7 +13,6 @@ from tensornet.nn.layer_kinds import (
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.prepare import prepare_for_inference
-from tensornet.nn.recurrent import MatrixRecurrence
 from tensornet.nn.serialization import build_module, module_spec, register_module_type
 from tensornet.nn.strategy import Explanation, StrategyCost, cached_bytes, set_strategy
 from tensornet.nn.unfuse import Compound, PartMatrix, Stack, register_stacked_matrices
@@ -27,10 +24,6 @@ __all__ = [
     "LayerKind",
     "MPOEmbedding",
     "MPOLinear",
-    "MatrixAttention",
-    "MatrixConvolution",
-    "MatrixRecurrence",
-    "MatrixTransposedConvolution",
     "NetworkModule",
     "PartMatrix",
     "Stack",

@@ -16,14 +16,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import tensornet as tn
 from tensornet.compression.report import measure_coverage
+from tensornet.contrib.attention import MatrixAttention
+from tensornet.contrib.convolution import MatrixConvolution, MatrixTransposedConvolution
+from tensornet.contrib.recurrent import MatrixRecurrence, in_one_chunk
 from tensornet.healing import refine
-from tensornet.nn import (
-    MatrixAttention,
-    MatrixConvolution,
-    MatrixRecurrence,
-    MatrixTransposedConvolution,
-)
-from tensornet.nn.recurrent import in_one_chunk
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import fuse, unfuse, unfused
 

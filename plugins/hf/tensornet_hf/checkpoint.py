@@ -33,6 +33,7 @@ import tensornet as tn
 from tensornet._util import unwrapped, warn
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import new_folder, restore_earlier
+from tensornet.nn import prepare_for_inference
 from tensornet.nn.targets import adapter_names
 from tensornet_hf.description import (
     METHOD,
@@ -237,7 +238,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 # --- loading --------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load a model, compressed or not, in the class it was saved as.
 
     Unlike `from_pretrained`, which only reports what is wrong with a checkpoint, this refuses it. Compressed
@@ -245,6 +246,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: a folder written by `save_pretrained`, or a hub id.
+        inference: prepare integer layers for generating on the CPU, see `tensornet.nn.prepare_for_inference`;
+            the model can then be neither trained nor saved.
         kwargs: passed to `from_pretrained`. The dtype is the stored one unless given. `revision`, `token`,
             `cache_dir`, `local_files_only` and `force_download` say which files on the hub are meant.
 
@@ -283,6 +286,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if surplus:
         # Usual for models of others: heads of the pre-training, masks that older versions saved.
         warn(f"{folder}: not used by the model: {_some(surplus)}.")
+    if inference:
+        prepare_for_inference(model)
     return model
 
 

@@ -9,6 +9,7 @@ import typer
 
 from tensornet.compression.report import model_size
 from tensornet.errors import TargetError
+from tensornet.nn import prepare_for_inference
 from tensornet_hf.checkpoint import HUB, check_free, load, on_device, read_checkpoint, resolve_folder, save
 from tensornet_hf.checkpoint import decompress as make_dense
 from tensornet_hf.cli import options as shared
@@ -222,6 +223,7 @@ def generate(
     """Let a model continue a prompt (or answer it, if it is an encoder-decoder or a chat model)."""
     folder = resolve_folder(path)
     model = on_device(load(folder), device)
+    prepare_for_inference(model)
     tokenizer = load_tokenizer(folder)
     chat = has_chat_template(tokenizer) if chat is None else chat
     text = continue_text(

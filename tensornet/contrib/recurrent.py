@@ -29,9 +29,10 @@ class MatrixRecurrence(Compound):
     The matrices are rebuilt for each call and given to PyTorch's fused operation: step by step, factors would
     be far slower. While a layer is observed, the steps are taken one by one and call it.
 
+    >>> from tensornet.contrib.recurrent import MatrixRecurrence
     >>> stock = torch.nn.LSTM(6, 5, num_layers=2, bidirectional=True)
     >>> x = torch.randn(7, 3, 6)
-    >>> torch.allclose(tn.nn.MatrixRecurrence(stock, {})(x)[0], stock(x)[0], atol=1e-6)
+    >>> torch.allclose(MatrixRecurrence(stock, {})(x)[0], stock(x)[0], atol=1e-6)
     True
     """
 

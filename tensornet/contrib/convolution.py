@@ -26,9 +26,10 @@ class MatrixConvolution(Compound):
     From any other network the kernel is rebuilt. While a layer is observed it is called with the unfolded
     input `(batch, points, in_channels * kernel)`.
 
+    >>> from tensornet.contrib.convolution import MatrixConvolution
     >>> stock = torch.nn.Conv2d(8, 4, 3, stride=2)
     >>> x = torch.randn(2, 8, 9, 9)
-    >>> torch.allclose(tn.nn.MatrixConvolution(stock, {})(x), stock(x), atol=1e-5)
+    >>> torch.allclose(MatrixConvolution(stock, {})(x), stock(x), atol=1e-5)
     True
     """
 
@@ -84,9 +85,10 @@ class MatrixTransposedConvolution(Compound):
     `(out_channels * kernel)` that it adds to the output. Low rank `U V` is `V` at every point, then a
     transposed convolution by `U`. While a layer is observed it is called with `(batch, points, in_channels)`.
 
+    >>> from tensornet.contrib.convolution import MatrixTransposedConvolution
     >>> stock = torch.nn.ConvTranspose1d(8, 4, 3, stride=2)
     >>> x = torch.randn(2, 8, 9)
-    >>> torch.allclose(tn.nn.MatrixTransposedConvolution(stock, {})(x), stock(x), atol=1e-5)
+    >>> torch.allclose(MatrixTransposedConvolution(stock, {})(x), stock(x), atol=1e-5)
     True
     """
 
