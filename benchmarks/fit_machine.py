@@ -35,7 +35,8 @@ from tensornet.contraction.cost import Machine, default_machine, dense_seconds
 from tensornet.contraction.plan import OperatorPlan
 from tensornet.nn.integer_cost import product_cost
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.storage import Storage
+from tensornet.nn.prepare import prepare_for_inference
+from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense as dense_topology
 
@@ -179,12 +180,13 @@ def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds:
 def filled(layer: TensorNetworkLinear) -> torch.nn.Module:
     """Fill an empty integer layer with random codes: rounding would take longer than timing."""
     layer = layer.to_empty(device="cpu")
-    for name, tensor in layer.stored.items():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape) + 0.5)
-        else:
-            setattr(layer, name, torch.randint(0, 256, tensor.shape, dtype=torch.uint8))
-    return layer.eval()
+    for core in (x for x in layer.modules() if isinstance(x, PackedCore)):
+        core.codes = torch.randint(0, 256, core.codes.shape, dtype=torch.uint8)
+        kind = core.number_format.scale_dtype
+        core.scales = (torch.rand(core.scales.shape) + 0.5).to(kind).view(core.scales.dtype)
+        if "zeros" in core.names:
+            core.zeros = torch.randint(0, 256, core.zeros.shape, dtype=torch.uint8)
+    return prepare_for_inference(layer)
 
 
 def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:

@@ -33,7 +33,7 @@ from torch._inductor import config as inductor
 
 import tensornet as tn
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.storage import Storage
+from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
 
@@ -81,11 +81,12 @@ def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
     storage = Storage(number_format=NumberFormat.parse(number_format))
     options: dict[str, Any] = {"bias": layer.bias is not None, "storage": storage, "device": "meta"}
     made = TensorNetworkLinear(topology, **options).bfloat16().to_empty(device="cpu")
-    for name, tensor in made.stored.items():
-        if tensor.is_floating_point():
-            tensor.copy_(0.01 * torch.rand(tensor.shape))
-        else:
-            setattr(made, name, torch.randint(0, 256, tensor.shape, dtype=tensor.dtype))
+    for core in (x for x in made.modules() if isinstance(x, PackedCore)):
+        core.codes = torch.randint(0, 256, core.codes.shape, dtype=torch.uint8)
+        kind = core.number_format.scale_dtype
+        core.scales = (0.01 * torch.rand(core.scales.shape)).to(kind).view(core.scales.dtype)
+        if "zeros" in core.names:
+            core.zeros = torch.randint(0, 256, core.zeros.shape, dtype=torch.uint8)
     if made.bias is not None:
         nn.init.zeros_(made.bias)
     return made
@@ -101,7 +102,7 @@ def file_bytes(model: nn.Module) -> int:
 
 def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
     """Return a function that makes one forward pass of this many tokens."""
-    model = model.eval()  # saving asked for the stored codes; this puts them into the layout of the kernel
+    tn.nn.prepare_for_inference(model)
     if mode != "eager":
         model = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     ids = torch.arange(tokens)[None] % 100
