@@ -1,6 +1,8 @@
-"""Number formats: names, exact bytes, and clear errors."""
+"""Number formats: names, values, codes, packing, exact bytes, and clear errors."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensornet.errors import FormatError, TopologyError
-from tensornet.quantization import NumberFormat, format_names, pack, round_weight
+from tensornet.errors import FormatError, ShapeError, TopologyError
+from tensornet.quantization import NumberFormat, format_names, pack, packed_bytes, round_weight, unpack
 
 INTEGERS = st.builds(
     NumberFormat,
@@ -102,3 +104,81 @@ def test_values_in_float16_are_the_exact_ones_rounded_once(name: str, size: floa
     values = made.number_format.decode(parts[0], parts[1], parts[2], torch.float16)
     assert torch.equal(values.cpu(), exact.to(torch.float16))
     assert bool(exact.any()) or "float8" in name
+
+
+@given(INTEGERS, st.integers(1, 4), st.integers(1, 150), st.integers(0, 1000))
+def test_values_codes_and_bytes_convert(number_format: NumberFormat, rows: int, size: int, seed: int) -> None:
+    """Codes come back from values and from bytes; any value becomes the nearest point of its grid."""
+    torch.manual_seed(seed)
+    assert number_format.bits is not None
+    top, groups = number_format.top, (rows, number_format.groups(size))
+    codes = torch.randint(0, top + 1, (rows, size), dtype=torch.uint8)
+    scales = (torch.rand(groups) + 0.5).to(number_format.scale_dtype)
+    zeros = torch.randint(0, top + 1, groups, dtype=torch.uint8) if number_format.zero_point else None
+    values = number_format.decode(codes, scales, zeros)
+    assert torch.equal(number_format.encode(values, scales, zeros), codes)
+    packed = number_format.pack(codes)
+    assert torch.equal(number_format.unpack(packed, size), codes)
+    packed_zeros = None if zeros is None else pack(zeros, number_format.bits)
+    assert torch.equal(number_format.decode_packed(packed, scales, packed_zeros, size), values)
+    # Against all points of the grid, written out.
+    wanted = 3 * torch.randn(rows, size)
+    width = number_format.group or size
+    spread = scales.float().repeat_interleave(width, 1)[:, :size, None]
+    zero = (
+        number_format.center if zeros is None else zeros.float().repeat_interleave(width, 1)[:, :size, None]
+    )
+    points = (torch.arange(top + 1) - zero) * spread
+    best = (points - wanted[..., None]).abs().amin(-1)
+    made = number_format.decode(number_format.encode(wanted, scales, zeros), scales, zeros)
+    torch.testing.assert_close((made - wanted).abs(), best, rtol=1e-5, atol=1e-5)
+
+
+# --- packing ---
+
+
+@given(st.integers(2, 8), st.lists(st.integers(0, 9), max_size=3), st.integers(0, 70), st.integers(0, 1000))
+def test_round_trip(bits: int, lead: list[int], size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (*lead, size), generator=generator, dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (*lead, packed_bytes(size, bits))
+    assert torch.equal(unpack(packed, bits, size), codes)
+
+
+@given(st.integers(2, 8), st.integers(0, 300))
+def test_tight_up_to_one_set_of_segments(bits: int, size: int) -> None:
+    assert 0 <= 8 * packed_bytes(size, bits) - bits * size < bits * 8
+    if size % 8 == 0:
+        assert 8 * packed_bytes(size, bits) == bits * size
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_layout_is_that_of_the_docstring(bits: int) -> None:
+    """Bit by bit: code `k` of all segments lies in byte `k` of the planes, little end first."""
+    segments, planes = 8 // math.gcd(8, bits), bits // math.gcd(8, bits)
+    length = 5
+    codes = torch.randint(0, 2**bits, (segments * length,), dtype=torch.uint8)
+    packed = pack(codes, bits).tolist()
+    for k in range(length):
+        word = sum(int(codes[s * length + k]) << (s * bits) for s in range(segments))
+        assert [packed[p * length + k] for p in range(planes)] == list(word.to_bytes(planes, "little"))
+
+
+def test_rows_can_be_sliced_while_packed() -> None:
+    codes = torch.randint(0, 8, (4, 6, 33), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes, 3)[1:3, 2], 3, 33), codes[1:3, 2])
+
+
+def test_bad_packing() -> None:
+    with pytest.raises(ShapeError, match=r"code of 9; 3 bits hold 0 to 7"):
+        pack(torch.tensor([9], dtype=torch.uint8), 3)
+    with pytest.raises(ShapeError, match=r"torch\.uint8 with at least one dimension, got torch\.int64"):
+        pack(torch.tensor([1]), 3)
+    for bits in (1, 9, 4.0, True):
+        with pytest.raises(ShapeError, match="2 to 8 bits"):
+            pack(torch.zeros(8, dtype=torch.uint8), bits)  # type: ignore[arg-type]
+    packed = pack(torch.zeros(2, 16, dtype=torch.uint8), 3)
+    for size in (8, 17, 160):
+        with pytest.raises(ShapeError, match=r"shape \(2, 6\).*damaged or belongs to another format"):
+            unpack(packed, 3, size)

@@ -1,4 +1,4 @@
-"""Scales: found by weighted error, refitted by least squares, negative and zero ones included."""
+"""Scales: found by weighted error, refitted by least squares, negative, zero and underflowing ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from quantization.rounding_cases import moment, weight
 
 from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, refit_scales, round_weight, search_scales
 from tensornet.quantization import scales as searching
+from tensornet.quantization.scales import scales_underflow, storable_formats, with_wide_scales
 
 
 @given(st.integers(2, 8), st.booleans(), st.integers(1, 6), st.integers(1, 150), st.integers(0, 1000))
@@ -118,3 +120,63 @@ def test_groups_are_searched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     whole, _ = search_scales(matrix, number_format, prices)
     monkeypatch.setattr(searching, "_CACHED", 3 * 32)
     assert torch.equal(search_scales(matrix, number_format, prices)[0], whole)
+
+
+# --- scales below the range of their dtype ---
+
+NAMES = ["int8:g64:float8", "int6:g32:float8", "int4:g32:float8", "int4:g32:zero:float8", "int2:g32:float8"]
+
+
+def narrow(seed: int = 0) -> torch.Tensor:
+    return 0.05 * torch.randn(24, 128, generator=torch.Generator().manual_seed(seed))
+
+
+def rounding_error(matrix: torch.Tensor, number_format: NumberFormat) -> float:
+    kept = round_weight(matrix, number_format).dequantize()
+    return float(torch.linalg.norm(kept - matrix) / torch.linalg.norm(matrix))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "int4:float16", "int4"])
+def test_scales_that_are_not_found_cost_little(name: str) -> None:
+    """Powers of two change no rounding but by their scales."""
+    number_format, exact = NumberFormat.parse(name), rounding_error(narrow(), NumberFormat.parse(name))
+    found = []
+    for k in range(41):
+        small = narrow() * 2.0**-k
+        found.append(scales_underflow(small, number_format))
+        if not found[-1]:
+            assert rounding_error(small, number_format) < 1.05 * exact
+        elif rounding_error(small, number_format) < 1.05 * exact:  # not found long before it costs
+            assert rounding_error(small / 4, number_format) > 1.05 * exact
+    assert found == sorted(found)
+    assert found[-1] == (name != "int4")
+
+
+def test_groups_count_by_what_they_cost() -> None:
+    number_format = NumberFormat.parse("int4:g32:float8")
+    matrix = narrow()
+    matrix[3] *= 1e-5
+    assert not scales_underflow(matrix, number_format)
+    rows = torch.ones(24)
+    rows[3] = 1e12  # all of the loss
+    assert scales_underflow(matrix, number_format, Weighting(rows))
+    assert scales_underflow(matrix, number_format, Weighting(torch.diag(rows)))
+    columns = torch.ones(128)
+    assert scales_underflow(matrix, number_format, Weighting(rows, columns))
+    assert not scales_underflow(torch.zeros(4, 64), number_format)
+    assert not scales_underflow(1e-9 * matrix, NumberFormat())
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES, "int3:row:float8", "int4:g128:float8", "int4:float16", "int4", "bf16"]
+)
+def test_formats_with_16_bit_scales_take_as_many_bytes(name: str) -> None:
+    number_format = NumberFormat.parse(name)
+    wide = with_wide_scales(number_format)
+    assert (wide.bits, wide.zero_point) == (number_format.bits, number_format.zero_point)
+    assert wide.scale_dtype == torch.bfloat16
+    larger = 0 if number_format.group in (32, 64) or not name.endswith("float8") else 24 * wide.groups(256)
+    assert wide.nbytes((24, 256)) <= number_format.nbytes((24, 256)) + larger
+    assert not scales_underflow(2.0**-40 * narrow(), wide)
+    assert storable_formats(2.0**-40 * narrow(), [number_format]) == (wide,)
+    assert storable_formats(narrow(), [number_format]) == (number_format,)
