@@ -241,6 +241,12 @@ class PlannedFolder:
         plan: can be edited, saved, and applied by `compress_folder`.
         sizes: parameters and bytes of the whole model and of the layers, before and after.
         coverage: which of the model's parameters the plan covers.
+
+    Example:
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> planned = th.plan_folder(th.embedded.gpt2_path(), config)
+        >>> planned.sizes["model_bytes_after"] < planned.sizes["model_bytes_before"]
+        True
     """
 
     plan: CompressionPlan
@@ -274,6 +280,12 @@ class FolderReport:
         notes: results of refitting and healing, in words.
         models: original, compressed and plain methods of the same bytes, where a report or a held-out text
             was asked for.
+
+    Example:
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> done = th.compress_folder(th.embedded.gpt2_path(), "small", config)
+        >>> print(str(done).splitlines()[-1])
+        written to  small
     """
 
     source: str
