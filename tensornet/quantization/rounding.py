@@ -279,4 +279,4 @@ def _nothing(weight: Tensor, number_format: NumberFormat) -> RoundedWeight:
     zeros = codes.new_zeros(groups) if number_format.zero_point else None
     scales = weight.new_zeros(groups).to(number_format.scale_dtype)
     nothing = weight.new_zeros(weight.shape[:-2], dtype=torch.float64)
-    return RoundedWeight(codes, scales, zeros, number_format, ("nearest",) * nothing.numel(), nothing)
+    return RoundedWeight(codes, scales, zeros, number_format, ROUNDINGS[:1] * nothing.numel(), nothing)

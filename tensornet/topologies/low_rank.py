@@ -269,8 +269,8 @@ class LowRankFamily(TopologyFamily):
         full = len(result.values)
         if round_trip.number_format is not None:
             a, b = self._whitened_factors(result, result_dtype(matrix.dtype))
-            found = predict_product_losses(a[:, :most], b[:most], round_trip.number_format, weightings)
-            return [torch.nn.functional.pad(x, (0, full - most), value=torch.inf) for x in found.cpu()]
+            losses = predict_product_losses(a[:, :most], b[:most], round_trip.number_format, weightings)
+            return [torch.nn.functional.pad(x, (0, full - most), value=torch.inf) for x in losses.cpu()]
         tried = sorted({max(1, round(fraction * most)) for fraction in _ENCODED})
         found = []
         for rank in tried:
