@@ -259,16 +259,14 @@ def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
 
 
 def _tensors_of(module: nn.Module) -> dict[str, PromisedTensor]:
-    fixed: dict[str, str] = {}
     counts: dict[str, int] = {}
     for part, inner in module.named_modules():
         if isinstance(inner, PackedCore):
-            fixed |= {f"{part}.{k}": str(x.dtype).removeprefix("torch.") for k, x in inner.named_buffers()}
             counts |= {f"{part}.{k}": count for k, count in inner.counts.items()}
     found = {}
     for name, x in module.state_dict().items():
         own = None if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
-        found[name] = PromisedTensor(tuple(x.shape), fixed.get(name, own), counts.get(name, x.numel()))
+        found[name] = PromisedTensor(tuple(x.shape), own, counts.get(name, x.numel()))
     return found
 
 
@@ -317,10 +315,9 @@ def _check_tensor(stored: StoredTensor | None, name: str, promised: PromisedTens
             f"{where}: {name} is stored with shape {list(stored.shape)}, its description says "
             f"{list(promised.shape)}."
         )
-    in_training = stored.dtype == "float32" and (promised.dtype or "").endswith("float16")
-    # Without a number format the dtype is the model's, which is a floating one.
+    # Floating-point tensors have the dtype of the model, whatever it was when it was saved.
     right = "float" in stored.dtype if promised.dtype is None else stored.dtype == promised.dtype
-    if not right and not in_training:
+    if not right:
         raise FormatError(
             f"{where}: {name} is stored as {stored.dtype}, but the number format of its layer in config.json "
             f"claims {promised.dtype or 'a floating-point dtype'}. The weight files and config.json belong "

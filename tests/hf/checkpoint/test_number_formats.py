@@ -263,3 +263,11 @@ def test_file_to_file_is_the_same_for_any_number_of_workers(tmp_path: Path) -> N
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name].float(), tensor.float(), atol=0.02, rtol=0.02, msg=name)
+
+
+def test_loaded_for_inference(folder: Path) -> None:
+    model = th.load(folder, inference=True, dtype=torch.bfloat16)
+    expected = th.load(folder, dtype=torch.bfloat16)(TOKENS).logits
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=0.2, rtol=0.1)
+    with pytest.raises(tn.TargetError, match="prepared for inference"):
+        model.save_pretrained(folder / "again")
