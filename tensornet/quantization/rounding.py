@@ -141,9 +141,9 @@ def round_weight(
     number_format = NumberFormat.parse(number_format)
     if weight.ndim < 2:
         raise ShapeError(f"round_weight needs a matrix (..., out, in), got shape {tuple(weight.shape)}.")
-    check_finite(weight, "The weight")
     if weight.numel() == 0:
         return _nothing(weight, number_format)
+    check_finite(weight, "The weight")
     lead, dtype = tuple(weight.shape[:-2]), torch.float64 if weight.dtype == torch.float64 else torch.float32
     work = weight.detach().to(dtype).reshape(-1, *weight.shape[-2:])
     stack, out, size = work.shape

@@ -181,6 +181,14 @@ def test_values_are_differentiable_by_the_scales() -> None:
     torch.testing.assert_close(scales.grad[:, 1], points[:, 64:].sum(1))
 
 
+@pytest.mark.parametrize("shape", [(0, 40), (3, 0), (2, 0, 40)])
+def test_no_elements_have_no_codes(shape: tuple[int, ...]) -> None:
+    """Such as the free rows of a pivoted factor of full rank."""
+    made = round_weight(torch.zeros(shape), "int4:g32:zero", columns=torch.ones(shape[-1]))
+    assert made.codes.shape == made.dequantize().shape == shape
+    assert made.scales.shape == made.zeros.shape == (*shape[:-1], made.number_format.groups(shape[-1]))  # type: ignore[union-attr]
+
+
 def test_bad_input() -> None:
     matrix, columns = weight(4, 6, 0), moment(6, 0)
     with pytest.raises(NonFiniteError, match="The weight"):
