@@ -46,7 +46,8 @@ class Candidate:
 
     Example:
         >>> from tensornet.compression.allocate import Candidate
-        >>> Candidate(None, tn.nn.Storage(), num_bytes=64, params=16, predicted_loss=0.0, error=0.0).cost
+        >>> from tensornet.nn.storage import Storage
+        >>> Candidate(None, Storage(), num_bytes=64, params=16, predicted_loss=0.0, error=0.0).cost
         0.0
     """
 

@@ -152,9 +152,10 @@ def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
 
     Example:
         >>> from tensornet.compression.candidates import Candidate, pruned
+        >>> from tensornet.nn.storage import Storage
         >>> sizes, costs = (1, 2, 3), (4.0, 3.9, 0.0)
         >>> all_of_them = [
-        ...     Candidate(None, tn.nn.Storage(), size, size, cost, cost, cost)
+        ...     Candidate(None, Storage(), size, size, cost, cost, cost)
         ...     for size, cost in zip(sizes, costs)
         ... ]
         >>> [x.num_bytes for x in pruned(all_of_them)]
@@ -262,7 +263,7 @@ def network_candidates(
             times = [a + clock.unpacking(b, storage) for a, b in zip(times, topologies, strict=True)]
     dense_params, dense_bytes = matrix.numel(), matrix.numel() * matrix.element_size()
     costs, losses = ladder.losses.tolist()
-    errors, places = ladder.errors.tolist(), range(len(topologies))
+    errors, places = ladder.errors.tolist(), list(range(len(topologies)))
     if rivals:  # the others lie above the hull
         places = _below_hull(rivals, [size for _, size in sizes], costs)
     found = []
@@ -556,12 +557,12 @@ def part_of(matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFo
             return None
         return moment[places] if moment.ndim == 1 else moment[places][:, places]
 
-    seen = [
+    choice, forecast = (
         Weighting(some(x.rows, rows), some(x.columns, columns))
         for x in (sensitivity.choice, sensitivity.forecast)
-    ]
+    )
     part = matrix[rows][:, columns]
-    return Part(part, Sensitivity(*seen, sensitivity.rounding), part.shape == matrix.shape)
+    return Part(part, Sensitivity(choice, forecast, sensitivity.rounding), part.shape == matrix.shape)
 
 
 @torch.no_grad()

@@ -76,17 +76,17 @@ def compress(
     """
     start = time.perf_counter()
     check_model(model)
-    given, config = (config, None) if isinstance(config, CompressionPlan) else (None, config)
-    if config is not None:
-        check_config(config)
-        config.check_says_how_far()
+    given = config if isinstance(config, CompressionPlan) else None
+    options = _observing(config) if isinstance(config, CompressionPlan) else config
+    check_config(options)
+    options.check_says_how_far()
     held_out = _named(validation, "validation data")
     if held_out is not None and iter(held_out.batches) is held_out.batches:
         raise TargetError("validation is walked through several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
 
     # Calibrate, unless statistics are given or not needed.
-    stats, data = gather(model, config or _observing(given), calibration, progress=progress)
+    stats, data = gather(model, options, calibration, progress=progress)
 
     # Plan, and check predicted losses by measuring before anything is replaced.
     if given is not None:
@@ -99,9 +99,9 @@ def compress(
         with unfused(model):
             weights = list_weights(model)
     else:
-        prepared = prepare(model, config, stats, progress=progress)
+        prepared = prepare(model, options, stats, progress=progress)
         batches = list(data.batches) or ([] if held_out is None else list(held_out.batches))
-        if config.verify and stats is not None:
+        if options.verify and stats is not None:
             prepared = check_loss(
                 prepared, model, stats, batches, loss_fn=_deterministic(data), progress=progress
             )
@@ -140,7 +140,7 @@ def compress(
     # Measure and report.
     measured = None if before is None else measure(model, before)
     if measured is not None:
-        allowed = None if config is None else config.loss_increase
+        allowed = options.loss_increase
         warn_of_loss(measured, plan.predicted_loss_increase, allowed)
     params_after, bytes_after = model_size(model)
     return CompressionReport(
@@ -218,9 +218,8 @@ def _deterministic(data: ProvidedData) -> TokenLosses | None:
     return None if data.loss_fn in (*PROJECTIONS, sampled_losses) else data.loss_fn
 
 
-def _observing(plan: CompressionPlan | None) -> CompressionConfig:
+def _observing(plan: CompressionPlan) -> CompressionConfig:
     """Configure the calibration of the layers of a plan; the budget is never read."""
-    assert plan is not None
     names: Any = [layer.name for layer in plan]
     return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
 

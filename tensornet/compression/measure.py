@@ -142,14 +142,16 @@ def record_losses(
         16
     """
     sample = BatchSample(batches)
-    kept = list(sample) if tokens is None else [None for _ in sample]  # a loader may be walked through once
-    if not kept:
+    every: list[BatchLike] = []
+    for batch in sample:  # a loader may be walked through only once
+        every += [batch] if tokens is None else []
+    if not sample.kept:
         return None
     loss_fn = loss_fn or losses_against(model, remember=True)
     try:
         device = next(model.parameters()).device
         if tokens is None:
-            parts = [as_batch(batch, model, device) for batch in kept]
+            parts = [as_batch(batch, model, device) for batch in every]
         else:
             parts = some_rows(sample.kept, model, tokens, parts=BATCHES)
         losses, log_probs = _run(model, parts, loss_fn, _LOGITS)
