@@ -174,7 +174,7 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None
     if device.type == "cpu":
-        known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
+        known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
         return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else None
     return None
 

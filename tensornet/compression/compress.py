@@ -129,6 +129,22 @@ def compress(
     dense: dict[str, nn.Module] = {}
     errors = apply_plan(model, plan, stats, progress=progress, made=made, dense=dense)
     returned = {} if batch is None else _put_back_readers(model, batch, plan, weights, dense)
+    if returned and config is not None:  # the budget is for the other layers
+        put_back(model, dense)
+        excluded = config.exclude_modules or ()
+        excluded = (excluded,) if isinstance(excluded, str) else excluded
+        again = compress(
+            model,
+            replace(config, exclude_modules=(*excluded, *returned)),
+            calibration=replace(data, statistics=stats) if stats is not None or data.batches else None,
+            validation=held_out,
+            progress=progress,
+        )
+        weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
+        coverage = measure_coverage(weights, [layer.name for layer in again.plan], unseen=again.plan.unseen)
+        seconds = time.perf_counter() - start
+        returned |= again.put_back
+        return replace(again, coverage=coverage, put_back=returned, seconds=seconds)
     for name in returned:
         plan = plan.replace_layer(name, None)
         del errors[name]

@@ -475,7 +475,7 @@ def _unit_of_layer(
         if prefix in units:
             return prefix
         try:
-            own = model.get_submodule(prefix).parameters(recurse=False)
+            own = list(model.get_submodule(prefix).parameters())
         except AttributeError:  # an expert in a stack
             continue
         if found := [owner[id(x)] for x in own if id(x) in owner]:
