@@ -82,6 +82,7 @@ class SplitExperts(Compound):
             if (bias := self._parameters.get(f"{name}_bias")) is not None:
                 x = x + bias[number]
             if step == 0:
+                # Private, and the one method that all these classes have for their gate.
                 x = stock._apply_gate(x) if stock.has_gate else stock.act_fn(x)
         return x
 
@@ -95,7 +96,8 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
         return ()
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     own = {name for name, parameter in module.named_parameters() if parameter is not None}
-    stacks = [module._parameters.get(name) for name in names]
+    direct = dict(module.named_parameters(recurse=False))
+    stacks = [direct.get(name) for name in names]
     known = own == {*names, *_bias_names(module)} and next(module.buffers(), None) is None
     if not known or module.has_post_expert_norm:
         return ()

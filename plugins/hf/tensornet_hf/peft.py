@@ -187,6 +187,7 @@ def register_layers(config: LoraConfig) -> LoraConfig:
             "PEFT would leave compressed layers out of target_modules='all-linear'; use "
             "tensornet_hf.peft.lora_config(model, target_modules='all-linear')."
         )
+    # Private, and the only way that PEFT offers to reach layers of other libraries.
     config._register_custom_module({TensorNetworkLinear: LoraNetworkLinear})
     return config
 
