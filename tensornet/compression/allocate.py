@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tensornet.compression.config import BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig
-from tensornet.compression.measure import UNMEASURED, Forecast
+from tensornet.compression.loss_increase import UNMEASURED, Forecast
 from tensornet.errors import BudgetError
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target

@@ -10,7 +10,8 @@ from torch import nn
 from tensornet._util import check_type, progress_bar, warn
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.candidates import relative_gap
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.layer_plan import LayerPlan
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting

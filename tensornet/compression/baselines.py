@@ -4,7 +4,7 @@ Each is a configuration of the same pipeline; here are the configurations, and t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import prepare
 from tensornet.compression.sensitivity import Sensitivity, forecast_weighting
+from tensornet.compression.viz import BaselineLosses
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import PLAIN
@@ -54,24 +55,6 @@ class BaselineResult:
     num_bytes: int
     num_params: int
     predicted_loss_increase: float | None = None
-
-
-@dataclass(frozen=True)
-class BaselineLosses:
-    """Predicted loss increase of the plain methods, by layer and over sizes.
-
-    Args:
-        nearest: by layer, of rounding to nearest in the largest format of at most the bytes of its plan, or
-            in the smallest.
-        svd: by layer, of the truncated SVD of at most those bytes.
-        nearest_curve: `(bytes of all layers, loss increase)`, of one format for all layers.
-        svd_curve: likewise, of one ratio for all layers.
-    """
-
-    nearest: Mapping[str, float] = field(default_factory=dict)
-    svd: Mapping[str, float] = field(default_factory=dict)
-    nearest_curve: tuple[tuple[int, float], ...] = ()
-    svd_curve: tuple[tuple[int, float], ...] = ()
 
 
 def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> dict[str, CompressionConfig]:

@@ -17,7 +17,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, put_back
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
-from tensornet.compression.measure import measure, record_losses, warn_of_loss
+from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import prepare
 from tensornet.compression.report import CompressionReport, layer_reports, measure_coverage, model_size

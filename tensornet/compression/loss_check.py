@@ -26,7 +26,8 @@ from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate
 from tensornet.compression.apply import apply_plan
-from tensornet.compression.measure import (
+from tensornet.compression.layer_plan import LayerPlan, layer_names
+from tensornet.compression.loss_increase import (
     UNMEASURED,
     Forecast,
     LossIncrease,
@@ -34,14 +35,7 @@ from tensornet.compression.measure import (
     measure,
     opposite_errors,
 )
-from tensornet.compression.plan import (
-    CompressionPlan,
-    LayerPlan,
-    LossCheck,
-    RaisedLoss,
-    has_large_error,
-    layer_names,
-)
+from tensornet.compression.plan import CompressionPlan, LossCheck, RaisedLoss, has_large_error
 from tensornet.compression.planning import Prepared
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target

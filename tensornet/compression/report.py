@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tensornet._util import html_table
-from tensornet.compression.measure import LossIncrease
+from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, plan_text
 from tensornet.nn.storage import PackedCore
 from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
@@ -247,7 +247,7 @@ class CompressionReport:
         """
         from tensornet.compression.viz import report_figure
 
-        return report_figure(self.plan, {layer.name: layer.error for layer in self.layers})
+        return report_figure(self.plan.layers, {layer.name: layer.error for layer in self.layers})
 
     def _repr_html_(self) -> str:
         """Format as a table for notebooks."""

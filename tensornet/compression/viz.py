@@ -5,12 +5,11 @@ Functions that draw on axes take a `Palette`, so that a page can draw the same p
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tensornet._util import import_optional
-from tensornet.compression.baselines import BaselineLosses
-from tensornet.compression.plan import CompressionPlan, LayerName, LayerPlan, layer_names
+from tensornet.compression.layer_plan import LayerName, LayerPlan, layer_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +70,24 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class BaselineLosses:
+    """Predicted loss increase of the plain methods, by layer and over sizes.
+
+    Args:
+        nearest: by layer, of rounding to nearest in the largest format of at most the bytes of its plan, or
+            in the smallest.
+        svd: by layer, of the truncated SVD of at most those bytes.
+        nearest_curve: `(bytes of all layers, loss increase)`, of one format for all layers.
+        svd_curve: likewise, of one ratio for all layers.
+    """
+
+    nearest: Mapping[str, float] = field(default_factory=dict)
+    svd: Mapping[str, float] = field(default_factory=dict)
+    nearest_curve: tuple[tuple[int, float], ...] = ()
+    svd_curve: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Panel:
     """Layers of one kind, from left to right.
 
@@ -87,18 +104,20 @@ class Panel:
 
 def draw_loss_over_bits(
     axes: "Axes",
-    plan: CompressionPlan,
+    layers: Sequence[LayerPlan],
+    curve: Sequence[tuple[int, float]],
     marks: Sequence[Mark],
     losses: BaselineLosses | None = None,
     palette: Palette = DEFAULT,
     *,
     label: str = "loss increase",
 ) -> None:
-    """Draw the predicted loss increase over bits of a weight, baselines and models and models.
+    """Draw the predicted loss increase over bits of a weight, of baselines and of models.
 
     Args:
         axes: to draw on.
-        plan: its curve over bytes, and its dense end.
+        layers: as planned.
+        curve: of the plan, `(bytes of all layers, predicted loss increase)`.
         marks: models.
         losses: curves of the plain methods.
         palette: colours.
@@ -106,7 +125,7 @@ def draw_loss_over_bits(
     """
     from matplotlib.ticker import NullFormatter
 
-    weights = plan.params_before
+    weights = sum(layer.params_before for layer in layers)
 
     def line(points: Sequence[tuple[int, float]], color: str, label: str, **options: Any) -> list[float]:
         shown = [(8 * size / weights, loss) for size, loss in sorted(points) if FLOOR < loss < _USELESS]
@@ -114,7 +133,6 @@ def draw_loss_over_bits(
             axes.plot(*zip(*shown, strict=True), color=color, label=label, **options)
         return [loss for _, loss in shown]
 
-    curve = plan.curve(unit="bytes")
     values = line(curve, palette.ours, "this method, predicted", linewidth=2)
     if losses is not None:
         options = {"linewidth": 1.2, "alpha": 0.8}
@@ -128,7 +146,7 @@ def draw_loss_over_bits(
             axes.plot([mark.bits], values[-1:], "o", **style)
         else:  # no increase has no place on a logarithmic axis: at its lower end
             axes.plot([mark.bits], [0.03], "v", transform=axes.get_xaxis_transform(), **style)
-    dense = 8 * plan.bytes_before / weights
+    dense = 8 * sum(layer.bytes_before for layer in layers) / weights
     axes.set_yscale("log")
     low, high = min(values, default=1e-3), max(values, default=1.0)
     axes.set_ylim(low / 2, high * 2)
@@ -266,48 +284,48 @@ def plain_axes(axes: "Axes", palette: Palette, *, grid: str | None) -> None:
         axes.grid(axis=grid, color=palette.grid)  # type: ignore[arg-type]  # "x", "y" or "both"
 
 
-def plan_figure(plan: CompressionPlan, marks: Sequence[Mark] = (), *, user: str = "plan.plot()") -> "Figure":
+def plan_figure(
+    layers: Sequence[LayerPlan], curve: Sequence[tuple[int, float]], loss_increase: float | None
+) -> "Figure":
     """Draw a plan: loss over bits if it is predicted, and bits and ranks of all layers.
 
     Args:
-        plan: to be drawn.
-        marks: models and models.
-        user: named where matplotlib is missing.
+        layers: of the plan.
+        curve: `(bytes of all layers, predicted loss increase)`; empty without a prediction.
+        loss_increase: predicted for the plan.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    module = import_optional("matplotlib.figure", extra="viz", user=user)
-    names = layer_names([layer.name for layer in plan])
+    module = import_optional("matplotlib.figure", extra="viz", user="plan.plot()")
+    names = layer_names([layer.name for layer in layers])
     rows, columns, _ = grid_of(names)
     map_height = 1.0 + 0.32 * len(rows)
-    curve = bool(plan.curve(unit="bytes"))
     heights = [3.0, map_height] if curve else [map_height]
     width = min(24.0, max(_WIDTH, 0.42 * len(columns)))
     figure: Figure = module.Figure(figsize=(width, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if curve:
-        loss = plan.predicted_loss_increase
-        own = [] if loss is None else [Mark("this plan", plan.bits_per_weight, loss, DEFAULT.ours)]
-        draw_loss_over_bits(panels[0], plan, [*own, *marks])
-        panels[0].set_title(f"{plan.bits_per_weight:.2f} bits a weight", loc="left", fontsize=10)
-    draw_bits(panels[-1], list(plan))
+        bits = _mean_bits(layers)
+        marks = [] if loss_increase is None else [Mark("this plan", bits, loss_increase, DEFAULT.ours)]
+        draw_loss_over_bits(panels[0], layers, curve, marks)
+        panels[0].set_title(f"{bits:.2f} bits a weight", loc="left", fontsize=10)
+    draw_bits(panels[-1], layers)
     panels[-1].set_title("bits of a weight, and rank (r) of networks", loc="left", fontsize=10)
     return figure
 
 
-def report_figure(plan: CompressionPlan, errors: Mapping[str, float]) -> "Figure":
+def report_figure(layers: Sequence[LayerPlan], errors: Mapping[str, float]) -> "Figure":
     """Draw a finished compression: the plan, and the loss or the weight error of every layer.
 
     Args:
-        plan: that was applied.
+        layers: of the plan that was applied.
         errors: relative Frobenius error of each layer.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
     module = import_optional("matplotlib.figure", extra="viz", user="report.plot()")
-    layers = list(plan)
     rows, columns, _ = grid_of(layer_names([layer.name for layer in layers]))
     predicted = all(layer.loss_increase is not None for layer in layers)
     height = 1.2 + 0.32 * len(rows)
@@ -315,7 +333,7 @@ def report_figure(plan: CompressionPlan, errors: Mapping[str, float]) -> "Figure
     figure: Figure = module.Figure(figsize=(width, height + 3.2), layout="constrained")
     bits, values = figure.subplots(2, 1, height_ratios=[height, 3.2])
     draw_bits(bits, layers)
-    bits.set_title(f"bits of a weight, {plan.bits_per_weight:.2f} in the mean", loc="left", fontsize=10)
+    bits.set_title(f"bits of a weight, {_mean_bits(layers):.2f} in the mean", loc="left", fontsize=10)
     places = range(len(layers))
     if predicted:
         values.bar(places, [layer.loss_increase or 0.0 for layer in layers], color=DEFAULT.ours)
@@ -328,6 +346,11 @@ def report_figure(plan: CompressionPlan, errors: Mapping[str, float]) -> "Figure
     values.set_xlabel("layer, in the order of the model")
     plain_axes(values, DEFAULT, grid="y")
     return figure
+
+
+def _mean_bits(layers: Sequence[LayerPlan]) -> float:
+    """Compute the mean bits of a weight of these layers."""
+    return 8 * sum(layer.bytes_after for layer in layers) / sum(layer.params_before for layer in layers)
 
 
 def _rank(layer: LayerPlan) -> str:
@@ -347,7 +370,7 @@ def grid_of(names: Sequence[LayerName]) -> tuple[list[str], list[str], dict[str,
         Labels of rows and of columns, and `(row, column)` of each layer by its name.
 
     Example:
-        >>> from tensornet.compression.plan import layer_names
+        >>> from tensornet.compression.layer_plan import layer_names
         >>> from tensornet.compression.viz import grid_of
         >>> grid_of(layer_names(["h.0.up", "h.0.down", "h.1.up"]))
         (['up', 'down'], ['0', '1'], {'h.0.up': (0, 0), 'h.0.down': (1, 0), 'h.1.up': (0, 1)})
@@ -369,7 +392,7 @@ def panels_of(names: Sequence[LayerName]) -> list[Panel]:
     """Arrange layers in panels, one for each kind over blocks; without blocks all are in one.
 
     Example:
-        >>> from tensornet.compression.plan import layer_names
+        >>> from tensornet.compression.layer_plan import layer_names
         >>> from tensornet.compression.viz import panels_of
         >>> [panel.title for panel in panels_of(layer_names(["h.0.up", "h.0.down", "h.1.up"]))]
         ['up', 'down']

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.plan import LayerPlan
+from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.planning import plan
 from tensornet.compression.serialization import load_model, save_model
 from tensornet.errors import BudgetError

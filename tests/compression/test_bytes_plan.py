@@ -30,8 +30,8 @@ from tensornet.compression.allocate import (
 )
 from tensornet.compression.candidates import PREDICTED_BITS
 from tensornet.compression.config import DEFAULT_FORMATS
-from tensornet.compression.measure import Forecast
-from tensornet.compression.plan import describe
+from tensornet.compression.layer_plan import describe
+from tensornet.compression.loss_increase import Forecast
 from tensornet.compression.report import model_size
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.storage import Storage

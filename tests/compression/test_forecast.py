@@ -14,7 +14,7 @@ import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.losses import label_losses
 from tensornet.compression import CompressionConfig, Prepared, correct_by_measuring, prepare
-from tensornet.compression.measure import mean_loss
+from tensornet.compression.loss_increase import mean_loss
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text import load_tokenizer, token_ids
 

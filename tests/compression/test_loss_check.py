@@ -26,7 +26,7 @@ from tensornet.compression import (
     prepare,
 )
 from tensornet.compression.allocate import uniform
-from tensornet.compression.measure import mean_loss, opposite_errors
+from tensornet.compression.loss_increase import mean_loss, opposite_errors
 from tensornet.compression.plan import LossCheck, RaisedLoss
 
 TOKENS, WIDTH, HIDDEN = 50, 64, 128

@@ -13,9 +13,10 @@ from torch import nn
 
 import tensornet as tn
 from tensornet._util import ROWS, html_table
-from tensornet.compression.baselines import BaselineLosses, baseline_losses
-from tensornet.compression.plan import layer_names
+from tensornet.compression.baselines import baseline_losses
+from tensornet.compression.layer_plan import layer_names
 from tensornet.compression.viz import (
+    BaselineLosses,
     draw_layer_losses,
     draw_loss_over_bits,
     grid_of,
@@ -104,7 +105,7 @@ def test_report_draws(made: Made) -> None:
 def test_panels_of_losses_beside_the_plain_methods(made: Made) -> None:
     plan, _, _, losses = made
     figure = Figure()
-    draw_loss_over_bits(figure.add_subplot(3, 1, 1), plan, [], losses)
+    draw_loss_over_bits(figure.add_subplot(3, 1, 1), plan.layers, plan.curve(unit="bytes"), [], losses)
     panels = panels_of(layer_names([layer.name for layer in plan]))
     assert [panel.title for panel in panels] == ["up", "down"]
     axes = figure.add_subplot(3, 1, 2)
@@ -184,6 +185,6 @@ def test_a_plan_of_many_layers_stays_within_a_page() -> None:
         for k in range(30)
         for kind in "abcdefg"
     ]
-    width, height = plan_figure(tn.CompressionPlan(tuple(layers))).get_size_inches()
+    width, height = plan_figure(layers, [], None).get_size_inches()
     assert width < 25
     assert height < 8

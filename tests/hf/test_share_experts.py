@@ -16,7 +16,7 @@ import tensornet_moe as tm
 from tensornet.compression.report import model_size
 from tensornet.nn.targets import LayerSelection
 from tensornet_hf.cli.main import run
-from tensornet_moe.compress_experts import experts_per_token
+from tensornet_moe.expert_compression import experts_per_token
 from tensornet_moe.low_rank_sharing import PATTERNS
 
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6)

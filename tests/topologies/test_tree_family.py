@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.compression.baselines import BaselineLosses
+from tensornet.compression.viz import BaselineLosses
 from tensornet.contrib.search import search_topology
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import TopologyFamily, registered

@@ -14,7 +14,7 @@ from tensornet._util import import_optional, in_eval_mode, progress_bar
 from tensornet.calibration import cosine_losses, label_losses, losses_against
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, field, scores_next_token
-from tensornet.compression.measure import light_copy, measure, record_losses
+from tensornet.compression.loss_increase import light_copy, measure, record_losses
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet_hf.text import calibration_data, load_tokenizer, scores_tokens, token_ids, usual_context
 

@@ -27,14 +27,14 @@ from tensornet.compression.baselines import (
     GPTQ,
     NEAREST,
     SVD,
-    BaselineLosses,
     apply_baseline,
     baseline_configs,
     baseline_losses,
     predict_baseline,
 )
-from tensornet.compression.plan import layer_names
+from tensornet.compression.layer_plan import layer_names
 from tensornet.compression.report import compact_count, model_size
+from tensornet.compression.viz import BaselineLosses
 from tensornet.io import write_file
 from tensornet_hf.evaluate import Judge, Quality, judge_of
 from tensornet_hf.streaming import peak_memory
@@ -456,10 +456,11 @@ def _pictures(page: Page, rows: Sequence[tuple[ModelFacts, Increase | None]]) ->
             for model, x in rows[1:]
             if x is not None and model.bits is not None
         ]
-        if plan.curve(unit="bytes") or len(marks) > 1:
+        curve = plan.curve(unit="bytes")
+        if curve or len(marks) > 1:
             figure = Figure(figsize=(6.0, 4.0), layout="constrained")
             axes = figure.subplots()
-            draw.draw_loss_over_bits(axes, plan, marks, losses, palette, label=page.label)
+            draw.draw_loss_over_bits(axes, plan.layers, curve, marks, losses, palette, label=page.label)
             handles = [
                 Line2D([], [], color=line.get_color(), label=str(line.get_label()))
                 for line in axes.lines

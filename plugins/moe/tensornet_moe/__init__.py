@@ -2,7 +2,7 @@
 
 import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
 from tensornet_moe.bank import ExpertBank, SharedCores
-from tensornet_moe.compress_experts import ExpertsReport, SharedStack, compress_experts
+from tensornet_moe.expert_compression import ExpertsReport, SharedStack, compress_experts
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.joint_fit import JointFit

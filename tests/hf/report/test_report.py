@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression.baselines import BaselineLosses
+from tensornet.compression.viz import BaselineLosses
 from tensornet_hf.evaluate import Quality
 from tensornet_hf.report import (
     Comparison,

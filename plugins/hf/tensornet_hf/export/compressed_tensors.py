@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensornet.compression.measure import light_copy
+from tensornet.compression.loss_increase import light_copy
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore

@@ -26,7 +26,7 @@ from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.linear import linear_from_stored
 from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat, round_factor
-from tensornet_moe.compress_experts import (
+from tensornet_moe.expert_compression import (
     SEPARATE,
     SHARED,
     Stack,
@@ -309,7 +309,7 @@ def test_sharing_reaches_sizes_that_separate_networks_do_not(monkeypatch: pytest
             raise BudgetError("nothing was found with both kinds")
         return choose_kinds(given, stacks, kinds)  # type: ignore[arg-type]
 
-    module = importlib.import_module("tensornet_moe.compress_experts")
+    module = importlib.import_module("tensornet_moe.expert_compression")
     monkeypatch.setattr(module, "choose_kinds", only_one_kind)
     assert totals(small, None, 0, "both")[1] == pytest.approx(shared)
 

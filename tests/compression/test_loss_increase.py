@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tensornet as tn
 from tensornet.calibration.losses import label_losses
 from tensornet.compression import LossIncrease, measure, record_losses
-from tensornet.compression.measure import TOKENS, Forecast, light_copy, warn_of_loss
+from tensornet.compression.loss_increase import TOKENS, Forecast, light_copy, warn_of_loss
 
 X = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(256) % 4

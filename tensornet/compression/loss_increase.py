@@ -50,7 +50,7 @@ class LossIncrease:
         kl_stderr: standard error of that mean.
 
     Example:
-        >>> from tensornet.compression.measure import LossIncrease
+        >>> from tensornet.compression.loss_increase import LossIncrease
         >>> print(LossIncrease(0.0312, 0.002, 2048, "calibration data", kl_mean=0.034, kl_stderr=0.001))
         0.0312 (standard error 0.002, 2,048 losses on calibration data; KL divergence 0.0340)
     """
@@ -133,7 +133,7 @@ def record_losses(
         None without batches, and where the model has no loss or does not run on a part of a batch.
 
     Example:
-        >>> from tensornet.compression.measure import measure, record_losses
+        >>> from tensornet.compression.loss_increase import measure, record_losses
         >>> model = torch.nn.Linear(4, 3)
         >>> before = record_losses(model, [(torch.randn(16, 4), torch.arange(16) % 3)])
         >>> with torch.no_grad():
@@ -183,7 +183,7 @@ def measure(
         TargetError: no token is scored.
 
     Example:
-        >>> from tensornet.compression.measure import measure
+        >>> from tensornet.compression.loss_increase import measure
         >>> dense = torch.nn.Sequential(torch.nn.Linear(8, 3))
         >>> batches = [(torch.randn(32, 8), torch.arange(32) % 3)]
         >>> measure(copy.deepcopy(dense), dense, batches).mean
