@@ -23,13 +23,13 @@ from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import is_known, never_ran, resolve_objective
 from tensornet.contraction.cost import Machine, default_machine
 from tensornet.errors import BudgetError, CalibrationWarning
-from tensornet.linalg.svd import MatrixSpectrum, check_finite, singular_values
+from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 from tensornet.topologies.registry import topology_of_shape
-from tensornet.topologies.results import Prediction
+from tensornet.topologies.results import Decomposition
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
@@ -289,20 +289,19 @@ def _plan_by_weight(
 def plan_layer_by_weight(target: Target, config: CompressionConfig) -> LayerPlan:
     """Plan one layer by the Frobenius error of its weight: the topology given, or the best family."""
     matrix = target.matrix
+    dense = _dense(target, singular_values(matrix))
     if config.fixed:
-        dense = _dense(target, singular_values(matrix))
         topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")
         storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
         return with_baseline(
             replace(dense, topology=topology, bound_by="topology", error=None, storage=storage)
         )
-    best: Prediction | None = None
+    best: Decomposition | None = None
     refusals = []
-    spectrum = MatrixSpectrum(matrix, truncates=False)
     for family in config.families:
         try:
             options = config.family_options(family)
-            found = topology_family(family).predict(matrix, config.budget, spectrum, **options)
+            found = topology_family(family).decompose(matrix, config.budget, **options)
         except BudgetError as error:
             refusals.append(f"{family}: {error}")
             continue
@@ -310,10 +309,10 @@ def plan_layer_by_weight(target: Target, config: CompressionConfig) -> LayerPlan
             best = found
     if best is None:
         raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
-    dense = _dense(target, spectrum())
-    if not config.budget.unlimited and best.topology.num_params >= matrix.numel():
+    topology = best.network.topology
+    if not config.budget.unlimited and topology.num_params >= matrix.numel():
         return dense
-    return with_baseline(replace(dense, topology=best.topology, bound_by=best.bound_by, error=best.error))
+    return with_baseline(replace(dense, topology=topology, bound_by=best.bound_by, error=best.error))
 
 
 def _dense(target: Target, spectrum: Tensor) -> LayerPlan:
@@ -324,12 +323,12 @@ def _dense(target: Target, spectrum: Tensor) -> LayerPlan:
     )
 
 
-def _better(new: Prediction, old: Prediction, rel_error: float | None) -> bool:
-    """Compare two plans: the smaller wins under `rel_error`, the more accurate one under a size cap."""
+def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> bool:
+    """Return True if the new one is smaller under `rel_error`, or more accurate under a size cap."""
     if rel_error is not None:
         kept_new, kept_old = new.error <= rel_error, old.error <= rel_error
         if kept_new and kept_old:
-            return new.topology.num_params < old.topology.num_params
+            return new.network.num_params < old.network.num_params
         if kept_new != kept_old:
             return kept_new
     return new.error < old.error

@@ -11,7 +11,6 @@ Reference:
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,7 +45,6 @@ def iterated_basis(
     *,
     slack: float,
     kept_slack: float | None = None,
-    gram: Tensor | None = None,
 ) -> Tensor | None:
     """Compute an orthonormal basis of the `rank` leading left singular vectors, in descending order.
 
@@ -57,16 +55,12 @@ def iterated_basis(
         slack: stop when an iteration lowers the energy left outside by less than this fraction of it.
         kept_slack: and by less than this fraction of the energy inside, for accurate singular values
             themselves: next to a large rest they may be far off while the rest hardly changes.
-        gram: `block @ block^H` if it is known.
 
     Returns:
         Basis of shape `(*batch, m, rank)`, or None if the energy has not settled.
     """
     size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
-    if size > _GRAM_PAYS_BELOW * width:
-        gram = None
-    elif gram is None:
-        gram = block @ block.mH
+    gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
     generator = torch.Generator(device="cpu").manual_seed(0)  # the same numbers on every device
     probe = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu").to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
@@ -90,40 +84,6 @@ def iterated_basis(
 def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
     """Compute `block @ block^H @ vectors`."""
     return block @ (block.mH @ vectors) if gram is None else gram @ vectors
-
-
-# --- Gram matrices --------------------------------------------------------------------------------
-
-
-class Eigenpairs(NamedTuple):
-    """Eigenvalues in ascending order, shape `(*batch, k)`, and their vectors as columns, `(*batch, k, k)`."""
-
-    values: Tensor
-    vectors: Tensor
-
-
-class GramMatrix:
-    """Gram matrix `B B^H` of a block, or `B^H B` where that is smaller, for several users.
-
-    Args:
-        block: shape `(*batch, m, n)`, in double precision.
-    """
-
-    def __init__(self, block: Tensor) -> None:
-        wide = block.mH if block.shape[-2] > block.shape[-1] else block
-        self.product = wide @ wide.mH  # shape: (*batch, k, k) with k = min(m, n)
-
-    @cached_property
-    def eigh(self) -> Eigenpairs:
-        """Eigenvalues and eigenvectors of the product."""
-        return Eigenpairs(*torch.linalg.eigh(self.product))
-
-    @property
-    def energies(self) -> Tensor:
-        """Squared singular values in descending order, shape `(*batch, k)`."""
-        known = "eigh" in self.__dict__
-        values = self.eigh.values if known else torch.linalg.eigvalsh(self.product)
-        return values.flip(-1).clamp_min(0)
 
 
 # --- truncated SVD --------------------------------------------------------------------------------
@@ -299,35 +259,12 @@ def truncated_svd(
         max_rank = check_size("max_rank", max_rank, error=BudgetError)
     Budget(rel_error=rel_error)
     check_finite(matrix, "The matrix")
-    return truncate(matrix, safe_scale(matrix), max_rank or min(matrix.shape), rel_error, method)
-
-
-@torch.no_grad()
-@outside_autocast
-def truncate(
-    matrix: Tensor,
-    scale: float,
-    cap: int,
-    rel_error: float | None = None,
-    method: Method = "auto",
-    *,
-    gram: GramMatrix | None = None,
-) -> TruncatedSVD:
-    """Truncate the SVD of a finite matrix; see `truncated_svd`.
-
-    Args:
-        matrix: shape `(m, n)`.
-        scale: its `safe_scale`.
-        cap: largest rank.
-        rel_error: largest relative Frobenius error.
-        method: see `truncated_svd`.
-        gram: Gram matrix of `matrix / scale` in double precision, if it is known.
-    """
+    scale = safe_scale(matrix)
     work = scaled_work(matrix, scale)
     total = energy(work)
     allowed = None if rel_error is None else allowed_energy(rel_error, total)
     single = is_single(matrix.dtype)
-    found = factorize(work, cap, allowed, method=method, single=single, gram=gram)
+    found = factorize(work, max_rank or min(matrix.shape), allowed, method=method, single=single)
     U, Vh = fix_signs(found.U, found.Vh)
     dtype = result_dtype(matrix.dtype)
     error = relative(float(found.discarded), float(total))
@@ -348,7 +285,6 @@ def factorize(
     *,
     method: Method,
     single: bool,
-    gram: GramMatrix | None = None,
 ) -> Factors:
     """Truncate the SVD of a stack of double-precision blocks, all at the same rank.
 
@@ -358,15 +294,14 @@ def factorize(
         allowed: energy that may be discarded, shape `(*batch)`; the largest rank needed is kept for all.
         method: see `truncated_svd`.
         single: whether the numbers carry single precision only.
-        gram: Gram matrix of the blocks, if it is known.
     """
     size = min(work.shape[-2:])
     cap = min(cap, size)
     iterate = method == "randomized" or (method == "auto" and worth_iterating(size, cap))
-    if iterate and (found := _randomized(work, cap, allowed, single, gram)) is not None:
+    if iterate and (found := _randomized(work, cap, allowed, single)) is not None:
         return found
     if method == "gram" or (method == "auto" and single):
-        return _gram(work, cap, allowed, single, gram)
+        return _gram(work, cap, allowed, single)
     return _exact(work, cap, allowed)
 
 
@@ -447,12 +382,10 @@ def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U.reshape(*batch, *U.shape[1:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[1:])
 
 
-def _gram(
-    work: Tensor, cap: int, allowed: Tensor | None, single: bool, gram: GramMatrix | None = None
-) -> Factors:
+def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors:
     if work.shape[-2] > work.shape[-1]:
-        return _flip(_gram(work.mH, cap, allowed, single, gram))
-    values, vectors = (gram or GramMatrix(work)).eigh
+        return _flip(_gram(work.mH, cap, allowed, single))
+    values, vectors = torch.linalg.eigh(work @ work.mH)
     energies = values.flip(-1).clamp_min(0)
     rank = keep_rank(energies, cap, allowed)
     found = _project(work, vectors.flip(-1)[..., :rank], "gram")
@@ -466,16 +399,13 @@ def _gram(
     return _exact(work, cap, allowed) if unresolved or missed else found
 
 
-def _randomized(
-    work: Tensor, cap: int, allowed: Tensor | None, single: bool, gram: GramMatrix | None = None
-) -> Factors | None:
+def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors | None:
     if work.shape[-2] > work.shape[-1]:
-        flipped = _randomized(work.mH, cap, allowed, single, gram)
+        flipped = _randomized(work.mH, cap, allowed, single)
         return None if flipped is None else _flip(flipped)
     total = energy(work)
     slack, kept_slack = (1e-4, 1e-5) if single else (1e-8, 1e-10)
-    known = None if gram is None else gram.product
-    basis = iterated_basis(work, total, cap, slack=slack, kept_slack=kept_slack, gram=known)
+    basis = iterated_basis(work, total, cap, slack=slack, kept_slack=kept_slack)
     if basis is None:
         return None
     sketch = basis.mH @ work
@@ -514,64 +444,19 @@ def _flip(factors: Factors) -> Factors:
     return factors._replace(U=factors.Vh.mH, Vh=factors.U.mH)
 
 
-# --- all singular values and the leading vectors of one matrix ------------------------------------
-
-
-class MatrixSpectrum:
-    """Singular values of a matrix, computed once; call it to get them.
-
-    To explain how this works: values alone take a quarter of the time of values with vectors. So vectors are
-    computed with the values only if a rank is expected for which `truncated` will need them, see `expect`.
-    What is kept is the Gram matrix or its eigenvectors: `min(m, n)^2` numbers in double precision.
+@torch.no_grad()
+def singular_values(matrix: Tensor) -> Tensor:
+    """Compute the singular values in descending order, in double precision, from the smaller Gram matrix.
 
     Args:
         matrix: shape `(m, n)`, finite.
-        truncates: whether `truncated` will be called.
 
     Example:
-        >>> from tensornet.linalg.svd import MatrixSpectrum
-        >>> spectrum = MatrixSpectrum(torch.diag(torch.tensor([4.0, 3.0, 0.0])))
-        >>> spectrum()
+        >>> from tensornet.linalg.svd import singular_values
+        >>> singular_values(torch.diag(torch.tensor([4.0, 3.0, 0.0])))
         tensor([4., 3., 0.], dtype=torch.float64)
-        >>> spectrum.truncated(1).S
-        tensor([4.])
     """
-
-    def __init__(self, matrix: Tensor, *, truncates: bool = False) -> None:
-        self._matrix, self._truncates = matrix, truncates
-        self._scale = safe_scale(matrix)
-        self._gram: GramMatrix | None = None
-        self._values: Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        """Compute the singular values in descending order, in double precision."""
-        if self._values is None:
-            gram = self._shared()
-            self._values = gram.energies.sqrt() * self._scale
-            if not self._truncates:
-                self._gram = None
-        return self._values
-
-    def expect(self, rank: int) -> None:
-        """Compute eigenvectors together with the values if `truncated(rank)` will need them.
-
-        Call it before the values are asked for.
-        """
-        if self._truncates and not worth_iterating(min(self._matrix.shape), rank):
-            _ = self._shared().eigh
-
-    @torch.no_grad()
-    def truncated(self, rank: int) -> TruncatedSVD:
-        """Truncate the SVD as `truncated_svd(matrix, max_rank=rank)` does."""
-        return truncate(self._matrix, self._scale, rank, gram=self._shared())
-
-    def _shared(self) -> GramMatrix:
-        if self._gram is None:
-            self._gram = GramMatrix(scaled_work(self._matrix, self._scale))
-        return self._gram
-
-
-def singular_values(matrix: Tensor) -> Tensor:
-    """Compute the singular values in descending order, in double precision, from the smaller Gram matrix."""
-    return MatrixSpectrum(matrix)()
+    scale = safe_scale(matrix)
+    work = scaled_work(matrix, scale)
+    wide = work.mH if work.shape[0] > work.shape[1] else work
+    return torch.linalg.eigvalsh(wide @ wide.mH).flip(-1).clamp_min(0).sqrt() * scale

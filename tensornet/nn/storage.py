@@ -607,10 +607,7 @@ def _rounded(
 
     stored = StoredCores(topology, work, formats, orders, assemble, rounding)
     done = topology_family(topology.family).round_cores(stored, weighting or Weighting())
-    return {
-        name: done.codes[name] if name in formats else done.tensors.get(name, work[name]).to(own)
-        for name in tensors
-    }
+    return {name: x.to(own) if isinstance(x, Tensor) else x for name, x in (work | done).items()}
 
 
 def gauge_axes(topology: Topology, storage: Storage) -> dict[str, int]:

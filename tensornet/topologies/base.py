@@ -13,14 +13,13 @@ from torch import Tensor
 from tensornet._util import check_dense, outside_autocast
 from tensornet.budget import Budget, check_budget
 from tensornet.errors import BudgetError, TopologyError
-from tensornet.linalg.svd import MatrixSpectrum
 from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.quantization import NumberFormat
+from tensornet.quantization import NumberFormat, RoundedWeight
 from tensornet.topologies.fit import fit_weighted, leading, legs_of, structured_start
-from tensornet.topologies.results import Decomposition, Ladder, Prediction, Proposal, RoundTrip
-from tensornet.topologies.rounded_cores import RoundedCores, StoredCores, round_in_turn
+from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
+from tensornet.topologies.rounded_cores import StoredCores, round_in_turn
 from tensornet.topologies.structure import Side, bond_cuts, gauge_bonds
 from tensornet.topology import Topology
 
@@ -154,20 +153,6 @@ class TopologyFamily(ABC):
         return options
 
     # --- decompositions --------------------------------------------------------------------------
-
-    def predict(self, matrix: Tensor, budget: Budget, spectrum: MatrixSpectrum, **options: Any) -> Prediction:
-        """Predict topology and error of `decompose`, by default through the decomposition itself.
-
-        Override it if the singular values of the matrix tell both in less time.
-
-        Args:
-            matrix: shape `(out, in)`.
-            budget: see `Budget`.
-            spectrum: singular values and truncated SVD of the matrix.
-            options: of `decompose`.
-        """
-        found = self.decompose(matrix, budget, **options)
-        return Prediction(found.network.topology, found.error, found.bound_by, lambda: found)
 
     @outside_autocast
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
@@ -310,7 +295,7 @@ class TopologyFamily(ABC):
         return [[mean] * len(weights), [self.decompose_to(x, topology).network for x in weights]]
 
     @outside_autocast
-    def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
+    def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
         """Round cores to integers with little weighted error of the matrix.
 
         By default one core after the other with estimated moments, the rest refitted. Override it if the
@@ -319,6 +304,9 @@ class TopologyFamily(ABC):
         Args:
             stored: the cores, and number formats of those that become integers.
             weighting: sensitivity of the loss to errors of the matrix.
+
+        Returns:
+            By name the rounded cores, and other cores where they were refitted.
         """
         return round_in_turn(stored, weighting)
 

@@ -14,14 +14,13 @@ from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.quantization import NumberFormat, Rounding, round_weight
+from tensornet.quantization import NumberFormat, RoundedWeight, Rounding, round_weight
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
-from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.registry import register_topology
 from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
-from tensornet.topologies.rounded_cores import RoundedCores, StoredCores
+from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topology import CoreSpec, Topology
 
 
@@ -162,15 +161,12 @@ class DenseFamily(TopologyFamily):
         error = float(gap.double().norm() / matrix.double().norm().clamp_min(1e-300))
         return Ladder((topology,), losses, torch.tensor([error], dtype=torch.float64), complete=True)
 
-    def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
+    def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
         """Round the matrix two-sidedly with the moments of the weight."""
-        formats = stored.formats.items()
-        return RoundedCores(
-            {
-                name: round_dense(stored.tensors[name], x, weighting, rounding=stored.rounding)
-                for name, x in formats
-            }
-        )
+        return {
+            name: round_dense(stored.tensors[name], number_format, weighting, rounding=stored.rounding)
+            for name, number_format in stored.formats.items()
+        }
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
         """Return the same topology, since the sum of two matrices is a matrix."""

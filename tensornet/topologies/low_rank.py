@@ -11,20 +11,13 @@ import torch
 from torch import Tensor
 
 from tensornet._util import check_size, remembered
-from tensornet.budget import Budget, caps_of_bonds, check_budget
+from tensornet.budget import Budget, caps_of_bonds
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import (
-    MatrixSpectrum,
     Method,
     TruncatedSVD,
-    allowed_energy,
-    check_finite,
-    is_single,
-    keep_rank,
-    relative,
     result_dtype,
     truncated_svd,
-    worth_iterating,
 )
 from tensornet.linalg.tt_svd import CutSpectra, cap_bonds
 from tensornet.linalg.weighted_svd import (
@@ -35,14 +28,13 @@ from tensornet.linalg.weighted_svd import (
     weighted_svd,
 )
 from tensornet.network import TensorNetwork
-from tensornet.quantization import predict_product_losses, round_product
-from tensornet.quantization.rounding import RoundedWeight
+from tensornet.quantization import RoundedWeight, predict_product_losses, round_product
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.mpo import mpo
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition, Ladder, Prediction, Proposal, RoundTrip
-from tensornet.topologies.rounded_cores import RoundedCores, StoredCores
+from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
+from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
 
@@ -50,8 +42,6 @@ from tensornet.topology import Topology
 KERNEL_STEP = 16
 #: Fractions of the largest rank at which a lossy encoding is tried; between them its cost is interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
-#: Relative errors above this are read off singular values from a Gram matrix to many digits.
-_RESOLVED = 1e-5
 
 
 def low_rank(*, out_features: int, in_features: int, rank: int | None = None) -> Topology:
@@ -99,34 +89,6 @@ class LowRankFamily(TopologyFamily):
         (rank,) = caps_of_bonds(max_bond, 1, TopologyError)
         topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
         return replace(topology, family=self.name)
-
-    def predict(self, matrix: Tensor, budget: Budget, spectrum: MatrixSpectrum, **options: Any) -> Prediction:
-        """Read rank and error off the singular values, where single precision is asked for."""
-        if options or not is_single(matrix.dtype):
-            return super().predict(matrix, budget, spectrum, **options)
-        check_budget(budget)
-        check_finite(matrix, "The matrix")
-        rows, columns = matrix.shape
-        caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
-        if budget.rel_error is None:
-            spectrum.expect(caps[0])
-        energies = spectrum().square()
-        total = energies.sum()
-        allowed = None if budget.rel_error is None else allowed_energy(budget.rel_error, total)
-        rank = keep_rank(energies, caps[0], allowed)
-        error = relative(float(energies[rank:].sum()), float(total))
-        # Squares do not resolve smaller errors, and an iteration misses the best one by a trifle.
-        exact = budget.rel_error is not None and worth_iterating(len(energies), rank)
-        if exact or (rank < len(energies) and error < _RESOLVED):
-            return super().predict(matrix, budget, spectrum)
-        topology = self.build(rows, columns, max_bond=rank)
-        bound_by = "rel_error" if rank < caps[0] else bound_by
-
-        def decompose() -> Decomposition:
-            result = spectrum.truncated(rank)
-            return Decomposition(self._balanced(result, rows, columns), result.error, bound_by)
-
-        return Prediction(topology, error, bound_by, decompose)
 
     def decompose(
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any
@@ -204,7 +166,7 @@ class LowRankFamily(TopologyFamily):
         balance = torch.where(balance > 0, balance, torch.ones_like(balance))
         return (left * balance).to(dtype), (right / balance[:, None]).to(dtype)
 
-    def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
+    def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
         """Round the right factor under `(A^T R A, C)`, refit the left, and round it under `(R, B C B^T)`."""
         left, right = stored.topology.core_names
         rank = max(stored.topology.bond_dims.values())
@@ -218,13 +180,10 @@ class LowRankFamily(TopologyFamily):
             order=stored.orders.get(left),
             rounding=stored.rounding,
         )
-        done = RoundedCores()
+        done: dict[str, Tensor | RoundedWeight] = {}
         for name, factor in ((left, made.left), (right, made.right)):
-            if isinstance(factor, RoundedWeight):
-                done.codes[name] = factor
-            else:
-                kept = stored.tensors[name]
-                done.tensors[name] = factor.reshape(kept.shape).to(kept)
+            kept = stored.tensors[name]
+            done[name] = factor.reshape(kept.shape).to(kept) if isinstance(factor, Tensor) else factor
         return done
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:

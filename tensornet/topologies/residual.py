@@ -23,12 +23,12 @@ from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.quantization import NumberFormat
+from tensornet.quantization import NumberFormat, RoundedWeight
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.registry import register_topology, topology_family
 from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
-from tensornet.topologies.rounded_cores import RoundedCores, StoredCores
+from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topologies.structure import matrix_view
 from tensornet.topology import CoreSpec, Topology
 
@@ -210,15 +210,15 @@ class ResidualFamily(TopologyFamily):
             tuple(topologies), torch.stack(rows[:-1]), (2 * rows[-1] / energy).sqrt(), complete=False
         )
 
-    def round_cores(self, stored: StoredCores, weighting: Weighting) -> RoundedCores:
+    def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
         """Round the matrix and fit the network to its rounding error, alternately; keep the best turn."""
         (_, base), (_, part) = stored.topology.parts
         target, whole = stored.matrix(), stored.topology
         if BASE not in stored.formats:  # in floating point it takes what rounding the network leaves
             given = {name: stored.tensors[name] for name in part.core_names}
             done, product = _round_part(part, given, stored, weighting)
-            done.tensors[BASE] = _padded(target - product, whole).reshape(stored.tensors[BASE].shape)
-            return done
+            base_core = _padded(target - product, whole).reshape(stored.tensors[BASE].shape)
+            return done | {BASE: base_core}
 
         seen = Weighting(
             _padded_moment(weighting.rows, whole.padded_shape[0]),
@@ -227,7 +227,7 @@ class ResidualFamily(TopologyFamily):
 
         # The matrix is rounded without the network's part, then the network is fitted to what is left. The
         # turn of least loss is kept: rounding the network may undo what fitting it gained.
-        best: tuple[float, RoundedCores] | None = None
+        best: tuple[float, dict[str, Tensor | RoundedWeight]] | None = None
         network = torch.zeros_like(target)
         for _ in range(_ALTERNATIONS):
             done, matrix = _round_part(base, {BASE: _padded(target - network, whole)}, stored, seen)
@@ -237,7 +237,7 @@ class ResidualFamily(TopologyFamily):
             others, network = _round_part(part, given, stored, weighting)
             loss = weighting.cost(rest - network)
             if best is None or loss < best[0]:
-                best = loss, RoundedCores(done.codes | others.codes, done.tensors | others.tensors)
+                best = loss, done | others
         assert best is not None
         return best[1]
 
@@ -287,7 +287,7 @@ def _padded_moment(moment: Tensor | None, size: int) -> Tensor | None:
 
 def _round_part(
     part: Topology, given: Mapping[str, Tensor], whole: StoredCores, weighting: Weighting
-) -> tuple[RoundedCores, Tensor]:
+) -> tuple[dict[str, Tensor | RoundedWeight], Tensor]:
     """Round the integer cores of one term by the rule of its family; return them and the matrix they give."""
     wanted = {name: whole.formats[name] for name in part.core_names if name in whole.formats}
     work = {
@@ -299,11 +299,14 @@ def _round_part(
         return tuple(found[name].reshape(part.core_shapes[name]) for name in part.core_names)
 
     stored = StoredCores(part, work, wanted, {}, assemble, whole.rounding)
-    done = topology_family(part.family).round_cores(stored, weighting) if wanted else RoundedCores()
-    done.tensors = {name: done.tensors.get(name, work[name]) for name in work if name not in done.codes}
+    done: dict[str, Tensor | RoundedWeight] = dict(work)
+    if wanted:
+        done |= topology_family(part.family).round_cores(stored, weighting)
     dtype = next(iter(work.values())).dtype
-    values = {name: codes.dequantize(dtype) for name, codes in done.codes.items()}
-    return done, stored.matrix({**done.tensors, **values})
+    values = {
+        name: core if isinstance(core, Tensor) else core.dequantize(dtype) for name, core in done.items()
+    }
+    return done, stored.matrix(values)
 
 
 register_topology(ResidualFamily())

@@ -1,7 +1,7 @@
-"""What families return: decompositions, predictions, candidates and proposals."""
+"""What families return: decompositions, candidates and proposals."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -33,23 +33,6 @@ class Decomposition:
     bound_by: str
     iterations: int = 0
     converged: bool = True
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Outcome that a decomposition within a budget will have, without its cores.
-
-    Args:
-        topology: of the network.
-        error: relative Frobenius error.
-        bound_by: the cap that decides the bonds, see `Decomposition`.
-        decompose: decomposes by what the prediction has computed already; None where that saves nothing.
-    """
-
-    topology: Topology
-    error: float
-    bound_by: str
-    decompose: Callable[[], Decomposition] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

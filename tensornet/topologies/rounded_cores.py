@@ -8,7 +8,7 @@ not been are refitted, which compensates a part of the rounding error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,20 +58,7 @@ class StoredCores:
         return dense[: self.topology.out_features, : self.topology.in_features]
 
 
-@dataclass
-class RoundedCores:
-    """Result of rounding: integer codes of some cores, and the other stored tensors.
-
-    Args:
-        codes: integer cores by name.
-        tensors: all others, refitted.
-    """
-
-    codes: dict[str, RoundedWeight] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-
-def round_in_turn(stored: StoredCores, weighting: Weighting) -> RoundedCores:
+def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
     """Round one integer core after the other, with estimated moments, and refit the cores that are left.
 
     Args:
@@ -79,35 +66,16 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> RoundedCores:
         weighting: sensitivity of the loss to errors of its matrix.
     """
     target, tensors = stored.matrix(), dict(stored.tensors)
-    done = RoundedCores()
+    done: dict[str, Tensor | RoundedWeight] = {}
     left = [name for name in stored.topology.core_names if name not in stored.formats]
     waiting = list(stored.formats)
     while waiting:
         name = waiting.pop(0)
-        done.codes[name] = _round_core(stored, tensors, name, target, weighting)
-        tensors[name] = done.codes[name].dequantize(target.dtype)
+        rounded = done[name] = _round_core(stored, tensors, name, target, weighting)
+        tensors[name] = rounded.dequantize(target.dtype)
         if not stored.orders and (left or waiting):
             tensors = _refitted(stored, tensors, [*left, *waiting], target, weighting)
-    done.tensors = {name: tensors[name] for name in left}
-    return done
-
-
-def _rounded(
-    matrix: Tensor,
-    number_format: NumberFormat,
-    rounding: Rounding,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-) -> RoundedWeight:
-    return round_weight(
-        matrix,
-        number_format,
-        rows=rows,
-        columns=columns,
-        rounding=rounding,
-        row_damping=ESTIMATE_DAMPING,
-        column_damping=ESTIMATE_DAMPING,
-    )
+    return done | {name: tensors[name] for name in left}
 
 
 def _round_core(
@@ -117,10 +85,17 @@ def _round_core(
     number_format, matrix = stored.formats[name], tensors[name]
     if matrix.numel() == 0:
         return round_weight(matrix, number_format)
-    moments = seen_moments(stored, tensors, name, weighting)
     tried = [
-        _rounded(matrix, number_format, stored.rounding),
-        _rounded(matrix, number_format, stored.rounding, *moments),
+        round_weight(
+            matrix,
+            number_format,
+            rows=rows,
+            columns=columns,
+            rounding=stored.rounding,
+            row_damping=ESTIMATE_DAMPING,
+            column_damping=ESTIMATE_DAMPING,
+        )
+        for rows, columns in ((None, None), seen_moments(stored, tensors, name, weighting))
     ]
 
     def cost(found: RoundedWeight) -> float:

@@ -62,10 +62,11 @@ def test_topologies_of_my_own_find_what_they_can_hold(dtype: torch.dtype, scale:
     assert all(map(torch.equal, found.network.cores, again.network.cores))
 
 
-@given(seed=st.integers(0, 2**16), bond=st.integers(1, 3), padded=st.booleans())
-def test_error_of_my_own_topologies_is_measured(seed: int, bond: int, padded: bool) -> None:
-    topology = tree(bond, *((7, 8) if padded else (8, 9)))
-    matrix = torch.randn(topology.shape, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("shape", [(8, 9), (7, 8)])
+@pytest.mark.parametrize("bond", [1, 2, 3])
+def test_error_of_my_own_topologies_is_measured(shape: tuple[int, int], bond: int) -> None:
+    topology = tree(bond, *shape)
+    matrix = torch.randn(topology.shape)
     before = matrix.clone()
     found = tn.decompose(matrix, topology)
     assert torch.equal(matrix, before)

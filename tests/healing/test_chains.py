@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import tensornet as tn
+import tensornet_hf  # noqa: F401 - describes compressed models of transformers
 from tensornet._util import without_cache
 from tensornet.calibration.blockwise import ChainRun, find_chains
 from tensornet.errors import TargetError
@@ -176,7 +177,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["beside one another", "twice", "changed in between", "in order"])
-def test_what_is_no_chain_is_not_taken_for_one(way: str) -> None:
+def test_only_blocks_in_order_are_a_chain(way: str) -> None:
     found = find_chains(Stack(way).eval(), {"input_ids": torch.randn(5, 4)})
     assert found == ({"parts": ("parts.0", "parts.1", "parts.2")} if way == "in order" else {})
 
