@@ -88,30 +88,6 @@ def test_healing_lowers_the_loss_and_trains_a_shared_core_once(tmp_path: Path) -
     assert len(shared_core(again)) == len(shared_core(small))
 
 
-def test_a_resumed_healing_ends_where_the_whole_one_does(tmp_path: Path) -> None:
-    dense, small, batches, _ = shared_mixture()
-    whole, part = copy.deepcopy(small), copy.deepcopy(small)
-    tn.heal(whole, dense, batches, steps=12)
-    options = {"steps": 12, "checkpoint": tmp_path / "heal.safetensors", "save_every": 4}
-    with pytest.raises(KeyboardInterrupt):
-        tn.heal(part, dense, Interrupted(batches, 7), **options)
-    again = copy.deepcopy(small)
-    report = tn.heal(again, dense, batches, **options)
-    assert len(report.losses) == 8
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
-
-
-class Interrupted(list[dict[str, Tensor]]):
-    """Batches that are interrupted at one of them."""
-
-    def __init__(self, batches: list[dict[str, Tensor]], at: int) -> None:
-        super().__init__(batches[:at])
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        yield from super().__iter__()
-        raise KeyboardInterrupt
-
-
 class Examples(Dataset[dict[str, Tensor]]):
     def __init__(self, batches: list[dict[str, Tensor]]) -> None:
         self.rows = torch.cat([batch["input_ids"] for batch in batches])
@@ -123,6 +99,7 @@ class Examples(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
+@pytest.mark.slow
 def test_the_trainer_heals_a_shared_core(tmp_path: Path) -> None:
     dense, small, batches, _ = shared_mixture()
     core = shared_core(small)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,31 +175,6 @@ def test_scales_of_sixteen_bits_are_trained_beside_codes() -> None:
         assert not torch.equal(after[f"0.core_matrix.{part}"], before[f"0.core_matrix.{part}"])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_codes(tmp_path: Path) -> None:
-    teacher, whole, batches = pair()
-    tn.heal(whole, teacher, batches, steps=12, parameters="codes")
-    _, part, _ = pair()
-    place = tmp_path / "heal.safetensors"
-
-    def stop_after_six() -> float:
-        stop_after_six.calls += 1  # type: ignore[attr-defined]
-        if stop_after_six.calls > 8:  # type: ignore[attr-defined]
-            raise KeyboardInterrupt
-        return 0.0
-
-    stop_after_six.calls = 0  # type: ignore[attr-defined]
-    options = {"steps": 12, "parameters": "codes", "checkpoint": place, "save_every": 3}
-    with pytest.raises(KeyboardInterrupt):
-        tn.heal(part, teacher, batches, clock=stop_after_six, max_seconds=1e9, **options)
-    assert not any(isinstance(p, TrainedCodes) for p in part.parameters())
-    _, again, _ = pair()
-    report = tn.heal(again, teacher, batches, **options)
-    assert report.steps == 12
-    assert len(report.losses) < 12
-    for key, value in bits(whole).items():
-        assert torch.equal(bits(again)[key], value), key
-
-
 def test_tied_embedding_and_head_stay_tied() -> None:
     """An embedding unpacks the rows that are asked for alone, also of codes that are trained."""
     table = network("dense", (50, 36))
@@ -235,38 +209,6 @@ def test_banks_of_experts_train_their_codes(whole: bool) -> None:
         assert len(codes) == len(integer_cores(bank)) > 0
         assert all(p.grad is not None for p in codes)
     assert all(torch.equal(x, before[key]) for key, x in bits(bank).items())
-
-
-@pytest.mark.parametrize("width", [32, 20])  # of whole groups, and padded
-def test_the_gradient_that_arrives_is_left_as_it_is(width: int) -> None:
-    codes = torch.full((4, width), 3.0, requires_grad=True)
-    scales, arriving = torch.full((4, width // 20), 0.5), torch.ones(4, width)
-    made = rounded_values(codes, scales, None, NumberFormat.parse("int4:g32"), torch.float32)
-    made.backward(arriving)
-    assert torch.equal(arriving, torch.ones(4, width))
-    assert torch.equal(codes.grad, torch.full((4, width), 0.5))
-
-
-@pytest.mark.parametrize("elements", [1, 150, 280])  # a row, two rows and a rest, four rows and a rest
-@pytest.mark.parametrize("name", FORMATS)
-def test_blocks_of_rows_give_what_all_rows_give(
-    name: str, elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    number_format = NumberFormat.parse(name)
-    torch.manual_seed(0)
-    codes = (torch.rand(2, 3, 70) * number_format.top).requires_grad_()
-    scales = torch.rand(2, 3, number_format.groups(70), requires_grad=True)
-    zeros = torch.randint(0, 3, scales.shape, dtype=torch.uint8) if number_format.zero_point else None
-    arriving = torch.randn(2, 3, 70)
-
-    def made() -> list[Tensor]:
-        values = rounded_values(codes, scales, zeros, number_format, torch.float32)
-        return [values, *torch.autograd.grad(values, (codes, scales), arriving)]
-
-    whole = made()
-    monkeypatch.setattr("tensornet.quantization.trained_codes._CACHED", elements)
-    for part, all_rows in zip(made(), whole, strict=True):
-        torch.testing.assert_close(part, all_rows)
 
 
 def test_a_model_without_integers_is_refused() -> None:

@@ -127,18 +127,6 @@ def test_gradients_know_no_scale() -> None:
     torch.testing.assert_close(scaled[0].grad * 1e200, cores[0].grad)
 
 
-def test_training_lowers_the_entanglement() -> None:
-    """The use of it: gradients reach the parameters of a model through the entropy."""
-    cores = [core.detach().clone().requires_grad_() for core in chain_cores()]
-    optimizer = torch.optim.SGD(cores, lr=0.1)
-    before = float(tn.MPO(cores).bond_entropy(0).detach())
-    for _ in range(30):
-        optimizer.zero_grad()
-        tn.MPO(cores).bond_entropy(0).backward()
-        optimizer.step()
-    assert float(tn.MPO(cores).bond_entropy(0).detach()) < 0.8 * before
-
-
 @given(matrix=strategies.matrices(dtype=torch.float64))
 def test_decompositions_carry_no_gradient(matrix: Tensor) -> None:
     matrix.requires_grad_()

@@ -307,11 +307,6 @@ def test_rounding_takes_a_cap_for_each_bond(operator: tn.MPO, data: st.DataObjec
         operator.round(max_bond=(0, 2))
 
 
-def test_a_model_has_one_cap() -> None:
-    with pytest.raises(tn.BudgetError, match="max_bond must be an integer of at least 1"):
-        tn.CompressionConfig(max_bond=(2, 3))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("rate", [0.3, 5.0, 40.0])
 def test_exponentials_have_rank_one_without_asking(dtype: torch.dtype, rate: float) -> None:

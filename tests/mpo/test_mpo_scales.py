@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
-from tensornet.mpo_algebra import split_exponent, times_power_of_two
 from tensornet.testing import reference, strategies
 
 SITES = 200
@@ -93,21 +92,6 @@ def test_nothing_depends_on_the_scale_of_cores(operator: tn.MPO, power: int) -> 
     assert turned.round(max_bond=2).error == pytest.approx(
         operator.round(max_bond=2).error, rel=1e-4, abs=1e-6
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
-def test_mantissa_and_exponent_give_the_number_back(dtype: torch.dtype) -> None:
-    top = 120 if dtype in (torch.float32, torch.complex64) else 1000
-    for power in (-top, -3, 0, 7, top):
-        tensor = torch.randn(5, dtype=dtype) * 2.0**power
-        mantissa, exponent = split_exponent(tensor)
-        assert 0.25 <= float(mantissa.abs().max()) < 1
-        assert torch.equal(times_power_of_two(mantissa, exponent), tensor)
-    for size, expected in ((9000.0, math.inf), (-9000.0, 0.0)):
-        assert (
-            abs(float(times_power_of_two(torch.ones((), dtype=dtype), torch.tensor(size).double()).real))
-            == expected
-        )
 
 
 @pytest.mark.parametrize("size", [64, 400])

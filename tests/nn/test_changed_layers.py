@@ -60,13 +60,6 @@ def test_a_weight_that_a_hook_recomputes_stays_dense(name: str) -> None:
         torch.testing.assert_close(model(X), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
-def test_a_table_that_a_hook_recomputes_stays_dense() -> None:
-    model = nn.Sequential(weight_norm(nn.Embedding(50, 24)), nn.Linear(24, 24))
-    with pytest.warns(UserWarning, match=r"0 \(weight recomputed"):
-        tn.compress(model, INT8, progress=False)
-    assert type(model[0]) is nn.Embedding
-
-
 def test_errors_name_such_layers_and_say_how_to_mend_them() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(24, 24)))
     with pytest.raises(tn.TargetError, match=r"Nothing to compress.*0 \(weight recomputed.*remove"):

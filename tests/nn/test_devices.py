@@ -46,14 +46,6 @@ def test_an_input_elsewhere_is_refused_as_by_stock_layers(strategy: str) -> None
             model(x)
 
 
-def test_operators_on_two_devices_are_not_mixed() -> None:
-    here = tn.MPO.from_matrix(torch.randn(8, 6))
-    with pytest.raises(tn.ShapeError, match="One operator lies on cpu, the other on meta; move"):
-        here + here.to("meta")
-    with pytest.raises(tn.ShapeError, match=r"on meta, the first core is torch\.float32 on cpu"):
-        tn.MPO([here.cores[0], *(core.to("meta") for core in here.cores[1:])])
-
-
 @pytest.mark.parametrize("parameters", ["cores", "trainable"])
 def test_a_teacher_elsewhere_is_refused(parameters: str) -> None:
     student, teacher = compressed(), nn.Sequential(nn.Linear(8, 8)).to("meta")

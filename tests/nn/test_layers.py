@@ -81,18 +81,6 @@ def test_autocast_gives_low_precision_and_gradients(family: str) -> None:
 
 
 @families
-def test_copies_share_nothing(family: str) -> None:
-    layer = compressed(family, linear())
-    twin = copy.deepcopy(layer)
-    x = torch.randn(3, 18, dtype=torch.float64)
-    before = layer(x).detach()
-    with torch.no_grad():
-        for core in twin.cores:
-            core.zero_()
-    torch.testing.assert_close(layer(x), before)
-
-
-@families
 def test_state_goes_into_an_empty_twin(family: str) -> None:
     layer = compressed(family, linear())
     twin = tn.nn.build_module(tn.nn.module_spec(layer), dtype=torch.float64)
@@ -101,15 +89,6 @@ def test_state_goes_into_an_empty_twin(family: str) -> None:
     x = torch.randn(3, 18, dtype=torch.float64)
     torch.testing.assert_close(twin(x), layer(x))
     assert set(layer.state_dict()) == {"bias", *(f"core_{name}" for name in layer.topology.core_names)}
-
-
-@families
-def test_compiles_in_one_graph_for_any_token_count(family: str) -> None:
-    layer = compressed(family, linear(dtype=torch.float32)).eval()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
-    for tokens in (2, 5, 64):
-        x = torch.randn(tokens, 18)
-        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @families

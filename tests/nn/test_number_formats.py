@@ -245,20 +245,6 @@ def test_products_in_blocks(
     torch.testing.assert_close(made.bias.grad, rebuilt.bias.grad, **room)  # type: ignore[union-attr]
 
 
-def test_outputs_are_scaled_only_where_that_is_the_same() -> None:
-    def row_scales(name: str, dtype: torch.dtype) -> torch.Tensor | None:
-        core = layer("dense", name).integer_core
-        assert isinstance(core, PackedCore)
-        return integer_matmul.IntegerMatrix.of(core).row_scales(dtype)
-
-    for dtype in (torch.float32, torch.bfloat16):
-        scales = row_scales("int8:row", dtype)
-        assert scales is not None
-        assert (scales.shape, scales.dtype) == ((SHAPE[0],), dtype)
-    assert row_scales("int8:row", torch.float16) is None  # products with integers may be too large
-    assert all(row_scales(name, torch.float32) is None for name in ("int8:g32", "int8:row:zero", "int4:row"))
-
-
 def test_large_inputs_in_16_bits() -> None:
     made = layer("dense", "int8:row").half()
     x = torch.full((2, SHAPE[1]), 200.0, dtype=torch.float16)

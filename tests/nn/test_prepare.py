@@ -185,15 +185,6 @@ def test_compiled_exported_and_under_autocast(name: str, count: int) -> None:
         close(torch.export.export(made, (x,)).module()(x), expected(name, x))
 
 
-@pytest.mark.parametrize("name", ["int4:g32", "int6:g32"])
-def test_the_copy_of_scales_is_what_compilers_are_told(name: str) -> None:
-    core = prepared(name).integer_core
-    assert isinstance(core, Int4Core)
-    matrix = core.integers
-    arguments = (matrix.scales, matrix.shape[0], matrix.block // 2)
-    torch.library.opcheck(torch.ops.tensornet.kernel_scales.default, arguments)
-
-
 @pytest.mark.parametrize(
     ("name", "count", "kernel"),
     [

@@ -119,6 +119,7 @@ def numbers_left_out(name: str) -> str:
 
 @pytest.mark.filterwarnings("ignore:Put back dense")
 @pytest.mark.filterwarnings("ignore:Left dense")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
     """All layers at full rank: equal outputs, saved, loaded, trained for a step, and dense again."""
@@ -142,6 +143,7 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(first_floats(th.decompress(model), inputs), dense, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Put back dense")
 def test_files_without_the_model_show_the_same(tmp_path: Path) -> None:
     """A model that is compressed from its files is never loaded; its readers are found all the same."""

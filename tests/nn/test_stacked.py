@@ -280,6 +280,7 @@ def _dense(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LAYERS)
 def test_models_of_transformers(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     model = _dense(make)
@@ -299,6 +300,7 @@ def test_models_of_transformers(make: Callable[[], PreTrainedModel], tmp_path: P
     model.train()(IDS, labels=IDS).loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LAYERS)
 def test_their_checkpoints(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     model = _dense(make)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import tensornet as tn
-from tensornet.compression.report import model_size
 from tensornet.nn.linear import linear_from_network
-from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, encode, gauge_of, layout
+from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, encode, gauge_of
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -54,57 +51,11 @@ def test_any_low_rank_matrix_is_pivoted_without_loss(rows: int, columns: int, ra
     )
 
 
-def test_low_rank_is_never_larger_than_dense_by_more_than_the_order() -> None:
-    for rank in range(1, 13):
-        topology = tn.topologies.low_rank(out_features=12, in_features=20, rank=rank)
-        assert PIVOTED.num_params(topology) == rank * (12 + 20 - rank) + 12
-        assert PIVOTED.num_params(topology) - 12 <= 12 * 20
-
-
 def test_entries_stay_small() -> None:
     """Pivoted QR chooses rows that span the others with coefficients of moderate size."""
     made = network("low_rank", {}, (200, 100))
     kept = encode(made.topology, PIVOTED, made.cores)
     assert float(kept["core_0"].values.detach().abs().max()) < 10
-
-
-@pytest.mark.parametrize("storage", FORMS)
-@pytest.mark.parametrize(("family", "options"), CHAINS)
-def test_sizes_are_those_of_the_stored_tensors(
-    family: str, options: dict[str, int], storage: Storage
-) -> None:
-    made = network(family, options)
-    layer = linear_from_network(made, bias=None, source="linear", storage=storage)
-    assert model_size(layer) == (
-        storage.num_params(made.topology),
-        storage.num_bytes(made.topology, torch.float32),
-    )
-    shapes = {name: (tuple(x.shape), x.dtype) for name, x in layer.state_dict().items()}
-    assert shapes == layout(made.topology, storage, torch.float32)
-
-
-@pytest.mark.parametrize("storage", FORMS)
-def test_layers_are_described_and_built_again(storage: Storage) -> None:
-    layer = linear_from_network(
-        network("mpo", {"sites": 3}), bias=torch.randn(12), source="linear", storage=storage
-    )
-    spec = tn.nn.module_spec(layer)
-    assert spec is not None
-    twin = tn.nn.build_module(spec, device="meta")
-    assert all(parameter.is_meta for parameter in twin.parameters())
-    twin.load_state_dict(layer.state_dict(), assign=True)
-    x = torch.randn(3, 20)
-    assert torch.equal(twin(x), layer(x))
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-
-
-def test_a_bad_description_of_storage() -> None:
-    spec = tn.nn.module_spec(linear_from_network(network("mpo", {}), bias=None, source="linear"))
-    assert spec is not None
-    assert "storage" not in spec
-    for storage in ({"pivoted": "yes"}, {"int4": True}):
-        with pytest.raises(tn.FormatError, match="Bad description"):
-            tn.nn.build_module({**spec, "storage": storage})
 
 
 GAUGED = [("tucker", {}), ("tensor_ring", {"sites": 3}), ("kronecker", {}), ("block_tt", {"sites": 3})]
@@ -170,37 +121,6 @@ def test_gradients_reach_every_stored_tensor(storage: Storage) -> None:
             assert float(parameter.grad[index]) == pytest.approx(
                 (values[0] - values[1]) / 2e-2, rel=0.02, abs=0.02
             )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("storage", FORMS)
-def test_dtypes(dtype: torch.dtype, storage: Storage) -> None:
-    layer = linear_from_network(network("low_rank", {}), bias=None, source="linear", storage=storage).to(
-        dtype
-    )
-    assert layer.weight.dtype == dtype
-    assert layer(torch.randn(2, 20, dtype=dtype)).dtype == dtype
-    assert {p.dtype for p in layer.parameters()} <= {dtype}
-
-
-def test_tied_layers_share_what_is_stored() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.embed(ids))
-
-    model = Tied()
-    config = tn.CompressionConfig(target_modules="all", param_ratio=0.6, objective="weight", pivoted=True)
-    tn.compress(model, config, progress=False)
-    assert all(a is b for a, b in zip(model.embed.parameters(), model.head.parameters(), strict=True))
-    ids = torch.arange(30)
-    torch.testing.assert_close(model.embed(ids), model.head.to_matrix())
-    tn.decompress(model)
-    assert model.head.weight is model.embed.weight
 
 
 def test_sharing_between_different_forms() -> None:

@@ -76,7 +76,9 @@ def config(targets: str | list[str] | None) -> tn.CompressionConfig:
 
 
 @pytest.mark.filterwarnings("ignore:Left dense")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["gemma2", *(pytest.param(x, marks=pytest.mark.slow) for x in [*MODELS][1:])]
+)
 def test_heads_of_scaled_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
     model: PreTrainedModel = MODELS[name]().eval()
     before = sum(p.numel() for p in model.parameters())

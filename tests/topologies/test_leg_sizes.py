@@ -12,7 +12,7 @@ import tensornet as tn
 from tensornet.als import fit_network
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.topologies import topology_family
-from tensornet.topologies.fit import leg_moments, legs_of
+from tensornet.topologies.fit import legs_of
 from tensornet.topologies.mpo import best_dims, unbalanced_dims
 from tensornet.topology import Topology
 
@@ -57,12 +57,6 @@ def test_costs_stay_the_same(
     assert prices.cost(target - turned.to_matrix()) == pytest.approx(cost, rel=1e-3, abs=1e-8)
     back = legs.undone(turned, topology)
     torch.testing.assert_close(back.to_matrix(), network.to_matrix(), rtol=1e-3, atol=1e-4)
-
-
-def test_a_diagonal_moment_is_that_matrix() -> None:
-    vector = torch.rand(11).double()
-    for short, full in zip(leg_moments(vector, (3, 4)), leg_moments(torch.diag(vector), (3, 4)), strict=True):
-        torch.testing.assert_close(torch.diag(short), full)
 
 
 @pytest.mark.parametrize("sites", [2, 3])
@@ -134,8 +128,3 @@ def test_the_planner_chooses_legs_and_loses_little_where_none_are_better() -> No
     assert all(min(dims) > 1 for dims in chosen)
     tn.apply_plan(model, plans["auto"], stats)
     assert model.first.topology.out_dims in chosen
-
-
-def test_unknown_dims() -> None:
-    with pytest.raises(ValueError, match="golden"):
-        tn.CompressionConfig(param_ratio=0.5, dims="golden")  # type: ignore[arg-type]

@@ -84,10 +84,6 @@ def test_descriptions_of_sums_come_back(name: str) -> None:
     assert topology_family("residual").build(6, 8, max_bond=2, **options) == topology
 
 
-def test_plain_networks_are_described_as_before() -> None:
-    assert "terms" not in tn.topologies.low_rank(out_features=4, in_features=4, rank=2).to_dict()
-
-
 @pytest.mark.parametrize(
     ("terms", "said"),
     [

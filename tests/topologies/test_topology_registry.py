@@ -109,14 +109,6 @@ def test_broken_package_cannot_replace_a_builtin(tmp_path: Path) -> None:
     assert "MPOFamily" in said
 
 
-def test_package_that_registers_itself_on_import_may_name_its_family_as_well(tmp_path: Path) -> None:
-    code = PLUGIN + "from tensornet import register_topology\nregister_topology(family)\n"
-    install(tmp_path, "eager_networks", code, "fancy = eager_networks:family")
-    said = run(tmp_path, "import tensornet as tn\nprint(tn.topologies.topology_names())")
-    assert "'fancy'" in said
-    assert "Warning" not in said
-
-
 def test_broken_package_is_all_that_warnings_made_errors_complain_of(tmp_path: Path) -> None:
     install(tmp_path, "broken_networks", "family = 3", "broken = broken_networks:family")
     install(tmp_path, "fancy_networks", PLUGIN, "fancy = fancy_networks:family")
