@@ -97,7 +97,7 @@ def test_a_quantizer_that_is_not_installed(tensornet: Run, tmp_path: Path) -> No
     status, out, err = tensornet("compare", quantized_by(tmp_path / "theirs", "gptq"), gpt2_path())
     assert (status, out) == (1, "")
     assert "theirs is quantized by 'gptq'" in err
-    assert "gptqmodel" in err.lower()
+    assert "not installed" in err
 
 
 def test_a_quantizer_that_nobody_knows(tensornet: Run, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_bad_input(tensornet: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     status, _, err = tensornet("compare", gpt2_path(), "./empty")
     assert status == 1
-    assert "holds no config.json" in err
+    assert "config.json" in err
     status, _, err = tensornet("compare", gpt2_path(), "--text", "no.txt")
     assert status == 1
     assert "There is no file no.txt" in err
