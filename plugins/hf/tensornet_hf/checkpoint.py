@@ -45,7 +45,6 @@ from tensornet_hf.description import (
     read_headers,
     without_guards,
 )
-from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.text import first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -148,8 +147,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     elif cores := [name for name in tensors if names_a_core(name)]:
         raise FormatError(
             f"{folder} stores cores ({cores[0]} and {len(cores) - 1} more), but its config.json has no "
-            "quantization_config that describes them. Restore the config.json that was saved with the model; "
-            "if layers were replaced by hand, or in a part of a model, save it with tensornet_hf.save."
+            "quantization_config that describes them. Restore the config.json that was saved with the model, "
+            "or save the model again, after import tensornet_hf."
         )
     return Checkpoint(folder, config, compression, tensors)
 
@@ -361,8 +360,8 @@ def save(
 ) -> str | Path:
     """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
 
-    `model.save_pretrained(folder)` writes the same weights and configuration, except for layers that were
-    replaced by hand, or in a part of the model, since the last compression: only `save` describes these.
+    `model.save_pretrained(folder)` writes the same weights and configuration, but no tokenizer and no model
+    card, and leaves a damaged folder behind where it fails.
 
     Args:
         model: of transformers; may be wrapped by `DataParallel`, `DistributedDataParallel`, `torch.compile`.
@@ -413,8 +412,6 @@ def save(
             except Exception as error:  # of a dozen unrelated classes, httpx's among them
                 raise DestinationError(f"Cannot upload to {destination}: {first_line(error)}") from error
         return str(destination)
-    prepare_for_saving(whole)
-    vars(whole).pop("save_pretrained", None)  # the refusal of `tensornet.compress` before this import
     with write_folder(destination, force=force, sources=sources) as folder:
         whole.save_pretrained(folder)
         for origin in sources:

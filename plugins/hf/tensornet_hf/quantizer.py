@@ -26,7 +26,7 @@ from tensornet.compression import compress, decompress
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.serialization import build_module
+from tensornet.nn.serialization import build_module, module_spec
 from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.aux_losses import join_aux_losses
@@ -202,11 +202,11 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
         """Return the tensors to save, each once, and guards; called before the configuration is written."""
-        config = describe(model, compression=self.quantization_config.compression)
-        if not config.layers:  # all were replaced by dense layers, by hand
-            self.remove_quantization_config(model)
+        # Layers may have been replaced by hand since the model was described.
+        prepare_for_saving(model, compression=self.quantization_config.compression)
+        if "hf_quantizer" not in vars(model):  # all layers are dense again
             return None, {}
-        self.quantization_config = model.config.quantization_config = config
+        config: TensorNetworkConfig = model.config.quantization_config
         # Private: transformers would rename the tensors, and join experts, as in the files of dense models.
         model._weight_conversions = []
         tensors = {name: x for name, x in model.state_dict().items() if name not in config.ties}
@@ -246,7 +246,6 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return True
     fuse(model)
-    before = getattr(model, "hf_quantizer", None)
     config = describe(model, compression=compression)
     if config.layers:
         model.hf_quantizer = TensorNetworkQuantizer(config)  # type: ignore[assignment]
@@ -254,10 +253,31 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
         model.config.quantization_config = config
         remove_dense_ties(model, config.layers)
         join_aux_losses(model)
-    elif isinstance(before, TensorNetworkQuantizer):
+    elif isinstance(before := vars(model).get("hf_quantizer"), TensorNetworkQuantizer):
         before.remove_quantization_config(model)
         restore_dense_ties(model)
     return True
+
+
+class _QuantizerOfLayers:
+    """Class attribute of `PreTrainedModel`: the quantizer of a model that was not compressed as a whole.
+
+    Before a model is saved, transformers asks it for `hf_quantizer`. Compressed and loaded models have that
+    attribute themselves. This one answers for models with layers that were replaced by hand, or in a part of
+    the model. Otherwise transformers would save their cores without a description, and `AutoModel` would fill
+    the weights that it misses with random numbers.
+    """
+
+    def __get__(self, model: PreTrainedModel | None, kind: type | None = None) -> Any:
+        if model is None:
+            return self
+        if not any(module_spec(part) is not None for part in model.modules()):
+            raise AttributeError(f"{type(model).__name__} is not quantized")
+        prepare_for_saving(model)
+        return vars(model)["hf_quantizer"]
+
+
+PreTrainedModel.hf_quantizer = _QuantizerOfLayers()  # type: ignore[attr-defined]
 
 
 # --- skeletons ------------------------------------------------------------------------------------------

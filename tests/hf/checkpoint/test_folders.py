@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hf_models import ARCHITECTURES, logits
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
@@ -64,25 +65,40 @@ def test_what_is_no_model_of_transformers_is_not_saved(value: Any, tmp_path: Pat
         th.save(value, tmp_path / "made")
 
 
-def test_layers_replaced_by_hand_are_described_by_save(tmp_path: Path) -> None:
-    model = GPT2.dense
+def replace_by_hand(model: PreTrainedModel) -> None:
     mlp = model.transformer.h[0].mlp
     mlp.c_fc = tn.nn.TensorNetworkLinear.from_linear(mlp.c_fc, topology="low_rank", max_bond=4)
-    model.save_pretrained(tmp_path / "undescribed")
-    with pytest.raises(FormatError, match="stores cores"):
-        th.load(tmp_path / "undescribed")
-    loaded = th.load(th.save(model, tmp_path / "described"))
-    torch.testing.assert_close(logits(loaded, GPT2), logits(model.eval(), GPT2))
-    assert [*loaded.config.quantization_config.layers] == ["transformer.h.0.mlp.c_fc"]
 
 
-@pytest.mark.parametrize("part", ["transformer", "transformer.h", "transformer.h.0.mlp"])
-def test_a_model_of_which_a_part_was_compressed(part: str, tmp_path: Path) -> None:
+def replace_the_tied_table(model: PreTrainedModel) -> None:
+    table = model.transformer.wte
+    model.transformer.wte = tn.nn.MPOEmbedding.from_embedding(table, max_bond=4)
+
+
+def compress_part(name: str) -> Callable[[PreTrainedModel], object]:
+    return lambda model: tn.compress(model.get_submodule(name), CONFIG, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_by_hand,
+        replace_the_tied_table,
+        *map(compress_part, ("transformer", "transformer.h", "transformer.h.0.mlp")),
+    ],
+)
+@pytest.mark.parametrize("save", ["save_pretrained", "tensornet_hf"])
+def test_layers_replaced_by_hand_or_in_a_part(
+    change: Callable[[PreTrainedModel], object], save: str, tmp_path: Path
+) -> None:
     model = GPT2.dense
-    tn.compress(model.get_submodule(part), CONFIG, progress=False)
-    th.save(model, tmp_path / "described")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "described").eval()
-    assert torch.equal(logits(loaded, GPT2), logits(model, GPT2))
+    change(model)
+    if save == "save_pretrained":
+        model.save_pretrained(tmp_path / "made")
+    else:
+        th.save(model, tmp_path / "made")
+    for load in (AutoModelForCausalLM.from_pretrained, th.load):
+        assert torch.equal(logits(load(tmp_path / "made").eval(), GPT2), logits(model.eval(), GPT2))
 
 
 def test_a_part_is_compressed_after_the_model(tmp_path: Path) -> None:
