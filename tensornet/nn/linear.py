@@ -71,24 +71,25 @@ class TensorNetworkLinear(NetworkModule):
             dtype=dtype,
         )
         self.out_features, self.in_features = topology.shape
-        single = len(topology.cores) == 1 and topology.shape == topology.padded_shape
-        self._is_integer = single and storage.format_of(topology.core_names[0]).is_integer
+        # Integers are multiplied as they are stored where they are the whole matrix or one term of a sum.
+        (positions, _), *self._other_terms = topology.parts
+        name = topology.core_names[positions[0]]
+        whole = len(positions) == 1 and topology.shape == topology.padded_shape
+        self._integer_name = f"core_{name}" if whole and storage.format_of(name).is_integer else None
         self._integers: IntegerMatrix | None = None
         zeros = torch.zeros(self.out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", nn.Parameter(zeros) if zeros is not None else None)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input: (..., in_features)` to `(..., out_features)`; named as in `nn.Linear`."""
-        quick = self._quick
-        if quick is not None and not is_compiling():
-            # The pass before has left what it took: choosing takes longer than multiplying few tokens.
-            y = quick(input)
-            if y is not None:
-                return y
-        check_input(input, self.in_features)
-        if self._has_own_dtypes and (y := self._by_integers(input)) is not None:
+        # 1. As the pass before: for few tokens choosing a route takes longer than multiplying.
+        if self._quick is not None and not is_compiling() and (y := self._quick(input)) is not None:
             return y
-        # A comparison with the token count would restrict an exported program to one side of it.
+        check_input(input, self.in_features)
+        # 2. By the integers as they are stored.
+        if self._integer_name is not None and (y := self._by_integers(input)) is not None:
+            return y
+        # 3. By the route of the strategy. An exported program has one route for all token counts.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
         if route == CACHED:
@@ -97,59 +98,43 @@ class TensorNetworkLinear(NetworkModule):
             return linear(input, matrix, self.bias)
         if route == RECONSTRUCT:
             return linear(input, self.to_matrix(), self.bias)
-        if self._is_plain and self.strategy in ("auto", "factorized") and not is_compiling():
-            self._remember_products(route, input.is_cpu)
-        return contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
-
-    def _remember_products(self, route: int, on_cpu: bool) -> None:
-        """Let passes of few tokens skip the choice of a route, where the fastest is two products."""
-        largest, fastest = self._bounds(on_cpu, self.strategy == "auto")[0]
         products = self.plan.applies[route].matrices
-        if route == fastest and not self.plan.is_padded and len(products) == 2:
-            self._quick = two_products(self, self._core_names, products, largest)
+        if len(products) == 2 and self._is_plain and not self.plan.is_padded and not is_compiling():
+            largest, fastest = self._bounds(input.is_cpu, self.strategy != "factorized")[0]
+            if route == fastest and self.strategy in ("auto", "factorized"):
+                self._quick = two_products(self, self._core_names, products, largest)
+        return contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
 
     @property
     def integer_core(self) -> nn.Module | None:
         """The only core, if the weight is stored as one matrix of integers; None for all other layers."""
-        return getattr(self, self._core_names[0]) if self._is_integer else None
+        return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
-        """Multiply by an integer matrix without contracting cores; None where that is not the way."""
-        core, device = self.integer_core, input.device.type
-        if core is None:
-            return self._by_terms(input)
+        """Multiply by the matrix of integers, and add the other terms; None where that is not the way."""
         if self.strategy in ("reconstruct", "cached"):
             return None
+        core, device = getattr(self, self._integer_name), input.device.type  # type: ignore[arg-type]
         lowered = torch.is_autocast_enabled(device)
         if isinstance(core, PackedCore) and core.is_trained:
             # Autocast would cast the values in another pass over memory, and their gradients in a third.
-            if not lowered or input.dtype == torch.float64 or not core.codes.is_floating_point():
+            if self._other_terms or not lowered or input.dtype == torch.float64:
+                return None
+            if not core.codes.is_floating_point():
                 return None
             return linear(input, core.matrix(torch.get_autocast_dtype(device)), self.bias)
         if lowered or is_exporting() or input.dtype != self.compute_like.dtype:
             return None
-        if not is_compiling() and transforms_active():
+        if bool(self._other_terms) if is_compiling() else transforms_active():
             return None
         matrix = self._integers_of(core)
-        if not is_compiling() and matrix.kernel_tokens:
-            self._quick = kernel_product(self, core, matrix, matrix.kernel_tokens)
-        return multiply(input, matrix, self.bias)
-
-    def _by_terms(self, input: Tensor) -> Tensor | None:
-        """Apply a sum whose first term is an integer matrix, multiplied block by block; None if it is not."""
-        if not self.topology.terms or is_compiling() or self.strategy in ("reconstruct", "cached"):
-            return None
-        (first, *_), *others = self.topology.parts
-        core = getattr(self, self._core_names[first[0]])
-        if len(first) > 1 or not isinstance(core, PackedCore) or not core.number_format.is_integer:
-            return None
-        if input.dtype != self.compute_like.dtype or torch.is_autocast_enabled(input.device.type):
-            return None
-        if core.is_trained or self.topology.shape != self.topology.padded_shape or transforms_active():
-            return None
+        y = multiply(input, matrix, self.bias)
+        if not self._other_terms:
+            if matrix.kernel_tokens and not is_compiling():
+                self._quick = kernel_product(self, core, matrix, matrix.kernel_tokens)
+            return y
         machine, tokens = self.machine or default_machine(input.device), input.numel() // self.in_features
-        y = multiply(input, self._integers_of(core), self.bias)
-        for positions, part in others:
+        for positions, part in self._other_terms:
             plan = plan_operator(part, self._optimize)
             route = plan.fastest(max(tokens, 1), machine, input.element_size(), rebuild=False)
             cores = decode((getattr(self, self._core_names[k]) for k in positions), input.dtype)
@@ -170,7 +155,8 @@ class TensorNetworkLinear(NetworkModule):
         core = self.integer_core
         if core is None or self.strategy not in ("auto", "factorized"):
             return None
-        number_format, prepared = self.storage.format_of(self.topology.core_names[0]), _is_prepared(core)
+        number_format = self.storage.format_of(self.topology.core_names[0])
+        prepared = not isinstance(core, PackedCore)
         return product_cost(number_format, self.topology.shape, tokens, machine, itemsize, prepared=prepared)
 
     @classmethod
@@ -230,14 +216,6 @@ class TensorNetworkLinear(NetworkModule):
             "topology": self.topology.to_dict(),
             **storage_entry(self.storage),
         }
-
-    def __format__(self, spec: str) -> str:
-        """Add a hint to the repr, since PEFT formats a layer that it cannot adapt into its error.
-
-        >>> f"{tn.nn.TensorNetworkLinear.from_linear(torch.nn.Linear(4, 4), max_bond=1)}".partition(") (")[2]
-        'adapters reach it by tensornet_hf.peft.lora_config and load_adapters)'
-        """
-        return f"{self!r} (adapters reach it by tensornet_hf.peft.lora_config and load_adapters)"
 
     def extra_repr(self) -> str:
         """Format the sizes for `print(model)`."""
@@ -382,7 +360,3 @@ def linear_from_stored(
     layer = empty_linear(topology, bias=False, source=source, storage=storage, device="meta")
     layer.set_stored(stored, like)
     return layer
-
-
-def _is_prepared(core: nn.Module) -> bool:
-    return not isinstance(core, PackedCore)

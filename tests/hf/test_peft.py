@@ -210,12 +210,11 @@ def test_pefts_own_all_linear_is_refused() -> None:
         register_layers(LoraConfig(target_modules="all-linear"))
 
 
-def test_errors_of_peft_name_what_reaches_compressed_layers(tmp_path: Path) -> None:
+def test_peft_alone_refuses_compressed_layers_and_load_adapters_takes_them(tmp_path: Path) -> None:
     (made := adapted(compressed())).save_pretrained(tmp_path)
-    named = r"MPOLinear\(.*\) \(adapters reach it by tensornet_hf\.peft\.lora_config and load_adapters\)"
-    with pytest.raises(ValueError, match=f"Target module {named} is not supported"):
+    with pytest.raises(ValueError, match=r"Target module MPOLinear\(.*\) is not supported"):
         get_peft_model(compressed(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match="MPOLinear"):
         PeftModel.from_pretrained(compressed(), tmp_path)
     assert torch.equal(logits(load_adapters(compressed(), tmp_path)), logits(made))
 
