@@ -129,7 +129,7 @@ def compress(
     dense: dict[str, nn.Module] = {}
     errors = apply_plan(model, plan, stats, progress=progress, made=made, dense=dense)
     returned = {} if batch is None else _put_back_readers(model, batch, plan, weights, dense)
-    if returned and config is not None:  # the budget is for the other layers
+    if returned and isinstance(config, CompressionConfig):  # the budget is for the other layers
         put_back(model, dense)
         excluded = config.exclude_modules or ()
         excluded = (excluded,) if isinstance(excluded, str) else excluded

@@ -206,7 +206,7 @@ def layer_names(names: Sequence[str]) -> list[LayerName]:
     """Split the names of layers at the number of their block.
 
     Example:
-        >>> from tensornet.compression.plan import layer_names
+        >>> from tensornet.compression.layer_plan import layer_names
         >>> parts = layer_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
         >>> [(part.place, part.kind) for part in parts]
         [('layers.0', 'mlp.up_proj'), ('layers.1', 'mlp.up_proj')]

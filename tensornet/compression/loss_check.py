@@ -172,6 +172,16 @@ def correct_by_measuring(
     Raises:
         BudgetError: another objective, which predicts no losses, or no measured loss is higher than the dense
             one.
+
+    Example:
+        >>> from tensornet.compression import correct_by_measuring, prepare
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> batches = [(torch.randn(256, 64), torch.randint(8, (256,))) for _ in range(2)]
+        >>> stats = tn.calibrate(model, batches[:1])
+        >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=3), stats)
+        >>> prepared = correct_by_measuring(prepared, model, stats, batches[1:])
+        >>> prepared.plan().forecast.source
+        'validation data'
     """
     if prepared.facts.objective != "curvature":
         raise BudgetError(

@@ -183,7 +183,8 @@ def measure(
         TargetError: no token is scored.
 
     Example:
-        >>> from tensornet.compression.loss_increase import measure
+        >>> import copy
+        >>> from tensornet.compression import measure
         >>> dense = torch.nn.Sequential(torch.nn.Linear(8, 3))
         >>> batches = [(torch.randn(32, 8), torch.arange(32) % 3)]
         >>> measure(copy.deepcopy(dense), dense, batches).mean

@@ -123,7 +123,7 @@ class NetworkModule(nn.Module):
         """Return a tensor with the dtype and device of the computation."""
         first = getattr(self, self._core_names[0])
         if not self._has_own_dtypes:
-            return first if isinstance(first, Tensor) else first.values  # type: ignore[no-any-return]
+            return first if isinstance(first, Tensor) else first.values
         like = self.compute_like
         device = first.device
         # They differ where stored tensors took the place of those on the meta device.

@@ -129,7 +129,8 @@ def round_factor(
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> from tensornet.quantization import round_factor
+        >>> from tensornet.quantization.formats import NumberFormat
+        >>> from tensornet.quantization.low_rank import round_factor
         >>> a, b = torch.randn(16, 4), torch.randn(4, 64)
         >>> round_factor(a @ b, a, b, "left", NumberFormat.parse("int8"), Weighting()).codes.shape
         torch.Size([16, 4])

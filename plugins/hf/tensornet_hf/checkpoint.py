@@ -292,7 +292,8 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
 
 def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """Move a model to a device in place and return it; dtypes stay."""
-    return model.to(device=torch.device(device))
+    moving: Any = model  # transformers wraps `to` in a way that type checkers misread
+    return moving.to(device=torch.device(device))
 
 
 def resolve_folder(path: str | Path, **hub: Any) -> Path:
@@ -413,7 +414,7 @@ def save(
                 raise DestinationError(f"Cannot upload to {destination}: {first_line(error)}") from error
         return str(destination)
     with write_folder(destination, force=force, sources=sources) as folder:
-        whole.save_pretrained(folder)
+        whole.save_pretrained(folder)  # type: ignore[operator]  # a method, as was checked
         for origin in sources:
             copy_small_files(origin, folder)
         if layer_descriptions(whole):

@@ -177,7 +177,7 @@ def load_any(folder: Path) -> PreTrainedModel:
     try:
         logging.set_verbosity_error()
         options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
-        model, info = kind.from_pretrained(folder, **options)
+        loaded: Any = kind.from_pretrained(folder, **options)
     except ImportError as error:
         raise MissingDependencyError(
             f"{folder} is quantized by {method!r}, whose package is not installed here: {_reason(error)}"
@@ -189,6 +189,7 @@ def load_any(folder: Path) -> PreTrainedModel:
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"{folder} lacks weights that a {method!r} model has: {', '.join(missing[:5])}.")
     return model

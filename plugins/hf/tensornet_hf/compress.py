@@ -208,13 +208,13 @@ class CompressOptions:
                 raise DestinationError(
                     f"The report cannot be written to {path}: name a file in a folder that exists."
                 )
-        needing = ("refine", "report", "validation", "held_out")
-        if self.share_experts and (asked := [f"{{{x}}}" for x in needing if getattr(self, x)]):
+        layerwise = ("refine", "report", "validation", "held_out")
+        if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
                 f"{{share_experts}} does not go with {' and '.join(asked)}, which look at layers one by one."
             )
-        needing = ("dtype", "report", "refine", "heal", "validation", "held_out", "share_experts")
-        if self.workers is not None and (asked := [f"{{{x}}}" for x in needing if getattr(self, x)]):
+        whole = ("dtype", "report", "refine", "heal", "validation", "held_out", "share_experts")
+        if self.workers is not None and (asked := [f"{{{x}}}" for x in whole if getattr(self, x)]):
             raise OptionError(
                 f"{{workers}} never loads the model as a whole, which {' and '.join(asked)} would need; "
                 "leave one of them out."

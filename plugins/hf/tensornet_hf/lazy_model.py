@@ -91,12 +91,12 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
             )
     others = []  # neither hidden files nor weights in other formats
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        written = (path.name == "config.json" and len(name.parts) == 1) or path.name.endswith(INDEX)
-        if any(part.startswith(".") for part in name.parts) or written or path.suffix in WEIGHT_SUFFIXES:
+        relative = path.relative_to(folder)
+        written = (path.name == "config.json" and len(relative.parts) == 1) or path.name.endswith(INDEX)
+        if any(part.startswith(".") for part in relative.parts) or written or path.suffix in WEIGHT_SUFFIXES:
             continue
         if path.is_file():
-            others.append(name.as_posix())
+            others.append(relative.as_posix())
     used = ["config.json", *(file.name for file in files), *others]
     return Source(folder, config, tensors, tuple(others), {name: _mark(folder / name) for name in used})
 
@@ -201,7 +201,7 @@ def open_lazily(
             found[name] = load_slice(parts[0]) if name in renamed else _joined(parts, tensor.shape, spill)
     _untie_different(model, {name: source.tensors[key] for name, key in renamed.items()})
     _put_in_place(model, found)
-    stored = {name: (key,) for name, key in renamed.items() if name in state}
+    stored: dict[str, tuple[str, ...]] = {name: (key,) for name, key in renamed.items() if name in state}
     stored |= {name: tuple(chain(*by_pattern.values())) for name, by_pattern in stacked.items()}
     surplus = tuple(key for name, key in renamed.items() if name not in state)
     return LazyModel(model.eval(), stored, frozenset(renamed) & state.keys(), surplus)

@@ -227,7 +227,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
         >>> from peft import get_peft_model
         >>> from tensornet_hf.peft import load_adapters, lora_config
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> _ = th.compress_folder(th.embedded.gpt2_path(), "small", th.CompressOptions(config))
+        >>> _ = th.compress_folder(th.embedded.gpt2_path(), "small", config)
         >>> model = th.load("small")
         >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
         >>> adapted.save_pretrained("adapters")

@@ -208,7 +208,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             return None, {}
         config: TensorNetworkConfig = model.config.quantization_config
         # Private: transformers would rename the tensors, and join experts, as in the files of dense models.
-        model._weight_conversions = []
+        model._weight_conversions = []  # type: ignore[assignment]
         tensors = {name: x for name, x in model.state_dict().items() if name not in config.ties}
         replaced = replaced_names(_dense_names(model, config), tensors | config.ties, config.layers)
         guards = {name: torch.empty(GUARD_SHAPE, dtype=model.dtype, device="cpu") for name in replaced}
@@ -249,7 +249,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     config = describe(model, compression=compression)
     if config.layers:
         model.hf_quantizer = TensorNetworkQuantizer(config)  # type: ignore[assignment]
-        model.is_quantized = False  # the flag would only forbid .half() and .float()
+        model.is_quantized = False  # type: ignore[assignment]  # the flag would only forbid .half() and .float()
         model.config.quantization_config = config
         remove_dense_ties(model, config.layers)
         join_aux_losses(model)
@@ -410,7 +410,7 @@ def _ignore_guards(model: PreTrainedModel, names: Iterable[str]) -> None:
     prefix = f"{model.base_model_prefix}."
     known = {name.removeprefix(prefix) for name in names}
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){re.escape(x)}$" for x in known}  # type: ignore[assignment]
+    model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){re.escape(x)}$" for x in known}
 
 
 # --- ties -----------------------------------------------------------------------------------------------

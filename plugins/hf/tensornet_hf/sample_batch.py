@@ -53,8 +53,10 @@ def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
     if "input_features" in names and bins is not None:
         # Whisper reads spectra `(bins, frames)` of one length; Speech2Text and others read `(frames, bins)`.
         length = getattr(config, "max_source_positions", None)
-        whisper = length is not None and not hasattr(config, "input_feat_per_channel")
-        batch["input_features"] = torch.zeros((1, bins, 2 * length) if whisper else (1, 64, bins))
+        if length is not None and not hasattr(config, "input_feat_per_channel"):
+            batch["input_features"] = torch.zeros(1, bins, 2 * length)
+        else:
+            batch["input_features"] = torch.zeros(1, 64, bins)
     if "input_values" in names and hasattr(config, "conv_stride"):  # a sound wave
         length = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):

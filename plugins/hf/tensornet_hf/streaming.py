@@ -336,11 +336,11 @@ def _layers_read(model: PreTrainedModel) -> list[str]:
     Every weight of the copy takes the memory of one number.
     """
     zeros: dict[int, Any] = {}
-    for tensor in model.parameters():
-        zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-        zeros[id(tensor)] = nn.Parameter(zero, False)
-    for tensor in model.buffers():
-        zeros[id(tensor)] = torch.zeros_like(tensor, device="cpu")
+    for parameter in model.parameters():
+        zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        zeros[id(parameter)] = nn.Parameter(zero, False)
+    for buffer in model.buffers():
+        zeros[id(buffer)] = torch.zeros_like(buffer, device="cpu")
     model = copy.deepcopy(model, zeros)
     batch: Any = sample_batch(model)
     found: list[str] = []
@@ -450,8 +450,8 @@ def _cut(
     for number, group in enumerate(groups, start=1):
         name = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         chosen = replace(plan, layers=tuple(layer for unit in group for layer in layers.get(unit, ())))
-        names = tuple(name for unit in group for name in units[unit])
-        shards.append(_Shard(source.folder, work / "out" / name, names, chosen, stats, device))
+        inside = tuple(tensor for unit in group for tensor in units[unit])
+        shards.append(_Shard(source.folder, work / "out" / name, inside, chosen, stats, device))
     return shards
 
 

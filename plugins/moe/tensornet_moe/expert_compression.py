@@ -115,6 +115,7 @@ class ExpertsReport:
         measured: loss increase measured on a few rows of the calibration batches; None without batches.
 
     Example:
+        >>> from tensornet_moe import ExpertsReport
         >>> report = ExpertsReport((), (), tn.CompressionPlan(()), 10, 10, 40, 20, 0.25, 1.0, None)
         >>> report.byte_ratio
         0.5

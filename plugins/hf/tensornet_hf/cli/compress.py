@@ -54,8 +54,8 @@ def run(
     For example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
     """
     try:
-        more = {"command": display_command(["tensornet", *sys.argv[1:]]), "progress": True}
-        options = CompressOptions(**shared.collect(CompressOptions, given), **more)
+        command = display_command(["tensornet", *sys.argv[1:]])
+        options = CompressOptions(**shared.collect(CompressOptions, given), command=command, progress=True)
         wanted = shared.collect(CompressionConfig, given)
         if plan is not None and wanted:
             names = " and ".join(shared.spelled(_FIELDS[name]) for name in wanted)

@@ -208,7 +208,7 @@ def _parameter(described: Field[Any]) -> inspect.Parameter:
     text, default = facts["help"], described.default
     if facts["kind"] == "flag":
         off = flag.replace("--", "--no-", 1)
-        flag = {None: f"{flag}/{off}", True: off, False: flag}[default]
+        flag = f"{flag}/{off}" if default is None else off if default else flag
         kind, more = bool, {"metavar": " "}
         text = f"Do not {text[0].lower()}{text[1:]}" if default is True else text
     if facts.get("choices"):
@@ -228,7 +228,7 @@ def collect(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the arguments of a dataclass from the options that were given."""
     found = {}
     for described in fields(kind):
-        value = given.get(described.name)
+        value: Any = given.get(described.name)
         if "help" not in described.metadata or value is None or value == []:
             continue
         if described.default is True:  # the command line has the negative alone
