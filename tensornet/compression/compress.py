@@ -12,14 +12,14 @@ from torch import nn
 from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, run_model, some_rows
 from tensornet.calibration.calibrate import calibrate
-from tensornet.calibration.losses import PROJECTIONS, TokenLosses, sampled_losses
+from tensornet.calibration.losses import PROJECTIONS, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, put_back
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planning import prepare
+from tensornet.compression.planning import Prepared, prepare
 from tensornet.compression.report import CompressionReport, layer_reports, measure_coverage, model_size
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, sample_batch
@@ -76,89 +76,69 @@ def compress(
     """
     start = time.perf_counter()
     check_model(model)
-    given = config if isinstance(config, CompressionPlan) else None
-    options = _observing(config) if isinstance(config, CompressionPlan) else config
+    given = isinstance(config, CompressionPlan)
+    options = observing(config) if isinstance(config, CompressionPlan) else config
     check_config(options)
     options.check_says_how_far()
-    held_out = _named(validation, "validation data")
+    held_out = None if validation is None else _measurable(_named(validation, "validation data"))
     if held_out is not None and iter(held_out.batches) is held_out.batches:
         raise TargetError("validation is walked through several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
 
     # Calibrate, unless statistics are given or not needed.
-    stats, data = gather(model, options, calibration, progress=progress)
+    data = gather(model, options, calibration, progress=progress)
+    stats = data.statistics
 
     # Plan, and check predicted losses by measuring before anything is replaced.
-    if given is not None:
-        _check_calibration(given, stats)
+    if isinstance(config, CompressionPlan):
+        _check_calibration(config, stats)
         if held_out is not None:
             raise TargetError(
                 "validation corrects predictions while planning, and the plan is made: drop it."
             )
-        plan, made = given, {}
+        plan, made = config, {}
         with unfused(model):
             weights = list_weights(model)
     else:
-        prepared = prepare(model, options, stats, progress=progress)
-        batches = list(data.batches) or ([] if held_out is None else list(held_out.batches))
-        if options.verify and stats is not None:
-            prepared = check_loss(
-                prepared, model, stats, batches, loss_fn=_deterministic(data), progress=progress
-            )
-        if held_out is not None:
-            if stats is None:
-                raise TargetError(
-                    "validation corrects what calibration predicts: pass calibration=batches as well, and "
-                    "not objective='weight'."
-                )
-            prepared = correct_by_measuring(
-                prepared,
-                model,
-                stats,
-                list(held_out.batches),
-                loss_fn=_deterministic(held_out),
-                source=held_out.source,
-                progress=progress,
-            )
+        prepared = prepare_checked(model, config, data, held_out, progress=progress)
         plan, made, weights = prepared.plan(progress=progress), prepared.made, list(prepared.weights)
 
     # Apply the plan, run one batch, and put back dense the layers whose weights the model's code reads.
     seen = held_out or data
-    before = record_losses(model, seen.batches, loss_fn=_deterministic(seen), source=seen.source)
+    before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     batch = _batch_to_run(model, data.batches)
     dense: dict[str, nn.Module] = {}
     errors = apply_plan(model, plan, stats, progress=progress, made=made, dense=dense)
     returned = {} if batch is None else _put_back_readers(model, batch, plan, weights, dense)
-    if returned and isinstance(config, CompressionConfig):  # the budget is for the other layers
+    weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
+    if returned and not given:  # the budget is for the other layers
         put_back(model, dense)
-        excluded = config.exclude_modules or ()
+        excluded = options.exclude_modules or ()
         excluded = (excluded,) if isinstance(excluded, str) else excluded
         again = compress(
             model,
-            replace(config, exclude_modules=(*excluded, *returned)),
-            calibration=replace(data, statistics=stats) if stats is not None or data.batches else None,
+            replace(options, exclude_modules=(*excluded, *returned)),
+            calibration=data if stats is not None or data.batches else None,
             validation=held_out,
             progress=progress,
         )
-        weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
-        coverage = measure_coverage(weights, [layer.name for layer in again.plan], unseen=again.plan.unseen)
-        seconds = time.perf_counter() - start
-        returned |= again.put_back
-        return replace(again, coverage=coverage, put_back=returned, seconds=seconds)
+        return replace(
+            again,
+            coverage=measure_coverage(weights, [x.name for x in again.plan], unseen=again.plan.unseen),
+            put_back={**returned, **again.put_back},
+            seconds=time.perf_counter() - start,
+        )
     for name in returned:
         plan = plan.replace_layer(name, None)
         del errors[name]
     del dense
-    weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
-    planned = [layer.name for layer in plan if layer.name not in returned]
-    coverage = measure_coverage(weights, planned, unseen=plan.unseen)
 
     # Measure and report.
     measured = None if before is None else measure(model, before)
     if measured is not None:
-        allowed = options.loss_increase
-        warn_of_loss(measured, plan.predicted_loss_increase, allowed)
+        warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
     params_after, bytes_after = model_size(model)
+    kept = [layer.name for layer in plan if layer.name not in returned]
     return CompressionReport(
         layers=layer_reports(plan, errors),
         model_params_before=params_before,
@@ -167,7 +147,7 @@ def compress(
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         plan=plan,
-        coverage=coverage,
+        coverage=measure_coverage(weights, kept, unseen=plan.unseen),
         measured=measured,
         put_back=returned,
         was_run=batch is not None,
@@ -176,68 +156,108 @@ def compress(
 
 def gather(
     model: nn.Module, config: CompressionConfig, calibration: Calibration | None, *, progress: bool
-) -> tuple[CalibrationStats | None, ProvidedData]:
+) -> ProvidedData:
     """Collect the statistics that a configuration needs, and a few of the batches they were collected on.
 
-    Warns where it takes data of its own, and where the error of the weights must do.
+    Warns where it takes data that an extension provides, and where the error of the weights must decide.
 
     Returns:
-        None in place of statistics if nothing needs them or there are no data.
+        Batches and loss to measure with. `statistics` is None if nothing needs them or there are no data.
     """
     if isinstance(calibration, CalibrationStats):
-        return calibration, ProvidedData([], calibration.source)
-    unlimited = config.budget.unlimited and not config.needs_curvature and not config.plans_formats
-    if config.objective == "weight" or (unlimited and not config.fixed):
-        return None, replace(_some(calibration), statistics=None)
-    data = _named(calibration, "calibration data")
-    if data is None:
+        return ProvidedData([], calibration.source, statistics=calibration)
+    bounded = config.needs_curvature or config.plans_formats or not config.budget.unlimited
+    needed = config.objective != "weight" and bool(bounded or config.fixed)
+    data = None if calibration is None else _named(calibration, "calibration data")
+    if data is None and needed:
         data = provided_data(model)
         if data is None:
             _warn_without_data(model, config)
-            return None, ProvidedData([], "")
-        warn(
-            f"No calibration data: using {data.source}. Text like that of the intended use gives a better "
-            "model; pass calibration=batches.",
-            CalibrationWarning,
+        else:
+            warn(
+                f"No calibration data: using {data.source}. Text like that of the intended use gives a "
+                "better model; pass calibration=batches.",
+                CalibrationWarning,
+            )
+    if data is None:
+        return ProvidedData([], "")
+    sample, stats = BatchSample(data.batches), data.statistics if needed else None
+    if needed and stats is None:
+        stats = calibrate(
+            model,
+            sample,
+            config=config,
+            loss_fn=data.loss_fn,
+            gradient_batches=0 if config.objective == "activation" else None,
+            source=data.source,
+            progress=progress,
         )
-    if data.statistics is not None:
-        return data.statistics, _some(data)
-    sample = BatchSample(data.batches)
-    stats = calibrate(
+    else:
+        for _ in sample:  # keeps a few batches; a loader may be walked through only once
+            pass
+    return _measurable(replace(data, batches=sample.kept, statistics=stats))
+
+
+def prepare_checked(
+    model: nn.Module,
+    config: CompressionConfig,
+    data: ProvidedData,
+    validation: ProvidedData | None = None,
+    *,
+    progress: bool = False,
+) -> Prepared:
+    """Find the candidates of all layers, and correct their predicted losses by measuring.
+
+    Args:
+        model: dense, left as it is.
+        config: what to compress and how far.
+        data: from `gather`; without batches the loss check uses those of `validation`.
+        validation: see `compress`.
+        progress: show progress bars.
+
+    Raises:
+        TargetError: validation data, and nothing was predicted that they could correct.
+        BudgetError: as `Prepared.plan`.
+    """
+    stats = data.statistics
+    prepared = prepare(model, config, stats, progress=progress)
+    if config.verify and stats is not None:
+        measured = data if data.batches or validation is None else replace(validation, loss_fn=data.loss_fn)
+        prepared = check_loss(
+            prepared, model, stats, list(measured.batches), loss_fn=measured.loss_fn, progress=progress
+        )
+    if validation is None:
+        return prepared
+    if stats is None:
+        raise TargetError(
+            "validation corrects what calibration predicts: pass calibration=batches as well, and not "
+            "objective='weight'."
+        )
+    return correct_by_measuring(
+        prepared,
         model,
-        sample,
-        config=config,
-        loss_fn=data.loss_fn,
-        gradient_batches=0 if config.objective == "activation" else None,
-        source=data.source,
+        stats,
+        list(validation.batches),
+        loss_fn=validation.loss_fn,
+        source=validation.source,
         progress=progress,
     )
-    return stats, replace(data, batches=sample.kept)
 
 
-def _some(data: Iterable[BatchLike] | ProvidedData | None) -> ProvidedData:
-    """Keep a few of the batches."""
-    named = _named(data, "calibration data") or ProvidedData([], "")
-    sample = BatchSample(named.batches)
-    for _ in sample:  # a loader may be walked through only once
-        pass
-    return replace(named, batches=sample.kept)
-
-
-def _named(data: Iterable[BatchLike] | ProvidedData | None, source: str) -> ProvidedData | None:
-    """Give batches a name for reports unless they have one."""
-    return data if data is None or isinstance(data, ProvidedData) else ProvidedData(data, source)
-
-
-def _deterministic(data: ProvidedData) -> TokenLosses | None:
-    """Return the loss of the data unless it draws random numbers, so that its value measures nothing."""
-    return None if data.loss_fn in (*PROJECTIONS, sampled_losses) else data.loss_fn
-
-
-def _observing(plan: CompressionPlan) -> CompressionConfig:
+def observing(plan: CompressionPlan) -> CompressionConfig:
     """Configure the calibration of the layers of a plan; the budget is never read."""
     names: Any = [layer.name for layer in plan]
     return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
+
+
+def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedData:
+    """Give batches a name for reports unless they have one."""
+    return data if isinstance(data, ProvidedData) else ProvidedData(data, source)
+
+
+def _measurable(data: ProvidedData) -> ProvidedData:
+    """Drop a loss that draws random numbers: its gradients are of use, its value measures nothing."""
+    return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
 
 
 def _check_calibration(plan: CompressionPlan, stats: CalibrationStats | None) -> None:

@@ -74,7 +74,9 @@ class LayerPlan:
     @property
     def bytes_after(self) -> int:
         """Bytes as planned: packed integers, scales, zero points and row orders included."""
-        return self.num_bytes(self.dtype)
+        if self.topology is None:
+            return self.bytes_before
+        return self.storage.num_bytes(self.topology, self.dtype)
 
     @property
     def bits_per_weight(self) -> float:
@@ -85,12 +87,6 @@ class LayerPlan:
     def scheme(self) -> str:
         """Number formats, topology family and bonds, or `"dense"`."""
         return describe(self.topology, self.storage)
-
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        """Compute the bytes of the planned network for a weight of this dtype."""
-        if self.topology is None:
-            return self.params_before * dtype.itemsize
-        return self.storage.num_bytes(self.topology, dtype)
 
 
 def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
+from tensornet.nn.extension import ProvidedData
 
 CONFIG = tn.CompressionConfig(max_bond=2, topology="low_rank", target_modules=["first", "read", "last"])
 
@@ -38,17 +39,24 @@ class Reader(nn.Module):
 BATCHES = [(torch.randn(8, 16), torch.arange(8) % 4)]
 
 
-def test_a_layer_that_is_read_is_put_back_and_named() -> None:
+@pytest.mark.parametrize("given", ["config", "plan"])
+def test_a_layer_that_is_read_is_put_back_and_named(given: str) -> None:
+    """A configuration spends its budget on the other layers; a plan keeps the layer, dense."""
     model = Reader()
     dense = model.read
+    stats = tn.calibrate(model, BATCHES, config=CONFIG)
+    data = ProvidedData(BATCHES, stats.source, statistics=stats)
+    config = CONFIG if given == "config" else tn.plan(model, CONFIG, stats)
     with pytest.warns(UserWarning, match="Put back dense.*read"):
-        report = tn.compress(model, CONFIG, calibration=BATCHES, progress=False)
+        report = tn.compress(model, config, calibration=data, progress=False)
     assert model.read is dense
     assert isinstance(model.first, tn.nn.TensorNetworkLinear)
     assert isinstance(model.last, tn.nn.TensorNetworkLinear)
     assert list(report.put_back) == ["read"]
-    assert report.plan["read"].topology is None
-    assert {layer.name: layer.error for layer in report.layers}["read"] == 0
+    assert ("read" in str(report.plan)) == (given == "plan")
+    if given == "plan":
+        assert report.plan["read"].topology is None
+    assert report.coverage.covered == 16 * 16 + 4 * 16
     assert "put back dense: read" in str(report)
     assert model(BATCHES[0][0]).shape == (8, 4)
 

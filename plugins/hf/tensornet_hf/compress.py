@@ -21,17 +21,13 @@ from tensornet.compression import (
     CompressionConfig,
     CompressionPlan,
     CompressionReport,
-    check_loss,
-    correct_by_measuring,
     estimate_seconds,
-    prepare,
 )
+from tensornet.compression.compress import gather, observing, prepare_checked
 from tensornet.compression.report import Coverage, measure_coverage, model_size
 from tensornet.errors import BudgetError, DestinationError, TargetError
 from tensornet.healing import heal, refine
 from tensornet.nn.extension import ProvidedData
-from tensornet.nn.targets import list_weights
-from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import (
     HUB,
     check_free,
@@ -484,23 +480,13 @@ def plan_folder(
     folder = resolve_folder(source)
     model = on_device(open_dense(folder), options.device)
     calibration, validation = _data(model, folder, checked, options, options.text)
-    stats = None if calibration is None else calibration.statistics
-    prepared = prepare(model, checked, stats, progress=options.progress)
-    if checked.verify and calibration is not None and stats is not None:
-        prepared = check_loss(prepared, model, stats, list(calibration.batches), progress=options.progress)
-    if validation is not None and stats is not None:
-        batches = list(validation.batches)
-        prepared = correct_by_measuring(
-            prepared, model, stats, batches, source=validation.source, progress=options.progress
-        )
+    data = gather(model, checked, calibration, progress=options.progress)
+    prepared = prepare_checked(model, checked, data, validation, progress=options.progress)
     plan = prepared.plan(progress=options.progress)
 
+    # Sizes before and after, and what the plan covers.
     params, size = model_size(model)
-    with unfused(model):
-        weights = list_weights(model)
-    dtypes = {x.name: x.weight.dtype for x in weights}
-    before = sum(layer.params_before * dtypes[layer.name].itemsize for layer in plan)
-    after = sum(layer.num_bytes(dtypes[layer.name]) for layer in plan)
+    before, after = plan.bytes_before, plan.bytes_after
     sizes = {
         "model_params_before": params,
         "model_params_after": params - plan.params_before + plan.params_after,
@@ -509,7 +495,8 @@ def plan_folder(
         "layers_bytes_before": before,
         "layers_bytes_after": after,
     }
-    return PlannedFolder(plan, sizes, measure_coverage(weights, [x.name for x in plan], unseen=plan.unseen))
+    names = [layer.name for layer in plan]
+    return PlannedFolder(plan, sizes, measure_coverage(prepared.weights, names, unseen=plan.unseen))
 
 
 def upcycle_folder(
@@ -665,15 +652,14 @@ def _data(
             "another file, or leave out the text."
         )
     if known is None and config.objective != "weight":
-        observed = config
-        if isinstance(config, CompressionPlan):  # its layers; this budget is never read
-            names = [layer.name for layer in config]
-            observed = CompressionConfig(target_modules=names, objective=config.objective, max_bond=1)  # type: ignore[arg-type]
-        assert isinstance(observed, CompressionConfig)
-        how: dict[str, Any] = {"config": observed, "loss_fn": data.loss_fn}
-        how["gradient_batches"] = 0 if observed.objective == "activation" else None
         known = calibrate(
-            model, data.batches, tokens=options.calibration_tokens, progress=options.progress, **how
+            model,
+            data.batches,
+            config=observing(config) if isinstance(config, CompressionPlan) else config,
+            loss_fn=data.loss_fn,
+            tokens=options.calibration_tokens,
+            gradient_batches=0 if config.objective == "activation" else None,
+            progress=options.progress,
         )
         known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
         if file is not None:
@@ -727,10 +713,7 @@ def _streamed(
 ) -> CompressionReport:
     """Compress a folder shard by shard, without loading the model as a whole."""
     plan = config if isinstance(config, CompressionPlan) else None
-    observed = config
-    if plan is not None:
-        observed = CompressionConfig(target_modules=[x.name for x in plan], max_bond=1)
-    assert isinstance(observed, CompressionConfig)
+    observed = observing(config) if isinstance(config, CompressionPlan) else config
     if options.progress and sys.stderr.isatty() and plan is None:
         skeleton = open_lazily(open_source(folder), only=()).model
         sys.stderr.write(f"tensornet: {estimate(skeleton, observed, options)}\n")

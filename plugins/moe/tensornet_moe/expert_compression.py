@@ -218,7 +218,8 @@ def compress_experts(
     _check_options(config)
     params_before, bytes_before = model_size(model)
     with torch.enable_grad():
-        stats, data = gather(model, config, calibration, progress=progress)
+        data = gather(model, config, calibration, progress=progress)
+    stats = data.statistics
     if stats is None or not stats.has_gradients:
         raise TargetError(
             "compress_experts compares separate and shared networks by their predicted loss, which needs "
