@@ -364,17 +364,25 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
 
 @torch.no_grad()
 def pack_after_training(cores: Iterable[PackedCore]) -> None:
-    """Store what `unpack_for_training` converted: scales in their dtype, codes rounded and packed."""
+    """Store what `unpack_for_training` converted: scales in their dtype, codes rounded and packed.
+
+    Every process of FSDP2 gets the whole tensors, as buffers are: no collective operation takes their bits.
+    """
+
+    def whole(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
     for core in cores:
         number_format = core.number_format
         if number_format.dtype is not None and core.values.is_floating_point():
-            core._put("values", _bits(core.values.detach(), number_format.dtype))
+            core._put("values", _bits(whole(core.values), number_format.dtype))
         if number_format.bits is None:
             continue
         if core.scales.is_floating_point():
-            core._put("scales", _bits(core.scales.detach(), number_format.scale_dtype))
+            core._put("scales", _bits(whole(core.scales), number_format.scale_dtype))
         if core.codes.is_floating_point():
-            codes = core.codes.detach().round().clamp(0, number_format.top).to(torch.uint8)
+            codes = whole(core.codes).round().clamp(0, number_format.top).to(torch.uint8)
             core._put("codes", number_format.pack(codes))
 
 

@@ -12,6 +12,8 @@ from distributed_tasks import in_processes
 
 RANKS = 2
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 
 @pytest.mark.parametrize("how", [tasks.ddp, tasks.fsdp], ids=["ddp", "fsdp2"])
 def test_training_is_that_of_one_process(
@@ -23,9 +25,9 @@ def test_training_is_that_of_one_process(
             start, (made_losses, made) = tasks.model_of(form).state_dict(), found[form]
             torch.testing.assert_close(made_losses, losses, rtol=1e-4, atol=1e-5)
             assert made.keys() == state.keys() == start.keys()
-            integers = [name for name, x in start.items() if not x.is_floating_point()]
-            assert integers
+            codes = [name for name in start if name.endswith(".codes")]
+            assert codes
             for name, before in start.items():
                 assert made[name].dtype == before.dtype, name
                 torch.testing.assert_close(made[name], state[name], rtol=1e-2, atol=1e-4)
-                assert torch.equal(made[name], before) == (name in integers), name
+                assert torch.equal(made[name], before) == (name in codes), name

@@ -21,7 +21,10 @@ from tensornet.topologies import dense, low_rank, mpo
 from tensornet_moe.grouped_linear import group_rows
 
 # Torch before 2.13 says at every profile that a cycle forgets the one before.
-pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning"),
+]
 
 FEATURES = 768
 CHAIN = mpo(out_dims=(8, 8, 12), in_dims=(12, 8, 8), max_bond=24)
@@ -104,7 +107,7 @@ def test_a_pass_needs_one_dense_matrix_and_a_few_blocks_of_it(name: str, strateg
     blocks = 3 * max(dense // 8, 2**20 if dense > 8 * 2**20 else 0)
     with torch.no_grad():
         y = layer(x)
-        assert peak(lambda: layer(x)) <= dense + blocks + y.nbytes + (cores if name == "int8" else 2**14)
+        assert peak(lambda: layer(x)) <= dense + blocks + y.nbytes + (2 * cores if name == "int8" else 2**14)
     layer.train()
     assert peak(lambda: layer(x)) <= 2 * dense + blocks + y.nbytes + cores, "with gradients two of them"
 
