@@ -1,15 +1,16 @@
 """How much does the loss increase at equal bytes: for one plan over formats and ranks, and for quantizers?
 
-Every row is one model after calibration alone, all linear layers but the output head, at a number of bits
-of a weight, scales included. `plan` chooses format and rank of every layer; `two-sided`, `one-sided` (GPTQ
-by our code) and `nearest` use one format everywhere, integers in groups of 32 with 8-bit scales or of 64
-with 16-bit ones, which are as large. Peers run as installed packages with their defaults, symmetric groups
-of 64 (hqq: zero points, groups of 128, as many bytes). They write dequantized weights, and one judge
-measures all. Calibration, validation and judged windows do not overlap, and are of different sources for
-MiniLM and SmolLM2. `predicted` is the forecast of the plan by its moments alone, `validation` the rises that
-correct it, measured on other text. SmolLM2 has its residual stream turned: the published file holds weights
-on a 4-bit grid. Seconds are those of the processor, since the machine is shared; peak memory is of a whole
-process. Rows that the record has are skipped, so that a run goes on where one ended.
+Every row is one model after calibration alone: all linear layers except the output head, at a number of
+bits per weight, scales included. All methods of this library are configurations of the same pipeline:
+`plan` chooses format and rank of every layer; `two-sided`, `one-sided` (as GPTQ) and `nearest` use one
+format for all layers, integers in groups of 32 with 8-bit scales or of 64 with 16-bit scales, which are as
+large. Peers run as installed packages with their defaults, symmetric groups of 64 (hqq: zero points, groups
+of 128, as many bytes). They write dequantized weights, and the same judged windows measure all.
+Calibration, validation and judged windows do not overlap; for MiniLM and SmolLM2 they come from different
+sources. `predicted` is the forecast of the plan, `validation` the loss increase on other text. The residual
+stream of SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. Seconds are processor
+seconds, since the machine is shared; peak memory is that of a whole process. Rows that the record has are
+skipped, so that a run continues where the last one ended.
 
     OMP_NUM_THREADS=1 python benchmarks/bytes.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
         [--peers ENVIRONMENT/bin/python] [--methods plan gptq] [--seeds 0 1 2]
@@ -21,14 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +35,27 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import bytes_models
-from bytes_models import Subject, judge, pooled, sample, tokens_of
-from harness import RECORDS, provenance, record
+import subjects
+from harness import RECORDS, peak_mib, processor_seconds, provenance, record
+from subjects import Batches, Subject, tokens_of
 
 import tensornet as tn
-from tensornet.calibration.losses import losses_against
-from tensornet.compression import check_loss, measure, prepare
-from tensornet.compression.apply import MadeLayers
-from tensornet.compression.sensitivity import INPUT_DAMPING, layer_weighting
-from tensornet.linalg.weighted_svd import damped
-from tensornet.nn.targets import LayerSelection, Target, find_targets
-from tensornet.quantization import round_weight
-from tensornet.quantization.moments import DENSE_ROW_DAMPING, ROW_DAMPING
-from tensornet_hf.streaming import peak_memory
+from tensornet.calibration.losses import losses_against, pooled
+from tensornet.compression import Prepared, check_loss, measure, prepare, record_losses
+from tensornet.compression.measure import RecordedLosses
+from tensornet.nn.targets import LayerSelection, find_targets
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
 PEERS = ("torchao", "hqq", "gptq", "autoround")
-OURS = ("plan", "two-sided", "one-sided", "nearest")
+#: Options of the configuration by method; `{}` in a format is the number of bits.
+OURS: dict[str, dict[str, Any]] = {
+    "plan": {},
+    "two-sided": {"formats": ("int{}:g32:float8",), "rounding": "two_sided"},
+    "one-sided": {"formats": ("int{}:g64",), "rounding": "one_sided"},
+    "nearest": {"formats": ("int{}:g64",), "objective": "weight", "rounding": "nearest"},
+}
 #: Methods measured with every seed of calibration windows; the others look at no text, or take long.
 SEEDED = ("plan", "two-sided", "one-sided", "gptq")
-#: Formats of the methods that use one everywhere; all take the bits and a quarter.
-UNIFORM = {"two-sided": "int{}:g32:float8", "one-sided": "int{}:g64", "nearest": "int{}:g64"}
-#: The model runs in this dtype for moments of both sides, twice as fast.
-AUTOCAST = torch.bfloat16
 Row = dict[str, Any]
 
 
@@ -82,147 +78,112 @@ class Book:
     def add(self, method: str, seed: int, bits: float, **found: Any) -> None:
         """Append one row to the file."""
         row = {"model": self.subject.name, "method": method, "seed": seed, "bits": bits, **found}
-        row |= {"unit": self.subject.unit, "threads": torch.get_num_threads(), **self.origin}
+        row |= {"unit": self.subject.unit, **self.origin}
         print(row, flush=True)
         record("bytes", [*self.rows(), row], folder=self.folder, dtype="float32")
 
 
 class Bench:
-    """One model and its judge; calibration statistics are cached for each seed."""
+    """One model, measured at every size by every method.
 
-    def __init__(self, subject: Subject, book: Book, work: Path | None, workers: int) -> None:
-        self.subject, self.book, self.work, self.workers = subject, book, work, workers
-        self.prepared: dict[int, tuple[nn.Module, tn.CalibrationStats, float]] = {}
-        self.made: dict[float, MadeLayers] = {}
+    Args:
+        subject: the model and its texts.
+        book: where rows go.
+        work: folder in which calibration statistics are kept, for runs that continue.
+    """
 
-    @cached_property
-    def judged(self) -> tuple[list[Tensor], Tensor, str | None]:
-        """Dense model's outputs (encoders only), token losses and sample."""
-        model = self.subject.load()
-        dense = [pooled(model, x) for x in self.subject.judged] if self.subject.encoder else []
-        return dense, judge(self.subject, model, dense), sample(self.subject, model)
+    def __init__(self, subject: Subject, book: Book, work: Path | None) -> None:
+        self.subject, self.book, self.work = subject, book, work
+        self.moments: dict[int, tuple[tn.CalibrationStats, float]] = {}
+        self.dense = subject.load()
+        self.sample = subject.sample(self.dense)
+        self.recorded = self.judged()
 
-    def statistics(self, seed: int) -> tuple[nn.Module, tn.CalibrationStats, float]:
-        """Return a dense model, its moments for a seed, and the seconds that collecting them took."""
-        if seed not in self.prepared:
-            model = self.subject.load()
-            stats, seconds = self.kept(f"moments-{seed}", lambda: self.calibrated(model, seed))
-            self.prepared = {seed: (model, stats, seconds)}
-        return self.prepared[seed]
+    def judged(self) -> RecordedLosses:
+        """Record the dense model's losses on the judged windows; an encoder's are distances of outputs."""
+        loss_fn = None
+        if self.subject.encoder:
 
-    def calibrated(self, model: nn.Module, seed: int) -> tn.CalibrationStats:
-        """Collect moments of inputs and gradients, with the model run in bfloat16."""
-        return tn.calibrate(
-            model,
-            self.subject.calibration(seed),
-            config=self.subject.layers,
-            loss_fn=self.subject.losses,
-            autocast=AUTOCAST,
-        )
+            def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+                with torch.no_grad():
+                    wanted = pooled(self.dense(**batch), batch)
+                return 1 - nn.functional.cosine_similarity(pooled(model(**batch), batch), wanted)
 
-    def kept(self, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
-        """Return the result of a slow step and its processor seconds, from the working folder if kept."""
-        path = None if self.work is None else self.work / f"{self.subject.name}-{name}.pt"
-        if path is not None and path.is_file():
-            return torch.load(path, weights_only=False)
-        start = processor_seconds()
-        found = make(), processor_seconds() - start
-        if path is not None:
-            torch.save(found, path)
+        found = record_losses(self.dense, self.subject.judged, loss_fn=loss_fn, source="judged", tokens=None)
+        assert found is not None
         return found
 
-    def rise(self, model: nn.Module) -> Row:
-        """Measure the loss increase over the dense model with its standard error, and write a sample."""
-        (dense, losses, written), _ = self.kept("judged", lambda: self.judged)
-        rises = judge(self.subject, model, dense) - losses
-        samples = {} if written is None else {"sample": sample(self.subject, model), "dense_sample": written}
-        return samples | {
-            "loss_increase": float(rises.mean()),
-            "standard_error": float(rises.std() / len(rises) ** 0.5),
-            "dense_loss": float(losses.mean()),
-        }
-
-    def plan(self, seed: int, sizes: Sequence[float]) -> None:
-        """Measure plans at every size, and the validation losses that correct their forecast."""
-        model, stats, calibrated = self.statistics(seed)
-        config = tn.CompressionConfig(bits_per_weight=max(SIZES), **asdict(self.subject.layers))
-        batches = self.subject.calibration(seed)
-        made, planned = self.kept(f"verified-{seed}", lambda: self.plans(model, config, stats, batches))
-        loss_fn = losses_against(model)
-        for bits in sizes:
-            (plan, verified), start = made[bits], processor_seconds()
-            small = self.subject.load()
-            tn.apply_plan(small, plan, stats, made=self.made.get(bits))
-            seconds = processor_seconds() - start
-            rises = {}
-            for name, data in self.subject.validation.items():
-                rises[name] = measure(small, model, data, loss_fn=loss_fn, source=name).to_dict()
-            formats: dict[str, int] = {}
-            for layer in plan:
-                name = "float" if layer.topology is None else layer.storage.number_format.name
-                if layer.topology is not None and layer.topology.family != "dense":
-                    name = f"{layer.topology.family} {name}"
-                formats[name] = formats.get(name, 0) + 1
-            self.book.add(
-                "plan",
-                seed,
-                bits,
-                bits_per_weight=plan.bits_per_weight,
-                **self.rise(small),
-                predicted={"alone": plan.predicted_loss_increase},
-                validation=rises,
-                formats=formats,
-                loss_check=None if plan.loss_check is None else plan.loss_check.to_dict(),
-                seconds={
-                    "calibrate": calibrated,
-                    "plan": planned - sum(spent for _, spent in made.values()),
-                    "verify": verified,
-                    "round": seconds,
-                },
-                peak_mib=peak_mib(),
+    def statistics(self, seed: int) -> tuple[tn.CalibrationStats, float]:
+        """Return the moments of inputs and gradients for a seed, and the seconds of collecting them."""
+        if seed not in self.moments:
+            path = (
+                None if self.work is None else self.work / f"{self.subject.name}-moments-{seed}.safetensors"
             )
-
-    def plans(
-        self,
-        model: nn.Module,
-        config: tn.CompressionConfig,
-        stats: tn.CalibrationStats,
-        batches: Sequence[Mapping[str, Tensor]],
-    ) -> dict[float, tuple[tn.CompressionPlan, float]]:
-        """Compute the plans of all sizes, each checked by itself, and the seconds that checking took.
-
-        They include rounding the layers that are measured, which is not repeated.
-        """
-        prepared = prepare(model, config, stats)
-        self.made = {bits: {} for bits in SIZES}
-        made = {}
-        for bits in SIZES:
             start = processor_seconds()
-            alone = replace(prepared, made=self.made[bits])
-            alone = check_loss(alone, model, stats, batches, bits_per_weight=bits)
-            made[bits] = alone.plan(bits_per_weight=bits), processor_seconds() - start
-        return made
+            if path is not None and path.is_file():
+                stats = tn.CalibrationStats.load(path)
+            else:
+                options = {"config": self.subject.layers, "loss_fn": self.subject.losses}
+                batches = self.subject.calibration(seed)
+                stats = tn.calibrate(self.dense, batches, autocast=torch.bfloat16, **options)
+                if path is not None:
+                    stats.save(path)
+            self.moments = {seed: (stats, processor_seconds() - start)}
+        return self.moments[seed]
 
-    def uniform(self, method: str, seed: int, sizes: Sequence[float]) -> None:
-        """Measure one format for all layers, rounded by this library."""
+    def loss_increase(self, model: nn.Module) -> Row:
+        """Measure the loss increase over the dense model with its standard error, and write a sample."""
+        found = measure(model, self.recorded)
+        row = {"loss_increase": found.mean, "standard_error": found.stderr, "dense_loss": found.dense_loss}
+        if self.sample is not None:
+            row |= {"sample": self.subject.sample(model), "dense_sample": self.sample}
+        return row if found.kl_mean is None else row | {"kl": found.kl_mean}
+
+    def ours(self, method: str, seed: int, sizes: Sequence[float]) -> None:
+        """Measure a configuration of this library at every size, and the plans also on validation text."""
+        stats, calibrated = (None, 0.0) if method == "nearest" else self.statistics(seed)
+        batches = self.subject.calibration(seed)
+        known: tuple[Prepared, float] | None = None
         for bits in sizes:
-            name, model, calibrated, stats = UNIFORM[method].format(int(bits)), self.subject.load(), 0.0, None
-            if method != "nearest":
-                _, stats, calibrated = self.statistics(seed)
-            start = time.process_time()
-            for target in (x for x in find_targets(model, self.subject.layers) if not x.skip):
-                options = rounding_options(method, target, stats)
-                target.matrix.copy_(round_weight(target.matrix, name, **options).dequantize())
-            rounded = time.process_time() - start
-            self.book.add(
-                method,
-                seed,
-                bits,
-                bits_per_weight=float(int(bits) + 0.25),
-                **self.rise(model),
-                seconds={"calibrate": calibrated, "round": rounded},
-                peak_mib=peak_mib(),
-            )
+            options = dict(OURS[method])
+            if "formats" in options:
+                names = (name.format(int(bits)) for name in options["formats"])
+                options |= {"formats": tuple(names), "topology": "dense"}
+            config = tn.CompressionConfig(bits_per_weight=bits, **asdict(self.subject.layers), **options)
+            if known is None or method != "plan":  # the candidates of plans are the same for all sizes
+                start = processor_seconds()
+                known = prepare(self.dense, config, stats), processor_seconds() - start
+            prepared, start = replace(known[0], made={}), processor_seconds()
+            if method == "plan" and stats is not None:
+                prepared = check_loss(prepared, self.dense, stats, batches, bits_per_weight=bits)
+            verified = processor_seconds() - start
+            plan, small = prepared.plan(bits_per_weight=bits), self.subject.load()
+            start = processor_seconds()
+            tn.apply_plan(small, plan, stats, made=prepared.made)
+            seconds = {"calibrate": calibrated, "plan": known[1], "verify": verified}
+            row: Row = {"seconds": seconds | {"round": processor_seconds() - start}, "peak_mib": peak_mib()}
+            if method == "plan":
+                row |= self.forecast(plan, small)
+            row |= {"bits_per_weight": plan.bits_per_weight, **self.loss_increase(small)}
+            self.book.add(method, seed, bits, **row)
+
+    def forecast(self, plan: tn.CompressionPlan, small: nn.Module) -> Row:
+        """Report the formats of a plan and what it predicted, with the loss increase on validation text."""
+        loss_fn = losses_against(self.dense)
+        formats: Counter[str] = Counter()
+        for layer in plan:
+            dense = layer.topology is None or layer.topology.family == "dense"
+            name = "float" if layer.topology is None else layer.storage.number_format.name
+            formats[name if dense else f"{layer.topology.family} {name}"] += 1
+        return {
+            "predicted": {"alone": plan.predicted_loss_increase},
+            "validation": {
+                name: measure(small, self.dense, data, loss_fn=loss_fn, source=name).to_dict()
+                for name, data in self.subject.validation.items()
+            },
+            "formats": dict(formats),
+            "loss_check": None if plan.loss_check is None else plan.loss_check.to_dict(),
+        }
 
     def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:
         """Measure an installed package, which runs in a process of its own."""
@@ -241,58 +202,25 @@ class Bench:
                 if not said.is_file():
                     raise SystemExit(f"{method} ended early:\n{done.stderr[-2000:]}")
                 found = json.loads(said.read_text())
-                seconds, version = {"all": found["seconds"]}, found["version"]
+                row: Row = {"version": found["version"], "seconds": {"all": found["seconds"]}}
                 if "refused" in found:
-                    self.book.add(
-                        method, seed, bits, refused=found["refused"], version=version, seconds=seconds
-                    )
-                    continue
-                model = self.subject.load()
-                put(model, load_file(Path(scratch) / f"{int(bits)}.safetensors"), self.subject)
-                self.book.add(
-                    method,
-                    seed,
-                    bits,
-                    bits_per_weight=int(bits) + 0.25,
-                    **self.rise(model),
-                    version=version,
-                    seconds=seconds,
-                    peak_mib=found["peak_mib"],
-                )
+                    row["refused"] = found["refused"]
+                else:
+                    model = self.subject.load()
+                    put(model, load_file(Path(scratch) / f"{int(bits)}.safetensors"), self.subject)
+                    row |= {"bits_per_weight": int(bits) + 0.25, "peak_mib": found["peak_mib"]}
+                    row |= self.loss_increase(model)
+                self.book.add(method, seed, bits, **row)
 
 
-def processor_seconds() -> float:
-    """Return the processor seconds that this process and its children have used."""
-    used = (resource.getrusage(x) for x in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(x.ru_utime + x.ru_stime for x in used)
-
-
-def peak_mib() -> int:
-    """Return the peak memory of this process so far in MiB, the model and its texts included."""
-    return peak_memory() // 2**20
-
-
-def rounding_options(method: str, target: Target, stats: tn.CalibrationStats | None) -> dict[str, Any]:
-    """Build the arguments of `round_weight` for one of the uniform methods."""
-    if stats is None:
-        return {"rounding": "nearest", "refits": 0}
-    if method == "one-sided":
-        return {"rounding": "one_sided", "columns": damped(stats.columns[target.names[0]], INPUT_DAMPING)}
-    found = layer_weighting(target, "curvature", stats, ROW_DAMPING)
-    if found is None:
-        raise SystemExit(f"no gradient reaches {target.name}")
-    return {"rows": found.rows, "columns": found.columns, "row_damping": DENSE_ROW_DAMPING}
-
-
-def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def joined(batches: Batches) -> dict[str, Tensor]:
     """Concatenate all windows into one tensor for each argument, shorter ones padded."""
     length = max(batch["input_ids"].shape[1] for batch in batches)
-    return {
-        name: torch.cat(
-            [nn.functional.pad(batch[name], (0, length - batch[name].shape[1])) for batch in batches]
-        )
-        for name in ("input_ids", "attention_mask")
-    }
+
+    def padded(x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, length - x.shape[1]))
+
+    return {x: torch.cat([padded(batch[x]) for batch in batches]) for x in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()
@@ -309,25 +237,24 @@ def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> No
         matrix.copy_(weights[name])
 
 
-def subjects(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
+def models(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
     """Return functions that make the models, by name."""
     if given.toy:
-        layers = LayerSelection(target_modules=("h.3.attn.c_proj", "h.2.attn.c_proj"))
-        return {"gpt2": lambda: bytes_models.gpt2(count=8, limit=8_000, layers=layers)}
+        few = LayerSelection(target_modules=("h.3.attn.c_proj", "h.2.attn.c_proj"))
+        return {"gpt2": lambda: subjects.gpt2(count=8, limit=8_000, layers=few)}
     return {
-        "gpt2": bytes_models.gpt2,
-        "minilm": lambda: bytes_models.minilm(given.cache),
-        "smollm2": lambda: bytes_models.smollm2(given.cache),
+        "gpt2": subjects.gpt2,
+        "minilm": lambda: subjects.minilm(given.cache),
+        "smollm2": lambda: subjects.smollm2(given.cache),
     }
 
 
 def run(subject: Subject, given: argparse.Namespace) -> None:
     """Measure all missing rows of one model."""
-    origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "device", "load")}
+    origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "device", "load", "threads")}
     origin["calibration_tokens"] = tokens_of(subject.calibration(0))
     origin["judged_tokens"] = tokens_of(subject.judged)
-    book = Book(given.records, subject, origin)
-    bench = None
+    book, bench = Book(given.records, subject, origin), None
     for seed in given.seeds if subject.name == "gpt2" else given.seeds[:1]:
         for method in given.methods:
             if method not in SEEDED and seed != given.seeds[0]:
@@ -335,13 +262,11 @@ def run(subject: Subject, given: argparse.Namespace) -> None:
             sizes = book.missing(method, seed, given.sizes)
             if not sizes or (method in PEERS and given.peers is None):
                 continue
-            bench = bench or Bench(subject, book, given.work, given.workers)
-            if method == "plan":
-                bench.plan(seed, sizes)
-            elif method in PEERS:
+            bench = bench or Bench(subject, book, given.work)
+            if method in PEERS:
                 bench.peer(method, seed, sizes, given.peers)
             else:
-                bench.uniform(method, seed, sizes)
+                bench.ours(method, seed, sizes)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -352,11 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--methods", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
     parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--cache", type=Path, help="folder of `real_data.py`")
+    parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
     parser.add_argument("--peers", type=Path, help="Python with the extra `peers`; without it no peers")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--work", type=Path, help="folder for moments and plans that several runs share")
-    parser.add_argument("--workers", type=int, default=1, help="processes that plan")
+    parser.add_argument("--work", type=Path, help="folder of calibration statistics, for runs that continue")
     given = parser.parse_args(arguments)
     if given.toy:
         given.models, given.sizes, given.seeds = ["gpt2"], [4.25, 3.25], [0]
@@ -364,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     torch.set_num_threads(1)
     try:
         for name in given.models:
-            run(subjects(given)[name](), given)
+            run(models(given)[name](), given)
     finally:
         torch.set_num_threads(before)
     return given.records / "bytes.json"

@@ -2,13 +2,12 @@
 
     python benchmarks/fit_machine.py [--toy] [--threads 1] [--seconds 0.3]
 
-Every way to apply a layer is timed for layers of many shapes, none of them one of the other benchmarks',
-and the constants of `tensornet.Machine` are fitted to the logarithms of the times. A way that takes far
-longer than the fastest matters less. `half_size` stays as it is: it belongs to the kernels of the library
-that multiplies. Then layers of integers in bfloat16, and dense ones beside them, fit `half_peak`,
-`unpack_pass` and `kernel_peak`. Prints the constants and how good the choices are that follow from them;
-writes no record.
-Measure on a quiet machine: a busy one makes all that goes through memory look slower.
+Every way to apply a layer is timed for layers of many shapes, none of which occurs in another benchmark.
+The constants of `tensornet.Machine` are fitted to the logarithms of the times; a way that takes far longer
+than the fastest matters less. `half_size` is not fitted: it belongs to the kernels of the library that
+multiplies. Then layers of integers and dense layers, both in bfloat16, fit `half_peak`, `unpack_pass` and
+`kernel_peak`. Prints the constants and how good the choices are that follow from them; writes no record.
+Measure on a quiet machine: a busy one makes everything that goes through memory look slower.
 """
 
 from __future__ import annotations
@@ -27,18 +26,15 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).parent))
-from forward import strategies
-from harness import paired_medians
-from speed import Case, clock_for, options_of, rounds, with_threads
+from forward import Case, options_of, strategies
+from generation import integers
+from harness import clock_for, paired_medians, rounds, with_threads
 
 from tensornet.contraction.cost import Machine, default_machine, dense_seconds
 from tensornet.contraction.plan import OperatorPlan
 from tensornet.nn.integer_cost import product_cost
-from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.prepare import prepare_for_inference
-from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
-from tensornet.topologies import dense as dense_topology
 
 SHAPES = (
     ((16, 32), (32, 16), 32),
@@ -65,11 +61,9 @@ INTEGER_SHAPES = ((256, 512), (768, 768), (2048, 512), (1024, 2048))
 FORMATS = ("int8:row", "int8", "int6", "int4", "int3", "int2")
 FITTED = ("peak", "bandwidth", "overhead", "copy_element", "copy_run", "copy_far")
 
-#: A constant that little depends on stays near where it was: so much of a residual for a factor of e.
+#: Residual for a factor of e from the shipped constant, so that constants the times barely depend on stay.
 _STAY = 0.1
-
-
-#: The dense layer, beside the routes of `OperatorPlan.seconds`.
+#: Number of the dense layer among the routes of `OperatorPlan.seconds`.
 DENSE = -2
 
 
@@ -82,7 +76,7 @@ def predict(plan: OperatorPlan, route: int, tokens: int, machine: Machine) -> fl
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every route of a layer at one token count; `DENSE` stands for the dense layer."""
+    """Seconds of every route of a layer at one token count; `DENSE` is the dense layer."""
 
     plan: OperatorPlan
     tokens: int
@@ -155,13 +149,8 @@ def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds:
     for _ in range(count):
         dense = torch.nn.Linear(shape[1], shape[0], bias=False)
         layers["dense"].append(dense.bfloat16())
-        topology = dense_topology(out_features=shape[0], in_features=shape[1])
         for name in FORMATS:
-            storage = Storage(number_format=NumberFormat.parse(name))
-            made = TensorNetworkLinear(topology, bias=False, storage=storage, device="meta").to(
-                torch.bfloat16
-            )
-            layers[name].append(filled(made))
+            layers[name].append(prepare_for_inference(integers(dense, name).eval()))
 
     def run(row: list[torch.nn.Module]) -> None:
         for layer in row:
@@ -175,18 +164,6 @@ def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds:
         )
         for name, time in times.items()
     ]
-
-
-def filled(layer: TensorNetworkLinear) -> torch.nn.Module:
-    """Fill an empty integer layer with random codes: rounding would take longer than timing."""
-    layer = layer.to_empty(device="cpu")
-    for core in (x for x in layer.modules() if isinstance(x, PackedCore)):
-        core.codes = torch.randint(0, 256, core.codes.shape, dtype=torch.uint8)
-        kind = core.number_format.scale_dtype
-        core.scales = (torch.rand(core.scales.shape) + 0.5).to(kind).view(core.scales.dtype)
-        if "zeros" in core.names:
-            core.zeros = torch.randint(0, 256, core.zeros.shape, dtype=torch.uint8)
-    return prepare_for_inference(layer)
 
 
 def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:

@@ -1,68 +1,96 @@
-"""How fast is a layer that holds only its cores, and how many bytes does it hold after a forward pass?
+"""How fast are layers of cores in inference and training, and how many bytes do they need?
 
-    python benchmarks/forward.py [--toy] [--threads 1 2] [--seconds 1] [--passes 3] [--before FOLDER]
+    python benchmarks/forward.py [--toy] [--threads 1 2] [--seconds 1] [--passes 3]
 
 Every row has bytes and milliseconds of all sides, timed in turn in one process, so that each finds its
 weights as cold as in a model of many layers:
 
 - `dense`: `nn.Linear`;
-- `auto`: the layer as it comes, which contracts or rebuilds and holds its cores alone;
+- `auto`: the layer with its default strategy, which contracts or rebuilds and keeps its cores alone;
 - `cached`: the same with `strategy="cached"`, memory for speed;
-- `factorized` and `reconstructed`: tltorch's layer with the same ranks, where it is installed;
-- `before`: `auto` of another checkout of the project, where `--before` names its folder.
+- `factorized` and `reconstructed`: tltorch's layer with the same ranks, where it is installed.
 
-Asked: a low rank takes at most 1.05 times as long as dense without holding anything; what `auto` chose is
-within 10 % of its fastest way. Chains take longer than dense, and the table says how much. Bytes are those of
-all tensors that can be reached from the layer once the pass is over.
+Asked: a low rank takes at most 1.05 times as long as dense and keeps nothing; what `auto` chose is within
+10 % of its fastest way. Chains take longer than dense, and the table says by how much. Bytes are those of
+all tensors that can be reached from the layer after the pass. Rows with `training` are forward and backward
+passes of `dense` and `auto`; `bytes_for_backward` are those of the activations that a pass keeps.
+`over_needed` compares the step with the time of its floating-point operations at the speed of one plain
+matrix product. Asked: at most 1.15.
 
-With one thread processor time is compared, with more the wall clock. Then other users of the machine slow
-some rows for tens of seconds, small products more than large ones; so all rows are measured in several passes
-(one, for one thread), and of each row that pass counts in which all sides together, by the geometric mean,
-were fastest. Writes the record `forward.json`.
+With one thread processor time is compared, with more the wall clock. Other users of the machine then slow
+some rows for tens of seconds, small products more than large ones. So all rows are measured in several
+passes (in one, for one thread), and the pass in which all sides together were fastest counts. Writes
+`forward.json`.
 """
 
 from __future__ import annotations
 
-import importlib
+import argparse
 import itertools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import held_bytes, paired_medians, record
-from speed import (
-    CASES,
-    TOKENS,
-    TOY,
-    TOY_TOKENS,
-    Case,
+from harness import (
+    RECORDS,
     clock_for,
     geometric_mean,
-    options_of,
+    held_bytes,
+    paired_medians,
+    record,
     rounds,
     with_threads,
 )
 
+import tensornet as tn
 from tensornet.contraction.cost import default_machine
 from tensornet.contraction.plan import RECONSTRUCT, contract_with_input
-from tensornet.nn import MPOLinear
+
+
+@dataclass(frozen=True)
+class Case:
+    """Chain in the shape of a transformer layer.
+
+    Args:
+        name: shown in the table.
+        out_dims: out-legs.
+        in_dims: in-legs.
+        max_bond: cap on every bond.
+    """
+
+    name: str
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    max_bond: int
+
+    def layer(self, **options: Any) -> tn.nn.MPOLinear:
+        """Build a random layer."""
+        topology = tn.topologies.mpo(out_dims=self.out_dims, in_dims=self.in_dims, max_bond=self.max_bond)
+        return tn.nn.MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
+
 
 #: A low rank is a chain of two sites, `(out, 1) x (1, in)`: what the planner takes for pretrained layers.
-LOW_RANKS = (
+CASES = (
     Case("768x768, low rank 192 (50 %)", (768, 1), (1, 768), 192),
     Case("768x768, low rank 307 (80 %)", (768, 1), (1, 768), 307),
     Case("3072x768, low rank 307 (50 %)", (3072, 1), (1, 768), 307),
+    Case("768x768, 3 sites, bond 59 (40 %)", (8, 8, 12), (12, 8, 8), 59),
+    Case("768x768, 3 sites, bond 16 (3 %)", (8, 8, 12), (12, 8, 8), 16),
+    Case("3072x768, 3 sites, bond 59 (20 %)", (12, 16, 16), (12, 8, 8), 59),
+    Case("3072x768, 2 sites, bond 64 (6 %)", (48, 64), (32, 24), 64),
+    Case("768x3072, 5 sites, bond 64 (5 %)", (4, 4, 4, 4, 3), (4, 4, 4, 8, 6), 64),
+    Case("1024x4096, 4 sites, bond 32 (2 %)", (4, 4, 8, 8), (8, 8, 8, 8), 32),
 )
-
-
+TOKENS, TRAINING_TOKENS = (1, 4, 16, 64, 256, 1024, 4096), 2048
+TOY, TOY_TOKENS, TOY_TRAINING_TOKENS = (Case("24x16, 3 sites, bond 4", (2, 3, 4), (4, 2, 2), 4),), (1, 8), 16
 #: tltorch's implementations; nothing where it is not installed.
 RIVALS = ("factorized", "reconstructed") if find_spec("tltorch") else ()
 
@@ -73,33 +101,11 @@ def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
         warnings.simplefilter("ignore")
         import tltorch
 
-    return tltorch.FactorizedLinear(
-        case.in_dims,
-        case.out_dims,
-        rank=list(bonds),
-        factorization="blocktt",
-        implementation=implementation,
-        bias=True,
-        n_layers=1,
-    )
+    options = {"factorization": "blocktt", "implementation": implementation, "bias": True, "n_layers": 1}
+    return tltorch.FactorizedLinear(case.in_dims, case.out_dims, rank=list(bonds), **options)
 
 
-def another_checkout(folder: str) -> ModuleType:
-    """Import the package `tensornet` of another checkout beside this one."""
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "tensornet"}
-    sys.path.insert(0, folder)
-    try:
-        package = importlib.import_module("tensornet")
-        importlib.import_module("tensornet.nn")
-    finally:
-        sys.path.remove(folder)
-        for name in [name for name in sys.modules if name.split(".")[0] == "tensornet"]:
-            del sys.modules[name]
-        sys.modules.update(ours)
-    return package
-
-
-def strategies(layer: MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
+def strategies(layer: tn.nn.MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
     """Return every way to apply the layer without a kept matrix, by route."""
 
     def contract(candidate: int) -> Tensor:
@@ -108,42 +114,44 @@ def strategies(layer: MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
     ways: dict[int, Callable[[], Tensor]] = {
         k: lambda k=k: contract(k) for k in range(len(layer.plan.applies))
     }
-    return {**ways, RECONSTRUCT: lambda: torch.nn.functional.linear(x, layer.to_matrix(), layer.bias)}
+    return {**ways, RECONSTRUCT: lambda: nn.functional.linear(x, layer.to_matrix(), layer.bias)}
 
 
 @torch.no_grad()
-def measure(
-    case: Case, tokens: int, threads: int, seconds: float, before: ModuleType | None
-) -> dict[str, Any]:
-    """Measure one row: bytes and milliseconds of all sides, and the ratios."""
-    auto, cached = case.layer().eval(), case.layer(strategy="cached").eval()
+def measure(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, Any]:
+    """Measure a forward pass: bytes and milliseconds of all sides, and the ratios."""
+    auto = case.layer().eval()
     bonds = list(auto.topology.bond_dims.values())
     sides: dict[str, nn.Module] = {
         "dense": nn.Linear(auto.in_features, auto.out_features),
         "auto": auto,
-        "cached": cached,
+        "cached": case.layer(strategy="cached").eval(),
         **{name: rival(case, bonds, name) for name in RIVALS},
     }
-    if before is not None:
-        sides["before"] = case.layer(package=before).eval()
-    x = torch.randn(tokens, auto.in_features)
+    x, machine = torch.randn(tokens, auto.in_features), default_machine("cpu")
     calls = {name: lambda layer=layer: layer(x) for name, layer in sides.items()}
-    # What takes far longer than the rest is no contender.
-    ways = {str(k): way for k, way in strategies(auto, x).items() if _contends(auto, k, tokens)}
+    # A way that is predicted to take more than five times as long as the chosen one need not be timed.
+    limit = 5 * auto.plan.seconds(auto.route(tokens), tokens, machine)
+    ways = {
+        str(k): way
+        for k, way in strategies(auto, x).items()
+        if auto.plan.seconds(k, tokens, machine) <= limit
+    }
     first, second = (
         paired_medians(group, rounds(group.values(), seconds), warmup=2, clock=clock_for(threads))
         for group in (calls, ways)
     )
     chosen, best = str(auto.route(tokens)), min(time.median for time in second.values())
     theirs = min((first[name].median for name in RIVALS), default=None)
+    explained = auto.explain(tokens)
     return {
         "case": case.name,
         "tokens": tokens,
         "threads": threads,
-        "choice": auto.explain(tokens).choice,
+        "choice": explained.choice,
         "bytes": {name: held_bytes(layer) for name, layer in sides.items()},
         "milliseconds": {name: round(1e3 * time.median, 4) for name, time in first.items()},
-        "predicted": {cost.strategy: round(cost.milliseconds, 4) for cost in auto.explain(tokens).costs},
+        "predicted": {cost.strategy: round(cost.milliseconds, 4) for cost in explained.costs},
         "bytes_over_dense": round(held_bytes(auto) / held_bytes(sides["dense"]), 3),
         "over_dense": round(first["auto"].median / first["dense"].median, 3),
         **({"speedup_over_tltorch": round(theirs / first["auto"].median, 3)} if theirs else {}),
@@ -151,49 +159,107 @@ def measure(
     }
 
 
-def _contends(layer: MPOLinear, route: int, tokens: int) -> bool:
-    machine = default_machine("cpu")
-    seconds = [layer.plan.seconds(r, tokens, machine) for r in (route, layer.route(tokens))]
-    return seconds[0] <= 5 * seconds[1]
+def measure_training(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, Any]:
+    """Measure a training step: gradients of cores, bias and input included."""
+    layer = case.layer()
+    dense = nn.Linear(layer.in_features, layer.out_features)
+    x = torch.randn(tokens, layer.in_features, requires_grad=True)
+    gradient, plain = torch.randn(tokens, layer.out_features), x.detach()
+
+    def step(module: nn.Module) -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        module(x).backward(gradient)
+
+    calls = {
+        "product": lambda: plain @ dense.weight.detach().T,
+        "dense": lambda: step(dense),
+        "auto": lambda: step(layer),
+    }
+    times = paired_medians(calls, rounds(calls.values(), 3 * seconds), clock=clock_for(threads))
+    explained = layer.explain(tokens)
+    operations = 3 * explained[explained.choice].multiply_adds  # once forward, twice backward
+    needed = operations * times["product"].median / (tokens * dense.weight.numel())
+    return {
+        "case": case.name,
+        "training": True,
+        "tokens": tokens,
+        "threads": threads,
+        "choice": explained.choice,
+        "bytes": {name: held_bytes(module) for name, module in (("dense", dense), ("auto", layer))},
+        "bytes_for_backward": {"dense": kept_bytes(dense, x), "auto": kept_bytes(layer, x)},
+        "milliseconds": {name: round(1e3 * time.median, 4) for name, time in times.items()},
+        "over_needed": round(times["auto"].median / needed, 3),
+        "over_dense": round(times["auto"].median / times["dense"].median, 3),
+    }
+
+
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """Count the bytes of the tensors that a forward pass keeps for backward, parameters and input aside."""
+    known = {p.untyped_storage().data_ptr() for p in (*module.parameters(), x)}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+        found = sum(size for place, size in sizes.items() if place not in known)
+    del y
+    return found
+
+
+def options_of(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of a benchmark of layers."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="tiny layers, to see that it runs")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=1.0, help="about this long for each comparison")
+    parser.add_argument("--passes", type=int, default=3, help="with several threads, as said above")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    given = parser.parse_args(arguments)
+    if given.toy:
+        given.threads, given.seconds = [1], 0.01
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Run the benchmark and write its record."""
-    options = options_of(__doc__, arguments, before="", passes=3)
-    cases, counts = (TOY, TOY_TOKENS) if options.toy else ((*LOW_RANKS, *CASES), TOKENS)
-    before = another_checkout(options.before) if options.before else None
+    given = options_of(__doc__, arguments)
+    cases, counts, trained = (
+        (TOY, TOY_TOKENS, TOY_TRAINING_TOKENS) if given.toy else (CASES, TOKENS, TRAINING_TOKENS)
+    )
 
     def work(threads: int) -> list[dict[str, Any]]:
-        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for _ in range(1 if threads == 1 else options.passes):
-            for case, tokens in itertools.product(cases, counts):
-                row = measure(case, tokens, threads, options.seconds, before)
-                found.setdefault((case.name, tokens), []).append(row)
+        found: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
+        for _ in range(1 if threads == 1 else given.passes):
+            rows = [measure(case, n, threads, given.seconds) for case, n in itertools.product(cases, counts)]
+            rows += [measure_training(case, trained, threads, given.seconds) for case in cases]
+            for row in rows:
+                found.setdefault((row["case"], row["tokens"], "training" in row), []).append(row)
                 print({k: v for k, v in row.items() if k != "predicted"}, flush=True)
         return [
             min(rows, key=lambda row: geometric_mean(row["milliseconds"].values())) for rows in found.values()
         ]
 
-    rows = with_threads(options.threads, work)
-    low = [row["over_dense"] for row in rows if "low rank" in row["case"]]
+    rows = with_threads(given.threads, work)
+    forward = [row for row in rows if "training" not in row]
+    low = [row["over_dense"] for row in forward if "low rank" in row["case"]]
     summary = {
-        "bytes_over_dense_largest": max(row["bytes_over_dense"] for row in rows),
+        "bytes_over_dense_largest": max(row["bytes_over_dense"] for row in forward),
         "over_dense_largest_of_low_ranks": max(low, default=None),
-        "over_dense_geometric_mean": round(geometric_mean(row["over_dense"] for row in rows), 3),
-        "over_best_strategy_largest": max(row["over_best_strategy"] for row in rows),
-        "over_best_strategy_above_1.10": sum(row["over_best_strategy"] > 1.1 for row in rows),
+        "over_dense_geometric_mean": round(geometric_mean(row["over_dense"] for row in forward), 3),
+        "over_best_strategy_largest": max(row["over_best_strategy"] for row in forward),
+        "over_best_strategy_above_1.10": sum(row["over_best_strategy"] > 1.1 for row in forward),
+        "training_over_needed_largest": max(row["over_needed"] for row in rows if "training" in row),
     }
     if RIVALS:
-        ratios = [row["speedup_over_tltorch"] for row in rows]
+        ratios = [row["speedup_over_tltorch"] for row in forward]
         summary["speedup_over_tltorch_geometric_mean"] = round(geometric_mean(ratios), 3)
         summary["speedup_over_tltorch_smallest"] = min(ratios)
-    if before is not None:
-        ratios = [row["milliseconds"]["auto"] / row["milliseconds"]["before"] for row in rows]
-        sizes = [row["bytes"]["auto"] / row["bytes"]["before"] for row in rows]
-        summary["over_before_milliseconds_geometric_mean"] = round(geometric_mean(ratios), 3)
-        summary["over_before_bytes_geometric_mean"] = round(geometric_mean(sizes), 3)
     print(summary)
-    return record("forward", rows, folder=options.records, summary=summary)
+    return record("forward", rows, folder=given.records, summary=summary)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""How many tokens a second does a model of integer layers generate, beside its dense model?
+"""How many tokens a second does a model of integer layers generate, compared with its dense model?
 
     python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled tuned]
 
-SmolLM2-135M (see real_data.py), its 210 linear layers in integers and all else dense, one pass of 1, 16 or
-256 tokens without a cache of keys and with the logits of the last token: what generating one token, checking
-a draft and reading a prompt do. All sides compute in bfloat16 but the dense one in float32; with one thread
-processor time counts, else the wall clock. `int4` are 4.25 bits a weight in one format. `planned` are 4.25
-bits in the formats that a plan by the loss chooses, in its shares: those of 3 bits are held as 4, those of 5
-and 6 bits as two matrices of 4. `tuned` is compiled with Inductor's `freezing` and `max_autotune`, without
-its cache of graphs, all sides alike. Codes and scales are random, which no product notices. Rows that the
-record holds are kept, so that a run goes on where the last one ended, and those of other processors stay
-beside them. Ratios are to the dense model in bfloat16, paired.
+SmolLM2-135M (see `subjects.py`) with its 210 linear layers in integers and everything else dense, prepared
+by `tn.nn.prepare_for_inference`. Each row is one pass of 1, 16 or 256 tokens without a KV cache and with
+the logits of the last token: what generating one token, checking a draft and reading a prompt do. All sides
+compute in bfloat16 except the dense one in float32; with one thread processor time counts, else the wall
+clock. `int4` has 4.25 bits per weight in one format. `planned` has 4.25 bits in the mix of formats that a
+plan by the loss chooses: the kernels use 4 bits for those of 3 bits, and two matrices of 4 bits for those
+of 5 and 6 bits. `tuned` is compiled with Inductor's `freezing` and `max_autotune`, without its cache of
+graphs, all sides equally. The weights are random integers; speed does not depend on their values. Rows that
+the record has are kept, so that a run continues where the last one ended, and so are those of other
+processors. Ratios are to the dense model in bfloat16, paired. Every row also has the bytes of the file and
+of the tensors in memory.
 """
 
 from __future__ import annotations
@@ -25,9 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RECORDS, held_bytes, paired_medians, provenance, record
-from real_data import prepare_models
-from speed import clock_for, rounds, with_threads
+from harness import (
+    RECORDS,
+    clock_for,
+    held_bytes,
+    paired_medians,
+    provenance,
+    record,
+    rounds,
+    with_threads,
+)
+from subjects import prepare_models
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -40,7 +50,6 @@ from tensornet.topologies import dense
 #: Layers of each format in the plan of SmolLM2 at 4.25 bits a weight, of 210.
 PLANNED = {"int4": 125, "int3": 35, "int5": 31, "int6": 17, "int8": 2}
 SIDES = ("float32", "bfloat16", "int4", "int8:row", "planned")
-TOKENS = (1, 16, 256)
 BASE = "bfloat16"
 #: Settings of Inductor, which the environment can give as TORCHINDUCTOR_FREEZING=1 and so on.
 TUNED = {"freezing": True, "max_autotune": True, "fx_graph_cache": False}
@@ -76,7 +85,7 @@ def formats(side: str, count: int) -> list[str]:
 
 
 def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
-    """Build an integer layer of the same shape with random codes."""
+    """Build a bfloat16 layer of the same shape with random integers, which takes less time than rounding."""
     topology = dense(out_features=layer.out_features, in_features=layer.in_features)
     storage = Storage(number_format=NumberFormat.parse(number_format))
     options: dict[str, Any] = {"bias": layer.bias is not None, "storage": storage, "device": "meta"}
@@ -133,25 +142,22 @@ def measure(
         }
 
 
-def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cache", type=Path, nargs="?", help="folder of models, see real_data.py")
-    parser.add_argument("--toy", action="store_true", help="a tiny random model")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES))
-    parser.add_argument("--seconds", type=float, default=20.0, help="about this long for each comparison")
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure the rows that the record lacks."""
     from transformers import AutoConfig, LlamaConfig
 
-    given = options(arguments)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cache", type=Path, nargs="?", help="folder of models, see subjects.py")
+    parser.add_argument("--toy", action="store_true", help="a tiny random model")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES))
+    parser.add_argument("--seconds", type=float, default=20.0, help="about this long for each comparison")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    given = parser.parse_args(arguments)
+    if given.toy:
+        given.threads, given.tokens, given.modes, given.seconds = [1], [1, 16], ["eager"], 0.01
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     folder = None if given.toy else prepare_models(given.cache)[0]
     config = (
@@ -187,7 +193,7 @@ def write(rows: Any, folder: Path) -> Path:
     found = list(rows)
     summary = {
         ", ".join(
-            [row["side"], f"{row['tokens']} tokens", row["mode"], f"threads: {row['threads']}", row["device"]]
+            (row["side"], f"{row['tokens']} tokens", row["mode"], f"threads: {row['threads']}", row["device"])
         ): row["times_bfloat16"]
         for row in found
         if row["side"] not in ("float32", BASE)

@@ -1,6 +1,7 @@
-"""Shared parts of all benchmarks: pairing both sides in one run, and records that state their origin.
+"""What all benchmarks share: timing both sides in one run, counting bytes, records that state their origin.
 
-A record is one JSON file in `benchmarks/records/`; the tables of the documentation are generated from it.
+A record is one JSON file in `benchmarks/records/`, quoted by the documentation; `fill_tables` replaces
+tables of a page between markers.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
 import re
+import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -53,10 +56,10 @@ def paired_medians(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time functions in turn, each once per repeat, so that a busy machine affects all alike.
+    """Time functions in turn, each once per repeat, so that a busy machine slows all of them equally.
 
-    The order changes from repeat to repeat, or each would find in the caches what the same other one left
-    there; none follows directly upon itself.
+    The order changes from repeat to repeat. Otherwise each function would always find in the caches what the
+    same other one had left there. No function follows directly upon itself.
 
     Args:
         functions: calls by name.
@@ -84,6 +87,51 @@ def paired_medians(
     }
 
 
+def clock_for(threads: int) -> Callable[[], float]:
+    """Choose processor time for one thread, which a busy machine distorts least, else wall time."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
+    """Choose the number of repeats, 3 to 51, that take about this many seconds."""
+    start = time.perf_counter()
+    for function in functions:
+        function()
+    return max(3, min(51, int(seconds / max(time.perf_counter() - start, 1e-9)) | 1))
+
+
+def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Collect the rows of `work(threads)` for each number of threads; restore the number afterwards."""
+    before, rows = torch.get_num_threads(), []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            rows += work(threads)
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Compute the geometric mean, the right one for ratios."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def processor_seconds() -> float:
+    """Return the processor seconds that this process and its children have used."""
+    used = (resource.getrusage(x) for x in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(x.ru_utime + x.ru_stime for x in used)
+
+
+def peak_mib() -> int:
+    """Return the peak memory of this process so far in MiB, and nothing of the one that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the starting process had in use
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def held_bytes(root: object) -> int:
     """Count the bytes of all tensors reachable from an object: its own, cached ones, those of closures.
 
@@ -109,13 +157,14 @@ def held_bytes(root: object) -> int:
 
 
 def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
-    """Collect commit, dirty flag, device, dtype, load of the machine and versions of packages."""
+    """Collect commit, dirty flag, device, dtype, threads, load of the machine and versions of packages."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
         "dtype": dtype,
+        "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

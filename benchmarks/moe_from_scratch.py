@@ -2,22 +2,24 @@
 
     python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 10] [--seeds 0 1]
 
-A small GPT-2 is trained from scratch on all permitted text (`scratch_text.py`), once for every row: dense, or
-with one of the mixtures of `scratch_table.py`. `--architecture t5` trains a T5 to restore spans of the text
-instead. All rows see the same batches for a seed. The rate is constant after a warm-up, and the loss is that
-of a running average of the weights over about the last tenth of the steps: so one run gives the loss at every
-number of tokens, and any run can be continued with more of them.
+A small GPT-2 is trained from scratch on all permitted text (`scratch_tasks.py`), once for every row: dense,
+or with one of the mixtures of `scratch_rows.py`. `--architecture t5` trains a T5 to restore spans of the
+text instead. All rows see the same batches for a seed. The rate is constant after a warm-up, and the loss
+is that of a running average of the weights over about the last tenth of the steps: so one run gives the
+loss at every number of tokens, and any run can be continued with more of them. Every row has the bytes of
+its parameters, the seconds of training and the arithmetic of a token.
 
 Runs are resumable to the step: the state folder holds weights, optimizer, average, generator and step of each
 run, and the batches are a function of seed and step. A run whose configuration differs from the stored
 one is refused. `--minutes` stops in time; the same command continues. The record `moe_from_scratch.json`
-holds all runs, those that are to be continued included.
+has all runs, those that are to be continued included.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -35,14 +37,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tensornet_moe as tm
+from tensornet_hf.embedded import heldout_text
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
-from scratch_architectures import ARCHITECTURES, Architecture, gpt2_networks
-from scratch_precondition import precondition
-from scratch_rows import Row, Sizes
-from scratch_table import ROWS
-from scratch_text import Corpus, corpus_of, load_corpus
+from scratch_rows import ROWS, Row, Sizes
+from scratch_tasks import ARCHITECTURES, Corpus, corpus_of, gpt2_networks, load_corpus
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks" / "moe_from_scratch"
 MILLION = 1_000_000
@@ -92,7 +92,7 @@ class Run:
         architecture: str = "gpt2",
     ) -> None:
         self.row, self.sizes, self.recipe, self.corpus, self.seed = row, sizes, recipe, corpus, seed
-        self.architecture: Architecture = ARCHITECTURES[architecture]
+        self.architecture = ARCHITECTURES[architecture]
         self.configuration = {
             "row": json.loads(json.dumps(dataclasses.asdict(row))),
             "sizes": dataclasses.asdict(sizes),
@@ -100,13 +100,13 @@ class Run:
             "seed": seed,
             "corpus": corpus.fingerprint,
         }
-        if architecture != "gpt2":  # states from before there was a choice are those of GPT-2
+        if architecture != "gpt2":  # rows of the record without an architecture are those of GPT-2
             self.configuration["architecture"] = architecture
         name = "".join(c if c.isalnum() else "_" for c in row.name)
         stem = f"{name}-w{sizes.width}x{sizes.layers}-rate{recipe.rate:g}-seed{seed}"
         self.file = folder / f"{stem if architecture == 'gpt2' else f'{architecture}-{stem}'}.pt"
         torch.manual_seed(seed)
-        self.model = self.architecture.build(row, sizes, seed=seed).train()
+        self.model = self.architecture.build(row, sizes, seed).train()
         self.optimizer = optimizer_of(self.model, row, recipe)
         self.mask: tm.GradientMask | None = None
         if "mask" in row.options:
@@ -217,8 +217,6 @@ class Run:
             self.flops_of_a_step = counter.get_total_flops()
         else:
             self._loss(batch).backward()
-        if "precondition" in self.row.options:
-            precondition(self.model, self.row.options["precondition"])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -304,11 +302,10 @@ def feed_forward_parameters(
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build AdamW, or SGD with momentum, with separate rates for shared and private parameters if given."""
+    """Build AdamW with separate rates for shared and private parameters."""
     banks = [m for m in model.modules() if isinstance(m, tm.ExpertBank)]
     shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
     private = {id(p) for bank in banks for p in bank.parameters()} - shared
-    sgd = row.options.get("optimizer") == "sgd"
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         scale = 1.0
@@ -316,15 +313,12 @@ def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Opti
             scale = row.shared_rate
         elif id(parameter) in private:
             scale = row.private_rate
-        # Under SGD the decay would grow with rates a hundred times as high.
-        decay = 0.0 if sgd or parameter.ndim <= 1 else recipe.weight_decay
+        decay = 0.0 if parameter.ndim <= 1 else recipe.weight_decay
         groups.setdefault((scale, decay), []).append(parameter)
     described = [
         {"params": found, "lr": recipe.rate * scale, "peak": recipe.rate * scale, "weight_decay": decay}
         for (scale, decay), found in groups.items()
     ]
-    if sgd:
-        return torch.optim.SGD(described, momentum=0.9, fused=True)
     return torch.optim.AdamW(described, betas=(0.9, 0.95), fused=True)
 
 
@@ -340,63 +334,17 @@ def mask_of(model: nn.Module, row: Row, seed: int) -> tm.GradientMask:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> Path | None:
-    """Run what is missing, write the record, return its path."""
-    options = parse(arguments)
-    torch.set_num_threads(1)
-    sizes = Sizes(
-        width=options.width,
-        hidden=4 * options.width,
-        layers=options.layers,
-        heads=options.heads,
-        context=options.context,
-        vocabulary=options.vocabulary,
-    )
-    recipe = Recipe(windows=options.windows)
-    if options.toy:
-        sizes, recipe = toy_sizes(), Recipe(windows=4, warmup=2, judge_windows=8)
-        corpus = corpus_of(options.texts.read_text(encoding="utf-8"), vocabulary=sizes.vocabulary)
-    else:
-        corpus = load_corpus(options.texts, options.state / "text", vocabulary=sizes.vocabulary)
-    deadline = time.monotonic() + 60 * options.minutes
-    tokens = round(options.tokens * MILLION)
-    for seed in options.seeds:
-        for name in options.rows:
-            for rate in options.rates:
-                made = dataclasses.replace(recipe, rate=rate)
-                run = Run(
-                    ROWS[name],
-                    sizes,
-                    made,
-                    corpus,
-                    seed,
-                    folder=options.state,
-                    architecture=options.architecture,
-                )
-                if not run.train(tokens, deadline=deadline):
-                    return None
-    return write_record(options.state, options.out, options.name)
-
-
-def write_record(state: Path, out: Path, name: str) -> Path:
-    """Write the record of all runs of a state folder."""
-    lines = [json.loads(path.read_text()) for path in sorted(state.glob("*.json"))]
-    return record(name, lines, folder=out, threads=1)
-
-
 def toy_sizes() -> Sizes:
     """Return sizes that train in a second."""
     return Sizes(width=64, hidden=256, layers=2, heads=2, context=8, vocabulary=300)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("texts", type=Path, help="where the packages were unpacked; a text file with --toy")
+def main(arguments: Sequence[str] | None = None) -> Path | None:
+    """Run what is missing, write the record, return its path."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("texts", type=Path, nargs="?", help="where the packages were unpacked")
     parser.add_argument("--state", type=Path, default=CACHE, help="folder of runs, to be continued")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--name", default="moe_from_scratch", help="of the record")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW")
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="gpt2")
@@ -410,8 +358,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=32, help="of a batch")
-    parser.add_argument("--toy", action="store_true", help="a tiny model, to test the script")
-    return parser.parse_args(arguments)
+    parser.add_argument("--toy", action="store_true", help="three tiny models on the embedded text")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if given.toy:
+        sizes, recipe = toy_sizes(), Recipe(windows=4, warmup=2, judge_windows=8)
+        corpus = corpus_of(heldout_text(), vocabulary=sizes.vocabulary)
+        given.rows, given.tokens = ("dense", "Switch", "fine, MPOE, mask 0.5"), 0.0001
+    else:
+        shape = {"layers": given.layers, "heads": given.heads, "vocabulary": given.vocabulary}
+        sizes = Sizes(width=given.width, hidden=4 * given.width, context=given.context, **shape)
+        recipe = Recipe(windows=given.windows)
+        corpus = load_corpus(given.texts, given.state / "text", vocabulary=sizes.vocabulary)
+    deadline = time.monotonic() + 60 * given.minutes
+    place: dict[str, Any] = {"folder": given.state, "architecture": given.architecture}
+    for seed, name, rate in itertools.product(given.seeds, given.rows, given.rates):
+        run = Run(ROWS[name], sizes, dataclasses.replace(recipe, rate=rate), corpus, seed, **place)
+        if not run.train(round(given.tokens * MILLION), deadline=deadline):
+            return None
+    lines = [json.loads(path.read_text()) for path in sorted(given.state.glob("*.json"))]
+    return record(given.name, lines, folder=given.records)
 
 
 if __name__ == "__main__":

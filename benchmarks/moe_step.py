@@ -1,28 +1,28 @@
 """How close does a mixture with one shared center come to the speed that its arithmetic allows?
 
-1. A training step (forward and backward) of one feed-forward mixture: base shapes 768 x 3072, 8 experts,
-   dims of the paper, top-1, 2,048 tokens, against the time its multiply-adds need at the speed of one plain
-   product of 2048 x 768 by 768 x 3072, measured in turn with it. Asked: at most 1.15 times.
-2. The same step (2,048 tokens are 16 texts of 128), for every way of sharing, against a mixture with dense
-   experts and the same routing, without and with the step of AdamW. Asked: at most 1.1 times. Two-sided ends
-   of bonds 16 rebuild every expert, by arithmetic alone 1.125 times.
-3. With `--compiled`, the same step through `torch.compile` against itself without. Asked: at most as long.
-4. Inference with kept experts against the same mixture with dense expert matrices, for a few tokens at a
-   time. Asked: at most 1.1 times.
+1. A training step (forward and backward) of one feed-forward mixture: base shapes 768 x 3072, 8 experts, dims
+   of the paper, top-1, 2,048 tokens, compared with the time that its multiply-adds need at the speed of one
+   plain product of 2048 x 768 by 768 x 3072, timed in turn with it. Asked: at most 1.15 times.
+2. The same step for every way of sharing, compared with a mixture of dense experts with the same routing,
+   without and with the step of AdamW, and the bytes of their experts. Asked: at most 1.1 times. Two-sided
+   ends of bonds 16 rebuild every expert, which by arithmetic alone takes 1.125 times as long.
+3. With `--compiled`, the same step through `torch.compile` compared with itself without. Asked: not longer.
+4. Inference with cached experts compared with the same mixture with dense expert matrices, for a few tokens
+at
+   a time. Asked: at most 1.1 times.
 
-Seconds are processor seconds with one thread, where what else the machine does counts least, and wall seconds
+Seconds are processor seconds with one thread, where other users of the machine count least, and wall seconds
 with several.
 
     python benchmarks/moe_step.py                # five minutes; writes benchmarks/records/moe_step.json
-    python benchmarks/moe_step.py --threads 1 2  # with one thread, then with two, on a machine that has both
-    python benchmarks/moe_step.py --toy          # seconds; proves only that the road is open
+    python benchmarks/moe_step.py --threads 1 2  # with one thread, then with two
+    python benchmarks/moe_step.py --toy          # seconds; shows only that the script runs
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ import tensornet_moe as tm
 from tensornet_moe.experimental.chain_rows import use_chain_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import RECORDS, paired_medians, record
+from harness import RECORDS, clock_for, held_bytes, paired_medians, record, with_threads
 
 TRAINING_LIMIT, SWITCH_LIMIT, COMPILED_LIMIT, INFERENCE_LIMIT = 1.15, 1.1, 1.0, 1.1
 DENSE = "dense experts"
@@ -106,19 +106,25 @@ class DenseExperts(tm.ExpertBank):
         return {"type": "dense_experts"}
 
 
-def mixture(case: Case, *, dense: bool) -> tm.SharedCoreMoE:
-    """Build one feed-forward mixture, MPOE or with dense experts."""
-    up = tn.topologies.mpo(out_dims=case.hidden_dims, in_dims=case.model_dims)
-    down = tn.topologies.mpo(out_dims=case.model_dims, in_dims=case.hidden_dims)
-    banks: dict[str, tm.ExpertBank] = {
-        name: DenseExperts(case.experts, *topology.shape)
-        if dense
-        else tm.SharedCoreExperts(topology, case.experts)
-        for name, topology in (("wi", up), ("wo", down))
+def mixture(case: Case, make: Callable[[int, int, int], tm.ExpertBank]) -> tm.SharedCoreMoE:
+    """Build one feed-forward mixture from a function of experts, rows and columns that builds a bank."""
+    banks = {
+        "wi": make(case.experts, case.hidden, case.model),
+        "wo": make(case.experts, case.model, case.hidden),
     }
     moe = tm.SharedCoreMoE(tm.SwitchRouter(case.model, case.experts), tm.ExpertFFN(banks, activation="relu"))
     use_chain_rows(moe)
     return moe
+
+
+def mpoe(case: Case) -> tm.SharedCoreMoE:
+    """Build the mixture of the paper: chains of five cores with a shared center."""
+    dims = {case.model: case.model_dims, case.hidden: case.hidden_dims}
+
+    def make(experts: int, rows: int, columns: int) -> tm.ExpertBank:
+        return tm.SharedCoreExperts(tn.topologies.mpo(out_dims=dims[rows], in_dims=dims[columns]), experts)
+
+    return mixture(case, make)
 
 
 def _end(size: int) -> int:
@@ -174,8 +180,6 @@ FORMS: dict[str, Callable[[int, int, int], tm.ExpertBank]] = {
     "bases": bases,
     "block tensor trains": block_trains,
 }
-
-
 #: Ways of sharing whose steps are also compiled.
 CHAINS = ("two-sided ends", "one-sided ends")
 
@@ -184,23 +188,16 @@ def form_layers(case: Case, names: Sequence[str]) -> dict[str, tm.SharedCoreMoE]
     """Build a mixture with dense experts, and one for each way of sharing, all with the same router."""
     torch.manual_seed(0)
     makers = {DENSE: DenseExperts, **{name: FORMS[name] for name in names}}
-    layers = {}
-    for name, make in makers.items():
-        banks = {
-            "wi": make(case.experts, case.hidden, case.model),
-            "wo": make(case.experts, case.model, case.hidden),
-        }
-        router = tm.SwitchRouter(case.model, case.experts)
-        layers[name] = tm.SharedCoreMoE(router, tm.ExpertFFN(banks, activation="relu")).train()
-        use_chain_rows(layers[name])
-        layers[name].router.load_state_dict(layers[DENSE].router.state_dict())
+    layers = {name: mixture(case, make).train() for name, make in makers.items()}
+    for moe in layers.values():
+        moe.router.load_state_dict(layers[DENSE].router.state_dict())
     return layers
 
 
 def stepper(
     case: Case, moe: tm.SharedCoreMoE, *, update: bool = False, compiled: bool = False
 ) -> Callable[[], None]:
-    """One forward and backward pass of a mixture, and a step of AdamW if `update`."""
+    """Return one forward and backward pass of a mixture, with a step of AdamW if `update`."""
     generator = torch.Generator().manual_seed(1)
     x, grad = torch.randn(2, case.tokens, case.model, generator=generator)
     x.requires_grad_()
@@ -220,7 +217,7 @@ def stepper(
 def compared(
     what: str, case: Case, steps: dict[str, Callable[[], None]], to: str, asked: float, **facts: Any
 ) -> list[dict[str, Any]]:
-    """Rows of steps timed in turn, each beside one of them."""
+    """Build the rows of steps timed in turn, each compared with one of them."""
     times = paired_medians(steps, case.repeats, warmup=2, clock=clock())
     return [
         {
@@ -240,18 +237,19 @@ def compared(
 
 
 def time_forms(case: Case) -> list[dict[str, Any]]:
-    """Time a training step of every way of sharing beside dense experts, without and with AdamW."""
+    """Time a training step of every way of sharing against dense experts, without and with AdamW."""
     layers = form_layers(case, list(FORMS))
     sizes = {name: sum(p.numel() for p in moe.experts.parameters()) for name, moe in layers.items()}
+    held = {name: held_bytes(moe.experts) for name, moe in layers.items()}
     rows = []
     for what, update in (("training step", False), ("training step with AdamW", True)):
         steps = {name: stepper(case, moe, update=update) for name, moe in layers.items()}
-        rows += compared(what, case, steps, DENSE, SWITCH_LIMIT, parameters=sizes)
+        rows += compared(what, case, steps, DENSE, SWITCH_LIMIT, parameters=sizes, bytes=held)
     return rows
 
 
 def time_compiled(case: Case) -> list[dict[str, Any]]:
-    """Time a training step through `torch.compile` beside the same one without it."""
+    """Time a training step through `torch.compile` against the same one without it."""
     rows = []
     for name, moe in form_layers(case, CHAINS).items():
         steps = {"eager": stepper(case, moe), f"{name}, compiled": stepper(case, moe, compiled=True)}
@@ -270,14 +268,14 @@ def training_multiply_adds(case: Case, moe: tm.SharedCoreMoE) -> int:
 
 
 def clock() -> Callable[[], float]:
-    """Choose processor time for one thread, else the wall clock."""
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Choose the clock for the number of threads that is set."""
+    return clock_for(torch.get_num_threads())
 
 
 def time_training(case: Case) -> dict[str, Any]:
-    """Time one training step beside the plain matrix products of the same arithmetic."""
+    """Time one training step against the plain matrix products of the same arithmetic."""
     torch.manual_seed(0)
-    moe = mixture(case, dense=False).train()
+    moe = mpoe(case).train()
     x = torch.randn(case.tokens, case.model, requires_grad=True)
     grad = torch.randn(case.tokens, case.model)
     weight = torch.randn(case.hidden, case.model)
@@ -293,7 +291,9 @@ def time_training(case: Case) -> dict[str, Any]:
 
     active = int((moe(x), moe.stats)[1].load.count_nonzero())  # type: ignore[union-attr]
     times = paired_medians(
-        {"step": step, "product": product, "optimizer": optimizer.step}, case.repeats, clock=clock()
+        {"step": step, "product": product, "optimizer": optimizer.step},
+        case.repeats,
+        clock=clock(),
     )
     speed = case.tokens * case.model * case.hidden / times["product"].median
     needed = training_multiply_adds(case, moe) / speed
@@ -314,10 +314,10 @@ def time_training(case: Case) -> dict[str, Any]:
 
 @torch.inference_mode()
 def time_inference(case: Case, tokens: int) -> dict[str, Any]:
-    """Time a call with cached experts beside the same with dense experts."""
+    """Time a call with cached experts against the same with dense experts."""
     with torch.inference_mode(False):
         torch.manual_seed(0)
-        ours, dense = mixture(case, dense=False).eval(), mixture(case, dense=True).eval()
+        ours, dense = mpoe(case).eval(), mixture(case, DenseExperts).eval()
         tn.nn.set_strategy(ours, "cached")
         dense.router.load_state_dict(ours.router.state_dict())
     batches = [torch.randn(tokens, case.model) for _ in range(10 if case.repeats > 1 else 1)]
@@ -330,7 +330,10 @@ def time_inference(case: Case, tokens: int) -> dict[str, Any]:
         return call
 
     times = paired_medians(
-        {"ours": run(ours), "dense": run(dense)}, 5 * case.repeats, warmup=2, clock=clock()
+        {"ours": run(ours), "dense": run(dense)},
+        5 * case.repeats,
+        warmup=2,
+        clock=clock(),
     )
     assert all(b.keeps_matrices() for b in ours.experts.modules() if isinstance(b, tm.SharedCoreExperts))
     return {
@@ -345,42 +348,29 @@ def time_inference(case: Case, tokens: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for the tests")
-    parser.add_argument("--output", type=Path, default=RECORDS, help="folder of the record")
+    parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads, in turn")
     parser.add_argument("--compiled", action="store_true", help="steps through torch.compile as well")
-    options = parser.parse_args(arguments)
-    case = TOY if options.toy else BASE
-    rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    given = parser.parse_args(arguments)
+    case = TOY if given.toy else BASE
+
+    def work(threads: int) -> list[dict[str, Any]]:
         found = [
             time_training(case),
             *time_forms(case),
-            *(time_compiled(case) if options.compiled else ()),
+            *(time_compiled(case) if given.compiled else ()),
             *(time_inference(case, tokens) for tokens in case.decode_tokens),
         ]
-        rows += [{"threads": threads, **row} for row in found]
-    for row in rows:
-        print(
-            f"threads {row['threads']}, {row['what']:46} {row['tokens']:5} tokens: {row['seconds']:.5f} s "
-            f"against {row['compared_with']:.5f} s, {row['ratio']:.3f} times (asked: {row['asked']})"
-        )
-    record(
-        "moe_step",
-        rows,
-        folder=options.output,
-        clock="processor seconds with one thread, wall seconds with several",
-        experts=case.experts,
-        model=case.model,
-        hidden=case.hidden,
-    )
-    return rows
+        print(*found, sep="\n", flush=True)
+        return [{"threads": threads, **row} for row in found]
+
+    sizes = {"experts": case.experts, "model": case.model, "hidden": case.hidden}
+    clock = "processor seconds with one thread, wall seconds with several"
+    return record("moe_step", with_threads(given.threads, work), folder=given.records, clock=clock, **sizes)
 
 
 if __name__ == "__main__":

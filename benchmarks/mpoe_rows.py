@@ -34,7 +34,7 @@ class Row:
         private_rate: learning rate of the cores that are not shared, in units of the common one.
         mask_p: probability of the gradient mask; 1 freezes the shared cores.
         mask: further options of `GradientMask`; `("fade", share)` fades it out over that share of the steps.
-        noise: relative noise that tells the experts apart at the start.
+        noise: relative noise by which the experts differ at the start.
         across: whether all layers share one center.
     """
 
@@ -56,14 +56,12 @@ class Recipe:
 
     Args:
         steps: optimizer steps.
-        optimizer: `"adamw"`, or `"sgd"` with momentum 0.9, whose steps grow with the gradient.
         weight_decay: of everything.
         warmup: share of the steps.
         balance: coefficient of the load-balancing loss.
     """
 
     steps: int
-    optimizer: str = "adamw"
     weight_decay: float = 0.01
     warmup: float = 0.1
     balance: float = 0.01
@@ -128,11 +126,7 @@ def optimizer_of(
     if private:
         groups.append({"params": private, "lr": rate * row.private_rate})
     decay = recipe.weight_decay
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, fused=True)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     if 0 < row.mask_p < 1:
         options = dict(row.mask)
         if fade := options.pop("fade", None):
@@ -184,16 +178,13 @@ def judge(model: nn.Module, batches: list[tuple[dict[str, Tensor], int]]) -> dic
     return result
 
 
-def train(
-    task: Task, row: Row, *, rate: float, seed: int, recipe: Recipe, judged_at: tuple[int, ...] = ()
-) -> dict[str, Any]:
+def train(task: Task, row: Row, *, rate: float, seed: int, recipe: Recipe) -> dict[str, Any]:
     """Build, train and judge one row once.
 
     Args:
-        task, row, recipe: what and how.
+        task, row, recipe: what is trained and how.
         rate: peak learning rate.
         seed: of routers, order of the data and mask.
-        judged_at: further steps at which it is judged on the test part, for the curve.
     """
     model = build(task, row, seed=seed, balance=recipe.balance).train()
     optimizer = optimizer_of(model, row, rate, recipe, seed=seed)
@@ -203,22 +194,18 @@ def train(
         lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * s / recipe.steps))),
     )
     step = stepper(model, optimizer, task.batches(seed))
-    test, losses, curve = task.judge("test"), [], {}
-    started = time.process_time()
-    for number in range(1, recipe.steps + 1):
+    losses, started = [], time.process_time()
+    for _ in range(recipe.steps):
         losses.append(step())
         schedule.step()
-        if number in judged_at:
-            curve[number] = judge(model, test)["loss"]
     seconds = time.process_time() - started
     return {
         "row": row.name,
         "rate": rate,
         "seed": seed,
         "tune_loss": judge(model, task.judge("tune"))["loss"],
-        **judge(model, test),
+        **judge(model, task.judge("test")),
         "train_loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
-        "curve": curve,
         "cpu_seconds": seconds,
         "expert_parameters": expert_parameters(model),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -54,20 +54,26 @@ def fetch(cache: Path) -> Path:
 
 
 def read_quotations(folder: Path) -> Quotations:
-    """Read and split the quotations: of every twenty in file order one is for tuning, two for the test.
+    """Read and split the quotations of a folder.
 
     Raises:
         SystemExit: no quotation is found.
     """
     files = [p for p in sorted(folder.glob("*")) if p.is_file() and not p.is_symlink() and not p.suffix]
     texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if p.name not in PICTURES]
-    found = list(dict.fromkeys(q.strip() for text in texts for q in text.split("\n%\n") if q.strip()))
+    found = [q for text in texts for q in text.split("\n%\n")]
     if len(found) < 20:
         raise SystemExit(f"{len(found)} quotations under {folder}; see the top of {Path(__file__).name}")
+    return divided(found)
+
+
+def divided(found: Sequence[str]) -> Quotations:
+    """Split distinct quotations: of every twenty in order one is for tuning, two for the test."""
+    distinct = list(dict.fromkeys(q.strip() for q in found if q.strip()))
     quotations = Quotations(
-        train=[q for i, q in enumerate(found) if i % 20 not in (3, 7, 17)],
-        tune=[q for i, q in enumerate(found) if i % 20 == 3],
-        test=[q for i, q in enumerate(found) if i % 20 in (7, 17)],
+        train=[q for i, q in enumerate(distinct) if i % 20 not in (3, 7, 17)],
+        tune=[q for i, q in enumerate(distinct) if i % 20 == 3],
+        test=[q for i, q in enumerate(distinct) if i % 20 in (7, 17)],
     )
     for part in (quotations.train, quotations.tune, quotations.test):
         random.Random(0).shuffle(part)

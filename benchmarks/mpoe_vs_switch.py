@@ -1,17 +1,16 @@
 """Do experts that share their center beat a Switch mixture at equal parameters, and does the mask help?
 
-    python benchmarks/mpoe_vs_switch.py [--text FOLDER] [--state FILE] [--tasks gpt2 t5] [--rows ...] [--toy]
+    python benchmarks/mpoe_vs_switch.py [--text FOLDER] [--state FOLDER] [--tables gpt2 t5] [--toy]
 
 Two embedded models, trained on one book, are fine-tuned on quotations: a GPT-2 as a language model, a T5 that
-restores vowels (`mpoe_tasks.py`, which also says where the text comes from). Each row of the table is
-the same model with other feed-forward networks, all made from its trained ones (`mpoe_rows.py`).
+restores vowels (`mpoe_tasks.py`, which also says where the text comes from). Each row of a table is the same
+model with other feed-forward networks, all made from its trained ones (`mpoe_rows.py`).
 
 Every row gets the same number of steps, the same batches for a seed and the same tuning effort: each rate of
 the grid is tried once, with the first seed; the one with the lowest loss on the tuning part is used for all
-seeds, and the table shows the test part. Each run is written to the state file as it ends, and a run
-that is there is not repeated: the script can be stopped and called again. It writes the record
-`mpoe_vs_switch.json`; `mpoe_page.py` makes docs/mpoe.md of it. All tables take about
-100 minutes of one core; `--tables` asks for some.
+seeds, and the table shows the test part. Each run is written to the state folder as it ends and is not
+repeated: the script can be stopped and called again. All tables take about an hour of one core. Writes the
+record `mpoe_vs_switch.json`, which keeps the tables that were not asked for.
 """
 
 from __future__ import annotations
@@ -33,35 +32,38 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, paired_medians, record
 from mpoe_rows import Recipe, Row, build, optimizer_of, stepper, train
-from mpoe_tasks import LanguageModelling, Quotations, Task, VowelRestoration, fetch, read_quotations
+from mpoe_tasks import (
+    LanguageModelling,
+    Quotations,
+    Task,
+    VowelRestoration,
+    divided,
+    fetch,
+    read_quotations,
+)
+
+from tensornet_hf.embedded import heldout_text
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks"
 
-MASK_ROWS = (
-    Row("dense", experts=0),
-    Row("Switch", ends=None),
-    Row("MPOE"),
+MASKS = (
     Row("MPOE, mask 0.5", mask_p=0.5),
     Row("MPOE, mask 0.9", mask_p=0.9),
     Row("MPOE, center frozen", mask_p=1.0),
 )
-COMPENSATED = Row("MPOE, mask 0.5, compensated", mask_p=0.5, mask=(("compensate", True),))
-FADING = Row("MPOE, mask 0.9, fading", mask_p=0.9, mask=(("fade", 1.0),))
 MASK_VARIANTS = (
-    COMPENSATED,
+    Row("MPOE, mask 0.5, compensated", mask_p=0.5, mask=(("compensate", True),)),
     Row("MPOE, mask 0.5 by element", mask_p=0.5, mask=(("granularity", "element"),)),
-    FADING,
+    Row("MPOE, mask 0.9, fading", mask_p=0.9, mask=(("fade", 1.0),)),
 )
+PLAIN = (Row("dense", experts=0), Row("Switch", ends=None), Row("MPOE"))
 ROWS = (
-    *MASK_ROWS[:3],
+    *PLAIN,
     Row("MPOE, bonds 12", max_bond=12),
-    *MASK_ROWS[4:],
+    *MASKS,
     Row("MPOE, E = 16", experts=16),
     Row("every core private", shared="none"),
-    MASK_ROWS[3],
     Row("MPOE, ends 2x2", ends=(2, 2)),
-    Row("MPOE, bonds 8", max_bond=8),
-    Row("MPOE, bonds 14", max_bond=14),
     Row("Switch, E = 32", experts=32, ends=None),
     Row("MPOE, E = 32, ends 2x2", experts=32, ends=(2, 2)),
     Row("MPOE, one center for all layers", across=True),
@@ -111,44 +113,22 @@ SETTINGS = {
         {"train_size": 400, "judge_size": 1_000, "batch": 32},
         Recipe(steps=100),
         (6e-5, 2e-4, 6e-4, 1.8e-3),
-        (*MASK_ROWS, *MASK_VARIANTS),
-    ),
-    # Twice as long on the same few phrases: what is not slowed down overfits more.
-    "t5-long": Setting(
-        VowelRestoration,
-        {"train_size": 400, "judge_size": 1_000, "batch": 32},
-        Recipe(steps=200),
-        (6e-5, 2e-4, 6e-4, 1.8e-3),
-        (*MASK_ROWS[:1], *MASK_ROWS[2:], COMPENSATED, FADING),
-    ),
-    # Steps in proportion to gradients: here a center that all tokens pull at does move more than the rest.
-    "gpt2-sgd": Setting(
-        LanguageModelling,
-        {"train_size": 48_000, "judge_size": 16_000, "batch": 4},
-        Recipe(steps=160, optimizer="sgd"),
-        (0.1, 0.3, 1.0),
-        (*MASK_ROWS[:4], Row("MPOE, mask 0.875", mask_p=0.875), MASK_ROWS[5]),
+        (*PLAIN, *MASKS, *MASK_VARIANTS),
     ),
 }
-
-
-class MissingRunError(Exception):
-    """A run is missing from the state, and new runs were not allowed."""
 
 
 class State:
     """Finished runs of one table by key, written to the disk after each."""
 
-    def __init__(self, path: Path, *, frozen: bool) -> None:
-        self.path, self.frozen = path, frozen
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.runs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def run(self, setting: Setting, task: Task, row: Row, rate: float, seed: int) -> dict[str, Any]:
         """Read or make the result of a run; every option that changes it is part of its key."""
         key = f"{setting.task.__name__} {setting.sizes} {setting.recipe} {row} rate {rate:g} seed {seed}"
         if key not in self.runs:
-            if self.frozen:
-                raise MissingRunError(key)
             result = train(task, row, rate=rate, seed=seed, recipe=setting.recipe)
             self.runs[key] = result
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +147,7 @@ def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float])
         "row": row.name,
         "options": {k: str(v) for k, v in dataclasses.asdict(row).items() if k != "name"},
         "expert_parameters": runs[0]["expert_parameters"],
+        "bytes": 4 * runs[0]["parameters"],
         "parameters": runs[0]["parameters"],
         "rate": runs[0]["rate"],
         "tune_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
@@ -193,50 +174,16 @@ def seconds_per_step(setting: Setting, task: Task, rows: Sequence[Row]) -> dict[
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run what is missing, write the record, return its path."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, help="folder of quotations; fetched with apt if absent")
-    parser.add_argument("--state", type=Path, default=CACHE / "mpoe", help="folder of finished runs")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
-    parser.add_argument("--tables", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
-    parser.add_argument("--finished", action="store_true", help="only rows all of whose runs are there")
-    parser.add_argument("--toy", action="store_true", help="a few steps of tiny batches, to test the script")
-    options = parser.parse_args(arguments)
-
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    quotations = read_quotations(options.text or fetch(CACHE))
-    lines: list[dict[str, Any]] = []
-    for name in options.tables:
-        setting = toy(SETTINGS[name]) if options.toy else SETTINGS[name]
-        state = State(options.state / f"{name}.json", frozen=options.finished)
-        lines += [{"table": name, **line} for line in table(setting, quotations, state)]
-    found = {f"{name}: {k}": v for name in options.tables for k, v in claims(lines, name).items()}
-    settings = {
-        name: {"rates": s.rates, "seeds": s.seeds, **dataclasses.asdict(s.recipe), **s.sizes}
-        for name, s in SETTINGS.items()
-    }
-    return record("mpoe_vs_switch", lines, folder=options.out, threads=1, summary=found, settings=settings)
-
-
 def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[str, Any]]:
     """Make the missing runs of one table and return its lines."""
     task = setting.task(quotations, **setting.sizes)
-    lines = {}
+    first, lines = setting.seeds[0], {}
     for row in setting.rows:
-        try:
-            tried = {
-                rate: state.run(setting, task, row, rate, setting.seeds[0])["tune_loss"]
-                for rate in setting.rates
-            }
-            best = min(tried, key=tried.__getitem__)
-            runs = [state.run(setting, task, row, best, seed) for seed in setting.seeds]
-        except MissingRunError:
-            continue
-        lines[row] = summary(row, runs, tried)
+        tried = {rate: state.run(setting, task, row, rate, first)["tune_loss"] for rate in setting.rates}
+        best = min(tried, key=tried.__getitem__)
+        lines[row] = summary(
+            row, [state.run(setting, task, row, best, seed) for seed in setting.seeds], tried
+        )
     seconds = seconds_per_step(setting, task, list(lines))
     return [{**line, "seconds_per_step": seconds[row.name]} for row, line in lines.items()]
 
@@ -270,6 +217,39 @@ def toy(setting: Setting) -> Setting:
         seeds=(0, 1),
         repeats=1,
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Run what is missing, write the record, return its path."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, help="folder of quotations; fetched with apt if absent")
+    parser.add_argument("--state", type=Path, default=CACHE / "mpoe", help="folder of finished runs")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--tables", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
+    parser.add_argument("--toy", action="store_true", help="a few steps on verses of the embedded text")
+    given = parser.parse_args(arguments)
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    quotations = (
+        divided(heldout_text().split("\n")) if given.toy else read_quotations(given.text or fetch(CACHE))
+    )
+    lines: list[dict[str, Any]] = []
+    for name in given.tables:
+        setting = toy(SETTINGS[name]) if given.toy else SETTINGS[name]
+        found = table(setting, quotations, State(given.state / f"{name}.json"))
+        lines += [{"table": name, **line} for line in found]
+    path = given.records / "mpoe_vs_switch.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"rows": [], "settings": {}}
+    lines += [line for line in known["rows"] if line["table"] not in given.tables]
+    tables = dict.fromkeys(line["table"] for line in lines)
+    claimed = {f"{name}: {k}": v for name in tables for k, v in claims(lines, name).items()}
+    settings = known["settings"] | {
+        name: {"rates": s.rates, "seeds": s.seeds, **dataclasses.asdict(s.recipe), **s.sizes}
+        for name, s in SETTINGS.items()
+        if name in given.tables
+    }
+    return record("mpoe_vs_switch", lines, folder=given.records, summary=claimed, settings=settings)
 
 
 if __name__ == "__main__":

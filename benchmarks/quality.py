@@ -1,14 +1,16 @@
-"""Question: how well does a real language model work at a given size, and was that predicted?
+"""How well does a real language model work at a given number of parameters, and was that predicted?
 
 SmolLM2-135M-Instruct, calibrated on the Python tutorials, judged on the Debian handbook: perplexity over 40
-evenly spread windows of 512 tokens. All methods use the same moments, except that those which name two texts
-take half of their windows from the Linux kernel's documentation. `TABLE` holds the rows; those that the
-record has already are skipped, so a run can be cut short and repeated:
+evenly spread windows of 512 tokens. All methods use the same moments, except that those which name two
+texts take half of their windows from the Linux kernel's documentation. `TABLE` lists the rows; those that
+the record has already are skipped, so a run can be interrupted and repeated:
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
+    python benchmarks/quality.py --toy      # the embedded GPT-2 and its own texts, in seconds
 
-`CACHE` holds models, texts and statistics (see `real_data.py`). Forward passes run in bfloat16, of the dense
-model as well. Ten minutes of healing are ten minutes of processor time, since the machine has other users.
+`CACHE` is the folder of models, texts and statistics (see `subjects.py`). Forward passes run in bfloat16,
+those of the dense model as well. Ten minutes of healing are ten minutes of processor time, since the
+machine has other users.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import RECORDS, record
-from real_data import prepare_models, read_text, token_windows
+from subjects import continuation, prepare_models, read_text, spread, token_windows
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -34,7 +36,7 @@ from tensornet.calibration import sampled_losses
 from tensornet.compression import Prepared, prepare
 from tensornet.compression.report import model_size
 from tensornet.healing import refine
-from tensornet.topologies import LowRankFamily
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
 PROMPT = "To install a package on Debian, you first need to"
 LAYERS = {"mlp": "*.mlp.*", "all": None}
@@ -53,21 +55,12 @@ class Method:
 METHODS = {
     "svd": Method("truncated SVD of the weights", {"objective": "weight", "topology": "low_rank"}),
     "mpo": Method("MPO of the weights, 3 sites", {"objective": "weight", "topology": "mpo", "sites": 3}),
-    "svd_llm": Method(
-        "SVD whitened by inputs (SVD-LLM)",
-        {"objective": "activation", "pivoted": False},
-    ),
-    "svd_llm_pivoted": Method("the same, gauge fixed", {"objective": "activation", "pivoted": True}),
-    "curvature": Method("low rank by curvature, gauge free", {"objective": "curvature", "pivoted": False}),
+    "svd_llm": Method("SVD whitened by inputs (SVD-LLM)", {"objective": "activation", "pivoted": False}),
     "ours": Method("low rank by curvature (ours)", {"objective": "curvature"}),
     "ours_two_texts": Method(
         "low rank by curvature of two texts (ours)", {"objective": "curvature"}, ("calibration", "kernel")
     ),
     "mpo2": Method("MPO, 2 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 2}),
-    "mpo2_balanced": Method(
-        "MPO, 2 sites, ours, balanced legs",
-        {"objective": "curvature", "topology": "mpo", "sites": 2, "dims": "balanced"},
-    ),
 }
 
 
@@ -102,27 +95,46 @@ TABLE = [
     *jobs("ours_two_texts", "all", 80, 60, after="refined"),
     *jobs("ours_two_texts", "all", 60, after="refined, healed"),
     *jobs("mpo2", "mlp", 90, 80),
-    *jobs("mpo2_balanced", "mlp", 80),
+]
+#: Rows of the toy run: every step that the table has.
+TOY = [
+    Job("dense", "-", 1.0),
+    Job("ours", "all", 0.8),
+    *(Job("ours", "mlp", 0.4, after) for after in ("", "refined", "healed")),
+    Job("svd_llm", "mlp", 0.4),
+    Job("svd", "mlp", 0.4),
+    Job("mpo2", "mlp", 0.8),
+    Job("ours_two_texts", "mlp", 0.4, "refined, healed"),
 ]
 
 
 @dataclass
 class Bench:
-    """Model, texts, and intermediate results that rows share."""
+    """Model, texts, and intermediate results that rows share.
+
+    Args:
+        cache: folder of models, texts and statistics.
+        toy: use the embedded GPT-2 and its own texts instead of those of the folder.
+        windows: held-out windows.
+        calibration: calibration windows.
+        heal_seconds: processor seconds of healing.
+        refine_windows: windows on which layers are refitted.
+        length: tokens of a window.
+    """
 
     cache: Path
+    toy: bool
     windows: int
     calibration: int
     heal_seconds: float
     refine_windows: int
-    length: int = 512
+    length: int
     prepared: dict[tuple[str, str], Prepared] = field(default_factory=dict)
     moments: dict[tuple[str, ...], tn.CalibrationStats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder, _ = prepare_models(self.cache)
+        self.folder = gpt2_path() if self.toy else prepare_models(self.cache)[0]
         self.heldout = self.text("heldout", self.windows)
-        share_svds()
 
     def model(self) -> Any:
         """Load the dense model in float32."""
@@ -132,43 +144,37 @@ class Bench:
 
     def text(self, use: str, count: int | None, length: int | None = None) -> Tensor:
         """Return evenly spread windows of one text, tokenized once and kept in the cache."""
-        length = length or self.length
         from safetensors.torch import load_file, save_file
         from transformers import AutoTokenizer
 
+        length = length or self.length
         path = self.cache / f"{use}-{length}.safetensors"
         if not path.is_file():
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            text = read_text(self.cache / "texts", use)
+            if self.toy:
+                text = heldout_text()[:20_000] if use == "heldout" else calibration_text()[:40_000]
+            else:
+                text = read_text(self.cache / "texts", use)
             save_file({"windows": token_windows(tokenizer, text, length=length)}, path)
         windows = load_file(path)["windows"]
-        return windows if count is None or count >= len(windows) else windows[spread(len(windows), count)]
+        return windows if count is None else windows[spread(count, len(windows))]
 
     def stats(self, method: str) -> tn.CalibrationStats:
-        """Return the moments on the texts of a method, read once."""
+        """Return the moments on the texts of a method, with equally many windows of each, collected once."""
         texts = METHODS[method].texts
-        if texts not in self.moments:
-            self.moments[texts] = self.statistics(texts)
-        return self.moments[texts]
-
-    def statistics(self, texts: Sequence[str] = ("calibration",)) -> tn.CalibrationStats:
-        """Return moments on texts with equally many windows of each, collected once and kept in the cache."""
-        names = "" if tuple(texts) == ("calibration",) else "-" + "-".join(texts)
+        if texts in self.moments:
+            return self.moments[texts]
+        names = "" if texts == ("calibration",) else "-" + "-".join(texts)
         path = self.cache / f"moments{names}-{self.calibration}.safetensors"
         if not path.is_file():
             torch.manual_seed(0)
             each = self.calibration // len(texts)
             source = " and ".join(f"{each} x {self.length} tokens of {SOURCE_NAMES[name]}" for name in texts)
             batches = torch.cat([self.text(name, each) for name in texts]).split(2)
-            tn.calibrate(
-                self.model(),
-                batches,
-                loss_fn=sampled_losses,
-                source=source,
-                autocast=torch.bfloat16,
-                progress=True,
-            ).save(path)
-        return tn.CalibrationStats.load(path)
+            options = {"loss_fn": sampled_losses, "source": source, "autocast": torch.bfloat16}
+            tn.calibrate(self.model(), batches, **options).save(path)
+        self.moments[texts] = tn.CalibrationStats.load(path)
+        return self.moments[texts]
 
     def measure(self, job: Job) -> dict[str, Any]:
         """Measure one row: compress, refit or heal if asked, judge."""
@@ -197,7 +203,7 @@ class Bench:
             "tokens": self.heldout[:, 1:].numel(),
             "model_params": params,
             "model_bytes": size,
-            "sample": self.sample(model),
+            "sample": " ".join((PROMPT + continuation(model, self.folder, PROMPT)).split()).replace("`", "'"),
         }
 
     def prepare(self, job: Job, model: nn.Module) -> Prepared:
@@ -238,7 +244,7 @@ class Bench:
         texts = METHODS[method].texts
         each = self.refine_windows // len(texts)
         parts = [self.unused(name, len(texts)) for name in texts]
-        parts = [part[spread(len(part), each)] for part in parts]
+        parts = [part[spread(each, len(part))] for part in parts]
         chosen = torch.stack(parts, 1).flatten(0, 1)  # texts by turns: the last batches judge
         report = refine(model, self.model(), chosen.split(2), self.stats(method), autocast=torch.bfloat16)
         return {
@@ -252,49 +258,36 @@ class Bench:
         """Return the windows of a text that calibration on this many texts left, or all if it left none."""
         windows = self.text(name, None)
         free = torch.ones(len(windows), dtype=torch.bool)
-        free[spread(len(windows), self.calibration // texts)] = False
+        free[spread(self.calibration // texts, len(windows))] = False
         return windows[free] if bool(free.any()) else windows
 
-    def sample(self, model: nn.Module) -> str:
-        """Continue the prompt greedily: perplexity alone would not show loops and noise."""
-        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)  # type: ignore[operator]
-        text = str(tokenizer.decode(made[0], skip_special_tokens=True))
-        return " ".join(text.split()).replace("`", "'")  # goes into tables
-
-
-def main(arguments: Sequence[str] | None = None, table: Sequence[Job] = TABLE) -> Path:
+def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure the rows that are missing, and add each to the record at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=Path, nargs="?", help="folder of models and texts, see subjects.py")
+    parser.add_argument("--toy", action="store_true", help="the embedded GPT-2 and few tokens")
     parser.add_argument("--windows", type=int, default=40, help="held-out windows")
     parser.add_argument("--calibration", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--heal-seconds", type=float, default=600.0)
     parser.add_argument("--refine-windows", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
+    parser.add_argument("--records", type=Path, default=RECORDS)
     given = parser.parse_args(arguments)
-    path = given.out / "quality.json"
+    sizes = (given.windows, given.calibration, given.heal_seconds, given.refine_windows, given.length)
+    table, sizes = (TOY, (6, 24, 1.0, 8, 64)) if given.toy else (TABLE, sizes)
+    path = given.records / "quality.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     missing = [job for job in table if not any(is_row_of(row, job) for row in rows)]
     if not missing:
         return path
-    bench = Bench(
-        given.cache,
-        given.windows,
-        given.calibration,
-        given.heal_seconds,
-        given.refine_windows,
-        given.length,
-    )
-    for job in missing:
-        row = bench.measure(job)
-        rows.append(row)
-        record("quality", rows, folder=given.out, prompt=PROMPT, threads=torch.get_num_threads())
-        print(json.dumps({k: v for k, v in row.items() if k != "sample"}), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(Path(scratch) if given.toy else given.cache, given.toy, *sizes)
+        for job in missing:
+            row = bench.measure(job)
+            rows.append(row)
+            record("quality", rows, folder=given.records, prompt=PROMPT)
+            print(json.dumps({k: v for k, v in row.items() if k != "sample"}), flush=True)
     return path
 
 
@@ -324,41 +317,6 @@ def part_of(whole: Prepared, pattern: str | None) -> Prepared:
         for name in ("targets", "candidates", "spectra")
     }
     return replace(whole, **chosen)
-
-
-def spread(length: int, count: int) -> Tensor:
-    """Return evenly spread positions."""
-    return torch.linspace(0, length - 1, min(count, length)).long()
-
-
-def share_svds() -> None:
-    """Compute the whitened SVD of a weight once: all sizes of a method truncate the same one.
-
-    The library keeps none, since for a large model they are larger than the model.
-    """
-    module = import_module("tensornet.topologies.low_rank")  # its package exports a function of that name
-    original: Callable[..., Any] = module.weighted_svd
-    ladder: Callable[..., Any] = LowRankFamily.ladder
-    known: dict[tuple[Any, ...], Any] = {}
-
-    def key_of(matrix: Tensor, weighting: Any) -> tuple[Any, ...]:
-        sides = (weighting.rows, weighting.columns)
-        return tuple(
-            None if x is None else (*x.shape, float(x.double().sum()), float(x.flatten()[0]))
-            for x in (matrix, *sides)
-        )
-
-    def remembering(self: LowRankFamily, matrix: Tensor, weightings: Any, **options: Any) -> Any:
-        key = key_of(matrix, weightings[0])
-        if key not in known:
-            known[key] = original(matrix, weightings[0])
-        return ladder(self, matrix, weightings, **options)
-
-    def looked_up(matrix: Tensor, weighting: Any, **options: Any) -> Any:
-        found = None if options else known.get(key_of(matrix, weighting))
-        return found if found is not None else original(matrix, weighting, **options)
-
-    module.weighted_svd, LowRankFamily.ladder = looked_up, remembering  # type: ignore[attr-defined, method-assign]
 
 
 if __name__ == "__main__":

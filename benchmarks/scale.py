@@ -1,13 +1,13 @@
 """Does sharded compression use all processors, keep its memory flat, and resume at no cost?
 
-1. Two workers against one, on weights of equal size. Asked: 1.7 times on two cores. Workers that are up
-   already (an executor of the caller) are shown beside workers that are started for the run.
+1. Two workers compared with one, on weights of equal size. Asked: 1.7 times on two cores. Workers that run
+   already (an executor of the caller) and workers that are started for the run are both shown.
 2. Peak memory of one worker over the size of the checkpoint. Asked: flat.
-3. A run interrupted half way and resumed, against one that is not, in processor seconds. Asked: 2 % more.
-4. Tokens per second of a training step of one mixture, experts spread over two processes, against one.
+3. A run interrupted half way and resumed, compared with one that is not, in processor seconds. Asked: 2 %.
+4. Tokens per second of a training step of one mixture, experts spread over two processes, compared with one.
 
     python benchmarks/scale.py            # some minutes; writes benchmarks/records/scale.json
-    python benchmarks/scale.py --toy      # seconds; proves only that the road is open
+    python benchmarks/scale.py --toy      # seconds; shows only that the script runs
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.topologies import mpo
 from tensornet_hf import streaming
-from tensornet_hf.streaming import peak_memory
 from tensornet_moe.experimental import parallel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import RECORDS, record
+from harness import RECORDS, peak_mib, record
 
-#: Forked from a process that has everything imported: what a start costs is measured for itself.
+#: Workers are forked from a process that has everything imported: the cost of a start is measured separately.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tensornet_hf", "tensornet_moe", "torch.distributed"])
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
@@ -159,8 +158,8 @@ def memory(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
     return rows
 
 
-def _peak_of_a_run(source: Path, out: Path) -> tuple[int, int]:
-    before = peak_memory()
+def _peak_of_a_run(source: Path, out: Path) -> tuple[float, float]:
+    before = peak_mib() * 2**20
     return before, th.compress_checkpoint(source, out, HALF).peak_memory
 
 
@@ -270,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--output", type=Path, default=RECORDS)
+    parser.add_argument("--records", type=Path, default=RECORDS)
     options = parser.parse_args(arguments)
     sizes = TOY if options.toy else FULL
     torch.set_num_threads(1)
@@ -282,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             print(*(row for row in rows if row["question"] == rows[-1]["question"]), sep="\n")
     answers = summary(rows, sizes)
     print(json.dumps(answers, indent=1))
-    return record("scale", rows, folder=options.output, summary=answers, dtype="bfloat16")
+    return record("scale", rows, folder=options.records, summary=answers, dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of moe_from_scratch.py: a small GPT-2 with dense feed-forward networks or mixtures."""
+"""Rows of moe_from_scratch.py: feed-forward networks, dense or mixtures, and their table."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet_moe.grouped_linear import group_rows, one_group
 from tensornet_moe.routers import Combine
 
 ACTIVATION = "gelu_new"
@@ -75,33 +73,6 @@ class Row:
     balance: float = 0.01
 
 
-def build(row: Row, sizes: Sizes, *, seed: int) -> GPT2LMHeadModel:
-    """Build the model of a row; all but the feed-forward networks starts alike in every row of a seed."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=sizes.vocabulary,
-        n_positions=sizes.context,
-        n_embd=sizes.width,
-        n_inner=sizes.hidden,
-        n_layer=sizes.layers,
-        n_head=sizes.heads,
-        initializer_range=sizes.width**-0.5 / 2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    model = GPT2LMHeadModel(config)
-    networks, owner = KINDS[row.kind](row, sizes, torch.Generator().manual_seed(seed + 1))
-    if owner is not None:
-        model.add_module("owner", owner)
-    for block, network in zip(model.transformer.h, networks, strict=True):
-        block.mlp = network
-    return model
-
-
 class Dense(nn.Module):
     """Dense feed-forward network, initialized like an expert."""
 
@@ -131,8 +102,8 @@ def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Te
     """Draw the matrices of one expert, scaled so that experts sum to one network of unit variance."""
     up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
     if row.combine == "sigmoid":
-        alike = row.kind in ("mpoe", "delta")
-        down = down / (row.top_k if alike else row.top_k**0.5)
+        same_start = row.kind in ("mpoe", "delta")
+        down = down / (row.top_k if same_start else row.top_k**0.5)
     return up, down
 
 
@@ -209,17 +180,11 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
     `start="exact"`: every expert is the decomposition of one Gaussian matrix plus `noise`; `"random"`:
     Gaussian cores. `delta`: rank of a low-rank bypass of each expert. `shared`: which cores are shared.
-    `mask` (probability with which a step leaves a shared core alone), `optimizer` and `precondition` (damping
-    of Gram matrices) are for the run, not for the model.
+    `mask`, the probability with which a step leaves a shared core unchanged, is for the run, not for the
+    model.
     """
-    options = {
-        "start": "exact",
-        "noise": 0.05,
-        "max_bond": None,
-        "delta": 0,
-        "shared": "center",
-        **row.options,
-    }
+    usual = {"start": "exact", "noise": 0.05, "max_bond": None, "delta": 0, "shared": "center"}
+    options = {**usual, **row.options}
 
     def bank(weight: Tensor) -> tm.ExpertBank:
         legs = dims(row, sizes, len(weight))
@@ -244,24 +209,12 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
 
 def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build one dense matrix for all experts, and a low-rank delta for each.
-
-    `spread`: Frobenius norm of the deltas at the start, relative to that of the base; 0 starts them at zero.
-    """
-    spread, banks = row.options.get("spread", 0.0), {}
+    """Build one dense matrix for all experts, and a low-rank delta for each, which starts at zero."""
+    options = {"num_experts": row.experts, "rank": row.options["rank"]}
+    banks: Banks = {}
     for name, weight in zip(("up", "down"), pair, strict=True):
-        bank = tm.LowRankDeltaExperts.from_dense(
-            weight / (1 + spread**2) ** 0.5,
-            num_experts=row.experts,
-            rank=row.options["rank"],
-            seed=int(torch.randint(2**31, (), generator=generator)),
-        )
-        if spread:
-            with torch.no_grad():
-                bank.left.normal_(generator=generator)
-                size = (bank.left @ bank.right).square().mean().sqrt()
-                bank.left.mul_(spread * weight.square().mean().sqrt() / (size * (1 + spread**2) ** 0.5))
-        banks[name] = bank
+        seed = int(torch.randint(2**31, (), generator=generator))
+        banks[name] = tm.LowRankDeltaExperts.from_dense(weight, seed=seed, **options)
     return banks
 
 
@@ -275,34 +228,6 @@ def bases_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: 
         rescale(made, weight)
         banks[name] = made
     return banks
-
-
-def scaled_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build shared bases whose rows and columns every expert rescales, with random signs at the start."""
-    banks: Banks = {}
-    for name, weight in zip(("up", "down"), pair, strict=True):
-        out_features, in_features = weight.shape
-        topology = tm.scaled_bases(out_features=out_features, in_features=in_features, **row.options)
-        made = tm.SharedCoreExperts(topology, row.experts, shared=("basis",))
-        with torch.no_grad():
-            for side in ("rows", "columns"):
-                core = made.get_parameter(f"core_{side}")
-                core.copy_(torch.randint(2, core.shape, generator=generator) * 2.0 - 1)
-            basis = made.shared_parameters()["basis"]
-            basis.normal_(generator=generator).mul_((weight.square().mean() / len(basis)).sqrt())
-        banks[name] = made
-    return banks
-
-
-def split_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build dense experts that share one matrix, `shared="up"` or `"down"`."""
-    banks, name = switch_banks(row, sizes, pair, generator), row.options["shared"]
-    weight = pair[("up", "down").index(name)]
-    topology = tn.topologies.dense(out_features=weight.shape[0], in_features=weight.shape[1])
-    made = tm.SharedCoreExperts(topology, row.experts, shared="all")
-    with torch.no_grad():
-        made.shared_parameters()["matrix"].copy_(weight)
-    return {**banks, name: made}
 
 
 def block_tt_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
@@ -325,61 +250,8 @@ def _halves(size: int) -> tuple[int, int]:
     return small, size // small
 
 
-class RoutedPaths(tm.SharedCoreMoE):
-    """Network for all tokens, to whose two matrices each token adds the low-rank terms of its experts.
-
-    `h = act((W + sum_e w_e D_e) x)`: unlike experts that each add a delta to one base, two experts of a token
-    do not compute the hidden units of the base twice.
-    """
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map tokens."""
-        flat = x.reshape(-1, x.shape[-1])
-        routing = self.router(flat, mask)
-        self._remember(routing)
-        k = routing.expert_indices.shape[1]
-        expert, weight = routing.expert_indices.reshape(-1), routing.weights.reshape(-1, 1)
-        order = expert.argsort(stable=True)
-        token, groups = order // k, group_rows(expert[order], self.num_experts)
-        assert self.shared_expert is not None
-
-        def through(name: str, tokens: Tensor) -> Tensor:
-            assert self.shared_expert is not None
-            y = self.experts._linear(name, tokens.index_select(0, token), groups) * weight[order]
-            y = y.new_zeros(len(tokens), y.shape[-1]).index_add(0, token, y)
-            return y + self.shared_expert._linear(name, tokens, one_group(tokens))
-
-        hidden = nn.functional.gelu(through("up", flat), approximate="tanh")
-        return through("down", hidden).reshape(x.shape)
-
-
-def paths(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build networks of `row.hidden` times the width with routed low-rank terms, which start at zero."""
-    found: list[nn.Module] = []
-    for _ in range(sizes.layers):
-        base, banks = gaussian(sizes, round(row.hidden * sizes.hidden), generator), {}
-        for name, weight in zip(("up", "down"), base, strict=True):
-            rows, columns = weight.shape
-            topology = tn.topologies.low_rank(out_features=rows, in_features=columns, **row.options)
-            bank = tm.SharedCoreExperts(topology, row.experts, shared="none")
-            with torch.no_grad():
-                bank.get_parameter("core_0").zero_()
-                bank.get_parameter("core_1").normal_(generator=generator).div_(columns**0.5)
-            banks[name] = bank
-        whole = {name: separate(weight[None]) for name, weight in zip(banks, base, strict=True)}
-        found.append(
-            RoutedPaths(
-                router_of(row, sizes, generator),
-                tm.ExpertFFN(banks, activation=ACTIVATION, bias=True),
-                shared_expert=tm.ExpertFFN(whole, activation=ACTIVATION, bias=True),
-                balance_coef=row.balance,
-            )
-        )
-    return found, None
-
-
 def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build dense experts that `span` (two) neighbouring layers share; routers and biases stay apart."""
+    """Build dense experts that `span` (two) neighbouring layers share; routers and biases stay separate."""
     networks, _ = KINDS["switch"](row, sizes, generator)
     span = row.options.get("span", 2)
     owners = [
@@ -425,8 +297,64 @@ KINDS: dict[str, Kind] = {
     "delta": mixtures(delta_banks),
     "bases": mixtures(bases_banks),
     "block_tt": mixtures(block_tt_banks),
-    "scaled": mixtures(scaled_banks),
-    "split": mixtures(split_banks),
     "tied": tied,
-    "paths": paths,
 }
+
+
+def fine(name: str, kind: str, experts: int = 30, **options: Any) -> Row:
+    """Build a row with a half-size always-on expert, and many quarter-size experts, two of them active."""
+    of_the_row = ("private_rate", "shared_rate", "combine", "top_k", "hidden", "shared_hidden")
+    given = {key: options.pop(key) for key in of_the_row if key in options}
+    usual = {"top_k": 2, "hidden": 1 / 4, "shared_hidden": 1 / 2}
+    return Row(name, kind, experts=experts, options=options, **{**usual, **given})
+
+
+#: Steps over which a fading mask falls to zero, half a million tokens in batches of 2,048.
+FADE = 245
+_POOL = {"top_k": 4, "hidden": 1 / 8, "shared_hidden": 1 / 4, "combine": "sigmoid", "span": 4}
+_TABLE = (
+    Row("dense", "dense"),
+    Row("dense x2", "dense", hidden=2.0),
+    Row("dense x8", "dense", hidden=8.0),
+    # One expert a token.
+    Row("Switch", "switch", experts=8),
+    Row("Switch, prob", "switch", experts=8, combine="prob"),
+    Row("MPOE", "mpoe", experts=8),
+    Row("MPOE and delta 4", "mpoe", experts=8, options={"delta": 4}),
+    Row("base and deltas", "delta", experts=8, options={"rank": 4}),
+    Row("bases", "bases", experts=8, options={"bases": 2, "rank": 32}),
+    Row("block tensor trains", "block_tt", experts=8, options={"max_bond": 1}),
+    Row("tied over two layers", "tied", experts=8),
+    # Two small experts a token, and one that computes every token.
+    Row("fine-grained", "switch", experts=23, top_k=2, hidden=1 / 3, shared_hidden=1 / 3),
+    fine("fine, E = 30", "switch"),
+    fine("fine, E = 12", "switch", 12),
+    fine("fine, E = 5", "switch", 5),
+    fine("fine, MPOE", "mpoe"),
+    fine("fine, MPOE, one-sided", "mpoe", one_sided=True, start="random"),
+    fine("fine, MPOE, ends 8x8", "mpoe", ends=(8, 8)),
+    fine("fine, MPOE, every core private", "mpoe", shared="none"),
+    fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
+    fine("fine, MPOE, center rate 0.3", "mpoe", shared_rate=0.3),
+    fine("fine, MPOE, mask 0.5", "mpoe", mask=0.5),
+    fine("fine, MPOE, mask 0.9", "mpoe", mask=0.9),
+    fine("fine, MPOE, mask 0.5, compensated", "mpoe", mask=0.5, mask_compensate=True),
+    fine("fine, MPOE, mask 0.9, fading", "mpoe", mask=0.9, mask_fade=FADE),
+    fine("fine, MPOE, center frozen", "mpoe", mask=1.0),
+    fine("fine, MPOE and delta 8", "mpoe", delta=8),
+    fine("fine, bypass", "mpoe", shared="all", max_bond=12, delta=4),
+    fine("fine, base and deltas", "delta", rank=4),
+    fine("fine, bases", "bases", bases=4, rank=8),
+    fine("fine, block tensor trains", "block_tt", max_bond=1),
+    fine("fine, tied over two layers", "tied"),
+    # More experts for a token, so that it passes as many parameters as in dense x2.
+    fine("fine, tied, E = 12", "tied", 12),
+    fine("fine, tied, E = 12, top 6, sigmoid", "tied", 12, top_k=6, combine="sigmoid"),
+    fine("fine, tied, 6 of 12, sigmoid", "tied", 12, top_k=6, shared_hidden=7 / 16, combine="sigmoid"),
+    fine("fine, 6 of 6, sigmoid", "switch", 6, top_k=6, combine="sigmoid"),
+    fine("fine, MPOE, sigmoid", "mpoe", combine="sigmoid"),
+    # For four layers, with as many parameters and as much arithmetic as dense x2 in two.
+    Row("dense x3/4", "dense", hidden=3 / 4),
+    fine("one pool, E = 15, top 4, sigmoid", "tied", 15, **_POOL),
+)
+ROWS = {row.name: row for row in _TABLE}

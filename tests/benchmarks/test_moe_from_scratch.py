@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,12 @@ def bench(load_benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
+def tasks(bench: ModuleType) -> Any:
+    """The module of texts and models that the script has loaded."""
+    return importlib.import_module("scratch_tasks")
+
+
+@pytest.fixture
 def corpus(bench: ModuleType) -> Any:
     return bench.corpus_of(TEXT.read_text(encoding="utf-8"), vocabulary=300)
 
@@ -41,29 +47,9 @@ def train(run: Any, steps: int) -> None:
     assert run.train(steps * 4 * 8, deadline=time.monotonic() + 600)
 
 
-def test_the_script_writes_its_record(bench: ModuleType, tmp_path: Path) -> None:
-    folders = ["--state", str(tmp_path / "state"), "--out", str(tmp_path)]
-    rows = ["dense", "Switch", "base and deltas"]
-    path = bench.main([str(TEXT), "--toy", *folders, "--rows", *rows, "--tokens", "0.0001"])
-    written = json.loads(path.read_text())
-    assert {line["row"]["name"] for line in written["rows"]} == set(rows)
-    for line in written["rows"]:
-        assert line["tokens"] >= 100
-        (point,) = line["history"]
-        assert point["loss"] > 0
-        assert (point["entropy"] is None) == (line["row"]["name"] == "dense")
-        assert line["bytes"] == 4 * line["parameters"] > 4 * line["expert_parameters"]
-    sizes = {line["row"]["name"]: line["expert_parameters"] for line in written["rows"]}
-    assert sizes["Switch"] == 8 * sizes["dense"]
-    assert sizes["dense"] < sizes["base and deltas"] < sizes["Switch"] / 4
-
-
 def test_no_run_ends_before_its_deadline(bench: ModuleType, tmp_path: Path) -> None:
-    folders = ["--state", str(tmp_path), "--out", str(tmp_path)]
-    assert (
-        bench.main([str(TEXT), "--toy", *folders, "--rows", "dense", "--tokens", "1", "--minutes", "0"])
-        is None
-    )
+    command = ["--toy", "--state", str(tmp_path), "--records", str(tmp_path), "--minutes", "0"]
+    assert bench.main(command) is None
     (state,) = tmp_path.glob("*.json")
     assert json.loads(state.read_text())["tokens"] == 32  # one step, on disk
 
@@ -95,13 +81,9 @@ def test_refuses_to_resume_with_another_configuration(
     train(start(bench, corpus, "Switch", tmp_path), 1)
     with pytest.raises(SystemExit, match=f"(?s)another configuration.*{said}"):
         start(bench, corpus, "Switch", tmp_path, **changes)
-
-
-def test_refuses_to_resume_on_another_text(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
-    train(start(bench, corpus, "dense", tmp_path), 1)
     other = bench.corpus_of(TEXT.read_text(encoding="utf-8")[:20_000], vocabulary=300)
     with pytest.raises(SystemExit, match="corpus"):
-        start(bench, other, "dense", tmp_path)
+        start(bench, other, "Switch", tmp_path)
 
 
 def test_every_row_trains_all_that_it_has(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
@@ -148,7 +130,7 @@ def test_a_pass_visits_every_window_once(bench: ModuleType, corpus: Any) -> None
 
 
 def test_paragraphs_are_kept_once(bench: ModuleType) -> None:
-    text = importlib.import_module("scratch_text")
+    text = importlib.import_module("scratch_tasks")
     long, other = "a" * 300, "b" * 300
     assert list(text._distinct([long, f"{long}\n\n{other}", long])) == [long, other]
     parts = text.split(map(str, range(80)))
@@ -165,56 +147,6 @@ def test_a_mask_leaves_the_centers_alone(bench: ModuleType, corpus: Any, tmp_pat
     assert len(centers) == 4
     assert not centers & moved
     assert {name.replace("core_1", "core_0") for name in centers} <= moved
-
-
-def test_scaled_experts_differ_from_the_start(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
-    model = start(bench, corpus, "fine, 3 scaled bases", tmp_path).model
-    bank = model.transformer.h[0].mlp.experts.bank("up")
-    first, second, *_ = bank.expert_matrices().detach()
-    assert float((first * second).sum() / (first.norm() * second.norm())) < 0.5
-    assert float(first.square().mean() * first.shape[1]) == pytest.approx(1, abs=0.3)  # of unit gain
-
-
-def test_routed_low_ranks_add_to_the_matrices_of_one_network(
-    bench: ModuleType, corpus: Any, tmp_path: Path
-) -> None:
-    layer = start(bench, corpus, "low ranks in one network", tmp_path).model.transformer.h[0].mlp
-    for name in ("up", "down"):
-        torch.nn.init.normal_(layer.experts.bank(name).get_parameter("core_0"))
-        torch.nn.init.normal_(layer.experts.get_parameter(f"{name}_bias"))
-    x = torch.randn(2, 5, 64)
-    flat = x.reshape(-1, 64)
-    routing = layer.router(flat)
-    want = []
-    for token, experts, weights in zip(flat, routing.expert_indices, routing.weights, strict=True):
-        hidden = token
-        for name in ("up", "down"):
-            matrix, bias = layer.shared_expert.bank(name).expert_matrices()[0], 0
-            for e, w in zip(experts.tolist(), weights, strict=True):
-                matrix = matrix + w * layer.experts.bank(name).expert_matrices([e])[0]
-                bias = bias + w * layer.experts.get_parameter(f"{name}_bias")[e]
-            hidden = matrix @ hidden + bias
-            hidden = torch.nn.functional.gelu(hidden, approximate="tanh") if name == "up" else hidden
-        want.append(hidden)
-    assert torch.allclose(layer(x), torch.stack(want).reshape(x.shape), atol=1e-4)
-
-
-def test_sigmoid_weights_are_about_one_each(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
-    layers = {
-        name: start(bench, corpus, name, tmp_path).model.transformer.h[0].mlp
-        for name in ("fine, tied, E = 12, top 6", "fine, tied, E = 12, top 6, sigmoid", "fine, MPOE, sigmoid")
-    }
-    x, spread = torch.randn(500, 64), {}
-    for name, layer in layers.items():
-        routing = layer.router(x)
-        want = 2 * routing.logits.gather(-1, routing.expert_indices).sigmoid() if "sigmoid" in name else None
-        assert want is None or torch.equal(routing.weights, want)
-        assert torch.equal(routing.expert_indices, routing.probs.topk(layer.router.top_k).indices)
-        layer.shared_expert = None
-        spread[name] = float(layer(x).detach().std())
-    averaged, summed, alike = spread.values()
-    assert averaged < 0.5 * summed  # a mean of six experts that start apart
-    assert summed == pytest.approx(alike, rel=0.35)
 
 
 def test_one_pool_serves_all_layers(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
@@ -240,81 +172,79 @@ def test_the_mask_of_a_row_fades_and_compensates(bench: ModuleType, corpus: Any,
     assert (compensated.current_p, compensated.compensate) == (0.5, True)
 
 
-def test_rows_with_sgd_take_steps_in_proportion_to_gradients(
-    bench: ModuleType, corpus: Any, tmp_path: Path
-) -> None:
-    run = start(bench, corpus, "SGD, fine, MPOE, center rate 0.3", tmp_path)
-    assert isinstance(run.optimizer, torch.optim.SGD)
-    bank = run.model.transformer.h[0].mlp.experts.bank("up")
-    before = {name: p.detach().clone() for name, p in bank.named_parameters()}
-    batch = corpus.batch(0, windows=4, context=8, seed=0)
-    run._loss(batch).backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    want = {
-        name: before[name] - 0.5 * 3e-3 * (0.3 if name == "core_1" else 1.0) * p.grad
-        for name, p in bank.named_parameters()
-    }
-    run.optimizer.zero_grad()
-    run._train_step()  # the first of two steps of warm-up, and the first momentum is the gradient
-    for name, p in bank.named_parameters():
-        assert torch.allclose(p, want[name], atol=1e-9), name
+@pytest.mark.parametrize("context", [8, 128])
+def test_inputs_and_spans_make_up_the_text(tasks: ModuleType, context: int) -> None:
+    sizes = importlib.import_module("scratch_rows").Sizes(64, 256, 2, 2, context, 300)
+    text = torch.randint(300, (50, context + 1), generator=torch.Generator().manual_seed(0))
+    cut, spans = tasks.spans_of(context)
+    assert (cut, spans) == {8: (1, 1), 128: (19, 6)}[context]
+    found = tasks.corrupt(text, sizes, tasks.batch_generator(0, 0)).tolist()
+    for row, want in zip(found, text[:, :context].tolist(), strict=True):
+        inputs, targets = row[: context - cut + spans + 1], row[context - cut + spans + 1 :]
+        assert inputs.pop() == targets.pop() == 300
+        pieces = {}
+        for k in range(spans):  # what stands behind a marker, up to the next one
+            start = targets.index(301 + k) + 1
+            stop = targets.index(302 + k) if k + 1 < spans else len(targets)
+            pieces[301 + k] = targets[start:stop]
+        assert all(pieces.values())
+        restored = [token for x in inputs for token in pieces.get(x, [x])]
+        assert restored == want
+        assert inputs[0] < 300  # a window begins with text
 
 
-def chain_matrices(cores: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.einsum("exoib,bpjc,ecqky->eopqijk", *cores).flatten(4).flatten(1, 3)
+def test_spans_lie_anywhere(tasks: ModuleType) -> None:
+    sizes = importlib.import_module("scratch_rows").Sizes(64, 256, 2, 2, 128, 300)
+    text = torch.arange(128).repeat(2000, 1)
+    inputs = tasks.corrupt(text, sizes, tasks.batch_generator(0, 0))[:, : 128 - 19 + 6 + 1]
+    kept = torch.bincount(inputs[inputs < 300], minlength=128) / 2000
+    assert float(kept[5:120].min()) > 0.7
+    assert float(kept[5:120].max()) < 0.95
+    assert float(kept.sum()) == pytest.approx(109, abs=1e-3)
 
 
-def chain_cores(experts: int) -> list[torch.Tensor]:
-    shapes = ((experts, 1, 2, 2, 4), (4, 2, 2, 4), (experts, 4, 2, 2, 1))
-    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+def test_batches_of_the_t5_are_a_function_of_seed_and_step(bench: ModuleType) -> None:
+    corpus = bench.corpus_of(TEXT.read_text(encoding="utf-8"), vocabulary=300)
+    sizes, t5 = bench.toy_sizes(), bench.ARCHITECTURES["t5"]
+
+    def batch(step: int, seed: int) -> Any:
+        return t5.batch(corpus, sizes, step, windows=4, seed=seed)
+
+    first, *others = batch(3, 0), batch(4, 0), batch(3, 1)
+    torch.manual_seed(99)  # whatever was drawn in between
+    assert torch.equal(batch(3, 0), first)
+    assert not any(torch.equal(other, first) for other in others)
+    held_out = t5.held_out(corpus, sizes, "test", 4)
+    assert torch.equal(t5.held_out(corpus, sizes, "test", 4), held_out)
+    # The same text at another step or seed is cut in other places.
+    wide = replace(sizes, context=128)
+    text = corpus.batch(0, windows=4, context=128, seed=0)
+    drawn = importlib.import_module("scratch_tasks").batch_generator
+    cuts = [t5.examples(text, wide, drawn(*at)) for at in ((0, 1), (0, 2), (1, 1))]
+    assert not torch.equal(cuts[0], cuts[1])
+    assert not torch.equal(cuts[0], cuts[2])
 
 
-def test_preconditioned_steps_do_not_depend_on_the_gauge(load_benchmark: Callable[[str], Any]) -> None:
-    script = load_benchmark("scratch_precondition")
-    torch.manual_seed(0)
-    cores, target = chain_cores(3), torch.randn(3, 8, 8, dtype=torch.float64)
+def test_a_resumed_t5_repeats_the_uninterrupted_one(bench: ModuleType, tmp_path: Path) -> None:
+    corpus = bench.corpus_of(TEXT.read_text(encoding="utf-8"), vocabulary=300)
+    recipe = bench.Recipe(windows=4, warmup=2, judge_windows=4)
 
-    def change(cores: list[torch.Tensor]) -> torch.Tensor:
-        leaves = [torch.nn.Parameter(core) for core in cores]
-        (chain_matrices(leaves) - target).square().sum().backward()
-        found = script.scaled_gradients(leaves, 0.0)
-        parts = [chain_matrices([*cores[:k], found[k], *cores[k + 1 :]]) for k in range(3)]
-        return torch.stack(parts)
+    def run(folder: str) -> Any:
+        row = bench.ROWS["fine, tied, 6 of 12, sigmoid"]
+        place = tmp_path / folder
+        return bench.Run(row, bench.toy_sizes(), recipe, corpus, 0, folder=place, architecture="t5")
 
-    gauge = torch.randn(4, 4, dtype=torch.float64)
-    turned = [cores[0] @ gauge, torch.einsum("bB,Boic->boic", gauge.inverse(), cores[1]), cores[2]]
-    assert torch.allclose(chain_matrices(turned), chain_matrices(cores))
-    assert torch.allclose(change(turned), change(cores), rtol=1e-6)
+    def train(run: Any, steps: int) -> None:
+        assert run.train(steps * 4 * 8, deadline=time.monotonic() + 600)
 
-
-@pytest.mark.parametrize("moved", [0, 1, 2])
-def test_a_preconditioned_step_of_one_core_is_the_least_squares_one(
-    load_benchmark: Callable[[str], Any], moved: int
-) -> None:
-    script = load_benchmark("scratch_precondition")
-    torch.manual_seed(0)
-    leaves = [torch.nn.Parameter(core) for core in chain_cores(1)]
-    target = torch.randn(1, 8, 8, dtype=torch.float64)
-
-    def gradient() -> torch.Tensor:
-        loss = 0.5 * (chain_matrices(leaves) - target).square().sum()
-        return torch.autograd.grad(loss, leaves[moved])[0]
-
-    (0.5 * (chain_matrices(leaves) - target).square().sum()).backward()
-    before, step = gradient(), script.scaled_gradients(leaves, 0.0)[moved]
-    with torch.no_grad():
-        leaves[moved].sub_(step)
-    assert float(gradient().norm()) < 1e-6 * float(before.norm())
-
-
-def test_preconditioning_keeps_the_size_of_gradients(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
-    run = start(bench, corpus, "fine, MPOE, scaled gradients", tmp_path)
-    run._loss(corpus.batch(0, windows=4, context=8, seed=0)).backward()
-    before = {name: p.grad.clone() for name, p in run.model.named_parameters()}
-    bench.precondition(run.model, 0.01)
-    turned = {name for name, p in run.model.named_parameters() if not torch.equal(p.grad, before[name])}
-    assert turned == {name for name in before if ".experts." in name and "core_" in name}
-    for name in turned:
-        assert float(run.model.get_parameter(name).grad.norm()) == pytest.approx(
-            float(before[name].norm()), rel=1e-4
-        )
+    whole, first = run("whole"), run("parts")
+    train(whole, 5)
+    train(first, 2)
+    second = run("parts")
+    assert second.step == 2
+    train(second, 5)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+    experts = [network.experts.bank("up") for network in second.architecture.networks(second.model)]
+    same = [torch.equal(a.expert_matrices(), experts[0].expert_matrices()) for a in experts]
+    assert same == [True, True, False, False]  # two layers of a stack use the same experts

@@ -1,4 +1,4 @@
-"""The comparison of MPOE and Switch runs from end to end, resumes, and its page says what the record says."""
+"""The comparison of MPOE and Switch runs from end to end, resumes, and its rows are what they are called."""
 
 from __future__ import annotations
 
@@ -13,25 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "every",
-    "word",
-    "of",
-    "this",
-    "quotation",
-    "was",
-    "chosen",
-    "so",
-    "that",
-    "nobody",
-    "could",
-    "object",
-    "to",
-    "any",
-    "part",
-    "of",
-    "it",
-]
+WORDS = "every word of this quotation was chosen so that nobody could object to any part of it".split()
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -51,11 +33,11 @@ def quotations(tmp_path: Path) -> Path:
 
 
 def test_toy_run_resumes_and_writes_the_record(
-    quotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = load("mpoe_vs_switch", monkeypatch)
     threads = torch.get_num_threads()
-    command = ["--text", str(quotations), "--toy", "--state", str(tmp_path), "--out", str(tmp_path)]
+    command = ["--toy", "--state", str(tmp_path), "--records", str(tmp_path)]
     try:
         path = script.main([*command, "--tables", "gpt2", "t5"])
         capsys.readouterr()
@@ -132,18 +114,13 @@ def test_a_center_of_all_layers_counts_once(quotations: Path, monkeypatch: pytes
     assert counts[True] == 2 * matrix + 4 * (2 * 2 * 2 * end + 2 * biases)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_fading_mask_ends_where_the_row_says(
-    quotations: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
-) -> None:
+def test_a_fading_mask_ends_where_the_row_says(quotations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, tasks = load("mpoe_rows", monkeypatch), load("mpoe_tasks", monkeypatch)
     task = tasks.VowelRestoration(tasks.read_quotations(quotations), train_size=20, judge_size=10, batch=2)
     row = rows.Row("row", mask_p=0.999999, mask=(("fade", 0.5),))
-    recipe = rows.Recipe(steps=4, optimizer=optimizer)
+    recipe = rows.Recipe(steps=4)
     model = rows.build(task, row, seed=0).train()
     held = rows.optimizer_of(model, row, 1e-2, recipe)
-    assert type(held) is {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
-    assert {group.get("momentum", 0.9) for group in held.param_groups} == {0.9}
     step = rows.stepper(model, held, task.batches(0))
     centers = [m for name, m in model.named_parameters() if name.endswith("core_1")]
     moved = []
@@ -162,13 +139,3 @@ def test_parts_do_not_overlap(quotations: Path, monkeypatch: pytest.MonkeyPatch)
     assert len({*parts.train, *parts.tune, *parts.test}) == 80
     with pytest.raises(SystemExit, match="0 quotations under"):
         tasks.read_quotations(quotations.parent)
-
-
-def test_page_says_what_the_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    page = load("mpoe_page", monkeypatch)
-    record = json.loads((ROOT / "benchmarks" / "records" / "mpoe_vs_switch.json").read_text())
-    text = (ROOT / "docs" / "mpoe.md").read_text()
-    assert page.fill(text, record) == text
-    shown = [name for name in page.tables(record) if f"<!-- table {name} -->" in text]
-    assert shown == list(page.tables(record))

