@@ -13,7 +13,25 @@ import torch
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "every word of this quotation was chosen so that nobody could object to any part of it".split()
+WORDS = [
+    "every",
+    "word",
+    "of",
+    "this",
+    "quotation",
+    "was",
+    "chosen",
+    "so",
+    "that",
+    "nobody",
+    "could",
+    "object",
+    "to",
+    "any",
+    "part",
+    "of",
+    "it",
+]
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -47,7 +65,8 @@ def test_toy_run_resumes_and_writes_the_record(
     assert capsys.readouterr().out == ""  # every run was there
 
     rows = json.loads(path.read_text())["rows"]
-    by_name = {row["row"]: row for row in rows}
+    assert [row["table"] for row in rows] == ["t5"] * 3 + ["gpt2"] * 3  # what was not asked for is kept
+    by_name = {row["row"]: row for row in rows if row["table"] == "t5"}
     assert all(math.isfinite(row["loss"]) and row["seconds_per_step"] > 0 for row in rows)
     assert by_name["dense"]["entropy"] is None
     assert 0 <= by_name["MPOE"]["entropy"] <= 1
