@@ -120,7 +120,7 @@ except tn.DestinationError as error:
     raise SystemExit(0 if "failed" in str(error) else f"unclear: {{error}}")
 raise SystemExit("no error")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == before
 

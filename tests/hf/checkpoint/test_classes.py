@@ -30,7 +30,7 @@ before = [dict(vars(x)) for x in classes]
 import tensornet_hf, tensornet_hf.trainer
 assert before == [dict(vars(x)) for x in classes]
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=1200)
 
 
 def test_pickles_and_copies_are_compressed_models(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ import pickle, sys
 model = pickle.loads(open({str(tmp_path / "model.pickle")!r}, "rb").read())
 model.save_pretrained({str(tmp_path / "saved")!r})
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=1200)
     torch.testing.assert_close(logits(th.load(tmp_path / "saved"), GPT2), logits(GPT2.compressed, GPT2))
 
 

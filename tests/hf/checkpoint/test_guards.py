@@ -39,7 +39,7 @@ for line in sys.argv[1:]:
 
 def strangers(*tries: str) -> list[str]:
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STRANGER, *tries], capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", "-c", STRANGER, *tries], capture_output=True, text=True, timeout=1200
     )
     assert run.returncode == 0, run.stderr
     return [line for line in run.stdout.splitlines() if line.startswith(("refused", "LOADED"))]

@@ -35,7 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1200,
     )
     assert (result.returncode, result.stderr) == (0, "")
     return folder / "demo_out", result.stdout

@@ -60,7 +60,7 @@ def test_a_task_of_ones_own_runs_offline(tmp_path: Path) -> None:
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*how, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
+            [*how, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=1200
         )
 
     options = ("--rel-error", "0.1", "--objective", "weight", "--target", "h.0.mlp.c_fc")

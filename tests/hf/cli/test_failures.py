@@ -37,7 +37,7 @@ def tensornet(*arguments: str, cwd: Path, before: str = "") -> subprocess.Comple
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1200,
     )
 
 

@@ -36,7 +36,7 @@ def test_accelerate_recipe(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert [(tmp_path / f"threads.{rank}").read_text() for rank in range(2)] == ["1", "1"]
