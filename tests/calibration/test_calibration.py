@@ -435,6 +435,11 @@ def test_calibration_stops_once_the_moments_have_settled(
     torch.testing.assert_close(stats.columns["first"], x.T @ x / read, rtol=1e-4, atol=1e-4)
 
 
+def test_calibration_reads_32_tokens_for_each_feature() -> None:
+    batches = [torch.randn(1024, 150) for _ in range(8)]
+    assert tn.calibrate(nn.Sequential(nn.Linear(150, 4)), batches).tokens == 5 * 1024  # 4,800 and more
+
+
 def test_the_standard_error_is_that_of_the_reference_scheme() -> None:
     """Against the spread of independent estimates of sum s^2 tr R tr C."""
     generator = torch.Generator().manual_seed(1)

@@ -215,7 +215,7 @@ def calibration_data(
     window: int = 512,
     window_batch: int = 1024,
 ) -> CalibrationData:
-    """Make batches of the beginning of a text for a model.
+    """Make batches of a text for a model: of random windows for causal models, else of its beginning.
 
     Args:
         model: dense.
@@ -233,7 +233,8 @@ def calibration_data(
         tokenizer = _tokenizer_of(model, folder)
         return _collected(_pairs(model, tokenizer, _lines(text)), sampled_losses, tokens)
     if model.can_generate():
-        windows = text_windows(model, folder, text, limit=window, tokens=tokens)
+        context = usual_context(model, limit=window)
+        windows = random_windows(token_ids(load_tokenizer(folder), text), context, tokens)
         batches = windows.split(max(1, window_batch // windows.shape[1]))
         return CalibrationData(tuple(batches), label_losses, windows.numel())
     tokenizer = _tokenizer_of(model, folder)
@@ -248,22 +249,31 @@ def scores_tokens(kind: type[PreTrainedModel]) -> bool:
     return kind.can_generate() or kind.__name__.endswith("ForMaskedLM")
 
 
-def text_windows(
-    model: PreTrainedModel, folder: Path, text: str, *, limit: int, tokens: int | None = None
-) -> Tensor:
-    """Split the beginning of a text into windows of at most `limit` tokens, one in each row.
+def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tensor:
+    """Draw windows of a text without replacement, the same in each call.
+
+    Args:
+        ids: shape `(tokens of the text,)`.
+        context: tokens of a window.
+        tokens: draw at most so many; all if absent.
+
+    Returns:
+        Shape `(windows, context)`.
 
     Raises:
-        ValueError: the text is shorter than one window.
+        ValueError: less than one window.
+
+    Example:
+        >>> from tensornet_hf.text import random_windows
+        >>> random_windows(torch.arange(100), context=8, tokens=30).shape
+        torch.Size([3, 8])
     """
-    context = usual_context(model, limit=limit)
-    ids = token_ids(load_tokenizer(folder), text)[:tokens]
     count = len(ids) // context
-    if count == 0:
-        raise ValueError(
-            f"The text has {len(ids)} tokens, less than one window of {context}; give more text."
-        )
-    return ids[: count * context].reshape(count, context)
+    if (wanted := count if tokens is None else min(count, tokens // context)) == 0:
+        got = len(ids) if tokens is None else min(len(ids), tokens)
+        raise ValueError(f"The text has {got} tokens, less than one window of {context}; give more text.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+    return ids[: count * context].reshape(count, context)[order]
 
 
 def _tokenizer_of(model: PreTrainedModel, folder: Path) -> Any:
@@ -438,10 +448,10 @@ def embedded_text(model: nn.Module) -> ProvidedData | None:
     if not model.name_or_path:
         return None
     try:
-        ids = token_ids(load_tokenizer(Path(model.name_or_path)), calibration_text())[:TOKENS]
+        ids = token_ids(load_tokenizer(Path(model.name_or_path)), calibration_text())
     except FormatError:
         return None
     context = usual_context(model, limit=512)
-    windows = ids[: len(ids) // context * context].reshape(-1, context)
+    windows = random_windows(ids, context, TOKENS)
     batches = windows.split(max(1, 1024 // context))
     return ProvidedData(batches, f"{windows.numel():,} tokens of the embedded text (King James Bible)")

@@ -26,7 +26,7 @@ from tensornet.calibration.losses import IGNORED
 from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
-from tensornet_hf.text import calibration_data
+from tensornet_hf.text import calibration_data, random_windows
 
 WORDS = ["the", "river", "runs", "past", "a", "mill", "and", "two", "old", "trees", "to", "sea"]
 TEXT = "\n\n".join(" ".join(WORDS[k % 12 :] + WORDS[: k % 5]) for k in range(40))
@@ -62,6 +62,16 @@ def test_causal_models_read_windows() -> None:
     assert data.loss_fn is label_losses
     assert [tuple(batch.shape) for batch in data.batches] == [(4, 128)]
     assert data.tokens == 512
+
+
+def test_windows_are_a_repeatable_sample_of_the_whole_text() -> None:
+    ids = torch.arange(1000)
+    windows = random_windows(ids, 8, 400)
+    assert windows.shape == (50, 8)
+    torch.testing.assert_close(windows, random_windows(ids, 8, 400))
+    torch.testing.assert_close(random_windows(ids, 8).sort(0).values.reshape(-1), ids)
+    assert (windows[:, 0] % 8 == 0).all()
+    assert 300 < windows.float().mean() < 700
 
 
 def test_encoder_decoders_answer_the_lines_themselves() -> None:
