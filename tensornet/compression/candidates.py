@@ -27,8 +27,8 @@ from tensornet.contraction.plan import plan_operator
 from tensornet.errors import BudgetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.integer_cost import product_cost, unpacking_cost
 from tensornet.nn.storage import PLAIN, Storage, decode, encode
+from tensornet.nn.strategy import product_cost, unpacking_cost
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.moments import DENSE_ROW_DAMPING

@@ -15,13 +15,12 @@ from tensornet.decompose import decompose
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.integer_cost import IntegerCost, product_cost
 from tensornet.nn.integer_matmul import IntegerMatrix, IntegerProduct, multiply
 from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind, type_and_reason
 from tensornet.nn.module import NetworkModule, require_linear_shape
 from tensornet.nn.quick_paths import kept_product, kernel_product, two_products
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, storage_entry
-from tensornet.nn.strategy import CACHED, Strategy, transforms_active
+from tensornet.nn.strategy import CACHED, IntegerCost, Strategy, product_cost, transforms_active
 from tensornet.quantization import Rounding
 from tensornet.topologies import MPOFamily, TopologyFamily
 from tensornet.topologies.structure import is_chain

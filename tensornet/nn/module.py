@@ -22,10 +22,19 @@ from tensornet.contraction.plan import (
 from tensornet.errors import ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores
-from tensornet.nn.integer_cost import IntegerCost, unpacking_cost
 from tensornet.nn.quick_paths import QuickPath
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, empty, encode, put_core
-from tensornet.nn.strategy import CACHED, Explanation, KeptMatrix, Strategy, check_strategy, explain, may_keep
+from tensornet.nn.strategy import (
+    CACHED,
+    Explanation,
+    IntegerCost,
+    KeptMatrix,
+    Strategy,
+    check_strategy,
+    explain,
+    may_keep,
+    unpacking_cost,
+)
 from tensornet.nn.weight_facts import weight_facts
 from tensornet.quantization import Rounding
 from tensornet.topology import Topology

@@ -1,8 +1,7 @@
 """Number formats, their packing, and rounding with the curvature of the loss."""
 
-from tensornet.quantization.formats import NumberFormat, format_names
+from tensornet.quantization.formats import NumberFormat, format_names, pack, packed_bytes, unpack
 from tensornet.quantization.low_rank import RoundedProduct, round_factor, round_product
-from tensornet.quantization.packing import pack, packed_bytes, unpack
 from tensornet.quantization.predict import predict_losses, predict_product_losses
 from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weight
 from tensornet.quantization.scales import refit_scales, search_scales
