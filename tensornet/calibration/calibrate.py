@@ -1,7 +1,6 @@
 """Calibration: run a model over data and accumulate second moments in bounded memory."""
 
 import math
-import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -187,37 +186,6 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
         known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
         return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else None
     return None
-
-
-def calibration_seconds(
-    model: nn.Module, batches: Iterable[BatchLike], *, tokens: int = MOST_TOKENS, **options: Any
-) -> float:
-    """Estimate how long calibration takes, by calibrating on the first batch.
-
-    Args:
-        model, batches, options: as for `calibrate`; only the first batch is read.
-        tokens: of the whole calibration. It may stop before, once the moments have settled.
-
-    Returns:
-        Seconds.
-
-    Raises:
-        TargetError: see `calibrate`.
-
-    Example:
-        >>> from tensornet.calibration.calibrate import calibration_seconds
-        >>> calibration_seconds(torch.nn.Sequential(torch.nn.Linear(8, 8)), [torch.ones(4, 8)]) > 0
-        True
-    """
-    check_batches(batches, "calibration_seconds")
-    first = next(iter(batches), None)
-    if first is None:
-        raise TargetError("calibration_seconds got no batches; pass at least one.")
-    start = time.perf_counter()
-    calibrate(model, [first], **options)
-    seconds = time.perf_counter() - start
-    read = min(MOST_TOKENS, tokens_of(as_batch(first, model, next(model.parameters()).device)))
-    return seconds * tokens / max(read, 1)
 
 
 class _Settling:

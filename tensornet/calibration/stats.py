@@ -159,7 +159,7 @@ class CalibrationStats:
                 tokens=header["tokens"],
                 loss=header["loss"],
                 source=header["source"],
-                of_tokens=header.get("of_tokens", True),  # older files: of text, if there was a loss
+                of_tokens=header["of_tokens"],
                 coherence=header.get("coherence", {}),
                 counts=header.get("counts", {}),
                 scored=header.get("scored", 0),

@@ -40,7 +40,8 @@ class Candidate:
         params: stored numbers.
         predicted_loss: predicted loss increase, in nats per token with calibrated gradients.
         error: relative Frobenius error.
-        cost: what candidates are chosen by: the loss under gradient moments with little damping.
+        cost: what candidates are chosen by: the loss under gradient moments with little damping. That ranks
+            candidates best, but is too low for other text; `predicted_loss` has more damping.
         milliseconds: predicted time of a forward pass; 0 where no time was asked for.
         number_format: name of the format that was asked for, of the dense matrix in that format.
 
@@ -99,8 +100,7 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             f"The budget allows {budget:,.6g}, the smallest candidates of all layers need {least:,.6g}; "
             "raise the budget or choose fewer layers."
         )
-    steps = _steps(curves)
-    start = [_cheapest_of_smallest(curve) for curve in curves]
+    start, steps = hull_steps(curves)
     ways = [_walk(curves, start, steps, budget), _one_more(curves, start, steps, budget)]
     return min(ways, key=lambda chosen: total_cost(curves, chosen))
 
@@ -134,7 +134,7 @@ def spend_cost(
     while charge(high) <= allowed and high < 1e12:
         high *= 4
     for _ in range(100):
-        middle = _middle(low, high)
+        middle = (max(low, high * 1e-12) * high) ** 0.5  # geometric: multipliers span many orders
         low, high = (middle, high) if charge(middle) <= allowed else (low, middle)
     return [curve.best(low) for curve in curves]
 
@@ -210,38 +210,29 @@ def total_cost(curves: Sequence[CostCurve], chosen: Sequence[int]) -> float:
     return sum(float(curve.costs[index]) for curve, index in zip(curves, chosen, strict=True))
 
 
-def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, int]]]:
+def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, int, float]]]:
     """Find the best choice of every total size: where it starts, and which step pays next.
 
     Returns:
-        The cheapest of the smallest candidates of each curve, and `(curve, candidate)` of all steps along
-        the hulls, by falling saving for each unit of size.
+        The cheapest of the smallest candidates of each curve, and `(curve, candidate, growth in size)` of all
+        steps along the hulls, by falling saving for each unit of size.
 
     Example:
         >>> from tensornet.compression.allocate import CostCurve, hull_steps
         >>> sizes = torch.tensor([1.0, 2.0, 4.0])
         >>> curves = [CostCurve(sizes, torch.tensor(costs)) for costs in ([9.0, 3.0, 0.0], [8.0, 6.0, 0.0])]
         >>> hull_steps(curves)
-        ([0, 0], [(0, 1), (1, 2), (0, 2)])
+        ([0, 0], [(0, 1, 1.0), (1, 2, 3.0), (0, 2, 2.0)])
     """
-    return [_cheapest_of_smallest(curve) for curve in curves], [
-        (step.layer, step.candidate) for step in _steps(curves)
-    ]
-
-
-@dataclass(frozen=True, order=True)
-class _Step:
-    """Step along a hull, ordered by cost saved for each unit of size (negated: the best comes first)."""
-
-    slope: float
-    layer: int
-    growth: float
-    candidate: int
-
-
-def _cheapest_of_smallest(curve: CostCurve) -> int:
-    smallest = curve.sizes == curve.sizes.min()
-    return int(torch.where(smallest, curve.costs, torch.inf).argmin())
+    start, steps = [], []
+    for layer, curve in enumerate(curves):
+        sizes, costs = curve.sizes.tolist(), curve.costs.tolist()
+        hull = lower_hull(sizes, costs)
+        start.append(hull[0])
+        for a, b in pairwise(hull):
+            growth = sizes[b] - sizes[a]
+            steps.append(((costs[b] - costs[a]) / growth, layer, growth, b))
+    return start, [(layer, candidate, growth) for _, layer, growth, candidate in sorted(steps)]
 
 
 def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
@@ -265,19 +256,11 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
     return hull
 
 
-def _steps(curves: Sequence[CostCurve]) -> list[_Step]:
-    """Sort the steps along the hulls of all layers by the loss they save for each unit of size."""
-    found = []
-    for layer, curve in enumerate(curves):
-        sizes, costs = curve.sizes.tolist(), curve.costs.tolist()
-        for a, b in pairwise(lower_hull(sizes, costs)):
-            growth = sizes[b] - sizes[a]
-            found.append(_Step((costs[b] - costs[a]) / growth, layer, growth, b))
-    return sorted(found)
-
-
 def _walk(
-    curves: Sequence[CostCurve], start: Sequence[int], steps: Sequence[_Step], budget: float
+    curves: Sequence[CostCurve],
+    start: Sequence[int],
+    steps: Sequence[tuple[int, int, float]],
+    budget: float,
 ) -> list[int]:
     """Take steps in order while they fit; a layer whose step does not fit takes none of its later steps.
 
@@ -286,25 +269,28 @@ def _walk(
     """
     chosen, blocked = list(start), set()
     left = budget - total_size(curves, start)
-    for step in steps:
-        if step.layer in blocked:
+    for layer, candidate, growth in steps:
+        if layer in blocked:
             continue
-        if step.growth <= left:
-            chosen[step.layer], left = step.candidate, left - step.growth
+        if growth <= left:
+            chosen[layer], left = candidate, left - growth
         else:
-            blocked.add(step.layer)
+            blocked.add(layer)
     return chosen
 
 
 def _one_more(
-    curves: Sequence[CostCurve], start: Sequence[int], steps: Sequence[_Step], budget: float
+    curves: Sequence[CostCurve],
+    start: Sequence[int],
+    steps: Sequence[tuple[int, int, float]],
+    budget: float,
 ) -> list[int]:
     """Take steps while they fit, then the single candidate of any layer that saves most."""
     chosen, left = list(start), budget - total_size(curves, start)
-    for step in steps:
-        if step.growth > left:
+    for layer, candidate, growth in steps:
+        if growth > left:
             break
-        chosen[step.layer], left = step.candidate, left - step.growth
+        chosen[layer], left = candidate, left - growth
     best, place = 0.0, None
     for layer, (curve, index) in enumerate(zip(curves, chosen, strict=True)):
         saving = curve.costs[index] - curve.costs
@@ -314,11 +300,6 @@ def _one_more(
     if place is not None:
         chosen[place[0]] = place[1]
     return chosen
-
-
-def _middle(low: float, high: float) -> float:
-    """Compute the geometric mean, since multipliers span many orders of magnitude."""
-    return (max(low, high * 1e-12) * high) ** 0.5
 
 
 def _multiplier_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
@@ -369,10 +350,11 @@ def choose_candidates(
     Raises:
         BudgetError: the caps cannot be kept.
     """
-    if not spends_jointly(config, objective):
+    if objective != "curvature" or not (config.param_ratio is not None or config.needs_curvature):
         if config.plans_formats:
             return one_format(targets, candidates, config, rest)
-        return _choose_alone(targets, candidates, config), _cap_of_layers(config)
+        capping = (x for x in ("param_ratio", "rel_error", "max_bond") if getattr(config, x) is not None)
+        return _choose_alone(targets, candidates, config), next(capping, "exact")
     caps, names = [], names or [target.name for target in targets]
 
     def add(name: str, unit: str, allowed: float) -> None:
@@ -458,11 +440,6 @@ def _mixed(caps: Sequence[Cap], layer: int, weights: Tensor) -> CostCurve:
     """Combine all sizes of one layer, each relative to its cap, by a weighted mean; the costs stay."""
     parts = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
     return CostCurve(weights @ parts, caps[0].curves[layer].costs)
-
-
-def spends_jointly(config: CompressionConfig, objective: str) -> bool:
-    """Return True if budgets are spent over all layers together, False if each layer is planned alone."""
-    return objective == "curvature" and (config.param_ratio is not None or config.needs_curvature)
 
 
 def allowed_bytes(
@@ -589,8 +566,3 @@ def _choose_alone(
     if config.rel_error is not None:
         return [min(range(len(found)), key=lambda k: found[k].params) for found in candidates]
     return [min(range(len(found)), key=lambda k: found[k].cost) for found in candidates]
-
-
-def _cap_of_layers(config: CompressionConfig) -> str:
-    names = ("param_ratio", "rel_error", "max_bond")
-    return next((name for name in names if getattr(config, name) is not None), "exact")

@@ -84,69 +84,33 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
     return {**found, SVD: low_rank}
 
 
-def predict_baseline(
-    model: nn.Module, plan: CompressionPlan, method: str, stats: CalibrationStats | None = None
+def run_baseline(
+    model: nn.Module,
+    plan: CompressionPlan,
+    method: str,
+    stats: CalibrationStats | None = None,
+    *,
+    apply: bool = False,
 ) -> BaselineResult:
-    """Predict the loss increase of a plain method at the bytes of a plan; the model is not changed.
+    """Predict the loss increase of a plain method at the bytes of a plan.
 
     Args:
         model: dense, the plan was made for it.
         plan: gives the layers and their bytes.
         method: one of `baseline_configs(plan, stats)`.
         stats: the plan was made with them.
+        apply: compress the model in place as well, to measure the loss.
 
     Raises:
         TargetError: an unknown method, GPTQ without statistics, or a model without the planned layers.
 
     Example:
-        >>> from tensornet.compression.baselines import predict_baseline
+        >>> from tensornet.compression.baselines import run_baseline
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
-        >>> predict_baseline(model, plan, "round to nearest").scheme
-        'int4'
-    """
-    made = _planned(model, plan, method, stats)
-    ranks = [x.topology.bond_dims["b1"] for x in made if x.topology is not None and x.topology.bond_dims]
-    scheme = next((x.storage.number_format.name for x in made if x.topology is not None), "dense")
-    if ranks:
-        scheme = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"rank {min(ranks)} to {max(ranks)}"
-    size, loss = made.bytes_after, made.predicted_loss_increase
-    if method == SVD:
-        size = made.params_after * _number_bytes(plan)
-        loss = None
-        if plan.objective == "curvature" and stats is not None:
-            known = baseline_losses(model, plan, stats, sizes={x.name: x.params_after for x in made})
-            loss = sum(known.svd.values())
-    loss = None if loss is None else plan.forecast.corrected(loss)
-    return BaselineResult(method, scheme, size, made.params_after, loss)
-
-
-def apply_baseline(
-    model: nn.Module, plan: CompressionPlan, method: str, stats: CalibrationStats | None = None
-) -> BaselineResult:
-    """Compress the planned layers in place by a plain method of the same bytes, to measure the loss.
-
-    Arguments and errors as `predict_baseline`.
-
-    Example:
-        >>> from tensornet.compression.baselines import apply_baseline
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-        >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
-        >>> apply_baseline(model, plan, "round to nearest").num_bytes == plan.bytes_after
-        True
-    """
-    result = predict_baseline(model, plan, method, stats)
-    apply_plan(model, _planned(model, plan, method, stats), stats)
-    return result
-
-
-def _planned(
-    model: nn.Module, plan: CompressionPlan, method: str, stats: CalibrationStats | None
-) -> CompressionPlan:
-    """Plan by the configuration of a plain method.
-
-    Raises:
-        TargetError: an unknown method, or GPTQ without statistics.
+        >>> result = run_baseline(model, plan, "round to nearest", apply=True)
+        >>> result.scheme, result.num_bytes == plan.bytes_after, type(model[0]).__name__
+        ('int4', True, 'TensorNetworkLinear')
     """
     configs = baseline_configs(plan, stats)
     if method not in configs:
@@ -154,7 +118,20 @@ def _planned(
             f"Unknown baseline {method!r}; choose one of {', '.join(map(repr, configs))} ('GPTQ' needs "
             "calibration statistics)."
         )
-    return prepare(model, configs[method], None if method == SVD else stats).plan()
+    made = prepare(model, configs[method], None if method == SVD else stats).plan()
+    ranks = [x.topology.bond_dims["b1"] for x in made if x.topology is not None and x.topology.bond_dims]
+    scheme = next((x.storage.number_format.name for x in made if x.topology is not None), "dense")
+    if ranks:
+        scheme = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"rank {min(ranks)} to {max(ranks)}"
+    size, loss = made.bytes_after, made.predicted_loss_increase
+    if method == SVD:
+        size = made.params_after * _number_bytes(plan)
+        known = baseline_losses(model, plan, stats, sizes={x.name: x.params_after for x in made})
+        loss = sum(known.svd.values()) if known.svd else None
+    loss = None if loss is None else plan.forecast.corrected(loss)
+    if apply:
+        apply_plan(model, made, stats)
+    return BaselineResult(method, scheme, size, made.params_after, loss)
 
 
 @torch.no_grad()

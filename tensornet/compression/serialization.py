@@ -59,7 +59,9 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         # Distinct tensors may still overlap in memory, which the format refuses.
         tensors[name] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
-    header = {"version": FILE_VERSION, "layers": _descriptions(model), "ties": ties}
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: module.spec() for name, module in named if name and isinstance(module, NetworkModule)}
+    header = {"version": FILE_VERSION, "layers": layers, "ties": ties}
     write_tensors(path, tensors, {"tensornet": json.dumps(header)}, what="The model")
 
 
@@ -104,21 +106,21 @@ def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tenso
     made: dict[int, nn.Module] = {}  # by stock layer: one that has several names stays one
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
-        stock = _stock(model, name, path)
+        try:
+            stock = model.get_submodule(name)
+        except AttributeError:
+            raise FormatError(
+                f"{path} is of another model: {type(model).__name__} has no module {name!r}, which is "
+                "compressed there."
+            ) from None
         if isinstance(stock, NetworkModule) and stock.spec() == spec:
             continue
         places[name] = made.setdefault(id(stock), _built(name, spec, stock, path))
     with replaced(model, places):
         _check_state(model, state, path)
-        _check_dtypes(model, state, path)
-        _check_scales(model, state, path)
-    _tie(model, header["ties"])
+    for name, owner in header["ties"].items():
+        tie(model, name, owner)
     model.load_state_dict(state)
-
-
-def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module.spec() for name, module in named if name and isinstance(module, NetworkModule)}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -148,16 +150,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, state
 
 
-def _stock(model: nn.Module, name: str, path: str | Path) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise FormatError(
-            f"{path} is of another model: {type(model).__name__} has no module {name!r}, which is compressed "
-            "there."
-        ) from None
-
-
 def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Path) -> nn.Module:
     """Build an empty compressed layer in place of a dense one."""
     kind = kind_of(stock)
@@ -183,6 +175,7 @@ def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Pat
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise FormatError unless names, shapes, dtypes of packed cores and scales are those of the model."""
     own = model.state_dict()
     for what, names in (("lacks", own.keys() - state.keys()), ("has", state.keys() - own.keys())):
         if names:
@@ -196,36 +189,21 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
                 f"{path} is of another model: {name} has shape {tuple(tensor.shape)} here, "
                 f"{tuple(state[name].shape)} there."
             )
-
-
-def _check_dtypes(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise FormatError where a tensor has another dtype than the number format of its layer fixes."""
     for name, module in model.named_modules():
-        for part, tensor in module.named_buffers() if isinstance(module, PackedCore) else ():
-            found = state[f"{name}.{part}"].dtype
-            if found != tensor.dtype:
+        if not isinstance(module, PackedCore):
+            continue
+        for part, tensor in module.named_buffers():
+            if (found := state[f"{name}.{part}"].dtype) != tensor.dtype:
                 raise FormatError(
-                    f"{path} is damaged: {name}.{part} is stored as {_short(found)}, but the number format "
-                    f"of its layer claims {_short(tensor.dtype)}. Copy it again, or save the model again."
+                    f"{path} is damaged: {name}.{part} is stored as {str(found).removeprefix('torch.')}, but "
+                    f"the number format of its layer claims {str(tensor.dtype).removeprefix('torch.')}. Copy "
+                    "it again, or save the model again."
                 )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_scales(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, PackedCore) and module.number_format.is_integer:
-            kind = module.number_format.scale_dtype
-            if not bool(state[f"{name}.scales"].view(kind).float().isfinite().all()):
-                raise FormatError(
-                    f"{path} is damaged: {name}.scales holds NaN or infinite scales. Copy it again, or save "
-                    "the model again."
-                )
-
-
-def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Assign one parameter to all names that share it."""
-    for name, owner in ties.items():
-        tie(model, name, owner)
+        number_format = module.number_format
+        if not number_format.is_integer:
+            continue
+        if not bool(state[f"{name}.scales"].view(number_format.scale_dtype).float().isfinite().all()):
+            raise FormatError(
+                f"{path} is damaged: {name}.scales holds NaN or infinite scales. Copy it again, or save the "
+                "model again."
+            )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import CalibrationStats
-from tensornet.calibration.masks import GatheredTokens, hidden_states
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 
 LINEAR = tn.CompressionConfig(max_bond=1)
@@ -94,26 +93,3 @@ def test_order_and_experts_that_got_nothing_but_padding() -> None:
     assert not {"block.experts.1.up", "block.experts.1.down"} & stats.columns.keys()
     plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.9), stats)  # priced as its relative is
     assert {layer.name for layer in plan} >= {"block.experts.1.up", "block.experts.1.down"}
-
-
-def test_hidden_states_that_changed_are_not_compared() -> None:
-    states, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
-    rows = states.reshape(-1, 4).clone()
-    seen = GatheredTokens()
-    seen.remember(states, mask)
-    states.mul_(2)
-    assert seen.kept("up", rows) is None
-    assert hidden_states((rows, states), {}, mask)[0] is rows  # type: ignore[index]
-    assert hidden_states((), {"x": states}, mask)[0] is states  # type: ignore[index]
-    assert hidden_states((states.long(), 3), {}, mask) is None
-    assert hidden_states((states,), {}, torch.ones(2, 3)) is None
-
-
-def test_padding_is_recognised_under_another_default_device() -> None:
-    states, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
-    seen = GatheredTokens()
-    with torch.device("meta"):
-        seen.remember(states, mask)
-        kept = seen.kept("experts.0.up", states[[0, 0, 1], [0, 2, 0]])
-    assert kept is not None
-    assert kept.tolist() == [True, False, True]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hf_models import llama
@@ -11,11 +9,7 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.calibration import losses as losses_module
-from tensornet.calibration.batches import fullest_row
-from tensornet.calibration.calibrate import _rows
 from tensornet.calibration.losses import drawn_labels, token_entropies
-
-calibrating = importlib.import_module("tensornet.calibration.calibrate")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,31 +57,6 @@ def test_the_first_batch_costs_one_run_more() -> None:
     model.register_forward_hook(lambda *_: runs.append(0))
     tn.calibrate(model, [torch.randint(1, 60, (2, 12)) for _ in range(2)])
     assert len(runs) == 2 + 1
-
-
-def test_inputs_without_padding_are_not_copied() -> None:
-    x = torch.randn(2, 3, 4)
-    every = torch.ones(2, 3, dtype=torch.bool)
-    assert _rows(x, every).data_ptr() == x.data_ptr()
-    every[0, 1] = False
-    assert torch.equal(_rows(x, every), x[every])
-
-
-def test_the_model_is_asked_on_the_row_with_most_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, real = [], calibrating.default_losses
-    monkeypatch.setattr(calibrating, "default_losses", lambda m, b, f: (seen.append(b), real(m, b, f))[1])
-    torch.manual_seed(0)
-    ids, mask = torch.randint(1, 60, (3, 12)), torch.ones(3, 12, dtype=torch.long)
-    labels = ids.clone()
-    labels[[0, 2], :9] = -100
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    stats = tn.calibrate(llama(), [batch])
-    assert torch.equal(seen[0]["input_ids"], ids[1:2])
-    assert stats.tokens == 3 * 12
-    mask[0, 5:] = 0
-    assert fullest_row(batch) is batch
-    other = {"input_ids": ids, "position_ids": torch.arange(12)[None]}
-    assert fullest_row(other) is other
 
 
 def test_an_infinite_input_is_met_on_the_diagonal() -> None:

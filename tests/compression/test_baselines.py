@@ -11,10 +11,9 @@ from tensornet.compression.baselines import (
     GPTQ,
     NEAREST,
     SVD,
-    apply_baseline,
     baseline_configs,
     baseline_losses,
-    predict_baseline,
+    run_baseline,
 )
 from tensornet.compression.sensitivity import forecast_weighting
 from tensornet.errors import TargetError
@@ -43,9 +42,9 @@ def dense(model: nn.Module, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("method", [NEAREST, GPTQ, SVD])
 def test_predicts_what_it_makes_at_the_bytes_of_the_plan(made: Made, method: str) -> None:
     model, plan, stats = made
-    found = predict_baseline(model, plan, method, stats)
+    found = run_baseline(model, plan, method, stats)
     changed = copy.deepcopy(model)
-    assert apply_baseline(changed, plan, method, stats) == found
+    assert run_baseline(changed, plan, method, stats, apply=True) == found
     assert 0.7 * plan.bytes_after < found.num_bytes <= 1.01 * plan.bytes_after
     loss = 0.0
     for target in all_targets(model):
@@ -58,11 +57,11 @@ def test_predicts_what_it_makes_at_the_bytes_of_the_plan(made: Made, method: str
 def test_nearest_is_torch_rounding_and_svd_the_best_of_its_rank(made: Made) -> None:
     model, plan, stats = made
     rounded, truncated = copy.deepcopy(model), copy.deepcopy(model)
-    scheme = apply_baseline(rounded, plan, NEAREST, stats).scheme
+    scheme = run_baseline(rounded, plan, NEAREST, stats, apply=True).scheme
     weight = model[0].weight.detach()
     expected = round_weight(weight, scheme, rounding="nearest", refits=0).dequantize()
     torch.testing.assert_close(dense(rounded, "0"), expected.double(), rtol=1e-6, atol=1e-6)
-    apply_baseline(truncated, plan, SVD, stats)
+    run_baseline(truncated, plan, SVD, stats, apply=True)
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     rank = max(truncated[0].topology.bond_dims.values())
     best = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
@@ -71,7 +70,7 @@ def test_nearest_is_torch_rounding_and_svd_the_best_of_its_rank(made: Made) -> N
 
 def test_gptq_costs_less_than_nearest_and_more_than_two_sided(made: Made) -> None:
     model, plan, stats = made
-    losses = [predict_baseline(model, plan, x, stats).predicted_loss_increase for x in (NEAREST, GPTQ)]
+    losses = [run_baseline(model, plan, x, stats).predicted_loss_increase for x in (NEAREST, GPTQ)]
     assert losses[0] > losses[1] > plan.predicted_loss_increase  # type: ignore[operator]
 
 
@@ -82,7 +81,7 @@ def test_losses_by_layer_agree_with_those_of_the_matrices(made: Made) -> None:
     int4 = plan
     for layer in plan:
         int4 = int4.replace_layer(layer.name, None, "int4")
-    total = predict_baseline(model, int4, NEAREST, stats).predicted_loss_increase
+    total = run_baseline(model, int4, NEAREST, stats).predicted_loss_increase
     assert sum(baseline_losses(model, int4, stats).nearest.values()) == pytest.approx(total, rel=1e-4)
     for curve in (found.nearest_curve, found.svd_curve):
         sizes, losses = zip(*sorted(curve), strict=True)
@@ -94,10 +93,10 @@ def test_without_gradients_nothing_is_predicted() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5))
     assert list(baseline_configs(plan, None)) == [NEAREST, SVD]
-    assert predict_baseline(model, plan, SVD).predicted_loss_increase is None
+    assert run_baseline(model, plan, SVD).predicted_loss_increase is None
     assert not baseline_losses(model, plan, None).svd
-    assert predict_baseline(model, plan, SVD).num_bytes <= plan.bytes_after  # in the dtype of the model
+    assert run_baseline(model, plan, SVD).num_bytes <= plan.bytes_after  # in the dtype of the model
     with pytest.raises(TargetError, match="GPTQ"):
-        predict_baseline(model, plan, GPTQ)
+        run_baseline(model, plan, GPTQ)
     with pytest.raises(TargetError, match="matches no layer"):
-        predict_baseline(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), plan, SVD)
+        run_baseline(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), plan, SVD)

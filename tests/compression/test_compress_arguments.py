@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -108,8 +107,3 @@ def test_a_plan_is_applied_as_it_is() -> None:
     assert report.measured is not None
     assert "noise" in str(report.measured)
     assert type(model[2]) is nn.Linear
-
-
-@pytest.mark.parametrize("field", dataclasses.fields(tn.CompressionConfig), ids=lambda field: field.name)
-def test_every_option_describes_itself(field: dataclasses.Field[object]) -> None:
-    assert field.metadata["help"]

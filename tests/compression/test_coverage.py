@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hf.report.test_report import a_page, parsed
 from sharded_folders import HALF, save
 from torch import nn
-from transformers.utils import logging
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression.report import Coverage, compact_count, measure_coverage
+from tensornet.compression.report import measure_coverage
 from tensornet.nn.targets import list_weights
-from tensornet_hf.cli.main import run
 
 CONFIG = tn.CompressionConfig(param_ratio=0.5, objective="weight")
 
@@ -78,33 +73,9 @@ def test_layers_that_cannot_be_compressed_are_not_left_out_by_choice() -> None:
     }
 
 
-def test_nothing_left_is_not_listed() -> None:
-    model = nn.Sequential(nn.Linear(8, 8, bias=False))
-    assert str(measure_coverage(list_weights(model), ["0"])) == "covers 100.0 % of 64 parameters"
-
-
-def test_many_types_are_added_up() -> None:
-    coverage = Coverage(100, 30, {}, dict.fromkeys("abcdefg", 10))
-    assert str(coverage).endswith("e 10, 2 other types 20")
-    assert Coverage(0, 0, {}, {}).share == 0
-
-
-@pytest.mark.parametrize(("value", "text"), [(999, "999"), (1000, "1.00k"), (12_340_000, "12.3M")])
-def test_counts(value: int, text: str) -> None:
-    assert compact_count(value) == text
-
-
 def test_a_model_on_the_meta_device_is_counted() -> None:
     with torch.device("meta"):
         assert measure_coverage(list_weights(Mixed()), ["inner.0"]).covered == 24 * 12
-
-
-def test_reports_say_it(tmp_path: Path) -> None:
-    report = tn.compress(Mixed(), CONFIG, progress=False)
-    assert str(report.coverage) in str(report)
-    assert json.loads(report.to_json())["coverage"]["unknown"]["LayerNorm"] == 24
-    page = a_page()
-    assert str(page.report.coverage) in parsed(page, tmp_path).text
 
 
 def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
@@ -117,23 +88,3 @@ def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
     assert str(coverage) in str(streamed)
     assert coverage.excluded.keys() == {"Embedding"}
     assert coverage.unknown.keys() == {"LayerNorm", "biases"}
-
-
-def test_the_command_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save("gpt2", tmp_path / "source")
-
-    def said(*arguments: object) -> str:
-        options = ["--param-ratio", 0.5, "--objective", "weight"]
-        with warnings.catch_warnings():  # the command sets filters of its own
-            assert run([str(x) for x in ("compress", folder, *arguments, *options)]) == 0
-        return capsys.readouterr().out
-
-    verbosity = logging.get_verbosity()
-    try:
-        for arguments in (["--dry-run"], [tmp_path / "a"]):
-            assert "excluded: Embedding" in said(*arguments)
-        for arguments in (["--dry-run"], [tmp_path / "b"], [tmp_path / "c", "--workers", 1]):
-            assert 0 < json.loads(said(*arguments, "--json"))["coverage"]["share"] < 1
-    finally:
-        logging.set_verbosity(verbosity)  # the program sets both for its whole process
-        logging.enable_progress_bar()

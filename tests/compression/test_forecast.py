@@ -46,6 +46,7 @@ def rise_of(model: nn.Module, plan: tn.CompressionPlan, text: list[Tensor]) -> f
     return mean_loss(twin, text, label_losses) - mean_loss(model, text, label_losses)
 
 
+@pytest.mark.slow
 def test_a_measured_forecast_comes_true() -> None:
     """On other windows, at a size that was not measured; the price alone misses by far more."""
     model, stats, prepared, text, others = real()
@@ -72,6 +73,7 @@ def test_measuring_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_rise_of_the_loss_buys_what_was_measured() -> None:
     model, stats, prepared, text, others = real()
     measured = correct_by_measuring(
@@ -96,6 +98,7 @@ def test_a_measured_plan_is_kept() -> None:
         tn.CompressionPlan.from_dict({**plan.to_dict(), "forecast": {"points": [[1, -1]], "source": None}})
 
 
+@pytest.mark.slow
 def test_compress_measures_on_validation_text() -> None:
     model, stats, prepared, text, _ = real()
     twin = copy.deepcopy(model)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from quantization.rounding_cases import moment, weight
-from torch import nn
 
-import tensornet as tn
 from tensornet.compression import candidates
 from tensornet.compression.candidates import format_losses
 from tensornet.compression.sensitivity import Sensitivity
@@ -107,23 +105,6 @@ def test_parts_of_several_matrices_are_measured_as_alone() -> None:
         for one, other in zip(together, format_losses(*each, FORMATS), strict=True):
             assert one.choice == pytest.approx(other.choice, rel=1e-5)
             assert one.forecast == pytest.approx(other.forecast, rel=1e-5)
-
-
-def test_layers_are_measured_together_within_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    real = candidates.measure_parts
-    monkeypatch.setattr(
-        candidates, "measure_parts", lambda some, few: (sizes.append(len(some)), real(some, few))[1]
-    )
-    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5)))
-    stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(32, (64,)))])
-    config = tn.CompressionConfig(bits_per_weight=4)
-    whole = tn.plan(model, config, stats)
-    monkeypatch.setattr(candidates, "_MOMENT_BYTES", 2 * 8 * 2 * 32**2)
-    assert [layer.loss_increase for layer in tn.plan(model, config, stats)] == pytest.approx(
-        [layer.loss_increase for layer in whole], rel=1e-4
-    )
-    assert sizes == [5, 2, 2, 1]
 
 
 def test_predictions_know_the_damping_that_only_rounding_needs() -> None:

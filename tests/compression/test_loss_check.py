@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ from mixture_models import VOCAB, mixture
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration.batches import BatchSample, some_rows
+from tensornet.calibration.batches import some_rows
 from tensornet.compression import (
     CompressionConfig,
     CompressionPlan,
@@ -148,27 +147,6 @@ def test_other_schemes_of_a_layer_whose_loss_was_raised_are_measured_too() -> No
     assert {name for name, _ in again.measured} == {"blocks.2.up"}
 
 
-def test_laws_of_plans_hold_under_raised_losses() -> None:
-    model, batches, stats, prepared = made()
-    checked = check_loss(prepared, model, stats, batches, loss_fn=in_place)
-    costs = []
-    for bits in (2.25, 2.3, 2.5, 3.25, 4.25, 8.25):
-        plan = checked.plan(bits_per_weight=bits)
-        costs.append(chosen_cost(checked, plan))
-        for name in uniform(checked.candidates[0]):
-            same = [found[uniform(found)[name]] for found in checked.candidates]
-            if sum(x.num_bytes for x in same) <= bits / 8 * plan.params_before:
-                assert costs[-1] <= sum(x.cost for x in same) * (1 + 1e-9)
-    assert costs == sorted(costs, reverse=True)
-
-
-def chosen_cost(prepared: Prepared, plan: CompressionPlan) -> float:
-    return sum(
-        next(x.cost for x in found if (x.topology, x.storage) == (layer.topology, layer.storage))
-        for layer, found in zip(plan, prepared.candidates, strict=True)
-    )
-
-
 def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
     model, batches, stats, prepared = made()
     checked = check_loss(prepared, model, stats, batches, loss_fn=in_place, bits_per_weight=2.5)
@@ -246,20 +224,6 @@ def test_plans_of_accurate_formats_measure_nothing(monkeypatch: pytest.MonkeyPat
     plan = check_loss(prepared, model, stats, batches, bits_per_weight=8.25).plan(bits_per_weight=8.25)
     assert plan.loss_check == LossCheck(0)
     assert check_loss(prepared, model, stats, []).plan().loss_check is None
-
-
-def test_a_verified_plan_is_kept(tmp_path: Any) -> None:
-    model, batches, stats, prepared = made()
-    plan = check_loss(prepared, model, stats, batches, loss_fn=in_place).plan()
-    plan.save(tmp_path / "plan.json")
-    assert CompressionPlan.load(tmp_path / "plan.json") == plan
-    data = plan.to_dict()
-    assert json.loads(json.dumps(data["loss_check"])) == data["loss_check"]
-    data["loss_check"] = {"layers": 3, "raised": [{"layer": "a"}]}
-    with pytest.raises(tn.FormatError, match="Bad compression plan"):
-        CompressionPlan.from_dict(data)
-    raised = LossCheck(2, (RaisedLoss("a", "int2 dense", 3.0),))
-    assert LossCheck.from_dict(raised.to_dict()) == raised
 
 
 def test_layers_rounded_for_verification_are_those_of_the_plan() -> None:
@@ -341,15 +305,6 @@ def test_any_model_is_verified(kind: Any) -> None:
 
 def tensors(output: Any) -> Iterator[Tensor]:
     yield from (x for x in output.values() if isinstance(x, Tensor))
-
-
-def test_a_sample_keeps_few_batches_of_any_iterable() -> None:
-    sample = BatchSample(torch.full((2, 3), float(k)) for k in range(40))
-    assert sum(1 for _ in sample) == 40
-    assert len(sample.kept) <= 8
-    assert [float(x[0, 0]) for x in sample.kept] == [0, 8, 16, 24, 32]  # type: ignore[index, call-overload]
-    with pytest.raises(tn.TargetError, match="calibrate takes an iterable of batches, got Tensor"):
-        BatchSample(torch.ones(2, 3))
 
 
 def test_rows_are_cut_only_where_all_arguments_have_them() -> None:

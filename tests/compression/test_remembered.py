@@ -11,7 +11,6 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet._util import remembered, remembering
-from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,6 @@ def test_arguments_that_are_gone_are_not_mistaken_for_new_ones() -> None:
         for value in range(50):  # freed tensors give their addresses to the next ones
             made = total(Pair(torch.full((3,), float(value)), torch.zeros(3)))  # type: ignore[operator]
             assert float(made[0]) == value
-
-
-def test_weighted_svd_is_shared_for_one_weighting() -> None:
-    matrix, moment = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.eye(8)
-    with remembering():
-        found = weighted_svd(matrix, Weighting(columns=moment))
-        assert weighted_svd(matrix, Weighting(columns=moment)) is found
-        assert weighted_svd(matrix, Weighting()) is not found
 
 
 def test_plans_ask_for_one_decomposition_of_a_layer(monkeypatch) -> None:  # type: ignore[no-untyped-def]

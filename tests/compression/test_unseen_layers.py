@@ -106,6 +106,7 @@ def test_experts_in_dictionaries_take_the_moments_of_their_relatives() -> None:
     assert 0 < unseen.loss_increase < 5 * seen.loss_increase
 
 
+@pytest.mark.slow
 def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
     architecture = PAGE_ARCHITECTURES["Gemma 3"]
     ids = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,6 @@ from tensornet.compression.viz import (
     grid_of,
     losses_by_method,
     panels_of,
-    plan_figure,
 )
 
 Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport, BaselineLosses]
@@ -151,6 +150,7 @@ def test_notebook_tables_are_small_and_escaped(made: Made) -> None:
     assert "<b>" in shown(text)
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_pip_line_is_named() -> None:
     code = """
 import sys
@@ -177,14 +177,3 @@ for thing in (report, report.plan, tn.CalibrationStats({}, {}, 1)):
     assert len(lines) == 3
     assert all("needs matplotlib" in x and "pip install 'tensornet-torch[viz]'" in x for x in lines)
     assert [x.split()[0] for x in lines] == ["report.plot()", "plan.plot()", "stats.plot()"]
-
-
-def test_a_plan_of_many_layers_stays_within_a_page() -> None:
-    layers = [
-        tn.LayerPlan(f"model.layers.{k}.{kind}", (8, 8), None, "dense", 0.0, 0.0)
-        for k in range(30)
-        for kind in "abcdefg"
-    ]
-    width, height = plan_figure(layers, [], None).get_size_inches()
-    assert width < 25
-    assert height < 8

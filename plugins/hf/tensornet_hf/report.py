@@ -27,10 +27,9 @@ from tensornet.compression.baselines import (
     GPTQ,
     NEAREST,
     SVD,
-    apply_baseline,
     baseline_configs,
     baseline_losses,
-    predict_baseline,
+    run_baseline,
 )
 from tensornet.compression.layer_plan import layer_names
 from tensornet.compression.report import compact_count, model_size
@@ -217,10 +216,10 @@ def compare_methods(
     methods = list(baseline_configs(plan, stats))
     for method in progress_bar(methods, desc="plain methods", unit="method", disable=not progress):
         if judge is None:
-            made, quality = predict_baseline(dense, plan, method, stats), None
+            made, quality = run_baseline(dense, plan, method, stats), None
         else:
             copied = copy.deepcopy(dense)
-            made = apply_baseline(copied, plan, method, stats)
+            made = run_baseline(copied, plan, method, stats, apply=True)
             quality = judge(copied)
             del copied
         models.append(

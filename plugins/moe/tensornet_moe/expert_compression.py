@@ -506,7 +506,7 @@ def _options(
         start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
         at, total = list(start), together(start)
         found.append((total, tuple(at)))
-        for member, index in steps:
+        for member, index, _ in steps:
             old, new = members[member][at[member]], members[member][index]
             total = replace(
                 total,
